@@ -1,4 +1,4 @@
-"""What operators see of a catalog's changes, and the desk where they ask for them. For what is asked over the link."""
+"""Catalog changes as operators see them, and the interface of the service that makes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.api.types import CatalogEntry
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One key of a model's entry, as a path, with its plain values; None where it is not set."""
+    """One changed key of a model's entry: its path and its plain values before and after, None where it is not set."""
 
     path: str
     before: Any
@@ -20,7 +20,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to become of one model. `kind`: add, change or remove. `restarts`: why it gets new replicas, if so."""
+    """A change of one model's entry.
+
+    `kind` is add, change or remove. `restarts` is the reason why the model gets new replicas, empty if it does not.
+    """
 
     model: str
     kind: str
@@ -29,20 +32,25 @@ class Change:
 
 
 class CatalogService(Protocol):
-    """Where operators ask. Names are a model's or its aliases; every verb raises CallError, and then nothing has
-    changed."""
+    """Operators' changes of the catalog.
+
+    `name` is a model's name or one of its aliases. Every method may raise CallError; then nothing has changed.
+    """
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
-        """Make the catalog so; what is different from before."""
+        """Add and change these entries and return the changes.
+
+        `prune` removes models that are not among the entries; `validate_only` changes nothing.
+        """
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
-        """Give a version another part of its model's calls."""
+        """Set the share of the model's calls that a version gets."""
 
     def promote(self, name: str) -> CatalogEntry:
-        """Let the version on trial be the model's own."""
+        """Make the canary the model's stable version."""
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
-        """Take the version on trial back, until its entry is changed."""
+        """Withdraw the canary until its entry is changed."""
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
-        """Let a version get no call, or let it get calls again."""
+        """Stop sending calls to a version, or with `lift` send it calls again."""

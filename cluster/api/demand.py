@@ -1,4 +1,4 @@
-"""What gateways tell the controller of demand, and workers of what they have computed. Counters only grow."""
+"""Demand that gateways report to the controller, and computed work that workers report. Counters never decrease."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """One priority class of one model at one gateway.
+    """Demand for one priority class of one model at one gateway.
 
-    Counters since the gateway's start: the sequences that have come, their prompt tokens net of what caches are
-    expected to hold, the tokens that they are expected to generate, and the calls that ended within and outside the
-    model's objectives. The rest is of now: what waits, for how long at most, how long until the nearest deadline (None:
-    there is none), and how many of them wait because nobody serves the model.
+    Counted since the gateway's start: sequences that arrived, their prompt tokens less those that a prefix cache is
+    expected to hold, the tokens they are expected to generate, and the calls that ended within and outside the model's
+    SLO. Current values: queued requests and tokens, the longest wait so far, the time to the nearest deadline (None
+    where no request has one), and how many requests are held because no worker serves the model.
     """
 
     priority_class: str
@@ -44,7 +44,7 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class ComputedWork:
-    """What one engine has computed since its start: steps, the time in them, prompt tokens, and generated tokens."""
+    """Work of one engine since its start: steps, seconds spent in them, prompt tokens and generated tokens."""
 
     steps: int = 0
     busy_s: float = 0.0

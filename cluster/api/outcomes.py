@@ -1,4 +1,4 @@
-"""How a call can end, as one enum: control result, metric label, gRPC status and HTTP code in one place."""
+"""Outcomes of a call: one enum with the error reason, metric label, gRPC status and HTTP code of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Outcome(enum.StrEnum):
-    """How a call ended. The upper-case name is the `reason` of ErrorInfo; the value is the metric label."""
+    """Outcome of a call. The upper-case name is the `reason` of ErrorInfo; the value is the metric label."""
 
     OK = "ok"
     CANCELLED = "cancelled"
@@ -41,7 +41,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Whose fault an outcome is and what the faces say: gRPC status name, HTTP code, default pause before a retry."""
+    """Answer of the APIs to an outcome: gRPC status name, HTTP code and the default delay before a retry."""
 
     grpc: str
     http: int
@@ -88,28 +88,29 @@ class Violation:
 
 
 MAX_VIOLATIONS = 10
-"""Wrong fields that one answer names; whoever mends them sees the next ones."""
+"""Wrong fields that one answer names. Further ones are reported once these are corrected."""
 MAX_FIELD_CHARS, MAX_DESCRIPTION_CHARS, MAX_MESSAGE_CHARS = 256, 1024, 2048
 MAX_QUOTED_CHARS = 100
 _CUT = "..."
 
 
 def quoted(value: object, most: int = MAX_QUOTED_CHARS) -> str:
-    """A caller's value as an answer repeats it: `repr`, of a text's first characters alone."""
+    """Return the `repr` of a caller's value for an error message, with texts cut to `most` characters."""
     if isinstance(value, str | bytes) and len(value) > most:
         return repr(value[:most]) + _CUT
     return repr(value)
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most `most` characters and the sign that it was cut."""
+    """Return a text cut to `most` characters, with "..." appended if it was longer."""
     return text if len(text) <= most else text[:most] + _CUT
 
 
 class CallError(Exception):
-    """A call that ends other than OK. `message` is for the caller: it names the field and the remedy, no inside.
+    """Error of a call whose outcome is not OK.
 
-    No error is long, whatever the request held: MAX_VIOLATIONS fields at most, and every text is cut at its bound.
+    `message` is for the caller: it names the field and the remedy and nothing internal. Its size is bounded whatever
+    the request held: at most MAX_VIOLATIONS fields, and every text is cut to its maximum length.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class CallError(Exception):
         quota: Sequence[Violation] = (),
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """`quota` names the limits that are reached; `headers` go with the answer, as metadata over gRPC."""
+        """Create an error. `quota` names the exhausted limits; `headers` are sent with the answer (gRPC metadata)."""
         message = shortened(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.outcome = outcome
@@ -147,19 +148,21 @@ def _restored(
     quota: Sequence[Violation],
     headers: Sequence[tuple[str, str]],
 ) -> CallError:
-    """An error that another process of this gateway has raised."""
+    """Rebuild a pickled error that another process of this gateway has raised."""
     error = CallError(outcome, message, violations=violations, quota=quota, headers=headers)
     error.retry_after_s = retry_after_s
     return error
 
 
-def _bounded(one: Violation) -> Violation:
-    if len(one.field) <= MAX_FIELD_CHARS and len(one.description) <= MAX_DESCRIPTION_CHARS:
-        return one
-    return Violation(shortened(one.field, MAX_FIELD_CHARS), shortened(one.description, MAX_DESCRIPTION_CHARS))
+def _bounded(violation: Violation) -> Violation:
+    if len(violation.field) <= MAX_FIELD_CHARS and len(violation.description) <= MAX_DESCRIPTION_CHARS:
+        return violation
+    return Violation(
+        shortened(violation.field, MAX_FIELD_CHARS), shortened(violation.description, MAX_DESCRIPTION_CHARS)
+    )
 
 
 def invalid(field: str, description: str) -> CallError:
-    """The error for one wrong field of a request."""
+    """Return the INVALID_FIELD error for one field of a request."""
     field = shortened(field, MAX_FIELD_CHARS)
     return CallError(Outcome.INVALID_FIELD, f"{field}: {description}", violations=[Violation(field, description)])

@@ -1,4 +1,4 @@
-"""The seams: small protocols with a fake (or a simulation) beside each."""
+"""Ports: small protocols, each with a fake or a simulation for tests."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
 
 
 class EngineDead(Exception):
-    """The engine has stopped for good; its process must end so that Ray sees a dead actor at once."""
+    """The engine has stopped permanently; its process must exit so that Ray sees a dead actor at once."""
 
 
 class EngineSick(EngineDead):
-    """The engine runs and answers wrongly; it goes the way of a dead one. The message names its node."""
+    """The engine runs and returns wrong results; it is treated like a dead one. The message names its node."""
 
 
 class EngineRefused(Exception):
-    """The engine does not take this request, and is unharmed. `reason` names an Outcome, `field` a field."""
+    """The engine rejects this request and keeps running. `reason` names an Outcome, `field` the request's field."""
 
     def __init__(self, reason: str, message: str, field: str = "") -> None:
         super().__init__(message)
@@ -27,30 +27,34 @@ class EngineRefused(Exception):
 
 
 class Engine(Protocol):
-    """Runs requests to their end, step by step. One reader calls `step`; submit and abort may interleave with it.
+    """An inference engine that runs requests step by step.
 
-    Laws (tests/worker/engine/contract.py holds every implementation to them): outputs of a request come in order and
-    end with exactly one `finish`, or with nothing more after `abort`; after `abort` its place is free within two steps;
-    a refused request has no outputs; equal requests with temperature 0 give equal tokens, alone or in a batch.
+    A single reader calls `step`; `submit` and `abort` may interleave with it. tests/worker/engine/contract.py checks
+    that every implementation keeps these rules:
+
+    - A request's outputs come in order and end with exactly one `finish`; after `abort` there are no further ones.
+    - An aborted request frees its slot within two steps.
+    - A refused request has no outputs.
+    - Equal requests with temperature 0 generate equal tokens, alone or in a batch.
     """
 
     async def start(self) -> EngineInfo:
-        """Load and warm up; returns once requests can be taken. Raises ValueError for what cannot work."""
+        """Load and warm up; return when requests are accepted. Raises ValueError for settings that cannot work."""
 
     async def submit(self, request: EngineRequest) -> None:
-        """Take a request. Raises EngineRefused (the request is at fault) or EngineDead. Never blocks the loop long."""
+        """Accept a request without blocking the event loop. Raises EngineRefused for a bad request, or EngineDead."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; unknown ids are ignored. No final output comes for them."""
+        """Abort requests without a final output; unknown ids are ignored."""
 
     async def step(self) -> Sequence[TokenOutput]:
         """Wait for the next step that has outputs and return all of them. Raises EngineDead."""
 
     def load(self) -> EngineLoad:
-        """What the engine is doing now; cheap."""
+        """Return the engine's current load; cheap."""
 
     async def check(self) -> None:
         """Raise EngineDead if the engine is known to be dead; does not wait for a step."""
 
     async def close(self) -> None:
-        """End the engine and every process it has started."""
+        """Stop the engine and every process that it has started."""

@@ -1,4 +1,4 @@
-"""How models stand in scaling, and the desk at which operators ask for it. For what is asked over the link."""
+"""Scaling state of models as operators see it, and the interface of the service that changes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """What was decided at `at_s` (since the epoch) and in `passes` passes in a row, with what it was decided on."""
+    """A scaling decision with its reason and its inputs.
+
+    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes that decided the same. `numbers` are
+    the values that the decision was based on.
+    """
 
     at_s: float
     before: int
@@ -23,7 +27,10 @@ class ScalingDecision:
 
 @dataclass(frozen=True, slots=True)
 class ModelScaling:
-    """How one model stands. `by`: what decides: demand, manual or frozen. `cold_start_s` is 0 while unknown."""
+    """Scaling state of one model.
+
+    `by` is what sets its replicas: demand, manual or frozen. `cold_start_s` is 0 while unknown.
+    """
 
     name: str
     target: int = 0
@@ -40,7 +47,7 @@ class ModelScaling:
 
 @dataclass(frozen=True, slots=True)
 class ScalingExplanation:
-    """How a model came to stand so: kept decisions, the newest last, and the numbers of the newest pass."""
+    """A model's scaling state with the decisions that led to it, newest last, and the numbers of the newest pass."""
 
     model: ModelScaling
     decisions: Sequence[ScalingDecision] = ()
@@ -48,13 +55,13 @@ class ScalingExplanation:
 
 
 class ScalingService(Protocol):
-    """Where operators ask. Names are a model's or its aliases; every verb raises CallError."""
+    """Operators' requests about scaling. `name` is a model's name or alias. Every method may raise CallError."""
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """So many from now on, or by the demand again (None)."""
+        """Set a fixed number of replicas, or return to scaling by demand (None)."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """Keep the number as it is, or no longer; an empty name is all models, whatever each is by itself."""
+        """Freeze or unfreeze the number of replicas. An empty name sets a separate flag for all models."""
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
-        """Why it has so many; at most `limit` decisions, 0 for all that are kept."""
+        """Return why the model has its replicas, with at most `limit` decisions (0: all that are kept)."""

@@ -1,4 +1,4 @@
-"""Types that travel between the packages. Token ids are ints in [0, vocab_size); times are seconds, monotonic."""
+"""Types shared by the packages. Token ids are ints in [0, vocab_size); times are seconds of a monotonic clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class FinishReason(enum.IntEnum):
-    """Reason for which the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
+    """Reason why the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
 
     STOP = 1
     LENGTH = 2
@@ -20,9 +20,9 @@ class FinishReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output. Exactly one of kinds json_schema, json_object, regex, choice, grammar.
+    """A constraint on the output. `kind` is json_schema, json_object, regex, choice or grammar.
 
-    `value` is the schema, expression or grammar text; for choice the sequence of strings; for json_object "".
+    `value` is the text of the schema, expression or grammar; for choice the allowed strings; for json_object "".
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Engine-level sampling parameters, complete: the model's defaults are already in. Stop strings are the gateway's.
+    """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
-    `logprobs`: None none, 0 of the sampled token only, k of the k most likely too. `top_k` 0 is off.
+    `logprobs`: None for none, 0 for the sampled token only, k to add the k most likely ones. `top_k` 0 is off.
     `stop_token_ids` are the caller's; the engine adds the generation config's EOS ids unless `ignore_eos`.
     """
 
@@ -55,7 +55,7 @@ class Sampling:
 
     @property
     def is_seeded(self) -> bool:
-        """Return whether tokens are drawn with the caller's seed: a greedy call draws nothing."""
+        """Return whether tokens are sampled with the caller's seed. Greedy decoding ignores the seed."""
         return self.seed is not None and self.temperature > 0
 
 
@@ -83,44 +83,45 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """Output of one engine step for one request. Not frozen: one is made for each token, and freezing costs."""
+    """Output of one engine step for one request. Not frozen, since one is created for each token."""
 
     request_id: str
     token_ids: Sequence[int]
     finish: FinishReason | None = None
     stop_token_id: int | None = None
-    """The one of Sampling.stop_token_ids that ended it; None when EOS or length did."""
+    """The id among Sampling.stop_token_ids that ended the request; None if EOS or the length ended it."""
     prompt_tokens: int | None = None
-    """With the first output only."""
+    """Set on the first output only."""
     cached_tokens: int | None = None
-    """Prompt tokens taken from the prefix cache; with the first output only."""
+    """Prompt tokens read from the prefix cache; set on the first output only."""
     origin_lost: bool = False
-    """Of a resumed call, with its first output: the gateway that it was resumed from is lost, as far as its worker can
-    tell, or the request had never stopped."""
+    """Set on the first output of a resumed call: the worker considers the gateway that it was resumed from lost, or the
+    request had never stopped running."""
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
-    """With finish ERROR: what happened, for logs."""
+    """Cause for the logs, with finish ERROR."""
 
 
 RESUME_EXACT = "resume:exact"
-"""Capability: emitted tokens are taken as output, every parameter goes on as if there had been no cut, and the numbers
-do not depend on how tokens are batched: the tokens are those of the uncut call."""
+"""Capability: a resumed call generates exactly the tokens of an uninterrupted one. Emitted tokens count as output,
+every parameter continues unchanged, and the arithmetic does not depend on batching."""
 
 RESUME_STATE = "resume:state"
-"""Capability: as RESUME_EXACT, but for the numbers: the state and the noise are those of the uncut call, and its tokens
-are too, except that they may part where two tokens are nearly as likely."""
+"""Capability: as RESUME_EXACT, except that the arithmetic depends on batching. The state and the sampling noise are
+those of the uninterrupted call; its tokens may differ where two tokens are almost equally likely."""
 
 RESUME_PLAIN = "resume:plain"
-"""Capability: emitted tokens are taken as prompt; with frequency or presence penalty, seed or grammar it refuses."""
+"""Capability: emitted tokens are appended to the prompt. Calls with a frequency or presence penalty, a seed or a
+grammar are refused."""
 
 RESUME_WORDS = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
-"""Each engine has one of them; the first promises least."""
+"""Resume capabilities from the weakest to the strongest; each engine has one."""
 
 
 def resume_word(capabilities: Iterable[str]) -> str:
-    """Return the word among these that promises least; empty where there is none."""
-    found = set(capabilities)
-    return next((word for word in RESUME_WORDS if word in found), "")
+    """Return the weakest resume capability among these; empty if there is none."""
+    present = set(capabilities)
+    return next((word for word in RESUME_WORDS if word in present), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class EngineInfo:
     """Properties of an engine, fixed once it has started."""
 
     engine_class: str
-    """dtype, quantization and parallelism in one word, e.g. `float32-tp2-pp1`: equal classes compute alike."""
+    """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`; equal classes compute equally."""
     engine_path: str
     """`fastpath`, `public` (with `engine_path_reason`) or `sim`."""
     engine_version: str
@@ -139,7 +140,7 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     default_sampling: Mapping[str, object] = field(default_factory=dict)
-    """The generation config's sampling fields that differ from vLLM's own defaults, by vLLM's names."""
+    """Sampling fields of the generation config that differ from vLLM's defaults, under vLLM's names."""
     engine_path_reason: str = ""
     capabilities: tuple[str, ...] = ()
 
@@ -151,12 +152,12 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Load of an engine now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length.
+    """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s` is the last step's time.
 
-    A step that stands (`running` above 0, `steps` the same, `step_age_s` far beyond `step_p99_s`) is a hang unless
-    `busy` says what the engine is at: `start`, `prefill`, `grammar`, `adapter`, or `cpu` where it gets no core. It says
-    so only while that work can explain the time that the step has taken, so an engine that hangs with a full queue soon
-    states no work.
+    A stalled step (`running` above 0, `steps` unchanged, `step_age_s` far above `step_p99_s`) is a hang unless `busy`
+    names the engine's work: `start`, `prefill`, `grammar`, `adapter`, or `cpu` while it gets no core. `busy` is set
+    only as long as that work can explain the step's duration, so an engine that hangs with a full queue soon reports
+    none.
     """
 
     running: int = 0
@@ -166,16 +167,16 @@ class EngineLoad:
     step_s: float = 0.0
     busy: str = ""
     step_age_s: float = 0.0
-    """For how long the step under way has run; 0 when there is nothing to do."""
+    """Time since the current step began; 0 when the engine is idle."""
     step_p99_s: float = 0.0
-    """Of the last few thousand steps; 0 before the first."""
+    """99th percentile over the last few thousand steps; 0 before the first."""
     prefill_tokens: int = 0
-    """Tokens of the prompts that have no output yet, those in the engine's queue included."""
+    """Tokens of prompts that have no output yet, including those in the engine's queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Identity of a worker; EngineInfo has the properties of its engine."""
+    """Identity of a worker; EngineInfo describes its engine."""
 
     worker_id: str
     incarnation: str
@@ -186,29 +187,33 @@ class WorkerIdentity:
     ray_cluster: str = "local"
     node: str = ""
     generation: str = ""
-    """Digest of what its replica was started with; empty where nobody has said."""
+    """Digest of the settings that its replica was started with; empty if unknown."""
     pod: str = ""
     """Empty outside Kubernetes."""
     host: str = ""
-    """Kubernetes' name of the pod's node, outside Kubernetes the host's name; `node` is Ray's id."""
+    """Kubernetes node name of the pod, or the host name outside Kubernetes; `node` is Ray's node id."""
     gpu: str = ""
-    """The accelerators' type; empty without any."""
+    """Accelerator type; empty without an accelerator."""
 
 
 _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
 def without_noise(engine_class: str) -> str:
-    """Return an engine class without what a seed draws, its part behind the ranks (worker/engine/vllm/resume.py), if it
-    has one."""
+    """Return an engine class without the part after the ranks that identifies the sampling noise, if it has one.
+
+    worker/engine/vllm/resume.py appends that part.
+    """
     return _NOISE.sub(r"\1", engine_class)
 
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityKey:
-    """Properties that two workers must share for one to go on with what the other has begun: weights, tokenizer, and
-    the engine's arithmetic (dtype, quantization, parallelism). What a seed draws is part of it for seeded calls
-    alone."""
+    """Properties that two workers must share for one to resume a sequence of the other.
+
+    These are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism); for seeded
+    calls also the sampling noise that a seed produces.
+    """
 
     weight_digest: str
     bundle_digest: str
@@ -216,20 +221,20 @@ class CompatibilityKey:
 
     @property
     def unseeded(self) -> CompatibilityKey:
-        """The likeness without what a seed draws: of a call that needs no noise in particular."""
+        """The key for calls without a seed, which do not depend on the sampling noise."""
         return CompatibilityKey(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
 
     def can_continue(self, begun: CompatibilityKey) -> bool:
-        """Return whether a worker like this may go on with a call that needs the likeness `begun`."""
+        """Return whether a worker with this key may resume a call that needs the key `begun`."""
         return begun in (self, self.unseeded)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model's entry of the configuration, as control, rayserve and engine see it. Survives a trip through JSON.
+    """A model's entry of the configuration as controller, replicas and engine use it. Can be stored as JSON.
 
-    `engine` holds vLLM's own argument names, already checked for those that Headrace owns. `gpu` is Ray's
-    accelerator type, empty for any. `idle_s` > 0 with `min_replicas` 0: no replica after so long without a call.
+    `engine` holds vLLM's argument names; those that Headrace sets itself were rejected before. `gpu` is Ray's
+    accelerator type, empty for any. With `min_replicas` 0, `idle_s` seconds without a call end the last replica.
     """
 
     name: str
@@ -250,33 +255,33 @@ class ModelSpec:
     trust_remote_code: bool = False
     load_format: str = "safetensors"
     digest: str = ""
-    """The weights' digest that every worker must have; empty for any."""
+    """Weight digest that every worker must have; empty for any."""
     license: str = ""
-    """What the entry says of its weights' licence, by its SPDX name in lower case; empty: what the folder says."""
+    """The entry's license of the weights, as a lower-case SPDX name; empty: the license in the model's folder."""
     ray: str = ""
-    """The Ray cluster that it runs on, by its name; empty for the first."""
+    """Name of the Ray cluster that the model runs on; empty for the first."""
     fallback: tuple[str, ...] = ()
-    """Models that take its calls while it has no worker that is ready, the first that has one."""
+    """Models that serve its calls while it has no ready worker; the first one that has a ready worker is used."""
     weight: float = 1.0
-    """This version's part of the model's calls, in [0, 1]; those of all its versions add up to 1."""
+    """Share of the model's calls that this version gets, in [0, 1]; the shares of all versions add up to 1."""
     error_ratio: float = 0.0
-    """Of a version on trial: it goes when its calls fail so many times as often as the other's; 0: never."""
+    """Of a canary: it is rolled back when its error rate is this many times the stable version's; 0: never."""
     ttft_ratio: float = 0.0
-    """The same for its time to the first token."""
+    """Of a canary: the same for the time to first token."""
     slo_ttft_s: float = 2.0
-    """The first token of a call is to come within this, the mean gap between its tokens is to be within the next, for
-    such a share of the calls."""
+    """SLO of the time to first token; `slo_itl_s` is that of the mean time between tokens. `slo_target` is the share of
+    calls that must meet both."""
     slo_itl_s: float = 0.1
     slo_target: float = 0.99
 
     @property
     def replicas(self) -> int:
-        """Replicas to begin with: one at least, since it is the first that tells what the model is."""
+        """Initial number of replicas: at least one, since the first replica reports the model's properties."""
         return max(self.min_replicas, 1)
 
 
 class DrainState(enum.StrEnum):
-    """Attitude of a worker to new work; the names are those of link.v1 Standing.State."""
+    """Whether a worker accepts new sequences; the names are those of link.v1 Standing.State."""
 
     SERVING = "SERVING"
     CORDONED = "CORDONED"
@@ -285,7 +290,7 @@ class DrainState(enum.StrEnum):
 
 
 class ModelState(enum.StrEnum):
-    """Stage of a model's life; the names of inference.proto's Model.State without prefix."""
+    """State in a model's lifecycle; the names are those of inference.proto's Model.State without the prefix."""
 
     DECLARED = "DECLARED"
     PLACING = "PLACING"
@@ -299,7 +304,7 @@ class ModelState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VersionShare:
-    """Version of a model as the gateways are told it. `weight` in [0, 1]: its part of the calls."""
+    """Version of a model as published to the gateways. `weight` in [0, 1] is its share of the calls."""
 
     version: str
     weight: float = 1.0
@@ -312,17 +317,17 @@ class VersionShare:
     replicas: int = 0
     replicas_desired: int = 0
     quarantined: bool = False
-    """It gets no new call, and what runs there goes on elsewhere where that is possible."""
+    """The version gets no new calls, and its running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
-    """Of a version on trial: gateways count how often its first token takes longer than so many times another's."""
+    """Of a canary: gateways count how often its time to first token exceeds the stable version's times this ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionTally:
-    """Counts of one version by one gateway since its own start. `errors`: calls that failed by the worker's fault.
+    """One gateway's counts of one version since that gateway's start. `errors`: calls that the worker failed.
 
-    `pairs`: calls whose first token was compared with the last one's of the version that stays; in `slower` of them it
-    took more than the version's ttft_ratio times as long.
+    `pairs`: calls whose time to first token was compared with that of the stable version's latest call. `slower`: those
+    among them that took more than the version's `ttft_ratio` times as long.
     """
 
     model: str
@@ -336,7 +341,7 @@ class VersionTally:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model as the controller tells it to the gateways."""
+    """A model as the controller publishes it to the gateways."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -355,17 +360,17 @@ class CatalogEntry:
     license: str = ""
     engine_class: str = ""
     weights_pinned: bool = False
-    """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
+    """True: only workers with one of `weight_digests` may serve it. False: the digests are those its workers report."""
     fallback: tuple[str, ...] = ()
-    """Models that take its calls while it has no worker that is ready."""
+    """Models that serve its calls while it has no ready worker."""
     versions: tuple[VersionShare, ...] = ()
-    """Those that may get calls, the one that stays first; empty: whatever its workers are."""
+    """Versions that may get calls, the stable one first; empty: any version that its workers have."""
     retired: tuple[str, ...] = ()
-    """Generations (digests of what replicas are started with) whose workers get no new call."""
+    """Generations (digests of replica settings) whose workers get no new calls."""
     card: Mapping[str, str] = field(default_factory=dict)
-    """What the model card says of itself: a few short texts."""
+    """Short texts of the model card, by field."""
     slo_ttft_s: float = 0.0
-    """The model's objectives, by which calls are judged; 0 asks nothing."""
+    """SLO of the time to first token; `slo_itl_s` is that of the time between tokens. 0: none."""
     slo_itl_s: float = 0.0
     starting_since_s: float = 0.0
-    """Since the epoch: when the start under way began that is to give it its first replica; 0: none is."""
+    """When the start of the model's first replica began, in seconds since the epoch; 0: none is starting."""

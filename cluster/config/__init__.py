@@ -1,1 +1,1 @@
-"""cluster.yaml: its models, checks and errors."""
+"""Reading and checking of cluster.yaml."""

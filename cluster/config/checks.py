@@ -1,7 +1,7 @@
-"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each yields its problems.
+"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each rule yields its problems.
 
-Everything here is refused when a configuration is built, by every process that reads one. What is only likely to be a
-mistake is a warning of `headrace config check`.
+Every process that reads a configuration refuses what these rules report. `headrace config check` adds warnings about
+probable mistakes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from cluster.config.engine import code_arguments, engine_problems, together_prob
 from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
-"""What may stand before :// of a source; without it a source is a folder."""
-_MEANT = {"huggingface": "hf", "hugging_face": "hf", "hf-hub": "hf", "hub": "hf", "gcs": "gs", "file": "", "s3a": "s3"}
+"""Schemes of a source, before `://`; a source without one is a folder."""
+_SCHEME_CORRECTIONS = {
+    "huggingface": "hf",
+    "hugging_face": "hf",
+    "hf-hub": "hf",
+    "hub": "hf",
+    "gcs": "gs",
+    "file": "",
+    "s3a": "s3",
+}
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _HUB_PAGE = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/(?=[^/]+/[^/]+$)")
 
 
 class Entry(Protocol):
-    """What these rules read of a model."""
+    """The fields of a model that these rules read."""
 
     @property
     def name(self) -> str: ...
@@ -33,13 +41,13 @@ class Entry(Protocol):
 
 
 def source_problem(source: str) -> str:
-    """Why no replica could load from a source, by its text alone; "" when one might."""
+    """Return why no replica could load from a source, judged by its text alone; "" if one might."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return ""
     if scheme not in SCHEMES:
-        meant = _MEANT.get(scheme.lower(), scheme.lower() if scheme.lower() in SCHEMES else None)
-        hint = "" if meant is None else f"; did you mean {meant + '://' if meant else ''}{rest}?"
+        correct = _SCHEME_CORRECTIONS.get(scheme.lower(), scheme.lower() if scheme.lower() in SCHEMES else None)
+        hint = "" if correct is None else f"; did you mean {correct + '://' if correct else ''}{rest}?"
         return f"{source!r} is unknown: use a folder, hf://org/name, s3://, gs://, https:// or demo://smollm2{hint}"
     if scheme == "hf":
         return _hub_problem(source, rest)
@@ -53,7 +61,7 @@ def source_problem(source: str) -> str:
 
 
 def _hub_problem(source: str, name: str) -> str:
-    """Why the hub has no such repository, whatever it holds: the rules of its client for names."""
+    """Return why a name cannot be a repository of the hub, by the rules of the hub's client; "" if it can."""
     if name.count("/") != 1 or not all(name.split("/")):
         return f"expected hf://organisation/name, got {source!r}"
     plain, at, revision = name.partition("@")
@@ -68,46 +76,50 @@ def _hub_problem(source: str, name: str) -> str:
 
 
 def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
-    """What vLLM or Headrace refuses of an `engine:` section; a simulated engine has arguments of its own. `whole`: all
-    arguments that the section's engine is started with."""
+    """Yield what vLLM or Headrace refuses in an `engine:` section. Simulated engines have other arguments.
+
+    `whole`: all arguments that the section's engine is started with.
+    """
     if source.startswith("sim://"):
         return
-    alone = [*engine_problems(engine)]
-    for key, text in alone or together_problems(whole):
+    single = [*engine_problems(engine)]
+    for key, text in single or together_problems(whole):
         yield Problem((*path, *key.split(".")), text)
 
 
 def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:
-    """Arguments of an `engine:` section that name code, where none may be run."""
+    """Yield arguments of an `engine:` section that name code to run, for models that may not run any."""
     for key, text in code_arguments(engine):
         yield Problem((*path, *key.split(".")), text)
 
 
 def names(models: Sequence[Entry]) -> Iterator[Problem]:
-    """Names and aliases that two models have, or one model twice; reported at each place but the first."""
+    """Yield names and aliases that are used twice, at each place except the first."""
     owner: dict[str, tuple[int, str]] = {}
     for at, model in enumerate(models):
         for number, name in enumerate((model.name, *model.aliases)):
             if name in owner:
                 before, other = owner[name]
                 where: Path = ("models", at, "name") if not number else ("models", at, "aliases", number - 1)
-                told = f"'{other}' and '{model.name}'" if before != at else f"'{model.name}' twice"
-                yield Problem(where, f"the name {name!r} is used by {told}: rename one, or remove it")
+                users = f"'{other}' and '{model.name}'" if before != at else f"'{model.name}' twice"
+                yield Problem(where, f"the name {name!r} is used by {users}: rename one, or remove it")
             owner.setdefault(name, (at, model.name))
 
 
 def clashing(models: Sequence[Entry]) -> frozenset[int]:
-    """The positions of all models that have a name or alias of another."""
+    """Return the positions of all models that share a name or alias."""
     owners: dict[str, set[int]] = {}
     for at, model in enumerate(models):
         for name in (model.name, *model.aliases):
             owners.setdefault(name, set()).add(at)
-    return frozenset(at for them in owners.values() if len(them) > 1 for at in them)
+    return frozenset(at for positions in owners.values() if len(positions) > 1 for at in positions)
 
 
 def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator[Problem]:
-    """Fallbacks that no model has, that are the model itself, or that lead back to it. `absent`: names of models that
-    were left out because they are wrong."""
+    """Yield fallbacks that name no model or the model itself, or that lead back to it.
+
+    `absent`: names of models that were left out because their entries are invalid.
+    """
     owner = {name: model for model in models for name in (model.name, *model.aliases)}
     for at, model in enumerate(models):
         for number, name in enumerate(model.fallback):
@@ -117,23 +129,23 @@ def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator
                     yield Problem(where, f"there is no model {name!r}{_near_name(name, [*owner])}")
             elif owner[name].name == model.name:
                 yield Problem(where, f"{name!r} is the model itself")
-            elif circle := _circle(model.name, owner[name], owner, ()):
+            elif cycle := _cycle(model.name, owner[name], owner, ()):
                 yield Problem(
                     where,
-                    f"leads back to {model.name!r} ({' -> '.join((model.name, *circle))}): a call tries each fallback "
+                    f"leads back to {model.name!r} ({' -> '.join((model.name, *cycle))}): a call tries each fallback "
                     "once and no fallback of a fallback; end the chain at one model",
                 )
 
 
-def _circle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
-    """The names from a model back to `start`; empty when none leads there."""
+def _cycle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names on a path of fallbacks from a model back to `start`; empty if there is none."""
     if model.name == start:
         return (*path, start)
     if model.name in path:
         return ()
     for name in model.fallback:
-        if name in owner and (found := _circle(start, owner[name], owner, (*path, model.name))):
-            return found
+        if name in owner and (cycle := _cycle(start, owner[name], owner, (*path, model.name))):
+            return cycle
     return ()
 
 
@@ -150,11 +162,11 @@ def _list(words: Sequence[str]) -> str:
 
 
 Need = tuple[int, str, int, int]
-"""A model's position, type of GPU, GPUs of one replica, least number of replicas; one for each type it may run on."""
+"""A model's position, GPU type, GPUs of one replica, minimum of replicas; one for each type that it may run on."""
 
 
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
-    """Models that can never have their replicas within scaling.gpu_budget."""
+    """Yield models whose minimum of replicas exceeds scaling.gpu_budget."""
     by_model: dict[int, list[Need]] = {}
     for need in needs:
         by_model.setdefault(need[0], []).append(need)
@@ -191,19 +203,19 @@ def _key(kind: str) -> str:
 
 
 def listeners(addresses: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    """Listeners, as (key, host:port), that would bind one port of one host."""
+    """Yield listeners, given as (key, host:port), that would bind the same port of the same host."""
     taken: dict[int, list[tuple[str, str]]] = {}
     for key, address in addresses:
         host, _, port = address.rpartition(":")
         if not int(port):
             continue
-        for other, theirs in taken.get(int(port), ()):
-            if _one_host(host, theirs):
+        for other, other_host in taken.get(int(port), ()):
+            if _same_host(host, other_host):
                 text = f"{address}: port {int(port)} is {other}'s too: give each listener its own"
                 yield Problem(("listen", key), text)
         taken.setdefault(int(port), []).append((f"listen.{key}", host))
 
 
-def _one_host(one: str, other: str) -> bool:
-    hosts = {"127.0.0.1" if host == "localhost" else host.strip("[]") for host in (one, other)}
+def _same_host(first: str, second: str) -> bool:
+    hosts = {"127.0.0.1" if host == "localhost" else host.strip("[]") for host in (first, second)}
     return len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"})  # noqa: S104

@@ -1,7 +1,7 @@
 """Checks of a model's `engine:` section against the engine arguments of the pinned vLLM, without importing vLLM.
 
-The table vllm_arguments.json is written by scripts/engine_arguments.py. Arguments that make vLLM import a module, load
-a plugin or call a factory run code of the configuration's choice; they need `weights.allow.remote_code`.
+scripts/engine_arguments.py writes the table vllm_arguments.json. Arguments that make vLLM import a module, load a
+plugin or call a factory run code that the configuration names; they need `weights.allow.remote_code`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from cluster.config.problems import shown
 
 TABLE = Path(__file__).with_name("vllm_arguments.json")
 Problem = tuple[str, str]
-"""The key's path below `engine`, and what is wrong with it."""
+"""The key's path below `engine`, and the problem."""
 
-# Engine arguments that Headrace sets itself, with the reason a user is told.
+# Engine arguments that Headrace sets itself, with the reason in the error message.
 OWNED_ENGINE_ARGS = {
     "model": "the entry's `source` says which weights are loaded",
     "model_weights": "the entry's `source` says which weights are loaded",
@@ -38,16 +38,16 @@ OWNED_ENGINE_ARGS = {
     "node_rank": "ranks are placed by Ray on the model's placement group",
     "master_addr": "ranks are placed by Ray on the model's placement group",
     "master_port": "ranks are placed by Ray on the model's placement group",
-    "data_parallel_size": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_size_local": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_rank": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_start_rank": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_address": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_rpc_port": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_hybrid_lb": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_external_lb": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_multi_port_external_lb": "replicas are Ray Serve's: set `replicas`",
-    "data_parallel_backend": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_size": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_size_local": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_rank": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_start_rank": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_address": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_rpc_port": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_hybrid_lb": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_external_lb": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_multi_port_external_lb": "Ray Serve manages the replicas; set `replicas`",
+    "data_parallel_backend": "Ray Serve manages the replicas; set `replicas`",
     "served_model_name": "the entry's `name` and `aliases` are the served names",
     "kv_events_config": "the worker publishes KV events over the link",
     "disable_log_stats": "the worker reads the scheduler's statistics for routing and metrics",
@@ -81,9 +81,9 @@ CODE = frozenset(
 )
 """Arguments of the pinned vLLM that name code to import, a plugin to load or a factory to call."""
 HARMLESS = {"worker_cls": ("auto",), "compilation_config.backend": ("", "eager", "inductor")}
-"""Their values that name nothing of the user's."""
+"""Values of these arguments that name no code of the user's."""
 LOOKS_LIKE_CODE = re.compile(r"(_cls|_class|_classes|_plugin|_plugins|module_path|class_path|_factory|_callable)$")
-"""Keys of free mappings (`kv_connector_extra_config` and such) that name code by the custom of vLLM."""
+"""Keys of free-form mappings (such as `kv_connector_extra_config`) that name code by vLLM's naming convention."""
 CODE_FORBIDDEN = "names code that the engine would run: only where weights.allow.remote_code is true"
 MOST_SHOWN = 8
 _WORDS = {
@@ -100,27 +100,27 @@ _BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most
 
 @functools.cache
 def arguments() -> Mapping[str, Any]:
-    """The engine arguments of the pinned vLLM by name, each with its forms and range."""
+    """Return the engine arguments of the pinned vLLM by name, each with its forms and range."""
     rows: Mapping[str, Any] = json.loads(TABLE.read_text())["arguments"]
     return rows
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` for the nearest known name, "" when none is near."""
-    plain = {one.replace("-", "_").lower(): one for one in known}
+    """Return `; did you mean X?` with the closest known name; "" if none is close."""
+    normalized = {candidate.replace("-", "_").lower(): candidate for candidate in known}
     folded = name.replace("-", "_").lower()
-    found = plain.get(folded) or next(
-        (plain[one] for one in difflib.get_close_matches(folded, plain, n=1, cutoff=0.7)), None
+    closest = normalized.get(folded) or next(
+        (normalized[match] for match in difflib.get_close_matches(folded, normalized, n=1, cutoff=0.7)), None
     )
-    return f"; did you mean `{found}`?" if found else ""
+    return f"; did you mean `{closest}`?" if closest else ""
 
 
 def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
-    """What vLLM would refuse of an `engine:` section, and what Headrace sets itself."""
+    """Yield arguments of an `engine:` section that vLLM would refuse or that Headrace sets itself."""
     known = arguments()
     for name, value in engine.items():
         if name in OWNED_ENGINE_ARGS:
-            yield str(name), f"is Headrace's: {OWNED_ENGINE_ARGS[name]}"
+            yield str(name), f"is set by Headrace: {OWNED_ENGINE_ARGS[name]}"
         elif name not in known:
             yield str(name), f"vLLM has no such engine argument{near(str(name), [*known])}"
         else:
@@ -128,8 +128,11 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
 
 
 def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
-    """What vLLM would refuse of arguments that are right alone. `whole` has the entry's own `tensor_parallel_size` and
-    `max_model_len` too; what is not given is vLLM's to choose."""
+    """Yield combinations that vLLM would refuse of arguments that are valid alone.
+
+    `whole` includes the entry's `tensor_parallel_size` and `max_model_len`. An argument that is not given is not
+    checked, since vLLM chooses it.
+    """
     tokens, length, ranks = (
         _whole_number(whole, name) for name in ("max_num_batched_tokens", "max_model_len", "tensor_parallel_size")
     )
@@ -164,7 +167,7 @@ def _whole_number(whole: Mapping[Any, Any], name: str) -> int:
 
 
 def code_arguments(engine: Mapping[Any, Any]) -> Iterator[Problem]:
-    """The arguments of an `engine:` section that make the engine run code of the section's choice."""
+    """Yield the arguments of an `engine:` section that make the engine run code that the section names."""
     for name, value in engine.items():
         yield from _code(str(name), value)
 
@@ -186,7 +189,7 @@ def _code(path: str, value: Any) -> Iterator[Problem]:
 
 
 def _is_custom_proposer(speculative: Mapping[Any, Any]) -> bool:
-    """Whether `model` is the import path of a class, as vLLM decides it."""
+    """Return whether vLLM would take `model` for the import path of a class."""
     model = speculative.get("model")
     if speculative.get("method") == "custom_class":
         return True
@@ -200,12 +203,12 @@ def _problems(path: str, value: Any, row: Mapping[str, Any]) -> Iterator[Problem
     forms = row.get("any")
     if forms is None:
         return
-    form = next((one for one in forms if _fits(value, one)), None)
+    form = next((candidate for candidate in forms if _fits(value, candidate)), None)
     if form is None:
-        yield path, f"must be {' or '.join(_told(one) for one in forms) or 'left out'}, not {shown(value)}"
+        yield path, f"must be {' or '.join(map(_form_in_words, forms)) or 'left out'}, not {shown(value)}"
         return
-    if isinstance(value, int | float) and not isinstance(value, bool) and (told := _outside(value, row)):
-        yield path, told
+    if isinstance(value, int | float) and not isinstance(value, bool) and (problem := _range_problem(value, row)):
+        yield path, problem
     if isinstance(value, Mapping) and "values" in form:
         for key, item in value.items():
             yield from _problems(f"{path}.{key}", item, {"any": form["values"]})
@@ -219,7 +222,7 @@ def _problems(path: str, value: Any, row: Mapping[str, Any]) -> Iterator[Problem
 
 def _fits(value: Any, form: Mapping[str, Any]) -> bool:
     if "enum" in form:
-        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in form["enum"])
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in form["enum"])
     if "names" in form:
         return isinstance(value, str) and value.upper() in (*map(str.upper, form["names"]), "AUTO")
     match form["type"]:
@@ -236,14 +239,14 @@ def _fits(value: Any, form: Mapping[str, Any]) -> bool:
         case "array":
             items = form.get("items")
             return isinstance(value, list) and (
-                items is None or all(any(_fits(item, one) for one in items) for item in value)
+                items is None or all(any(_fits(item, item_form) for item_form in items) for item in value)
             )
         case _:
             return isinstance(value, Mapping)
 
 
-def _outside(value: float, row: Mapping[str, Any]) -> str:
-    """Why a number is outside the argument's range; "" when it is inside."""
+def _range_problem(value: float, row: Mapping[str, Any]) -> str:
+    """Return why a number is outside the argument's range; "" if it is inside."""
     wrong = {
         "gt": lambda bound: value <= bound,
         "ge": lambda bound: value < bound,
@@ -251,19 +254,19 @@ def _outside(value: float, row: Mapping[str, Any]) -> str:
         "le": lambda bound: value > bound,
     }
     if any(name in row and wrong[name](row[name]) for name, _ in _BOUNDS):
-        told = " and ".join(f"{word} {row[name]:g}" for name, word in _BOUNDS if name in row)
+        allowed = " and ".join(f"{word} {row[name]:g}" for name, word in _BOUNDS if name in row)
         percent = (
             f": a part, not a percentage; write {value / 100:g}" if row.get("le") == 1 and 1 < value <= 100 else ""
         )
-        return f"must be {told}, not {value:g}{percent}"
+        return f"must be {allowed}, not {value:g}{percent}"
     return ""
 
 
-def _told(form: Mapping[str, Any]) -> str:
+def _form_in_words(form: Mapping[str, Any]) -> str:
     words = form.get("enum") or form.get("names")
     if words is not None:
         few = ", ".join(map(str, words[:MOST_SHOWN]))
         return f"one of {few}{', ...' if len(words) > MOST_SHOWN else ''}"
     if form["type"] == "array" and form.get("items"):
-        return f"a list of items, each {' or '.join(_told(one) for one in form['items'])}"
+        return f"a list of items, each {' or '.join(map(_form_in_words, form['items']))}"
     return _WORDS[form["type"]]

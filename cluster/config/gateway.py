@@ -1,4 +1,4 @@
-"""The gateway's section of cluster.yaml: where it listens, under which certificates, and what may wait in it."""
+"""The `gateway` section of cluster.yaml: listeners, certificates, queue bounds and resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.config.problems import Problem, raise_all
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `host:port` is reachable from this host only."""
+    """Return whether `host:port` is reachable from this host only."""
     host = address.rsplit(":", 1)[0].strip("[]")
     if host == "localhost":
         return True
@@ -26,7 +26,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and an unknown key is refused."""
+    """Base of all configuration sections: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ MAX_PORT = 65_535
 
 
 def check_address(value: str, least: int = 0) -> str:
-    """`host:port` itself. Raises ValueError for a port or an IP address that cannot be."""
+    """Return `host:port` unchanged. Raises ValueError for an invalid port, IP address or host name."""
     host, _, port = value.rpartition(":")
     if not least <= int(port) <= MAX_PORT:
         raise ValueError(f"{value}: a port is {least} to {MAX_PORT}")
@@ -50,18 +50,18 @@ def check_address(value: str, least: int = 0) -> str:
 
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]{1,5}$"), AfterValidator(check_address)]
-# Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
-LINK_ABOVE, METRICS_ABOVE = 8, 10
+# Process i > 0 listens this much plus i above the configured ports: by default on 50060+i and 9410+i.
+LINK_PORT_OFFSET, METRICS_PORT_OFFSET = 8, 10
 
 
-def _above(address: str, by: int) -> str:
-    """The address that many ports higher; port 0 stays."""
+def _with_port_above(address: str, by: int) -> str:
+    """Return the address with its port raised by `by`; port 0 stays 0."""
     host, port = address.rsplit(":", 1)
     return f"{host}:{int(port) + by if int(port) else 0}"
 
 
 class Listen(Section):
-    """Where a gateway listens, each `host:port`; port 0 picks a free one."""
+    """Listen addresses of a gateway, each `host:port`; port 0 picks a free port."""
 
     grpc: Address = "127.0.0.1:50051"
     http: Address = "127.0.0.1:8000"
@@ -70,18 +70,21 @@ class Listen(Section):
     metrics: Address = "127.0.0.1:9400"
 
     def of(self, process: int) -> Listen:
-        """Those of one process: `grpc` and `http` are shared, `link` and `metrics` its own, `admin` is process 0's."""
+        """Return the addresses of one process.
+
+        All processes share `grpc` and `http`; each has its own `link` and `metrics`; only process 0 has `admin`.
+        """
         if not process:
             return self
         own = {
-            "link": _above(self.link, LINK_ABOVE + process),
-            "metrics": _above(self.metrics, METRICS_ABOVE + process),
+            "link": _with_port_above(self.link, LINK_PORT_OFFSET + process),
+            "metrics": _with_port_above(self.metrics, METRICS_PORT_OFFSET + process),
         }
         return self.model_copy(update=own)
 
 
 class Tls(Section):
-    """Certificate files of one side of a mutual TLS connection."""
+    """Certificate files for one side of a mutual TLS connection."""
 
     cert_file: Path
     key_file: Path
@@ -89,16 +92,16 @@ class Tls(Section):
 
 
 class LinkTls(Tls):
-    """The link port's. `revoked_serials_file`: certificates that are refused all the same, re-read when it changes."""
+    """Certificate files of the link port. `revoked_serials_file` lists revoked certificates; re-read on changes."""
 
     revoked_serials_file: Path | None = None
 
 
 class ClientTls(Section):
-    """The certificate of client and admin ports, read again when the files change.
+    """Certificate of the client and admin ports, re-read when the files change.
 
-    `client_ca_file`: whose certificates may be shown in place of a key (auth.client_certificates).
-    `revoked_serials_file`: which of these are refused all the same."""
+    `client_ca_file`: the CA of client certificates that authenticate callers (auth.client_certificates).
+    `revoked_serials_file`: client certificates that are revoked."""
 
     cert_file: Path
     key_file: Path
@@ -107,7 +110,7 @@ class ClientTls(Section):
 
 
 class Queue(Section):
-    """Bounds on what waits in a gateway, in all and (`tenant_...`; none when absent) of each tenant."""
+    """Bounds on the requests waiting in a gateway: in total, and for each tenant (`tenant_...`; absent: no bound)."""
 
     max_requests: Annotated[int, Field(ge=1)] = 20_000
     max_tokens: Annotated[int, Field(ge=1)] = 40_000_000
@@ -117,12 +120,11 @@ class Queue(Section):
 
 
 class Resume(Section):
-    """What becomes of calls whose worker is lost or leaves: they go on at another like it.
+    """Resume of calls whose worker is lost or leaves: they continue on another compatible worker.
 
-    `max_attempts` workers may fail a call before it fails; it waits `max_wait_s` for another worker. With
-    `max_attempts: 1` it fails with its worker. It also fails when `max_silent_losses` workers were lost in a row with
-    it and no token came between, since it may be what ends them. With a resume token a client goes on at another
-    gateway; it opens for `token_expires_s`."""
+    A call fails after `max_attempts` workers have failed it (1: with its first worker), after waiting `max_wait_s` for
+    another worker, or when `max_silent_losses` workers in a row were lost without a token from it, since the call may
+    be the cause. With a resume token a client continues at another gateway; a token is valid for `token_expires_s`."""
 
     max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
     max_silent_losses: Annotated[int, Field(ge=1, le=16)] = 2
@@ -131,7 +133,7 @@ class Resume(Section):
 
 
 class GatewaySettings(Section):
-    """The door."""
+    """Settings of a gateway."""
 
     listen: Listen = Listen()
     tls: ClientTls | None = None
@@ -145,23 +147,23 @@ class GatewaySettings(Section):
     resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""
+        """Return the link addresses of the other processes, each as `:port` on this process's host."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
     def open_port(self) -> str:
-        """The first listener whose port must be known before processes can share it or name it, and is 0; or ""."""
+        """Return the first listener with port 0 that several processes would have to share or announce; "" if none."""
         if self.processes == 1:
             return ""
         return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
 
     @model_validator(mode="after")
     def _ports(self) -> GatewaySettings:
-        raise_all((*self._above(), *self._twice(), *self._open_link()))
+        raise_all((*self._ports_too_high(), *self._port_conflicts(), *self._exposed_link()))
         return self
 
-    def _above(self) -> Iterator[Problem]:
-        """Ports of the last process that do not exist."""
+    def _ports_too_high(self) -> Iterator[Problem]:
+        """Yield the ports of the last process that are above MAX_PORT."""
         last = self.listen.of(self.processes - 1)
         for name in ("link", "metrics"):
             if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
@@ -171,24 +173,24 @@ class GatewaySettings(Section):
                     f"on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes",
                 )
 
-    def _twice(self) -> Iterator[Problem]:
-        """Listeners of all processes that would bind one port."""
-        own = [(name, getattr(self.listen, name)) for name in ("grpc", "http", "link", "admin", "metrics")]
+    def _port_conflicts(self) -> Iterator[Problem]:
+        """Yield listeners, over all processes, that would bind the same port."""
+        addresses = [(name, getattr(self.listen, name)) for name in ("grpc", "http", "link", "admin", "metrics")]
         for process in range(1, self.processes):
-            theirs = self.listen.of(process)
-            own += [(f"{name} of process {process}", getattr(theirs, name)) for name in ("link", "metrics")]
-        for problem in listeners(own):
-            name, _, process_too = str(problem.path[-1]).partition(" ")
-            if process_too:
-                yield Problem(("processes",), f"listen.{name} {process_too}: {problem.text}")
+            listen = self.listen.of(process)
+            addresses += [(f"{name} of process {process}", getattr(listen, name)) for name in ("link", "metrics")]
+        for problem in listeners(addresses):
+            name, _, of_process = str(problem.path[-1]).partition(" ")
+            if of_process:
+                yield Problem(("processes",), f"listen.{name} {of_process}: {problem.text}")
             else:
                 yield Problem(("listen", name), problem.text)
 
-    def _open_link(self) -> Iterator[Problem]:
+    def _exposed_link(self) -> Iterator[Problem]:
         link = self.listen.link
         if not is_loopback(link) and self.link_tls is None:
             yield Problem(
                 ("listen", "link"),
                 f"is {link}, off loopback, and link_tls is not set: "
-                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback",
+                "any process that reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback",
             )

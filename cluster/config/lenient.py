@@ -1,9 +1,10 @@
-"""A configuration whose `models` section is partly wrong, as a process that restarts reads it.
+"""Reads a configuration that is partly invalid, so that a restarting process can start with the rest.
 
-Problem: models change while gateways and controller run, so a wrong entry is met by whichever process restarts next,
-hours after the change. If that process ended, one typing error would take down the whole fleet, one restart at a time.
-Invariants: an entry that is wrong, or whose names clash with another's, changes nothing for its own model and nothing
-for the others; whatever is wrong outside of the sections that a process may do without still ends its start.
+Problem: models change while gateways and controller run, so an invalid entry is first read by the process that restarts
+next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart at a time.
+
+Invariants: an entry that is invalid, or whose names conflict with another's, changes nothing for its own model or for
+the others. A problem outside the sections that a process can start without still prevents its start.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from cluster.config.problems import Problem
 from cluster.config.schema import Config, ConfigError, examine, line, names_of, read_document, read_text
 from cluster.config.yaml_reader import Document
 
-GATEWAY_DOES_WITHOUT = ("models", "weights", "ray")
-"""Sections that a gateway does not read: it learns of models from the controller and from workers."""
+GATEWAY_OPTIONAL_SECTIONS = ("models", "weights", "ray")
+"""Sections that a gateway does not use: it gets the models from the controller and the workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model whose entry is wrong: what runs of it stays as it is. `aliases` and `fallback` are the entry's, as far as
-    they can be read."""
+    """A model with an invalid entry; its running replicas stay unchanged.
+
+    `aliases` and `fallback` are the entry's, as far as they can be read.
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -33,8 +36,10 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True)
 class Lenient:
-    """A configuration without its wrong parts, and what was wrong. `all_held`: nothing that runs may be changed, since
-    the section cannot be told apart into entries."""
+    """A configuration without its invalid parts, with the problems and the held models.
+
+    `all_held`: all running models must stay unchanged, since the `models` section cannot be read as a list of entries.
+    """
 
     config: Config
     problems: tuple[str, ...] = ()
@@ -43,112 +48,121 @@ class Lenient:
 
 
 def load_for_gateway(path: Path) -> Lenient:
-    """Read a file as a gateway that starts. Raises ConfigError for what is wrong outside of GATEWAY_DOES_WITHOUT."""
+    """Read a file for a gateway's start. Raises ConfigError for problems outside GATEWAY_OPTIONAL_SECTIONS."""
     return for_gateway(read_text(path), str(path))
 
 
 def load_for_controller(path: Path) -> Lenient:
-    """Read a file as a controller that starts. Raises ConfigError for what is wrong outside of `models`."""
+    """Read a file for a controller's start. Raises ConfigError for problems outside `models`."""
     return for_controller(read_text(path), str(path))
 
 
 def for_gateway(text: str, where: str = "configuration") -> Lenient:
-    """The same of a text."""
+    """Read a text as load_for_gateway does; `where` names it in errors."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
         return Lenient(config)
-    for sections in (GATEWAY_DOES_WITHOUT[:1], GATEWAY_DOES_WITHOUT[:2], GATEWAY_DOES_WITHOUT):
-        rest, left = examine(_without_sections(document, sections))
+    for sections in (GATEWAY_OPTIONAL_SECTIONS[:1], GATEWAY_OPTIONAL_SECTIONS[:2], GATEWAY_OPTIONAL_SECTIONS):
+        rest, remaining = examine(_without_sections(document, sections))
         if rest is not None:
             return Lenient(rest, _lines(wrong, where, document))
-    lines = _lines([*wrong, *(one for one in left if one not in wrong)], where, document)
+    lines = _lines([*wrong, *(problem for problem in remaining if problem not in wrong)], where, document)
     raise ConfigError("\n".join(lines))
 
 
 def for_controller(text: str, where: str = "configuration") -> Lenient:
-    """The same of a text."""
+    """Read a text as load_for_controller does; `where` names it in errors."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
         return Lenient(config)
-    bare, _ = examine(_without_sections(document, ("models",)))
-    if bare is None:
+    without_models, _ = examine(_without_sections(document, ("models",)))
+    if without_models is None:
         raise ConfigError("\n".join(_lines(wrong, where, document)))
     entries = document.data.get("models")
-    whole = any(one.path == ("models",) for one in document.duplicates)
+    is_duplicate = any(duplicate.path == ("models",) for duplicate in document.duplicates)
     problems = _lines(wrong, where, document)
-    if not isinstance(entries, list) or whole:
-        return Lenient(bare, problems, _held(entries if isinstance(entries, list) else []), True)
-    return _by_entry(document, entries, bare, problems)
+    if not isinstance(entries, list) or is_duplicate:
+        return Lenient(without_models, problems, _held(entries if isinstance(entries, list) else []), True)
+    return _without_wrong_entries(document, entries, without_models, problems)
 
 
-def _by_entry(document: Document, entries: Sequence[Any], bare: Config, problems: tuple[str, ...]) -> Lenient:
-    """Leave out the wrong entries until the others are right together."""
-    left_out = {*_twice_in(document), *_clashing(entries)}
+def _without_wrong_entries(
+    document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
+) -> Lenient:
+    """Leave out invalid entries until the others are valid together."""
+    left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
-        stay = [at for at in range(len(entries)) if at not in left_out]
-        rest = document.data | {"models": [entries[at] for at in stay]}
+        staying = [at for at in range(len(entries)) if at not in left_out]
+        rest = document.data | {"models": [entries[at] for at in staying]}
         absent = names_of({"models": [entries[at] for at in left_out]})
-        others = tuple(one for one in document.duplicates if one.path[0] != "models")
+        others = tuple(duplicate for duplicate in document.duplicates if duplicate.path[0] != "models")
         config, wrong = examine(Document(rest, others), absent)
         if config is not None:
             return Lenient(config, problems, _held([entries[at] for at in sorted(left_out)], config))
-        more = {stay[one.path[1]] for one in wrong if one.path[0] == "models" and isinstance(one.path[1], int)}
+        more = {
+            staying[problem.path[1]]
+            for problem in wrong
+            if problem.path[0] == "models" and isinstance(problem.path[1], int)
+        }
         if not more:
-            return Lenient(bare, problems, _held(entries), True)
+            return Lenient(without_models, problems, _held(entries), True)
         left_out |= more
 
 
 def _without_sections(document: Document, sections: Collection[str]) -> Document:
-    """The document with these sections empty; of `ray` there stays that there is one."""
+    """Return the document with these sections empty.
+
+    A `ray` section with entries gets one placeholder, since other rules depend on whether there is a Ray cluster.
+    """
     data = {key: value for key, value in document.data.items() if key not in sections} | {"models": []}
     if "models" not in sections:
         data["models"] = document.data.get("models")
     if "ray" in sections and document.data.get("ray"):
         data["ray"] = [{"name": "unread", "dashboard_url": "http://127.0.0.1:8265"}]
-    return Document(data, tuple(one for one in document.duplicates if one.path[0] not in sections))
+    return Document(data, tuple(duplicate for duplicate in document.duplicates if duplicate.path[0] not in sections))
 
 
-def _twice_in(document: Document) -> set[int]:
-    """Positions of entries that hold a key twice."""
+def _with_duplicate_keys(document: Document) -> set[int]:
+    """Return the positions of model entries with a duplicate key."""
     return {
-        one.path[1]
-        for one in document.duplicates
-        if one.path[0] == "models" and len(one.path) > 2 and isinstance(one.path[1], int)
+        duplicate.path[1]
+        for duplicate in document.duplicates
+        if duplicate.path[0] == "models" and len(duplicate.path) > 2 and isinstance(duplicate.path[1], int)
     }
 
 
-def _clashing(entries: Sequence[Any]) -> set[int]:
-    """Positions of all entries that have a name or alias of another: which of them is meant, nobody can tell."""
+def _conflicting(entries: Sequence[Any]) -> set[int]:
+    """Return the positions of all entries that share a name or alias: which of them is meant is unknown."""
     owners: dict[str, set[int]] = {}
     for at, entry in enumerate(entries):
         for name in names_of({"models": [entry]}):
             owners.setdefault(name, set()).add(at)
-    return {at for them in owners.values() if len(them) > 1 for at in them}
+    return {at for positions in owners.values() if len(positions) > 1 for at in positions}
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """The models that these entries name, each once, with names that no right model and no other held one has."""
+    """Return the models that these entries name, without names of valid models (`beside`) and without duplicates."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
-    found: dict[str, HeldModel] = {}
+    held: dict[str, HeldModel] = {}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name not in taken and name not in found:
-            found[name] = HeldModel(name, fallback=_words(entry.get("fallback")))
-    taken |= found.keys()
+        if isinstance(name, str) and name not in taken and name not in held:
+            held[name] = HeldModel(name, fallback=_strings(entry.get("fallback")))
+    taken |= held.keys()
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
-        if isinstance(name, str) and name in found and not found[name].aliases:
-            aliases = tuple(one for one in _words(entry.get("aliases")) if one not in taken)
-            found[name] = HeldModel(name, aliases, found[name].fallback)
+        if isinstance(name, str) and name in held and not held[name].aliases:
+            aliases = tuple(alias for alias in _strings(entry.get("aliases")) if alias not in taken)
+            held[name] = HeldModel(name, aliases, held[name].fallback)
             taken |= set(aliases)
-    return tuple(found.values())
+    return tuple(held.values())
 
 
-def _words(value: Any) -> tuple[str, ...]:
-    return tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
 
 
 def _lines(wrong: Sequence[Problem], where: str, document: Document) -> tuple[str, ...]:
-    return tuple(line(one, where, document) for one in wrong)
+    return tuple(line(problem, where, document) for problem in wrong)

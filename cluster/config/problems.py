@@ -1,8 +1,8 @@
-"""What is wrong with a configuration, as a list: each problem with the key's path, the expected form and the remedy.
+"""Problems of a configuration, each with the key's path, the expected form and the remedy.
 
-Pydantic stops a model's own validators at the first wrong field, and says "unable to parse string" for `300s`. Here
-validators may report several problems at once (`Several`), keys that pydantic does not know get a suggestion, and
-numbers with a unit get the unit that the key has.
+Pydantic stops a model's validators at the first wrong field, and its message for `300s` is "unable to parse string".
+Here a validator may report several problems at once (`ProblemsError`), unknown keys get a suggestion, and numbers with
+a unit are converted to the key's unit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _COUNTS = {
     "ti": 2.0**40,
 }
 _UNITS = {"s": "seconds", "bytes": "bytes", "tokens": "tokens", "days": "days", "minute": "a count per minute"}
-_EMPTY = "nothing stands below the key; fill it, or remove it"
+_EMPTY = "the key has no value; fill it, or remove it"
 _ADDRESS = "host:port, of an IPv6 address [address]:port"
 _FORMS = {
     **dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), _ADDRESS),
@@ -51,14 +51,16 @@ _FORMS = {
     "digest": "sha256: and 64 digits of 0-9 and a-f, in lower case",
     "dashboard_url": "a URL that begins with http:// or https://",
 }
-"""What keys have to look like whose form is a pattern."""
+"""Expected form, in words, of keys that are checked against a pattern."""
 _FLAGS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: `path` of keys and list positions, and what to do about it. `missing`: a required key
-    is not there."""
+    """A problem at a `path` of keys and list positions, with a text that names the remedy.
+
+    `missing`: a required key is absent.
+    """
 
     path: Path
     text: str
@@ -66,15 +68,15 @@ class Problem:
 
     @property
     def where(self) -> str:
-        """The path as people write it: models[0].replicas.max; "" for the whole file."""
+        """The path in the form models[0].replicas.max; "" for the whole file."""
         return written(self.path)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}" if self.path else self.text
 
 
-class Several(ValueError):
-    """Raised by a validator that has found several problems; paths begin at what it validates."""
+class ProblemsError(ValueError):
+    """Raised by a validator that has found problems; their paths are relative to the validated value."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -82,13 +84,13 @@ class Several(ValueError):
 
 
 def raise_all(problems: Iterable[Problem]) -> None:
-    """Raise Several, unless there is no problem."""
-    if found := list(problems):
-        raise Several(found)
+    """Raise ProblemsError unless there are no problems."""
+    if collected := list(problems):
+        raise ProblemsError(collected)
 
 
 def written(path: Path) -> str:
-    """A path as people write it."""
+    """Return a path in the form models[0].replicas.max."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
@@ -96,28 +98,30 @@ def written(path: Path) -> str:
 
 
 def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """What pydantic and our validators have found, one entry for each wrong key."""
-    found: list[Problem] = []
-    for one in error.errors():
-        path, keys = _plain(one["loc"], root)
-        cause = (one.get("ctx") or {}).get("error")
-        if isinstance(cause, Several):
-            found += [Problem((*path, *inner.path), inner.text) for inner in cause.problems]
+    """Return the problems that pydantic and our validators report, one for each wrong key."""
+    problems: list[Problem] = []
+    for detail in error.errors():
+        path, keys = _path_and_keys(detail["loc"], root)
+        cause = (detail.get("ctx") or {}).get("error")
+        if isinstance(cause, ProblemsError):
+            problems += [Problem((*path, *inner.path), inner.text) for inner in cause.problems]
             continue
-        text = _told(one, path, keys)
-        if text and all(known.path != path or known.text != text for known in found):
-            found.append(Problem(path, text, one["type"] == "missing"))
-    return _without_other_forms(found)
+        text = _message(detail, path, keys)
+        if text and all(known.path != path or known.text != text for known in problems):
+            problems.append(Problem(path, text, detail["type"] == "missing"))
+    return _without_other_forms(problems)
 
 
-def _without_other_forms(found: list[Problem]) -> list[Problem]:
-    """Of a key that may be a string or a list, only what is wrong with the form that was given."""
-    deeper = {one.path[:at] for one in found for at in range(len(one.path))}
-    return [one for one in found if not (one.path in deeper and one.text.startswith("must be a string"))]
+def _without_other_forms(problems: list[Problem]) -> list[Problem]:
+    """Drop, for a key that may be a string or a list, the problems of the form that was not used."""
+    parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
+    return [
+        problem for problem in problems if not (problem.path in parents and problem.text.startswith("must be a string"))
+    ]
 
 
-def _plain(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
-    """A path without the names of union members that pydantic puts in, and the keys that are known at its end."""
+def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
+    """Return a path without the union members that pydantic inserts, and the known keys at its end."""
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]
     for part in location:
@@ -138,11 +142,11 @@ def _plain(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for one in typing.get_args(annotation):
-        yield from _models_in(one)
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
 
 
-def _told(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
+def _message(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
     value, kind = error.get("input"), str(error["type"])
     last = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
@@ -157,9 +161,9 @@ def _told(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
         )
     message = str(error["msg"]).removeprefix("Value error, ")
     if kind.startswith(("int_", "float_")):
-        return f"must be {_number(last, kind)}, not {shown(value)}{_by_unit(last, value)}"
+        return f"must be {_expected_number(last, kind)}, not {shown(value)}{_converted(last, value)}"
     if kind == "string_type":
-        return f"must be a string, not {shown(value)}{_quoted(value)}"
+        return f"must be a string, not {shown(value)}{_quoting_hint(value)}"
     if kind.startswith("bool_"):
         return f"must be true or false, not {shown(value)}"
     if kind in ("tuple_type", "list_type"):
@@ -171,36 +175,36 @@ def _told(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
     return f"{message}, not {shown(value)}" if kind in ("string_pattern_mismatch", "literal_error") else message
 
 
-def _number(key: str, kind: str) -> str:
+def _expected_number(key: str, kind: str) -> str:
     whole = "a whole number" if kind.startswith("int_") else "a number"
     unit = _UNITS.get(key.rsplit("_", 1)[-1])
     return f"{unit}, {whole} without a unit" if unit else whole
 
 
-def _by_unit(key: str, value: Any) -> str:
-    """`: write 300` for `300s` where a key counts seconds; "" where the unit says nothing."""
-    found = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
+def _converted(key: str, value: Any) -> str:
+    """Return a hint with the value in the key's unit, such as `: write 300` for `300s`; "" if it has no unit."""
+    quantity = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if quantity is None:
         return ""
-    unit = found[2]
+    unit = quantity[2]
     factors = _SECONDS if key.endswith("_s") else _COUNTS
     factor = factors.get(unit.lower().removesuffix("b") if factors is _COUNTS and len(unit) > 1 else unit.lower())
     if factor is None:
         return ": write the number alone"
-    return f": write {float(found[1].replace('_', '')) * factor:.15g}"
+    return f": write {float(quantity[1].replace('_', '')) * factor:.15g}"
 
 
-def _quoted(value: Any) -> str:
+def _quoting_hint(value: Any) -> str:
     scalar = isinstance(value, bool | int | float) or type(value).__module__ == "datetime"
     return f': write it in quotes, "{shown(value)}"' if scalar else ""
 
 
-_written_as = {"None": "null", "True": "true", "False": "false"}
+_YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it, cut to a length that fits a line."""
-    text = _written_as.get(repr(value), repr(value)) if value is None or isinstance(value, bool) else repr(value)
+    """Return a value as error messages show it, cut to a length that fits on a line."""
+    text = _YAML_WORDS.get(repr(value), repr(value)) if value is None or isinstance(value, bool) else repr(value)
     if type(value).__module__ == "datetime":
         text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""A document of cluster.yaml without its wrong keys, so that what is left can be checked too. Pure."""
+"""Removes the invalid keys from a cluster.yaml document so that the rest can be checked too. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 from cluster.config.problems import Path
 
 LEFT_OUT = "left-out"
-"""The name, with its position, of an entry that stands for one that could not be mended."""
+"""Name prefix, followed by the position, of a placeholder for an invalid list item."""
 
 
 def without(data: Any, paths: Sequence[Path]) -> Any:
-    """A copy of a document without the values at these paths, as far as they are there. Items of `models`, `tenants`
-    and `ray` become items that are right, so that the others keep their positions. None when nothing is left."""
-    made = copy.deepcopy(data)
+    """Return a copy of a document without the values at these paths; None if nothing is left to remove.
+
+    Items of `models`, `tenants` and `ray` are replaced by valid placeholders, so that the others keep their positions.
+    """
+    remaining = copy.deepcopy(data)
     for path in paths:
-        if not _take_out(made, path):
+        if not _remove(remaining, path):
             return None
-    return made
+    return remaining
 
 
 _PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {
@@ -27,11 +29,12 @@ _PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {
     "tenants": {},
     "ray": {"dashboard_url": "http://127.0.0.1:8265"},
 }
-_OF_A_MODEL: Mapping[str, str] = {"name": f"{LEFT_OUT}-{{}}", "source": "demo://smollm2"}
-_REPLACED: Mapping[str, Any] = {"api_version": "headrace/v1", "name": LEFT_OUT, "models": []}
+_MODEL_REPLACEMENTS: Mapping[str, str] = {"name": f"{LEFT_OUT}-{{}}", "source": "demo://smollm2"}
+_REPLACEMENTS: Mapping[str, Any] = {"api_version": "headrace/v1", "name": LEFT_OUT, "models": []}
 
 
-def _take_out(data: Any, path: Path) -> bool:
+def _remove(data: Any, path: Path) -> bool:
+    """Remove or replace the value at a path, or its nearest parent for which that is possible; False if none is."""
     depth, node = 0, data
     while depth < len(path) and _has(node, path[depth]):
         node = node[path[depth]]
@@ -41,9 +44,9 @@ def _take_out(data: Any, path: Path) -> bool:
         for key in path[: depth - 1]:
             parent = parent[key]
         last = path[depth - 1]
-        if depth == 1 and last in _REPLACED:
-            changed = bool(parent[last] != _REPLACED[str(last)])
-            parent[last] = copy.deepcopy(_REPLACED[str(last)])
+        if depth == 1 and last in _REPLACEMENTS:
+            changed = bool(parent[last] != _REPLACEMENTS[str(last)])
+            parent[last] = copy.deepcopy(_REPLACEMENTS[str(last)])
             return changed
         if isinstance(last, int) and path[depth - 2] == "aliases":
             parent[last] = "-".join(map(str, (LEFT_OUT, *path[1:depth:2])))
@@ -55,14 +58,14 @@ def _take_out(data: Any, path: Path) -> bool:
                 continue
             parent[last] = placeholder
             return True
-        if path[0] == "models" and depth == 3 and last in _OF_A_MODEL:
-            parent[last], before = _OF_A_MODEL[str(last)].format(path[1]), parent[last]
+        if path[0] == "models" and depth == 3 and last in _MODEL_REPLACEMENTS:
+            parent[last], before = _MODEL_REPLACEMENTS[str(last)].format(path[1]), parent[last]
             if parent[last] != before:
                 return True
         elif isinstance(last, str):
             del parent[last]
             return True
-        depth -= 1  # an item of another list: the whole list
+        depth -= 1  # an item of another list is removed with the whole list
     return False
 
 

@@ -1,7 +1,7 @@
-"""cluster.yaml: read once, checked when built, frozen; an unknown key is refused with its path.
+"""The schema of cluster.yaml: read once, checked completely, then frozen; unknown keys are refused with their path.
 
-Sections that later releases bring are refused by name rather than accepted and ignored: a bound
-that nobody enforces is worse than none. Those about tenants are in config_tenants.
+Sections of later releases are refused by name, not ignored: a limit that is accepted and not enforced is worse than
+none. tenants.py has the sections about tenants, gateway.py that of the gateway.
 """
 
 from __future__ import annotations
@@ -53,17 +53,18 @@ LinkAddress = Annotated[
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 _NO_REVISION = re.compile(r"[\s~^:?*\[\\]")
 _NAME_RULE = "must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters"
-# Callers keep the names that they use today, such as meta-llama/Llama-3.1-8B-Instruct or claude-3-5-haiku@20241022.
+# Aliases allow the names that callers already use, such as meta-llama/Llama-3.1-8B-Instruct or
+# claude-3-5-haiku@20241022.
 _ALIAS = re.compile(r"[A-Za-z0-9@]([A-Za-z0-9._:/@+-]{0,126}[A-Za-z0-9+])?")
 _ALIAS_RULE = "must be letters, digits, '.', '_', '-', '/', ':', '@' or '+', 1 to 128 characters"
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong; the message names the file, the key's path and the remedy."""
+    """The configuration is invalid; the message names the file, the key's path and the remedy."""
 
 
 def _web_server(value: str) -> str:
-    """A URL of a web server itself. Raises ValueError."""
+    """Return the URL of a web server unchanged. Raises ValueError for anything else."""
     parts = url_parts(value)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{value!r} is no URL of a web server: write https://host or http://host:port")
@@ -71,16 +72,16 @@ def _web_server(value: str) -> str:
 
 
 class LinkSettings(Section):
-    """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port.
+    """Gateways that workers and the controller connect to. Default: the local gateway's link port.
 
-    An entry is `host:port`, or `srv://_link._tcp.NAME`: whoever the DNS names there, asked again every few seconds."""
+    An entry is `host:port`, or `srv://_link._tcp.NAME`, an SRV record that is resolved again every few seconds."""
 
     gateways: tuple[LinkAddress, ...] = ()
     tls: Tls | None = None
 
 
 class RayCluster(Section):
-    """A Ray cluster that exists already. Without any, `cluster up` starts a local one."""
+    """An existing Ray cluster. Without any, `cluster up` starts a local one."""
 
     name: Annotated[str, Field(pattern=_NAME.pattern)]
     dashboard_url: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_web_server)]
@@ -89,14 +90,14 @@ class RayCluster(Section):
 
 
 class HuggingFace(Section):
-    """Where `hf://` sources come from; huggingface_hub's own settings otherwise."""
+    """Server and token for `hf://` sources; by default those of huggingface_hub."""
 
     endpoint: Annotated[str, AfterValidator(lambda value: _web_server(value) if value else value)] = ""
     token_file: Path | None = None
 
 
 class Allow(Section):
-    """What may be loaded at all. No `licenses`: any, also where a model says nothing of its own."""
+    """What models may load. Empty `licenses` allow any license, and models without one."""
 
     sources: tuple[str, ...] = ("*",)
     licenses: tuple[str, ...] = ()
@@ -105,7 +106,7 @@ class Allow(Section):
 
 
 class Weights(Section):
-    """Where weights rest on each node, and which are allowed."""
+    """The folder of weights on each node, and what may be loaded."""
 
     cache_dir: Path | None = None
     hugging_face: HuggingFace = HuggingFace()
@@ -113,7 +114,7 @@ class Weights(Section):
 
 
 class Observe(Section):
-    """Logs and metrics. `max_tenant_series`: tenants that metrics name, the first to call; the rest are `other`."""
+    """Logs and metrics. Metrics name the first `max_tenant_series` tenants that call; `other` stands for the rest."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
@@ -121,7 +122,7 @@ class Observe(Section):
 
 
 class Replicas(Section):
-    """Bounds on the number of replicas. `idle_s` with `min: 0`: none after so long without a call."""
+    """Bounds on the number of replicas. With `min: 0`, a model without calls for `idle_s` is scaled to zero."""
 
     min: Annotated[int, Field(ge=0, le=1000)] = 1
     max: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -132,12 +133,12 @@ class Replicas(Section):
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max ({self.max}) is below min ({self.min})")
         if self.idle_s > 0 and self.min > 0:
-            raise ValueError("idle_s is for scaling to zero, which needs min: 0")
+            raise ValueError("idle_s is for scaling to zero, which needs min: 0; set it, or remove idle_s")
         return self
 
 
 class Gpu(Section):
-    """One kind of GPU that a model may run on, with what is different there."""
+    """A GPU type that a model may run on, with the settings that differ there."""
 
     type: Annotated[str, Field(min_length=1)]
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -146,7 +147,9 @@ class Gpu(Section):
 
 
 class Rollback(Section):
-    """When a version on trial goes by itself: it fails, or its first token takes, so many times as much; 0: never."""
+    """Automatic rollback of a canary whose error rate or time to first token is too high.
+
+    Each value is the allowed ratio to the stable version; 0: never roll back."""
 
     error_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.5
     ttft_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.2
@@ -155,12 +158,12 @@ class Rollback(Section):
     @classmethod
     def _more(cls, value: float) -> float:
         if 0 < value < 1:
-            raise ValueError(f"{value:g} would take back a version that is better; at least 1, or 0 for never")
+            raise ValueError(f"{value:g} would roll back a version that is better: must be at least 1, or 0 for never")
         return value
 
 
 class Canary(Section):
-    """A second version of a model, which gets `weight` of its calls. What it does not name is the model's own."""
+    """A second version of a model, which gets the share `weight` of its calls. Keys left out are the model's."""
 
     version: str
     weight: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -188,9 +191,9 @@ class Canary(Section):
         return value
 
     def own(self) -> dict[str, Any]:
-        """What it has instead of the model's own, by the model's keys."""
-        given = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
-        return {key: value for key, value in given.items() if value is not None} | {"digest": self.digest}
+        """Return the values that replace the model's, by the model's keys."""
+        set_keys = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
+        return {key: value for key, value in set_keys.items() if value is not None} | {"digest": self.digest}
 
 
 def _checked_name(value: str) -> str:
@@ -200,8 +203,10 @@ def _checked_name(value: str) -> str:
 
 
 class SloSettings(Section):
-    """What callers are to get: the first token within `ttft_s`, the others `itl_s` apart in the mean, for a share of
-    `target` of the calls. Scaling aims at it."""
+    """Service level objective, which scaling aims at.
+
+    For a share `target` of the calls, the first token arrives within `ttft_s` and the others `itl_s` apart on average.
+    """
 
     ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
     itl_s: Annotated[float, Field(gt=0, le=60)] = 0.1
@@ -209,11 +214,11 @@ class SloSettings(Section):
 
 
 class Scaling(Section):
-    """How numbers of replicas follow the demand.
+    """Scaling of replicas by demand.
 
-    `gpu_budget`: GPUs that all models together may hold, by type ("" where models name none); a type that is not there
-    is not limited. `cold_start_s`: of a model whose own is not learnt yet. `forecast`: act ahead of demand that is
-    expected. `frozen`: nothing changes by itself.
+    `gpu_budget`: GPUs that all models together may use, by type ("" for models without a type); a type that is not
+    listed is unlimited. `cold_start_s`: assumed start time of a model until its own has been measured. `forecast`:
+    scale before expected demand arrives. `frozen`: no automatic changes.
     """
 
     gpu_budget: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
@@ -225,12 +230,12 @@ class Scaling(Section):
     @classmethod
     def _ahead(cls, value: bool) -> bool:
         if not value:
-            raise ValueError("false is not in this release: the policy always acts ahead; leave the key out")
+            raise ValueError("false is not supported: scaling always acts on the forecast; remove the key")
         return value
 
 
 class Model(Section):
-    """One model. Engine words are vLLM's own. `gpu`: one type, or several, the one to use first at the front."""
+    """A model. `engine` has vLLM's argument names. `gpu`: one type, or a list with the preferred type first."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -276,9 +281,9 @@ class Model(Section):
     @field_validator("gpu")
     @classmethod
     def _types(cls, value: str | tuple[Gpu, ...]) -> str | tuple[Gpu, ...]:
-        types = [] if isinstance(value, str) else [one.type for one in value]
+        types = [] if isinstance(value, str) else [gpu.type for gpu in value]
         if not isinstance(value, str) and not types:
-            raise ValueError("is an empty list: name a type, or leave the key out for any")
+            raise ValueError("is an empty list: name a type, or remove the key for any type")
         if len(set(types)) < len(types):
             raise ValueError(f"names a type twice: {', '.join(types)}")
         return value
@@ -299,8 +304,8 @@ class Model(Section):
         return self
 
     def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any], Mapping[str, Any]]]:
-        """Every `engine:` section of the entry: its path, the source that it is for, its arguments, and all arguments
-        that its engine is started with."""
+        """Yield every `engine:` section of the entry: its path, its source, its arguments, and all arguments that the
+        engine is started with."""
 
         def whole(engine: Mapping[str, Any], ranks: int | None, length: int | None) -> Mapping[str, Any]:
             own = {"tensor_parallel_size": ranks or self.tensor_parallel_size, "max_model_len": length}
@@ -315,39 +320,42 @@ class Model(Section):
                 choice.engine,
                 whole(both, choice.tensor_parallel_size, self.max_model_len),
             )
-        trial = self.canary
-        if trial is not None and trial.engine is not None:
-            length = trial.max_model_len or self.max_model_len
+        canary = self.canary
+        if canary is not None and canary.engine is not None:
+            length = canary.max_model_len or self.max_model_len
             yield (
                 ("canary", "engine"),
-                trial.source or self.source,
-                trial.engine,
-                whole(trial.engine, trial.tensor_parallel_size, length),
+                canary.source or self.source,
+                canary.engine,
+                whole(canary.engine, canary.tensor_parallel_size, length),
             )
 
     def versions(self) -> tuple[Model, ...]:
-        """The model as it is without a canary, and its canary as if it were the model; the weights are the specs'."""
+        """Return the model without its canary, and the canary as a model of its own. specs() adds their weights."""
         plain = self.model_copy(update={"canary": None})
         if self.canary is None:
             return (plain,)
         return plain, plain.model_copy(update=self.canary.own())
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """One for each application that may run: every version on every type of GPU, the first choice first."""
-        trial = self.canary.weight if self.canary is not None else 0.0
-        rules = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
-        found: list[ModelSpec] = []
+        """Return a spec for each version on each GPU type, the stable version and the preferred type first."""
+        canary_weight = self.canary.weight if self.canary is not None else 0.0
+        rollback = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
+        specs: list[ModelSpec] = []
         for number, version in enumerate(self.versions()):
-            ratios = (rules.error_ratio, rules.ttft_ratio) if number else (0.0, 0.0)
+            ratios = (rollback.error_ratio, rollback.ttft_ratio) if number else (0.0, 0.0)
             spec = replace(
-                version.spec(), weight=trial if number else 1.0 - trial, error_ratio=ratios[0], ttft_ratio=ratios[1]
+                version.spec(),
+                weight=canary_weight if number else 1.0 - canary_weight,
+                error_ratio=ratios[0],
+                ttft_ratio=ratios[1],
             )
             choices = () if isinstance(version.gpu, str) else version.gpu
-            found += [_on(spec, choice) for choice in choices] or [spec]
-        return tuple(found)
+            specs += [_spec_on(spec, choice) for choice in choices] or [spec]
+        return tuple(specs)
 
     def spec(self) -> ModelSpec:
-        """The entry as the packages below see it, without its canary, on the first type of GPU."""
+        """Return the entry as a ModelSpec, without its canary and without the settings of a listed GPU type."""
         return ModelSpec(
             name=self.name,
             source=self.source,
@@ -376,7 +384,7 @@ class Model(Section):
         )
 
 
-def _on(spec: ModelSpec, choice: Gpu) -> ModelSpec:
+def _spec_on(spec: ModelSpec, choice: Gpu) -> ModelSpec:
     return replace(
         spec,
         gpu=choice.type,
@@ -386,15 +394,15 @@ def _on(spec: ModelSpec, choice: Gpu) -> ModelSpec:
     )
 
 
-_WHY_NOT = {
-    "auth": "whoever reaches it could use every model",
-    "gateway.tls": "keys would travel for everybody to read",
-    "auth and gateway.tls": "whoever reaches it could use every model and read what others ask",
+_EXPOSURE = {
+    "auth": "any caller that reaches it could use every model",
+    "gateway.tls": "API keys would be sent unencrypted",
+    "auth and gateway.tls": "any caller that reaches it could use every model, and requests would be sent unencrypted",
 }
 
 
 class Config(Section):
-    """The whole file."""
+    """A complete cluster.yaml."""
 
     api_version: Literal["headrace/v1"]
     name: Annotated[str, Field(pattern=_NAME.pattern)]
@@ -412,54 +420,54 @@ class Config(Section):
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()
 
-    def _who_may_call(self) -> Iterator[Problem]:
+    def _authentication_problems(self) -> Iterator[Problem]:
         yield from problems_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
         gateway, auth = self.gateway, self.auth
         if self.observe.budget_webhook is not None and auth is None:
             yield Problem(("observe", "budget_webhook"), "without auth there are no tenants and no budgets: set auth")
         for listener in ("grpc", "http", "admin"):
             address = getattr(gateway.listen, listener)
-            lacks = " and ".join(
-                name for name, there in (("auth", auth), ("gateway.tls", gateway.tls)) if there is None
+            missing = " and ".join(
+                name for name, section in (("auth", auth), ("gateway.tls", gateway.tls)) if section is None
             )
-            if lacks and not is_loopback(address):
+            if missing and not is_loopback(address):
                 text = (
-                    f"is {address}, off loopback, without {lacks}: {_WHY_NOT[lacks]}. "
+                    f"is {address}, off loopback, without {missing}: {_EXPOSURE[missing]}. "
                     "Set both auth and gateway.tls, or listen on 127.0.0.1"
                 )
                 yield Problem(("gateway", "listen", listener), text)
         if auth is not None and auth.client_certificates and (gateway.tls is None or not gateway.tls.client_ca_file):
-            text = "nobody's certificate could be verified: set gateway.tls.client_ca_file"
+            text = "client certificates could not be verified: set gateway.tls.client_ca_file"
             yield Problem(("auth", "client_certificates"), text)
         if auth is not None and self.ray and auth.cluster_secret_file is None:
-            text = "with a Ray cluster of its own every gateway needs the same secret: name a file that all have"
+            text = "with a Ray cluster in `ray` all gateways need the same secret: name a file that all have"
             yield Problem(("auth", "cluster_secret_file"), text)
 
     def policies(self) -> tuple[TenantPolicy, ...]:
-        """The tenants that this file declares, each whole."""
+        """Return the complete policies of the tenants that this file declares."""
         return tuple(tenant.policy(self.tenant_defaults) for tenant in self.tenants)
 
     @model_validator(mode="after")
-    def _together(self, info: ValidationInfo) -> Config:
+    def _check_sections(self, info: ValidationInfo) -> Config:
         absent = (info.context or {}).get("absent", ())
         raise_all(
             (
-                *self._who_may_call(),
+                *self._authentication_problems(),
                 *checks.names(self.models),
                 *checks.fallbacks(self.models, absent),
-                *self._not_allowed(),
-                *checks.budgets([*self._needs()], self.scaling.gpu_budget),
+                *self._disallowed(),
+                *checks.budgets([*self._gpu_needs()], self.scaling.gpu_budget),
             )
         )
         return self
 
-    def _not_allowed(self) -> Iterator[Problem]:
-        """Models that ask for what `weights.allow` or `ray` does not have."""
-        allow, rays = self.weights.allow, [one.name for one in self.ray]
+    def _disallowed(self) -> Iterator[Problem]:
+        """Yield models that use what `weights.allow` or `ray` does not list."""
+        allow, rays = self.weights.allow, [ray.name for ray in self.ray]
         for at, model in enumerate(self.models):
             where: KeyPath = ("models", at)
             if model.trust_remote_code and not allow.remote_code:
-                text = "is true but weights.allow.remote_code is not: both must say so"
+                text = "is true but weights.allow.remote_code is false: set both, or remove this key"
                 yield Problem((*where, "trust_remote_code"), text)
             if model.load_format not in allow.formats:
                 text = f"weights.allow.formats does not list {model.load_format!r}; it has {', '.join(allow.formats)}"
@@ -475,18 +483,18 @@ class Config(Section):
                     if not source.startswith("sim://"):
                         yield from checks.code_of((*where, *path), engine)
             for number, version in enumerate(model.versions()):
-                there: KeyPath = (*where, "canary") if number else where
+                of_version: KeyPath = (*where, "canary") if number else where
                 if not any(fnmatch.fnmatchcase(version.source, pattern) for pattern in allow.sources):
                     text = f"{version.source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
-                    yield Problem((*there, "source"), text)
+                    yield Problem((*of_version, "source"), text)
                 if version.source.startswith("hf://") and _NO_REVISION.search(version.revision):
-                    text = f"{version.revision!r} is no branch, tag or commit: those have no blanks and none of ~^:?*["
-                    yield Problem((*there, "revision"), text)
+                    text = f"{version.revision!r} is no branch, tag or commit: it has whitespace, '\\' or one of ~^:?*["
+                    yield Problem((*of_version, "revision"), text)
                 if version.ray and version.ray not in rays:
                     text = f"there is no Ray cluster {version.ray!r}; ray has {', '.join(rays) or 'none'}"
-                    yield Problem((*there, "ray"), text)
+                    yield Problem((*of_version, "ray"), text)
 
-    def _needs(self) -> Iterator[checks.Need]:
+    def _gpu_needs(self) -> Iterator[checks.Need]:
         for at, model in enumerate(self.models):
             if model.source.startswith("sim://"):
                 continue
@@ -495,10 +503,10 @@ class Config(Section):
 
     @field_validator("ray")
     @classmethod
-    def _apart(cls, value: tuple[RayCluster, ...]) -> tuple[RayCluster, ...]:
-        if len({one.name for one in value}) < len(value):
+    def _distinct(cls, value: tuple[RayCluster, ...]) -> tuple[RayCluster, ...]:
+        if len({ray.name for ray in value}) < len(value):
             raise ValueError("two entries have the same name")
-        urls = [one.dashboard_url.rstrip("/").lower() for one in value]
+        urls = [ray.dashboard_url.rstrip("/").lower() for ray in value]
         if twice := next((url for at, url in enumerate(urls) if url in urls[:at]), ""):
             raise ValueError(f"two entries have the dashboard_url {twice}: one Ray cluster is one entry")
         return value
@@ -516,7 +524,7 @@ def _refuse_not_yet(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def parse(text: str, where: str = "configuration") -> Config:
-    """Check a cluster.yaml. Raises ConfigError naming every wrong key by its path."""
+    """Read and check the text of a cluster.yaml. Raises ConfigError with every wrong key's path."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is None:
@@ -525,7 +533,7 @@ def parse(text: str, where: str = "configuration") -> Config:
 
 
 def read_document(text: str, where: str) -> Document:
-    """The YAML of a cluster.yaml, which may hold keys twice. Raises ConfigError."""
+    """Read the YAML of a cluster.yaml, which may have duplicate keys. Raises ConfigError."""
     try:
         document = read(text)
     except NotYaml as error:
@@ -536,42 +544,45 @@ def read_document(text: str, where: str) -> Document:
 
 
 def line(problem: Problem, where: str, document: Document) -> str:
-    """A problem as one line of an error message, with the file and the line in it."""
+    """Return a problem as one line of an error message, with the file's name and the line number."""
     at = document.line_of(problem.path)
     return f"{where}: {problem}{f' (line {at})' if at else ''}"
 
 
 def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
-    """The configuration of a document, None when it is wrong; and all that is wrong with it. `absent`: names of models
-    that were left out of it, which fallbacks may have."""
+    """Return a document's configuration, None if it is invalid, and its problems.
+
+    `absent`: names of models that were left out of the document, which fallbacks may name.
+    """
     config, wrong = remainder(document, absent)
     return (None if wrong else config), wrong
 
 
 def remainder(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
-    """What is left of a document without its wrong keys, and all that is wrong with it.
+    """Return the configuration of a document without its wrong keys, and all problems of the document.
 
-    A wrong key hides what depends on its value, so it is taken out and the rest is looked at again. Of `models`, an
-    entry that cannot be mended so is called LEFT_OUT and its position.
+    A wrong key hides problems that depend on its value, so it is removed and the rest is checked again. A model entry
+    that stays invalid is replaced by a placeholder named LEFT_OUT and its position.
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
-    wrong = [_twice(one) for one in document.duplicates] + [*_refuse_not_yet(document.data), *zero_bytes]
-    out = [one.path for one in wrong if one in zero_bytes or one.path[-1] in NOT_YET_MODEL]
-    data: Any = without(document.data, out)
-    taken: list[KeyPath] = []
-    while data is not None and len(taken) < MOST_PROBLEMS:
+    wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
+    wrong += [*_refuse_not_yet(document.data), *zero_bytes]
+    unusable = [problem.path for problem in wrong if problem in zero_bytes or problem.path[-1] in NOT_YET_MODEL]
+    data: Any = without(document.data, unusable)
+    removed: list[KeyPath] = []
+    while data is not None and len(removed) < MAX_PROBLEMS:
         try:
             return Config.model_validate(data, context={"absent": {*absent, *names_of(document.data)}}), wrong
         except ValidationError as error:
-            found = problems_of(error, Config)
-        wrong += [one for one in found if one not in wrong and not _follows(one, taken)]
-        taken += [one.path for one in found]
-        data = without(data, [one.path for one in found])
+            problems = problems_of(error, Config)
+        wrong += [problem for problem in problems if problem not in wrong and not _follows(problem, removed)]
+        removed += [problem.path for problem in problems]
+        data = without(data, [problem.path for problem in problems])
     return None, wrong
 
 
 def _zero_bytes(path: KeyPath, value: Any, seen: set[int]) -> Iterator[Problem]:
-    """Texts that no file name and no program's argument may be; once where YAML's aliases repeat a value."""
+    """Yield texts with a zero byte, which no file name or program argument may contain; aliased values once."""
     if isinstance(value, str) and "\0" in value:
         yield Problem(path, f"{shown(value)} holds a zero byte (\\0): take it out")
     if not isinstance(value, dict | list) or id(value) in seen:
@@ -581,74 +592,79 @@ def _zero_bytes(path: KeyPath, value: Any, seen: set[int]) -> Iterator[Problem]:
         yield from _zero_bytes((*path, key if isinstance(key, str | int) else str(key)), item, seen)
 
 
-MOST_PROBLEMS = 1000
+MAX_PROBLEMS = 1000
 _DEPENDS_ON_ALL = ("gateway", "auth", "classes", "tenants", "tenant_defaults", "ray", "observe")
 _MODELS_DEPEND_ON = ("weights", "ray", "scaling")
 
 
-def _twice(one: Duplicate) -> Problem:
-    text = f"the key stands here again, first in line {one.first_line}; only the last would count: keep one of them"
-    return Problem(one.path, text)
+def _duplicate_problem(key: Duplicate) -> Problem:
+    text = f"the key appears again here, first in line {key.first_line}; only the last would count: keep one of them"
+    return Problem(key.path, text)
 
 
-def _follows(problem: Problem, taken: Sequence[KeyPath]) -> bool:
-    """Whether a problem may be there only because other keys were taken out."""
-    if problem.missing and problem.path in taken:
+def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
+    """Return whether a problem may exist only because other keys were removed."""
+    if problem.missing and problem.path in removed:
         return True
     section = problem.path[0] if problem.path else ""
-    sections = {path[0] for path in taken if path}
+    sections = {path[0] for path in removed if path}
     if section in ("models", "scaling"):
-        within = [path for path in taken if path[:2] == problem.path[:2] or problem.path[: len(path)] == path]
-        return any(one in sections for one in _MODELS_DEPEND_ON) or (problem.missing and bool(within))
-    return any(one in sections for one in _DEPENDS_ON_ALL)
+        within = [path for path in removed if path[:2] == problem.path[:2] or problem.path[: len(path)] == path]
+        return any(name in sections for name in _MODELS_DEPEND_ON) or (problem.missing and bool(within))
+    return any(name in sections for name in _DEPENDS_ON_ALL)
 
 
 def names_of(data: Any) -> set[str]:
-    """Names and aliases of the entries of a document's models, as far as they can be read."""
+    """Return the names and aliases in a document's `models`, as far as they can be read."""
     entries = data.get("models") if isinstance(data, dict) else None
-    found: set[str] = set()
+    names: set[str] = set()
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict):
             aliases = entry.get("aliases")
-            found |= {
-                one
-                for one in (entry.get("name"), *(aliases if isinstance(aliases, list) else ()))
-                if isinstance(one, str)
+            names |= {
+                name
+                for name in (entry.get("name"), *(aliases if isinstance(aliases, list) else ()))
+                if isinstance(name, str)
             }
-    return found
+    return names
 
 
 def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Collection[str] = ()) -> Config:
-    """The same with other models, checked whole. `absent` as for `examine`. Raises CallError that names every wrong key
-    by the model's name."""
+    """Return the configuration with other models, checked as a whole. `absent` as for `examine`.
+
+    Raises CallError, which names every wrong key with the model's name.
+    """
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    made, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)
-    if made is None:
+    changed, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)
+    if changed is None:
         names = [str(entry.get("name")) for entry in entries]
-        told = [Violation(_by_name(problem.where, names), problem.text) for problem in wrong]
+        violations = [Violation(_by_name(problem.where, names), problem.text) for problem in wrong]
         raise CallError(
-            Outcome.INVALID_FIELD, "; ".join(f"{one.field}: {one.description}" for one in told), violations=told
+            Outcome.INVALID_FIELD,
+            "; ".join(f"{violation.field}: {violation.description}" for violation in violations),
+            violations=violations,
         )
-    return made
+    return changed
 
 
 def _by_name(where: str, names: Sequence[str]) -> str:
-    return re.sub(r"^models\[(\d+)\]", lambda found: f"models[{names[int(found[1])]}]", where)
+    """Replace the position of a model in a path by its name."""
+    return re.sub(r"^models\[(\d+)\]", lambda match: f"models[{names[int(match[1])]}]", where)
 
 
 def entry_of(model: Model) -> dict[str, Any]:
-    """A model's entry as plain values, without what is the default anyway: equal for models that are equal."""
+    """Return a model's entry as plain values without defaults, so that equal models have equal entries."""
     plain: dict[str, Any] = model.model_dump(mode="json", exclude_defaults=True)
     return {"name": model.name, "source": model.source} | plain
 
 
 def load(path: Path) -> Config:
-    """Read and check a file. Raises ConfigError."""
+    """Read and check a cluster.yaml. Raises ConfigError."""
     return parse(read_text(path), str(path))
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises ConfigError."""
+    """Return the text of a file. Raises ConfigError."""
     try:
         return path.read_text()
     except OSError as error:
@@ -658,7 +674,7 @@ def read_text(path: Path) -> str:
 
 
 def secret_files(config: Config) -> Mapping[str, Path]:
-    """Where the secrets of `auth` rest, by setting: the files it names, else those of the cache folder."""
+    """Return the files of the secrets of `auth` by setting: those it names, else those in the cache folder."""
     if config.auth is None:
         return {}
     files = {"auth.cluster_secret_file": config.auth.cluster_secret_file or cache_dir() / "cluster-secret"}
@@ -669,13 +685,16 @@ def secret_files(config: Config) -> Mapping[str, Path]:
 
 
 def database_url(config: Config) -> str:
-    """The ledger's database: the file's, else one in the cache folder."""
+    """Return the URL of the ledger's database: the configured one, else SQLite in the cache folder."""
     return config.store.database_url or f"sqlite:///{cache_dir() / 'ledger.db'}"
 
 
 def cache_dir() -> Path:
-    """HEADRACE_CACHE_DIR, else the user's cache folder: models made here, tokenizer bundles, the last catalog."""
-    named = os.environ.get("HEADRACE_CACHE_DIR")
-    if named:
-        return Path(named)
+    """Return HEADRACE_CACHE_DIR, else `headrace` in the user's cache folder.
+
+    It holds models made here, tokenizer bundles and the last catalog.
+    """
+    configured = os.environ.get("HEADRACE_CACHE_DIR")
+    if configured:
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "headrace"

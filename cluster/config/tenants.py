@@ -1,7 +1,7 @@
-"""The sections of cluster.yaml about who may do what: auth, store, cost, classes, tenant_defaults, tenants.
+"""The sections of cluster.yaml about tenants: auth, store, cost, classes, tenant_defaults, tenants.
 
-Each checks itself when built and names the field and the remedy; `check_together` holds them to each other. Files of
-secrets are read where they are used, not here.
+Each section checks itself when built and names the field and the remedy; `check_together` checks the rules between
+them. Files with secrets are read where they are used, not here.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ RESERVED_TENANTS = frozenset({"_idle", "other", "nobody"})
 
 
 def _checked_tenant(value: str) -> str:
-    """A tenant's name itself. Raises ValueError for one that no tenant may have."""
+    """Return a tenant's name unchanged. Raises ValueError for an invalid or reserved name."""
     if value in RESERVED_TENANTS:
-        raise ValueError(f"{value!r} is a word of Headrace's own: choose another name")
+        raise ValueError(f"{value!r} is reserved by Headrace: choose another name")
     try:
         TenantPolicy(value)
     except PolicyError as error:
@@ -43,9 +43,9 @@ def _checked_tenant(value: str) -> str:
 
 
 class ApiKeys(Section):
-    """API keys are kept as hashes under this pepper; of several in the file the first stores, all verify.
+    """API keys, which are stored as hashes with a pepper. Of several peppers in the file, new keys use the first.
 
-    Left out: `key-pepper` in the cache folder, which local commands make."""
+    Default of `pepper_file`: `key-pepper` in the cache folder, which local commands create."""
 
     pepper_file: Path | None = None
 
@@ -64,9 +64,9 @@ class Oidc(Section):
     def _over_tls(cls, value: str) -> str:
         parts = url_parts(value)
         if not parts.hostname or parts.scheme not in ("https", "http"):
-            raise ValueError(f"{value!r} is no URL: write the issuer as its tokens' `iss` does, https://…")
+            raise ValueError(f"{value!r} is no URL: write the issuer as in the `iss` of its tokens, https://…")
         if parts.scheme == "http" and not _is_this_host(parts.hostname):
-            raise ValueError(f"{value!r}: an issuer's keys come over https (http only on this host)")
+            raise ValueError(f"{value!r}: an issuer's keys must be fetched over https; http is for this host only")
         return value
 
     @field_validator("algorithms")
@@ -79,7 +79,7 @@ class Oidc(Section):
 
 
 class ClientCertificate(Section):
-    """A client certificate's alternative name, a URI or a DNS name; the tenant it is, and in which role."""
+    """A client certificate, named by its subject alternative name (a URI or DNS name), with its tenant and role."""
 
     san: Annotated[str, Field(min_length=1)]
     tenant: str
@@ -94,16 +94,16 @@ class ClientCertificate(Section):
     @classmethod
     def _plain(cls, value: str) -> str:
         if "*" in value:
-            raise ValueError(f"{value!r}: wildcards are not served; name each certificate's alternative name")
+            raise ValueError(f"{value!r}: wildcards are not supported; list each certificate's alternative name")
         if "://" not in value and not _DNS.fullmatch(value.lower()):
             raise ValueError(f"{value!r} is neither a URI (spiffe://…) nor a DNS name")
         return value
 
 
 class Auth(Section):
-    """How callers are told apart. Without this section there is one tenant and everything listens on loopback.
+    """Authentication of callers. Without this section there is one tenant, and client ports must be on loopback.
 
-    `cluster_secret_file` left out: `cluster-secret` in the cache folder, which `up` makes; for one host only."""
+    Default of `cluster_secret_file`: `cluster-secret` in the cache folder, which `up` creates; for one host only."""
 
     cluster_secret_file: Path | None = None
     api_keys: ApiKeys | None = None
@@ -113,14 +113,14 @@ class Auth(Section):
     @model_validator(mode="after")
     def _each_once(self) -> Auth:
         if self.api_keys is None and not self.oidc and not self.client_certificates:
-            raise ValueError("nobody could be let in: set api_keys, oidc or client_certificates")
-        _once("oidc", [one.issuer for one in self.oidc])
-        _once("client_certificates", [_folded(one.san) for one in self.client_certificates])
+            raise ValueError("no caller could be authenticated: set api_keys, oidc or client_certificates")
+        _refuse_duplicates("oidc", [issuer.issuer for issuer in self.oidc])
+        _refuse_duplicates("client_certificates", [_normalized_san(cert.san) for cert in self.client_certificates])
         return self
 
 
 class RetentionDays(Section):
-    """For how many days what is written stays."""
+    """Retention of stored data, in days."""
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
@@ -128,7 +128,7 @@ class RetentionDays(Section):
 
 
 class Store(Section):
-    """Where tenants, keys and usage rest (SQLite in the cache folder when absent), and where limits are shared."""
+    """Databases of tenants, keys and usage (default: SQLite in the cache folder) and of limits that gateways share."""
 
     database_url: str = ""
     limits_url: str = ""
@@ -143,12 +143,12 @@ class Store(Section):
         parts = url_parts(value)
         if parts.scheme == "sqlite":
             if not parts.path.strip("/") or ":memory:" in parts.path:
-                raise ValueError("an in-memory database forgets everything: name a file, sqlite:////folder/ledger.db")
+                raise ValueError("an in-memory database loses everything: name a file, sqlite:////folder/ledger.db")
             return value
         if parts.scheme not in ("postgresql", "postgresql+psycopg"):
-            raise ValueError(f"{parts.scheme or value!r} is not served: use postgresql+psycopg://… or sqlite:////…")
+            raise ValueError(f"{parts.scheme or value!r} is not supported: use postgresql+psycopg://… or sqlite:////…")
         if parts.password:
-            raise ValueError("holds a password: take it out and set HEADRACE_DATABASE_PASSWORD")
+            raise ValueError("contains a password: remove it and set HEADRACE_DATABASE_PASSWORD")
         given = urllib.parse.parse_qs(parts.query)
         if not (parts.hostname or given.get("host")) or not parts.path.strip("/"):
             raise ValueError("names no host or no database: postgresql+psycopg://user@host/database")
@@ -172,7 +172,7 @@ class Store(Section):
 
 
 class Cost(Section):
-    """Money: GPU-seconds are measured, these are the rates by accelerator type."""
+    """Cost of a GPU hour by accelerator type; GPU-seconds are measured."""
 
     model_config = ConfigDict(allow_inf_nan=True)  # refused below, with the range
 
@@ -183,7 +183,7 @@ class Cost(Section):
     @classmethod
     def _known_form(cls, value: str) -> str:
         if not _CURRENCY.fullmatch(value):
-            raise ValueError(f"{value!r} must be three capital letters, as ISO 4217 has them")
+            raise ValueError(f"{value!r} must be three capital letters, a currency code of ISO 4217")
         return value
 
     @field_validator("gpu_hour")
@@ -196,8 +196,9 @@ class Cost(Section):
 
 
 class BudgetWebhook(Section):
-    """Who is told, once in each day or month, that a tenant's token budget has been used to a threshold (a part of it).
-    Each request is signed with the secret, so that a receiver can tell it from others'."""
+    """Webhook that is called once per day or month when a tenant has used a token budget up to a threshold.
+
+    Thresholds are fractions of the budget. Each request is signed with the secret, so that a receiver can verify it."""
 
     url: str
     secret_file: Path
@@ -210,16 +211,16 @@ class BudgetWebhook(Section):
         if not parts.hostname or parts.scheme not in ("https", "http"):
             raise ValueError(f"{value!r} is no URL of a web server: write https://…")
         if parts.username or parts.password:
-            raise ValueError("holds a name or password: take it out; the signature says who asks")
+            raise ValueError("contains a user name or password: take it out; every request is signed")
         if parts.scheme == "http" and not _is_this_host(parts.hostname):
-            raise ValueError(f"{value!r}: names of tenants travel over https (http only on this host)")
+            raise ValueError(f"{value!r}: tenant names must be sent over https; http is for this host only")
         return value
 
     @field_validator("thresholds")
     @classmethod
     def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or len(set(value)) != len(value) or len(value) > 10:
-            raise ValueError("must be one to ten different parts of a budget, e.g. [0.8, 1.0]")
+            raise ValueError("must be one to ten different fractions of a budget, e.g. [0.8, 1.0]")
         return value
 
 
@@ -241,7 +242,7 @@ CLASSES = (Class(name="interactive", rank=0), Class(name="standard", rank=1), Cl
 
 
 class LimitSettings(Section):
-    """How much a tenant may use; a limit left out is the default's, null is none."""
+    """Limits of a tenant. A limit left out is that of tenant_defaults; null is unlimited."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -260,7 +261,7 @@ class LimitSettings(Section):
 
 
 class TenantRetention(Section):
-    """A tenant's own days, shorter or longer than the cluster's; 0 not at all."""
+    """Retention of one tenant's data in days, shorter or longer than the cluster's; 0: not stored."""
 
     usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
     audit_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
@@ -268,7 +269,7 @@ class TenantRetention(Section):
 
 
 class Guard(Section):
-    """A filter on input or output; exactly one of `builtin` (patterns, sizes) and `address` (a guard server)."""
+    """A check of input or output; exactly one of `builtin` (patterns or sizes) and `address` (a guard server)."""
 
     builtin: str = ""
     address: str = ""
@@ -293,12 +294,12 @@ class Guard(Section):
         return self
 
     def rule(self) -> GuardRule:
-        """As tenancy sees it."""
+        """Return the guard in the policy's type. Raises PolicyError."""
         return GuardRule(**self.model_dump())
 
 
 class _TenantFields(Section):
-    """What a tenant and the defaults share."""
+    """Fields that a tenant and the defaults have in common."""
 
     model_config = ConfigDict(allow_inf_nan=True)  # refused by the policy, with the range
 
@@ -323,22 +324,24 @@ class _TenantFields(Section):
 
 
 class TenantDefaults(_TenantFields):
-    """What a tenant has that says nothing else. Tenants made over the API take a copy when they are made."""
+    """Default fields of tenants. A tenant created over the API gets a copy at its creation."""
 
     def policy(self, name: str, own: Mapping[str, Any] | None = None) -> TenantPolicy:
-        """A tenant's whole policy: these defaults, and over them its own fields by the configuration's names
-        (`class`, `limits` key by key). Raises PolicyError."""
+        """Return a tenant's complete policy: these defaults, overridden by the tenant's own fields.
+
+        `own` has the configuration's names (`class`); `limits` are overridden key by key. Raises PolicyError.
+        """
         if name in RESERVED_TENANTS:
-            raise PolicyError("name", f"{name!r} is a word of Headrace's own: choose another")
-        whole: dict[str, Any] = {"name": name, **_plain(self)}
+            raise PolicyError("name", f"{name!r} is reserved by Headrace: choose another")
+        fields: dict[str, Any] = {"name": name, **_as_plain(self)}
         for key, value in (own or {}).items():
-            mapped = isinstance(whole.get(key), dict) and isinstance(value, Mapping)
-            whole[key] = {**whole[key], **value} if mapped else value
-        return TenantPolicy.from_json(whole)
+            mapped = isinstance(fields.get(key), dict) and isinstance(value, Mapping)
+            fields[key] = {**fields[key], **value} if mapped else value
+        return TenantPolicy.from_json(fields)
 
 
 class Tenant(_TenantFields):
-    """A tenant that this file declares, and that the API therefore only reads."""
+    """A tenant declared in this file; the API cannot change it."""
 
     name: str
     cache_group: str = ""
@@ -357,20 +360,20 @@ class Tenant(_TenantFields):
         return self
 
     def policy(self, defaults: TenantDefaults) -> TenantPolicy:
-        """This tenant over the defaults. Raises PolicyError."""
-        own = _plain(self, only_set=True)
+        """Return this tenant's complete policy. Raises PolicyError."""
+        own = _as_plain(self, only_set=True)
         own.pop("name")
         return defaults.policy(self.name, own)
 
 
 def on_is_a_word(value: Any) -> Any:
-    """What YAML has read of guards, with the key `on` where YAML 1.1 has read the bare word as true."""
+    """Restore the key `on` of guards, which YAML 1.1 reads as true."""
     if isinstance(value, Mapping):
         return {"on" if key is True else key: on_is_a_word(item) for key, item in value.items()}
     return [on_is_a_word(item) for item in value] if isinstance(value, list) else value
 
 
-def _plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
+def _as_plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
     return section.model_dump(by_alias=True, exclude_unset=only_set, mode="json")
 
 
@@ -380,7 +383,7 @@ def check_together(
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> None:
-    """Raise Several, unless the sections hold together."""
+    """Raise ProblemsError if the sections contradict each other."""
     raise_all(problems_together(auth, classes, defaults, tenants))
 
 
@@ -390,53 +393,53 @@ def problems_together(
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> Iterator[Problem]:
-    """What does not hold between the sections, each with its path and the remedy."""
-    yield from _twice("classes", [one.name for one in classes])
-    yield from _twice("classes", [f"rank {one.rank}" for one in classes])
-    names = {one.name for one in classes}
-    yield from _known_class(("tenant_defaults",), defaults.class_, names)
-    yield from _twice("tenants", [one.name for one in tenants])
+    """Yield the contradictions between the sections, each with its path and the remedy."""
+    yield from _duplicates("classes", [priority_class.name for priority_class in classes])
+    yield from _duplicates("classes", [f"rank {priority_class.rank}" for priority_class in classes])
+    names = {priority_class.name for priority_class in classes}
+    yield from _unknown_class(("tenant_defaults",), defaults.class_, names)
+    yield from _duplicates("tenants", [tenant.name for tenant in tenants])
     for at, tenant in enumerate(tenants):
         try:
             policy = tenant.policy(defaults)
         except PolicyError as error:
             yield Problem(("tenants", at, *filter(None, error.field.split("."))), error.remedy)
             continue
-        yield from _known_class(("tenants", at), policy.priority_class, names)
+        yield from _unknown_class(("tenants", at), policy.priority_class, names)
     if defaults.guards and auth is None:
         yield Problem(
             ("tenant_defaults", "guards"), "without auth there are no tenants to guard: set auth, or remove them"
         )
     if tenants and auth is None:
-        yield Problem(("tenants",), "without auth nobody can be told apart: set auth, or remove the section")
+        yield Problem(("tenants",), "without auth callers have no tenants: set auth, or remove the section")
 
 
-def _known_class(where: tuple[str | int, ...], name: str, known: set[str]) -> Iterator[Problem]:
+def _unknown_class(where: tuple[str | int, ...], name: str, known: set[str]) -> Iterator[Problem]:
     if name not in known:
         yield Problem((*where, "class"), f"{name!r} is none of classes ({', '.join(sorted(known))})")
 
 
-def _twice(where: str, names: Sequence[str]) -> Iterator[Problem]:
+def _duplicates(where: str, names: Sequence[str]) -> Iterator[Problem]:
     for at, name in enumerate(names):
         if name in names[:at]:
-            yield Problem((where, at), f"{name!r} is there twice; remove one")
+            yield Problem((where, at), f"{name!r} is listed twice; remove one")
 
 
-def _once(where: str, names: Sequence[str]) -> None:
+def _refuse_duplicates(where: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{where}: {name!r} is there twice; remove one")
+            raise ValueError(f"{where}: {name!r} is listed twice; remove one")
 
 
 def url_parts(value: str) -> urllib.parse.SplitResult:
-    """The parts of a URL. Raises ValueError that shows no password."""
+    """Split a URL. Raises ValueError, whose message shows no password."""
     try:
         parts = urllib.parse.urlsplit(value)
         port = parts.port
     except ValueError as error:
         raise ValueError(f"is no URL: {error}") from None
     if port == 0:
-        raise ValueError("is no URL: port 0 is nobody's; name the server's")
+        raise ValueError("is no URL of a server: its port is 0; write the server's port, 1 to 65535")
     return parts
 
 
@@ -444,7 +447,7 @@ _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full
 
 
 def _check_options(given: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError for options of a PostgreSQL URL that its driver would refuse at each connection."""
+    """Raise ValueError for options of a PostgreSQL URL that the driver would refuse when it connects."""
     from psycopg.pq import Conninfo
 
     known = sorted(option.keyword.decode() for option in Conninfo.get_defaults())
@@ -459,7 +462,7 @@ def _check_options(given: Mapping[str, Sequence[str]]) -> None:
 
 
 def _check_connection(url: str) -> None:
-    """Raise ValueError for options of a Valkey's URL that its client would refuse. Connects to nothing."""
+    """Raise ValueError for options of a Valkey URL that the client would refuse. Opens no connection."""
     from redis.asyncio import ConnectionPool
     from redis.exceptions import RedisError
 
@@ -469,11 +472,11 @@ def _check_connection(url: str) -> None:
     except (ValueError, TypeError, RedisError) as error:
         options = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
         unknown = [name for name in options if f"'{name}'" in str(error)]
-        why = f"the client takes no such option: {unknown[0]}" if isinstance(error, TypeError) and unknown else error
+        why = f"unknown option {unknown[0]}" if isinstance(error, TypeError) and unknown else error
         raise ValueError(f"cannot be used: {why}") from None
 
 
-def _folded(san: str) -> str:
+def _normalized_san(san: str) -> str:
     return san if "://" in san else san.lower().rstrip(".")
 
 

@@ -1,7 +1,7 @@
-"""A YAML reader that refuses what YAML itself would lose silently: a key that stands twice in one mapping.
+"""A YAML reader that reports duplicate keys of a mapping.
 
-PyYAML keeps the last of two equal keys and drops the first without a word, so a second `models:` would remove every
-model of the first. Each duplicate is reported with its path and both line numbers.
+PyYAML silently keeps the last of two equal keys, so a second `models:` would remove every model of the first. Each
+duplicate is reported with its path and both line numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a PyYAML without l
 
 
 class Loader(_Base):  # type: ignore[misc] # PyYAML is untyped
-    """YAML's safe types, with a constructor of its own for dates.
+    """Loader for YAML's safe types, with its own constructor for dates.
 
-    Problem: a library that vLLM imports for structured outputs turns dates into text in PyYAML's class, for the whole
-    process, so that a file would be read in one way by a process with an engine and in another without.
+    A library that vLLM imports for structured outputs makes PyYAML's class return dates as text, for the whole process.
+    A process with an engine would then read a file differently from one without.
     """
 
 
@@ -27,17 +27,17 @@ Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.constructor.SafeConst
 
 Path = tuple[str | int, ...]
 MAX_DEPTH = 64
-"""Nesting that a document may have; deeper ones are no configuration."""
+"""Maximum nesting depth of a document; deeper ones are refused."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class NotYaml(ValueError):
-    """The text is not YAML, or holds a key twice; the message names the line."""
+    """The text is not YAML or has a duplicate key; the message names the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A key that stands twice in one mapping; `path` ends with it. Lines count from 1."""
+    """A key that appears twice in one mapping; `path` ends with it. Lines count from 1."""
 
     path: Path
     line: int
@@ -45,21 +45,21 @@ class Duplicate:
 
     def __str__(self) -> str:
         return (
-            f"line {self.line}: the key {str(self.path[-1])!r} stands here again, first in line {self.first_line}; "
+            f"line {self.line}: the key {str(self.path[-1])!r} appears again here, first in line {self.first_line}; "
             "only the last would count: keep one of them"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One YAML document: its values, its duplicate keys, and the line of each key and list item by path."""
+    """A YAML document: its values, its duplicate keys, and the line of each key and list item by path."""
 
     data: Any
     duplicates: tuple[Duplicate, ...] = ()
     lines: Mapping[Path, int] = field(default_factory=dict)
 
     def line_of(self, path: Path) -> int:
-        """The line of a path, or of its nearest parent that has one; 0 when nothing of it is in the text."""
+        """Return the line of a path, or of its nearest parent that is in the text; 0 if there is none."""
         while path:
             if path in self.lines:
                 return self.lines[path]
@@ -68,7 +68,7 @@ class Document:
 
 
 def read_documents(text: str) -> list[Document]:
-    """Every document of a text; an empty one has no data (None). Raises NotYaml for what is not YAML."""
+    """Read every document of a text; the data of an empty one is None. Raises NotYaml."""
     documents: list[Document] = []
     try:
         loader = Loader(text)
@@ -76,19 +76,19 @@ def read_documents(text: str) -> list[Document]:
             while loader.check_node():
                 node = loader.get_node()
                 lines: dict[Path, int] = {}
-                duplicates = tuple(_walk(node, (), lines, set()))
+                duplicates = tuple(_duplicates_in(node, (), lines, set()))
                 documents.append(Document(loader.construct_document(node), duplicates, lines))
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise NotYaml(f"not YAML: {_one_line(error)}") from None
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # a date or number that cannot be
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # an invalid date or number
         raise NotYaml(f"not YAML: {error}") from None
     return documents
 
 
 def read(text: str) -> Document:
-    """The only document of a text, None for an empty one. Raises NotYaml."""
+    """Read a text with a single document; the data of an empty one is None. Raises NotYaml."""
     documents = read_documents(text)
     if len(documents) > 1:
         raise NotYaml(f"holds {len(documents)} documents, separated by ---: expected one")
@@ -96,31 +96,31 @@ def read(text: str) -> Document:
 
 
 def load_documents(text: str) -> list[Any]:
-    """The values of every document. Raises NotYaml, for a key that stands twice too."""
+    """Return the values of every document. Raises NotYaml, also for a duplicate key."""
     documents = read_documents(text)
-    wrong = [str(one) for document in documents for one in document.duplicates]
-    if wrong:
-        raise NotYaml("; ".join(wrong))
+    duplicates = [str(duplicate) for document in documents for duplicate in document.duplicates]
+    if duplicates:
+        raise NotYaml("; ".join(duplicates))
     return [document.data for document in documents]
 
 
 def load(text: str) -> Any:
-    """The values of the only document. Raises NotYaml, for a key that stands twice too."""
+    """Return the values of a text with a single document. Raises NotYaml, also for a duplicate key."""
     document = read(text)
     if document.duplicates:
         raise NotYaml("; ".join(map(str, document.duplicates)))
     return document.data
 
 
-def _walk(
+def _duplicates_in(
     node: yaml.Node, path: Path, lines: dict[Path, int], seen: set[int], around: frozenset[int] = frozenset()
 ) -> Iterator[Duplicate]:
-    """The duplicates below a node, once even where aliases repeat it; `lines` gets each path's line."""
+    """Yield the duplicates below a node, once even if aliases repeat it; add each path's line to `lines`."""
     if isinstance(node, yaml.ScalarNode):
         return
     if id(node) in around:
         raise NotYaml(
-            f"line {node.start_mark.line + 1}: an alias (*name) repeats the value that it is part of, which never ends"
+            f"line {node.start_mark.line + 1}: an alias (*name) repeats the value that contains it, which never ends"
         )
     if id(node) in seen:
         return
@@ -131,7 +131,7 @@ def _walk(
     if isinstance(node, yaml.SequenceNode):
         for at, item in enumerate(node.value):
             lines[(*path, at)] = item.start_mark.line + 1
-            yield from _walk(item, (*path, at), lines, seen, around)
+            yield from _duplicates_in(item, (*path, at), lines, seen, around)
         return
     first: dict[tuple[str, str], int] = {}
     for key, value in node.value:
@@ -144,13 +144,13 @@ def _walk(
                 yield Duplicate(where, line, first[mark])
             first.setdefault(mark, line)
         lines[where] = line
-        yield from _walk(value, where, lines, seen, around)
+        yield from _duplicates_in(value, where, lines, seen, around)
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    """PyYAML's words without the excerpt, with lines that count from 1."""
+    """Return PyYAML's message without the excerpt, with lines that count from 1."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
-        told = ", ".join(one for one in (error.context, error.problem) if one)
-        return f"line {mark.line + 1}, column {mark.column + 1}: {told}" if mark else told
+        message = ", ".join(part for part in (error.context, error.problem) if part)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {message}" if mark else message
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,1 +1,1 @@
-"""The controller process: makes Ray run what the catalog says, scales it, and informs the gateways."""
+"""The controller process: runs the catalog's models on Ray, scales them, and publishes the catalog to the gateways."""

@@ -1,7 +1,7 @@
-"""Builds a model's tokenizer bundle in a process of its own: `python -m cluster.controller.bundling SETTINGS FOLDER`.
+"""Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
-Loading a tokenizer the engine's way imports transformers, which costs seconds and hundreds of megabytes; the
-controller keeps neither. The process writes the bundle to FOLDER/<digest> and prints
+Loading a tokenizer as the engine does imports transformers, which takes seconds and hundreds of megabytes. The
+controller must not spend either. The process writes the bundle to FOLDER/<digest> and prints
 `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
@@ -20,11 +20,11 @@ from cluster.wire.bundle import Bundle, sampling_defaults
 from cluster.worker import settings as replica_settings
 from cluster.worker.settings import ReplicaSettings
 
-_NICENESS = 10  # an engine that loads at the same time goes first
+_NICENESS = 10  # lower priority than an engine that loads at the same time
 
 
 async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, Known]:
-    """The bundle, and what it says of the model; without one, `trouble` says why."""
+    """Build a bundle and return it with the model's properties, or None with the reason in `trouble`."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -43,17 +43,19 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
         raise
     lines = out.decode().splitlines()
     answer: dict[str, Any] = (
-        json.loads(lines[-1]) if lines else {"error": f"the tokenizer's process ended with {process.returncode}"}
+        json.loads(lines[-1])
+        if lines
+        else {"error": f"the process that builds the tokenizer bundle ended with status {process.returncode}"}
     )
     if "error" in answer:
         return None, Known(trouble=str(answer["error"]))
-    bundle = Bundle.load(folder / _plain(answer["digest"]))
+    bundle = Bundle.load(folder / _folder_name(answer["digest"]))
     about = describe(bundle)
     return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
 
 
 def describe(bundle: Bundle) -> Known:
-    """What a bundle says of its model."""
+    """Return the model's properties that its bundle contains."""
     config = json.loads(bundle.files.get("config.json", b"{}"))
     return Known(
         bundle_digest=bundle.digest,
@@ -63,19 +65,19 @@ def describe(bundle: Bundle) -> Known:
     )
 
 
-def _plain(digest: str) -> str:
+def _folder_name(digest: str) -> str:
     return digest.replace(":", "-")
 
 
 def main(arguments: list[str]) -> int:
-    """Build, save, print the digest."""
+    """Build and save a bundle and print its digest. Returns the exit status."""
     from cluster.worker.open_model import open_bundle
 
     os.nice(_NICENESS)
     settings, folder = replica_settings.from_json(json.loads(arguments[0])), Path(arguments[1])
     try:
         bundle, card = open_bundle(settings)
-        bundle.save(folder / _plain(bundle.digest))
+        bundle.save(folder / _folder_name(bundle.digest))
     except (ValueError, OSError) as error:
         print(json.dumps({"error": str(error)}))
         return 1

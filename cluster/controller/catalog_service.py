@@ -1,10 +1,10 @@
-"""Where operators change the catalog: checked whole, kept on disk, then wanted by the controller.
+"""Changes of the catalog by operators: validated as a whole, stored on disk, then applied by the controller.
 
-Who owns an entry: on a Ray of one's own (`headrace up`) the file is the first catalog of the cluster's life, and Apply
-may change all of it until the next `up`. On clusters whose controller is given its file by other means (a ConfigMap),
-the file's models are the file's: Apply adds others beside them, which are kept here, and refuses to touch those, for
-two owners of one entry undo each other's work. Taking a trial back or setting a version apart is allowed in both, since
-it must be possible at 3 a.m.; such marks end when the entry is changed.
+On a local cluster (`headrace up`) the file is only the initial catalog: Apply may change every entry, until the next
+`up`. On a cluster whose controller gets its file by other means (a ConfigMap), Apply adds models beside those of the
+file, which are stored here, and refuses to change the file's own: two owners of one entry would undo each other's
+changes. Rolling back a canary and quarantining a version are allowed in both cases, since an emergency needs them.
+Such an override ends when the entry is changed.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ log = structlog.get_logger("catalog")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a controller's life has added to the file. `models` are entries; `marks` are by model and version."""
+class StoredCatalog:
+    """Stored changes to the file's catalog: entries of models, and overrides by model and version."""
 
     models: Sequence[Mapping[str, Any]] = ()
     marks: Mapping[str, Mapping[str, VersionMark]] = field(default_factory=dict)
 
 
-class KeptFile:
-    """On disk, for the next controller of the same life: `life` is the instance of a local cluster, else empty."""
+class StoredCatalogFile:
+    """File of the stored changes, from which the next controller of the same cluster continues.
+
+    `life` is the instance of a local cluster, else empty. A file of another instance is ignored.
+    """
 
     def __init__(self, path: Path, life: str) -> None:
         self._path = path
         self._life = life
 
-    def read(self) -> Kept | None:
-        """None where there is nothing of this life, or nothing that can be read."""
+    def read(self) -> StoredCatalog | None:
+        """Return the stored changes; None if there are none of this instance or the file cannot be read."""
         try:
             values = json.loads(self._path.read_text())
             if values["life"] != self._life:
@@ -53,57 +56,62 @@ class KeptFile:
                 model: {version: VersionMark.from_json(mark) for version, mark in versions.items()}
                 for model, versions in values["marks"].items()
             }
-            return Kept(values["models"], marks)
+            return StoredCatalog(values["models"], marks)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             log.warning("kept_catalog_unreadable", path=str(self._path), reason=str(error))
             return None
 
-    def keep(self, kept: Kept) -> None:
-        """Write it whole. Raises OSError."""
+    def keep(self, kept: StoredCatalog) -> None:
+        """Replace the file atomically. Raises OSError."""
         marks = {
             model: {version: mark.as_json() for version, mark in versions.items()}
             for model, versions in kept.marks.items()
         }
-        text = json.dumps({"life": self._life, "models": [dict(one) for one in kept.models], "marks": marks}, indent=1)
+        text = json.dumps(
+            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": marks}, indent=1
+        )
         draft = self._path.with_suffix(".new")
         draft.write_text(text)
         draft.replace(self._path)
 
 
 class CatalogOwner(Protocol):
-    """What the desk needs of the controller (controller.controller.Controller)."""
+    """The part of Controller (controller.py) that the service uses."""
 
     marks: dict[str, dict[str, VersionMark]]
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """What is to run from now on."""
+        """Set the replicas that should run."""
 
     def mark(self, model: str, version: str, **fields: Any) -> None:
-        """Set aside what the configuration says of a version. Raises KeyError."""
+        """Override the configuration of a version. Raises KeyError for unknown names."""
 
     def preview(self, model: str) -> CatalogEntry:
-        """The model as it will be told."""
+        """Return the model's entry as it will be published."""
 
 
 class StoredCatalogService:
-    """api.catalog.CatalogService over a controller."""
+    """Implements CatalogService (cluster/api/catalog.py) with a controller and a file."""
 
     def __init__(
         self,
         config: Config,
         controller: CatalogOwner,
-        file: KeptFile,
+        file: StoredCatalogFile,
         settings_of: Callable[[Config], Sequence[ReplicaSettings]],
         *,
         by_file: bool,
         held: Collection[str] = (),
         on_want: Callable[[Sequence[ReplicaSettings]], None] = lambda settings: None,
     ) -> None:
-        """`config`: as the file says. `settings_of`: what its models' replicas are started with. `by_file`: the file's
-        models are the file's alone. `held`: names of models whose entries in the file are wrong. `on_want` is told of
-        settings that are wanted anew."""
+        """Restore the stored changes and pass the resulting catalog to the controller.
+
+        `config`: the file's configuration. `settings_of`: returns the settings of a configuration's replicas.
+        `by_file`: the file's models can only be changed in the file. `held`: names of models whose entries in the file
+        are invalid. `on_want` is called with the settings of each new catalog.
+        """
         self._file_models = {*(model.name for model in config.models), *held} if by_file else set()
         self._held = frozenset(held)
         self._controller = controller
@@ -115,13 +123,13 @@ class StoredCatalogService:
         controller.marks = {model: dict(versions) for model, versions in (kept.marks if kept else {}).items()}
         self._want()
 
-    def _restored(self, config: Config, kept: Kept) -> Config:
-        """The file's catalog with what was kept: all of it in a local life, else what the file does not have."""
-        own = [one for one in kept.models if one.get("name") not in self._file_models]
+    def _restored(self, config: Config, kept: StoredCatalog) -> Config:
+        """Return the stored catalog on a local cluster, else the file's models with the stored ones beside them."""
+        stored = [entry for entry in kept.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
-            return with_models(config, [*entries, *own], self._held)
-        except CallError as error:  # of another release, or the file has changed under it
+            return with_models(config, [*entries, *stored], self._held)
+        except CallError as error:  # stored by another release, or the file has changed meanwhile
             log.warning("kept_catalog_refused", reason=error.message)
             return config
 
@@ -131,74 +139,80 @@ class StoredCatalogService:
         self._on_want(settings)
 
     def keep(self) -> None:
-        """Write what has been asked; the controller's marks too. Raises OSError."""
-        models = [entry_of(one) for one in self.config.models if one.name not in self._file_models]
-        self._file.keep(Kept(models, self._controller.marks))
+        """Store the changed models and the controller's overrides. Raises OSError."""
+        models = [entry_of(model) for model in self.config.models if model.name not in self._file_models]
+        self._file.keep(StoredCatalog(models, self._controller.marks))
 
     # ---- verbs
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """See CatalogService."""
-        now = {model.name: entry_of(model) for model in self.config.models}
-        made = with_models(self.config, layers.applied(list(now.values()), entries, prune=prune), self._held)
-        then = {model.name: entry_of(model) for model in made.models}
-        changes = layers.changes(now, then, self._restarts(made))
-        own = [one.model for one in changes if one.model in self._file_models]
-        if own:
+        before = {model.name: entry_of(model) for model in self.config.models}
+        config = with_models(self.config, layers.applied(list(before.values()), entries, prune=prune), self._held)
+        after = {model.name: entry_of(model) for model in config.models}
+        changes = layers.changes(before, after, self._restarts(config))
+        refused = [change.model for change in changes if change.model in self._file_models]
+        if refused:
             raise CallError(
                 Outcome.MANAGED_BY_FILE,
-                f"{', '.join(own)}: declared in the controller's file, so changed there and not here",
-                violations=[Violation(f"models[{name}]", "is declared in the controller's file") for name in own],
+                f"{', '.join(refused)}: declared in the controller's file; change the file instead",
+                violations=[Violation(f"models[{name}]", "is declared in the controller's file") for name in refused],
             )
         if changes and not validate_only:
-            self._become(made)
+            self._adopt(config)
         return changes
 
-    def _become(self, config: Config) -> None:
+    def _adopt(self, config: Config) -> None:
+        """Store a new catalog and pass it to the controller. Raises CallError, and then nothing has changed."""
         before, self.config = self.config, config
         try:
             self.keep()
         except OSError as error:
             self.config = before
-            raise CallError(Outcome.INTERNAL, f"the catalog cannot be kept, so nothing has changed: {error}") from None
+            raise CallError(
+                Outcome.INTERNAL, f"the catalog cannot be stored, so nothing has changed: {error}"
+            ) from None
         log.info("catalog.applied", models=[model.name for model in config.models])
         self._want()
 
-    def _restarts(self, then: Config) -> Mapping[str, str]:
-        """Models of which what runs is replaced: the version that stays is started with something else."""
-        now = {one.spec.name: one.digest for one in reversed(self._settings_of(self.config))}
-        new = {one.spec.name: one.digest for one in reversed(self._settings_of(then))}
-        why = "its replicas are started with something else: they are replaced one after another"
-        return {name: why for name, digest in new.items() if name in now and now[name] != digest}
+    def _restarts(self, after: Config) -> Mapping[str, str]:
+        """Return the models whose stable version gets new replicas, with the reason."""
+        old = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(self.config))}
+        new = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(after))}
+        why = "settings of its replicas change: they are replaced one after another"
+        return {name: why for name, digest in new.items() if name in old and old[name] != digest}
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
         """See CatalogService."""
-        model, trial = self._on_trial(name)
-        if version not in (model.version, trial):
-            raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {model.version}, {trial}")
-        part = weight if version == trial else 1.0 - weight
-        self._controller.mark(model.name, trial, weight=part, gone="")
+        model, canary = self._with_canary(name)
+        if version not in (model.version, canary):
+            raise invalid(
+                "version", f"{version[:64]!r} is no version of {model.name}; it has {model.version}, {canary}"
+            )
+        share = weight if version == canary else 1.0 - weight
+        self._controller.mark(model.name, canary, weight=share, gone="")
         return self._controller.preview(model.name)
 
     def promote(self, name: str) -> CatalogEntry:
         """See CatalogService."""
-        model, trial = self._on_trial(name)
+        model, canary = self._with_canary(name)
         if model.name in self._file_models:
             raise CallError(
                 Outcome.MANAGED_BY_FILE,
-                f"{model.name}: declared in the controller's file: there, put the keys of `canary` in the place of the "
-                f"model's own, version: {trial} among them, and take `canary` away",
+                f"{model.name}: declared in the controller's file. In the file, replace the model's own keys by those "
+                f"of `canary` (including version: {canary}) and remove `canary`",
             )
         entries = [
-            layers.promoted(entry_of(one)) if one.name == model.name else entry_of(one) for one in self.config.models
+            layers.promoted(entry_of(other)) if other.name == model.name else entry_of(other)
+            for other in self.config.models
         ]
-        self._become(with_models(self.config, entries, self._held))
+        self._adopt(with_models(self.config, entries, self._held))
         return self._controller.preview(model.name)
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
         """See CatalogService."""
-        model, trial = self._on_trial(name)
-        self._controller.mark(model.name, trial, gone=f"rolled back: {reason}")
+        model, canary = self._with_canary(name)
+        self._controller.mark(model.name, canary, gone=f"rolled back: {reason}")
         return self._controller.preview(model.name)
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
@@ -206,8 +220,7 @@ class StoredCatalogService:
         model = self._named(name)
         versions = [model.version, *([model.canary.version] if model.canary else [])]
         if version not in versions:
-            there = ", ".join(versions)
-            raise invalid("version", f"{version[:64]!r} is no version of {model.name}; there is {there}")
+            raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {', '.join(versions)}")
         self._controller.mark(model.name, version, quarantined=not lift)
         log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
         return self._controller.preview(model.name)
@@ -218,8 +231,9 @@ class StoredCatalogService:
                 return model
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not in the catalog")
 
-    def _on_trial(self, name: str) -> tuple[Model, str]:
+    def _with_canary(self, name: str) -> tuple[Model, str]:
+        """Return a model and its canary's version. Raises CallError for a model without a canary."""
         model = self._named(name)
         if model.canary is None:
-            raise invalid("name", f"{model.name} has no version on trial: its entry has no canary")
+            raise invalid("name", f"{model.name} has no canary: add `canary` to its entry first")
         return model, model.canary.version

@@ -1,5 +1,4 @@
-"""The verbs of cluster.admin.v1 that change the catalog, as the controller answers them: messages in, the desk's words,
-messages out."""
+"""Controller side of the admin verbs that change the catalog: adapts cluster.admin.v1 messages to CatalogService."""
 
 from __future__ import annotations
 
@@ -14,32 +13,32 @@ from cluster.api.types import CatalogEntry, VersionShare
 from cluster.wire.admin_forwarding import Verb, verb
 
 
-def catalog_verbs(desk: CatalogService) -> Mapping[str, Verb]:
-    """By their names."""
+def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:
+    """Return the handlers of the catalog verbs by name."""
 
     async def apply(request: pb.ApplyRequest, actor: str) -> pb.ApplyResponse:
         entries = _entries(request.document)
-        changes = desk.apply(entries, prune=request.prune, validate_only=request.validate_only)
+        changes = service.apply(entries, prune=request.prune, validate_only=request.validate_only)
         return pb.ApplyResponse(changes=map(_change, changes))
 
     async def diff(request: pb.DiffRequest, actor: str) -> pb.DiffResponse:
-        changes = desk.apply(_entries(request.document), prune=request.prune, validate_only=True)
+        changes = service.apply(_entries(request.document), prune=request.prune, validate_only=True)
         return pb.DiffResponse(changes=map(_change, changes))
 
     async def weigh(request: pb.SetWeightsRequest, actor: str) -> pb.VersionsResponse:
-        if not 0 <= request.weight <= 1:  # not a number, too
+        if not 0 <= request.weight <= 1:  # also refuses NaN
             raise invalid("weight", f"must be in 0 to 1, got {request.weight:g}")
-        return _versions(desk.weigh(request.name, request.version, request.weight))
+        return _versions(service.weigh(request.name, request.version, request.weight))
 
     async def promote(request: pb.PromoteRequest, actor: str) -> pb.VersionsResponse:
-        return _versions(desk.promote(request.name))
+        return _versions(service.promote(request.name))
 
     async def roll_back(request: pb.RollbackRequest, actor: str) -> pb.VersionsResponse:
-        return _versions(desk.roll_back(request.name, request.reason or f"by {actor}"))
+        return _versions(service.roll_back(request.name, request.reason or f"by {actor}"))
 
     async def quarantine(request: pb.QuarantineRequest, actor: str) -> pb.VersionsResponse:
         reason = request.reason or f"by {actor}"
-        return _versions(desk.quarantine(request.name, request.version, reason, lift=request.lift))
+        return _versions(service.quarantine(request.name, request.version, reason, lift=request.lift))
 
     return {
         "Catalog.Apply": verb(pb.ApplyRequest, apply),
@@ -57,7 +56,7 @@ def _entries(document: bytes) -> Sequence[Mapping[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise invalid("document", f"is not JSON: {error}") from None
     entries = values.get("models") if isinstance(values, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(one, dict) and one.get("name") for one in entries):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry.get("name") for entry in entries):
         raise invalid("document", "must be an object with models, a list of objects that have a name")
     return entries
 
@@ -67,8 +66,8 @@ def _change(change: Change) -> pb.Change:
         return "" if value is None else json.dumps(value, sort_keys=True)
 
     differences = [
-        pb.Difference(path=one.path, before_json=text(one.before), after_json=text(one.after))
-        for one in change.differences
+        pb.Difference(path=difference.path, before_json=text(difference.before), after_json=text(difference.after))
+        for difference in change.differences
     ]
     return pb.Change(model=change.model, kind=change.kind, differences=differences, restarts=change.restarts)
 
@@ -78,7 +77,7 @@ def _versions(entry: CatalogEntry) -> pb.VersionsResponse:
 
 
 def version_status(share: VersionShare) -> pb.VersionStatus:
-    """A version as operators see it."""
+    """Return a version's status as the admin API reports it."""
     return pb.VersionStatus(
         version=share.version,
         weight=share.weight,

@@ -1,7 +1,8 @@
-"""The loop: look at Ray, compare with the configuration, do the next steps, tell the gateways. Every second.
+"""The control loop: observe Ray, compare it with the configuration, take the next steps, publish the catalog.
 
-It remembers nothing that it could not see again: after a restart, or after Ray was away, the first look decides.
-While Ray is away the last catalog stays published, so what serves goes on serving.
+A pass runs every second. The loop keeps no state that it could not observe again, so after a restart or an outage of
+Ray the first observation is enough to continue. While Ray is unreachable the last catalog stays published and running
+replicas keep serving.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare,
 from cluster.config.gateway import Tls
 from cluster.config.lenient import Lenient
 from cluster.config.schema import Config
-from cluster.controller import bundling, scaling
-from cluster.controller import catalog_service as catalog_desk
+from cluster.controller import bundling, catalog_service, scaling
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.last_good import held_names, with_last_good
 from cluster.controller.links import ControllerLinks, FleetWorker
@@ -40,7 +40,7 @@ from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import make_private_folder
 from cluster.ray.backend import Backend, ChildBackend, RayAway, RaySnapshot
 from cluster.ray.jobs import JobBackend
-from cluster.ray.several_clusters import SeveralRays
+from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.bundle import Bundle
 from cluster.wire.lost_engines import LostEngine
 from cluster.wire.tls import TlsFiles
@@ -51,52 +51,56 @@ log = structlog.get_logger("controller")
 PERIOD_S = 1.0
 END_SERVE_S = 6.0
 QUIET_S = 3.0
-"""How long an application must have had no new call before it counts as empty: until gateways have said so."""
+"""Time without new calls after which an application may count as empty: until then gateways have reported its load."""
 LOCAL_DRAIN_S = 2.0
 
 
 class GatewayPort(Protocol):
-    """What the loop needs of the link (link.controller.ControllerLinks)."""
+    """The part of ControllerLinks (links.py) that the loop uses."""
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
-        """Tell every gateway."""
+        """Send the catalog to every gateway."""
 
     def fleet(self) -> Sequence[FleetWorker]:
-        """Workers that some gateway has a link to."""
+        """Return the workers that are linked to at least one gateway."""
 
     def lost(self) -> Sequence[LostEngine]:
-        """Engines that ended in the last minutes, the oldest first."""
+        """Return the engines that ended in the last minutes, oldest first."""
 
     def demand(self) -> Sequence[ModelDemand]:
-        """By model, summed over gateways."""
+        """Return the demand by model, summed over gateways."""
 
     def tallies(self) -> Sequence[VersionTally]:
-        """What gateways have counted of versions on trial."""
+        """Return the gateways' counts of canaries and of the versions they are compared with."""
 
     @property
     def linked(self) -> int:
-        """Gateways linked to now."""
+        """Number of gateways that the controller is linked to."""
 
 
 @dataclass(eq=False, slots=True, repr=False)
 class Controller:
-    """`want` sets what is wanted, `step` is one pass, `run` is a pass every second or when `want` is called."""
+    """The control loop of one cluster.
+
+    `want` sets the desired models, `step` runs one pass, `run` runs a pass every second and after each change. A
+    model's variants are its ReplicaSettings: one for each version and GPU type that it may run on.
+    """
 
     backend: Backend
     gateways: GatewayPort
     wall_s: Callable[[], float] = time.time
     known: dict[str, Known] = field(default_factory=dict)
-    """What sources say of models, by application."""
+    """Properties of models as read from their sources, by application."""
     drain_timeout_s: float = 300.0
-    """How long calls may stay at an application that gets no new ones; then it is ended, and they move or are cut."""
+    """Time that calls may stay on an application that gets no new ones. Then it is deleted and they resume or fail."""
     marks: dict[str, dict[str, VersionMark]] = field(default_factory=dict)
-    """What operators and trials have set aside of the configuration, by model and version."""
+    """Overrides of the configuration by operators and automatic rollbacks, by model and version."""
     on_mark: Callable[[], None] = lambda: None
-    """Called when `marks` have changed."""
+    """Called when `marks` has changed."""
     scaler: Scaler = field(default_factory=Scaler)
     now: Callable[[], float] = time.monotonic
-    on_look: Callable[[], None] = lambda: None
-    """Called after each look of the scaler."""
+    on_scaling_pass: Callable[[], None] = lambda: None
+    """Called after each pass of the scaler."""
     _wanted: dict[str, tuple[ReplicaSettings, ...]] = field(default_factory=dict)
     _states: dict[tuple[str, str], ModelState] = field(default_factory=dict)
     _entries: dict[str, CatalogEntry] = field(default_factory=dict)
@@ -110,17 +114,19 @@ class Controller:
 
     def __repr__(self) -> str:
         states = ", ".join(f"{name} {entry.state.value}" for name, entry in self._entries.items())
-        return f"Controller({states or 'nothing seen'}{f'; Ray is away: {self._away}' if self._away else ''})"
+        return f"Controller({states or 'no models yet'}{f'; Ray is away: {self._away}' if self._away else ''})"
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """What is to run from now on; the next pass begins at once. Several of one model are its versions and the types
-        of GPU that it may run on, the one that stays and the first choice first."""
+        """Set the replicas that should run and begin the next pass at once.
+
+        The settings of a model are its variants: the stable version before the canary, the preferred GPU type first.
+        """
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}
-        for one in settings:
-            wanted[one.spec.name] = (*wanted.get(one.spec.name, ()), one)
-        self._leaving |= {name: them[0].spec for name, them in self._wanted.items() if name not in wanted}
+        for variant in settings:
+            wanted[variant.spec.name] = (*wanted.get(variant.spec.name, ()), variant)
+        self._leaving |= {name: variants[0].spec for name, variants in self._wanted.items() if name not in wanted}
         self._wanted = wanted
-        versions = {(one.spec.name, one.spec.version) for one in settings}
+        versions = {(variant.spec.name, variant.spec.version) for variant in settings}
         self.marks = {
             model: kept
             for model, marks in self.marks.items()
@@ -129,22 +135,24 @@ class Controller:
         self._changed.set()
 
     def hold(self, models: Sequence[ModelSpec], everything: bool = False) -> None:
-        """Leave what runs of these models as it is, and tell it under these names; `everything`: of all models that are
-        not wanted."""
-        self._held = {one.name: one for one in models}
+        """Leave the running replicas of these models unchanged and publish them under these names.
+
+        `everything`: do so for all models that are not wanted.
+        """
+        self._held = {spec.name: spec for spec in models}
         self._hold_all = everything
         self._changed.set()
 
     def wake(self) -> None:
-        """The next pass begins at once."""
+        """Begin the next pass at once."""
         self._changed.set()
 
     def entries(self) -> Sequence[CatalogEntry]:
-        """The catalog as last published."""
+        """Return the catalog as last published."""
         return tuple(self._entries.values())
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run passes until cancelled."""
         while True:
             self._changed.clear()
             try:
@@ -153,163 +161,172 @@ class Controller:
                     log.info("ray.back")
                 self._away = ""
             except RayAway as error:
-                self._without_ray(str(error))
+                self._record_ray_away(str(error))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PERIOD_S):  # wait_for (3.11) loses a cancellation that comes with the event
                     await self._changed.wait()
 
     async def step(self) -> None:
-        """One pass. Raises RayAway."""
+        """Run one pass. Raises RayAway."""
         snapshot = await self.backend.observe()
         fleet = self.gateways.fleet()
-        self._judge()
-        parts = {model: self._shares(them) for model, them in self._wanted.items()}
-        self._look(snapshot, fleet, parts)
+        self._roll_back_bad_canaries()
+        parts = {model: self._shares(variants) for model, variants in self._wanted.items()}
+        self._run_scaler(snapshot, fleet, parts)
         wanted = [
-            one for model, them in self._wanted.items() for one in self._counted(them, parts[model], snapshot, fleet)
+            app
+            for model, variants in self._wanted.items()
+            for app in self._wanted_apps(variants, parts[model], snapshot, fleet)
         ]
-        held = self._held_now(snapshot)
+        held = self._held_models(snapshot)
         plan = reconcile.reconcile(
             wanted,
             {app: seen for app, seen in snapshot.apps.items() if seen.model not in held},
             self.wall_s(),
-            empty=self._empty(snapshot, fleet),
-            frozen=self._frozen(),
-            dropped={(model, part.version) for model, them in parts.items() for part in them if part.gone},
+            empty=self._empty_apps(snapshot, fleet),
+            frozen=self._frozen_models(),
+            dropped={(model, part.version) for model, shares in parts.items() for part in shares if part.gone},
         )
-        self._keep_retired(plan.retired)
-        self._tell(snapshot, fleet, wanted, parts, plan, held)
+        self._update_retired(plan.retired)
+        self._publish(snapshot, fleet, wanted, parts, plan, held)
         away = None
         for action in plan.actions:
             log.info("step", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
             try:
-                await self._do(action, {want.app: want.replicas for want in wanted})
-            except RayAway as error:  # another Ray than this one's may be there
+                await self._execute(action, {app.app: app.replicas for app in wanted})
+            except RayAway as error:  # the other Ray clusters may answer
                 away = error
         if away is not None:
             raise away
 
-    async def _do(self, action: reconcile.Action, replicas: Mapping[str, int]) -> None:
+    async def _execute(self, action: reconcile.Action, replicas: Mapping[str, int]) -> None:
         match action:
             case reconcile.Deploy(app):
-                settings = next(one for them in self._wanted.values() for one in them if one.app == app)
+                settings = next(
+                    variant for variants in self._wanted.values() for variant in variants if variant.app == app
+                )
                 await self.backend.deploy(replace(settings, replicas=replicas[app]))
             case reconcile.Scale(app, count):
                 await self.backend.scale(app, count)
             case reconcile.Delete(app):
                 await self.backend.delete(app)
 
-    def _look(
+    def _run_scaler(
         self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], parts: Mapping[str, Sequence[ReplicaShare]]
     ) -> None:
-        """Let the scaler see, and decide. What is about to go counts no more, and what a trial has beyond its part of
-        the calls, or a replacement that is not up yet, was not asked for by the scaler."""
-        stay = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
-        there = scaling.on_ray(stay)
+        """Let the scaler decide the number of replicas.
+
+        Retired applications are left out. The targets passed on are those the scaler asked for: without a canary's
+        replicas beyond its share of the calls, and without replacements that are not up yet.
+        """
+        staying = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
+        on_ray = scaling.on_ray(staying)
         room: dict[tuple[str, str], int] = {}
-        for model, them in self._wanted.items():
-            runs = {part.version for part in parts[model] if not part.gone}
-            apps = [snapshot.apps.get(one.app) for one in them if one.spec.version in runs]
+        for model, variants in self._wanted.items():
+            versions = {part.version for part in parts[model] if not part.gone}
+            apps = [snapshot.apps.get(variant.app) for variant in variants if variant.spec.version in versions]
             targets: dict[str, int] = {}
             for seen in apps:
                 if seen is not None:
                     targets[seen.gpu] = targets.get(seen.gpu, 0) + seen.target
             if targets:
-                for kind in [kind for kind in there if kind[0] == model]:
+                for kind in [kind for kind in on_ray if kind[0] == model]:
                     target = total_of(targets.get(kind[1], 0), parts[model])
-                    there[kind] = replace(there[kind], target=target)
-            choices = _choices(them)
-            if len(choices) > 1:
-                room |= {(model, one.spec.gpu): self._capacity(one, snapshot) for one in choices}
-        decided = self.scaler.look(
-            [one.spec for them in self._wanted.values() for one in _choices(them)],
-            there,
+                    on_ray[kind] = replace(on_ray[kind], target=target)
+            stable = _stable_variants(variants)
+            if len(stable) > 1:
+                room |= {(model, variant.spec.gpu): self._capacity(variant, snapshot) for variant in stable}
+        decisions = self.scaler.look(
+            [variant.spec for variants in self._wanted.values() for variant in _stable_variants(variants)],
+            on_ray,
             scaling.workers_of(fleet, {seen.digest: seen.gpu for seen in snapshot.apps.values()}),
             self.now(),
             self.wall_s(),
             blind=not self.gateways.linked,
             room=room,
         )
-        scaling.tell(decided)
-        self.on_look()
+        scaling.log_decisions(decisions)
+        self.on_scaling_pass()
 
     # ---- versions
 
-    def _shares(self, them: Sequence[ReplicaSettings]) -> tuple[ReplicaShare, ...]:
-        """Which of a model's versions get calls, and which part."""
-        stays = them[0]
-        trial = next((one for one in them if one.spec.version != stays.spec.version), None)
+    def _shares(self, variants: Sequence[ReplicaSettings]) -> tuple[ReplicaShare, ...]:
+        """Return a model's versions with the share of the calls that each gets."""
+        stable = variants[0]
+        canary = next((variant for variant in variants if variant.spec.version != stable.spec.version), None)
         return shares(
-            (stays.spec.version, stays.digest),
-            None if trial is None else (trial.spec.version, trial.digest, trial.spec.weight),
-            self.marks.get(stays.spec.name, {}),
+            (stable.spec.version, stable.digest),
+            None if canary is None else (canary.spec.version, canary.digest, canary.spec.weight),
+            self.marks.get(stable.spec.name, {}),
         )
 
-    def _counted(
+    def _wanted_apps(
         self,
-        them: Sequence[ReplicaSettings],
+        variants: Sequence[ReplicaSettings],
         parts: Sequence[ReplicaShare],
         snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
     ) -> Iterator[reconcile.Wanted]:
-        """A model's applications with the number of their replicas; one of a version that is gone is not among them.
-        Versions have their parts on every type of GPU that is in use, so that like is compared with like."""
+        """Yield a model's applications with their numbers of replicas, without versions that were rolled back.
+
+        Each version gets its share on every GPU type in use, so that versions are compared on equal hardware.
+        """
         for part in parts:
             if part.gone:
                 continue
-            choices = [one for one in them if one.spec.version == part.version]
-            for one in choices:
-                replicas = replicas_of(self.scaler.replicas(one.spec), parts)[part.version]
-                if replicas or one is choices[0] or one.app in snapshot.apps:
+            choices = [variant for variant in variants if variant.spec.version == part.version]
+            for variant in choices:
+                replicas = replicas_of(self.scaler.replicas(variant.spec), parts)[part.version]
+                if replicas or variant is choices[0] or variant.app in snapshot.apps:
                     yield reconcile.Wanted(
-                        model=one.spec.name,
-                        digest=one.digest,
+                        model=variant.spec.name,
+                        digest=variant.digest,
                         replicas=replicas,
-                        version=one.spec.version,
-                        ray=one.ray_cluster,
-                        stale=_stale(one, fleet),
-                        gpu=one.spec.gpu,
+                        version=variant.spec.version,
+                        ray=variant.ray_cluster,
+                        stale=_has_other_weights(variant, fleet),
+                        gpu=variant.spec.gpu,
                     )
 
     def _capacity(self, settings: ReplicaSettings, snapshot: RaySnapshot) -> int:
-        """How many replicas its type of GPU holds, beside those of other models."""
+        """Return how many of these replicas fit on their GPU type beside the replicas of other models."""
         nodes = snapshot.nodes_of(settings.ray_cluster)
         others = [
-            (one.spec, seen.running + seen.placed)
-            for model, them in self._wanted.items()
-            for one in them
-            if model != settings.spec.name and one.ray_cluster == settings.ray_cluster
-            if (seen := snapshot.apps.get(one.app)) is not None
+            (variant.spec, seen.running + seen.placed)
+            for model, variants in self._wanted.items()
+            for variant in variants
+            if model != settings.spec.name and variant.ray_cluster == settings.ray_cluster
+            if (seen := snapshot.apps.get(variant.app)) is not None
         ]
         return capacity(settings.spec, nodes, others)
 
-    def _judge(self) -> None:
-        """Take back trials that do too badly."""
+    def _roll_back_bad_canaries(self) -> None:
+        """Roll back canaries whose error rate or time to first token is too far above the stable version's."""
         tallies: dict[str, CanaryTally] = {}
-        for one in self.gateways.tallies():
-            tally = CanaryTally(one.calls, one.errors, one.pairs, one.slower)
-            tallies[one.generation] = tallies.get(one.generation, CanaryTally()) + tally
-        frozen = self._frozen()
-        for model, them in self._wanted.items():
-            parts = self._shares(them)
+        for counted in self.gateways.tallies():
+            tally = CanaryTally(counted.calls, counted.errors, counted.pairs, counted.slower)
+            tallies[counted.generation] = tallies.get(counted.generation, CanaryTally()) + tally
+        frozen = self._frozen_models()
+        for model, variants in self._wanted.items():
+            parts = self._shares(variants)
             if len(parts) == 1 or parts[1].gone or model in frozen:
                 continue
-            stays = [one for one in them if one.spec.version == parts[0].version]
-            trial = [one for one in them if one.spec.version == parts[1].version]
+            stable = [variant for variant in variants if variant.spec.version == parts[0].version]
+            canary = [variant for variant in variants if variant.spec.version == parts[1].version]
             verdict = judge(
-                sum((tallies.get(one.digest, CanaryTally()) for one in stays), CanaryTally()),
-                sum((tallies.get(one.digest, CanaryTally()) for one in trial), CanaryTally()),
-                error_ratio=trial[0].spec.error_ratio,
-                ttft_ratio=trial[0].spec.ttft_ratio,
+                sum((tallies.get(variant.digest, CanaryTally()) for variant in stable), CanaryTally()),
+                sum((tallies.get(variant.digest, CanaryTally()) for variant in canary), CanaryTally()),
+                error_ratio=canary[0].spec.error_ratio,
+                ttft_ratio=canary[0].spec.ttft_ratio,
             )
             if verdict.goes:
                 log.warning("version.rolled_back", model=model, version=parts[1].version, why=verdict.why)
                 self.mark(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
 
     def mark(self, model: str, version: str, **fields: Any) -> None:
-        """Set aside what the configuration says of a version, until that is changed. Raises KeyError."""
-        them = self._wanted[model]
-        digest = next((one.digest for one in them if one.spec.version == version), None)
+        """Override the configuration of a version until its entry is changed. Raises KeyError for unknown names."""
+        variants = self._wanted[model]
+        digest = next((variant.digest for variant in variants if variant.spec.version == version), None)
         if digest is None:
             raise KeyError(version)
         marks = self.marks.setdefault(model, {})
@@ -319,12 +336,12 @@ class Controller:
         self._changed.set()
 
     def preview(self, model: str) -> CatalogEntry:
-        """A model as it will be told: what was told last, with the shares of now. Raises KeyError."""
-        them = self._wanted[model]
-        parts = {part.version: part for part in self._shares(them)}
-        last = self._entries.get(model) or lifecycle.entry(them[0].spec, ModelState.DECLARED, None)
+        """Return a model's last published entry with the current shares. Raises KeyError for an unknown model."""
+        variants = self._wanted[model]
+        parts = {part.version: part for part in self._shares(variants)}
+        last = self._entries.get(model) or lifecycle.entry(variants[0].spec, ModelState.DECLARED, None)
         before = {share.version: share for share in last.versions}
-        told = tuple(
+        versions = tuple(
             replace(
                 before.get(version) or VersionShare(version),
                 weight=part.weight,
@@ -333,36 +350,38 @@ class Controller:
             )
             for version, part in parts.items()
         )
-        return replace(last, versions=told)
+        return replace(last, versions=versions)
 
-    # ---- what is told
+    # ---- publishing
 
-    def _frozen(self) -> frozenset[str]:
-        """Models of which operators want nothing rolled out."""
-        asked = self.scaler.asked
-        return frozenset(self._wanted) if asked.all_frozen else asked.frozen
+    def _frozen_models(self) -> frozenset[str]:
+        """Return the models that operators have frozen: no change of theirs is rolled out."""
+        requests = self.scaler.asked
+        return frozenset(self._wanted) if requests.all_frozen else requests.frozen
 
-    def _empty(self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
-        """Applications that have had no new call for a while, and have none left or had their time."""
+    def _empty_apps(self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
+        """Return the retired applications that may be deleted: they have no calls left, or their drain time is over."""
         now_s = self.wall_s()
         running: dict[str, int] = {}
         for worker in fleet:
             running[worker.generation] = running.get(worker.generation, 0) + worker.running
-        waited_for = {one.model for one in self.gateways.demand() if one.waiting and one.model not in self._wanted}
-        found = set()
+        waited_for = {
+            demand.model for demand in self.gateways.demand() if demand.waiting and demand.model not in self._wanted
+        }
+        empty = set()
         for app, since_s in self._retired_since_s.items():
             seen = snapshot.apps.get(app)
             quiet = self.gateways.linked and now_s - since_s >= QUIET_S
             idle = seen is not None and not running.get(seen.digest, 0) and seen.model not in waited_for
             if (quiet and idle) or now_s - since_s >= self.drain_timeout_s:
-                found.add(app)
-        return frozenset(found)
+                empty.add(app)
+        return frozenset(empty)
 
-    def _keep_retired(self, retired: Collection[str]) -> None:
+    def _update_retired(self, retired: Collection[str]) -> None:
         now_s = self.wall_s()
         self._retired_since_s = {app: self._retired_since_s.get(app, now_s) for app in retired}
 
-    def _tell(
+    def _publish(
         self,
         snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
@@ -371,37 +390,37 @@ class Controller:
         plan: reconcile.Plan,
         held: Mapping[str, ModelSpec],
     ) -> None:
-        there = {seen.model for seen in snapshot.apps.values()} - held.keys()
-        leaving = {name: self._leaving.get(name) or ModelSpec(name, "") for name in there if name not in self._wanted}
+        on_ray = {seen.model for seen in snapshot.apps.values()} - held.keys()
+        leaving = {name: self._leaving.get(name) or ModelSpec(name, "") for name in on_ray if name not in self._wanted}
         self._leaving = leaving
-        now: dict[str, CatalogEntry] = {}
-        for model, them in self._wanted.items():
-            now[model] = self._entry(model, them, snapshot, fleet, wanted, parts[model], plan.retired)
+        entries: dict[str, CatalogEntry] = {}
+        for model, variants in self._wanted.items():
+            entries[model] = self._entry(model, variants, snapshot, fleet, wanted, parts[model], plan.retired)
         for model, spec in leaving.items():
             share = (ReplicaShare(spec.version, 0.0),)
-            now[model] = self._entry(model, (), snapshot, fleet, (), share, plan.retired, spec)
+            entries[model] = self._entry(model, (), snapshot, fleet, (), share, plan.retired, spec)
         for model, spec in held.items():
             apps = [seen for seen in snapshot.apps.values() if seen.model == model]
-            now[model] = held_entry(spec, apps, [_reported(one) for one in fleet if one.model == model])
-        told = {(name, share.version) for name, entry in now.items() for share in entry.versions}
-        self._states = {key: state for key, state in self._states.items() if key in told}
-        self._entries = {name: lifecycle.remember(self._entries.get(name), entry) for name, entry in now.items()}
+            entries[model] = held_entry(spec, apps, [_reported(worker) for worker in fleet if worker.model == model])
+        published = {(name, share.version) for name, entry in entries.items() for share in entry.versions}
+        self._states = {key: state for key, state in self._states.items() if key in published}
+        self._entries = {name: lifecycle.remember(self._entries.get(name), entry) for name, entry in entries.items()}
         self._entries = {
             name: replace(self.scaler.told(entry), replicas_desired=entry.replicas_desired)  # of all its versions
             for name, entry in self._entries.items()
         }
         self.gateways.publish(self.entries())
 
-    def _held_now(self, snapshot: RaySnapshot) -> Mapping[str, ModelSpec]:
-        """The models that are to stay as they are, those included that run nowhere."""
-        there = {seen.model for seen in snapshot.apps.values()} if self._hold_all else set()
-        names = (self._held.keys() | there) - self._wanted.keys()
+    def _held_models(self, snapshot: RaySnapshot) -> Mapping[str, ModelSpec]:
+        """Return the models that must stay unchanged, including those that have no replica."""
+        on_ray = {seen.model for seen in snapshot.apps.values()} if self._hold_all else set()
+        names = (self._held.keys() | on_ray) - self._wanted.keys()
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names}
 
     def _entry(
         self,
         model: str,
-        them: Sequence[ReplicaSettings],
+        variants: Sequence[ReplicaSettings],
         snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
         wanted: Sequence[reconcile.Wanted],
@@ -412,34 +431,36 @@ class Controller:
         versions = []
         gone = [seen for seen in snapshot.apps.values() if seen.model == model and seen.app in retired]
         for part in parts:
-            mine = [one for one in them if one.spec.version == part.version]
-            spec = mine[0].spec if leaving is None else leaving
-            apps = [want for want in wanted if want.model == model and want.version == part.version]
-            now = [snapshot.apps[want.app] for want in apps if want.app in snapshot.apps]
+            own = [variant for variant in variants if variant.spec.version == part.version]
+            spec = own[0].spec if leaving is None else leaving
+            apps = [app for app in wanted if app.model == model and app.version == part.version]
+            current = [snapshot.apps[app.app] for app in apps if app.app in snapshot.apps]
             before = [
                 seen
                 for seen in snapshot.apps.values()
-                if seen.model == model and (seen.version in (part.version, "") or leaving) and seen not in (*now, *gone)
+                if seen.model == model
+                and (seen.version in (part.version, "") or leaving)
+                and seen not in (*current, *gone)
             ]
-            seen = lifecycle.combined(now, before if leaving is None else [*before, *gone])
+            seen = lifecycle.combined(current, before if leaving is None else [*before, *gone])
             versions.append(
                 self._version(
                     part,
                     spec,
                     seen,
                     [worker for worker in fleet if worker.model == model and worker.version in (part.version, "")],
-                    self.known.get(mine[0].app) if mine else None,
-                    _unplaceable(mine, snapshot),
-                    sum(want.replicas for want in apps),
-                    lost=self._ends(model, part.version, [one.digest for one in mine]),
+                    self.known.get(own[0].app) if own else None,
+                    _unplaceable(own, snapshot),
+                    sum(app.replicas for app in apps),
+                    lost=self._engine_ends(model, part.version, [variant.digest for variant in own]),
                     wanted=leaving is None and not part.gone,
-                    changing=bool(before) and any(not one.running for one in now),
+                    changing=bool(before) and any(not seen.running for seen in current),
                 )
             )
         first = versions[0]
         return lifecycle.entry_of(
             versions,
-            retired=[one.digest for one in gone if leaving is None],  # of what leaves, calls that wait get their turn
+            retired=[seen.digest for seen in gone if leaving is None],  # a leaving model still serves its waiting calls
             cold_start_s=self._cold_starts_s.get(first.spec.name, 0.0),
         )
 
@@ -459,7 +480,7 @@ class Controller:
     ) -> lifecycle.Version:
         sight = lifecycle.sight(wanted, seen, unplaceable)
         if sight is lifecycle.Sight.SERVING and not workers and self.gateways.linked:
-            sight = lifecycle.Sight.STARTING  # it runs, but no gateway has its link yet
+            sight = lifecycle.Sight.STARTING  # replicas run, but no gateway is linked to one yet
         key = (spec.name, part.version)
         before = self._states.get(key, ModelState.DECLARED)
         state = lifecycle.move(ModelState.DECLARED if before is ModelState.GONE else before, sight)
@@ -482,42 +503,42 @@ class Controller:
             lost,
         )
 
-    def _ends(self, model: str, version: str, generations: Sequence[str]) -> str:
-        """What the version's workers said lately of the ends of their engines."""
+    def _engine_ends(self, model: str, version: str, generations: Sequence[str]) -> str:
+        """Return a text about the version's engines that ended lately, as its workers reported them."""
         return lifecycle.ends_of(
             [
-                (one.at_s, one.reason)
-                for one in self.gateways.lost()
-                if one.model == model and one.version in (version, "") and one.generation in (*generations, "")
+                (engine.at_s, engine.reason)
+                for engine in self.gateways.lost()
+                if engine.model == model and engine.version in (version, "") and engine.generation in (*generations, "")
             ]
         )
 
-    def _without_ray(self, reason: str) -> None:
+    def _record_ray_away(self, reason: str) -> None:
         if reason != self._away:
             log.warning("ray.away", reason=reason)
         self._away = reason
         if not self._entries:
-            for name, them in self._wanted.items():
+            for name, variants in self._wanted.items():
                 self._entries[name] = lifecycle.entry(
-                    them[0].spec, ModelState.DECLARED, None, known=Known(trouble=reason)
+                    variants[0].spec, ModelState.DECLARED, None, known=Known(trouble=reason)
                 )
             self.gateways.publish(self.entries())
 
 
-def _choices(them: Sequence[ReplicaSettings]) -> Sequence[ReplicaSettings]:
-    """The types of GPU of the version that stays, the first choice first."""
-    return [one for one in them if one.spec.version == them[0].spec.version]
+def _stable_variants(variants: Sequence[ReplicaSettings]) -> Sequence[ReplicaSettings]:
+    """Return the stable version's variants, one for each GPU type, the preferred type first."""
+    return [variant for variant in variants if variant.spec.version == variants[0].spec.version]
 
 
-def _stale(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
-    """Whether its workers have other weights than the configuration pins by now."""
-    have = {worker.weight_digest for worker in fleet if worker.generation == settings.digest}
-    return bool(settings.spec.digest and have) and settings.spec.digest not in have
+def _has_other_weights(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
+    """Return whether the workers run other weights than those that the configuration pins now."""
+    digests = {worker.weight_digest for worker in fleet if worker.generation == settings.digest}
+    return bool(settings.spec.digest and digests) and settings.spec.digest not in digests
 
 
-def _unplaceable(choices: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> str:
-    """Why none of them could run, the first one's reason; "" when one could."""
-    reasons = [why_unplaceable(one.spec, snapshot.nodes_of(one.ray_cluster)) for one in choices]
+def _unplaceable(variants: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> str:
+    """Return why the first variant cannot be placed if no variant can; "" if at least one can."""
+    reasons = [why_unplaceable(variant.spec, snapshot.nodes_of(variant.ray_cluster)) for variant in variants]
     return reasons[0] if reasons and all(reasons) else ""
 
 
@@ -532,7 +553,7 @@ def _reported(worker: FleetWorker) -> Reported:
 
 
 def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list[ReplicaSettings]:
-    """What each model's replicas are started with, one for each version and type of GPU."""
+    """Return the settings that replicas are started with, one for each model, version and GPU type."""
     weights = config.weights
     token_file = weights.hugging_face.token_file
     return [
@@ -557,7 +578,7 @@ def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list
 
 
 def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
-    """The certificate that workers and controller show: link.tls, on one host else the gateway's own."""
+    """Return the certificate files of workers and controller: link.tls, or on one host the gateway's link_tls."""
     files: Tls | None = config.link.tls or (config.gateway.link_tls if local else None)
     return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None
 
@@ -568,8 +589,10 @@ def _backend(config: Config, instance: str, ray_address: str | None, run_folder:
         tag = {"HEADRACE_INSTANCE": instance}
         return ChildBackend(config.name, ray_address, tag, run_folder / "driver.log")
     if not config.ray:
-        raise ValueError("ray: names no Ray cluster to run models on")
-    return SeveralRays({one.name: JobBackend(config.name, one.dashboard_url, one.token_file) for one in config.ray})
+        raise ValueError("ray: is empty; name a Ray cluster to run models on, with its dashboard_url")
+    return MultiClusterBackend(
+        {ray.name: JobBackend(config.name, ray.dashboard_url, ray.token_file) for ray in config.ray}
+    )
 
 
 async def run_controller(
@@ -584,61 +607,64 @@ async def run_controller(
     metrics: Metrics | None = None,
     found: Lenient | None = None,
 ) -> None:
-    """Run until `stop`. `ray_address` is the local Ray's (its token in this environment), None for `config.ray`.
+    """Run a controller until `stop` is set.
 
-    `gateways` are the link addresses that controller and workers dial. `end_serve`: Serve, and so every replica, ends
-    with the controller, which is for a Ray of our own; else replicas go on without it. `found`: what was wrong in the
-    file that `config` is from.
+    `ray_address` is a local Ray, whose token is in this process's environment; None for the clusters in `config.ray`.
+    `gateways` are the link addresses that controller and workers dial. `end_serve`: shut down Serve, and with it every
+    replica, when the controller ends; for a local Ray only. Otherwise replicas keep running without the controller.
+    `found`: the result of reading the file that `config` is from, with its problems.
     """
     found = with_last_good(found or Lenient(config), run_folder)
     config = found.config
     local = ray_address is not None
     backend = _backend(config, instance, ray_address, run_folder)
     bundles: dict[str, Bundle] = {}
-    end = ControllerLinks(
+    links = ControllerLinks(
         controller_id=f"{config.name}-{instance}",
         gateways=gateways,
         tls=link_tls(config, local=local),
         bundles=bundles.get,
     )
-    asked = scaling.AskedFile(run_folder / "scaling.json")
-    scaler = Scaler(scaling.settings_of(config), time.monotonic(), asked.read())
-    controller = Controller(backend, end, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s)
-    controller.hold([ModelSpec(one.name, "", one.aliases, fallback=one.fallback) for one in found.held], found.all_held)
+    requests_file = scaling.OperatorRequestFile(run_folder / "scaling.json")
+    scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
+    controller = Controller(backend, links, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s)
+    controller.hold(
+        [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
+    )
     if metrics is not None:
         counters = scaling.Counters(metrics)
-        controller.on_look = lambda: counters.count(scaler)
-    scaling.listen(end, scaler, controller.now, controller.wake)
+        controller.on_scaling_pass = lambda: counters.count(scaler)
+    scaling.listen(links, scaler, controller.now, controller.wake)
 
-    def changed() -> None:
-        asked.keep(scaler.asked)
+    def on_scaling_request() -> None:
+        requests_file.keep(scaler.asked)
         controller.wake()
 
-    end.verbs |= scaling_verbs(ScalingRequests(scaler, changed))
-    builder = Builder(run_folder / "bundles", bundles, controller.known, local=local)
-    desk = catalog_desk.StoredCatalogService(
+    links.verbs |= scaling_verbs(ScalingRequests(scaler, on_scaling_request))
+    builder = BundleBuilder(run_folder / "bundles", bundles, controller.known, local=local)
+    catalog = catalog_service.StoredCatalogService(
         config,
         controller,
-        catalog_desk.KeptFile(run_folder / "catalog.json", instance if local else ""),
+        catalog_service.StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
         held=held_names(found.held),
         on_want=builder.want,
     )
-    controller.on_mark = desk.keep
-    end.verbs |= catalog_verbs(desk)
-    parts = [
-        asyncio.create_task(end.run()),
+    controller.on_mark = catalog.keep
+    links.verbs |= catalog_verbs(catalog)
+    tasks = [
+        asyncio.create_task(links.run()),
         asyncio.create_task(controller.run()),
         asyncio.create_task(builder.run()),
     ]
-    until = asyncio.create_task(stop.wait())
+    stopped = asyncio.create_task(stop.wait())
     try:
-        await _first_end(until, parts)
+        await _wait_for_stop(stopped, tasks)
     finally:
-        for part in (until, *parts):
-            part.cancel()
-        await asyncio.gather(until, *parts, return_exceptions=True)
+        for task in (stopped, *tasks):
+            task.cancel()
+        await asyncio.gather(stopped, *tasks, return_exceptions=True)
         if end_serve:
             with contextlib.suppress(RayAway, TimeoutError):
                 async with asyncio.timeout(END_SERVE_S):
@@ -646,21 +672,24 @@ async def run_controller(
         await backend.close()
 
 
-async def _first_end(until: asyncio.Task[bool], parts: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for `until`; a part that fails before is raised. Parts may end."""
-    pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {until, *parts}
-    while not until.done():
+async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Wait for `stopped`. Raises the error of a task that fails before; a task may end without an error."""
+    pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
+    while not stopped.done():
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for part in done:
-            part.result()
+        for task in done:
+            task.result()
 
 
-class Builder:
-    """Builds bundles of the models whose source this host has, one after another, so that they are tokenizable at
-    rest."""
+class BundleBuilder:
+    """Builds the tokenizer bundles of models whose source is on this host, so that gateways can tokenize for models
+    without a replica. Builds one bundle at a time."""
 
     def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, Known], *, local: bool) -> None:
-        """`bundles` by digest and `known` by application get what is built. `local`: replicas run on this host."""
+        """Create a builder that adds to `bundles` (by digest) and `known` (by application).
+
+        `local`: replicas run on this host, so every source is here.
+        """
         self._folder = folder
         self._bundles = bundles
         self._known = known
@@ -668,16 +697,16 @@ class Builder:
         self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Build those that are not yet."""
-        for one in settings:
-            self._todo.put_nowait(one)
+        """Queue the bundles of these replicas; those that exist are skipped."""
+        for variant in settings:
+            self._todo.put_nowait(variant)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Build bundles until cancelled."""
         while True:
             settings = await self._todo.get()
-            here = self._local or await asyncio.to_thread(Path(settings.spec.source).is_dir)
-            if not here or settings.app in self._known:
+            is_here = self._local or await asyncio.to_thread(Path(settings.spec.source).is_dir)
+            if not is_here or settings.app in self._known:
                 continue
             bundle, about = await bundling.build(settings, self._folder)
             self._known[settings.app] = about

@@ -1,4 +1,4 @@
-"""The models of the last right file, kept beside a controller for a start that meets a wrong one."""
+"""Last valid model entries, stored by the controller for a start whose file has invalid ones."""
 
 from __future__ import annotations
 
@@ -19,43 +19,50 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: Lenient, folder: Path) -> Lenient:
-    """Put the last right entry in the place of each wrong one, where there is one that still fits; keep the right
-    entries for the next start. Models without one stay held."""
+    """Replace each invalid entry by its last valid one, if that is still valid beside the others.
+
+    Stores the valid entries for the next start. Models without a last valid entry stay held.
+    """
     path = folder / FILE
     before = _read(path)
-    made = _restored(found, before)
+    restored = _restored(found, before)
     if found.problems:
         log.error(
             "config_partly_refused",
             problems=found.problems[:10],
-            restored=sorted({one.name for one in made.config.models} - {one.name for one in found.config.models}),
-            held="all that runs" if made.all_held else [one.name for one in made.held],
+            restored=sorted(
+                {model.name for model in restored.config.models} - {model.name for model in found.config.models}
+            ),
+            held="all running models" if restored.all_held else [model.name for model in restored.held],
         )
-    now = {model.name: entry_of(model) for model in made.config.models}
-    if made.all_held:
-        now = dict(before) | now
-    now |= {one.name: before[one.name] for one in made.held if one.name in before}
-    _write(path, now)
-    return made
+    entries = {model.name: entry_of(model) for model in restored.config.models}
+    if restored.all_held:
+        entries = dict(before) | entries
+    entries |= {model.name: before[model.name] for model in restored.held if model.name in before}
+    _write(path, entries)
+    return restored
 
 
 def _restored(found: Lenient, before: Mapping[str, Any]) -> Lenient:
     config, held = found.config, []
     if found.all_held:
-        whole = _with(config, list(before.values()), ())
+        whole = _config_with(config, list(before.values()), ())
         return found if whole is None or not before else replace(found, config=whole, held=(), all_held=False)
-    for one in found.held:
-        names = {name for other in found.held if other is not one for name in (other.name, *other.aliases)}
-        entries = [entry_of(model) for model in config.models]
-        tried = _with(config, [*entries, before[one.name]], names) if one.name in before else None
-        if tried is None:
-            held.append(one)
+    for model in found.held:
+        names = {name for other in found.held if other is not model for name in (other.name, *other.aliases)}
+        entries = [entry_of(valid) for valid in config.models]
+        with_model = _config_with(config, [*entries, before[model.name]], names) if model.name in before else None
+        if with_model is None:
+            held.append(model)
         else:
-            config = tried
+            config = with_model
     return replace(found, config=config, held=tuple(held))
 
 
-def _with(config: Config, entries: Sequence[Mapping[str, Any]], absent: set[str] | tuple[str, ...]) -> Config | None:
+def _config_with(
+    config: Config, entries: Sequence[Mapping[str, Any]], absent: set[str] | tuple[str, ...]
+) -> Config | None:
+    """Return the configuration with these models, None if that is invalid."""
     try:
         return with_models(config, entries, absent)
     except CallError:
@@ -70,7 +77,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("last_good_models_unreadable", path=str(path), reason=str(error))
         return {}
-    return {name: one for name, one in values.items() if isinstance(one, dict)} if isinstance(values, dict) else {}
+    return (
+        {name: entry for name, entry in values.items() if isinstance(entry, dict)} if isinstance(values, dict) else {}
+    )
 
 
 def _write(path: Path, entries: Mapping[str, Any]) -> None:
@@ -84,5 +93,5 @@ def _write(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def held_names(held: Sequence[HeldModel]) -> frozenset[str]:
-    """Names and aliases of models that are held."""
-    return frozenset(name for one in held for name in (one.name, *one.aliases))
+    """Return the names and aliases of held models."""
+    return frozenset(name for model in held for name in (model.name, *model.aliases))

@@ -1,4 +1,4 @@
-"""The controller's end of its links: the catalog goes to every gateway, demand and fleet come back."""
+"""Controller side of the links: sends the catalog to every gateway and receives demand and worker reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cluster.wire.tls import TlsFiles
 
 @dataclass(frozen=True, slots=True)
 class FleetWorker:
-    """A worker as some gateway sees it."""
+    """A worker as a gateway reports it."""
 
     worker_id: str
     incarnation: str
@@ -48,7 +48,7 @@ class FleetWorker:
 
 
 class ControllerLinks:
-    """Dials every gateway in `gateways` and their siblings, and keeps each told of the newest catalog."""
+    """Dials every gateway in `gateways` and its siblings, and sends each the newest catalog."""
 
     def __init__(
         self,
@@ -73,62 +73,62 @@ class ControllerLinks:
         self._demands: dict[str, Sequence[ModelDemand]] = {}
         self._tallies: dict[str, Sequence[VersionTally]] = {}
         self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
-        """Told what a gateway's incarnation says, and for how long it has counted (seconds)."""
-        self.on_left: Callable[[str], None] = lambda gateway: None
-        """Told that the link to a gateway's incarnation has ended."""
+        """Called with a gateway's incarnation, its demand, and the seconds over which the gateway has counted."""
+        self.on_gateway_left: Callable[[str], None] = lambda gateway: None
+        """Called with a gateway's incarnation when its link has ended."""
         self.verbs: dict[str, admin_forwarding.Verb] = {}
-        """Admin verbs that are answered here (`Catalog.Scale`); set before `run`."""
+        """Admin verbs that the controller answers (such as `Catalog.Scale`); set before `run`."""
         self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
-        """The newest catalog; sent to every gateway unless nothing changed."""
+        """Send the catalog to every gateway if it has changed."""
         if tuple(entries) == self._catalog and self._revision:
             return
         self._catalog = tuple(entries)
         self._revision += 1
-        self._tell_all()
+        self._notify_all()
 
-    def _tell_all(self) -> None:
-        """Send the catalog again: it has changed, or the number of gateways that are linked."""
+    def _notify_all(self) -> None:
+        """Send the catalog to every gateway: the catalog or the number of linked gateways has changed."""
         for event in self._changed:
             event.set()
 
     def fleet(self) -> Sequence[FleetWorker]:
-        """Workers that some gateway has a link to, one entry each, by id."""
+        """Return the workers that are linked to at least one gateway, one entry each, sorted by id."""
         workers: dict[str, FleetWorker] = {}
         for worker in (w for fleet in self._fleets.values() for w in fleet):
             other = workers.get(worker.worker_id)
-            if other is None or other.work.steps <= worker.work.steps:  # the newest of what is told of it
+            if other is None or other.work.steps <= worker.work.steps:  # the newest report
                 workers[worker.worker_id] = worker
         return [workers[key] for key in sorted(workers)]
 
     def lost(self) -> Sequence[LostEngine]:
-        """Engines that ended in the last minutes, the oldest first."""
+        """Return the engines that ended in the last minutes, oldest first."""
         return lost_engines.merged(self._lost.values())
 
     def demand(self) -> Sequence[ModelDemand]:
-        """Demand by model, summed over the gateways."""
+        """Return the demand by model, summed over the gateways."""
         sums: dict[str, ModelDemand] = {}
         for demands in self._demands.values():
-            for d in demands:
-                o = sums.get(d.model, ModelDemand(d.model, 0, 0, 0, 0, 0))
-                sums[d.model] = ModelDemand(
-                    d.model,
-                    o.waiting + d.waiting,
-                    o.waiting_tokens + d.waiting_tokens,
-                    o.running + d.running,
-                    o.arrived + d.arrived,
-                    o.arrived_tokens + d.arrived_tokens,
+            for demand in demands:
+                total = sums.get(demand.model, ModelDemand(demand.model, 0, 0, 0, 0, 0))
+                sums[demand.model] = ModelDemand(
+                    demand.model,
+                    total.waiting + demand.waiting,
+                    total.waiting_tokens + demand.waiting_tokens,
+                    total.running + demand.running,
+                    total.arrived + demand.arrived,
+                    total.arrived_tokens + demand.arrived_tokens,
                 )
         return [sums[key] for key in sorted(sums)]
 
     def tallies(self) -> Sequence[VersionTally]:
-        """What each gateway that is linked now has counted of versions; several of one version, one a gateway."""
+        """Return the counts of versions, one for each version and linked gateway."""
         return [tally for address in sorted(self._tallies) for tally in self._tallies[address]]
 
     @property
     def linked(self) -> int:
-        """Gateways this controller has a link to now."""
+        """Number of gateways that this controller is linked to."""
         return len(self._changed)
 
     async def run(self) -> None:
@@ -155,39 +155,39 @@ class ControllerLinks:
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
-            self._tell_all()
+            self._notify_all()
             blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
             replies: asyncio.Queue[pb.AdminReply] = asyncio.Queue()
-            turn = asyncio.Lock()  # a stream takes one message at a time
-            parts = [
-                asyncio.create_task(self._tell(call, changed, turn)),
-                asyncio.create_task(self._reply(call, replies, turn)),
-                asyncio.create_task(self._listen(address, gateway, call, blobs, replies)),
+            write_lock = asyncio.Lock()  # a gRPC stream accepts one write at a time
+            tasks = [
+                asyncio.create_task(self._send_catalog(call, changed, write_lock)),
+                asyncio.create_task(self._send_replies(call, replies, write_lock)),
+                asyncio.create_task(self._receive(address, gateway, call, blobs, replies)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
                 ),
             ]
             try:
-                done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-                for part in done:
-                    part.result()
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
             finally:
                 self._changed.discard(changed)
-                self._tell_all()
+                self._notify_all()
                 self._fleets.pop(address, None)
                 self._lost.pop(address, None)
                 self._demands.pop(address, None)
                 self._tallies.pop(address, None)
-                self.on_left(gateway)
-                for part in parts:
-                    part.cancel()
-                await asyncio.gather(*parts, return_exceptions=True)
+                self.on_gateway_left(gateway)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 call.cancel()
 
     def _blob_hello(self) -> pb.Blob:
         return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
-    async def _tell(self, call: Any, changed: asyncio.Event, turn: asyncio.Lock) -> None:
+    async def _send_catalog(self, call: Any, changed: asyncio.Event, write_lock: asyncio.Lock) -> None:
         while True:
             await changed.wait()
             changed.clear()
@@ -198,16 +198,16 @@ class ControllerLinks:
                 models=[codec.entry_to_pb(e) for e in self._catalog],
                 gateways=self.linked,
             )
-            async with turn:
+            async with write_lock:
                 await call.write(pb.ControllerFrame(catalog=catalog))
 
-    async def _reply(self, call: Any, replies: asyncio.Queue[pb.AdminReply], turn: asyncio.Lock) -> None:
+    async def _send_replies(self, call: Any, replies: asyncio.Queue[pb.AdminReply], write_lock: asyncio.Lock) -> None:
         while True:
             reply = await replies.get()
-            async with turn:
+            async with write_lock:
                 await call.write(pb.ControllerFrame(admin_reply=reply))
 
-    async def _listen(
+    async def _receive(
         self,
         address: str,
         gateway: str,
@@ -237,7 +237,10 @@ class ControllerLinks:
                 task.add_done_callback(self._answers.discard)
 
     async def _answer(self, request: pb.AdminRequest, replies: asyncio.Queue[pb.AdminReply]) -> None:
-        """What is begun is done, also when its stream ends meanwhile: whoever asked has been told that it may be."""
+        """Carry out an admin request even if its stream ends meanwhile.
+
+        The gateway then reports to its caller that the request may have been carried out.
+        """
         replies.put_nowait(await admin_forwarding.answer(self.verbs, request))
 
 

@@ -1,4 +1,4 @@
-"""The scaling verbs of cluster.admin.v1 as the controller answers them: messages in, the desk's words, messages out."""
+"""Controller side of the admin verbs about scaling: adapts cluster.admin.v1 messages to ScalingService."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingService
 from cluster.wire.admin_forwarding import Verb, verb
 
 
-def scaling_verbs(desk: ScalingService) -> Mapping[str, Verb]:
-    """By their names."""
+def scaling_verbs(service: ScalingService) -> Mapping[str, Verb]:
+    """Return the handlers of the scaling verbs by name."""
 
     async def scale(request: pb.ScaleRequest, actor: str) -> pb.ScaleResponse:
         to = request.WhichOneof("to")
         if to is None or (to == "auto" and not request.auto):
             raise invalid("replicas", "say how many, or auto: true")
-        return pb.ScaleResponse(model=_model(desk.scale(request.name, None if to == "auto" else request.replicas)))
+        return pb.ScaleResponse(model=_model(service.scale(request.name, None if to == "auto" else request.replicas)))
 
     async def freeze(request: pb.FreezeRequest, actor: str) -> pb.FreezeResponse:
-        return pb.FreezeResponse(models=[_model(one) for one in desk.freeze(request.name, True)])
+        return pb.FreezeResponse(models=[_model(model) for model in service.freeze(request.name, True)])
 
     async def unfreeze(request: pb.UnfreezeRequest, actor: str) -> pb.UnfreezeResponse:
-        return pb.UnfreezeResponse(models=[_model(one) for one in desk.freeze(request.name, False)])
+        return pb.UnfreezeResponse(models=[_model(model) for model in service.freeze(request.name, False)])
 
     async def explain(request: pb.ExplainScalingRequest, actor: str) -> pb.ExplainScalingResponse:
         if request.limit < 0:
             raise invalid("limit", f"must not be negative, got {request.limit}")
-        story = desk.explain(request.name, request.limit)
-        decisions = [_decision(one) for one in story.decisions]
-        return pb.ExplainScalingResponse(model=_model(story.model), decisions=decisions, now=dict(story.now))
+        explanation = service.explain(request.name, request.limit)
+        return pb.ExplainScalingResponse(
+            model=_model(explanation.model),
+            decisions=[_decision(decision) for decision in explanation.decisions],
+            now=dict(explanation.now),
+        )
 
     return {
         "Catalog.Scale": verb(pb.ScaleRequest, scale),
@@ -40,29 +43,29 @@ def scaling_verbs(desk: ScalingService) -> Mapping[str, Verb]:
     }
 
 
-def _model(one: ModelScaling) -> pb.ModelScaling:
+def _model(model: ModelScaling) -> pb.ModelScaling:
     return pb.ModelScaling(
-        name=one.name,
-        target=one.target,
-        running=one.running,
-        starting=one.starting,
-        desired=one.desired,
-        min_replicas=one.min_replicas,
-        max_replicas=one.max_replicas,
-        idle_s=one.idle_s,
-        by=one.by,
-        why=one.why,
-        cold_start_s=one.cold_start_s,
+        name=model.name,
+        target=model.target,
+        running=model.running,
+        starting=model.starting,
+        desired=model.desired,
+        min_replicas=model.min_replicas,
+        max_replicas=model.max_replicas,
+        idle_s=model.idle_s,
+        by=model.by,
+        why=model.why,
+        cold_start_s=model.cold_start_s,
     )
 
 
-def _decision(one: ScalingDecision) -> pb.ScalingDecision:
+def _decision(decision: ScalingDecision) -> pb.ScalingDecision:
     return pb.ScalingDecision(
-        at_s=one.at_s,
-        replicas_before=one.before,
-        replicas=one.replicas,
-        action=one.action,
-        why=one.why,
-        numbers=dict(one.numbers),
-        passes=one.passes,
+        at_s=decision.at_s,
+        replicas_before=decision.before,
+        replicas=decision.replicas,
+        action=decision.action,
+        why=decision.why,
+        numbers=dict(decision.numbers),
+        passes=decision.passes,
     )

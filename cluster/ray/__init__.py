@@ -1,1 +1,1 @@
-"""Everything that speaks to Ray, and nothing else does."""
+"""All code that uses Ray. No other package imports it."""

@@ -1,7 +1,8 @@
-"""All calls to Ray Serve, in one class: applications are made, scaled, deleted and looked at here and nowhere else.
+"""The only calls to Ray Serve: create, scale, delete and observe applications.
 
-Blocking; lives in a driver process (driver.py). Applications are made by serve.run's own function, one at a time and
-without waiting for them to run. Foreign applications and a foreign Serve's settings stay as they are.
+All calls block; they run in a driver process (driver.py). Applications are deployed with the function behind serve.run,
+one at a time and without waiting until they run. Applications of others and an existing Serve's settings are not
+changed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cluster.worker.settings import ReplicaSettings
 
 
 class ServeApps:
-    """One cluster's applications on the Ray that this process is connected to."""
+    """Serve applications of one cluster on the Ray that this process is connected to."""
 
     def __init__(self, cluster: str, served: type = ServedReplica) -> None:
         self._cluster = cluster
@@ -32,7 +33,7 @@ class ServeApps:
         ray.init(address=address, log_to_driver=False, logging_level="WARNING", namespace="headrace")
 
     def observe(self) -> dict[str, Any]:
-        """`details` as Serve's REST answer, `nodes` as each living node's total resources; plain JSON values."""
+        """Return `details` (Serve's REST answer) and `nodes` (total resources of each living node) as JSON values."""
         client = _get_global_client(raise_if_no_controller_running=False)
         details = client.get_serve_details() if client is not None else {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -40,7 +41,7 @@ class ServeApps:
         return plain
 
     def deploy(self, settings: ReplicaSettings) -> None:
-        """Make an application, or make it anew: every replica of it restarts."""
+        """Deploy an application. If it exists, all its replicas are replaced."""
         serve.start(proxy_location="Disabled")
         target = RunTarget(
             target=application(settings, logical_gpus=not _has_accelerators(), served=self._served),
@@ -51,19 +52,19 @@ class ServeApps:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def scale(self, app: str, replicas: int) -> None:
-        """Serve's external scaling call: what its REST endpoint does, without needing the dashboard."""
-        where = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
-        ray.get(_get_global_client()._controller.update_deployment_replicas.remote(where, replicas))
+        """Set the number of replicas, as Serve's REST endpoint does but without the dashboard."""
+        deployment = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
+        ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
 
     def delete(self, app: str) -> None:
-        """Drain and remove an application; returns at once."""
+        """Drain and remove an application, without waiting for the end."""
         serve.delete(application_name(self._cluster, app), _blocking=False)
 
     def shutdown(self) -> None:
-        """End Serve as a whole: for a Ray of our own only. Replicas drain first."""
+        """Shut down Serve after its replicas have drained. Only for a local Ray, since it ends all applications."""
         serve.shutdown()
 
 
 def _has_accelerators() -> bool:
-    """Whether some node has real GPUs: Ray marks those with their type, and logical ones with nothing."""
+    """Return whether a node has real GPUs: Ray adds a resource with their type, which logical GPUs lack."""
     return any(name.startswith("accelerator_type:") for name in ray.cluster_resources())

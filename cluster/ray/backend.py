@@ -1,4 +1,4 @@
-"""How the controller reaches Ray without joining it: a child process for one nearby, the job API for one elsewhere."""
+"""The controller's access to Ray without joining it: a driver process for a local Ray, the job API (jobs.py) else."""
 
 from __future__ import annotations
 
@@ -23,76 +23,77 @@ _LINE_BYTES = 64 * 1024 * 1024
 
 
 class RayAway(Exception):
-    """Ray, or the way to it, does not answer; trying again later may help."""
+    """Ray or the connection to it does not answer. A later attempt may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RaySnapshot:
-    """What Ray says now: this cluster's applications by `Observed.app`, and each node's total resources."""
+    """Ray's current state: this cluster's applications by `Observed.app`, and the total resources of each node."""
 
     apps: Mapping[str, Observed]
     nodes: tuple[Mapping[str, float], ...]
     nodes_by_ray: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
-    """Where there are several Rays."""
+    """Nodes by Ray cluster; empty if there is only one."""
 
     def nodes_of(self, ray: str) -> tuple[Mapping[str, float], ...]:
-        """Those of one Ray."""
+        """Return the nodes of one Ray cluster."""
         return self.nodes_by_ray.get(ray, ()) if self.nodes_by_ray else self.nodes
 
 
 class Backend(Protocol):
-    """One Ray cluster. Every call raises RayAway when Ray does not answer."""
+    """Access to a Ray cluster. Every call may raise RayAway."""
 
     async def observe(self) -> RaySnapshot:
-        """Look."""
+        """Return Ray's current state."""
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make an application, or make it anew."""
+        """Deploy an application. If it exists, its replicas are replaced."""
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Change the number of replicas."""
+        """Set the number of replicas of an application."""
 
     async def delete(self, app: str) -> None:
         """Drain and remove an application."""
 
     async def shutdown(self) -> None:
-        """End Serve on that Ray."""
+        """Shut down Serve on that Ray."""
 
     async def close(self) -> None:
-        """Let go of it; applications stay."""
+        """Release the connection; applications keep running."""
 
 
 class ChildBackend:
-    """A driver process (driver.py) as a child of this one; started when needed, started again when it is lost."""
+    """A Backend that uses a driver process (driver.py), started on demand and restarted when it is lost."""
 
     def __init__(
         self, cluster: str, address: str, environment: Mapping[str, str] | None = None, log_file: Path | None = None
     ) -> None:
-        """`environment` is added to this process's own: the token of the Ray at `address`, this cluster's tag.
+        """Create a backend for the Ray at `address`.
 
-        What the child and Ray print goes to `log_file`, or where this process's own errors go.
+        `environment` is added to the driver's environment: Ray's token, this cluster's tag. The driver's and Ray's
+        output goes to `log_file`, or to this process's standard error.
         """
         self._cluster = cluster
         self._address = address
         self._environment = dict(environment or {})
         self._log_file = log_file
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
+        self._exchange_lock = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"ChildBackend({self._address}, {'up' if self._process else 'down'})"
 
     async def observe(self) -> RaySnapshot:
-        """Look."""
+        """Return Ray's current state."""
         answer = await self._ask({"do": "observe"})
         return RaySnapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make an application, or make it anew."""
+        """Deploy an application. If it exists, its replicas are replaced."""
         await self._ask({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Change the number of replicas."""
+        """Set the number of replicas of an application."""
         await self._ask({"do": "scale", "app": app, "replicas": replicas})
 
     async def delete(self, app: str) -> None:
@@ -100,20 +101,20 @@ class ChildBackend:
         await self._ask({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
-        """End Serve on that Ray; its replicas drain."""
+        """Shut down Serve on that Ray; its replicas drain."""
         await self._ask({"do": "shutdown"})
 
     async def close(self) -> None:
-        """End the child."""
+        """Kill the driver process."""
         process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)  # it holds nothing; Ray's own exit handlers can hang on a lost Ray
+            process.send_signal(signal.SIGKILL)  # no state is lost; Ray's exit handlers can hang on a lost Ray
         await process.wait()
 
     async def _ask(self, request: Mapping[str, object]) -> Any:
-        async with self._turn:
+        async with self._exchange_lock:
             process = self._process or await self._start()
             try:
                 return await self._exchange(process, json.dumps(request), ANSWER_S)
@@ -121,7 +122,7 @@ class ChildBackend:
                 await self.close()
                 raise RayAway(f"the driver process for Ray at {self._address} was lost: {error!r}") from error
             except asyncio.CancelledError:
-                await self.close()  # half an exchange: the next answer would be this one's
+                await self.close()  # the answer to this request would be taken for the next one's
                 raise
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -147,14 +148,14 @@ class ChildBackend:
 
     async def _exchange(self, process: asyncio.subprocess.Process, line: str, limit_s: float) -> Any:
         if process.stdin is None or process.stdout is None:
-            raise EOFError("no pipe")
+            raise EOFError("the driver process has no pipes")
         if line:
             process.stdin.write(line.encode() + b"\n")
             await process.stdin.drain()
-        async with asyncio.timeout(limit_s):  # wait_for (3.11) loses a cancellation that comes with the answer
+        async with asyncio.timeout(limit_s):  # wait_for (3.11) loses a cancellation that arrives with the answer
             text = await process.stdout.readline()
         if not text:
-            raise EOFError("it has ended")
+            raise EOFError("the driver process has ended")
         answer = json.loads(text)
         if "error" in answer:
             raise RayAway(str(answer["error"]))

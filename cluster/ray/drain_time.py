@@ -1,18 +1,21 @@
-"""How the time that Ray gives a node to drain is divided. Pure; no Ray here."""
+"""Division of the time that Ray gives a node to drain. Pure; does not import Ray."""
 
 from __future__ import annotations
 
 TIMEOUT_ENV = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-"""Seconds that `ray start --block` waits after SIGTERM until it ends its node; Ray's default is 30."""
+"""Variable with the seconds from SIGTERM until `ray start --block` ends its node; Ray's default is 30."""
 MARGIN_S = 15.0
-"""The last part of that time, in which links close, counts are handed over and engines end."""
+"""Last part of that time, in which links close, usage records are sent and engines stop."""
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """The value of TIMEOUT_ENV with which calls have `drain_timeout_s` to end or move; the chart has the same sum."""
+    """Return the value of TIMEOUT_ENV that gives calls `drain_timeout_s` to end or resume elsewhere.
+
+    The Helm chart computes the same sum.
+    """
     return drain_timeout_s + MARGIN_S
 
 
 def usable_s(left_s: float) -> float:
-    """The time in which calls may end or move, of the time left until the node's deadline."""
+    """Return how much of the time until the node's deadline calls may use to end or resume elsewhere."""
     return max(left_s - MARGIN_S, left_s / 4)

@@ -1,9 +1,10 @@
-"""The process that talks to Ray: `python -m cluster.ray.driver`, with JSON in and JSON out.
+"""The driver process, which joins Ray in place of the controller: `python -m cluster.ray.driver`.
 
-The controller itself never joins Ray: a process that has joined ends when its Ray ends, waits without limit on a Ray
-that hangs, and keeps one Ray's token for life. So for a local Ray this runs as the controller's child and takes one
-request a line on standard input until that closes; on a cluster it runs as a Ray job with its requests as the argument.
-A request is `{"do": observe | deploy | scale | delete | shutdown, ...}`, an answer `{"ok": ...}` or `{"error": text}`.
+The controller never joins Ray itself: a process that has joined exits when its Ray ends, waits without limit on a Ray
+that hangs, and keeps one Ray's token for its lifetime. For a local Ray the driver is a child of the controller and
+reads one request per line from standard input until that closes. On an external cluster it is a Ray job with its
+requests as argument. Requests are JSON, `{"do": observe | deploy | scale | delete | shutdown, ...}`; an answer is
+`{"ok": ...}` or `{"error": text}`.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ if TYPE_CHECKING:
     from cluster.ray.applications import ServeApps
 
 ANSWER = "HEADRACE-ANSWER "
-"""What marks an answer's line in a job's log."""
+"""Prefix of the answer lines in a job's log."""
 
 
 def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
-    """Do one request. Raises whatever Ray raises, ValueError for a request that it does not know."""
-    todo: dict[str, Callable[[], object]] = {
+    """Carry out one request. Raises Ray's errors, and ValueError for an unknown request."""
+    actions: dict[str, Callable[[], object]] = {
         "observe": apps.observe,
         "deploy": lambda: apps.deploy(replica_settings.from_json(request["settings"])),
         "scale": lambda: apps.scale(request["app"], request["replicas"]),
         "delete": lambda: apps.delete(request["app"]),
         "shutdown": apps.shutdown,
     }
-    if request.get("do") not in todo:
-        raise ValueError(f"request: do must be one of {', '.join(todo)}, not {request.get('do')!r}")
-    return todo[request["do"]]()
+    if request.get("do") not in actions:
+        raise ValueError(f"request: do must be one of {', '.join(actions)}, not {request.get('do')!r}")
+    return actions[request["do"]]()
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Answer each line; returns how many failed."""
+    """Answer each line and return the number of requests that failed."""
     failed = 0
     for line in requests:
         try:
@@ -51,7 +52,7 @@ def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str 
 
 
 def main(arguments: list[str]) -> int:
-    """`driver CLUSTER ADDRESS [REQUESTS]`: REQUESTS a JSON list; without it, a line each on standard input."""
+    """Run `driver CLUSTER ADDRESS [REQUESTS]`. REQUESTS is a JSON list; by default they come from standard input."""
     from cluster.ray.applications import ServeApps
 
     cluster, address, *rest = arguments
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if rest:
         apps.connect(address)
         return 1 if answer_all(apps, [json.dumps(r) for r in json.loads(rest[0])], sys.stdout, ANSWER) else 0
-    # Ray and its children print on descriptor 1: keep the answers' pipe apart, and give them standard error.
+    # Ray and its children print to descriptor 1: answers keep a copy of it, and descriptor 1 becomes standard error.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     apps.connect(address)

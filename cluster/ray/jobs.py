@@ -1,7 +1,7 @@
-"""The way to a Ray cluster that exists already: its dashboard's REST answers to look, a short Ray job to change.
+"""Access to an existing Ray cluster: its dashboard's REST API to observe, a short Ray job for each change.
 
-The job runs this package's driver on the cluster itself, so `headrace` has to be installed there, as it must be for
-the replicas. No port but the dashboard's is needed.
+The job runs this package's driver on the cluster, so `headrace` must be installed there, which the replicas need
+anyway. Only the dashboard's port is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class JobBackend:
-    """One external Ray cluster, by its dashboard. `token_file` holds Ray's token, if its authentication is on."""
+    """A Backend for an external Ray cluster, by its dashboard's URL. `token_file` holds Ray's token, if it has one."""
 
     def __init__(self, cluster: str, dashboard_url: str, token_file: Path | None = None) -> None:
         self._cluster = cluster
@@ -38,7 +38,7 @@ class JobBackend:
         return f"JobBackend({self._url})"
 
     async def observe(self) -> RaySnapshot:
-        """Look."""
+        """Return Ray's current state."""
         details = await asyncio.to_thread(self._get, "/api/serve/applications/")
         nodes = await asyncio.to_thread(self._get, "/api/v0/nodes?limit=10000&detail=true")
         rows = nodes.get("data", {}).get("result", {}).get("result", [])
@@ -46,11 +46,11 @@ class JobBackend:
         return RaySnapshot(observed(details, self._cluster), totals)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make an application, or make it anew."""
+        """Deploy an application. If it exists, its replicas are replaced."""
         await self._run({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Change the number of replicas."""
+        """Set the number of replicas of an application."""
         await self._run({"do": "scale", "app": app, "replicas": replicas})
 
     async def delete(self, app: str) -> None:
@@ -58,11 +58,11 @@ class JobBackend:
         await self._run({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
-        """End Serve on that cluster."""
+        """Shut down Serve on that cluster."""
         await self._run({"do": "shutdown"})
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no connection is kept."""
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._token_file.read_text().strip()}"} if self._token_file else {}
@@ -87,7 +87,7 @@ class JobBackend:
             raise RayAway(f"the job to {request['do']} failed: {answers[-1]['error'] if answers else log[-2000:]}")
 
     def _job(self, request: Mapping[str, object]) -> str:
-        """Submit the driver, wait for its end, return its log."""
+        """Submit a driver job, wait until it has ended and return its log. Blocking."""
         import time
 
         from ray.job_submission import JobSubmissionClient
@@ -102,6 +102,6 @@ class JobBackend:
         while str(client.get_job_status(job)) not in _ENDED:
             if time.monotonic() > deadline:
                 client.stop_job(job)
-                raise TimeoutError(f"it did not end within {JOB_S:g} s")
+                raise TimeoutError(f"the job did not end within {JOB_S:g} s")
             time.sleep(_POLL_S)
         return str(client.get_job_logs(job))

@@ -1,8 +1,8 @@
-"""A Ray of our own for `cluster up`: started as a child, on free ports, in its own folder; it ends with all it started.
+"""The local Ray of `cluster up`: a child process on free ports with its own folder, stopped with all its processes.
 
-Another Ray on the machine is neither used nor disturbed: no default port is taken, addresses are always passed on
-explicitly, and the stop ends processes by this cluster's tag alone, never by name. Ray's token authentication is on,
-since its ports cannot be kept on loopback.
+Another Ray on the machine is neither used nor disturbed: no default port is used, addresses are always passed
+explicitly, and the stop selects processes only by this cluster's tag, never by name. Ray's token authentication is on,
+since its ports cannot be restricted to loopback.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _POLL_S = 0.05
 
 
 class RayDidNotStart(RuntimeError):
-    """The local Ray did not come up; the message holds the end of its log."""
+    """The local Ray did not start; the message contains the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRaySettings:
-    """`gpus` None: this machine's own, or LOGICAL_GPUS logical ones where it has none."""
+    """Settings of a local Ray. `gpus` None: this machine's GPUs, or LOGICAL_GPUS logical ones if it has none."""
 
     instance: str
     run_folder: Path
@@ -48,11 +48,11 @@ class LocalRaySettings:
     dashboard: bool = False
     object_store_bytes: int = OBJECT_STORE_BYTES
     drain_timeout_s: float = 300.0
-    """How long calls have to end or move when SIGTERM reaches Ray; `LocalRay.stop` does not wait so long."""
+    """Time that calls have to end or resume elsewhere after SIGTERM to Ray; `LocalRay.stop` does not wait that long."""
 
 
 class LocalRay:
-    """One `ray start --head --block` child. `start`, then `address` and `environment` are what others need."""
+    """A `ray start --head --block` child process. After `start`, `address` and `environment` let others join it."""
 
     def __init__(self, settings: LocalRaySettings) -> None:
         self._settings = settings
@@ -60,7 +60,7 @@ class LocalRay:
         self._process: subprocess.Popen[bytes] | None = None
         self.address = ""
         self.dashboard_url = ""
-        # A unix socket's path must stay below 108 bytes and Ray's own part takes about 75.
+        # A Unix socket's path must stay below 108 bytes, of which Ray's part takes about 75.
         self._folder = _short_folder(settings)
 
     def __repr__(self) -> str:
@@ -68,21 +68,21 @@ class LocalRay:
 
     @property
     def log_file(self) -> Path:
-        """Ray's own start-up output."""
+        """File with Ray's start-up output."""
         return self._settings.run_folder / "ray.log"
 
     @property
     def folder(self) -> Path:
-        """Ray's session folder: the logs of every replica are below it."""
+        """Folder of Ray's session, which contains the logs of every replica."""
         return self._folder
 
     @property
     def pid(self) -> int | None:
-        """The child, or None when it does not run."""
+        """Process id of the child; None if it does not run."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment, before it imports ray, to join this Ray."""
+        """Return the environment variables that a process must set before it imports ray to join this Ray."""
         return {
             reaper.INSTANCE_ENV: self._settings.instance,
             "RAY_AUTH_MODE": "token",
@@ -92,7 +92,7 @@ class LocalRay:
         }
 
     def start(self) -> None:
-        """Start and wait until Ray takes connections. Raises RayDidNotStart."""
+        """Start Ray and wait until it accepts connections. Raises RayDidNotStart."""
         make_private_folder(self._settings.run_folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._folder.stat().st_uid != os.getuid():
@@ -104,7 +104,7 @@ class LocalRay:
             self._process = subprocess.Popen(
                 self._command(port, client_port, dashboard_port),
                 env={
-                    **_clean(os.environ),
+                    **_without_other_ray(os.environ),
                     **self.environment(),
                     "PYTHONUNBUFFERED": "1",
                     TIMEOUT_ENV: str(ray_timeout_s(self._settings.drain_timeout_s)),
@@ -148,7 +148,7 @@ class LocalRay:
         address_file = self._folder / "ray_current_cluster"
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
-            # Written last, into this session's own folder; the one place that names the address Ray chose.
+            # Ray writes this file last, and only this file has the address that Ray chose.
             address = address_file.read_text().strip() if address_file.exists() else ""
             if address.endswith(f":{port}"):
                 self.address = address
@@ -163,9 +163,9 @@ class LocalRay:
         raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
 
     def stop(self, grace_s: float = 1.0) -> int:
-        """End Ray and every process of this cluster but the caller; returns how many processes there were. Idempotent.
+        """End Ray and every process of this cluster except the caller; return their number. Idempotent.
 
-        Shut Serve down first (apps.shutdown), so that replicas drain.
+        Shut down Serve before (Backend.shutdown), so that replicas drain.
         """
         self._signal(signal.SIGTERM)
         ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
@@ -173,19 +173,19 @@ class LocalRay:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=2.0)
             self._process = None
-        _bring_home(self._folder, self._settings.run_folder)
+        _keep_logs(self._folder, self._settings.run_folder)
         return ended
 
     @property
     def is_draining(self) -> bool:
-        """Whether SIGTERM has reached it and it waits for its replicas: only its own output says so."""
+        """Return whether Ray got SIGTERM and waits for its replicas. Only its output shows that."""
         try:
             return _DRAINING in self.log_file.read_text(errors="replace")
         except OSError:
             return False
 
     def kill(self) -> None:
-        """End its own process alone, without waiting."""
+        """Kill Ray's main process only, without waiting."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -194,30 +194,32 @@ class LocalRay:
 
 
 def end_remains(instance: str, run_folder: Path) -> int:
-    """End what is left of a cluster whose own process is gone; returns how many processes there were."""
+    """End the processes left by a cluster whose main process is gone; return their number."""
     folder = _short_folder(LocalRaySettings(instance, run_folder))
     ended = reaper.end(instance, folder)
-    _bring_home(folder, run_folder)
+    _keep_logs(folder, run_folder)
     return ended
 
 
 def has_gpus() -> bool:
-    """Whether this machine has GPUs that Ray will find by itself."""
+    """Return whether this machine has GPUs that Ray detects."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
+    """Return distinct ports that are free now."""
     with contextlib.ExitStack() as stack:
-        bound = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in bound:
-            one.bind(("0.0.0.0", 0))  # noqa: S104 - Ray's own listeners are on all interfaces
-        return [int(one.getsockname()[1]) for one in bound]
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("0.0.0.0", 0))  # noqa: S104 - Ray's own listeners are on all interfaces
+        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
-def _clean(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the caller's environment without what it says of some other Ray, or of an engine of its own: ranks take
-    the names of an engine that they find on their node before those of their engine's core."""
+def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without variables of another Ray or of an engine of the caller.
+
+    Ranks would prefer an engine's names in their node's environment to those of their engine's core.
+    """
     other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}
 
@@ -229,8 +231,8 @@ def _short_folder(settings: LocalRaySettings) -> Path:
     return Path("/tmp") / f"headrace-{os.getuid()}-{settings.instance}"  # noqa: S108 - made with mode 0700, named by us
 
 
-def _bring_home(folder: Path, run_folder: Path) -> None:
-    """Once Ray has ended: its logs go to `run_folder`/ray-logs, and a folder that stood in for a long name goes."""
+def _keep_logs(folder: Path, run_folder: Path) -> None:
+    """Copy an ended Ray's logs from a folder outside `run_folder` to `run_folder`/ray-logs and remove that folder."""
     logs = folder / "session_latest" / "logs"
     if folder.parent == run_folder or not logs.exists():
         return

@@ -1,11 +1,11 @@
-"""Finds and ends every process of one local cluster, and no other: the last step of a stop, when Ray has done its own.
+"""Finds and ends all processes of one local cluster and no others: the last step of a stop, after Ray's own shutdown.
 
-A process belongs to the cluster when its environment holds HEADRACE_INSTANCE=<id>, which every child inherits, or
-when it has a file open below the cluster's run folder. The second rule is there because a process that renames itself
-(vLLM's engine core and ranks do) can overwrite what /proc shows of its environment; their output still goes to Ray's
-log files.
+A process belongs to the cluster if its environment contains HEADRACE_INSTANCE=<id>, which every child inherits, or if
+it has a file open below the cluster's run folder. The second rule is needed because a process that renames itself
+(vLLM's engine core and ranks do) can overwrite the environment that /proc shows; its output still goes to Ray's log
+files.
 
-Whoever is killed leaves the shared memory of its engine, so what they have mapped is taken away with them.
+A killed process leaves its engine's shared memory behind, so the blocks that it has mapped are removed too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _POLL_S = 0.05
 
 
 def find(instance: str, folder: Path | None = None) -> frozenset[int]:
-    """Pids of the cluster's living processes, this one left out. Without /proc there are none."""
+    """Return the process ids of the cluster's living processes except this one. Without /proc there are none."""
     tag = f"{INSTANCE_ENV}={instance}".encode()
     below = f"{folder.resolve()}/" if folder is not None else ""
     own = os.getpid()
-    found = set()
+    pids = set()
     for entry in os.scandir("/proc") if os.path.isdir("/proc") else ():
         if entry.name.isdigit() and int(entry.name) != own and _belongs(Path(entry.path), tag, below):
-            found.add(int(entry.name))
-    return frozenset(found)
+            pids.add(int(entry.name))
+    return frozenset(pids)
 
 
 def _belongs(process: Path, tag: bytes, below: str) -> bool:
@@ -42,7 +42,7 @@ def _belongs(process: Path, tag: bytes, below: str) -> bool:
         if tag in (process / "environ").read_bytes().split(b"\0"):
             return True
         return bool(below) and any(_target(link).startswith(below) for link in os.scandir(process / "fd"))
-    except OSError:  # gone meanwhile, or another user's
+    except OSError:  # the process has ended, or belongs to another user
         return False
 
 
@@ -58,23 +58,23 @@ def _target(link: os.DirEntry[str]) -> str:
 
 
 def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), grace_s: float = 1.0) -> int:
-    """SIGTERM to each process of the cluster but `keep`, SIGKILL after `grace_s`; returns how many there were.
+    """Send SIGTERM to each process of the cluster except `keep`, SIGKILL after `grace_s`; return their number.
 
-    Looks again until none is left, so that what was started meanwhile ends too. Then takes their engines' shared memory
-    and folders of sockets away.
+    Repeats until no process is left, so that processes started meanwhile end too. Then removes the shared memory and
+    the socket folders of their engines.
     """
-    kept = frozenset(keep)
+    exempt = frozenset(keep)
     seen: set[int] = set()
     blocks: set[str] = set()
     kill_at = time.monotonic() + grace_s
     give_up_at = kill_at + 5.0
-    while (pids := find(instance, folder) - kept) and time.monotonic() < give_up_at:
-        hard = time.monotonic() >= kill_at
-        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # of all first: some end with the first that is killed
+    while (pids := find(instance, folder) - exempt) and time.monotonic() < give_up_at:
+        kill_now = time.monotonic() >= kill_at
+        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # before any kill: some processes end with the first
         for pid in pids:
-            if hard or pid not in seen:
+            if kill_now or pid not in seen:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
+                    os.kill(pid, signal.SIGKILL if kill_now else signal.SIGTERM)
         seen |= pids
         time.sleep(_POLL_S)
     watchdog.unlink(blocks)

@@ -1,4 +1,4 @@
-"""The edge between Replica and Ray Serve: the class that Serve makes in an actor, and the deployment around it."""
+"""Adapter between Replica and Ray Serve: the class that Serve creates in an actor, and its deployment."""
 
 from __future__ import annotations
 
@@ -28,41 +28,44 @@ _LOGICAL_GPUS = "HEADRACE_LOGICAL_GPUS"
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
 START_TRIES = 2
-"""Serve's own tries in a row before it gives up; the second is for what is not the entry's fault: a node lost, say."""
+"""Starts that Serve tries before it gives up. The second is for causes outside the entry, such as a lost node."""
 _SHUTDOWN_MARGIN_S = 3.0
 
 
 class ServedReplica:
-    """What runs in the actor. Serve calls, in this order: __init__, reconfigure, check_health..., __del__."""
+    """The actor's class. Serve calls, in this order: __init__, reconfigure, check_health repeatedly, __del__."""
 
     def __init__(self, settings: Mapping[str, object]) -> None:
-        given = replica_settings.from_json(settings)
+        parsed = replica_settings.from_json(settings)
         log.keep_open(logging.getLogger(_SERVE_LOGGER))
-        if not is_simulated(given.spec):
+        if not is_simulated(parsed.spec):
             from cluster.worker.engine.processes import fork_server
             from cluster.worker.engine.vllm import repairs
 
-            fork_server.begin()  # first of all: it imports while this process does
+            fork_server.begin()  # first, so that it imports while this process does
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
-        self._replica = Replica(given, _place(), open_model)
+        self._replica = Replica(parsed, _place(), open_model)
         place = self._replica.place
         self._nodes = node_drain.Nodes({place.node, *place.gpu_nodes}, ray.get_runtime_context().gcs_address)
         self._watch: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _digest: object) -> None:
-        """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""
+        """Start the replica at Serve's first call. A changed entry is a new deployment version with new replicas."""
         if self._replica.engine is None:
             await self._replica.start()
             self._watch = asyncio.create_task(node_drain.watch(self._nodes, self._replica.leave))
 
     async def check_health(self) -> None:
-        """Raise when this replica no longer serves; Serve then replaces it."""
+        """Raise if this replica no longer serves; Serve then replaces it."""
         await self._replica.check()
 
     async def __del__(self) -> None:
-        """Serve awaits this in graceful shutdown: drain and close. On a node that drains Serve may come before the
-        watch has seen it, and with less time than the settings give."""
-        left_s = await node_drain.look(self._nodes, within_s=node_drain.LAST_LOOK_S)
+        """Drain and close; Serve awaits this in graceful shutdown.
+
+        On a draining node Serve may call this before the watch has noticed the drain, with less time than the settings
+        give, so the time left is queried here.
+        """
+        left_s = await node_drain.poll_left_s(self._nodes, within_s=node_drain.LAST_POLL_S)
         await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
         if self._watch is not None:
             self._watch.cancel()
@@ -87,16 +90,16 @@ def _place() -> Place:
 
 
 def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
-    """The Serve application of one model. `logical_gpus`: this Ray's GPUs are only names, so vLLM runs on CPUs."""
-    where = placement(settings.spec)
+    """Build the Serve application of one model. `logical_gpus`: Ray has no real GPUs, so vLLM runs on CPUs."""
+    group = placement(settings.spec)
     replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
     deployment = serve.deployment(
         served,
         name=DEPLOYMENT,
         num_replicas=max(replicas, 1),
         user_config={"digest": settings.digest, "gpu": settings.spec.gpu},
-        placement_group_bundles=list(where.bundles),
-        placement_group_strategy=where.strategy,
+        placement_group_bundles=list(group.bundles),
+        placement_group_strategy=group.strategy,
         max_ongoing_requests=1_000,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_timeout_s + _SHUTDOWN_MARGIN_S,
@@ -104,17 +107,17 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_constructor_retry_count=START_TRIES,
         ray_actor_options={
-            "num_cpus": where.replica_cpus,
-            "num_gpus": where.replica_gpus,
+            "num_cpus": group.replica_cpus,
+            "num_gpus": group.replica_gpus,
             "runtime_env": {"env_vars": environment(settings, logical_gpus=logical_gpus)},
         },
     )
-    deployment._deployment_config.num_replicas = replicas  # none: only the decorator minds, Serve scales from zero
+    deployment._deployment_config.num_replicas = replicas  # may be 0, which only the decorator refuses
     return deployment.bind(settings.to_json())
 
 
 def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, str]:
-    """What a replica and the processes it starts find in their environment."""
+    """Return the environment variables of a replica and its child processes."""
     values = {"VLLM_NO_USAGE_STATS": "1"}
     if not is_simulated(settings.spec):
         # The engine core joins this Ray; without an address it would start one of its own.
@@ -139,4 +142,4 @@ PASSED_ON = (
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "RAY_AUTH_MODE",
 )
-"""Variables of whoever deploys that its replicas get too; never a secret, since Ray shows them in its dashboard."""
+"""Variables that replicas inherit from the deploying process. Never a secret, since Ray's dashboard shows them."""

@@ -1,6 +1,6 @@
-"""From what Ray Serve says of its applications to what the controller decides on. Pure; reads plain dictionaries.
+"""Converts Ray Serve's status of its applications to the controller's `Observed`. Pure; reads plain dictionaries.
 
-The dictionaries are those of Serve's REST answer (`GET /api/serve/applications/`), which the client gives too.
+The dictionaries are those of Serve's REST answer (`GET /api/serve/applications/`); Serve's client returns the same.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from cluster.worker.settings import refusal_in
 
 _MODULE_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_]\w*: )")
 SEPARATOR = ":"
-"""Between the cluster and the rest of an application's name; neither may hold it."""
+"""Separates the cluster's name from the rest of an application's name; neither may contain it."""
 
 
 def application_name(cluster: str, app: str) -> str:
-    """An application's name on Ray: the cluster's marks it as ours. `app` is reconcile.app_name's."""
+    """Return an application's name on Ray, prefixed with the cluster's name. `app` is from reconcile.app_name."""
     return f"{cluster}{SEPARATOR}{app}"
 
 
 def observed(details: Mapping[str, Any], cluster: str) -> dict[str, Observed]:
-    """This cluster's applications by `Observed.app`; foreign ones are left out."""
+    """Return this cluster's applications by `Observed.app`, without those of others."""
     prefix = cluster + SEPARATOR
     return {
         name.removeprefix(prefix): _observe(name.removeprefix(prefix), app)
@@ -65,6 +65,6 @@ def _observe(name: str, app: Mapping[str, Any]) -> Observed:
 
 
 def _last_line(message: str) -> str:
-    """What a trace is about: its last line that is not empty, without the exception's module path."""
+    """Return a traceback's last line that is not empty, without the exception's module path."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return _MODULE_PATH.sub("", lines[-1]) if lines else ""

@@ -1,7 +1,7 @@
-"""Several Ray clusters as one backend, so that Ray, Python, CUDA or vLLM are upgraded side by side.
+"""Several Ray clusters as one backend, so that Ray, Python, CUDA or vLLM can be upgraded side by side.
 
-One that does not answer keeps what it was last seen to have, so that nothing of it is made anew elsewhere and the
-others go on being driven.
+The last snapshot of a cluster that does not answer stays valid: its applications are not deployed again elsewhere, and
+the other clusters are still managed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from cluster.worker.settings import ReplicaSettings
 log = structlog.get_logger("controller")
 
 
-class SeveralRays:
-    """A Backend of named ones. An application is where its settings say, and is found there again."""
+class MultiClusterBackend:
+    """A Backend of several named ones. An application's settings name the cluster that it is deployed on."""
 
     def __init__(self, rays: Mapping[str, Backend]) -> None:
-        """At least one."""
+        """Create a backend of at least one Ray cluster."""
         self._rays = dict(rays)
         self._last: dict[str, RaySnapshot] = {}
-        self._where: dict[str, str] = {}
+        self._cluster_of: dict[str, str] = {}
         self._away: dict[str, str] = {}
 
     def __repr__(self) -> str:
         away = f"; away: {', '.join(self._away)}" if self._away else ""
-        return f"SeveralRays({', '.join(self._rays)}{away})"
+        return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
     async def observe(self) -> RaySnapshot:
-        """Look at all of them at once. Raises RayAway when none answers."""
+        """Observe all clusters at once. Raises RayAway when none answers."""
         names = list(self._rays)
         answers = await asyncio.gather(*(self._rays[name].observe() for name in names), return_exceptions=True)
         for name, answer in zip(names, answers, strict=True):
             if isinstance(answer, RayAway):
-                self._lost(name, answer)
+                self._record_away(name, answer)
             elif isinstance(answer, BaseException):
                 raise answer
             else:
@@ -48,45 +48,45 @@ class SeveralRays:
                     log.info("ray.back", ray=name)
         if len(self._away) == len(names):
             raise RayAway("; ".join(self._away[name] for name in names))
-        return self._together()
+        return self._merged()
 
-    def _lost(self, name: str, error: RayAway) -> None:
+    def _record_away(self, name: str, error: RayAway) -> None:
         if name not in self._away:
             log.warning("ray.away", ray=name, reason=str(error))
         self._away[name] = f"{name}: {error}"
 
-    def _together(self) -> RaySnapshot:
+    def _merged(self) -> RaySnapshot:
         apps: dict[str, Observed] = {}
         for name, snapshot in self._last.items():
             apps |= {app: dataclasses.replace(seen, ray=name) for app, seen in snapshot.apps.items()}
-        self._where = {app: seen.ray for app, seen in apps.items()}
+        self._cluster_of = {app: seen.ray for app, seen in apps.items()}
         nodes = {name: snapshot.nodes for name, snapshot in self._last.items()}
-        return RaySnapshot(apps, tuple(node for them in nodes.values() for node in them), nodes)
+        return RaySnapshot(apps, tuple(node for nodes_of_one in nodes.values() for node in nodes_of_one), nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """On the one that it names."""
+        """Deploy an application on the cluster that its settings name."""
         name = settings.ray_cluster
         if name not in self._rays:
-            raise RayAway(f"there is no Ray cluster {name!r}")
+            raise RayAway(f"there is no Ray cluster {name!r}; there are {', '.join(self._rays)}")
         await self._rays[name].deploy(settings)
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Where it is."""
-        await self._of(app).scale(app, replicas)
+        """Set the number of replicas on the cluster that has the application."""
+        await self._backend_of(app).scale(app, replicas)
 
     async def delete(self, app: str) -> None:
-        """Where it is."""
-        await self._of(app).delete(app)
+        """Drain and remove an application on the cluster that has it."""
+        await self._backend_of(app).delete(app)
 
-    def _of(self, app: str) -> Backend:
-        if app not in self._where:
-            raise RayAway(f"no Ray cluster has {app!r}")
-        return self._rays[self._where[app]]
+    def _backend_of(self, app: str) -> Backend:
+        if app not in self._cluster_of:
+            raise RayAway(f"no Ray cluster has the application {app!r}")
+        return self._rays[self._cluster_of[app]]
 
     async def shutdown(self) -> None:
-        """End Serve on all of them."""
+        """Shut down Serve on all clusters."""
         await asyncio.gather(*(ray.shutdown() for ray in self._rays.values()))
 
     async def close(self) -> None:
-        """Let go of all."""
+        """Release all connections."""
         await asyncio.gather(*(ray.close() for ray in self._rays.values()))

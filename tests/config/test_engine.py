@@ -1,4 +1,4 @@
-"""The table of engine arguments: it is the pinned vLLM's, and no argument that runs code is missing among CODE."""
+"""The table of engine arguments matches the pinned vLLM, and CODE lists every argument that runs code."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ HARMLESS = {
     "mm_encoder_fp8_scale_path",
     "mm_encoder_fp8_scale_save_path",
 }
-"""Paths of data, which vLLM reads and does not run."""
+"""Paths of data that vLLM reads but does not run."""
 
 
 @pytest.mark.engine
 def test_the_table_is_the_installed_vllms() -> None:
-    """A table of another vLLM refuses arguments that exist, or passes such as no longer do."""
+    """The table matches the installed vLLM."""
     done = subprocess.run(
         [sys.executable, "scripts/engine_arguments.py", "--check"],
         cwd=ROOT,
@@ -47,7 +47,7 @@ def test_the_table_is_the_installed_vllms() -> None:
 
 
 def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The path of every argument and of every key in one."""
+    """Yield the path of every argument and of every key inside one."""
     for name, row in table.items():
         yield prefix + name
         for form in row.get("any", ()):
@@ -55,7 +55,7 @@ def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_argument_that_names_code_is_known() -> None:
-    """A new argument of vLLM's that imports a class would run code that nobody allowed."""
+    """Every argument whose name suggests code is in CODE or known to be harmless."""
     suspicious = {path for path in rows(arguments()) if SUSPICIOUS.search(path)}
     assert suspicious - CODE - HARMLESS == set()
     assert {*rows(arguments())} >= CODE
@@ -90,7 +90,7 @@ def test_every_argument_that_names_code_is_known() -> None:
     ],
 )
 def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: str) -> None:
-    """Each of these makes vLLM import what the configuration names."""
+    """Arguments that make vLLM import what the configuration names are reported."""
     (found,) = code_arguments(engine)
     assert found[0].startswith(path)
 
@@ -109,7 +109,7 @@ def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: st
     ],
 )
 def test_right_arguments_pass(engine: dict[str, Any]) -> None:
-    """A check that refuses what vLLM takes stops a model that works."""
+    """Arguments that vLLM accepts are not reported."""
     assert [*engine_problems(engine)] == []
     assert [*code_arguments(engine)] == []
 
@@ -128,7 +128,7 @@ def test_right_arguments_pass(engine: dict[str, Any]) -> None:
     ],
 )
 def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) -> None:
-    """Each is right alone, and vLLM refuses both."""
+    """Arguments that are valid alone and that vLLM refuses together are reported."""
     assert [key for key, _ in together_problems(whole)] == [name]
     for key in whole:
         assert not [*together_problems({other: value for other, value in whole.items() if other != key})]
@@ -152,13 +152,13 @@ def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) 
     ],
 )
 def test_an_engine_is_checked_with_all_it_starts_with(keys: str, path: str) -> None:
-    """A type of GPU adds to the model's own arguments; a canary has its own."""
+    """An engine is checked with all its arguments: the model's and the GPU type's, or the canary's own."""
     with pytest.raises(ConfigError) as caught:
         parse(f"api_version: headrace/v1\nname: c\nmodels: [{{name: m, source: hf://o/m, {keys}}}]")
     assert f": {path}" in str(caught.value)
 
 
 def test_what_headrace_sets_is_named() -> None:
-    """Each is refused with the key of ours that stands for it."""
-    found = dict(engine_problems(dict.fromkeys(OWNED_ENGINE_ARGS)))
-    assert found.keys() == OWNED_ENGINE_ARGS.keys()
+    """Every argument that Headrace sets itself is refused."""
+    problems = dict(engine_problems(dict.fromkeys(OWNED_ENGINE_ARGS)))
+    assert problems.keys() == OWNED_ENGINE_ARGS.keys()

@@ -1,4 +1,4 @@
-"""A file whose models are partly wrong: what a restarted gateway or controller goes on with."""
+"""The configuration that a restarted gateway or controller uses when the file is partly invalid."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ WRONG_SECTIONS = ["models: 3", "models: {a: b}", "{}", f"models: [{GOOD}]\nmodel
 
 @pytest.mark.parametrize("wrong", WRONG_ENTRIES)
 def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
-    """One typing error must not end the controller, nor delete its own model, nor any other."""
+    """An invalid entry neither prevents the controller's start nor removes its own or another model."""
     found = for_controller(f"{HEAD}models: [{GOOD}, {wrong}]")
     assert [model.name for model in found.config.models] == ["good"]
     assert (found.held[0].name, found.held[0].aliases, found.all_held) == ("bad", ("b",), False)
-    assert any("models[1]" in one for one in found.problems)
+    assert any("models[1]" in problem for problem in found.problems)
 
 
 def test_of_two_with_one_name_neither_is_taken() -> None:
-    """Which of them is meant, nobody can tell: taking one could replace what runs by what was never wanted."""
+    """Neither of two entries with one name is used, since either could replace the running model by an unwanted one."""
     entries = [f"{{name: {name}, source: hf://o/{at}}}" for at, name in enumerate("xxy")]
     found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
     assert [model.name for model in found.config.models] == ["y"]
@@ -41,7 +41,7 @@ def test_of_two_with_one_name_neither_is_taken() -> None:
 
 
 def test_an_alias_of_two_models_stays_with_one() -> None:
-    """The gateways' names must stay clear also while both are held."""
+    """An alias of two held models belongs to the first only, so that gateways can resolve it."""
     found = for_controller(HEAD + "models: [{name: x, source: s, aliases: [d]}, {name: y, source: s, aliases: [d, e]}]")
     assert found.config.models == ()
     assert found.held == (HeldModel("x", ("d",)), HeldModel("y", ("e",)))
@@ -49,7 +49,7 @@ def test_an_alias_of_two_models_stays_with_one() -> None:
 
 @pytest.mark.parametrize("section", WRONG_SECTIONS)
 def test_a_section_that_is_none_holds_everything(section: str) -> None:
-    """Where no entry can be told apart, a controller that took it as empty would delete every model."""
+    """A `models` section that is no list holds all running models; read as empty, it would delete every one."""
     found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
     assert (found.config.models, found.all_held) == ((), True)
 
@@ -65,7 +65,7 @@ def test_a_section_that_is_none_holds_everything(section: str) -> None:
     ],
 )
 def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
-    """A gateway without its listeners, limits or secrets as they are meant must not serve."""
+    """A problem in any other section prevents the start of gateway and controller."""
     for lenient in (for_gateway, for_controller):
         with pytest.raises(ConfigError):
             lenient(text)
@@ -82,24 +82,24 @@ def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
     ],
 )
 def test_a_gateway_starts_without_what_it_does_not_read(sections: str) -> None:
-    """A gateway learns of models elsewhere; ending for them would end the fleet, one restart at a time."""
+    """A gateway starts with invalid `models`, `weights` and `ray` sections, since it does not use them."""
     found = for_gateway(f"{HEAD}{'' if sections == '{}' else sections}\n")
     assert found.problems
     assert found.config.gateway.listen.grpc == "127.0.0.1:50051"
 
 
 def test_a_gateway_with_a_ray_of_its_own_still_needs_the_shared_secret() -> None:
-    """Left out for a wrong `ray`, the rule would let each gateway make a secret of its own."""
+    """An invalid `ray` section still requires the shared secret; else each gateway would create its own."""
     with pytest.raises(ConfigError, match="cluster_secret_file"):
         for_gateway(HEAD + "auth: {api_keys: {}}\nray: [{name: B, dashboard_url: 'http://x'}]\nmodels: []\n")
 
 
 @given(wrong=st.lists(st.sampled_from(WRONG_ENTRIES), min_size=1, max_size=3), at=st.integers(0, 3))
 def test_the_right_entries_are_always_all_taken(wrong: list[str], at: int) -> None:
-    """However many entries are wrong, and wherever they stand."""
-    named = [one.replace("name: bad", f"name: bad{i}").replace("[b]", f"[b{i}]") for i, one in enumerate(wrong)]
-    right = [f"{{name: m{i}, source: hf://o/m}}" for i in range(3)]
-    entries = [*right[:at], *named, *right[at:]]
+    """All valid entries are used, however many entries are invalid and wherever they are in the list."""
+    named = [entry.replace("name: bad", f"name: bad{i}").replace("[b]", f"[b{i}]") for i, entry in enumerate(wrong)]
+    valid = [f"{{name: m{i}, source: hf://o/m}}" for i in range(3)]
+    entries = [*valid[:at], *named, *valid[at:]]
     found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
     assert {model.name for model in found.config.models} == {"m0", "m1", "m2"}
-    assert {one.name for one in found.held} == {f"bad{i}" for i in range(len(wrong))}
+    assert {model.name for model in found.held} == {f"bad{i}" for i in range(len(wrong))}

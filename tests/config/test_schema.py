@@ -1,4 +1,4 @@
-"""cluster.yaml: what is wrong is refused at start, by its path and with the remedy."""
+"""cluster.yaml: invalid files are refused with the key's path and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TLS = "{cert_file: /a, key_file: /b, ca_file: /c}"
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_files_load(file: Path) -> None:
-    """Every configuration under deploy/ is one."""
+    """Every configuration in deploy/ is valid."""
     assert schema.load(file).models
 
 
@@ -42,17 +42,17 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: m, source: s}, {name: n, source: s, aliases: [m]}]", "'m' is used by"),
         (HEAD + r'models: [{name: "m\n", source: s}]', "models[0].name"),
         (HEAD + r'models: [{name: m, source: s, aliases: ["a\n"]}]', "models[0].aliases[0]"),
-        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is Headrace's"),
+        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is set by Headrace"),
         (HEAD + "models: [{name: m, source: s, engine: {distributed_executor_backend: mp}}]", "placed by Ray"),
         (HEAD + "models: [{name: m, source: s, trust_remote_code: true}]", "weights.allow.remote_code"),
         (HEAD + "models: [{name: m, source: s, load_format: pt}]", "weights.allow.formats"),
         (HEAD + "models: [{name: m, source: s, slo: {target: 1}}]", "models[0].slo.target"),
         (HEAD + "models: [{name: m, source: s, slo: {ttft: 1}}]", "models[0].slo.ttft: unknown key"),
         (HEAD + "scaling: {gpu_budget: {H100: -1}}\n" + MODEL, "scaling.gpu_budget.H100"),
-        (HEAD + "scaling: {forecast: false}\n" + MODEL, "the policy always acts ahead"),
+        (HEAD + "scaling: {forecast: false}\n" + MODEL, "scaling always acts on the forecast"),
         (HEAD + "scaling: {cold_start_s: 0}\n" + MODEL, "scaling.cold_start_s"),
-        (HEAD + "auth: {}\n" + MODEL, "auth: nobody could be let in"),
-        (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth nobody can be told apart"),
+        (HEAD + "auth: {}\n" + MODEL, "auth: no caller could be authenticated"),
+        (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth callers have no tenants"),
         (HEAD + KEYS + "tenants: [{name: acme, class: gold}]\n" + MODEL, "tenants[0].class: 'gold' is none of classes"),
         (
             HEAD + KEYS + "tenants: [{name: acme, limits: {daily_tokens: 0}}]\n" + MODEL,
@@ -78,7 +78,7 @@ def test_shipped_files_load(file: Path) -> None:
     ],
 )
 def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
-    """The message names the file, the path and what to do."""
+    """The message names the file, the key's path and the remedy."""
     with pytest.raises(schema.ConfigError) as caught:
         schema.parse(text, "f.yaml")
     assert words in str(caught.value)
@@ -86,7 +86,7 @@ def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_one_line() -> None:
-    """No traceback for a path that is not there."""
+    """The error for a missing file is one line."""
     with pytest.raises(schema.ConfigError, match="cannot be read"):
         schema.load(Path("/nowhere/cluster.yaml"))
 
@@ -94,25 +94,25 @@ def test_a_missing_file_is_one_line() -> None:
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
 def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
-    """Without authentication no client port opens beyond this host."""
+    """Client ports without authentication are restricted to loopback."""
     with pytest.raises(schema.ConfigError, match=rf"listen\.{listener}.*without auth"):
         schema.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
-    """Either alone is refused in words; both open the port, that of operators too."""
+    """A client or admin port off loopback needs both auth and TLS; the error names the one that is missing."""
     wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
     with pytest.raises(schema.ConfigError, match=r"without auth:.*use every model"):
         schema.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
-    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: keys would travel"):
+    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: API keys would be sent unencrypted"):
         schema.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
     assert schema.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
 
 
 def test_tenants_stand_over_the_defaults() -> None:
-    """A declared tenant's policy is the file's defaults with its own fields over them; secrets rest where it says."""
+    """A tenant's policy is the file's defaults, overridden by its own fields; secrets default to the cache folder."""
     text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
     found = schema.parse(HEAD + KEYS + text + MODEL)
     (policy,) = found.policies()
@@ -121,7 +121,7 @@ def test_tenants_stand_over_the_defaults() -> None:
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:
-    """Off loopback it needs link_tls; metrics may be scraped from anywhere."""
+    """The link port off loopback needs link_tls; the metrics port does not."""
     wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
     with pytest.raises(schema.ConfigError, match="link_tls"):
         schema.parse(HEAD + wide + "}\n" + MODEL)
@@ -133,12 +133,12 @@ def test_the_link_port_opens_with_certificates_only() -> None:
     [("127.0.0.1:1", True), ("127.9.9.9:1", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False)],
 )
 def test_loopback(address: str, loopback: bool) -> None:
-    """All of 127.0.0.0/8, ::1 and localhost."""
+    """127.0.0.0/8, ::1 and localhost are loopback."""
     assert is_loopback(address) is loopback
 
 
 def test_what_gateway_processes_share() -> None:
-    """The clients' ports; link and metrics are each one's own, and every one names the others' link ports."""
+    """Processes share the client ports; each has its own link and metrics ports and lists the others' link ports."""
     gateway = schema.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
     first, second, third = (gateway.listen.of(process) for process in range(3))
     assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
@@ -150,7 +150,7 @@ def test_what_gateway_processes_share() -> None:
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
-    """Every key reaches the spec; the replica count is max(min, 1)."""
+    """Every key of an entry is in its spec; the number of replicas is max(min, 1)."""
     text = """
 models:
   - name: m

@@ -1,4 +1,4 @@
-"""The sections about tenants: bad input names its field and the remedy; what is right becomes whole policies."""
+"""The sections about tenants: errors name the field and the remedy; valid sections become complete policies."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ AUTH = Auth.model_validate({"cluster_secret_file": "/s", "api_keys": {"pepper_fi
 
 
 def parse(section: type[Any], text: str) -> Any:
-    """A section from YAML."""
+    """Return a section read from YAML."""
     return section.model_validate(yaml.safe_load(text))
 
 
 def test_the_vocabularys_own_example() -> None:
-    """The names of the vocabulary are the ones that are read."""
+    """The documented keys of all sections are read and reach the policies."""
     auth = parse(
         Auth,
         """
@@ -86,7 +86,7 @@ def test_the_vocabularys_own_example() -> None:
 
 
 def test_guards_of_the_defaults_and_of_a_tenant() -> None:
-    """A tenant would go without the guards that all have, or with both lists; without auth they would guard nobody."""
+    """A tenant's own list of guards replaces the defaults' list; guards without auth are refused."""
     defaults = parse(TenantDefaults, "{guards: [{builtin: sizes, on: output, max_characters: 9}]}")
     assert parse(Tenant, "{name: a}").policy(defaults).guards[0].on == "output"
     own = parse(Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: 'x{1,3}'}}]}").policy(defaults)
@@ -97,7 +97,7 @@ def test_guards_of_the_defaults_and_of_a_tenant() -> None:
 
 
 def test_the_documents_example() -> None:
-    """docs/guards.md would show what a gateway refuses."""
+    """The examples in docs/guards.md are valid."""
     text = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
     tenants, patterns = (part.split("```")[0] for part in text.split("```yaml\n")[1:])
     (acme,) = yaml.safe_load(tenants)["tenants"]
@@ -106,7 +106,7 @@ def test_the_documents_example() -> None:
 
 
 def test_null_takes_a_default_away() -> None:
-    """A limit of null is no limit, although the defaults have one."""
+    """A limit of null means unlimited, even if the defaults have a limit."""
     defaults = parse(TenantDefaults, "{limits: {requests_per_minute: 5}, max_output_tokens: 7}")
     policy = parse(Tenant, "{name: a, limits: {requests_per_minute: null}, max_output_tokens: null}").policy(defaults)
     assert (policy.limits, policy.max_output_tokens) == (TenantLimits(), None)
@@ -149,8 +149,8 @@ def test_null_takes_a_default_away() -> None:
         (Store, "{database_url: 'mysql://h/d'}", "database_url", "postgresql+psycopg"),
         (Store, "{database_url: 'postgresql://u:secret@h/d'}", "database_url", "HEADRACE_DATABASE_PASSWORD"),
         (Store, "{database_url: 'postgresql://h'}", "database_url", "no database"),
-        (Store, "{database_url: 'sqlite://'}", "database_url", "forgets everything"),
-        (Store, "{database_url: 'sqlite:///:memory:'}", "database_url", "forgets everything"),
+        (Store, "{database_url: 'sqlite://'}", "database_url", "loses everything"),
+        (Store, "{database_url: 'sqlite:///:memory:'}", "database_url", "loses everything"),
         (Store, "{limits_url: 'memcached://h'}", "limits_url", "rediss://"),
         (Cost, "{currency: euro, gpu_hour: {}}", "currency", "ISO 4217"),
         (Cost, "{currency: EUR, gpu_hour: {H100: -1}}", "gpu_hour", "between 0"),
@@ -163,14 +163,14 @@ def test_null_takes_a_default_away() -> None:
         (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: [0]}", "thresholds.0", "than 0"),
         (Class, "{name: A, rank: 0}", "name", "lower-case"),
         (Class, "{name: a, rank: -1}", "rank", "greater than or equal to 0"),
-        (Auth, "{cluster_secret_file: /s}", "", "nobody could be let in"),
+        (Auth, "{cluster_secret_file: /s}", "", "no caller could be authenticated"),
     ],
 )
 def test_bad_input_names_its_field(section: type[Any], text: str, field: str, words: str) -> None:
-    """Zero, negative and absurd values, wrong words and unknown keys: each with its path and what to do."""
+    """Zero, negative and absurd values, wrong words and unknown keys are refused with their path and the remedy."""
     with pytest.raises(ValidationError) as caught:
         parse(section, text)
-    problems = {".".join(map(str, one["loc"])): one["msg"] for one in caught.value.errors()}
+    problems = {".".join(map(str, error["loc"])): error["msg"] for error in caught.value.errors()}
     assert field in problems
     assert words in problems[field]
     assert "secret" not in problems[field] or field == ""
@@ -189,7 +189,7 @@ def test_bad_input_names_its_field(section: type[Any], text: str, field: str, wo
     ],
 )
 def test_issuers(entry: dict[str, Any], words: str) -> None:
-    """Issuers come over TLS and sign with keys of their own."""
+    """An issuer must use https and asymmetric algorithms, and may be listed once."""
     good = {"issuer": "https://sso.example.com/", "audience": "headrace", "tenant_claim": "org"}
     assert Auth.model_validate({"cluster_secret_file": "/s", "oidc": [good]}).oidc[0].issuer
     with pytest.raises(ValidationError, match=words):
@@ -200,7 +200,7 @@ def test_issuers(entry: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("san", ["*.example.com", "", "not a name", "a..b"])
 def test_certificates_are_named_one_by_one(san: str) -> None:
-    """No wildcards, no nonsense, none twice."""
+    """Wildcards, invalid names and duplicates are refused."""
     entry = {"san": san, "tenant": "a"}
     with pytest.raises(ValidationError, match="san"):
         Auth.model_validate({"cluster_secret_file": "/s", "client_certificates": [entry]})
@@ -212,28 +212,28 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "defaults", "tenants", "words"),
     [
-        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is there twice"),
-        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is there twice"),
+        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is listed twice"),
+        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is listed twice"),
         (CLASSES, "{class: gold}", [], "tenant_defaults.class: 'gold'"),
-        (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is there twice"),
+        (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is listed twice"),
         (CLASSES, "{}", ["{name: b}", "{name: a, class: gold}"], r"tenants\[1\].class: 'gold'"),
     ],
 )
 def test_sections_hold_to_each_other(classes: Any, defaults: str, tenants: list[str], words: str) -> None:
-    """Names are unique and classes exist."""
+    """Duplicate names and unknown classes are refused."""
     with pytest.raises(ValueError, match=words):
-        check_together(AUTH, classes, parse(TenantDefaults, defaults), [parse(Tenant, one) for one in tenants])
+        check_together(AUTH, classes, parse(TenantDefaults, defaults), [parse(Tenant, tenant) for tenant in tenants])
 
 
 def test_tenants_need_auth() -> None:
-    """Tenants that nobody could be told to be are refused."""
+    """Tenants without auth are refused, since no caller could belong to one."""
     with pytest.raises(ValueError, match="set auth"):
         check_together(None, CLASSES, TenantDefaults(), [Tenant(name="a")])
     check_together(None, CLASSES, TenantDefaults(), [])
 
 
 def test_defaults_make_policies_for_the_api_too() -> None:
-    """A tenant made over the API takes the defaults and its own fields over them, each wrong one by its path."""
+    """A tenant created over the API gets the defaults, overridden by its own fields; wrong fields are named."""
     defaults = parse(TenantDefaults, "{class: batch, limits: {tokens_per_minute: 9}}")
     policy = defaults.policy("a", {"weight": 2.0, "limits": {"daily_tokens": 5}})
     assert (policy.priority_class, policy.weight) == ("batch", 2.0)

@@ -1,4 +1,4 @@
-"""Operators change the catalog: checked whole, kept, and done without touching what stays the same."""
+"""Operators' catalog changes: validated as a whole, stored, and applied without touching unchanged models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import KeptFile, StoredCatalogService
+from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
 from tests.controller.test_controller import FakeGateways
@@ -28,35 +28,35 @@ models:
 CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 
 
-class Shop:
-    """A desk with its controller over a fake Ray; `life` and `by_file` as run_controller has them."""
+class CatalogBed:
+    """A catalog service with its controller and a fake Ray; `life` and `by_file` as in run_controller."""
 
     def __init__(self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
         self.controller = Controller(self.ray, self.gateways, wall_s=lambda: 0.0)
-        self.desk = StoredCatalogService(
+        self.service = StoredCatalogService(
             parse(FILE),
             self.controller,
-            KeptFile(folder / "catalog.json", life),
+            StoredCatalogFile(folder / "catalog.json", life),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=by_file,
         )
-        self.controller.on_mark = self.desk.keep
-        self.verbs = catalog_verbs(self.desk)
+        self.controller.on_mark = self.service.keep
+        self.verbs = catalog_verbs(self.service)
 
     async def apply(self, *entries: dict[str, Any], **options: Any) -> pb.ApplyResponse:
-        """Over the wire's messages."""
+        """Send an Apply request as the admin API does."""
         request = pb.ApplyRequest(document=json.dumps({"models": entries}).encode(), **options)
         return pb.ApplyResponse.FromString(await self.verbs["Catalog.Apply"](request.SerializeToString(), "key:k1"))
 
     async def ask(self, verb: str, request: Any) -> dict[str, tuple[float, str]]:
-        """The versions after a verb: weight and reason."""
+        """Send another request; return each version's weight and reason afterwards."""
         answer = pb.VersionsResponse.FromString(await self.verbs[verb](request.SerializeToString(), "key:k1"))
-        return {one.version: (one.weight, one.state_reason) for one in answer.versions}
+        return {version.version: (version.weight, version.state_reason) for version in answer.versions}
 
     async def up(self) -> None:
-        """All that is wanted serves."""
+        """Run passes until all wanted replicas serve."""
         await self.controller.step()
         for app, seen in self.ray.apps.items():
             self.ray.change(app, running=seen.target)
@@ -65,32 +65,32 @@ class Shop:
 
 
 async def refused(awaitable: Any) -> CallError:
-    """The error of a verb that must fail."""
+    """Return the error of a request that must fail."""
     with pytest.raises(CallError) as caught:
         await awaitable
     return caught.value
 
 
 async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
-    """A new model is deployed; changed names, bounds and fallbacks restart nobody; the same again is no change."""
-    shop = Shop(tmp_path)
-    await shop.up()
+    """A new model is deployed; changed names, bounds and fallbacks restart no replica; repeated, it changes nothing."""
+    bed = CatalogBed(tmp_path)
+    await bed.up()
     entries: tuple[dict[str, Any], ...] = (
         {"name": "m", "source": "/m", "aliases": ["other"], "replicas": {"min": 1, "max": 9}, "fallback": ["o"]},
         {"name": "o", "source": "/o"},
     )
-    changes = (await shop.apply(*entries, validate_only=True)).changes
+    changes = (await bed.apply(*entries, validate_only=True)).changes
     assert [(one.model, one.kind, one.restarts) for one in changes] == [("m", "change", ""), ("o", "add", "")]
-    await shop.controller.step()
-    assert shop.ray.journal == [], "nothing was to change"
-    assert (await shop.apply(*entries)).changes == changes
-    await shop.controller.step()
-    assert shop.ray.journal == ["deploy o"]
-    assert shop.gateways.published["m"].fallback == ("o",)
-    assert not (await shop.apply(*entries)).changes
-    (gone,) = (await shop.apply(*entries, prune=True)).changes
+    await bed.controller.step()
+    assert bed.ray.journal == [], "nothing was to change"
+    assert (await bed.apply(*entries)).changes == changes
+    await bed.controller.step()
+    assert bed.ray.journal == ["deploy o"]
+    assert bed.gateways.published["m"].fallback == ("o",)
+    assert not (await bed.apply(*entries)).changes
+    (gone,) = (await bed.apply(*entries, prune=True)).changes
     assert (gone.model, gone.kind) == ("n", "remove")
-    changed = (await shop.apply({"name": "o", "source": "/o", "engine": {"max_num_seqs": 4}})).changes[0]
+    changed = (await bed.apply({"name": "o", "source": "/o", "engine": {"max_num_seqs": 4}})).changes[0]
     assert (changed.differences[0].path, changed.differences[0].after_json) == ("engine.max_num_seqs", "4")
     assert "replaced" in changed.restarts
 
@@ -109,70 +109,70 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:
-    """The wrong key is named by the model's name, and a right entry beside it is not applied either."""
-    shop = Shop(tmp_path)
-    await shop.up()
-    error = await refused(shop.apply({"name": "right", "source": "/r"}, entry))
+    """The error names the wrong key with the model's name, and a valid entry beside it is not applied either."""
+    bed = CatalogBed(tmp_path)
+    await bed.up()
+    error = await refused(bed.apply({"name": "right", "source": "/r"}, entry))
     assert error.outcome is Outcome.INVALID_FIELD
     assert [(one.field, told in one.description) for one in error.violations] == [(field, True)]
-    await shop.controller.step()
-    assert shop.ray.journal == []
+    await bed.controller.step()
+    assert bed.ray.journal == []
     assert not (tmp_path / "catalog.json").exists()
 
 
 async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_path: Path) -> None:
-    """A controller of the same life goes on with it; the next `up` begins with its file."""
-    shop = Shop(tmp_path)
-    await shop.apply({"name": "o", "source": "/o"})
-    await shop.apply({"name": "m", "source": "/m2"})
-    again = Shop(tmp_path)
-    assert {model.name: model.source for model in again.desk.config.models} == {"m": "/m2", "n": "/n", "o": "/o"}
-    assert [model.name for model in Shop(tmp_path, life="two").desk.config.models] == ["m", "n"]
+    """The next controller of the same cluster continues with the applied models; the next `up` starts from its file."""
+    bed = CatalogBed(tmp_path)
+    await bed.apply({"name": "o", "source": "/o"})
+    await bed.apply({"name": "m", "source": "/m2"})
+    successor = CatalogBed(tmp_path)
+    assert {model.name: model.source for model in successor.service.config.models} == {"m": "/m2", "n": "/n", "o": "/o"}
+    assert [model.name for model in CatalogBed(tmp_path, life="two").service.config.models] == ["m", "n"]
     (tmp_path / "catalog.json").write_text("{")
-    assert [model.name for model in Shop(tmp_path).desk.config.models] == ["m", "n"]
+    assert [model.name for model in CatalogBed(tmp_path).service.config.models] == ["m", "n"]
 
 
 async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
-    """Others come beside them and stay for the next controller; those of the file are refused by name, whole."""
-    shop = Shop(tmp_path, life="", by_file=True)
+    """Apply adds models beside those of the file, also for the next controller, and refuses to change the file's."""
+    bed = CatalogBed(tmp_path, life="", by_file=True)
     same = {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}}
-    assert [one.model for one in (await shop.apply(same, {"name": "o", "source": "/o"})).changes] == ["o"]
-    error = await refused(shop.apply({"name": "m", "source": "/else"}, {"name": "p", "source": "/p"}))
+    assert [one.model for one in (await bed.apply(same, {"name": "o", "source": "/o"})).changes] == ["o"]
+    error = await refused(bed.apply({"name": "m", "source": "/else"}, {"name": "p", "source": "/p"}))
     assert (error.outcome, error.violations[0].field) == (Outcome.MANAGED_BY_FILE, "models[m]")
-    error = await refused(shop.apply({"name": "o", "source": "/o"}, prune=True))
+    error = await refused(bed.apply({"name": "o", "source": "/o"}, prune=True))
     assert error.outcome is Outcome.MANAGED_BY_FILE
-    again = Shop(tmp_path, life="", by_file=True)
-    assert [model.name for model in again.desk.config.models] == ["m", "n", "o"]
+    successor = CatalogBed(tmp_path, life="", by_file=True)
+    assert [model.name for model in successor.service.config.models] == ["m", "n", "o"]
 
 
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
-    """Each answers with the shares to come; marks outlive the controller; promoting restarts nothing."""
-    shop = Shop(tmp_path)
-    await shop.apply({"name": "m", "source": "/m", "aliases": ["default"], "canary": CANARY})
-    await shop.up()
+    """Each request returns the new shares; overrides survive the controller; promoting restarts no replica."""
+    bed = CatalogBed(tmp_path)
+    await bed.apply({"name": "m", "source": "/m", "aliases": ["default"], "canary": CANARY})
+    await bed.up()
     weights = pb.SetWeightsRequest(name="default", version="v1", weight=0.25)
-    assert await shop.ask("Catalog.SetWeights", weights) == {"v1": (0.25, ""), "v2": (0.75, "")}
-    back = await shop.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="slow"))
+    assert await bed.ask("Catalog.SetWeights", weights) == {"v1": (0.25, ""), "v2": (0.75, "")}
+    back = await bed.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="slow"))
     assert back == {"v1": (1.0, ""), "v2": (0.0, "rolled back: slow")}
-    again = Shop(tmp_path, ray=shop.ray)
-    await again.controller.step()
-    told = again.gateways.published["m"]
-    assert [(one.version, one.weight) for one in told.versions] == [("v1", 1.0), ("v2", 0.0)]
-    assert len(told.retired) == 1
-    assert await again.ask("Catalog.SetWeights", pb.SetWeightsRequest(name="m", version="v2", weight=0.5)) == {
+    successor = CatalogBed(tmp_path, ray=bed.ray)
+    await successor.controller.step()
+    entry = successor.gateways.published["m"]
+    assert [(share.version, share.weight) for share in entry.versions] == [("v1", 1.0), ("v2", 0.0)]
+    assert len(entry.retired) == 1
+    assert await successor.ask("Catalog.SetWeights", pb.SetWeightsRequest(name="m", version="v2", weight=0.5)) == {
         "v1": (0.5, ""),
         "v2": (0.5, ""),
     }
-    apart = await again.ask("Catalog.Quarantine", pb.QuarantineRequest(name="m", version="v2"))
-    assert apart["v2"] == (0.5, "quarantined")
-    lifted = await again.ask("Catalog.Quarantine", pb.QuarantineRequest(name="m", version="v2", lift=True))
+    quarantined = await successor.ask("Catalog.Quarantine", pb.QuarantineRequest(name="m", version="v2"))
+    assert quarantined["v2"] == (0.5, "quarantined")
+    lifted = await successor.ask("Catalog.Quarantine", pb.QuarantineRequest(name="m", version="v2", lift=True))
     assert lifted["v2"] == (0.5, "")
-    promoted = await again.ask("Catalog.Promote", pb.PromoteRequest(name="m"))
+    promoted = await successor.ask("Catalog.Promote", pb.PromoteRequest(name="m"))
     assert promoted == {"v2": (1.0, "")}
-    shop.ray.journal.clear()
-    await again.controller.step()
-    assert shop.ray.journal == []
-    assert [one.version for one in again.gateways.published["m"].versions] == ["v2"]
+    bed.ray.journal.clear()
+    await successor.controller.step()
+    assert bed.ray.journal == []
+    assert [one.version for one in successor.gateways.published["m"].versions] == ["v2"]
 
 
 @pytest.mark.parametrize(
@@ -188,10 +188,10 @@ async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
     ],
 )
 async def test_what_cannot_be_done_is_said(tmp_path: Path, verb: str, request_: Any, outcome: Outcome) -> None:
-    """And changes nothing."""
-    shop = Shop(tmp_path)
-    await shop.apply({"name": "m", "source": "/m", "canary": CANARY})
+    """A request that cannot be carried out fails with its outcome and changes nothing."""
+    bed = CatalogBed(tmp_path)
+    await bed.apply({"name": "m", "source": "/m", "canary": CANARY})
     kept = (tmp_path / "catalog.json").read_text()
-    error = await refused(shop.verbs[verb](request_.SerializeToString(), "key:k1"))
+    error = await refused(bed.verbs[verb](request_.SerializeToString(), "key:k1"))
     assert error.outcome is outcome
     assert (tmp_path / "catalog.json").read_text() == kept

@@ -1,4 +1,4 @@
-"""The controller's loop over a fake Ray and fake gateways: what it does, what it tells, what it survives."""
+"""The controller's loop with a fake Ray and fake gateways: its actions, the published catalog, outages of Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.controller.controller import QUIET_S, Controller, settings_of
 from cluster.controller.links import FleetWorker
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
-from cluster.ray.several_clusters import SeveralRays
+from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.lost_engines import LostEngine
 from cluster.worker.settings import ReplicaSettings
 from tests.support.fake_ray import FakeRay
@@ -26,7 +26,7 @@ from tests.support.serving import eventually
 
 @dataclass
 class FakeGateways:
-    """Keeps what was published."""
+    """Records the published catalog and returns the reports that a test has set."""
 
     workers: list[FleetWorker] = field(default_factory=list)
     linked: int = 1
@@ -36,57 +36,57 @@ class FakeGateways:
     ends: list[LostEngine] = field(default_factory=list)
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
-        """Keep."""
+        """Record the entries."""
         self.published = {entry.name: entry for entry in entries}
 
     def lost(self) -> Sequence[LostEngine]:
-        """Engines that have ended."""
+        """Return the ended engines that a test has set."""
         return self.ends
 
     def fleet(self) -> Sequence[FleetWorker]:
-        """As set."""
+        """Return the workers that a test has set."""
         return self.workers
 
     def demand(self) -> Sequence[ModelDemand]:
-        """As set."""
+        """Return the demand that a test has set."""
         return self.waiting
 
     def tallies(self) -> Sequence[VersionTally]:
-        """As set."""
+        """Return the counts that a test has set."""
         return self.counted
 
     def state(self, model: str) -> ModelState:
-        """As last published."""
+        """Return a model's state as last published."""
         return self.published[model].state
 
 
 def settings(name: str, **more: object) -> ReplicaSettings:
-    """A model's settings."""
+    """Return replica settings of a model."""
     return ReplicaSettings(ModelSpec(name=name, source=f"/{name}", **more), "test")  # type: ignore[arg-type]
 
 
 @dataclass
 class Clock:
-    """Wall-clock time as a test has it."""
+    """Wall clock that a test sets."""
 
     now_s: float = 100.0
 
     def __call__(self) -> float:
-        """Now."""
+        """Return the current time."""
         return self.now_s
 
 
 def controller(
     ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
 ) -> Controller:
-    """A controller that wants these."""
-    made = Controller(ray, gateways, wall_s=clock or Clock(now_s))
-    made.want(wanted)
-    return made
+    """Return a controller with these wanted replicas."""
+    created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
+    created.want(wanted)
+    return created
 
 
 async def test_states_follow_what_is_seen() -> None:
-    """DECLARED, PLACING, LOADING, READY only when a gateway has the link, and how long the start took."""
+    """A model is DECLARED, PLACING, LOADING, and READY only once a gateway has the link; its start time is measured."""
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"), now_s=130.0)
 
@@ -102,8 +102,8 @@ async def test_states_follow_what_is_seen() -> None:
     assert await state() is ModelState.LOADING, "no gateway can reach it yet"
     gateways.workers.append(FleetWorker("w", "i", "m", bundle_digest="sha256:b", max_model_len=77))
     assert await state() is ModelState.READY
-    told = gateways.published["m"]
-    assert (told.bundle_digest, told.max_model_len, told.cold_start_s) == ("sha256:b", 77, 30.0)
+    entry = gateways.published["m"]
+    assert (entry.bundle_digest, entry.max_model_len, entry.cold_start_s) == ("sha256:b", 77, 30.0)
     ray.change("m", running=0)
     gateways.workers.clear()
     assert await state() is ModelState.PLACING
@@ -112,7 +112,7 @@ async def test_states_follow_what_is_seen() -> None:
 
 
 async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
-    """The newest that its workers said of this version as it is now, while it comes up again and after."""
+    """The entry names the newest end of an engine of the current version, during the restart and after it."""
     ray, gateways = FakeRay(), FakeGateways()
     wanted = settings("m")
     loop = controller(ray, gateways, wanted)
@@ -138,7 +138,7 @@ async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
 
 
 async def test_a_new_controller_leaves_all_as_it_is() -> None:
-    """What an earlier controller made is recognised by its digest alone."""
+    """A new controller recognises existing applications by their digest and changes nothing."""
     ray, gateways = FakeRay(), FakeGateways(linked=0)
     await controller(ray, gateways, settings("a"), settings("b")).step()
     ray.change("a", running=1)
@@ -151,7 +151,7 @@ async def test_a_new_controller_leaves_all_as_it_is() -> None:
 
 
 async def test_removed_model_drains_and_leaves_the_catalog() -> None:
-    """DRAINING while calls run there, then no entry at all; back again it begins anew."""
+    """A removed model is DRAINING while calls run or wait, then leaves the catalog; added again it starts anew."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
@@ -177,7 +177,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
 
 
 async def test_unplaceable_model_fails_and_recovers() -> None:
-    """FAILED with the need, until a node that is large enough has joined."""
+    """An unplaceable model is FAILED with the reason until a node that is large enough joins."""
     ray, gateways = FakeRay(nodes=({"CPU": 8.0, "GPU": 1.0},)), FakeGateways()
     loop = controller(ray, gateways, settings("m", tensor_parallel_size=2))
     await loop.step()
@@ -191,14 +191,14 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
 
 @pytest.mark.slow
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
-    """While Ray is away what was told stays told; when it is back, empty, everything is made again."""
+    """The catalog stays published while Ray is away; when Ray comes back empty, everything is deployed again."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
     loop = controller(ray, gateways, settings("m"))
     with pytest.raises(RayAway):
         await loop.step()
     running = asyncio.create_task(loop.run())
     try:
-        await eventually(lambda: gateways.published.get("m"), "the model is told although Ray is away")
+        await eventually(lambda: gateways.published.get("m"), "the model is published although Ray is away")
         assert gateways.state("m") is ModelState.DECLARED
         assert gateways.published["m"].state_reason == "gone fishing"
         ray.away = ""
@@ -230,40 +230,40 @@ models: [{name: m, source: /m/x, replicas: {min: 2}}]
 
 
 def test_settings_come_from_the_configuration() -> None:
-    """Every key that a replica needs reaches it."""
-    (made,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
-    assert (made.cluster, made.ray_cluster, made.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
-    assert (made.cache_dir, made.hugging_face_endpoint) == ("/models", "https://mirror.example")
-    assert (made.allowed_sources, made.drain_timeout_s, made.spec.replicas) == (("/m/*",), 9.0, 2)
-    assert made.tls is not None
-    assert made.tls.cert_file == Path("/c")
+    """Every key that a replica needs is in its settings."""
+    (prod,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
+    assert (prod.cluster, prod.ray_cluster, prod.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
+    assert (prod.cache_dir, prod.hugging_face_endpoint) == ("/models", "https://mirror.example")
+    assert (prod.allowed_sources, prod.drain_timeout_s, prod.spec.replicas) == (("/m/*",), 9.0, 2)
+    assert prod.tls is not None
+    assert prod.tls.cert_file == Path("/c")
     (local,) = settings_of(parse(CONFIG), gateways=[], local=True)
-    assert dataclasses.replace(local, gateways=made.gateways, ray_cluster="blue", drain_timeout_s=9.0) == made
+    assert dataclasses.replace(local, gateways=prod.gateways, ray_cluster="blue", drain_timeout_s=9.0) == prod
 
 
 def test_versions_and_types_come_from_the_configuration() -> None:
-    """One for each version on each type of GPU, each on its Ray, with what is its own."""
+    """There are settings for each version and GPU type, on its Ray cluster, with the version's own values."""
     config = parse(
         CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
         .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
         .replace("replicas: {min: 2}", "replicas: {min: 2}, fallback: [n]}, {name: n, source: /m/n")
     )
-    made = settings_of(config, gateways=[], local=False)
-    told = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in made]
-    assert told == [
+    variants = settings_of(config, gateways=[], local=False)
+    keys = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in variants]
+    assert keys == [
         ("m", "v1", "H100", 1, "green"),
         ("m", "v1", "L4", 4, "green"),
         ("m", "v2", "H100", 1, "blue"),
         ("m", "v2", "L4", 4, "blue"),
         ("n", "v1", "", 1, "green"),
     ]
-    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in made[1:3]] == [
+    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in variants[1:3]] == [
         ("r1", 0.75, 0.0),
         ("r2", 0.25, 2.0),
     ]
-    assert made[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
-    assert made[2].spec.digest == "", "the pin is of the other's weights"
-    assert made[0].spec.fallback == ("n",)
+    assert variants[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
+    assert variants[2].spec.digest == "", "the pin is of the other version's weights"
+    assert variants[0].spec.fallback == ("n",)
 
 
 VERSIONS = """engine: {max_num_seqs: 8},
@@ -274,14 +274,14 @@ VERSIONS = """engine: {max_num_seqs: 8},
 # ---- versions
 
 
-def two_versions(weight: float = 0.25, **trial: object) -> tuple[ReplicaSettings, ReplicaSettings]:
-    """A model with a trial beside it."""
+def two_versions(weight: float = 0.25, **canary: object) -> tuple[ReplicaSettings, ReplicaSettings]:
+    """Return the settings of a model and of its canary."""
     plain: dict[str, object] = {"version": "v2", "weight": weight, "error_ratio": 1.5, "ttft_ratio": 1.2}
-    return settings("m", weight=1 - weight), settings("m", **(plain | trial))
+    return settings("m", weight=1 - weight), settings("m", **(plain | canary))
 
 
 def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> FleetWorker:
-    """One that some gateway has a link to."""
+    """Return a worker that is linked to a gateway."""
     return FleetWorker(
         f"w-{of.digest}",
         "i",
@@ -294,88 +294,88 @@ def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> Fl
 
 
 async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
-    """Its replicas, its part of the calls, its own state; the model is READY all the while."""
+    """A canary gets replicas, a share of the calls and a state of its own; the model stays READY throughout."""
     ray, gateways = FakeRay(), FakeGateways()
-    stays, trial = two_versions()
-    loop = controller(ray, gateways, stays)
+    stable, canary = two_versions()
+    loop = controller(ray, gateways, stable)
     await loop.step()
     ray.change("m", running=1)
-    gateways.workers.append(worker(stays))
-    loop.want([stays, trial])
+    gateways.workers.append(worker(stable))
+    loop.want([stable, canary])
     await loop.step()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m@v2"]
-    told = gateways.published["m"]
-    assert (told.state, [(v.version, v.weight, v.state) for v in told.versions]) == (
+    entry = gateways.published["m"]
+    assert (entry.state, [(v.version, v.weight, v.state) for v in entry.versions]) == (
         ModelState.READY,
         [("v1", 0.75, ModelState.READY), ("v2", 0.25, ModelState.PLACING)],
     )
-    assert told.replicas_desired == 2
-    assert told.state_reason == "v2: waiting for Ray to place it"
+    assert entry.replicas_desired == 2
+    assert entry.state_reason == "v2: waiting for Ray to place it"
 
 
 async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
-    """Its calls stop at once, its replicas go when they are empty, and only another trial is tried."""
+    """A bad canary gets no more calls, its replicas end when they are empty, and only a changed canary is deployed."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
-    stays, trial = two_versions()
+    stable, canary = two_versions()
     marked: list[str] = []
-    loop = controller(ray, gateways, stays, trial, clock=clock)
+    loop = controller(ray, gateways, stable, canary, clock=clock)
     loop.on_mark = lambda: marked.append("changed")
     await loop.step()
-    for one in (stays, trial):
-        ray.change(one.app, running=1)
-        gateways.workers.append(worker(one))
+    for variant in (stable, canary):
+        ray.change(variant.app, running=1)
+        gateways.workers.append(worker(variant))
     gateways.counted = [
-        VersionTally("m", "v1", stays.digest, calls=300, errors=1),
-        VersionTally("m", "v2", trial.digest, calls=100, errors=12),
+        VersionTally("m", "v1", stable.digest, calls=300, errors=1),
+        VersionTally("m", "v2", canary.digest, calls=100, errors=12),
     ]
     await loop.step()
     assert marked == ["changed"]
-    told = gateways.published["m"]
-    assert [(v.version, v.weight) for v in told.versions] == [("v1", 1.0), ("v2", 0.0)]
-    assert told.versions[1].state_reason.startswith("rolled back by itself: 12 of its 100 calls failed, 1 of 300")
-    assert told.retired == (trial.digest,)
+    entry = gateways.published["m"]
+    assert [(v.version, v.weight) for v in entry.versions] == [("v1", 1.0), ("v2", 0.0)]
+    assert entry.versions[1].state_reason.startswith("rolled back by itself: 12 of its 100 calls failed, 1 of 300")
+    assert entry.retired == (canary.digest,)
     clock.now_s += QUIET_S
     await loop.step()
     assert ray.journal[-1] == "delete m@v2"
-    loop.want([stays, trial])
+    loop.want([stable, canary])
     await loop.step()
     assert len(ray.apps) == 1
-    mended = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, revision="mended"))
-    loop.want([stays, mended])
+    changed = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, revision="changed"))
+    loop.want([stable, changed])
     await loop.step()
     assert ray.journal[-1] == "deploy m@v2"
 
 
 async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
-    """What was on trial is the model's own now: none of it restarts, and the other goes when as many serve."""
+    """A promoted canary keeps its replicas; the former version is retired once the canary has as many replicas."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     two = {"min_replicas": 2, "max_replicas": 2}
-    stays, trial = settings("m", weight=0.75, **two), settings("m", version="v2", weight=0.25, **two)
-    loop = controller(ray, gateways, stays, trial, clock=clock)
+    stable, canary = settings("m", weight=0.75, **two), settings("m", version="v2", weight=0.25, **two)
+    loop = controller(ray, gateways, stable, canary, clock=clock)
     await loop.step()
-    ray.change(stays.app, running=2)
-    ray.change(trial.app, running=1)
-    gateways.workers += [worker(stays, running=3), worker(trial)]
-    own = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, weight=1.0))
-    assert own.app == trial.app
-    loop.want([own])
+    ray.change(stable.app, running=2)
+    ray.change(canary.app, running=1)
+    gateways.workers += [worker(stable, running=3), worker(canary)]
+    promoted = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, weight=1.0))
+    assert promoted.app == canary.app
+    loop.want([promoted])
     await loop.step()
     assert ray.journal[2:] == ["scale m@v2 2"]
     assert not gateways.published["m"].retired
-    ray.change(trial.app, running=2)
+    ray.change(canary.app, running=2)
     await loop.step()
-    assert gateways.published["m"].retired == (stays.digest,)
+    assert gateways.published["m"].retired == (stable.digest,)
     clock.now_s += loop.drain_timeout_s - 1
     await loop.step()
-    assert len(ray.apps) == 2, "calls run there, and their time is not over"
+    assert len(ray.apps) == 2, "calls run there, and the drain timeout is not over"
     clock.now_s += 1
     await loop.step()
     assert ray.journal[3:] == ["delete m"]
 
 
 async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails() -> None:
-    """The old one serves on; a new one that is refused displaces nothing and says why."""
+    """The old replicas serve during a replacement; refused new ones displace nothing, and the entry says why."""
     ray, gateways = FakeRay(now_s=100.0), FakeGateways()
     old, new = settings("m", revision="a"), settings("m", revision="b")
     loop = controller(ray, gateways, old)
@@ -394,7 +394,7 @@ async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails(
 
 
 async def test_pinning_the_right_weights_restarts_nothing() -> None:
-    """A pin is compared with what workers have; only other weights start anew."""
+    """A newly pinned digest restarts replicas only if their workers have other weights."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
@@ -411,7 +411,7 @@ async def test_pinning_the_right_weights_restarts_nothing() -> None:
 
 
 async def test_frozen_models_stay_as_they_are() -> None:
-    """No rollout until it is lifted."""
+    """A frozen model's change is rolled out only after it is unfrozen."""
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
@@ -425,7 +425,7 @@ async def test_frozen_models_stay_as_they_are() -> None:
 
 
 async def test_types_of_gpu_are_filled_in_their_order() -> None:
-    """What the first type does not hold beside other models goes onto the second."""
+    """Replicas that do not fit on the preferred GPU type beside other models run on the next one."""
     nodes = (
         {"CPU": 64.0, "GPU": 3.0, "accelerator_type:H100": 1.0},
         {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0},
@@ -448,8 +448,8 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
 
 
 async def test_versions_have_their_parts_on_every_type_in_use() -> None:
-    """A trial is measured on the GPUs that the other runs on; and what serves on a later type stays when the first has
-    room again."""
+    """A canary runs on every GPU type that the stable version uses; replicas on a later type stay when the preferred
+    type has room again."""
     few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
     slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
     ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
@@ -464,25 +464,26 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
     ray.nodes = (many, slow_node)
     await loop.step()
     assert {app: seen.target for app, seen in ray.apps.items()} == {fast.app: 2, slow.app: 1}
-    trials = [
-        dataclasses.replace(one, spec=dataclasses.replace(one.spec, version="v2", weight=0.25)) for one in (fast, slow)
+    canaries = [
+        dataclasses.replace(stable, spec=dataclasses.replace(stable.spec, version="v2", weight=0.25))
+        for stable in (fast, slow)
     ]
-    loop.want([fast, slow, *trials])
+    loop.want([fast, slow, *canaries])
     await loop.step()
     targets = {app: seen.target for app, seen in ray.apps.items()}
-    assert targets == {fast.app: 2, slow.app: 1, trials[0].app: 1, trials[1].app: 1}
+    assert targets == {fast.app: 2, slow.app: 1, canaries[0].app: 1, canaries[1].app: 1}
     for _ in range(3):
         await loop.step()
-    assert {app: seen.target for app, seen in ray.apps.items()} == targets, "what a trial has beside is asked for once"
+    assert {app: seen.target for app, seen in ray.apps.items()} == targets, "a canary's extra replicas are counted once"
 
 
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
-    """Each model on its own; moving one to the other Ray brings it up there before it ends here; one that is away
-    stops nothing on the other."""
+    """A model that moves to another Ray cluster starts there before it ends here; a cluster that is away does not stop
+    changes on the other."""
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
-    loop = controller(SeveralRays({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
+    loop = controller(MultiClusterBackend({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
     await loop.step()
     blue.change("m", running=1)
     loop.want([on_green])
@@ -497,7 +498,7 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
         await loop.step()
     green.apps.clear()
     await loop.step()
-    assert green.journal == ["deploy m", "deploy m"], "the other goes on being driven"
+    assert green.journal == ["deploy m", "deploy m"], "the other cluster is still managed"
     green.change("m", running=1)
     blue.away = ""
     await loop.step()
@@ -511,14 +512,14 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
-    """However many turns of the loop lie between news and its end: neither makes it miss the other."""
-    one = controller(FakeRay(), FakeGateways(), settings("m"))
-    running = asyncio.create_task(one.run())
-    await eventually(lambda: bool(one.entries()), "it has looked")
+    """The loop ends when it is cancelled, however many event-loop turns after a wake-up that happens."""
+    loop = controller(FakeRay(), FakeGateways(), settings("m"))
+    running = asyncio.create_task(loop.run())
+    await eventually(lambda: bool(loop.entries()), "the first pass has run")
     await asyncio.sleep(0)
-    one.wake()
+    loop.wake()
     for _ in range(turns):
         await asyncio.sleep(0)
     running.cancel()
     done, _ = await asyncio.wait([running], timeout=2.0)
-    assert done, "it goes on"
+    assert done, "the loop still runs"

@@ -1,4 +1,4 @@
-"""A controller that starts with wrong models: what runs of them stays, is told, and follows the last right entry."""
+"""A controller that starts with invalid models: their replicas stay, are published, and use the last valid entry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRONG_B = "{name: b, source: /b, aliases: [second], replicas: {min: 4, max: 2}}"
 
 
 async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
-    """A controller that took a wrong entry as a removed one would end the model's replicas under load."""
+    """An invalid entry does not count as removed: its model's replicas keep running and stay published."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -34,17 +34,17 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
     for _ in range(3):
         await loop.step()
     assert ray.journal == []
-    told = gateways.published["b"]
-    assert (told.state, told.aliases, told.fallback) == (ModelState.READY, ("second",), ("a",))
-    assert (told.bundle_digest, told.max_model_len, told.replicas) == ("sha256:b", 9, 1)
-    assert WHY in told.state_reason
+    entry = gateways.published["b"]
+    assert (entry.state, entry.aliases, entry.fallback) == (ModelState.READY, ("second",), ("a",))
+    assert (entry.bundle_digest, entry.max_model_len, entry.replicas) == ("sha256:b", 9, 1)
+    assert WHY in entry.state_reason
     loop.hold([])
     await loop.step()
-    assert gateways.state("b") is ModelState.DRAINING, "an entry that is gone and not wrong is removed as ever"
+    assert gateways.state("b") is ModelState.DRAINING, "an entry that is gone and not invalid is removed"
 
 
 async def test_everything_is_held_where_no_entry_can_be_read() -> None:
-    """A section that is no list must not delete every model."""
+    """A `models` section that is no list deletes no model."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -57,7 +57,7 @@ async def test_everything_is_held_where_no_entry_can_be_read() -> None:
 
 
 async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
-    """How the calls were divided is not known: the version that serves most takes them all."""
+    """The version with the most replicas gets all calls of a held model, since the configured shares are unknown."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("m"), settings("m", version="v2")).step()
     first, second = ray.app_of("m"), ray.app_of("m", "v2")
@@ -70,7 +70,7 @@ async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
 
 
 async def test_a_held_model_that_runs_nowhere_says_why() -> None:
-    """`status` must name the file, not only that nobody serves."""
+    """A held model without replicas is FAILED with the reason that its entry is invalid."""
     gateways = FakeGateways()
     loop = controller(FakeRay(), gateways)
     loop.hold([ModelSpec("b", "", ("second",))])
@@ -79,26 +79,27 @@ async def test_a_held_model_that_runs_nowhere_says_why() -> None:
 
 
 def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> None:
-    """A controller that restarts beside its folder goes on as before; its digest shows that nothing is made anew."""
-    right = with_last_good(for_controller(f"{HEAD}models: [{A}, {B}]"), tmp_path).config
+    """A controller that restarts with its folder uses the last valid entries; equal digests show that no replica is
+    replaced."""
+    valid = with_last_good(for_controller(f"{HEAD}models: [{A}, {B}]"), tmp_path).config
     found = with_last_good(for_controller(f"{HEAD}models: [{A}, {WRONG_B}]"), tmp_path)
     assert found.held == ()
 
     def digests(config: object) -> list[str]:
         return sorted(one.digest for one in settings_of(config, gateways=["g:1"], local=True))  # type: ignore[arg-type]
 
-    assert digests(found.config) == digests(right)
+    assert digests(found.config) == digests(valid)
     again = with_last_good(for_controller(f"{HEAD}models: [{A}, {WRONG_B}]"), tmp_path)
-    assert digests(again.config) == digests(right), "also at the second start with the wrong file"
+    assert digests(again.config) == digests(valid), "also at the second start with the wrong file"
     whole = with_last_good(for_controller(f"{HEAD}models: 3"), tmp_path)
-    assert (whole.all_held, digests(whole.config)) == (False, digests(right))
+    assert (whole.all_held, digests(whole.config)) == (False, digests(valid))
     gone = with_last_good(for_controller(f"{HEAD}models: [{A}]"), tmp_path)
     assert [model.name for model in gone.config.models] == ["a"]
     assert [one.name for one in with_last_good(for_controller(f"{HEAD}models: [{WRONG_B}]"), tmp_path).held] == ["b"]
 
 
 def test_without_an_earlier_start_the_model_is_held(tmp_path: Path) -> None:
-    """A new pod has no folder; a folder that holds nonsense is none."""
+    """Without stored entries, or with a damaged file of them, a model with an invalid entry is held."""
     text = f"{HEAD}models: [{A}, {WRONG_B}]"
     (tmp_path / "last-good-models.json").write_text("{")
     found = with_last_good(for_controller(text), tmp_path)

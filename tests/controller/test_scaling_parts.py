@@ -1,4 +1,4 @@
-"""What the controller's process adds to the scaler: what it sees of Ray, what it keeps, what it counts."""
+"""Scaling in the controller's process: the scaler's inputs, the stored requests, the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.policy.scaling.scaler import OnRay, OperatorRequest, Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:
-    """Several applications of one model are one; what is being deleted counts no more."""
+    """Replicas of a model's applications are added up, without applications that are being deleted."""
     apps = [
         Observed("m", "d1", 2, running=1, placed=1),
         Observed("m", "d2", 1, running=1, leaving=1),
@@ -25,18 +25,18 @@ def test_what_ray_has_is_summed_by_model() -> None:
 
 
 def test_workers_that_drain_do_not_serve() -> None:
-    """And one whose engine's limits nobody has told has none."""
-    drains = FleetWorker(
+    """A draining worker does not serve; a worker that has not reported its engine's limits has none."""
+    draining = FleetWorker(
         "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )
-    told, plain = scaling.workers_of([drains, FleetWorker("v", "j", "m")])
-    assert (told.serves, told.limits is not None and told.limits.kv_tokens) == (False, 9)
+    seen, plain = scaling.workers_of([draining, FleetWorker("v", "j", "m")])
+    assert (seen.serves, seen.limits is not None and seen.limits.kv_tokens) == (False, 9)
     assert (plain.serves, plain.limits) == (True, None)
 
 
 def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
-    """Nothing where nothing is; and a file that cannot be read stops no controller."""
-    file = scaling.AskedFile(tmp_path / "scaling.json")
+    """Stored requests are read back; a missing or damaged file counts as none."""
+    file = scaling.OperatorRequestFile(tmp_path / "scaling.json")
     assert file.read() == OperatorRequest()
     asked = OperatorRequest({"m": 3}, frozenset({"n"}), True)
     file.keep(asked)
@@ -47,7 +47,7 @@ def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_counters_grow_by_what_has_come() -> None:
-    """However often they are looked at."""
+    """Metrics grow by the new counts only, however often they are updated."""
     metrics, scaler = Metrics("c"), Scaler()
     counters = scaling.Counters(metrics)
     spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)
@@ -55,18 +55,18 @@ def test_counters_grow_by_what_has_come() -> None:
         scaler.look([spec], {("m", ""): OnRay(2, 2)}, [], now, now)
         counters.count(scaler)
         counters.count(scaler)
-    told = {s.name: s.value for metric in metrics.collect() for s in metric.samples if s.labels.get("model") == "m"}
-    assert told["headrace_gpu_seconds_total"] == 40.0
-    assert told["headrace_scaling_decisions_total"] == 3
+    values = {s.name: s.value for metric in metrics.collect() for s in metric.samples if s.labels.get("model") == "m"}
+    assert values["headrace_gpu_seconds_total"] == 40.0
+    assert values["headrace_scaling_decisions_total"] == 3
 
 
 def test_the_section_of_the_file() -> None:
-    """As it is written, and what holds without it."""
+    """The `scaling` and `slo` sections are read as written; without `scaling` nothing is frozen."""
     head = "api_version: headrace/v1\nname: c\n"
     head += "models: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
     config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")
-    made = scaling.settings_of(config)
-    assert (dict(made.gpu_budget), made.cold_start_s, made.frozen) == ({"H100": 8}, 90.0, True)
+    settings = scaling.settings_of(config)
+    assert (dict(settings.gpu_budget), settings.cold_start_s, settings.frozen) == ({"H100": 8}, 90.0, True)
     spec = config.models[0].spec()
     assert (spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target) == (1.0, 0.05, 0.9)
     assert not scaling.settings_of(parse(head)).frozen

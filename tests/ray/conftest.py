@@ -1,4 +1,4 @@
-"""One local Ray for the whole run, a driver on it, and a gateway's end of the links."""
+"""Fixtures: a local Ray for the whole run, a driver on it, and the gateway side of the links."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.support.serving import Door, open_door
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # Where it is by default: what the first engine of a run has compiled is there for all, whatever folder they get.
+    # The default folder, so that all engines of a run share what the first has compiled, whatever folder they get.
     "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
 }
 
 
 def new_local_ray(name: str) -> LocalRay:
-    """A local Ray that is not started, in a folder short enough for its sockets."""
+    """Return a local Ray that is not started, in a folder with a name short enough for its sockets."""
     instance = f"{name}-{uuid.uuid4().hex[:8]}"
     return LocalRay(LocalRaySettings(instance, Path(tempfile.mkdtemp(prefix="hr-"))))
 
 
 def end_local_ray(ray: LocalRay) -> None:
-    """Stop it and forget its files."""
+    """Stop a local Ray and delete its files."""
     ray.stop()
     shutil.rmtree(ray.log_file.parent, ignore_errors=True)
     shutil.rmtree(ray.folder, ignore_errors=True)
@@ -40,9 +40,9 @@ def end_local_ray(ray: LocalRay) -> None:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[LocalRay]:
-    """The Ray that the tests share; its processes carry what engines need in their environment."""
+    """The Ray that the tests share; its processes have the engines' environment variables."""
     ray = new_local_ray("shared")
-    # As if an engine were starting in this process: its name must not reach the ranks that this Ray starts.
+    # Simulates an engine that starts in this process: its name must not reach the ranks that this Ray starts.
     environment = {**ENGINE_ENVIRONMENT, end_causes.ENGINE: "another"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -68,6 +68,6 @@ async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
-    """A gateway's end of the links, on loopback."""
+    """The gateway side of the links, on loopback."""
     async with open_door() as opened:
         yield opened

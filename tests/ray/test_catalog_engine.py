@@ -1,7 +1,7 @@
-"""A model's whole life under load on the real engine: added, tried, taken back, replaced, removed, on a real Ray.
+"""Changes of a model under load with the real engine on a real Ray: added, canary, rollback, replacement, removal.
 
-Each version has weights of its own, so that every answer tells which version wrote it: greedy, it is the beginning of
-what that version always says. No answer is of two versions, none is cut, none fails.
+Each version has its own weights, so an answer shows which version generated it: decoded greedily, it is a prefix of
+that version's longest answer. No answer mixes two versions, is cut or fails.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.support.serving import removed
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(300)]
 
 
-def told_apart(texts: Sequence[str]) -> dict[str, int]:
-    """The longest of those that begin alike, and how many begin so."""
+def group_by_prefix(texts: Sequence[str]) -> dict[str, int]:
+    """Group texts that are prefixes of one another; return each group's longest text with the group's size."""
     kinds: dict[str, int] = {}
     for text in sorted((text.rstrip("\ufffd") for text in texts), key=len, reverse=True):
         kind = next((kind for kind in kinds if kind.startswith(text)), text)
@@ -33,12 +33,12 @@ def told_apart(texts: Sequence[str]) -> dict[str, int]:
 
 
 async def test_a_model_changes_under_load_on_the_real_engine(backend: ChildBackend, tmp_path: Path) -> None:
-    """Each step is done while callers stream, and what a step does not name keeps its worker."""
+    """No call fails, and no answer mixes two versions, while a model changes under load."""
     sources = [build_checkpoint("llama", tmp_path / f"seed{seed}", seed) for seed in range(3)]
     async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
         load = Load(cluster)
 
-        async def says() -> str:
+        async def full_answer() -> str:
             request = chat(model="m", max_tokens=40, ignore_eos=True)
             return text_of([chunk async for chunk in cluster.stub.StreamChat(request)]).rstrip("\ufffd")
 
@@ -51,38 +51,38 @@ async def test_a_model_changes_under_load_on_the_real_engine(backend: ChildBacke
         }
         await operator.apply(entry)
         first = await operator.serve("v1")
-        of_first = await says()
+        of_first = await full_answer()
         load.begin()
         await load.more(CALLERS)
-        assert len(told_apart([*load.texts, of_first])) == 1
+        assert len(group_by_prefix([*load.texts, of_first])) == 1
 
-        # a version on trial gets calls, and is taken back by hand
-        trial = {
+        # a canary gets calls and is rolled back by hand
+        canary = {
             "version": "v2",
             "weight": 0.5,
             "source": str(sources[1]),
             "rollback": {"error_ratio": 0, "ttft_ratio": 0},
         }
-        await operator.apply({**entry, "canary": trial})
+        await operator.apply({**entry, "canary": canary})
         assert first.items() <= (await operator.serve("v1", "v2")).items()
         await load.more(4 * CALLERS)
-        assert len(told_apart(load.texts)) == 2
+        assert len(group_by_prefix(load.texts)) == 2
         await operator.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="by hand"))
         assert await operator.serve("v1") == first
-        assert await says() == of_first
+        assert await full_answer() == of_first
 
-        # the next version takes the place of the first
+        # the next version replaces the first
         await operator.apply({**entry, "version": "v3", "source": str(sources[2])})
         await until(lambda: set(operator.workers().values()) == {"v3"}, "it is replaced", START_S)
-        of_last = await says()
+        of_last = await full_answer()
         await load.more(2 * CALLERS)
 
-        # it is removed: its streams end, and callers are told
+        # the model is removed: its streams end, and new calls get MODEL_NOT_FOUND
         await operator.apply(prune=True)
         await load.over()
-        await until(lambda: operator.entry() is None, "nobody knows it any more", START_S)
-        kinds = told_apart([*load.texts, of_first, of_last])
-        assert len(kinds) == 3, "of each version its own, and none of two"
+        await until(lambda: operator.entry() is None, "the gateway has no entry of it", START_S)
+        kinds = group_by_prefix([*load.texts, of_first, of_last])
+        assert len(kinds) == 3, "one group for each version, none of two"
         assert not any(kind.startswith(of_first) and kind.startswith(of_last) for kind in kinds)
         print(f"{load.ended} calls, none failed, of versions {sorted(kinds.values())}")
     await removed(backend, "m")

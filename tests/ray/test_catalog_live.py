@@ -1,6 +1,7 @@
-"""A model's whole life under load, on a real Ray and with replicas in this process.
+"""All changes of a model under load, on a real Ray and with replicas in this process.
 
-It is added beside others, tried, taken back, replaced, promoted and removed; no call fails and no stream is cut.
+A model is added beside others, gets canaries that are rolled back, is replaced, gets a canary that is promoted, and is
+removed. No call fails and no stream is cut.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import KeptFile, StoredCatalogService
+from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
 from cluster.controller.links import ControllerLinks
@@ -38,7 +39,7 @@ FILE = "{api_version: headrace/v1, name: test, models: []}"
 
 @dataclass
 class Load:
-    """Callers that begin a call as soon as their last has ended, until the model is not there any more."""
+    """Callers that begin a call as soon as their last one has ended, until the model is removed."""
 
     cluster: TestCluster
     ended: int = 0
@@ -47,118 +48,118 @@ class Load:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def begin(self) -> None:
-        """From now on."""
+        """Start the callers."""
         self._tasks = [asyncio.create_task(self._caller(number)) for number in range(CALLERS)]
 
     async def _caller(self, number: int) -> None:
         for turn in itertools.count():
             tokens = 20 + 60 * ((number + turn) % 4)
-            came, finish, text = 0, "", ""
+            received, finish, text = 0, "", ""
             try:
                 async for chunk in self.cluster.stub.StreamChat(chat(model="m", max_tokens=tokens, ignore_eos=True)):
-                    came = chunk.usage.completion_tokens or came
+                    received = chunk.usage.completion_tokens or received
                     text += text_of([chunk])
-                    finish = next((one.finish_reason for one in chunk.choices if one.finish_reason), finish)
+                    finish = next((choice.finish_reason for choice in chunk.choices if choice.finish_reason), finish)
             except grpc.aio.AioRpcError as error:
                 answer = Answer(error)
                 if answer.reason != "MODEL_NOT_FOUND":
                     self.failed.append(repr(answer))
                 return
-            if (came, finish) != (tokens, "length"):
-                self.failed.append(f"{came} of {tokens} tokens, then {finish!r}")
+            if (received, finish) != (tokens, "length"):
+                self.failed.append(f"{received} of {tokens} tokens, then {finish!r}")
             self.texts.append(text)
             self.ended += 1
 
     async def more(self, calls: int) -> None:
-        """Wait for so many calls to end from now on."""
+        """Wait until this many more calls have ended."""
         goal = self.ended + calls
         await until(lambda: self.ended >= goal or bool(self.failed), f"{calls} more calls end", START_S)
         assert not self.failed
 
     async def over(self) -> None:
-        """Every caller has been told that the model is gone."""
+        """Wait until every caller has got MODEL_NOT_FOUND."""
         await asyncio.wait_for(asyncio.gather(*self._tasks), START_S)
         assert not self.failed
 
 
 class Operator:
-    """Applies entries, and waits until the gateway shows what comes of it."""
+    """Applies entries and waits for their effect at the gateway."""
 
-    def __init__(self, cluster: TestCluster, desk: StoredCatalogService, folder: Path) -> None:
+    def __init__(self, cluster: TestCluster, service: StoredCatalogService, folder: Path) -> None:
         self._cluster = cluster
-        self._verbs = catalog_verbs(desk)
+        self._verbs = catalog_verbs(service)
         self._folder = folder
 
     def source(self, **parameters: object) -> str:
-        """Of a simulated engine."""
+        """Return the source of a simulated engine with these parameters."""
         return f"sim://{self._folder}?" + "&".join(f"{name}={value}" for name, value in parameters.items())
 
     async def apply(self, *entries: dict[str, Any], prune: bool = False) -> None:
-        """Over the wire's messages."""
+        """Send an Apply request as the admin API does."""
         request = pb.ApplyRequest(document=json.dumps({"models": entries}).encode(), prune=prune)
         await self._verbs["Catalog.Apply"](request.SerializeToString(), "test")
 
     async def ask(self, verb: str, request: Any) -> None:
-        """Another verb."""
+        """Send another request."""
         await self._verbs[verb](request.SerializeToString(), "test")
 
     def entry(self, model: str = "m") -> CatalogEntry | None:
-        """As the gateway knows it."""
+        """Return a model's entry at the gateway."""
         known = self._cluster.gateway.directory.find(model)
         return None if known is None else known.entry
 
     def workers(self, model: str = "m") -> dict[str, str]:
-        """Incarnations that take calls, with their versions."""
+        """Return the incarnations that accept calls, with their versions."""
         known = self._cluster.gateway.directory.find(model)
         links = [] if known is None else [link for link in known.links.values() if known.takes(link)]
         return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
 
     async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:
-        """Wait until workers of exactly these versions are linked, and take calls."""
+        """Wait until workers of exactly these versions are linked and accept calls; return them as workers() does."""
 
-        def there() -> bool:
+        def are_linked() -> bool:
             known = self._cluster.gateway.directory.find(model)
             linked = [] if known is None else sorted(link.identity.version for link in known.links.values())
             return linked == sorted(versions) and len(self.workers(model)) == len(versions)
 
-        await until(there, f"{model} has workers of {versions}", START_S)
+        await until(are_linked, f"{model} has workers of {versions}", START_S)
         return self.workers(model)
 
 
 @asynccontextmanager
 async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> AsyncIterator[Operator]:
-    """A controller at work over the link, and its desk."""
+    """Run a controller with its catalog service, linked to the gateway."""
     address = cluster.gateway.endpoints["link"]
-    end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
-    controller = Controller(backend, end, drain_timeout_s=60.0)
-    desk = StoredCatalogService(
+    links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+    controller = Controller(backend, links, drain_timeout_s=60.0)
+    service = StoredCatalogService(
         parse(FILE),
         controller,
-        KeptFile(folder / "catalog.json", "one"),
+        StoredCatalogFile(folder / "catalog.json", "one"),
         lambda config: settings_of(config, gateways=[address], local=True),
         by_file=False,
     )
-    controller.on_mark = desk.keep
-    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    controller.on_mark = service.keep
+    tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
-        yield Operator(cluster, desk, build_checkpoint("llama", folder / "llama"))
+        yield Operator(cluster, service, build_checkpoint("llama", folder / "llama"))
     finally:
-        for part in parts:
-            part.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 async def test_a_model_changes_under_load_on_ray(backend: ChildBackend, tmp_path: Path) -> None:
-    """All of it where Ray places and ends the replicas."""
+    """No call fails during all changes of a model on a real Ray."""
     await changes_under_load(backend, tmp_path)
     await removed(backend, "m", "n")
 
 
 @pytest.mark.slow
 async def test_a_model_changes_under_load(tmp_path: Path) -> None:
-    """All of it with replicas in this process."""
+    """No call fails during all changes of a model with replicas in this process."""
     replicas = LiveReplicas()
     try:
         await changes_under_load(replicas, tmp_path)
@@ -168,7 +169,7 @@ async def test_a_model_changes_under_load(tmp_path: Path) -> None:
 
 
 async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
-    """Each step is done while callers stream; what a step does not name keeps its worker."""
+    """Change a model step by step while callers stream; check that models a step does not name keep their workers."""
     async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
         load = Load(cluster)
         m: dict[str, Any] = {"name": "m", "source": operator.source(decode_ms=3)}
@@ -177,22 +178,22 @@ async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
         load.begin()
         await load.more(CALLERS)
 
-        # another model comes beside
+        # another model is added
         await operator.apply({"name": "n", "source": operator.source(decode_ms=3)})
         beside = await operator.serve("v1", model="n")
         assert operator.workers() == first
 
-        # a version on trial gets calls, and is taken back by hand
-        trial = {"version": "v2", "weight": 0.5, "source": operator.source(decode_ms=4), "rollback": {"ttft_ratio": 0}}
-        await operator.apply({**m, "canary": trial})
+        # a canary gets calls and is rolled back by hand
+        canary = {"version": "v2", "weight": 0.5, "source": operator.source(decode_ms=4), "rollback": {"ttft_ratio": 0}}
+        await operator.apply({**m, "canary": canary})
         assert first.items() <= (await operator.serve("v1", "v2")).items()
         await load.more(4 * CALLERS)
-        counted = {one.version: one.calls for one in cluster.gateway.scheduler.canaries.tallies()}
+        counted = {tally.version: tally.calls for tally in cluster.gateway.scheduler.canaries.tallies()}
         assert min(counted["v1"], counted["v2"]) > 0
         await operator.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="by hand"))
         assert await operator.serve("v1") == first
 
-        # one whose first tokens are late takes itself back
+        # a canary with late first tokens is rolled back automatically
         slow = {"version": "v3", "weight": 0.5, "source": operator.source(decode_ms=3, prefill_tokens_per_s=100)}
         await operator.apply({**m, "canary": slow})
         await operator.serve("v1", "v3")
@@ -201,7 +202,7 @@ async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
         assert shown is not None
         assert "rolled back by itself" in shown.versions[1].state_reason
 
-        # a changed entry replaces what runs
+        # a changed entry replaces the running replicas
         changed = {"name": "m", "source": operator.source(decode_ms=2)}
         await operator.apply(changed)
         await until(
@@ -210,17 +211,17 @@ async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
         second = await operator.serve("v1")
         await load.more(CALLERS)
 
-        # a trial is promoted and keeps its worker
-        await operator.apply({**changed, "canary": trial})
+        # a promoted canary keeps its worker
+        await operator.apply({**changed, "canary": canary})
         both = await operator.serve("v1", "v2")
         await operator.ask("Catalog.Promote", pb.PromoteRequest(name="m"))
         assert (await operator.serve("v2")).items() <= both.items()
         assert second.items() <= both.items()
         await load.more(CALLERS)
 
-        # it is removed: its streams end, and callers are told
+        # the model is removed: its streams end, and new calls get MODEL_NOT_FOUND
         await operator.apply({"name": "n", "source": operator.source(decode_ms=3)}, prune=True)
         await load.over()
-        await until(lambda: operator.entry() is None, "nobody knows it any more", START_S)
+        await until(lambda: operator.entry() is None, "the gateway has no entry of it", START_S)
         assert operator.workers("n") == beside
         print(f"{load.ended} calls, none failed")

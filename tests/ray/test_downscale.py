@@ -1,4 +1,4 @@
-"""Serve takes a replica away under running streams: real Ray, real gateway, simulated engines."""
+"""Serve removes a replica with running streams: real Ray, real gateway, simulated engines."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def sim(folder: Path, address: str, replicas: int) -> ReplicaSettings:
-    """The simulated model `sim`, with time enough to drain and streams longer than that."""
+    """Return settings of the simulated model `sim`, with a drain timeout shorter than the test's streams."""
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8", min_replicas=replicas, max_replicas=replicas)
     return ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
 
 
 async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """Serve ends one of two replicas while each has a stream: both come whole, as an undisturbed one, and the one whose
-    replica went has moved; the replica that is kept is not restarted."""
+    """Both streams are complete when Serve ends one of two replicas: that one's stream resumes on the other, which is
+    not restarted."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
 
         def links() -> dict[str, int]:
-            return {one.identity.incarnation: one.running for one in cluster.gateway.hub.links}
+            return {link.identity.incarnation: link.running for link in cluster.gateway.hub.links}
 
-        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
-        controller = Controller(backend, end)
+        controller_links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+        controller = Controller(backend, controller_links)
         controller.want([sim(checkpoint, address, 2)])
         await controller.step()
         await until(lambda: len(links()) == 2, "both replicas have dialled in", 60)
-        await until(lambda: all(one.free.sequences for one in cluster.gateway.hub.links), "both have room")
+        await until(lambda: all(link.free.sequences for link in cluster.gateway.hub.links), "both have room")
         request = chat(max_tokens=1200, ignore_eos=True)
         streams = [cluster.stub.StreamChat(request) for _ in range(2)]
         begun = [await stream.read() for stream in streams]
         before = links()
-        assert sorted(before.values()) == [1, 1], "each has one"
+        assert sorted(before.values()) == [1, 1], "each replica has one stream"
         controller.want([sim(checkpoint, address, 1)])
         await controller.step()
         ended = [[first, *await rest_of(stream)] for first, stream in zip(begun, streams, strict=True)]

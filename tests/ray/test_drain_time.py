@@ -1,4 +1,4 @@
-"""How a node's time to drain is divided."""
+"""Division of a node's drain time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cluster.ray.drain_time import ray_timeout_s, usable_s
 
 @given(st.floats(0, 10_000))
 def test_calls_have_the_time_that_is_configured(drain_timeout_s: float) -> None:
-    """Ray's own time is longer than calls' by what the end of a replica takes."""
+    """Calls get at least the configured drain timeout of the time that Ray waits."""
     assert usable_s(ray_timeout_s(drain_timeout_s)) >= drain_timeout_s - 1e-6
 
 
 @given(st.floats(0, 10_000))
 def test_something_is_left_for_the_end(left_s: float) -> None:
-    """However near the deadline, calls get a part of the time and the end of the replica the larger one."""
+    """Calls get at least a quarter of the remaining time and never all of it, however near the deadline."""
     assert left_s / 4 <= usable_s(left_s) <= left_s
     assert left_s == 0 or usable_s(left_s) < left_s

@@ -1,4 +1,4 @@
-"""The driver's requests and answers, and the backend that lives by them."""
+"""The driver's requests and answers, and the backends that use them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ SETTINGS = ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=9"), "test")
 
 
 class JournalApps:
-    """Writes down what it is asked; `delete` fails."""
+    """Records the calls; `delete` fails."""
 
     def __init__(self) -> None:
         self.journal: list[object] = []
 
     def observe(self) -> dict[str, Any]:
-        """Nothing there."""
+        """Return an empty state."""
         return {"details": {}, "nodes": []}
 
     def deploy(self, settings: ReplicaSettings) -> None:
-        """Write down."""
+        """Record the call."""
         self.journal.append(settings)
 
     def scale(self, model: str, replicas: int) -> None:
-        """Write down."""
+        """Record the call."""
         self.journal.append((model, replicas))
 
     def delete(self, model: str) -> None:
@@ -48,12 +48,12 @@ class JournalApps:
         raise RuntimeError(f"no {model}")
 
     def shutdown(self) -> None:
-        """Write down."""
+        """Record the call."""
         self.journal.append("shutdown")
 
 
 def test_requests_are_answered_in_order() -> None:
-    """One answer a request, also for those that fail or make no sense."""
+    """Each request gets one answer, including requests that fail or are invalid."""
     apps, out = JournalApps(), io.StringIO()
     requests = [
         {"do": "observe"},
@@ -73,7 +73,7 @@ def test_requests_are_answered_in_order() -> None:
 
 
 async def test_no_dashboard_is_ray_away() -> None:
-    """An external cluster that does not answer is told as such, with its address."""
+    """An external cluster that does not answer raises RayAway with its address."""
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(RayAway, match=url):
         await JobBackend("test", url).observe()
@@ -81,7 +81,7 @@ async def test_no_dashboard_is_ray_away() -> None:
 
 @pytest.mark.ray
 async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
-    """The call that loses its driver fails, the next one has a new driver and an answer."""
+    """A call after the loss of the driver starts a new one; a failed request does not end the driver."""
     await backend.observe()
     await backend.close()
     assert (await backend.observe()).nodes
@@ -92,7 +92,7 @@ async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
 
 @pytest.mark.slow
 async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The bundle comes back by its digest with what it says of the model; a bad source says why."""
+    """The bundle is returned with the model's properties; an invalid source is reported with the reason."""
     folder = build_tokenizer("llama", tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
     generation = {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 77, "do_sample": True}

@@ -1,4 +1,4 @@
-"""Real engines on Ray's placement groups: tensor parallelism of the three families, and deaths that leave nothing."""
+"""Real engines on Ray's placement groups: tensor parallelism of three model families, and kills that leave nothing."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ HOW_IT_ENDED = {
     "rank": r"rank [01] \(process \d+\) was killed by SIGKILL",
 }
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""How vLLM names a socket in its default place."""
+"""Names that vLLM gives its sockets in the default folder."""
 
 
 def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaSettings:
-    """A checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
+    """Return settings of a checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
     spec = ModelSpec(
         name=name,
         source=str(folder),
@@ -53,7 +53,7 @@ def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaS
 
 @functools.cache
 def expected(folder: Path) -> list[list[int]]:
-    """transformers' own greedy continuations of the prompts in float32."""
+    """Return transformers' greedy continuations of the prompts in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def expected(folder: Path) -> list[list[int]]:
 
 
 def continued(model: Any, ids: Any) -> list[int]:
-    """One of them."""
+    """Return transformers' greedy continuation of one prompt."""
     import torch
 
     with torch.no_grad():
@@ -80,14 +80,14 @@ def continued(model: Any, ids: Any) -> list[int]:
 
 
 async def same_tokens(link: WorkerLink, folder: Path) -> None:
-    """The worker's greedy tokens, asked for at once, are transformers'."""
+    """Check that the worker's greedy tokens for concurrent prompts are transformers'."""
     answers = await asyncio.gather(*(greedy(link, prompt, TOKENS) for prompt in PROMPTS))
-    assert answers == await asyncio.to_thread(expected, folder)  # beside the loop, which the link's pings need
+    assert answers == await asyncio.to_thread(expected, folder)  # in a thread, since the link's pings need the loop
 
 
 @pytest.mark.parametrize("family", ["mistral", "falcon"])
 async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
-    """Greedy tokens at TP 2 on a placement group equal transformers' in float32."""
+    """Greedy tokens at TP 2 on a placement group are transformers' in float32."""
     folder = build_checkpoint(family, tmp_path / family)
     await backend.deploy(two_ranks(family, folder, door.address))
     link = await door.worker(family, 180.0)
@@ -97,8 +97,8 @@ async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend,
 
 
 def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
-    """The processes of the one engine on `ray`: its replica, its engine core, its ranks."""
-    found: dict[str, set[psutil.Process]] = {"replica": set(), "core": set(), "rank": set()}
+    """Return the processes of the only engine on `ray`: replica, engine core and ranks."""
+    processes: dict[str, set[psutil.Process]] = {"replica": set(), "core": set(), "rank": set()}
     for pid in reaper.find(ray.environment()[reaper.INSTANCE_ENV], ray.folder):
         try:
             process = psutil.Process(pid)
@@ -107,12 +107,12 @@ def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
             continue
         for part, mark in (("replica", "ray::ServeReplica"), ("core", "EngineCore"), ("rank", "RayWorker")):
             if mark in title:
-                found[part].add(process)
-    return found
+                processes[part].add(process)
+    return processes
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it is there and not a zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -120,32 +120,32 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def maps(process: psutil.Process) -> str:
-    """What a process has mapped."""
+    """Return a process's memory mappings."""
     return Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def names() -> set[str]:
-    """Names of the shared memory and of the sockets on this machine that may be an engine's."""
+    """Return the names of shared memory and sockets on this machine that may be an engine's."""
     blocks = {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
     return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
 
 
-def _reported(door: Door, known: int) -> str | None:
-    """Why the last engine ended, once the gateway knows of more ends than `known`."""
+def _end_reason(door: Door, known: int) -> str | None:
+    """Return why the last engine ended if the gateway knows of more than `known` ends."""
     ends = door.hub.lost_engines()
     return ends[-1].reason if len(ends) > known else None
 
 
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
-    """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves neither processes nor shared
-    memory, it serves again, and the gateway knows which rank or core ended how, and in which file to read more."""
+    """SIGKILL of replica, core or rank (LLaMA at TP 2) leaves neither processes nor shared memory; the model serves
+    again, and the gateway reports which process ended, how, and the log file."""
     folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 180.0)
     await same_tokens(link, folder)
     for victim in ("replica", "core", "rank"):
         before = tree(local_ray, folder)
-        assert {part: len(found) for part, found in before.items()} == {"replica": 1, "core": 1, "rank": 2}
+        assert {part: len(processes) for part, processes in before.items()} == {"replica": 1, "core": 1, "rank": 2}
         everyone = set().union(*before.values())
         for mapped in map(maps, before["rank"]):
             assert "cpushm" in mapped, "ranks of one host share memory"
@@ -160,10 +160,13 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         )
         assert not names() - others, f"names after the {victim}'s death"
         if victim in HOW_IT_ENDED:
-            reason = await eventually(lambda k=known: _reported(door, k), f"the gateway knows of the {victim}'s death")  # type: ignore[misc]
-            told = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
-            assert told is not None, door.hub.lost_engines()
-            assert Path(told["log"]).is_file()  # noqa: ASYNC240
+            reason = await eventually(
+                lambda k=known: _end_reason(door, k),  # type: ignore[misc]
+                f"the gateway knows of the {victim}'s death",
+            )
+            match = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
+            assert match is not None, door.hub.lost_engines()
+            assert Path(match["log"]).is_file()  # noqa: ASYNC240
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")

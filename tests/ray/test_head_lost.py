@@ -1,5 +1,5 @@
-"""Ray's head is lost for a while, its tables kept by Valkey: streams and new calls go on, and afterwards nobody healthy
-is touched."""
+"""Loss of Ray's head for a while, with its tables in Valkey: streams and new calls continue, and no healthy replica
+is restarted afterwards."""
 
 from __future__ import annotations
 
@@ -33,48 +33,48 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
 CALLERS, TOKENS, STEADY_PASSES = 2, 24, 5
 PAUSE_S = 5.0
-"""Between calls of a caller: core and ranks wait by spinning, till a second after their last step, and leave a head no
-core to start on."""
+"""Pause between a caller's calls. The engine core and ranks spin until a second after their last step; without pauses
+the head would get no CPU core to start on."""
 
 
 @pytest.fixture
 def ray_with_head() -> Iterator[HeadAndNode]:
     """A head, and a node with sixteen logical GPUs."""
-    with head_and_node(ENGINE_ENVIRONMENT) as made:
-        yield made
+    with head_and_node(ENGINE_ENVIRONMENT) as started:
+        yield started
 
 
 class Journal(JobBackend):
-    """Notes what is changed on Ray, and how often it was looked at."""
+    """A JobBackend that records the changes on Ray and counts the observations."""
 
     changes: list[str]
-    looks: int = 0
+    observations: int = 0
 
     async def observe(self) -> RaySnapshot:
-        """Counted once it is answered."""
+        """Observe, and count the observation if it succeeds."""
         snapshot = await super().observe()
-        self.looks += 1
+        self.observations += 1
         return snapshot
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Noted."""
+        """Record and deploy."""
         self.changes.append(f"deploy {settings.spec.name}")
         await super().deploy(settings)
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Noted."""
+        """Record and scale."""
         self.changes.append(f"scale {model} {replicas}")
         await super().scale(model, replicas)
 
     async def delete(self, model: str) -> None:
-        """Noted."""
+        """Record and delete."""
         self.changes.append(f"delete {model}")
         await super().delete(model)
 
 
 @dataclass
 class Callers:
-    """Callers that stream one answer after the other, and what was wrong with any."""
+    """Callers that stream one answer after the other, with the faults that they saw."""
 
     cluster: TestCluster
     whole: str
@@ -82,10 +82,10 @@ class Callers:
     faults: list[str] = field(default_factory=list)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop`, all of them."""
-        await asyncio.gather(*(self._one(stop) for _ in range(CALLERS)))
+        """Run all callers until `stop`."""
+        await asyncio.gather(*(self._caller(stop) for _ in range(CALLERS)))
 
-    async def _one(self, stop: asyncio.Event) -> None:
+    async def _caller(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             chunks = [chunk async for chunk in self.cluster.stub.StreamChat(request("tp2"), timeout=60)]
             self.ended += 1
@@ -95,99 +95,109 @@ class Callers:
 
 
 def request(model: str) -> pb.ChatRequest:
-    """The same each time."""
+    """Return a call, equal each time."""
     return chat(model=model, max_tokens=TOKENS, ignore_eos=True)
 
 
 @dataclass
-class World:
-    """A gateway, and a controller that drives the Ray whose head will be lost."""
+class Deployment:
+    """A gateway, and a controller of the Ray whose head will be lost."""
 
     cluster: TestCluster
     controller: Controller
     backend: Journal
     link: str
-    """Where the replicas dial."""
+    """The link address that replicas connect to."""
 
     def incarnations(self, model: str) -> set[str]:
-        """Of the model's workers that are linked."""
+        """Return the incarnations of the model's linked workers that accept calls."""
         links = self.cluster.gateway.hub.links
-        return {one.identity.incarnation for one in links if one.identity.model == model and one.free.sequences}
+        return {link.identity.incarnation for link in links if link.identity.model == model and link.free.sequences}
 
     @property
     def away(self) -> bool:
-        """Whether the controller has noticed."""
+        """Whether the controller considers Ray away."""
         return "Ray is away" in repr(self.controller)
 
     def state(self, model: str) -> ModelState | None:
-        """As the gateway knows it."""
+        """Return a model's state at the gateway."""
         known = self.cluster.gateway.directory.find(model)
         return known.entry.state if known else None
 
 
 @asynccontextmanager
-async def world(ray: HeadAndNode, folder: Path) -> AsyncIterator[World]:
-    """A gateway with its controller at work."""
+async def running_deployment(ray: HeadAndNode, folder: Path) -> AsyncIterator[Deployment]:
+    """Run a gateway with its controller."""
     backend = Journal("test", ray.dashboard_url, ray.token_file)
     backend.changes = []
     async with (
         running_cluster(folder / "gateway") as cluster,
         cuttable(cluster.gateway.endpoints["link"], ray.net.address) as door,  # links without TLS are for loopback
     ):
-        links = [cluster.gateway.endpoints["link"]]
-        end = ControllerLinks(controller_id="test", gateways=links, tls=None, bundles=lambda _: None)
-        controller = Controller(backend, end)
-        parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+        gateways = [cluster.gateway.endpoints["link"]]
+        links = ControllerLinks(controller_id="test", gateways=gateways, tls=None, bundles=lambda _: None)
+        controller = Controller(backend, links)
+        tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
         try:
-            yield World(cluster, controller, backend, door.address)
+            yield Deployment(cluster, controller, backend, door.address)
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await backend.close()
 
 
-def simulated(world: World, folder: Path, replicas: int) -> ReplicaSettings:
-    """A model whose replicas come fast."""
+def simulated(deployment: Deployment, folder: Path, replicas: int) -> ReplicaSettings:
+    """Return settings of a model whose replicas start fast."""
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=2", min_replicas=replicas, max_replicas=replicas)
-    return ReplicaSettings(spec, "test", gateways=(world.link,))
+    return ReplicaSettings(spec, "test", gateways=(deployment.link,))
 
 
 async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
-    """TP 2 on vLLM: with the head's processes killed every stream and new call ends as before; the catalog stays; when
-    it is back no worker is restarted, nothing is deployed anew, and scaling works again."""
+    """Loss of the head does not change streams, new calls or the catalog (vLLM with TP 2); once the head is back, no
+    worker is restarted, nothing is deployed again, and scaling works."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
-    async with world(ray_with_head, tmp_path) as its:
-        engine = two_ranks("tp2", checkpoint, its.link)
-        its.controller.want([engine, simulated(its, checkpoint, 1)])
-        await until(lambda: bool(its.incarnations("tp2") and its.incarnations("sim")), "both are linked", 240)
-        await until(lambda: its.state("tp2") is its.state("sim") is ModelState.READY, "both are ready", 30)
-        before = [its.incarnations("tp2"), its.incarnations("sim")]
-        assert sorted(its.backend.changes) == ["deploy sim", "deploy tp2"]
-        whole = text_of([chunk async for chunk in its.cluster.stub.StreamChat(request("tp2"))])
-        callers, stop = Callers(its.cluster, whole), asyncio.Event()
+    async with running_deployment(ray_with_head, tmp_path) as deployment:
+        engine = two_ranks("tp2", checkpoint, deployment.link)
+        deployment.controller.want([engine, simulated(deployment, checkpoint, 1)])
+        await until(
+            lambda: bool(deployment.incarnations("tp2") and deployment.incarnations("sim")), "both are linked", 240
+        )
+        await until(
+            lambda: deployment.state("tp2") is deployment.state("sim") is ModelState.READY, "both are ready", 30
+        )
+        before = [deployment.incarnations("tp2"), deployment.incarnations("sim")]
+        assert sorted(deployment.backend.changes) == ["deploy sim", "deploy tp2"]
+        whole = text_of([chunk async for chunk in deployment.cluster.stub.StreamChat(request("tp2"))])
+        callers, stop = Callers(deployment.cluster, whole), asyncio.Event()
         calling = asyncio.create_task(callers.run(stop))
         await until(lambda: callers.ended > CALLERS, "calls come and go")
 
         ray_with_head.lose_head()
         lost_at, ended = time.monotonic(), callers.ended
-        await until(lambda: its.away, "the controller has noticed", 60)
+        await until(lambda: deployment.away, "the controller has noticed", 60)
         await until(lambda: time.monotonic() > lost_at + AWAY_S, "the head has been away for long", AWAY_S + 1)
-        assert its.state("tp2") is its.state("sim") is ModelState.READY, "the catalog stays"
+        assert deployment.state("tp2") is deployment.state("sim") is ModelState.READY, "the catalog stays"
         await until(lambda: callers.ended >= ended + 2 * CALLERS, "calls that begin without a head end", 60)
         assert not calling.done()
 
         await asyncio.to_thread(ray_with_head.find_head)
-        await until(lambda: not its.away, "the controller sees Ray again", 180)
-        looks = its.backend.looks
-        await until(lambda: its.backend.looks >= looks + STEADY_PASSES, "it has looked again and again", 60)
-        assert not its.away
-        assert [its.incarnations("tp2"), its.incarnations("sim")] == before, "a healthy worker was restarted"
-        assert sorted(its.backend.changes) == ["deploy sim", "deploy tp2"], "something was made anew"
-        its.controller.want([engine, simulated(its, checkpoint, 2)])
-        await until(lambda: len(its.incarnations("sim")) == 2, "scaling works again", 60)
-        assert before[1] < its.incarnations("sim")
+        await until(lambda: not deployment.away, "the controller sees Ray again", 180)
+        observations = deployment.backend.observations
+        await until(
+            lambda: deployment.backend.observations >= observations + STEADY_PASSES,
+            "it has observed Ray several times",
+            60,
+        )
+        assert not deployment.away
+        assert [deployment.incarnations("tp2"), deployment.incarnations("sim")] == before, (
+            "a healthy worker was restarted"
+        )
+        assert sorted(deployment.backend.changes) == ["deploy sim", "deploy tp2"], "something was deployed again"
+        deployment.controller.want([engine, simulated(deployment, checkpoint, 2)])
+        await until(lambda: len(deployment.incarnations("sim")) == 2, "scaling works again", 60)
+        assert before[1] < deployment.incarnations("sim")
         stop.set()
         await calling
         assert callers.faults == []
-        assert its.incarnations("tp2") == before[0]
+        assert deployment.incarnations("tp2") == before[0]

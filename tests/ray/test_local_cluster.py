@@ -1,4 +1,4 @@
-"""The local Ray's start and end, beside a foreign Ray on the same machine."""
+"""Start and stop of the local Ray, also beside another Ray on the same machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sle
 
 
 def sleeper(**environment: str) -> subprocess.Popen[bytes]:
-    """A process that waits to be ended; it has started when this returns."""
+    """Start a process that sleeps until it is killed."""
     process = subprocess.Popen(SLEEPER, env={**os.environ, **environment}, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
@@ -32,8 +32,7 @@ def sleeper(**environment: str) -> subprocess.Popen[bytes]:
 
 
 def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of this instance ends; one of another instance with the same beginning does not. Folders that engines
-    who were killed have left go."""
+    """The reaper ends only processes of exactly this instance, and removes the socket folders of killed engines."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for prefix in (sockets.PREFIX, sockets.FORKS):
         (tmp_path / f"{prefix}left").mkdir()
@@ -51,18 +50,18 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reaper_takes_shared_memory_along() -> None:
-    """A killed engine cannot take its blocks away; those of another cluster's stay."""
+    """The reaper removes the shared memory of killed engines, but not that of another cluster."""
     hold = (
         "import sys; from multiprocessing import resource_tracker as t, shared_memory as m; t.register = lambda *a: 0; "
     )
     hold += "b = m.SharedMemory(create=True, size=64); print(b.name, flush=True); import time; time.sleep(600)"
-    held = []
+    processes = []
     for instance in ("abc", "abcd"):
         environment = {**os.environ, "HEADRACE_INSTANCE": instance}
-        held.append(subprocess.Popen([sys.executable, "-c", hold], env=environment, stdout=subprocess.PIPE))
-    ours, theirs = held
+        processes.append(subprocess.Popen([sys.executable, "-c", hold], env=environment, stdout=subprocess.PIPE))
+    ours, theirs = processes
     try:
-        names = [one.stdout.readline().decode().strip() for one in held if one.stdout is not None]
+        names = [process.stdout.readline().decode().strip() for process in processes if process.stdout is not None]
         assert set(names) <= set(os.listdir("/dev/shm"))
         reaper.end("abc", grace_s=0.0)
         assert ours.wait(5.0) < 0
@@ -75,7 +74,7 @@ def test_reaper_takes_shared_memory_along() -> None:
 
 
 def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
-    """A process without the tag belongs to the cluster when it writes below its folder."""
+    """A process without the tag belongs to the cluster if it has a file open below the cluster's folder."""
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
     try:
@@ -88,13 +87,13 @@ def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
 
 
 def test_free_ports_differ() -> None:
-    """Ports asked for together are all different."""
+    """Free ports returned together are all different."""
     assert len(set(free_ports(20))) == 20
 
 
 @pytest.mark.ray
 def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """Ray's own words reach the caller, and nothing is left."""
+    """The error contains Ray's message, and no process is left."""
     ray = LocalRay(LocalRaySettings("cannot", tmp_path, object_store_bytes=1))
     with pytest.raises(RayDidNotStart, match="object"):
         ray.start()
@@ -103,7 +102,7 @@ def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_logs_come_home(tmp_path: Path) -> None:
-    """A run folder too long for Ray's sockets has Ray's logs after the stop, and nothing else is left behind."""
+    """A run folder too long for Ray's sockets gets Ray's logs at the stop, and the substitute folder is removed."""
     ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
     try:
         ray.start()
@@ -116,7 +115,7 @@ def test_logs_come_home(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
-    """After a stop no process of the cluster is left, whatever became of its driver; another Ray still answers."""
+    """No process of the cluster is left after a stop, and another Ray still answers."""
     foreign, ours = new_local_ray("foreign"), new_local_ray("ours")
     try:
         foreign.start()
@@ -144,7 +143,7 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
 
 @pytest.mark.ray
 def test_remains_of_a_lost_cluster_are_found() -> None:
-    """Whoever knows instance and run folder can end what a killed `cluster up` left."""
+    """The processes that a killed `cluster up` leaves can be ended with its instance and run folder."""
     ray = new_local_ray("lost")
     ray.start()
     try:

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
 
 DRAIN_S = 6.0
 SHORT, LONG = 200, 750
-"""Tokens of streams that end by themselves in the first half of that time, and of streams that do not."""
+"""Tokens of streams that end by themselves in the first half of DRAIN_S, and of streams that do not."""
 ASKS = [chat(f"Story {n}", max_tokens=LONG if n % 2 else SHORT, ignore_eos=True) for n in range(20)]
 
 
@@ -49,40 +49,40 @@ class Replicas:
     settings: ReplicaSettings
 
     def want(self, replicas: int) -> None:
-        """So many."""
+        """Set the number of replicas."""
         spec = dataclasses.replace(self.settings.spec, min_replicas=replicas, max_replicas=replicas)
         self.controller.want([dataclasses.replace(self.settings, spec=spec)])
 
 
 @contextlib.asynccontextmanager
 async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIterator[Replicas]:
-    """None wanted yet."""
+    """Run a controller of the simulated model; no replica is wanted yet."""
     address = cluster.gateway.endpoints["link"]
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8&max_num_seqs=64")
     settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=DRAIN_S)
-    end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+    links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
     backend = ChildBackend("test", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
-    controller = Controller(backend, end)
-    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    controller = Controller(backend, links)
+    tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
         yield Replicas(ray, backend, controller, settings)
     finally:
-        for part in parts:
-            part.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await backend.close()
 
 
 def open_links(gateway: Gateway) -> list[WorkerLink]:
-    """Workers that take calls of `sim`."""
+    """Return the links of workers that accept calls of `sim`."""
     links = [link for link in gateway.hub.links if link.identity.model == "sim"]
     return [link for link in links if link.serves and link.free.sequences]
 
 
 @pytest.mark.root
 def test_a_pods_hook_ends_its_node() -> None:
-    """`headrace pod drain` beside the only node that it sees: Ray ends that node, the hook ends well, and the SIGTERM
-    that Kubernetes sends then has nothing left to wait for."""
+    """`headrace pod drain` ends the pod's only Ray node and succeeds, so that Kubernetes' SIGTERM has nothing to wait
+    for."""
     with ray_nodes(DRAIN_S) as ray:
         ray.add("pod", *OWN_PROCESSES)
         process = ray.nodes["pod"]
@@ -101,8 +101,8 @@ def test_a_pods_hook_ends_its_node() -> None:
 
 
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
-    """Twenty streams on the node that goes: the short ones end there, of the long ones some go on at another node; each
-    has the text of an undisturbed one, and the node ends before its time is over."""
+    """No stream breaks when a node with twenty streams gets SIGTERM: short ones end there, some long ones resume on
+    another node, each with the text of an undisturbed stream, and the node ends before its deadline."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     with ray_nodes(DRAIN_S) as ray:
         ray.add("first")

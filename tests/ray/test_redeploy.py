@@ -1,5 +1,4 @@
-"""A changed catalog entry makes Serve replace every replica under running streams: real Ray, real gateway, simulated
-engines."""
+"""Replacement of all replicas under running streams after a changed entry: real Ray and gateway, simulated engines."""
 
 from __future__ import annotations
 
@@ -22,23 +21,23 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """The version changes while two replicas have two streams each: every one comes whole, on the old replica or moved,
-    and so does every call that begins meanwhile; in the end the new version serves alone."""
+    """A version change with two streams on each of two replicas cuts no stream and no call that begins meanwhile; in
+    the end only the new version serves."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
-        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
-        controller = Controller(backend, end)
+        links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+        controller = Controller(backend, links)
         first = sim(checkpoint, address, 2)
         controller.want([first])
-        running = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+        tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
 
         def versions() -> list[str]:
             return [link.identity.version for link in cluster.gateway.hub.links]
 
         try:
             await until(lambda: versions() == [first.spec.version] * 2, "both replicas have dialled in", 60)
-            await until(lambda: all(one.free.sequences for one in cluster.gateway.hub.links), "both have room")
+            await until(lambda: all(link.free.sequences for link in cluster.gateway.hub.links), "both have room")
             request = chat(max_tokens=1200, ignore_eos=True)
             streams = [cluster.stub.StreamChat(request) for _ in range(4)]
             begun = [await stream.read() for stream in streams]
@@ -47,15 +46,16 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
             changed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, version="v2"))
             controller.want([changed])
             rests = [asyncio.ensure_future(rest_of(stream)) for stream in streams]
-            short, told = chat(max_tokens=20, ignore_eos=True), []
+            short, answers = chat(max_tokens=20, ignore_eos=True), []
             while versions() != ["v2"] * 2 or not all(rest.done() for rest in rests):
-                told.append(await cluster.stub.Chat(short, timeout=60))
+                answers.append(await cluster.stub.Chat(short, timeout=60))
             ended = [[first_chunk, *await rest] for first_chunk, rest in zip(begun, rests, strict=True)]
             whole = [chunk async for chunk in cluster.stub.StreamChat(request)]
             assert [text_of(chunks) for chunks in ended] == [text_of(whole)] * 4
-            assert len({one.choices[0].message.content for one in told}) == 1, "some of those that began meanwhile"
+            texts = {answer.choices[0].message.content for answer in answers}
+            assert len(texts) == 1, "calls that began meanwhile have different texts"
         finally:
-            for part in running:
-                part.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     await removed(backend, "sim")

@@ -1,4 +1,4 @@
-"""The whole controller as `cluster up` runs it: a local Ray of its own, a gateway's door, an end without remains."""
+"""The complete controller as `cluster up` runs it, with a local Ray: start, serving, and a stop that leaves nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 async def test_from_configuration_to_ready_to_nothing(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file's model becomes READY and tokenizable; at the stop Serve ends first, then Ray, and no process is left."""
+    """A file's model becomes READY with its tokenizer bundle; after the stop of Serve and Ray no process is left."""
     folder = build_tokenizer("llama", tmp_path / "model")
     text = f"""
 api_version: headrace/v1

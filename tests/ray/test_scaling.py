@@ -1,4 +1,4 @@
-"""To and from zero on a real Ray and Serve: a real gateway, the controller's own loop, simulated engines."""
+"""Scaling to and from zero on a real Ray and Serve: real gateway, real controller loop, simulated engines."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) -> None:
-    """Deployed at zero without a process, started by a held call, scaled up by hand under a stream that is not cut, and
-    back to zero when idle; a controller that comes back finds it there and starts nothing."""
+    """A model is deployed at zero, started by a held call, scaled by hand without cutting a stream, and scaled to zero
+    when idle; a restarted controller starts no replica."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     bundle = bundle_of(checkpoint)
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
-        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
+        controller_links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
-        controller = Controller(backend, end, scaler=scaler)
-        scaling.listen(end, scaler, controller.now, controller.wake)
-        desk = ScalingRequests(scaler, controller.wake)
+        controller = Controller(backend, controller_links, scaler=scaler)
+        scaling.listen(controller_links, scaler, controller.now, controller.wake)
+        requests = ScalingRequests(scaler, controller.wake)
         spec = ModelSpec(
             "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
         )
         settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
         controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
-        scaler.look([spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)  # as if it rested
+        scaler.look(
+            [spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True
+        )  # as if it were idle
         controller.want([settings])
-        parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+        tasks = [asyncio.create_task(controller_links.run()), asyncio.create_task(controller.run())]
 
         def state() -> ModelState | None:
             model = cluster.gateway.directory.find("sim")
@@ -60,23 +62,23 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
             stream = cluster.stub.StreamChat(chat(max_tokens=800, ignore_eos=True), timeout=120)
             first = await read(stream)
             assert first.HasField("progress")
-            await until(lambda: links() == 1, "the held call has started it", 60)
-            desk.scale("sim", 2)
-            await until(lambda: links() == 2, "there are two", 60)
-            desk.scale("sim", None)
+            await until(lambda: links() == 1, "the held call has started a replica", 60)
+            requests.scale("sim", 2)
+            await until(lambda: links() == 2, "there are two replicas", 60)
+            requests.scale("sim", None)
             chunks = [first, *await rest_of(stream)]
             assert chunks[-1].usage.completion_tokens == 800
             assert text_of(chunks)
-            assert 0.0 < desk.explain("sim", 0).model.cold_start_s < 60.0
-            await until(lambda: state() is ModelState.IDLE and links() == 0, "idle, it rests", 60)
-            later = Controller(backend, end, scaler=Scaler(ScalingSettings(), time.monotonic()))
+            assert 0.0 < requests.explain("sim", 0).model.cold_start_s < 60.0
+            await until(lambda: state() is ModelState.IDLE and links() == 0, "it is scaled to zero when idle", 60)
+            later = Controller(backend, controller_links, scaler=Scaler(ScalingSettings(), time.monotonic()))
             later.want([settings])
-            parts.pop().cancel()
+            tasks.pop().cancel()
             for _ in range(3):
                 await later.step()
             assert apps_of(await backend.observe(), "sim")[0].target == 0
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     await removed(backend, "sim")

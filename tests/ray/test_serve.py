@@ -1,4 +1,4 @@
-"""Applications on a real Ray, with simulated engines: what is touched, what is left alone, and what is told."""
+"""Applications on a real Ray with simulated engines: what is changed, what is left alone, and what is published."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ pytestmark = pytest.mark.ray
 
 
 def sim(name: str, door: Door, **more: object) -> ReplicaSettings:
-    """A simulated model that dials `door`."""
+    """Return settings of a simulated model whose workers connect to `door`."""
     spec = ModelSpec(name=name, source="sim://?vocab=1000&decode_ms=1&token_hi=900", **more)  # type: ignore[arg-type]
     return ReplicaSettings(spec, "test", gateways=(door.address,))
 
 
 @asynccontextmanager
 async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) -> AsyncIterator[Controller]:
-    """A controller at work, linked to the door."""
-    end = ControllerLinks(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
-    controller = Controller(backend, end)
+    """Run a controller that is linked to `door`."""
+    links = ControllerLinks(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
+    controller = Controller(backend, links)
     controller.want(settings)
-    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
         yield controller
     finally:
-        for part in parts:
-            part.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def in_state(door: Door, model: str, state: ModelState) -> CatalogEntry:
-    """Wait until the gateway is told of this state."""
+    """Wait until a model is published in this state and return its entry."""
     return await eventually(
         lambda: (e := door.entries.get(model)) and (e if e.state is state else None), f"{model} is {state.value}", 40.0
     )
 
 
 async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
-    """Deployed, served over the link, left alone by a second model and by a new controller, removed by name."""
+    """A model is deployed, serves, is unaffected by a second model and a new controller, and is removed."""
     first, second = sim("first", door, aliases=("one",)), sim("second", door)
     async with controlling(backend, door, first) as controller:
         entry = await in_state(door, "first", ModelState.READY)
@@ -80,7 +80,7 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
 
 
 async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Door) -> None:
-    """A changed count adds a replica beside the one that serves."""
+    """Scaling up adds a replica and leaves the running one alone."""
     async with controlling(backend, door, sim("scaled", door)) as controller:
         incarnation = (await door.worker("scaled")).identity.incarnation
         controller.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
@@ -90,7 +90,7 @@ async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Doo
 
 
 async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None:
-    """A source that cannot work ends in FAILED with the reason, and a mended entry brings it up."""
+    """A model with an invalid source is FAILED with the reason, and a corrected entry starts it."""
     bad = dataclasses.replace(sim("broken", door), spec=ModelSpec(name="broken", source="sim://?vocab=10&speed=9"))
     async with controlling(backend, door, bad) as controller:
         entry = await in_state(door, "broken", ModelState.FAILED)
@@ -103,7 +103,7 @@ async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None
 
 
 async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> None:
-    """A group larger than any node is FAILED with what it needs, instead of waiting in silence."""
+    """A model whose placement group fits no node is FAILED with the reason."""
     big = ReplicaSettings(ModelSpec(name="big", source="/models/big", tensor_parallel_size=65), "test")
     async with controlling(backend, door, big):
         entry = await in_state(door, "big", ModelState.FAILED)
@@ -112,7 +112,7 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
 
 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
-    """An engine that dies takes its process along, so that a new replica serves within seconds."""
+    """A dead engine ends its replica's process, and a new replica serves within seconds."""
     dying = ReplicaSettings(
         ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
     )
@@ -146,7 +146,7 @@ if sys.argv[2] == "end":
 
 
 async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Door, local_ray: LocalRay) -> None:
-    """Somebody else's application on the same Ray keeps its replica through our whole life."""
+    """Another owner's application on the same Ray keeps its replica while ours is deployed and removed."""
     await backend.observe()
 
     async def theirs(what: str) -> int:

@@ -1,4 +1,4 @@
-"""Two Ray nodes in two network namespaces, driven as an external cluster is: by its dashboard alone, with a token."""
+"""Two Ray nodes in two network namespaces, used as an external cluster: only through its dashboard, with a token."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own
 
 @dataclass(frozen=True)
 class TwoNodes:
-    """A Ray over two hosts with one logical GPU each."""
+    """A Ray cluster on two hosts with one logical GPU each."""
 
     net: Network
     instance: str
@@ -47,12 +47,12 @@ class TwoNodes:
 
     @property
     def dashboard_url(self) -> str:
-        """The head's dashboard, reached over the bridge."""
+        """URL of the head's dashboard, which is reached over the bridge."""
         return f"http://{self.net.hosts[0].address}:{DASHBOARD_PORT}"
 
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
-    """`ray start --block` on a host; it is ended by its tag."""
+    """Run `ray start --block` on a host; the reaper ends it by its tag."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:
@@ -81,7 +81,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token_file.read_text(),
         "GLOO_SOCKET_IFNAME": "eth0",
-        "TMPDIR": str(folder),  # Ray's dashboard forks from a server, whose folder stays where that is killed
+        "TMPDIR": str(folder),  # Ray's dashboard uses a fork server, which leaves its folder here when it is killed
     }
     with network(2) as net:
         head, second = net.hosts
@@ -98,7 +98,7 @@ def two_nodes() -> Iterator[TwoNodes]:
                 "--head",
                 f"--port={GCS_PORT}",
                 f"--temp-dir={folder}/ray",
-                # No replica is placed on the head; Ray takes a driver for the head's that sees its processes.
+                # No replica is placed on the head; Ray attributes a driver to the head if it can see its processes.
                 "--num-cpus=0",
                 *dashboard,
             )
@@ -111,7 +111,8 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 @pytest.mark.engine
 async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    """TP 2 on two nodes: FAILED with the reason without the key, with it a rank on each and transformers' tokens."""
+    """A model with TP 2 over two nodes is FAILED with the reason; with allow_cross_node_tensor_parallel each node has a
+    rank, and the tokens are transformers'."""
     folder = build_checkpoint("llama", tmp_path / "llama")
     backend = JobBackend("test", two_nodes.dashboard_url, two_nodes.token_file)
     async with open_door(two_nodes.net.address) as door:
@@ -131,7 +132,7 @@ async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> Non
 
 
 async def both_joined(backend: JobBackend) -> None:
-    """Wait until both nodes show; the dashboard itself may not answer at first."""
+    """Wait until both nodes have joined; the dashboard may not answer at first."""
     deadline = time.monotonic() + 60.0
     while time.monotonic() < deadline:
         with contextlib.suppress(RayAway):
@@ -142,7 +143,7 @@ async def both_joined(backend: JobBackend) -> None:
 
 
 def is_rank(pid: int) -> bool:
-    """Whether a process is one of vLLM's ranks."""
+    """Return whether a process is one of vLLM's ranks."""
     try:
         return "RayWorker" in " ".join(psutil.Process(pid).cmdline())
     except psutil.NoSuchProcess:
