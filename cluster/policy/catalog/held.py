@@ -1,4 +1,7 @@
-"""Catalog entries of models whose entry in the file is wrong: told from what runs, which stays as it is. Pure."""
+"""Catalog entries of held models: their entry in the file is invalid, and what runs is left unchanged. Pure.
+
+The entry is derived from what runs.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ WHY = "its entry in the controller's file is wrong, so what runs of it is kept a
 
 
 def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Reported]) -> CatalogEntry:
-    """What the gateways are told of a held model. `spec` has its name, aliases and fallbacks; all calls go to the
-    version that runs most replicas."""
+    """Catalog entry of a held model for the gateways. `spec` supplies its name, aliases and fallbacks.
+
+    All calls go to the version with the most running replicas.
+    """
     by_version: dict[str, list[Observed]] = {}
     for seen in apps:
         by_version.setdefault(seen.version, []).append(seen)
@@ -28,7 +33,7 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
         whole = lifecycle.combined(by_version[version], ())
         sight = lifecycle.sight(True, whole)
         if sight is lifecycle.Sight.SERVING and not reported:
-            sight = lifecycle.Sight.STARTING  # it runs, and no gateway has its link yet
+            sight = lifecycle.Sight.STARTING  # its replicas run, but no gateway has a link to them yet
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),

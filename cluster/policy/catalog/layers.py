@@ -1,4 +1,4 @@
-"""Entries of models as plain values: files laid over each other, and what is different between two catalogs. Pure."""
+"""Model entries as plain values: merging of layered files, and the differences between two catalogs. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ Entry = Mapping[str, Any]
 
 
 def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
-    """One catalog of several, later ones over earlier ones, by name, in the order in which names first come. Mappings
-    are laid over each other key by key, all else is replaced whole; null takes a key away. Raises ValueError for an
-    entry without a name."""
+    """Merge layers of entries into one catalog, by model name; later layers override earlier ones.
+
+    Mappings are merged key by key, other values are replaced whole, and null removes a key. Models keep the order in
+    which their names first appear. Raises ValueError for an entry without a name and for a name that occurs twice in
+    one layer.
+    """
     found: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(layers):
         seen: set[str] = set()
@@ -42,14 +45,14 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def applied(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
-    """The catalog after entries are given: each replaces the one of its name; others stay, or go with `prune`."""
+    """The catalog after `given` is applied: each entry replaces the one of its name. Others stay unless `prune` is set."""
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
     return tuple((kept | new).values())
 
 
 def promoted(entry: Entry) -> dict[str, Any]:
-    """The entry with its canary in the place of what it had. Raises KeyError where it has none."""
+    """The entry with its canary promoted to the stable version. Raises KeyError if it has no canary."""
     canary = entry["canary"]
     own = {key: value for key, value in canary.items() if key not in ("weight", "rollback")}
     new = {key: value for key, value in entry.items() if key not in ("canary", "digest")}
@@ -57,7 +60,7 @@ def promoted(entry: Entry) -> dict[str, Any]:
 
 
 def changes(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
-    """What is different, by name. `restarts`: of models that get new replicas, why."""
+    """Differences between two catalogs, by name. `restarts` maps each model whose replicas restart to the reason."""
     found = []
     for name in sorted(now.keys() | then.keys()):
         before, after = now.get(name), then.get(name)
@@ -75,7 +78,7 @@ def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any])
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
-        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section, here or there
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in at least one of them
             found += _differences(f"{where}.", old or {}, new or {})
         else:
             found.append(Difference(where, old, new))

@@ -1,7 +1,7 @@
-"""The life of a model as a table, and the catalog entries that the gateways are told. Pure.
+"""State machine of a model, and the catalog entries that the controller sends to the gateways. Pure.
 
-A controller holds no state that it could lose: each pass folds what it sees now into the last state, and a controller
-that has just started begins at DECLARED and is right after one pass.
+A controller holds no state that it could lose: each pass applies what it sees to the last state. A controller that has
+just started begins at DECLARED and is correct after one pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class Sight(enum.StrEnum):
-    """What one pass can see of a model."""
+    """Observation of a model in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"
@@ -31,7 +31,7 @@ class Sight(enum.StrEnum):
 
 
 class IllegalMove(Exception):
-    """A sight that cannot follow a state."""
+    """An observation that cannot follow a state."""
 
 
 _FROM_ANY: dict[Sight, ModelState] = {
@@ -45,8 +45,8 @@ _FROM_ANY: dict[Sight, ModelState] = {
     Sight.ENDED: ModelState.GONE,
 }
 
-# Every state may be followed by every sight, since Ray and the file change while nobody looks; except that what is
-# gone must be declared again before anything of it is seen.
+# Ray and the file change between passes, so any observation may follow any state. The exception: a model that is GONE
+# must be declared again before anything else of it is observed.
 MOVES: dict[tuple[ModelState, Sight], ModelState] = {
     (state, sight): after
     for state in ModelState
@@ -64,7 +64,7 @@ def move(state: ModelState, sight: Sight) -> ModelState:
 
 
 def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
-    """What this pass sees of one model. `unplaceable` says why no node could hold it, if so."""
+    """Observation of one model in this pass. `unplaceable` says why no node can hold it; "" if one can."""
     if not wanted:
         return Sight.ENDED if seen is None else Sight.WITHDRAWN
     if seen is None or seen.deleting:
@@ -81,8 +81,10 @@ def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
 
 
 def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
-    """A version's applications as one: those that are wanted, and those that still serve in their place. None: there is
-    none. What fails of the wanted ones is told, also while others serve."""
+    """A version's applications merged into one: the wanted ones, and those that still serve in their place.
+
+    Returns None if there is none. Failures of wanted applications are reported even while others serve.
+    """
     there = [one for one in wanted if not one.deleting]
     others = [one for one in before if not one.deleting]
     if not there and not others:
@@ -102,7 +104,7 @@ def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What one worker of a model told the gateways about itself."""
+    """One worker's report about itself to the gateways."""
 
     weight_digest: str = ""
     bundle_digest: str = ""
@@ -113,7 +115,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a model without any worker, from its source."""
+    """Facts about a model taken from its source, without any worker."""
 
     bundle_digest: str = ""
     max_model_len: int = 0
@@ -126,7 +128,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a model as the controller sees it now. `trial`: it is not the one that stays."""
+    """One version of a model as the controller sees it now."""
 
     spec: ModelSpec
     share: ReplicaShare
@@ -137,13 +139,13 @@ class Version:
     unplaceable: str = ""
     desired: int = 0
     changing: bool = False
-    """Another application of it is to take the place of the one that serves."""
+    """Whether another application of this version is to replace the one that serves."""
     lost: str = ""
-    """How its replicas' engines have ended in the last minutes."""
+    """How its replicas' engines ended in the last minutes."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """A model with all its versions as the gateways are told it, the one that stays first."""
+    """Catalog entry of a model with all its versions, the stable one first."""
     stays = versions[0]
     told = entry(
         stays.spec,
@@ -212,7 +214,7 @@ def entry(
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
-    """One model as the gateways are told it. Workers' own words win over what the source says."""
+    """Catalog entry of one model. Workers' reports override what the source says."""
     about = known or Known()
     first = reported[0] if reported else None
     return CatalogEntry(
@@ -241,7 +243,7 @@ def entry(
 
 
 def ends_of(ends: Sequence[tuple[float, str]]) -> str:
-    """The last of some engines' ends, by when (since the epoch) and why, and how many there were."""
+    """Summary of engine ends: when (since the epoch) and why the latest one ended, and how many there were."""
     if not ends:
         return ""
     at_s, why = max(ends)
@@ -264,7 +266,8 @@ def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable:
 
 
 def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """The entry with what an earlier one knew and no worker says now, so that a model at rest stays tokenizable."""
+    """The entry, completed with fields of an earlier one that no worker reports now, so that an idle model stays
+    tokenizable."""
     if entry_before is None:
         return now
     return dataclasses.replace(
@@ -282,7 +285,7 @@ def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEnt
 
 
 def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
-    """What its workers have once said, as long as it is the same revision of the version."""
+    """Keep what workers of the same version and revision reported earlier."""
     old = next((one for one in before if (one.version, one.revision) == (now.version, now.revision)), None)
     if old is None:
         return now

@@ -1,8 +1,10 @@
-"""Who waits with how much, by tenant and class: whom a full room sheds.
+"""Waiting requests and tokens by tenant and class, and the victim that a full room sheds.
 
-Problem: a full room must shed the lowest class first, and within a class not let the tenant that floods it take the
-places of the others. Invariant: the victim is of a class below the newcomer's; or of the newcomer's class, and then its
-tenant's line is, weight for weight, longer than the newcomer's would become by entering.
+Problem: a full room must shed the lowest class first, and within a class a flooding tenant must not take the places of
+the others.
+
+Invariant: the victim's class is below the new sequence's; or it is the same class, and then its tenant's queue is
+longer by weight than the new sequence's own would become.
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ from cluster.policy.fairness.order import Waiting
 class _TenantQueue:
     requests: int = 0
     tokens: int = 0
-    entered: deque[Waiting] = field(default_factory=deque)  # in order, those who have left since among them
+    entered: deque[Waiting] = field(default_factory=deque)  # in order; may include sequences that have left
 
 
 class TenantQueues:
-    """One line for each tenant in each class, over all models."""
+    """One queue for each tenant in each class, over all models."""
 
-    def __init__(self, weight_of: Callable[[str], float], is_in: Callable[[Waiting], bool]) -> None:
-        """`is_in` tells whether one that was added waits still."""
+    def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[Waiting], bool]) -> None:
+        """`is_waiting` says whether an added sequence still waits."""
         self._weight_of = weight_of
-        self._is_in = is_in
+        self._is_waiting = is_waiting
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
-        # rank -> heap of (-length, tenant), lengths may be old. Kept only while somebody asks: a room with place has no
-        # use for it, and making it costs less than the adds after which it is dropped.
+        # rank -> heap of (-length, tenant); lengths may be outdated. Kept only while it is used: a room with space does
+        # not need it, and rebuilding it costs less than the adds after which it is dropped.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 
     def tenant(self, tenant: str) -> tuple[int, int]:
-        """Requests and tokens of a tenant that wait, in all classes."""
+        """Waiting requests and tokens of a tenant, in all classes."""
         lines = [lines[tenant] for lines in self._ranks.values() if tenant in lines]
         return sum(line.requests for line in lines), sum(line.tokens for line in lines)
 
     def add(self, waiting: Waiting) -> None:
-        """One waits."""
+        """Add a waiting sequence."""
         lines = self._ranks.get(waiting.rank)
         if lines is None:
             lines = self._ranks[waiting.rank] = {}
@@ -52,12 +54,12 @@ class TenantQueues:
         line.tokens += waiting.tokens
         line.entered.append(waiting)
         if len(line.entered) > 2 * line.requests + 32:
-            line.entered = deque(one for one in line.entered if self._is_in(one))
+            line.entered = deque(one for one in line.entered if self._is_waiting(one))
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 
     def remove(self, waiting: Waiting) -> None:
-        """It waits no longer."""
+        """Remove a sequence."""
         lines = self._ranks[waiting.rank]
         line = lines[waiting.tenant]
         line.requests -= 1
@@ -66,7 +68,7 @@ class TenantQueues:
             del lines[waiting.tenant]
 
     def last_of_longest(self, below: Waiting) -> Waiting | None:
-        """Who is to go so that `below` may enter; None where nobody is to be spared less than it."""
+        """The sequence to shed so that `below` can enter; None if none may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):
@@ -80,7 +82,7 @@ class TenantQueues:
                 if tenant == below.tenant or self._length(tenant, rank) <= would_be:
                     break
             entered = self._ranks[rank][tenant].entered
-            while not self._is_in(entered[-1]):
+            while not self._is_waiting(entered[-1]):
                 entered.pop()
             return entered[-1]
         return None
@@ -119,4 +121,4 @@ class TenantQueues:
         return 0.0 if line is None else line.requests / self._weight_of(tenant)
 
     def __repr__(self) -> str:
-        return f"Lines({sum(len(lines) for lines in self._ranks.values())} lines)"
+        return f"TenantQueues({sum(len(lines) for lines in self._ranks.values())} lines)"

@@ -84,8 +84,8 @@ def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], no
     """Whoever is about: at most one in KEPT_OF of what runs, and at most KEPT_MOST."""
     guests = ReservedSlots()
     for rank, at in seen:
-        guests.seen(rank, at)
-    kept = guests.places(3, filled, now)
+        guests.note_guest(rank, at)
+    kept = guests.reserved(3, filled, now)
     assert 0 <= kept <= min(filled / KEPT_OF, KEPT_MOST)
     about = any(rank <= 3 and now < at + GUEST_S for rank, at in seen)
     assert kept == 0 or about
