@@ -45,7 +45,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def applied(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
-    """The catalog after `given` is applied: each entry replaces the one of its name. Others stay unless `prune` is set."""
+    """The catalog after `given` is applied: an entry replaces the one of its name. Others stay unless `prune`."""
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
     return tuple((kept | new).values())

@@ -50,7 +50,7 @@ def from_json(values: Mapping[str, object]) -> ModelSpec:
 
 
 def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
-    """16 hex digits over all that a replica is started with: its part of the spec, and its surroundings (JSON values)."""
+    """16 hex digits over all that a replica is started with: its part of the spec, and the surroundings (JSON)."""
     seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
     text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

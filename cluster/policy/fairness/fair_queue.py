@@ -152,22 +152,22 @@ class FairOrder:
         return self._open[call_id][1].amount
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """Correct the charge at the first output: how much of the prompt was cached. Unknown ids are ignored."""
+        """Correct the charge at the first output: how much of the prompt was cached. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None:
             self._add(entry[0], entry[1].cached(cached_tokens))
 
     def generated(self, call_id: str, output_tokens: int) -> None:
-        """Report the total of output tokens so far; cheap while within the prediction. Unknown ids are ignored."""
+        """Report the total of output tokens so far; cheap while within the prediction. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None and (delta := entry[1].generated(output_tokens)):
             self._add(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
-        """Return the predicted but not generated part of the charge, however the call ended. Unknown ids are ignored."""
+        """Return the predicted but not generated part of the charge, however the call ended. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
-        """Return the whole charge, because no worker accepted the call. Unknown ids are ignored."""
+        """Return the whole charge, because no worker accepted the call. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].revoked())
 

@@ -31,7 +31,7 @@ class ReservedSlots:
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:
-        """Slots that stay free when a sequence of class `rank` takes its turn; `filled`: running calls of this gateway."""
+        """Slots to keep free when a sequence of class `rank` takes its turn. `filled`: this gateway's running calls."""
         kept = min(filled // KEPT_OF, KEPT_MOST)
         if kept and any(now < until and guest <= rank for guest, until in self._until.items()):
             return kept

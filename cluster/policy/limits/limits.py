@@ -155,7 +155,7 @@ class LimitStore(Protocol):
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
     ) -> LimitRefusal | None:
-        """Count requests, or tokens that belong to no call. If they do not fit, count nothing and return the refusal."""
+        """Count requests, or tokens that belong to no call. If they do not fit, nothing is counted."""
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
         """Report a call's output tokens so far, and reserve more if needed.

@@ -200,7 +200,7 @@ class RequestBytes:
         )
 
     def _grant_all(self, new: Reservation | None = None) -> None:
-        """Grant all reservations that fit, in order. The on_grant of `new` is not called: its owner checks `granted`."""
+        """Grant all reservations that fit, in order. `new` gets no on_grant call: its owner checks `granted`."""
         while (reservation := self._next()) is not None:
             self._forget(reservation)
             self._grant(reservation)

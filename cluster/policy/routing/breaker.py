@@ -46,7 +46,7 @@ class _Breaker:
 
 
 class Breakers:
-    """Circuit breakers by worker incarnation. `now` is an argument. A worker without recent failures takes no memory."""
+    """Circuit breakers by worker incarnation. A worker without recent failures takes no memory."""
 
     def __init__(self) -> None:
         self._breakers: dict[str, _Breaker] = {}

@@ -263,5 +263,5 @@ _LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Apply the default pipelines: least load for new calls; for resumed ones also cached blocks and waiting prompts."""
+    """Apply a default pipeline: least load for new calls; for resumed ones also cached blocks and waiting prompts."""
     return (_LEAST_LOADED if call.likeness is None else _ONWARD).pick(call, candidates)

@@ -52,7 +52,8 @@ def make_key(key_id: str, secret: bytes) -> str:
 
 
 def key_id_of(token: str) -> str:
-    """Key id that a token claims, unverified, for humans and logs; "" if the token has another format or is cut short."""
+    """Key id that a token claims, unverified, for humans and logs; "" if the format is another or the token is cut
+    short."""
     if len(token) > MAX_KEY_BYTES or not token.startswith(KEY_PREFIX):
         return ""
     key_id, _, secret = token[len(KEY_PREFIX) :].partition("_")

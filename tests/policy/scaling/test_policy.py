@@ -21,7 +21,7 @@ from cluster.policy.scaling.portfolio import (
     decide,
     marginal_gain,
 )
-from cluster.policy.scaling.portfolio.backtest import Came, line
+from cluster.policy.scaling.portfolio.backtest import Arrivals, queue_after
 from loadtests.autoscale.clairvoyant import lingering
 
 SOME = st.floats(0.0, 50.0)
@@ -29,9 +29,9 @@ SOME = st.floats(0.0, 50.0)
 
 @given(SOME, SOME, st.integers(0, 40), SOME)
 def test_more_replicas_never_make_more_calls_late(load: float, waiting: float, ready: int, behind: float) -> None:
-    came = Came(load, 10.0, 1.7, behind)
+    arrivals = Arrivals(load, 10.0, 1.7, behind)
     counts = np.array([float(ready), float(ready + 1)])
-    after, late = line(counts, np.full(2, min(waiting, max(ready, 1) * 60.0)), came, 1.0, 5.0, 60.0)
+    after, late = queue_after(counts, np.full(2, min(waiting, max(ready, 1) * 60.0)), arrivals, 1.0, 5.0, 60.0)
     assert after.min() >= 0.0
     assert 0.0 <= late.min() <= late.max() <= 1.0
     assert late[1] <= late[0] + 1e-9
@@ -42,16 +42,16 @@ def test_streams_that_may_fall_behind_never_make_more_calls_late(
     load: float, waiting: float, ready: int, behind: float
 ) -> None:
     counts, before = np.array([float(ready)]), np.array([min(waiting, ready * 60.0)])
-    strict, lax = (line(counts, before, Came(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
+    strict, lax = (queue_after(counts, before, Arrivals(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
     assert lax[0] <= strict[0]
 
 
 @given(st.lists(st.tuples(SOME, SOME), min_size=1, max_size=20))
 def test_more_replicas_never_win_fewer_calls_and_never_more_than_came(stretches: list[tuple[float, float]]) -> None:
-    won, came = marginal_gain.nothing(), 0.0
+    won, came = marginal_gain.empty(), 0.0
     for load, calls in stretches:
         came = came * math.exp(-5.0 / (marginal_gain.SPAN * 60.0)) + calls
-        won = marginal_gain.played(won, Came(load, calls, 1.7, 1.0), 5.0, 60.0)
+        won = marginal_gain.replay(won, Arrivals(load, calls, 1.7, 1.0), 5.0, 60.0)
     by_count = won.per_s(marginal_gain.COUNTS)
     assert by_count[0] == 0.0
     assert (np.diff(by_count) >= 0.0).all()

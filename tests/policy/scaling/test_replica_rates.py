@@ -35,7 +35,7 @@ def learnt(works: list[ComputedWork]) -> LearntCosts:
     """From one engine's words, in their order."""
     made = LearntCosts()
     for work in (ComputedWork(), *works):
-        made.seen({"engine": work})
+        made.observe({"engine": work})
     return made
 
 
@@ -84,9 +84,9 @@ def test_the_pace_that_is_asked_bounds_the_batch() -> None:
 def test_an_engine_that_starts_anew_and_one_that_is_new() -> None:
     """A counter that has gone back, and a first word, are where counting begins; nothing is learnt from them."""
     made = LearntCosts()
-    made.seen({"a": ComputedWork(1000, 500.0, 0, 1000)})
-    made.seen({"a": ComputedWork(10, 1.0, 0, 10)})
+    made.observe({"a": ComputedWork(1000, 500.0, 0, 1000)})
+    made.observe({"a": ComputedWork(10, 1.0, 0, 10)})
     assert made.costs() is None
-    made.seen({})
-    made.seen({"a": ComputedWork(1000, 500.0, 0, 1000)})
+    made.observe({})
+    made.observe({"a": ComputedWork(1000, 500.0, 0, 1000)})
     assert made.costs() is None

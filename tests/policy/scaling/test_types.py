@@ -20,7 +20,14 @@ from cluster.policy.scaling.portfolio import (
     ReplicaSeen,
     decide,
 )
-from cluster.policy.scaling.portfolio.gpu_equivalence import as_one_type, covers, unit_of, whole, worth, worth_of
+from cluster.policy.scaling.portfolio.gpu_equivalence import (
+    as_one_type,
+    covers,
+    replica_worth,
+    round_up,
+    total_worth,
+    unit_of,
+)
 
 FAST, SLOW = Rates(4000.0, 1000.0, 100_000), Rates(1000.0, 400.0, 50_000, gpus=2)
 RATES = {"H100": FAST, "L4": SLOW}
@@ -55,11 +62,11 @@ def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
     """Against the first type whose rates are learnt; what is not learnt is taken to be alike."""
     seen = model({})
-    assert (unit_of(seen), worth(seen, "H100"), worth(seen, "L4")) == ("H100", 1.0, 0.25)
+    assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
-    assert (unit_of(only_slow), worth(only_slow, "L4"), worth(only_slow, "H100")) == ("L4", 1.0, 1.0)
-    assert (unit_of(model({}, {})), worth(model({}, {}), "L4")) == ("H100", 1.0)
-    assert worth(model({}, gpus=("L4",)), "L4") == 1.0
+    assert (unit_of(only_slow), replica_worth(only_slow, "L4"), replica_worth(only_slow, "H100")) == ("L4", 1.0, 1.0)
+    assert (unit_of(model({}, {})), replica_worth(model({}, {}), "L4")) == ("H100", 1.0)
+    assert replica_worth(model({}, gpus=("L4",)), "L4") == 1.0
 
 
 @given(COUNTS, COUNTS)
@@ -72,10 +79,10 @@ def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: d
     ]
     seen = dataclasses.replace(seen, replicas=[*seen.replicas, *coming])
     alike = as_one_type(seen)
-    there = worth_of(seen, ready) + worth_of(seen, starting)
-    assert len(alike.replicas) == whole(there)
+    there = total_worth(seen, ready) + total_worth(seen, starting)
+    assert len(alike.replicas) == round_up(there)
     serve = sum(one.state == "ready" for one in alike.replicas)
-    assert serve <= whole(worth_of(seen, ready))
+    assert serve <= round_up(total_worth(seen, ready))
     assert bool(serve) == any(ready.values())
     alone = dataclasses.replace(seen, settings=dataclasses.replace(seen.settings, gpus=("H100",)))
     assert as_one_type(alone) is alone
@@ -126,7 +133,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
     load = decision.numbers["load"]
     assert load == pytest.approx(200_000 / 4000 / 60 + 60_000 / 1000 / 60, rel=0.05)
     assert decision.replicas["H100"] == 1
-    assert covers(worth_of(settled, decision.replicas), whole(load))
+    assert covers(total_worth(settled, decision.replicas), round_up(load))
     assert decision.replicas["L4"] >= 4 * (load - 1) - 1e-6
     assert decision.numbers["given[L4]"] == decision.replicas["L4"]
     few = dataclasses.replace(seen, settings=dataclasses.replace(seen.settings, max_replicas=3))
