@@ -1,10 +1,11 @@
-"""The replicas of one model, in ticks of virtual time: first come first served, prompts before streams' ends.
+"""Replicas of one model in ticks of virtual time: first come, first served; prompts are computed before decoding.
 
-Calls wait in one line (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
+Calls wait in one queue (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
 are alike and share prefill and running sequences evenly; a call's own prompt is computed by one of them. Streams of
-replicas that leave are moved: their tokens so far are computed again, ahead of the line. Who has waited too long is
-refused, as by a gateway, and late. Conserved: every call is waiting, running or judged; a fleet without ready replicas
-serves nothing.
+replicas that leave are moved: their tokens so far are computed again, ahead of the queue. A call that has waited too
+long is refused, as a gateway would do, and counts as late.
+
+Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 from loadtests.sim.plant import ReplicaModel
 
 MAX_WAIT_S = 120.0
-"""`gateway.queue.max_wait_s` where nobody has set it."""
+"""Default of `gateway.queue.max_wait_s`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """`count` equal calls at one time. `expected`: tokens of output that are foreseen, as a gateway would."""
+    """`count` equal calls at one time. `expected`: output tokens that a gateway would predict."""
 
     count: int
     prompt_tokens: float
@@ -32,12 +33,12 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Calls that got their first token, or ended, since this was last taken."""
+    """Calls that got their first token, or ended, since this was last read."""
 
     good: int = 0
     late: int = 0
     slow: int = 0
-    """First token in time, but the stream's mean pace was not."""
+    """Calls whose first token was in time, but whose stream's mean pace was not."""
 
 
 class _Waiting:
@@ -50,7 +51,10 @@ class _Waiting:
 
 
 class Fleet:
-    """`tick` moves time. Counts of calls are whole numbers that may be served in fractions where they come by many."""
+    """The replicas of one model; `tick` advances time.
+
+    Counts of calls are whole numbers, but arrivals with a `count` above 1 may be served in fractions.
+    """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:
         self.model, self.ttft_s, self.itl_s = model, ttft_s, itl_s
@@ -61,9 +65,9 @@ class Fleet:
         self.prefilled_tokens = self.decoded_tokens = 0.0
         self.moved_tokens = 0.0
         self.expected_tokens = 0.0
-        """Of output, of all that arrived: what was foreseen, corrected as streams outgrow it and when they end."""
+        """Predicted output tokens of all arrivals, corrected when streams exceed the prediction and when they end."""
         self.on_end: Callable[[float, float], None] = lambda count, tokens: None
-        """So many calls have ended with so many tokens of output each."""
+        """Called with (number of calls, output tokens of each) when calls end."""
         self._line: deque[_Waiting] = deque()
         self._streams: list[tuple[float, int, float, float, float, float, float]] = []
         self._growing: list[tuple[float, float]] = []
@@ -72,7 +76,7 @@ class Fleet:
         self._serial = 0
 
     def arrive(self, now_s: float, call: Arrival) -> None:
-        """Calls join the line."""
+        """Append calls to the queue."""
         self._line.append(_Waiting(now_s, call))
         self.arrived += call.count
         self.expected_tokens += call.count * call.expected
@@ -80,26 +84,26 @@ class Fleet:
         self.waiting_tokens += call.count * call.prompt_tokens
 
     def leave(self, share: float) -> None:
-        """A share of the ready replicas leaves; their streams are moved."""
+        """Remove a share of the ready replicas; their streams are moved."""
         self.moved_tokens += share * self.kv
 
     @property
     def oldest_at_s(self) -> float | None:
-        """When the head of the line came."""
+        """Arrival time of the head of the queue; None if empty."""
         return self._line[0].at_s if self._line else None
 
     def _refuse(self, now_s: float) -> None:
-        """Those that have waited for too long; whose prompt is being computed waits no more."""
+        """Refuse calls that have waited too long. A call whose prompt is being computed no longer counts as waiting."""
         line = self._line
         while line and now_s - line[0].at_s > MAX_WAIT_S and (line[0].count > 1 or line[0].left == 1):
-            one = line.popleft()
-            self.late += one.left
-            self.waiting_calls -= one.left
-            self.waiting_tokens -= one.left * one.prompt
-            self.expected_tokens -= one.left * one.expected
+            call = line.popleft()
+            self.late += call.left
+            self.waiting_calls -= call.left
+            self.waiting_tokens -= call.left * call.prompt
+            self.expected_tokens -= call.left * call.expected
 
     def tick(self, now_s: float, dt: float, ready: int) -> None:
-        """From now till now + dt with so many ready replicas."""
+        """Advance from now to now + dt with this number of ready replicas."""
         self._refuse(now_s)
         if ready <= 0:
             return
@@ -119,7 +123,7 @@ class Fleet:
             if head.count == 1 and part < head.left and head.left == 1:
                 if self.running > 0:
                     break
-                part = 1.0  # alone it always fits
+                part = 1.0  # a call always fits on idle replicas
             if part <= 0:
                 break
             part = min(part, room / head.prompt if head.prompt else part)
@@ -143,7 +147,7 @@ class Fleet:
 
     def _first_token(self, at_s: float, call: _Waiting, count: float, ready: int, rate: float) -> None:
         self.waiting_calls -= count
-        # The line is computed by all replicas at once, a call by one: it began when those before it were done.
+        # All replicas compute the queue together, but a call runs on one of them: it began when those ahead were done.
         own = call.prompt / rate
         begun = max(at_s - own / ready, call.at_s)
         first_s = begun + own

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.worker.engine.simulated.config import SimConfig
-from loadtests.sim.events import Agenda
+from loadtests.sim.events import EventQueue
 from loadtests.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
 from loadtests.sim.world import VOCAB, World, WorldConfig
 
@@ -111,14 +111,14 @@ def test_all_gateways_agree_when_all_has_been_told() -> None:
 
 def test_agenda_is_in_order_and_does_not_go_back() -> None:
     """By time, then by when it was planned; what is planned for the past is done now."""
-    agenda, done = Agenda(), list[str]()
-    agenda.at(2.0, lambda: done.append("late"))
-    agenda.at(1.0, lambda: done.append("first"))
-    agenda.at(1.0, lambda: agenda.at(0.0, lambda: done.append("past")))
-    agenda.every(0.8, lambda: done.append("tick"))
-    agenda.run_until(2.0)
+    event_queue, done = EventQueue(), list[str]()
+    event_queue.at(2.0, lambda: done.append("late"))
+    event_queue.at(1.0, lambda: done.append("first"))
+    event_queue.at(1.0, lambda: event_queue.at(0.0, lambda: done.append("past")))
+    event_queue.every(0.8, lambda: done.append("tick"))
+    event_queue.run_until(2.0)
     assert done == ["tick", "first", "past", "tick", "late"]
-    assert agenda.now == 2.0
+    assert event_queue.now == 2.0
 
 
 def test_tenants_that_cannot_be() -> None:
