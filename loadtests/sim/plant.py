@@ -4,9 +4,12 @@ A step computes one token for each running sequence and at most `chunk_tokens` o
 
     step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
 
-So time is shared linearly: with p prefilled and d decoded tokens and f steps a second, 1 = p / prefill + per_sequence *
-d + step * f. The constants of `SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6
-ms + 0.35 ms a sequence, 256 sequences, 524,288 tokens of cache).
+So time is shared linearly: with p prefilled and d decoded tokens and f steps a second,
+
+    1 = p / prefill + per_sequence * d + step * f
+
+The constants of `SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms + 0.35 ms
+a sequence, 256 sequences, 524,288 tokens of cache).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Placement groups, and the reasons why one cannot be had or must not be used."""
+"""Placement groups, and the reasons why one is impossible or must not be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
 
 
 def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = False) -> ModelSpec:
-    """A model of this shape."""
+    """A model with this parallelism."""
     return ModelSpec(
         name="m",
         source="/m",
@@ -78,7 +78,7 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """No reason against it."""
+    """These models have no reason against their placement."""
     assert why_unplaceable(model, nodes) == ""
 
 

@@ -1,4 +1,4 @@
-"""The policy with several types of GPU: what replicas are worth, where they go, and that one type is as if alone."""
+"""Scaling policy with several types of GPU: worth of replicas, their distribution, and models with one type."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ COUNTS = st.fixed_dictionaries({gpu: st.integers(0, 6) for gpu in TYPES})
 
 
 def replicas_of(**counts: int) -> Sequence[ReplicaSeen]:
-    """Ready ones."""
+    """Ready replicas by type."""
     return [ReplicaSeen(f"{gpu}-{n}", "ready", 0.0, gpu) for gpu, count in counts.items() for n in range(count)]
 
 
 def model(
     counts: dict[str, int], rates: dict[str, Rates] | None = None, room: dict[str, int] | None = None, **more: object
 ) -> ModelSeen:
-    """One that is called."""
+    """A model with demand."""
     given_: dict[str, object] = {"min_replicas": 0, "max_replicas": 40, "gpus": TYPES, **more}
     return ModelSeen(
         ModelSettings(**given_),  # type: ignore[arg-type]
@@ -55,12 +55,12 @@ def model(
 
 
 def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
-    """In the first round."""
+    """The decision of the first round."""
     return decide(Observation({"m": seen}, budget), Memory(), 0.0)[0][0]
 
 
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
-    """Against the first type whose rates are learnt; what is not learnt is taken to be alike."""
+    """A replica's worth is relative to the first type with learnt rates; types without rates count as equal."""
     seen = model({})
     assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
@@ -71,8 +71,7 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """As many in all as they are worth or a part of one more, never more ready than are ready; with one type nothing is
-    different."""
+    """A mix counts as its worth, rounded up, and no more are ready than ready ones are worth; one type is unchanged."""
     seen = model(ready)
     coming = [
         dataclasses.replace(one, state="starting", replica_id="s" + one.replica_id) for one in replicas_of(**starting)
@@ -92,8 +91,7 @@ def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: d
 def test_no_type_has_more_than_its_budget_or_its_places(
     have: dict[str, int], room: dict[str, int], budget: dict[str, int], wanted: int, by_hand: bool
 ) -> None:
-    """Of each type GPUs within the budget, and of every type but the first no more than there are places; and no less
-    than is wanted while a type has both."""
+    """No type exceeds its GPU budget, none but the first its capacity; no fewer than wanted while a type has both."""
     seen = model(have, room=room, manual=wanted) if by_hand else model(have, room=room, min_replicas=wanted)
     decision = decided(seen, **budget)
     got = {gpu: decision.replicas.get(gpu, 0) for gpu in TYPES}
@@ -112,7 +110,7 @@ def test_no_type_has_more_than_its_budget_or_its_places(
 
 @given(COUNTS, st.integers(1, 10))
 def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
-    """A replica on a later type stays while it is wanted, whatever room there is on an earlier one."""
+    """A wanted replica on a later type stays, whatever the capacity of an earlier one."""
     total = sum(have.values())
     kept = decided(model(have, room={"H100": 6, "L4": 6}, manual=total))
     assert {gpu: kept.replicas.get(gpu, 0) for gpu in TYPES} == have
@@ -121,7 +119,7 @@ def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
 
 
 def test_lesser_replicas_come_in_greater_numbers() -> None:
-    """What two of the first type do takes eight of the other where the first is full, and no more than may be."""
+    """Eight replicas of the weaker type replace two of the first where that is full, up to the maximum."""
     settled = dataclasses.replace(model({"H100": 1}, room={"H100": 1, "L4": 9}), demand={})
     busy = ClassDemand(arrived_requests=100, arrived_prompt_tokens=200_000, expected_output_tokens=60_000)
     memory, at = Memory(), 0.0
@@ -142,7 +140,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """In replicas of the unit, where they are of several types."""
+    """The decision reports the shortage, in replicas of the unit if there are several types."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"
