@@ -60,27 +60,27 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
     The value starts at 0. While the hypothesis is true, it ever exceeds log(1/a) with a probability of at most a.
     """
     terms = []
-    for worse in GRID:
-        odds = chance / (1.0 - chance) * math.exp(worse)
+    for degradation in GRID:
+        odds = chance / (1.0 - chance) * math.exp(degradation)
         bet = odds / (1.0 + odds)
         terms.append(losses * math.log(bet / chance) + wins * math.log((1.0 - bet) / (1.0 - chance)))
-    most = max(terms)
-    return most + math.log(sum(math.exp(term - most) for term in terms) / len(terms))
+    largest = max(terms)
+    return largest + math.log(sum(math.exp(term - largest) for term in terms) / len(terms))
 
 
 def judge(stays: CanaryTally, trial: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
     """Decide whether the canary must be rolled back. A ratio of 0 disables its test."""
-    enough = -math.log(ALPHA)
+    threshold = -math.log(ALPHA)
     if error_ratio and trial.errors >= MIN_ERRORS and trial.calls and stays.calls:
         allowed = error_ratio * trial.calls
         chance = allowed / (allowed + stays.calls)
-        if log_evidence(trial.errors, stays.errors, chance) > enough:
+        if log_evidence(trial.errors, stays.errors, chance) > threshold:
             return CanaryVerdict(
                 True,
                 f"{trial.errors} of its {trial.calls} calls failed, {stays.errors} of {stays.calls} of the other: "
                 f"more than {error_ratio:g} times as often",
             )
-    if ttft_ratio and trial.pairs and log_evidence(trial.slower, trial.pairs - trial.slower, 0.5) > enough:
+    if ttft_ratio and trial.pairs and log_evidence(trial.slower, trial.pairs - trial.slower, 0.5) > threshold:
         return CanaryVerdict(
             True,
             f"in {trial.slower} of {trial.pairs} pairs of calls its first token took more than {ttft_ratio:g} times as "

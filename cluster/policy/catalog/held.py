@@ -23,9 +23,9 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
     All calls go to the version with the most running replicas.
     """
     by_version: dict[str, list[Observed]] = {}
-    for seen in apps:
-        by_version.setdefault(seen.version, []).append(seen)
-    order = sorted(by_version, key=lambda version: -sum(one.running for one in by_version[version]))
+    for app in apps:
+        by_version.setdefault(app.version, []).append(app)
+    order = sorted(by_version, key=lambda version: -sum(app.running for app in by_version[version]))
     if not order:
         return lifecycle.entry(spec, ModelState.FAILED, None, known=Known(trouble=WHY))
     versions = []
@@ -44,5 +44,5 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
                 desired=whole.target if whole is not None else 0,
             )
         )
-    told = lifecycle.entry_of(versions)
-    return replace(told, state_reason="; ".join(filter(None, (told.state_reason, WHY))))
+    entry = lifecycle.entry_of(versions)
+    return replace(entry, state_reason="; ".join(filter(None, (entry.state_reason, WHY))))

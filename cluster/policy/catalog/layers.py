@@ -17,7 +17,7 @@ def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
     which their names first appear. Raises ValueError for an entry without a name and for a name that occurs twice in
     one layer.
     """
-    found: dict[str, dict[str, Any]] = {}
+    merged: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(layers):
         seen: set[str] = set()
         for i, entry in enumerate(layer):
@@ -25,20 +25,20 @@ def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"layer {number + 1}: models[{i}]: has no name")
             if name in seen:
-                raise ValueError(f"layer {number + 1}: models[{i}]: {name!r} is there twice in one file")
+                raise ValueError(f"layer {number + 1}: models[{i}]: {name!r} occurs twice in one file")
             seen.add(name)
-            found[name] = _over(found.get(name, {}), entry)
-    return tuple(found.values())
+            merged[name] = _merge(merged.get(name, {}), entry)
+    return tuple(merged.values())
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, Mapping):
             old = merged.get(key)
-            merged[key] = _over(old if isinstance(old, Mapping) else {}, value)
+            merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
         else:
             merged[key] = value
     return merged
@@ -61,25 +61,25 @@ def promoted(entry: Entry) -> dict[str, Any]:
 
 def changes(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
     """Differences between two catalogs, by name. `restarts` maps each model whose replicas restart to the reason."""
-    found = []
+    listed = []
     for name in sorted(now.keys() | then.keys()):
         before, after = now.get(name), then.get(name)
         if before == after:
             continue
         kind = "add" if before is None else "remove" if after is None else "change"
         differences = tuple(_differences("", before or {}, after or {})) if kind == "change" else ()
-        found.append(Change(name, kind, differences, restarts.get(name, "")))
-    return tuple(found)
+        listed.append(Change(name, kind, differences, restarts.get(name, "")))
+    return tuple(listed)
 
 
 def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for key in sorted(before.keys() | after.keys()):
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
         if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in at least one of them
-            found += _differences(f"{where}.", old or {}, new or {})
+            differences += _differences(f"{where}.", old or {}, new or {})
         else:
-            found.append(Difference(where, old, new))
-    return found
+            differences.append(Difference(where, old, new))
+    return differences

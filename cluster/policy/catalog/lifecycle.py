@@ -85,20 +85,20 @@ def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed
 
     Returns None if there is none. Failures of wanted applications are reported even while others serve.
     """
-    there = [one for one in wanted if not one.deleting]
-    others = [one for one in before if not one.deleting]
+    there = [app for app in wanted if not app.deleting]
+    others = [app for app in before if not app.deleting]
     if not there and not others:
         return wanted[0] if wanted else None
     first = (there or others)[0]
     return dataclasses.replace(
         first,
-        target=sum(one.target for one in there or others),
-        running=sum(one.running for one in (*there, *others)),
-        placed=sum(one.placed for one in (*there, *others)),
-        leaving=sum(one.leaving for one in (*there, *others)),
-        gave_up=bool(there) and all(one.gave_up for one in there),
-        refused=bool(there) and all(one.refused for one in there),
-        trouble=next((one.trouble for one in there if one.trouble), ""),
+        target=sum(app.target for app in there or others),
+        running=sum(app.running for app in (*there, *others)),
+        placed=sum(app.placed for app in (*there, *others)),
+        leaving=sum(app.leaving for app in (*there, *others)),
+        gave_up=bool(there) and all(app.gave_up for app in there),
+        refused=bool(there) and all(app.refused for app in there),
+        trouble=next((app.trouble for app in there if app.trouble), ""),
     )
 
 
@@ -141,13 +141,13 @@ class Version:
     changing: bool = False
     """Whether another application of this version is to replace the one that serves."""
     lost: str = ""
-    """How its replicas' engines ended in the last minutes."""
+    """Summary of its engines' ends in the last minutes."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
     """Catalog entry of a model with all its versions, the stable one first."""
     stays = versions[0]
-    told = entry(
+    stable = entry(
         stays.spec,
         stays.state,
         stays.seen,
@@ -158,18 +158,18 @@ def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_s
         cold_start_s=cold_start_s,
     )
     parts = tuple(_share(version) for version in versions)
-    state, reasons = stays.state, [] if not told.state_reason else [told.state_reason]
-    if state is not ModelState.READY and any(one.state is ModelState.READY and one.weight for one in parts):
-        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {told.state_reason}"]
-    reasons += [f"{one.version}: {one.state_reason}" for one in parts[1:] if one.state_reason]
+    state, reasons = stays.state, [] if not stable.state_reason else [stable.state_reason]
+    if state is not ModelState.READY and any(part.state is ModelState.READY and part.weight for part in parts):
+        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {stable.state_reason}"]
+    reasons += [f"{part.version}: {part.state_reason}" for part in parts[1:] if part.state_reason]
     if stays.changing and state is ModelState.READY:
         reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stays)) else ""))
     return dataclasses.replace(
-        told,
+        stable,
         state=state,
         state_reason="; ".join(reasons),
-        replicas=sum(one.replicas for one in parts),
-        replicas_desired=sum(one.replicas_desired for one in parts),
+        replicas=sum(part.replicas for part in parts),
+        replicas_desired=sum(part.replicas_desired for part in parts),
         versions=parts,
         retired=tuple(sorted(retired)),
     )
@@ -266,8 +266,7 @@ def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable:
 
 
 def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """The entry, completed with fields of an earlier one that no worker reports now, so that an idle model stays
-    tokenizable."""
+    """The entry, with gaps filled from an earlier one, so that a model without workers stays tokenizable."""
     if entry_before is None:
         return now
     return dataclasses.replace(
@@ -286,7 +285,7 @@ def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEnt
 
 def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
     """Keep what workers of the same version and revision reported earlier."""
-    old = next((one for one in before if (one.version, one.revision) == (now.version, now.revision)), None)
+    old = next((share for share in before if (share.version, share.revision) == (now.version, now.revision)), None)
     if old is None:
         return now
     return dataclasses.replace(

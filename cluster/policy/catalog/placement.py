@@ -80,12 +80,12 @@ def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> st
     free = [dict(node) for node in nodes]
     free.sort(key=lambda node: -node.get("GPU", 0.0))
     for bundle in wanted.bundles:
-        home = next((node for node in free if _fits(bundle, node)), None)
-        if home is None:
+        chosen = next((node for node in free if _fits(bundle, node)), None)
+        if chosen is None:
             have = _say(_total(nodes), need)
             return f"cannot be placed: needs {_say(need, need)} over all nodes, and they have {have} in all"
         for name, amount in bundle.items():
-            home[name] -= amount
+            chosen[name] -= amount
     return ""
 
 
@@ -100,7 +100,7 @@ def capacity(
         return 1_000_000
     mark = f"accelerator_type:{spec.gpu}"
     gpus = sum(node.get("GPU", 0.0) for node in nodes if not spec.gpu or mark in node)
-    used = sum(world_size(one) * count for one, count in others if one.gpu == spec.gpu and not is_simulated(one))
+    used = sum(world_size(o) * count for o, count in others if o.gpu == spec.gpu and not is_simulated(o))
     return max(int((gpus - used) // world_size(spec)), 0)
 
 

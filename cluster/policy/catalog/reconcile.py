@@ -19,8 +19,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 RETRY_S = 60.0
-"""Pause before an application that Ray gave up on is deployed again. A refused one is retried only with a changed
-entry."""
+"""Pause before a failed application is deployed again. One that Ray refused needs a changed entry."""
 SETTLE_S = 30.0
 """Time for which a deployed application may show nothing on Ray before it is deployed again."""
 SURGE_WAIT_S = 20.0
@@ -36,8 +35,8 @@ def app_name(model: str, version: str, digest: str) -> str:
 
 def app_parts(app: str) -> tuple[str, str, str]:
     """Inverse of `app_name`: model, version and digest. A name of another form is returned as the model."""
-    found = _APP.fullmatch(app)
-    return (found["model"], found["version"], found["digest"]) if found else (app, "", "")
+    match = _APP.fullmatch(app)
+    return (match["model"], match["version"], match["digest"]) if match else (app, "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +166,11 @@ def reconcile(
         elif (replicas := _makes_room(waited_for[0], observed.get(waited_for[0].app), old, now_s)) != old.target:
             actions.append(Scale(old.app, replicas, old.ray))
     for want in wanted:
-        there = any(one.model == want.model and not one.deleting for one in observed.values())
+        there = any(app.model == want.model and not app.deleting for app in observed.values())
         action = _step(want, observed.get(want.app), now_s, begins=want.model not in frozen or not there)
         if action is not None:
             actions.append(action)
-    return Plan(tuple(sorted(actions, key=lambda one: not isinstance(one, Delete))), frozenset(retired))
+    return Plan(tuple(sorted(actions, key=lambda action: not isinstance(action, Delete))), frozenset(retired))
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:

@@ -39,8 +39,10 @@ def equal(tenant: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class FairStatistics:
-    """Counts of one order. `spread`: largest difference of two backlogged counters of a class, in weighted tokens by
-    weight."""
+    """Counts of one order.
+
+    `spread`: largest difference of two backlogged counters of one class, in weighted tokens by weight.
+    """
 
     flows: int
     backlogged: int

@@ -53,13 +53,13 @@ class WorkerTotals:
         if known is None or known[0] != incarnation:
             known = self._workers[worker] = (incarnation, {})
         book = known[1]
-        for one in totals:
-            key = FlowKey(one.rank, one.tenant)
+        for served in totals:
+            key = FlowKey(served.rank, served.tenant)
             total, by_link = book.get(key, (0.0, 0.0))
-            if one.by_this_link < by_link and one.by_this_link == 0.0:
+            if served.by_this_link < by_link and served.by_this_link == 0.0:
                 by_link = 0.0  # a new link; the end of the old one was not reported
-            book[key] = (one.total, one.by_this_link)
-            difference = (one.total - total) - (one.by_this_link - by_link)
+            book[key] = (served.total, served.by_this_link)
+            difference = (served.total - total) - (served.by_this_link - by_link)
             if difference and not first:
                 yield key, difference
 
@@ -96,8 +96,8 @@ class PeerBacklogs:
     def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
         """Drop gateways without a report since `when`. Returns how the sums change."""
         sums: dict[FlowKey, Backlog] = {}
-        for gateway, (said, waiting) in list(self._reports.items()):
-            if said < when:
+        for gateway, (reported_at, waiting) in list(self._reports.items()):
+            if reported_at < when:
                 del self._reports[gateway]
                 for key, backlog in waiting.items():
                     requests, service = sums.get(key, (0, 0.0))

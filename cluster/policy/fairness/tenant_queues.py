@@ -54,7 +54,7 @@ class TenantQueues:
         line.tokens += waiting.tokens
         line.entered.append(waiting)
         if len(line.entered) > 2 * line.requests + 32:
-            line.entered = deque(one for one in line.entered if self._is_waiting(one))
+            line.entered = deque(entered for entered in line.entered if self._is_waiting(entered))
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 

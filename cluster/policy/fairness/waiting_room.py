@@ -210,7 +210,7 @@ class WaitingRoom:
 
     def _check_tenant_bounds(self, waiting: Waiting) -> Outcome | None:
         if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
         if self._tenant_bounds is None:
             return None
         requests, tokens = self._tenant_queues.tenant(waiting.tenant)
@@ -227,7 +227,7 @@ class WaitingRoom:
 
     def _add(self, waiting: Waiting, now: float) -> Order:
         if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
         self._now = max(self._now, now)
         self._stays += 1
         self._entries[waiting.call_id] = (waiting, self._stays)

@@ -56,7 +56,9 @@ class TokenWeights:
 
     def __post_init__(self) -> None:
         if not all(0 < x <= 1000 for x in (self.input, self.output)):
-            raise ValueError("weights of tokens must lie above 0 and at most at 1000")
+            raise ValueError(
+                f"token weights must be above 0 and at most 1000, got input={self.input}, output={self.output}"
+            )
 
     def sum(self, prompt_tokens: int, output_tokens: int) -> int:
         """Weighted tokens, rounded up."""
@@ -118,9 +120,7 @@ class LimitRefusal:
         if self.retry_after_s is NEVER:
             return f"this call alone exceeds {name} ({self.limit}); ask for fewer tokens or for a higher limit"
         if self.outcome is Outcome.BUDGET_EXHAUSTED:
-            return (
-                f"{name} are used up ({self.remaining} of {self.limit} left); they begin anew in {self.reset_s:.0f} s"
-            )
+            return f"{name} are used up ({self.remaining} of {self.limit} left); they are reset in {self.reset_s:.0f} s"
         return f"{name} reached ({self.remaining} of {self.limit} left); retry in {self.retry_after_s:.1f} s"
 
 
@@ -401,9 +401,9 @@ def _budget_left(limits: TenantLimits, use: TenantUse) -> int:
 
 
 def _standings(limits: TenantLimits, use: TenantUse, now: float) -> tuple[LimitUse | None, LimitUse | None]:
-    def one(limit: int | None, window: SlidingSum) -> LimitUse | None:
+    def limit_use(limit: int | None, window: SlidingSum) -> LimitUse | None:
         if limit is None:
             return None
         return LimitUse(limit, max(limit - window.total, 0), window.empties_in_s(now))
 
-    return one(limits.requests_per_minute, use.requests), one(limits.tokens_per_minute, use.tokens)
+    return limit_use(limits.requests_per_minute, use.requests), limit_use(limits.tokens_per_minute, use.tokens)

@@ -207,9 +207,11 @@ SCORERS = (
 computed."""
 
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
-"""For resumed calls. They go back to the worker that holds their KV blocks, if only the gateway was lost. Otherwise a
-burst is spread evenly, whatever the workers' queues at the last heartbeat: the last call of the burst waits for the
-longest step."""
+"""Scorers for resumed calls: first the worker that holds their KV blocks, if only the gateway was lost.
+
+Otherwise a burst is spread evenly, whatever the workers' queues at the last heartbeat: the last call of the burst waits
+for the longest step.
+"""
 
 
 class Router:

@@ -26,7 +26,7 @@ class ScalingRequests:
         if replicas is not None:
             most = max(spec.max_replicas, spec.min_replicas)
             if not 0 <= replicas <= most:
-                raise invalid("replicas", f"must be in 0 to {most}, the most that {spec.name} may have; got {replicas}")
+                raise invalid("replicas", f"must be 0 to {most} (max_replicas of {spec.name}), got {replicas}")
             manual[spec.name] = replicas
         self._ask(dataclasses.replace(asked, manual=manual))
         standing = self._scaler.standing(spec.name)
@@ -58,7 +58,7 @@ class ScalingRequests:
     def _named(self, name: str) -> ModelSpec:
         spec = self._scaler.find(name)
         if spec is None:
-            raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not one that is to run")
+            raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not in the catalog")
         return spec
 
     def _ask(self, asked: OperatorRequest) -> None:

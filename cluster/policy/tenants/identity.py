@@ -131,20 +131,20 @@ class AccessSnapshot:
             "sequence": self.sequence,
             "taken_at_s": self.taken_at_s,
             "tenants": [
-                {"policy": one.policy.as_json(), "origin": one.origin, "model_aliases": dict(one.model_aliases)}
-                for one in self.tenants.values()
+                {"policy": entry.policy.as_json(), "origin": entry.origin, "model_aliases": dict(entry.model_aliases)}
+                for entry in self.tenants.values()
             ],
             "keys": [
                 {
-                    "id": one.id,
-                    "tenant": one.tenant,
-                    "digest": one.digest.hex(),
-                    "name": one.name,
-                    "role": one.role,
-                    "expires_at_s": None if math.isinf(one.expires_at_s) else one.expires_at_s,
-                    "revoked": one.revoked,
+                    "id": key.id,
+                    "tenant": key.tenant,
+                    "digest": key.digest.hex(),
+                    "name": key.name,
+                    "role": key.role,
+                    "expires_at_s": None if math.isinf(key.expires_at_s) else key.expires_at_s,
+                    "revoked": key.revoked,
                 }
-                for one in self.keys.values()
+                for key in self.keys.values()
             ],
         }
 
@@ -152,20 +152,20 @@ class AccessSnapshot:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Inverse of `as_json`. Raises ValueError, KeyError or TypeError for invalid values."""
         tenants = [
-            TenantEntry(TenantPolicy.from_json(one["policy"]), one["origin"], dict(one["model_aliases"]))
-            for one in value["tenants"]
+            TenantEntry(TenantPolicy.from_json(entry["policy"]), entry["origin"], dict(entry["model_aliases"]))
+            for entry in value["tenants"]
         ]
         keys = [
             KeyEntry(
-                one["id"],
-                one["tenant"],
-                bytes.fromhex(one["digest"]),
-                one["name"],
-                one["role"],
-                math.inf if one["expires_at_s"] is None else float(one["expires_at_s"]),
-                bool(one["revoked"]),
+                key["id"],
+                key["tenant"],
+                bytes.fromhex(key["digest"]),
+                key["name"],
+                key["role"],
+                math.inf if key["expires_at_s"] is None else float(key["expires_at_s"]),
+                bool(key["revoked"]),
             )
-            for one in value["keys"]
+            for key in value["keys"]
         ]
         return cls.of(tenants, keys, int(value["sequence"]), float(value["taken_at_s"]))
 
@@ -269,10 +269,10 @@ def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule])
     case. Wildcards are not supported, because a wildcard certificate would then stand for every tenant below it.
     """
     owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
-    found = [name for name in map(_canonical, names) if name in owners]
-    if len({owners[name] for name in found}) != 1:
+    matches = [name for name in map(_canonical, names) if name in owners]
+    if len({owners[name] for name in matches}) != 1:
         return None
-    return CertificateOwner(*owners[found[0]], found[0])
+    return CertificateOwner(*owners[matches[0]], matches[0])
 
 
 def _with_kind(san: str) -> str:

@@ -45,16 +45,16 @@ class TenantLimits:
     monthly_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
+        for name in (limit.name for limit in dataclasses.fields(self)):
+            value = getattr(self, name)
             if value is None:
                 continue
             if not _is_int(value):
-                raise PolicyError(one.name, f"must be a whole number, not {value!r}")
+                raise PolicyError(name, f"must be a whole number, not {value!r}")
             if value < 1:
-                raise PolicyError(one.name, "must be 1 or more; leave it out for no limit, suspend a tenant to stop it")
+                raise PolicyError(name, "must be 1 or more; leave it out for no limit, suspend a tenant to stop it")
             if value > MAX_LIMIT:
-                raise PolicyError(one.name, f"must not exceed {MAX_LIMIT}; leave it out for no limit")
+                raise PolicyError(name, f"must not exceed {MAX_LIMIT}; leave it out for no limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +144,10 @@ class Retention:
     prompts_days: int | None = None
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
+        for name in (period.name for period in dataclasses.fields(self)):
+            value = getattr(self, name)
             if value is not None and (not _is_int(value) or not 0 <= value <= 36_500):
-                raise PolicyError(one.name, "must be a whole number of days from 0 to 36500")
+                raise PolicyError(name, "must be a whole number of days from 0 to 36500")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ def _fits(hint: Any, value: object) -> bool:
     if hint is type(None):
         return value is None
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return any(_fits(one, value) for one in typing.get_args(hint))
+        return any(_fits(option, value) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str)  # the class checks the allowed words itself
     return isinstance(value, hint)
@@ -291,6 +291,6 @@ def _fits(hint: Any, value: object) -> bool:
 
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_name(one) for one in typing.get_args(hint))
+        return " or ".join(_name(option) for option in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))

@@ -147,7 +147,7 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
     order = order_of(call("x", "a"))
     report = [ServedTotal(0, "a", 1000.0, 400.0)]
     order.served("w", "i1", report, 0.0)
-    assert order.counter("a") == 0.0  # from when it counts, nobody knows
+    assert order.counter("a") == 0.0  # the start of its total is unknown
     for _ in range(2):
         order.served("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
     assert order.counter("a") == 300.0
@@ -217,7 +217,7 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
         for name in "01":
             gateway.served(name, "i", [], 0.0)
         for tenant in "ab":
-            gateway.push(call(f"always-{tenant}", tenant), 0.0)  # nobody is lifted
+            gateway.push(call(f"always-{tenant}", tenant), 0.0)  # no tenant is lifted
     for number, (tenant, predicted, actual) in enumerate(calls):
         at, worker = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([0, 1]))
         gateway, call_id = gateways[at], str(number)
@@ -447,8 +447,8 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
 
 
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
-    """With half of the outputs cut at 10 and the others ending at 40, 40 tokens are expected of a call that may have
-    40, not 25. The mean is that of the observed lengths."""
+    """Cut outputs only give a lower bound: with half cut at 10 and half ending at 40, a call that may have 40 tokens is
+    expected to have 40, not 25. The mean is that of the observed lengths."""
     learnt = LearntOutputs()
     for _ in range(KEPT // 2):
         learnt.observe("a", "m", 10, cut=True)

@@ -35,11 +35,11 @@ class DemandLevels:
 
     seen_s: float
     means: Floats
-    """By SPANS."""
+    """Mean loads, one for each of SPANS."""
     signals: Floats
-    """By level and fall, flat."""
+    """Flat array, by level and then by fall."""
     stray: Floats
-    """By signal: mean absolute distance of the load from its forecast one cold start before."""
+    """Mean absolute distance of the load from the forecast of one cold start before, by signal."""
     weights: Floats
     """Weights of the mixture, by SPANS and a constant."""
     spread: Floats

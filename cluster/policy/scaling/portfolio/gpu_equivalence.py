@@ -28,13 +28,13 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
     """Worth of a replica of this type, in replicas of the unit."""
     if len(seen.settings.gpus) == 1:
         return 1.0
-    one, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
-    if not (one.prefill_tokens_per_s and one.decode_tokens_per_s):
+    rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
+    if not (rates.prefill_tokens_per_s and rates.decode_tokens_per_s):
         return 1.0
     if not (unit.prefill_tokens_per_s and unit.decode_tokens_per_s):
         return 1.0
-    prefill = one.prefill_tokens_per_s / unit.prefill_tokens_per_s
-    return min(prefill, one.decode_tokens_per_s / unit.decode_tokens_per_s)
+    prefill = rates.prefill_tokens_per_s / unit.prefill_tokens_per_s
+    return min(prefill, rates.decode_tokens_per_s / unit.decode_tokens_per_s)
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:

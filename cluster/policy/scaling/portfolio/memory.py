@@ -84,7 +84,7 @@ class ModelMemory:
     down: tuple[float, int] | None = None
     """The last scale-down: its time, and the number of replicas before it."""
     cut_s: float | None = None
-    """When wanted replicas last went to other models."""
+    """Time when wanted replicas last went to other models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,11 @@ class ReplicaSeen:
     replica_id: str
     state: ReplicaState
     since_s: float
-    """When it entered its state."""
+    """Time when it entered its state."""
     gpu: str = ""
     running: int = 0
     kv_use: float = 0.0
-    """In [0, 1]."""
+    """Used share of the KV cache, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
