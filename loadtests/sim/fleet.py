@@ -68,7 +68,7 @@ class Fleet:
         """Predicted output tokens of all arrivals, corrected when streams exceed the prediction and when they end."""
         self.on_end: Callable[[float, float], None] = lambda count, tokens: None
         """Called with (number of calls, output tokens of each) when calls end."""
-        self._line: deque[_Waiting] = deque()
+        self._queue: deque[_Waiting] = deque()
         self._streams: list[tuple[float, int, float, float, float, float, float]] = []
         self._growing: list[tuple[float, float]] = []
         self._beyond = 0.0
@@ -77,7 +77,7 @@ class Fleet:
 
     def arrive(self, now_s: float, call: Arrival) -> None:
         """Append calls to the queue."""
-        self._line.append(_Waiting(now_s, call))
+        self._queue.append(_Waiting(now_s, call))
         self.arrived += call.count
         self.expected_tokens += call.count * call.expected
         self.waiting_calls += call.count
@@ -90,13 +90,13 @@ class Fleet:
     @property
     def oldest_at_s(self) -> float | None:
         """Arrival time of the head of the queue; None if empty."""
-        return self._line[0].at_s if self._line else None
+        return self._queue[0].at_s if self._queue else None
 
     def _refuse(self, now_s: float) -> None:
         """Refuse calls that have waited too long. A call whose prompt is being computed no longer counts as waiting."""
-        line = self._line
-        while line and now_s - line[0].at_s > MAX_WAIT_S and (line[0].count > 1 or line[0].left == 1):
-            call = line.popleft()
+        queue = self._queue
+        while queue and now_s - queue[0].at_s > MAX_WAIT_S and (queue[0].count > 1 or queue[0].left == 1):
+            call = queue.popleft()
             self.late += call.left
             self.waiting_calls -= call.left
             self.waiting_tokens -= call.left * call.prompt
@@ -115,9 +115,9 @@ class Fleet:
             redone = min(self.moved_tokens, room)
             self.moved_tokens -= redone
             room -= redone
-        line, most_kv, most_running = self._line, ready * model.kv_tokens, ready * model.max_running
-        while line and room > 0:
-            head = line[0]
+        queue, most_kv, most_running = self._queue, ready * model.kv_tokens, ready * model.max_running
+        while queue and room > 0:
+            head = queue[0]
             tokens = head.prompt + head.output
             part = min(head.left, (most_kv - self.kv) / tokens, most_running - self.running)
             if head.count == 1 and part < head.left and head.left == 1:
@@ -134,12 +134,12 @@ class Fleet:
             if head.count == 1:
                 if head.left > 1e-9:
                     break
-                line.popleft()
+                queue.popleft()
                 self._first_token(now_s + dt * (1 - room / total), head, 1.0, ready, rate)
             else:
                 self._first_token(now_s + dt * (1 - room / total), head, part, ready, rate)
                 if head.left <= 1e-6:
-                    line.popleft()
+                    queue.popleft()
                 else:
                     break
         used = (total - room) / ready / dt

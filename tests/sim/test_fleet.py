@@ -42,6 +42,6 @@ def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int
         begun = sum(count for _, _, count, *_ in fleet._streams if count > 0)
         judged = fleet.good + fleet.late + fleet.slow + begun
         assert judged + fleet.waiting_calls == pytest.approx(fleet.arrived, abs=1e-3)
-        assert fleet.oldest_at_s is None or now_s - fleet.oldest_at_s <= MAX_WAIT_S or fleet._line[0].left < 1
-    if not fleet._streams and not fleet._line:
+        assert fleet.oldest_at_s is None or now_s - fleet.oldest_at_s <= MAX_WAIT_S or fleet._queue[0].left < 1
+    if not fleet._streams and not fleet._queue:
         assert fleet.expected_tokens == pytest.approx(made, rel=1e-6, abs=1.0)

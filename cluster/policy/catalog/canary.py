@@ -68,22 +68,22 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
     return largest + math.log(sum(math.exp(term - largest) for term in terms) / len(terms))
 
 
-def judge(stays: CanaryTally, trial: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
+def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
     """Decide whether the canary must be rolled back. A ratio of 0 disables its test."""
     threshold = -math.log(ALPHA)
-    if error_ratio and trial.errors >= MIN_ERRORS and trial.calls and stays.calls:
-        allowed = error_ratio * trial.calls
-        chance = allowed / (allowed + stays.calls)
-        if log_evidence(trial.errors, stays.errors, chance) > threshold:
+    if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
+        allowed = error_ratio * canary.calls
+        chance = allowed / (allowed + stable.calls)
+        if log_evidence(canary.errors, stable.errors, chance) > threshold:
             return CanaryVerdict(
                 True,
-                f"{trial.errors} of its {trial.calls} calls failed, {stays.errors} of {stays.calls} of the other: "
+                f"{canary.errors} of its {canary.calls} calls failed, {stable.errors} of {stable.calls} of the other: "
                 f"more than {error_ratio:g} times as often",
             )
-    if ttft_ratio and trial.pairs and log_evidence(trial.slower, trial.pairs - trial.slower, 0.5) > threshold:
+    if ttft_ratio and canary.pairs and log_evidence(canary.slower, canary.pairs - canary.slower, 0.5) > threshold:
         return CanaryVerdict(
             True,
-            f"in {trial.slower} of {trial.pairs} pairs of calls its first token took more than {ttft_ratio:g} times as "
-            "long as the other's",
+            f"in {canary.slower} of {canary.pairs} pairs of calls its first token took more than {ttft_ratio:g} times "
+            "as long as the other's",
         )
     return CanaryVerdict()

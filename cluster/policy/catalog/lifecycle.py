@@ -146,26 +146,29 @@ class Version:
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
     """Catalog entry of a model with all its versions, the stable one first."""
-    stays = versions[0]
-    stable = entry(
-        stays.spec,
-        stays.state,
-        stays.seen,
-        reported=stays.reported,
-        known=stays.known,
-        unplaceable=stays.unplaceable,
-        lost=stays.lost,
+    stable = versions[0]
+    stable_entry = entry(
+        stable.spec,
+        stable.state,
+        stable.seen,
+        reported=stable.reported,
+        known=stable.known,
+        unplaceable=stable.unplaceable,
+        lost=stable.lost,
         cold_start_s=cold_start_s,
     )
     parts = tuple(_share(version) for version in versions)
-    state, reasons = stays.state, [] if not stable.state_reason else [stable.state_reason]
+    state, reasons = stable.state, [] if not stable_entry.state_reason else [stable_entry.state_reason]
     if state is not ModelState.READY and any(part.state is ModelState.READY and part.weight for part in parts):
-        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {stable.state_reason}"]
+        state, reasons = (
+            ModelState.READY,
+            [f"{stable.spec.version} is {stable.state.lower()}: {stable_entry.state_reason}"],
+        )
     reasons += [f"{part.version}: {part.state_reason}" for part in parts[1:] if part.state_reason]
-    if stays.changing and state is ModelState.READY:
-        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stays)) else ""))
+    if stable.changing and state is ModelState.READY:
+        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stable)) else ""))
     return dataclasses.replace(
-        stable,
+        stable_entry,
         state=state,
         state_reason="; ".join(reasons),
         replicas=sum(part.replicas for part in parts),

@@ -54,20 +54,20 @@ class ReplicaShare:
 
 
 def shares(
-    stays: tuple[str, str], trial: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
+    stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
 ) -> tuple[ReplicaShare, ...]:
     """Versions with their shares of the calls, the stable one first. Weights of those that run add up to 1.
 
-    `stays` is the stable version and its digest; `trial` is the canary with its digest and the file's weight. `marks`
+    `stable` is a version and its digest; `canary` is another one with its digest and the file's weight. `marks`
     are keyed by version.
     """
-    version, digest = stays
+    version, digest = stable
     own = marks.get(version)
     own = own if own is not None and own.digest == digest else None
     first = ReplicaShare(version, 1.0, quarantined=own is not None and own.quarantined)
-    if trial is None:
+    if canary is None:
         return (first,)
-    name, digest, weight = trial
+    name, digest, weight = canary
     mark = marks.get(name)
     if mark is None or mark.digest != digest:
         mark = VersionMark(digest)
@@ -86,12 +86,12 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
     """
     if not total or len(parts) == 1:
         return {part.version: 0 if part.gone else total for part in parts}
-    stays, trial = parts
-    if trial.gone:
-        return {stays.version: total, trial.version: 0}
-    tried = max(1, math.ceil(round(total * trial.weight, 6)))
-    kept = max(1, math.ceil(round(total * (1.0 - trial.weight), 6)))
-    return {stays.version: kept, trial.version: tried}
+    stable, canary = parts
+    if canary.gone:
+        return {stable.version: total, canary.version: 0}
+    tried = max(1, math.ceil(round(total * canary.weight, 6)))
+    kept = max(1, math.ceil(round(total * (1.0 - canary.weight), 6)))
+    return {stable.version: kept, canary.version: tried}
 
 
 def total_of(replicas: int, parts: Sequence[ReplicaShare]) -> int:

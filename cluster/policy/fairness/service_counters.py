@@ -29,7 +29,7 @@ class FlowKey(NamedTuple):
     tenant: str
 
 
-class Line:
+class FifoQueue:
     """FIFO queue with serial numbers; O(1) except for removals from the middle."""
 
     __slots__ = ("_first", "_gone", "_line")
@@ -76,10 +76,10 @@ class Line:
         return serial - self._first - bisect_left(self._gone or (), serial)
 
     def __repr__(self) -> str:
-        return f"Line({len(self)} waiting)"
+        return f"FifoQueue({len(self)} waiting)"
 
 
-class Flow(Line):
+class Flow(FifoQueue):
     """One tenant's queue for a model and class, and its weighted service by its weight (`counter`).
 
     It is a single object, so that a turn among ten thousand tenants touches little uncached memory.

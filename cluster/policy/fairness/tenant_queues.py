@@ -37,35 +37,35 @@ class TenantQueues:
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 
-    def tenant(self, tenant: str) -> tuple[int, int]:
+    def waiting_of(self, tenant: str) -> tuple[int, int]:
         """Waiting requests and tokens of a tenant, in all classes."""
-        lines = [lines[tenant] for lines in self._ranks.values() if tenant in lines]
-        return sum(line.requests for line in lines), sum(line.tokens for line in lines)
+        queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
+        return sum(queue.requests for queue in queues), sum(queue.tokens for queue in queues)
 
     def add(self, waiting: Waiting) -> None:
         """Add a waiting sequence."""
-        lines = self._ranks.get(waiting.rank)
-        if lines is None:
-            lines = self._ranks[waiting.rank] = {}
-        line = lines.get(waiting.tenant)
-        if line is None:
-            line = lines[waiting.tenant] = _TenantQueue()
-        line.requests += 1
-        line.tokens += waiting.tokens
-        line.entered.append(waiting)
-        if len(line.entered) > 2 * line.requests + 32:
-            line.entered = deque(entered for entered in line.entered if self._is_waiting(entered))
+        queues = self._ranks.get(waiting.rank)
+        if queues is None:
+            queues = self._ranks[waiting.rank] = {}
+        queue = queues.get(waiting.tenant)
+        if queue is None:
+            queue = queues[waiting.tenant] = _TenantQueue()
+        queue.requests += 1
+        queue.tokens += waiting.tokens
+        queue.entered.append(waiting)
+        if len(queue.entered) > 2 * queue.requests + 32:
+            queue.entered = deque(entered for entered in queue.entered if self._is_waiting(entered))
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 
     def remove(self, waiting: Waiting) -> None:
         """Remove a sequence."""
-        lines = self._ranks[waiting.rank]
-        line = lines[waiting.tenant]
-        line.requests -= 1
-        line.tokens -= waiting.tokens
-        if not line.requests:
-            del lines[waiting.tenant]
+        queues = self._ranks[waiting.rank]
+        queue = queues[waiting.tenant]
+        queue.requests -= 1
+        queue.tokens -= waiting.tokens
+        if not queue.requests:
+            del queues[waiting.tenant]
 
     def last_of_longest(self, below: Waiting) -> Waiting | None:
         """The sequence to shed so that `below` can enter; None if none may be shed for it."""
@@ -88,7 +88,7 @@ class TenantQueues:
         return None
 
     def _note_length(self, waiting: Waiting, longest: dict[int, list[tuple[float, str]]]) -> None:
-        most = 64 + 4 * sum(len(lines) for lines in self._ranks.values())
+        most = 64 + 4 * sum(len(queues) for queues in self._ranks.values())
         self._adds_unasked += 1
         if self._adds_unasked > most:
             self._longest = None
@@ -99,7 +99,7 @@ class TenantQueues:
             self._longest = self._all_lengths()
 
     def _all_lengths(self) -> dict[int, list[tuple[float, str]]]:
-        out = {rank: [(-self._length(t, rank), t) for t in lines] for rank, lines in self._ranks.items()}
+        out = {rank: [(-self._length(t, rank), t) for t in queues] for rank, queues in self._ranks.items()}
         for heap in out.values():
             heapq.heapify(heap)
         return out
@@ -117,8 +117,8 @@ class TenantQueues:
         return None
 
     def _length(self, tenant: str, rank: int) -> float:
-        line = self._ranks[rank].get(tenant)
-        return 0.0 if line is None else line.requests / self._weight_of(tenant)
+        queue = self._ranks[rank].get(tenant)
+        return 0.0 if queue is None else queue.requests / self._weight_of(tenant)
 
     def __repr__(self) -> str:
-        return f"TenantQueues({sum(len(lines) for lines in self._ranks.values())} lines)"
+        return f"TenantQueues({sum(len(queues) for queues in self._ranks.values())} queues)"

@@ -213,7 +213,7 @@ class WaitingRoom:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
         if self._tenant_bounds is None:
             return None
-        requests, tokens = self._tenant_queues.tenant(waiting.tenant)
+        requests, tokens = self._tenant_queues.waiting_of(waiting.tenant)
         full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
         return Outcome.RATE_LIMITED if full else None
 

@@ -57,7 +57,7 @@ class Demands:
         if known is None:
             known = self._gateways[gateway] = _Gateway(now)
             if now - counting_s < max(self._began_at, now - FORGET_S):
-                known.counted = dict(report)  # earlier arrivals were never or already counted
+                known.counted = dict(report)  # it began to count before us, or was forgotten
         before = known.reported if known.connected else {}
         known.reported_at, known.connected, known.reported = now, True, {**known.reported, **report}
         for key in known.reported.keys() - report.keys():  # the gateway no longer lists it: nothing of it waits

@@ -12,7 +12,7 @@ from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairTu
 from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
-from cluster.policy.fairness.service_counters import QUANTUM, FlowKey, Line
+from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
 
@@ -377,7 +377,7 @@ def test_nobody_starves(arrivals: list[int]) -> None:
 
 def test_a_line_forgets_those_who_left() -> None:
     """Positions and length are right after removals from the middle; gaps are dropped with the head."""
-    line = Line()
+    line = FifoQueue()
     serials = [line.push(call(str(i))) for i in range(6)]
     for gone in (1, 3, 2):
         line.remove(serials[gone])

@@ -71,7 +71,8 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A mix counts as its worth, rounded up, and no more are ready than ready ones are worth; one type is unchanged."""
+    """A mix counts as its worth, rounded up. No more count as ready than those that are ready are worth. A model with
+    one type is unchanged."""
     seen = model(ready)
     coming = [
         dataclasses.replace(one, state="starting", replica_id="s" + one.replica_id) for one in replicas_of(**starting)
