@@ -41,7 +41,7 @@ class DemandLevels:
     stray: Floats
     """Mean absolute distance of the load from the forecast of one cold start before, by signal."""
     weights: Floats
-    """Weights of the mixture, by SPANS and a constant."""
+    """Weights of the mixture, one for each of SPANS."""
     spread: Floats
     """Inverse of X'X of the mixture's regression."""
 
