@@ -1,1 +1,1 @@
-"""Decisions, pure: no clock, no chance, no I/O. The processes and the simulator run the same objects."""
+"""Pure policy decisions: no clock, no randomness, no I/O. The processes and the simulator run the same objects."""

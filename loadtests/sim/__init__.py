@@ -1,1 +1,1 @@
-"""A cluster in virtual time: the production policies without processes and networks."""
+"""Simulation of a cluster in virtual time: the production policies without processes and networks."""

@@ -1,10 +1,11 @@
-"""The replicas of one model, in ticks of virtual time: first come first served, prompts before streams' ends.
+"""Replicas of one model in ticks of virtual time: first come, first served; prompts are computed before decoding.
 
-Calls wait in one line (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
+Calls wait in one queue (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
 are alike and share prefill and running sequences evenly; a call's own prompt is computed by one of them. Streams of
-replicas that leave are moved: their tokens so far are computed again, ahead of the line. Who has waited too long is
-refused, as by a gateway, and late. Conserved: every call is waiting, running or judged; a fleet without ready replicas
-serves nothing.
+replicas that leave are moved: their tokens so far are computed again, ahead of the queue. A call that has waited too
+long is refused, as a gateway would do, and counts as late.
+
+Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 from loadtests.sim.plant import ReplicaModel
 
 MAX_WAIT_S = 120.0
-"""`gateway.queue.max_wait_s` where nobody has set it."""
+"""Default of `gateway.queue.max_wait_s`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """`count` equal calls at one time. `expected`: tokens of output that are foreseen, as a gateway would."""
+    """`count` equal calls at one time. `expected`: output tokens that a gateway would predict."""
 
     count: int
     prompt_tokens: float
@@ -32,12 +33,12 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Calls that got their first token, or ended, since this was last taken."""
+    """Calls that got their first token, or ended, since this was last read."""
 
     good: int = 0
     late: int = 0
     slow: int = 0
-    """First token in time, but the stream's mean pace was not."""
+    """Calls whose first token was in time, but whose stream's mean pace was not."""
 
 
 class _Waiting:
@@ -50,7 +51,10 @@ class _Waiting:
 
 
 class Fleet:
-    """`tick` moves time. Counts of calls are whole numbers that may be served in fractions where they come by many."""
+    """The replicas of one model; `tick` advances time.
+
+    Counts of calls are whole numbers, but arrivals with a `count` above 1 may be served in fractions.
+    """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:
         self.model, self.ttft_s, self.itl_s = model, ttft_s, itl_s
@@ -61,10 +65,10 @@ class Fleet:
         self.prefilled_tokens = self.decoded_tokens = 0.0
         self.moved_tokens = 0.0
         self.expected_tokens = 0.0
-        """Of output, of all that arrived: what was foreseen, corrected as streams outgrow it and when they end."""
+        """Predicted output tokens of all arrivals, corrected when streams exceed the prediction and when they end."""
         self.on_end: Callable[[float, float], None] = lambda count, tokens: None
-        """So many calls have ended with so many tokens of output each."""
-        self._line: deque[_Waiting] = deque()
+        """Called with (number of calls, output tokens of each) when calls end."""
+        self._queue: deque[_Waiting] = deque()
         self._streams: list[tuple[float, int, float, float, float, float, float]] = []
         self._growing: list[tuple[float, float]] = []
         self._beyond = 0.0
@@ -72,34 +76,34 @@ class Fleet:
         self._serial = 0
 
     def arrive(self, now_s: float, call: Arrival) -> None:
-        """Calls join the line."""
-        self._line.append(_Waiting(now_s, call))
+        """Append calls to the queue."""
+        self._queue.append(_Waiting(now_s, call))
         self.arrived += call.count
         self.expected_tokens += call.count * call.expected
         self.waiting_calls += call.count
         self.waiting_tokens += call.count * call.prompt_tokens
 
     def leave(self, share: float) -> None:
-        """A share of the ready replicas leaves; their streams are moved."""
+        """Remove a share of the ready replicas; their streams are moved."""
         self.moved_tokens += share * self.kv
 
     @property
     def oldest_at_s(self) -> float | None:
-        """When the head of the line came."""
-        return self._line[0].at_s if self._line else None
+        """Arrival time of the head of the queue; None if empty."""
+        return self._queue[0].at_s if self._queue else None
 
     def _refuse(self, now_s: float) -> None:
-        """Those that have waited for too long; whose prompt is being computed waits no more."""
-        line = self._line
-        while line and now_s - line[0].at_s > MAX_WAIT_S and (line[0].count > 1 or line[0].left == 1):
-            one = line.popleft()
-            self.late += one.left
-            self.waiting_calls -= one.left
-            self.waiting_tokens -= one.left * one.prompt
-            self.expected_tokens -= one.left * one.expected
+        """Refuse calls that have waited too long. A call whose prompt is being computed no longer counts as waiting."""
+        queue = self._queue
+        while queue and now_s - queue[0].at_s > MAX_WAIT_S and (queue[0].count > 1 or queue[0].left == 1):
+            call = queue.popleft()
+            self.late += call.left
+            self.waiting_calls -= call.left
+            self.waiting_tokens -= call.left * call.prompt
+            self.expected_tokens -= call.left * call.expected
 
     def tick(self, now_s: float, dt: float, ready: int) -> None:
-        """From now till now + dt with so many ready replicas."""
+        """Advance from now to now + dt with this number of ready replicas."""
         self._refuse(now_s)
         if ready <= 0:
             return
@@ -111,15 +115,15 @@ class Fleet:
             redone = min(self.moved_tokens, room)
             self.moved_tokens -= redone
             room -= redone
-        line, most_kv, most_running = self._line, ready * model.kv_tokens, ready * model.max_running
-        while line and room > 0:
-            head = line[0]
+        queue, most_kv, most_running = self._queue, ready * model.kv_tokens, ready * model.max_running
+        while queue and room > 0:
+            head = queue[0]
             tokens = head.prompt + head.output
             part = min(head.left, (most_kv - self.kv) / tokens, most_running - self.running)
             if head.count == 1 and part < head.left and head.left == 1:
                 if self.running > 0:
                     break
-                part = 1.0  # alone it always fits
+                part = 1.0  # a call always fits on idle replicas
             if part <= 0:
                 break
             part = min(part, room / head.prompt if head.prompt else part)
@@ -130,12 +134,12 @@ class Fleet:
             if head.count == 1:
                 if head.left > 1e-9:
                     break
-                line.popleft()
+                queue.popleft()
                 self._first_token(now_s + dt * (1 - room / total), head, 1.0, ready, rate)
             else:
                 self._first_token(now_s + dt * (1 - room / total), head, part, ready, rate)
                 if head.left <= 1e-6:
-                    line.popleft()
+                    queue.popleft()
                 else:
                     break
         used = (total - room) / ready / dt
@@ -143,7 +147,7 @@ class Fleet:
 
     def _first_token(self, at_s: float, call: _Waiting, count: float, ready: int, rate: float) -> None:
         self.waiting_calls -= count
-        # The line is computed by all replicas at once, a call by one: it began when those before it were done.
+        # All replicas compute the queue together, but a call runs on one of them: it began when those ahead were done.
         own = call.prompt / rate
         begun = max(at_s - own / ready, call.at_s)
         first_s = begun + own

@@ -1,4 +1,4 @@
-"""A simulated gateway: the waiting room, the order of turns, credits and routing as they are, without a network."""
+"""Simulated gateway: the production waiting room, fair order, credits and routing, without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = "m"
 
 @dataclass(slots=True)
 class SimCall:
-    """One call's life."""
+    """State of one call."""
 
     waiting: Waiting
     request: EngineRequest
@@ -35,8 +35,8 @@ class SimCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What the world hears of a gateway: a call was bound, has outputs; and the wires to workers (by their numbers)."""
+class GatewayCallbacks:
+    """Callbacks of a gateway: a call was bound or has outputs; and messages to workers (by number)."""
 
     bound: Callable[[int, SimCall], None]
     served: Callable[[SimCall, TokenOutput], None]
@@ -45,7 +45,7 @@ class Told:
 
 
 class SimGateway:
-    """`fair` None: first come, first served."""
+    """One simulated gateway. `fair` None: first come, first served."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class SimGateway:
         workers: Sequence[SimWorker],
         fair: FairTurns | None,
         service: ServiceWeights,
-        told: Told,
+        callbacks: GatewayCallbacks,
     ) -> None:
         self.number = number
         self.fair = fair
@@ -64,25 +64,25 @@ class SimGateway:
         self.room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
         self._workers = workers
         self._service = service
-        self._purses = [CreditBalance() for _ in workers]
+        self._balances = [CreditBalance() for _ in workers]
         self._running = [0] * len(workers)
         self._prefill_tokens = [0] * len(workers)
-        self._told = told
+        self._callbacks = callbacks
 
     def enter(self, call: SimCall, now: float) -> None:
-        """A call arrives."""
+        """Admit a new call."""
         self.calls[call.waiting.call_id] = call
         self.room.admit(call.waiting, now)
         self.pump(now)
 
     def granted(self, worker: int, grant: Grant, now: float) -> None:
-        """A worker's credit."""
-        self._purses[worker].granted(grant.grant_id, grant.sequences, grant.tokens)
-        self._told.ack(self.number, worker, grant.grant_id)
+        """Apply a worker's credit grant."""
+        self._balances[worker].granted(grant.grant_id, grant.sequences, grant.tokens)
+        self._callbacks.ack(self.number, worker, grant.grant_id)
         self.pump(now)
 
     def outputs(self, worker: int, outputs: Sequence[TokenOutput], now: float) -> None:
-        """A step's."""
+        """Process the outputs of one step of a worker."""
         order = self.fair.order(MODEL) if self.fair is not None else None
         for output in outputs:
             call = self.calls[output.request_id]
@@ -104,19 +104,19 @@ class SimGateway:
                     order.ended(output.request_id)
 
     def likely_cached(self, tenant: str, tokens: int) -> int:
-        """How much of a tenant's prompt is likely to be in a worker's cache."""
+        """Expected number of cached prompt tokens for a tenant's prompt."""
         return self._learnt_cached.mean(tenant, MODEL, tokens)
 
     def head(self) -> Waiting | None:
-        """Who is next."""
+        """The next sequence; None if nothing waits."""
         return self.room.head(MODEL)
 
     def claim(self) -> int:
-        """What to report to the workers as its backlog."""
+        """Backlog to report to the workers."""
         return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claim()
 
     def pump(self, now: float) -> None:
-        """Send who has his turn while somebody has room."""
+        """Send waiting calls while a worker has capacity."""
         while True:
             decision: RoutingDecision | None = None
 
@@ -126,7 +126,7 @@ class SimGateway:
                 decision = pick(RouteCall(MODEL, waiting.tokens, keep_free), self._candidates())
                 return decision.worker_id is not None
 
-            if not any(purse.free.sequences for purse in self._purses):
+            if not any(balance.free.sequences for balance in self._balances):
                 return
             waiting = self.room.next(MODEL, fits, now)
             if waiting is None or decision is None or decision.worker_id is None:
@@ -136,13 +136,13 @@ class SimGateway:
     def _bind(self, waiting: Waiting, worker: int, now: float) -> None:
         call = self.calls[waiting.call_id]
         call.bound = now
-        self._purses[worker].spend(waiting.tokens)
+        self._balances[worker].spend(waiting.tokens)
         self._running[worker] += 1
         self._prefill_tokens[worker] += waiting.tokens
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         flow = FlowKey(waiting.rank, waiting.tenant)
-        self._told.submit(self.number, worker, SimSubmit(call.request, flow, charge))
-        self._told.bound(self.number, call)
+        self._callbacks.submit(self.number, worker, SimSubmit(call.request, flow, charge))
+        self._callbacks.bound(self.number, call)
 
     def _candidates(self) -> list[Candidate]:
         return [
@@ -150,8 +150,8 @@ class SimGateway:
                 worker_id=str(at),
                 model=MODEL,
                 version="",
-                free_sequences=purse.free.sequences,
-                free_tokens=purse.free.tokens,
+                free_sequences=balance.free.sequences,
+                free_tokens=balance.free.tokens,
                 running=self._running[at],
                 waiting=0,
                 kv_usage=self._workers[at].kv_usage,
@@ -159,7 +159,7 @@ class SimGateway:
                 draining=False,
                 prefill_tokens=self._prefill_tokens[at],
             )
-            for at, purse in enumerate(self._purses)
+            for at, balance in enumerate(self._balances)
         ]
 
     def __repr__(self) -> str:

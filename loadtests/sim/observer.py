@@ -1,4 +1,4 @@
-"""What really happened in the world, seen from outside and at once: service by tenant, waits, room left empty."""
+"""Ground truth of a simulation, observed without delay: service by tenant, waiting times, idle capacity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.api.types import TokenOutput
 from cluster.policy.fairness.token_cost import ServiceWeights
-from loadtests.sim.events import Agenda
+from loadtests.sim.events import EventQueue
 from loadtests.sim.gateway import MODEL, SimCall, SimGateway
 from loadtests.sim.worker import SimWorker
 
@@ -17,70 +17,71 @@ SAMPLE_S = 0.1
 
 @dataclass(slots=True)
 class Observed:
-    """One tenant: what it had, sampled every SAMPLE_S; and its calls' times to the first token."""
+    """Observations of one tenant: its service, sampled every SAMPLE_S, and its calls' times to first token."""
 
     service: float = 0.0
     samples: list[float] = field(default_factory=list)
     backlogged: list[bool] = field(default_factory=list)
     ttft_s: list[tuple[float, float]] = field(default_factory=list)
-    """(arrival, seconds)."""
+    """(arrival, seconds) of each call."""
     output_tokens: int = 0
     ended: int = 0
     waiting: int = 0
 
 
 class Observer:
-    """Service is weighted: a prompt's when its first token comes, an output's token by token."""
+    """Observes workers and gateways. Service is weighted: the prompt counts at the first token, the output token by
+    token."""
 
     def __init__(
         self,
         workers: Sequence[SimWorker],
         gateways: Sequence[SimGateway],
         service: ServiceWeights,
-        agenda: Agenda,
+        event_queue: EventQueue,
     ) -> None:
         self._workers = workers
         self._gateways = gateways
         self._service = service
-        self._agenda = agenda
+        self._event_queue = event_queue
         self._tenants: dict[str, Observed] = defaultdict(Observed)
         self._empty_since: dict[str, float] = {}
         self.longest_beside_room_s = 0.0
-        """Longest time in which a worker's room stood and nobody came, while a call that fits waited somewhere."""
+        """Longest time for which a worker had unused capacity while a call that fits waited at any gateway."""
         self.most_promised_over_room = 0
-        """By how many sequences credits ever exceeded what a worker had free and ahead; must stay 0."""
+        """Maximum excess of credits over a worker's capacity and admission window, in sequences; must stay 0."""
         self.longest_prompt = 0
-        agenda.every(SAMPLE_S, self._sample)
-        agenda.every(SAMPLE_S / 10, self.look)
+        event_queue.every(SAMPLE_S, self._sample)
+        event_queue.every(SAMPLE_S / 10, self.check_capacity)
 
     @property
     def tenants(self) -> Mapping[str, Observed]:
-        """By name."""
+        """Observations by tenant name."""
         return self._tenants
 
     def arrived(self, tenant: str) -> None:
-        """A call begins to wait."""
+        """Record a call that starts to wait."""
         self._tenants[tenant].waiting += 1
 
     def bound(self, call: SimCall) -> None:
-        """A call has its turn."""
+        """Record a call that was sent to a worker."""
         self._tenants[call.tenant].waiting -= 1
         self.longest_prompt = max(self.longest_prompt, call.waiting.tokens)
 
     def served(self, call: SimCall, output: TokenOutput) -> None:
-        """A worker has computed something."""
-        one = self._tenants[call.tenant]
+        """Record a worker's output."""
+        tenant = self._tenants[call.tenant]
         if output.cached_tokens is not None:
-            one.service += self._service.prompt(call.waiting.tokens, output.cached_tokens)
-            one.ttft_s.append((call.arrived, self._agenda.now - call.arrived))
-        one.service += self._service.output * len(output.token_ids)
-        one.output_tokens += len(output.token_ids)
-        one.ended += output.finish is not None
+            tenant.service += self._service.prompt(call.waiting.tokens, output.cached_tokens)
+            tenant.ttft_s.append((call.arrived, self._event_queue.now - call.arrived))
+        tenant.service += self._service.output * len(output.token_ids)
+        tenant.output_tokens += len(output.token_ids)
+        tenant.ended += output.finish is not None
 
-    def look(self) -> None:
-        """Is there room that nobody takes though somebody waits?"""
+    def check_capacity(self) -> None:
+        """Check for unused capacity while calls wait, and for credits above the capacity."""
         heads = [head.tokens for gateway in self._gateways if (head := gateway.head()) is not None]
-        now = self._agenda.now
+        now = self._event_queue.now
         for worker in self._workers:
             room, promised = worker.room, worker.promised()
             self.most_promised_over_room = max(self.most_promised_over_room, promised.sequences - worker.places)
@@ -91,9 +92,9 @@ class Observer:
                 self._empty_since.pop(worker.name, None)
 
     def _sample(self) -> None:
-        for one in self._tenants.values():
-            one.samples.append(one.service)
-            one.backlogged.append(one.waiting > 0)
+        for tenant in self._tenants.values():
+            tenant.samples.append(tenant.service)
+            tenant.backlogged.append(tenant.waiting > 0)
 
     # ---- figures
 
@@ -103,20 +104,20 @@ class Observer:
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
     def gap(self, one: str, other: str, weights: Mapping[str, float], from_s: float) -> float:
-        """The most by which one had more than the other by weight in any interval since `from_s` (both backlogged)."""
+        """Largest lead of one tenant over the other in service by weight, in any interval since `from_s`."""
         start = round(from_s / SAMPLE_S)
         a, b = self._tenants[one].samples[start:], self._tenants[other].samples[start:]
         lead = [x / weights[one] - y / weights[other] for x, y in zip(a, b, strict=True)]
         return max(lead) - min(lead)
 
     def largest_gap(self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float) -> float:
-        """Over all pairs, in weighted tokens by weight."""
+        """Largest gap over all pairs, in weighted tokens by weight."""
         return max(self.gap(a, b, weights, from_s) for i, a in enumerate(tenants) for b in tenants[i + 1 :])
 
     def smallest_share(
         self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float, window_s: float = 30.0
     ) -> float:
-        """Over all windows and tenants: its part of what these tenants had, by its part of their weights."""
+        """Smallest ratio of a tenant's share of service to its share of weight, over all windows and tenants."""
         width, start = round(window_s / SAMPLE_S), round(from_s / SAMPLE_S)
         series = {t: self._tenants[t].samples[start:] for t in tenants}
         whole = sum(weights[t] for t in tenants)
@@ -128,23 +129,23 @@ class Observer:
         return least
 
     def throughput(self, from_s: float) -> float:
-        """Weighted tokens a second of all, since then."""
+        """Weighted tokens per second of all tenants since `from_s`."""
         start = round(from_s / SAMPLE_S)
-        had = sum(one.samples[-1] - one.samples[start] for one in self._tenants.values() if len(one.samples) > start)
-        return had / (self._agenda.now - from_s)
+        had = sum(t.samples[-1] - t.samples[start] for t in self._tenants.values() if len(t.samples) > start)
+        return had / (self._event_queue.now - from_s)
 
     def hit_rate(self) -> float:
-        """Prompt tokens found in a cache, of all."""
+        """Share of prompt tokens found in a cache."""
         pairs = [worker.cached_and_prompt_tokens for worker in self._workers]
         return sum(cached for cached, _ in pairs) / max(sum(whole for _, whole in pairs), 1)
 
     def ttft(self, tenant: str, quantile: float, from_s: float) -> float:
-        """Of the calls that arrived since."""
+        """Quantile of the time to first token of calls that arrived since `from_s`; NaN without calls."""
         times = sorted(seconds for at, seconds in self._tenants[tenant].ttft_s if at >= from_s)
         return times[min(int(quantile * len(times)), len(times) - 1)] if times else float("nan")
 
     def waiting(self) -> int:
-        """Calls that wait in all gateways."""
+        """Number of waiting calls in all gateways."""
         return sum(gateway.room.waiting(MODEL)[0] for gateway in self._gateways)
 
     def __repr__(self) -> str:

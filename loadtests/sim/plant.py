@@ -1,10 +1,15 @@
-"""One replica's speed as a function of what runs on it: the step model that simulation, optimum and baselines share.
+"""Step model of a replica: its speed as a function of its load, shared by simulation, optimum and baselines.
 
-A step computes one token for each running sequence and at most `chunk_tokens` of prompts, and takes
-`step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s`. So time is shared linearly: prefilling p
-and decoding d tokens a second in f steps a second, 1 = p / prefill + per_sequence * d + step * f. The constants of
-`SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms + 0.35 ms a sequence, 256
-sequences, 524,288 tokens of cache).
+A step computes one token for each running sequence and at most `chunk_tokens` of prompts. Its duration is
+
+    step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
+
+So time is shared linearly: with p prefilled and d decoded tokens and f steps a second,
+
+    1 = p / prefill + per_sequence * d + step * f
+
+The constants of `SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms + 0.35 ms
+a sequence, 256 sequences, 524,288 tokens of cache).
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaModel:
-    """Times in seconds."""
+    """Step model of a replica. Times are in seconds."""
 
     prefill_tokens_per_s: float = 8_000.0
     step_s: float = 0.006
@@ -24,22 +29,22 @@ class ReplicaModel:
     kv_tokens: int = 524_288
 
     def most_prefill(self, running: float) -> float:
-        """Prompt tokens a second when every step is full of them, beside `running` sequences."""
+        """Prompt tokens per second if every step is filled with them, beside `running` sequences."""
         chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
         return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
 
     def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
-        """What is left for decoding beside so much prefill; each running sequence gets a token a step."""
+        """Steps per second beside this rate of prefill; each running sequence gets one token per step."""
         left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
         return left / (self.step_s + self.per_sequence_s * running)
 
     def decode_tokens_per_s(self, itl_s: float) -> float:
-        """The most that a replica decodes with no prefill, each sequence at a pace of `itl_s` or better."""
+        """Maximum decode rate without prefill, with each sequence at a pace of `itl_s` or better."""
         running = self.sequences(itl_s)
         return running / (self.step_s + self.per_sequence_s * running)
 
     def sequences(self, itl_s: float) -> float:
-        """The most that it runs at a pace of `itl_s` or better."""
+        """Maximum number of running sequences at a pace of `itl_s` or better."""
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
@@ -47,10 +52,10 @@ class ReplicaModel:
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Prompt tokens a second, where just enough steps are made to keep the pace of those few that decode."""
+        """Prompt tokens per second if just enough steps are made to keep the pace of a few decoding sequences."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 
 SMALL = ReplicaModel()
 LARGE = ReplicaModel(prefill_tokens_per_s=64_000.0, chunk_tokens=4096, kv_tokens=4 * 524_288)
-"""Eight GPUs as one: for prompts that would take a small replica longer than the time to the first token."""
+"""Eight GPUs as one replica, for prompts whose prefill on a small replica takes longer than the TTFT target."""

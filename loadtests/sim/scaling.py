@@ -1,8 +1,8 @@
-"""Scaling in virtual time: models with demand from a trace, replicas with a cold start, and whoever decides.
+"""Scaling in virtual time: models with demand from a trace, replicas with a cold start, and a scaling policy.
 
-The same policy object as in production sees what the controller would see, every `every_s`, and its decisions become
-replicas: a new one holds its GPUs from the decision on and serves after the cold start; one that is not wanted leaves
-at once, those still starting first. Equal inputs give equal runs. Nobody who decides is told the future.
+The production policy object receives every `every_s` what the controller would observe, and its decisions become
+replicas. A new replica holds its GPUs from the decision on and serves after the cold start. An unwanted one leaves at
+once; starting ones leave first. Equal inputs give equal runs. No policy sees the future.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNBOUNDED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Calls in order of arrival, by many where `count` is above 1."""
+    """Calls in order of arrival; a `count` above 1 stands for several equal calls."""
 
     at_s: Floats
     count: Floats
@@ -42,7 +42,7 @@ class Demand:
     output_tokens: Floats
     duration_s: float
     runs_to_most: bool = False
-    """Every output ends by its max_tokens, so that gateways know its length once they have seen some do so."""
+    """Whether every output ends at its max_tokens, so that gateways know its length once they have seen some do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class SimModelSpec:
 
 @dataclass(slots=True)
 class Track:
-    """What became of one model. Arrays have one value a decision: `held` are starting and ready replicas."""
+    """Result of one model's run. Lists have one value per decision; `held` are starting and ready replicas."""
 
     at_s: list[float] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
@@ -76,12 +76,12 @@ class Track:
 
     @property
     def attainment(self) -> float:
-        """Share of the calls within the slo; those that still wait or run at the end count as they stand."""
+        """Share of the calls within the SLO; calls that still wait or run at the end count as they are."""
         return self.good_calls / self.arrived if self.arrived else 1.0
 
 
 Scaler = Callable[[Observation, float], Mapping[str, int]]
-"""From what is seen and the time, wanted replicas by model."""
+"""Function from an observation and the time to wanted replicas by model."""
 
 
 class OurPolicy:
@@ -92,15 +92,15 @@ class OurPolicy:
         self.kept: list[ReplicaDecision] | None = [] if keep else None
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
-        """Wanted replicas."""
+        """Wanted replicas by model."""
         decisions, self.memory = decide(observation, self.memory, now_s)
         if self.kept is not None:
             self.kept.extend(decisions)
         return {d.model: d.total for d in decisions}
 
 
-class _Live:
-    """One model in the run."""
+class _SimulatedModel:
+    """One model of the run."""
 
     def __init__(
         self, name: str, spec: SimModelSpec, cold_start_s: float, tick_s: float, learnt: LearntOutputs
@@ -118,7 +118,7 @@ class _Live:
         self.count = demand.count.tolist()
         self.prompt = demand.prompt_tokens.tolist()
         self.output = demand.output_tokens.tolist()
-        self.seen_calls = self.seen_prompt = self.told_output = 0.0
+        self.seen_calls = self.seen_prompt = self.reported_output = 0.0
         self.learnt = learnt
         self.fleet.on_end = self._ended
         self.judged_good = self.judged_bad = 0.0
@@ -153,7 +153,7 @@ class _Live:
         for _ in range(max(min(round(count), KEPT), 1)):
             self.learnt.observe("", self.name, round(tokens), cut=self.spec.demand.runs_to_most)
 
-    def seen(self, now_s: float) -> ModelSeen:
+    def observe(self, now_s: float) -> ModelSeen:
         fleet, n = self.fleet, len(self.ready)
         good, bad = fleet.good - self.judged_good, fleet.late + fleet.slow - self.judged_bad
         self.judged_good, self.judged_bad = fleet.good, fleet.late + fleet.slow
@@ -162,7 +162,7 @@ class _Live:
         demand = ClassDemand(
             arrived_requests=round(self.seen_calls),
             arrived_prompt_tokens=round(self.seen_prompt),
-            expected_output_tokens=round(max(fleet.expected_tokens - self.told_output, 0.0)),
+            expected_output_tokens=round(max(fleet.expected_tokens - self.reported_output, 0.0)),
             queued_requests=waiting,
             queued_tokens=round(fleet.waiting_tokens),
             oldest_wait_s=max(now_s - oldest, 0.0) if oldest is not None else 0.0,
@@ -173,7 +173,7 @@ class _Live:
         self.track.good.append(good)
         self.track.bad.append(bad)
         self.seen_calls = self.seen_prompt = 0.0
-        self.told_output = max(self.told_output, fleet.expected_tokens)
+        self.reported_output = max(self.reported_output, fleet.expected_tokens)
         each = round(fleet.running / n) if n else 0
         use = min(fleet.kv / n / self.spec.plant.kv_tokens, 1.0) if n else 0.0
         gpu = self.spec.settings.gpus[0]
@@ -181,7 +181,7 @@ class _Live:
         replicas += [ReplicaSeen(name, "starting", since, gpu) for name, since in self.starting]
         return ModelSeen(self.spec.settings, {self.spec.rank_class: demand}, replicas, self.rates)
 
-    def want(self, wanted: int, now_s: float) -> None:
+    def set_wanted(self, wanted: int, now_s: float) -> None:
         have = len(self.ready) + len(self.starting)
         if wanted > have:
             for _ in range(wanted - have):
@@ -213,38 +213,38 @@ def simulate(
     gpu_budget: Mapping[str, int] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Track]:
-    """Run all models to the end of the longest demand, deciding every `every_s`."""
+    """Run all models to the end of the longest demand, with a decision every `every_s`."""
     learnt = LearntOutputs()
-    live = {name: _Live(name, spec, cold_start_s, tick_s, learnt) for name, spec in specs.items()}
+    models = {name: _SimulatedModel(name, spec, cold_start_s, tick_s, learnt) for name, spec in specs.items()}
     duration_s = max(spec.demand.duration_s for spec in specs.values())
     ticks, per_decision = round(duration_s / tick_s), round(every_s / tick_s)
     for number in range(ticks):
         now_s = number * tick_s
         if number % per_decision == 0 and number:
-            seen = {name: one.seen(now_s) for name, one in live.items()}
+            seen = {name: model.observe(now_s) for name, model in models.items()}
             wanted = scaler(Observation(seen, gpu_budget or {}, ranks or {}, covers_s=every_s), now_s)
-            for name, one in live.items():
-                one.want(wanted[name], now_s)
-                one.track.at_s.append(now_s)
-                one.track.ready.append(len(one.ready))
-                one.track.held.append(len(one.ready) + len(one.starting))
-        for one in live.values():
-            one.tick(now_s, tick_s)
-    for one in live.values():
-        _close(one, duration_s)
-    return {name: one.track for name, one in live.items()}
+            for name, model in models.items():
+                model.set_wanted(wanted[name], now_s)
+                model.track.at_s.append(now_s)
+                model.track.ready.append(len(model.ready))
+                model.track.held.append(len(model.ready) + len(model.starting))
+        for model in models.values():
+            model.tick(now_s, tick_s)
+    for model in models.values():
+        _close(model, duration_s)
+    return {name: model.track for name, model in models.items()}
 
 
-def _close(one: _Live, now_s: float) -> None:
-    """Judge what still runs: a stream is good as long as its first token was in time."""
-    fleet, track = one.fleet, one.track
+def _close(model: _SimulatedModel, now_s: float) -> None:
+    """Judge what still runs: a stream is good if its first token was in time."""
+    fleet, track = model.fleet, model.track
     track.arrived = fleet.arrived
     still = sum(count for _, _, count, *_ in fleet._streams if count > 0)
     track.good_calls = fleet.good + still
 
 
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
-    """Replica-seconds a second that arrive in each slot."""
+    """Arriving work in each slot, in replica-seconds per second."""
     work = demand.count * (
         demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )

@@ -1,4 +1,4 @@
-"""Who calls, and with what: tenants with lengths of their own, seeded."""
+"""Simulated callers: tenants with their own length distributions, seeded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_OUTPUT_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of one call, in tokens."""
+    """Prompt and output length of one call, in tokens."""
 
     prompt: int
     output: int
@@ -20,9 +20,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class SimTenant:
-    """One tenant's behaviour. It either keeps `backlog` calls waiting at each of its gateways, or sends `rate_s`.
+    """Behaviour of one tenant: it keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a
+    second.
 
-    `lengths` are drawn from; the first `prefix_tokens` of its prompts are alike. `gateways` None: all.
+    `lengths` are drawn at random; all of its prompts share the first `prefix_tokens`. `gateways` None: all gateways.
     """
 
     name: str
@@ -41,14 +42,14 @@ class SimTenant:
             raise ValueError(f"tenant {self.name}: exactly one of backlog and rate_s must be above 0")
 
     def at(self, gateways: int) -> tuple[int, ...]:
-        """Its gateways, of so many."""
+        """The tenant's gateways, out of this number of gateways."""
         if self.gateways is None:
             return tuple(range(gateways))
         return tuple(sorted({g % gateways for g in self.gateways}))
 
 
 def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
-    """Lengths of a trace, within what the simulated engine holds."""
+    """Lengths of a trace, clipped to what the simulated engine supports."""
     return [
         Lengths(min(max(prompt, 1), MAX_PROMPT_TOKENS), min(max(output, 1), MAX_OUTPUT_TOKENS))
         for prompt, output in pairs
@@ -56,14 +57,14 @@ def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
 
 
 def made_up(rng: Random, prompt: float, output: float, count: int = 500) -> list[Lengths]:
-    """Log-normal lengths around two medians, for want of a trace."""
+    """Log-normal lengths around two medians, for use without a trace."""
     return clipped(
         [(round(prompt * rng.lognormvariate(0, 0.7)), round(output * rng.lognormvariate(0, 0.5))) for _ in range(count)]
     )
 
 
 class Prompts:
-    """Token ids for a call: its tenant's own beginning, then a part of one long random text."""
+    """Generator of prompts: a prefix per tenant, then a random part of one long random text."""
 
     def __init__(self, rng: Random, vocab: int) -> None:
         self._rng = rng
@@ -71,7 +72,7 @@ class Prompts:
         self._prefixes: dict[str, int] = {}
 
     def make(self, tenant: SimTenant, tokens: int) -> list[int]:
-        """So many."""
+        """Token ids of a prompt of this length."""
         start = self._prefixes.setdefault(tenant.name, self._rng.randrange(1 << 15))
         prefix = self._text[start : start + min(tenant.prefix_tokens, tokens - 1)]
         at = self._rng.randrange((1 << 16) - MAX_PROMPT_TOKENS)

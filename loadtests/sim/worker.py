@@ -1,4 +1,4 @@
-"""A simulated worker: the engine's model, its credits and its account of whom it served, in virtual time."""
+"""Simulated worker: the engine's model, its credits and its account of service, in virtual time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cluster.wire.credit import Capacity, CreditGranter, Grant
 from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
-from loadtests.sim.events import Agenda
+from loadtests.sim.events import EventQueue
 
 
 @dataclass(frozen=True, slots=True)
 class SimSubmit:
-    """A call on its way to a worker. `again`: it was charged before."""
+    """A call on its way to a worker. `again`: it has already been charged."""
 
     request: EngineRequest
     flow: FlowKey
@@ -28,70 +28,72 @@ class SimSubmit:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What a gateway (by number) hears from a worker."""
+class WorkerCallbacks:
+    """Callbacks of a worker, with the gateway's number."""
 
     outputs: Callable[[int, list[TokenOutput]], None]
     granted: Callable[[int, Grant], None]
 
 
 @dataclass(slots=True)
-class _Live:
+class _RunningCall:
     link: int
     tokens: int
     generated: int = 0
 
 
 class SimWorker:
-    """Links are the gateways' numbers."""
+    """One simulated worker. Link numbers are the gateways' numbers."""
 
-    def __init__(self, name: str, config: SimConfig, gateways: int, agenda: Agenda, heard: Heard) -> None:
+    def __init__(
+        self, name: str, config: SimConfig, gateways: int, event_queue: EventQueue, callbacks: WorkerCallbacks
+    ) -> None:
         self.name = name
         self.config = config
         self.meter = ServedMeter()
         self.most_running_tokens = 0
         self.last_submit = 0.0
         self.tokens = 0
-        """Held by calls: prompts and outputs so far."""
+        """Tokens held by calls: prompts, and outputs so far."""
         self._model = SimModel(config)
         self._granter = CreditGranter()
-        self._agenda = agenda
-        self._heard = heard
-        self._live: dict[str, _Live] = {}
+        self._event_queue = event_queue
+        self._callbacks = callbacks
+        self._running: dict[str, _RunningCall] = {}
         self._stepping = False
-        self._lookahead = AdmissionWindow(config.max_num_seqs, config.max_num_batched_tokens)
-        # Of equal claims the lower link gets what does not divide; were it the same gateway at every worker, the last
-        # would have no credit at all while nobody waits.
-        self._turned = {link: (link + int(name)) % gateways for link in range(gateways)}
-        self._gateway_of = {turned: link for link, turned in self._turned.items()}
+        self._window = AdmissionWindow(config.max_num_seqs, config.max_num_batched_tokens)
+        # With equal claims, the lowest link gets the remainder. If that were the same gateway at every worker, the last
+        # gateway would have no credit at all while nothing waits.
+        self._rotated = {link: (link + int(name)) % gateways for link in range(gateways)}
+        self._gateway_of = {rotated: link for link, rotated in self._rotated.items()}
         for link in range(gateways):
-            self._granter.attach(self._turned[link])
+            self._granter.attach(self._rotated[link])
             self.meter.attach(link)
-        agenda.after(0.0, self.regrant)
+        event_queue.after(0.0, self.regrant)
 
     @property
     def live(self) -> int:
-        """Calls it has accepted and not ended."""
-        return len(self._live)
+        """Number of accepted calls that have not ended."""
+        return len(self._running)
 
     @property
     def places(self) -> int:
-        """Calls that it could still hold, those who wait in the engine among them."""
-        return self._lookahead.places
+        """Number of calls that it can still hold, including those that would wait in the engine."""
+        return self._window.places
 
     @property
     def room(self) -> Capacity:
-        """What it can take now."""
-        return Capacity(self._lookahead.sequences, self.kv_tokens - self.tokens)
+        """Capacity for new calls."""
+        return Capacity(self._window.sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that it can hold."""
+        """KV cache capacity in tokens."""
         return self.config.kv_blocks * self.config.block_size
 
     @property
     def kv_usage(self) -> float:
-        """In [0, 1]."""
+        """Used share of the KV cache, in [0, 1]."""
         return self._model.kv.used / self._model.kv.blocks
 
     @property
@@ -106,39 +108,39 @@ class SimWorker:
         return s.cached_tokens, s.cached_tokens + s.prefill_tokens
 
     def submit(self, link: int, submit: SimSubmit) -> None:
-        """A call arrives."""
-        self.last_submit = self._agenda.now
+        """Accept a call from a gateway."""
+        self.last_submit = self._event_queue.now
         tokens = len(submit.request.prompt_token_ids)
-        self._granter.spent(self._turned[link], tokens)
-        self._live[submit.request.request_id] = _Live(link, tokens)
+        self._granter.spent(self._rotated[link], tokens)
+        self._running[submit.request.request_id] = _RunningCall(link, tokens)
         self.tokens += tokens
-        self._lookahead.submitted(submit.request.request_id, tokens)
+        self._window.submitted(submit.request.request_id, tokens)
         self._model.submit(submit.request)
         self.meter.accepted(submit.request.request_id, link, submit.flow, submit.charge, again=submit.again)
         self.regrant()
         self._start_step()
 
     def backlog(self, link: int, claim: int) -> None:
-        """A gateway says what part it claims."""
-        self._granter.backlog(self._turned[link], claim)
+        """Apply a gateway's backlog claim."""
+        self._granter.backlog(self._rotated[link], claim)
         self.regrant()
 
     def acked(self, link: int, grant_id: int) -> None:
-        """A gateway has applied a grant."""
-        self._granter.acked(self._turned[link], grant_id)
+        """Record that a gateway has applied a grant."""
+        self._granter.acked(self._rotated[link], grant_id)
         self.regrant()
 
     def served(self, link: int) -> list[ServedTotal]:
-        """What to tell that gateway."""
+        """Service report for one gateway."""
         return list(self.meter.report(link))
 
     def regrant(self) -> None:
-        """Share out its room."""
+        """Distribute the capacity to the gateways."""
         for grant in self._granter.grants(self.room):
-            self._heard.granted(self._gateway_of[grant.link], grant)
+            self._callbacks.granted(self._gateway_of[grant.link], grant)
 
     def promised(self) -> Capacity:
-        """What gateways may still send."""
+        """Capacity that gateways may still use."""
         return self._granter.promised()
 
     def _start_step(self) -> None:
@@ -147,29 +149,29 @@ class SimWorker:
         self._stepping = True
         plan = self._model.schedule()
         self.most_running_tokens = max(self.most_running_tokens, self.tokens)
-        self._agenda.after(plan.step_s, lambda: self._end_step(self._model.complete(plan)))
+        self._event_queue.after(plan.step_s, lambda: self._end_step(self._model.complete(plan)))
 
     def _end_step(self, outputs: list[TokenOutput]) -> None:
         self._stepping = False
         by_link: dict[int, list[TokenOutput]] = {}
         for output in outputs:
-            live = self._live[output.request_id]
-            by_link.setdefault(live.link, []).append(output)
-            live.generated += len(output.token_ids)
-            live.tokens += len(output.token_ids)
+            call = self._running[output.request_id]
+            by_link.setdefault(call.link, []).append(output)
+            call.generated += len(output.token_ids)
+            call.tokens += len(output.token_ids)
             self.tokens += len(output.token_ids)
             if output.cached_tokens is not None:
-                self._lookahead.began(output.request_id)
+                self._window.began(output.request_id)
                 self.meter.cached(output.request_id, output.cached_tokens)
-            self.meter.generated(output.request_id, live.generated)
+            self.meter.generated(output.request_id, call.generated)
             if output.finish is not None:
                 self.meter.ended(output.request_id)
-                self._lookahead.ended(output.request_id)
-                self.tokens -= self._live.pop(output.request_id).tokens
-        if outputs:  # as the engine's port tells: of a step without any nobody hears
-            self._lookahead.stepped()
-        for link, some in by_link.items():
-            self._heard.outputs(link, some)
+                self._window.ended(output.request_id)
+                self.tokens -= self._running.pop(output.request_id).tokens
+        if outputs:  # as in the engine's port, steps without outputs are not reported
+            self._window.stepped()
+        for link, link_outputs in by_link.items():
+            self._callbacks.outputs(link, link_outputs)
         self.regrant()
         self._start_step()
 

@@ -1,8 +1,10 @@
-"""A cluster in virtual time: gateways, workers, the delays between them, and the tenants who call.
+"""Simulated cluster in virtual time: gateways, workers, the delays between them, and the calling tenants.
 
-Problem: fairness between tenants over many workers and gateways cannot be tried on a clock: an hour of it would take an
-hour, and no two runs would be alike. Invariants: equal settings and seed give equal runs; the waiting room, the order
-of turns, credits, accounts and routing are those of production; nobody learns anything sooner than its delay.
+Problem: fairness between tenants over many workers and gateways cannot be tested in real time: one hour of it would
+take an hour, and no two runs would be alike.
+
+Invariants: equal settings and seeds give equal runs. The waiting room, fair order, credits, accounts and routing are
+those of production. No component learns anything before its delay has passed.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.credit import Grant
 from cluster.worker.engine.simulated.config import SimConfig
-from loadtests.sim.events import Agenda
-from loadtests.sim.gateway import MODEL, SimCall, SimGateway, Told
+from loadtests.sim.events import EventQueue
+from loadtests.sim.gateway import MODEL, GatewayCallbacks, SimCall, SimGateway
 from loadtests.sim.observer import Observer
 from loadtests.sim.traffic import Prompts, SimTenant
-from loadtests.sim.worker import Heard, SimSubmit, SimWorker
+from loadtests.sim.worker import SimSubmit, SimWorker, WorkerCallbacks
 
 VOCAB = 32_000
 
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """What the world is. Times in seconds. `engine` must have its vocabulary and max_model_len."""
+    """Configuration of a simulation. Times are in seconds. `engine` must use VOCAB and set `max_model_len`."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8
@@ -47,26 +49,26 @@ class WorldConfig:
 
 
 class World:
-    """Run it, then ask `observer`, `workers` and `gateways`."""
+    """One simulation. After `run`, read `observer`, `workers` and `gateways`."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
-        self.agenda = Agenda()
+        self.event_queue = EventQueue()
         self._rng = Random(config.seed)
         self._prompts = Prompts(self._rng, VOCAB)
         self._tenants = {tenant.name: tenant for tenant in config.tenants}
         self._serial = 0
         self._open = True
         self.workers = [
-            SimWorker(str(at), config.engine, config.gateways, self.agenda, self._heard_of(at))
+            SimWorker(str(at), config.engine, config.gateways, self.event_queue, self._callbacks_of(at))
             for at in range(config.workers)
         ]
         self.gateways = [self._gateway(at) for at in range(config.gateways)]
-        self.observer = Observer(self.workers, self.gateways, config.service, self.agenda)
+        self.observer = Observer(self.workers, self.gateways, config.service, self.event_queue)
         for at in range(config.gateways):
-            self.agenda.every(config.report_every_s, lambda at=at: self._report(at))  # type: ignore[misc]
-            self.agenda.every(1.0, lambda at=at: self._sweep(at))  # type: ignore[misc]
-        for gateway in self.gateways:  # the links are up: a worker's first word is where its account begins
+            self.event_queue.every(config.report_every_s, lambda at=at: self._report(at))  # type: ignore[misc]
+            self.event_queue.every(1.0, lambda at=at: self._sweep(at))  # type: ignore[misc]
+        for gateway in self.gateways:  # the links are up: a worker's first report is the starting point
             if gateway.fair is not None:
                 for worker in self.workers:
                     gateway.fair.order(MODEL).served(worker.name, "1", worker.served(gateway.number), 0.0)
@@ -74,34 +76,34 @@ class World:
             self._begin(tenant)
 
     def run(self, seconds: float) -> World:
-        """Till then."""
-        self.agenda.run_until(seconds)
+        """Run until this time."""
+        self.event_queue.run_until(seconds)
         return self
 
     def stop_arrivals(self) -> None:
-        """Nobody calls any more; who waits and runs goes on."""
+        """Stop new calls. Waiting and running calls continue."""
         self._open = False
 
     # ---- the cluster
 
     def _gateway(self, number: int) -> SimGateway:
         fair = FairTurns(self._order) if self.config.fair else None
-        told = Told(self._bound, self._served, self._submit, self._ack)
-        return SimGateway(number, self.workers, fair, self.config.service, told)
+        callbacks = GatewayCallbacks(self._bound, self._served, self._submit, self._ack)
+        return SimGateway(number, self.workers, fair, self.config.service, callbacks)
 
     def _order(self) -> FairOrder:
         return FairOrder(weight_of=lambda tenant: self._tenants[tenant].weight, service=self.config.service)
 
-    def _heard_of(self, worker: int) -> Heard:
-        def outputs(link: int, some: list[TokenOutput]) -> None:
-            self._later(lambda: self.gateways[link].outputs(worker, some, self.agenda.now))
-            for output in some:
+    def _callbacks_of(self, worker: int) -> WorkerCallbacks:
+        def outputs(link: int, step_outputs: list[TokenOutput]) -> None:
+            self._later(lambda: self.gateways[link].outputs(worker, step_outputs, self.event_queue.now))
+            for output in step_outputs:
                 self._served(self.gateways[link].calls[output.request_id], output)
 
         def granted(link: int, grant: Grant) -> None:
-            self._later(lambda: self.gateways[link].granted(worker, grant, self.agenda.now))
+            self._later(lambda: self.gateways[link].granted(worker, grant, self.event_queue.now))
 
-        return Heard(outputs, granted)
+        return WorkerCallbacks(outputs, granted)
 
     def _submit(self, gateway: int, worker: int, submit: SimSubmit) -> None:
         self._later(lambda: self.workers[worker].submit(gateway, submit))
@@ -111,7 +113,7 @@ class World:
 
     def _later(self, action: object) -> None:
         assert callable(action)
-        self.agenda.after(self.config.link_s, action)
+        self.event_queue.after(self.config.link_s, action)
 
     # ---- reports
 
@@ -125,30 +127,30 @@ class World:
                 worker.backlog(number, claim)
             for other in self.gateways:
                 if waiting is not None and other is not gateway and other.fair is not None:
-                    other.fair.order(MODEL).waiting_elsewhere(str(number), waiting, self.agenda.now)
+                    other.fair.order(MODEL).waiting_elsewhere(str(number), waiting, self.event_queue.now)
 
-        self.agenda.after(late, arrive)
+        self.event_queue.after(late, arrive)
         if gateway.fair is not None:
             order = gateway.fair.order(MODEL)
             reports = [(worker.name, worker.served(number)) for worker in self.workers]
 
-            def told() -> None:
+            def apply() -> None:
                 for name, totals in reports:
-                    order.served(name, "1", totals, self.agenda.now)
+                    order.served(name, "1", totals, self.event_queue.now)
 
-            self.agenda.after(late, told)
+            self.event_queue.after(late, apply)
 
     def _sweep(self, number: int) -> None:
         fair = self.gateways[number].fair
         if fair is not None:
-            fair.sweep(self.agenda.now)
+            fair.sweep(self.event_queue.now)
 
     # ---- calls
 
     def _begin(self, tenant: SimTenant) -> None:
         for gateway in tenant.at(self.config.gateways):
             for _ in range(tenant.backlog):
-                self.agenda.after(0.0, lambda g=gateway: self._arrive(tenant, g))  # type: ignore[misc]
+                self.event_queue.after(0.0, lambda g=gateway: self._arrive(tenant, g))  # type: ignore[misc]
         if tenant.rate_s:
             self._next_arrival(tenant)
 
@@ -157,13 +159,13 @@ class World:
             self._arrive(tenant, self._rng.choice(tenant.at(self.config.gateways)))
             self._next_arrival(tenant)
 
-        self.agenda.after(self._rng.expovariate(tenant.rate_s), arrive)
+        self.event_queue.after(self._rng.expovariate(tenant.rate_s), arrive)
 
     def _arrive(self, tenant: SimTenant, number: int) -> None:
         if not self._open:
             return
         self._serial += 1
-        gateway, now, call_id = self.gateways[number], self.agenda.now, str(self._serial)
+        gateway, now, call_id = self.gateways[number], self.event_queue.now, str(self._serial)
         lengths = self._rng.choice(tenant.lengths)
         prompt = self._prompts.make(tenant, lengths.prompt)
         request = EngineRequest(
@@ -183,16 +185,16 @@ class World:
         )
         self.observer.arrived(tenant.name)
         gateway.enter(SimCall(waiting, request, tenant.name, now), now)
-        self.observer.look()
+        self.observer.check_capacity()
 
     def _bound(self, number: int, call: SimCall) -> None:
         self.observer.bound(call)
         tenant = self._tenants[call.tenant]
         if tenant.backlog:
-            self.agenda.after(0.0, lambda: self._arrive(tenant, number))
+            self.event_queue.after(0.0, lambda: self._arrive(tenant, number))
 
     def _served(self, call: SimCall, output: TokenOutput) -> None:
         self.observer.served(call, output)
 
     def __repr__(self) -> str:
-        return f"World({self.agenda.now:g} s, {len(self.workers)} workers, {len(self.gateways)} gateways)"
+        return f"World({self.event_queue.now:g} s, {len(self.workers)} workers, {len(self.gateways)} gateways)"

@@ -1,1 +1,1 @@
-"""The simulated world."""
+"""Tests of the simulator."""

@@ -1,4 +1,4 @@
-"""The replicas of the autoscaler's simulation: no call is lost, and none waits for longer than a gateway lets it."""
+"""Replicas of the scaling simulation: no call is lost, and none waits longer than a gateway allows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """What the simulation assumes is what a gateway does that nobody has told otherwise."""
+    """The simulated bound equals the gateway's default."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
 @settings(deadline=None)
 @given(ARRIVALS, st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:
-    """At every moment, whatever comes and however many replicas there are; what was foreseen of those that are refused
-    is taken back, and with all else put right it is what was made."""
+    """Every call waits, runs or is judged at every moment, with any number of replicas. Predictions of refused calls
+    are removed, and in the end the predicted tokens equal the generated ones."""
     fleet, line = Fleet(PLANT, 2.0, 0.1), sorted(arrivals)
     made = 0.0
 
@@ -42,6 +42,6 @@ def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int
         begun = sum(count for _, _, count, *_ in fleet._streams if count > 0)
         judged = fleet.good + fleet.late + fleet.slow + begun
         assert judged + fleet.waiting_calls == pytest.approx(fleet.arrived, abs=1e-3)
-        assert fleet.oldest_at_s is None or now_s - fleet.oldest_at_s <= MAX_WAIT_S or fleet._line[0].left < 1
-    if not fleet._streams and not fleet._line:
+        assert fleet.oldest_at_s is None or now_s - fleet.oldest_at_s <= MAX_WAIT_S or fleet._queue[0].left < 1
+    if not fleet._streams and not fleet._queue:
         assert fleet.expected_tokens == pytest.approx(made, rel=1e-6, abs=1.0)

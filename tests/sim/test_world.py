@@ -1,4 +1,4 @@
-"""The simulated cluster: runs can be repeated, laws of fairness hold in it, and it tells fair from unfair."""
+"""Simulated cluster: runs are reproducible, fairness properties hold, and unfair orders are detected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.worker.engine.simulated.config import SimConfig
-from loadtests.sim.events import Agenda
+from loadtests.sim.events import EventQueue
 from loadtests.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
 from loadtests.sim.world import VOCAB, World, WorldConfig
 
@@ -20,7 +20,7 @@ ENGINE = SimConfig(vocab=VOCAB, token_hi=VOCAB, max_model_len=4096, max_num_seqs
 
 
 def small(tenants: list[SimTenant], *, gateways: int = 2, fair: bool = True, seed: int = 1) -> World:
-    """Two workers of eight places."""
+    """A cluster of two workers with eight slots each."""
     return World(WorldConfig(tenants, workers=2, gateways=gateways, fair=fair, seed=seed, engine=ENGINE))
 
 
@@ -29,7 +29,7 @@ SHORT, LONG = [Lengths(600, 10), Lengths(300, 20)], [Lengths(100, 200), Lengths(
 
 @cache
 def crowded(gateways: int = 2, fair: bool = True) -> World:
-    """Three always-backlogged tenants, one of weight 2, one at one gateway only; run for 40 s."""
+    """Three always backlogged tenants, one of weight 2 and one at a single gateway; run for 40 s."""
     tenants = [
         SimTenant("short", SHORT, backlog=8),
         SimTenant("long", LONG, backlog=8, gateways=(1,)),
@@ -42,7 +42,7 @@ WEIGHTS = {"short": 1.0, "long": 1.0, "heavy": 2.0}
 
 
 def test_equal_seeds_equal_runs() -> None:
-    """Chance comes from the seed alone."""
+    """Runs with equal seeds are equal."""
     ends = [small([SimTenant("a", SHORT, rate_s=5.0)], seed=s).run(10.0).observer.tenants["a"] for s in (3, 3, 4)]
     assert ends[0].ttft_s == ends[1].ttft_s
     assert ends[0].ttft_s != ends[2].ttft_s
@@ -50,21 +50,21 @@ def test_equal_seeds_equal_runs() -> None:
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
-    """However many gateways: the gap stays within U, and nobody is below its part by more than a tenth or two."""
+    """With any number of gateways the gap stays within U, and no tenant is more than a fifth below its share."""
     seen = crowded(gateways).observer
     assert seen.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) <= seen.unit()
     assert seen.smallest_share(list(WEIGHTS), WEIGHTS, 5.0, window_s=30.0) >= 0.8
 
 
 def test_first_come_first_served_does_not() -> None:
-    """The same figures see an unfair order."""
+    """The same figures detect an unfair order."""
     fair, fifo = crowded(2, True).observer, crowded(2, False).observer
     assert fifo.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) > 3 * fair.largest_gap(list(WEIGHTS), WEIGHTS, 0.0)
 
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
-    """Work conservation: room is taken within 200 ms while anybody waits; the engine's own queue stays short."""
+    """Capacity is used within 200 ms while a call waits, and the engine's own queue stays short."""
     world = crowded(gateways)
     assert world.observer.longest_beside_room_s <= 0.2
     assert world.observer.most_promised_over_room <= 0
@@ -72,7 +72,7 @@ def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
 
 
 def test_a_flood_costs_the_quiet_little() -> None:
-    """Beside one that always has 200 waiting, a quiet tenant's first tokens come; in arrival order they do not."""
+    """A quiet tenant gets first tokens beside one with 200 waiting calls; in arrival order it does not."""
     quiet = SimTenant("quiet", SHORT, rate_s=1.0)
     flood = SimTenant("flood", LONG, backlog=200)
     fair, fifo = (small([quiet, flood], fair=fair).run(40.0).observer.ttft("quiet", 0.9, 2.0) for fair in (True, False))
@@ -83,22 +83,22 @@ def test_a_flood_costs_the_quiet_little() -> None:
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 60)), min_size=1, max_size=3), st.integers(1, 3))
 @settings(max_examples=5, deadline=None)
 def test_every_call_ends_once_with_its_tokens(lengths: list[tuple[int, int]], gateways: int) -> None:
-    """Nothing is lost or doubled: when arrivals stop, all have ended with what they asked for, and nothing is held."""
+    """After arrivals stop, every call has ended with its tokens, and no capacity is held."""
     tenants = [SimTenant(f"t{i}", clipped([pair]), rate_s=3.0) for i, pair in enumerate(lengths)]
     world = small(tenants, gateways=gateways)
     world.run(4.0)
     world.stop_arrivals()
     world.run(12.0)
     for i, (_, output) in enumerate(lengths):
-        one = world.observer.tenants.get(f"t{i}")
-        assert one is None or one.output_tokens == one.ended * output
-        assert one is None or one.waiting == 0
+        tenant = world.observer.tenants.get(f"t{i}")
+        assert tenant is None or tenant.output_tokens == tenant.ended * output
+        assert tenant is None or tenant.waiting == 0
     assert all(worker.live == 0 and worker.tokens == 0 for worker in world.workers)
     assert all(not gateway.calls for gateway in world.gateways)
 
 
 def test_all_gateways_agree_when_all_has_been_told() -> None:
-    """After the last report every gateway has charged the same in all."""
+    """After the last report all gateways have the same total charge."""
     world = small([SimTenant("a", SHORT, rate_s=4.0), SimTenant("b", LONG, rate_s=1.0)], gateways=3)
     world.run(5.0)
     world.stop_arrivals()
@@ -110,19 +110,19 @@ def test_all_gateways_agree_when_all_has_been_told() -> None:
 
 
 def test_agenda_is_in_order_and_does_not_go_back() -> None:
-    """By time, then by when it was planned; what is planned for the past is done now."""
-    agenda, done = Agenda(), list[str]()
-    agenda.at(2.0, lambda: done.append("late"))
-    agenda.at(1.0, lambda: done.append("first"))
-    agenda.at(1.0, lambda: agenda.at(0.0, lambda: done.append("past")))
-    agenda.every(0.8, lambda: done.append("tick"))
-    agenda.run_until(2.0)
+    """Actions run by time, then in the order of planning; an action planned for the past runs now."""
+    event_queue, done = EventQueue(), list[str]()
+    event_queue.at(2.0, lambda: done.append("late"))
+    event_queue.at(1.0, lambda: done.append("first"))
+    event_queue.at(1.0, lambda: event_queue.at(0.0, lambda: done.append("past")))
+    event_queue.every(0.8, lambda: done.append("tick"))
+    event_queue.run_until(2.0)
     assert done == ["tick", "first", "past", "tick", "late"]
-    assert agenda.now == 2.0
+    assert event_queue.now == 2.0
 
 
 def test_tenants_that_cannot_be() -> None:
-    """Neither rate nor backlog, both, or nothing to send."""
+    """A tenant needs lengths, and either a rate or a backlog."""
     for broken in ({}, {"rate_s": 1.0, "backlog": 1}):
         with pytest.raises(ValueError, match="exactly one"):
             SimTenant("a", SHORT, **broken)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_tenants_that_cannot_be() -> None:
 
 
 def test_made_up_lengths_and_prompts() -> None:
-    """Around their medians; a tenant's prompts begin alike, and have the length asked for."""
+    """Lengths are spread around their medians; a tenant's prompts share a prefix and have the requested length."""
     rng = Random(1)
     some = made_up(rng, 1000, 100)
     assert 700 < sorted(x.prompt for x in some)[250] < 1400

@@ -1,1 +1,1 @@
-"""The models that should run, compared with those that do, and the steps between."""
+"""Comparison of the models that should run with those that do run, and the steps to close the difference."""

@@ -1,14 +1,18 @@
-"""Whether a version on trial has to go: sequential tests of its errors and of its time to the first token. Pure.
+"""Canary verdict: sequential tests of a canary's error rate and of its time to first token (TTFT). Pure.
 
-Problem: a trial is looked at every second for hours, on few calls. A comparison that is right once in twenty is wrong
+Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would be wrong
 every twenty seconds.
-Invariant: if the trial is in truth no worse than the set ratio allows, then the chance that it is ever taken back,
-however often one looks and for however long, is at most ALPHA for its errors and ALPHA for its first tokens.
-Both tests bet against "no worse than allowed" (an e-process; Ville's inequality gives the bound). Errors: given that a
-call has failed, it is the trial's with a chance of at most r*n / (r*n + m), for n calls of the trial, m of the other
-and the ratio r. First tokens: gateways pair each call of the trial with the last one of the other, and the trial loses
-a pair where its first token took more than r times as long; it loses no more than half of them if it is no worse. Pairs
-are of one moment, so the load's rise and fall is in both. The bet is spread over a grid of how much worse it might be.
+
+Invariant: if the canary is no worse than the configured ratio allows, the probability that it is ever rolled back is at
+most ALPHA for its errors and ALPHA for its TTFT, however often and for however long it is checked.
+
+Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
+bound). Errors: given a failed call, the probability that the canary served it is at most r*n / (r*n + m), where n is
+the number of the canary's calls, m that of the stable version, and r the ratio. TTFT: gateways pair each call of the
+canary with the most recent call of the stable version. The canary loses a pair if its TTFT was more than r times as
+long; if it is no worse, it loses at most half of the pairs. The calls of a pair are close in time, so changes in load
+affect both. The bet is spread over a grid of possible degradations.
+
 Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference" (2023), section 3.
 """
 
@@ -19,14 +23,14 @@ from dataclasses import dataclass
 
 ALPHA = 0.01
 GRID = tuple(0.02 * 1.35**step for step in range(18))
-"""How much worse, as what is added to the log odds of a loss: 2 % to threefold odds and beyond."""
+"""Possible degradations, as an increment of the log odds of a loss: from 2 % to more than threefold odds."""
 MIN_ERRORS = 3
-"""A version that has failed fewer calls than this is not judged by its errors, however few the other failed."""
+"""A version with fewer failed calls than this is not judged by its errors, however few the other version has."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanaryTally:
-    """What gateways have counted of a version. `pairs` of first tokens, of which it was the slower in `slower`."""
+    """Gateways' counts for one version. Of its `pairs` of TTFT values, it was slower in `slower`."""
 
     calls: int = 0
     errors: int = 0
@@ -44,42 +48,42 @@ class CanaryTally:
 
 @dataclass(frozen=True, slots=True)
 class CanaryVerdict:
-    """`goes` with `why` for humans: the numbers that it was decided by."""
+    """Whether the canary `goes`, and `why`: the deciding numbers, for humans."""
 
     goes: bool = False
     why: str = ""
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """The natural logarithm of the bet's worth against "each loss comes with at most this chance", in (0, 1).
+    """Natural logarithm of the bet's wealth against "each loss has at most this probability". `chance` is in (0, 1).
 
-    It begins at 0; that it ever exceeds log(1/a) has a chance of at most a while what it bets against is true.
+    The value starts at 0. While the hypothesis is true, it ever exceeds log(1/a) with a probability of at most a.
     """
     terms = []
-    for worse in GRID:
-        odds = chance / (1.0 - chance) * math.exp(worse)
+    for degradation in GRID:
+        odds = chance / (1.0 - chance) * math.exp(degradation)
         bet = odds / (1.0 + odds)
         terms.append(losses * math.log(bet / chance) + wins * math.log((1.0 - bet) / (1.0 - chance)))
-    most = max(terms)
-    return most + math.log(sum(math.exp(term - most) for term in terms) / len(terms))
+    largest = max(terms)
+    return largest + math.log(sum(math.exp(term - largest) for term in terms) / len(terms))
 
 
-def judge(stays: CanaryTally, trial: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Whether the version on trial goes. A ratio of 0 is not looked at."""
-    enough = -math.log(ALPHA)
-    if error_ratio and trial.errors >= MIN_ERRORS and trial.calls and stays.calls:
-        allowed = error_ratio * trial.calls
-        chance = allowed / (allowed + stays.calls)
-        if log_evidence(trial.errors, stays.errors, chance) > enough:
+def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
+    """Decide whether the canary must be rolled back. A ratio of 0 disables its test."""
+    threshold = -math.log(ALPHA)
+    if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
+        allowed = error_ratio * canary.calls
+        chance = allowed / (allowed + stable.calls)
+        if log_evidence(canary.errors, stable.errors, chance) > threshold:
             return CanaryVerdict(
                 True,
-                f"{trial.errors} of its {trial.calls} calls failed, {stays.errors} of {stays.calls} of the other: "
+                f"{canary.errors} of its {canary.calls} calls failed, {stable.errors} of {stable.calls} of the other: "
                 f"more than {error_ratio:g} times as often",
             )
-    if ttft_ratio and trial.pairs and log_evidence(trial.slower, trial.pairs - trial.slower, 0.5) > enough:
+    if ttft_ratio and canary.pairs and log_evidence(canary.slower, canary.pairs - canary.slower, 0.5) > threshold:
         return CanaryVerdict(
             True,
-            f"in {trial.slower} of {trial.pairs} pairs of calls its first token took more than {ttft_ratio:g} times as "
-            "long as the other's",
+            f"in {canary.slower} of {canary.pairs} pairs of calls its first token took more than {ttft_ratio:g} times "
+            "as long as the other's",
         )
     return CanaryVerdict()

@@ -1,4 +1,7 @@
-"""Catalog entries of models whose entry in the file is wrong: told from what runs, which stays as it is. Pure."""
+"""Catalog entries of held models: their entry in the file is invalid, and what runs is left unchanged. Pure.
+
+The entry is derived from what runs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ WHY = "its entry in the controller's file is wrong, so what runs of it is kept a
 
 
 def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Reported]) -> CatalogEntry:
-    """What the gateways are told of a held model. `spec` has its name, aliases and fallbacks; all calls go to the
-    version that runs most replicas."""
+    """Catalog entry of a held model for the gateways. `spec` supplies its name, aliases and fallbacks.
+
+    All calls go to the version with the most running replicas.
+    """
     by_version: dict[str, list[Observed]] = {}
-    for seen in apps:
-        by_version.setdefault(seen.version, []).append(seen)
-    order = sorted(by_version, key=lambda version: -sum(one.running for one in by_version[version]))
+    for app in apps:
+        by_version.setdefault(app.version, []).append(app)
+    order = sorted(by_version, key=lambda version: -sum(app.running for app in by_version[version]))
     if not order:
         return lifecycle.entry(spec, ModelState.FAILED, None, known=Known(trouble=WHY))
     versions = []
@@ -28,7 +33,7 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
         whole = lifecycle.combined(by_version[version], ())
         sight = lifecycle.sight(True, whole)
         if sight is lifecycle.Sight.SERVING and not reported:
-            sight = lifecycle.Sight.STARTING  # it runs, and no gateway has its link yet
+            sight = lifecycle.Sight.STARTING  # its replicas run, but no gateway has a link to them yet
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),
@@ -39,5 +44,5 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
                 desired=whole.target if whole is not None else 0,
             )
         )
-    told = lifecycle.entry_of(versions)
-    return replace(told, state_reason="; ".join(filter(None, (told.state_reason, WHY))))
+    entry = lifecycle.entry_of(versions)
+    return replace(entry, state_reason="; ".join(filter(None, (entry.state_reason, WHY))))

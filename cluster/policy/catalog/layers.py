@@ -1,4 +1,4 @@
-"""Entries of models as plain values: files laid over each other, and what is different between two catalogs. Pure."""
+"""Model entries as plain values: merging of layered files, and the differences between two catalogs. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ Entry = Mapping[str, Any]
 
 
 def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
-    """One catalog of several, later ones over earlier ones, by name, in the order in which names first come. Mappings
-    are laid over each other key by key, all else is replaced whole; null takes a key away. Raises ValueError for an
-    entry without a name."""
-    found: dict[str, dict[str, Any]] = {}
+    """Merge layers of entries into one catalog, by model name; later layers override earlier ones.
+
+    Mappings are merged key by key, other values are replaced whole, and null removes a key. Models keep the order in
+    which their names first appear. Raises ValueError for an entry without a name and for a name that occurs twice in
+    one layer.
+    """
+    merged: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(layers):
         seen: set[str] = set()
         for i, entry in enumerate(layer):
@@ -22,34 +25,34 @@ def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"layer {number + 1}: models[{i}]: has no name")
             if name in seen:
-                raise ValueError(f"layer {number + 1}: models[{i}]: {name!r} is there twice in one file")
+                raise ValueError(f"layer {number + 1}: models[{i}]: {name!r} occurs twice in one file")
             seen.add(name)
-            found[name] = _over(found.get(name, {}), entry)
-    return tuple(found.values())
+            merged[name] = _merge(merged.get(name, {}), entry)
+    return tuple(merged.values())
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, Mapping):
             old = merged.get(key)
-            merged[key] = _over(old if isinstance(old, Mapping) else {}, value)
+            merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
         else:
             merged[key] = value
     return merged
 
 
 def applied(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
-    """The catalog after entries are given: each replaces the one of its name; others stay, or go with `prune`."""
+    """The catalog after `given` is applied: an entry replaces the one of its name. Others stay unless `prune`."""
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
     return tuple((kept | new).values())
 
 
 def promoted(entry: Entry) -> dict[str, Any]:
-    """The entry with its canary in the place of what it had. Raises KeyError where it has none."""
+    """The entry with its canary promoted to the stable version. Raises KeyError if it has no canary."""
     canary = entry["canary"]
     own = {key: value for key, value in canary.items() if key not in ("weight", "rollback")}
     new = {key: value for key, value in entry.items() if key not in ("canary", "digest")}
@@ -57,26 +60,26 @@ def promoted(entry: Entry) -> dict[str, Any]:
 
 
 def changes(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
-    """What is different, by name. `restarts`: of models that get new replicas, why."""
-    found = []
+    """Differences between two catalogs, by name. `restarts` maps each model whose replicas restart to the reason."""
+    listed = []
     for name in sorted(now.keys() | then.keys()):
         before, after = now.get(name), then.get(name)
         if before == after:
             continue
         kind = "add" if before is None else "remove" if after is None else "change"
         differences = tuple(_differences("", before or {}, after or {})) if kind == "change" else ()
-        found.append(Change(name, kind, differences, restarts.get(name, "")))
-    return tuple(found)
+        listed.append(Change(name, kind, differences, restarts.get(name, "")))
+    return tuple(listed)
 
 
 def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    found: list[Difference] = []
+    differences: list[Difference] = []
     for key in sorted(before.keys() | after.keys()):
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
-        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section, here or there
-            found += _differences(f"{where}.", old or {}, new or {})
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in at least one of them
+            differences += _differences(f"{where}.", old or {}, new or {})
         else:
-            found.append(Difference(where, old, new))
-    return found
+            differences.append(Difference(where, old, new))
+    return differences

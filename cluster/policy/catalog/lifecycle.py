@@ -1,7 +1,7 @@
-"""The life of a model as a table, and the catalog entries that the gateways are told. Pure.
+"""State machine of a model, and the catalog entries that the controller sends to the gateways. Pure.
 
-A controller holds no state that it could lose: each pass folds what it sees now into the last state, and a controller
-that has just started begins at DECLARED and is right after one pass.
+A controller holds no state that it could lose: each pass applies what it sees to the last state. A controller that has
+just started begins at DECLARED and is correct after one pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class Sight(enum.StrEnum):
-    """What one pass can see of a model."""
+    """Observation of a model in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"
@@ -31,7 +31,7 @@ class Sight(enum.StrEnum):
 
 
 class IllegalMove(Exception):
-    """A sight that cannot follow a state."""
+    """An observation that cannot follow a state."""
 
 
 _FROM_ANY: dict[Sight, ModelState] = {
@@ -45,8 +45,8 @@ _FROM_ANY: dict[Sight, ModelState] = {
     Sight.ENDED: ModelState.GONE,
 }
 
-# Every state may be followed by every sight, since Ray and the file change while nobody looks; except that what is
-# gone must be declared again before anything of it is seen.
+# Ray and the file change between passes, so any observation may follow any state. The exception: a model that is GONE
+# must be declared again before anything else of it is observed.
 MOVES: dict[tuple[ModelState, Sight], ModelState] = {
     (state, sight): after
     for state in ModelState
@@ -64,7 +64,7 @@ def move(state: ModelState, sight: Sight) -> ModelState:
 
 
 def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
-    """What this pass sees of one model. `unplaceable` says why no node could hold it, if so."""
+    """Observation of one model in this pass. `unplaceable` says why no node can hold it; "" if one can."""
     if not wanted:
         return Sight.ENDED if seen is None else Sight.WITHDRAWN
     if seen is None or seen.deleting:
@@ -81,28 +81,30 @@ def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
 
 
 def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
-    """A version's applications as one: those that are wanted, and those that still serve in their place. None: there is
-    none. What fails of the wanted ones is told, also while others serve."""
-    there = [one for one in wanted if not one.deleting]
-    others = [one for one in before if not one.deleting]
+    """A version's applications merged into one: the wanted ones, and those that still serve in their place.
+
+    Returns None if there is none. Failures of wanted applications are reported even while others serve.
+    """
+    there = [app for app in wanted if not app.deleting]
+    others = [app for app in before if not app.deleting]
     if not there and not others:
         return wanted[0] if wanted else None
     first = (there or others)[0]
     return dataclasses.replace(
         first,
-        target=sum(one.target for one in there or others),
-        running=sum(one.running for one in (*there, *others)),
-        placed=sum(one.placed for one in (*there, *others)),
-        leaving=sum(one.leaving for one in (*there, *others)),
-        gave_up=bool(there) and all(one.gave_up for one in there),
-        refused=bool(there) and all(one.refused for one in there),
-        trouble=next((one.trouble for one in there if one.trouble), ""),
+        target=sum(app.target for app in there or others),
+        running=sum(app.running for app in (*there, *others)),
+        placed=sum(app.placed for app in (*there, *others)),
+        leaving=sum(app.leaving for app in (*there, *others)),
+        gave_up=bool(there) and all(app.gave_up for app in there),
+        refused=bool(there) and all(app.refused for app in there),
+        trouble=next((app.trouble for app in there if app.trouble), ""),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What one worker of a model told the gateways about itself."""
+    """One worker's report about itself to the gateways."""
 
     weight_digest: str = ""
     bundle_digest: str = ""
@@ -113,7 +115,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a model without any worker, from its source."""
+    """Facts about a model taken from its source, without any worker."""
 
     bundle_digest: str = ""
     max_model_len: int = 0
@@ -126,7 +128,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a model as the controller sees it now. `trial`: it is not the one that stays."""
+    """One version of a model as the controller sees it now."""
 
     spec: ModelSpec
     share: ReplicaShare
@@ -137,37 +139,40 @@ class Version:
     unplaceable: str = ""
     desired: int = 0
     changing: bool = False
-    """Another application of it is to take the place of the one that serves."""
+    """Whether another application of this version is to replace the one that serves."""
     lost: str = ""
-    """How its replicas' engines have ended in the last minutes."""
+    """Summary of its engines' ends in the last minutes."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """A model with all its versions as the gateways are told it, the one that stays first."""
-    stays = versions[0]
-    told = entry(
-        stays.spec,
-        stays.state,
-        stays.seen,
-        reported=stays.reported,
-        known=stays.known,
-        unplaceable=stays.unplaceable,
-        lost=stays.lost,
+    """Catalog entry of a model with all its versions, the stable one first."""
+    stable = versions[0]
+    stable_entry = entry(
+        stable.spec,
+        stable.state,
+        stable.seen,
+        reported=stable.reported,
+        known=stable.known,
+        unplaceable=stable.unplaceable,
+        lost=stable.lost,
         cold_start_s=cold_start_s,
     )
     parts = tuple(_share(version) for version in versions)
-    state, reasons = stays.state, [] if not told.state_reason else [told.state_reason]
-    if state is not ModelState.READY and any(one.state is ModelState.READY and one.weight for one in parts):
-        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {told.state_reason}"]
-    reasons += [f"{one.version}: {one.state_reason}" for one in parts[1:] if one.state_reason]
-    if stays.changing and state is ModelState.READY:
-        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stays)) else ""))
+    state, reasons = stable.state, [] if not stable_entry.state_reason else [stable_entry.state_reason]
+    if state is not ModelState.READY and any(part.state is ModelState.READY and part.weight for part in parts):
+        state, reasons = (
+            ModelState.READY,
+            [f"{stable.spec.version} is {stable.state.lower()}: {stable_entry.state_reason}"],
+        )
+    reasons += [f"{part.version}: {part.state_reason}" for part in parts[1:] if part.state_reason]
+    if stable.changing and state is ModelState.READY:
+        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stable)) else ""))
     return dataclasses.replace(
-        told,
+        stable_entry,
         state=state,
         state_reason="; ".join(reasons),
-        replicas=sum(one.replicas for one in parts),
-        replicas_desired=sum(one.replicas_desired for one in parts),
+        replicas=sum(part.replicas for part in parts),
+        replicas_desired=sum(part.replicas_desired for part in parts),
         versions=parts,
         retired=tuple(sorted(retired)),
     )
@@ -212,7 +217,7 @@ def entry(
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
-    """One model as the gateways are told it. Workers' own words win over what the source says."""
+    """Catalog entry of one model. Workers' reports override what the source says."""
     about = known or Known()
     first = reported[0] if reported else None
     return CatalogEntry(
@@ -241,7 +246,7 @@ def entry(
 
 
 def ends_of(ends: Sequence[tuple[float, str]]) -> str:
-    """The last of some engines' ends, by when (since the epoch) and why, and how many there were."""
+    """Summary of engine ends: when (since the epoch) and why the latest one ended, and how many there were."""
     if not ends:
         return ""
     at_s, why = max(ends)
@@ -264,7 +269,7 @@ def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable:
 
 
 def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """The entry with what an earlier one knew and no worker says now, so that a model at rest stays tokenizable."""
+    """The entry, with gaps filled from an earlier one, so that a model without workers stays tokenizable."""
     if entry_before is None:
         return now
     return dataclasses.replace(
@@ -282,8 +287,8 @@ def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEnt
 
 
 def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
-    """What its workers have once said, as long as it is the same revision of the version."""
-    old = next((one for one in before if (one.version, one.revision) == (now.version, now.revision)), None)
+    """Keep what workers of the same version and revision reported earlier."""
+    old = next((share for share in before if (share.version, share.revision) == (now.version, now.revision)), None)
     if old is None:
         return now
     return dataclasses.replace(

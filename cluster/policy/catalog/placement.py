@@ -1,8 +1,9 @@
-"""Where a replica's processes go: bundles and strategy of its placement group, and the two checks around them. Pure.
+"""Placement of a replica's processes: bundles and strategy of its placement group, and the checks before and after.
+Pure.
 
-A replica of one GPU is one bundle, since its engine runs in the replica's own process tree and must see the GPU. A
-larger one is a CPU bundle for the replica and one bundle for each GPU, since vLLM refuses bundles of several GPUs.
-The group is packed onto one node strictly, unless pipeline parallelism or the entry's own key lets it spread.
+A replica with one GPU is one bundle, since its engine runs in the replica's own process tree and must see the GPU. A
+larger replica is a CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of several
+GPUs. The group is packed strictly onto one node, unless pipeline parallelism or the entry's own key lets it spread.
 Machines without GPUs run the same groups over Ray's logical GPUs.
 """
 
@@ -14,18 +15,18 @@ from dataclasses import dataclass
 from cluster.api.types import ModelSpec
 
 REPLICA_CPUS = 1.0
-"""CPUs set aside for the replica's front end and its engine core."""
+"""CPUs reserved for the replica's front end and its engine core."""
 SIMULATED_CPUS = 0.05
-"""CPUs set aside for a simulated engine, so that a laptop holds any number."""
+"""CPUs reserved for a simulated engine; so few that a laptop holds any number of them."""
 ACCELERATOR_SHARE = 0.001
-"""Ray marks a node with one `accelerator_type:X`; a bundle that asks for a sliver of it lands there."""
+"""Ray gives each node one `accelerator_type:X` resource; a bundle that asks for a fraction of it is placed there."""
 
 Bundle = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A placement group to ask for. The replica itself sits in the first bundle and owns `replica_gpus` of it."""
+    """A placement group to request. The replica runs in the first bundle and owns `replica_gpus` of it."""
 
     bundles: tuple[Bundle, ...]
     strategy: str
@@ -44,7 +45,7 @@ def world_size(spec: ModelSpec) -> int:
 
 
 def may_spread(spec: ModelSpec) -> bool:
-    """Whether the replica's GPUs may lie on several nodes."""
+    """Whether the replica's GPUs may be on several nodes."""
     return spec.pipeline_parallel_size > 1 or spec.allow_cross_node_tensor_parallel
 
 
@@ -63,10 +64,10 @@ def placement(spec: ModelSpec) -> Placement:
 
 
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Why these nodes could not hold one replica even if they were idle; "" when they could.
+    """Reason why these nodes cannot hold one replica even if they are idle; "" if they can.
 
-    `nodes` are each node's total resources. Bundles of a packed group are placed greedily, largest node first, which
-    is exact here since all GPU bundles of a group are alike.
+    `nodes` are each node's total resources. Bundles of a packed group are placed greedily, largest node first, which is
+    exact here because all GPU bundles of a group are alike.
     """
     if not nodes:
         return "cannot be placed: Ray has no node"
@@ -79,25 +80,27 @@ def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> st
     free = [dict(node) for node in nodes]
     free.sort(key=lambda node: -node.get("GPU", 0.0))
     for bundle in wanted.bundles:
-        home = next((node for node in free if _fits(bundle, node)), None)
-        if home is None:
+        chosen = next((node for node in free if _fits(bundle, node)), None)
+        if chosen is None:
             have = _say(_total(nodes), need)
             return f"cannot be placed: needs {_say(need, need)} over all nodes, and they have {have} in all"
         for name, amount in bundle.items():
-            home[name] -= amount
+            chosen[name] -= amount
     return ""
 
 
 def capacity(
     spec: ModelSpec, nodes: Sequence[Mapping[str, float]], others: Sequence[tuple[ModelSpec, int]] = ()
 ) -> int:
-    """How many replicas the GPUs of its type hold, beside `others` with so many replicas each; those of any type are
-    taken to sit elsewhere. An estimate: how the nodes' GPUs are cut up is not looked at."""
+    """Estimated number of replicas that fit on the GPUs of the spec's type, beside `others` with their replica counts.
+
+    Other models that accept any type are assumed to be elsewhere. Fragmentation of GPUs over nodes is ignored.
+    """
     if is_simulated(spec):
         return 1_000_000
     mark = f"accelerator_type:{spec.gpu}"
     gpus = sum(node.get("GPU", 0.0) for node in nodes if not spec.gpu or mark in node)
-    used = sum(world_size(one) * count for one, count in others if one.gpu == spec.gpu and not is_simulated(one))
+    used = sum(world_size(o) * count for o, count in others if o.gpu == spec.gpu and not is_simulated(o))
     return max(int((gpus - used) // world_size(spec)), 0)
 
 
@@ -113,10 +116,10 @@ def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, f
 
 
 def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
-    """Why the group must not come up as Ray placed it; "" when it may.
+    """Reason why the group must not start as Ray placed it; "" if it may.
 
-    `gpu_nodes` are the nodes of the GPU bundles in their order. vLLM orders ranks by node, the driver's first, then
-    by node id, and each run of tensor_parallel_size ranks is one tensor-parallel group.
+    `gpu_nodes` are the nodes of the GPU bundles in their order. vLLM orders ranks by node, the driver's first, then by
+    node id; each run of tensor_parallel_size ranks is one tensor-parallel group.
     """
     if spec.allow_cross_node_tensor_parallel or spec.tensor_parallel_size == 1:
         return ""
@@ -146,7 +149,7 @@ def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:
 
 
 def _say(have: Mapping[str, float], need: Mapping[str, float]) -> str:
-    """`2 GPUs of type H100 and 1 CPU`, the kinds that `need` names."""
+    """Resources as text: `2 GPUs of type H100 and 1 CPU`, restricted to the kinds that `need` names."""
     types = [name.split(":", 1)[1] for name in need if name.startswith("accelerator_type:")]
     kind = f" of type {types[0]}" if types and f"accelerator_type:{types[0]}" in have else ""
     parts = []

@@ -1,13 +1,15 @@
-"""What is wanted against what is there, and the steps between them. Pure.
+"""Reconciliation of wanted and observed applications on Ray: the next steps. Pure.
 
-Problem: Ray Serve restarts every replica of an application that it is given anew, changed or not; and a model's
-replicas must be changed under load without ending a call.
-Invariants: an application is never changed but in its number of replicas. What it was started with is in its name
-(`model@version+digest`), so a changed entry is another application, beside the first. The first stays until the other
-serves as many, then gets no new call, and goes when none is left there (or its time to drain is over). Where both do
-not fit, the first gives up one replica at a time, and only while Ray has nowhere to put the other's. An application
-that cannot come up displaces nothing.
-Steps come in the order in which they are to be done: what frees GPUs first.
+Problem: Ray Serve restarts every replica of an application that is deployed again, changed or not; and a model's
+replicas must be replaced under load without ending a call.
+
+Invariants: only the number of replicas of an application is ever changed. Its name holds all that it was started with
+(`model@version+digest`), so a changed entry becomes another application beside the first. The first stays until the
+other one serves with as many replicas, then gets no new calls, and is deleted once it is empty or its drain time is
+over. If both do not fit, the first gives up one replica at a time, and only while Ray cannot place the other's. An
+application that cannot start displaces nothing.
+
+Steps are listed in the order in which to do them: those that free GPUs come first.
 """
 
 from __future__ import annotations
@@ -17,31 +19,31 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 RETRY_S = 60.0
-"""Pause before what Ray gave up on is deployed anew, unless it was refused: then only a changed entry helps."""
+"""Pause before a failed application is deployed again. One that Ray refused needs a changed entry."""
 SETTLE_S = 30.0
-"""How long an application may show nothing of itself before it is made anew."""
+"""Time for which a deployed application may show nothing on Ray before it is deployed again."""
 SURGE_WAIT_S = 20.0
-"""How long a new application may wait for room beside the one that it replaces before that one makes room."""
+"""Time for which a new application waits for capacity beside the one it replaces before the old one makes room."""
 
 _APP = re.compile(r"(?P<model>[^@]+)@(?P<version>[^+]+)\+(?P<digest>[0-9a-f]+)")
 
 
 def app_name(model: str, version: str, digest: str) -> str:
-    """The name of the application that runs this: equal only for equal replicas."""
+    """Name of the application that runs this; equal only for equal replicas."""
     return f"{model}@{version}+{digest}"
 
 
 def app_parts(app: str) -> tuple[str, str, str]:
-    """Model, version and digest of `app_name`; one that was named otherwise is a model's without either."""
-    found = _APP.fullmatch(app)
-    return (found["model"], found["version"], found["digest"]) if found else (app, "", "")
+    """Inverse of `app_name`: model, version and digest. A name of another form is returned as the model."""
+    match = _APP.fullmatch(app)
+    return (match["model"], match["version"], match["digest"]) if match else (app, "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """An application of ours on Ray. Counts are of replicas; `trouble` is why the last start failed, if it did.
+    """One of our applications on Ray. Counts are of replicas; `trouble` is why the last start failed, if it did.
 
-    `digest` is "" for the moment between Ray taking an application and showing what it is.
+    `digest` is "" for the moment between the deployment and Ray showing the application.
     """
 
     model: str
@@ -58,26 +60,26 @@ class Observed:
     version: str = "v1"
     ray: str = "local"
     named: str = ""
-    """Its name on Ray where that is not `app_name` of the rest."""
+    """Its name on Ray where that differs from `app_name` of the other fields."""
     gpu: str = ""
-    """The type that it was made for; "" for any, or where nobody has said."""
+    """GPU type that it was made for; "" if any or unknown."""
 
     @property
     def app(self) -> str:
-        """Its name on Ray, without the cluster's."""
+        """Name on Ray, without the Ray cluster's."""
         return self.named or app_name(self.model, self.version, self.digest)
 
     @property
     def failed(self) -> bool:
-        """Whether it can be expected to serve nobody as it stands."""
+        """Whether it serves no calls and cannot recover by itself."""
         return not self.running and (self.gave_up or self.refused)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An application that is to run: the digest of all that its replicas are started with, and how many.
+    """An application that should run: the digest of all that its replicas are started with, and their number.
 
-    `stale`: its replicas have other weights than they are to have now, so they are to be started again.
+    `stale`: its replicas have other weights than the entry now asks for, so they must be restarted.
     """
 
     model: str
@@ -90,13 +92,13 @@ class Wanted:
 
     @property
     def app(self) -> str:
-        """Its name on Ray, without the cluster's."""
+        """Name on Ray, without the Ray cluster's."""
         return app_name(self.model, self.version, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
 class Deploy:
-    """Make an application, or make it anew."""
+    """Create an application, or deploy it again."""
 
     app: str
     why: str
@@ -105,7 +107,7 @@ class Deploy:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Change the number of replicas and touch no other."""
+    """Change the number of replicas; the remaining ones are not touched."""
 
     app: str
     replicas: int
@@ -125,7 +127,7 @@ Action = Deploy | Scale | Delete
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`actions` now, and the applications that are to get no new calls, so that they can go."""
+    """`actions` to do now, and the `retired` applications: these get no new calls, so that they can be deleted."""
 
     actions: tuple[Action, ...]
     retired: frozenset[str] = frozenset()
@@ -140,10 +142,13 @@ def reconcile(
     frozen: Container[str] = (),
     dropped: Container[tuple[str, str]] = (),
 ) -> Plan:
-    """The next steps; none when all is as wanted. The first wanted of a model is the one that stands in for versions
-    that are wanted no more. `empty`: applications without a call, or whose time to drain is over. `frozen`: models of
-    which nothing new is begun and nothing is replaced. `dropped`: versions of models that go at once, since they get no
-    calls. `now_s` is wall-clock time, as Ray's `deployed_at_s`."""
+    """Plan the next steps; there are none if all is as wanted.
+
+    The first wanted application of a model replaces versions that are no longer wanted. `empty`: applications without a
+    call, or whose drain time is over. `frozen`: models of which nothing new is started and nothing is replaced.
+    `dropped`: (model, version) pairs that are retired at once, because they get no calls. `now_s` is wall-clock time,
+    as Ray's `deployed_at_s`.
+    """
     actions: list[Action] = []
     retired: set[str] = set()
     apps = {want.app for want in wanted}
@@ -161,16 +166,18 @@ def reconcile(
         elif (replicas := _makes_room(waited_for[0], observed.get(waited_for[0].app), old, now_s)) != old.target:
             actions.append(Scale(old.app, replicas, old.ray))
     for want in wanted:
-        there = any(one.model == want.model and not one.deleting for one in observed.values())
+        there = any(app.model == want.model and not app.deleting for app in observed.values())
         action = _step(want, observed.get(want.app), now_s, begins=want.model not in frozen or not there)
         if action is not None:
             actions.append(action)
-    return Plan(tuple(sorted(actions, key=lambda one: not isinstance(one, Delete))), frozenset(retired))
+    return Plan(tuple(sorted(actions, key=lambda action: not isinstance(action, Delete))), frozenset(retired))
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Which of its model's take its place: those of its version, else those of the first, and of these the one of its
-    type of GPU where that is to have replicas."""
+    """Wanted applications of the same model that replace `old`.
+
+    Those of its version, else of the first version; of these the one of its GPU type, if that is to have replicas.
+    """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
     mine = [want for want in wanted if want.version == version]
@@ -178,16 +185,19 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Whether nobody needs the old one any longer. It is not asked how many that has: it may have made room."""
+    """Whether the old application is no longer needed.
+
+    Its own replica count is not compared, because it may have given replicas up to make room.
+    """
     return seen is not None and not seen.deleting and seen.running >= heir.replicas
 
 
 def _makes_room(heir: Wanted, seen: Observed | None, old: Observed, now_s: float) -> int:
-    """How many replicas of the old one are to run while the new one is not up."""
+    """Replicas that the old application keeps while the new one is not up."""
     if seen is None or seen.deleting or not seen.digest or old.ray != heir.ray:
         return old.target
     if seen.failed:
-        return heir.replicas  # the old one goes on in its place, with as many as there are to be
+        return heir.replicas  # the old application keeps serving, with the wanted number of replicas
     if seen.trouble:
         return old.target
     waits = seen.running < seen.target and not seen.placed and now_s - seen.deployed_at_s >= SURGE_WAIT_S

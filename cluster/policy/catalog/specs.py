@@ -1,4 +1,4 @@
-"""A model's spec as JSON, and the digest that decides whether its replicas must be made anew. Pure."""
+"""A model's spec as JSON, and the digest that decides whether its replicas must be restarted. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from cluster.api.types import ModelSpec
 
-# What the replicas never act on: names, shares and fallbacks are the gateway's, counts are changed by scaling, and
-# which Ray it is, is among the surroundings. Weights are pinned without a new start where they are the right ones.
+# Fields that do not affect replicas: names, shares and fallbacks are used by the gateway, scaling changes the counts,
+# and the Ray cluster is part of the surroundings. Pinning the weights that already run needs no restart.
 _NOT_THE_REPLICAS = (
     "aliases",
     "min_replicas",
@@ -39,7 +39,7 @@ def to_json(spec: ModelSpec) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, object]) -> ModelSpec:
-    """What `to_json` wrote. Raises ValueError for a key that no spec has."""
+    """Inverse of `to_json`. Raises ValueError for an unknown key."""
     known = {f.name for f in dataclasses.fields(ModelSpec)}
     for key in values:
         if key not in known:
@@ -50,7 +50,7 @@ def from_json(values: Mapping[str, object]) -> ModelSpec:
 
 
 def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
-    """16 hex digits over what a replica is started with: its part of the spec, and its surroundings (JSON values)."""
+    """16 hex digits over all that a replica is started with: its part of the spec, and the surroundings (JSON)."""
     seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
     text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

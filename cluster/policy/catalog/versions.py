@@ -1,8 +1,8 @@
-"""A model's versions beside each other: which of them run, with which part of the calls and how many replicas. Pure.
+"""Versions of one model side by side: which of them run, with what share of the calls and how many replicas. Pure.
 
-What a file says of a version can be set aside for a time: an operator takes a trial back, or gives it another part of
-the calls, and a trial that does badly takes itself back. Such a mark holds for exactly what it was made for (the digest
-of what the version's replicas are started with), so that a mended version is tried anew without anybody lifting it.
+A mark overrides what the file says of a version: an operator rolls a canary back or changes its share of the calls, and
+a canary that performs badly is rolled back automatically. A mark applies only to the digest that it was made for (that
+of all that the version's replicas are started with), so a corrected version is tried again without removing the mark.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VersionMark:
-    """What is different from the file for a version. `digest`: of the replicas that it is about.
+    """Override of the file for one version. `digest` identifies the replicas that it applies to.
 
-    `weight` None: the file's. `gone`: why it is not to run at all. `quarantined`: it runs and gets no call.
+    `weight` None: use the file's weight. `gone`: why the version must not run at all. `quarantined`: it runs without
+    calls.
     """
 
     digest: str
@@ -25,12 +26,12 @@ class VersionMark:
     quarantined: bool = False
 
     def as_json(self) -> dict[str, object]:
-        """`from_json` is the inverse."""
+        """Plain JSON values; `from_json` is the inverse."""
         return {"digest": self.digest, "weight": self.weight, "gone": self.gone, "quarantined": self.quarantined}
 
     @staticmethod
     def from_json(values: Mapping[str, object]) -> VersionMark:
-        """Raises ValueError for what `as_json` does not write."""
+        """Inverse of `as_json`. Raises ValueError for an invalid weight."""
         weight = values.get("weight")
         if not isinstance(weight, (int, float, type(None))):
             raise ValueError(f"weight: {weight!r}")
@@ -44,7 +45,7 @@ class VersionMark:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaShare:
-    """One version's part of the calls, and how it stands. `gone`: why it is not to run."""
+    """One version's share of the calls and its state. `gone`: why it must not run."""
 
     version: str
     weight: float
@@ -53,17 +54,20 @@ class ReplicaShare:
 
 
 def shares(
-    stays: tuple[str, str], trial: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
+    stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
 ) -> tuple[ReplicaShare, ...]:
-    """The versions with their parts of the calls, the one that stays first. `stays` is a version and its digest,
-    `trial` has the file's weight too; `marks` are by version. Weights of those that run add up to 1."""
-    version, digest = stays
+    """Versions with their shares of the calls, the stable one first. Weights of those that run add up to 1.
+
+    `stable` is a version and its digest; `canary` is another one with its digest and the file's weight. `marks`
+    are keyed by version.
+    """
+    version, digest = stable
     own = marks.get(version)
     own = own if own is not None and own.digest == digest else None
     first = ReplicaShare(version, 1.0, quarantined=own is not None and own.quarantined)
-    if trial is None:
+    if canary is None:
         return (first,)
-    name, digest, weight = trial
+    name, digest, weight = canary
     mark = marks.get(name)
     if mark is None or mark.digest != digest:
         mark = VersionMark(digest)
@@ -76,26 +80,31 @@ def shares(
 
 
 def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
-    """How many replicas of each version, for a model that is to have `total`: a trial has room for its part of the
-    calls, at least one replica, and the one that stays keeps room for the rest."""
+    """Replicas of each version for a model that needs `total` replicas.
+
+    The canary gets its share of the calls, at least one replica; the stable version keeps enough for the rest.
+    """
     if not total or len(parts) == 1:
         return {part.version: 0 if part.gone else total for part in parts}
-    stays, trial = parts
-    if trial.gone:
-        return {stays.version: total, trial.version: 0}
-    tried = max(1, math.ceil(round(total * trial.weight, 6)))
-    kept = max(1, math.ceil(round(total * (1.0 - trial.weight), 6)))
-    return {stays.version: kept, trial.version: tried}
+    stable, canary = parts
+    if canary.gone:
+        return {stable.version: total, canary.version: 0}
+    tried = max(1, math.ceil(round(total * canary.weight, 6)))
+    kept = max(1, math.ceil(round(total * (1.0 - canary.weight), 6)))
+    return {stable.version: kept, canary.version: tried}
 
 
 def total_of(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """For how many in all there are so many replicas of all versions together: `replicas_of` the other way round."""
+    """Inverse of `replicas_of`: the total for which all versions together have `replicas` replicas."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
 def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
-    """How many on each type of GPU, the first choice first: what is `there` stays there; others come to the first type
-    that holds them. What fits nowhere waits for the first choice."""
+    """Replicas on each type of GPU, the preferred type first.
+
+    Replicas listed in `there` keep their type. Others go to the first type with capacity; what fits nowhere waits for
+    the preferred type.
+    """
     room = [max(capacity, 0) for capacity in capacities]
     counts, left = [], replicas
     for have, most in zip([*there, *[0] * (len(room) - len(there))], room, strict=True):

@@ -1,1 +1,1 @@
-"""The fair order of waiting sequences between tenants, and what each tenant has been served."""
+"""Fair order of waiting sequences between tenants, and the service that each tenant has received."""

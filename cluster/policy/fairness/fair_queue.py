@@ -1,13 +1,16 @@
-"""Whose turn it is: weighted token-fair queuing between tenants, within priority classes, for one model.
+"""Weighted token-fair queuing between tenants, within priority classes, for one model.
 
-Problem: tenants who do not trust each other share workers; one that sends a hundred times its share must not make the
-others wait, and no room may stay empty for fairness' sake. Invariants: whoever is next has the least counter (service
-by weight) of those that wait here, in the highest class that waits; a counter falls only by what was charged in vain;
-one that comes back from idle begins at the least backlogged counter, so that idling saves nothing up; a call is
-charged once, however many workers it loses.
-Source: VTC (Sheng et al., OSDI 2024): counters and their lift; how they are the cluster's stands in docs/tenancy.md.
+Problem: tenants that do not trust each other share workers. A tenant that sends a hundred times its share must not make
+the others wait, and no capacity may stay idle for the sake of fairness.
 
-Within a tenant it is first come, first served. Callers pass one `now` that does not go back, in seconds.
+Invariants: the next tenant has the least counter (service by weight) of those that wait here, in the highest class that
+waits. A counter falls only when an unused charge is returned. A tenant that returns from idle starts at the least
+backlogged counter, so being idle earns no credit. A call is charged once, however many workers it loses.
+
+Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift; docs/tenancy.md says how they become
+cluster-wide.
+
+Within a tenant the order is first come, first served. Callers pass a monotonic `now`, in seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.policy.fairness.order import Waiting
-from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedBooks, ServedTotal
+from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedTotal, WorkerTotals
 from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
@@ -30,13 +33,16 @@ CLAIM_SCALE = 16
 
 
 def equal(tenant: str) -> float:
-    """Every tenant's weight is 1."""
+    """Weight function that gives every tenant the weight 1."""
     return 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class FairStatistics:
-    """`spread` is the largest difference between two backlogged counters of one class, in weighted tokens by weight."""
+    """Counts of one order.
+
+    `spread`: largest difference of two backlogged counters of one class, in weighted tokens by weight.
+    """
 
     flows: int
     backlogged: int
@@ -47,7 +53,10 @@ class FairStatistics:
 
 
 class FairOrder:
-    """An `Order` that outlives an empty line: counters stay. Every operation is O(log tenants + log line) amortised."""
+    """An `Order` whose counters persist while nothing waits.
+
+    Every operation takes O(log tenants + log queue length), amortised.
+    """
 
     def __init__(
         self,
@@ -57,36 +66,37 @@ class FairOrder:
         idle_s: float = IDLE_S,
         deficit_tokens: float = DEFICIT_TOKENS,
     ) -> None:
-        """`deficit_tokens`: how far behind the least, by weight, one may be that was away for less than `idle_s`."""
+        """`deficit_tokens`: how far below the least counter, by weight, a tenant may start after less than `idle_s`
+        away."""
         self._weight_of = weight_of
         self._service = service or ServiceWeights()
         self._idle_s = idle_s
         self._deficit_tokens = deficit_tokens
         self._classes: dict[int, ClassTurns] = {}
         self._ranks: list[int] = []
-        self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # with the charge to come, and the serial
-        self._returned: list[tuple[int, float, int, Waiting]] = []  # (rank, arrived, number, who)
+        self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # with the pending charge and the serial number
+        self._returned: list[tuple[int, float, int, Waiting]] = []  # (rank, arrived, number, sequence)
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
         self._open: dict[str, tuple[Flow, Charge]] = {}
-        self._guests = ReservedSlots()
-        self._elsewhere = PeerBacklogs()
-        self._books = ServedBooks()
+        self._reserved_slots = ReservedSlots()
+        self._peer_backlogs = PeerBacklogs()
+        self._worker_totals = WorkerTotals()
         self._charged = 0.0
         self._now = float("-inf")
 
     # ---- Order
 
     def push(self, waiting: Waiting, now: float = 0.0) -> None:
-        """Behind its tenant's others; a tenant that comes back from idle is lifted first."""
-        self._hear(now)
+        """Append to the tenant's queue; a tenant that returns from idle is lifted first."""
+        self._advance(now)
         flow = self._flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
-        self._wait_here(flow, 1, charge.amount)
+        self._change_waiting_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: Waiting) -> None:
-        """Before all that have not had their turn, the higher classes first, then by arrival."""
+        """Insert before all sequences that have not had their turn: higher classes first, then by arrival."""
         flow = self._flow(waiting.rank, waiting.tenant)
         self._returns += 1
         key = (waiting.rank, waiting.arrived, self._returns)
@@ -96,10 +106,11 @@ class FairOrder:
         if waiting.call_id not in self._open:
             charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         self._where[waiting.call_id] = (flow, charge, -1)
-        self._wait_here(flow, 1, 0.0)
+        self._change_waiting_here(flow, 1, 0.0)
 
     def head(self) -> Waiting | None:
-        """Who was put back; else the first of the tenant with the least counter in the highest class that waits."""
+        """The first sequence put back; else the first of the tenant with the least counter in the highest waiting
+        class."""
         if self._returned:
             return self._returned[0][3]
         for rank in self._ranks:
@@ -109,20 +120,20 @@ class FairOrder:
         return None
 
     def remove(self, call_id: str) -> None:
-        """It left; one that was put back has no more to come of its charge."""
-        self._take_out(call_id)
+        """Remove a waiting sequence. If it was put back, the unused part of its charge is returned."""
+        self._remove_waiting(call_id)
         self.ended(call_id)
 
     def taken(self, call_id: str, now: float = 0.0) -> None:
-        """It goes to a worker: charge what is predicted, unless it was charged before."""
-        self._hear(now)
-        flow, charge = self._take_out(call_id)
+        """Remove a sequence that goes to a worker, and charge its predicted cost unless it was charged before."""
+        self._advance(now)
+        flow, charge = self._remove_waiting(call_id)
         if charge is not None:
             self._open[call_id] = (flow, charge)
             self._add(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """How many of its own tenant and class are before it: of the others a tenant learns nothing."""
+        """Number of sequences of its own tenant and class ahead. A tenant learns nothing about others."""
         flow, _, serial = self._where[call_id]
         key = self._returned_keys.get(call_id)
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
@@ -130,66 +141,66 @@ class FairOrder:
         return before if key is not None else before + flow.position(serial)
 
     def keep_free(self, waiting: Waiting) -> int:
-        """How many places must stay free, for guests, when this one that waits takes its turn."""
+        """Slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
         flow, _, serial = self._where[waiting.call_id]
         if serial < 0 or flow.since > self._now - self._idle_s:
             return 0
-        return self._guests.places(waiting.rank, len(self._open), self._now)
+        return self._reserved_slots.reserved(waiting.rank, len(self._open), self._now)
 
-    # ---- what becomes of those that had their turn
+    # ---- calls that had their turn
 
     def charge_of(self, call_id: str) -> float:
-        """What a call that had its turn is charged now, in weighted tokens: the worker's account begins with it."""
+        """Current charge of a call that had its turn, in weighted tokens. The worker's account starts with it."""
         return self._open[call_id][1].amount
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """With the first output: how much of the prompt was in the worker's cache. Unknown ids are ignored."""
+        """Correct the charge at the first output: how much of the prompt was cached. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None:
             self._add(entry[0], entry[1].cached(cached_tokens))
 
     def generated(self, call_id: str, output_tokens: int) -> None:
-        """So many output tokens in all; cheap while they are within the prediction. Unknown ids are ignored."""
+        """Report the total of output tokens so far; cheap while within the prediction. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None and (delta := entry[1].generated(output_tokens)):
             self._add(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
-        """However it ended: what was predicted and not generated is given back. Unknown ids are ignored."""
+        """Return the predicted but not generated part of the charge, however the call ended. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
-        """No worker took it and none will: the whole charge is given back. Unknown ids are ignored."""
+        """Return the whole charge, because no worker accepted the call. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].revoked())
 
     # ---- other gateways
 
     def served(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
-        """A worker's report: what others have been served is added to the account."""
-        self._hear(now)
-        for key, difference in self._books.differences(worker, incarnation, totals):
+        """Process a worker's report: add what other gateways' calls were served to the counters."""
+        self._advance(now)
+        for key, difference in self._worker_totals.differences(worker, incarnation, totals):
             self._add(self._flow(*key), difference)
 
     def worker_gone(self, worker: str) -> None:
-        """It will not come back: forget its totals (what it served stays counted)."""
-        self._books.forget(worker)
+        """Forget the totals of a worker that will not come back. The counters keep what it served."""
+        self._worker_totals.forget(worker)
 
     def link_ended(self, worker: str) -> None:
-        """The next report of this worker comes by another link, whose own part begins at zero."""
-        self._books.link_ended(worker)
+        """The worker's next report comes by another link, whose own part starts at zero."""
+        self._worker_totals.link_ended(worker)
 
     def waiting_elsewhere(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
-        """All that waits for this model at another gateway; replaces what it said before."""
-        self._hear(now)
-        for key, change in self._elsewhere.replace(gateway, waiting, now).items():
+        """Replace the backlog of another gateway for this model by its new report."""
+        self._advance(now)
+        for key, change in self._peer_backlogs.replace(gateway, waiting, now).items():
             flow = self._flow(*key)
-            self._wait_elsewhere(flow, change)
+            self._change_waiting_elsewhere(flow, change)
         for key, backlog in waiting.items():
             if backlog.requests:
                 self._flow(*key).last_waiting = self._now
 
     def waiting_here(self) -> dict[FlowKey, Backlog]:
-        """What to tell the other gateways."""
+        """Backlog to report to the other gateways."""
         return {
             flow.key: Backlog(flow.here, flow.here_service)
             for turns in self._classes.values()
@@ -197,11 +208,11 @@ class FairOrder:
         }
 
     def claim(self, picks: int = CLAIM_PICKS) -> int:
-        """This gateway's part of the next `picks` turns, were they one queue's: what to report as its backlog.
+        """This gateway's share of the next `picks` turns, as if all gateways had one queue; reported as its backlog.
 
-        In CLAIM_SCALE to the turn, and at least 1 where somebody waits here. `picks` should be about as many as there
-        are between two reports: with more, one that is first among thousands would get a small part of each credit.
-        O(tenants + picks), for reports rather than for each call.
+        The unit is 1/CLAIM_SCALE of a turn; the result is at least 1 if anything waits here. `picks` should be about
+        the number of turns between two reports: with more, a gateway whose only tenant is first among thousands would
+        get a small part of each credit. O(tenants + picks), so it is meant for reports and not for every call.
         """
         if not self._where:
             return 0
@@ -210,17 +221,19 @@ class FairOrder:
         for rank in self._ranks:
             if left <= 0:
                 break
-            part, taken = self._elsewhere.share_of_turns(self._classes[rank].anywhere.flows(), left)
+            part, taken = self._peer_backlogs.share_of_turns(self._classes[rank].anywhere.flows(), left)
             mine += part
             left -= taken
         return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
-        """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers; note who of
-        them is a guest (reserved_slots.py)."""
-        self._hear(now)
-        for key, change in self._elsewhere.silent_since(now - self._idle_s).items():
-            self._wait_elsewhere(self._flow(*key), change)
+        """Run once a second: forget gateways silent for `idle_s`, and idle tenants whose counters are at the floor.
+
+        Notes tenants that count as guests (reserved_slots.py).
+        """
+        self._advance(now)
+        for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
+            self._change_waiting_elsewhere(self._flow(*key), change)
         charged = Counter(id(flow) for flow, _ in self._open.values())
         floors = {rank: turns.floor() for rank, turns in self._classes.items()}
         for rank, turns in self._classes.items():
@@ -228,19 +241,19 @@ class FairOrder:
                 if flow.waits or flow.counter > floors[rank]:
                     continue
                 if flow.last_waiting > now - self._idle_s:
-                    self._guests.seen(rank, now)
+                    self._reserved_slots.note_guest(rank, now)
                 elif not charged[id(flow)]:
                     del turns.flows[tenant]
 
-    # ---- what it tells
+    # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Weighted service by weight, with the lifts; 0 for a tenant not known."""
+        """Weighted service by weight, including lifts; 0 for an unknown tenant."""
         flow = self._known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
     def certain_ahead(self, tenant: str, rank: int = 0) -> float:
-        """Weighted tokens that go before a newcomer of this tenant in any case: of the higher classes, and its own."""
+        """Weighted tokens surely ahead of a new sequence of this tenant: those of higher classes and its own."""
         own = self._known(tenant, rank)
         higher = sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
         return higher + (own.here_service if own is not None else 0.0)
@@ -263,9 +276,9 @@ class FairOrder:
     def __repr__(self) -> str:
         return f"FairOrder({len(self._where)} waiting, {len(self._ranks)} classes, {len(self._open)} charged)"
 
-    # ---- inside
+    # ---- internals
 
-    def _hear(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         if now > self._now:
             self._now = now
 
@@ -284,31 +297,31 @@ class FairOrder:
         turns = self._classes.get(rank)
         return None if turns is None else turns.flows.get(tenant)
 
-    def _take_out(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Whose it was, and what it is to be charged, unless it has been."""
+    def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
+        """Remove a waiting sequence. Returns its flow, and its charge unless it has been charged already."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)
-            self._wait_here(flow, -1, 0.0 if charge is None else -charge.amount)
+            self._change_waiting_here(flow, -1, 0.0 if charge is None else -charge.amount)
         else:
             del self._returned[bisect_left(self._returned, self._returned_keys.pop(call_id))]
-            self._wait_here(flow, -1, 0.0)
+            self._change_waiting_here(flow, -1, 0.0)
         return flow, charge
 
-    def _wait_here(self, flow: Flow, change: int, service: float) -> None:
+    def _change_waiting_here(self, flow: Flow, change: int, service: float) -> None:
         before, flow.here = flow.here, flow.here + change
         flow.here_service = flow.here_service + service if flow.here else 0.0
         if not before or not flow.here:
-            self._turned(flow, before > 0 or flow.elsewhere > 0)
+            self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
 
-    def _wait_elsewhere(self, flow: Flow, change: Backlog) -> None:
+    def _change_waiting_elsewhere(self, flow: Flow, change: Backlog) -> None:
         before, flow.elsewhere = flow.elsewhere, flow.elsewhere + change.requests
         flow.elsewhere_service = flow.elsewhere_service + change.service if flow.elsewhere else 0.0
         if (before > 0) != (flow.elsewhere > 0):
-            self._turned(flow, before > 0 or flow.here > 0)
+            self._update_backlogged(flow, before > 0 or flow.here > 0)
 
-    def _turned(self, flow: Flow, waited: bool) -> None:
-        """It waits here, or elsewhere, from now on or no longer."""
+    def _update_backlogged(self, flow: Flow, waited: bool) -> None:
+        """Update the flow when it starts or stops waiting, here or at other gateways."""
         if not waited:
             self._lift(flow)
             flow.since = self._now
@@ -325,30 +338,30 @@ class FairOrder:
         self._charged += service
         flow.counter += service / flow.weight
         if service < 0:
-            self._classes[flow.key.rank].fell(flow)
+            self._classes[flow.key.rank].note_decrease(flow)
 
 
 class FairTurns:
-    """The orders of one gateway, by model. They outlive empty lines, so that a tenant's account does too."""
+    """The orders of one gateway, by model. They persist while nothing waits, so that tenants' counters do too."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make
         self._orders: dict[str, FairOrder] = {}
 
     def order(self, model: str) -> FairOrder:
-        """A model's; a new one at its first call. Give this to the waiting room as `order_of`."""
+        """The order of a model, created at first use. Pass this method to the waiting room as `order_of`."""
         order = self._orders.get(model)
         if order is None:
             order = self._orders[model] = self._make()
         return order
 
     def sweep(self, now: float) -> None:
-        """Every order's. Once a second."""
+        """Sweep every order. To be called once a second."""
         for order in self._orders.values():
             order.sweep(now)
 
     def keep(self, models: Iterable[str]) -> None:
-        """Forget the models that are not among these and for which nobody waits or runs."""
+        """Forget models that are not listed and have nothing waiting or running."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

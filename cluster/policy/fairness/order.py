@@ -1,8 +1,12 @@
-"""Whose turn it is: the seam between the waiting room and a rule of order, and the plainest rule.
+"""Interface between the waiting room and an ordering rule, and the simplest rule (FIFO).
 
-Problem: the room keeps bounds and deadlines; who of those that wait is next is another question, with several answers.
-Invariants: what is pushed or put back leaves once, by `taken` or `remove`; `head` is one of those that are in.
-Source: positions by a Fenwick tree (1994). Tenants' weighted fair turns are in `fair_queue.py`.
+Problem: the waiting room enforces bounds and deadlines; which waiting sequence is next is a separate question with
+several answers.
+
+Invariants: a sequence that is pushed or put back is removed once, by `taken` or `remove`; `head` is one of those that
+wait.
+
+Source: positions by a Fenwick tree (1994). `fair_queue.py` has the weighted fair order of tenants.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """One that waits. `tokens` are those of its prompt; `deadline` and `arrived` are points in time, None for never.
+    """A waiting sequence. `tokens` counts its prompt tokens; `deadline` and `arrived` are times, `deadline` None means
+    none.
 
-    `rank` is that of its priority class, 0 the first to be served and the last to be shed. `cached_tokens` of the
-    prompt are expected in a worker's cache; `output_tokens` is what is expected to be generated.
+    `rank` is that of its priority class; rank 0 is served first and shed last. `cached_tokens` of the prompt are
+    expected in a worker's cache; `output_tokens` is the expected output.
     """
 
     call_id: str
@@ -33,31 +38,32 @@ class Waiting:
 
 
 class Order(Protocol):
-    """Whose turn it is among those that wait for one model. Call ids are unique within it."""
+    """Order of the sequences that wait for one model. Call ids are unique within it."""
 
     def push(self, waiting: Waiting, now: float = 0.0) -> None:
-        """One more, behind those before it."""
+        """Append a sequence."""
 
     def put_back(self, waiting: Waiting) -> None:
-        """One that had its turn and lost its worker: before all that have not had theirs."""
+        """Insert a sequence that lost its worker before all those that have not had their turn."""
 
     def head(self) -> Waiting | None:
-        """Who is next; None when nobody waits."""
+        """The next sequence; None if nothing waits."""
 
     def remove(self, call_id: str) -> None:
-        """It no longer waits, and has not had its turn. KeyError for an unknown id."""
+        """Remove a sequence that has not had its turn. Raises KeyError for an unknown id."""
 
     def taken(self, call_id: str, now: float) -> None:
-        """It has its turn. KeyError for an unknown id."""
+        """Remove a sequence that has its turn. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
-        """How many are before it, as far as its tenant may know. KeyError for an unknown id."""
+        """Number of sequences ahead, as far as its tenant may know. Raises KeyError for an unknown id."""
 
 
 class FifoOrder:
-    """First come, first served; those put back first, in the order in which they arrived.
+    """First come, first served; sequences put back come first, in order of arrival.
 
-    Every operation is O(log n) amortised, but for those put back, who are few (one lost worker's calls).
+    Every operation takes O(log n) amortised, except for sequences put back; these are few (the calls of one lost
+    worker).
     """
 
     _COMPACT_ABOVE = 64
@@ -66,18 +72,18 @@ class FifoOrder:
         self._returned: list[tuple[float, int, Waiting]] = []
         self._returned_keys: dict[str, tuple[float, int]] = {}
         self._returns = 0
-        self._line: list[Waiting | None] = []  # None: left; skipped and in time compacted away
+        self._line: list[Waiting | None] = []  # None: left; skipped, and compacted away later
         self._alive_tree: list[int] = []  # Fenwick tree over _line: 1 for each that still waits
         self._slots: dict[str, int] = {}
-        self._first = 0  # nobody waits before this slot
+        self._first = 0  # no sequence waits before this slot
 
     @property
     def slots(self) -> int:
-        """Slots of the line, those already left included."""
+        """Slots of the queue, including those whose sequences have left."""
         return len(self._line)
 
     def push(self, waiting: Waiting, now: float = 0.0) -> None:
-        """Append to the line."""
+        """Append to the queue."""
         self._slots[waiting.call_id] = len(self._line)
         self._line.append(waiting)
         at = len(self._line)
@@ -92,7 +98,7 @@ class FifoOrder:
         insort(self._returned, (*key, waiting))
 
     def head(self) -> Waiting | None:
-        """The first put back, else the first in line."""
+        """The first sequence put back, else the first in the queue."""
         if self._returned:
             return self._returned[0][2]
         while self._first < len(self._line):
@@ -103,7 +109,7 @@ class FifoOrder:
         return None
 
     def remove(self, call_id: str) -> None:
-        """Take out, wherever it stands."""
+        """Remove at any position."""
         key = self._returned_keys.pop(call_id, None)
         if key is not None:
             del self._returned[bisect_left(self._returned, key)]
@@ -118,11 +124,11 @@ class FifoOrder:
             self._compact()
 
     def taken(self, call_id: str, now: float = 0.0) -> None:
-        """As remove: a turn is a turn."""
+        """Same as remove: FIFO charges nothing."""
         self.remove(call_id)
 
     def position(self, call_id: str) -> int:
-        """Those put back before it and those in line before it."""
+        """Number of sequences put back and in the queue ahead of it."""
         key = self._returned_keys.get(call_id)
         if key is not None:
             return bisect_left(self._returned, key)

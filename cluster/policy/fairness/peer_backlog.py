@@ -1,10 +1,11 @@
-"""What a gateway knows of the others: what waits there, and what they have been served.
+"""A gateway's knowledge of its peers: their backlogs, and the service that their tenants received.
 
-Problem: tenants' accounts must be the cluster's, without another store. Workers see all that is served, so they tell
-it: for each tenant a total over their own life, and the part of it that came by the link on which they tell it. A
-gateway knows its own part better and sooner, and adds only the difference of the rest.
-Invariants: a repeated report changes nothing; a lost one is made up for by the next; what was served before a gateway
-first heard of a worker is not added (it cannot know from when it counts).
+Problem: tenants' accounts must be cluster-wide without another store. Workers see all service, so they report it: for
+each tenant a total since the worker's start, and the part of it that came by the link that carries the report. A
+gateway knows its own part better and sooner, and adds only the growth of the rest.
+
+Invariants: a repeated report changes nothing; a lost one is made up for by the next; service before a gateway's first
+report from a worker is not added, because its start is unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cluster.policy.fairness.service_counters import Flow, FlowKey
 
 
 class Backlog(NamedTuple):
-    """Requests that wait, and the weighted tokens that they are expected to cost."""
+    """Waiting requests, and the weighted tokens that they are expected to cost."""
 
     requests: int
     service: float
@@ -26,7 +27,7 @@ class Backlog(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedTotal:
-    """One tenant at one worker: weighted tokens charged since the worker began; less where some were given back."""
+    """One tenant's service at one worker: weighted tokens charged since the worker's start, net of returned charges."""
 
     rank: int
     tenant: str
@@ -34,7 +35,7 @@ class ServedTotal:
     by_this_link: float
 
 
-class ServedBooks:
+class WorkerTotals:
     """The last totals of every worker."""
 
     def __init__(self) -> None:
@@ -43,42 +44,45 @@ class ServedBooks:
     def differences(
         self, worker: str, incarnation: str, totals: Iterable[ServedTotal]
     ) -> Iterator[tuple[FlowKey, float]]:
-        """What others have been served since the last report, by flow. A worker's first report is where it begins."""
+        """Service by other gateways since the worker's last report, by flow.
+
+        The first report of a worker only sets the starting point.
+        """
         known = self._workers.get(worker)
         first = known is None
         if known is None or known[0] != incarnation:
             known = self._workers[worker] = (incarnation, {})
         book = known[1]
-        for one in totals:
-            key = FlowKey(one.rank, one.tenant)
+        for served in totals:
+            key = FlowKey(served.rank, served.tenant)
             total, by_link = book.get(key, (0.0, 0.0))
-            if one.by_this_link < by_link and one.by_this_link == 0.0:
-                by_link = 0.0  # a new link, whose end nobody told
-            book[key] = (one.total, one.by_this_link)
-            difference = (one.total - total) - (one.by_this_link - by_link)
+            if served.by_this_link < by_link and served.by_this_link == 0.0:
+                by_link = 0.0  # a new link; the end of the old one was not reported
+            book[key] = (served.total, served.by_this_link)
+            difference = (served.total - total) - (served.by_this_link - by_link)
             if difference and not first:
                 yield key, difference
 
     def link_ended(self, worker: str) -> None:
-        """This gateway's part is counted from zero again by the next link."""
+        """Restart this gateway's part at zero, because the worker's next report comes by another link."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():
                 known[1][key] = (total, 0.0)
 
     def forget(self, worker: str) -> None:
-        """It will not come back."""
+        """Forget a worker that will not come back."""
         self._workers.pop(worker, None)
 
 
 class PeerBacklogs:
-    """The last word of every other gateway on what waits there."""
+    """The last backlog report of every other gateway."""
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
 
     def replace(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> dict[FlowKey, Backlog]:
-        """How the sums change."""
+        """Replace a gateway's report. Returns how the sums over all gateways change."""
         _, before = self._reports.get(gateway, (now, {}))
         self._reports[gateway] = (now, dict(waiting))
         none = Backlog(0, 0.0)
@@ -90,10 +94,10 @@ class PeerBacklogs:
         return changes
 
     def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
-        """Drop the gateways that have said nothing since; how the sums change."""
+        """Drop gateways without a report since `when`. Returns how the sums change."""
         sums: dict[FlowKey, Backlog] = {}
-        for gateway, (said, waiting) in list(self._reports.items()):
-            if said < when:
+        for gateway, (reported_at, waiting) in list(self._reports.items()):
+            if reported_at < when:
                 del self._reports[gateway]
                 for key, backlog in waiting.items():
                     requests, service = sums.get(key, (0, 0.0))
@@ -102,7 +106,8 @@ class PeerBacklogs:
 
     @staticmethod
     def share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-        """Of the next `turns` among these flows, the least counter first: the part that falls here, and how many."""
+        """This gateway's part of the next `turns` among these flows, the least counter first, and the number of turns
+        used."""
         heap = [(f.counter, at, f, f.here + f.elsewhere) for at, f in enumerate(flows)]
         if len(heap) > turns:
             heap = heapq.nsmallest(turns, heap)

@@ -1,9 +1,12 @@
-"""Tenants' service counters within one model, and whose is the least.
+"""Tenants' service counters within one model, with a fast lookup of the least one.
 
-Problem: with ten thousand tenants the least counter must be found in microseconds, while each report moves thousands
-of them. So flows lie in buckets of QUANTUM weighted tokens, and a bucket is left only when it is looked at (a rise) or
-when the counter falls. Invariant: `least` is in the lowest bucket that holds a flow by its true counter: it is the
-least but for less than QUANTUM.
+Problem: among ten thousand tenants the least counter must be found in microseconds, while each report changes thousands
+of counters. So flows are kept in buckets of QUANTUM weighted tokens. A flow is moved to another bucket only when the
+lookup meets it (after a rise) or when its counter falls.
+
+Invariant: `least` is in the lowest bucket that holds a flow by its true counter, so it is at most QUANTUM above the
+least.
+
 Source: the calendar queue (Brown, CACM 1988), with VTC's counters (Sheng et al., OSDI 2024) as its time.
 """
 
@@ -20,36 +23,36 @@ QUANTUM = 32.0
 
 
 class FlowKey(NamedTuple):
-    """A tenant within a priority class: 0 is the class that is served first."""
+    """A tenant within a priority class; rank 0 is the class that is served first."""
 
     rank: int
     tenant: str
 
 
-class Line:
-    """First come, first served, by serial numbers; O(1) but for those who leave from the middle."""
+class FifoQueue:
+    """FIFO queue with serial numbers; O(1) except for removals from the middle."""
 
     __slots__ = ("_first", "_gone", "_line")
 
     def __init__(self) -> None:
         self._line: deque[Waiting] = deque()
-        self._first = 0  # serial of the first in _line
-        self._gone: list[int] | None = None  # serials of those in _line who have left, sorted
+        self._first = 0  # serial number of the first in _line
+        self._gone: list[int] | None = None  # serial numbers of removed entries still in _line, sorted
 
     def __len__(self) -> int:
         return len(self._line) - len(self._gone or ())
 
     def push(self, waiting: Waiting) -> int:
-        """The last; its serial number, by which it is known here."""
+        """Append. Returns the serial number that identifies the entry."""
         self._line.append(waiting)
         return self._first + len(self._line) - 1
 
     def head(self) -> Waiting | None:
-        """The first."""
+        """The first entry; None if empty."""
         return self._line[0] if self._line else None
 
     def remove(self, serial: int) -> None:
-        """Take out, wherever it stands. Once."""
+        """Remove an entry at any position. Must be called once per serial number."""
         if serial != self._first:
             self._gone = self._gone or []
             insort(self._gone, serial)
@@ -60,7 +63,7 @@ class Line:
             self._skip(self._gone)
 
     def _skip(self, gone: list[int]) -> None:
-        """The first must be one who waits."""
+        """Drop removed entries from the front, so that the first entry is one that waits."""
         dropped = 0
         while dropped < len(gone) and gone[dropped] == self._first:
             self._line.popleft()
@@ -69,17 +72,17 @@ class Line:
         self._gone = gone[dropped:] or None
 
     def position(self, serial: int) -> int:
-        """How many are before it."""
+        """Number of entries ahead."""
         return serial - self._first - bisect_left(self._gone or (), serial)
 
     def __repr__(self) -> str:
-        return f"Line({len(self)} waiting)"
+        return f"FifoQueue({len(self)} waiting)"
 
 
-class Flow(Line):
-    """A tenant's line for a model in one class, and its weighted service by its weight (`counter`).
+class Flow(FifoQueue):
+    """One tenant's queue for a model and class, and its weighted service by its weight (`counter`).
 
-    One object, so that a turn among ten thousand tenants touches little memory that no cache holds.
+    It is a single object, so that a turn among ten thousand tenants touches little uncached memory.
     """
 
     __slots__ = (
@@ -92,19 +95,19 @@ class Flow(Line):
         self.weight = 1.0
         self.counter = 0.0
         self.here = 0
-        """How many wait in this gateway, those put back included."""
+        """Number of sequences that wait in this gateway, including those put back."""
         self.elsewhere = 0
         self.here_service = 0.0
-        """Weighted tokens that those who wait here are expected to cost."""
+        """Expected cost of the sequences that wait here, in weighted tokens."""
         self.elsewhere_service = 0.0
         self.last_waiting = float("-inf")
-        """When it was last known to wait anywhere."""
+        """Time when it was last known to wait anywhere."""
         self.since = float("-inf")
-        """Since when it waits without a pause, where it waits."""
+        """Start of the current uninterrupted wait, if it waits."""
 
     @property
     def waits(self) -> bool:
-        """Whether it is backlogged anywhere."""
+        """Whether it is backlogged at any gateway."""
         return self.here > 0 or self.elsewhere > 0
 
     def __repr__(self) -> str:
@@ -114,13 +117,13 @@ class Flow(Line):
 
 
 class LeastFirst:
-    """Flows by counter; within a bucket who came to it first."""
+    """Flows ordered by counter bucket; within a bucket, first in, first out."""
 
     def __init__(self, quantum: float = QUANTUM) -> None:
         self._per_token = 1.0 / quantum
         self._buckets: dict[int, deque[Flow]] = {}
         self._order: list[int] = []  # heap of the buckets' numbers
-        self._at: dict[Flow, int] = {}  # entries elsewhere than here are old
+        self._at: dict[Flow, int] = {}  # current bucket of each flow; entries in other buckets are outdated
 
     def __len__(self) -> int:
         return len(self._at)
@@ -129,7 +132,7 @@ class LeastFirst:
         return flow in self._at
 
     def add(self, flow: Flow) -> None:
-        """Put in, or in again at its counter."""
+        """Add a flow, or move it to the bucket of its counter."""
         number = int(flow.counter * self._per_token)
         self._at[flow] = number
         bucket = self._buckets.get(number)
@@ -139,17 +142,17 @@ class LeastFirst:
         bucket.append(flow)
 
     def discard(self, flow: Flow) -> None:
-        """Take out, if in."""
+        """Remove the flow if it is present."""
         self._at.pop(flow, None)
 
-    def fell(self, flow: Flow) -> None:
-        """A counter has become less."""
+    def note_decrease(self, flow: Flow) -> None:
+        """Move a flow whose counter has fallen."""
         number = self._at.get(flow)
         if number is not None and int(flow.counter * self._per_token) < number:
             self.add(flow)
 
     def least(self) -> Flow | None:
-        """Whose counter is the least; None when empty. Each entry that is old by now is paid for once."""
+        """The flow with the least counter; None if empty. Each outdated entry is handled once."""
         while self._order:
             number = self._order[0]
             bucket = self._buckets[number]
@@ -165,7 +168,7 @@ class LeastFirst:
         return None
 
     def flows(self) -> list[Flow]:
-        """All that are in."""
+        """All flows."""
         return list(self._at)
 
     def __repr__(self) -> str:
@@ -182,24 +185,25 @@ class ClassTurns:
         self._last: Flow | None = None
 
     def floor(self) -> float:
-        """Where one that comes back from idle begins: the least backlogged, else who was backlogged last (VTC)."""
+        """Starting counter of a flow that returns from idle: the least backlogged, else the last backlogged one's
+        (VTC)."""
         least = self.anywhere.least()
         if least is None:
             least = self._last
         return 0.0 if least is None else least.counter
 
     def update(self, flow: Flow) -> None:
-        """Its counts of waiting have changed."""
+        """Apply a change of the flow's waiting counts."""
         _keep(self.here, flow, flow.here > 0)
         was = flow in self.anywhere
         _keep(self.anywhere, flow, flow.waits)
         if was and not flow.waits and not len(self.anywhere):
             self._last = flow
 
-    def fell(self, flow: Flow) -> None:
-        """A counter has become less."""
-        self.here.fell(flow)
-        self.anywhere.fell(flow)
+    def note_decrease(self, flow: Flow) -> None:
+        """Move a flow whose counter has fallen."""
+        self.here.note_decrease(flow)
+        self.anywhere.note_decrease(flow)
 
     def __repr__(self) -> str:
         return f"ClassTurns({len(self.here)} wait here, {len(self.anywhere)} anywhere)"

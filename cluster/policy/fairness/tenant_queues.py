@@ -1,8 +1,10 @@
-"""Who waits with how much, by tenant and class: whom a full room sheds.
+"""Waiting requests and tokens by tenant and class, and the victim that a full room sheds.
 
-Problem: a full room must shed the lowest class first, and within a class not let the tenant that floods it take the
-places of the others. Invariant: the victim is of a class below the newcomer's; or of the newcomer's class, and then its
-tenant's line is, weight for weight, longer than the newcomer's would become by entering.
+Problem: a full room must shed the lowest class first, and within a class a flooding tenant must not take the places of
+the others.
+
+Invariant: the victim's class is below the new sequence's; or it is the same class, and then its tenant's queue is
+longer by weight than the new sequence's own would become.
 """
 
 from __future__ import annotations
@@ -19,54 +21,54 @@ from cluster.policy.fairness.order import Waiting
 class _TenantQueue:
     requests: int = 0
     tokens: int = 0
-    entered: deque[Waiting] = field(default_factory=deque)  # in order, those who have left since among them
+    entered: deque[Waiting] = field(default_factory=deque)  # in order; may include sequences that have left
 
 
 class TenantQueues:
-    """One line for each tenant in each class, over all models."""
+    """One queue for each tenant in each class, over all models."""
 
-    def __init__(self, weight_of: Callable[[str], float], is_in: Callable[[Waiting], bool]) -> None:
-        """`is_in` tells whether one that was added waits still."""
+    def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[Waiting], bool]) -> None:
+        """`is_waiting` says whether an added sequence still waits."""
         self._weight_of = weight_of
-        self._is_in = is_in
+        self._is_waiting = is_waiting
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
-        # rank -> heap of (-length, tenant), lengths may be old. Kept only while somebody asks: a room with place has no
-        # use for it, and making it costs less than the adds after which it is dropped.
+        # rank -> heap of (-length, tenant); lengths may be outdated. Kept only while it is used: a room with space does
+        # not need it, and rebuilding it costs less than the adds after which it is dropped.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 
-    def tenant(self, tenant: str) -> tuple[int, int]:
-        """Requests and tokens of a tenant that wait, in all classes."""
-        lines = [lines[tenant] for lines in self._ranks.values() if tenant in lines]
-        return sum(line.requests for line in lines), sum(line.tokens for line in lines)
+    def waiting_of(self, tenant: str) -> tuple[int, int]:
+        """Waiting requests and tokens of a tenant, in all classes."""
+        queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
+        return sum(queue.requests for queue in queues), sum(queue.tokens for queue in queues)
 
     def add(self, waiting: Waiting) -> None:
-        """One waits."""
-        lines = self._ranks.get(waiting.rank)
-        if lines is None:
-            lines = self._ranks[waiting.rank] = {}
-        line = lines.get(waiting.tenant)
-        if line is None:
-            line = lines[waiting.tenant] = _TenantQueue()
-        line.requests += 1
-        line.tokens += waiting.tokens
-        line.entered.append(waiting)
-        if len(line.entered) > 2 * line.requests + 32:
-            line.entered = deque(one for one in line.entered if self._is_in(one))
+        """Add a waiting sequence."""
+        queues = self._ranks.get(waiting.rank)
+        if queues is None:
+            queues = self._ranks[waiting.rank] = {}
+        queue = queues.get(waiting.tenant)
+        if queue is None:
+            queue = queues[waiting.tenant] = _TenantQueue()
+        queue.requests += 1
+        queue.tokens += waiting.tokens
+        queue.entered.append(waiting)
+        if len(queue.entered) > 2 * queue.requests + 32:
+            queue.entered = deque(entered for entered in queue.entered if self._is_waiting(entered))
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 
     def remove(self, waiting: Waiting) -> None:
-        """It waits no longer."""
-        lines = self._ranks[waiting.rank]
-        line = lines[waiting.tenant]
-        line.requests -= 1
-        line.tokens -= waiting.tokens
-        if not line.requests:
-            del lines[waiting.tenant]
+        """Remove a sequence."""
+        queues = self._ranks[waiting.rank]
+        queue = queues[waiting.tenant]
+        queue.requests -= 1
+        queue.tokens -= waiting.tokens
+        if not queue.requests:
+            del queues[waiting.tenant]
 
     def last_of_longest(self, below: Waiting) -> Waiting | None:
-        """Who is to go so that `below` may enter; None where nobody is to be spared less than it."""
+        """The sequence to shed so that `below` can enter; None if none may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):
@@ -80,13 +82,13 @@ class TenantQueues:
                 if tenant == below.tenant or self._length(tenant, rank) <= would_be:
                     break
             entered = self._ranks[rank][tenant].entered
-            while not self._is_in(entered[-1]):
+            while not self._is_waiting(entered[-1]):
                 entered.pop()
             return entered[-1]
         return None
 
     def _note_length(self, waiting: Waiting, longest: dict[int, list[tuple[float, str]]]) -> None:
-        most = 64 + 4 * sum(len(lines) for lines in self._ranks.values())
+        most = 64 + 4 * sum(len(queues) for queues in self._ranks.values())
         self._adds_unasked += 1
         if self._adds_unasked > most:
             self._longest = None
@@ -97,7 +99,7 @@ class TenantQueues:
             self._longest = self._all_lengths()
 
     def _all_lengths(self) -> dict[int, list[tuple[float, str]]]:
-        out = {rank: [(-self._length(t, rank), t) for t in lines] for rank, lines in self._ranks.items()}
+        out = {rank: [(-self._length(t, rank), t) for t in queues] for rank, queues in self._ranks.items()}
         for heap in out.values():
             heapq.heapify(heap)
         return out
@@ -115,8 +117,8 @@ class TenantQueues:
         return None
 
     def _length(self, tenant: str, rank: int) -> float:
-        line = self._ranks[rank].get(tenant)
-        return 0.0 if line is None else line.requests / self._weight_of(tenant)
+        queue = self._ranks[rank].get(tenant)
+        return 0.0 if queue is None else queue.requests / self._weight_of(tenant)
 
     def __repr__(self) -> str:
-        return f"Lines({sum(len(lines) for lines in self._ranks.values())} lines)"
+        return f"TenantQueues({sum(len(queues) for queues in self._ranks.values())} queues)"

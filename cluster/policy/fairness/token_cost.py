@@ -1,8 +1,10 @@
-"""What a call costs its tenant, in weighted tokens, before and while it is known.
+"""Cost of a call in weighted tokens, first predicted, then corrected.
 
-Problem: who is next must be decided when a call is sent, but its output is known only at its end. So a call is charged
-what is predicted, and the charge follows the truth: up as soon as the output outgrows the prediction, down at the end.
+Problem: the next call is chosen before its output is known. So a call is charged its predicted cost, and the charge is
+corrected: raised as soon as the output exceeds the prediction, lowered at the end.
+
 Invariant: after `ended` the charge is that of the tokens really computed; the sum of all deltas is the charge.
+
 Source: VTC with length prediction (Sheng et al., OSDI 2024, section 4.3).
 """
 
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServiceWeights:
-    """Weighted tokens for each token: of the prompt, of it in the prefix cache, of the output. VTC's are 1 and 2."""
+    """Weight of each prompt token, cached prompt token and output token. VTC's are 1 for input and 2 for output."""
 
     input: float = 1.0
     cached: float = 0.1
@@ -27,13 +29,13 @@ class ServiceWeights:
             raise ValueError("cached must lie between 0 and input")
 
     def prompt(self, tokens: int, cached_tokens: int) -> float:
-        """The service that a prompt is."""
+        """Weighted tokens of a prompt."""
         cached = min(cached_tokens, tokens)
         return self.input * (tokens - cached) + self.cached * cached
 
 
 class Charge:
-    """One call's. Each method returns by how much the charge has changed."""
+    """Charge of one call. Each method returns by how much it has changed."""
 
     __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights")
 
@@ -47,30 +49,30 @@ class Charge:
 
     @property
     def amount(self) -> float:
-        """What has been charged so far."""
+        """Current charge in weighted tokens."""
         return self._prompt + self._weights.output * self._paid_output
 
     def cached(self, cached_tokens: int) -> float:
-        """The engine says how much of the prompt it had."""
+        """Apply the engine's report of how much of the prompt was cached."""
         before = self._prompt
         self._prompt = self._weights.prompt(self._prompt_tokens, cached_tokens)
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
-        """So many output tokens there are by now, over all attempts; never fewer than before."""
+        """Set the total of output tokens, over all attempts; it never falls."""
         self._generated = max(self._generated, tokens)
         more = max(self._generated - self._paid_output, 0)
         self._paid_output += more
         return self._weights.output * more
 
     def ended(self) -> float:
-        """No more output comes; what was charged for it in vain is given back."""
+        """Return the charge for predicted output that did not come."""
         vain = self._paid_output - self._generated
         self._paid_output = self._generated
         return -self._weights.output * vain
 
     def revoked(self) -> float:
-        """It never ran: all is given back."""
+        """Return the whole charge: the call never ran."""
         amount = self.amount
         self._prompt, self._prompt_tokens, self._paid_output, self._generated = 0.0, 0, 0, 0
         return -amount

@@ -1,12 +1,14 @@
-"""The waiting room: what has been admitted and waits for a worker's room, one order a model.
+"""Waiting room: admitted sequences that wait for a worker's capacity, with one order per model.
 
-Problem: calls must wait in the gateway rather than in an engine, so that who is next is decided at the last moment;
-and the wait must be bounded in number, tokens and time, or an overload ends in a collapse.
-Invariants: what enters leaves exactly once (bound by `next`, cancelled by `leave`, `expired`, or shed for another);
-the room's counts are those of its entries; only the head of an order may be bound, so that a long prompt is not
-overtaken for ever; nobody is shed for a call of a lower class, nor for a tenant that has more waiting in its class.
-Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest line as in
-longest queue drop (McKenney, Stochastic Fairness Queueing, 1990).
+Problem: calls must wait in the gateway and not in an engine, so that the next one is chosen at the last moment. The
+wait must be bounded in number, tokens and time, or overload ends in congestion collapse.
+
+Invariants: a sequence that enters leaves exactly once (bound by `next`, cancelled by `leave`, `expired`, or shed for
+another). The room's counts are those of its entries. Only the head of an order may be bound, so a long prompt is not
+overtaken for ever. A sequence is never shed for one of a lower class, nor for a tenant with more waiting in its class.
+
+Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
+queue drop (McKenney, Stochastic Fairness Queueing, 1990).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ __all__ = ["FifoOrder", "Order", "RoomAdmission", "RoomStatistics", "Waiting", "
 
 @dataclass(frozen=True, slots=True)
 class RoomStatistics:
-    """What waits now, and what has become of those that came. `models`: (requests, tokens) of each that has any."""
+    """Current contents and event counts. `models`: (requests, tokens) of each model that has any waiting."""
 
     requests: int
     tokens: int
@@ -41,9 +43,10 @@ class RoomStatistics:
 
 @dataclass(frozen=True, slots=True)
 class RoomAdmission:
-    """What came of asking to enter: in (`outcome` None), or why not; and whom the room has shed to make place.
+    """Result of an admission: `outcome` None if admitted, else the reason; and the sequences shed to make room.
 
-    QUEUE_FULL: the room is full; RATE_LIMITED: the tenant's own line is; DEADLINE_UNREACHABLE: it could not be in time.
+    QUEUE_FULL: the room is full. RATE_LIMITED: the tenant's own queue is full. DEADLINE_UNREACHABLE: the sequence could
+    not start before its deadline.
     """
 
     outcome: Outcome | None = None
@@ -61,7 +64,7 @@ class _ModelQueue:
 
 
 class WaitingRoom:
-    """All that wait in one gateway. Bounds are over all models together; a tenant's own are in its class's line."""
+    """All sequences that wait in one gateway. Bounds apply to all models together, and to each tenant."""
 
     def __init__(
         self,
@@ -76,8 +79,11 @@ class WaitingRoom:
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
         longer_s: Callable[[str], float] = lambda model: 0.0,
     ) -> None:
-        """`order_of` gives a model's order, where orders outlive an empty line; else each line gets a new `order`.
-        `longer_s`: how much longer than `max_wait_s` those may wait that come for a model now."""
+        """`order_of` returns a model's order, if orders must persist while nothing waits; otherwise each queue gets a
+        new `order`.
+
+        `longer_s`: extra seconds beyond `max_wait_s` for sequences that now arrive for a model.
+        """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
@@ -89,30 +95,30 @@ class WaitingRoom:
                 math.inf if tenant_max_requests is None else tenant_max_requests,
                 math.inf if tenant_max_tokens is None else tenant_max_tokens,
             )
-        self._lines = TenantQueues(weight_of, self._is_in)
-        self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay
+        self._tenant_queues = TenantQueues(weight_of, self._is_waiting)
+        self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay, one per entry into the room
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
-        self._expiries: list[tuple[float, int, str]] = []  # (when, stay, call id); stays that ended are skipped
+        self._expiries: list[tuple[float, int, str]] = []  # (expiry, stay, call id); ended stays are skipped
         self._stays = 0
         self._now = -math.inf
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
     def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
-        """Take one in, or say why not. A full room sheds what may rather be spared than this one; who is shed no
-        longer waits. ValueError for a call id that waits already.
+        """Admit a sequence, or say why not. A full room sheds sequences of less importance; these no longer wait.
 
-        `starts_in_s`: no turn comes sooner than that; who must be done before it is refused at once.
+        `starts_in_s`: earliest possible start; a sequence whose deadline is before that is refused at once. Raises
+        ValueError for a call id that already waits.
         """
-        outcome = self._own_bounds(waiting)
+        outcome = self._check_tenant_bounds(waiting)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
             outcome = Outcome.DEADLINE_UNREACHABLE
-        if outcome is None and self._has_place(waiting):
-            self._take_in(waiting, now)
+        if outcome is None and self._has_room(waiting):
+            self._enter(waiting, now)
             return _ADMITTED
         shed: list[Waiting] = []
-        while outcome is None and not self._has_place(waiting):
-            victim = self._lines.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
+        while outcome is None and not self._has_room(waiting):
+            victim = self._tenant_queues.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
             if victim is None:
                 outcome = Outcome.QUEUE_FULL
                 break
@@ -122,23 +128,24 @@ class WaitingRoom:
         if outcome is not None:
             self._refused += 1
         else:
-            self._take_in(waiting, now)
+            self._enter(waiting, now)
         return RoomAdmission(outcome, tuple(shed))
 
     def put_back(self, waiting: Waiting, now: float) -> None:
-        """One whose worker was lost waits again, at the head and with a new max_wait_s. It was admitted: no bound."""
+        """Let a sequence that lost its worker wait again, at the head and with a new max_wait_s. No bound applies to
+        it."""
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
     def head(self, model: str) -> Waiting | None:
-        """Who would be next."""
+        """The next sequence; None if nothing waits."""
         queue = self._queues.get(model)
         return queue.order.head() if queue is not None else None
 
     def next(self, model: str, fits: Callable[[Waiting], bool], now: float | None = None) -> Waiting | None:
-        """Take out whose turn it is, if it fits; None when nobody waits or the head does not fit.
+        """Remove and return the next sequence if it fits; None if nothing waits or the head does not fit.
 
-        O(log n) amortised. `now` None: the latest time that the room has heard.
+        O(log n) amortised. `now` None: the latest time that the room was given.
         """
         queue = self._queues.get(model)
         head = queue.order.head() if queue is not None else None
@@ -150,7 +157,7 @@ class WaitingRoom:
         return head
 
     def leave(self, call_id: str) -> bool:
-        """Cancel; False for one that does not wait."""
+        """Cancel a waiting sequence. Returns False if it does not wait."""
         entry = self._entries.get(call_id)
         if entry is None:
             return False
@@ -159,7 +166,7 @@ class WaitingRoom:
         return True
 
     def expired(self, now: float) -> list[Waiting]:
-        """Take out all whose deadline has passed or who have waited max_wait_s, the longest overdue first."""
+        """Remove all past their deadline or max_wait_s, the longest overdue first."""
         gone: list[Waiting] = []
         while self._expiries and self._expiries[0][0] <= now:
             _, stay, call_id = heapq.heappop(self._expiries)
@@ -171,12 +178,12 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """How many of its model are before it, as its order tells; None for one that does not wait."""
+        """Number of sequences of its model ahead, according to the order; None if it does not wait."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Requests and prompt tokens that wait for a model."""
+        """Waiting requests and prompt tokens of a model."""
         queue = self._queues.get(model)
         return (0, 0) if queue is None else (queue.requests, queue.tokens)
 
@@ -198,29 +205,29 @@ class WaitingRoom:
     def __repr__(self) -> str:
         return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
 
-    def _has_place(self, waiting: Waiting) -> bool:
+    def _has_room(self, waiting: Waiting) -> bool:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
-    def _own_bounds(self, waiting: Waiting) -> Outcome | None:
+    def _check_tenant_bounds(self, waiting: Waiting) -> Outcome | None:
         if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
         if self._tenant_bounds is None:
             return None
-        requests, tokens = self._lines.tenant(waiting.tenant)
+        requests, tokens = self._tenant_queues.waiting_of(waiting.tenant)
         full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
         return Outcome.RATE_LIMITED if full else None
 
-    def _is_in(self, waiting: Waiting) -> bool:
+    def _is_waiting(self, waiting: Waiting) -> bool:
         entry = self._entries.get(waiting.call_id)
         return entry is not None and entry[0] is waiting
 
-    def _take_in(self, waiting: Waiting, now: float) -> None:
+    def _enter(self, waiting: Waiting, now: float) -> None:
         self._add(waiting, now).push(waiting, now)
         self._entered += 1
 
     def _add(self, waiting: Waiting, now: float) -> Order:
         if waiting.call_id in self._entries:
-            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+            raise ValueError(f"call_id {waiting.call_id!r} already waits")
         self._now = max(self._now, now)
         self._stays += 1
         self._entries[waiting.call_id] = (waiting, self._stays)
@@ -233,12 +240,12 @@ class WaitingRoom:
         queue.requests += 1
         queue.tokens += waiting.tokens
         self._tokens += waiting.tokens
-        self._lines.add(waiting)
+        self._tenant_queues.add(waiting)
         return queue.order
 
     def _remove(self, waiting: Waiting, *, taken: bool = False) -> None:
         del self._entries[waiting.call_id]
-        self._lines.remove(waiting)
+        self._tenant_queues.remove(waiting)
         queue = self._queues[waiting.model]
         if taken:
             queue.order.taken(waiting.call_id, self._now)
@@ -248,7 +255,7 @@ class WaitingRoom:
         queue.tokens -= waiting.tokens
         self._tokens -= waiting.tokens
         if not queue.requests:
-            del self._queues[waiting.model]  # models come and go; what an order must keep, its maker keeps
+            del self._queues[waiting.model]  # models come and go; `order_of` keeps what must persist
         if len(self._expiries) > 64 and len(self._expiries) > 2 * len(self._entries):
             live = {(stay, call_id) for call_id, (_, stay) in self._entries.items()}
             self._expiries = [item for item in self._expiries if item[1:] in live]

@@ -1,1 +1,1 @@
-"""Limits on requests, tokens, budgets and bytes of request bodies."""
+"""Limits on requests, tokens, budgets and request bodies in bytes."""

@@ -1,7 +1,7 @@
-"""How much of its budget of a day or a month a tenant has used, and which thresholds that has crossed.
+"""Use of tenants' daily and monthly token budgets, and the thresholds that it has crossed.
 
-Invariant: a notice's id is that of its tenant, budget, period and threshold alone, so whoever finds it and however
-often, it is one. Days and months are UTC's.
+Invariant: a notice's id depends on its tenant, budget, period and threshold alone, so a notice found by several
+processes or several times is the same notice. Days and months are in UTC.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """One budget in its present period: `2026-11-25` for daily_tokens, `2026-11` for monthly_tokens."""
+    """Use of one budget in its current period: `2026-11-25` for daily_tokens, `2026-11` for monthly_tokens."""
 
     tenant: str
     budget: str
@@ -26,33 +26,33 @@ class BudgetUse:
 
     @property
     def ratio(self) -> float:
-        """Above 1 where the last calls were allowed to finish."""
+        """Used tokens by the limit. Above 1 where running calls were allowed to finish."""
         return self.used_tokens / self.limit_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetNotice:
-    """A budget has crossed a threshold (a part of it)."""
+    """A budget that has reached a threshold (a fraction of the limit)."""
 
     use: BudgetUse
     threshold: float
 
     @property
     def id(self) -> str:
-        """Equal wherever it is noticed."""
+        """32 hex digits, equal in whichever process the notice is found."""
         text = f"{self.use.tenant}\0{self.use.budget}\0{self.use.period}\0{self.threshold:g}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def day_name(epoch_s: float) -> str:
-    """As usage records name their day."""
+    """UTC day in the form that usage records use: `2026-11-25`."""
     return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%d")
 
 
 def budgets(
     policies: Iterable[TenantPolicy], today: Mapping[str, int], month: Mapping[str, int], epoch_s: float
 ) -> Iterator[BudgetUse]:
-    """Every budget that there is, with what was used of it: tokens by tenant of this day, and of this month."""
+    """Every configured budget with its use. `today` and `month` are tokens by tenant of this day and this month."""
     day = day_name(epoch_s)
     for policy in policies:
         limits = policy.limits

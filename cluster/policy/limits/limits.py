@@ -1,13 +1,15 @@
-"""Limits: what a tenant may use, reserved when a call is admitted, topped up while it runs, settled at its end.
+"""Tenant limits: reserved when a call is admitted, topped up while it runs, settled at its end.
 
-Problem: a call's cost is known at its end, and by then many others have been admitted. So what it is likely to cost is
-reserved (prompt and the tenant's p95 output), more is taken in quanta as tokens come, and what was taken in vain is
-given back. Invariants: nothing is admitted that would bring any window of a minute, or a day's or month's budget, over
-its limit; whatever ends a call, `running` goes down by one and its reservation becomes what the engine counted; a call
-whose tenant stops on an empty budget outruns it by less than one quantum.
+Problem: a call's cost is known only at its end, when many others have been admitted. So its likely cost is reserved
+(the prompt and the tenant's p95 output), more is reserved in quanta as tokens come, and the unused rest is returned.
+
+Invariants: no call is admitted that would bring any one-minute window, or a daily or monthly budget, over its limit.
+However a call ends, `running` decreases by one and its reservation becomes what the engine counted. If a tenant's
+policy stops calls on an empty budget, a call exceeds it by less than one quantum.
+
+A limit per minute never ends a running call. Only a budget does, and only if the policy says stop.
+
 Source: reserve/settle as in two-phase quota (Doorman, Google 2016); the sliding window in buckets (windows.py).
-
-A running call is never ended for a limit of a minute, only for a budget, and only where the policy says stop.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ NEVER = None
 
 
 class Limit(StrEnum):
-    """Which limit; the names are those of `TenantLimits`."""
+    """The limits; the names are those of `TenantLimits`."""
 
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
@@ -47,29 +49,31 @@ class Limit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """What a token counts in tokens_per_minute; budgets count tokens plainly."""
+    """Weights of tokens in tokens_per_minute. Budgets count tokens unweighted."""
 
     input: float = 1.0
     output: float = 1.0
 
     def __post_init__(self) -> None:
         if not all(0 < x <= 1000 for x in (self.input, self.output)):
-            raise ValueError("weights of tokens must lie above 0 and at most at 1000")
+            raise ValueError(
+                f"token weights must be above 0 and at most 1000, got input={self.input}, output={self.output}"
+            )
 
     def sum(self, prompt_tokens: int, output_tokens: int) -> int:
-        """Rounded up."""
+        """Weighted tokens, rounded up."""
         return math.ceil(self.input * prompt_tokens + self.output * output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a call wants. `output_tokens` is the likely output of all its n sequences together."""
+    """Amounts that a call asks to reserve. `output_tokens` is the likely output of all its n sequences together."""
 
     call_id: str
     prompt_tokens: int
     output_tokens: int
     requests: int = 1
-    """0 for a call that has been charged as a request already."""
+    """0 for a call that has already been charged as a request."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.output_tokens < 0:
@@ -78,7 +82,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class LimitUse:
-    """One limit as it stands, for x-ratelimit headers: `reset_s` until all of it is free again."""
+    """Current state of one limit, for x-ratelimit headers. `reset_s`: seconds until all of it is free again."""
 
     limit: int
     remaining: int
@@ -87,7 +91,7 @@ class LimitUse:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The call is in, and its reservation stands. None for a limit that the tenant has not."""
+    """The call is admitted, and its reservation is held. None for a limit that the tenant does not have."""
 
     requests: LimitUse | None
     tokens: LimitUse | None
@@ -95,7 +99,10 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """The call is not in, and nothing was counted. `retry_after_s` None: it will never fit, the call is too large."""
+    """The call is refused, and nothing was counted.
+
+    `retry_after_s` None: the call alone exceeds the limit, so a retry cannot succeed.
+    """
 
     outcome: Outcome
     limit_name: Limit
@@ -108,20 +115,18 @@ class LimitRefusal:
 
     @property
     def message(self) -> str:
-        """For the caller: which limit, and the remedy."""
+        """Text for the caller: the limit and the remedy."""
         name = self.limit_name.replace("_", " ")
         if self.retry_after_s is NEVER:
             return f"this call alone exceeds {name} ({self.limit}); ask for fewer tokens or for a higher limit"
         if self.outcome is Outcome.BUDGET_EXHAUSTED:
-            return (
-                f"{name} are used up ({self.remaining} of {self.limit} left); they begin anew in {self.reset_s:.0f} s"
-            )
+            return f"{name} are used up ({self.remaining} of {self.limit} left); they are reset in {self.reset_s:.0f} s"
         return f"{name} reached ({self.remaining} of {self.limit} left); retry in {self.retry_after_s:.1f} s"
 
 
 @dataclass(slots=True)
 class _HeldAmounts:
-    """A reservation. `taken`: (bucket, weighted tokens), the first when it was admitted, the others topped up."""
+    """A reservation. `taken` holds (bucket, weighted tokens): first the admission, then each top-up."""
 
     tenant: str
     prompt_tokens: int
@@ -133,7 +138,7 @@ class _HeldAmounts:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is asked of each limit; nothing is asked of one where it is 0."""
+    """Amount requested of each limit; a limit whose amount is 0 is not checked."""
 
     plain: int
     running: int
@@ -142,25 +147,31 @@ class _Wanted:
 
 
 class LimitStore(Protocol):
-    """Where reservations are kept: in this process, or shared between gateways (their clock is then the store's)."""
+    """Store of reservations: in this process, or shared between gateways, which then use the store's clock."""
 
     def reserve(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
-        """Admit or refuse. ValueError for a call id that holds a reservation."""
+        """Admit or refuse a call. Raises ValueError if the call id already holds a reservation."""
 
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
     ) -> LimitRefusal | None:
-        """Count a try, or tokens that no call has; refuse what does not fit, which then is not counted."""
+        """Count requests, or tokens that belong to no call. If they do not fit, nothing is counted."""
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
-        """So many output tokens there are; False: the call must stop. An unknown id may go on."""
+        """Report a call's output tokens so far, and reserve more if needed.
+
+        Returns False if the call must stop. A call with an unknown id may continue.
+        """
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """It ended, and so much the engine counted (zeros where it never ran). Once; unknown ids are ignored."""
+        """Replace an ended call's reservation by what the engine counted (zeros if it never ran).
+
+        Further calls and unknown ids are ignored.
+        """
 
 
 class Limiter:
-    """The store in this process. `now` is monotonic, `epoch_s` is UTC's; both may stand or step back."""
+    """In-process LimitStore. `now` is monotonic, `epoch_s` is UTC; both may stand still or step back."""
 
     def __init__(self, *, weights: TokenWeights | None = None, quantum_tokens: int = QUANTUM_TOKENS) -> None:
         if quantum_tokens < 1:
@@ -174,7 +185,7 @@ class Limiter:
     def reserve(
         self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float, *, sharers: int = 1
     ) -> Granted | LimitRefusal:
-        """As the port says. `sharers`: this many gateways keep to an equal part of each limit (at least 1)."""
+        """See LimitStore. `sharers` (at least 1) gateways each apply an equal share of every limit."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
@@ -188,7 +199,7 @@ class Limiter:
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float, *, sharers: int = 1
     ) -> LimitRefusal | None:
-        """As the port says. `sharers` as in `reserve`."""
+        """See LimitStore. `sharers` as in `reserve`."""
         use, now = self._at(policy.name, now, epoch_s)
         limits = shared(policy.limits, sharers)
         refusal = self._refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
@@ -197,7 +208,7 @@ class Limiter:
         return refusal
 
     def charged(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
-        """Count what another has charged, whatever the limits."""
+        """Count what another gateway has charged, regardless of the limits."""
         use, now = self._at(policy.name, now, epoch_s)
         self._charge(use, requests, tokens, now)
 
@@ -210,7 +221,8 @@ class Limiter:
             use.month.used += tokens
 
     def record(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> None:
-        """Count what somebody else has admitted, whatever the limits. ValueError as in `reserve`."""
+        """Count a call that another gateway has admitted, regardless of the limits. Raises ValueError as `reserve`
+        does."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
@@ -219,7 +231,7 @@ class Limiter:
     def top_up(
         self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float, *, sharers: int = 1
     ) -> bool:
-        """As the port says; takes a quantum when the reservation is used up."""
+        """See LimitStore. Reserves one quantum when the reservation is used up."""
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
@@ -235,7 +247,7 @@ class Limiter:
         return True
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """As the port says."""
+        """See LimitStore."""
         held = self._held.pop(call_id, None)
         if held is None:
             return
@@ -247,13 +259,13 @@ class Limiter:
         for bucket, amount in reversed(held.taken):
             back = min(
                 amount, max(-change, 0)
-            )  # never more than that bucket got: it must not go below what others took
+            )  # at most this call's part: the bucket must not fall below what other calls reserved
             use.tokens.correct(bucket, -back)
             change += back
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """So much of this day's and month's budgets is used in any case, by tenant; less changes nothing."""
+        """Raise the use of this day's and month's budgets to at least these tokens, by tenant."""
         for name in {*today, *month}:
             use = self._tenants.setdefault(name, TenantUse())
             use.day.advance(day_of(epoch_s))
@@ -264,15 +276,15 @@ class Limiter:
                 use.month.used = max(use.month.used, month.get(name, 0))
 
     def holds(self, call_id: str) -> bool:
-        """Whether there is a reservation."""
+        """Whether the call has a reservation."""
         return call_id in self._held
 
     def use(self, tenant: str) -> TenantUse:
-        """What a tenant has used; all zero for a stranger."""
+        """A tenant's current use; all zero for an unknown tenant."""
         return self._tenants.get(tenant) or TenantUse()
 
     def sweep(self, now: float) -> None:
-        """Forget tenants with nothing in any sum. Once a minute."""
+        """Forget tenants whose sums are all zero. To be called once a minute."""
         now = self._clock.read(now)
         for name, use in list(self._tenants.items()):
             use.requests.advance(now)
@@ -291,7 +303,7 @@ class Limiter:
         use.requests.advance(now)
         use.tokens.advance(now)
         day = day_of(epoch_s)
-        if day > use.day.number:  # else it is in no later month either
+        if day > use.day.number:  # the month can only change when the day does
             use.day.advance(day)
             use.month.advance(month_of(epoch_s))
         return use, now
@@ -306,7 +318,7 @@ class Limiter:
         self._spend(use, held, ask.prompt_tokens + ask.output_tokens)
 
     def _take(self, use: TenantUse, held: _HeldAmounts, tokens: int, now: float) -> None:
-        """More output, counted when it is taken."""
+        """Reserve more output tokens, counted in the current bucket."""
         before = self._weights.sum(held.prompt_tokens, held.output_tokens)
         held.output_tokens += tokens
         more = self._weights.sum(held.prompt_tokens, held.output_tokens) - before
@@ -315,7 +327,7 @@ class Limiter:
 
     @staticmethod
     def _spend(use: TenantUse, held: _HeldAmounts, tokens: int) -> None:
-        """Budgets are the days' and months' in which a call was admitted."""
+        """Add tokens to the budgets of the day and the month in which the call was admitted."""
         if use.day.number == held.day:
             use.day.used += tokens
         if use.month.number == held.month:
@@ -353,7 +365,7 @@ class Limiter:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Until a limit has room for what is `over` it, and until all of it is free."""
+    """Seconds until a limit has room for `over` more, and until all of it is free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s
@@ -364,7 +376,10 @@ def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: floa
 
 
 def shared(limits: TenantLimits, sharers: int) -> TenantLimits:
-    """One gateway's part of `sharers` equal ones. At least 1: rather a little over in all than a tenant shut out."""
+    """One gateway's equal share of the limits, at least 1 of each.
+
+    The minimum may exceed the limit a little in total, which is better than locking a tenant out.
+    """
     if sharers <= 1:
         return limits
 
@@ -386,9 +401,9 @@ def _budget_left(limits: TenantLimits, use: TenantUse) -> int:
 
 
 def _standings(limits: TenantLimits, use: TenantUse, now: float) -> tuple[LimitUse | None, LimitUse | None]:
-    def one(limit: int | None, window: SlidingSum) -> LimitUse | None:
+    def limit_use(limit: int | None, window: SlidingSum) -> LimitUse | None:
         if limit is None:
             return None
         return LimitUse(limit, max(limit - window.total, 0), window.empties_in_s(now))
 
-    return one(limits.requests_per_minute, use.requests), one(limits.tokens_per_minute, use.tokens)
+    return limit_use(limits.requests_per_minute, use.requests), limit_use(limits.tokens_per_minute, use.tokens)

@@ -1,15 +1,17 @@
 """Budget for the bytes of request bodies that are received but not parsed yet: per connection, tenant and process.
 
-Problem: a body is parsed only when all of it is here. Flow control bounds what one call has in transit, not what many
-unfinished bodies hold together: 40 bodies of 15 MiB hold 600 MiB. Granting each body a little at a time would deadlock,
-because all could hold a part and none the rest.
+Problem: a body can be parsed only when it has arrived completely. Flow control bounds what one call has in transit, not
+what many unfinished bodies hold together: 40 bodies of 15 MiB hold 600 MiB. Granting each body a little at a time would
+deadlock, because every body could hold a part and none could complete.
+
 Method: a body reserves its whole size before more than a small head start of it is read. Its owner reads on (grants
-window, resumes the socket) only once the reservation is granted, and releases it when the body is parsed or dropped.
-So each body with a granted reservation can complete (the banker's rule with claims granted whole).
+window, resumes the socket) only once the reservation is granted, and releases it when the body is parsed or dropped. So
+each body with a granted reservation can complete (the banker's rule with claims granted whole).
+
 Invariants: the sum of granted sizes never exceeds a bound, except where a single reservation is larger than the bound:
 it is granted when nothing else counts against that bound. A reservation is granted as soon as the bounds allow it and
 no reservation before it in the order waits for the same bound. The order: the tenant that holds fewest bytes first;
-of one tenant, the connection that holds fewest first; of one connection, the longest waiting first.
+within a tenant, the connection that holds fewest first; within a connection, the longest waiting first.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from typing import TypeVar
 _K = TypeVar("_K")
 
 GRACE_S = 5.0
-"""A granted body may take this long, whatever its rate."""
+"""Seconds that a granted body may take, whatever its rate."""
 MIN_BYTES_PER_S = 128 * 1024
-"""The mean rate after the grace period below which a body loses its reservation when others wait."""
+"""Mean rate after the grace period below which a body loses its reservation if others wait."""
 MAX_WAITING = 128
-"""Bodies of one tenant that may wait; of all together eight times as many."""
+"""Bodies of one tenant that may wait; all tenants together may have eight times as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteBounds:
-    """The most bytes reserved at once."""
+    """Maximum numbers of bytes reserved at once."""
 
     connection: int
     tenant: int
@@ -39,7 +41,7 @@ class ByteBounds:
 
     @classmethod
     def for_messages(cls, max_message_bytes: int) -> ByteBounds:
-        """Two of the largest bodies a tenant, sixteen a process; at least 32 MiB and 256 MiB."""
+        """Room for two of the largest bodies per tenant and sixteen per process; at least 32 MiB and 256 MiB."""
         tenant = max(2 * max_message_bytes, 32 << 20)
         return cls(connection=tenant, tenant=tenant, process=8 * tenant)
 
@@ -75,7 +77,7 @@ class Reservation:
         self.granted = False
         self.released = False
         self.too_slow = too_slow
-        """To be called for the reservations that RequestBytes.slow returns: ends the body and releases."""
+        """Ends the body and releases the reservation. The caller of RequestBytes.slow calls it."""
         self._budget = budget
         self._on_grant = on_grant
         self._granted_at = 0.0
@@ -86,24 +88,24 @@ class Reservation:
         return f"<Reservation {self.size} bytes of {self.tenant} {state}>"
 
     def received(self, size: int) -> None:
-        """Count bytes that came since the grant, for the minimum rate."""
+        """Count bytes received since the grant, for the minimum rate."""
         self._received += size
 
     def complete(self) -> None:
-        """The body is here; from now on only its parsing is waited for, and the minimum rate applies no more."""
+        """Mark the body as fully received. It waits for its parsing only, so the minimum rate no longer applies."""
         self._received = max(self._received, self.size)
 
     def shrink(self, size: int) -> None:
-        """Keep only so many bytes reserved: the body turned out to be smaller. May grant others."""
+        """Reduce the reservation to `size` bytes, because the body is smaller than reserved. May grant others."""
         self._budget.shrink(self, size)
 
     def release(self) -> None:
-        """Give the bytes back, or stop waiting. Idempotent. May grant others."""
+        """Return the bytes, or stop waiting. Idempotent. May grant others."""
         self._budget.release(self)
 
 
 class RequestBytes:
-    """The reservations of one process. Used from one thread; `clock` counts seconds and does not go back."""
+    """The reservations of one process. Single-threaded; `clock` returns monotonic seconds."""
 
     def __init__(self, bounds: ByteBounds, clock: Callable[[], float]) -> None:
         self.bounds = bounds
@@ -124,15 +126,15 @@ class RequestBytes:
 
     @property
     def waiting(self) -> int:
-        """Reservations that wait now."""
-        return sum(len(line) for lines in self._waiting.values() for line in lines.values())
+        """Number of waiting reservations."""
+        return sum(len(queue) for queues in self._waiting.values() for queue in queues.values())
 
     def held_by(self, tenant: str) -> int:
         """Bytes that a tenant has reserved now."""
         return self._held[tenant]
 
     def full(self, tenant: str) -> bool:
-        """Whether so many bodies wait that a further one is to be refused: each holds its head start meanwhile."""
+        """Whether another body must be refused because too many wait: each waiting body holds its head start."""
         return sum(map(len, self._waiting.get(tenant, {}).values())) >= MAX_WAITING or self.waiting >= 8 * MAX_WAITING
 
     def reserve(
@@ -143,8 +145,11 @@ class RequestBytes:
         on_grant: Callable[[], None],
         too_slow: Callable[[], None],
     ) -> Reservation:
-        """Ask for the whole size of one body. Returned granted, if the bounds allow it now; otherwise `on_grant` is
-        called once, within a release of another reservation. `too_slow`: see slow()."""
+        """Reserve the whole size of one body.
+
+        The reservation is returned granted if the bounds allow it now. Otherwise `on_grant` is called once, from within
+        the release of another reservation. `too_slow`: see slow().
+        """
         reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
         if not self._waiting and self._fits(reservation):
             self._grant(reservation)
@@ -154,7 +159,7 @@ class RequestBytes:
         return reservation
 
     def shrink(self, reservation: Reservation, size: int) -> None:
-        """The body turned out to be smaller than was reserved."""
+        """See Reservation.shrink."""
         less = reservation.size - size
         if less <= 0 or reservation.released:
             return
@@ -176,30 +181,34 @@ class RequestBytes:
         self._grant_all()
 
     def slow(self) -> list[Reservation]:
-        """Granted reservations that others wait for and whose bodies come slower than MIN_BYTES_PER_S after GRACE_S.
-        The caller calls `too_slow` of each."""
+        """Granted reservations whose bodies arrive slower than MIN_BYTES_PER_S after GRACE_S; empty if no other body
+        waits.
+
+        The caller must call `too_slow` of each.
+        """
         if not self._waiting:
             return []
         now = self._clock()
-        return [one for one in self._granted if one._received < min(one.size, _due(now - one._granted_at))]
+        return [r for r in self._granted if r._received < min(r.size, _due(now - r._granted_at))]
 
-    def _fits(self, one: Reservation) -> bool:
+    def _fits(self, reservation: Reservation) -> bool:
+        size = reservation.size
         return (
-            _within(self._total, one.size, self.bounds.process)
-            and _within(self._held[one.tenant], one.size, self.bounds.tenant)
-            and _within(self._held_by_connection[one.connection], one.size, self.bounds.connection)
+            _within(self._total, size, self.bounds.process)
+            and _within(self._held[reservation.tenant], size, self.bounds.tenant)
+            and _within(self._held_by_connection[reservation.connection], size, self.bounds.connection)
         )
 
     def _grant_all(self, new: Reservation | None = None) -> None:
-        """Grant in order all that fit. `new` is granted without a call of its on_grant: its owner sees `granted`."""
-        while (found := self._next()) is not None:
-            self._forget(found)
-            self._grant(found)
-            if found is not new:
-                found._on_grant()
+        """Grant all reservations that fit, in order. `new` gets no on_grant call: its owner checks `granted`."""
+        while (reservation := self._next()) is not None:
+            self._forget(reservation)
+            self._grant(reservation)
+            if reservation is not new:
+                reservation._on_grant()
 
     def _next(self) -> Reservation | None:
-        """The waiting reservation that is to be granted now. Room in the process is kept for the first in order."""
+        """The waiting reservation to grant now, or None. Room in the process is kept for the first in order."""
         for tenant in sorted(self._waiting, key=self._held.__getitem__):
             first = self._first_of(tenant)
             if first is not None and _within(self._held[tenant], first.size, self.bounds.tenant):
@@ -207,7 +216,7 @@ class RequestBytes:
         return None
 
     def _first_of(self, tenant: str) -> Reservation | None:
-        """The first in order of one tenant whose connection has room."""
+        """The first waiting reservation of one tenant whose connection has room."""
         held = self._held_by_connection
         for connection in sorted(self._waiting[tenant], key=held.__getitem__):
             first = next(iter(self._waiting[tenant][connection]))
@@ -215,29 +224,29 @@ class RequestBytes:
                 return first
         return None
 
-    def _grant(self, one: Reservation) -> None:
-        one.granted = True
-        one._granted_at = self._clock()
-        self._granted[one] = None
-        self._add(one, one.size)
+    def _grant(self, reservation: Reservation) -> None:
+        reservation.granted = True
+        reservation._granted_at = self._clock()
+        self._granted[reservation] = None
+        self._add(reservation, reservation.size)
 
-    def _forget(self, one: Reservation) -> None:
-        lines = self._waiting[one.tenant]
-        line = lines[one.connection]
-        del line[one]
-        if not line:
-            del lines[one.connection]
-        if not lines:
-            del self._waiting[one.tenant]
+    def _forget(self, reservation: Reservation) -> None:
+        queues = self._waiting[reservation.tenant]
+        queue = queues[reservation.connection]
+        del queue[reservation]
+        if not queue:
+            del queues[reservation.connection]
+        if not queues:
+            del self._waiting[reservation.tenant]
 
-    def _add(self, one: Reservation, size: int) -> None:
+    def _add(self, reservation: Reservation, size: int) -> None:
         self._total += size
-        _count(self._held, one.tenant, size)
-        _count(self._held_by_connection, one.connection, size)
+        _count(self._held, reservation.tenant, size)
+        _count(self._held_by_connection, reservation.connection, size)
 
 
 def _within(held: int, size: int, bound: int) -> bool:
-    """Whether so many more bytes may be held; the first ones always."""
+    """Whether `size` more bytes fit the bound. The first reservation always fits."""
     return held == 0 or held + size <= bound
 
 
@@ -248,5 +257,5 @@ def _count(counts: Counter[_K], key: _K, size: int) -> None:
 
 
 def _due(elapsed_s: float) -> float:
-    """Bytes that must have come so long after a grant."""
+    """Bytes that must have arrived this long after a grant."""
     return (elapsed_s - GRACE_S) * MIN_BYTES_PER_S

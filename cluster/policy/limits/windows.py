@@ -1,9 +1,10 @@
-"""What was admitted in the last minute, and in this day and month, so that a limit holds in any window whatever.
+"""Sliding one-minute sums, and daily and monthly sums, of what was admitted.
 
-Problem: a counter that is reset each minute lets twice the limit pass around the reset; a log of every admission grows
-with the limit. So admissions are summed in buckets of one second, and a bucket counts until its *end* is a window old:
-no window of WINDOW_S holds more than the limit, at the price of one part in sixty.
-Invariant: for any t, what was admitted in (t - WINDOW_S, t] never exceeded the limit when something was admitted at t.
+Problem: a counter that is reset each minute lets twice the limit pass around the reset, and a log of every admission
+grows with the limit. So admissions are summed in buckets of one second, and a bucket counts until its *end* is one
+window old. No window of WINDOW_S then holds more than the limit, at the price of one sixtieth of it.
+
+Invariant: for any t at which something was admitted, the sum over (t - WINDOW_S, t] did not exceed the limit.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from datetime import UTC, datetime
 
 WINDOW_S = 60
 STEP_BACK_S = 60.0
-"""A clock that goes back by less stands still until it is there again; by more, it goes on from where it was."""
+"""A clock that steps back by up to this is held until it catches up. After a larger step, time goes on from there."""
 
 
 class Steady:
-    """A clock's readings made not to go back."""
+    """Monotonic readings of a clock that may step back."""
 
     def __init__(self) -> None:
         self._last = -math.inf
         self._offset = 0.0
 
     def read(self, now: float) -> float:
-        """`now`, or the latest before it. Raises ValueError for what is no time."""
+        """`now`, or the latest reading if that is later. Raises ValueError if `now` is not finite."""
         if not math.isfinite(now):
             raise ValueError(f"now must be finite, not {now!r}")
         steady = now + self._offset
@@ -39,7 +40,7 @@ class Steady:
 
 
 class SlidingSum:
-    """Amounts of the last WINDOW_S seconds. Callers pass times that do not go back."""
+    """Sum of the amounts of the last WINDOW_S seconds. Callers pass non-decreasing times."""
 
     __slots__ = ("_amounts", "_buckets", "total")
 
@@ -49,13 +50,13 @@ class SlidingSum:
         self.total = 0
 
     def advance(self, now: float) -> None:
-        """Drop what is over."""
+        """Drop expired buckets."""
         oldest = math.floor(now) - WINDOW_S
         while self._buckets and self._buckets[0] < oldest:
             self.total -= self._amounts.pop(self._buckets.popleft())
 
     def add(self, amount: int, now: float) -> int:
-        """Count it; the number of the bucket it is in, for `correct`."""
+        """Add an amount. Returns its bucket's number, for `correct`."""
         bucket = math.floor(now)
         if bucket not in self._amounts:
             self._buckets.append(bucket)
@@ -65,13 +66,13 @@ class SlidingSum:
         return bucket
 
     def correct(self, bucket: int, amount: int) -> None:
-        """Change what was counted then; nothing if that is over."""
+        """Change an amount that was added to this bucket; no effect if the bucket has expired."""
         if bucket in self._amounts:
             self._amounts[bucket] += amount
             self.total += amount
 
     def frees_in_s(self, amount: int, now: float) -> float:
-        """How long until `amount` of what is in it is over; at most the window."""
+        """Seconds until at least `amount` of the sum has expired; at most the window."""
         freed = 0
         for bucket in self._buckets:
             if freed >= amount:
@@ -86,7 +87,7 @@ class SlidingSum:
         return max(last + 1 + WINDOW_S - now, 0.0)
 
     def empties_in_s(self, now: float) -> float:
-        """How long until all that is in it is over."""
+        """Seconds until the whole sum has expired."""
         for bucket in reversed(self._buckets):
             if self._amounts[bucket]:
                 return max(bucket + 1 + WINDOW_S - now, 0.0)
@@ -98,35 +99,35 @@ class SlidingSum:
 
 @dataclass(slots=True)
 class Period:
-    """What was used in a day or a month of UTC. `number` grows by one each."""
+    """Use in one UTC day or month. `number` grows by one with each."""
 
     number: int = -1
     used: int = 0
 
     def advance(self, number: int) -> None:
-        """Begin anew in a later one; a clock that goes back changes nothing."""
+        """Reset the use in a later period. An earlier number changes nothing."""
         if number > self.number:
             self.number, self.used = number, 0
 
 
 def day_of(epoch_s: float) -> int:
-    """Its number."""
+    """Number of the UTC day."""
     return math.floor(epoch_s / 86_400)
 
 
 def month_of(epoch_s: float) -> int:
-    """Its number."""
+    """Number of the UTC month."""
     when = datetime.fromtimestamp(epoch_s, UTC)
     return when.year * 12 + when.month - 1
 
 
 def day_ends_in_s(epoch_s: float) -> float:
-    """Until midnight, UTC."""
+    """Seconds until midnight, UTC."""
     return (day_of(epoch_s) + 1) * 86_400 - epoch_s
 
 
 def month_ends_in_s(epoch_s: float) -> float:
-    """Until the first of the next month, UTC."""
+    """Seconds until the first of the next month, UTC."""
     year, month = divmod(month_of(epoch_s) + 1, 12)
     return datetime(year, month + 1, 1, tzinfo=UTC).timestamp() - epoch_s
 

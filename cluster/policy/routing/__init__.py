@@ -1,1 +1,1 @@
-"""The choice of a version and of a worker for one sequence."""
+"""Choice of a version and a worker for one sequence."""

@@ -1,10 +1,12 @@
-"""Which worker takes a call, and why: filters, then scorers, then the best.
+"""Worker choice for one call, with its reasons: filters, then scorers, then the best score.
 
-Problem: the call at the head of its queue may go to any worker of its model that has granted room for it; the load
-should even out, and a human must be able to ask why it went where it went.
+Problem: the call at the head of its queue may go to any worker of its model that has granted enough capacity. The load
+should even out, and a human must be able to ask why a call went where it went.
+
 Invariants: the chosen worker passed every filter; no other that passed scores higher; equal inputs give equal
-decisions, whatever the order of the candidates; every candidate is in the decision, with its scores or with the
-filter that dropped it (none, where what is free is kept for others).
+decisions, whatever the order of the candidates; every candidate is in the decision, with its scores or with the filter
+that dropped it (no candidate is listed if the free capacity is reserved for other tenants).
+
 Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Gateway API inference extension.
 """
 
@@ -18,11 +20,11 @@ from cluster.api.types import CompatibilityKey
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker as seen by the gateway that chooses. Room is what it has granted to this gateway and is unspent.
+    """A worker as the choosing gateway sees it. `free_*` is the unspent credit that it has granted to this gateway.
 
-    `running` are this gateway's sequences there, `waiting` those in the engine's own queue, `kv_usage` in [0, 1].
-    `replaying` tokens of continued calls of this gateway wait there for the engine's next step, `beginning` of others;
-    where there are any of the former, no more than `max_replaying` may in all.
+    `running` counts this gateway's sequences there, `waiting` those in the engine's own queue; `kv_usage` is in [0, 1].
+    `replaying` is the number of prompt tokens of this gateway's resumed calls that wait there for the engine's next
+    step, `beginning` the same for new calls. If `replaying` is above 0, both together must not exceed `max_replaying`.
     """
 
     worker_id: str
@@ -43,17 +45,20 @@ class Candidate:
     beginning: int = 0
     max_replaying: int = 0
     retired: bool = False
-    """It is being replaced, or its version is quarantined: what has begun may go on there, nothing begins."""
+    """Whether it is being replaced or its version is quarantined. It may resume calls, but gets no new ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteCall:
-    """What of a call matters for its way. `tokens` are there before its next one: those of its prompt, and of a
-    continued call those that it has emitted; `fresh` of them are likely to be computed, 0 for all. It goes nowhere
-    unless more than `keep_free` sequences are free in all. A continued one has the `likeness` of the worker that began
-    it; it shuns the incarnations at which it has failed. One that begins goes to one of `versions`, any where there are
-    none. The incarnation `home` is where the last of a continued one was computed: its KV blocks are there still, for
-    all that is known, and only `fresh_home` tokens are to be computed anew."""
+    """The fields of a call that routing uses.
+
+    `tokens`: its prompt tokens, and for a resumed call also those that it has emitted. `fresh`: how many of them must
+    probably be computed; 0 means all. `keep_free`: the call is sent nowhere unless more than this many sequences are
+    free in total. `likeness`: compatibility key of the worker that began a resumed call; None for a new one. `shuns`:
+    incarnations on which the call has failed; it must not be sent there again. `versions`: versions that a new call may
+    go to; any if empty. `home`: incarnation that computed a resumed call last and probably still holds its KV blocks;
+    only `fresh_home` tokens must be computed there.
+    """
 
     model: str
     tokens: int
@@ -68,7 +73,7 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Who may not take the call. `reason` is one word for metrics and humans."""
+    """Condition that a worker must meet to get the call. `reason` is one word for metrics and humans."""
 
     reason: str
     passes: Callable[[RouteCall, Candidate], bool]
@@ -76,7 +81,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """How good a worker is for the call, in [0, 1], 1 the best; `weight` above 0."""
+    """Score of a worker for the call, in [0, 1]; 1 is best. `weight` is above 0."""
 
     name: str
     score: Callable[[RouteCall, Candidate], float]
@@ -85,9 +90,9 @@ class Scorer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What became of one candidate: `dropped` by a filter's reason, or its scores by the scorers' names.
+    """Result for one candidate: the reason of the filter that `dropped` it, or its scores by the scorers' names.
 
-    `total` is the weighted mean of the parts, in [0, 1]; 0 for one that was dropped.
+    `total` is the weighted mean of the parts, in [0, 1]; 0 for a dropped candidate.
     """
 
     worker_id: str
@@ -103,10 +108,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
-    """Where the call goes, or None, and why.
+    """The chosen worker, or None, and the reason.
 
-    `reason` is one of few words (a metric label): least_loaded, only_choice; without a worker no_worker, kept_free, or
-    the reason of the filter that dropped those who came furthest.
+    `reason` is one of a few words (a metric label): least_loaded or only_choice; without a worker no_worker, kept_free,
+    or the reason of the last filter in the order that dropped a candidate.
     """
 
     worker_id: str | None
@@ -114,26 +119,29 @@ class RoutingDecision:
     scores: tuple[Score, ...]
 
     def explain(self) -> str:
-        """One line for a human: the choice, then every candidate, the best first."""
+        """One line for humans: the choice, then every candidate, the best first."""
         where = f"to {self.worker_id}" if self.worker_id is not None else "nowhere"
         candidates = "; ".join(str(score) for score in self.scores) or "no candidates"
         return f"{where}, {self.reason}: {candidates}"
 
 
 def _replays_fit(call: RouteCall, c: Candidate) -> bool:
-    """Continued calls come in crowds; computed all at once, or with prompts beside, they would hold up everybody's next
-    token. One of them may go alone, however long."""
+    """Whether the prompts fit the worker's prefill pacing.
+
+    Resumed calls come in bursts. If all are computed at once, or together with new prompts, they delay every stream's
+    next token. A single one may go alone, however long it is.
+    """
     waiting = c.replaying if call.likeness is None else c.replaying + c.beginning
     return not waiting or c.replaying + c.beginning + fresh_at(call, c) <= c.max_replaying
 
 
 def fresh_at(call: RouteCall, c: Candidate) -> int:
-    """Tokens that it would have to compute there."""
+    """Tokens that this worker would have to compute for the call."""
     return call.fresh_home if _at_home(call, c) else call.fresh or call.tokens
 
 
 def takes_onward(c: Candidate) -> bool:
-    """Whether it may have room for any continued call: most often nobody has, and many wait."""
+    """Cheap check whether the worker may have capacity for any resumed call. Usually it has none while many wait."""
     return c.free_sequences > 0 and (not c.replaying or c.replaying + c.beginning < c.max_replaying)
 
 
@@ -166,13 +174,13 @@ def _kept(call: RouteCall, c: Candidate) -> float:
 
 
 def is_like(call: RouteCall, candidate: Candidate) -> bool:
-    """Whether a call that goes on may do so there, as far as weights and arithmetic go."""
+    """Whether the candidate's compatibility key lets a resumed call continue there. True for a new call."""
     likeness = candidate.likeness
     return call.likeness is None or (likeness is not None and likeness.can_continue(call.likeness))
 
 
 PREFILL_TOKENS = 2048
-"""So many tokens of prompts before it are, for a call's first token, as bad as one call more in an engine's queue."""
+"""Prompt tokens queued ahead that delay a call's first token as much as one more call in the engine's queue."""
 
 
 FILTERS = (
@@ -187,7 +195,7 @@ FILTERS = (
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),
 )
-"""In this order: a candidate is dropped by the first that it does not pass."""
+"""Applied in this order: a candidate is dropped by the first filter that it does not pass."""
 
 SCORERS = (
     Scorer("free_places", _places),
@@ -195,20 +203,22 @@ SCORERS = (
     Scorer("short_queue", _queue),
     Scorer("short_prefill", _prefill),
 )
-"""The least loaded, by the share of places free, of KV memory free, by the engine's own queue, and by the prompts that
-are still before it."""
+"""Least load: the free share of sequences and of KV memory, the engine's own queue, and the prompts still to be
+computed."""
 
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
-"""For continued calls: back to where their KV blocks are, when it was the gateway that was lost; else those that fall
-together are spread evenly, however the workers' queues looked at the last beat, since the longest step that they make
-is what the last of them waits for."""
+"""Scorers for resumed calls: first the worker that holds their KV blocks, if only the gateway was lost.
+
+Otherwise a burst is spread evenly, whatever the workers' queues at the last heartbeat: the last call of the burst waits
+for the longest step.
+"""
 
 
 class Router:
-    """One pipeline. The filters before the scorers may rely on what those drop (free_sequences > 0)."""
+    """One pipeline. Scorers may rely on what the filters guarantee (free_sequences > 0)."""
 
     def __init__(self, filters: Sequence[Filter] = FILTERS, scorers: Sequence[Scorer] = SCORERS) -> None:
-        """Raises ValueError for no scorers or a weight that is not above 0."""
+        """Raises ValueError if there are no scorers or a weight is not above 0."""
         if not scorers or any(scorer.weight <= 0 for scorer in scorers):
             raise ValueError("a router needs scorers, each with a weight above 0")
         self._filters = tuple(filters)
@@ -217,7 +227,7 @@ class Router:
         self._depth = {f.reason: depth for depth, f in enumerate(self._filters)}
 
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-        """The best that may. Of equals the one with more free sequences, then the first by worker_id."""
+        """Best candidate that passes all filters. Ties go to more free sequences, then to the first worker_id."""
         if call.keep_free:
             candidates = list(candidates)
             open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
@@ -255,5 +265,5 @@ _LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """The default pipelines: the least loaded of those with room, for continued calls by what of them waits there."""
+    """Apply a default pipeline: least load for new calls; for resumed ones also cached blocks and waiting prompts."""
     return (_LEAST_LOADED if call.likeness is None else _ONWARD).pick(call, candidates)

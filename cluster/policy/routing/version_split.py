@@ -1,8 +1,9 @@
-"""Which of a model's versions a call goes to: by their weights, the same for the same call at every gateway. Pure.
+"""Choice of a model's version for a call, by the versions' weights; equal for the same call on every gateway. Pure.
 
-Invariants: with weights that stay, a call of the same id always meets the same version, whichever gateway it comes to
-and however often it is repeated; over many ids each version gets its part; and when a weight grows, no call leaves a
-version for another but those that the growing version gains.
+Invariants: while the weights stay the same, a call id always gets the same version, on whichever gateway and however
+often it is repeated. Over many ids each version gets its share. When a weight grows, the only calls that change their
+version are those that the growing version gains.
+
 Source: weighted rendezvous hashing (Schindelhauer and Schomaker 2005; the logarithmic method).
 """
 
@@ -16,14 +17,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Where a call may begin: `first` if it has room, else another of `all`; none named: anywhere."""
+    """Versions on which a call may begin: `first` if it has capacity, else another of `all`; any if both are empty."""
 
     first: str = ""
     all: frozenset[str] = frozenset()
 
 
 def choose(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
-    """The version for this call; "" where none has a weight above 0."""
+    """The version for this call; "" if no weight is above 0."""
     best, lowest = "", math.inf
     for version, weight in weights:
         if weight <= 0:
@@ -35,5 +36,5 @@ def choose(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
 
 
 def _unit(text: str) -> float:
-    """In (0, 1], as if drawn evenly."""
+    """Hash of the text as a uniformly distributed number in (0, 1]."""
     return (int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()) + 1) / 2.0**64

@@ -1,1 +1,1 @@
-"""The number of replicas of each model."""
+"""Number of replicas of each model."""

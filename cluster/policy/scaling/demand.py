@@ -1,10 +1,11 @@
-"""The demand of all gateways as one. Pure.
+"""Demand of all gateways, summed. Pure.
 
-Problem: gateways come, go and start anew, and so does the controller; whatever has come must count once. Each gateway
-therefore tells counters since its start, by the name of that start (its incarnation), and how long it has counted.
-Invariants: between two `take`s a gateway's arrivals are the growth of its counters; a gateway that began to count after
-this began counts from zero, any other that is new here from what it says first; counters never count backwards; a
-gateway that is away counts with what it told last until then, and what waits there counts no more.
+Problem: gateways and the controller start and stop, and each arrival must count once. So each gateway reports counters
+since its start, under the incarnation of that start, and for how long it has counted.
+
+Invariants: between two calls of `take` a gateway's arrivals are the growth of its counters. A gateway that started to
+count after this object was made counts from zero; any other that is new here counts from its first report. Counters
+never count backwards. A disconnected gateway counts with its last report, but what waited there no longer counts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cluster.api.demand import ClassCounts, ModelDemand
 from cluster.policy.scaling.portfolio import ClassDemand
 
 FORGET_S = 600.0
-"""A gateway that has been away for so long does not come back under that name."""
+"""A gateway incarnation that has been away for this long does not come back."""
 
 _Key = tuple[str, str]
 _COUNTED = (
@@ -30,71 +31,74 @@ _COUNTED = (
 
 @dataclass(slots=True)
 class _Gateway:
-    heard_at: float
-    here: bool = True
-    told: dict[_Key, ClassCounts] = field(default_factory=dict)
-    taken: dict[_Key, ClassCounts] = field(default_factory=dict)
+    reported_at: float
+    connected: bool = True
+    reported: dict[_Key, ClassCounts] = field(default_factory=dict)
+    counted: dict[_Key, ClassCounts] = field(default_factory=dict)
 
 
 class Demands:
-    """What is told by `told` and `left` is asked for by `take`, once a pass."""
+    """Reports are added by `told` and `left`; the controller reads their sum with `take`, once per pass."""
 
     def __init__(self, now: float) -> None:
         self._began_at = now
         self._gateways: dict[str, _Gateway] = {}
         self.ranks: dict[str, int] = {}
-        """Of the classes, as the gateways have told them."""
+        """Ranks of the priority classes, as the gateways reported them."""
 
     def told(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
-        """A report of a gateway's incarnation that has counted for `counting_s`. True when calls are held there for a
-        model for which none were: somebody should look now."""
-        told = {(d.model, c.priority_class): c for d in demand for c in d.classes}
+        """Record a report of a gateway incarnation that has counted for `counting_s`.
+
+        Returns True if calls are now held there for a model and class for which none were: scaling should be decided at
+        once.
+        """
+        report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)
         if known is None:
             known = self._gateways[gateway] = _Gateway(now)
             if now - counting_s < max(self._began_at, now - FORGET_S):
-                known.taken = dict(told)  # what came before was not ours to see, or has been seen and forgotten
-        before = known.told if known.here else {}
-        known.heard_at, known.here, known.told = now, True, {**known.told, **told}
-        for key in known.told.keys() - told.keys():  # forgotten there: nothing of it waits
-            known.told[key] = _at_rest(known.told[key])
-        self.ranks.update({c.priority_class: c.rank for c in told.values()})
-        return any(c.held_requests and not (key in before and before[key].held_requests) for key, c in told.items())
+                known.counted = dict(report)  # it began to count before us, or was forgotten
+        before = known.reported if known.connected else {}
+        known.reported_at, known.connected, known.reported = now, True, {**known.reported, **report}
+        for key in known.reported.keys() - report.keys():  # the gateway no longer lists it: nothing of it waits
+            known.reported[key] = _counters_only(known.reported[key])
+        self.ranks.update({c.priority_class: c.rank for c in report.values()})
+        return any(c.held_requests and not (key in before and before[key].held_requests) for key, c in report.items())
 
     def left(self, gateway: str) -> None:
-        """Its link has ended: what waits there is seen no more."""
+        """Record the end of a gateway's link: what waits there no longer counts."""
         known = self._gateways.get(gateway)
         if known is not None:
-            known.here = False
-            known.told = {key: _at_rest(c) for key, c in known.told.items()}
+            known.connected = False
+            known.reported = {key: _counters_only(c) for key, c in known.reported.items()}
 
     def take(self, now: float) -> Mapping[str, Mapping[str, ClassDemand]]:
-        """By model and class: what has come since the last take, and what waits now."""
+        """Arrivals since the last call of `take`, and what waits now, by model and class."""
         sums: dict[str, dict[str, ClassDemand]] = {}
         for name, gateway in list(self._gateways.items()):
-            for key, counts in gateway.told.items():
-                grown = _grown(gateway.taken.get(key), counts)
+            for key, counts in gateway.reported.items():
+                grown = _growth(gateway.counted.get(key), counts)
                 model = sums.setdefault(key[0], {})
-                model[key[1]] = _plus(model.get(key[1], ClassDemand()), grown, counts)
-            gateway.taken = dict(gateway.told)
-            if not gateway.here and now - gateway.heard_at >= FORGET_S:
+                model[key[1]] = _add_demand(model.get(key[1], ClassDemand()), grown, counts)
+            gateway.counted = dict(gateway.reported)
+            if not gateway.connected and now - gateway.reported_at >= FORGET_S:
                 del self._gateways[name]
         return sums
 
     def __repr__(self) -> str:
-        return f"Demands({sum(g.here for g in self._gateways.values())} gateways)"
+        return f"Demands({sum(g.connected for g in self._gateways.values())} gateways)"
 
 
-def _at_rest(c: ClassCounts) -> ClassCounts:
-    """The counters alone."""
+def _counters_only(c: ClassCounts) -> ClassCounts:
+    """The counters without anything that waits."""
     return ClassCounts(c.priority_class, c.rank, **{name: getattr(c, name) for name in _COUNTED})
 
 
-def _grown(before: ClassCounts | None, now: ClassCounts) -> Mapping[str, int]:
+def _growth(before: ClassCounts | None, now: ClassCounts) -> Mapping[str, int]:
     return {name: max(getattr(now, name) - (getattr(before, name) if before else 0), 0) for name in _COUNTED}
 
 
-def _plus(sum_: ClassDemand, grown: Mapping[str, int], now: ClassCounts) -> ClassDemand:
+def _add_demand(sum_: ClassDemand, grown: Mapping[str, int], now: ClassCounts) -> ClassDemand:
     deadlines = [d for d in (sum_.nearest_deadline_s, now.nearest_deadline_s) if d is not None]
     return ClassDemand(
         **{name: getattr(sum_, name) + grown[name] for name in _COUNTED},

@@ -1,4 +1,4 @@
-"""Where operators ask for scaling: what they want is checked, kept, and done in the next pass. Pure."""
+"""Operators' scaling requests: validated, stored, and applied in the next pass. Pure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from cluster.policy.scaling.scaler import OperatorRequest, Scaler
 
 
 class ScalingRequests:
-    """api.scaling.ScalingService over a Scaler."""
+    """Implementation of api.scaling.ScalingService over a Scaler."""
 
     def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
-        """`changed`: told when what is asked has changed; it keeps it, and lets a pass begin."""
+        """`changed` is called after the requests have changed; it stores them and starts a pass."""
         self._scaler = scaler
         self._changed = changed
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """See ScalingService. A number is within the entry's `max`; it may be below its `min`."""
+        """See ScalingService. A number must be within the entry's `max`; it may be below its `min`."""
         spec, asked = self._named(name), self._scaler.asked
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:
             most = max(spec.max_replicas, spec.min_replicas)
             if not 0 <= replicas <= most:
-                raise invalid("replicas", f"must be in 0 to {most}, the most that {spec.name} may have; got {replicas}")
+                raise invalid("replicas", f"must be 0 to {most} (max_replicas of {spec.name}), got {replicas}")
             manual[spec.name] = replicas
         self._ask(dataclasses.replace(asked, manual=manual))
         standing = self._scaler.standing(spec.name)
@@ -49,7 +49,7 @@ class ScalingRequests:
         else:
             self._ask(dataclasses.replace(asked, all_frozen=frozen))
             names = list(self._scaler.names)
-        return [self._scaler.standing(one) for one in names]
+        return [self._scaler.standing(model) for model in names]
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """See ScalingService."""
@@ -58,7 +58,7 @@ class ScalingRequests:
     def _named(self, name: str) -> ModelSpec:
         spec = self._scaler.find(name)
         if spec is None:
-            raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not one that is to run")
+            raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not in the catalog")
         return spec
 
     def _ask(self, asked: OperatorRequest) -> None:
@@ -69,12 +69,12 @@ class ScalingRequests:
 
 
 def asked_to_json(asked: OperatorRequest) -> dict[str, object]:
-    """As plain JSON values; `asked_from_json` is the inverse."""
+    """Plain JSON values; `asked_from_json` is the inverse."""
     return {"manual": dict(asked.manual), "frozen": sorted(asked.frozen), "all_frozen": asked.all_frozen}
 
 
 def asked_from_json(values: Mapping[str, object]) -> OperatorRequest:
-    """What `asked_to_json` wrote. Raises ValueError for anything else."""
+    """Inverse of `asked_to_json`. Raises ValueError for anything else."""
     manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
     if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):
         raise ValueError("manual must be numbers by model")

@@ -1,11 +1,12 @@
-"""What one replica can compute a second, learnt from what its steps have taken. Pure.
+"""Throughput of one replica, learnt from the durations of its engine's steps. Pure.
 
-Model: a step takes `fixed` seconds, `decode` for each sequence that it gives a token, and `prefill` for each prompt
-token. Over any span, then, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens; the three are
-found by least squares over the spans of all replicas alike, older spans fading out. They cannot be negative, so the
-best of the seven sets of them that come out so is taken. A batch is trusted no further than a few times beyond what was
-seen: one stream alone does not tell how many a replica can hold.
-Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23, for so few unknowns by trying all.
+Model: a step takes `fixed` seconds, plus `decode` for each sequence that gets a token, plus `prefill` for each prompt
+token. So over any span, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens. The three costs are
+found by least squares over the spans of all replicas together; older spans fade out. Costs cannot be negative, so the
+best of the seven subsets of costs with a non-negative solution is used. Batches are extrapolated to a few times the
+observed size at most: a single stream does not show how many a replica can hold.
+
+Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23; with so few unknowns all subsets are tried.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from cluster.api.demand import ComputedWork
 from cluster.policy.scaling.portfolio import Rates
 
 LEAST_BUSY_S = 0.05
-"""A shorter time in steps is added to the next span."""
+"""A span with less time in steps is merged into the next one."""
 FADE_S = 600.0
-"""Time in steps after which an older span weighs 1/e."""
+"""Time in steps after which a span's weight has fallen to 1/e."""
 TRUSTED_S = 2.0
-"""Time in steps before anything is said."""
+"""Time in steps before costs are returned."""
 BEYOND_SEEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds: of a step by itself, for each generated token, for each prompt token."""
+    """Seconds per step, per generated token and per prompt token."""
 
     fixed_s: float
     decode_s: float
@@ -37,7 +38,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLimits:
-    """What bounds a replica's batch."""
+    """Bounds of a replica's batch."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -46,7 +47,7 @@ class ReplicaLimits:
 
 @dataclass(slots=True)
 class LearntCosts:
-    """Of one model on one GPU type. `seen` at each look with what each engine has told."""
+    """Costs of one model on one GPU type. `observe` is called once per pass with what each engine has reported."""
 
     _before: dict[str, ComputedWork] = field(default_factory=dict)
     _a: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
@@ -56,17 +57,20 @@ class LearntCosts:
     _prefilled: bool = False
     _batch: float = 0.0
 
-    def seen(self, told: Mapping[str, ComputedWork]) -> None:
-        """By incarnation: one that is not among them any longer is forgotten, one that is new begins at nothing only
-        if it has just started, so its first word is where it begins."""
-        for engine, work in told.items():
+    def observe(self, reports: Mapping[str, ComputedWork]) -> None:
+        """Add reports, by incarnation.
+
+        An incarnation that is no longer listed is forgotten. The first report of a new one only sets the starting
+        point.
+        """
+        for engine, work in reports.items():
             before = self._before.get(engine)
             if before is None or work.busy_s < before.busy_s:
                 self._before[engine] = work
             elif work.busy_s - before.busy_s >= LEAST_BUSY_S:
                 self._before[engine] = work
                 self._add(before, work)
-        self._before = {engine: work for engine, work in self._before.items() if engine in told}
+        self._before = {engine: work for engine, work in self._before.items() if engine in reports}
 
     def _add(self, before: ComputedWork, work: ComputedWork) -> None:
         busy_s = work.busy_s - before.busy_s
@@ -77,7 +81,7 @@ class LearntCosts:
         )
         if x[0] <= 0:
             return
-        keep, weight = max(1 - busy_s / FADE_S, 0.0), 1 / busy_s  # errors grow with the span, so long ones weigh less
+        keep, weight = max(1 - busy_s / FADE_S, 0.0), 1 / busy_s  # errors grow with the span, so long spans weigh less
         for i, j in itertools.product(range(3), repeat=2):
             self._a[i][j] = self._a[i][j] * keep + weight * x[i] * x[j]
         for i in range(3):
@@ -88,28 +92,28 @@ class LearntCosts:
         self._batch = max(self._batch * keep, x[1] / x[0])
 
     def costs(self) -> Costs | None:
-        """None before there is enough to tell."""
+        """Learnt costs; None before enough time in steps was observed."""
         if self._busy_s < TRUSTED_S:
             return None
         best, least = None, float("inf")
         for size in (1, 2, 3):
             for which in itertools.combinations(range(3), size):
-                found = _solved([[self._a[i][j] for j in which] for i in which], [self._b[i] for i in which])
-                if found is None or min(found) < 0:
+                solution = _solve([[self._a[i][j] for j in which] for i in which], [self._b[i] for i in which])
+                if solution is None or min(solution) < 0:
                     continue
-                left = self._y - sum(v * self._b[i] for v, i in zip(found, which, strict=True))
-                if left < least - 1e-9 * self._y:
-                    whole = dict(zip(which, found, strict=True))
-                    best, least = Costs(*(whole.get(i, 0.0) for i in range(3))), left
+                residual = self._y - sum(v * self._b[i] for v, i in zip(solution, which, strict=True))
+                if residual < least - 1e-9 * self._y:
+                    whole = dict(zip(which, solution, strict=True))
+                    best, least = Costs(*(whole.get(i, 0.0) for i in range(3))), residual
         return best
 
     def rates(self, limits: ReplicaLimits, itl_s: float, gpus: int = 1) -> Rates:
-        """Prefill in full batches; decode in the largest batch that keeps `itl_s`."""
+        """Rates with full prefill batches, and with the largest decode batch whose steps take at most `itl_s`."""
         costs = self.costs()
         if costs is None:
             return Rates(kv_tokens=limits.kv_tokens or None, gpus=gpus)
         prefill = costs.prefill_s + costs.fixed_s / max(limits.max_num_batched_tokens, 1)
-        places = _places(costs, limits, itl_s)
+        places = _largest_batch(costs, limits, itl_s)
         return Rates(
             prefill_tokens_per_s=1 / prefill if self._prefilled and prefill > 0 else None,
             decode_tokens_per_s=self._decode(costs, places),
@@ -126,16 +130,16 @@ class LearntCosts:
         return batch / step_s if step_s > 0 else None
 
 
-def _places(costs: Costs, limits: ReplicaLimits, itl_s: float) -> float:
-    """The largest batch that keeps `itl_s`."""
+def _largest_batch(costs: Costs, limits: ReplicaLimits, itl_s: float) -> float:
+    """Largest batch whose steps take at most `itl_s`."""
     most = float(max(limits.max_num_seqs, 1))
     if not itl_s or costs.decode_s <= 0:
         return most
     return min(most, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
 
 
-def _solved(a: list[list[float]], b: list[float]) -> list[float] | None:
-    """x of a x = b, by Gaussian elimination; None where they do not tell it."""
+def _solve(a: list[list[float]], b: list[float]) -> list[float] | None:
+    """Solution x of a x = b by Gaussian elimination; None if the matrix is singular."""
     n = len(b)
     rows = [[*a[i], b[i]] for i in range(n)]
     for i in range(n):

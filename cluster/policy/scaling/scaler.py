@@ -1,12 +1,12 @@
-"""From what is seen of the fleet to the number of replicas that each model is to have. Pure.
+"""Scaling of all models: from observations of the cluster to the number of replicas of each model. Pure.
 
-The policy (control/scaling) decides; this puts together what it is to see, and keeps what explains it. Nothing that it
-keeps has to outlive it but what operators have asked (`Asked`): a new one takes Ray's own targets for what was decided
-last, learns rates and cold starts again, and counts demand from where the gateways' counters stand.
+The policy (`portfolio`) decides; this module assembles its observations and keeps what explains its decisions. Only the
+operators' requests (`OperatorRequest`) have to survive a restart. A new scaler takes Ray's own targets as the last
+decisions, learns rates and cold starts again, and counts demand from the gateways' current counters.
 
-While no gateway is linked the demand is not known, and every number stays as it is.
+While no gateway is connected the demand is unknown, and all numbers stay as they are.
 
-A model may have several types of GPU, each with a spec of its own; rates are learnt and numbers decided for each type.
+A model may have several types of GPU, each with its own spec; rates are learnt and numbers decided for each type.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 Kind = tuple[str, str]
 """A model and a type of GPU."""
 PLENTY = 1_000_000
-"""Replicas of a type, where nobody says how many find a place."""
+"""Assumed capacity for replicas of a type whose capacity is unknown."""
 KEPT = 200
-"""Decisions of each model that are kept to be explained."""
+"""Decisions kept per model for explanations."""
 DECIDE_S = 5.0
-"""How often the policy decides, unless something cannot wait: a held call, an operator's word, another entry."""
+"""Interval of decisions in seconds, unless one is urgent: for a held call, an operator's request or a changed entry."""
 NEWEST = 0.3
-"""What a newer cold start weighs against what is learnt."""
+"""Weight of a new cold-start time against the learnt one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True)
 class OperatorRequest:
-    """What operators have asked, by model. `all_frozen`: every model, those that come too."""
+    """Operators' requests. `manual`: replicas by model. `all_frozen`: every model, including later ones."""
 
     manual: Mapping[str, int] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
@@ -67,7 +67,7 @@ class OperatorRequest:
 
 @dataclass(frozen=True, slots=True)
 class OnRay:
-    """What Ray has of a model on a type of GPU: the number it is told, and replicas that serve, come up, and leave."""
+    """Ray's view of a model on a type of GPU: its target, and replicas that serve, start and leave."""
 
     target: int = 0
     running: int = 0
@@ -85,8 +85,10 @@ class OnRay:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker that some gateway has a link to. `gpu`: the type that it was made for; one that the model does not have
-    counts as its first."""
+    """A worker that is connected to at least one gateway.
+
+    `gpu` is the type that it was made for; a type that the model does not have counts as the model's first.
+    """
 
     worker_id: str
     incarnation: str
@@ -101,7 +103,7 @@ class WorkerSeen:
 
 @dataclass(slots=True)
 class _Learnt:
-    """Of one type of GPU."""
+    """Learnt costs and limits for one type of GPU."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
     limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))
@@ -110,7 +112,7 @@ class _Learnt:
 @dataclass(slots=True)
 class _Model:
     desired: dict[str, int] | None = None
-    """By type."""
+    """Decided replicas by GPU type."""
     since: dict[str, tuple[ReplicaState, float]] = field(default_factory=dict)
     ordered_at: list[float] = field(default_factory=list)
     starting_since_s: float = 0.0
@@ -124,10 +126,10 @@ class _Model:
 
 
 class Scaler:
-    """`look` once a pass, which decides now and then; `replicas` then says how many, and `told` adds to a catalog entry
-    what gateways are to know.
+    """Decides the replicas of all models: `look` runs once per pass and decides every `decide_s`, or sooner if urgent.
 
-    Times are of one monotonic clock, `wall_s` since the epoch; every `decide_s` it decides although nothing hurries it.
+    `replicas` returns the decided number, and `told` adds the scaling fields of a catalog entry for the gateways. Times
+    are of one monotonic clock; `wall_s` is seconds since the epoch.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class Scaler:
         self._decide_at = now
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{name} {_total(one.desired or {})}" for name, one in self._models.items())
+        counts = ", ".join(f"{name} {_total(model.desired or {})}" for name, model in self._models.items())
         return f"Scaler({counts or 'nothing seen'})"
 
     # ---- a pass
@@ -165,9 +167,11 @@ class Scaler:
         blind: bool = False,
         room: Mapping[Kind, int] | None = None,
     ) -> Sequence[tuple[str, ScalingDecision]]:
-        """What has been decided anew, by model. Several `specs` of one name are its types of GPU, the first choice
-        first. `blind`: no gateway is linked. `room`: how many replicas of a model have a place on a type of GPU, where
-        that counts."""
+        """Run one pass. Returns the new decisions, by model.
+
+        Several `specs` of the same name are the model's types of GPU, the preferred one first. `blind`: no gateway is
+        connected. `room`: capacity for replicas by model and type of GPU; types that are not listed have enough.
+        """
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
         wanted: dict[str, tuple[ModelSpec, ...]] = {}
@@ -206,7 +210,7 @@ class Scaler:
                 room={spec.gpu: self._room[name, spec.gpu] for spec in types if (name, spec.gpu) in self._room},
             )
         if blind:
-            self.hurry()  # as soon as somebody tells
+            self.hurry()  # decide as soon as a gateway reports
             return self._hold(wall_s)
         if not decides:
             return ()
@@ -218,36 +222,38 @@ class Scaler:
             frozen=self.settings.frozen or self.asked.all_frozen,
         )
         decisions, self._memory = decide(observation, self._memory, now)
-        return [made for one in decisions if (made := self._keep(one, now, wall_s)) is not None]
+        return [made for decision in decisions if (made := self._keep(decision, now, wall_s)) is not None]
 
     def hurry(self) -> None:
-        """Decide at the next look."""
+        """Decide in the next pass."""
         self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:
-        """How many the model is to have on the spec's type of GPU; as many as it begins with before the first look."""
+        """Replicas that the model should have on the spec's type of GPU; the entry's initial number before the first
+        pass."""
         model = self._models.get(spec.name)
         return spec.replicas if model is None or model.desired is None else model.desired.get(spec.gpu, 0)
 
     def told(self, entry: CatalogEntry) -> CatalogEntry:
-        """What gateways need in order to judge calls, and to tell those that wait how long it takes."""
+        """The entry with the fields that gateways need to judge calls by the SLO and to estimate waiting times."""
         model, types = self._models.get(entry.name), self._specs.get(entry.name)
         if model is None or types is None:
             return entry
         spec = types[0]
         return dataclasses.replace(
             entry,
-            replicas_desired=sum(self.replicas(one) for one in types),
+            replicas_desired=sum(self.replicas(of_type) for of_type in types),
             cold_start_s=round(model.cold_start_s, 1) or entry.cold_start_s or self.settings.cold_start_s,
             slo_ttft_s=spec.slo_ttft_s,
             slo_itl_s=spec.slo_itl_s,
             starting_since_s=model.starting_since_s,
         )
 
-    # ---- what it is made of
+    # ---- parts of a pass
 
     def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, OnRay]) -> dict[str, int]:
-        """What was decided last, by whomever, for the types that there are now; a model that is new begins."""
+        """The last decision, or Ray's targets, for the current types of GPU; a new model starts with its initial
+        number."""
         last = model.desired
         if last is None and rays:
             last = {gpu: ray.target for gpu, ray in rays.items()}
@@ -257,7 +263,7 @@ class Scaler:
         return self._spread(types, types[0].replicas if last is None else _total(last), last or {})
 
     def _spread(self, types: Sequence[ModelSpec], replicas: int, there: Mapping[str, int]) -> dict[str, int]:
-        """So many over the types; what is there stays where it can."""
+        """Spread replicas over the types. Those already there stay where possible."""
         room = [self._room.get((spec.name, spec.gpu), PLENTY) for spec in types]
         counts = over_types(replicas, room, [there.get(spec.gpu, 0) for spec in types])
         return {spec.gpu: count for spec, count in zip(types, counts, strict=True)}
@@ -269,7 +275,7 @@ class Scaler:
             max_replicas=max(spec.max_replicas, spec.min_replicas),
             idle_s=spec.idle_s,
             slo=Slo(spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target),
-            gpus=tuple(one.gpu for one in types),
+            gpus=tuple(of_type.gpu for of_type in types),
             cold_start_s=model.cold_start_s or self.settings.cold_start_s,
             manual=self.asked.manual.get(spec.name),
             frozen=spec.name in self.asked.frozen,
@@ -278,7 +284,7 @@ class Scaler:
     def _learn(self, model: _Model, workers: Mapping[str, Sequence[WorkerSeen]]) -> None:
         model.learnt = {gpu: model.learnt.get(gpu) or _Learnt() for gpu in workers}
         for gpu, learnt in model.learnt.items():
-            learnt.costs.seen({worker.incarnation: worker.work for worker in workers[gpu]})
+            learnt.costs.observe({worker.incarnation: worker.work for worker in workers[gpu]})
             for worker in workers[gpu]:
                 if worker.limits is not None:
                     learnt.limits = worker.limits
@@ -292,7 +298,10 @@ class Scaler:
         now: float,
         wall_s: float,
     ) -> list[ReplicaSeen]:
-        """Linked ones are ready, those that Ray is to have beside them are starting, those beyond its target leave."""
+        """States of all replicas.
+
+        Connected replicas are ready, missing ones up to the target are starting, those beyond the target are draining.
+        """
         states: dict[str, ReplicaState] = {}
         gpus: dict[str, str] = {}
         for spec in types:
@@ -305,20 +314,20 @@ class Scaler:
             name: before if (before := model.since.get(name)) is not None and before[0] == state else (state, now)
             for name, state in states.items()
         }
-        serving = any(worker.serves for them in workers.values() for worker in them)
+        serving = any(worker.serves for of_type in workers.values() for worker in of_type)
         if serving or "starting" not in states.values():
             model.starting_since_s = 0.0
         elif not model.starting_since_s:
             model.starting_since_s = wall_s - (now - min(model.ordered_at, default=now))
-        told = {worker.worker_id: worker for them in workers.values() for worker in them}
+        linked = {worker.worker_id: worker for of_type in workers.values() for worker in of_type}
         return [
             ReplicaSeen(
                 replica_id=name,
                 state=state,
                 since_s=model.since[name][1],
                 gpu=gpus[name],
-                running=told[name].running if name in told else 0,
-                kv_use=told[name].kv_use if name in told else 0.0,
+                running=linked[name].running if name in linked else 0,
+                kv_use=linked[name].kv_use if name in linked else 0.0,
             )
             for name, state in states.items()
         ]
@@ -326,7 +335,7 @@ class Scaler:
     def _states(
         self, spec: ModelSpec, model: _Model, ray: OnRay, workers: Sequence[WorkerSeen], now: float
     ) -> dict[str, ReplicaState]:
-        """Those on one type of GPU, by name."""
+        """States of the replicas on one type of GPU, by name."""
         target = (model.desired or {}).get(spec.gpu, 0)
         serving = sorted((w for w in workers if w.serves), key=lambda w: model.since.get(w.worker_id, ("", now))[1])
         states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:target]}
@@ -337,7 +346,7 @@ class Scaler:
         return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
 
     def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
-        """Replicas that serve for the first time: how long after the decision, where it was made here."""
+        """Learn the cold start from replicas that serve for the first time, if this scaler decided their start."""
         for _ in names:
             if not model.ordered_at:
                 return
@@ -349,8 +358,8 @@ class Scaler:
         return ModelScaling(
             name=spec.name,
             target=target,
-            running=sum(one.state == "ready" for one in replicas),
-            starting=sum(one.state == "starting" for one in replicas),
+            running=sum(replica.state == "ready" for replica in replicas),
+            starting=sum(replica.state == "starting" for replica in replicas),
             desired=_total(model.desired or {}),
             min_replicas=spec.min_replicas,
             max_replicas=max(spec.max_replicas, spec.min_replicas),
@@ -361,7 +370,7 @@ class Scaler:
         )
 
     def _keep(self, decision: ReplicaDecision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
-        """Take a decision over; the decision if it differs from the last."""
+        """Apply a decision. Returns it if it differs from the last one."""
         name, model = decision.model, self._models[decision.model]
         assert model.standing is not None, "it has been looked at"
         assert model.desired is not None, "it has been looked at"
@@ -386,7 +395,7 @@ class Scaler:
         return None if action == "hold" else (name, made)
 
     def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
-        """Nobody tells what the demand is; but bounds hold, what an operator asks is done, and a new model begins."""
+        """Without demand: apply the bounds and operators' requests, and give new models their initial number."""
         made = []
         for name, model in self._models.items():
             assert model.standing is not None, "it has been looked at"
@@ -406,15 +415,15 @@ class Scaler:
     def _frozen(self, name: str) -> bool:
         return self.settings.frozen or self.asked.all_frozen or name in self.asked.frozen
 
-    # ---- what others ask
+    # ---- reading
 
     def standing(self, name: str) -> ModelScaling:
-        """How a model stands. KeyError for one that is not wanted."""
+        """Current scaling state of a model. Raises KeyError for an unknown model."""
         standing = self._models[name].standing
         return standing if standing is not None else ModelScaling(name)
 
     def story(self, name: str, limit: int = 0) -> ScalingExplanation:
-        """Why it stands so. KeyError for one that is not wanted."""
+        """Current state of a model and its last decisions. Raises KeyError for an unknown model."""
         model = self._models[name]
         return ScalingExplanation(
             self.standing(name), list(model.decisions)[-limit if limit else 0 :], self._numbers(model)
@@ -434,23 +443,23 @@ class Scaler:
         return numbers
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """By model: decisions by action, and GPU-seconds held, since this began."""
-        return {name: (dict(one.counts), one.gpu_seconds) for name, one in self._models.items()}
+        """Decisions by action, and GPU-seconds held since this object was made; by model."""
+        return {name: (dict(model.counts), model.gpu_seconds) for name, model in self._models.items()}
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the models that are wanted."""
+        """Names of the models that should run."""
         return list(self._models)
 
     def find(self, name: str) -> ModelSpec | None:
-        """By name or alias, on its first type of GPU."""
+        """Find a model by name or alias; returns the spec of its first type of GPU, or None."""
         if name in self._specs:
             return self._specs[name][0]
         return next((types[0] for types in self._specs.values() if name in types[0].aliases), None)
 
 
 def world_size(spec: ModelSpec) -> int:
-    """GPUs that one replica takes."""
+    """GPUs of one replica."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
@@ -459,14 +468,14 @@ def _total(counts: Mapping[str, int]) -> int:
 
 
 def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, OnRay]) -> dict[str, OnRay]:
-    """What Ray has of a model; what is on none of its types counts as on the first. Empty: nothing at all."""
+    """Ray's replicas of a model by type of GPU. A type that the model does not have counts as its first."""
     gpus = [spec.gpu for spec in types]
-    found: dict[str, OnRay] = {}
+    by_gpu: dict[str, OnRay] = {}
     for (name, gpu), ray in on_ray.items():
         if name == types[0].name:
             gpu = gpu if gpu in gpus else gpus[0]
-            found[gpu] = found.get(gpu, OnRay()) + ray
-    return found
+            by_gpu[gpu] = by_gpu.get(gpu, OnRay()) + ray
+    return by_gpu
 
 
 def _rates(model: _Model, spec: ModelSpec) -> Rates:

@@ -1,1 +1,1 @@
-"""A tenant: its policy, its identity, and the patterns of its guards."""
+"""A tenant's policy, its identity, and the patterns of its guards."""

@@ -1,13 +1,13 @@
-"""Who asks: keys, claims and certificates become a tenant; a tenant becomes a handle and a cache salt.
+"""Authentication: keys, claims and certificates are mapped to a tenant, and a tenant to a handle and a cache salt.
 
-Problem: tenants do not trust each other, and whoever guesses must learn nothing, not even by a clock. So every key
-is looked up alike: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one look into a table, and one decision
-over flags. A key that is not there is replaced by an entry that can never pass, so that unknown, expired, revoked
-and suspended run the same statements; only the word for the audit differs, and the caller sees it for a suspended
-tenant alone (who has shown a good key). The pepper keeps an attacker from steering where the look goes, and the inner
-SHA-256 lets the hashes of systems that keep just that come over without anybody changing a key.
+Problem: tenants do not trust each other, and guessing must reveal nothing, not even by timing. So every key is looked
+up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table lookup, and one decision over
+flags. An unknown key is replaced by an entry that can never pass, so that unknown, expired, revoked and suspended keys
+run the same statements. Only the reason for the audit log differs; the caller is told it for a suspended tenant alone,
+having presented a valid key. The pepper prevents an attacker from choosing where the lookup goes. The inner SHA-256
+allows hashes of systems that store only that to be imported without changing any key.
 
-No clock and no chance: `now_s` (seconds since the epoch) and random bytes are arguments.
+No clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 KEY_PREFIX = "hr_"
 SECRET_BYTES = 32
 MAX_KEY_BYTES = 512
-"""Longer tokens are no keys; they are refused before anything reads them."""
+"""Longer tokens are rejected before anything reads them."""
 ROLES = ("caller", "viewer", "tenant_admin", "operator")
 BAD_KEY = "the API key is unknown, expired or revoked: send `authorization: Bearer <key>` with a valid one"
 SUSPENDED = "this tenant is suspended: ask the cluster's operators"
@@ -43,7 +43,7 @@ def _base62(value: bytes, length: int) -> str:
 
 
 def make_key(key_id: str, secret: bytes) -> str:
-    """The key as its owner sees it, once: `hr_<id>_<secret>`. `secret` is 32 random bytes."""
+    """Format a key as its owner sees it, once: `hr_<id>_<secret>`. `secret` is 32 random bytes."""
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"a key's secret has {SECRET_BYTES} bytes, not {len(secret)}")
     if not key_id.isascii() or not key_id.isalnum() or not 1 <= len(key_id) <= 32:
@@ -52,7 +52,8 @@ def make_key(key_id: str, secret: bytes) -> str:
 
 
 def key_id_of(token: str) -> str:
-    """The id that a token claims, for people and logs; empty when it is none of ours or cut short. Proves nothing."""
+    """Key id that a token claims, unverified, for humans and logs; "" if the format is another or the token is cut
+    short."""
     if len(token) > MAX_KEY_BYTES or not token.startswith(KEY_PREFIX):
         return ""
     key_id, _, secret = token[len(KEY_PREFIX) :].partition("_")
@@ -61,18 +62,18 @@ def key_id_of(token: str) -> str:
 
 
 def sha256_of(token: str) -> bytes:
-    """What other systems keep of a key, and what our own digest is made from. Lone surrogates do not raise."""
+    """SHA-256 of a key: the form that other systems store, and the input of `digest_of`. Accepts lone surrogates."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def digest_of(sha256: bytes, pepper: bytes) -> bytes:
-    """What is stored of a key, 32 bytes; `sha256` is `sha256_of` the whole key."""
+    """Stored digest of a key, 32 bytes; `sha256` is `sha256_of` the whole key."""
     return hmac.digest(pepper, sha256, "sha256")
 
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """A key as gateways know it. `expires_at_s` is infinite for none; `role` one of ROLES."""
+    """A key as gateways know it. `expires_at_s` is infinite if it never expires; `role` is one of ROLES."""
 
     id: str
     tenant: str
@@ -85,7 +86,7 @@ class KeyEntry:
 
 @dataclass(frozen=True, slots=True)
 class TenantEntry:
-    """A tenant as gateways know it. `origin` is file or api; `model_aliases` are names that only this tenant has."""
+    """A tenant as gateways know it. `origin` is file or api; `model_aliases` are aliases of this tenant alone."""
 
     policy: TenantPolicy
     origin: str = "api"
@@ -98,9 +99,9 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 
 @dataclass(frozen=True, slots=True)
 class AccessSnapshot:
-    """Everybody known at one point of the database's history. Built whole, never changed.
+    """All tenants and keys at one point of the database's history. Built whole, never changed.
 
-    `sequence` is the database's change number; `taken_at_s` when it was last confirmed to be the newest.
+    `sequence` is the database's change number; `taken_at_s` is when it was last confirmed to be the newest.
     """
 
     sequence: int = 0
@@ -112,12 +113,12 @@ class AccessSnapshot:
     def of(
         cls, tenants: Iterable[TenantEntry], keys: Iterable[KeyEntry], sequence: int = 0, taken_at_s: float = 0.0
     ) -> Self:
-        """From entries in any order."""
+        """Build a snapshot from entries in any order."""
         by_name = {entry.policy.name: entry for entry in tenants}
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
     def declaring(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
-        """This one with the tenants that a file declares in place of those of the same name."""
+        """A copy in which the tenants that a file declares replace those of the same name."""
         tenants = dict(self.tenants)
         for policy in policies:
             known = tenants.get(policy.name)
@@ -125,53 +126,56 @@ class AccessSnapshot:
         return AccessSnapshot(self.sequence, self.taken_at_s, tenants, self.keys)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` is the inverse."""
+        """Plain JSON values; `from_json` is the inverse."""
         return {
             "sequence": self.sequence,
             "taken_at_s": self.taken_at_s,
             "tenants": [
-                {"policy": one.policy.as_json(), "origin": one.origin, "model_aliases": dict(one.model_aliases)}
-                for one in self.tenants.values()
+                {"policy": entry.policy.as_json(), "origin": entry.origin, "model_aliases": dict(entry.model_aliases)}
+                for entry in self.tenants.values()
             ],
             "keys": [
                 {
-                    "id": one.id,
-                    "tenant": one.tenant,
-                    "digest": one.digest.hex(),
-                    "name": one.name,
-                    "role": one.role,
-                    "expires_at_s": None if math.isinf(one.expires_at_s) else one.expires_at_s,
-                    "revoked": one.revoked,
+                    "id": key.id,
+                    "tenant": key.tenant,
+                    "digest": key.digest.hex(),
+                    "name": key.name,
+                    "role": key.role,
+                    "expires_at_s": None if math.isinf(key.expires_at_s) else key.expires_at_s,
+                    "revoked": key.revoked,
                 }
-                for one in self.keys.values()
+                for key in self.keys.values()
             ],
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """From plain values. Raises ValueError, KeyError or TypeError for what `as_json` does not write."""
+        """Inverse of `as_json`. Raises ValueError, KeyError or TypeError for invalid values."""
         tenants = [
-            TenantEntry(TenantPolicy.from_json(one["policy"]), one["origin"], dict(one["model_aliases"]))
-            for one in value["tenants"]
+            TenantEntry(TenantPolicy.from_json(entry["policy"]), entry["origin"], dict(entry["model_aliases"]))
+            for entry in value["tenants"]
         ]
         keys = [
             KeyEntry(
-                one["id"],
-                one["tenant"],
-                bytes.fromhex(one["digest"]),
-                one["name"],
-                one["role"],
-                math.inf if one["expires_at_s"] is None else float(one["expires_at_s"]),
-                bool(one["revoked"]),
+                key["id"],
+                key["tenant"],
+                bytes.fromhex(key["digest"]),
+                key["name"],
+                key["role"],
+                math.inf if key["expires_at_s"] is None else float(key["expires_at_s"]),
+                bool(key["revoked"]),
             )
-            for one in value["keys"]
+            for key in value["keys"]
         ]
         return cls.of(tenants, keys, int(value["sequence"]), float(value["taken_at_s"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a call is: the tenant, in which role, and by what (`key`, `jwt` or `certificate`; `subject` names it)."""
+    """An authenticated caller: its tenant and its role.
+
+    `by` is the kind of credential (`key`, `jwt` or `certificate`); `subject` names the credential.
+    """
 
     tenant: TenantPolicy
     role: str = "caller"
@@ -182,7 +186,7 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class AuthVerdict:
-    """What became of a try. Exactly one of `principal` and `outcome` is set.
+    """Result of an authentication attempt. Exactly one of `principal` and `outcome` is set.
 
     `reason` is for audit and metrics only: ok, too_long, unknown, expired, revoked or suspended.
     """
@@ -205,7 +209,8 @@ _REASONS = ("unknown", "unknown", "unknown", "unknown", "expired", "expired", "s
 
 
 def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes], now_s: float) -> AuthVerdict:
-    """Look a key up. The first pepper is the one new keys are stored with; all verify, all are always tried."""
+    """Authenticate a key. New keys are stored with the first pepper; keys of every pepper are valid, and all are always
+    tried."""
     if len(token) > MAX_KEY_BYTES:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
     inner = sha256_of(token)
@@ -225,7 +230,7 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:
-    """The verdict for who has shown a signed claim or a certificate that names `tenant`."""
+    """Verdict for a verified JWT or certificate that names `tenant`."""
     entry = snapshot.tenants.get(tenant, _NO_TENANT)
     if entry is _NO_TENANT:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)
@@ -237,8 +242,10 @@ def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role:
 
 @dataclass(frozen=True, slots=True)
 class CertificateRule:
-    """A client certificate's alternative name (`spiffe://...` or a DNS name, its kind before it or not), whose it is,
-    in which role."""
+    """Tenant and role of client certificates with this subject alternative name.
+
+    `san` is `spiffe://...` or a DNS name, with or without its kind as a prefix.
+    """
 
     san: str
     tenant: str
@@ -247,7 +254,7 @@ class CertificateRule:
 
 @dataclass(frozen=True, slots=True)
 class CertificateOwner:
-    """Who a certificate is: the tenant, its role, and the alternative name that says so, with its kind."""
+    """A certificate's tenant and role, and the alternative name that determined them, with its kind."""
 
     tenant: str
     role: str
@@ -255,17 +262,17 @@ class CertificateOwner:
 
 
 def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> CertificateOwner | None:
-    """The owner of a verified certificate with these alternative names, each with its kind: `URI:...`, `DNS:...`.
+    """Owner of a verified certificate with these subject alternative names, each with its kind: `URI:...`, `DNS:...`.
 
-    None when no rule fits, or when rules of two tenants or roles do. A name fits a rule of its own kind only: an
-    authority that checks DNS names may let its holders choose URIs. URIs are compared to the letter, DNS names without
-    case; no wildcards, since a wildcard certificate would then be every tenant below it.
+    Returns None if no rule matches, or if rules of two tenants or roles do. A name matches a rule of its own kind only:
+    an authority that checks DNS names may let holders choose their URIs. URIs are compared exactly, DNS names without
+    case. Wildcards are not supported, because a wildcard certificate would then stand for every tenant below it.
     """
     owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
-    found = [name for name in map(_canonical, names) if name in owners]
-    if len({owners[name] for name in found}) != 1:
+    matches = [name for name in map(_canonical, names) if name in owners]
+    if len({owners[name] for name in matches}) != 1:
         return None
-    return CertificateOwner(*owners[found[0]], found[0])
+    return CertificateOwner(*owners[matches[0]], matches[0])
 
 
 def _with_kind(san: str) -> str:
@@ -283,11 +290,11 @@ MAX_SUBJECT_CHARACTERS = 512
 
 
 def is_subject(text: str) -> bool:
-    """Whether logs, audit and terminals can take a subject that an issuer names: printable and not too long."""
+    """Whether a subject from an issuer is safe for logs, audit and terminals: printable and not too long."""
     return len(text) <= MAX_SUBJECT_CHARACTERS and text.isprintable()
 
 
-# What a role may do, and whether to its own tenant only.
+# Permissions of each role, and whether they apply to its own tenant only.
 _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
     "caller": (frozenset(), True),
     "viewer": (frozenset({"read"}), False),
@@ -303,17 +310,20 @@ def may(principal: Principal, what: str, tenant: str = "") -> bool:
 
 
 def may_grant(principal: Principal, role: str) -> bool:
-    """Whether a role may make, replace or end keys of another; else a tenant's administrator would make an operator."""
+    """Whether a principal may create, replace or revoke keys of this role.
+
+    A tenant's administrator may not do so for operators: it would make itself one.
+    """
     return principal.role == "operator" or (principal.role == "tenant_admin" and role in ("caller", "tenant_admin"))
 
 
 def admin_token(secret: bytes) -> str:
-    """What whoever holds the cluster's secret shows on the admin port: for a local cluster's own commands."""
+    """Credential for the admin port, derived from the cluster's secret; used by a local cluster's own commands."""
     return f"{KEY_PREFIX}admin_{derive(secret, 'admin-token').hex()}"
 
 
 def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
-    """32 bytes for one purpose. Parts are length-prefixed, so that no two lists of them ever read the same."""
+    """Derive 32 bytes for one purpose. Parts are length-prefixed, so that different lists of parts never collide."""
     message = bytearray()
     for part in (f"headrace/{purpose}", *parts):
         raw = part.encode() if isinstance(part, str) else part
@@ -322,32 +332,33 @@ def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
 
 
 def key_number(secret: bytes) -> str:
-    """Which secret of a list something was made with: 8 hex digits that tell nothing of it."""
+    """Identifier of a secret in a list: 8 hex digits that reveal nothing about it."""
     return derive(secret, "key-number")[:4].hex()
 
 
 def tenant_handle(secrets: Sequence[bytes], tenant: str) -> str:
-    """What workers see of a tenant: 32 hex digits, the same at every gateway that has the cluster's first secret."""
+    """Pseudonym of a tenant for workers: 32 hex digits, equal on all gateways with the same first secret."""
     return derive(secrets[0], "tenant-handle", tenant)[:16].hex()
 
 
 def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str = "") -> str:
     """The prefix-cache salt of a tenant's calls, 64 hex digits; never sent to clients.
 
-    Tenants share a prefix only in a cache_group that an operator has given to both. A group and a tenant of one name
-    stay apart. A client's own salt is mixed in: it divides its tenant's cache further and reaches nobody else's.
+    Tenants share a prefix only if an operator has given both the same cache_group. A group and a tenant of the same
+    name have different salts. A client's own salt is mixed in: it divides its tenant's cache further and cannot match
+    the cache of another tenant.
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()
 
 
 def salted_identifier(salt: str, identifier: str) -> str:
-    """An image's identifier under a tenant's salt, for caches that know no salt of their own."""
+    """An image's identifier under a tenant's salt, for caches that have no salt of their own."""
     return derive(salt.encode(), "identifier", identifier)[:16].hex()
 
 
 def verify_any(secrets: Sequence[bytes], purpose: str, tag: bytes, *parts: str | bytes) -> bool:
-    """Whether `tag` was derived under any secret of the list. All are tried."""
+    """Whether `tag` was derived under any secret of the list. All of them are tried."""
     good = False
     for secret in secrets:
         good |= hmac.compare_digest(derive(secret, purpose, *parts), tag)

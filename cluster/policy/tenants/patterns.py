@@ -1,14 +1,14 @@
-"""Named patterns of a guard: which regular expressions may be one, and a search that is linear in the text.
+"""Named patterns of a guard: validation of regular expressions, and a search in linear time.
 
-Problem: a guard on a stream must hold back whatever may still become part of a match, and must not be made slow by
-what somebody writes. So a pattern must say how long it can get, and the engine must not backtrack.
+Problem: a guard on a stream must hold back all text that may still become part of a match, and no text may slow it
+down. So the longest match of a pattern must be known, and the engine must not backtrack.
 
-- The search is RE2's: time linear in the text whatever the pattern, no backreferences, no lookaround.
-- The longest match is the width that Python's own parser finds. The two languages differ in a few spellings; those
-  are translated, or refused where they mean something else (`a{,5}` is text to RE2).
+- The search uses RE2: linear time in the text for any pattern, no backreferences, no lookaround.
+- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings; those
+  are translated, or rejected if they mean something else (`a{,5}` is literal text to RE2).
 
 Invariant: no match of an accepted pattern has more characters than `longest_match` says, and none is empty. Whether
-there is a match at a place depends on one character before it and one behind its longest match (`\\b`, `^`, `$`).
+there is a match at a position depends on one character before it and one after its longest match (`\\b`, `^`, `$`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MAX_PATTERNS = 100
 MAX_SOURCE_CHARS = 2000
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
-# RE2's spellings, each of one character's width or none, as Python's parser knows such.
+# RE2 spellings that Python's parser reads otherwise. Each is replaced by one of the same width (one character or none).
 _SPELLINGS = re.compile(r"\\x\{[0-9A-Fa-f]+\}|\\[pP](?:\{[^}]*\}|.)|\\z|\\.|\[:\^?[a-z]+:\]", re.DOTALL)
 _OPEN_COUNT = re.compile(r"\\.|(\{,\d*\})", re.DOTALL)
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be served. `name` is its name, "" where all are meant."""
+    """An invalid pattern. `name` is its name, "" if all patterns together are meant."""
 
     def __init__(self, name: str, remedy: str) -> None:
         super().__init__(f"{name}: {remedy}" if name else remedy)
@@ -41,12 +41,12 @@ class PatternError(ValueError):
 
 
 class Patterns:
-    """Patterns that are looked for together: the leftmost match counts, of several there the first by name."""
+    """Patterns that are searched together: the leftmost match wins; at one position, the pattern first by name."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         """Raises PatternError."""
         check_patterns(sources)
-        sources = dict(sorted(sources.items()))  # JSON need not keep another order
+        sources = dict(sorted(sources.items()))  # JSON does not guarantee an order
         self.names: Sequence[str] = tuple(sources)
         self.longest = max(longest_match(source) for source in sources.values())
         self._each = [_compiled(source) for source in sources.values()]
@@ -59,16 +59,16 @@ class Patterns:
             raise PatternError("", f"too much together: {_why(error)}; name fewer or shorter patterns") from None
 
     def find(self, text: str, start: int = 0) -> Iterator[tuple[int, int]]:
-        """Where matches begin and end, from `start` on; what stands before it is seen by `\\b` and `^`."""
-        for found in self._any.finditer(text, start):
-            yield found.span()
+        """Yield (begin, end) of matches from `start` on; `\\b` and `^` see the text before `start`."""
+        for match in self._any.finditer(text, start):
+            yield match.span()
 
     def name_at(self, text: str, start: int) -> str:
-        """The name of the pattern whose match `find` has found at `start`."""
+        """Name of the pattern whose match `find` returned at `start`."""
         before = min(start, 1)
         near = text[start - before : start + self.longest + 1]
-        found = (name for name, one in zip(self.names, self._each, strict=True) if one.match(near, before))
-        return next(found)
+        names = (name for name, each in zip(self.names, self._each, strict=True) if each.match(near, before))
+        return next(names)
 
     def __repr__(self) -> str:
         return f"Patterns({', '.join(self.names)}; at most {self.longest} characters)"
@@ -76,12 +76,12 @@ class Patterns:
 
 @functools.lru_cache(maxsize=1024)
 def patterns_of(sources: tuple[tuple[str, str], ...]) -> Patterns:
-    """Patterns of (name, expression); kept, since policies are made anew whenever any of them changes."""
+    """Patterns from (name, expression) pairs; cached, because policies are rebuilt whenever any of them changes."""
     return Patterns(dict(sources))
 
 
 def check_patterns(sources: Mapping[str, str]) -> None:
-    """Raise PatternError for the first pattern that cannot be served."""
+    """Raise PatternError for the first invalid pattern."""
     if not sources:
         raise PatternError("", "names no pattern; write name: expression")
     if len(sources) > MAX_PATTERNS:
@@ -99,14 +99,14 @@ def check_patterns(sources: Mapping[str, str]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def longest_match(source: str) -> int:
-    """The most characters that a match can have. Raises PatternError where that is too many, or not to be known."""
+    """Maximum number of characters of a match. Raises PatternError if that is above the limit or unknown."""
     if not 1 <= len(source) <= MAX_SOURCE_CHARS:
         raise PatternError("", f"must have 1 to {MAX_SOURCE_CHARS} characters")
     try:
         _compiled(source)
     except re2.error as error:
         raise PatternError("", f"is no pattern that RE2 serves: {_why(error)}") from None
-    if any(found[1] for found in _OPEN_COUNT.finditer(source)):
+    if any(match[1] for match in _OPEN_COUNT.finditer(source)):
         raise PatternError("", "write {0,n} for {,n}")
     try:
         with warnings.catch_warnings():
@@ -139,5 +139,5 @@ def _compiled(source: str) -> re2._Regexp:
 
 
 def _why(error: Exception) -> str:
-    told = error.args[0] if error.args else ""
-    return told.decode("utf-8", "replace") if isinstance(told, bytes) else str(told)
+    reason = error.args[0] if error.args else ""
+    return reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)

@@ -1,7 +1,7 @@
-"""What an operator has said about one tenant: frozen, checked when built, and plain enough to rest as JSON.
+"""Tenant policy as set by an operator: frozen, validated when built, and convertible to JSON.
 
-Invariant: a policy that exists is whole. Limits are absent (None: none) or at least 1, so that neither a zero nor a
-negative number in a file or a call can come to mean "no limit"; a tenant that shall do nothing is suspended.
+Invariant: every existing policy is valid. A limit is None (no limit) or at least 1, so that neither zero nor a negative
+number in a file or a call can mean "no limit"; to stop a tenant, suspend it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, Literal, Self, TypeVar
 T = TypeVar("T")
 
 MAX_LIMIT = 10**15
-"""Above it a limit is a typing error: at a million tokens a second it is reached after thirty years."""
+"""A higher limit is assumed to be a typo: at a million tokens a second it is reached after thirty years."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_LABELS = 32
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 class PolicyError(ValueError):
-    """A field that cannot be. `field` is its path in the policy (`limits.tokens_per_minute`)."""
+    """An invalid field. `field` is its path in the policy (`limits.tokens_per_minute`)."""
 
     def __init__(self, field_path: str, remedy: str) -> None:
         super().__init__(f"{field_path}: {remedy}")
@@ -36,7 +36,7 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """How much a tenant may use; None is no limit. Minutes slide; days and months are UTC's."""
+    """A tenant's limits; None is no limit. Minutes are sliding windows; days and months are in UTC."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -45,25 +45,25 @@ class TenantLimits:
     monthly_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
+        for name in (limit.name for limit in dataclasses.fields(self)):
+            value = getattr(self, name)
             if value is None:
                 continue
             if not _is_int(value):
-                raise PolicyError(one.name, f"must be a whole number, not {value!r}")
+                raise PolicyError(name, f"must be a whole number, not {value!r}")
             if value < 1:
-                raise PolicyError(one.name, "must be 1 or more; leave it out for no limit, suspend a tenant to stop it")
+                raise PolicyError(name, "must be 1 or more; leave it out for no limit, suspend a tenant to stop it")
             if value > MAX_LIMIT:
-                raise PolicyError(one.name, f"must not exceed {MAX_LIMIT}; leave it out for no limit")
+                raise PolicyError(name, f"must not exceed {MAX_LIMIT}; leave it out for no limit")
 
 
 @dataclass(frozen=True, slots=True)
 class GuardRule:
-    """One guard, in the order in which they stand. Exactly one of `builtin` and `address` names it.
+    """One guard; guards run in their order in the policy. Exactly one of `builtin` and `address` is set.
 
-    `builtin` is patterns or sizes; `address` that of a server of cluster.guard.v1, `unix:/path` or host:port (over
-    TLS but on this host, with `ca_file` where its authority is no public one). `timeout_s` bounds each call of it.
-    `patterns` are regular expressions by name, `patterns_file` a file of such.
+    `builtin` is patterns or sizes. `address` is that of a server of cluster.guard.v1: `unix:/path` or host:port. A
+    server on another host is called over TLS, with `ca_file` if its authority is not a public one. `timeout_s` bounds
+    each call of the guard. `patterns` are regular expressions by name, `patterns_file` is a file of them.
     """
 
     builtin: str = ""
@@ -106,7 +106,7 @@ class GuardRule:
             raise PolicyError("patterns", "the patterns guard needs either patterns or patterns_file")
         if not self.patterns:
             return
-        from cluster.policy.tenants.patterns import PatternError, patterns_of  # needs what most have no use for
+        from cluster.policy.tenants.patterns import PatternError, patterns_of  # imports re2, which few tenants need
 
         try:
             patterns_of(tuple(self.patterns.items()))
@@ -137,26 +137,27 @@ class GuardRule:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """For how long what a tenant leaves behind is kept, in days; None as the cluster keeps it, 0 not at all."""
+    """Retention of a tenant's records in days; None is the cluster's default, 0 keeps nothing."""
 
     usage_days: int | None = None
     audit_days: int | None = None
     prompts_days: int | None = None
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
+        for name in (period.name for period in dataclasses.fields(self)):
+            value = getattr(self, name)
             if value is not None and (not _is_int(value) or not 0 <= value <= 36_500):
-                raise PolicyError(one.name, "must be a whole number of days from 0 to 36500")
+                raise PolicyError(name, "must be a whole number of days from 0 to 36500")
 
 
 @dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """One tenant, as tenancy, gateway and ledger know it.
+    """Policy of one tenant, as tenancy, gateway and ledger use it.
 
     `handle` is the keyed hash that workers see, "" until the gateway has derived it. `models` are names, aliases,
-    adapters (`model:adapter`) or globs of them. `max_context_tokens` and `max_output_tokens` None: the model's own.
-    `cache_group` "": alone. `on_budget` says what a running call does when its budget is spent: finish or stop.
+    adapters (`model:adapter`) or globs of them. `max_context_tokens` and `max_output_tokens` None: the model's own
+    limit. `cache_group` "": the tenant shares no prefix cache. `on_budget`: whether running calls finish or stop when
+    the budget is used up.
     """
 
     name: str
@@ -195,7 +196,7 @@ class TenantPolicy:
             raise PolicyError("labels", "must be strings")
 
     def allows(self, model: str) -> bool:
-        """Whether the tenant may use a model of this name. Case counts."""
+        """Whether the tenant may use a model of this name. Case-sensitive."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def as_json(self) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class TenantPolicy:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """From plain values. Raises PolicyError with the path of a field that is unknown, mistyped or cannot be."""
+        """Build from plain values. Raises PolicyError with the path of an unknown, mistyped or invalid field."""
         return _build(cls, value)
 
 
@@ -234,7 +235,7 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Resolved once: a snapshot holds thousands of policies."""
+    """Cached type hints: a snapshot holds thousands of policies."""
     return typing.get_type_hints(kind)
 
 
@@ -254,7 +255,7 @@ def _build(kind: type[T], value: object) -> T:
 
 
 def _parse(hint: Any, value: object, path: str) -> Any:
-    """`value` as `hint` says: a dataclass, a tuple of something, a mapping of strings, or a plain value."""
+    """Convert `value` to the type `hint`: a dataclass, a tuple of something, a mapping of strings, or a plain value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     try:
         if dataclasses.is_dataclass(hint):
@@ -282,14 +283,14 @@ def _fits(hint: Any, value: object) -> bool:
     if hint is type(None):
         return value is None
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return any(_fits(one, value) for one in typing.get_args(hint))
+        return any(_fits(option, value) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
-        return isinstance(value, str)  # which words there are is the class's own to say
+        return isinstance(value, str)  # the class checks the allowed words itself
     return isinstance(value, hint)
 
 
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_name(one) for one in typing.get_args(hint))
+        return " or ".join(_name(option) for option in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))

@@ -1,10 +1,10 @@
-"""Revoked certificates: a list of serial numbers, one a line, each counted for one issuer or for any.
+"""Revoked certificates: a list of serial numbers, one per line, each valid for one issuer or for any.
 
     # serial in hexadecimal   issuer (RFC 4514), empty for any   note
     4F:A0:11:C9               CN=headrace link authority         worker that was stolen
 
-Serial numbers are unique within an issuer only. Columns are separated by tabs; a line that is typed by hand may hold
-nothing but the serial, as `openssl x509 -serial` prints it.
+Serial numbers are unique within an issuer only. Columns are separated by tabs; a line typed by hand may contain just
+the serial, as `openssl x509 -serial` prints it.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ _SERIAL = re.compile(r"(?:serial=)?(?:0x)?([0-9a-fA-F]+)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """One revoked certificate. `issuer` "": of whichever authority."""
+    """One revoked certificate. `issuer` "" matches any issuer."""
 
     serial: int
     issuer: str = ""
     note: str = ""
 
     def line(self) -> str:
-        """As it stands in the file."""
+        """Line of the file for this entry."""
         return "\t".join((f"{self.serial:X}", self.issuer, self.note)).rstrip("\t")
 
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """The certificates of one list."""
+    """The certificates of one revocation list."""
 
     entries: tuple[Revocation, ...] = ()
-    _found: frozenset[tuple[int, str]] = field(default=frozenset(), repr=False)
+    _serials: frozenset[tuple[int, str]] = field(default=frozenset(), repr=False)
 
     @classmethod
     def of(cls, entries: Iterable[Revocation]) -> Self:
-        """From entries in any order."""
+        """Build a list from entries in any order."""
         every = tuple(entries)
-        return cls(every, frozenset((one.serial, one.issuer) for one in every))
+        return cls(every, frozenset((entry.serial, entry.issuer) for entry in every))
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From a file's text. Raises ValueError that names the line."""
+        """Parse a file's text. Raises ValueError with the line number."""
         entries = []
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip() and not line.lstrip().startswith("#"):
@@ -60,15 +60,15 @@ class Revoked:
 
     def has(self, serial: int, issuer: str) -> bool:
         """Whether this certificate is revoked."""
-        return (serial, issuer) in self._found or (serial, "") in self._found
+        return (serial, issuer) in self._serials or (serial, "") in self._serials
 
 
 def serial_of(text: str) -> int:
-    """A serial number as people write it: hexadecimal, with colons, 0x or `serial=`. Raises ValueError."""
-    found = _SERIAL.fullmatch(text.strip().replace(":", ""))
-    if found is None or len(found[1]) > MAX_SERIAL_DIGITS:
+    """Parse a serial number as people write it: hexadecimal, with colons, 0x or `serial=`. Raises ValueError."""
+    match = _SERIAL.fullmatch(text.strip().replace(":", ""))
+    if match is None or len(match[1]) > MAX_SERIAL_DIGITS:
         raise ValueError(f"{text.strip()[:80]!r} is no serial number in hexadecimal")
-    return int(found[1], 16)
+    return int(match[1], 16)
 
 
 def _entry(line: str, number: int) -> Revocation:

@@ -1,5 +1,4 @@
-"""CanaryStatistics: one that is no worse stays however long it is watched, one that is worse goes before many have
-suffered."""
+"""Canary verdict: an equally good canary stays however long it is watched; a worse one is rolled back early."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
 
 
 def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
-    """After how many calls a trial was taken back, looked at after each call; 0: never within `calls`."""
+    """Number of calls after which a canary was rolled back, checked after each call; 0: never within `calls`."""
     stays, tried = CanaryTally(), CanaryTally()
     for number in range(1, calls + 1):
         on_trial = chance.random() < weight
@@ -32,14 +31,14 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
 
 
 def test_nothing_is_judged_by_nothing() -> None:
-    """No calls, no verdict; and a ratio of 0 is never looked at."""
+    """Without calls there is no verdict, and a ratio of 0 disables its test."""
     assert not judge(CanaryTally(), CanaryTally(), **RATIOS).goes
     bad = CanaryTally(calls=100, errors=100, pairs=100, slower=100)
     assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).goes
 
 
 def test_a_broken_version_goes_after_a_few_calls() -> None:
-    """All of its calls fail: three are enough beside a hundred that went well."""
+    """Three calls, all failed, are enough beside a hundred successful ones."""
     verdict = judge(CanaryTally(calls=100), CanaryTally(calls=3, errors=3), **RATIOS)
     assert verdict.goes
     assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
@@ -47,7 +46,7 @@ def test_a_broken_version_goes_after_a_few_calls() -> None:
 
 
 def test_a_slow_version_goes() -> None:
-    """Twenty pairs lost in a row are no chance; ten of twenty are."""
+    """Twenty lost pairs in a row roll the canary back; ten of twenty do not."""
     assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).goes
     verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
     assert verdict.goes
@@ -56,7 +55,8 @@ def test_a_slow_version_goes() -> None:
 
 @pytest.mark.slow
 def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
-    """At the very edge of what is allowed, looked at after every call: at most ALPHA for each of the two tests."""
+    """A canary exactly at the allowed ratio, checked after every call, is rolled back with a probability of at most
+    ALPHA by each of the two tests."""
     chance = random.Random(7)
     runs = 300
     wrong = sum(trial(chance, 1500, weight=0.2, fails=(0.04, 0.06), slower=0.5) > 0 for _ in range(runs))
@@ -66,7 +66,7 @@ def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
 
 @pytest.mark.slow
 def test_a_worse_version_is_found() -> None:
-    """Four times the errors, or three of four first tokens late: it goes in every run."""
+    """A canary with four times the errors, or three of four pairs lost, is rolled back in every run."""
     chance = random.Random(11)
     failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
     late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]
@@ -77,7 +77,7 @@ def test_a_worse_version_is_found() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200), st.floats(0.01, 0.99))
 def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, chance: float) -> None:
-    """It begins at none, each loss adds and each win takes away."""
+    """Evidence starts at zero; each loss raises it and each win lowers it."""
     assert log_evidence(0, 0, chance) == pytest.approx(0.0)
     here = log_evidence(losses, wins, chance)
     assert log_evidence(losses + 1, wins, chance) > here
@@ -87,7 +87,7 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
-    """At exactly the chance it bets against, the next call leaves its worth as it was, on average."""
+    """At exactly the probability that it bets against, the expected wealth stays the same after one more call."""
     here = math.exp(log_evidence(losses, wins, chance))
     after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
         log_evidence(losses, wins + 1, chance)

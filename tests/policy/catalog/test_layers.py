@@ -1,4 +1,4 @@
-"""Files laid over each other, and what is different between two catalogs."""
+"""Merging of layered catalog files, and the differences between two catalogs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = st.dictionaries(NAMES, ENTRIES, max_size=3).map(
 
 
 def test_a_layer_changes_what_it_names() -> None:
-    """Mappings key by key, lists whole, null takes away; order is that of the first mention."""
+    """Mappings are merged by key, lists replaced, null removes a key; first mention sets the order."""
     base: list[dict[str, Any]] = [
         {"name": "m", "source": "/m", "aliases": ["a", "b"], "replicas": {"min": 1, "max": 2}},
         {"name": "n"},
@@ -31,12 +31,12 @@ def test_a_layer_changes_what_it_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "message"),
     [([[{"source": "/m"}]], "layer 1: models[0]: has no name"), ([[], [{"name": "m"}] * 2], "layer 2: .* twice")],
 )
-def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], told: str) -> None:
-    """The layer and the entry are named."""
-    with pytest.raises(ValueError, match=told.replace("[", r"\[").replace("]", r"\]")):
+def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], message: str) -> None:
+    """The error names the layer and the entry."""
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
         lay(layers)
 
 
@@ -44,14 +44,14 @@ def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], told: str) -> N
 def test_layers_can_be_laid_in_any_grouping(
     one: list[dict[str, Any]], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
-    """A file over two is the same as over what the two give; a layer over itself, and an empty one, change nothing."""
+    """Merging is associative; merging a layer with itself or with an empty layer changes nothing."""
     assert lay([one, two, three]) == lay([lay([one, two]), three])
     assert lay([one, one, []]) == lay([one])
 
 
 @given(LAYERS, LAYERS, st.booleans())
 def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[dict[str, Any]], prune: bool) -> None:
-    """What was given is there as it was given; what was not named stays, or goes with prune; a second time is none."""
+    """Applied entries are present as given, others stay or are pruned, and applying them again changes nothing."""
     after = applied(now, given_, prune=prune)
     assert applied(after, given_, prune=prune) == after
     by_name = {entry["name"]: entry for entry in after}
@@ -65,7 +65,7 @@ def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[
 
 
 def test_changes_are_told_key_by_key() -> None:
-    """With paths, and which models get new replicas."""
+    """Changes are listed with their paths, and with the models whose replicas restart."""
     now: dict[str, dict[str, Any]] = {
         "m": {"name": "m", "replicas": {"min": 1}, "revision": "a"},
         "old": {"name": "old"},
@@ -82,7 +82,7 @@ def test_changes_are_told_key_by_key() -> None:
 
 
 def test_a_canary_takes_the_models_place() -> None:
-    """With its own keys, and without the pin of the weights that go."""
+    """A promoted canary keeps its own keys, and the old weights' pin is removed."""
     entry = {"name": "m", "source": "/m", "digest": "sha256:old", "revision": "a", "fallback": ["n"]}
     canary = {"version": "v2", "revision": "b", "weight": 0.5, "rollback": {}}
     assert promoted({**entry, "canary": canary}) == {

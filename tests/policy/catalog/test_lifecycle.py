@@ -1,4 +1,4 @@
-"""A model's life as a table, and what the gateways are told of it."""
+"""State machine of a model, and its catalog entries for the gateways."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AFTER = {
 
 @pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, Sight)))
 def test_every_pair(state: ModelState, seen: Sight) -> None:
-    """Each sight leads to its own state from anywhere, but nothing is seen of what is gone before it is declared."""
+    """Each observation leads to its own state from any other; a GONE model must be declared again first."""
     if state is ModelState.GONE and seen not in (Sight.ABSENT, Sight.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
@@ -57,29 +57,29 @@ def test_every_pair(state: ModelState, seen: Sight) -> None:
     ],
 )
 def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: Sight) -> None:
-    """What serves counts first, then why nothing does, then how far it has come."""
+    """A serving replica counts first, then failures, then progress."""
     assert sight(wanted, seen, unplaceable) is expected
 
 
 def test_workers_words_win_over_the_source() -> None:
-    """A running worker knows its limits and digests better than a look at the files."""
+    """A running worker's limits and digests override those read from the files."""
     known = Known(bundle_digest="sha256:k", max_model_len=4096, family="llama")
     workers = [Reported("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), Reported("sha256:a")]
-    told = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
-    assert (told.bundle_digest, told.max_model_len, told.engine_class) == ("sha256:t", 512, "float32-tp1-pp1")
-    assert told.weight_digests == ("sha256:a", "sha256:b")
-    assert not told.weights_pinned
-    assert (told.replicas, told.replicas_desired, told.family, told.aliases) == (1, 1, "llama", ("a",))
-    assert told.state_reason == "1 of 2 replicas serve"
+    result = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
+    assert (result.bundle_digest, result.max_model_len, result.engine_class) == ("sha256:t", 512, "float32-tp1-pp1")
+    assert result.weight_digests == ("sha256:a", "sha256:b")
+    assert not result.weights_pinned
+    assert (result.replicas, result.replicas_desired, result.family, result.aliases) == (1, 1, "llama", ("a",))
+    assert result.state_reason == "1 of 2 replicas serve"
     resting = entry(SPEC, ModelState.DECLARED, None, known=known)
     assert (resting.bundle_digest, resting.max_model_len) == ("sha256:k", 4096)
 
 
 def test_pinned_weights_are_the_entrys_own() -> None:
-    """What a worker says of itself does not widen what the file pins."""
+    """A worker's report does not extend the weights that the file pins."""
     pinned = dataclasses.replace(SPEC, digest="sha256:right")
-    told = entry(pinned, ModelState.READY, SERVING, reported=[Reported("sha256:wrong")])
-    assert (told.weight_digests, told.weights_pinned) == (("sha256:right",), True)
+    result = entry(pinned, ModelState.READY, SERVING, reported=[Reported("sha256:wrong")])
+    assert (result.weight_digests, result.weights_pinned) == (("sha256:right",), True)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_pinned_weights_are_the_entrys_own() -> None:
     ],
 )
 def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, reason: str) -> None:
-    """A state that is not READY says why, and READY says nothing unless replicas lack."""
-    told = entry(SPEC, state, seen, unplaceable=unplaceable, known=Known(trouble="no tokenizer"))
-    assert told.state_reason == reason
+    """A state other than READY has a reason; READY has one only if replicas are missing."""
+    result = entry(SPEC, state, seen, unplaceable=unplaceable, known=Known(trouble="no tokenizer"))
+    assert result.state_reason == reason
 
 
 def test_model_at_rest_stays_tokenizable() -> None:
-    """What a worker once said is kept when no worker is left to say it."""
+    """Workers' reports are kept when no worker is left."""
     up = entry(SPEC, ModelState.READY, SERVING, reported=[Reported("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})])
     down = remember(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))
     assert dataclasses.replace(down, state=up.state, replicas=1, state_reason=up.state_reason) == up

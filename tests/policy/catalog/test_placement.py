@@ -1,4 +1,4 @@
-"""Placement groups, and the reasons why one cannot be had or must not be used."""
+"""Placement groups, and the reasons why one is impossible or must not be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
 
 
 def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = False) -> ModelSpec:
-    """A model of this shape."""
+    """A model with this parallelism."""
     return ModelSpec(
         name="m",
         source="/m",
@@ -37,14 +37,14 @@ def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
     [(2, 1, False, "STRICT_PACK"), (2, 1, True, "PACK"), (1, 2, False, "PACK"), (4, 2, False, "PACK")],
 )
 def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) -> None:
-    """A CPU bundle first, then one bundle a GPU; only pipelines and the key may spread."""
+    """The CPU bundle comes first, then one bundle per GPU; only pipelines and the entry's key may spread."""
     where = placement(spec(tensor, pipeline, spread=spread))
     assert where.bundles == ({"CPU": 1.0}, *[{"GPU": 1.0}] * (tensor * pipeline))
     assert (where.strategy, where.replica_gpus) == (strategy, 0.0)
 
 
 def test_gpu_type_is_asked_for_on_every_gpu_bundle() -> None:
-    """`gpu: H100` becomes a sliver of Ray's marker for that type."""
+    """`gpu: H100` asks for a fraction of Ray's resource for that type on every GPU bundle."""
     assert placement(spec(2, gpu="H100")).bundles[1:] == ({"GPU": 1.0, "accelerator_type:H100": 0.001},) * 2
 
 
@@ -64,7 +64,7 @@ def test_simulated_engine_needs_no_gpu() -> None:
     ],
 )
 def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[dict[str, float]], part: str) -> None:
-    """The reason names need and supply, and a remedy where there is one."""
+    """The reason names the need, the supply, and a remedy if there is one."""
     assert part in why_unplaceable(model, nodes)
 
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """No reason against it."""
+    """These models have no reason against their placement."""
     assert why_unplaceable(model, nodes) == ""
 
 
@@ -99,6 +99,6 @@ def test_split_agrees_with_counting(nodes: list[str], driver: str, tensor: int) 
     """A placement is accepted exactly when every node holds whole tensor-parallel groups."""
     nodes = nodes * tensor  # as many ranks as whole groups need
     counts = {node: nodes.count(node) for node in nodes}
-    # all counts but those of nodes in order add up to group borders only when each is a multiple of the group
+    # the counts of consecutive nodes add up to group borders only if each one is a multiple of the group size
     whole = all(count % tensor == 0 for count in counts.values())
     assert (why_split(spec(tensor, len(nodes) // tensor), nodes, driver) == "") == whole

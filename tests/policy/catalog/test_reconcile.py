@@ -1,4 +1,4 @@
-"""What is wanted against what is there: the steps, compared whole, and a small Ray that carries them out."""
+"""Reconciliation of wanted and observed applications: whole plans, and a small simulated Ray that applies them."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def seen(model: str, digest: str = "d0", target: int = 1, **more: object) -> dic
 
 
 def settling(model: str, digest: str) -> dict[str, Observed]:
-    """One of which Ray shows no more than the name."""
+    """An application of which Ray shows only the name."""
     name = app_name(model, "v1", digest)
     return {name: Observed(model, "", 0, deployed_at_s=NOW_S, named=name)}
 
 
 def test_names_tell_what_runs() -> None:
-    """An application's name holds its parts, and one of another release is taken for the model's."""
+    """An application's name can be parsed; a name of another form is taken for the model's."""
     assert app_parts(app_name("m.x-1", "v2", "0af9")) == ("m.x-1", "v2", "0af9")
     assert app_parts("plain") == ("plain", "", "")
 
 
 def test_new_and_unwanted() -> None:
-    """What is to go goes first; what is unchanged is not named."""
+    """Unwanted applications are deleted first; unchanged ones get no action."""
     wanted = [Wanted("same", "d0", 1), Wanted("new", "d0", 1)]
     there = {**seen("same"), **seen("old")}
     plan = reconcile(wanted, there, NOW_S, empty={"old@v1+d0"})
@@ -55,31 +55,31 @@ def test_new_and_unwanted() -> None:
 
 
 def test_what_still_has_calls_is_not_deleted() -> None:
-    """It gets no new ones, and goes when it is empty."""
+    """A retired application gets no new calls, and is deleted when it is empty."""
     assert reconcile([], seen("old"), NOW_S) == Plan((), frozenset({"old@v1+d0"}))
 
 
 def test_count_alone_scales() -> None:
-    """Another number of replicas touches none that runs."""
+    """A change of the number of replicas leaves the remaining ones running."""
     assert reconcile([Wanted("m", "d0", 3)], seen("m"), NOW_S).actions == (Scale("m@v1+d0", 3),)
 
 
 def test_what_is_being_deleted_is_waited_for() -> None:
-    """Neither deleted twice nor deployed into its own end."""
+    """An application being deleted is neither deleted twice nor deployed again meanwhile."""
     there = seen("m", deleting=True)
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S) == Plan(())
     assert reconcile([], there, NOW_S, empty=there) == Plan(())
 
 
 def test_what_has_just_been_taken_is_not_deployed_twice() -> None:
-    """Ray shows nothing of an application at first; only when that lasts is it made anew."""
+    """A deployed application that Ray does not show yet is deployed again only after SETTLE_S."""
     there = settling("m", "d0")
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S + SETTLE_S - 1) == Plan(())
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "unseen"),)
 
 
 def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
-    """After a pause what Ray gave up on is tried again, unless the entry itself is at fault."""
+    """A failed start is retried after a pause, unless the entry itself was refused."""
     wanted, again = [Wanted("m", "d0", 1)], (Deploy("m@v1+d0", "retry"),)
     assert reconcile(wanted, seen("m", gave_up=True), NOW_S + RETRY_S - 1).actions == ()
     assert reconcile(wanted, seen("m", gave_up=True), NOW_S + RETRY_S).actions == again
@@ -88,14 +88,14 @@ def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
 
 
 def test_other_weights_start_again() -> None:
-    """Once, not at every look: a new start has time to show what it has."""
+    """Stale replicas are restarted once, not in every pass: a restart has time to show its weights."""
     wanted = [Wanted("m", "d0", 1, stale=True)]
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "other weights"),)
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S - 1).actions == ()
 
 
 def test_changed_entry_comes_up_beside_the_old_one() -> None:
-    """The old one is left alone until as many serve, then gets no new call, then goes."""
+    """The old application stays until as many replicas serve, then gets no new calls, then goes."""
     wanted, old, new = [Wanted("m", "e0", 2)], seen("m", target=2, running=2), "m@v1+e0"
     assert reconcile(wanted, old, NOW_S) == Plan((Deploy(new, "new"),))
     one_up = {**old, **seen("m", "e0", 2, running=1, placed=1)}
@@ -107,7 +107,7 @@ def test_changed_entry_comes_up_beside_the_old_one() -> None:
 
 
 def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
-    """Only while Ray has nowhere to put the new one, and only when the last that left has left."""
+    """Replicas are given up only while Ray cannot place the new application, and one at a time."""
     wanted, late = [Wanted("m", "e0", 2)], NOW_S + SURGE_WAIT_S
     new, old = seen("m", "e0", 2), seen("m", target=2, running=2)
     assert reconcile(wanted, {**old, **new}, late - 1).actions == ()
@@ -121,7 +121,7 @@ def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
 
 
 def test_what_cannot_come_up_displaces_nothing() -> None:
-    """And what has made room for it gets its replicas back."""
+    """An application that made room for a failed one gets its replicas back."""
     wanted = [Wanted("m", "e0", 3)]
     failed = seen("m", "e0", 3, gave_up=True, refused=True, trouble="no such model")
     there = {**seen("m", target=2, running=2), **failed}
@@ -129,7 +129,7 @@ def test_what_cannot_come_up_displaces_nothing() -> None:
 
 
 def test_a_version_that_is_dropped_goes_at_once() -> None:
-    """Rolled back: nobody waits until as many of the other serve."""
+    """A rolled-back version is retired without waiting for replicas of the other."""
     there = {**seen("m", target=2, running=1), **seen("m", "e0", version="v2", running=1)}
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S).retired == frozenset()
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S, dropped={("m", "v2")}).retired == {"m@v2+e0"}
@@ -138,8 +138,8 @@ def test_a_version_that_is_dropped_goes_at_once() -> None:
 
 
 def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
-    """One of two types that is up takes the place of its own, and of no other; a type that is to have none is no reason
-    to end what serves; nor does one that lacks room take it from the other type."""
+    """A running application replaces only that of its own GPU type. A type without replicas does not end what serves,
+    and one that lacks capacity does not take it from another type."""
     wanted = [Wanted("m", "aa", 1, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
     old = {**seen("m", "d0", 1, running=1, gpu="H100"), **seen("m", "e0", 2, running=2, gpu="L4")}
     fast, slow = seen("m", "aa", 1, running=1, gpu="H100"), seen("m", "bb", 2, placed=2, gpu="L4")
@@ -156,7 +156,7 @@ def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
 
 
 def test_frozen_models_are_not_rolled_out() -> None:
-    """Neither another application nor an end; a model of which nothing is there yet still comes."""
+    """Nothing of a frozen model is replaced or deleted; a model without applications is still deployed."""
     there = seen("m", running=1)
     assert reconcile([Wanted("m", "e0", 1)], there, NOW_S, frozen={"m"}) == Plan(())
     assert reconcile([Wanted("m", "e0", 1)], {}, NOW_S, frozen={"m"}).actions == (Deploy("m@v1+e0", "new"),)
@@ -167,7 +167,8 @@ def test_frozen_models_are_not_rolled_out() -> None:
 
 @dataclass
 class World:
-    """So many GPUs, one for each replica. A replica is up two steps after it got a GPU, where its digest is right."""
+    """Simulated Ray with this many GPUs, one per replica. A replica serves two steps after it got a GPU, unless it is
+    broken."""
 
     gpus: int
     broken: frozenset[str] = frozenset()
@@ -176,7 +177,7 @@ class World:
     restarts: int = 0
 
     def carry_out(self, plan: Plan, wanted: Iterable[Wanted]) -> None:
-        """One look's steps."""
+        """Apply one plan."""
         by_app = {one.app: one for one in wanted}
         for action in plan.actions:
             match action:
@@ -204,7 +205,7 @@ class World:
                     )
 
     def step(self) -> None:
-        """What Ray does by itself in ten seconds."""
+        """Advance Ray by ten seconds."""
         self.now_s += 10.0
         for app, one in self.apps.items():
             if one.digest in self.broken:
@@ -216,7 +217,7 @@ class World:
             self.apps[app] = dataclasses.replace(one, running=up, placed=more)
 
     def running(self, model: str) -> int:
-        """Replicas that serve."""
+        """Number of serving replicas."""
         return sum(one.running for one in self.apps.values() if one.model == model)
 
 
@@ -227,9 +228,12 @@ ENTRIES = st.dictionaries(st.sampled_from("abc"), st.tuples(st.sampled_from(["aa
 def test_any_change_comes_to_rest(
     have: dict[str, tuple[str, int]], want: dict[str, tuple[str, int]], spare: int, broken: frozenset[str]
 ) -> None:
-    """From any catalog to any other, with or without room: no application is changed but in number, what is unchanged
-    is untouched, a model that is changed serves all the while where there is room for both, and with one replica less
-    where no other takes the room that it makes, and in the end all is as wanted, where it can be."""
+    """Any change of the catalog converges, with or without spare capacity.
+
+    Applications change only in number, and unchanged ones are untouched. A changed model keeps serving: with all
+    replicas if both fit, else with one less (unless another model takes the room that it makes). In the end all is as
+    wanted, as far as possible.
+    """
     room = max(sum(n for _, n in have.values()), sum(n for _, n in want.values())) + spare
     world = World(room, broken)
     before = [Wanted(model, *about) for model, about in have.items() if about[0] not in broken]
@@ -263,8 +267,8 @@ TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), 
 
 @given(TYPES, TYPES, st.booleans())
 def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
-    """Types that come, go and change their numbers, with the entry changed or not: where there is room for both, no
-    fewer serve at any moment than before or after, and in the end what is wanted is there alone."""
+    """Any change of types and numbers keeps the lesser number of replicas serving at every moment, if both fit, and
+    ends with the wanted applications only."""
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]
     for _ in range(6):

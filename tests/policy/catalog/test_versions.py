@@ -1,4 +1,4 @@
-"""Versions beside each other: their parts of the calls, of the replicas, and over types of GPUs."""
+"""Versions side by side: their shares of the calls, of the replicas, and their GPU types."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 def test_shares(
     trial: tuple[str, str, float] | None, marks: dict[str, VersionMark], expected: tuple[ReplicaShare, ...]
 ) -> None:
-    """The file's weight, unless a mark for exactly this digest says otherwise."""
+    """The file's weight applies, unless a mark for exactly this digest overrides it."""
     assert shares(STAYS, trial, marks) == expected
 
 
 def test_marks_survive_json() -> None:
-    """They are kept on disk; what nobody wrote is refused."""
+    """Marks are stored as JSON; invalid values are refused."""
     mark = VersionMark("d", 0.25, "slow", True)
     assert VersionMark.from_json(json.loads(json.dumps(mark.as_json()))) == mark
     with pytest.raises(ValueError, match="weight"):
@@ -55,7 +55,7 @@ def test_marks_survive_json() -> None:
 
 @given(st.integers(0, 200), st.floats(0, 1))
 def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
-    """Each has replicas for its share of the calls, at least one, and at most two more than there were."""
+    """Each version has replicas for its share of the calls, at least one; at most two are added in total."""
     parts = (ReplicaShare("v1", 1 - weight), ReplicaShare("v2", weight))
     counts = replicas_of(total, parts)
     if not total:
@@ -71,8 +71,8 @@ def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
 
 @given(st.integers(0, 50), st.lists(st.integers(-3, 20), min_size=1, max_size=4))
 def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -> None:
-    """None is lost, a later type is used only when those before it are full, and none beyond what it holds but the
-    first, which is waited for."""
+    """No replica is lost. A type is used only when those before it are full, within its capacity; the rest waits for
+    the first."""
     counts = over_types(replicas, capacities)
     room = [max(capacity, 0) for capacity in capacities]
     assert sum(counts) == replicas
@@ -86,8 +86,7 @@ def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -
 
 @given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
 def test_what_is_on_a_type_stays_there(replicas: int, types: list[tuple[int, int]]) -> None:
-    """A better type that has room by now takes nothing away from one that serves; only fewer replicas do, from the
-    last type first."""
+    """Free capacity on a preferred type moves no replica; scaling down removes replicas of the last type first."""
     room, there = [most for most, _ in types], [min(have, most) for most, have in types]
     counts = over_types(replicas, room, there)
     assert sum(counts) == replicas

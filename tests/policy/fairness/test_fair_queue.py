@@ -1,4 +1,4 @@
-"""Fair turns: work conservation, bounded gaps, no starvation, accounts that agree, and whom a full room sheds."""
+"""Fair queuing: work conservation, bounded gaps, no starvation, accounts that agree, and shedding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairTu
 from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
-from cluster.policy.fairness.service_counters import QUANTUM, FlowKey, Line
+from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
 
@@ -22,12 +22,12 @@ SERVICE = ServiceWeights()
 def call(
     call_id: str, tenant: str = "a", *, tokens: int = 100, output: int = 0, rank: int = 0, arrived: float = 0.0
 ) -> Waiting:
-    """One that waits."""
+    """A waiting sequence."""
     return Waiting(call_id, "m", tenant, tokens, None, "standard", arrived, rank, 0, output)
 
 
 def order_of(*calls: Waiting, weights: dict[str, float] | None = None) -> FairOrder:
-    """An order in which these wait."""
+    """An order in which these sequences wait."""
     given = weights or {}
     order = FairOrder(weight_of=lambda tenant: given.get(tenant, 1.0))
     for one in calls:
@@ -36,7 +36,7 @@ def order_of(*calls: Waiting, weights: dict[str, float] | None = None) -> FairOr
 
 
 def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
-    """Who has the next turns."""
+    """Call ids of the next turns."""
     out = []
     for _ in range(count):
         head = order.head()
@@ -47,27 +47,27 @@ def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
 
 
 def test_turns_go_by_weighted_service() -> None:
-    """A weight of 2 has two turns for each of one with 1, whatever the number that waits."""
+    """A weight of 2 gets two turns for each one of weight 1, however many wait."""
     calls = [call(f"a{i}", "a") for i in range(20)] + [call(f"b{i}", "b") for i in range(20)]
     taken = turns(order_of(*calls, weights={"a": 2.0}), 15)
     assert sum(1 for one in taken if one[0] == "a") == 10
 
 
 def test_long_outputs_have_fewer_turns() -> None:
-    """Tokens are shared, not calls: eight times the cost, an eighth of the turns."""
+    """Tokens are shared, not calls: eight times the cost gets an eighth of the turns."""
     calls = [call(f"l{i}", "l", tokens=100, output=350) for i in range(40)] + [call(f"s{i}", "s") for i in range(80)]
     taken = turns(order_of(*calls), 90)
     assert sum(1 for one in taken if one[0] == "l") == 10
 
 
 def test_a_higher_class_goes_first_whatever_it_had() -> None:
-    """Rank 0 before rank 1, always."""
+    """Rank 0 always goes before rank 1."""
     order = order_of(call("b", "b", rank=1), *[call(f"a{i}", "a", tokens=5000) for i in range(5)])
     assert turns(order, 6)[-1] == "b"
 
 
 def test_coming_back_from_idle_saves_nothing_up() -> None:
-    """Who was away is lifted to the least that is backlogged, and does not take all turns until it has caught up."""
+    """A tenant that returns from idle is lifted to the least backlogged counter, and gets no run of turns."""
     order = order_of(*[call(f"a{i}", "a") for i in range(200)])
     turns(order, 100)
     for i in range(20):
@@ -78,7 +78,7 @@ def test_coming_back_from_idle_saves_nothing_up() -> None:
 
 
 def test_a_short_pause_is_no_way_to_save_up_either() -> None:
-    """Who pauses for less than two seconds keeps its place, but no more than the deficit allowed."""
+    """A tenant that pauses for less than two seconds keeps its counter, up to the allowed deficit."""
     order = order_of(call("b", "b"), *[call(f"a{i}", "a", tokens=1000) for i in range(200)])
     turns(order, 100, 0.0)
     order.push(call("again", "b"), 1.0)
@@ -86,7 +86,7 @@ def test_a_short_pause_is_no_way_to_save_up_either() -> None:
 
 
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
-    """What waits at another gateway keeps its counter, and begins it there at the least backlogged."""
+    """A tenant that waits at another gateway is not idle, and its counter starts here at the least backlogged one."""
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)
     there = {FlowKey(0, "b"): Backlog(3, 300.0)}
@@ -101,7 +101,7 @@ def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
 
 
 def test_a_silent_gateways_tenants_count_no_longer() -> None:
-    """A gateway that says nothing for two seconds has nobody waiting."""
+    """The backlog of a gateway that is silent for two seconds is dropped."""
     order = order_of(call("a", "a"))
     order.waiting_elsewhere("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
     assert order.statistics().backlogged == 2
@@ -112,7 +112,7 @@ def test_a_silent_gateways_tenants_count_no_longer() -> None:
 
 
 def test_one_put_back_goes_first_and_is_charged_once() -> None:
-    """A lost worker costs the tenant no turn and no token."""
+    """A sequence that lost its worker is charged once and goes first."""
     order = order_of(*[call(f"a{i}", "a", output=10) for i in range(3)], call("b", "b"))
     first = turns(order, 1)[0]
     before = order.counter("a")
@@ -126,7 +126,7 @@ def test_one_put_back_goes_first_and_is_charged_once() -> None:
 
 
 def test_corrections_end_at_the_truth() -> None:
-    """Predicted 100, cached nothing; generated 130, cached 60; then one revoked whole."""
+    """Predicted 100, cached nothing; generated 130, cached 60; then one call is revoked."""
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
     assert order.charge_of("x") == 300.0
@@ -143,11 +143,11 @@ def test_corrections_end_at_the_truth() -> None:
 
 
 def test_only_what_others_served_is_added_and_only_once() -> None:
-    """Repeated and late reports, a new link and a restarted worker change nothing that they should not."""
+    """Repeated and late reports, a new link and a restarted worker add only other gateways' service, and only once."""
     order = order_of(call("x", "a"))
     report = [ServedTotal(0, "a", 1000.0, 400.0)]
     order.served("w", "i1", report, 0.0)
-    assert order.counter("a") == 0.0  # from when it counts, nobody knows
+    assert order.counter("a") == 0.0  # the start of its total is unknown
     for _ in range(2):
         order.served("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
     assert order.counter("a") == 300.0
@@ -159,7 +159,7 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
 
 
 def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway with ten that are ahead claims little beside one where somebody is behind."""
+    """A gateway with calls of a tenant that is ahead claims less than one with a call of a tenant behind."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
     here.waiting_elsewhere("g2", there.waiting_here(), 0.0)
@@ -173,7 +173,7 @@ def test_claims_are_parts_of_the_next_turns() -> None:
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
-    """A hundred that came once do not stay; whoever comes then begins where the last was."""
+    """Idle tenants at the floor are forgotten; later ones start at the counter of the last backlogged one."""
     order = order_of(*[call(f"{i}", f"t{i}") for i in range(100)], call("debtor", "d", tokens=100_000))
     turns(order, 101)
     for call_id in [*(str(i) for i in range(100)), "debtor"]:
@@ -188,7 +188,7 @@ def test_tenants_at_their_floor_are_forgotten() -> None:
 
 
 def test_orders_outlive_an_empty_room() -> None:
-    """A tenant's account is there when its model's queue was empty in between; unknown models are forgotten."""
+    """A tenant's counter is kept while its model's queue is empty; unknown models are forgotten."""
     fair = FairTurns()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
     room.admit(call("x"), 0.0)
@@ -207,7 +207,7 @@ def test_orders_outlive_an_empty_room() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.DataObject) -> None:
-    """Two gateways that send to two workers have equal counters when all reports have come, in whatever order."""
+    """Two gateways that send to two workers have equal counters after all reports, whatever their order."""
     gateways = [FairOrder(), FairOrder()]
     meters = [ServedMeter(), ServedMeter()]
     for meter in meters:
@@ -217,7 +217,7 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
         for name in "01":
             gateway.served(name, "i", [], 0.0)
         for tenant in "ab":
-            gateway.push(call(f"always-{tenant}", tenant), 0.0)  # nobody is lifted
+            gateway.push(call(f"always-{tenant}", tenant), 0.0)  # no tenant is lifted
     for number, (tenant, predicted, actual) in enumerate(calls):
         at, worker = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([0, 1]))
         gateway, call_id = gateways[at], str(number)
@@ -247,7 +247,7 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
 def test_the_gap_of_backlogged_tenants_is_bounded(
     costs: list[tuple[int, int]], picks: int, weights: list[float]
 ) -> None:
-    """At every moment counters differ by no more than the largest charge by weight, and a bucket."""
+    """Counters never differ by more than the largest charge by weight, plus one bucket."""
     names = [f"t{i}" for i in range(len(costs))]
     by_name = dict(zip(names, weights, strict=False))
     calls = [
@@ -264,7 +264,7 @@ def test_the_gap_of_backlogged_tenants_is_bounded(
 
 
 class FairMachine(RuleBasedStateMachine):
-    """Calls come, have their turn, are put back, leave, end, in two classes; against plain lists."""
+    """Calls arrive, have their turn, are put back, leave and end, in two classes; compared with plain lists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class FairMachine(RuleBasedStateMachine):
         output=st.integers(0, 90),
     )
     def push(self, tenant: str, rank: int, tokens: int, output: int) -> None:
-        """One comes."""
+        """A call arrives."""
         self.serial += 1
         one = call(str(self.serial), tenant, tokens=tokens, output=output, rank=rank, arrived=self.now)
         self.order.push(one, self.now)
@@ -290,7 +290,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule()
     def turn(self) -> None:
-        """The head goes: one put back, or the first of who has the least counter in the highest class."""
+        """The head has its turn: a call put back, or the first of the least counter in the highest class."""
         head = self.order.head()
         waiting = {key: line for key, line in self.lines.items() if line}
         if self.returned:
@@ -314,7 +314,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(["back", "end", "revoke"]), tokens=st.integers(0, 150))
     def running_one(self, data: st.DataObject, what: str, tokens: int) -> None:
-        """One that runs loses its worker, or ends."""
+        """A running call loses its worker, or ends."""
         if not self.running:
             return
         one = data.draw(st.sampled_from(self.running))
@@ -330,7 +330,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        """One that waits is cancelled."""
+        """A waiting call is cancelled."""
         there = self.returned + [w for line in self.lines.values() for w in line]
         if there:
             one = data.draw(st.sampled_from(there))
@@ -345,7 +345,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_positions(self) -> None:
-        """Somebody is next exactly when somebody waits; everyone stands where its tenant's own line says."""
+        """There is a head exactly when something waits, and positions are right within a tenant's own queue."""
         waiting = len(self.returned) + sum(len(line) for line in self.lines.values())
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
@@ -362,7 +362,7 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """Whatever a flood keeps sending, one call of another tenant has its turn after at most as much as it costs."""
+    """Whatever a flooding tenant sends, it is served at most a waiting call's cost before that call's turn."""
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
     served = 0
@@ -376,8 +376,8 @@ def test_nobody_starves(arrivals: list[int]) -> None:
 
 
 def test_a_line_forgets_those_who_left() -> None:
-    """Positions and length after leaving from the middle; the gaps go with the head."""
-    line = Line()
+    """Positions and length are right after removals from the middle; gaps are dropped with the head."""
+    line = FifoQueue()
     serials = [line.push(call(str(i))) for i in range(6)]
     for gone in (1, 3, 2):
         line.remove(serials[gone])
@@ -389,7 +389,7 @@ def test_a_line_forgets_those_who_left() -> None:
 
 
 def test_learnt_outputs() -> None:
-    """The mean and the p95 of the last ones, within what may be asked; bounded pairs."""
+    """Mean and p95 of the last outputs are within the allowed maximum; the number of pairs is bounded."""
     learnt = LearntOutputs(default_tokens=50, max_pairs=2)
     assert (learnt.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (50, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
@@ -402,7 +402,8 @@ def test_learnt_outputs() -> None:
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
-    """However mixed their max_tokens are; beyond the longest that was seen no more is known than of any tenant."""
+    """Tenants that always reach max_tokens are expected to do so, however mixed their max_tokens are. Beyond the
+    longest observed output, only the default is expected."""
     learnt = LearntOutputs(default_tokens=50)
     for most in (10, 1000, 200, 3000) * 8:
         learnt.observe("a", "m", most, cut=True)
@@ -418,7 +419,7 @@ def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=KEPT), st.integers(1, 400))
 def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], most: int) -> None:
-    """The mean of what each would have had of `most`."""
+    """The expectation is the mean of the lengths, each limited to `most`."""
     learnt = LearntOutputs()
     for tokens in lengths:
         learnt.observe("a", "m", tokens)
@@ -428,8 +429,8 @@ def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], m
 
 
 def test_of_whom_nothing_was_seen_others_tell() -> None:
-    """A tenant's first output of a model is expected as others' of that model, of a new model as anybody's; only where
-    nothing was seen at all the default holds. Limits do not build upon others."""
+    """Without observations of a tenant, the model's other outputs are used, for a new model all outputs, and only then
+    the default. Limits use the tenant's own outputs only."""
     learnt = LearntOutputs(default_tokens=50)
     assert learnt.expected("a", "m", 1000) == 50
     for _ in range(KEPT):
@@ -446,8 +447,8 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
 
 
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
-    """Half were cut at 10, the others ended at 40: of one that may have 40 tokens, 40 are expected, not 25; the mean
-    of what was seen is what it says for others' sake."""
+    """Cut outputs only give a lower bound: with half cut at 10 and half ending at 40, a call that may have 40 tokens is
+    expected to have 40, not 25. The mean is that of the observed lengths."""
     learnt = LearntOutputs()
     for _ in range(KEPT // 2):
         learnt.observe("a", "m", 10, cut=True)
@@ -456,12 +457,12 @@ def test_what_was_cut_short_says_no_more_than_it_had() -> None:
 
 
 def shedding(max_requests: int = 4) -> WaitingRoom:
-    """A small room."""
+    """A small waiting room."""
     return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairTurns().order)
 
 
 def test_a_full_room_sheds_the_lowest_class_first() -> None:
-    """The newest of the lowest class goes for one of a higher; nobody goes for one of the lowest."""
+    """The newest of the lowest class is shed for a higher class; none is shed for the lowest class."""
     room = shedding()
     for i, rank in enumerate((2, 0, 2, 1)):
         room.admit(call(str(i), f"t{i}", rank=rank), 0.0)
@@ -474,7 +475,7 @@ def test_a_full_room_sheds_the_lowest_class_first() -> None:
 
 
 def test_a_flood_makes_room_for_others_of_its_class() -> None:
-    """Within a class the longest line gives its last; the flood itself is refused."""
+    """Within a class the longest queue loses its last; the flooding tenant itself is refused."""
     room = shedding()
     for i in range(4):
         assert room.admit(call(f"f{i}", "flood"), 0.0).outcome is None
@@ -487,7 +488,7 @@ def test_a_flood_makes_room_for_others_of_its_class() -> None:
 
 
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
-    """The estimate is the caller's; without a deadline there is none to miss."""
+    """A call whose earliest start is after its deadline is refused at once; one without a deadline is not."""
     room = shedding()
     late = Waiting("x", "m", "a", 1, 5.0, "standard", 0.0)
     assert room.admit(late, 0.0, starts_in_s=5.0).outcome is Outcome.DEADLINE_UNREACHABLE
@@ -496,7 +497,7 @@ def test_what_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_a_tenants_own_bounds() -> None:
-    """Its own line full, a tenant is told that it is over, and nobody is shed for it."""
+    """A tenant whose own queue is full is refused, and nothing is shed for it."""
     room = WaitingRoom(max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150)
     assert room.admit(call("a"), 0.0).outcome is None
     assert room.admit(call("b"), 0.0).outcome is Outcome.RATE_LIMITED
@@ -506,7 +507,7 @@ def test_a_tenants_own_bounds() -> None:
 
 
 def test_what_goes_before_in_any_case() -> None:
-    """Of the higher classes all, of one's own line all, of one's own class nothing certain."""
+    """Surely ahead are all of higher classes and the tenant's own queue, not other tenants of its class."""
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
     assert order.certain_ahead("x", 1) == 57.0
     assert order.certain_ahead("new", 1) == 7.0

@@ -1,4 +1,4 @@
-"""Places are kept for guests, few of them, and from those alone who always wait."""
+"""Reserved slots: a few are kept for guests, and only from tenants that always wait."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ RUNNING = KEPT_OF * 2
 
 
 def call(call_id: str, tenant: str, rank: int = 0) -> Waiting:
-    """One that waits."""
+    """A waiting sequence."""
     return Waiting(call_id, "m", tenant, 100, None, "standard", 0.0, rank)
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting]:
-    """A loud tenant has RUNNING calls that run and one that waits since time 0; a guest has come and gone at 5 s, and
-    the loud one has had another turn."""
+    """A loud tenant with RUNNING running calls and one that has waited since time 0.
+
+    A guest has come and gone at 5 s, and the loud tenant has had another turn.
+    """
     order = FairOrder()
     head = call("head", "loud", loud_rank)
     order.push(head, 0.0)
@@ -35,7 +37,7 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
 
 
 def test_places_are_kept_from_who_always_waits() -> None:
-    """Beside a guest the loud tenant leaves its part free, until no guest has come for GUEST_S."""
+    """The loud tenant leaves the reserved slots free beside a guest, until no guest has come for GUEST_S."""
     order, head = flooded()
     assert order.keep_free(head) == RUNNING // KEPT_OF
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
@@ -43,18 +45,18 @@ def test_places_are_kept_from_who_always_waits() -> None:
 
 
 def test_nothing_is_kept_from_guests() -> None:
-    """One who has just come takes its turn whatever is free, and so does one whose worker was lost."""
+    """A new call of a guest and a call that lost its worker may take any slot."""
     order, _ = flooded()
-    again = call("again", "guest")
-    order.push(again, 6.0)
-    assert order.keep_free(again) == 0
+    second = call("again", "guest")
+    order.push(second, 6.0)
+    assert order.keep_free(second) == 0
     lost = call("loud-0", "loud")
     order.put_back(lost)
     assert order.keep_free(lost) == 0
 
 
 def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
-    """Interactive calls leave nothing free for batch ones; batch ones do for interactive ones."""
+    """Interactive calls leave no slots free for batch calls; batch calls do for interactive ones."""
     order, head = flooded(guest_rank=2, loud_rank=0)
     assert order.keep_free(head) == 0
     order, head = flooded(guest_rank=0, loud_rank=2)
@@ -62,7 +64,7 @@ def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
 
 
 def test_two_who_flood_are_nobodys_guests() -> None:
-    """Where everybody always waits no place is kept: fairness alone decides, and all room is used."""
+    """If all tenants always wait, no slot is reserved, and all capacity is used."""
     order = FairOrder()
     for tenant in ("one", "other"):
         for number in range(RUNNING):
@@ -81,11 +83,11 @@ def test_two_who_flood_are_nobodys_guests() -> None:
     st.integers(0, 100_000), st.lists(st.tuples(st.integers(0, 5), st.floats(0, 100)), max_size=5), st.floats(0, 200)
 )
 def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], now: float) -> None:
-    """Whoever is about: at most one in KEPT_OF of what runs, and at most KEPT_MOST."""
+    """At most one slot in KEPT_OF of the running calls is reserved, and at most KEPT_MOST."""
     guests = ReservedSlots()
     for rank, at in seen:
-        guests.seen(rank, at)
-    kept = guests.places(3, filled, now)
+        guests.note_guest(rank, at)
+    kept = guests.reserved(3, filled, now)
     assert 0 <= kept <= min(filled / KEPT_OF, KEPT_MOST)
     about = any(rank <= 3 and now < at + GUEST_S for rank, at in seen)
     assert kept == 0 or about

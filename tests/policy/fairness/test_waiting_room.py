@@ -1,4 +1,4 @@
-"""The waiting room: bounds, order, deadlines, and counts that are right."""
+"""Waiting room: bounds, order, deadlines and counts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.slow
 def waiting(
     call_id: str, *, model: str = "m", tokens: int = 10, deadline: float | None = None, arrived: float = 0.0
 ) -> Waiting:
-    """One that waits."""
+    """A waiting sequence."""
     return Waiting(call_id, model, "tenant", tokens, deadline, "standard", arrived)
 
 
 def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
-    """A room with space, unless told otherwise."""
+    """A large room, unless other bounds are given."""
     return WaitingRoom(max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s)
 
 
 def fits(_: Waiting) -> bool:
-    """Everyone fits."""
+    """Every sequence fits."""
     return True
 
 
 def test_first_come_first_served_by_model() -> None:
-    """Each model's line is its own, in the order of arrival."""
+    """Each model has its own queue, in the order of arrival."""
     r = room()
     for call_id, model in (("a", "x"), ("b", "y"), ("c", "x")):
         assert r.admit(waiting(call_id, model=model), 0.0).outcome is None
@@ -58,7 +58,7 @@ def test_only_the_head_is_offered() -> None:
 
 
 def test_full_by_requests_and_by_tokens() -> None:
-    """What would exceed either bound is refused and leaves no trace; what just reaches it enters."""
+    """A sequence beyond either bound is refused without a trace; one that just reaches it enters."""
     r = room(max_requests=2, max_tokens=100)
     assert r.admit(waiting("a", tokens=60), 0.0).outcome is None
     assert r.admit(waiting("b", tokens=41), 0.0).outcome is Outcome.QUEUE_FULL
@@ -86,7 +86,7 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
 
 
 def test_expiry_by_deadline_and_by_wait() -> None:
-    """Whoever is past the deadline or has waited too long is given out once, the longest overdue first."""
+    """A sequence past its deadline or maximum wait is returned once, the longest overdue first."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("patient"), 1.0)
     r.admit(waiting("late", deadline=5.0), 1.0)
@@ -99,7 +99,7 @@ def test_expiry_by_deadline_and_by_wait() -> None:
 
 
 def test_a_second_stay_has_its_own_time() -> None:
-    """The first stay's time-out does not end the second."""
+    """The expiry of the first stay does not end the second."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("a"), 0.0)
     w = r.next("m", fits)
@@ -110,18 +110,18 @@ def test_a_second_stay_has_its_own_time() -> None:
 
 
 def test_entering_twice_is_an_error() -> None:
-    """A call id that waits already is the caller's mistake, and changes nothing."""
+    """A call id that already waits raises ValueError and changes nothing."""
     r = room()
     r.admit(waiting("a"), 0.0)
-    with pytest.raises(ValueError, match="waits already"):
+    with pytest.raises(ValueError, match="already waits"):
         r.admit(waiting("a"), 0.0)
-    with pytest.raises(ValueError, match="waits already"):
+    with pytest.raises(ValueError, match="already waits"):
         r.put_back(waiting("a"), 0.0)
     assert r.waiting("m") == (1, 10)
 
 
 def test_leave_of_a_stranger_is_false() -> None:
-    """Cancelling what does not wait says so."""
+    """Cancelling a sequence that does not wait returns False."""
     r = room()
     assert not r.leave("nobody")
     r.admit(waiting("a"), 0.0)
@@ -147,7 +147,7 @@ def test_a_hundred_thousand_cost_microseconds_each() -> None:
 
 
 class RoomMachine(RuleBasedStateMachine):
-    """The room against a list that is searched from end to end."""
+    """The waiting room compared with a list that is searched linearly."""
 
     bound = Bundle("bound")
 
@@ -174,7 +174,7 @@ class RoomMachine(RuleBasedStateMachine):
         patience=st.none() | st.integers(0, 20),
     )
     def enter(self, model: str, count: int, tokens: int, patience: int | None) -> None:
-        """Some arrive."""
+        """Sequences arrive."""
         for _ in range(count):
             deadline = None if patience is None else self.now + patience
             w = waiting(str(self.serial), model=model, tokens=tokens, deadline=deadline, arrived=self.now)
@@ -184,14 +184,14 @@ class RoomMachine(RuleBasedStateMachine):
             refused = Outcome.DEADLINE_UNREACHABLE if patience == 0 else Outcome.QUEUE_FULL if full else None
             admission = self.room.admit(w, self.now)
             assert admission.outcome is refused
-            assert not admission.shed, "of one tenant and class nobody is thrown out for another"
+            assert not admission.shed, "no sequence is shed for another of the same tenant and class"
             if refused is None:
                 self.lines[model].append(w)
                 self.expires[w.call_id] = min(self.now + 10.0, self.now + 10.0 if deadline is None else deadline)
 
     @rule(target=bound, model=st.sampled_from("xy"), limit=st.integers(0, 9))
     def next(self, model: str, limit: int) -> Waiting | None:
-        """The head goes, if it fits."""
+        """The head leaves if it fits."""
         line = self.lines[model]
         expected = line[0] if line and line[0].tokens <= limit else None
         got = self.room.next(model, lambda w: w.tokens <= limit)
@@ -202,7 +202,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(w=consumes(bound))
     def put_back(self, w: Waiting | None) -> None:
-        """A bound one loses its worker."""
+        """A bound sequence loses its worker."""
         if w is None:
             return
         self.room.put_back(w, self.now)
@@ -214,7 +214,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), share=st.sampled_from([1, 30]))
     def leave(self, data: st.DataObject, share: int) -> None:
-        """Some cancel, wherever they stand."""
+        """Sequences are cancelled, at any position."""
         for _ in range(share):
             there = self._all()
             if there:
@@ -224,7 +224,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 5.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes, and some are too late."""
+        """Time passes, and some sequences expire."""
         self.now += seconds
         gone = self.room.expired(self.now)
         overdue = [w for w in self._all() if self.expires[w.call_id] <= self.now]
@@ -235,7 +235,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_positions_equal_a_recount(self) -> None:
-        """Nothing lost, nothing doubled, everyone where they should be."""
+        """Nothing is lost or duplicated, and all positions are right."""
         s = self.room.statistics()
         there = self._all()
         assert (s.requests, s.tokens) == (len(there), sum(w.tokens for w in there))
@@ -251,7 +251,7 @@ TestRoom = RoomMachine.TestCase
 
 
 def test_order_forgets_those_who_left() -> None:
-    """A line that people keep leaving does not grow: its slots are compacted, and the order stays."""
+    """A queue with many removals does not grow: its slots are compacted, and the order stays."""
     order = FifoOrder()
     order.push(waiting("first"))
     for number in range(10_000):

@@ -1,4 +1,4 @@
-"""Limits: no window over its limit, whatever happens to calls and clocks, and nothing left over at the end."""
+"""Limits: no window exceeds its limit, whatever calls and clocks do, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
 def reserve(
     limiter: Limiter, policy: TenantPolicy, call_id: str, now: float, prompt: int = 10, output: int = 10
 ) -> Granted | LimitRefusal:
-    """A call asks."""
+    """Reserve for a call."""
     return limiter.reserve(policy, Ask(call_id, prompt, output), now, NOON + now)
 
 
 def refused(got: Granted | LimitRefusal) -> LimitRefusal:
-    """It was not admitted."""
+    """The refusal; fails if the call was admitted."""
     assert isinstance(got, LimitRefusal)
     return got
 
@@ -52,7 +52,7 @@ def refused(got: Granted | LimitRefusal) -> LimitRefusal:
     ],
 )
 def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, outcome: Outcome, retry_s: float) -> None:
-    """The second call is over; the refusal says over what, how much is left, and when to come back."""
+    """The second call exceeds the limit; the refusal names the limit, the rest and the time to retry."""
     limiter = Limiter()
     policy = tenant("finish", **limits)
     assert isinstance(reserve(limiter, policy, "a", 0.0), Granted)
@@ -65,14 +65,14 @@ def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, ou
 
 
 def test_a_call_that_can_never_fit_is_told_so() -> None:
-    """No pause is named for a call larger than the limit: a client that waits would wait for ever."""
+    """A call larger than the limit gets no retry time, since retrying cannot help."""
     refusal = refused(reserve(Limiter(), tenant(tokens_per_minute=5), "a", 0.0))
     assert refusal.retry_after_s is None
     assert "alone exceeds" in refusal.message
 
 
 def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
-    """The pause is the one that helps, not a guess."""
+    """The retry time is exact."""
     policy = tenant(requests_per_minute=2)
     limiter = Limiter()
     reserve(limiter, policy, "a", 0.25)
@@ -84,7 +84,7 @@ def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
 
 
 def test_standing_is_told_with_the_grant() -> None:
-    """What x-ratelimit headers need."""
+    """A grant has the values for x-ratelimit headers."""
     got = reserve(Limiter(), tenant(requests_per_minute=5, tokens_per_minute=100), "a", 3.5)
     assert isinstance(got, Granted)
     assert got.requests is not None
@@ -94,7 +94,7 @@ def test_standing_is_told_with_the_grant() -> None:
 
 
 def test_settling_gives_back_what_was_taken_in_vain() -> None:
-    """A failed call costs its request and no token; a longer one costs what it had."""
+    """A failed call costs its request and no token; a longer one costs its actual tokens."""
     limiter, policy = Limiter(), tenant(tokens_per_minute=100, daily_tokens=1000)
     reserve(limiter, policy, "failed", 0.0, 40, 40)
     limiter.settle("failed", 0, 0, 1.0, NOON)
@@ -106,7 +106,7 @@ def test_settling_gives_back_what_was_taken_in_vain() -> None:
 
 
 def test_a_reservation_twice_is_the_callers_mistake() -> None:
-    """One call, one reservation."""
+    """A second reservation for the same call raises ValueError."""
     limiter, policy = Limiter(), tenant()
     reserve(limiter, policy, "a", 0.0)
     with pytest.raises(ValueError, match="already"):
@@ -115,7 +115,8 @@ def test_a_reservation_twice_is_the_callers_mistake() -> None:
 
 @pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
 def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
-    """With stop it goes over by less than one quantum; with finish it runs on, and the next is refused."""
+    """With stop, a call exceeds the budget by less than one quantum; with finish it runs on, and the next call is
+    refused."""
     limiter, policy = Limiter(quantum_tokens=16), tenant(on_budget, daily_tokens=100)
     reserve(limiter, policy, "a", 0.0, 10, 10)
     tokens = 0
@@ -130,7 +131,7 @@ def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends
 
 
 def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
-    """What runs on is counted: nobody is admitted beside it until it is over."""
+    """A running call may exceed a minute's limit; no other call is admitted until its tokens have left the window."""
     limiter, policy = Limiter(quantum_tokens=10), tenant("stop", tokens_per_minute=50)
     reserve(limiter, policy, "a", 0.0, 10, 10)
     for tokens in range(100):
@@ -141,7 +142,7 @@ def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
 
 
 def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
-    """A new day frees the day's; a clock that steps back a day frees nothing."""
+    """A new day resets the daily budget; a clock that steps back a day resets nothing."""
     limiter, policy = Limiter(), tenant(daily_tokens=25)
     assert isinstance(limiter.reserve(policy, Ask("a", 10, 10), 0.0, NOON), Granted)
     assert isinstance(limiter.reserve(policy, Ask("b", 10, 10), 1.0, NOON), LimitRefusal)
@@ -150,20 +151,20 @@ def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
 
 
 def test_months_are_the_calendars() -> None:
-    """The end of a month is where its number changes."""
+    """Months end at the boundary of the calendar month."""
     end = NOON + month_ends_in_s(NOON)
     assert month_of(end) == month_of(NOON) + 1
     assert month_of(end - 0.001) == month_of(NOON)
 
 
 def test_a_share_is_never_nothing() -> None:
-    """Eight gateways without their store: an eighth each, at least one."""
+    """Eight gateways without their store apply an eighth of each limit, at least one."""
     part = shared(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
     assert (part.requests_per_minute, part.concurrent_requests, part.daily_tokens) == (12, 1, None)
 
 
 def test_output_may_count_more() -> None:
-    """Weights count in the minute's tokens, budgets count plainly; absurd weights are refused."""
+    """Weights apply to the tokens per minute, not to budgets; invalid weights are refused."""
     limiter = Limiter(weights=TokenWeights(input=1, output=2.5))
     policy = tenant(tokens_per_minute=100)
     reserve(limiter, policy, "a", 0.0, 10, 3)
@@ -175,7 +176,7 @@ def test_output_may_count_more() -> None:
 
 
 def test_sweeping_forgets_the_idle_only() -> None:
-    """A tenant is forgotten when no sum of it holds anything."""
+    """Only tenants whose sums are all zero are forgotten."""
     limiter = Limiter()
     reserve(limiter, tenant(), "a", 0.0)
     limiter.sweep(1000.0)
@@ -188,7 +189,7 @@ def test_sweeping_forgets_the_idle_only() -> None:
 @given(st.lists(st.tuples(st.floats(-200, 200), st.integers(1, 5)), max_size=60), st.integers(1, 12))
 @settings(max_examples=200, deadline=None)
 def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], limit: int) -> None:
-    """In time that really passed (a clock that jumps back has not undone it) no 60 s hold more than the limit."""
+    """No 60 s of real time exceed the limit, even if the clock steps back."""
     window, clock = SlidingSum(), Steady()
     now = elapsed = 0.0
     admitted: list[tuple[float, int]] = []
@@ -205,13 +206,13 @@ def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], lim
 
 
 class LimitsMachine(RuleBasedStateMachine):
-    """Calls that are admitted, run, fail, are cancelled; a clock that stutters; against sums made from a full log."""
+    """Calls are admitted, run, fail and end, with an unsteady clock; sums are compared with a full log."""
 
     def __init__(self) -> None:
         super().__init__()
         self.limiter = Limiter(quantum_tokens=8)
         self.policy = tenant("stop", requests_per_minute=6, tokens_per_minute=200, concurrent_requests=4)
-        self.now = self.high = self.told = 1000.0
+        self.now = self.high = self.elapsed = 1000.0
         self.limiter.sweep(self.now)
         self.serial = 0
         self.running: dict[str, tuple[float, int, int]] = {}
@@ -220,7 +221,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
     def ask(self, prompt: int, output: int, n: int) -> None:
-        """A call with n outputs asks; when admitted, it and all that the log has of the last minute are within."""
+        """Reserve for a call with n outputs; if admitted, the logged sums of the last minute are within the limits."""
         self.serial += 1
         got = self.limiter.reserve(self.policy, Ask(str(self.serial), prompt, n * output), self.now, NOON)
         if isinstance(got, LimitRefusal):
@@ -235,7 +236,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), more=st.integers(1, 20))
     def generate(self, data: st.DataObject, more: int) -> None:
-        """One gets some tokens."""
+        """A call gets some tokens."""
         if self.running:
             call_id = data.draw(st.sampled_from(sorted(self.running)))
             at, prompt, output = self.running[call_id]
@@ -244,7 +245,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), failed=st.booleans())
     def end(self, data: st.DataObject, failed: bool) -> None:
-        """One ends: whole, or having cost nothing."""
+        """A call ends, with its tokens or at no cost."""
         if self.running:
             call_id = data.draw(st.sampled_from(sorted(self.running)))
             at, prompt, output = self.running.pop(call_id)
@@ -254,24 +255,24 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes, or the clock steps back: by a minute and more in all, it goes on from where it was."""
+        """Advance the clock or step it back; after stepping back more than a minute in total, time continues."""
         self.now += seconds
-        self.told += seconds
-        if self.high - self.told > STEP_BACK_S:
-            self.told = self.high
-        self.high = max(self.high, self.told)
+        self.elapsed += seconds
+        if self.high - self.elapsed > STEP_BACK_S:
+            self.elapsed = self.high
+        self.high = max(self.high, self.elapsed)
         self.limiter.sweep(self.now)
 
     @invariant()
     def counts_are_those_of_what_runs(self) -> None:
-        """Nothing leaks."""
+        """No count leaks."""
         use = self.limiter.use("acme")
         assert use.running == len(self.running)
         assert use.requests.total >= 0
         assert use.tokens.total >= 0
 
     def teardown(self) -> None:
-        """At the end, with all settled and a minute gone, every sum of a minute is zero."""
+        """After all calls are settled and a minute has passed, every sum is zero."""
         for call_id, (_, prompt, output) in self.running.items():
             self.limiter.settle(call_id, prompt, output, self.now, NOON)
         self.limiter.sweep(self.now + 4 * WINDOW_S)
@@ -285,7 +286,8 @@ TestLimits = LimitsMachine.TestCase
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=30))
 def test_tries_and_tokens_without_a_call_keep_to_the_limits(steps: list[tuple[bool, int]]) -> None:
-    """Whatever is charged, no window is over its limit, nothing runs for it, and what is refused is not counted."""
+    """Charges without a call keep every window within its limit and do not count as running; refused ones are not
+    counted."""
     limiter, policy = Limiter(), tenant("finish", requests_per_minute=10, tokens_per_minute=100, daily_tokens=200)
     for is_try, tokens in steps:
         before = limiter.use("acme")

@@ -1,4 +1,4 @@
-"""The budget of request bytes: bounds, order, no deadlock, and an end for bodies that stall."""
+"""Budget of request bytes: bounds, order, no deadlock, and stalled bodies."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Bodies:
         self.budget = RequestBytes(BOUNDS, lambda: self.now)
 
     def reserve(self, name: str, tenant: str, connection: str, size: int) -> Reservation:
-        """One body."""
+        """Reserve for one body."""
 
-        def tell(names: list[str]) -> Callable[[], None]:
+        def append_to(names: list[str]) -> Callable[[], None]:
             return lambda: names.append(name)
 
-        one = self.budget.reserve(tenant, connection, size, tell(self.granted), tell(self.slow))
-        if one.granted:
+        reservation = self.budget.reserve(tenant, connection, size, append_to(self.granted), append_to(self.slow))
+        if reservation.granted:
             self.granted.append(name)
-        return one
+        return reservation
 
 
 def test_each_bound_holds_and_is_given_back() -> None:
@@ -55,7 +55,7 @@ def test_each_bound_holds_and_is_given_back() -> None:
 
 
 def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
-    """A bound below the largest message delays it until nothing else is held, not for ever."""
+    """A body larger than a bound is granted when nothing else is held."""
     bodies = Bodies()
     small = bodies.reserve("small", "a", "c1", 10)
     bodies.reserve("large", "a", "c2", 1000)
@@ -65,7 +65,7 @@ def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
 
 
 def test_a_large_body_is_not_overtaken_for_ever() -> None:
-    """Room in the process gathers for the first in order: smaller ones of tenants that hold more do not take it."""
+    """Room in the process is kept for the first in order: smaller bodies of tenants that hold more do not take it."""
     bodies = Bodies()
     held = [bodies.reserve(f"a{i}", "a", f"c{i}", 50) for i in range(3)]
     held += [bodies.reserve(f"b{i}", "b", f"d{i}", 50) for i in range(3)]
@@ -78,7 +78,7 @@ def test_a_large_body_is_not_overtaken_for_ever() -> None:
 
 
 def test_tenants_and_connections_that_hold_less_go_first() -> None:
-    """A tenant with many waiting bodies does not keep another waiting behind all of them."""
+    """A tenant with many waiting bodies does not delay other tenants."""
     bodies = Bodies()
     held = [bodies.reserve(f"a{i}", "a", f"c{i}", 75) for i in range(2)]
     held += [bodies.reserve(f"b{i}", "b", f"d{i}", 75) for i in range(2)]
@@ -95,7 +95,8 @@ def test_tenants_and_connections_that_hold_less_go_first() -> None:
 
 
 def test_stalled_bodies_are_named_once_others_wait() -> None:
-    """A body that stands still gives way after the grace period, not a complete one or one at the least rate."""
+    """A stalled body is listed after the grace period if others wait; complete bodies and those at the minimum rate are
+    not."""
     bodies = Bodies()
     bodies.budget = RequestBytes(ByteBounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)
     bodies.reserve("stalled", "a", "c1", 1 << 30)
@@ -114,7 +115,7 @@ def test_stalled_bodies_are_named_once_others_wait() -> None:
 
 
 def test_shrinking_gives_the_rest_back() -> None:
-    """A body whose size was not announced keeps what it turned out to hold."""
+    """A body of unknown size keeps only the bytes that it has."""
     bodies = Bodies()
     unknown = bodies.reserve("unknown", "a", "c1", 100)
     bodies.reserve("next", "a", "c1", 60)
@@ -131,7 +132,7 @@ Asked = tuple[int, int, int, bool]
     st.randoms(use_true_random=False),
 )
 def test_law_bounds_hold_and_every_body_is_granted_in_the_end(asked: list[Asked], chance: object) -> None:
-    """Whatever is asked and released in whatever order, no bound is passed and nobody is forgotten."""
+    """No bound is exceeded and every body is granted, whatever is reserved and released in whatever order."""
     bodies = Bodies()
     live: list[Reservation] = []
     for number, (tenant, connection, size, release) in enumerate(asked):

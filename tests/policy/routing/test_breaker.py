@@ -1,4 +1,4 @@
-"""Circuit breakers: who fails is spared, the last is kept, and one answer is enough to be let in again."""
+"""Circuit breakers: failing workers are avoided, the last one is kept, and one answered call closes a breaker."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0
 
 
 @given(events)
-def test_failures_never_close_every_door(story: list[tuple[str, bool, float]]) -> None:
-    """Whatever fails in whatever order, one worker's breaker is closed: a cluster that fails calls must still try."""
+def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -> None:
+    """At least one worker's breaker stays closed, whatever fails in whatever order."""
     breakers, now = Breakers(), 0.0
-    for worker, well, pause_s in story:
+    for worker, answers, pause_s in steps:
         now += pause_s
         if not breakers.lets(worker, now):
             continue
         breakers.sent(worker, now)
-        if well:
+        if answers:
             breakers.answered(worker)
         else:
             breakers.failed(worker, [other for other in WORKERS if other != worker], now)
         assert breakers.open < len(WORKERS)
-        assert any(breakers.lets(one, now) for one in WORKERS)
+        assert any(breakers.lets(each, now) for each in WORKERS)
 
 
 def test_a_trial_is_one_call_and_its_answer_closes() -> None:
-    """Open, then one call after the pause, not two; failing doubles the pause up to a bound, an answer ends it all."""
+    """After the pause an open breaker lets a single probe through. A failed probe doubles the pause up to a bound, an
+    answered one closes the breaker."""
     breakers, now = Breakers(), 0.0
     for _ in range(FAILURES):
         assert breakers.lets("a", now)
@@ -54,7 +55,7 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
 
 
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
-    """A worker that was found standing still answers nobody: waiting for another is better than to try it at once."""
+    """A stalled worker gets no calls, even if it is the only one."""
     breakers = Breakers()
     breakers.stood_still("a", 0.0)
     assert not breakers.lets("a", PAUSE_S * 0.9)
@@ -64,9 +65,8 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
-    """Where a network was cut the engine has gone on for others: steps that it makes before a new link's eyes tell it,
-    once the pause is over. Those of before tell nothing, nor do few; until it has answered a call the next pause is
-    as long as if nothing had been seen."""
+    """After the pause, enough new steps of a worker that was only unreachable close its breaker without a probe. Older
+    steps and too few steps do not. Until a call is answered, the next pause doubles as usual."""
     breakers, now = Breakers(), PAUSE_S
     breakers.stood_still("a", 0.0, unseen=True)
     for steps in (0, 100, 100 + SHOWN_STEPS - 1):
@@ -89,7 +89,7 @@ def test_who_was_only_out_of_sight_needs_no_trial() -> None:
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
-    """Nor of what a link carries."""
+    """Engine steps do not close a breaker that failed calls or a stall opened."""
     breakers, now = Breakers(), 3 * PAUSE_S
     breakers.stood_still("a", 0.0, unseen=unseen)
     if unseen:

@@ -1,4 +1,4 @@
-"""Routing: who may, who is best, and that the decision says why."""
+"""Routing: filters, scores, ties, and the reasons in the decision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=Fals
 
 
 def worker(worker_id: str, **changes: object) -> Candidate:
-    """An idle worker with room, but for the changes."""
+    """An idle worker with capacity, with these changes."""
     return dataclasses.replace(FREE, worker_id=worker_id, **changes)  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ candidates = st.lists(
     ],
 )
 def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
-    """Whoever may not take the call is passed over, however idle, and the decision says why."""
+    """A worker that a filter drops is not chosen, however idle, and the decision names the filter."""
     decision = pick(CALL, [worker("a", **change), worker("b", running=50, kv_usage=0.9, waiting=9)])
     assert (decision.worker_id, decision.reason) == ("b", "only_choice")
     assert {score.worker_id: score.dropped for score in decision.scores} == {"a": reason, "b": ""}
@@ -77,12 +77,12 @@ def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
 
 
 def test_exactly_enough_room_is_enough() -> None:
-    """A worker with one place and just the call's tokens takes it."""
+    """A worker with one free sequence and just the call's tokens gets the call."""
     assert pick(CALL, [worker("a", free_sequences=1, free_tokens=100)]).worker_id == "a"
 
 
 @pytest.mark.parametrize(
-    ("them", "reason"),
+    ("workers", "reason"),
     [
         ([], "no_worker"),
         ([worker("a", model="n")], "no_worker"),
@@ -90,14 +90,14 @@ def test_exactly_enough_room_is_enough() -> None:
         ([worker("a", free_tokens=1), worker("b", draining=True)], "too_few_free_tokens"),
     ],
 )
-def test_nobody_is_said_with_the_nearest_reason(them: list[Candidate], reason: str) -> None:
-    """Without a worker the reason is what kept the one that came furthest."""
-    decision = pick(CALL, them)
+def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason: str) -> None:
+    """Without a worker, the reason is that of the last filter that dropped a candidate."""
+    decision = pick(CALL, workers)
     assert (decision.worker_id, decision.reason) == (None, reason)
 
 
 def test_what_is_kept_free_stays_free() -> None:
-    """A call that must leave three places free goes where there are four in all, and nowhere where there are three."""
+    """A call that must leave three slots free is sent if there are four in total, not if there are three."""
     call = dataclasses.replace(CALL, keep_free=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
     assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
@@ -106,13 +106,13 @@ def test_what_is_kept_free_stays_free() -> None:
 
 
 def test_ties_go_to_more_room_then_to_the_name() -> None:
-    """Of equally loaded workers the one with more places, of equal ones the first by name."""
+    """Of equally loaded workers the one with more free sequences wins, then the first by name."""
     assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
     assert pick(CALL, [worker("b"), worker("a")]).worker_id == "a"
 
 
 def test_calls_spread_by_size() -> None:
-    """Fifty calls over workers of 10, 20 and 70 places end as those sizes say."""
+    """Fifty calls over workers of 10, 20 and 70 slots are spread in proportion to the sizes."""
     fleet = {i: worker(i, free_sequences=n, free_tokens=10**6) for i, n in (("s", 10), ("m", 20), ("l", 70))}
     taken: Counter[str] = Counter()
     for _ in range(50):
@@ -135,14 +135,15 @@ def test_calls_spread_by_size() -> None:
     ],
 )
 def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
-    """A call that has begun with a seed stays with engines that draw alike; one without may go to any like its own."""
+    """A call with a seed resumes only on engines that draw the same noise; one without may resume on any with an equal
+    key."""
     one = worker("a", likeness=CompatibilityKey("w", "b", there), max_replaying=250)
     assert (pick(RouteCall("m", 100, likeness=CompatibilityKey("w", "b", begun)), [one]).worker_id == "a") is goes
     assert CompatibilityKey("w", "b", "float32-tp1-pp1-v2").unseeded == CompatibilityKey("w", "b", "float32-tp1-pp1")
 
 
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
-    """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
+    """The pacing budget bounds resumed and new prompts together, but only if there are resumed ones."""
     like = CompatibilityKey("w", "b", "c")
     one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
     cases = [
@@ -163,7 +164,8 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
-    """However much runs there, if it may; and only what is computed anew counts in the step that takes it."""
+    """A resumed call goes to the worker that holds its blocks, however busy, and only its uncached tokens count for
+    pacing."""
     like = CompatibilityKey("w", "b", "c")
     home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
     other = worker("b", likeness=like, max_replaying=250, incarnation="j")
@@ -183,7 +185,7 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
 def test_who_takes_no_continued_call_at_all_takes_none(
     free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
 ) -> None:
-    """The quick look at a worker keeps nobody back who may go there."""
+    """The cheap check never excludes a worker that could get the call."""
     like = CompatibilityKey("w", "b", "c")
     one = worker(
         "a", likeness=like, free_sequences=free, replaying=replaying, beginning=beginning, max_replaying=budget
@@ -194,7 +196,7 @@ def test_who_takes_no_continued_call_at_all_takes_none(
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
 def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
-    """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
+    """A burst of resumed calls is spread evenly, whatever small differences in load the workers reported."""
     like = CompatibilityKey("w", "b", "c")
     fleet = {
         str(number): worker(
@@ -218,7 +220,7 @@ def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int,
 
 
 def test_explain_names_every_candidate() -> None:
-    """The one line tells the choice, the reason, the scores and who was dropped for what."""
+    """One line has the choice, the reason, the scores, and the filter that dropped each candidate."""
     text = pick(CALL, [worker("busy", running=4), worker("idle"), worker("leaving", draining=True)]).explain()
     assert text == (
         "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000, "
@@ -229,12 +231,13 @@ def test_explain_names_every_candidate() -> None:
 
 
 @given(candidates, st.randoms(use_true_random=False))
-def test_the_choice_is_the_best_of_those_who_may(them: list[Candidate], chance: Random) -> None:
-    """Chosen are only those who pass; nobody who passes scores higher; everyone is told; order does not matter."""
-    decision = pick(CALL, them)
-    may = {c.worker_id for c in them if all(f.passes(CALL, c) for f in FILTERS)}
+def test_the_choice_is_the_best_of_those_who_may(workers: list[Candidate], chance: Random) -> None:
+    """The chosen worker passes all filters, none that passes scores higher, all candidates are listed, order is
+    irrelevant."""
+    decision = pick(CALL, workers)
+    may = {c.worker_id for c in workers if all(f.passes(CALL, c) for f in FILTERS)}
     scores = {score.worker_id: score for score in decision.scores}
-    assert sorted(scores) == sorted(c.worker_id for c in them)
+    assert sorted(scores) == sorted(c.worker_id for c in workers)
     assert {i for i, score in scores.items() if not score.dropped} == may
     assert (decision.worker_id in may) if may else decision.worker_id is None
     for worker_id in may:
@@ -242,13 +245,13 @@ def test_the_choice_is_the_best_of_those_who_may(them: list[Candidate], chance: 
         assert scores[worker_id].total <= scores[decision.worker_id].total
         assert all(0.0 <= value <= 1.0 for _, value in scores[worker_id].parts)
         assert 0.0 <= scores[worker_id].total <= 1.0
-    shuffled = [*them]
+    shuffled = [*workers]
     chance.shuffle(shuffled)
     assert pick(CALL, shuffled) == decision
 
 
 def test_weights_decide_between_scorers() -> None:
-    """A scorer of its own with enough weight outvotes the others; one without weight is refused."""
+    """A scorer with enough weight outvotes the others; one without weight is refused."""
     likes_b = Scorer("likes_b", lambda _, c: float(c.worker_id == "b"), weight=10.0)
     router = Router(scorers=(*SCORERS, likes_b))
     assert router.pick(CALL, [worker("a"), worker("b", kv_usage=0.9, running=9)]).worker_id == "b"

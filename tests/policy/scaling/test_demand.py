@@ -1,4 +1,4 @@
-"""Demand summed over gateways that come, go and start anew: each arrival counts once, whoever restarts."""
+"""Demand summed over gateways that start and stop: each arrival counts once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from cluster.policy.scaling.demand import FORGET_S, Demands
 
 
 def counts(arrived: int, **more: object) -> ClassCounts:
-    """Of class `c`; each call brings ten tokens."""
+    """Counters of class `c`; each call has ten prompt tokens."""
     return ClassCounts("c", 1, arrived, 10 * arrived, 20 * arrived, **more)  # type: ignore[arg-type]
 
 
 def report(*classes: ClassCounts, model: str = "m") -> list[ModelDemand]:
-    """A gateway's."""
+    """A gateway's report."""
     return [ModelDemand(model, 0, 0, 0, 0, 0, classes)]
 
 
 class Gateway:
-    """Counts in a process that may start anew."""
+    """A gateway process that counts and may restart."""
 
     def __init__(self) -> None:
         self.starts = 0
         self.restart(0.0)
 
     def restart(self, now: float) -> None:
-        """Begin at nothing under another name."""
+        """Restart with zero counters under another incarnation."""
         self.starts, self.arrived, self.since = self.starts + 1, 0, now
 
 
@@ -40,7 +40,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
-    """Whatever is told twice, lost and told again, or begun anew: what takes give is what has been told."""
+    """Repeated and lost reports, restarts and disconnects do not change the sum: what is read is what was reported."""
     gateways = [Gateway() for _ in range(3)]
     demands, now = Demands(0.0), 0.0
     told: Counter[tuple[int, int]] = Counter()
@@ -68,7 +68,8 @@ def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
 
 
 def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
-    """A gateway's thousands of calls of last week are no surge; one that starts after it counts from zero."""
+    """Old arrivals of a running gateway do not count for a new controller; a gateway that starts later counts from
+    zero."""
     demands = Demands(now=1000.0)
     demands.told("old", report(counts(5000)), counting_s=900.0, now=1000.5)
     assert demands.take(1001.0)["m"]["c"].arrived_requests == 0
@@ -80,7 +81,8 @@ def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
 
 
 def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
-    """The longest wait, the nearest deadline, all that are held; one that has left holds nobody."""
+    """Waiting calls of all gateways are summed, with the longest wait and the nearest deadline, and dropped on
+    disconnect."""
     demands = Demands(0.0)
     waits = {"queued_requests": 2, "queued_tokens": 30, "oldest_wait_s": 4.0, "held_requests": 2}
     assert demands.told("a", report(counts(2, **waits)), 1.0, 1.0), "somebody is held now"
@@ -97,7 +99,7 @@ def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
 
 
 def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:
-    """Its counters stay, since it may be told again."""
+    """A model that is no longer reported has nothing waiting; its counters are kept for later reports."""
     demands = Demands(0.0)
     demands.told("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
     demands.told("a", [], 2.0, 2.0)

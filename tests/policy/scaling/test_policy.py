@@ -1,4 +1,4 @@
-"""Laws of the scaling policy: what overload does in the shadow, how classes count, and no scale-down taken back."""
+"""Properties of the scaling policy: overload in the backtest, weight of classes, no reverted scale-down."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cluster.policy.scaling.portfolio import (
     decide,
     marginal_gain,
 )
-from cluster.policy.scaling.portfolio.backtest import Came, line
+from cluster.policy.scaling.portfolio.backtest import Arrivals, queue_after
 from loadtests.autoscale.clairvoyant import lingering
 
 SOME = st.floats(0.0, 50.0)
@@ -29,9 +29,9 @@ SOME = st.floats(0.0, 50.0)
 
 @given(SOME, SOME, st.integers(0, 40), SOME)
 def test_more_replicas_never_make_more_calls_late(load: float, waiting: float, ready: int, behind: float) -> None:
-    came = Came(load, 10.0, 1.7, behind)
+    arrivals = Arrivals(load, 10.0, 1.7, behind)
     counts = np.array([float(ready), float(ready + 1)])
-    after, late = line(counts, np.full(2, min(waiting, max(ready, 1) * 60.0)), came, 1.0, 5.0, 60.0)
+    after, late = queue_after(counts, np.full(2, min(waiting, max(ready, 1) * 60.0)), arrivals, 1.0, 5.0, 60.0)
     assert after.min() >= 0.0
     assert 0.0 <= late.min() <= late.max() <= 1.0
     assert late[1] <= late[0] + 1e-9
@@ -42,16 +42,16 @@ def test_streams_that_may_fall_behind_never_make_more_calls_late(
     load: float, waiting: float, ready: int, behind: float
 ) -> None:
     counts, before = np.array([float(ready)]), np.array([min(waiting, ready * 60.0)])
-    strict, lax = (line(counts, before, Came(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
+    strict, lax = (queue_after(counts, before, Arrivals(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
     assert lax[0] <= strict[0]
 
 
 @given(st.lists(st.tuples(SOME, SOME), min_size=1, max_size=20))
 def test_more_replicas_never_win_fewer_calls_and_never_more_than_came(stretches: list[tuple[float, float]]) -> None:
-    won, came = marginal_gain.nothing(), 0.0
+    won, came = marginal_gain.empty(), 0.0
     for load, calls in stretches:
         came = came * math.exp(-5.0 / (marginal_gain.SPAN * 60.0)) + calls
-        won = marginal_gain.played(won, Came(load, calls, 1.7, 1.0), 5.0, 60.0)
+        won = marginal_gain.replay(won, Arrivals(load, calls, 1.7, 1.0), 5.0, 60.0)
     by_count = won.per_s(marginal_gain.COUNTS)
     assert by_count[0] == 0.0
     assert (np.diff(by_count) >= 0.0).all()
@@ -78,23 +78,23 @@ def _seen(calls: int, replicas: int, cls: str, most: int = 100) -> ModelSeen:
 
 
 def _corrections(rounds: Sequence[tuple[int, int]], replicas: int) -> list[float]:
-    """After each round of (calls, of which late), with so many replicas whatever is decided."""
-    found, memory = [], Memory()
+    """Corrections after each round of (calls, late calls), with a fixed number of replicas."""
+    corrections, memory = [], Memory()
     for number, (calls, late) in enumerate(rounds, 1):
         seen = _seen(calls, replicas, "x")
         demand = dataclasses.replace(seen.demand["x"], within_slo=calls - late, outside_slo=late)
         models = {"m": dataclasses.replace(seen, demand={"x": demand})}
         decisions, memory = decide(Observation(models, covers_s=5.0), memory, number * 5.0)
-        found.append(decisions[0].numbers["correction"])
-    return found
+        corrections.append(decisions[0].numbers["correction"])
+    return corrections
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 50))
 def test_late_calls_that_the_shadow_served_raise_the_correction_and_others_let_it_fall(late: int) -> None:
     rounds = [(50, late)] * 15 + [(50, 0)] * 400
-    found = _corrections(rounds, 40)
-    up, down = found[:15], found[15:]
+    corrections = _corrections(rounds, 40)
+    up, down = corrections[:15], corrections[15:]
     assert up == sorted(up)
     assert 1.0 < up[-1] <= 2.0
     assert down == sorted(down, reverse=True)
@@ -104,7 +104,7 @@ def test_late_calls_that_the_shadow_served_raise_the_correction_and_others_let_i
 
 
 def test_late_calls_in_an_overload_that_the_shadow_saw_leave_the_correction() -> None:
-    """They say nothing against rules that hold more."""
+    """Late calls in a foreseen overload do not raise the correction."""
     foreseen = _corrections([(500, 500)] * 60, 1)
     unforeseen = _corrections([(500, 500)] * 60, 400)
     assert foreseen[-1] < 1.02
@@ -112,19 +112,19 @@ def test_late_calls_in_an_overload_that_the_shadow_saw_leave_the_correction() ->
 
 
 def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:
-    """Two models that want more than there is: the busier one gets more."""
+    """Of two models that want more GPUs than there are, the busier one gets more."""
     memory, have = Memory(), {"busy": 0, "calm": 0}
     for number in range(1, 61):
         models = {"busy": _seen(200, have["busy"], "x"), "calm": _seen(20, have["calm"], "x")}
         decisions, memory = decide(Observation(models, {"": 5}, covers_s=5.0), memory, number * 5.0)
-        have = {one.model: one.total for one in decisions}
+        have = {decision.model: decision.total for decision in decisions}
     assert have["busy"] >= 4
     assert sum(have.values()) <= 5
 
 
 @given(st.lists(st.integers(40, 60), min_size=60, max_size=120))
 def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
-    """Nothing waits, so nothing is started within a cold start of a scale-down."""
+    """Without waiting calls, nothing is started within a cold start of a scale-down."""
     memory, have, down_at = Memory(), 20, -1e9
     for number, calls in enumerate(loads, 1):
         now_s = number * 5.0
@@ -139,8 +139,8 @@ def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), min_size=10, max_size=60))
 def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]]) -> None:
-    """Few long streams are no rate of arrivals to speak of: they keep the replicas that they fill, and those that
-    chance may fill before another would serve are started too."""
+    """A few long streams keep the replicas that they fill, although their arrivals alone would not justify them.
+    Replicas for calls that may arrive during a cold start are started too."""
     memory, have, places = Memory(), 1, 8
     for number, (calls, running) in enumerate(steps, 1):
         running = min(running, have * places)
@@ -167,7 +167,7 @@ def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]])
 
 
 def test_a_model_is_idle_when_nothing_runs() -> None:
-    """Streams that outlast `idle_s` keep their replica; it goes so long after the last of them."""
+    """Streams that outlast `idle_s` keep their replica; it is removed `idle_s` after the last one ended."""
     memory, have, gone_at = Memory(), 1, 0.0
     for number in range(1, 121):
         now_s, ends_s = number * 5.0, 300.0

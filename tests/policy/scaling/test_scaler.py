@@ -1,4 +1,4 @@
-"""What the scaler shows the policy, what it keeps, and what it does when operators, Ray or the gateways are away."""
+"""Scaler: its observations for the policy, its memory, and its behaviour with operators, Ray or gateways away."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LIMITS = ReplicaLimits(8, 512, 10_000)
 
 
 def spec(name: str = "m", **fields: object) -> ModelSpec:
-    """Zero to four replicas, none after a minute."""
+    """A model with zero to four replicas that scales to zero after a minute."""
     given: dict[str, object] = {"min_replicas": 0, "max_replicas": 4, "idle_s": 60.0, **fields}
     return ModelSpec(name, f"/{name}", **given)  # type: ignore[arg-type]
 
 
 class World:
-    """A scaler, and a Ray that does at once, or after `cold_s`, what it is told."""
+    """A scaler, and a simulated Ray whose replicas serve `cold_s` after the decision."""
 
     def __init__(
         self, *specs: ModelSpec, asked: OperatorRequest | None = None, cold_s: float = 20.0, now: float = 1000.0
@@ -40,7 +40,7 @@ class World:
         self.started = now
 
     def call(self, requests: int = 1, *, waits: bool = True) -> None:
-        """Calls come to the first model, and wait while nobody serves."""
+        """Add calls to the first model; they wait while no replica serves."""
         c = self.counts
         self.counts = dataclasses.replace(
             c,
@@ -50,7 +50,7 @@ class World:
         )
 
     def tell(self) -> bool:
-        """The gateway reports."""
+        """Report the gateway's demand."""
         demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
         held = self.scaler.demands.told("g", [demand], self.now - self.started, self.now)
         if held:
@@ -58,7 +58,7 @@ class World:
         return held
 
     def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
-        """A pass of the controller, so much later."""
+        """Run one pass of the controller, `seconds` later."""
         self.now += seconds
         for due, name in [one for one in self.coming if one[0] <= self.now]:
             self.coming.remove((due, name))
@@ -70,22 +70,22 @@ class World:
         made = self.scaler.look(
             self.specs, self.ray, list(self.workers.values()), self.now, self.now + 1e9, blind=self.blind
         )
-        for one in self.specs:
-            self._apply(one)
+        for model in self.specs:
+            self._apply(model)
         return made
 
-    def _apply(self, one: ModelSpec) -> None:
-        wanted = self.scaler.replicas(one)
-        there = [w for w in self.workers.values() if w.model == one.name]
-        due = [c for c in self.coming if c[1] == one.name]
+    def _apply(self, model: ModelSpec) -> None:
+        wanted = self.scaler.replicas(model)
+        there = [w for w in self.workers.values() if w.model == model.name]
+        due = [c for c in self.coming if c[1] == model.name]
         for _ in range(wanted - len(there) - len(due)):
-            self.coming.append((self.now + self.cold_s, one.name))
+            self.coming.append((self.now + self.cold_s, model.name))
         for worker in there[wanted:]:
             del self.workers[worker.worker_id]
-        self.ray[one.name, one.gpu] = OnRay(wanted, len(there), len(due))
+        self.ray[model.name, model.gpu] = OnRay(wanted, len(there), len(due))
 
     def until(self, replicas: int, limit_s: float = 200.0) -> float:
-        """Pass by pass until so many serve; how long that took."""
+        """Run passes until this number of replicas serves. Returns the seconds that it took."""
         began = self.now
         while len(self.workers) != replicas:
             assert self.now - began < limit_s, f"still {len(self.workers)} of {replicas}"
@@ -94,12 +94,12 @@ class World:
 
 
 def entry(world: World) -> CatalogEntry:
-    """The first model as gateways are told it."""
+    """The first model's catalog entry for the gateways."""
     return world.scaler.told(CatalogEntry(world.specs[0].name))
 
 
 def test_to_zero_and_back() -> None:
-    """A new model begins, idles out, waits at zero, comes back for a held call, and has learnt how long that takes."""
+    """A new model starts, scales to zero when idle, returns for a held call, and its cold start has been learnt."""
     world = World(spec())
     world.until(1)
     assert world.until(0, 70.0) > 30.0
@@ -114,13 +114,13 @@ def test_to_zero_and_back() -> None:
     assert entry(world).starting_since_s == pytest.approx(world.now - 1 + 1e9)
     assert world.until(1) <= 20.0
     world.step()
-    told = entry(world)
-    assert told.cold_start_s == pytest.approx(20.0, abs=1.5)
-    assert (told.starting_since_s, told.replicas_desired, told.slo_ttft_s, told.slo_itl_s) == (0.0, 1, 2.0, 0.1)
+    shown = entry(world)
+    assert shown.cold_start_s == pytest.approx(20.0, abs=1.5)
+    assert (shown.starting_since_s, shown.replicas_desired, shown.slo_ttft_s, shown.slo_itl_s) == (0.0, 1, 2.0, 0.1)
 
 
 def test_a_new_controller_keeps_what_it_finds() -> None:
-    """Ray's own target stands for the last decision: nothing is scaled because a controller has come back."""
+    """Ray's own target counts as the last decision: a restarted controller scales nothing by itself."""
     old = World(spec(idle_s=0.0, min_replicas=3))
     old.until(3)
     new = World(*old.specs, now=old.now)
@@ -135,20 +135,20 @@ def test_a_new_controller_keeps_what_it_finds() -> None:
 
 
 def test_while_no_gateway_tells_nothing_changes() -> None:
-    """No demand is not no calls; but an operator's word counts."""
+    """Without reports nothing is scaled, except on an operator's request."""
     world = World(spec())
     world.until(1)
     world.blind = True
     for _ in range(200):
         assert not world.step()
-    desk = ScalingRequests(world.scaler, lambda: None)
-    desk.scale("m", 2)
+    requests = ScalingRequests(world.scaler, lambda: None)
+    requests.scale("m", 2)
     (made,) = world.step()
     assert (made[1].why, made[1].replicas, world.scaler.standing("m").why) == ("manual", 2, "no gateway is linked")
 
 
 def test_bounds_hold_while_no_gateway_tells() -> None:
-    """An entry with another max is done, whoever is away."""
+    """A changed maximum is applied without reports from gateways."""
     world = World(spec(min_replicas=3, idle_s=0.0))
     world.until(3)
     world.blind, world.specs = True, (spec(min_replicas=1, max_replicas=2, idle_s=0.0),)
@@ -157,28 +157,28 @@ def test_bounds_hold_while_no_gateway_tells() -> None:
 
 
 def test_by_hand_and_frozen() -> None:
-    """A number stands until it is taken back, also against idleness; frozen, nothing moves it, whoever asked."""
+    """A manual number stays until it is withdrawn, even when idle; a frozen model is never changed."""
     kept: list[OperatorRequest] = []
     world = World(spec(aliases=("default",)))
     world.until(1)
-    desk = ScalingRequests(world.scaler, lambda: kept.append(world.scaler.asked))
-    assert desk.scale("default", 3).by == "manual"
+    requests = ScalingRequests(world.scaler, lambda: kept.append(world.scaler.asked))
+    assert requests.scale("default", 3).by == "manual"
     world.until(3)
     for _ in range(100):
         world.step()
     assert len(world.workers) == 3
-    assert [one.by for one in desk.freeze("m", True)] == ["manual"], "as it was before the next pass"
-    assert desk.scale("m", 1).by in ("manual", "frozen")
+    assert [one.by for one in requests.freeze("m", True)] == ["manual"], "as it was before the next pass"
+    assert requests.scale("m", 1).by in ("manual", "frozen")
     for _ in range(3):
         assert not world.step()
     assert (len(world.workers), world.scaler.standing("m").by) == (3, "frozen")
-    desk.freeze("", True)
-    desk.freeze("m", False)
+    requests.freeze("", True)
+    requests.freeze("m", False)
     world.step()
     assert len(world.workers) == 3, "all are frozen"
-    desk.freeze("", False)
+    requests.freeze("", False)
     world.until(1)
-    desk.scale("m", None)
+    requests.scale("m", None)
     world.until(0)
     assert asked_from_json(asked_to_json(kept[2])) == kept[2]
     assert len(kept) == 7
@@ -188,14 +188,14 @@ def test_by_hand_and_frozen() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    """Beyond the entry's max, or of a model that is not there."""
+    """Numbers beyond the entry's max and unknown models are refused."""
     world = World(spec())
     world.step()
-    desk = ScalingRequests(world.scaler, lambda: pytest.fail("nothing was asked"))
+    requests = ScalingRequests(world.scaler, lambda: pytest.fail("nothing was asked"))
     for replicas in (-1, 5):
         with pytest.raises(CallError, match="0 to 4"):
-            desk.scale("m", replicas)
-    for ask in (lambda: desk.scale("n", 1), lambda: desk.freeze("n", True), lambda: desk.explain("n", 0)):
+            requests.scale("m", replicas)
+    for ask in (lambda: requests.scale("n", 1), lambda: requests.freeze("n", True), lambda: requests.explain("n", 0)):
         with pytest.raises(CallError) as caught:
             ask()
         assert caught.value.outcome is Outcome.MODEL_NOT_FOUND
@@ -206,19 +206,19 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
-    """Passes that hold for the same reason are one entry; the oldest are dropped; the newest come last."""
+    """Repeated holds for the same reason are one entry; the oldest entries are dropped; the newest come last."""
     world = World(spec())
     world.until(1)
     world.step()
     story = world.scaler.story("m")
     assert sum(one.passes for one in story.decisions) > len(story.decisions)
-    desk = ScalingRequests(world.scaler, lambda: None)
+    requests = ScalingRequests(world.scaler, lambda: None)
     for number in range(2 * KEPT):
-        desk.scale("m", number % 4)
+        requests.scale("m", number % 4)
         world.step()
-    story = desk.explain("m", 0)
+    story = requests.explain("m", 0)
     assert len(story.decisions) == KEPT
-    assert desk.explain("m", 2).decisions == story.decisions[-2:]
+    assert requests.explain("m", 2).decisions == story.decisions[-2:]
     assert story.decisions[-1].replicas == (2 * KEPT - 1) % 4
     actions, gpu_seconds = world.scaler.counters()["m"]
     assert actions["to_zero"] >= KEPT / 4 - 1
@@ -226,7 +226,7 @@ def test_the_story_is_bounded_and_says_how_often() -> None:
 
 
 def test_gpu_seconds_are_those_of_what_is_there() -> None:
-    """Two GPUs a replica, ten seconds, starting and leaving ones too."""
+    """Two GPUs per replica are counted for ten seconds, including starting and leaving replicas."""
     world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
     world.step()
     world.ray["m", ""] = OnRay(2, 1, 1, leaving=1)
@@ -236,7 +236,7 @@ def test_gpu_seconds_are_those_of_what_is_there() -> None:
 
 
 def test_rates_come_from_the_workers_words() -> None:
-    """What engines tell of their steps is among the numbers that explain."""
+    """Costs learnt from engines' reports are among the explaining numbers."""
     world = World(spec(min_replicas=1, idle_s=0.0))
     world.until(1)
     (name,) = world.workers
@@ -260,12 +260,13 @@ FAST, SLOW = spec("m", gpu="H100", **TYPES), spec("m", gpu="L4", tensor_parallel
 
 
 def typed_worker(number: int, gpu: str, work: ComputedWork | None = None) -> WorkerSeen:
-    """One that serves."""
+    """A serving worker on this type of GPU."""
     return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or ComputedWork(), limits=LIMITS, gpu=gpu)
 
 
 def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
-    """And stays there when the first has room again; an entry that loses a type keeps its number."""
+    """Replicas that do not fit on the first type go to the next and stay there; an entry that loses a type keeps its
+    number."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
     scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
@@ -289,7 +290,7 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
-    """What waits for a place that another model has taken moves on, and that is told."""
+    """Replicas waiting for capacity that another model has taken move to another type, and the move is reported."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
     scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert scaler.replicas(FAST) == 3
@@ -307,7 +308,7 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
 
 
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
-    """A number goes over the types as any other, and fewer leave the last type first."""
+    """A manual number is spread over the types; scaling down removes replicas of the last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
@@ -318,20 +319,20 @@ def test_by_hand_over_types_while_no_gateway_tells() -> None:
 
 
 def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
-    """Each type from its own workers; a worker of a type that the model does not have counts as the first's."""
+    """Each type learns from its own workers; a worker of an unknown type counts as the first type's."""
     scaler = Scaler(ScalingSettings(), 0.0)
     ray = {("m", "H100"): OnRay(1, 1), ("m", "L4"): OnRay(2, 1, 1)}
     for number in range(60):
         steps = 50 * number
-        told = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
+        costs = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
         tokens = 50 * sum(1 + n % 8 for n in range(number))
         workers = [
             typed_worker(n, gpu, ComputedWork(steps, steps * fixed + each * tokens, 0, tokens))
-            for n, (gpu, (fixed, each)) in enumerate(told.items())
+            for n, (gpu, (fixed, each)) in enumerate(costs.items())
         ]
         scaler.look([FAST, SLOW], ray, workers, 1.0 + number, 1e9)
     now = scaler.story("m").now
-    for gpu, (fixed, each) in told.items():
+    for gpu, (fixed, each) in costs.items():
         assert now[f"learnt_step_s[{gpu}]"] == pytest.approx(fixed, rel=0.01)
         assert now[f"learnt_decode_s_a_token[{gpu}]"] == pytest.approx(each, rel=0.01)
     assert scaler.counters()["m"][1] == pytest.approx(59.0 * (1 * 1 + 2 * 2))

@@ -1,4 +1,4 @@
-"""The policy with several types of GPU: what replicas are worth, where they go, and that one type is as if alone."""
+"""Scaling policy with several types of GPU: worth of replicas, their distribution, and models with one type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from cluster.policy.scaling.portfolio import (
     ReplicaSeen,
     decide,
 )
-from cluster.policy.scaling.portfolio.gpu_equivalence import as_one_type, covers, unit_of, whole, worth, worth_of
+from cluster.policy.scaling.portfolio.gpu_equivalence import (
+    as_one_type,
+    covers,
+    replica_worth,
+    round_up,
+    total_worth,
+    unit_of,
+)
 
 FAST, SLOW = Rates(4000.0, 1000.0, 100_000), Rates(1000.0, 400.0, 50_000, gpus=2)
 RATES = {"H100": FAST, "L4": SLOW}
@@ -29,14 +36,14 @@ COUNTS = st.fixed_dictionaries({gpu: st.integers(0, 6) for gpu in TYPES})
 
 
 def replicas_of(**counts: int) -> Sequence[ReplicaSeen]:
-    """Ready ones."""
+    """Ready replicas by type."""
     return [ReplicaSeen(f"{gpu}-{n}", "ready", 0.0, gpu) for gpu, count in counts.items() for n in range(count)]
 
 
 def model(
     counts: dict[str, int], rates: dict[str, Rates] | None = None, room: dict[str, int] | None = None, **more: object
 ) -> ModelSeen:
-    """One that is called."""
+    """A model with demand."""
     given_: dict[str, object] = {"min_replicas": 0, "max_replicas": 40, "gpus": TYPES, **more}
     return ModelSeen(
         ModelSettings(**given_),  # type: ignore[arg-type]
@@ -48,34 +55,34 @@ def model(
 
 
 def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
-    """In the first round."""
+    """The decision of the first round."""
     return decide(Observation({"m": seen}, budget), Memory(), 0.0)[0][0]
 
 
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
-    """Against the first type whose rates are learnt; what is not learnt is taken to be alike."""
+    """A replica's worth is relative to the first type with learnt rates; types without rates count as equal."""
     seen = model({})
-    assert (unit_of(seen), worth(seen, "H100"), worth(seen, "L4")) == ("H100", 1.0, 0.25)
+    assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
-    assert (unit_of(only_slow), worth(only_slow, "L4"), worth(only_slow, "H100")) == ("L4", 1.0, 1.0)
-    assert (unit_of(model({}, {})), worth(model({}, {}), "L4")) == ("H100", 1.0)
-    assert worth(model({}, gpus=("L4",)), "L4") == 1.0
+    assert (unit_of(only_slow), replica_worth(only_slow, "L4"), replica_worth(only_slow, "H100")) == ("L4", 1.0, 1.0)
+    assert (unit_of(model({}, {})), replica_worth(model({}, {}), "L4")) == ("H100", 1.0)
+    assert replica_worth(model({}, gpus=("L4",)), "L4") == 1.0
 
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """As many in all as they are worth or a part of one more, never more ready than are ready; with one type nothing is
-    different."""
+    """A mix counts as its worth, rounded up. No more count as ready than those that are ready are worth. A model with
+    one type is unchanged."""
     seen = model(ready)
     coming = [
         dataclasses.replace(one, state="starting", replica_id="s" + one.replica_id) for one in replicas_of(**starting)
     ]
     seen = dataclasses.replace(seen, replicas=[*seen.replicas, *coming])
     alike = as_one_type(seen)
-    there = worth_of(seen, ready) + worth_of(seen, starting)
-    assert len(alike.replicas) == whole(there)
+    there = total_worth(seen, ready) + total_worth(seen, starting)
+    assert len(alike.replicas) == round_up(there)
     serve = sum(one.state == "ready" for one in alike.replicas)
-    assert serve <= whole(worth_of(seen, ready))
+    assert serve <= round_up(total_worth(seen, ready))
     assert bool(serve) == any(ready.values())
     alone = dataclasses.replace(seen, settings=dataclasses.replace(seen.settings, gpus=("H100",)))
     assert as_one_type(alone) is alone
@@ -85,8 +92,7 @@ def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: d
 def test_no_type_has_more_than_its_budget_or_its_places(
     have: dict[str, int], room: dict[str, int], budget: dict[str, int], wanted: int, by_hand: bool
 ) -> None:
-    """Of each type GPUs within the budget, and of every type but the first no more than there are places; and no less
-    than is wanted while a type has both."""
+    """No type exceeds its GPU budget, none but the first its capacity; no fewer than wanted while a type has both."""
     seen = model(have, room=room, manual=wanted) if by_hand else model(have, room=room, min_replicas=wanted)
     decision = decided(seen, **budget)
     got = {gpu: decision.replicas.get(gpu, 0) for gpu in TYPES}
@@ -105,7 +111,7 @@ def test_no_type_has_more_than_its_budget_or_its_places(
 
 @given(COUNTS, st.integers(1, 10))
 def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
-    """A replica on a later type stays while it is wanted, whatever room there is on an earlier one."""
+    """A wanted replica on a later type stays, whatever the capacity of an earlier one."""
     total = sum(have.values())
     kept = decided(model(have, room={"H100": 6, "L4": 6}, manual=total))
     assert {gpu: kept.replicas.get(gpu, 0) for gpu in TYPES} == have
@@ -114,7 +120,7 @@ def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
 
 
 def test_lesser_replicas_come_in_greater_numbers() -> None:
-    """What two of the first type do takes eight of the other where the first is full, and no more than may be."""
+    """Eight replicas of the weaker type replace two of the first where that is full, up to the maximum."""
     settled = dataclasses.replace(model({"H100": 1}, room={"H100": 1, "L4": 9}), demand={})
     busy = ClassDemand(arrived_requests=100, arrived_prompt_tokens=200_000, expected_output_tokens=60_000)
     memory, at = Memory(), 0.0
@@ -126,7 +132,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
     load = decision.numbers["load"]
     assert load == pytest.approx(200_000 / 4000 / 60 + 60_000 / 1000 / 60, rel=0.05)
     assert decision.replicas["H100"] == 1
-    assert covers(worth_of(settled, decision.replicas), whole(load))
+    assert covers(total_worth(settled, decision.replicas), round_up(load))
     assert decision.replicas["L4"] >= 4 * (load - 1) - 1e-6
     assert decision.numbers["given[L4]"] == decision.replicas["L4"]
     few = dataclasses.replace(seen, settings=dataclasses.replace(seen.settings, max_replicas=3))
@@ -135,7 +141,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """In replicas of the unit, where they are of several types."""
+    """The decision reports the shortage, in replicas of the unit if there are several types."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"

@@ -1,4 +1,4 @@
-"""Keys, certificates, handles and salts: who is let in, and that nobody learns anything from being kept out."""
+"""Keys, certificates, handles and salts: who is authenticated, and that a refusal reveals nothing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SECRETS = (b"1" * 32, b"2" * 32)
 
 
 def key_of(number: int) -> str:
-    """A key that is the same at every run."""
+    """A deterministic key."""
     return identity.make_key(f"k{number}", hashlib.sha256(str(number).encode()).digest())
 
 
 def entry(token: str, tenant: str = "acme", pepper: bytes = PEPPER, **changes: object) -> KeyEntry:
-    """What is stored of a key."""
+    """The stored entry of a key."""
     digest = identity.digest_of(identity.sha256_of(token), pepper)
     return KeyEntry(identity.key_id_of(token) or "other", tenant, digest, **changes)  # type: ignore[arg-type]
 
@@ -42,19 +42,19 @@ def world(*keys: KeyEntry) -> AccessSnapshot:
 
 
 def reason(snapshot: AccessSnapshot, token: str) -> str:
-    """The word for the audit."""
+    """The audit reason for this token."""
     return identity.authenticate(snapshot, token, (PEPPER, OLD_PEPPER), NOW).reason
 
 
 def test_a_key_names_its_tenant() -> None:
-    """A stored key lets in as its tenant, with its id and role."""
+    """A stored key authenticates as its tenant, with its id and role."""
     snapshot = world(entry(key_of(1), role="viewer"))
     principal = identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).require()
     assert (principal.tenant.name, principal.role, principal.subject, principal.by) == ("acme", "viewer", "k1", "key")
 
 
 def test_every_way_of_being_refused() -> None:
-    """Unknown, expired, revoked, suspended, another pepper and a tenant that is gone: each has its word."""
+    """Unknown, expired, revoked and suspended keys, another pepper and a missing tenant each have an audit reason."""
     snapshot = world(
         entry(key_of(1), expires_at_s=NOW),
         entry(key_of(2), revoked=True),
@@ -68,7 +68,7 @@ def test_every_way_of_being_refused() -> None:
 
 
 def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
-    """The error of a bad key is the same to the letter, whatever is wrong with it."""
+    """Every bad key gets exactly the same error, whatever is wrong with it."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW), entry(key_of(2), revoked=True), entry(key_of(3)))
     errors = []
     for token in (key_of(1), key_of(2), key_of(9), key_of(3)[:-1], "", "x" * 2_000_000):
@@ -79,28 +79,28 @@ def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
 
 
 def test_a_suspended_tenant_is_told_so() -> None:
-    """Who shows a good key of a suspended tenant is told that it is suspended."""
+    """A valid key of a suspended tenant gets an error that names the suspension."""
     with pytest.raises(CallError) as caught:
         identity.authenticate(world(entry(key_of(1), tenant="gone")), key_of(1), (PEPPER,), NOW).require()
     assert caught.value.outcome is Outcome.TENANT_SUSPENDED
 
 
 def test_a_pepper_is_replaced_without_downtime() -> None:
-    """Keys stored under the second pepper still verify, and a pepper that left the list does not."""
+    """Keys stored under the second pepper still verify; those of a removed pepper do not."""
     snapshot = world(entry(key_of(1), pepper=OLD_PEPPER))
     assert identity.authenticate(snapshot, key_of(1), (PEPPER, OLD_PEPPER), NOW).reason == "ok"
     assert identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).reason == "unknown"
 
 
 def test_a_hash_of_another_system_comes_over() -> None:
-    """A key of which only the SHA-256 was known works, whatever it looks like."""
+    """A key imported by its SHA-256 alone works, whatever its format."""
     foreign = "sk-1234abcd"
     digest = identity.digest_of(hashlib.sha256(foreign.encode()).digest(), PEPPER)
     assert reason(world(KeyEntry("i1", "acme", digest)), foreign) == "ok"
 
 
 def test_keys_hold_256_bits_and_their_id() -> None:
-    """All bits of the secret are in the key; two secrets never give one key; the id reads back."""
+    """A key holds all bits of its secret and its id; different secrets give different keys."""
     low, high = identity.make_key("abc", b"\0" * 32), identity.make_key("abc", b"\xff" * 32)
     assert low != high
     assert len(low) == len(high) == len("hr_abc_") + 43
@@ -112,24 +112,24 @@ def test_keys_hold_256_bits_and_their_id() -> None:
 
 @pytest.mark.parametrize("bad", [b"", b"x" * 31, b"x" * 33])
 def test_a_short_secret_is_refused(bad: bytes) -> None:
-    """A key is never made from less than 256 bits."""
+    """No key is made from fewer than 256 bits."""
     with pytest.raises(ValueError, match="32 bytes"):
         identity.make_key("abc", bad)
 
 
 @given(st.text(max_size=2000))
 def test_any_text_is_refused_without_an_exception(token: str) -> None:
-    """Whatever comes as a token has a verdict."""
+    """Any text as a token gets a verdict."""
     assert identity.authenticate(world(), token, (PEPPER,), NOW).principal is None
 
 
 def test_a_lone_surrogate_is_refused() -> None:
-    """Text that cannot be UTF-8 is an unknown key like any other."""
+    """Text that is not valid UTF-8 is an unknown key."""
     assert reason(world(), "hr_\ud800") == "unknown"
 
 
 def test_clock_steps_back_make_a_key_valid_no_longer_than_its_expiry_says() -> None:
-    """Only `now` against the expiry counts: a step of the clock moves the verdict with it and keeps no state."""
+    """Only `now` is compared with the expiry: a clock step changes the verdict and leaves no state behind."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW))
     verdicts = [
         identity.authenticate(snapshot, key_of(1), (PEPPER,), t).reason for t in (NOW - 1, NOW + 1, NOW - 1, NOW)
@@ -144,7 +144,7 @@ def _elapsed_ns(work: Callable[[], object]) -> int:
 
 
 def _gap(samples: dict[str, list[int]]) -> float:
-    """The largest difference of two kinds' trimmed medians, as a share of the smallest one."""
+    """Largest difference between trimmed medians of two kinds, relative to the smallest one."""
     medians = [statistics.median(sorted(times)[: len(times) * 3 // 4]) for times in samples.values()]
     return (max(medians) - min(medians)) / min(medians)
 
@@ -180,7 +180,7 @@ def test_refusals_take_the_same_time() -> None:
 
 
 def test_the_timing_test_would_see_an_early_return() -> None:
-    """A code path that skips the hash for unknown keys is seen by the same measure."""
+    """The timing measure detects a code path that skips the hash for unknown keys."""
     samples: dict[str, list[int]] = {"hashed": [], "skipped": []}
     snapshot = world()
     for _ in range(2500):
@@ -190,7 +190,7 @@ def test_the_timing_test_would_see_an_early_return() -> None:
 
 
 def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
-    """Length is looked at before content: a token of 64 MB is refused faster than an ordinary one is looked up."""
+    """Length is checked first: refusing a token of 64 MB is faster than looking up an ordinary key."""
     snapshot, huge = world(), "x" * 64_000_000
     long = min(_elapsed_ns(lambda: identity.authenticate(snapshot, huge, (PEPPER,), NOW)) for _ in range(50))
     short = min(_elapsed_ns(lambda: identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW)) for _ in range(50))
@@ -199,13 +199,14 @@ def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
 
 
 def test_a_snapshot_survives_json() -> None:
-    """Written and read back it is equal, endless keys included."""
+    """A snapshot is equal after a round trip through JSON, including keys without expiry."""
     snapshot = world(entry(key_of(1), name="ci", role="operator"), entry(key_of(2), expires_at_s=5.5, revoked=True))
     assert AccessSnapshot.from_json(json.loads(json.dumps(snapshot.as_json()))) == snapshot
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
-    """A file's tenant replaces the stored one of its name, keeps its aliases, and leaves the others."""
+    """A tenant from a file replaces the stored one of the same name, keeps its aliases, and leaves the others
+    unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.declaring([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})
@@ -214,7 +215,7 @@ def test_declared_tenants_stand_over_stored_ones() -> None:
 
 
 def test_claims_name_tenants_that_exist() -> None:
-    """A signed claim for an unknown or suspended tenant lets nobody in; an unknown role is a caller's."""
+    """A signed claim for an unknown or suspended tenant is refused; an unknown role counts as caller."""
     assert identity.identify(world(), "nope", "jwt", "s").outcome is Outcome.UNAUTHENTICATED_KEY
     assert identity.identify(world(), "gone", "jwt", "s").outcome is Outcome.TENANT_SUSPENDED
     assert identity.identify(world(), "acme", "jwt", "s", "root").require().role == "caller"
@@ -222,7 +223,7 @@ def test_claims_name_tenants_that_exist() -> None:
 
 
 def test_certificates_map_by_their_alternative_names() -> None:
-    """URIs to the letter, DNS names without case, no wildcards, and two owners are none."""
+    """URIs match exactly, DNS names without case, wildcards never; two different owners give none."""
     rules = [
         CertificateRule("spiffe://example.com/ns/billing", "billing"),
         CertificateRule("api.acme.example", "acme"),
@@ -252,7 +253,8 @@ KINDS = st.sampled_from(["URI:", "DNS:", "email:", "IP Address:", "dns:", "uri:"
 
 @given(KINDS, st.sampled_from(["", "DNS:", "URI:", "dns:"]), st.sampled_from(["api.acme.example", "spiffe://x/alpha"]))
 def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> None:
-    """Else a holder who may choose URIs becomes the tenant of a DNS name, or the other way round."""
+    """A URI never matches a DNS rule or the reverse, so that a holder who can choose URIs cannot become a DNS name's
+    tenant."""
     rules = [CertificateRule("api.acme.example", "acme"), CertificateRule("spiffe://x/alpha", "alpha")]
     owner = identity.owner_of_certificate([kind + more + name], rules)
     own = "URI:" if "://" in name else "DNS:"
@@ -260,7 +262,8 @@ def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> N
 
 
 def test_what_each_role_may_do() -> None:
-    """Operators rule the cluster, viewers see it, administrators keep their own tenant's keys, callers do nothing."""
+    """Operators manage the cluster, viewers read it, tenant administrators manage their tenant's keys, callers do
+    neither."""
 
     def allowed(role: str) -> set[tuple[str, str]]:
         principal = identity.identify(world(), "acme", "jwt", "s", role).require()
@@ -274,7 +277,8 @@ def test_what_each_role_may_do() -> None:
 
 
 def test_salts_part_tenants_and_join_groups() -> None:
-    """A tenant is alone, a group is shared, and neither a group of its name nor a client's salt reaches a tenant."""
+    """Each tenant and each group has its own salt; neither a group of the same name nor a client's salt gives a
+    tenant's."""
     a, b = TenantPolicy("a"), TenantPolicy("b")
     grouped = [TenantPolicy(n, cache_group="g") for n in ("c", "d")]
     salts = [identity.cache_salt(SECRETS, p) for p in (a, b, *grouped, TenantPolicy("e", cache_group="a"))]
@@ -287,7 +291,7 @@ def test_salts_part_tenants_and_join_groups() -> None:
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d: str) -> None:
-    """Whatever two tenants send as salts, their caches stay apart; parts cannot run into each other."""
+    """Two tenants' caches stay separate whatever salts they send; parts of a derivation cannot run into each other."""
     one, two = TenantPolicy("acme"), TenantPolicy("acme2")
     assert identity.cache_salt(SECRETS, one, a) != identity.cache_salt(SECRETS, two, b)
     if (a, b) != (c, d):
@@ -295,7 +299,7 @@ def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d:
 
 
 def test_handles_say_nothing_and_tell_tenants_apart() -> None:
-    """A handle does not hold the name, is the same everywhere under one secret, and changes with the secret."""
+    """A handle does not contain the name, is equal everywhere under one secret, and changes with the secret."""
     one, two = (identity.tenant_handle(SECRETS, name) for name in ("acme", "acme2"))
     assert one != two
     assert "acme" not in one
@@ -303,13 +307,13 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 
 
 def test_image_identifiers_carry_the_salt() -> None:
-    """One image has two identifiers under two tenants' salts."""
+    """One image has different identifiers under two tenants' salts."""
     a, b = (identity.cache_salt(SECRETS, TenantPolicy(n)) for n in "ab")
     assert identity.salted_identifier(a, "img") != identity.salted_identifier(b, "img")
 
 
 def test_the_first_secret_signs_and_all_verify() -> None:
-    """A tag of either secret verifies; of a third, of other parts or of another purpose it does not."""
+    """A tag of either secret verifies; one of a third secret, with other parts or for another purpose does not."""
     tag = identity.derive(SECRETS[1], "resume", "call-1")
     assert identity.verify_any(SECRETS, "resume", tag, "call-1")
     assert not identity.verify_any(SECRETS[:1], "resume", tag, "call-1")

@@ -1,4 +1,4 @@
-"""Which patterns a guard takes: those that say how long they can get, and cannot be made slow."""
+"""Guard patterns: only those with a known maximum length are accepted, and searches take linear time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _counted(pair: tuple[str, str]) -> str:
 
 
 EXPRESSIONS = st.recursive(st.tuples(ATOMS, COUNTS).map(_counted), _grown, max_leaves=8)
-"""Expressions that mean the same to Python (with re.ASCII, and texts without a newline) and to RE2."""
+"""Expressions with the same meaning in Python (with re.ASCII, and texts without newlines) and in RE2."""
 
 
 @st.composite
 def accepted(draw: st.DrawFn) -> str:
-    """An expression that may be a pattern."""
+    """A valid pattern."""
     source = draw(EXPRESSIONS)
     try:
         longest_match(source)
@@ -45,10 +45,10 @@ TEXTS = st.text("ab1é x", max_size=40)
 
 @given(st.dictionaries(st.sampled_from("pqr"), accepted(), min_size=1), TEXTS)
 def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None:
-    """A search would find something else than the expressions say, or a match longer than was promised."""
+    """Matches equal those of Python's engine, and none is longer than `longest` says."""
     patterns = Patterns(sources)
     together = "|".join(f"(?P<{name}>{source})" for name, source in sorted(sources.items()))
-    wanted = [(*found.span(), found.lastgroup) for found in re.finditer(together, text, re.ASCII)]
+    wanted = [(*match.span(), match.lastgroup) for match in re.finditer(together, text, re.ASCII)]
     found = [(start, end, patterns.name_at(text, start)) for start, end in patterns.find(text)]
     assert found == wanted
     assert all(0 < end - start <= patterns.longest for start, end, _ in found)
@@ -69,12 +69,12 @@ def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None
     ],
 )
 def test_the_longest_match_is_known(source: str, longest: int) -> None:
-    """Spellings that Python has not would be measured wrongly, and then a stream delivers part of a match."""
+    """The longest match is right even for spellings that Python lacks; else a stream would deliver part of a match."""
     assert longest_match(source) == longest
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("a+", "without bound"),
         ("(?s).*x", "without bound"),
@@ -92,9 +92,9 @@ def test_the_longest_match_is_known(source: str, longest: int) -> None:
         (r"\C", "cannot be known"),
     ],
 )
-def test_what_cannot_be_a_pattern(source: str, told: str) -> None:
-    """It would hold a stream back for ever, or be made slow by a caller; the message says what to write instead."""
-    with pytest.raises(PatternError, match=re.escape(told)):
+def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
+    """Patterns that could hold a stream back without bound, or be slow, are refused with a remedy."""
+    with pytest.raises(PatternError, match=re.escape(message)):
         longest_match(source)
 
 
@@ -111,14 +111,14 @@ def test_what_cannot_be_a_pattern(source: str, told: str) -> None:
     ],
 )
 def test_the_wrong_one_is_named(sources: dict[str, str], name: str) -> None:
-    """An operator with a hundred patterns would have to guess which is meant."""
+    """The error names the invalid pattern among several."""
     with pytest.raises(PatternError) as caught:
         Patterns(sources)
     assert caught.value.name == name
 
 
 def test_a_text_made_to_be_slow_is_not() -> None:
-    """What takes a backtracking matcher ages holds up everybody's tokens; a second is a hundred times what it takes."""
+    """A text that takes a backtracking matcher very long is searched in a second (a hundred times what it takes)."""
     patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
     began = time.perf_counter()
     assert list(patterns.find("a" * 100_000)) == []

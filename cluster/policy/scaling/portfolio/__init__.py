@@ -1,8 +1,8 @@
-"""How many replicas each model is to have: pure, from what is seen, what is remembered, and the time.
+"""Scaling policy: how many replicas each model should have. Pure: it sees observations, its memory, and the time.
 
     decisions, memory = decide(observation, memory, now_s)
 
-An empty `Memory()` will do: a controller that comes back decides from what it sees.
+An empty `Memory()` is valid: a restarted controller decides from what it observes.
 """
 
 from cluster.policy.scaling.portfolio.memory import Memory, ModelMemory

@@ -1,10 +1,9 @@
-"""How busy a model is, seen at several speeds, and how far it strays: what forecasts are made of.
+"""Load of a model at several time scales, and its typical deviation: the inputs of forecasts.
 
-A level is a guess of the load a cold start ahead, in replicas: means over several times, means with their trend
-carried on, and a mixture of means whose weights are learnt by least squares from what the load became (recursive, with
-a ridge, so that it begins as the mean over one cold start). A signal is a level that rises at once and falls at a pace
-of its own, so that a burst which comes again finds room. Which signal fits a model is not decided here: backtest.py
-finds out.
+A level estimates the load one cold start ahead, in replicas. Levels are means over several time spans, means with their
+trend extrapolated, and a mixture of means. The mixture's weights are learnt by recursive least squares from the load
+that followed, with a ridge, so that it starts as the mean over one cold start. A signal is a level that rises at once
+and falls at its own rate, so that a recurring burst finds capacity. backtest.py finds out which signal fits a model.
 """
 
 from __future__ import annotations
@@ -19,36 +18,36 @@ Floats = NDArray[np.float64]
 SPANS = np.array([0.1, 0.33, 1.0, 2.0, 5.0, 20.0])
 """Time constants of the means, in cold starts."""
 TRENDS = ((2, 3, 1.0), (2, 3, 2.0))
-"""(faster, slower, how far): the difference of two means is carried on."""
+"""(faster, slower, distance): the difference of two means is extrapolated by this distance."""
 FALLS = np.array([0.0, 4.0, 16.0, 64.0])
-"""Time constants with which a signal falls, in cold starts; 0: at once."""
+"""Time constants of a signal's fall, in cold starts; 0: at once."""
 LEVELS = len(SPANS) + len(TRENDS) + 1
 SIGNALS = LEVELS * len(FALLS)
 RIDGE = 30.0
-"""Observations' worth of trust in the mean over one cold start."""
+"""Weight of the prior (the mean over one cold start), in observations."""
 FORGET = 200.0
-"""Cold starts after which the mixture's past counts for 1/e."""
+"""Cold starts after which the weight of the mixture's past has fallen to 1/e."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemandLevels:
-    """Arrays are never written after they were made. `seen_s`: how much time they cover."""
+    """State of one model's forecasts. Arrays are never changed in place. `seen_s`: time that they cover."""
 
     seen_s: float
     means: Floats
-    """By SPANS."""
+    """Mean loads, one for each of SPANS."""
     signals: Floats
-    """By level and fall, flat."""
+    """Flat array, by level and then by fall."""
     stray: Floats
-    """By signal: mean absolute distance of the load from what was guessed a cold start before."""
+    """Mean absolute distance of the load from the forecast of one cold start before, by signal."""
     weights: Floats
-    """Of the mixture, by SPANS and a constant."""
+    """Weights of the mixture, one for each of SPANS."""
     spread: Floats
-    """The mixture's inverse of X'X."""
+    """Inverse of X'X of the mixture's regression."""
 
 
-def nothing() -> DemandLevels:
-    """Before the first observation."""
+def empty() -> DemandLevels:
+    """Levels before the first observation."""
     count = len(SPANS)
     return DemandLevels(
         0.0,
@@ -60,14 +59,14 @@ def nothing() -> DemandLevels:
     )
 
 
-def follow(
+def update(
     before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
 ) -> DemandLevels:
-    """With one more stretch of `passed_s` seconds in which the load was this.
+    """The levels with one more stretch of `passed_s` seconds at this load.
 
-    `past`: means and signals of a cold start ago; None while there are none so old.
+    `past`: means and signals of one cold start ago; None while there are none that old.
     """
-    # A mean over less time than its span is that over what there is.
+    # While less time than a mean's span has passed, the mean covers the time there is.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)
     share = -np.expm1(-passed_s / spans) if before.seen_s else np.ones(len(SPANS))
     means = before.means + (load - before.means) * share
@@ -95,7 +94,7 @@ def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> t
     gain = gain / (keep + x @ gain)
     weights = before.weights + gain * (became - x @ before.weights)
     spread = (before.spread - np.outer(gain, x @ before.spread)) / keep
-    # What is not excited must not grow without bound.
+    # The variance in directions without data must not grow without bound.
     spread = (spread + spread.T) / 2
     top = float(np.trace(spread))
     if top > len(x) / RIDGE * 4:

@@ -1,12 +1,14 @@
-"""GPUs shared between models: first what is fixed and the least of each, then to who gains most calls in time by GPU.
+"""Distribution of GPUs over models: fixed numbers and minimums first, then by gain in timely calls per GPU.
 
-Problem: wishes may exceed the GPUs. What a number of replicas wins (marginal_gain.py) rises slowly at first, for a
-model with less than its load serves nobody in time, then steeply, then hardly any more. Greedy by the next replica
-would stop at the foot of the slope, so steps are taken along the upper concave hull: as many replicas at once as gain
-most for each GPU. On the hull gains fall from one step to the next, so greedy is the best choice up to the last step (a
-sum of concave functions under one knapsack constraint). A class counts `CLASS` times the one below. A replica that
-would have to be started wins nothing till it serves, and work that waits has to be done before calls are in time again;
-a replica that is there has an edge besides, so that two models of like gain do not take GPUs from each other in turns.
+Problem: the replica targets may exceed the GPUs. The calls that a number of replicas serves in time (marginal_gain.py)
+rise slowly at first, because a model with less than its load serves none in time, then steeply, then hardly at all. A
+greedy choice by single replicas would stop at the foot of the slope. So steps are taken along the upper concave hull:
+as many replicas at once as gain most for each GPU. On the hull, gains fall from step to step, so greedy is optimal up
+to the last step (a sum of concave functions under one knapsack constraint).
+
+A class counts `CLASS` times the one below. A replica that must be started gains nothing until it serves, and queued
+work must be done before calls are in time again. A running replica gets a bonus (`EDGE`), so that two models of similar
+gain do not take GPUs from each other in turns.
 """
 
 from __future__ import annotations
@@ -19,28 +21,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.policy.scaling.portfolio.forecast import Floats
-from cluster.policy.scaling.portfolio.gpu_equivalence import covers, unit_of, whole, worth, worth_of
+from cluster.policy.scaling.portfolio.gpu_equivalence import covers, replica_worth, round_up, total_worth, unit_of
 from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 from cluster.policy.scaling.portfolio.types import ModelSeen, Rates, ReplicaDecision
 
 CLASS = 100.0
 DEEPEST = 6
-"""Classes further down count alike."""
+"""Classes below this depth count alike."""
 EDGE = 1.3
 HORIZON = 5.0
 """Cold starts for which a choice is made."""
 CLEARED = 30.0
-"""Cold starts in which what waits may be done at half the gain."""
+"""Cold starts in which the queue may be worked off at half the gain."""
 KNOWN = 1.0
-"""Cold starts of demand that count as much as the guess from the mean load."""
+"""Weight of the guess from the mean load, in cold starts of observed demand."""
 LEAST_GAIN = 1e-30
-"""Below what any class counts, so that a wish without load still has an order."""
+"""A gain below that of any class, so that targets without load still have an order."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuClaim:
-    """What one model asks for. `fixed`: what it gets whatever it wishes; `frozen`: also beyond the budget. `wanted` and
-    `load` are in replicas of one type (gpu_equivalence.py), all else in replicas as they are."""
+    """Claim of one model.
+
+    `fixed`: replicas that it gets whatever its target; if `frozen`, also beyond the budget. `wanted` and `load` are in
+    replicas of one type (gpu_equivalence.py), everything else is in real replicas.
+    """
 
     model: str
     seen: ModelSeen
@@ -49,7 +54,7 @@ class GpuClaim:
     floor: int
     load: float
     waiting_s: float
-    """Replica-seconds of what waits."""
+    """Queued work in replica-seconds."""
     by_rank: Mapping[int, float]
     calls_per_s: float
     gains: MarginalGains
@@ -60,28 +65,28 @@ class GpuClaim:
 
 
 class _GpuPool:
-    """What is left of each GPU type."""
+    """Remaining GPUs of each type; types without a budget are unlimited."""
 
     def __init__(self, budget: Mapping[str, int]) -> None:
-        self.left = dict(budget)
+        self.free = dict(budget)
 
-    def take(self, gpu: str, gpus: int) -> bool:
-        if gpu not in self.left:
+    def acquire(self, gpu: str, gpus: int) -> bool:
+        if gpu not in self.free:
             return True
-        if self.left[gpu] < gpus:
+        if self.free[gpu] < gpus:
             return False
-        self.left[gpu] -= gpus
+        self.free[gpu] -= gpus
         return True
 
-    def give(self, gpu: str, gpus: int) -> None:
-        if gpu in self.left:
-            self.left[gpu] += gpus
+    def release(self, gpu: str, gpus: int) -> None:
+        if gpu in self.free:
+            self.free[gpu] += gpus
 
 
 def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
-    """A decision for every claim, in their order; never more of a GPU type than there is, but for what is frozen."""
-    purse = _GpuPool(budget)
-    # Classes count by their order, not by their numbers: classes that nobody has ranked are alike, not worthless.
+    """Decide every claim, in order. The budget of a GPU type is never exceeded, except by frozen claims."""
+    pool = _GpuPool(budget)
+    # Classes count by their order, not by their rank numbers, so that unranked classes are equal and not worthless.
     order = {rank: depth for depth, rank in enumerate(sorted({rank for claim in claims for rank in claim.by_rank}))}
     claims = [replace(claim, by_rank={order[r]: load for r, load in claim.by_rank.items()}) for claim in claims]
     given: dict[str, dict[str, int]] = {}
@@ -89,62 +94,62 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
         if claim.frozen and isinstance(claim.fixed, Mapping):
             given[claim.model] = dict(claim.fixed)
             for gpu, count in claim.fixed.items():
-                if gpu in purse.left:
-                    purse.left[gpu] = max(purse.left[gpu] - count * _gpus(claim, gpu), 0)
+                if gpu in pool.free:
+                    pool.free[gpu] = max(pool.free[gpu] - count * _gpus(claim, gpu), 0)
     for claim in claims:
         if isinstance(claim.fixed, int):
             given[claim.model] = {}
             for _ in range(claim.fixed):
-                _take(purse, claim, given[claim.model])
+                _add_replica(pool, claim, given[claim.model])
         elif claim.fixed is not None and not claim.frozen:
             given[claim.model] = {}
             for gpu, count in claim.fixed.items():
-                got = sum(purse.take(gpu, _gpus(claim, gpu)) for _ in range(count))
+                got = sum(pool.acquire(gpu, _gpus(claim, gpu)) for _ in range(count))
                 given[claim.model][gpu] = got
     free = [claim for claim in claims if claim.fixed is None]
     for claim in free:
         given[claim.model] = {}
-    for claim in sorted(free, key=lambda c: -float(_won(c, np.ones(1))[0])):
+    for claim in sorted(free, key=lambda c: -float(_weighted_gain(c, np.ones(1))[0])):
         for _ in range(claim.floor):
-            _take(purse, claim, given[claim.model])
+            _add_replica(pool, claim, given[claim.model])
     values = [_values(claim) for claim in free]
     heap: list[tuple[float, int, int, int]] = []
     for at, claim in enumerate(free):
-        _push(heap, at, claim, given[claim.model], values[at], claim.wanted)
+        _push_step(heap, at, claim, given[claim.model], values[at], claim.wanted)
     while heap:
         _, at, number, most = heapq.heappop(heap)
         claim = free[at]
         mine = dict(given[claim.model])
-        took = True
-        while took and not _enough(claim, mine) and not covers(worth_of(claim.seen, mine), number):
-            took = _take(purse, claim, mine)
-        fits = whole(worth_of(claim.seen, mine))
-        if took or fits >= number:
+        added = True
+        while added and not _is_satisfied(claim, mine) and not covers(total_worth(claim.seen, mine), number):
+            added = _add_replica(pool, claim, mine)
+        fits = round_up(total_worth(claim.seen, mine))
+        if added or fits >= number:
             given[claim.model] = mine
-            _push(heap, at, claim, mine, values[at], most if took else 0)
+            _push_step(heap, at, claim, mine, values[at], most if added else 0)
             continue
-        # A step that does not fit as a whole: what fits may win little, and others come first.
+        # The step does not fit as a whole. The part that fits may gain little, so other claims come first.
         for gpu, count in mine.items():
-            purse.give(gpu, (count - given[claim.model].get(gpu, 0)) * _gpus(claim, gpu))
-        _push(heap, at, claim, given[claim.model], values[at], fits)
+            pool.release(gpu, (count - given[claim.model].get(gpu, 0)) * _gpus(claim, gpu))
+        _push_step(heap, at, claim, given[claim.model], values[at], fits)
     return tuple(_decision(claim, given[claim.model]) for claim in claims)
 
 
-def _enough(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether they are worth what is wanted, or as many as there may be."""
+def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
+    """Whether the replicas are worth the wanted number, or the maximum number is reached."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True
-    return covers(worth_of(claim.seen, mine), claim.wanted)
+    return covers(total_worth(claim.seen, mine), claim.wanted)
 
 
-def _take(purse: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
-    """One more replica: of a type that the model has already, else of the first that has room, else of the first."""
+def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
+    """Add one replica on a type that the model already has, else on the first type with room, or else the first."""
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
     free = [gpu for gpu in (*kept, *types) if gpu not in room or mine.get(gpu, 0) < room[gpu]]
     for gpu in (*free, types[0]):
-        if purse.take(gpu, _gpus(claim, gpu)):
+        if pool.acquire(gpu, _gpus(claim, gpu)):
             mine[gpu] = mine.get(gpu, 0) + 1
             return True
     return False
@@ -154,7 +159,7 @@ def _gpus(claim: GpuClaim, gpu: str) -> int:
     return claim.seen.rates.get(gpu, Rates()).gpus
 
 
-def _push(
+def _push_step(
     heap: list[tuple[float, int, int, int]],
     at: int,
     claim: GpuClaim,
@@ -162,10 +167,10 @@ def _push(
     values: Floats,
     most: int,
 ) -> None:
-    """The next step of a claim, to `most` at the furthest: to where it gains most for each GPU."""
-    here = worth_of(claim.seen, mine)
+    """Push the claim's next step, up to `most`: the step with the highest gain per GPU."""
+    here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
-    if _enough(claim, mine) or most < first:
+    if _is_satisfied(claim, mine) or most < first:
         return
     numbers = np.arange(first, most + 1)
     each = (values[first : most + 1] - np.interp(here, np.arange(len(values)), values)) / (numbers - here)
@@ -175,17 +180,17 @@ def _push(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """By 0, 1, 2, ... replicas: calls in time a second over the horizon, with the edge of what is there."""
-    have = worth_of(claim.seen, claim.have)
+    """Timely calls per second over the horizon by 0, 1, 2, ... replicas, with the bonus for running replicas."""
+    have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
-    there = _won(claim, kept)
-    values: Floats = EDGE * there + (_won(claim, numbers) - there) * (HORIZON - 1.0) / HORIZON
+    there = _weighted_gain(claim, kept)
+    values: Floats = EDGE * there + (_weighted_gain(claim, numbers) - there) * (HORIZON - 1.0) / HORIZON
     return values
 
 
-def _won(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Calls in time a second by so many replicas, by class."""
+def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
+    """Timely calls per second by number of replicas, weighted by class."""
     total = sum(claim.by_rank.values())
     out, before, share = LEAST_GAIN * numbers, np.zeros(len(numbers)), 0.0
     for rank in sorted(claim.by_rank):
@@ -197,7 +202,7 @@ def _won(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Of all classes as one, once what waits is done."""
+    """Timely calls per second of all classes together, once the queue is worked off."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))
@@ -208,8 +213,8 @@ def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
 
 def _decision(claim: GpuClaim, got: Mapping[str, int]) -> ReplicaDecision:
     counts = {gpu: count for gpu, count in got.items() if count or claim.have.get(gpu)}
-    total, why = worth_of(claim.seen, got), claim.why
-    asked, less = claim.wanted, not _enough(claim, got)
+    total, why = total_worth(claim.seen, got), claim.why
+    asked, less = claim.wanted, not _is_satisfied(claim, got)
     if claim.fixed is not None:
         asked = claim.fixed if isinstance(claim.fixed, int) else sum(claim.fixed.values())
         total = float(sum(got.values()))
@@ -220,9 +225,9 @@ def _decision(claim: GpuClaim, got: Mapping[str, int]) -> ReplicaDecision:
         **claim.numbers,
         "wanted": float(asked),
         "given": total,
-        "gain": float(_won(claim, np.array([max(total, 1.0)]))[0]),
+        "gain": float(_weighted_gain(claim, np.array([max(total, 1.0)]))[0]),
     }
     if len(claim.seen.settings.gpus) > 1:
         numbers |= {f"given[{gpu}]": float(count) for gpu, count in counts.items()}
-        numbers |= {f"worth[{gpu}]": worth(claim.seen, gpu) for gpu in claim.seen.settings.gpus}
+        numbers |= {f"worth[{gpu}]": replica_worth(claim.seen, gpu) for gpu in claim.seen.settings.gpus}
     return ReplicaDecision(claim.model, counts, why, numbers)

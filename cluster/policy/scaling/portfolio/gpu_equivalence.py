@@ -1,9 +1,10 @@
-"""Replicas on several types of GPU counted as so many of one type.
+"""Conversion of replicas on several types of GPU to replicas of one type.
 
-Problem: what a model needs is one number, and a replica does not do the same on every type. Everything is therefore
-counted in replicas of one type, the unit: the first choice whose rates are learnt. A replica of another type is worth
-the lesser of what it prefills and what it decodes against the unit's, so that a mix is never counted for more than it
-can do, whatever the calls are like; one whose rates are not learnt is taken to be like the unit.
+Problem: a model's need is one number, but replicas on different types have different throughput. So everything is
+counted in replicas of one type, the unit: the most preferred type whose rates are learnt. A replica of another type is
+worth the lesser of its prefill and decode rates relative to the unit's, so that a mix is never overestimated, whatever
+the calls are like. A type whose rates are not learnt counts as the unit.
+
 Invariant: with one type every number is that of the replicas.
 """
 
@@ -19,58 +20,60 @@ _LITTLE = 1e-6
 
 
 def unit_of(seen: ModelSeen) -> str:
-    """The type in whose replicas the model's are counted; the first where no rates are learnt."""
+    """The type in whose replicas the model's are counted; the first one if no rates are learnt."""
     return next((gpu for gpu in seen.settings.gpus if _learnt(seen.rates.get(gpu, Rates()))), seen.settings.gpus[0])
 
 
-def worth(seen: ModelSeen, gpu: str) -> float:
-    """What a replica of this type is worth."""
+def replica_worth(seen: ModelSeen, gpu: str) -> float:
+    """Worth of a replica of this type, in replicas of the unit."""
     if len(seen.settings.gpus) == 1:
         return 1.0
-    one, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
-    if not (one.prefill_tokens_per_s and one.decode_tokens_per_s):
+    rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
+    if not (rates.prefill_tokens_per_s and rates.decode_tokens_per_s):
         return 1.0
     if not (unit.prefill_tokens_per_s and unit.decode_tokens_per_s):
         return 1.0
-    prefill = one.prefill_tokens_per_s / unit.prefill_tokens_per_s
-    return min(prefill, one.decode_tokens_per_s / unit.decode_tokens_per_s)
+    prefill = rates.prefill_tokens_per_s / unit.prefill_tokens_per_s
+    return min(prefill, rates.decode_tokens_per_s / unit.decode_tokens_per_s)
 
 
-def worth_of(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Of so many by type."""
-    return math.fsum(count * worth(seen, gpu) for gpu, count in counts.items())
+def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
+    """Worth of replicas by type, in replicas of the unit."""
+    return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
-def whole(replicas: float) -> int:
-    """The replicas of the unit that are at least as many."""
+def round_up(replicas: float) -> int:
+    """Replicas of the unit, rounded up."""
     return math.ceil(replicas - _LITTLE)
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether they are worth as many as are wanted."""
+    """Whether replicas are worth at least the wanted number."""
     return replicas >= wanted - _LITTLE
 
 
 def as_one_type(seen: ModelSeen) -> ModelSeen:
-    """The same model as if all of its replicas were of the unit: as many as they are worth, and as many of them ready
-    as those that are ready are worth at least."""
+    """The model as if all of its replicas were of the unit type.
+
+    There are as many as they are worth (rounded up); as many are ready as the ready ones are worth (rounded down).
+    """
     if len(seen.settings.gpus) == 1:
         return seen
     unit = unit_of(seen)
-    there = [one for one in seen.replicas if one.state != "draining"]
-    ready = [one for one in there if one.state == "ready"]
-    have = whole(sum(worth(seen, one.gpu) for one in there))
-    serve = math.floor(sum(worth(seen, one.gpu) for one in ready) + _LITTLE)
+    there = [replica for replica in seen.replicas if replica.state != "draining"]
+    ready = [replica for replica in there if replica.state == "ready"]
+    have = round_up(sum(replica_worth(seen, replica.gpu) for replica in there))
+    serve = math.floor(sum(replica_worth(seen, replica.gpu) for replica in ready) + _LITTLE)
     if ready:
         serve = max(serve, 1)
     if len(ready) == len(there):
         serve = have
-    since_s = min((one.since_s for one in there), default=0.0)
+    since_s = min((replica.since_s for replica in there), default=0.0)
     counted = [ReplicaSeen(f"{unit}-{n}", "ready" if n < serve else "starting", since_s, unit) for n in range(have)]
     return replace(
         seen,
         settings=replace(seen.settings, gpus=(unit,)),
-        replicas=[*counted, *(one for one in seen.replicas if one.state == "draining")],
+        replicas=[*counted, *(replica for replica in seen.replicas if replica.state == "draining")],
     )
 
 

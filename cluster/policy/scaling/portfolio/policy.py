@@ -1,4 +1,4 @@
-"""The scaling policy: what every model wishes for, within its bounds, cut to the GPUs there are."""
+"""Scaling policy: the target of every model, within its bounds, limited to the available GPUs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.policy.scaling.portfolio.gpu_budget import GpuClaim, share
-from cluster.policy.scaling.portfolio.gpu_equivalence import as_one_type, whole, worth_of
+from cluster.policy.scaling.portfolio.gpu_equivalence import as_one_type, round_up, total_worth
 from cluster.policy.scaling.portfolio.memory import Memory, ModelMemory
-from cluster.policy.scaling.portfolio.replica_target import ReplicaTarget, ReplicaWork, learn, remembered, wish, work_of
+from cluster.policy.scaling.portfolio.replica_target import (
+    ReplicaTarget,
+    ReplicaWork,
+    after_decision,
+    learn,
+    target,
+    work_of,
+)
 from cluster.policy.scaling.portfolio.types import ModelSeen, Observation, ReplicaDecision
 
 
 def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tuple[ReplicaDecision, ...], Memory]:
-    """One decision for every model, and what to hand in with the next observation."""
+    """Decide for every model. Returns the decisions, and the memory to pass in with the next observation."""
     passed_s = max(now_s - memory.at_s, 0.0) if memory.at_s is not None else observation.covers_s
     claims, kept = [], {}
     for name, seen in observation.models.items():
@@ -23,9 +30,9 @@ def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tupl
     decisions = share(claims, observation.gpu_budget)
     for decision in decisions:
         seen = observation.models[decision.model]
-        decided = whole(worth_of(seen, decision.replicas))
+        decided = round_up(total_worth(seen, decision.replicas))
         wanted = decision.numbers["wanted"]
-        kept[decision.model] = remembered(kept[decision.model], as_one_type(seen), decided, wanted, now_s)
+        kept[decision.model] = after_decision(kept[decision.model], as_one_type(seen), decided, wanted, now_s)
     return decisions, Memory(now_s, kept)
 
 
@@ -43,25 +50,25 @@ def _claim(
     alike = as_one_type(seen)
     work = work_of(alike, observation.ranks)
     if work is None:
-        one, work = _unlearnt(alike, called), ReplicaWork(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
+        goal, work = _unlearnt(alike, called), ReplicaWork(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
     else:
         after = learn(after, alike, work, passed_s, now_s)
-        one, after = wish(after, alike, work, now_s)
-    wanted, why, idle_s = one.replicas, one.why, now_s - after.last_call_s
-    numbers = dict(one.numbers, idle_s=idle_s)
+        goal, after = target(after, alike, work, now_s)
+    wanted, why, idle_s = goal.replicas, goal.why, now_s - after.last_call_s
+    numbers = dict(goal.numbers, idle_s=idle_s)
     floor = settings.min_replicas
     if floor == 0 and not (settings.idle_s > 0 and idle_s >= settings.idle_s):
         if have or called:
-            floor = 1  # a model that is there stays while it is not idle for long enough
+            floor = 1  # a running model stays until it has been idle for long enough
     elif floor == 0 and not called:
         wanted, why = 0, "idle"
     if wanted < floor:
-        wanted, why = floor, "the least that is configured" if settings.min_replicas else "not idle for long enough"
+        wanted, why = floor, "min_replicas of the entry" if settings.min_replicas else "not idle for idle_s yet"
     if wanted > settings.max_replicas:
-        wanted, why = settings.max_replicas, "the most that is configured"
-    there = max(whole(worth_of(seen, have)), settings.min_replicas)
+        wanted, why = settings.max_replicas, "max_replicas of the entry"
+    there = max(round_up(total_worth(seen, have)), settings.min_replicas)
     if after.cut_s is not None and now_s - after.cut_s <= settings.cold_start_s and there < wanted:
-        wanted, why = there, "others got its replicas within a cold start, and do not serve with them yet"
+        wanted, why = there, "its replicas went to other models within a cold start, and do not serve there yet"
     fixed: int | Mapping[str, int] | None = None
     if settings.manual is not None:
         fixed, why = settings.manual, "manual"
@@ -73,7 +80,7 @@ def _claim(
         have,
         wanted,
         min(settings.min_replicas, wanted),
-        one.load,
+        goal.load,
         work.waiting_s,
         after.ranks,
         after.calls_per_s,
@@ -86,11 +93,11 @@ def _claim(
 
 
 def _unlearnt(seen: ModelSeen, called: bool) -> ReplicaTarget:
-    """No rates: one replica where there is a call, one more where calls wait too long or are late."""
+    """Target without learnt rates: one replica if there is a call, one more if calls wait too long or are late."""
     have = sum(r.state != "draining" for r in seen.replicas)
     starting = any(r.state == "starting" for r in seen.replicas)
     waits = max((d.oldest_wait_s for d in seen.demand.values()), default=0.0)
     late = sum(d.outside_slo for d in seen.demand.values())
     if have and not starting and (waits > seen.settings.slo.ttft_s / 2 or late):
-        return ReplicaTarget(have + 1, "rates are not learnt, and calls wait", 0.0, {})
+        return ReplicaTarget(have + 1, "rates are not learnt yet, and calls wait or are late", 0.0, {})
     return ReplicaTarget(max(have, int(called)), "rates are not learnt yet", 0.0, {})

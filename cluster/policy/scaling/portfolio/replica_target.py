@@ -1,9 +1,9 @@
-"""How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
+"""Replica target of one model from its observed demand. The GPU budget is not considered here.
 
-Up: what the followed rule (backtest.py) wants, at once. Down: only what has not been wished for during the model's
-patience: about half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski
-rental).
-After a scale-down nothing is started for a cold start unless calls wait too long or far more is wished for.
+Scale-up: to what the followed rule (backtest.py) asks for, at once. Scale-down: only replicas that were not wanted
+during the model's patience. That is about half a cold start, because keeping a replica for a whole one costs as much as
+starting it again (ski rental). After a scale-down nothing is started for one cold start, unless calls wait too long or
+the target is far higher.
 """
 
 from __future__ import annotations
@@ -15,59 +15,60 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.policy.scaling.portfolio import backtest, forecast, marginal_gain
-from cluster.policy.scaling.portfolio.backtest import FOLLOWING, MARGINS, Came
+from cluster.policy.scaling.portfolio.backtest import FOLLOWING, MARGINS, Arrivals
 from cluster.policy.scaling.portfolio.memory import Fidelity, ModelMemory, Past, Stretch
 from cluster.policy.scaling.portfolio.types import ModelSeen, Rates
 
 STRETCHES = 24
-"""A cold start is learnt in so many pieces or fewer."""
+"""Maximum number of learning steps per cold start."""
 TRUSTED = 5.0
 """Cold starts of demand before the rules alone decide."""
 BLIND = 2.0
-"""Cold starts of demand before anything leaves: till then nothing is known of what comes."""
+"""Cold starts of demand before any replica is removed: before that there is no forecast."""
 FIRST_MARGIN = 1.4
 WINDOW = 60.0
-"""Cold starts over which the slo's budget of late calls is one: an hour, where a start takes a minute."""
+"""Cold starts over which the SLO's budget of late calls applies: one hour if a cold start takes a minute."""
 LEAST_MARGIN = 0.2
-"""Over the mean of a cold start, below which no rule goes while nothing is known; it falls with the root of the time
-seen, by WINDOW. As much as public traces move within a cold start, most of the time."""
+"""Minimum margin over the mean load of one cold start while little is known. It falls with the square root of the
+observed time in units of WINDOW. It is about as much as public traces usually move within a cold start."""
 SHARE_OF_BUDGET = 0.75
-"""Of the calls that may be late, those that rules may spend, less what came late that no rule foresaw; and what such
-calls are brought to by the correction."""
+"""Part of the budget of late calls that the rules may spend, less late calls that no rule foresaw. The correction
+brings such unforeseen late calls to the same part of the budget."""
 PACE = 0.12
-"""The correction's exponent grows by this in a cold start of which all calls are late that the shadow served in time,
-and falls by as much of it in each as the budget is of all calls: so long as it is within its bounds such calls come to
-the budget, whatever the demand does. A correction by the mean of two hours swung between 1 and 2, for it rose till long
-after it was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
+"""Growth of the correction's exponent in a cold start in which all calls are late that the backtest served in time. It
+falls by the same amount times the budgeted share of late calls. So while the correction is within its bounds, such
+calls converge to the budget, whatever the demand does. A correction by the mean of two hours swung between 1 and 2,
+because it kept rising long after it was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under
+Distribution Shift (2021)."""
 HEAVIEST = 4.0
-"""A stretch weighs what its calls are against the mean, at most this."""
+"""Maximum weight of a stretch; the weight is its number of calls relative to the mean."""
 LEAST, MOST = 1.0, 2.0
-"""Of the correction."""
+"""Bounds of the correction."""
 DOUBT = 0.07
-"""Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
-rules owes some of its luck to the past that it was chosen by."""
+"""Rules are tried on more load than came: by this fraction over the square root of the observed cold starts. The
+cheapest of many rules owes some of its result to the particular past that selected it."""
 PATIENCE = 0.45
-"""Cold starts for which a replica is kept that is not wished for; signals fall at a pace of their own besides."""
+"""Cold starts for which an unwanted replica is kept. Signals fall at their own rate in addition."""
 HOLD = 0.25
-"""Within a cold start of a scale-down no more is started for a wish of up to this above what was there: margins are for
-that, and a start would not serve before the swing is over."""
+"""Within one cold start of a scale-down, a target of up to this fraction above the previous number starts no replica.
+Margins cover such a swing, and a new replica would not serve before it is over."""
 OVERLOAD = 2.0
-"""Cold starts over which it is counted whether the shadow saw an overload: calls are judged a while after they came."""
+"""Cold starts over which backtested overload is averaged, because calls are judged some time after they arrive."""
 EXPLAINED = 0.1
-"""Of the calls: where the shadow tells so many late, it foresaw all that were."""
+"""Share of late calls in the backtest above which all late calls count as foreseen."""
 STREAMS = 1 / 3
-"""Cold starts over which the decoding of running streams is counted: about as long as a stream lasts."""
+"""Cold starts over which the decoding of running streams is averaged: about the duration of a stream."""
 BEHIND = 0.05
-"""Of the decoding that comes while a stream lasts at the slo's pace: so much may pile up before streams are slower than
-that. With 0.2 the shadow told next to none of the 0.7 % of ServeGen's streams that were slow."""
+"""Fraction of the decoding that comes during one stream at the SLO's pace: so much may accumulate before streams are
+slower than that. With 0.2 the backtest predicted almost none of the 0.7 % of ServeGen's streams that were slow."""
 UNKNOWN_RANK = 1 << 10
 SPREAD = 3.0
-"""Standard deviations of the number of calls that come in a cold start, for which there is to be room."""
+"""Capacity covers this many standard deviations of the number of calls that come in a cold start."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTarget:
-    """`replicas` of the first GPU type. `load` is what is expected, `now` what arrives, both in replicas."""
+    """Target in replicas of the first GPU type. `load` is the expected load in replicas."""
 
     replicas: int
     why: str
@@ -77,7 +78,7 @@ class ReplicaTarget:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """What came in one observation, in replica-seconds of the first GPU type. None: no rates are known."""
+    """Work that came in one observation, in replica-seconds of the first GPU type."""
 
     load_s: float
     prompt_s: float
@@ -89,11 +90,11 @@ class ReplicaWork:
     within: int
     outside: int
     tokens: int = 0
-    """Of output, expected."""
+    """Expected output tokens."""
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
-    """None where the rates of the first GPU type are not learnt yet."""
+    """Work in one observation; None if the rates of the first GPU type are not learnt yet."""
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
     if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:
@@ -119,7 +120,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
 
 
 def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
-    """With what came since the last observation."""
+    """The memory with the demand since the last observation."""
     before = memory.stretch
     stretch = Stretch(
         before.passed_s + passed_s,
@@ -151,120 +152,129 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: flo
     return _learn_stretch(replace(memory, stretch=Stretch()), seen, stretch, cold_s, now_s)
 
 
-def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: float, now_s: float) -> ModelMemory:
+def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_s: float, now_s: float) -> ModelMemory:
     slo = seen.settings.slo
-    load = one.load_s / one.passed_s
-    own_s = one.prompt_s / one.calls if one.calls else 0.0
-    came = Came(
+    load = stretch.load_s / stretch.passed_s
+    own_s = stretch.prompt_s / stretch.calls if stretch.calls else 0.0
+    arrivals = Arrivals(
         load,
-        one.calls,
+        stretch.calls,
         max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4),
         memory.output * memory.tokens * slo.itl_s * BEHIND,
     )
     kept = [p for p in memory.past if p.at_s >= now_s - max(PATIENCE, 1.0) * cold_s - 1e-6]
     past = [p for p in kept if p.at_s >= now_s - cold_s - 1e-6]
-    aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * one.passed_s
-    following = forecast.follow(
-        memory.levels, load, one.passed_s, cold_s, (past[0].means, past[0].signals) if aged else None
+    aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * stretch.passed_s
+    levels = forecast.update(
+        memory.levels, load, stretch.passed_s, cold_s, (past[0].means, past[0].signals) if aged else None
     )
     patient = [p.signals for p in kept if p.at_s >= now_s - PATIENCE * cold_s - 1e-6]
-    plans = np.maximum.reduce([following.signals, *patient])
+    plans = np.maximum.reduce([levels.signals, *patient])
     least = np.minimum.reduce([plans, *(p.plans for p in past)])
-    kept.append(Past(now_s, following.means, following.signals, plans))
-    wanted = backtest.whole(backtest.held(plans, following.stray), 1.0)
-    ready = backtest.whole(backtest.held(least, following.stray), 1.0)
-    played = memory.shadow
-    # Before that every rule would be blamed for a beginning that none foresaw.
+    kept.append(Past(now_s, levels.means, levels.signals, plans))
+    wanted = backtest.round_up(backtest.wanted_by_rule(plans, levels.stray), 1.0)
+    ready = backtest.round_up(backtest.wanted_by_rule(least, levels.stray), 1.0)
+    replayed = memory.backtest
+    # Earlier, every rule would be penalised for the start of demand, which no rule could foresee.
     if memory.levels.seen_s >= BLIND * cold_s:
-        blocks = max(memory.shadow.time_s / cold_s, 1.0)
+        blocks = max(memory.backtest.time_s / cold_s, 1.0)
         doubt = 1.0 + DOUBT / math.sqrt(blocks)
-        played = backtest.played(memory.shadow, wanted, ready, came, doubt, one.passed_s, cold_s)
-    fidelity = _check(memory.fidelity, seen, one, came, cold_s)
+        replayed = backtest.replay(memory.backtest, wanted, ready, arrivals, doubt, stretch.passed_s, cold_s)
+    fidelity = _update_fidelity(memory.fidelity, seen, stretch, arrivals, cold_s)
     budget = 1.0 - slo.target
-    unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
+    unforeseen = max(fidelity.late - fidelity.predicted_late, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    # The budget of the window is there while what really became of calls has not spent it.
-    ahead = max(WINDOW * cold_s / max(played.time_s, 1e-9), 1.0)
+    # The rest of the window's budget is available unless real late calls have already spent it.
+    ahead = max(WINDOW * cold_s / max(replayed.time_s, 1e-9), 1.0)
     spent = fidelity.late / max(fidelity.calls, 1.0) / (budget * ahead)
     ahead = 1.0 + (ahead - 1.0) * max(1.0 - spent, 0.0)
-    rules = backtest.best(played, share, ahead) if played.time_s else ()
-    won = marginal_gain.played(memory.gains, came, one.passed_s, cold_s)
-    return replace(memory, levels=following, shadow=played, gains=won, past=tuple(kept), rules=rules, fidelity=fidelity)
+    rules = backtest.cheapest_rules(replayed, share, ahead) if replayed.time_s else ()
+    won = marginal_gain.replay(memory.gains, arrivals, stretch.passed_s, cold_s)
+    return replace(
+        memory, levels=levels, backtest=replayed, gains=won, past=tuple(kept), rules=rules, fidelity=fidelity
+    )
 
 
-def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: float) -> Fidelity:
-    """Play the real replicas in the shadow, and compare with what really became of calls."""
+def _update_fidelity(
+    before: Fidelity, seen: ModelSeen, stretch: Stretch, arrivals: Arrivals, cold_s: float
+) -> Fidelity:
+    """Compare the results of real calls with a backtest of the real replicas."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
-    waiting, share = backtest.line(ready, np.array([before.waiting]), came, 1.0, one.passed_s, cold_s)
-    told = float(share[0]) * one.calls
-    lately = before.lately
-    if one.calls:
-        lately += (float(share[0]) - lately) * -math.expm1(-one.passed_s / (OVERLOAD * cold_s))
-    # How many are late in an overload is the queue's matter; it says nothing against rules that hold more.
-    told_now = max(told, one.outside * min(lately / EXPLAINED, 1.0))
-    fade = math.exp(-one.passed_s / (backtest.MEMORY * cold_s))
-    late, judged = before.late * fade + one.outside, before.calls * fade + one.within + one.outside
-    told = before.told * fade + told_now
-    time_s = before.time_s * fade + one.passed_s
-    now = one.within + one.outside
+    waiting, share = backtest.queue_after(ready, np.array([before.waiting]), arrivals, 1.0, stretch.passed_s, cold_s)
+    predicted = float(share[0]) * stretch.calls
+    recent_late = before.recent_late_share
+    if stretch.calls:
+        recent_late += (float(share[0]) - recent_late) * -math.expm1(-stretch.passed_s / (OVERLOAD * cold_s))
+    # In an overload the number of late calls depends on the queue; it does not show that rules should hold more.
+    predicted_now = max(predicted, stretch.outside * min(recent_late / EXPLAINED, 1.0))
+    fade = math.exp(-stretch.passed_s / (backtest.MEMORY * cold_s))
+    late, judged = before.late * fade + stretch.outside, before.calls * fade + stretch.within + stretch.outside
+    predicted = before.predicted_late * fade + predicted_now
+    time_s = before.time_s * fade + stretch.passed_s
+    now = stretch.within + stretch.outside
     correction = before.correction
     if now:
-        weight = min(now * time_s / (judged * one.passed_s), HEAVIEST)
-        excess = max(one.outside - told_now, 0.0) / now - SHARE_OF_BUDGET * (1.0 - seen.settings.slo.target)
-        correction = min(max(correction * math.exp(PACE * one.passed_s / cold_s * weight * excess), LEAST), MOST)
-    return Fidelity(float(waiting[0]), told, lately, late, judged, time_s, correction)
+        weight = min(now * time_s / (judged * stretch.passed_s), HEAVIEST)
+        excess = max(stretch.outside - predicted_now, 0.0) / now - SHARE_OF_BUDGET * (1.0 - seen.settings.slo.target)
+        correction = min(max(correction * math.exp(PACE * stretch.passed_s / cold_s * weight * excess), LEAST), MOST)
+    return Fidelity(float(waiting[0]), predicted, recent_late, late, judged, time_s, correction)
 
 
-def wish(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
-    """How many replicas, with patience."""
+def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
+    """The model's replica target, with patience for scaling down."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
-    following, rule = memory.levels, memory.rules[0] if memory.rules else None
-    rules_say = 0
+    levels, rule = memory.levels, memory.rules[0] if memory.rules else None
+    by_rules = 0
     if rule is not None:
-        held = backtest.held(following.signals, following.stray)[list(memory.rules)]
-        rules_say = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
-    level = float(following.means[2])
-    raw, why = rules_say, "the cheapest rule that would have kept the slo"
-    least = math.ceil(level * (1.0 + LEAST_MARGIN / math.sqrt(1.0 + following.seen_s / (WINDOW * cold_s))) - 1e-6)
+        held = backtest.wanted_by_rule(levels.signals, levels.stray)[list(memory.rules)]
+        by_rules = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
+    level = float(levels.means[2])
+    raw, why = by_rules, "the cheapest rule that would have met the SLO"
+    least = math.ceil(level * (1.0 + LEAST_MARGIN / math.sqrt(1.0 + levels.seen_s / (WINDOW * cold_s))) - 1e-6)
     if raw < least:
-        raw, why = least, "a margin over the load, as long as little is known"
-    if following.seen_s < TRUSTED * cold_s:
-        raw = math.ceil(FIRST_MARGIN * max(level, float(following.means[1])) - 1e-6)
-        why = "little is known yet: a margin over the load"
+        raw, why = least, "minimum margin over the load: little demand was observed yet"
+    if levels.seen_s < TRUSTED * cold_s:
+        raw = math.ceil(FIRST_MARGIN * max(level, float(levels.means[1])) - 1e-6)
+        why = "margin over the load: too little demand was observed yet"
     ready = sum(r.state == "ready" for r in seen.replicas)
     over_s = work.waiting_s - ready * settings.slo.ttft_s
     if over_s > 0:
-        rescue = math.ceil(float(following.means[1]) + over_s / cold_s - 1e-6)
+        rescue = math.ceil(float(levels.means[1]) + over_s / cold_s - 1e-6)
         if rescue > raw:
-            raw, why = rescue, "calls wait for longer than the slo allows"
-    crowd = _crowd(memory, seen, work, cold_s)
-    if crowd > raw:
-        raw, why = crowd, "as many run and wait, and as many more may come while a replica starts"
+            raw, why = rescue, "calls wait longer than the SLO allows"
+    for_calls = _replicas_for_calls(memory, seen, work, cold_s)
+    if for_calls > raw:
+        raw, why = for_calls, "room for running and queued calls, and for those that may come during a cold start"
     if (work.queued or work.calls) and raw < 1:
-        raw, why = 1, "a call is there"
-    wishes = (*((at, n) for at, n in memory.wishes if at > now_s - PATIENCE * cold_s - 1e-6), (now_s, raw))
+        raw, why = 1, "there is a call to serve"
+    recent_targets = (
+        *((at, n) for at, n in memory.recent_targets if at > now_s - PATIENCE * cold_s - 1e-6),
+        (now_s, raw),
+    )
     target = raw
     if raw < have:
-        kept = max(n for _, n in wishes)
-        if following.seen_s < BLIND * cold_s:
-            target, why = have, "nothing leaves while little is known"
+        kept = max(n for _, n in recent_targets)
+        if levels.seen_s < BLIND * cold_s:
+            target, why = have, "no scale-down yet: too little demand was observed"
         elif kept >= have:
-            target, why = have, "wished for lately: to keep it costs less than to start it again"
+            target, why = have, "wanted recently: keeping a replica costs less than starting it again"
         else:
-            target, why = kept, "not wished for during the patience"
+            target, why = kept, "not wanted during the last patience_s"
     elif raw > have and over_s <= 0 and memory.down is not None:
         at_s, before = memory.down
         if now_s - at_s <= cold_s and raw <= before * (1.0 + HOLD) and have:
-            target, why = have, "something left within a cold start, and little more is wished for than was there"
+            target, why = have, "scaled down within a cold start, and little more is wanted than before that"
     numbers = {
         "load": level,
-        "load_now": float(following.means[0]),
-        "expected_load": level if rule is None or rule >= FOLLOWING else float(following.signals[rule // MARGINS]),
+        "load_now": float(levels.means[0]),
+        "expected_load": level if rule is None or rule >= FOLLOWING else float(levels.signals[rule // MARGINS]),
         "margin": raw / level if level > 0 else 0.0,
         "waiting_s": work.waiting_s,
         "rule": float(rule if rule is not None else -1),
-        "rule_late_share": float(memory.shadow.late[rule] / max(memory.shadow.calls, 1.0)) if rule is not None else 0.0,
+        "rule_late_share": float(memory.backtest.late[rule] / max(memory.backtest.calls, 1.0))
+        if rule is not None
+        else 0.0,
         "late_share": memory.fidelity.late / max(memory.fidelity.calls, 1.0),
         "correction": memory.fidelity.correction,
         "patience_s": PATIENCE * cold_s,
@@ -272,23 +282,25 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) 
         "have": float(have),
         "cold_start_s": cold_s,
     }
-    return ReplicaTarget(target, why, level, numbers), replace(memory, wishes=wishes)
+    return ReplicaTarget(target, why, level, numbers), replace(memory, recent_targets=recent_targets)
 
 
-def _crowd(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, cold_s: float) -> int:
-    """Replicas in which all have a place that run and wait now, and as many more as chance may bring before another
-    replica would serve. Where streams last longer than a start, what runs tells more of the next minute than what
-    comes: few long calls are no rate."""
+def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, cold_s: float) -> int:
+    """Replicas that hold all running and queued calls, and those that may arrive before another replica serves.
+
+    If streams last longer than a cold start, running calls predict the next minute better than arrivals: a few long
+    calls are no reliable rate.
+    """
     places = seen.rates.get(seen.settings.gpus[0], Rates()).sequences
-    # What runs on a replica that leaves ends there, or comes back into the line.
+    # Calls on a draining replica end there or return to the queue.
     there = sum(r.running for r in seen.replicas if r.state != "draining") + work.queued
     if not places or not there:
         return 0
     return math.ceil((there + SPREAD * math.sqrt(memory.calls_per_s * cold_s)) / places - 1e-6)
 
 
-def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """After the decision. `wanted`: what was asked of the budget."""
+def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
+    """The memory after the decision. `wanted`: the replicas claimed from the budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:
         return memory

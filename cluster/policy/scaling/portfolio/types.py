@@ -1,7 +1,8 @@
-"""What the scaling policy is told and what it says.
+"""Input and output types of the scaling policy.
 
-All times are seconds of one clock, that of `now_s` in `decide`; durations end in _s too. Counts "since the last
-observation" cover exactly the time between two calls of `decide`; a first observation covers `Observation.covers_s`.
+All times are seconds of one clock, that of `now_s` in `decide`; names of durations end in _s too. Counts "since the
+last observation" cover exactly the time between two calls of `decide`; a first observation covers
+`Observation.covers_s`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ ReplicaState = Literal["starting", "ready", "draining"]
 
 @dataclass(frozen=True, slots=True)
 class ClassDemand:
-    """What one priority class asks of one model: arrivals since the last observation, and what waits now.
+    """Demand of one priority class for one model: arrivals since the last observation, and what waits now.
 
-    `expected_output_tokens` is of those that arrived (what the tenants' past says, else their max_tokens).
-    `held_requests` are those of the queued that wait because no replica is ready. Prompt tokens are net of the
-    prefix that the caches are expected to have.
+    `expected_output_tokens` is for the calls that arrived (learnt from the tenant's past, else max_tokens).
+    `held_requests` are those of the queued that wait because no replica is ready. Prompt tokens exclude the prefix that
+    is expected to be cached.
     """
 
     arrived_requests: int = 0
@@ -27,46 +28,46 @@ class ClassDemand:
     expected_output_tokens: int = 0
     queued_requests: int = 0
     queued_tokens: int = 0
-    """Prompt tokens of the queued."""
+    """Prompt tokens of the queued calls."""
     oldest_wait_s: float = 0.0
     nearest_deadline_s: float | None = None
-    """From now; None where no queued call has a deadline."""
+    """Seconds from now; None if no queued call has a deadline."""
     within_slo: int = 0
-    """Calls judged since the last observation: first token and pace as the model's `slo` asks."""
+    """Calls judged since the last observation whose first token and pace met the model's `slo`."""
     outside_slo: int = 0
     held_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSeen:
-    """One replica that holds GPUs now. Whoever is only wanted, and not yet there, is not listed."""
+    """One replica that holds GPUs now. Replicas that are only wanted are not listed."""
 
     replica_id: str
     state: ReplicaState
     since_s: float
-    """When it entered its state."""
+    """Time when it entered its state."""
     gpu: str = ""
     running: int = 0
     kv_use: float = 0.0
-    """In [0, 1]."""
+    """Used share of the KV cache, in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one replica on one GPU type can do, as learnt from its steps; both rates are of it doing only that.
+    """Rates of one replica on one GPU type, learnt from its steps. Each rate is for a replica that does only that.
 
     A replica that prefills p and decodes d tokens a second is busy for p / prefill + d / decode of its time. `decode`
-    is reached with as many sequences as keep the pace of the slo. None: not learnt yet.
+    is reached with as many sequences as keep the SLO's pace. None: not learnt yet.
     """
 
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     kv_tokens: int | None = None
-    """How many tokens its cache holds."""
+    """Capacity of its KV cache in tokens."""
     sequences: float | None = None
-    """How many it can run at once within the pace of the slo."""
+    """Sequences that it can run at once within the SLO's pace."""
     gpus: int = 1
-    """That one replica takes."""
+    """GPUs of one replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,11 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """A model's part of the configuration, and what is learnt of it as a whole.
+    """A model's part of the configuration, and learnt values of the whole model.
 
-    `idle_s` > 0 with `min_replicas` 0: to zero after so long without a call. `gpus` lists the GPU types in order of
-    preference. `manual` overrides the policy (within the GPU budget) until it is taken back; a bare number goes over
-    the types as any does. `frozen`: nothing changes.
+    `idle_s` > 0 with `min_replicas` 0: scale to zero after so long without a call. `gpus` lists the GPU types in order
+    of preference. `manual` overrides the policy (within the GPU budget) until it is withdrawn; a plain number is spread
+    over the types like any other. `frozen`: nothing changes.
     """
 
     min_replicas: int = 1
@@ -93,17 +94,17 @@ class ModelSettings:
     slo: Slo = field(default_factory=Slo)
     gpus: tuple[str, ...] = ("",)
     cold_start_s: float = 60.0
-    """From the decision to a ready replica, as learnt; the configuration's where nothing is learnt yet."""
+    """Seconds from the decision to a ready replica: the learnt value, or the configured one until there is one."""
     manual: int | Mapping[str, int] | None = None
     frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
-    """All there is to know of one model at one moment. Keys of `rates` are GPU types, of `demand` class names.
+    """Observation of one model. Keys of `rates` are GPU types, those of `demand` class names.
 
-    `room` by GPU type: how many of its replicas there are places for, those that are there among them; a type that is
-    not in it has places enough. What finds no place on any type waits for the first.
+    `room`: capacity for the model's replicas by GPU type, including the existing ones; a type that is not listed has
+    enough. Replicas without capacity on any type wait for the first one.
     """
 
     settings: ModelSettings
@@ -115,9 +116,9 @@ class ModelSeen:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """All models. `ranks`: of classes, 0 is served first; an unknown class ranks last. `frozen` freezes everything.
+    """Observation of all models. `ranks`: ranks of the classes, 0 is served first; an unknown class ranks last.
 
-    `gpu_budget` by GPU type; a type that is not in it is not limited.
+    `gpu_budget` is by GPU type; a type that is not listed is unlimited. `frozen` freezes every model.
     """
 
     models: Mapping[str, ModelSeen]
@@ -125,15 +126,15 @@ class Observation:
     ranks: Mapping[str, int] = field(default_factory=dict)
     frozen: bool = False
     covers_s: float = 0.0
-    """How long the arrivals were counted where there is no memory; 0: not known, then only what waits counts."""
+    """Time covered by the arrivals if there is no memory; 0: unknown, then only waiting calls count."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDecision:
-    """How many replicas a model is to have, by GPU type: starting and ready ones, not those that drain.
+    """Replicas that a model should have, by GPU type: starting and ready ones, without draining ones.
 
-    There is one for every model in every round, also where nothing changes. `numbers` are what `cluster explain
-    scaling` shows; their names are stable.
+    There is one for every model in every round, even if nothing changes. `numbers` are shown by `cluster explain
+    scaling`; their names are stable.
     """
 
     model: str
@@ -143,5 +144,5 @@ class ReplicaDecision:
 
     @property
     def total(self) -> int:
-        """Over all GPU types."""
+        """Replicas over all GPU types."""
         return sum(self.replicas.values())
