@@ -54,7 +54,7 @@ models:
         ("models: [{name: other, source: /m}]", "no entry 'm'"),
         ("models: {", "not YAML"),
         ("a: &a {name: m, source: /m}\nmodels: [*a]", "edit it by hand"),
-        ("models: [{name: m, source: /m, revision: [1]}]", "no plain value"),
+        ("models: [{name: m, source: /m, revision: [1]}]", "must be a plain value"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(text: str, told: str) -> None:

@@ -102,11 +102,11 @@ def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
         (
             "gateway",
             {"gateway": {"listen": {"grpc": "127.0.0.1:1"}}},
-            "gateway.listen.grpc: 127.0.0.1:1 is reached by nobody",
+            "gateway.listen.grpc: 127.0.0.1:1 is not reachable from outside",
         ),
         ("gateway", {"gateway": {"listen": {"link": "0.0.0.0:0"}}}, "gateway.listen.link: 0.0.0.0:0: a pod's ports"),
         ("gateway", {"gateway": {"processes": 2}}, "gateway.processes: a container holds one process"),
-        ("gateway", {"store": {"database_url": ""}}, "store.database_url: a pod's own SQLite"),
+        ("gateway", {"store": {"database_url": ""}}, "store.database_url: not set"),
         ("gateway", {"auth": {"cluster_secret_file": "/nowhere"}}, "auth.cluster_secret_file: /nowhere cannot be read"),
         ("gateway", {"gateway": {"tls": {"key_file": "/nowhere"}}}, "gateway.tls.key_file: /nowhere cannot be read"),
         ("controller", {"link": {"gateways": []}}, "link.gateways: empty"),
@@ -196,11 +196,11 @@ def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
 async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
     """And not afterwards; without an address nobody listens."""
     address = f"127.0.0.1:{free_port()}"
-    async with pod.probed(address):
+    async with pod.probe_server(address):
         assert await asyncio.to_thread(health, address) == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError):
         await asyncio.to_thread(health, address)
-    async with pod.probed(""):
+    async with pod.probe_server(""):
         pass
 
 
@@ -218,7 +218,9 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", api.url.rsplit(":", 1)[1])
         stop = asyncio.Event()
-        running = asyncio.create_task(pod.control(config, tmp_path / "c", "headrace-controller", stop, tmp_path))
+        running = asyncio.create_task(
+            pod.run_pod_controller(config, tmp_path / "c", "headrace-controller", stop, tmp_path)
+        )
         async with asyncio.timeout(30):
             while not any(call[0] == "POST" for call in api.seen):
                 await asyncio.sleep(0.02)
@@ -236,7 +238,7 @@ async def test_a_lease_is_not_to_be_had_outside_a_pod(tmp_path: Path) -> None:
     """And the controller says so instead of acting without it."""
     config: Config = parse(configured(laid(tmp_path)))
     with pytest.raises(ValueError, match="needs a pod"):
-        await pod.control(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
+        await pod.run_pod_controller(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
 
 
 def test_an_account_of_a_pod_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ async def test_a_stubborn_part_is_killed(tmp_path: Path) -> None:
         await asyncio.to_thread(ready.read_text)
     await part.stop(0.05)
     assert await part.wait() == -signal.SIGKILL
-    assert part.last_words() == "    up"
+    assert part.log_tail() == "    up"
 
 
 async def test_stop_of_what_never_ran_is_nothing(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_taken_port_names_key_and_owner() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(PortTaken) as caught:
             decide(config(admin=address))
-    assert f"gateway.listen.admin: {address} cannot be had" in str(caught.value)
+    assert f"gateway.listen.admin: {address} is not available" in str(caught.value)
     assert f"process {os.getpid()} " in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
     """The address named is that process's, not the one in the file."""
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
-        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} cannot be had"):
+        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):
             decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
 
 
