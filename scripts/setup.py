@@ -193,11 +193,11 @@ def install_packages(python: Path, line: Line) -> str:
         line.show(f"{what} {max(collected, installed)}/{expected} packages", 0.05 + 0.9 * part)
 
     remedy = f"{NETWORK} 8 GB of free disk space are needed."
-    found = found_by_pip(python)
-    torch = torch_for_pip(found, TORCH.read_text())
+    wheels = found_by_pip(python)
+    torch = torch_for_pip(wheels, TORCH.read_text())
     if torch is not None:
         if torch != TORCH.read_text():
-            line.note(f"torch from this machine's disk: {', '.join(wheel.url for wheel in found)}")
+            line.note(f"torch from this machine's disk: {', '.join(wheel.url for wheel in wheels)}")
         LOCAL_TORCH.write_text(torch)
         files = ["-r", str(PINS), "-r", str(LOCAL_TORCH)]
         run([str(python), "-m", "pip", "install", "--no-deps", "--require-hashes", *files], remedy, watch)

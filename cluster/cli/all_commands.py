@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Host open models on your own GPUs: a gRPC gateway over vLLM engines that Ray Serve places.",
-    epilog="Exit codes: 0 ok, 1 failed, 2 bad usage or config, 3 unreachable.",
+    epilog="Exit codes: 0 ok, 1 failed, 2 bad usage or configuration, 3 unreachable.",
 )
 app.command()(up.up)
 app.command()(up.down)

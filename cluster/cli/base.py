@@ -48,7 +48,7 @@ def read_leniently(file: Path, lenient: Callable[[Path], Lenient]) -> Lenient:
         fail(str(error), USAGE)
 
 
-def write_whole(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Replace a file atomically: write a temporary file beside it, then rename.
 
     Not durable across a power cut; ledger/files.py syncs to disk.

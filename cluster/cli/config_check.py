@@ -115,6 +115,7 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
+    """Yield errors for which a replica would not start: its source, or its degrees of parallelism."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)
@@ -211,6 +212,7 @@ def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
 
 
 def _pod_problems(config: Config) -> Iterator[Problem]:
+    """Yield settings for which the processes of a pod would not start."""
     from cluster.cli.commands.pod import controller_lacks, gateway_lacks
 
     if config.gateway.processes != 1:
@@ -221,6 +223,7 @@ def _pod_problems(config: Config) -> Iterator[Problem]:
 
 
 def _file_problems(config: Config) -> Iterator[Problem]:
+    """Yield files that the configuration names and that are missing or invalid."""
     from cluster.cli.commands.pod import controller_lacks, gateway_lacks, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
@@ -251,6 +254,7 @@ def _file_problems(config: Config) -> Iterator[Problem]:
 
 
 def _warnings(config: Config) -> Iterator[Problem]:
+    """Yield likely mistakes, which no process refuses."""
     names = [name for model in config.models for name in (model.name, *model.aliases)]
     if config.auth is not None and names:
         yield from _unknown_models(config, names)

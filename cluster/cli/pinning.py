@@ -34,6 +34,7 @@ def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
 
 
 def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
+    """The parsed file with the keys of one model set: what parsing the edited text must give."""
     return {
         **data,
         "models": [
@@ -44,6 +45,7 @@ def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
 
 
 def _set_key(text: str, model: str, key: str, value: str) -> str:
+    """Replace the key's value in the text, or insert the key after `source` (without one, after the last key)."""
     entry = _model_node(text, model)
     pairs = {pair[0].value: pair for pair in entry.value if isinstance(pair[0], yaml.ScalarNode)}
     scalar = _scalar(value)
@@ -63,6 +65,7 @@ def _set_key(text: str, model: str, key: str, value: str) -> str:
 
 
 def _model_node(text: str, model: str) -> yaml.MappingNode:
+    """Find a model's entry in the text. Raises ValueError if there is none."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     models = next(
         (value for key, value in (root.value if isinstance(root, yaml.MappingNode) else ()) if key.value == "models"),

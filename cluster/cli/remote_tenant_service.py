@@ -49,11 +49,13 @@ class RemoteTenantService:
             raise self._converted(error) from None
 
     def _converted(self, error: grpc.RpcError) -> Exception:
+        """The LedgerError with the error's reason, else a HeadraceError."""
         converted = from_rpc(error, endpoint=self._access.address)
         kind = _KINDS.get(converted.reason)
         return converted if kind is None else kind(converted.message)
 
     def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        """Call a list method until its last page."""
         request.page_size = PAGE
         while True:
             page = self._call(method, request)

@@ -120,10 +120,11 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def _over_api(where: TenantBackend) -> bool:
-    here = [option for name, option in DATABASE_OPTIONS.items() if name in where.typed]
-    there = [option for name, option in GATEWAY_OPTIONS.items() if name in where.typed]
-    if here and there:
-        fail(f"{here[0]} selects the database, {there[0]} a gateway: give one of them", USAGE)
-    if here or there:
-        return bool(there)
+    """Whether the options select a gateway. Options of both kinds end the command with exit code 2."""
+    database = [option for name, option in DATABASE_OPTIONS.items() if name in where.typed]
+    gateway = [option for name, option in GATEWAY_OPTIONS.items() if name in where.typed]
+    if database and gateway:
+        fail(f"{database[0]} selects the database, {gateway[0]} a gateway: give one of them", USAGE)
+    if database or gateway:
+        return bool(gateway)
     return where.file is None and where.endpoint is not None

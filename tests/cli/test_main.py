@@ -20,8 +20,8 @@ try:
     main()
 except SystemExit:
     pass
-found = [name for name in ("rich", "pygments", "cluster.cli.all_commands") if name in sys.modules]
-print("imports", *found)
+imported = [name for name in ("rich", "pygments", "cluster.cli.all_commands") if name in sys.modules]
+print("imports", *imported)
 """
 
 

@@ -85,7 +85,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
     yield "unknown field", lambda d, _: d.create_tenant("b", {"wieght": 1})
     yield "get", lambda d, _: d.get_tenant(name)
     yield "missing", lambda d, _: d.get_tenant("missing")
-    yield "list", lambda d, _: [one for one in d.tenants() if one.policy.name.startswith(name)]
+    yield "list", lambda d, _: [t for t in d.tenants() if t.policy.name.startswith(name)]
     yield "update", lambda d, _: d.update_tenant(name, {"labels": {"a.b": "1", "c": "2"}, "weight": 2.5})
     yield "take away", lambda d, _: d.update_tenant(name, {"labels": {"c": None}, "limits": {"daily_tokens": None}})
     yield "take all away", lambda d, _: d.update_tenant(name, {"limits": None, "models": ["x", "y*"]})
@@ -109,7 +109,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
     yield "cost", lambda d, _: d.usage(usage, cost=True)
     yield "in all", lambda d, _: d.usage(UsageQuery((), tenant=name))
     yield "records", lambda d, _: list(d.records(usage))
-    yield "audit", lambda d, _: [one | {"actor": "", "source": ""} for one in d.audit(tenant=name)]
+    yield "audit", lambda d, _: [event | {"actor": "", "source": ""} for event in d.audit(tenant=name)]
     yield "some audit", lambda d, _: len(list(d.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0)))
     yield "delete", lambda d, _: d.delete_tenant(name, reason="x")
     yield "erase", lambda d, _: d.delete_tenant(name, erase=True, reason="x") > 0

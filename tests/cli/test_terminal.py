@@ -106,7 +106,7 @@ def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
 
 def test_every_command_prints_by_one_module() -> None:
     """Commands print only through cluster/cli/terminal.py, `out`, `err` or `fail`, which escape control characters."""
-    found = []
+    calls = []
     for file in sorted(CLI.rglob("*.py")):
         if file.name in WRITES_ITSELF:
             continue
@@ -114,6 +114,6 @@ def test_every_command_prints_by_one_module() -> None:
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 if name in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "Console"):
-                    found.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
+                    calls.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
     allowed = ("base.py", "processes.py")  # `fail` and `warn` escape their message; prepare's JSON is ASCII
-    assert [call for call in found if not call.startswith(allowed)] == []
+    assert [call for call in calls if not call.startswith(allowed)] == []

@@ -76,6 +76,7 @@ def _yaml_files(path: Path) -> Sequence[Path]:
 
 
 def _document(files: Sequence[Path]) -> bytes:
+    """Merge the files' models into the JSON document that the admin API takes."""
     layers, others = read_layers(files)
     if others:
         names = escape(", ".join(others))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, write_whole
+from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, replace_file
 from cluster.config.lenient import load_for_controller, load_for_gateway
 from cluster.config.schema import Config, cache_dir
 from cluster.observe import log
@@ -59,7 +59,7 @@ def gateway(
     def ready(endpoints: dict[str, str]) -> None:
         memory.settle()
         if ready_file is not None:
-            write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
+            replace_file(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 
     async def serve() -> None:
         await run_gateway(

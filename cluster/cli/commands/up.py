@@ -21,7 +21,7 @@ import typer
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli import terminal
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.cluster import LocalCluster, StartFailed
@@ -199,7 +199,7 @@ def _state_text(entry: admin_pb2.CatalogEntry) -> str:
 
 async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
     """Run `prepare`, which gets every model's files onto this disk; returns the model names. Raises StartFailed."""
-    write_whole(cluster.run.config_file, cluster.config_text())
+    replace_file(cluster.run.config_file, cluster.config_text())
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cluster.cli.main", "prepare", "-f", str(cluster.run.config_file),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -277,7 +277,7 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
 
 
 def _command_to_type(tool: str) -> str:
-    """What a user types to run a tool: its name if PATH finds the one beside this Python, else its path."""
+    """The command line name of a tool: its bare name if PATH finds the one beside this Python, else its path."""
     here = Path(sys.executable).parent / tool
     on_path = shutil.which(tool)
     if on_path is not None and (not here.exists() or Path(on_path).absolute() == here):
@@ -289,11 +289,11 @@ def _command_to_type(tool: str) -> str:
 
 async def _stop(cluster: LocalCluster) -> None:
     step = StepLine("", "stopping")
-    left = await cluster.stop(step)
+    leftovers = await cluster.stop(step)
     remains = (
         "no process left"
-        if left == 0
-        else f"{left} processes are left: end them by `{_command_to_type('cluster')} down`"
+        if leftovers == 0
+        else f"{leftovers} processes are left: end them by `{_command_to_type('cluster')} down`"
     )
     step.done(
         f"gateway · controller · ray … stopped in {duration(step.elapsed_s)}, {remains}, logs in {cluster.run.path}"
@@ -326,6 +326,7 @@ def _detach(file: Path, config: Config) -> int:
 
 
 def _follow(process: subprocess.Popen[bytes], run: RunFolder, output: IO[bytes]) -> int:
+    """Copy the background process's output to the terminal until it is ready (0) or has ended (its exit code)."""
     while True:
         code = process.poll()
         supervisor = run.supervisor()

@@ -25,7 +25,7 @@ import yaml
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import local_access
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.cli.commands.processes import part_name
 from cluster.cli.commands.status import Admin
 from cluster.cli.local.children import Child, keep_alive
@@ -51,7 +51,7 @@ class StartFailed(Exception):
 
 
 class LocalCluster:
-    """One run of a local cluster: call `start`, then `supervise` until it shall end, then `stop`."""
+    """One run of a local cluster: call `start`, then `supervise`, then `stop`."""
 
     def __init__(self, config: Config, run: RunFolder, report: Callable[[str], None]) -> None:
         """`config` has no open ports (see ports.decide); `report` prints messages for the user."""
@@ -77,7 +77,7 @@ class LocalCluster:
 
     async def start(self, step: StepLine) -> None:
         """Start Ray, the gateways and the controller. Raises StartFailed."""
-        write_whole(self.run.config_file, self.config_text())
+        replace_file(self.run.config_file, self.config_text())
         self.write_state("starting")
         for part in (*(gateway.name for gateway in self._gateways), "controller"):
             self.run.log_file(part).write_bytes(b"")

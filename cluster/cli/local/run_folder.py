@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import psutil
 
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.config.schema import cache_dir
 from cluster.process.private_files import make_private_folder
 
@@ -114,7 +114,7 @@ class RunFolder:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace state.json atomically, so that a reader never sees a partial file."""
-        write_whole(self.state_file, json.dumps(state, indent=2) + "\n")
+        replace_file(self.state_file, json.dumps(state, indent=2) + "\n")
 
     def clear(self) -> None:
         """Delete state.json; the logs stay."""

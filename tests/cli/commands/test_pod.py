@@ -247,8 +247,8 @@ def test_an_account_of_a_pod_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "namespace").write_text("ns\n")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "6443")
-    found = KubeLease.of_this_pod("x", 15, tmp_path)
-    assert (found.url, found.namespace) == ("https://[fd00::1]:6443", "ns")
+    lease = KubeLease.of_this_pod("x", 15, tmp_path)
+    assert (lease.url, lease.namespace) == ("https://[fd00::1]:6443", "ns")
 
 
 # ---- secrets

@@ -30,10 +30,10 @@ def fill(gateway: ScriptedGateway) -> None:
 def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: ScriptedGateway) -> None:
     """The JSON has every key, zero values included, and numbers are numbers."""
     fill(gateway)
-    found = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
-    assert found["endpoints"]["admin"] == gateway.endpoint
-    assert [(m["name"], m["state"], m["waiting"]) for m in found["models"]] == [("tiny", "READY", 0)]
-    (worker,) = found["workers"]
+    status = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
+    assert status["endpoints"]["admin"] == gateway.endpoint
+    assert [(m["name"], m["state"], m["waiting"]) for m in status["models"]] == [("tiny", "READY", 0)]
+    (worker,) = status["workers"]
     assert (worker["worker_id"], worker["running"], worker["waiting"], worker["kv_usage"]) == ("w1", 3, 0, 0.25)
     assert worker["kv_tokens"] == 9
 
@@ -67,8 +67,8 @@ def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway
             "endpoints": {"grpc": gateway.endpoint, "admin": gateway.endpoint},
         }
     )
-    found = json.loads(run("status", "--json").stdout)
-    assert (found["name"], found["endpoints"]["grpc"]) == ("here", gateway.endpoint)
+    status = json.loads(run("status", "--json").stdout)
+    assert (status["name"], status["endpoints"]["grpc"]) == ("here", gateway.endpoint)
     assert run("chat", "tiny", "x").exit_code == 0
     port = gateway.endpoint.rpartition(":")[2]
     done = run("workers", "--endpoint", f"localhost:{port}")

@@ -46,7 +46,7 @@ class Up:
 
     name: str
     file: Path
-    said: str
+    output: str
     run: RunFolder
     instance: str
 
@@ -91,9 +91,9 @@ def cache() -> None:
 
 def test_it_says_ready_and_answers(up: Up) -> None:
     """The output ends with the endpoints and the stop command, and the model answers."""
-    ready = next(line for line in up.said.splitlines() if line.startswith("ready"))
+    ready = next(line for line in up.output.splitlines() if line.startswith("ready"))
     assert up.run.endpoints()["grpc"].replace("127.0.0.1", "localhost") in ready
-    assert "down uptest" in up.said.splitlines()[-1]
+    assert "down uptest" in up.output.splitlines()[-1]
     assert up.ask()
 
 
@@ -164,7 +164,7 @@ def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
     before, gateway = up.process("ray"), up.process("gateway")
     lost = up.run.log_file("up").read_text().count("ray ended")
     os.kill(before, end)
-    until(lambda: up.run.log_file("up").read_text().count("ray ended") > lost, "the loss is said")
+    until(lambda: up.run.log_file("up").read_text().count("ray ended") > lost, "the loss is reported")
     until(lambda: up.process("ray") != before, "a new Ray")
     until(_workers, "its worker")
     assert up.ask()
@@ -194,8 +194,8 @@ def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
     command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said = list(itertools.takewhile(lambda line: "stops everything" not in line, process.stdout))
-        assert any(line.startswith("ready") for line in said), said
+        output = list(itertools.takewhile(lambda line: "stops everything" not in line, process.stdout))
+        assert any(line.startswith("ready") for line in output), output
         run = RunFolder(name)
         instance = run.instance()
         assert reaper.find(instance)

@@ -129,5 +129,5 @@ def test_interrupt_leaves_nothing(demo: Demo) -> None:
     assert len(reaper.find(instance)) >= 4
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 0
-    left = [psutil.Process(pid).cmdline() for pid in reaper.find(instance)]
-    assert not left
+    leftovers = [psutil.Process(pid).cmdline() for pid in reaper.find(instance)]
+    assert not leftovers
