@@ -133,7 +133,7 @@ def _revocation(text: str, issuer: str, note: str) -> Revocation:
 
 def _issue(name: str, issue: Callable[[], tuple[Path, Path]]) -> None:
     if name == "ca" or Path(name).name != name:
-        fail(f"--name {name!r}: must be a plain file name other than `ca`", USAGE)
+        fail(f"--name {name!r}: must be a plain file name other than the authority's `ca`", USAGE)
     try:
         _print_written(*issue())
     except (ValueError, OSError) as error:

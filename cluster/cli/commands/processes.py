@@ -47,7 +47,7 @@ def gateway(
     loaded = read_leniently(file, load_for_gateway)
     config = loaded.config
     if process >= config.gateway.processes:
-        fail(f"--process {process}: must be 0 to {config.gateway.processes - 1} (gateway.processes - 1)", USAGE)
+        fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
     if drain_s is not None:
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
