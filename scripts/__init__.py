@@ -1,1 +1,1 @@
-"""What `make` runs, and what keeps generated files at their sources."""
+"""Scripts that `make` runs: setup, demos, and generators of committed files."""

@@ -1,6 +1,8 @@
-"""Keep chart and program equal: `config` in helm/values.schema.json is what `headrace config schema` prints, and the
-program's chart_values.json is the part of helm/values.yaml over which `headrace config check` lays a file of values.
-`--check` only says whether they are."""
+"""Keep the chart and the program in step.
+
+`config` in helm/values.schema.json is the schema that `headrace config schema` prints. cluster/cli/chart_values.json
+is the part of helm/values.yaml into which `headrace config check` merges values. `--check` only compares.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,14 @@ VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "cli" / "chart_
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The chart's schema with the program's in it."""
+    """The chart's schema with the program's schema inserted as `config`."""
     config = dict(config)
     definitions = config.pop("$defs", {})
     own = {name: value for name, value in chart["$defs"].items() if not name.startswith("Config.")}
     renamed = json.loads(
-        json.dumps({"config": config, "defs": {f"Config.{name}": one for name, one in definitions.items()}}).replace(
-            '"#/$defs/', '"#/$defs/Config.'
-        )
+        json.dumps(
+            {"config": config, "defs": {f"Config.{name}": value for name, value in definitions.items()}}
+        ).replace('"#/$defs/', '"#/$defs/Config.')
     )
     described = {**renamed["config"], "description": "cluster.yaml, verbatim"}
     return {
@@ -37,22 +39,22 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def checked_part(values: dict[str, Any]) -> dict[str, Any]:
-    """What the program reads of the chart's values: the configuration and the worker groups."""
+    """The part of the chart's values that the program reads: the configuration and the worker groups."""
     return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the file is, or now is, as it should be."""
+    """Write both files, or with --check compare them. Returns the exit code: 0 if they are up to date."""
     before = SCHEMA.read_text()
     after = json.dumps(with_config(json.loads(before), Config.model_json_schema(by_alias=True)), indent=1) + "\n"
     values = json.dumps(checked_part(yaml.safe_load(VALUES.read_text())), indent=1) + "\n"
     if "--check" in arguments:
         equal = COPY.exists() and COPY.read_text() == values
         if not equal:
-            print(f"{COPY}: is not what {VALUES} says; run scripts/chart_schema.py", file=sys.stderr)
+            print(f"{COPY}: differs from {VALUES}; run scripts/chart_schema.py", file=sys.stderr)
         if before != after:
             print(
-                f"{SCHEMA}: config is not what cluster/config/schema.py says; run scripts/chart_schema.py",
+                f"{SCHEMA}: config differs from cluster/config/schema.py; run scripts/chart_schema.py",
                 file=sys.stderr,
             )
         return int(before != after or not equal)

@@ -1,7 +1,7 @@
-"""`make demo-failover`: two workers, one long sentence, and the worker that writes it is killed in mid-sentence.
+"""Failover demo, run by `make demo-failover`: kill the worker that is generating an answer; the other one resumes it.
 
-Starts a local cluster of its own, asks once undisturbed and once with the kill, and stops everything again. Exit code 0
-when both answers are the same.
+Starts its own local cluster with two workers, asks once undisturbed and once with the kill, and stops the cluster.
+Exit code 0 if both answers are equal and the second was resumed.
 """
 
 from __future__ import annotations
@@ -26,49 +26,49 @@ CONFIG = ROOT / "deploy" / "failover.yaml"
 NAME = "failover"
 QUESTION = "Write a long story about a river that finds its way from the mountains to the sea."
 TOKENS, KILL_AT_PIECE = 120, 40
-WORKERS, BOTH_UP_S, LOOK_S, CPU_S = 2, 240.0, 0.5, 0.15
+WORKERS, BOTH_UP_S, POLL_S, CPU_S = 2, 240.0, 0.5, 0.15
 ENGINE, REPLICA = "VLLM::EngineCore", "ServeReplica"
 
 
 class CannotShow(Exception):
-    """Something is missing; the message says what."""
+    """The demo cannot be shown; the message gives the reason."""
 
 
-def headrace(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command of the shell, its output kept."""
-    command = [sys.executable, "-m", "cluster.cli.main", *words]
+def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a `headrace` command and capture its output."""
+    command = [sys.executable, "-m", "cluster.cli.main", *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
 
 def wait_for_both(run: RunFolder) -> None:
-    """Until both workers are linked."""
+    """Wait until both workers are linked. Raises CannotShow after BOTH_UP_S seconds."""
     deadline = time.monotonic() + BOTH_UP_S
-    ends = run.endpoints()
+    endpoints = run.endpoints()
     while time.monotonic() < deadline:
-        told = headrace("status", "--json", "--endpoint", ends["grpc"], "--admin", ends["admin"])
-        if told.returncode == 0 and len(json.loads(told.stdout)["workers"]) >= WORKERS:
+        status = headrace("status", "--json", "--endpoint", endpoints["grpc"], "--admin", endpoints["admin"])
+        if status.returncode == 0 and len(json.loads(status.stdout)["workers"]) >= WORKERS:
             return
-        time.sleep(LOOK_S)
-    raise CannotShow(f"only one worker came up within {BOTH_UP_S:g} s; logs: {run.path}")
+        time.sleep(POLL_S)
+    raise CannotShow(f"the {WORKERS} workers were not up within {BOTH_UP_S:g} s; logs: {run.path}")
 
 
 def busy_worker(run: RunFolder) -> psutil.Process:
-    """The replica's process whose engine computes now."""
-    found = [psutil.Process(pid) for pid in reaper.find(run.instance()) if psutil.pid_exists(pid)]
-    engines = [one for one in found if ENGINE in " ".join(one.cmdline())]
-    before = {one.pid: sum(one.cpu_times()[:2]) for one in engines}
+    """The replica process whose engine uses the most CPU time now. Raises CannotShow if there is none."""
+    processes = [psutil.Process(pid) for pid in reaper.find(run.instance()) if psutil.pid_exists(pid)]
+    engines = [process for process in processes if ENGINE in " ".join(process.cmdline())]
+    before = {engine.pid: sum(engine.cpu_times()[:2]) for engine in engines}
     time.sleep(CPU_S)
     if not engines:
         raise CannotShow("no engine process was found")
-    busiest = max(engines, key=lambda one: sum(one.cpu_times()[:2]) - before[one.pid])
-    replica = next((one for one in busiest.parents() if REPLICA in " ".join(one.cmdline())), None)
+    busiest = max(engines, key=lambda engine: sum(engine.cpu_times()[:2]) - before[engine.pid])
+    replica = next((parent for parent in busiest.parents() if REPLICA in " ".join(parent.cmdline())), None)
     if replica is None:
         raise CannotShow(f"the engine {busiest.pid} belongs to no replica")
     return replica
 
 
 def show(run: RunFolder) -> bool:
-    """Ask twice; whether the answers are the same."""
+    """Ask twice, with the kill during the second answer; whether the answers are equal and the call was resumed."""
     with Client(run.endpoints()["grpc"], timeout_s=120) as client:
         options: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS}
         undisturbed = client.chat("default", QUESTION, **options).text
@@ -88,16 +88,16 @@ def show(run: RunFolder) -> bool:
                 print(f" [killed worker process {killed}] ", end="", flush=True)
         same = stream.text == undisturbed
         resumed = stream.usage.resumed if stream.usage else 0
-    words = "the very words" if same else "NOT the words"
+    comparison = "identical to" if same else "DIFFERENT from"
     print(
-        f"\n\nworker process {killed} was killed with SIGKILL; the longest pause after it was {pause_s * 1000:.0f} ms"
+        f"\n\nworker process {killed} was killed with SIGKILL; the longest pause after that was {pause_s * 1000:.0f} ms"
     )
-    print(f"the call went on at another worker {resumed} time(s); its text is {words} of an undisturbed answer")
+    print(f"the call was resumed on another worker {resumed} time(s); its text is {comparison} the undisturbed answer")
     return same and resumed > 0
 
 
 def main() -> int:
-    """The exit code."""
+    """Start the cluster, run the demo, stop the cluster; returns the exit code."""
     run = RunFolder(NAME)
     up = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(CONFIG), "--detach"], cwd=ROOT, check=False

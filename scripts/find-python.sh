@@ -1,9 +1,9 @@
 #!/bin/sh
-# Prints the Python that makes the environment: $PYTHON if set, else the first of 3.11 ... 3.14 that can make one.
-# 3.11 comes first because it is the version that the pinned set is tested with most.
+# Prints the Python to create the environment with: $PYTHON if set, else the first of 3.11 ... 3.14 that has venv.
+# 3.11 comes first because the pinned set is tested most with it.
 seen=""
 for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
-  # every one on PATH: the first of a name may be a version manager's shim without a version behind it
+  # tries every match on PATH: the first may be a version manager's shim without an installed version
   for folder in $(printf '%s' "$PATH" | tr ':' ' '); do
     case "$name" in */*) candidate="$name" ;; *) candidate="$folder/$name" ;; esac
     [ -x "$candidate" ] || continue
@@ -13,7 +13,7 @@ for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
       *) seen="$seen  $candidate is $version: too old or too new\n"; continue ;;
     esac
     if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
-      # inside somebody's virtual environment: the Python behind it
+      # in a virtual environment: print its base Python
       "$candidate" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))'
       exit 0
     fi
@@ -22,9 +22,9 @@ for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
   done
 done
 {
-  echo "No Python that can make the environment was found; Headrace needs Python 3.11, 3.12, 3.13 or 3.14 with venv."
+  echo "No suitable Python was found; Headrace needs Python 3.11, 3.12, 3.13 or 3.14 with venv."
   [ -z "$seen" ] || printf "$seen"
   echo "  Debian, Ubuntu: apt-get install python3 python3-venv    elsewhere: uv python install 3.11, pyenv install 3.11"
-  echo "  or name one:    make setup PYTHON=/path/to/python3.12"
+  echo "  or give a path: make setup PYTHON=/path/to/python3.12"
 } >&2
 exit 1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Regenerates the Python code of protos/ in place; with --check only says whether it is what protos/ would give.
+# Regenerates the Python code of protos/ in place; with --check only compares it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -19,12 +19,12 @@ generate "$fresh"
 stale=0
 while read -r file; do
   if ! cmp -s "$fresh/$file" "$file"; then
-    echo "$file is not what protos/ gives"
+    echo "$file differs from what protos/ generates"
     stale=1
   fi
 done < <({ (cd "$fresh" && find cluster -type f); find cluster -name '*_pb2*.py*' -not -path '*/__pycache__/*'; } | sort -u)
 if [ "$stale" = 1 ]; then
-  echo "generated code is stale: run \`make protos\` and commit what changes"
+  echo "generated code is stale: run \`make protos\` and commit the changes"
   exit 1
 fi
-echo "generated code is fresh"
+echo "generated code is up to date"

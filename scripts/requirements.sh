@@ -1,11 +1,12 @@
 #!/bin/bash
-# Recompiles the pinned files, each pin with the hashes of its files. Pins that are there stay unless --upgrade is given.
-# cpu.txt: engine, tools and demo model, without CUDA builds (requirements/never.txt says what is left out and why).
-# torch.txt: torch's CPU build, which has its own index and so its own hashes.
-# peers.txt: the servers that the load tests put beside ours.
-# base.txt: what the gateway, the client and the command line need, at the same versions. ray.txt: what the controller
-# needs beside that. tools.txt: what `make setup` installs with; build.txt: what builds our own package. triton.txt:
-# Triton for tests of the V2 model runner; window-*.txt: other releases of vLLM, for `make window`.
+# Recompiles the pinned files, each pin with the hashes of its files. Existing pins stay unless --upgrade is given.
+# cpu.txt: engine, tools and demo model, without CUDA builds (requirements/never.txt lists what is left out and why).
+# torch.txt: torch's CPU build; separate because it comes from its own index and has its own hashes.
+# peers.txt: the servers that the load tests compare ours with.
+# base.txt: dependencies of the gateway, the client and the command line, at the same versions.
+# ray.txt: additional dependencies of the controller.
+# tools.txt: the installers that `make setup` uses. build.txt: the build requirements of our own package.
+# triton.txt: Triton for tests of the V2 model runner. window-*.txt: other releases of vLLM, for `make window`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes
@@ -21,7 +22,7 @@ for name in triton window-0.31 window-0.33; do
 done
 "${compile[@]}" --no-deps requirements/build.in --output-file requirements/build.txt
 
-# PyPI's torch is a CUDA build: its hashes must not pass for the CPU build's.
+# PyPI's torch is a CUDA build: its hashes must not be accepted for the CPU build.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 awk '/^[a-z]/ { keep = !/^torch(vision)?==/ } keep || /^#/' requirements/cpu.txt > "$scratch/cpu.txt"
@@ -30,9 +31,9 @@ grep -E '^torch(vision)?==' requirements/never.txt > "$scratch/torch.in"
 if "${compile[@]}" --no-deps --torch-backend=cpu "$scratch/torch.in" --output-file "$scratch/torch.txt"; then
   sed 's/+cpu//' "$scratch/torch.txt" > requirements/torch.txt
 else
-  echo "PyTorch's index cannot be reached: requirements/torch.txt stays as it is; its versions must be those of never.txt" >&2
+  echo "PyTorch's index is unreachable: requirements/torch.txt stays unchanged; its versions must equal never.txt's" >&2
 fi
 if grep -n '^[a-z].*+' requirements/*.txt; then
-  echo "a local version crept in: other machines cannot install it" >&2
+  echo "requirements/ has a pin with a local version (+...): other machines cannot install it" >&2
   exit 1
 fi

@@ -1,9 +1,9 @@
-"""Make the environment `.venv`: `make setup` runs this with the Python it has chosen, and any Python 3.11+ will do.
+"""Create the environment `.venv`. `make setup` runs this with the Python of find-python.sh (3.11 to 3.14).
 
-Nothing but the standard library is used, and no registry's address is written down: pip's own configuration is
-tried first for torch's CPU build, and `uv --torch-backend=cpu`, which knows where that build lives, otherwise.
-Whatever is installed has a hash of the pinned files. The one exception is a wheel of torch's CPU build on this
-machine's own disk, where pip is configured to look: its hash is taken as it is found.
+Uses only the standard library and contains no registry's address. For torch's CPU build, pip with its own
+configuration is tried first, then `uv --torch-backend=cpu`, which knows the address of that build.
+Every installed file must match a hash in the pinned files. The one exception is a wheel of torch's CPU build on a
+local disk where pip is configured to look: its hash is accepted as found.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ LABEL = "environment"
 
 
 class SetupError(Exception):
-    """A step failed; the message says what to do."""
+    """A step failed; the message has the remedy."""
 
 
 def pins(path: Path) -> list[str]:
-    """The requirements of a pinned file, one a line, without their hashes."""
+    """The requirements of a pinned file, one per line, without hashes."""
     lines = path.read_text().splitlines()
     return [line.rstrip(" \\") for line in lines if line.strip() and not line.startswith(("#", " "))]
 
 
 def fingerprint() -> str:
-    """What the environment is made of; another value means that it must be made again."""
+    """Digest of the inputs of the environment; if it changes, the environment must be installed again."""
     digest = hashlib.sha256()
     for path in (PINS, TORCH, TOOLS, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
@@ -52,7 +52,7 @@ def fingerprint() -> str:
 
 
 class Line:
-    """One line that says how far a step is: redrawn on a terminal, written at its end elsewhere."""
+    """A progress line: redrawn in place on a terminal, otherwise written once at the end of the step."""
 
     def __init__(self, step: str) -> None:
         self._head = f"{step} {LABEL:<13}".lstrip()
@@ -60,17 +60,17 @@ class Line:
         self._started = time.monotonic()
 
     def show(self, text: str, part: float) -> None:
-        """Draw the line; `part` in [0, 1]."""
+        """Redraw the line with a bar; `part` is the progress in [0, 1]."""
         if self._live:
             bar = ("█" * int(part * 20)).ljust(20, "·")
             print(f"\r\033[K{self._head} {text:<34} {bar} {self._elapsed()}", end="", flush=True)
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
         print(f"{chr(13) + chr(27) + '[K' if self._live else ''}{self._head} {text}", flush=True)
 
     def done(self, text: str, hint: str = "") -> None:
-        """The last form of the line."""
+        """Print the final form of the line."""
         self.note(f"{text:<34} {self._elapsed():>7}   {hint}".rstrip())
 
     def _elapsed(self) -> str:
@@ -96,8 +96,12 @@ def run(command: Sequence[str], remedy: str, watch: Callable[[], None] | None = 
 NETWORK = "Check that pip reaches its package index (`pip download --no-deps typer`), then run `make setup` again."
 
 
+def _python_name(version: str) -> str:
+    return f"Python {version}" if version else "a Python that no longer starts"
+
+
 def make_venv(python: Path, line: Line) -> None:
-    """Create .venv when it is missing or of another Python, then the pinned installers in it."""
+    """Create .venv if it is missing, then install the pinned pip and uv. Raises SetupError if it has another Python."""
     wanted = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if python.exists():
         answer = subprocess.run(
@@ -108,8 +112,8 @@ def make_venv(python: Path, line: Line) -> None:
         )
         if answer.stdout.strip() != wanted:
             raise SetupError(
-                f"{VENV} was made with Python {answer.stdout.strip() or 'that no longer starts'}, and {wanted} was "
-                "chosen now. Remove it (`make clean-all`) and run `make setup` again."
+                f"{VENV} was made with {_python_name(answer.stdout.strip())}, and Python {wanted} was chosen now. "
+                "Remove it (`make clean-all`) and run `make setup` again."
             )
     else:
         line.show("making .venv", 0.0)
@@ -124,7 +128,7 @@ def make_venv(python: Path, line: Line) -> None:
 
 @dataclass(frozen=True)
 class Wheel:
-    """What pip, as configured here, would take for a requirement."""
+    """A wheel that pip, as configured here, would install for a requirement."""
 
     name: str
     version: str
@@ -133,8 +137,11 @@ class Wheel:
 
 
 def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
-    """The pins of torch's CPU build for pip: `known`, the text of torch.txt, where that holds the hashes of what pip
-    finds; pins with the hashes found where the wheels lie on this machine's disk; else None."""
+    """The pins of torch's CPU build for pip.
+
+    `known` (the text of torch.txt) if it has the hashes of the wheels that pip finds; pins with the hashes found if
+    the wheels are on a local disk; else None: pip must not install them.
+    """
     if not found or not all(wheel.version.endswith("+cpu") for wheel in found):
         return None
     if all(f"--hash=sha256:{wheel.sha256}" in known for wheel in found):
@@ -146,7 +153,7 @@ def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
 
 
 def found_by_pip(python: Path) -> list[Wheel]:
-    """What pip, as configured here, would take for the pins of torch.txt; nothing where it fails."""
+    """The wheels that pip, as configured here, would install for the pins of torch.txt; empty if pip fails."""
     wanted = sorted({line.split(";")[0].strip() for line in pins(TORCH)})
     command = [str(python), "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
     probe = subprocess.run(
@@ -163,7 +170,7 @@ def found_by_pip(python: Path) -> list[Wheel]:
 
 
 def install_packages(python: Path, line: Line) -> str:
-    """Install the pinned set without its dependencies; returns which installer did it."""
+    """Install exactly the pinned set, without resolving dependencies; returns the installer used, pip or uv."""
     line.show("looking for torch's CPU build", 0.04)
     expected = len(pins(PINS))
     site = Path(
@@ -185,17 +192,17 @@ def install_packages(python: Path, line: Line) -> str:
         what = "installing" if installed > 10 or collected >= expected else "downloading"
         line.show(f"{what} {max(collected, installed)}/{expected} packages", 0.05 + 0.9 * part)
 
-    remedy = f"{NETWORK} 8 GB of free disk are needed."
-    found = found_by_pip(python)
-    torch = torch_for_pip(found, TORCH.read_text())
+    remedy = f"{NETWORK} 8 GB of free disk space are needed."
+    wheels = found_by_pip(python)
+    torch = torch_for_pip(wheels, TORCH.read_text())
     if torch is not None:
         if torch != TORCH.read_text():
-            line.note(f"torch from this machine's disk: {', '.join(wheel.url for wheel in found)}")
+            line.note(f"torch from this machine's disk: {', '.join(wheel.url for wheel in wheels)}")
         LOCAL_TORCH.write_text(torch)
         files = ["-r", str(PINS), "-r", str(LOCAL_TORCH)]
         run([str(python), "-m", "pip", "install", "--no-deps", "--require-hashes", *files], remedy, watch)
         return "pip"
-    # uv checks every hash that a file holds; its --require-hashes refuses local versions, such as 2.13.0+cpu
+    # without --require-hashes, which refuses local versions such as 2.13.0+cpu; uv checks the hashes in a file anyway
     uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu"]
     files = ["-r", str(PINS), "-r", str(TORCH)]
     run([*uv, "--no-deps", *files], f"uv must reach PyTorch's own package index too. {remedy}", watch)
@@ -203,7 +210,7 @@ def install_packages(python: Path, line: Line) -> str:
 
 
 def setup(step: str) -> None:
-    """Bring .venv to what the pinned files say; returns at once when it is there already."""
+    """Bring .venv to the state of the pinned files; returns at once if it is up to date."""
     line = Line(step)
     python = VENV / "bin" / "python"
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
@@ -212,33 +219,33 @@ def setup(step: str) -> None:
         return
     if stamp.get("root", str(ROOT)) != str(ROOT):
         raise SetupError(
-            f".venv was made in {stamp['root']}, and environments cannot be moved: "
+            f".venv was made in {stamp['root']} and cannot be moved: "
             "remove it (`make clean-all`) and run `make setup` again."
         )
     STAMP.unlink(missing_ok=True)
     free = shutil.disk_usage(ROOT).free
     if not python.exists() and free < NEEDED_BYTES:
-        raise SetupError(f"{ROOT} has {free / 1024**3:.1f} GB of free disk, and the environment needs about 8.")
+        raise SetupError(f"{ROOT} has {free / 1024**3:.1f} GB of free disk space; the environment needs about 8 GB.")
     line.note(f"Python {sys.version.split()[0]} ({sys.executable})")
     make_venv(python, line)
     installer = install_packages(python, line)
     line.show("headrace itself", 0.98)
     run(
         [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
-        "The project's own pyproject.toml may be broken.",
+        "Check the project's pyproject.toml.",
     )
     run(
         [str(python), "-c", "import cluster.cli.all_commands, vllm, ray"],
-        "The packages do not work together: remove .venv (`make clean-all`) and run `make setup` again.",
+        "The installed packages cannot be imported: remove .venv (`make clean-all`) and run `make setup` again.",
     )
     STAMP.write_text(json.dumps({"fingerprint": fingerprint(), "root": str(ROOT), "installer": installer}) + "\n")
     line.done(f".venv, {len(pins(PINS))} packages (by {installer})", "(next time: 0 s)")
 
 
 def main() -> int:
-    """Exit code 0 when the environment is there."""
+    """Run the setup; returns the exit code: 0 done, 1 failed, 2 unsuitable Python, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Make the environment .venv.")
-    parser.add_argument("--step", default="", help="what stands before the line, e.g. [1/4]")
+    parser.add_argument("--step", default="", help="prefix of the progress line, for example [1/4]")
     arguments = parser.parse_args()
     if not (3, 11) <= sys.version_info[:2] <= (3, 14):
         print(f"setup: Python 3.11 to 3.14 is needed, this is {sys.version.split()[0]}", file=sys.stderr)
@@ -250,7 +257,7 @@ def main() -> int:
         print(f"\nsetup failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nsetup was interrupted; `make setup` goes on from here", file=sys.stderr)
+        print("\nsetup was interrupted; `make setup` continues from here", file=sys.stderr)
         return 130
     return 0
 

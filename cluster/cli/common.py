@@ -1,4 +1,4 @@
-"""What the commands share: options, where a cluster is found, and how an error becomes one line and an exit code."""
+"""Helpers shared by the commands: options, finding the cluster, and turning errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
 
 class SafeConsole(Console):
-    """A console on which every text, cells of tables included, is safe for a terminal before it is laid out."""
+    """A rich console that escapes control characters in every text, including table cells, before layout."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text as rich styles it."""
+        """Escape the text, then let rich style it."""
         return super().render_str(safe(text), **options)
 
 
-# Tables are cut to the terminal's width; where there is no terminal nobody's lines end at 80 characters.
+# Rich cuts tables to the terminal's width; without a terminal it would assume 80 columns.
 out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = SafeConsole(highlight=False, soft_wrap=True, stderr=True)
 
@@ -71,7 +71,7 @@ TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Seconds for t
 
 
 def print_json(value: Any) -> None:
-    """JSON on standard output, for programs."""
+    """Print a value as JSON to standard output."""
     write_json(value)
 
 
@@ -82,7 +82,7 @@ def local_run() -> RunFolder | None:
 
 
 def grpc_endpoint(given: str | None) -> str:
-    """Where callers speak: what was given, else the only local cluster, else the default port."""
+    """The gRPC endpoint for callers: the given one, else that of the only local cluster, else the default."""
     if given:
         return given
     run = local_run()
@@ -90,27 +90,27 @@ def grpc_endpoint(given: str | None) -> str:
 
 
 def admin_endpoint(endpoint: str | None, given: str | None) -> str:
-    """Where operators speak: what was given, else the local cluster's, else the admin port of the endpoint's host."""
+    """The admin address: the given one, else the local cluster's, else port 50053 on the endpoint's host."""
     if given:
         return given
     run = local_run()
-    if run and (endpoint is None or _one_address(endpoint, run.endpoints().get("grpc", ""))):
-        found = run.endpoints().get("admin")
-        if found:
-            return found
+    if run and (endpoint is None or _is_same_address(endpoint, run.endpoints().get("grpc", ""))):
+        address = run.endpoints().get("admin")
+        if address:
+            return address
     host = (endpoint or DEFAULT_ENDPOINT).rsplit(":", 1)[0]
     return f"{host}:{ADMIN_PORT}"
 
 
-def _one_address(one: str, other: str) -> bool:
-    """Whether two of host:port are the same, by any name of this host's loopback."""
-    hosts = [address.rpartition(":")[0] for address in (one, other)]
-    ports = [address.rpartition(":")[2] for address in (one, other)]
-    return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (one, other)))
+def _is_same_address(first: str, second: str) -> bool:
+    """Whether two host:port addresses are the same; all names of the loopback interface count as one host."""
+    hosts = [address.rpartition(":")[0] for address in (first, second)]
+    ports = [address.rpartition(":")[2] for address in (first, second)]
+    return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (first, second)))
 
 
 def api_key(file: Path | None) -> str:
-    """The key that a command calls with: the file's, else HEADRACE_API_KEY, else none."""
+    """The API key for a command's calls: from the file, else from HEADRACE_API_KEY, else empty."""
     if file is None:
         return os.environ.get("HEADRACE_API_KEY", "")
     try:
@@ -122,7 +122,7 @@ def api_key(file: Path | None) -> str:
 def make_client(
     endpoint: str | None, api_key_file: Path | None, tls_ca: Path | None, timeout_s: float | None = None
 ) -> Client:
-    """The SDK's client for the command's options."""
+    """Create the SDK client for a command's options."""
     try:
         return Client(grpc_endpoint(endpoint), api_key=api_key(api_key_file), tls_ca_file=tls_ca, timeout_s=timeout_s)
     except (ValueError, OSError) as error:
@@ -130,7 +130,7 @@ def make_client(
 
 
 def _how_to_reach() -> str:
-    """What to try when no gateway answers."""
+    """A hint for the error message when no gateway answers."""
     running = [run.path.name for run in RunFolder.running()]
     if len(running) > 1:
         names = ", ".join(running)
@@ -141,7 +141,7 @@ def _how_to_reach() -> str:
 
 @contextlib.contextmanager
 def rpc_errors(endpoint: str) -> Iterator[None]:
-    """A failed call becomes one line; exit code 3 when nobody answers, 2 for a bad value, else 1."""
+    """Turn a failed RPC into a one-line error. Exit code 3: unreachable; 2: invalid value; else 1."""
     try:
         try:
             yield

@@ -1,7 +1,7 @@
-"""What `headrace config check` finds in a file: errors that a process would refuse, and warnings of likely mistakes.
+"""The checks of `headrace config check`: errors that a process would refuse, and warnings of likely mistakes.
 
-The rules that need only the file are those of cluster/config/schema.py. Here are those that look around: at a model
-folder on this machine, at files that the configuration names, and at what only pods or a chart's values have.
+Rules that need only the file are in cluster/config/schema.py. The rules here need more: a model folder on this
+machine, files that the configuration names, or facts that hold only for pods or are only in a chart's values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
-from cluster.cli.config_inputs import Input, NoConfiguration, groups_of, read_input
+from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker_group_problems
 from cluster.config.problems import Problem
 from cluster.config.schema import Config, Model, remainder, secret_files
 
@@ -25,17 +25,18 @@ DEMO_SHAPE = {
     "num_hidden_layers": 30,
     "max_position_embeddings": 8192,
 }
-"""Of demo://smollm2's config.json."""
-LEAST_TOKENS = 2048
-"""The least default of vLLM's max_num_batched_tokens."""
-_PODS_READ = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
-"""Sections that rules about pods read: without their wrong keys they have defaults, of which nothing should be said."""
+"""Excerpt of demo://smollm2's config.json."""
+MIN_BATCHED_TOKENS = 2048
+"""The smallest default of vLLM's max_num_batched_tokens on any hardware."""
+_POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
+"""Sections that the pod rules read. If one has errors, its bad keys are replaced by defaults, and the pod rules are
+skipped: they would complain about values that are not in the file."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFinding:
-    """An error or a warning: the key's path, what to do, and the line in the file (0: none)."""
+    """An error or a warning: the path of the key, the message with the remedy, the line in the file (0: none)."""
 
     path: str
     message: str
@@ -48,7 +49,7 @@ class ConfigFinding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in one file; `config` is there where no rule of the file itself is broken."""
+    """The findings for one file. `config` is None if there are errors."""
 
     name: str
     config: Config | None = None
@@ -56,10 +57,10 @@ class Report:
     warnings: tuple[ConfigFinding, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """For programs; the same keys whether the file is right or wrong."""
+        """The report as printed by --json; the keys are the same with and without errors."""
 
         def plain(findings: tuple[ConfigFinding, ...]) -> list[dict[str, Any]]:
-            return [{"path": one.path, "message": one.message, "line": one.line} for one in findings]
+            return [{"path": finding.path, "message": finding.message, "line": finding.line} for finding in findings]
 
         return {
             "file": self.name,
@@ -71,55 +72,66 @@ class Report:
 
 
 def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Report:
-    """Look at the text of a cluster.yaml, of a chart's values or of a ConfigMap. `pod`: it is for pods, as values and
-    a ConfigMap are. `files`: the files that it names must be on this machine."""
+    """Check the text of a cluster.yaml, of a chart's values or of a ConfigMap.
+
+    `pod`: apply the rules for pods; values and ConfigMaps always get them. `files`: files that the configuration
+    names must exist on this machine.
+    """
     try:
         given = read_input(text)
     except NoConfiguration as error:
-        return Report(name, errors=tuple(ConfigFinding("", one) for one in error.reasons))
+        return Report(name, errors=tuple(ConfigFinding("", reason) for reason in error.reasons))
     config, wrong = remainder(given.document)
     problems = [*given.problems, *wrong]
     warnings: list[Problem] = []
     if config is not None:
-        problems += [one for one in _around(config) if not _under(one, wrong)]
+        problems += [problem for problem in _model_problems(config) if not _in_wrong_model(problem, wrong)]
         if given.values is not None:
-            problems += [one for one in groups_of(config, given.values) if not _under(one, wrong)]
-        if (pod or given.for_pods) and not any(one.path[:1] in _PODS_READ for one in wrong):
-            problems += _pods(config)
+            problems += [
+                problem
+                for problem in worker_group_problems(config, given.values)
+                if not _in_wrong_model(problem, wrong)
+            ]
+        if (pod or given.for_pods) and not any(problem.path[:1] in _POD_SECTIONS for problem in wrong):
+            problems += _pod_problems(config)
         if files:
-            problems += _files(config)
-        warnings += [] if wrong else _likely(config)
-    return Report(name, None if problems else config, _found(problems, given), _found(warnings, given))
+            problems += _file_problems(config)
+        warnings += [] if wrong else _warnings(config)
+    return Report(name, None if problems else config, _findings(problems, given), _findings(warnings, given))
 
 
-def _under(problem: Problem, wrong: list[Problem]) -> bool:
-    """Whether its model has been found wrong, so that what is left of it says nothing."""
-    return any(one.path[:2] == problem.path[:2] or one.path == ("models",) for one in wrong)
+def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
+    """Whether the problem's model already has schema errors; further problems of it would be misleading."""
+    return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
-def _found(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...]:
-    return tuple(ConfigFinding(given.prefix + one.where, one.text, given.line_of(one.path)) for one in problems)
+def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...]:
+    return tuple(
+        ConfigFinding(given.prefix + problem.where, problem.text, given.line_of(problem.path)) for problem in problems
+    )
 
 
 # ---- what a replica would refuse
 
 
-def _around(config: Config) -> Iterator[Problem]:
+def _model_problems(config: Config) -> Iterator[Problem]:
+    """Yield errors for which a replica would not start: its source, or its degrees of parallelism."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)
             if version.source.startswith("sim://"):
-                yield from _simulated(path, version)
+                yield from _simulator_problems(path, version)
                 continue
-            yield from _folder(path, version, config)
-            shape = shape_of(version.source)
+            yield from _folder_problems(path, version, config)
+            shape = checkpoint_config(version.source)
             for choice, spec in enumerate(version.specs()):
-                if found := unfit(spec, shape):
-                    own = not isinstance(version.gpu, str) and found[0] in version.gpu[choice].model_fields_set
-                    yield Problem((*path, *(("gpu", choice) if own else ()), found[0]), found[1])
+                if (key_and_text := parallelism_problem(spec, shape)) is not None:
+                    key, text = key_and_text
+                    own = not isinstance(version.gpu, str) and key in version.gpu[choice].model_fields_set
+                    yield Problem((*path, *(("gpu", choice) if own else ()), key), text)
 
 
-def _simulated(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
+def _simulator_problems(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
     from cluster.worker.engine.simulated.config import SimConfig
 
     for spec in model.specs():
@@ -132,7 +144,7 @@ def _simulated(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
             return
 
 
-def _folder(path: tuple[str | int, ...], model: Model, config: Config) -> Iterator[Problem]:
+def _folder_problems(path: tuple[str | int, ...], model: Model, config: Config) -> Iterator[Problem]:
     from cluster.worker.weights.sources import SourceError, check_folder
 
     if "://" in model.source:
@@ -146,12 +158,12 @@ def _folder(path: tuple[str | int, ...], model: Model, config: Config) -> Iterat
     elif _HUB_NAME.fullmatch(model.source):
         yield Problem(
             (*path, "source"),
-            f"{model.source!r} is a relative folder, and it is not here; did you mean hf://{model.source}?",
+            f"there is no folder {model.source!r} here; did you mean hf://{model.source}?",
         )
 
 
-def shape_of(source: str) -> Mapping[str, Any]:
-    """A checkpoint's config.json where it is on this machine; empty where it is not."""
+def checkpoint_config(source: str) -> Mapping[str, Any]:
+    """Read a checkpoint's config.json; empty if it is not on this machine."""
     if source.startswith("demo://"):
         return DEMO_SHAPE
     if "://" in source:
@@ -166,54 +178,62 @@ def shape_of(source: str) -> Mapping[str, Any]:
     return {**values, **inner} if isinstance(inner, dict) else values
 
 
-def unfit(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The key for which a checkpoint of this shape cannot be run as the entry says, and why; None where it can, or
-    where it is not known."""
-    if text := _undivided(spec.tensor_parallel_size, shape):
+def parallelism_problem(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Check the degrees of parallelism against a checkpoint's config.json.
+
+    Returns the key that does not fit and the message; None if all fit or the checkpoint is unknown.
+    """
+    if text := _heads_problem(spec.tensor_parallel_size, shape):
         return "tensor_parallel_size", text
     layers = shape.get("num_hidden_layers")
     if isinstance(layers, int) and 0 < layers < spec.pipeline_parallel_size:
-        return "pipeline_parallel_size", f"is {spec.pipeline_parallel_size}, and the model has {layers} layers"
+        return (
+            "pipeline_parallel_size",
+            f"is {spec.pipeline_parallel_size}, and the model has {layers} layers: take at most {layers}",
+        )
     return None
 
 
-def _undivided(ranks: int, shape: Mapping[str, Any]) -> str:
-    """Why heads cannot be divided among so many ranks."""
-    heads, kept = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
+def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
+    """The message if the attention heads cannot be divided among this number of ranks; else ""."""
+    heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     if isinstance(heads, int) and heads > 0 and heads % ranks:
-        fits = ", ".join(str(n) for n in range(1, 65) if not heads % n)
+        divisors = ", ".join(str(n) for n in range(1, 65) if not heads % n)
         return (
-            f"is {ranks}, and the model has {heads} attention heads, which {ranks} does not divide: take one of {fits}"
+            f"is {ranks}, and the model has {heads} attention heads, which {ranks} does not divide: "
+            f"take one of {divisors}"
         )
-    if isinstance(kept, int) and kept > 0 and kept % ranks and ranks % kept:
-        return f"is {ranks}, and the model has {kept} key-value heads: neither divides the other"
+    if isinstance(kv_heads, int) and kv_heads > 0 and kv_heads % ranks and ranks % kv_heads:
+        return f"is {ranks}, and the model has {kv_heads} key-value heads: one must divide the other"
     return ""
 
 
 # ---- what pods would refuse, and files
 
 
-def _pods(config: Config) -> Iterator[Problem]:
+def _pod_problems(config: Config) -> Iterator[Problem]:
+    """Yield settings for which the processes of a pod would not start."""
     from cluster.cli.commands.pod import controller_lacks, gateway_lacks
 
     if config.gateway.processes != 1:
-        yield Problem(("gateway", "processes"), "a container holds one process: set 1, and more replicas")
-    for told in (*gateway_lacks(config, files=False), *controller_lacks(config, files=False)):
-        where, _, text = told.partition(": ")
+        yield Problem(("gateway", "processes"), "a container holds one process: set 1 and raise the replicas")
+    for message in (*gateway_lacks(config, files=False), *controller_lacks(config, files=False)):
+        where, _, text = message.partition(": ")
         yield Problem((where,), text)
 
 
-def _files(config: Config) -> Iterator[Problem]:
+def _file_problems(config: Config) -> Iterator[Problem]:
+    """Yield files that the configuration names and that are missing or invalid."""
     from cluster.cli.commands.pod import controller_lacks, gateway_lacks, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
     from cluster.policy.tenants.patterns import PatternError
 
-    told = [*gateway_lacks(config, pod=False), *controller_lacks(config, pod=False)]
+    messages = [*gateway_lacks(config, pod=False), *controller_lacks(config, pod=False)]
     if config.weights.hugging_face.token_file is not None:
-        told += unreadable_file("weights.hugging_face.token_file", config.weights.hugging_face.token_file)
-    for one in told:
-        where, _, text = one.partition(": ")
+        messages += unreadable_file("weights.hugging_face.token_file", config.weights.hugging_face.token_file)
+    for message in messages:
+        where, _, text = message.partition(": ")
         yield Problem((where,), text)
     for setting, path in secret_files(config).items():
         if path.is_file() and path.read_bytes().strip():
@@ -233,22 +253,23 @@ def _files(config: Config) -> Iterator[Problem]:
 # ---- likely mistakes
 
 
-def _likely(config: Config) -> Iterator[Problem]:
+def _warnings(config: Config) -> Iterator[Problem]:
+    """Yield likely mistakes, which no process refuses."""
     names = [name for model in config.models for name in (model.name, *model.aliases)]
     if config.auth is not None and names:
         yield from _unknown_models(config, names)
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)
-            yield from _likely_of(path, version)
+            yield from _model_warnings(path, version)
     types = {spec.gpu for model in config.models for spec in model.specs()}
     for kind in config.scaling.gpu_budget:
         if config.models and kind not in types:
-            yield Problem(("scaling", "gpu_budget", kind), "no model names this type of GPU: nothing is limited by it")
+            yield Problem(("scaling", "gpu_budget", kind), "no model uses this GPU type: the budget limits nothing")
 
 
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
-    """Tenants whose `models` match no name of a model: their callers get MODEL_NOT_FOUND."""
+    """Warn of tenants whose `models` match no model: their callers get MODEL_NOT_FOUND."""
     from_defaults = False
     for at, tenant in enumerate(config.tenants):
         if "models" not in tenant.model_fields_set:
@@ -258,7 +279,7 @@ def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
             if not _matches(pattern, names):
                 yield Problem(
                     ("tenants", at, "models", number),
-                    f"{pattern!r} is no model of this file: there are {', '.join(names)}",
+                    f"{pattern!r} is no model of this file; it has {', '.join(names)}",
                 )
     defaults = config.tenant_defaults
     if (from_defaults or "models" in defaults.model_fields_set) and not any(
@@ -272,49 +293,48 @@ def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
 
 
 def _matches(pattern: str, names: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, one) for name in names for one in (pattern, pattern.partition(":")[0]))
+    globs = (pattern, pattern.partition(":")[0])
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def _too_long(model: Model, shape: Mapping[str, Any]) -> str:
-    """Why vLLM refuses an entry's max_model_len by default; "" where it does not, or where it cannot be known."""
+def _length_problem(model: Model, shape: Mapping[str, Any]) -> str:
+    """The message if vLLM by default refuses an entry's max_model_len; "" if it accepts it or that is unknown."""
     positions, length = shape.get("max_position_embeddings"), model.max_model_len
-    turns = shape.get("rope_parameters")
-    stretched = shape.get("rope_scaling") or (
-        isinstance(turns, dict) and turns.get("rope_type", "default") != "default"
-    )
-    if not isinstance(positions, int) or length is None or not 0 < positions < length or stretched:
+    rope = shape.get("rope_parameters")
+    scaled = shape.get("rope_scaling") or (isinstance(rope, dict) and rope.get("rope_type", "default") != "default")
+    if not isinstance(positions, int) or length is None or not 0 < positions < length or scaled:
         return ""
     if "hf_overrides" in model.engine or "model_max_length" in shape:
         return ""
     return (
-        f"is {length}, and the model was made for {positions} positions: vLLM refuses more, unless "
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN is 1 for its engines"
+        f"is {length}, and the model was made for {positions} positions: lower it; vLLM accepts more only if the "
+        "engine's environment sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1"
     )
 
 
-def _likely_of(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
+def _model_warnings(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
     source = model.source
     if "://" not in source and not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         yield Problem((*path, "source"), f"there is no folder {source} on this machine: it must be on every node")
     sequences = model.engine.get("max_num_seqs")
-    if isinstance(sequences, int) and sequences > LEAST_TOKENS and "max_num_batched_tokens" not in model.engine:
+    if isinstance(sequences, int) and sequences > MIN_BATCHED_TOKENS and "max_num_batched_tokens" not in model.engine:
         yield Problem(
             (*path, "engine", "max_num_seqs"),
-            f"is {sequences}, and must not be above max_num_batched_tokens, whose default is {LEAST_TOKENS} on some "
-            "hardware: set both",
+            f"is {sequences}, and must not exceed max_num_batched_tokens, which defaults to {MIN_BATCHED_TOKENS} on "
+            "some hardware: set both",
         )
     if model.revision and not source.startswith("hf://"):
-        text = f"is for hf:// sources; nothing of {source} is pinned by it, `digest` would"
+        text = f"is for hf:// sources and does not pin {source}: set `digest` instead"
         yield Problem((*path, "revision"), text)
-    if text := _too_long(model, shape_of(source)):
+    if text := _length_problem(model, checkpoint_config(source)):
         yield Problem((*path, "max_model_len"), text)
-    if not source.startswith("sim://") and not shape_of(source):
+    if not source.startswith("sim://") and not checkpoint_config(source):
         for spec in model.specs():
             ranks = spec.tensor_parallel_size
             if ranks & (ranks - 1):
                 yield Problem(
                     (*path, "tensor_parallel_size"),
-                    f"is {ranks}, no power of two: it must divide the model's attention heads, which this machine "
-                    "cannot see",
+                    f"is {ranks}, no power of two: it must divide the model's number of attention heads, which is "
+                    "unknown here because the checkpoint is not on this machine",
                 )
                 return

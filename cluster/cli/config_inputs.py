@@ -1,7 +1,7 @@
-"""Reads what `headrace config check` may be given: a cluster.yaml, the chart's values, or a ConfigMap with either.
+"""Read the input of `headrace config check`: a cluster.yaml, values of the chart, or a ConfigMap with a cluster.yaml.
 
-Values are laid over the chart's own as Helm does it: mappings are merged, everything else is replaced, and null takes a
-key away. chart_values.json is a part of the chart's values.yaml, kept equal by scripts/chart_schema.py.
+Values are merged over the chart's defaults as Helm does: mappings are merged, everything else is replaced, and null
+removes a key. chart_values.json is a part of the chart's values.yaml; scripts/chart_schema.py keeps the two equal.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cluster.config.schema import API_VERSION, Config
 from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read_documents
 
 CHART_VALUES = Path(__file__).parent / "chart_values.json"
-_OF_CLUSTER = frozenset({"api_version", "name", "models"})
-"""Keys that every cluster.yaml has, of which the chart's values have none."""
-_HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
-"""First lines of `helm get values`."""
+_CLUSTER_KEYS = frozenset({"api_version", "name", "models"})
+"""Keys of a cluster.yaml that never occur at the top level of the chart's values."""
+_HELM_HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
+"""Keys that the first line of `helm get values` adds."""
 
 
 class NoConfiguration(Exception):
-    """The text holds no configuration; `reasons` say why."""
+    """The text contains no configuration, for the given reasons."""
 
     def __init__(self, *reasons: str) -> None:
         super().__init__("; ".join(reasons))
@@ -35,8 +35,10 @@ class NoConfiguration(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A configuration and where it stood: `prefix` comes before each path, `values` are the whole values where it came
-    with them."""
+    """A configuration and its position in the input.
+
+    `prefix` goes before each path in messages; `values` are the chart's complete values if it came from values.
+    """
 
     document: Document
     prefix: str = ""
@@ -44,44 +46,44 @@ class Input:
     for_pods: bool = False
     problems: tuple[Problem, ...] = ()
     lines: Document | None = None
-    """Where paths have their lines, if that is another document."""
+    """The document that gives line numbers, if it is not `document`."""
 
     def line_of(self, path: KeyPath) -> int:
-        """The line of a path of the configuration; 0 when it is not in the text."""
+        """The line of a configuration path; 0 if it is not in the text."""
         if self.lines is None:
             return self.document.line_of(path)
         return self.lines.line_of(("config", *path)) if path else 0
 
 
 def read_input(text: str) -> Input:
-    """Tell the kinds of input apart. Raises NoConfiguration."""
+    """Detect the kind of input and read its configuration. Raises NoConfiguration."""
     try:
-        documents = [one for one in read_documents(text) if one.data is not None]
+        documents = [document for document in read_documents(text) if document.data is not None]
         for document in documents:
-            if (inner := _of_manifest(document.data)) is not None:
-                (found,) = read_documents(inner)
-                return Input(_checked(found), for_pods=True)
+            if (inner := _cluster_yaml_in(document.data)) is not None:
+                (inner_document,) = read_documents(inner)
+                return Input(_require_mapping(inner_document), for_pods=True)
     except (NotYaml, ValueError) as error:
         raise NoConfiguration(str(error)) from None
     if len(documents) > 1:
         raise NoConfiguration(
-            f"holds {len(documents)} documents, separated by ---, and none is a ConfigMap with a cluster.yaml: "
-            "expected one"
+            f"has {len(documents)} documents separated by ---, and none is a ConfigMap with a cluster.yaml: expected "
+            "a single document"
         )
-    document = _checked(documents[0] if documents else Document(None))
-    if not _OF_CLUSTER & document.data.keys() and document.data:
-        return _of_values(document)
+    document = _require_mapping(documents[0] if documents else Document(None))
+    if not _CLUSTER_KEYS & document.data.keys() and document.data:
+        return _read_values(document)
     return Input(document)
 
 
-def _checked(document: Document) -> Document:
+def _require_mapping(document: Document) -> Document:
     if not isinstance(document.data, dict):
         raise NoConfiguration(f"expected a mapping that begins with `api_version: {API_VERSION}`")
     return document
 
 
-def _of_manifest(data: Any) -> str | None:
-    """The cluster.yaml of a ConfigMap or Secret of the chart's."""
+def _cluster_yaml_in(data: Any) -> str | None:
+    """The cluster.yaml text in a ConfigMap or Secret manifest; None if the data is no such manifest."""
     if not isinstance(data, dict) or data.get("kind") not in ("ConfigMap", "Secret"):
         return None
     for holder in ("data", "stringData"):
@@ -91,22 +93,26 @@ def _of_manifest(data: Any) -> str | None:
     return None
 
 
-def _of_values(document: Document) -> Input:
-    given = {key: value for key, value in document.data.items() if key not in _HEADINGS}
+def _read_values(document: Document) -> Input:
+    given = {key: value for key, value in document.data.items() if key not in _HELM_HEADINGS}
     if not isinstance(given.get("config", {}), dict):
-        raise NoConfiguration("config: must be a mapping, the cluster.yaml of the release")
+        raise NoConfiguration("config: must be a mapping: the contents of the release's cluster.yaml")
     values = laid_over(json.loads(CHART_VALUES.read_text()), given)
     inside = tuple(
-        Duplicate(one.path[1:], one.line, one.first_line) for one in document.duplicates if one.path[0] == "config"
+        Duplicate(duplicate.path[1:], duplicate.line, duplicate.first_line)
+        for duplicate in document.duplicates
+        if duplicate.path[0] == "config"
     )
-    outside = tuple(Problem(one.path, str(one)) for one in document.duplicates if one.path[0] != "config")
+    outside = tuple(
+        Problem(duplicate.path, str(duplicate)) for duplicate in document.duplicates if duplicate.path[0] != "config"
+    )
     if outside:
-        raise NoConfiguration(*(f"{one.where}: {one.text}" for one in outside))
+        raise NoConfiguration(*(f"{problem.where}: {problem.text}" for problem in outside))
     return Input(Document(values["config"], inside), "config.", values, True, (), document)
 
 
 def laid_over(under: Any, over: Any) -> Any:
-    """`over` laid over `under`, as Helm merges values."""
+    """Merge `over` into `under` as Helm merges values."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     merged = {key: laid_over(under[key], over[key]) if key in over else value for key, value in under.items()}
@@ -114,41 +120,41 @@ def laid_over(under: Any, over: Any) -> Any:
     return {key: value for key, value in merged.items() if value is not None or key not in over}
 
 
-# ---- the groups of GPUs that a release makes
+# ---- the worker groups of a release
 
 
-def groups_of(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Models that no worker group of their Ray cluster can hold, or not as many times as `replicas.min` says."""
-    clusters = {one.get("name"): one for one in _list(values, "ray", "clusters")}
+def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Report models whose `replicas.min` replicas do not fit into the worker groups of their Ray cluster."""
+    clusters = {cluster.get("name"): cluster for cluster in _list(values, "ray", "clusters")}
     for at, model in enumerate(config.models):
         choices = []
         for spec in model.model_copy(update={"canary": None}).specs():
             cluster = clusters.get(spec.ray or (config.ray[0].name if config.ray else ""))
             if cluster is None or spec.source.startswith("sim://"):
-                break  # of a cluster that this release does not make, nothing is known
-            choices.append((spec, [one for one in _list(cluster, "workerGroups") if isinstance(one, dict)]))
+                break  # nothing is known of a Ray cluster outside this release
+            choices.append((spec, [group for group in _list(cluster, "workerGroups") if isinstance(group, dict)]))
         else:
-            reasons = [why_no_group(spec, groups) for spec, groups in choices]
+            reasons = [worker_group_shortage(spec, groups) for spec, groups in choices]
             if reasons and all(reasons):
                 yield Problem(("models", at), reasons[0])
 
 
-def why_no_group(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) -> str:
-    """Why these worker groups cannot hold an entry's least replicas; "" when they can."""
+def worker_group_shortage(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) -> str:
+    """The message if these worker groups cannot hold a model's minimum of replicas; "" if they can."""
     from cluster.policy.catalog.placement import may_spread, world_size
 
-    mine = [one for one in groups if not spec.gpu or one.get("gpuType") == spec.gpu]
-    if not mine:
-        types = ", ".join(sorted({str(one.get("gpuType") or "any") for one in groups})) or "none"
+    matching = [group for group in groups if not spec.gpu or group.get("gpuType") == spec.gpu]
+    if not matching:
+        types = ", ".join(sorted({str(group.get("gpuType") or "any") for group in groups})) or "none"
         return f"gpu is {spec.gpu}, and no worker group has this type; there are {types}"
     need = world_size(spec)
-    rooms = [(_gpus(one), int(one.get("maxReplicas") or 0)) for one in mine]
+    sizes = [(_gpus(group), int(group.get("maxReplicas") or 0)) for group in matching]
     if may_spread(spec):
-        fits = sum(gpus * nodes for gpus, nodes in rooms) // need
+        fits = sum(gpus * nodes for gpus, nodes in sizes) // need
     else:
-        fits = sum(gpus // need * nodes for gpus, nodes in rooms)
+        fits = sum(gpus // need * nodes for gpus, nodes in sizes)
     if not fits:
-        most = max((gpus for gpus, _ in rooms), default=0)
+        most = max((gpus for gpus, _ in sizes), default=0)
         return (
             f"one replica needs {need} GPUs{'' if may_spread(spec) else ' on one node'}, and the largest worker group "
             f"has {most} a node: lower tensor_parallel_size ({spec.tensor_parallel_size}), or raise gpusPerNode or "

@@ -1,7 +1,7 @@
-"""What the commands about tenants share: the ledger they open, how it refuses, and how rows are shown.
+"""Helpers of the tenant commands: open the ledger, turn its errors into exit codes, print rows.
 
-Its database is that of --database-url, else of the file's store.database_url, else that of the local cluster that is
-up, else the local one in the cache folder.
+The database is taken from --database-url, else from store.database_url of the -f file, else from the local cluster
+that is up, else it is the local SQLite file in the cache folder.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for th
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a command needs of the configuration. `made_here`: the database is the local one or a configuration's SQLite
-    file, which the first command that needs it makes, as `headrace up` would."""
+    """The settings that a ledger command reads from the configuration.
+
+    `made_here`: the database is the local one or a configured SQLite file. The first command that needs it creates
+    it, as `headrace up` would.
+    """
 
     database_url: str
     local: bool
@@ -61,18 +64,20 @@ class Settings:
 
     @property
     def rates(self) -> Prices | None:
-        """Of the file's cost section."""
+        """Prices from the file's `cost` section; None without one."""
         return Prices(self.cost.currency, dict(self.cost.gpu_hour)) if self.cost else None
 
 
 def local_pepper() -> Path:
-    """The local cluster's pepper; the only one that is made where it is missing."""
+    """The pepper file of local clusters; the only pepper file that is created if missing."""
     return cache_dir() / "key-pepper"
 
 
-def settings(file: Path | None, database_url: str | None, pepper_file: Path | None = None) -> Settings:
-    """From options and the file's sections, without both from the file of the local cluster that is up. Ends the
-    command with exit code 2 when they are wrong."""
+def read_settings(file: Path | None, database_url: str | None, pepper_file: Path | None = None) -> Settings:
+    """Read the ledger settings from the options and the file; without both, from the local cluster that is up.
+
+    Invalid settings end the command with exit code 2.
+    """
     data: Any = {}
     if file is None and database_url is None and (run := local_run()) is not None and run.config_file.exists():
         file = run.config_file
@@ -82,7 +87,7 @@ def settings(file: Path | None, database_url: str | None, pepper_file: Path | No
         except (OSError, UnicodeDecodeError, NotYaml) as error:
             fail(f"{file}: cannot be read: {error}", USAGE)
         if not isinstance(data, dict):
-            fail(f"{file}: is no mapping", USAGE)
+            fail(f"{file}: expected a mapping of keys, the cluster.yaml", USAGE)
     store, auth = _section(Store, data, "store", file), _section(Auth, data, "auth", file)
     url = database_url or (store.database_url if store else "")
     pepper = pepper_file or (auth.api_keys.pepper_file if auth and auth.api_keys else None) or local_pepper()
@@ -98,13 +103,13 @@ def _section(kind: type[Section], data: Mapping[str, Any], name: str, file: Path
     try:
         return kind.model_validate(data[name])
     except ValidationError as error:
-        lines = [f"{file}: {'.'.join([name, *map(str, one['loc'])])}: {one['msg']}" for one in error.errors()]
+        lines = [f"{file}: {'.'.join([name, *map(str, item['loc'])])}: {item['msg']}" for item in error.errors()]
         fail("\n".join(lines), USAGE)
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """What a ledger refuses becomes one line; exit code 3 when the database is away, 2 for a bad value, else 1."""
+def ledger_errors() -> Iterator[None]:
+    """Turn a ledger error into a one-line error. Exit code 3: database unreachable; 2: invalid value; else 1."""
     from cluster.ledger.errors import LedgerError, StoreUnavailable
 
     try:
@@ -120,22 +125,25 @@ def told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(chosen: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
-    """The ledger, made at its first use where it is `made_here`; others say what to run."""
+def open_ledger(settings: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
+    """Open the ledger. A database with `made_here` is created at first use; others must have been upgraded.
+
+    `keys`: also read the peppers. `check`: require a usable schema.
+    """
     from cluster.ledger import files
     from cluster.ledger.database import migrate
     from cluster.ledger.store import Ledger
 
-    with told():
-        if chosen.local:
+    with ledger_errors():
+        if settings.local:
             make_private_folder(cache_dir())
-        if keys and chosen.made_here and chosen.pepper_file == local_pepper():
-            files.make_secret(chosen.pepper_file)
-        peppers = files.read_secrets(chosen.pepper_file, "auth.api_keys.pepper_file") if keys else ()
-        ledger = Ledger(chosen.database_url, peppers=peppers)
+        if keys and settings.made_here and settings.pepper_file == local_pepper():
+            files.make_secret(settings.pepper_file)
+        peppers = files.read_secrets(settings.pepper_file, "auth.api_keys.pepper_file") if keys else ()
+        ledger = Ledger(settings.database_url, peppers=peppers)
         try:
             if check:
-                if chosen.made_here and ledger.check().state is migrate.State.EMPTY:
+                if settings.made_here and ledger.check().state is migrate.State.EMPTY:
                     ledger.upgrade()
                 ledger.require_usable()
             yield ledger
@@ -143,23 +151,23 @@ def opened(chosen: Settings, *, keys: bool = False, check: bool = True) -> Itera
             ledger.close()
 
 
-def pair(text: str, option: str) -> tuple[str, str]:
-    """The two sides of an option's name=value. Ends the command with exit code 2 for another form."""
+def split_pair(text: str, option: str) -> tuple[str, str]:
+    """Split an option's name=value. Any other form ends the command with exit code 2."""
     name, sign, value = text.partition("=")
     if not sign or not name:
-        fail(f"{option} {text}: write name=value", USAGE)
+        fail(f"{option} {text}: expected name=value", USAGE)
     return name, value
 
 
 def shown_time(at_s: float | None) -> str:
-    """UTC, to the second."""
+    """Format a Unix time as UTC, to the second; empty for None."""
     if at_s is None:
         return ""
     return datetime.datetime.fromtimestamp(at_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], nothing: str) -> None:
-    """Rows of one shape, or the word for none."""
+    """Print rows with equal keys as a table, or the text `nothing` if there are none."""
     if not rows:
         out.print(nothing)
         return

@@ -1,6 +1,6 @@
-"""The command line, installed as `headrace` and `cluster`.
+"""Entry point of the command line, installed as `headrace` and `cluster`.
 
-A process of the cluster starts without the modules of all other commands: a gateway is back sooner by a fifth.
+A process of the cluster starts without the modules of the other commands; this makes a gateway restart a fifth faster.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ PROCESSES = ("gateway", "controller", "prepare", "pod")
 
 
 def main() -> None:
-    """The entry point. Refuses to run beside PyPI's `cluster`, whose files would mix with ours."""
+    """Run the command line. Refuses to run beside PyPI's `cluster` package, whose files would mix with ours."""
     other = doctor.foreign_cluster_package()
     if other is not None:
         finding = doctor.check_name_clash()
         terminal.say(f"error: {finding.missing}, and one of the two is broken; {finding.remedy}", error=True)
         sys.exit(1)
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
-        if sys.argv[1] != "prepare":  # weights are no secret, and may be another user's too
+        if sys.argv[1] != "prepare":  # weights are not secret, and other users may share them
             os.umask(0o077)
         if "gateway" in sys.argv[1:3]:
-            gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it takes a tenth of it
-            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for some reads a file a package
+            gc.disable()  # until it serves: objects made at start stay, and collecting takes a tenth of the start time
+            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # plugin discovery reads a file per package
         _without_rich()
         from cluster.cli.process_commands import app_of
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _without_rich() -> None:
-    """structlog imports rich and pygments, where they are installed, for a console that a process does not have."""
+    """Import structlog without rich and pygments, which it imports if installed and which only a console needs."""
     if "rich" in sys.modules:
         return
     sys.modules["rich"] = None  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""Writes keys of models into a YAML file and leaves all else of it, comments and layout, as it is. Pure.
+"""Set keys of models in YAML text and keep everything else, including comments and layout. Pure.
 
-The parser says where in the text a value stands; the text is cut there and read again, and the result counts only if it
-says what it said before with exactly these keys changed.
+The YAML parser gives the position of each value; the new value is spliced in there. The result is parsed again and
+rejected unless exactly these keys have changed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
 
 def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
-    """The text with `keys` of one model's entry set. Raises ValueError where it cannot be done by cutting the text: an
-    anchor's alias, a merge key, a file that is none."""
+    """Return the text with `keys` set in one model's entry.
+
+    Raises ValueError where splicing cannot work: an alias of an anchor, a merge key, text that is not YAML.
+    """
     try:
         before = yaml.safe_load(text)
         for key, value in keys.items():
-            text = _set(text, model, key, value)
+            text = _set_key(text, model, key, value)
         after = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {error}") from None
@@ -32,6 +34,7 @@ def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
 
 
 def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
+    """The parsed file with the keys of one model set: what parsing the edited text must give."""
     return {
         **data,
         "models": [
@@ -41,26 +44,28 @@ def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
     }
 
 
-def _set(text: str, model: str, key: str, value: str) -> str:
-    entry = _entry(text, model)
+def _set_key(text: str, model: str, key: str, value: str) -> str:
+    """Replace the key's value in the text, or insert the key after `source` (without one, after the last key)."""
+    entry = _model_node(text, model)
     pairs = {pair[0].value: pair for pair in entry.value if isinstance(pair[0], yaml.ScalarNode)}
-    shown = _shown(value)
+    scalar = _scalar(value)
     if key in pairs:
         node = pairs[key][1]
         if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"models[{model}].{key} is no plain value")
-        return text[: node.start_mark.index] + shown + text[node.end_mark.index :]
+            raise ValueError(f"models[{model}].{key} must be a plain value, not a list or a mapping")
+        return text[: node.start_mark.index] + scalar + text[node.end_mark.index :]
     last = pairs["source"] if "source" in pairs else entry.value[-1]
     end = last[1].end_mark.index
     if entry.flow_style:
-        return f"{text[:end]}, {key}: {shown}{text[end:]}"
+        return f"{text[:end]}, {key}: {scalar}{text[end:]}"
     line_end = text.find("\n", end)
     line_end = len(text) if line_end < 0 else line_end
     indent = " " * last[0].start_mark.column
-    return f"{text[:line_end]}\n{indent}{key}: {shown}{text[line_end:]}"
+    return f"{text[:line_end]}\n{indent}{key}: {scalar}{text[line_end:]}"
 
 
-def _entry(text: str, model: str) -> yaml.MappingNode:
+def _model_node(text: str, model: str) -> yaml.MappingNode:
+    """Find a model's entry in the text. Raises ValueError if there is none."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     models = next(
         (value for key, value in (root.value if isinstance(root, yaml.MappingNode) else ()) if key.value == "models"),
@@ -74,7 +79,7 @@ def _entry(text: str, model: str) -> yaml.MappingNode:
     raise ValueError(f"models: there is no entry {model!r}")
 
 
-def _shown(value: str) -> str:
+def _scalar(value: str) -> str:
     return (
         value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
     )

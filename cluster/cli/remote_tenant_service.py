@@ -1,4 +1,4 @@
-"""The desk behind a gateway's admin API; see ledger/tenants/service.py for the one on a database."""
+"""The tenant service over a gateway's admin API; ledger/tenants/service.py works on the database directly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 
 
 class RemoteTenantService:
-    """Implements Desk. What a gateway refuses for other reasons (a key, a role) is a HeadraceError."""
+    """A TenantService over the admin API.
+
+    Raises the same LedgerErrors as the one on a database; any other refusal (credentials, role) is a HeadraceError.
+    """
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -36,117 +39,119 @@ class RemoteTenantService:
         self._audit = usage_pb2_grpc.AuditStub(self._channel)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._channel.close()
 
-    def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
             return method(request, timeout=TIMEOUT_S, metadata=self._access.metadata)
         except grpc.RpcError as error:
-            raise self._told(error) from None
+            raise self._converted(error) from None
 
-    def _told(self, error: grpc.RpcError) -> Exception:
-        found = from_rpc(error, endpoint=self._access.address)
-        kind = _KINDS.get(found.reason)
-        return found if kind is None else kind(found.message)
+    def _converted(self, error: grpc.RpcError) -> Exception:
+        """The LedgerError with the error's reason, else a HeadraceError."""
+        converted = from_rpc(error, endpoint=self._access.address)
+        kind = _KINDS.get(converted.reason)
+        return converted if kind is None else kind(converted.message)
 
     def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        """Call a list method until its last page."""
         request.page_size = PAGE
         while True:
-            page = self._ask(method, request)
+            page = self._call(method, request)
             yield page
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
 
-    # ---- Desk
+    # ---- TenantService
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """See Desk."""
+        """See TenantService."""
         tenant, _, empty = codec.tenant_and_paths(name, own)
         request = pb.CreateTenantRequest(tenant=tenant, reason=reason)
         request.unset_mask.paths.extend(empty)
-        return codec.stored_tenant(self._ask(self._tenants.Create, request))
+        return codec.stored_tenant(self._call(self._tenants.Create, request))
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """See Desk."""
-        return codec.stored_tenant(self._ask(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}")))
+        """See TenantService."""
+        return codec.stored_tenant(self._call(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}")))
 
     def tenants(self) -> Iterator[StoredTenant]:
-        """See Desk."""
+        """See TenantService."""
         for page in self._pages(self._tenants.List, pb.ListTenantsRequest()):
             yield from map(codec.stored_tenant, page.tenants)
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """See Desk."""
+        """See TenantService."""
         tenant, paths, _ = codec.tenant_and_paths(name, changes)
         request = pb.UpdateTenantRequest(tenant=tenant, reason=reason)
         request.update_mask.paths.extend(paths)
-        return codec.stored_tenant(self._ask(self._tenants.Update, request))
+        return codec.stored_tenant(self._call(self._tenants.Update, request))
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """See Desk."""
+        """See TenantService."""
         named = {"name": f"tenants/{name}", "reason": reason}
         if suspended:
-            return codec.stored_tenant(self._ask(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
-        return codec.stored_tenant(self._ask(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
+            return codec.stored_tenant(self._call(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
+        return codec.stored_tenant(self._call(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
-        """See Desk."""
+        """See TenantService."""
         request = pb.DeleteTenantRequest(name=f"tenants/{name}", erase=erase, reason=reason)
-        return int(self._ask(self._tenants.Delete, request).erased_rows)
+        return int(self._call(self._tenants.Delete, request).erased_rows)
 
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:
-        """See Desk."""
+        """See TenantService."""
         key = pb.Key(display_name=name, role=role, expire_time=codec.timestamp(expires_at))
         request = pb.CreateKeyRequest(parent=f"tenants/{tenant}", key=key, reason=reason)
-        return _new_key(self._ask(self._keys.Create, request))
+        return _new_key(self._call(self._keys.Create, request))
 
     def keys(self, tenant: str) -> list[StoredKey]:
-        """See Desk."""
+        """See TenantService."""
         pages = self._pages(self._keys.List, pb.ListKeysRequest(parent=f"tenants/{tenant}"))
-        return [codec.stored_key(one) for page in pages for one in page.keys]
+        return [codec.stored_key(key) for page in pages for key in page.keys]
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
     ) -> NewKey:
-        """See Desk."""
+        """See TenantService."""
         request = pb.RotateKeyRequest(
             name=f"tenants/{tenant}/keys/{key_id}",
             overlap_s=overlap_s,
             expire_time=codec.timestamp(expires_at),
             reason=reason,
         )
-        return _new_key(self._ask(self._keys.Rotate, request))
+        return _new_key(self._call(self._keys.Rotate, request))
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """See Desk."""
+        """See TenantService."""
         request = pb.RevokeKeyRequest(name=f"tenants/{tenant}/keys/{key_id}", reason=reason)
-        return codec.stored_key(self._ask(self._keys.Revoke, request))
+        return codec.stored_key(self._call(self._keys.Revoke, request))
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See Desk."""
+        """See TenantService."""
         if rates is not None:
-            raise LedgerError("--gpu-hour: a gateway prices by its own cost section; leave it out, or use -f")
+            raise LedgerError("--gpu-hour: a gateway uses the prices of its own `cost` section; omit it, or use -f")
         request = usage_pb2.QueryUsageRequest(
-            **_range(wanted), group_by=wanted.group_by, total=not wanted.group_by, cost=cost
+            **_query_fields(wanted), group_by=wanted.group_by, total=not wanted.group_by, cost=cost
         )
-        return [_sum(one, wanted, cost) for page in self._pages(self._usage.Query, request) for one in page.sums]
+        return [_sum(item, wanted, cost) for page in self._pages(self._usage.Query, request) for item in page.sums]
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See Desk."""
+        """See TenantService."""
         try:
-            for page in self._ask(self._usage.Export, usage_pb2.ExportUsageRequest(**_range(wanted))):
+            for page in self._call(self._usage.Export, usage_pb2.ExportUsageRequest(**_query_fields(wanted))):
                 yield from map(_record, page.records)
         except grpc.RpcError as error:
-            raise self._told(error) from None
+            raise self._converted(error) from None
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """See Desk."""
+        """See TenantService."""
         request = usage_pb2.ListAuditRequest(
             parent=f"tenants/{tenant}" if tenant else "",
             filter=" AND ".join(f'{name} = "{value}"' for name, value in (equal or {}).items()),
@@ -160,7 +165,7 @@ def _new_key(message: pb.NewKey) -> NewKey:
     return NewKey(codec.stored_key(message.key), message.secret)
 
 
-def _range(wanted: UsageQuery) -> dict[str, Any]:
+def _query_fields(wanted: UsageQuery) -> dict[str, Any]:
     return {
         "parent": f"tenants/{wanted.tenant}" if wanted.tenant else "",
         "since_day": wanted.since_day,

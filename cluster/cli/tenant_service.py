@@ -1,7 +1,7 @@
-"""Where the commands about tenants work: on the database itself, or over a gateway's admin API.
+"""Selection of the tenant service for a command: on the database itself, or over a gateway's admin API.
 
---database-url, -f and --pepper-file mean the database; --admin, --endpoint, --api-key-file and --tls-ca a gateway.
-What is typed goes before what the environment says; with neither it is the local ledger.
+--database-url, -f and --pepper-file select the database; --admin, --endpoint, --api-key-file and --tls-ca a gateway.
+Typed options take precedence over the environment; with neither it is the local ledger.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, get_type_hints
 
 import typer
 
-from cluster.cli.access import reach
+from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
-from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, opened, settings, told
+from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
 from cluster.ledger.tenants.service import By, LedgerTenantService, TenantService
 
-HERE = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
-THERE = {
+DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
+GATEWAY_OPTIONS = {
     "admin": "--admin",
     "endpoint": "--endpoint",
     "api_key_file": "--api-key-file",
@@ -42,7 +42,7 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TenantBackend:
-    """A command's options of that kind; `typed` are those that the environment has not said."""
+    """The options that select the tenant service; `typed` names those given on the command line."""
 
     typed: frozenset[str] = frozenset()
 
@@ -55,16 +55,19 @@ class TenantBackend:
     tls_ca: Path | None = None
 
 
-def at_desk(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command its parameter `desk`, and the options that say where that is; `keys`: it makes keys."""
+def with_tenant_service(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: pass a command an open tenant service as `service`, and add the options that select it.
+
+    `keys`: the command creates keys and needs the pepper.
+    """
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
         own = [
-            one.replace(annotation=hints[name])
-            for name, one in inspect.signature(command).parameters.items()
-            if name != "desk"
+            parameter.replace(annotation=hints[name])
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "service"
         ]
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         more = [inspect.Parameter("context", positional, annotation=typer.Context)]
@@ -73,42 +76,42 @@ def at_desk(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[.
         def run(context: typer.Context, **given: Any) -> None:
             typed = frozenset(name for name in options if _is_typed(context, name))
             where = TenantBackend(typed, **{name: given.pop(name) for name in options})
-            with open_desk(where, keys=keys) as desk:
-                command(desk=desk, **given)
+            with open_tenant_service(where, keys=keys) as service:
+                command(service=service, **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature([more[0], *own, *more[1:]])  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
         return run
 
     return decorate
 
 
 @contextlib.contextmanager
-def open_desk(where: TenantBackend, *, keys: bool = False) -> Iterator[TenantService]:
-    """The desk; what it refuses ends the command with its exit code."""
+def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator[TenantService]:
+    """Open the tenant service; its errors end the command with their exit code."""
     if not _over_api(where):
-        chosen = settings(where.file, where.database_url, where.pepper_file)
-        with opened(chosen, keys=keys) as ledger:
+        settings = read_settings(where.file, where.database_url, where.pepper_file)
+        with open_ledger(settings, keys=keys) as ledger:
             by = By(f"cli:{getpass.getuser()}")
             yield LedgerTenantService(
                 ledger,
                 by,
                 lambda event: ledger.audit.insert([event]),
-                chosen.defaults.policy,
+                settings.defaults.policy,
                 clock=time.time,
-                rates=chosen.rates,
+                rates=settings.rates,
             )
         return
     from cluster.cli.remote_tenant_service import RemoteTenantService
 
-    access = reach(where.endpoint, where.admin, where.api_key_file, where.tls_ca)
-    desk = RemoteTenantService(access)
+    access = admin_access(where.endpoint, where.admin, where.api_key_file, where.tls_ca)
+    service = RemoteTenantService(access)
     try:
-        with rpc_errors(access.address), told():
-            yield desk
+        with rpc_errors(access.address), ledger_errors():
+            yield service
     finally:
-        desk.close()
+        service.close()
 
 
 def _is_typed(context: typer.Context, name: str) -> bool:
@@ -117,10 +120,11 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def _over_api(where: TenantBackend) -> bool:
-    here = [option for name, option in HERE.items() if name in where.typed]
-    there = [option for name, option in THERE.items() if name in where.typed]
-    if here and there:
-        fail(f"{here[0]} works on the database, {there[0]} over a gateway: give one of them", USAGE)
-    if here or there:
-        return bool(there)
+    """Whether the options select a gateway. Options of both kinds end the command with exit code 2."""
+    database = [option for name, option in DATABASE_OPTIONS.items() if name in where.typed]
+    gateway = [option for name, option in GATEWAY_OPTIONS.items() if name in where.typed]
+    if database and gateway:
+        fail(f"{database[0]} selects the database, {gateway[0]} a gateway: give one of them", USAGE)
+    if database or gateway:
+        return bool(gateway)
     return where.file is None and where.endpoint is not None

@@ -1,4 +1,4 @@
-"""A scripted gateway that answers both APIs, a runner, and a cache folder of the test's own."""
+"""Fixtures for CLI tests: a scripted gateway that serves both APIs, a command runner, and a temporary cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Run folders of these tests are not the user's."""
+    """Use a temporary cache folder, so that run folders of these tests are not among the user's."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
@@ -23,15 +23,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def gateway() -> Iterator[ScriptedGateway]:
-    """A server on a free port, ended with the test."""
-    running = serve(Script())
-    yield running
-    running.stop()
+    """A scripted gateway on a free port, stopped at the end of the test."""
+    server = serve(Script())
+    yield server
+    server.stop()
 
 
 @pytest.fixture
 def run() -> Callable[..., Result]:
-    """Runs the command line in this process; `input` is what the user types."""
+    """Run the command line in this process; `input` is what the user types."""
 
     def invoke(*arguments: str, input: str | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=input)

@@ -1,4 +1,4 @@
-"""How `make test` begins: what the machine lacks is said, and installed only where that is possible and wanted."""
+"""Start of `make test`: missing tools are listed, and installed only where that is possible and wanted."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_installed_unasked_or_against_a_word() -> None:
-    """Every combination: only root on Debian installs, in CI without a question, else on a terminal; a word forbids."""
+    """Only root on Debian installs: in CI without asking, else after a question on a terminal; NO_INSTALL forbids it.
+    All combinations are tried."""
     for root, debian, ci, forbidden, terminal in itertools.product((False, True), repeat=5):
-        found = machine.way(root=root, debian=debian, ci=ci, forbidden=forbidden, terminal=terminal)
+        way = machine.way(root=root, debian=debian, ci=ci, forbidden=forbidden, terminal=terminal)
         may = root and debian and not forbidden
-        assert (found is Way.INSTALL) == (may and ci)
-        assert (found is Way.ASK) == (may and terminal and not ci)
+        assert (way is Way.INSTALL) == (may and ci)
+        assert (way is Way.ASK) == (may and terminal and not ci)
 
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """An environment whose PATH has nothing but an apt-get that notes how it was called, and cannot install one."""
+    """An environment whose PATH has only a fake apt-get, which records its calls and fails for valkey-server."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "apt-get").write_text(
@@ -46,14 +47,14 @@ needs_apt = pytest.mark.skipif(
 
 
 def calls(tmp_path: Path) -> list[str]:
-    """What apt-get was called with."""
+    """The recorded calls of apt-get."""
     file = tmp_path / "calls"
     return file.read_text().splitlines() if file.exists() else []
 
 
 @pytest.mark.parametrize("words", [{}, {"CI": "1", "NO_INSTALL": "1"}])
 def test_what_is_lacking_is_said_and_left(bare: dict[str, str], tmp_path: Path, words: dict[str, str]) -> None:
-    """Without a terminal it does not wait for an answer; each thing has its line, and tests follow."""
+    """Without a terminal nothing is asked or installed; each missing tool is listed with its command."""
     done = subprocess.run(
         COMMAND,
         env=bare | words,
@@ -73,7 +74,7 @@ def test_what_is_lacking_is_said_and_left(bare: dict[str, str], tmp_path: Path, 
 
 @needs_apt
 def test_ci_installs_and_one_that_cannot_be_had_costs_no_other(bare: dict[str, str], tmp_path: Path) -> None:
-    """All at once, then one by one; Redis where there is no Valkey."""
+    """If installing all packages at once fails they are installed one by one, and Redis in place of Valkey."""
     subprocess.run(COMMAND, env=bare | {"CI": "true"}, capture_output=True, check=True, timeout=30, cwd=ROOT)
     wanted = [line.split("--no-install-recommends ", 1)[1] for line in calls(tmp_path) if "install" in line]
     assert {"iputils-ping", "valkey-server", "prometheus-alertmanager"} <= set(wanted[0].split())
@@ -84,13 +85,13 @@ def test_ci_installs_and_one_that_cannot_be_had_costs_no_other(bare: dict[str, s
 @needs_apt
 @pytest.mark.parametrize(("answer", "installs"), [(b"\n", True), (b"y\n", True), (b"n\n", False), (b"\x04", False)])
 def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes, installs: bool) -> None:
-    """Nothing before the answer, and nothing after a no."""
+    """Nothing is installed before the answer, nor after a no."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(COMMAND, env=bare, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
-    said = b""
-    while b"[Y/n]" not in said:
-        said += os.read(ours, 4096)
+    output = b""
+    while b"[Y/n]" not in output:
+        output += os.read(ours, 4096)
     assert calls(tmp_path) == []
     os.write(ours, answer)
     assert process.wait(30) == 0
@@ -99,11 +100,11 @@ def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes
 
 
 def test_every_lack_has_its_line() -> None:
-    """A reason to skip names what is missing and what helps; a name that the doctor does not know is a mistake."""
+    """A skip reason has what is missing and its remedy; an unknown check name raises KeyError."""
     for check in doctor.CHECKS:
         finding = check()
-        told = doctor.lack(finding.name)
-        assert told == (f"{finding.name}: {finding.missing}; {finding.remedy}" if finding.missing else "")
+        reason = doctor.lack(finding.name)
+        assert reason == (f"{finding.name}: {finding.missing}; {finding.remedy}" if finding.missing else "")
         assert not finding.missing or finding.remedy
     with pytest.raises(KeyError):
         doctor.lack("hammer")

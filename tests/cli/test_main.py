@@ -1,4 +1,4 @@
-"""A process of the cluster starts without what only the commands need, and is found under the same name."""
+"""Processes of the cluster start without the modules that only the other commands need."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ try:
     main()
 except SystemExit:
     pass
-found = [name for name in ("rich", "pygments", "cluster.cli.all_commands") if name in sys.modules]
-print("imports", *found)
+imported = [name for name in ("rich", "pygments", "cluster.cli.all_commands") if name in sys.modules]
+print("imports", *imported)
 """
 
 
@@ -31,7 +31,7 @@ def _names(app: typer.Typer) -> set[str]:
 
 
 def test_what_starts_alone_is_what_there_is_to_start() -> None:
-    """Each name is a process there, and a command of the whole line too, with what it takes."""
+    """Each process has its own command line, and is a command of the complete command line too."""
     assert {name: _names(process_commands.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(
         PROCESSES, True
     )
@@ -41,7 +41,7 @@ def test_what_starts_alone_is_what_there_is_to_start() -> None:
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
 def test_a_process_imports_no_console(words: list[str]) -> None:
-    """Its own help is there; rich, pygments and the other commands are not."""
+    """A process has its own help, and imports neither rich nor pygments nor the other commands."""
     program = PROGRAM.format(words=words)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_a_process_imports_no_console(words: list[str]) -> None:
 
 
 def test_another_command_has_all() -> None:
-    """The same program, where a person reads."""
+    """Other commands do import rich, pygments and all commands: the test above can fail."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
     )

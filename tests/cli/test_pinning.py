@@ -1,4 +1,4 @@
-"""Keys are written into a file and nothing else of it changes."""
+"""Setting keys of a model in YAML text changes nothing else in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST = "sha256:" + "0" * 64
 
 
 def test_block_and_flow() -> None:
-    """Comments stay; a new key stands below its source, a known one is replaced."""
+    """Comments stay; a new key goes below `source`, an existing one is replaced."""
     text = set_keys(FILE, "big", {"revision": "abc", "digest": DIGEST})
     text = set_keys(text, "small", {"revision": "123", "digest": DIGEST})
     text = set_keys(text, "last", {"revision": "y"})
@@ -49,17 +49,17 @@ models:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("models: [{name: other, source: /m}]", "no entry 'm'"),
         ("models: {", "not YAML"),
         ("a: &a {name: m, source: /m}\nmodels: [*a]", "edit it by hand"),
-        ("models: [{name: m, source: /m, revision: [1]}]", "no plain value"),
+        ("models: [{name: m, source: /m, revision: [1]}]", "must be a plain value"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(text: str, told: str) -> None:
-    """Rather than written wrongly."""
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_cut_is_refused(text: str, message: str) -> None:
+    """Text that splicing would damage is refused."""
+    with pytest.raises(ValueError, match=message):
         set_keys(text, "m", {"revision": "r"})
 
 
@@ -69,7 +69,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size
 @settings(deadline=None)
 @given(WORDS, st.booleans(), st.lists(st.sampled_from(["# c", "", "  # d"]), max_size=3))
 def test_whatever_the_value_and_the_layout(value: str, flow: bool, noise: list[str]) -> None:
-    """It reads as it was given, and every line that was there is there still."""
+    """Any value in any layout is read back as given, and all other lines stay."""
     entry = "{name: m, source: /m}" if flow else "name: m\n    source: /m\n    gpu: L4"
     text = "\n".join([*noise, "models:", f"  - {entry}", *noise, "name: x"])
     changed = set_keys(text, "m", {"revision": value})

@@ -1,4 +1,4 @@
-"""The documented renewal of certificates: what docs/kubernetes.md says is run twice, and API keys go on working."""
+"""The certificate renewal that docs/kubernetes.md documents: it renews certificates and keeps every other secret."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ RENEWAL = Line(["pod", "certificates", "--authority", "authority"], "apply")
 
 
 async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> None:
-    """Else a routine procedure takes every tenant's API key, or every client that pins the CA."""
+    """API keys and clients that pin the CA still work after running the documented renewal twice."""
     async with Children(tmp_path / "logs") as children:
         assert await renew(children, tmp_path / "release", 2, lambda text: None) == 1.0
 
 
 def test_the_documentation_has_an_install_and_a_renewal() -> None:
-    """Else the test above runs nothing."""
+    """The documentation has one install and one renewal line, so the test above runs something."""
     assert [line.verb for line in documented_lines(DOCS.read_text())] == ["create", "apply"]
 
 
 def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
-    """Else the pepper, the database's password or Ray's token is replaced without a word."""
+    """A renewal never replaces the key pepper, the cluster secret, the database password or Ray's token."""
     store = SecretStore()
     run_line(INSTALL, tmp_path, store)
     made = store.data("headrace-secrets")
@@ -42,7 +42,7 @@ def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
 
 
 def test_a_second_install_is_refused(tmp_path: Path) -> None:
-    """Else `kubectl apply` of a new pepper takes every key: the Secret is immutable."""
+    """Applying a second install is refused, because the Secret is immutable: a new pepper would void every API key."""
     store = SecretStore()
     run_line(INSTALL, tmp_path, store)
     again = Line(["pod", "secrets"], "apply")
@@ -51,12 +51,12 @@ def test_a_second_install_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_authorities_are_kept(tmp_path: Path) -> None:
-    """Else clients that pin the CA, or workers, refuse the renewed certificates."""
+    """Renewals keep the authorities of link and client ports, so workers and clients that pin the CA still connect."""
     authorities = []
     for _ in range(2):
         objects: Any = manifests("ns", "headrace", (), tmp_path / "authority", 30).objects
-        found = {one["metadata"]["name"]: one["stringData"] for one in objects}
-        authorities.append((found["headrace-link-gateway"]["ca.crt"], found["headrace-tls"]["ca.crt"]))
+        secrets = {manifest["metadata"]["name"]: manifest["stringData"] for manifest in objects}
+        authorities.append((secrets["headrace-link-gateway"]["ca.crt"], secrets["headrace-tls"]["ca.crt"]))
     assert authorities[0] == authorities[1]
     assert authorities[0][0] != authorities[0][1]
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "authority").rglob("ca.key")}
@@ -64,11 +64,13 @@ def test_both_authorities_are_kept(tmp_path: Path) -> None:
 
 
 def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
-    """Else a renewal without `--host` refuses clients that dial by another name."""
+    """A renewal without `--host` still covers the host names of the first install."""
     folder = tmp_path / "authority"
     manifests("ns", "headrace", ("llm.example.com", "10.0.0.7"), folder, 30)
     (tls,) = (
-        one for one in manifests("ns", "headrace", (), folder, 30).objects if "headrace-tls" in str(one["metadata"])
+        manifest
+        for manifest in manifests("ns", "headrace", (), folder, 30).objects
+        if "headrace-tls" in str(manifest["metadata"])
     )
     certificate = x509.load_pem_x509_certificate(tls["stringData"]["tls.crt"].encode())  # type: ignore[index]
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -77,11 +79,11 @@ def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
-    """Else it is taken for a first install: `certs ca` made the link's authority only."""
+    """A folder from `certs ca`, which has only the link's authority, counts as a renewal and gets the missing one."""
     assert headrace("certs", "ca", str(tmp_path / "authority")).returncode == 0
     done = headrace("pod", "certificates", "--authority", str(tmp_path / "authority"))
     objects = list(yaml.safe_load_all(done.stdout))
-    assert {one["type"] for one in objects} == {"kubernetes.io/tls"}
+    assert {manifest["type"] for manifest in objects} == {"kubernetes.io/tls"}
     assert objects[0]["stringData"]["ca.crt"] == (tmp_path / "authority" / "ca.crt").read_text()
     assert "clients that pin a CA need" in done.stderr
     (tmp_path / "authority" / "ca.key").unlink()
@@ -91,7 +93,7 @@ def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
 
 
 def test_a_renewal_of_a_folder_that_is_not_there_prints_nothing(tmp_path: Path) -> None:
-    """Else a mistyped folder replaces every authority, and the pepper where the Secret is not immutable yet."""
+    """A renewal with a mistyped folder prints nothing and creates no new authority."""
     done = headrace("pod", "certificates", "--authority", str(tmp_path / "mistyped"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "name the folder of the first install" in done.stderr

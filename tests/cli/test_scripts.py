@@ -1,4 +1,4 @@
-"""The scripts behind `make`: which Python is chosen, what set-up and CI say when something is missing."""
+"""The scripts that `make` runs: choice of the Python, choice of torch's build, pinned files, skipped tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fake_python(folder: Path, name: str, version: str, *, venv: bool = True) -> Path:
-    """A program that answers the questions of find-python.sh."""
+    """A fake Python that answers the calls of find-python.sh."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     file.write_text(
@@ -33,7 +33,7 @@ esac
 
 
 def find(*folders: Path, python: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the script with nothing but the given folders and the basic tools on PATH."""
+    """Run find-python.sh with only the given folders and basic tools on PATH."""
     tools = folders[0].parent / "tools"
     tools.mkdir(exist_ok=True)
     for tool in ("tr", "printf"):
@@ -45,7 +45,7 @@ def find(*folders: Path, python: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tested_version_comes_first(tmp_path: Path) -> None:
-    """3.11 is taken before newer ones, whatever `python3` is."""
+    """3.11 is preferred to newer versions, whatever `python3` is."""
     fake_python(tmp_path / "a", "python3", "3.13.1")
     fake_python(tmp_path / "a", "python3.13", "3.13.1")
     eleven = fake_python(tmp_path / "b", "python3.11", "3.11.9")
@@ -53,7 +53,7 @@ def test_the_tested_version_comes_first(tmp_path: Path) -> None:
 
 
 def test_a_shim_without_a_version_is_passed_over(tmp_path: Path) -> None:
-    """A version manager's shim that fails does not hide the real one behind it."""
+    """A failing shim of a version manager does not hide a working Python later on PATH."""
     shim = fake_python(tmp_path / "a", "python3.11", "")
     shim.write_text("#!/bin/sh\nexit 127\n")
     real = fake_python(tmp_path / "b", "python3.11", "3.11.9")
@@ -61,7 +61,7 @@ def test_a_shim_without_a_version_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_wanted_python_is_taken(tmp_path: Path) -> None:
-    """PYTHON names one, by path or by name."""
+    """PYTHON selects the Python, by path or by name."""
     fake_python(tmp_path / "a", "python3.11", "3.11.9")
     other = fake_python(tmp_path / "a", "python3.14", "3.14.0")
     assert find(tmp_path / "a", python="python3.14").stdout.strip() == str(other)
@@ -69,7 +69,7 @@ def test_a_wanted_python_is_taken(tmp_path: Path) -> None:
 
 
 def test_what_was_found_and_what_to_do(tmp_path: Path) -> None:
-    """Without a fit Python each candidate's fault is told, and how to get one."""
+    """Without a suitable Python the error lists why each candidate was rejected, and how to install one."""
     fake_python(tmp_path / "a", "python3", "3.10.2")
     fake_python(tmp_path / "a", "python3.12", "3.12.0", venv=False)
     done = find(tmp_path / "a")
@@ -83,7 +83,7 @@ WITHOUT_HASH = {"never.txt": "overrides, which nothing installs", "torch.txt": "
 
 @pytest.mark.parametrize("file", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda file: file.name)
 def test_every_pin_has_its_hashes(file: Path) -> None:
-    """Else a package that was replaced in an index is installed as ours."""
+    """Every pin has a hash, so a package replaced in an index is not installed."""
     whole = re.sub(r" *\\\n *", " ", file.read_text())
     lines = [line for line in whole.splitlines() if line and not line.startswith("#")]
     bare = [line for line in lines if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", line)]
@@ -98,12 +98,12 @@ OFFICIAL = "torch==2.13.0 \\\n    --hash=sha256:" + "a" * 64 + "\n"
 
 
 def wheel(version: str = "2.13.0+cpu", url: str = "https://mirror/t.whl", digit: str = "a") -> setup.Wheel:
-    """What pip would take."""
+    """A wheel that pip would install."""
     return setup.Wheel("torch", version, url, digit * 64)
 
 
 @pytest.mark.parametrize(
-    ("found", "taken"),
+    ("found", "expected"),
     [
         ([], None),
         ([wheel("2.13.0")], None),
@@ -114,13 +114,13 @@ def wheel(version: str = "2.13.0+cpu", url: str = "https://mirror/t.whl", digit:
         ([wheel(url="file:///x"), wheel(digit="b")], None),
     ],
 )
-def test_torch_that_pip_finds_is_known_or_on_this_disk(found: list[setup.Wheel], taken: str | None) -> None:
-    """Else a CUDA build, or another's build from some index, is installed in place of the pinned one."""
-    assert setup.torch_for_pip(found, OFFICIAL) == taken
+def test_torch_that_pip_finds_is_known_or_on_this_disk(found: list[setup.Wheel], expected: str | None) -> None:
+    """Pip installs torch only if the CPU build has a pinned hash or is on a local disk."""
+    assert setup.torch_for_pip(found, OFFICIAL) == expected
 
 
 def test_pins_hold_for_every_machine() -> None:
-    """No local version, no CUDA library, no address of an index; base is a part of cpu at the same versions."""
+    """Pins have no local version, no CUDA library and no index address; base.txt is a subset of cpu.txt."""
     cpu = (ROOT / "requirements" / "cpu.txt").read_text()
     base = (ROOT / "requirements" / "base.txt").read_text()
     for text in (cpu, base):
@@ -134,7 +134,7 @@ def test_pins_hold_for_every_machine() -> None:
 
 @pytest.mark.parametrize("file", [".ci/run", *(f"scripts/{n}.sh" for n in ("find-python", "protos", "requirements"))])
 def test_scripts_are_runnable(file: str) -> None:
-    """They parse and are executable."""
+    """The shell scripts parse and are executable."""
     path = ROOT / file
     assert os.access(path, os.X_OK)
     shell = path.read_text().splitlines()[0].removeprefix("#!")
@@ -142,7 +142,7 @@ def test_scripts_are_runnable(file: str) -> None:
 
 
 def test_skipped_tests_are_the_last_line(tmp_path: Path) -> None:
-    """A run names what it has skipped, with the reason, after pytest's own closing line."""
+    """The last line of a test run lists the skipped tests with their reasons."""
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_x.py").write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no such tool')\n"

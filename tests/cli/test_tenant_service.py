@@ -1,4 +1,4 @@
-"""The commands about tenants over a gateway's admin API: as on the database, with a gateway's exit codes."""
+"""Tenant commands over a gateway's admin API: same results as on the database, with a gateway's exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DECLARED = (
     "cost: {currency: EUR, gpu_hour: {H100: 2}}\n"
 )
 OTHER_WORDS = {"bad name", "unknown field"}
-"""Steps whose refusal names the field of the message instead of that of the configuration."""
+"""Steps whose error names a protobuf field in place of the configuration's; their texts are not compared."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Keyed
 
 @pytest.fixture(scope="module")
 async def key(keyed: Keyed) -> str:
-    """An operator's key that is known."""
+    """An operator's API key that the gateway already knows."""
     key = await role_key(keyed.ledger, "ops", "operator")
     async with AdminClient(keyed.gateway.endpoints["admin"], key) as client:
         await until_known(client, "Catalog.List", admin_pb2.ListRequest())
@@ -54,13 +54,13 @@ async def key(keyed: Keyed) -> str:
 
 @pytest.fixture
 def at(keyed: Keyed, key: str, tmp_path: Path) -> tuple[str, ...]:
-    """Options that lead to the gateway."""
+    """The options that select the gateway."""
     (tmp_path / "key").write_text(key + "\n")
     return ("--admin", keyed.gateway.endpoints["admin"], "--api-key-file", str(tmp_path / "key"))
 
 
 async def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own."""
+    """Run a command in a subprocess."""
     return await asyncio.to_thread(headrace, *arguments)
 
 
@@ -71,11 +71,11 @@ async def good(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-# ---- one port, two desks
+# ---- one interface, two implementations
 
 
 def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]], Any]]]:
-    """What an operator may come to do, good and bad, with a tenant of this name."""
+    """Steps of an operator, valid and invalid, with a tenant of this name. An action gets the service and the keys."""
     usage = UsageQuery(("model", "label:team"), tenant=name)
     yield "create", lambda d, _: d.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})
     yield "twice", lambda d, _: d.create_tenant(name, {})
@@ -85,7 +85,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
     yield "unknown field", lambda d, _: d.create_tenant("b", {"wieght": 1})
     yield "get", lambda d, _: d.get_tenant(name)
     yield "missing", lambda d, _: d.get_tenant("missing")
-    yield "list", lambda d, _: [one for one in d.tenants() if one.policy.name.startswith(name)]
+    yield "list", lambda d, _: [t for t in d.tenants() if t.policy.name.startswith(name)]
     yield "update", lambda d, _: d.update_tenant(name, {"labels": {"a.b": "1", "c": "2"}, "weight": 2.5})
     yield "take away", lambda d, _: d.update_tenant(name, {"labels": {"c": None}, "limits": {"daily_tokens": None}})
     yield "take all away", lambda d, _: d.update_tenant(name, {"limits": None, "models": ["x", "y*"]})
@@ -109,25 +109,25 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
     yield "cost", lambda d, _: d.usage(usage, cost=True)
     yield "in all", lambda d, _: d.usage(UsageQuery((), tenant=name))
     yield "records", lambda d, _: list(d.records(usage))
-    yield "audit", lambda d, _: [one | {"actor": "", "source": ""} for one in d.audit(tenant=name)]
+    yield "audit", lambda d, _: [event | {"actor": "", "source": ""} for event in d.audit(tenant=name)]
     yield "some audit", lambda d, _: len(list(d.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0)))
     yield "delete", lambda d, _: d.delete_tenant(name, reason="x")
     yield "erase", lambda d, _: d.delete_tenant(name, erase=True, reason="x") > 0
     yield "erase again", lambda d, _: d.delete_tenant(name, erase=True, reason="x")
 
 
-def transcript(desk: TenantService, name: str) -> list[tuple[str, Any]]:
-    """What became of each step, without names, ids and times."""
-    said: list[tuple[str, Any]] = []
+def transcript(service: TenantService, name: str) -> list[tuple[str, Any]]:
+    """The result of each step, without names, ids and times."""
+    results: list[tuple[str, Any]] = []
     made: list[Any] = []
     for step, act in script(name):
         try:
-            found = act(desk, made)
-            made += [found] if isinstance(found, NewKey) else []
+            result = act(service, made)
+            made += [result] if isinstance(result, NewKey) else []
         except LedgerError as error:
-            found = type(error).__name__, "" if step in OTHER_WORDS else str(error)
-        said.append((step, _plain(found, name, made)))
-    return said
+            result = type(error).__name__, "" if step in OTHER_WORDS else str(error)
+        results.append((step, _plain(result, name, made)))
+    return results
 
 
 def _plain(value: Any, name: str, made: list[NewKey]) -> Any:
@@ -135,24 +135,24 @@ def _plain(value: Any, name: str, made: list[NewKey]) -> Any:
         assert value.secret.startswith("hr_")
         value = value.stored
     if isinstance(value, StoredKey):
-        known = [one.stored.id for one in made]
+        known = [key.stored.id for key in made]
         value = replace(value, id="", created_at=0.0, revoked_at=value.revoked_at and 1.0, expires_at=None)
         value = replace(value, rotated_from=str(known.index(value.rotated_from)) if value.rotated_from else "")
     if isinstance(value, StoredTenant):
         policy = replace(value.policy, labels=dict(sorted(value.policy.labels.items())))
         value = replace(value, policy=policy, created_at=0.0, updated_at=0.0)
     if isinstance(value, list):
-        return [_plain(one, name, made) for one in value]
+        return [_plain(item, name, made) for item in value]
     if isinstance(value, dict):
         value = {k: v for k, v in value.items() if k not in ("at_s", "event_id", "details")}
     text = repr(value)
-    for one in made:
-        text = text.replace(one.stored.id, "KEY")
+    for key in made:
+        text = text.replace(key.stored.id, "KEY")
     return text.replace(name, "NAME")
 
 
 async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
-    """Every step ends alike on the database and over the gateway: the same rows, the same errors in the same words."""
+    """Each step gives the same rows, or the same error text, on the database and over the gateway."""
     for name in ("t-here", "t-over"):
         keyed.ledger.usage.insert(
             [
@@ -163,23 +163,26 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
             ]
         )
     config = parse(keyed.file.read_text())
-    here = LedgerTenantService(
+    local = LedgerTenantService(
         keyed.ledger,
         By("cli:me"),
         lambda event: keyed.ledger.audit.insert([event]),
         config.tenant_defaults.policy,
         clock=time.time,
-        classes=[one.name for one in config.classes],
+        classes=[priority_class.name for priority_class in config.classes],
         rates=None if config.cost is None else _rates(config.cost),
     )
-    over = RemoteTenantService(Access(keyed.gateway.endpoints["admin"], key))
+    remote = RemoteTenantService(Access(keyed.gateway.endpoints["admin"], key))
     try:
-        told = [await asyncio.to_thread(transcript, desk, name) for desk, name in ((here, "t-here"), (over, "t-over"))]
+        transcripts = [
+            await asyncio.to_thread(transcript, service, name)
+            for service, name in ((local, "t-here"), (remote, "t-over"))
+        ]
     finally:
-        over.close()
-    for mine, theirs in zip(*told, strict=True):
-        assert mine == theirs
-    assert len({repr(text) for _, text in told[0]}) > 20, "steps that all end alike would prove nothing"
+        remote.close()
+    for local_step, remote_step in zip(*transcripts, strict=True):
+        assert local_step == remote_step
+    assert len({repr(text) for _, text in transcripts[0]}) > 20, "steps with equal results would prove nothing"
 
 
 def _rates(cost: Any) -> Any:
@@ -193,7 +196,7 @@ def _rates(cost: Any) -> Any:
 
 @pytest.mark.slow
 async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None:
-    """tenants create, keys create, keys list, usage, audit, suspend: over the admin port alone, no database named."""
+    """Create a tenant and a key, list, suspend, and read usage and audit, all over the admin port."""
     made = await good("tenants", "create", "shop", "--weight", "4", "--set", "limits.daily_tokens=null", *at)
     assert (made["weight"], made["limits"]["daily_tokens"], made["origin"]) == (4.0, None, "api")
     done = await cli("keys", "create", "shop", "--name", "ci", *at)
@@ -207,14 +210,14 @@ async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None
     keyed.ledger.usage.insert([record("shop-1", tenant="shop")])
     assert (await good("usage", "--tenant", "shop", "--cost", *at))[0]["currency"] == "EUR"
     rows = await good("usage", "--tenant", "shop", "--records", *at)
-    assert [one["record_id"] for one in rows] == ["shop-1"]
+    assert [row["record_id"] for row in rows] == ["shop-1"]
     csv = await cli("usage", "--tenant", "shop", "--csv", *at)
     assert csv.stdout.splitlines()[0].startswith("tenant,model,requests")
 
 
 @pytest.mark.slow
 async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> None:
-    """0 ok, 1 failed, 2 bad usage, 3 unreachable; each refusal is one line that says what to do."""
+    """Exit codes are 0 ok, 1 failed, 2 bad usage, 3 unreachable; an error has no traceback."""
     (tmp_path / "bad").write_text("hr_k1_" + "x" * 43)
     admin = keyed.gateway.endpoints["admin"]
     for arguments, code, words in (
@@ -244,7 +247,7 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
 
 @pytest.mark.slow
 async def test_the_environment_says_where(keyed: Keyed, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HEADRACE_ENDPOINT and HEADRACE_API_KEY lead to the gateway; a database that is typed goes before them."""
+    """HEADRACE_ENDPOINT and HEADRACE_API_KEY select the gateway; -f on the command line takes precedence."""
     host = keyed.gateway.endpoints["admin"].rsplit(":", 1)[0]
     monkeypatch.setenv("HEADRACE_ENDPOINT", f"{host}:1")
     monkeypatch.setenv("HEADRACE_API_KEY", key)
@@ -256,8 +259,8 @@ async def test_the_environment_says_where(keyed: Keyed, key: str, monkeypatch: p
 
 @pytest.mark.slow
 async def test_a_local_cluster_needs_no_key(tmp_path: Path, cache: Path) -> None:
-    """With TLS and auth on, `status`, `abort` and a tenants command reach the run on this host by what lies in its
-    folder; without that folder they are nobody."""
+    """With TLS and auth on, commands reach a local cluster with the credentials in its run folder; without that folder
+    they are unauthenticated."""
     files = Authority(tmp_path / "ours").issue("gateway.example.com")
     tls = f"  tls: {{cert_file: {files.cert_file}, key_file: {files.key_file}}}\n"
     async with keyed_cluster(tmp_path / "k", "tenants: [{name: fixed}]\n", tls) as keyed:

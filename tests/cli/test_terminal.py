@@ -1,4 +1,4 @@
-"""Text of other parties on an operator's terminal: no command prints a control character of theirs."""
+"""Untrusted text on an operator's terminal: no command prints control characters in it."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from tests.ledger.samples import record
 Run = Callable[..., Result]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1A\u202e\ud800\r"
 CLI = Path(terminal.__file__).parent
-WRITES_ITSELF = {"terminal.py", "steps.py"}
-"""The module that makes text safe, and the lines of `up`, which redraw themselves."""
+WRITES_ITSELF = {"terminal.py", "step_lines.py"}
+"""Modules that write to the terminal directly: the one that escapes text, and the redrawn lines of `up`."""
 
 
 def unsafe(text: str) -> list[str]:
-    """Its characters that a terminal obeys."""
-    left = text.replace("\r\n", "")
-    return [one for one in left if unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t"]
+    """The control characters and surrogates in a text, other than line ends and tabs."""
+    rest = text.replace("\r\n", "")
+    return [char for char in rest if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"]
 
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_no_control_character_is_left(text: str) -> None:
-    """Else a name or an answer moves the cursor, sets the title, or types for the operator."""
+    """No text moves the cursor, sets the title, or types for the operator."""
     assert unsafe(terminal.safe(text)) == []
 
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_json_means_the_same_to_a_program(text: str) -> None:
-    """Else a program reads another name than the cluster has."""
+    """Escaped JSON parses to the same value."""
     written = terminal.safe_json(json.dumps(text, ensure_ascii=False))
     assert json.loads(written) == text
     assert unsafe(written) == []
 
 
 def test_plain_text_stays_as_it_is() -> None:
-    """Else answers in other languages, emoji and code are spoilt."""
+    """Other languages, emoji, tabs and line ends are printed unchanged."""
     text = "naïve 日本語 עברית \U0001f469\u200d\U0001f4bb\n\tindent\r\n"
     assert terminal.safe(text) == text
 
 
 def test_tables_and_lines_are_safe(capsys: pytest.CaptureFixture[str]) -> None:
-    """Else `status`, `explain` and error messages show what a worker or a caller has sent."""
+    """Tables, lines, JSON and error messages escape control characters that a worker or a caller has sent."""
     console = SafeConsole(highlight=False)
     table = Table("name", title=EVIL)
     table.add_row(EVIL)
@@ -77,7 +77,7 @@ def test_tables_and_lines_are_safe(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
-    """Else a token's subject in `audit`, a key's name or a call's label reaches the terminal as it is."""
+    """Ledger commands escape token subjects, labels and names of tenants."""
     url, evil = f"sqlite:///{tmp_path / 'ledger.db'}", EVIL.replace("\ud800", "")
     ledger = Ledger(url, peppers=(b"p" * 32,))
     ledger.upgrade()
@@ -105,8 +105,8 @@ def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
 
 
 def test_every_command_prints_by_one_module() -> None:
-    """Else the next command prints a name as it is: use cluster/cli/terminal.py, or `out`, `err` and `fail`."""
-    found = []
+    """Commands print only through cluster/cli/terminal.py, `out`, `err` or `fail`, which escape control characters."""
+    calls = []
     for file in sorted(CLI.rglob("*.py")):
         if file.name in WRITES_ITSELF:
             continue
@@ -114,6 +114,6 @@ def test_every_command_prints_by_one_module() -> None:
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 if name in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "Console"):
-                    found.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
-    allowed = ("basics.py", "processes.py")  # `fail`, which makes its message safe, and ASCII JSON for programs
-    assert [one for one in found if not one.startswith(allowed)] == []
+                    calls.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
+    allowed = ("base.py", "processes.py")  # `fail` and `warn` escape their message; prepare's JSON is ASCII
+    assert [call for call in calls if not call.startswith(allowed)] == []

@@ -1,1 +1,1 @@
-"""The commands of `headrace`, one file a group."""
+"""The commands of `headrace`, one module per group."""

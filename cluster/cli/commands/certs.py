@@ -1,5 +1,5 @@
-"""Certificates of the link: an authority of the cluster's own, what it issues to gateways, workers, controller, and
-lists of certificates that gateways refuse."""
+"""Commands for link certificates: make an authority, issue certificates for gateways, workers and the controller, and
+maintain the lists of revoked certificates."""
 
 from __future__ import annotations
 
@@ -17,58 +17,58 @@ from cluster.policy.tenants.revocation_list import Revocation, Revoked, serial_o
 
 AUTHORITY_DAYS = 3650
 
-app = typer.Typer(no_args_is_help=True, help="Certificates for the link between workers, controller and gateways.")
-FolderArgument = Annotated[Path, typer.Argument(help="The folder of the authority's files.", file_okay=False)]
-ListArgument = Annotated[Path, typer.Argument(help="The list's file.", dir_okay=False)]
-DaysOption = Annotated[int, typer.Option("--days", help="How long it is valid.", min=1, max=AUTHORITY_DAYS)]
-NameOption = Annotated[str, typer.Option("--name", help="Of the files, NAME.crt and NAME.key.")]
+app = typer.Typer(no_args_is_help=True, help="Certificates for the links between workers, controller and gateways.")
+FolderArgument = Annotated[Path, typer.Argument(help="The folder with the authority's files.", file_okay=False)]
+ListArgument = Annotated[Path, typer.Argument(help="The file with the list.", dir_okay=False)]
+DaysOption = Annotated[int, typer.Option("--days", help="Days of validity.", min=1, max=AUTHORITY_DAYS)]
+NameOption = Annotated[str, typer.Option("--name", help="Name of the files: NAME.crt and NAME.key.")]
 
 
 @app.command("ca")
 def make_authority(folder: FolderArgument) -> None:
-    """Make ca.crt and ca.key. Keep ca.key away from the cluster: whoever has it can be any worker."""
+    """Make an authority: ca.crt and ca.key. Keep ca.key off the cluster: its holder can pose as any worker."""
     from cluster.cli import certificates
 
     cert_file, key_file = folder / "ca.crt", folder / "ca.key"
     if cert_file.exists() or key_file.exists():
-        fail(f"{folder} has an authority already: name another folder, or issue from this one", USAGE)
+        fail(f"{folder} already has an authority: name another folder, or issue certificates from this one", USAGE)
     folder.mkdir(parents=True, exist_ok=True)
     certificates.make_authority(cert_file, key_file, AUTHORITY_DAYS)
-    _say(cert_file, key_file)
+    _print_written(cert_file, key_file)
 
 
 @app.command("gateway")
 def issue_gateway(
     folder: FolderArgument,
-    host: Annotated[list[str], typer.Option("--host", help="A name or address by which it is dialled; repeat it.")],
+    host: Annotated[list[str], typer.Option("--host", help="A host name or address that links dial; repeatable.")],
     name: NameOption = "gateway",
     days: DaysOption = 90,
 ) -> None:
-    """Issue a gateway's certificate. Issued again under the same name it replaces the last one, and a running gateway
-    takes it for its next connection."""
+    """Issue a gateway's certificate. The same name replaces the previous certificate, and a running gateway uses the
+    new one from its next connection."""
     from cluster.cli import certificates
 
-    _issued(name, lambda: certificates.issue_server(folder, name, host, days))
+    _issue(name, lambda: certificates.issue_server(folder, name, host, days))
 
 
 @app.command("worker")
 def issue_worker(
     folder: FolderArgument,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="A model that it may serve, `*` for every one; repeat it.")
+        list[str] | None, typer.Option("--model", help="A model that the worker may serve, `*` for all; repeatable.")
     ] = None,
-    controller: Annotated[bool, typer.Option("--controller", help="It may be the controller.")] = False,
+    controller: Annotated[bool, typer.Option("--controller", help="Allow the controller's role.")] = False,
     name: NameOption = "worker",
     days: DaysOption = 90,
 ) -> None:
-    """Issue a certificate to those who dial: workers of the models named, or the controller. Issued again under the
-    same name it replaces the last one, and is shown when a link is dialled next."""
+    """Issue a client certificate for workers of the named models, or for the controller. The same name replaces the
+    previous certificate, and the new one is used from the next link on."""
     from cluster.cli import certificates
 
-    uris = [of_model(one) for one in model or ()] + ([CONTROLLER] if controller else [])
+    uris = [of_model(pattern) for pattern in model or ()] + ([CONTROLLER] if controller else [])
     if not uris:
-        fail("name what it may be: --model NAME, --model '*' or --controller", USAGE)
-    _issued(name, lambda: certificates.issue_client(folder, name, uris, days))
+        fail("no role given: add --model NAME, --model '*' or --controller", USAGE)
+    _issue(name, lambda: certificates.issue_client(folder, name, uris, days))
 
 
 @app.command("revoke")
@@ -77,26 +77,28 @@ def revoke(
     certificates: Annotated[
         list[str], typer.Argument(metavar="CERTIFICATE...", help="A certificate's file, or its serial number.")
     ],
-    issuer: Annotated[str, typer.Option("--issuer", help="Of serial numbers: the authority's name; else any.")] = "",
-    note: Annotated[str, typer.Option("--note", help="Why.")] = "",
+    issuer: Annotated[
+        str, typer.Option("--issuer", help="The authority's name, for serial numbers; without it, any authority.")
+    ] = "",
+    note: Annotated[str, typer.Option("--note", help="The reason.")] = "",
 ) -> None:
-    """Add certificates to a list that gateways read (gateway.link_tls.revoked_serials_file, or gateway.tls's): within a
-    second they refuse them, and end their links, sessions and calls. `issued` in an authority's folder has the serial
-    numbers of what it issued."""
+    """Revoke certificates: add them to a list that gateways read (`revoked_serials_file` of gateway.link_tls or
+    gateway.tls). Within a second gateways refuse them and end their links, sessions and calls. The serial numbers
+    that an authority issued are in the file `issued` of its folder."""
     try:
         text = file.read_text() if file.exists() else ""
-        known = {(one.serial, one.issuer) for one in Revoked.parse(text).entries}
-        wanted = [_revocation(one, issuer, " ".join(note.split())) for one in certificates]
-        new = [one for one in wanted if (one.serial, one.issuer) not in known]
-        _replace(file, "".join(f"{line}\n" for line in (*text.splitlines(), *(one.line() for one in new))))
+        known = {(entry.serial, entry.issuer) for entry in Revoked.parse(text).entries}
+        revocations = [_revocation(certificate, issuer, " ".join(note.split())) for certificate in certificates]
+        new = [entry for entry in revocations if (entry.serial, entry.issuer) not in known]
+        _replace(file, "".join(f"{line}\n" for line in (*text.splitlines(), *(entry.line() for entry in new))))
     except (ValueError, OSError) as error:
         fail(f"{file}: {error}", USAGE)
-    for one in wanted:
-        out.print(f"revoked {one.serial:X}{f' of {one.issuer}' if one.issuer else ''}", markup=False)
+    for entry in revocations:
+        out.print(f"revoked {entry.serial:X}{f' of {entry.issuer}' if entry.issuer else ''}", markup=False)
 
 
 def _replace(file: Path, text: str) -> None:
-    """Whole or not at all; serial numbers are no secret."""
+    """Replace the file atomically. A new file is world-readable: serial numbers are not secret."""
     draft = file.with_name(f".{file.name}.new")
     draft.write_text(text)
     draft.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
@@ -105,12 +107,12 @@ def _replace(file: Path, text: str) -> None:
 
 @app.command("list")
 def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
-    """Show a list of certificates: those that are revoked, or an authority's `issued`."""
+    """Show a list of certificates: a revocation list, or the file `issued` of an authority."""
     try:
-        found = Revoked.parse(file.read_text())
+        listed = Revoked.parse(file.read_text())
     except (ValueError, OSError) as error:
         fail(f"{file}: {error}", USAGE)
-    rows = [{"serial": f"{one.serial:X}", "issuer": one.issuer, "note": one.note} for one in found.entries]
+    rows = [{"serial": f"{entry.serial:X}", "issuer": entry.issuer, "note": entry.note} for entry in listed.entries]
     if as_json:
         print_json(rows)
     else:
@@ -118,26 +120,26 @@ def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
 
 
 def _revocation(text: str, issuer: str, note: str) -> Revocation:
-    """Of a certificate's file, or of a serial number. Raises ValueError."""
+    """The revocation entry for a certificate file or a serial number. Raises ValueError."""
     if not Path(text).exists():
         return Revocation(serial_of(text), issuer, note)
     from cryptography import x509
 
     from cluster.cli import certificates
 
-    found = certificates.revocation_of(x509.load_pem_x509_certificate(Path(text).read_bytes()))
-    return replace(found, note=note or found.note)
+    entry = certificates.revocation_of(x509.load_pem_x509_certificate(Path(text).read_bytes()))
+    return replace(entry, note=note or entry.note)
 
 
-def _issued(name: str, issue: Callable[[], tuple[Path, Path]]) -> None:
+def _issue(name: str, issue: Callable[[], tuple[Path, Path]]) -> None:
     if name == "ca" or Path(name).name != name:
-        fail(f"--name {name!r}: name files other than the authority's, in its folder", USAGE)
+        fail(f"--name {name!r}: must be a plain file name other than the authority's `ca`", USAGE)
     try:
-        _say(*issue())
+        _print_written(*issue())
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
 
 
-def _say(*files: Path) -> None:
+def _print_written(*files: Path) -> None:
     for file in files:
         out.print(f"wrote {file}", markup=False)

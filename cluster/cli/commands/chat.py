@@ -29,7 +29,7 @@ from cluster.v1 import inference_pb2 as pb
 
 ModelArgument = Annotated[str, typer.Argument(help="A model's name or alias.", show_default=False)]
 MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", help="Tokens at most.", show_default="the model's")
+    int | None, typer.Option("--max-tokens", help="Maximum number of tokens.", show_default="the model's")
 ]
 TemperatureOption = Annotated[float | None, typer.Option("--temperature", show_default="the model's")]
 SeedOption = Annotated[int | None, typer.Option("--seed", show_default=False)]
@@ -37,7 +37,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", show_default=False)]
 
 def chat(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Argument(help="The question; without one, a conversation.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The question; without it, an interactive chat.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.", show_default=False)] = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
@@ -48,8 +48,8 @@ def chat(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Ask a model, and print its answer while it is made."""
-    params: ChatParams = _given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    """Ask a model and print the answer as it is generated."""
+    params: ChatParams = _without_unset(max_tokens=max_tokens, temperature=temperature, seed=seed)
     messages = [pb.Message(role="system", content=system)] if system else []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
@@ -80,8 +80,8 @@ def complete(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Continue a plain text, without a chat template."""
-    params: SamplingParams = _given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    """Continue a text, without a chat template."""
+    params: SamplingParams = _without_unset(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
         if as_json:
             _print_message(client.complete(model, prompt, **params).raw)
@@ -96,7 +96,7 @@ def models(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """List the models that can be asked; see the commands below for one of them."""
+    """List the available models; the commands below work on a single one."""
     if context.invoked_subcommand is None:
         list_models(as_json, endpoint, api_key_file, tls_ca)
 
@@ -107,14 +107,14 @@ def list_models(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """List the models that can be asked."""
+    """List the available models."""
     with make_client(endpoint, api_key_file, tls_ca, 30.0) as client, rpc_errors(grpc_endpoint(endpoint)):
-        found = client.models()
+        available = client.models()
     if as_json:
-        print_json([model_row(model) for model in found])
+        print_json([model_row(model) for model in available])
         return
     table = Table("model", "aliases", "state", "context", "license", box=None, pad_edge=False)
-    for model in found:
+    for model in available:
         row = model_row(model)
         state = row["state"] + (f" ({model.state_reason})" if model.state_reason else "")
         cells = (model.name, ", ".join(model.aliases), state, str(model.max_model_len or ""), model.license)
@@ -123,7 +123,7 @@ def list_models(
 
 
 def model_row(model: pb.Model) -> dict[str, Any]:
-    """A model as --json prints it; the state without its prefix."""
+    """A model as --json prints it; the state without its enum prefix."""
     row: dict[str, Any] = MessageToDict(model, preserving_proto_field_name=True)
     return row | {
         "name": model.name,
@@ -132,7 +132,7 @@ def model_row(model: pb.Model) -> dict[str, Any]:
     }
 
 
-def _given(**values: Any) -> Any:
+def _without_unset(**values: Any) -> Any:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -141,7 +141,7 @@ def _print_message(message: pb.ChatResponse | pb.CompleteResponse) -> None:
 
 
 def _print_stream(stream: Stream[Any]) -> None:
-    """Text as it comes; how long the call waits, and why it ended early, on standard error."""
+    """Print the text as it arrives; on standard error, that the answer was cut at max_tokens."""
     ended = False
     try:
         for text in stream:
@@ -154,11 +154,11 @@ def _print_stream(stream: Stream[Any]) -> None:
         if stream.text and not stream.text.endswith("\n"):
             terminal.write("\n")
     if ended and stream.finish_reason == "length" and sys.stderr.isatty():
-        err.print("[dim](cut at the limit of tokens; --max-tokens gives more)[/dim]")
+        err.print("[dim](cut at the token limit; raise it with --max-tokens)[/dim]")
 
 
 def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Message], params: ChatParams) -> None:
-    """Turn by turn until the end of input; Ctrl-C ends an answer, not the conversation."""
+    """Chat until an empty line or the end of input; Ctrl-C stops an answer, not the chat."""
     out.print(f"[dim]chat with {escape(model)}; an empty line or Ctrl-D ends it, Ctrl-C stops an answer[/dim]")
     with rpc_errors(endpoint):
         client.model(model)

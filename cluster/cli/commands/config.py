@@ -13,7 +13,7 @@ from cluster.cli.common import USAGE as USAGE
 from cluster.cli.common import JsonOption, fail, print_json, warn
 from cluster.config.schema import Config
 
-app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print what it may hold.")
+app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print its schema.")
 
 
 @app.command()
@@ -21,25 +21,25 @@ def check(
     file: Annotated[
         str,
         typer.Argument(
-            help="A cluster.yaml, the values of the chart, or a ConfigMap with a cluster.yaml; - reads standard input.",
+            help="A cluster.yaml, values of the chart, or a ConfigMap with a cluster.yaml; - reads standard input.",
             show_default=False,
         ),
     ],
     as_json: JsonOption = False,
     pod: Annotated[
-        bool, typer.Option("--pod", help="It is for pods of Kubernetes; values and ConfigMaps are.")
+        bool, typer.Option("--pod", help="Apply the rules for Kubernetes pods; always on for values and ConfigMaps.")
     ] = False,
-    files: Annotated[bool, typer.Option("--files", help="The files that it names must be on this machine.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="Require files that it names to be on this machine.")] = False,
 ) -> None:
-    """Say whether every process of the cluster would accept a file. Exit code 2 and one line for each wrong key where
-    one would not; 0 with warnings of likely mistakes."""
+    """Check that every process of the cluster would accept a file. Exit code 2 with one line for each error; exit
+    code 0 otherwise, with warnings of likely mistakes."""
     from cluster.cli.config_check import ConfigFinding, Report
-    from cluster.cli.config_check import check as examined
+    from cluster.cli.config_check import check as check_text
 
     name = "standard input" if file == "-" else file
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        report = examined(data.decode(), name, pod=pod, files=files)
+        report = check_text(data.decode(), name, pod=pod, files=files)
     except OSError as error:
         report = Report(name, errors=(ConfigFinding("", f"cannot be read: {error.strerror}"),))
     except UnicodeDecodeError as error:
@@ -47,16 +47,16 @@ def check(
     if as_json:
         print_json(report.as_json())
         raise typer.Exit(USAGE if report.errors else 0)
-    for one in report.warnings:
-        warn(f"{name}: {one}")
+    for finding in report.warnings:
+        warn(f"{name}: {finding}")
     if report.errors:
-        fail("\n".join(f"{name}: {one}" for one in report.errors), USAGE)
+        fail("\n".join(f"{name}: {finding}" for finding in report.errors), USAGE)
     assert report.config is not None
     models = ", ".join(model.name for model in report.config.models) or "no models"
-    terminal.say(f"{name}: right; cluster {report.config.name}, {models}")
+    terminal.say(f"{name}: valid; cluster {report.config.name}, {models}")
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of cluster.yaml, for editors."""
+    """Print the JSON schema of cluster.yaml, for use in editors."""
     print_json(Config.model_json_schema())

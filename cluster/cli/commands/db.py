@@ -1,4 +1,4 @@
-"""Commands about the ledger's database: its tables, backups, and tenants brought over from another system."""
+"""Commands for the ledger's database: schema upgrades, backups, and import of tenants from another system."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Annotated, Any
 import typer
 
 from cluster.cli.common import FAILED, JsonOption, out, print_json
-from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, opened, settings, told
+from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
 
 db_app = typer.Typer(no_args_is_help=True, help="The ledger's database.")
-import_app = typer.Typer(no_args_is_help=True, help="Bring tenants over from another system.")
+import_app = typer.Typer(no_args_is_help=True, help="Import tenants from another system.")
 
 
 @db_app.command("upgrade")
 def upgrade_db(
-    contract: Annotated[bool, typer.Option("--contract", help="Also take away what only older releases use.")] = False,
+    contract: Annotated[bool, typer.Option("--contract", help="Also drop what only older releases use.")] = False,
     file: ConfigOption = None,
     database_url: UrlOption = None,
 ) -> None:
-    """Bring the tables up to this release."""
-    with opened(settings(file, database_url), check=False) as ledger:
+    """Upgrade the database schema to this release."""
+    with open_ledger(read_settings(file, database_url), check=False) as ledger:
         applied = ledger.upgrade(contract=contract)
-        found = ledger.check()
+        status = ledger.check()
     out.print(f"applied {', '.join(applied)}" if applied else "nothing to apply", markup=False)
-    out.print(found.message(), markup=False)
+    out.print(status.message(), markup=False)
 
 
 @db_app.command("check")
 def check_db(file: ConfigOption = None, database_url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Say how the tables stand to this release; exit code 1 when it cannot work on them."""
-    with opened(settings(file, database_url), check=False) as ledger:
-        found = ledger.check()
+    """Compare the database schema with this release. Exit code 1 if this release cannot use it."""
+    with open_ledger(read_settings(file, database_url), check=False) as ledger:
+        status = ledger.check()
     if as_json:
-        shown = {"state": found.state.value, "database": found.database, "release": found.release}
-        print_json({**shown, "usable": found.usable, "pending": found.pending, "differences": found.differences})
+        versions = {"state": status.state.value, "database": status.database, "release": status.release}
+        print_json({**versions, "usable": status.usable, "pending": status.pending, "differences": status.differences})
     else:
-        out.print(found.message(), markup=False)
-    raise typer.Exit(0 if found.usable else FAILED)
+        out.print(status.message(), markup=False)
+    raise typer.Exit(0 if status.usable else FAILED)
 
 
 @db_app.command("backup")
@@ -48,8 +48,8 @@ def backup_db(
     file: ConfigOption = None,
     database_url: UrlOption = None,
 ) -> None:
-    """Write everything into one file, as of one moment."""
-    with opened(settings(file, database_url)) as ledger:
+    """Back up the whole ledger into one file, as a consistent snapshot."""
+    with open_ledger(read_settings(file, database_url)) as ledger:
         counts = ledger.backup(target)
     out.print(f"{target}: {', '.join(f'{rows} {name}' for name, rows in counts.items())}", markup=False)
 
@@ -60,54 +60,56 @@ def restore_db(
     file: ConfigOption = None,
     database_url: UrlOption = None,
 ) -> None:
-    """Read a backup into an empty database, whole or not at all."""
-    with opened(settings(file, database_url), check=False) as ledger:
+    """Restore a backup into an empty database, in one transaction."""
+    with open_ledger(read_settings(file, database_url), check=False) as ledger:
         counts = ledger.restore(source)
     out.print(f"restored {', '.join(f'{rows} {name}' for name, rows in counts.items())}", markup=False)
 
 
 @import_app.callback()
 def _import() -> None:
-    """Bring tenants over from another system."""
+    """Import tenants from another system."""
 
 
 @import_app.command("litellm")
 def import_litellm(
     database_url: Annotated[str, typer.Option("--database-url", help="LiteLLM's database.", show_default=False)],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would come over and what does not.")
+        bool, typer.Option("--dry-run", help="Only report what would be imported and what cannot be.")
     ] = False,
     tokens_per_dollar: Annotated[
-        float | None, typer.Option("--tokens-per-dollar", help="Turns budgets of money into tokens.", min=1)
+        float | None,
+        typer.Option("--tokens-per-dollar", help="Rate that turns money budgets into token budgets.", min=1),
     ] = None,
     ledger_url: Annotated[
-        str | None, typer.Option("--ledger-url", help="Our database.", show_default="the file's, else the local one")
+        str | None,
+        typer.Option("--ledger-url", help="The ledger's database.", show_default="the file's, else the local one"),
     ] = None,
     file: ConfigOption = None,
     pepper_file: PepperOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take over teams, key hashes, limits, budgets and aliases of LiteLLM; no tenant changes a key."""
+    """Import teams, key hashes, limits, budgets and aliases from LiteLLM. Tenants keep their keys."""
     from cluster.ledger.tenants import import_litellm as litellm
 
-    with told():
-        made = litellm.plan(litellm.read(database_url), time.time(), tokens_per_dollar=tokens_per_dollar)
-    shown: dict[str, Any] = {
-        "tenants": [one.policy.as_json() | {"source": one.source} for one in made.tenants],
-        "keys": len(made.keys),
-        "does_not_map": list(made.notes),
+    with ledger_errors():
+        plan = litellm.plan(litellm.read(database_url), time.time(), tokens_per_dollar=tokens_per_dollar)
+    summary: dict[str, Any] = {
+        "tenants": [tenant.policy.as_json() | {"source": tenant.source} for tenant in plan.tenants],
+        "keys": len(plan.keys),
+        "does_not_map": list(plan.notes),
     }
     if not dry_run:
-        with opened(settings(file, ledger_url, pepper_file), keys=True) as ledger:
-            done = litellm.apply(made, ledger)
+        with open_ledger(read_settings(file, ledger_url, pepper_file), keys=True) as ledger:
+            done = litellm.apply(plan, ledger)
             ledger.record("import.litellm", "tenants", reason=f"{done.tenants} tenants, {done.keys} keys")
-        shown |= {"made_tenants": done.tenants, "made_keys": done.keys, "skipped": list(done.skipped)}
+        summary |= {"made_tenants": done.tenants, "made_keys": done.keys, "skipped": list(done.skipped)}
     if as_json:
-        print_json(shown)
+        print_json(summary)
         return
-    out.print(f"{'would make' if dry_run else 'planned'} {len(made.tenants)} tenants and {len(made.keys)} keys")
+    out.print(f"{'would make' if dry_run else 'planned'} {len(plan.tenants)} tenants and {len(plan.keys)} keys")
     if not dry_run:
-        out.print(f"made {shown['made_tenants']} tenants and {shown['made_keys']} keys")
-    for title, lines in (("does not map", made.notes), ("skipped", shown.get("skipped", []))):
+        out.print(f"made {summary['made_tenants']} tenants and {summary['made_keys']} keys")
+    for title, lines in (("does not map", plan.notes), ("skipped", summary.get("skipped", []))):
         for line in lines:
             out.print(f"{title}: {line}", markup=False)

@@ -1,7 +1,7 @@
-"""What this machine lacks, each with the line that installs it.
+"""Check what this machine lacks, each with the command that installs it.
 
-Standard library only: `make doctor` runs this before the environment exists, `.ci/run` installs what it names, and
-tests/conftest.py skips by it what cannot run here.
+Standard library only: `make doctor` runs this before the environment exists. `.ci/run` installs the packages it lists,
+and tests/conftest.py skips the tests that cannot run here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cluster.cli import terminal
 
 ROOT = Path(__file__).resolve().parents[3]
 MIN_MEMORY_BYTES = 8 * 1000**3
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - only its free space is read
 MIN_SHM_BYTES = 1 * 1000**3
 SETUP = "make setup"
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorFinding:
-    """One thing looked at. `missing` is empty when it is there; `remedy` is one line; `apt` a Debian package."""
+    """The result of one check. `missing`: empty if present; `remedy`: one command; `apt`: the Debian package."""
 
     name: str
     missing: str = ""
@@ -37,7 +37,7 @@ class DoctorFinding:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of a program: beside this Python, in the checkout's environment, on PATH, or in the admin folders."""
+    """Find a program: beside this Python, in the checkout's .venv, on PATH, or in the sbin folders."""
     folders = [Path(sys.executable).parent, ROOT / ".venv" / "bin"]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     return shutil.which(name, path=path)
@@ -51,7 +51,7 @@ def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> DoctorFindi
 
 
 def check_python() -> DoctorFinding:
-    """3.11 to 3.14."""
+    """Check that Python is 3.11 to 3.14."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 14):
         return DoctorFinding("python", needed_for="everything", found=f"{version} ({sys.executable})")
@@ -65,7 +65,7 @@ def check_python() -> DoctorFinding:
 
 
 def check_environment() -> DoctorFinding:
-    """Whether `.venv` is made (a checkout) or the package is installed (elsewhere)."""
+    """Check that `.venv` exists (in a checkout) or the package is installed (elsewhere)."""
     if not (ROOT / "Makefile").exists():
         return DoctorFinding("environment", needed_for="everything", found="installed package")
     if (ROOT / ".venv" / "bin" / "headrace").exists():
@@ -74,17 +74,17 @@ def check_environment() -> DoctorFinding:
 
 
 def check_ip() -> DoctorFinding:
-    """iproute2's `ip`, which makes network namespaces."""
+    """Check for iproute2's `ip`, which creates network namespaces."""
     return _tool("ip", "tests with two nodes", "apt-get install -y iproute2", "iproute2")
 
 
 def check_ping() -> DoctorFinding:
-    """iputils' `ping`, which tells whether a cut cable is cut."""
+    """Check for iputils' `ping`, which tests use to verify that a connection is cut."""
     return _tool("ping", "tests with several hosts", "apt-get install -y iputils-ping", "iputils-ping")
 
 
 def check_namespaces() -> DoctorFinding:
-    """Whether this process may make network namespaces."""
+    """Check that this process may create network namespaces."""
     purpose = "tests with two nodes"
     if not sys.platform.startswith("linux"):
         return DoctorFinding("namespaces", "only Linux has network namespaces", "run on Linux, as root", purpose)
@@ -105,7 +105,7 @@ def check_namespaces() -> DoctorFinding:
 
 
 def check_memory() -> DoctorFinding:
-    """Memory for one engine and its Ray."""
+    """Check for enough memory for one engine and its Ray."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -113,11 +113,11 @@ def check_memory() -> DoctorFinding:
     text = f"{total / 1000**3:.1f} GB"
     if total >= MIN_MEMORY_BYTES:
         return DoctorFinding("memory", needed_for="the engine", found=text)
-    return DoctorFinding("memory", f"{text}, and a small model needs about 8", "use a larger machine", "the engine")
+    return DoctorFinding("memory", f"{text}; a small model needs about 8 GB", "use a larger machine", "the engine")
 
 
 def check_shared_memory() -> DoctorFinding:
-    """The memory file system through which the engine's processes speak."""
+    """Check for free space in /dev/shm, which the engine's processes use to communicate."""
     folder = Path(SHARED_MEMORY)
     if not folder.exists():
         return DoctorFinding("shared memory", needed_for="the engine", found="not used on this system")
@@ -131,20 +131,20 @@ def check_shared_memory() -> DoctorFinding:
 
 
 def check_processor() -> DoctorFinding:
-    """vLLM's CPU kernels need AVX2 on x86-64."""
+    """Check for AVX2, which vLLM's CPU kernels need on x86-64."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
         return DoctorFinding("processor", needed_for="the engine on CPU", found="unknown")
     if "flags" not in info or " avx2" in info:
-        return DoctorFinding("processor", needed_for="the engine on CPU", found="fit")
+        return DoctorFinding("processor", needed_for="the engine on CPU", found="suitable")
     return DoctorFinding(
         "processor", "no AVX2", "use an x86-64 machine of 2013 or later, or an arm64 one", "the engine on CPU"
     )
 
 
 def foreign_cluster_package() -> str | None:
-    """Name and version of PyPI's `cluster` distribution, if it lies in this Python: it imports as `cluster` too."""
+    """Name and version of PyPI's `cluster` distribution if installed; its import name is `cluster`, as ours is."""
     try:
         distribution = importlib.metadata.distribution("cluster")
     except importlib.metadata.PackageNotFoundError:
@@ -153,7 +153,7 @@ def foreign_cluster_package() -> str | None:
 
 
 def check_name_clash() -> DoctorFinding:
-    """PyPI has a package that imports as `cluster` too."""
+    """Check that PyPI's `cluster` package, whose import name is the same, is not installed."""
     other = foreign_cluster_package()
     if other is None:
         return DoctorFinding("import name", needed_for="everything", found="`cluster` is Headrace's")
@@ -166,7 +166,7 @@ def check_name_clash() -> DoctorFinding:
 
 
 def check_valkey() -> DoctorFinding:
-    """A store of limits that gateways share; Redis will do."""
+    """Check for Valkey, the store for limits that gateways share; Redis works too."""
     needed_for = "tests of limits that gateways share"
     if (redis := find_tool("redis-server")) and not find_tool("valkey-server"):
         return DoctorFinding("valkey-server", needed_for=needed_for, found=redis)
@@ -174,22 +174,24 @@ def check_valkey() -> DoctorFinding:
 
 
 def check_postgresql() -> DoctorFinding:
-    """PostgreSQL's programs, which Debian keeps out of PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if found or (initdb := find_tool("initdb")):
-        return DoctorFinding("postgresql", needed_for="tests of the ledger", found=str(found[-1] if found else initdb))
+    """Check for PostgreSQL's programs, which Debian does not put on PATH."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if debian or (initdb := find_tool("initdb")):
+        return DoctorFinding(
+            "postgresql", needed_for="tests of the ledger", found=str(debian[-1] if debian else initdb)
+        )
     return DoctorFinding(
         "postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql"
     )
 
 
 def check_promtool() -> DoctorFinding:
-    """Prometheus' own judge of rules and queries."""
+    """Check for promtool, Prometheus' validator of rules and queries."""
     return _tool("promtool", "tests of alert rules", "apt-get install -y prometheus", "prometheus")
 
 
 def check_amtool() -> DoctorFinding:
-    """Alertmanager's own judge of routes."""
+    """Check for amtool, Alertmanager's validator of routes."""
     return _tool(
         "amtool", "tests of alert routes", "apt-get install -y prometheus-alertmanager", "prometheus-alertmanager"
     )
@@ -216,7 +218,7 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
 
 
 def lack(name: str) -> str:
-    """What is missing of one thing and the line that helps, in one sentence; empty when it is there."""
+    """Describe in one line what one check misses and its remedy; empty if nothing. Raises KeyError for other names."""
     for check in CHECKS:
         finding = check()
         if finding.name == name:
@@ -225,12 +227,12 @@ def lack(name: str) -> str:
 
 
 def examine() -> list[DoctorFinding]:
-    """Look at everything."""
+    """Run all checks."""
     return [check() for check in CHECKS]
 
 
 def report(findings: Sequence[DoctorFinding]) -> str:
-    """What a person reads: one line each, and at the end one line that installs what Debian can install."""
+    """Format the findings: one line each, then one line that installs all missing Debian packages."""
     lines = []
     for finding in findings:
         mark = "lacks" if finding.missing else "ok"
@@ -245,7 +247,7 @@ def report(findings: Sequence[DoctorFinding]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`--apt` prints Debian packages only. Exit code 0 when nothing is missing, else 1."""
+    """Print the report; with `--apt` only the missing Debian packages. Exit code 0 if nothing is missing, else 1."""
     findings = examine()
     if "--apt" in arguments:
         terminal.say(" ".join(sorted({finding.apt for finding in findings if finding.missing and finding.apt})))

@@ -1,4 +1,4 @@
-"""drain, cordon and uncordon: whether workers take new work, by the gateway's admin API."""
+"""Commands drain, cordon and uncordon: set through the admin API whether workers take new work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.cli.access import Access, reach
+from cluster.cli.access import Access, admin_access
 from cluster.cli.commands.status import Admin, plain, worker_table
 from cluster.cli.common import (
     FAILED,
@@ -27,16 +27,16 @@ from cluster.cli.common import (
 
 POLL_S = 0.2
 LAG_S = 2.0
-"""Beyond the workers' own time: until a gateway has heard how they stand."""
+"""Extra wait until the workers' new state has reached the gateway."""
 
 TargetArgument = Annotated[
     str,
     typer.Argument(
-        metavar="WORKER|POD|NODE", help="A worker's id, or a pod or node by Kubernetes' name, or a node's id in Ray."
+        metavar="WORKER|POD|NODE", help="A worker's id, a pod's or node's name in Kubernetes, or a node's id in Ray."
     ),
 ]
 DrainTimeoutOption = Annotated[
-    float, typer.Option("--timeout-s", help="Within this time what runs ends or moves.", min=0.001, max=604_800.0)
+    float, typer.Option("--timeout-s", help="Seconds for running calls to end or move.", min=0.001, max=604_800.0)
 ]
 
 
@@ -49,19 +49,19 @@ def drain(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Let workers take no new work, and wait until what runs has ended or moved. Nothing is cut: what still runs
-    after the time goes on, and the command ends with 1. `uncordon` takes it back."""
-    access = reach(endpoint, admin, api_key_file, tls_ca)
+    """Stop new work on workers and wait until running calls have ended or moved. No call is cut off: if some still
+    run after the timeout they continue, and the exit code is 1. Undo with `uncordon`."""
+    access = admin_access(endpoint, admin, api_key_file, tls_ca)
     api = Admin(access)
     try:
         with rpc_errors(access.address):
             answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
-            told = {worker.worker_id for worker in answer.workers}
-            _say(answer.notes)
-            rows = _wait(api, told, time.monotonic() + timeout_s + LAG_S)
+            targets = {worker.worker_id for worker in answer.workers}
+            _print_notes(answer.notes)
+            rows = _wait_for_state(api, targets, time.monotonic() + timeout_s + LAG_S)
     finally:
         api.close()
-    _show(rows, as_json, told)
+    _show(rows, as_json, targets)
     if any(row.state != "DRAINED" for row in rows):
         raise typer.Exit(FAILED)
 
@@ -74,8 +74,14 @@ def cordon(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Let workers take no new work; what runs there stays."""
-    _tell("Cordon", pb.CordonRequest(target=target), "CORDONED", as_json, reach(endpoint, admin, api_key_file, tls_ca))
+    """Stop new work on workers; running calls stay there."""
+    _request_and_wait(
+        "Cordon",
+        pb.CordonRequest(target=target),
+        "CORDONED",
+        as_json,
+        admin_access(endpoint, admin, api_key_file, tls_ca),
+    )
 
 
 def uncordon(
@@ -86,43 +92,49 @@ def uncordon(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Let workers take work again, after cordon or drain."""
-    _tell("Uncordon", pb.UncordonRequest(target=target), "READY", as_json, reach(endpoint, admin, api_key_file, tls_ca))
+    """Let workers take new work again, after cordon or drain."""
+    _request_and_wait(
+        "Uncordon",
+        pb.UncordonRequest(target=target),
+        "READY",
+        as_json,
+        admin_access(endpoint, admin, api_key_file, tls_ca),
+    )
 
 
-def _tell(verb: str, request: Any, state: str, as_json: bool, access: Access) -> None:
-    """Ask, and wait until the workers say that they have done so."""
+def _request_and_wait(verb: str, request: Any, state: str, as_json: bool, access: Access) -> None:
+    """Send the request, and wait until the workers report the state."""
     api = Admin(access)
     try:
         with rpc_errors(access.address):
             answer = api.fleet(verb, request)
-            told = {worker.worker_id for worker in answer.workers}
-            _say(getattr(answer, "notes", ()))
-            rows = _wait(api, told, time.monotonic() + LAG_S, state)
+            targets = {worker.worker_id for worker in answer.workers}
+            _print_notes(getattr(answer, "notes", ()))
+            rows = _wait_for_state(api, targets, time.monotonic() + LAG_S, state)
     finally:
         api.close()
-    _show(rows, as_json, told)
+    _show(rows, as_json, targets)
 
 
-def _wait(api: Admin, told: Collection[str], until: float, state: str = "DRAINED") -> list[pb.Worker]:
-    """Until all stand so, or the time is over; how they stand then. One that has left is not among them."""
+def _wait_for_state(api: Admin, targets: Collection[str], until: float, state: str = "DRAINED") -> list[pb.Worker]:
+    """Wait until all workers have the state or the time is over; return them without those that have disconnected."""
     while True:
-        rows = [worker for worker in api.workers() if worker.worker_id in told]
+        rows = [worker for worker in api.workers() if worker.worker_id in targets]
         if all(worker.state == state for worker in rows) or time.monotonic() > until:
             return rows
         time.sleep(POLL_S)
 
 
-def _say(notes: Sequence[str]) -> None:
+def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         err.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
-def _show(rows: Sequence[pb.Worker], as_json: bool, told: Collection[str]) -> None:
+def _show(rows: Sequence[pb.Worker], as_json: bool, targets: Collection[str]) -> None:
     if as_json:
         print_json([plain(row) for row in rows])
         return
     if rows:
         out.print(worker_table([plain(row) for row in rows]))
-    for gone in sorted(set(told) - {row.worker_id for row in rows}):
-        out.print(f"{gone} has left", markup=False)
+    for worker_id in sorted(set(targets) - {row.worker_id for row in rows}):
+        out.print(f"{worker_id} has disconnected", markup=False)

@@ -1,4 +1,4 @@
-"""apply, diff and the verbs of `models` that change which versions get calls. The controller answers them."""
+"""Commands apply, diff, and those of `models` that control which versions get calls. The controller executes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import catalog_pb2 as pb
-from cluster.cli.access import reach
+from cluster.cli.access import admin_access
 from cluster.cli.commands.scale import ModelArgument, ReasonOption
 from cluster.cli.commands.status import Admin, plain
 from cluster.cli.common import (
@@ -38,7 +38,7 @@ DIFFERS = 2
 FilesOption = Annotated[
     list[Path],
     typer.Option(
-        "-f", "--file", help="A file, or a folder of .yaml files; repeat it to lay files over each other.",
+        "-f", "--file", help="A file, or a folder of .yaml files; repeatable: later files override earlier ones.",
         exists=True, show_default=False,
     ),
 ]  # fmt: skip
@@ -46,11 +46,13 @@ PruneOption = Annotated[bool, typer.Option("--prune", help="Remove the models th
 
 
 def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
-    """The models of each file, folders in the order of their names; and what else the files hold. Ends the command with
-    2 for a file that is none."""
+    """Read the models of each file, a folder's files by name; return them and the other top-level keys of the files.
+
+    An invalid file ends the command with exit code 2.
+    """
     layers: list[list[Mapping[str, Any]]] = []
     others: set[str] = set()
-    for path in [file for given in paths for file in _files(given)]:
+    for path in [file for given in paths for file in _yaml_files(given)]:
         try:
             documents = load_documents(path.read_text())
         except (OSError, UnicodeDecodeError, NotYaml) as error:
@@ -60,24 +62,25 @@ def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], l
                 continue
             models = document.get("models", []) if isinstance(document, dict) else None
             if not isinstance(models, list):
-                fail(f"{path}: expected a mapping with `models`, a list", USAGE)
+                fail(f"{path}: expected a mapping whose `models` is a list", USAGE)
             layers.append(models)
             others |= set(document) - {"models", "api_version", "name"}
     return layers, sorted(others)
 
 
-def _files(path: Path) -> Sequence[Path]:
+def _yaml_files(path: Path) -> Sequence[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
-    return found or fail(f"{path}: holds no .yaml files", USAGE)
+    files = sorted(file for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
+    return files or fail(f"{path}: the folder has no .yaml or .yml files", USAGE)
 
 
 def _document(files: Sequence[Path]) -> bytes:
+    """Merge the files' models into the JSON document that the admin API takes."""
     layers, others = read_layers(files)
     if others:
-        told = ", ".join(others)
-        err.print(f"[yellow]note:[/yellow] only models are applied; read when processes start: {escape(told)}")
+        names = escape(", ".join(others))
+        err.print(f"[yellow]note:[/yellow] only models are applied; these take effect at a process start: {names}")
     try:
         return json.dumps({"models": lay(layers)}).encode()
     except (ValueError, TypeError) as error:
@@ -87,7 +90,7 @@ def _document(files: Sequence[Path]) -> bytes:
 def apply(
     files: FilesOption,
     prune: PruneOption = False,
-    validate_only: Annotated[bool, typer.Option("--validate-only", help="Say what would change, and stop.")] = False,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Only show what would change.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
     endpoint: EndpointOption = None,
@@ -95,10 +98,10 @@ def apply(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Add and change models as the files say. All is checked before anything changes, and what is the same is not
-    touched. Models that the files do not name stay, unless --prune."""
+    """Add and change models to match the files. Everything is checked before anything changes; unchanged models are
+    not touched. Models that are not in the files stay, unless --prune is given."""
     request = pb.ApplyRequest(document=_document(files), prune=prune, validate_only=validate_only, reason=reason)
-    answer = _ask("Apply", request, endpoint, admin, api_key_file, tls_ca)
+    answer = _call_catalog("Apply", request, endpoint, admin, api_key_file, tls_ca)
     _show_changes(answer.changes, as_json, "would change" if validate_only else "applied")
 
 
@@ -111,9 +114,9 @@ def diff(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Say what `apply` would change. Exit code 0: nothing; 2: something."""
+    """Show what `apply` would change. Exit code 0: nothing; 2: something."""
     request = pb.DiffRequest(document=_document(files), prune=prune)
-    answer = _ask("Diff", request, endpoint, admin, api_key_file, tls_ca)
+    answer = _call_catalog("Diff", request, endpoint, admin, api_key_file, tls_ca)
     _show_changes(answer.changes, as_json, "differs")
     if answer.changes:
         raise typer.Exit(DIFFERS)
@@ -128,9 +131,10 @@ def promote(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Let the version on trial be the model's own. What serves of it stays; the other ends its calls and goes."""
+    """Make the canary the model's only version. Its replicas stay; those of the other version finish their calls and
+    end."""
     request = pb.PromoteRequest(name=model, reason=reason)
-    _show_versions(_ask("Promote", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(_call_catalog("Promote", request, endpoint, admin, api_key_file, tls_ca), as_json)
 
 
 def rollback(
@@ -142,15 +146,15 @@ def rollback(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Take the version on trial back: no new calls at once; it stays away until its entry is changed."""
+    """Roll back the canary: new calls stop at once. It stays rolled back until its entry changes."""
     request = pb.RollbackRequest(name=model, reason=reason)
-    _show_versions(_ask("Rollback", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(_call_catalog("Rollback", request, endpoint, admin, api_key_file, tls_ca), as_json)
 
 
 def weigh(
     model: ModelArgument,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="The version on trial, or the other.")],
-    weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Its part of the calls.", min=0.0, max=1.0)],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="The canary, or the other version.")],
+    weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Its share of the calls.", min=0.0, max=1.0)],
     reason: ReasonOption = "",
     as_json: JsonOption = False,
     endpoint: EndpointOption = None,
@@ -158,14 +162,16 @@ def weigh(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Give a version another part of its model's calls; the other gets the rest. Ends a rollback of it."""
+    """Set a version's share of its model's calls; the other version gets the rest. Undoes a rollback of it."""
     request = pb.SetWeightsRequest(name=model, version=version, weight=weight, reason=reason)
-    _show_versions(_ask("SetWeights", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(_call_catalog("SetWeights", request, endpoint, admin, api_key_file, tls_ca), as_json)
 
 
 def quarantine(
     model: ModelArgument,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of it; for a worker see `drain`.")],
+    version: Annotated[
+        str, typer.Argument(metavar="VERSION", help="A version of the model; for a worker see `drain`.")
+    ],
     lift: Annotated[bool, typer.Option("--lift", help="Let it get calls again.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
@@ -174,21 +180,23 @@ def quarantine(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Let a version get no new call and keep its replicas, to look at them. Its streams move where another has the same
-    weights, else they end there."""
+    """Stop new calls to a version but keep its replicas for inspection. Running streams move to a version with the
+    same weights; without one they finish where they are."""
     request = pb.QuarantineRequest(name=model, version=version, lift=lift, reason=reason)
-    _show_versions(_ask("Quarantine", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(_call_catalog("Quarantine", request, endpoint, admin, api_key_file, tls_ca), as_json)
 
 
 def pin(
     file: FileOption,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models of the file; all where none is named.")
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models of the file; without any, all.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 2 where it would.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 2 if the file would change.")
+    ] = False,
 ) -> None:
-    """Write what the models' weights are into the file: `revision` (of a source that has one) and `digest`. Fetches
-    what is missing. From then on a replica with other weights is refused. All else of the file stays as it is."""
+    """Pin the models' weights in the file: write `digest`, and `revision` for sources that have one. Fetches missing
+    weights. From then on a replica with other weights is refused. The rest of the file stays unchanged."""
     from cluster.cli.commands.processes import source_rules
     from cluster.cli.pinning import set_keys
     from cluster.worker.weights.digests import weight_digest
@@ -207,13 +215,13 @@ def pin(
             continue
         try:
             folder = resolve(spec, rules)
-            found = {"digest": weight_digest(folder, rules.cache_dir)}
+            pins = {"digest": weight_digest(folder, rules.cache_dir)}
             if revision := revision_of(spec, folder):
-                found["revision"] = revision
-            text = set_keys(text, name, found)
+                pins["revision"] = revision
+            text = set_keys(text, name, pins)
         except (SourceError, ValueError, OSError) as error:
             fail(f"{file}: models[{name}]: {error}")
-        out.print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in found.items()), markup=False)
+        out.print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in pins.items()), markup=False)
     if text == before:
         return
     if check:
@@ -234,25 +242,25 @@ def get(
     """Show one model with its versions."""
     from cluster.admin.v1 import admin_pb2
 
-    entry = _ask("Get", admin_pb2.GetRequest(name=model), endpoint, admin, api_key_file, tls_ca)
+    entry = _call_catalog("Get", admin_pb2.GetRequest(name=model), endpoint, admin, api_key_file, tls_ca)
     if as_json:
         print_json(plain(entry) | {"card": dict(entry.card)})
         return
-    about = {
+    details = {
         "name": entry.name, "aliases": ", ".join(entry.aliases), "state": entry.state, "why": entry.state_reason,
         "license": entry.license, "family": entry.family, "fallback": ", ".join(entry.fallback), "note": entry.note,
         **dict(entry.card),
     }  # fmt: skip
     table = Table(box=None, show_header=False, pad_edge=False)
-    for key, value in about.items():
+    for key, value in details.items():
         if value:
             table.add_row(key, escape(str(value)))
     out.print(table)
     out.print(_version_table(entry.versions))
 
 
-def _ask(verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
-    access = reach(endpoint, admin, api_key_file, tls_ca)
+def _call_catalog(verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
+    access = admin_access(endpoint, admin, api_key_file, tls_ca)
     api = Admin(access)
     try:
         with rpc_errors(access.address):
@@ -268,8 +276,9 @@ def _show_changes(changes: Sequence[pb.Change], as_json: bool, word: str) -> Non
     signs = {"add": "+", "remove": "-"}
     for change in changes:
         out.print(f"{signs.get(change.kind, '~')} {change.model}", markup=False)
-        for one in change.differences:
-            out.print(f"    {one.path}: {one.before_json or 'unset'} -> {one.after_json or 'unset'}", markup=False)
+        for difference in change.differences:
+            before, after = difference.before_json or "unset", difference.after_json or "unset"
+            out.print(f"    {difference.path}: {before} -> {after}", markup=False)
         if change.restarts:
             out.print(f"    {change.restarts}", markup=False)
     count = len(changes)
@@ -287,9 +296,9 @@ def _version_table(versions: Sequence[pb.VersionStatus]) -> Table | str:
     if not versions:
         return "no versions are known yet"
     table = Table("version", "weight", "state", "replicas", "revision", "why", box=None, pad_edge=False)
-    for one in versions:
-        replicas = f"{one.replicas} of {one.replicas_desired}"
-        table.add_row(
-            *map(escape, (one.version, f"{one.weight:.0%}", one.state, replicas, one.revision, one.state_reason))
-        )
+    for status in versions:
+        replicas = f"{status.replicas} of {status.replicas_desired}"
+        weight = f"{status.weight:.0%}"
+        cells = (status.version, weight, status.state, replicas, status.revision, status.state_reason)
+        table.add_row(*map(escape, cells))
     return table

@@ -1,8 +1,8 @@
-"""`headrace pod gateway|controller`: the processes of a pod, one a container, as the chart starts them.
+"""Commands `headrace pod gateway|controller`: the processes of a pod, one per container, as the chart starts them.
 
-They differ from a host's processes in what surrounds them: nobody restarts them but Kubernetes, which asks a port of
-its own how they are (grpc.health.v1 in plain text, since a kubelet's probe speaks no TLS), and of several controllers
-one acts, by a Lease. What a pod lacks is said before anything starts; `--check` does no more than that.
+In a pod Kubernetes restarts the process and probes it on a separate port (grpc.health.v1 in plain text, since a
+kubelet's probe has no TLS), and of several controllers only the holder of a Lease acts. Missing settings and files are
+reported before anything starts; `--check` stops there.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.
 app.command("secrets")(pod_secrets.pod_secrets)
 app.command("certificates")(pod_secrets.pod_certificates)
 HealthOption = Annotated[
-    str, typer.Option("--health", help="host:port on which grpc.health.v1 is answered in plain text, for probes.")
+    str, typer.Option("--health", help="host:port to serve grpc.health.v1 on in plain text, for probes.")
 ]
-CheckOption = Annotated[bool, typer.Option("--check", help="Only say whether configuration and files serve.")]
+CheckOption = Annotated[bool, typer.Option("--check", help="Only check the configuration and its files.")]
 
 
 @app.command()
 def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", check: CheckOption = False) -> None:
     """Run one gateway."""
-    found = _read(file, check, load_for_gateway)
-    config = found.config
-    _end_with(gateway_lacks(config), file, check)
+    loaded = _load(file, check, load_for_gateway)
+    config = loaded.config
+    _refuse_lacks(gateway_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
     leave_no_core_dumps()
     link = bound_link(config)
@@ -56,7 +56,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
         memory.settle()
 
     async def serve() -> None:
-        state = ConfigState(file, found.problems)
+        state = ConfigState(file, loaded.problems)
         await run_gateway(
             config, folder=folder, stop=stop_on_signal(), ready=ready, probes=health, link=link, config_state=state
         )
@@ -74,17 +74,17 @@ def controller(
     ] = "",
     check: CheckOption = False,
 ) -> None:
-    """Run one controller. Replicas go on when it ends."""
-    found = _read(file, check, load_for_controller)
-    config = found.config
-    _end_with(controller_lacks(config), file, check)
+    """Run one controller. Replicas keep running when it ends."""
+    loaded = _load(file, check, load_for_controller)
+    config = loaded.config
+    _refuse_lacks(controller_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
     raise_descriptor_limit()
     make_private_folder(folder)
 
     async def serve() -> None:
-        async with probed(health):
-            await control(config, folder, lease, stop_on_signal(), found=found)
+        async with probe_server(health):
+            await run_pod_controller(config, folder, lease, stop_on_signal(), loaded=loaded)
 
     run(serve())
 
@@ -92,11 +92,11 @@ def controller(
 @app.command()
 def drain(
     timeout_s: Annotated[
-        float, typer.Option("--timeout-s", envvar=TIMEOUT_ENV, help="Within this time the node has to end.", min=0.0)
+        float, typer.Option("--timeout-s", envvar=TIMEOUT_ENV, help="Seconds within which the node must end.", min=0.0)
     ] = 30.0,
 ) -> None:
-    """Drain the Ray node of this pod, and wait until it has ended: the preStop hook of Ray's worker pods. Replicas take
-    no new work; what runs ends or goes on at others."""
+    """Drain the Ray node of this pod and wait until it has ended: the preStop hook of Ray's worker pods. Its replicas
+    take no new work; running calls end there or are resumed by other replicas."""
     from cluster.ray.node_drain import drain_here
 
     try:
@@ -104,20 +104,23 @@ def drain(
     except (RuntimeError, ConnectionError) as error:
         fail(str(error))
     if not ended:
-        fail(f"the Ray node has not ended within {timeout_s:g} s")
+        fail(f"the Ray node did not end within {timeout_s:g} s; raise --timeout-s ({TIMEOUT_ENV})")
 
 
-async def control(
+async def run_pod_controller(
     config: Config,
     folder: Path,
     lease: str,
     stop: asyncio.Event,
     account: Path = ACCOUNT,
     *,
-    found: Lenient | None = None,
+    loaded: Lenient | None = None,
 ) -> None:
-    """Be the controller until `stop`; with the name of a Lease only while this pod holds it. `account` is where the
-    pod's service account lies, `found` what was wrong in the file. Raises ValueError outside a pod."""
+    """Run the controller until `stop`; if `lease` names a Lease, only while this pod holds it.
+
+    `account` is the folder of the pod's service account, `loaded` the configuration with its problems. Raises
+    ValueError if a Lease is named outside a pod.
+    """
     from cluster.controller.controller import run_controller
 
     me = socket.gethostname()  # the pod's name
@@ -130,7 +133,7 @@ async def control(
             gateways=config.link.gateways,
             run_folder=folder,
             stop=until,
-            found=found,
+            found=loaded,
         )
 
     if not lease:
@@ -147,8 +150,8 @@ async def control(
 
 
 @contextlib.asynccontextmanager
-async def probed(address: str) -> AsyncIterator[None]:
-    """grpc.health.v1 answers SERVING there for as long as this event loop turns. "" is nowhere."""
+async def probe_server(address: str) -> AsyncIterator[None]:
+    """Serve grpc.health.v1 at host:port; it answers SERVING while this event loop runs. "" serves nothing."""
     if not address:
         yield
         return
@@ -159,35 +162,38 @@ async def probed(address: str) -> AsyncIterator[None]:
         yield
 
 
-# ---- what a pod lacks
+# ---- missing settings and files
 
 
-def _read(file: Path, check: bool, lenient: Callable[[Path], Lenient]) -> Lenient:
-    """What a process starts with; where it is only to be checked, wrong models are refused too."""
-    found = Lenient(read_config(file)) if check else read_leniently(file, lenient)
-    config = found.config
+def _load(file: Path, check: bool, lenient: Callable[[Path], Lenient]) -> Lenient:
+    """Load the configuration and tolerate invalid models; with `check` they are errors too."""
+    loaded = Lenient(read_config(file)) if check else read_leniently(file, lenient)
+    config = loaded.config
     if config.gateway.processes != 1:
-        fail(f"{file}: gateway.processes: a container holds one process: set 1, and more replicas", USAGE)
-    return found
+        fail(f"{file}: gateway.processes: a container holds one process: set 1 and raise the replicas", USAGE)
+    return loaded
 
 
-def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:
-    found = [f"{file}: {one}" for one in lacks]
-    if found:
-        fail("\n".join(found), USAGE)
+def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
+    """Exit with code 2 if anything is missing; with `check` exit with code 0 if nothing is."""
+    messages = [f"{file}: {lack}" for lack in lacks]
+    if messages:
+        fail("\n".join(messages), USAGE)
     if check:
-        terminal.say(f"{file}: right, and every file that it names is here")
+        terminal.say(f"{file}: valid, and every file that it names is here")
         raise typer.Exit(0)
 
 
 def gateway_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
-    """Why this file does not serve as a gateway's, one sentence each: in a pod (`pod`), and for want of a file that it
-    names (`files`)."""
+    """Yield a message for each thing that a gateway with this configuration lacks.
+
+    `pod`: settings that a pod needs; `files`: files that the configuration names and that cannot be read.
+    """
     if pod:
-        yield from _unreachable(config)
+        yield from _missing_pod_settings(config)
     if files:
-        yield from _unreadable("gateway.tls", config.gateway.tls)
-        yield from _unreadable("gateway.link_tls", config.gateway.link_tls)
+        yield from _unreadable_tls_files("gateway.tls", config.gateway.tls)
+        yield from _unreadable_tls_files("gateway.link_tls", config.gateway.link_tls)
         for setting, path in secret_files(config).items():
             yield from unreadable_file(setting, path)
         if config.observe.budget_webhook is not None:
@@ -195,39 +201,39 @@ def gateway_lacks(config: Config, *, pod: bool = True, files: bool = True) -> It
             yield from unreadable_file("observe.budget_webhook.secret_file", path)
 
 
-def _unreachable(config: Config) -> Iterator[str]:
+def _missing_pod_settings(config: Config) -> Iterator[str]:
     for name, address in config.gateway.listen.model_dump().items():
         if is_loopback(address):
-            yield f"gateway.listen.{name}: {address} is reached by nobody outside this pod: listen on 0.0.0.0"
+            yield f"gateway.listen.{name}: {address} is not reachable from outside this pod: listen on 0.0.0.0"
         elif address.endswith(":0"):
-            yield f"gateway.listen.{name}: {address}: a pod's ports are declared before it starts: name one"
+            yield f"gateway.listen.{name}: {address}: a pod's ports are declared before it starts: set a fixed port"
     if not config.store.database_url and config.auth is not None:
-        yield "store.database_url: a pod's own SQLite is seen by no other gateway: name a PostgreSQL"
+        yield "store.database_url: not set: gateways cannot share a pod's own SQLite: set a PostgreSQL URL"
 
 
 def controller_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
-    """The same of a controller's."""
+    """Yield a message for each thing that a controller with this configuration lacks; parameters as above."""
     if pod and not config.ray:
-        yield "ray: empty: a controller in a pod has no Ray of its own: name the cluster's dashboard"
+        yield "ray: empty: a controller in a pod starts no Ray: set the dashboard_url of the Ray cluster"
     if pod and not config.link.gateways:
-        yield "link.gateways: empty: there is nobody to dial"
+        yield "link.gateways: empty: set the link addresses of the gateways"
     if pod and config.link.tls is None:
-        yield "link.tls: not set: the gateways' link port wants a certificate"
+        yield "link.tls: not set: the gateways' link port requires a client certificate"
     if files:
-        yield from _unreadable("link.tls", config.link.tls)
+        yield from _unreadable_tls_files("link.tls", config.link.tls)
         for cluster in config.ray:
             if cluster.token_file is not None:
                 yield from unreadable_file(f"ray[{cluster.name}].token_file", cluster.token_file)
 
 
-def _unreadable(setting: str, tls: Tls | ClientTls | None) -> Iterator[str]:
+def _unreadable_tls_files(setting: str, tls: Tls | ClientTls | None) -> Iterator[str]:
     for name, path in tls.model_dump().items() if tls is not None else ():
         if path is not None:
             yield from unreadable_file(f"{setting}.{name}", path, may_be_empty=name == "revoked_serials_file")
 
 
 def unreadable_file(setting: str, path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
-    """Why a file that a setting names cannot be used, if it cannot."""
+    """Yield a message if the file of a setting cannot be read or is empty."""
     try:
         if not path.read_bytes().strip() and not may_be_empty:
             yield f"{setting}: {path} is empty"

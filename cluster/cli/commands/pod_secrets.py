@@ -1,13 +1,13 @@
-"""`headrace pod secrets` prints the Secrets of the chart for a first install, `headrace pod certificates` those that a
-renewal replaces.
+"""Commands `headrace pod secrets`, which prints the chart's Secrets for a first install, and `headrace pod
+certificates`, which prints those that a renewal replaces.
 
-The key pepper, the cluster's secret, the database's password and Ray's token are printed by a first install alone, in
-a Secret that Kubernetes keeps from being changed (`immutable`). `--authority FOLDER` keeps what renewal needs:
+Only a first install prints the key pepper, the cluster secret, the database password and Ray's token; Kubernetes
+protects their Secret against changes (`immutable`). `--authority FOLDER` keeps what renewals need:
 
     FOLDER/ca.crt, ca.key            the link's authority, as `headrace certs ca` makes it
-    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate, which clients pin
-    FOLDER/clients/hosts             further names of the client ports, one a line
-    FOLDER/issued, clients/issued    serial numbers of what was issued, for `headrace certs revoke`
+    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate; clients pin it
+    FOLDER/clients/hosts             additional host names of the client ports, one per line
+    FOLDER/issued, clients/issued    serial numbers of issued certificates, for `headrace certs revoke`
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ DAYS = 365
 AUTHORITY_DAYS = 3650
 CHARTS = "headrace"
 MADE_ONCE = ("cluster", "key-pepper", "database-password", "auth_token")
-"""Keys of the Secret that a first install makes and nothing replaces."""
+"""Keys of the Secret that is made at the first install and never replaced."""
 Manifest = dict[str, object]
-NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="Where the chart is installed.")]
+NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="The namespace of the chart.")]
 NameOption = Annotated[str, typer.Option("--name", help="The chart's fullnameOverride.")]
 HostOption = Annotated[
-    list[str] | None, typer.Option("--host", help="A further name by which clients dial; repeat it. It is remembered.")
+    list[str] | None,
+    typer.Option("--host", help="Another host name that clients dial; repeatable. Kept in the authority's folder."),
 ]
-DaysOption = Annotated[int, typer.Option("--days", help="How long certificates are valid.", min=1, max=3650)]
+DaysOption = Annotated[int, typer.Option("--days", help="Days of validity of the certificates.", min=1, max=3650)]
 
 
 def pod_secrets(
@@ -49,30 +50,30 @@ def pod_secrets(
         Path | None,
         typer.Option(
             "--authority",
-            help="A new folder, which keeps the authorities for renewals. One that has authorities already is no "
-            "first install: certificates only are printed.",
+            help="A new folder that keeps the authorities for renewals. If it already has authorities, this is a "
+            "renewal: only certificates are printed.",
         ),
     ] = None,
     days: DaysOption = DAYS,
     with_namespace: Annotated[
-        bool, typer.Option("--with-namespace", help="Begin with the namespace itself, under pod security `restricted`.")
+        bool, typer.Option("--with-namespace", help="Also print the namespace, with pod security `restricted`.")
     ] = False,
 ) -> None:
-    """Print the Secrets of a first install, once: `... --authority FOLDER | kubectl create -f -`. Certificates of the
-    link and of the client ports, the cluster's secret, the pepper of keys, the database's password, Ray's token.
-    `pod certificates` renews."""
+    """Print the Secrets of a first install: `... --authority FOLDER | kubectl create -f -`. They hold the certificates
+    of the link and of the client ports, the cluster secret, the key pepper, the database password and Ray's token.
+    Run it once; `pod certificates` renews the certificates."""
     _print(lambda: manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace))
 
 
 def pod_certificates(
-    authority: Annotated[Path, typer.Option("--authority", help="The folder that the first install has made.")],
+    authority: Annotated[Path, typer.Option("--authority", help="The folder that the first install made.")],
     namespace: NamespaceOption = CHARTS,
     name: NameOption = CHARTS,
     host: HostOption = None,
     days: DaysOption = DAYS,
 ) -> None:
     """Print new certificates of the link and of the client ports, and no other secret: `... | kubectl apply -f -`.
-    The authorities of the folder issue them, so that clients and workers trust them as they trust the old ones."""
+    The folder's authorities issue them, so clients and workers trust them as they did the old ones."""
     _print(lambda: renewal(namespace, name, host or (), authority, days))
 
 
@@ -88,7 +89,7 @@ def _print(make: Callable[[], Manifests]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Manifests:
-    """Objects to apply, and what the operator should know about them."""
+    """Kubernetes objects to apply, and notes for the operator."""
 
     objects: Sequence[Manifest]
     notes: Sequence[str] = ()
@@ -103,8 +104,10 @@ def manifests(
     *,
     with_namespace: bool = False,
 ) -> Manifests:
-    """The objects of a first install, or of a renewal where `authority` has an authority already. Raises ValueError
-    for files that are no authority, OSError."""
+    """Build the objects of a first install, or of a renewal if the folder `authority` already has an authority.
+
+    Raises ValueError for files that are no authority, OSError.
+    """
     objects: list[Manifest] = []
     if with_namespace:
         labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
@@ -118,17 +121,17 @@ def manifests(
         objects += _certificates(folder, namespace, name, hosts, days)
     made = {key: secrets.token_hex(32) for key in MADE_ONCE}
     objects.append({**_secret(namespace, f"{name}-secrets", made, "Opaque"), "immutable": True})
-    lost = "The authorities' keys are not kept, so nothing can be renewed by them: name a folder by --authority."
-    return Manifests(objects, [lost] if authority is None else [])
+    note = "The authorities' keys are not kept, so the certificates cannot be renewed: give a folder with --authority."
+    return Manifests(objects, [note] if authority is None else [])
 
 
 def renewal(namespace: str, name: str, hosts: Sequence[str], authority: Path, days: int) -> Manifests:
-    """New certificates of a folder's authorities. Raises ValueError for a folder without one, OSError."""
+    """Issue new certificates from a folder's authorities. Raises ValueError for a folder without one, OSError."""
     if not _is_authority(authority):
         raise ValueError(f"{authority}: has no authority (ca.crt, ca.key): name the folder of the first install")
-    notes = [f"Certificates only: the Secret {name}-secrets stays as it is."]
+    notes = [f"Only certificates are printed: the Secret {name}-secrets stays unchanged."]
     notes += [
-        f"{place} had no authority for the client ports and has one now: clients that pin a CA need "
+        f"{place} had no authority for the client ports and now has one: clients that pin a CA need "
         f"{place / 'ca.crt'} before these Secrets are applied."
         for place in _make_missing_authorities(authority)
     ]
@@ -150,7 +153,7 @@ def _is_authority(folder: Path) -> bool:
 
 
 def _make_missing_authorities(folder: Path) -> list[Path]:
-    """Make the authorities that a folder lacks; where they are now. Raises OSError."""
+    """Make the authorities that a folder lacks; return their folders. Raises OSError."""
     from cluster.cli import certificates
 
     made = []
@@ -163,23 +166,24 @@ def _make_missing_authorities(folder: Path) -> list[Path]:
 
 
 def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """Further names of the client ports: those of earlier calls and `hosts`, which join them. Raises OSError."""
+    """Add `hosts` to the stored host names of the client ports; return all of them. Raises OSError."""
     file = folder / "clients" / "hosts"
-    kept = file.read_text().split() if file.exists() else []
-    every = list(dict.fromkeys([*kept, *hosts]))
-    if every != kept:
-        file.write_text("".join(f"{host}\n" for host in every))
-    return every
+    stored = file.read_text().split() if file.exists() else []
+    all_hosts = list(dict.fromkeys([*stored, *hosts]))
+    if all_hosts != stored:
+        file.write_text("".join(f"{host}\n" for host in all_hosts))
+    return all_hosts
 
 
 def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> dict[str, Mapping[str, str]]:
-    """Certificates by the suffix of their Secret. Raises ValueError for files that are no authority."""
+    """Issue all certificates; return the data of each Secret by its name's suffix. Raises ValueError for files that
+    are no authority."""
     from cluster.cli import certificates
 
     domains = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
     links = [f"{prefix}{name}-links{domain}" for domain in domains for prefix in ("", "*.") if domain or not prefix]
     served = [f"{name}{domain}" for domain in domains]
-    with tempfile.TemporaryDirectory() as scratch:  # keys of certificates are printed and kept nowhere
+    with tempfile.TemporaryDirectory() as scratch:  # private keys are only printed, never kept
         link, clients = Path(scratch) / "link", Path(scratch) / "clients"
         for source, place in ((folder, link), (folder / "clients", clients)):
             place.mkdir()
@@ -192,8 +196,8 @@ def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: 
         for source, place in ((folder, link), (folder / "clients", clients)):
             with (source / certificates.ISSUED).open("a") as issued:
                 issued.write((place / certificates.ISSUED).read_text())
-        found = {f"link-{role}": _pem(link, role) for role in ("gateway", "worker", "controller")}
-        return {**found, "tls": _pem(clients, "tls")}
+        pems = {f"link-{role}": _pem(link, role) for role in ("gateway", "worker", "controller")}
+        return {**pems, "tls": _pem(clients, "tls")}
 
 
 def _pem(folder: Path, name: str) -> dict[str, str]:

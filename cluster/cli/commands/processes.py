@@ -1,4 +1,4 @@
-"""Hidden commands: the processes that `up` starts. Each reads one configuration and ends on SIGTERM or SIGINT."""
+"""Hidden commands: the processes that `up` starts. Each reads one configuration; SIGTERM, SIGINT or SIGHUP ends it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, write_whole
+from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, replace_file
 from cluster.config.lenient import load_for_controller, load_for_gateway
 from cluster.config.schema import Config, cache_dir
 from cluster.observe import log
@@ -27,11 +27,11 @@ from cluster.process.private_files import make_private_folder
 if TYPE_CHECKING:
     from cluster.worker.weights.sources import SourceRules
 
-FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
+FolderOption = Annotated[Path, typer.Option("--folder", help="Folder for files that must outlive the process.")]
 ReadyOption = Annotated[
-    Path | None, typer.Option("--ready-file", help="Gets pid and endpoints as JSON once it serves.")
+    Path | None, typer.Option("--ready-file", help="File to write pid and endpoints to, as JSON, once it serves.")
 ]
-DrainOption = Annotated[float | None, typer.Option("--drain-s", help="In place of gateway.drain_timeout_s.", min=0)]
+DrainOption = Annotated[float | None, typer.Option("--drain-s", help="Overrides gateway.drain_timeout_s.", min=0)]
 
 
 def gateway(
@@ -40,12 +40,12 @@ def gateway(
     ready_file: ReadyOption = None,
     drain_s: DrainOption = None,
     process: Annotated[
-        int, typer.Option("--process", help="Which of the file's gateway.processes to be, from 0.", min=0)
+        int, typer.Option("--process", help="Index of this process among gateway.processes, from 0.", min=0)
     ] = 0,
 ) -> None:
     """Run one gateway process in the foreground."""
-    found = read_leniently(file, load_for_gateway)
-    config = found.config
+    loaded = read_leniently(file, load_for_gateway)
+    config = loaded.config
     if process >= config.gateway.processes:
         fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
     if drain_s is not None:
@@ -59,7 +59,7 @@ def gateway(
     def ready(endpoints: dict[str, str]) -> None:
         memory.settle()
         if ready_file is not None:
-            write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
+            replace_file(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 
     async def serve() -> None:
         await run_gateway(
@@ -69,14 +69,14 @@ def gateway(
             ready=ready,
             process=process,
             link=link,
-            config_state=ConfigState(file, found.problems),
+            config_state=ConfigState(file, loaded.problems),
         )
 
     run(serve())
 
 
 def bound_link(config: Config, process: int = 0) -> socket.socket:
-    """The link's port, before the modules of a gateway are imported; one that cannot be had ends the command."""
+    """Bind the link port before the gateway's modules are imported; a port in use ends the command."""
     from cluster.gateway.links.listener import bind_link
 
     try:
@@ -86,37 +86,37 @@ def bound_link(config: Config, process: int = 0) -> socket.socket:
 
 
 def part_name(process: int) -> str:
-    """What a gateway process is called in logs, run folders and sentences."""
+    """The name of a gateway process in logs, run folders and messages."""
     return f"gateway-{process}" if process else "gateway"
 
 
 def controller(
     file: FileOption,
     folder: FolderOption,
-    instance: Annotated[str, typer.Option("--instance", help="The tag of this cluster's processes.")] = "",
+    instance: Annotated[str, typer.Option("--instance", help="The instance id of this cluster's processes.")] = "",
     ray_address: Annotated[
-        str | None, typer.Option("--ray-address", help="A Ray of this cluster's own; else the file's `ray`.")
+        str | None, typer.Option("--ray-address", help="The Ray that this cluster owns; without it, the file's `ray`.")
     ] = None,
     gateways: Annotated[
-        list[str] | None, typer.Option("--gateway", help="A link address to dial, in place of link.gateways.")
+        list[str] | None, typer.Option("--gateway", help="A link address to dial instead of link.gateways; repeatable.")
     ] = None,
-    metrics: Annotated[str, typer.Option("--metrics", help="Serve its metrics at HOST:PORT (9401 by custom).")] = "",
+    metrics: Annotated[str, typer.Option("--metrics", help="Serve metrics at HOST:PORT (by custom port 9401).")] = "",
 ) -> None:
-    """Run the controller in the foreground. On a Ray of this cluster's own, Serve ends with it."""
+    """Run the controller in the foreground. With --ray-address, Ray Serve is shut down when it ends."""
     from cluster.controller.controller import run_controller
     from cluster.observe.metrics import Metrics
 
-    found = read_leniently(file, load_for_controller)
-    config = found.config
+    loaded = read_leniently(file, load_for_controller)
+    config = loaded.config
     dial = tuple(gateways or config.link.gateways)
     if not dial:
-        fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
+        fail("link.gateways: empty: set it, or give --gateway HOST:PORT", USAGE)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
     raise_descriptor_limit()
     exported = Metrics(config.name)
     host, _, port = metrics.rpartition(":")
     if metrics and not (host and port.isdecimal()):
-        fail(f"--metrics {metrics!r}: must be HOST:PORT", USAGE)
+        fail(f"--metrics {metrics!r}: expected HOST:PORT", USAGE)
 
     async def serve() -> None:
         async with AsyncExitStack() as stack:
@@ -133,7 +133,7 @@ def controller(
                 stop=stop_on_signal(),
                 end_serve=ray_address is not None,
                 metrics=exported,
-                found=found,
+                found=loaded,
             )
 
     make_private_folder(folder)
@@ -141,7 +141,7 @@ def controller(
 
 
 def prepare(file: FileOption) -> None:
-    """Check every model's source and fetch or make what is missing; progress as JSON lines on standard output."""
+    """Check every model's source; fetch or build missing weights. Prints progress as JSON lines on standard output."""
     from cluster.worker.weights.sources import SourceError, resolve
 
     config = read_config(file)
@@ -150,18 +150,18 @@ def prepare(file: FileOption) -> None:
         if model.source.startswith("sim://"):
             continue
 
-        def tell(done: int, total: int, what: str, name: str = model.name) -> None:
-            _line({"model": name, "done": done, "total": total, "what": what})
+        def report(done: int, total: int, what: str, name: str = model.name) -> None:
+            _write_json_line({"model": name, "done": done, "total": total, "what": what})
 
         try:
-            resolve(model.spec(), rules, tell)
+            resolve(model.spec(), rules, report)
         except SourceError as error:
             fail(str(error))
-        _line({"model": model.name, "ready": True})
+        _write_json_line({"model": model.name, "ready": True})
 
 
 def source_rules(config: Config) -> SourceRules:
-    """Where weights come from on this machine, and what is let in."""
+    """The rules for weight sources: cache folder, hub access, and the allowed sources, formats and licenses."""
     from cluster.worker.weights.sources import SourceRules
 
     weights = config.weights
@@ -176,13 +176,13 @@ def source_rules(config: Config) -> SourceRules:
     )
 
 
-def _line(value: dict[str, Any]) -> None:
+def _write_json_line(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 
 
 def stop_on_signal() -> asyncio.Event:
-    """An event that SIGTERM, SIGINT and SIGHUP set."""
+    """Return an event that SIGTERM, SIGINT and SIGHUP set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -191,7 +191,7 @@ def stop_on_signal() -> asyncio.Event:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run to the end; what the environment refuses (a port, a file) becomes one line."""
+    """Run a process's main coroutine; an error of the environment (a port, a file) becomes a one-line error."""
     try:
         asyncio.run(main)
     except (RuntimeError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""scale, freeze, unfreeze and explain scaling: how many replicas models have. The controller answers them."""
+"""Commands scale, freeze, unfreeze and explain scaling, which control replica counts. The controller executes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import scaling_pb2 as pb
-from cluster.cli.access import reach
+from cluster.cli.access import admin_access
 from cluster.cli.commands.status import Admin, plain
 from cluster.cli.common import (
     USAGE,
@@ -26,7 +26,7 @@ from cluster.cli.common import (
     rpc_errors,
 )
 
-explain_app = typer.Typer(help="Why something is as it is.", no_args_is_help=True)
+explain_app = typer.Typer(help="Explain decisions of the controller.", no_args_is_help=True)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or alias.", show_default=False)]
 AnyModelArgument = Annotated[
@@ -37,7 +37,7 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit 
 
 def scale(
     model: ModelArgument,
-    replicas: Annotated[str, typer.Argument(metavar="N|auto", help="So many, or as the demand needs.")],
+    replicas: Annotated[str, typer.Argument(metavar="N|auto", help="A fixed number, or auto to follow demand.")],
     reason: ReasonOption = "",
     as_json: JsonOption = False,
     endpoint: EndpointOption = None,
@@ -45,15 +45,15 @@ def scale(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Set a model's number of replicas, whatever the demand, until `scale MODEL auto`. Nothing that runs is cut."""
+    """Fix a model's number of replicas, whatever the demand, until `scale MODEL auto`. No running call is cut off."""
     request = pb.ScaleRequest(name=model, reason=reason)
     if replicas == "auto":
         request.auto = True
     elif replicas.isdecimal() and int(replicas) < 1 << 31:
         request.replicas = int(replicas)
     else:
-        fail(f"N|auto: {replicas!r} is neither a number of replicas nor auto", USAGE)
-    answer = _ask("catalog", "Scale", request, endpoint, admin, api_key_file, tls_ca)
+        fail(f"N|auto: {replicas!r} is neither a number of replicas (0 to {(1 << 31) - 1}) nor auto", USAGE)
+    answer = _call_admin("catalog", "Scale", request, endpoint, admin, api_key_file, tls_ca)
     _show([answer.model], as_json)
 
 
@@ -66,9 +66,9 @@ def freeze(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Keep the number of replicas as it is, of one model or of all, and roll nothing out. What fails is replaced."""
+    """Freeze the number of replicas of one model or of all, and roll out no versions. Failed replicas are replaced."""
     request = pb.FreezeRequest(name=model, reason=reason)
-    _show(_ask("catalog", "Freeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
+    _show(_call_admin("catalog", "Freeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
 
 
 def unfreeze(
@@ -80,24 +80,24 @@ def unfreeze(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """End a freeze. Without a model that of all; models that are frozen by name stay so."""
+    """End a freeze. Without a model, the freeze of all models; models frozen by name stay frozen."""
     request = pb.UnfreezeRequest(name=model, reason=reason)
-    _show(_ask("catalog", "Unfreeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
+    _show(_call_admin("catalog", "Unfreeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
 
 
 @explain_app.command("scaling")
 def explain_scaling(
     model: ModelArgument,
-    last: Annotated[int, typer.Option("--last", help="At most so many decisions; 0 is all.", min=0)] = 20,
+    last: Annotated[int, typer.Option("--last", help="Maximum number of decisions; 0 means all.", min=0)] = 20,
     as_json: JsonOption = False,
     endpoint: EndpointOption = None,
     admin: AdminOption = None,
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Why a model has as many replicas as it has: the last decisions, each with the numbers that it was made on."""
+    """Explain a model's number of replicas: the last decisions, each with the numbers it was based on."""
     request = pb.ExplainScalingRequest(name=model, limit=last)
-    answer = _ask("fleet", "ExplainScaling", request, endpoint, admin, api_key_file, tls_ca)
+    answer = _call_admin("fleet", "ExplainScaling", request, endpoint, admin, api_key_file, tls_ca)
     if as_json:
         print_json({**plain(answer), "now": dict(answer.now)})
         return
@@ -108,8 +108,10 @@ def explain_scaling(
         out.print("now: " + _numbers(answer.now), markup=False)
 
 
-def _ask(service: str, verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
-    access = reach(endpoint, admin, api_key_file, tls_ca)
+def _call_admin(
+    service: str, verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any
+) -> Any:
+    access = admin_access(endpoint, admin, api_key_file, tls_ca)
     api = Admin(access)
     try:
         with rpc_errors(access.address):
@@ -129,22 +131,22 @@ def _model_table(models: Sequence[pb.ModelScaling]) -> Table | str:
     if not models:
         return "no models"
     table = Table("model", "replicas", "wanted", "of", "by", "cold start", "why", box=None, pad_edge=False)
-    for one in models:
-        there = f"{one.running}" + (f" and {one.starting} starting" if one.starting else "")
-        bounds = f"{one.min_replicas} to {one.max_replicas}"
-        cold = f"{one.cold_start_s:.1f} s" if one.cold_start_s else "not known"
-        table.add_row(*map(escape, (one.name, there, str(one.desired), bounds, one.by, cold, one.why)))
+    for model in models:
+        running = f"{model.running}" + (f" and {model.starting} starting" if model.starting else "")
+        bounds = f"{model.min_replicas} to {model.max_replicas}"
+        cold = f"{model.cold_start_s:.1f} s" if model.cold_start_s else "not known"
+        table.add_row(*map(escape, (model.name, running, str(model.desired), bounds, model.by, cold, model.why)))
     return table
 
 
 def _decision_table(decisions: Sequence[pb.ScalingDecision]) -> Table:
     table = Table("at", "decision", "replicas", "passes", "why", "numbers", box=None, pad_edge=False)
-    for one in decisions:
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.at_s))
-        change = (
-            f"{one.replicas_before} to {one.replicas}" if one.replicas != one.replicas_before else f"{one.replicas}"
-        )
-        table.add_row(*map(escape, (at, one.action, change, str(one.passes), one.why, _numbers(one.numbers))))
+    for decision in decisions:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision.at_s))
+        before, after = decision.replicas_before, decision.replicas
+        change = f"{before} to {after}" if after != before else f"{after}"
+        cells = (at, decision.action, change, str(decision.passes), decision.why, _numbers(decision.numbers))
+        table.add_row(*map(escape, cells))
     return table
 
 

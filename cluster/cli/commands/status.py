@@ -1,4 +1,4 @@
-"""Commands for operators: status, workers and abort, over the gateway's admin API."""
+"""Commands status, workers and abort for operators, over the gateway's admin API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.types import resume_word
-from cluster.cli.access import Access, reach
+from cluster.cli.access import Access, admin_access
 from cluster.cli.common import (
     AdminOption,
     ApiKeyOption,
@@ -34,7 +34,7 @@ PAGE_SIZE = 500
 
 
 class Admin:
-    """A gateway's fleet and catalog, every page of them."""
+    """Client of a gateway's admin services Fleet and Catalog; lists are read to the last page."""
 
     def __init__(self, access: Access) -> None:
         self._metadata = access.metadata
@@ -43,51 +43,54 @@ class Admin:
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def workers(self) -> list[admin_pb2.Worker]:
-        """The workers linked to this gateway. Raises grpc.RpcError."""
-        found: list[admin_pb2.Worker] = []
+        """List the workers linked to this gateway. Raises grpc.RpcError."""
+        workers: list[admin_pb2.Worker] = []
         page = ""
         while True:
             request = admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=page)
             answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S, metadata=self._metadata)
-            found.extend(answer.workers)
+            workers.extend(answer.workers)
             page = answer.next_page_token
             if not page:
-                return found
+                return workers
 
     def fleet(self, verb: str, request: Any) -> Any:
-        """One of Fleet's verbs, with its request. Raises grpc.RpcError."""
+        """Call a method of the Fleet service. Raises grpc.RpcError."""
         return self.ask("fleet", verb, request)
 
     def ask(self, service: str, verb: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
-        """A verb of `fleet` or `catalog`. Raises grpc.RpcError."""
+        """Call a method of the service `fleet` or `catalog`. Raises grpc.RpcError."""
         stub = {"fleet": self._fleet, "catalog": self._catalog}[service]
         return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
 
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
-        """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""
-        found: list[admin_pb2.CatalogEntry] = []
+        """List the models; also returns the seconds since the controller's last message (negative: none yet).
+
+        Raises grpc.RpcError.
+        """
+        models: list[admin_pb2.CatalogEntry] = []
         page = ""
         while True:
             request = admin_pb2.ListRequest(page_size=PAGE_SIZE, page_token=page)
             answer = self._catalog.List(request, timeout=TIMEOUT_S, metadata=self._metadata)
-            found.extend(answer.models)
+            models.extend(answer.models)
             page = answer.next_page_token
             if not page:
-                return found, answer.age_s
+                return models, answer.age_s
 
     def abort(self, request_id: str, tenant: str, reason: str) -> int:
-        """End the calls of a request id on this gateway; how many. Raises grpc.RpcError."""
+        """Abort the calls with a request id on this gateway; returns their number. Raises grpc.RpcError."""
         parent = f"tenants/{tenant}" if tenant else ""
         request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
         return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """A message as a dictionary with every field, unset ones too, and 64-bit numbers as numbers."""
+    """Convert a message to a dictionary with every field, including unset ones, and 64-bit integers as numbers."""
     row: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -100,8 +103,8 @@ def plain(message: Any) -> dict[str, Any]:
 def gather(
     endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None, tls_ca: Path | None = None
 ) -> dict[str, Any]:
-    """What `status --json` prints. Ends the command when the gateway is unreachable."""
-    access = reach(endpoint, admin_address, api_key_file, tls_ca)
+    """Collect the data that `status --json` prints. An unreachable gateway ends the command."""
+    access = admin_access(endpoint, admin_address, api_key_file, tls_ca)
     address, admin = access.address, Admin(access)
     try:
         with rpc_errors(address):
@@ -110,17 +113,19 @@ def gather(
     finally:
         admin.close()
     run = local_run()
-    own = run is not None and run.endpoints().get("admin") == address
+    is_local = run is not None and run.endpoints().get("admin") == address
     endpoints = (
-        run.endpoints() if run is not None and own else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
+        run.endpoints()
+        if run is not None and is_local
+        else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
     )
     models = [plain(entry) for entry in entries]
-    beside = run.siblings() if run is not None and own else []
-    gateways = gateway_metrics.rows([endpoints, *beside]) if beside else []
-    for model in models:  # the first process has told its own calls
+    siblings = run.siblings() if run is not None and is_local else []
+    gateways = gateway_metrics.rows([endpoints, *siblings]) if siblings else []
+    for model in models:  # the catalog counts only the calls that wait in the first process
         model["waiting"] += sum(gateway["waiting_by_model"].get(model["name"], 0) for gateway in gateways[1:])
     return {
-        "name": run.name if run is not None and own else "",
+        "name": run.name if run is not None and is_local else "",
         "endpoints": endpoints,
         "gateways": gateways,
         "catalog_age_s": age_s,
@@ -136,25 +141,25 @@ def status(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """Show where the cluster answers, its models and its workers."""
-    found = gather(endpoint, admin, api_key_file, tls_ca)
+    """Show the cluster's endpoints, models and workers."""
+    state = gather(endpoint, admin, api_key_file, tls_ca)
     if as_json:
-        print_json(found)
+        print_json(state)
         return
-    head = f"cluster {found['name']}   " if found["name"] else ""
-    places = "   ".join(f"{name} {address}" for name, address in found["endpoints"].items())
+    head = f"cluster {state['name']}   " if state["name"] else ""
+    places = "   ".join(f"{name} {address}" for name, address in state["endpoints"].items())
     out.print(head + places, markup=False)
-    age_s = found["catalog_age_s"]
+    age_s = state["catalog_age_s"]
     if age_s < 0:
-        out.print("[yellow]no controller has spoken to this gateway yet[/yellow]")
+        out.print("[yellow]no controller has connected to this gateway yet[/yellow]")
     elif age_s > 30:
         out.print(
-            f"[yellow]the controller has been silent for {age_s:.0f} s: nothing scales, everything serves[/yellow]"
+            f"[yellow]the controller has been silent for {age_s:.0f} s: models are served, but not scaled[/yellow]"
         )
-    if found["gateways"]:
-        out.print(_gateway_table(found["gateways"]))
-    out.print(_model_table(found["models"]))
-    out.print(worker_table(found["workers"]))
+    if state["gateways"]:
+        out.print(_gateway_table(state["gateways"]))
+    out.print(_model_table(state["models"]))
+    out.print(worker_table(state["workers"]))
 
 
 def workers(
@@ -164,7 +169,7 @@ def workers(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """List the workers that are linked to the gateway."""
+    """List the workers linked to the gateway."""
     rows = gather(endpoint, admin, api_key_file, tls_ca)["workers"]
     if as_json:
         print_json(rows)
@@ -175,30 +180,32 @@ def workers(
 def abort(
     request_id: Annotated[str, typer.Argument(help="The call's x-request-id, or its answer's id.", show_default=False)],
     reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)],
-    tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant's: callers choose request ids.")] = "",
+    tenant: Annotated[
+        str, typer.Option("--tenant", help="Only this tenant's calls; request ids are chosen by callers.")
+    ] = "",
     endpoint: EndpointOption = None,
     admin: Annotated[
-        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeats: each is asked.")
+        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeatable: all are tried.")
     ] = None,
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """End a running call. A gateway knows its own host's calls only: name each gateway that may have it."""
+    """Abort a running call. A gateway knows only the calls on its own host: name each gateway that may have it."""
     aborted, missing = 0, ""
     for address in admin or [""]:
-        access = reach(endpoint, address or None, api_key_file, tls_ca)
-        asked = Admin(access)
+        access = admin_access(endpoint, address or None, api_key_file, tls_ca)
+        api = Admin(access)
         try:
             with rpc_errors(access.address):
                 try:
-                    aborted += asked.abort(request_id, tenant, reason)
+                    aborted += api.abort(request_id, tenant, reason)
                 except grpc.RpcError as error:
-                    found = from_rpc(error, endpoint=access.address)
-                    if found.reason != "NOT_FOUND":
+                    refusal = from_rpc(error, endpoint=access.address)
+                    if refusal.reason != "NOT_FOUND":
                         raise
-                    missing = found.message
+                    missing = refusal.message
         finally:
-            asked.close()
+            api.close()
     if not aborted:
         fail(missing)
     out.print(f"aborted {aborted} {'call' if aborted == 1 else 'calls'}", markup=False)
@@ -226,7 +233,7 @@ def _model_table(rows: list[dict[str, Any]]) -> Table | str:
 
 
 def worker_table(rows: list[dict[str, Any]]) -> Table | str:
-    """Workers with their load."""
+    """A table of workers with their load."""
     if not rows:
         return "no workers are linked"
     in_pods = any(row.get("pod", "") for row in rows)

@@ -1,4 +1,4 @@
-"""`up` and `down`: a local cluster in this terminal, or behind it with --detach."""
+"""Commands `up` and `down`: start a local cluster (with --detach in the background), and stop it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import typer
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli import terminal
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.cluster import LocalCluster, StartFailed
@@ -34,13 +34,13 @@ from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper
 
-DOWN_S = 30.0
+STOP_TIMEOUT_S = 30.0
 FIRST_QUESTION = "What is the capital of France?"
 
 
 def up(
     file: FileOption,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; `down` ends it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Run in the background; return when ready.")] = False,
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
@@ -55,17 +55,17 @@ def up(
     except AlreadyUp as error:
         fail(str(error))
     with lock:
-        _clear_remains(run)
+        _end_leftovers(run)
         try:
             config = decide(config)
         except PortTaken as error:
             fail(str(error), USAGE)
         make_secrets(config)
-        raise typer.Exit(asyncio.run(_life(config, run, demo=demo, background=background)))
+        raise typer.Exit(asyncio.run(_run_cluster(config, run, demo=demo, background=background)))
 
 
 def make_secrets(config: Config) -> None:
-    """A local cluster's secrets are made where they are missing; others are named files that all hosts have."""
+    """Create missing secret files of a local cluster. With an external Ray they must exist: all hosts share them."""
     if config.ray:
         return
     for setting, path in secret_files(config).items():
@@ -74,58 +74,56 @@ def make_secrets(config: Config) -> None:
         try:
             make_secret(path)
         except OSError as error:
-            fail(f"{setting}: {path} cannot be made: {error.strerror}")
+            fail(f"{setting}: {path} cannot be created: {error.strerror}")
 
 
 def _check_installed(config: Config) -> None:
-    """The base install has no engine, which is better said than found out from a log."""
+    """Exit with an error if Ray or vLLM is needed and not installed; the base install has neither."""
     needed = [] if config.ray else ["ray"]
     if not config.ray and any(not model.source.startswith("sim://") for model in config.models):
         needed.append("vllm")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        fail(
-            f"{' and '.join(missing)} not installed: `up` needs the extra `cpu` or `gpu` (in a checkout: `make setup`)"
-        )
+        fail(f"{' and '.join(missing)} not installed: install the extra `cpu` or `gpu` (in a checkout: `make setup`)")
 
 
 def down(
-    name: Annotated[str | None, typer.Argument(help="The cluster's name; may be left out when one is up.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The cluster's name; optional if only one is up.")] = None,
 ) -> None:
-    """Stop a local cluster, and what is left of one that ended badly."""
-    run = _choose(name)
+    """Stop a local cluster, and end processes left over from one that crashed."""
+    run = _choose_run(name)
     began = time.monotonic()
     supervisor = run.supervisor()
     if supervisor is not None:
         say(f"stopping {run.name} (process {supervisor.pid})")
         with suppress(ProcessLookupError):
             os.kill(supervisor.pid, signal.SIGTERM)
-        while supervisor.alive() and time.monotonic() - began < DOWN_S:
+        while supervisor.alive() and time.monotonic() - began < STOP_TIMEOUT_S:
             time.sleep(0.05)
         if supervisor.alive():
             with suppress(ProcessLookupError):
                 os.kill(supervisor.pid, signal.SIGKILL)
-    _clear_remains(run)
+    _end_leftovers(run)
     say(f"stopped in {duration(time.monotonic() - began)}, logs in {run.path}")
 
 
-def _choose(name: str | None) -> RunFolder:
+def _choose_run(name: str | None) -> RunFolder:
     if name is not None:
         run = RunFolder(name)
         if not run.state():
             known = ", ".join(other.name for other in RunFolder.known()) or "none"
-            fail(f"no local cluster is named {name!r}; up are: {known}")
+            fail(f"no local cluster is named {name!r}; known: {known}")
         return run
     known_runs = RunFolder.known()
     if not known_runs:
         fail("no local cluster is up")
     if len(known_runs) > 1:
-        fail(f"several local clusters are up, name one: {', '.join(run.name for run in known_runs)}", USAGE)
+        fail(f"several local clusters are up: name one of {', '.join(run.name for run in known_runs)}", USAGE)
     return known_runs[0]
 
 
-def _clear_remains(run: RunFolder) -> None:
-    """What a cluster left that could not end itself. Its tag and its Ray's folder say what belonged to it."""
+def _end_leftovers(run: RunFolder) -> None:
+    """End processes left over from a crashed cluster; its instance id and its Ray's folder identify them."""
     state = run.state()
     instance = run.instance()
     if not instance:
@@ -133,15 +131,15 @@ def _clear_remains(run: RunFolder) -> None:
     folder = Path(state["ray_folder"]) if state.get("ray_folder") else None
     ended = reaper.end(instance, folder)
     if ended:
-        say(f"ended {ended} processes that were left of {run.name}")
+        say(f"ended {ended} processes left over from {run.name}")
     run.clear()
 
 
 # ---- in the foreground
 
 
-async def _life(config: Config, run: RunFolder, *, demo: bool, background: bool) -> int:
-    """From start to end; returns the exit code."""
+async def _run_cluster(config: Config, run: RunFolder, *, demo: bool, background: bool) -> int:
+    """Start the cluster, supervise it until a signal, stop it; returns the exit code."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -150,22 +148,22 @@ async def _life(config: Config, run: RunFolder, *, demo: bool, background: bool)
     stopping = asyncio.create_task(stop.wait())
     code = 0
     try:
-        started = await _unless(stopping, _come_up(cluster, demo=demo, background=background))
+        started = await _run_unless(stopping, _start(cluster, demo=demo, background=background))
         if started:
             cluster.write_state("ready")
-            await _unless(stopping, cluster.supervise())
+            await _run_unless(stopping, cluster.supervise())
     except StartFailed as error:
         terminal.say("")
         terminal.say(f"error: {error}", error=True)
         code = FAILED
     finally:
         stopping.cancel()
-        await _end(cluster)
+        await _stop(cluster)
     return code
 
 
-async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
-    """Do the work, but leave it when `stopping` is done; says whether it was done."""
+async def _run_unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
+    """Run the work until it is done or `stopping` is; returns whether it was done."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -177,7 +175,7 @@ async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) 
     return False
 
 
-async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> None:
+async def _start(cluster: LocalCluster, *, demo: bool, background: bool) -> None:
     numbers = ("[2/4]", "[3/4]", "[4/4]") if demo else ("[1/2]", "[2/2]", "")
     step = StepLine(numbers[0], "model" if len(cluster.config.models) == 1 else "models")
     step.done(f"{await _prepare(cluster, step):<34} {duration(step.elapsed_s):>7}")
@@ -185,23 +183,23 @@ async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> No
     await cluster.start(step)
     step.show("gateway and ray are up, models are loading")
     entries = await cluster.wait_for_models(step)
-    up = "   ".join(_told(entry) for entry in entries)
+    states = "   ".join(_state_text(entry) for entry in entries)
     count = cluster.config.gateway.processes
     gateways = "gateway" if count == 1 else f"{count} gateways"
-    step.done(f"{f'ray · controller · {gateways}   ' + up:<34} {duration(step.elapsed_s):>7}")
+    step.done(f"{f'ray · controller · {gateways}   ' + states:<34} {duration(step.elapsed_s):>7}")
     if demo and cluster.config.auth is None:
         await _first_answer(cluster, StepLine(numbers[2], "first answer"))
     _say_ready(cluster, entries, background=background)
 
 
-def _told(entry: admin_pb2.CatalogEntry) -> str:
+def _state_text(entry: admin_pb2.CatalogEntry) -> str:
     state = entry.state.lower() + (f" ({entry.state_reason})" if entry.state == "FAILED" else "")
     return f"{entry.name} {state}"
 
 
 async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
-    """Have every model's files on this disk. Raises StartFailed."""
-    write_whole(cluster.run.config_file, cluster.config_text())
+    """Run `prepare`, which gets every model's files onto this disk; returns the model names. Raises StartFailed."""
+    replace_file(cluster.run.config_file, cluster.config_text())
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cluster.cli.main", "prepare", "-f", str(cluster.run.config_file),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -213,8 +211,9 @@ async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
     try:
         async for line in process.stdout:
             with suppress(ValueError, KeyError):
-                told = json.loads(line)
-                step.show(f"{told['model']} {told['what']}", told["done"] / max(told["total"], 1))
+                progress = json.loads(line)
+                part = progress["done"] / max(progress["total"], 1)
+                step.show(f"{progress['model']} {progress['what']}", part)
         code = await process.wait()
     except asyncio.CancelledError:
         with suppress(ProcessLookupError):
@@ -228,7 +227,7 @@ async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
 
 
 async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
-    """Ask the default model its first question. Raises StartFailed."""
+    """Ask the first model one question and show the answer with its speed. Raises StartFailed."""
     model = cluster.config.models[0].name
     step.show(f"asking {model}")
     async with AsyncClient(cluster.endpoints["grpc"], timeout_s=120) as client:
@@ -239,7 +238,7 @@ async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
             async for _ in stream:
                 first_s = first_s or time.monotonic() - began
         except HeadraceError as error:
-            raise StartFailed(f"the first question was not answered: {error}; logs: {cluster.run.path}") from None
+            raise StartFailed(f"the first question failed: {error}; logs: {cluster.run.path}") from None
     tokens = stream.usage.completion_tokens if stream.usage else 0
     rate = f"{(tokens - 1) / (time.monotonic() - began - first_s):.0f} tokens/s · " if tokens > 1 else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -249,13 +248,13 @@ async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
 
 def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, background: bool) -> None:
     where = {name: address.replace("127.0.0.1", "localhost") for name, address in cluster.endpoints.items()}
-    command = _typed("cluster")
+    command = _command_to_type("cluster")
     say("")
     say(f"ready   gRPC {where['grpc']}   OpenAI http://{where['http']}/v1")
     say(f"        admin {where['admin']}   metrics http://{where['metrics']}/metrics")
     for entry in entries:
         names = " = ".join([*entry.aliases, entry.name])
-        say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_told(entry)}"))
+        say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_state_text(entry)}"))
     if cluster.config.auth is None:
         say("        loopback only, no keys needed")
     elif cluster.config.auth.api_keys is not None:
@@ -266,42 +265,46 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
         say(f'try     {command} chat {name} "Write a haiku about rivers"')
         say(f"        {command} status")
         if (Path.cwd() / "examples" / "hello.py").exists():
-            say(f"        {_typed('python')} examples/hello.py")
+            say(f"        {_command_to_type('python')} examples/hello.py")
         if find_tool("buf"):
             body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}]})
             say(
-                f"        {_typed('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
+                f"        {_command_to_type('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
                 f"http://{where['grpc']}/cluster.v1.Inference/StreamChat"
             )
     end = f"{command} down {cluster.config.name}" if background else "Ctrl-C"
     say(f"{end} stops everything. Logs: {cluster.run.path}")
 
 
-def _typed(tool: str) -> str:
-    """How a user types a program: by its name when PATH leads to the one beside this Python, else by its path."""
+def _command_to_type(tool: str) -> str:
+    """The command line name of a tool: its bare name if PATH finds the one beside this Python, else its path."""
     here = Path(sys.executable).parent / tool
-    found = shutil.which(tool)
-    if found is not None and (not here.exists() or Path(found).absolute() == here):
+    on_path = shutil.which(tool)
+    if on_path is not None and (not here.exists() or Path(on_path).absolute() == here):
         return tool
     with suppress(ValueError):
         return str(here.relative_to(Path.cwd()))
     return str(here)
 
 
-async def _end(cluster: LocalCluster) -> None:
+async def _stop(cluster: LocalCluster) -> None:
     step = StepLine("", "stopping")
-    left = await cluster.stop(step)
-    remains = "no process left" if left == 0 else f"{left} processes are left: `{_typed('cluster')} down` tries again"
+    leftovers = await cluster.stop(step)
+    remains = (
+        "no process left"
+        if leftovers == 0
+        else f"{leftovers} processes are left: end them by `{_command_to_type('cluster')} down`"
+    )
     step.done(
         f"gateway · controller · ray … stopped in {duration(step.elapsed_s)}, {remains}, logs in {cluster.run.path}"
     )
 
 
-# ---- behind the terminal
+# ---- in the background
 
 
 def _detach(file: Path, config: Config) -> int:
-    """Start `up` in a session of its own and follow what it says until it is ready; returns the exit code."""
+    """Start `up` as a background process and print its output until it is ready; returns the exit code."""
     run = RunFolder(config.name)
     make_private_folder(run.path)
     supervisor = run.supervisor()
@@ -310,24 +313,25 @@ def _detach(file: Path, config: Config) -> int:
             f"a cluster named {run.name!r} is already up (process {supervisor.pid}): `headrace down {run.name}` ends it"
         )
     command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file.absolute()), "--background"]
-    with run.log_file("up").open("wb") as log, run.log_file("up").open("rb") as told:
+    with run.log_file("up").open("wb") as log, run.log_file("up").open("rb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return _follow(process, run, told)
+            return _follow(process, run, output)
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
             return 130
 
 
-def _follow(process: subprocess.Popen[bytes], run: RunFolder, told: IO[bytes]) -> int:
+def _follow(process: subprocess.Popen[bytes], run: RunFolder, output: IO[bytes]) -> int:
+    """Copy the background process's output to the terminal until it is ready (0) or has ended (its exit code)."""
     while True:
         code = process.poll()
         supervisor = run.supervisor()
         ready = run.state().get("phase") == "ready" and supervisor is not None and supervisor.pid == process.pid
-        terminal.write(told.read().decode(errors="replace"))
+        terminal.write(output.read().decode(errors="replace"))
         if code is not None:
             return code or FAILED
         if ready:

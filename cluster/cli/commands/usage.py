@@ -1,4 +1,4 @@
-"""Commands about what was used, and who did what: usage, audit."""
+"""Commands usage and audit: token usage of tenants, and the audit log."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import typer
 
 from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, print_json
-from cluster.cli.ledger import DAY_S, pair, show_table, shown_time
-from cluster.cli.tenant_service import at_desk
+from cluster.cli.ledger import DAY_S, show_table, shown_time, split_pair
+from cluster.cli.tenant_service import with_tenant_service
 from cluster.config.tenants import Cost
 from cluster.ledger.rows import Prices, UsageQuery
 from cluster.ledger.tenants.service import TenantService
 from cluster.ledger.usage import export
 
 
-@at_desk()
+@with_tenant_service()
 def usage(
-    desk: TenantService,
+    service: TenantService,
     group_by: Annotated[
-        str, typer.Option("--group-by", help="tenant, model, day, month, key_id, label:x, …; commas between.")
+        str, typer.Option("--group-by", help="tenant, model, day, month, key_id, label:x, …; comma-separated.")
     ] = "tenant,model",
     since: Annotated[str, typer.Option("--since", help="First day, UTC, like 2026-11-01.")] = "",
-    until: Annotated[str, typer.Option("--until", help="Last day, included.")] = "",
-    tenant: Annotated[str, typer.Option("--tenant", help="Of one tenant only.")] = "",
-    model: Annotated[str, typer.Option("--model", help="Of one model only.")] = "",
+    until: Annotated[str, typer.Option("--until", help="Last day, inclusive.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
+    model: Annotated[str, typer.Option("--model", help="Only this model.")] = "",
     cost: Annotated[bool, typer.Option("--cost", help="Price GPU-seconds by the file's cost section.")] = False,
-    gpu_hour: Annotated[list[str] | None, typer.Option("--gpu-hour", help="A rate: H100=2.40; repeats.")] = None,
-    currency: Annotated[str, typer.Option("--currency", help="Of --gpu-hour.")] = "EUR",
-    records: Annotated[bool, typer.Option("--records", help="Single calls in place of sums.")] = False,
+    gpu_hour: Annotated[list[str] | None, typer.Option("--gpu-hour", help="A price: H100=2.40; repeatable.")] = None,
+    currency: Annotated[str, typer.Option("--currency", help="The currency of --gpu-hour.")] = "EUR",
+    records: Annotated[bool, typer.Option("--records", help="Single calls instead of sums.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sum what tenants have used."""
+    """Sum the usage of tenants."""
     rates = _rates(gpu_hour, currency) if gpu_hour else None
     names = tuple(part.strip() for part in group_by.split(",") if part.strip())
-    wanted = UsageQuery(names, since_day=since, until_day=until, tenant=tenant, model=model)
+    query = UsageQuery(names, since_day=since, until_day=until, tenant=tenant, model=model)
     if records:
-        rows = [one.as_json() for one in desk.records(wanted)]
+        rows = [record.as_json() for record in service.records(query)]
     else:
-        rows = desk.usage(wanted, rates, cost=cost or rates is not None)
+        rows = service.usage(query, rates, cost=cost or rates is not None)
     if as_csv:
         terminal.write(export.as_csv(rows))
     elif as_json:
@@ -52,28 +52,28 @@ def usage(
         show_table(rows, "no usage")
 
 
-def _rates(given: Sequence[str], currency: str) -> Prices:
+def _rates(prices: Sequence[str], currency: str) -> Prices:
     try:
-        hours = {gpu: float(rate) for gpu, rate in (pair(one, "--gpu-hour") for one in given)}
+        hours = {gpu: float(rate) for gpu, rate in (split_pair(text, "--gpu-hour") for text in prices)}
         checked = Cost(currency=currency, gpu_hour=hours)
     except ValueError as error:
         fail(f"--gpu-hour: {error}", USAGE)
     return Prices(checked.currency, dict(checked.gpu_hour))
 
 
-@at_desk()
+@with_tenant_service()
 def audit(
-    desk: TenantService,
-    tenant: Annotated[str, typer.Option("--tenant", help="Of one tenant only.")] = "",
+    service: TenantService,
+    tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant.")] = "",
     kind: Annotated[str, typer.Option("--kind", help="admin, auth_failure or policy.")] = "",
-    since_days: Annotated[float, typer.Option("--since-days", help="Of the last days.", min=0)] = 30.0,
-    limit: Annotated[int, typer.Option("--limit", help="At most so many, newest first.", min=1, max=100_000)] = 100,
+    since_days: Annotated[float, typer.Option("--since-days", help="Only events of the last days.", min=0)] = 30.0,
+    limit: Annotated[int, typer.Option("--limit", help="Maximum number of events.", min=1, max=100_000)] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who did what and why, newest first."""
+    """Show the audit log, newest first: who did what, and why."""
     since_s = max(time.time() - since_days * DAY_S, 0.0)
     equal = {"kind": kind} if kind else {}
-    rows = list(islice(desk.audit(tenant=tenant, equal=equal, since_s=since_s), limit))
+    rows = list(islice(service.audit(tenant=tenant, equal=equal, since_s=since_s), limit))
     if as_json:
         print_json(rows)
         return

@@ -1,1 +1,1 @@
-"""A local cluster in this terminal: its processes, ports, run folder and output."""
+"""A local cluster run by `headrace up`: its processes, ports, run folder and terminal output."""

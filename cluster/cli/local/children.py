@@ -1,4 +1,4 @@
-"""The processes of a local cluster: started with their output in a log file, watched, started again when they die."""
+"""Child processes of a local cluster, with their output in a log file, and their restart when they die."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEALTHY_S = 60.0
 
 
 class Backoff:
-    """How long to wait before the next start: doubled with each death, from the beginning after a healthy while."""
+    """Pause before a restart. Doubles with each death, up to a limit; resets after HEALTHY_S seconds of life."""
 
     def __init__(self, first_s: float = FIRST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:
         self._first_s = first_s
@@ -22,7 +22,7 @@ class Backoff:
         self._next_s = first_s
 
     def after(self, lived_s: float) -> float:
-        """The pause after a process that lived so long."""
+        """The pause in seconds after a process that lived `lived_s` seconds."""
         if lived_s >= HEALTHY_S:
             self._next_s = self._first_s
         pause = self._next_s
@@ -31,7 +31,7 @@ class Backoff:
 
 
 class Child:
-    """One process. `start` may be called again when it has ended."""
+    """One child process. It can be started again after it has ended."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> None:
         self.name = name
@@ -45,11 +45,11 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """None when it does not run."""
+        """The process id; None while the process does not run."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def start(self) -> None:
-        """Start it, in a session of its own: the terminal's Ctrl-C is for the supervisor alone."""
+        """Start the process in its own session, so that the terminal's Ctrl-C reaches only the supervisor."""
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.command,
@@ -61,13 +61,16 @@ class Child:
             )
 
     async def wait(self) -> int:
-        """Its exit code (negative: the signal that ended it)."""
+        """Wait for the end; returns the exit code (negative: the signal that ended it).
+
+        Raises RuntimeError if the process was never started.
+        """
         if self._process is None:
             raise RuntimeError(f"{self.name} was never started")
         return await self._process.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL after `grace_s` seconds. Nothing happens when it does not run."""
+        """Send SIGTERM, and SIGKILL after `grace_s` seconds. Does nothing if the process does not run."""
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -81,8 +84,8 @@ class Child:
                 process.kill()
             await process.wait()
 
-    def last_words(self, lines: int = 12) -> str:
-        """The end of its log."""
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines of the log, indented; empty if it cannot be read."""
         try:
             text = self.log_file.read_text(errors="replace")
         except OSError:
@@ -93,10 +96,10 @@ class Child:
 async def keep_alive(
     child: Child,
     restart: Callable[[], Awaitable[None]],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     backoff: Backoff | None = None,
 ) -> None:
-    """Wait for the child's death, say so, pause, start it again; for ever. Cancel to end."""
+    """Restart the child whenever it ends, after a pause, and report it. Runs until cancelled."""
     backoff = backoff or Backoff()
     clock = asyncio.get_running_loop().time
     while True:
@@ -104,9 +107,9 @@ async def keep_alive(
         code = await child.wait()
         pause_s = backoff.after(clock() - began)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        tell(f"{child.name} ended ({how}); starting it again in {pause_s:g} s; its log: {child.log_file}")
+        report(f"{child.name} ended ({how}); starting it again in {pause_s:g} s; its log: {child.log_file}")
         await asyncio.sleep(pause_s)
         try:
             await restart()
-        except Exception as error:  # whatever it is, the next try comes
-            tell(f"{child.name} did not start: {error}")
+        except Exception as error:  # whatever the error, it is tried again
+            report(f"{child.name} did not start: {error}")

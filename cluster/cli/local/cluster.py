@@ -1,7 +1,7 @@
-"""A local cluster: a Ray, gateway processes and a controller, started together, kept alive, and ended without a trace.
+"""A local cluster: start Ray, gateway processes and a controller, keep them alive, and end them all.
 
-Every process carries the cluster's instance id in its environment (HEADRACE_INSTANCE), and the end of a cluster is a
-sweep for that tag. So another Ray, vLLM or Headrace on the machine is never touched, and nothing is forgotten.
+Every process has the cluster's instance id in its environment (HEADRACE_INSTANCE). Stopping a cluster ends all
+processes with that id, so none is left over, and another Ray, vLLM or Headrace on the machine is never touched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import local_access
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.cli.commands.processes import part_name
 from cluster.cli.commands.status import Admin
 from cluster.cli.local.children import Child, keep_alive
@@ -37,28 +37,28 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 
 GATEWAY_START_S = 30.0
 DRAIN_S = 2.0
-"""What running streams get when a local cluster ends."""
+"""Time that running streams get to finish when a local cluster stops."""
 CONTROLLER_GRACE_S = 8.0
 POLL_S = 0.1
 RAY_WATCH_S = 0.5
 MODELS_WATCH_S = 1.0
 PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
-"""Reasons of states that pass by themselves."""
+"""State reasons that resolve by themselves and are not reported."""
 
 
 class StartFailed(Exception):
-    """The cluster did not come up; the message says which part, why, and where its log is."""
+    """The cluster did not start; the message names the part, the reason and the log."""
 
 
 class LocalCluster:
-    """`start`, then `supervise` until told to end, then `stop`. One object for one life."""
+    """One run of a local cluster: call `start`, then `supervise`, then `stop`."""
 
-    def __init__(self, config: Config, run: RunFolder, tell: Callable[[str], None]) -> None:
-        """`config` has its ports decided; `tell` gets sentences for the user."""
+    def __init__(self, config: Config, run: RunFolder, report: Callable[[str], None]) -> None:
+        """`config` has no open ports (see ports.decide); `report` prints messages for the user."""
         self.config = config
         self.run = run
         self.instance = uuid.uuid4().hex[:12]  # short: it is part of a unix socket's path
-        self._tell = tell
+        self._report = report
         self._ray: LocalRay | None = None if config.ray else self._new_ray()
         self._ray_up = asyncio.Event()
         self._gateways = [self._new_gateway(process) for process in range(config.gateway.processes)]
@@ -70,14 +70,14 @@ class LocalCluster:
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Listener -> host:port of the first process; empty before it is up."""
+        """Listener name -> host:port of the first gateway process; empty before it is up."""
         return dict(self._endpoints.get(0, {}))
 
     # ---- start
 
     async def start(self, step: StepLine) -> None:
-        """Bring Ray, the gateways and the controller up. Raises StartFailed."""
-        write_whole(self.run.config_file, self.config_text())
+        """Start Ray, the gateways and the controller. Raises StartFailed."""
+        replace_file(self.run.config_file, self.config_text())
         self.write_state("starting")
         for part in (*(gateway.name for gateway in self._gateways), "controller"):
             self.run.log_file(part).write_bytes(b"")
@@ -88,14 +88,14 @@ class LocalCluster:
             await self._start_gateways()
             step.show(f"gateway up in {duration(step.elapsed_s)}, ray starting")
             await asyncio.shield(ray)
-        except BaseException:  # Ctrl-C too: a Ray that is only starting must not outlive us
-            await self._give_up_ray(ray)
+        except BaseException:  # including Ctrl-C: a Ray that is still starting must not outlive this process
+            await self._stop_starting_ray(ray)
             raise
         await self._start_controller()
         self.write_state("starting")
 
     async def wait_for_models(self, step: StepLine) -> list[admin_pb2.CatalogEntry]:
-        """Until each model is READY or FAILED, by what the gateway says. Raises StartFailed if none became READY."""
+        """Wait until the gateway's catalog has each model READY or FAILED. Raises StartFailed if none is READY."""
         wanted = {model.name for model in self.config.models}
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
@@ -110,29 +110,29 @@ class LocalCluster:
             admin.close()
         if wanted and not any(entry.state == "READY" for entry in entries):
             reasons = "\n".join(f"  {e.name}: {e.state_reason or 'no reason given'}" for e in entries)
-            raise StartFailed(f"no model came up:\n{reasons}\n  logs: {self.run.path}, {self.ray_logs}")
+            raise StartFailed(f"no model became READY:\n{reasons}\n  logs: {self.run.path}, {self.ray_logs}")
         return entries
 
     def _link_ray_logs(self) -> None:
-        """`ray-session` in the run folder leads to Ray's own; that of the life before goes."""
+        """Link `ray-session` in the run folder to Ray's session folder; delete the previous run's session folder."""
         link = self.run.path / "ray-session"
         if link.is_symlink():
-            before = link.readlink()
-            if before.name.startswith("headrace-") or before.parent == self.run.path:
-                shutil.rmtree(before, ignore_errors=True)
+            previous = link.readlink()
+            if previous.name.startswith("headrace-") or previous.parent == self.run.path:
+                shutil.rmtree(previous, ignore_errors=True)
             link.unlink()
         if self._ray is not None:
             link.symlink_to(self._ray.folder)
 
     @property
     def ray_logs(self) -> str:
-        """Where the replicas' own logs are."""
+        """The location of the replicas' logs."""
         return str(self._ray.folder) if self._ray is not None else "on the Ray cluster"
 
     async def _catalog(self, admin: Admin) -> list[admin_pb2.CatalogEntry]:
         try:
             entries, _ = await asyncio.to_thread(admin.catalog)
-        except grpc.RpcError:  # the gateway is being started again
+        except grpc.RpcError:  # the gateway is restarting
             return []
         return entries
 
@@ -149,15 +149,15 @@ class LocalCluster:
         deadline = time.monotonic() + GATEWAY_START_S
         while time.monotonic() < deadline:
             if gateway.pid is None:
-                raise StartFailed(f"the {gateway.name} ended while starting:\n{gateway.last_words()}")
+                raise StartFailed(f"the {gateway.name} ended while starting:\n{gateway.log_tail()}")
             with suppress(OSError, ValueError):
-                told = json.loads(ready_file.read_text())
-                if told["pid"] == gateway.pid:
-                    self._endpoints[process] = dict(told["endpoints"])
+                ready = json.loads(ready_file.read_text())
+                if ready["pid"] == gateway.pid:
+                    self._endpoints[process] = dict(ready["endpoints"])
                     return
             await asyncio.sleep(POLL_S / 2)
         raise StartFailed(
-            f"the {gateway.name} does not answer after {GATEWAY_START_S:g} s:\n{gateway.last_words()}\n"
+            f"the {gateway.name} was not ready within {GATEWAY_START_S:g} s:\n{gateway.log_tail()}\n"
             f"  its log: {gateway.log_file}"
         )
 
@@ -170,8 +170,8 @@ class LocalCluster:
                 raise StartFailed(f"{error}\n  its log: {ray.log_file}") from None
         self._ray_up.set()
 
-    async def _give_up_ray(self, starting: asyncio.Future[None]) -> None:
-        """Ray's start runs in a thread, which only its process's end ends."""
+    async def _stop_starting_ray(self, starting: asyncio.Future[None]) -> None:
+        """Stop a Ray that is still starting. Its start runs in a thread, which ends only when the Ray process does."""
         while self._ray is not None and not starting.done():
             await asyncio.to_thread(self._ray.stop)
             await asyncio.wait([starting], timeout=POLL_S)
@@ -186,35 +186,36 @@ class LocalCluster:
         await self._controller.start()
         self.write_state(str(self.run.state().get("phase", "starting")))
 
-    # ---- life
+    # ---- supervision
 
     async def supervise(self) -> None:
-        """Start again what dies, and say so; runs until cancelled."""
+        """Restart parts that die, and report it. Runs until cancelled."""
         watches = [
             *(
-                keep_alive(gateway, partial(self._restart_gateway, process), self._tell)
+                keep_alive(gateway, partial(self._restart_gateway, process), self._report)
                 for process, gateway in enumerate(self._gateways)
             ),
-            keep_alive(self._controller, self._start_controller, self._tell),
+            keep_alive(self._controller, self._start_controller, self._report),
         ]
-        watches.append(self._follow_models())
+        watches.append(self._report_models())
         if self._ray is not None:
-            watches.append(self._keep_ray())
+            watches.append(self._replace_dead_ray())
         async with asyncio.TaskGroup() as group:
             for watch in watches:
                 group.create_task(watch)
 
-    async def _follow_models(self) -> None:
-        """Say what the catalog says of a model that is not as wanted: why it failed, how a replica's engine ended."""
-        said: dict[str, frozenset[str]] = {}
+    async def _report_models(self) -> None:
+        """Report new state reasons of models in the catalog: why one failed, how a replica's engine ended."""
+        reported: dict[str, frozenset[str]] = {}
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
             while True:
                 for entry in await self._catalog(admin):
-                    reasons = frozenset(one for one in entry.state_reason.split("; ") if not PASSING.fullmatch(one))
-                    for reason in sorted(reasons - said.get(entry.name, reasons)):
-                        self._tell(f"{entry.name} is {entry.state.lower()}: {reason}")
-                    said[entry.name] = reasons
+                    parts = entry.state_reason.split("; ")
+                    reasons = frozenset(part for part in parts if not PASSING.fullmatch(part))
+                    for reason in sorted(reasons - reported.get(entry.name, reasons)):
+                        self._report(f"{entry.name} is {entry.state.lower()}: {reason}")
+                    reported[entry.name] = reasons
                 await asyncio.sleep(MODELS_WATCH_S)
         finally:
             admin.close()
@@ -223,26 +224,27 @@ class LocalCluster:
         await self._start_gateway(process)
         self.write_state("ready")
 
-    async def _keep_ray(self) -> None:
-        """Without its head a local Ray's engines end too: all of it goes, and the controller starts afresh."""
+    async def _replace_dead_ray(self) -> None:
+        """Replace a local Ray whose head has ended. Its engines end with it, so all its processes are ended, and
+        keep_alive restarts the controller on the new one."""
         while True:
             await asyncio.sleep(RAY_WATCH_S)
-            if self._ray is not None and self._ray.is_draining and await self._without_workers():
-                self._ray.kill()  # it would wait for Serve's own processes until its time is over
+            if self._ray is not None and self._ray.is_draining and await self._has_no_workers():
+                self._ray.kill()  # otherwise it waits for Ray Serve's own processes until the drain timeout
             if self._ray is None or self._ray.pid is not None:
                 continue
             self._ray_up.clear()
-            self._tell(f"ray ended; starting a new one, models load again; its log: {self._ray.log_file}")
-            keep = [gateway.pid for gateway in self._gateways if gateway.pid is not None]
-            await asyncio.to_thread(reaper.end, self.instance, self._ray.folder, keep=keep)
+            self._report(f"ray ended; starting a new one, models load again; its log: {self._ray.log_file}")
+            gateway_pids = [gateway.pid for gateway in self._gateways if gateway.pid is not None]
+            await asyncio.to_thread(reaper.end, self.instance, self._ray.folder, keep=gateway_pids)
             self._ray = self._new_ray()
             try:
                 await self._start_ray()
             except StartFailed as error:
-                self._tell(str(error))
+                self._report(str(error))
 
-    async def _without_workers(self) -> bool:
-        """Whether all workers have drained and left; False where no gateway answers."""
+    async def _has_no_workers(self) -> bool:
+        """Whether no worker is linked any more; False if no gateway answers."""
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
             return not await asyncio.to_thread(admin.workers)
@@ -254,7 +256,7 @@ class LocalCluster:
     # ---- end
 
     async def stop(self, step: StepLine) -> int:
-        """End everything; returns how many processes are left (0)."""
+        """Stop all parts; returns the number of processes left over, normally 0."""
         self.write_state("stopping")
         step.show("gateway")
         await asyncio.gather(*(gateway.stop(DRAIN_S + 2.0) for gateway in self._gateways))
@@ -266,20 +268,20 @@ class LocalCluster:
             folder = self._ray.folder
             await asyncio.to_thread(self._ray.stop)
         await asyncio.to_thread(reaper.end, self.instance, folder)
-        left = await asyncio.to_thread(reaper.find, self.instance, folder)
+        leftovers = await asyncio.to_thread(reaper.find, self.instance, folder)
         self.run.clear()
-        return len(left)
+        return len(leftovers)
 
-    # ---- what the parts are started with
+    # ---- state and command lines of the parts
 
     def write_state(self, phase: str) -> None:
-        """What `status`, `down` and a second `up` read."""
+        """Write state.json, which `status`, `down` and a second `up` read."""
         processes: dict[str, Any] = {}
         ray = self._ray.pid if self._ray is not None else None
         pids = {child.name: child.pid for child in (*self._gateways, self._controller)} | {"ray": ray}
         for name, pid in pids.items():
             if pid is not None:
-                with suppress(Exception):  # it died this moment: the supervisor will say so
+                with suppress(Exception):  # the process has just died: the supervisor will report it
                     process = ProcessId.of(pid)
                     processes[name] = {"pid": process.pid, "created": process.created}
         own = ProcessId.of(os.getpid())
@@ -298,7 +300,7 @@ class LocalCluster:
         )
 
     def config_text(self) -> str:
-        """The configuration as the parts read it: the user's, with every port decided."""
+        """The configuration as YAML for the parts: the user's, with every port chosen."""
         plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True, by_alias=True)
         plain.setdefault("gateway", {})["listen"] = self.config.gateway.listen.model_dump(mode="json")
         return yaml.safe_dump(plain, sort_keys=False)
@@ -325,7 +327,7 @@ class LocalCluster:
         return Child(name, command, self._environment(), self.run.log_file(name))
 
     def _controller_command(self) -> list[str]:
-        dial = self.config.link.gateways or (_dialled(self.endpoints["link"]),)
+        dial = self.config.link.gateways or (_dial_address(self.endpoints["link"]),)
         ray = ("--ray-address", self._ray.address) if self._ray is not None else ()
         return self._command(
             "controller", "-f", self.run.config_file, "--folder", self.run.path / "controller",
@@ -333,7 +335,7 @@ class LocalCluster:
         )  # fmt: skip
 
 
-def _dialled(address: str) -> str:
-    """Where this host reaches a listener: one on all interfaces is dialled on loopback."""
+def _dial_address(address: str) -> str:
+    """The address to dial for a listener on this host: loopback if it listens on all interfaces."""
     host, port = address.rsplit(":", 1)
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104 - compared, not bound

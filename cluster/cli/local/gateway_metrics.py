@@ -1,4 +1,4 @@
-"""What `status` shows of each gateway process of a local cluster: read from its /metrics, for only one serves admin."""
+"""Gateway figures for `status`, read from the /metrics of each local gateway process; only the first serves admin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIMEOUT_S = 2.0
 
 
 def rows(endpoints: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """One row a process, in order; `up` is false, and the numbers 0, where nobody answers."""
+    """One row per process, in order. For a process that does not answer, `up` is false and the numbers are 0."""
     return [_row(process, addresses) for process, addresses in enumerate(endpoints)]
 
 
@@ -40,7 +40,7 @@ def _row(process: int, addresses: Mapping[str, str]) -> dict[str, Any]:
 
 
 def scrape(address: str) -> list[tuple[str, dict[str, str], float]] | None:
-    """(name, labels, value) of every sample; None where nobody answers."""
+    """Fetch (name, labels, value) of every sample of a /metrics endpoint; None if it does not answer."""
     host, _, port = address.rpartition(":")
     if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound
         host = "127.0.0.1"

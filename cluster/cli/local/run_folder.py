@@ -1,4 +1,4 @@
-"""The run folder of a local cluster: who runs it, where it answers, and where its parts write their logs."""
+"""Run folder of a local cluster: its supervisor process, its endpoints and the logs of its parts."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import IO, Any
 
 import psutil
 
-from cluster.cli.base import write_whole
+from cluster.cli.base import replace_file
 from cluster.config.schema import cache_dir
 from cluster.process.private_files import make_private_folder
 
 
 class AlreadyUp(Exception):
-    """Another process runs a cluster of this name."""
+    """A cluster of this name is already run by another process."""
 
 
 def runs_dir() -> Path:
-    """Where run folders lie."""
+    """The folder that contains all run folders."""
     return cache_dir() / "run"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A pid together with when it was started, so that a pid used again is never taken for ours."""
+    """A pid and its start time (Unix seconds), so that a reused pid is not mistaken for the process."""
 
     pid: int
     created: float
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """Of a living process. Raises psutil.NoSuchProcess."""
+        """The id of a running process. Raises psutil.NoSuchProcess."""
         return cls(pid, psutil.Process(pid).create_time())
 
     def alive(self) -> bool:
-        """Whether exactly this process still runs."""
+        """Whether this very process still runs."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -58,70 +58,70 @@ class RunFolder:
 
     @classmethod
     def running(cls) -> list[RunFolder]:
-        """The folders of clusters that are up, by name."""
+        """The folders of clusters that are up, sorted by name."""
         folders = sorted(runs_dir().iterdir()) if runs_dir().is_dir() else []
         return [run for run in (cls(folder.name) for folder in folders) if run.supervisor() is not None]
 
     @classmethod
     def known(cls) -> list[RunFolder]:
-        """The folders of clusters that are up, or that ended without clearing up."""
+        """The folders of clusters that are up or that crashed."""
         folders = sorted(runs_dir().iterdir()) if runs_dir().is_dir() else []
         return [run for run in (cls(folder.name) for folder in folders) if run.state()]
 
     @property
     def state_file(self) -> Path:
-        """What `down` and `status` read."""
+        """The path of state.json, which `down` and `status` read."""
         return self.path / "state.json"
 
     @property
     def config_file(self) -> Path:
-        """The configuration that the parts read: the user's, with every port decided."""
+        """The path of the configuration that the parts read: the user's, with every port chosen."""
         return self.path / "cluster.yaml"
 
     def log_file(self, part: str) -> Path:
-        """Where a part writes."""
+        """The path of a part's log."""
         return self.path / f"{part}.log"
 
     def state(self) -> dict[str, Any]:
-        """What was last written; empty when there is nothing, or nothing readable."""
+        """Read the state last written; empty if there is none or it cannot be read."""
         try:
-            found = json.loads(self.state_file.read_text())
+            state = json.loads(self.state_file.read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return state if isinstance(state, dict) else {}
 
     def endpoints(self) -> dict[str, str]:
-        """Listener -> host:port."""
-        found = self.state().get("endpoints")
-        return dict(found) if isinstance(found, dict) else {}
+        """Listener name -> host:port of the first gateway process."""
+        endpoints = self.state().get("endpoints")
+        return dict(endpoints) if isinstance(endpoints, dict) else {}
 
     def siblings(self) -> list[dict[str, str]]:
-        """The endpoints of the gateway processes beside the first."""
-        found = self.state().get("siblings")
-        return [dict(one) for one in found] if isinstance(found, list) else []
+        """The endpoints of the other gateway processes."""
+        siblings = self.state().get("siblings")
+        return [dict(endpoints) for endpoints in siblings] if isinstance(siblings, list) else []
 
     def instance(self) -> str:
-        """The tag that all processes of the cluster carry in their environment."""
+        """The instance id that all processes of the cluster have in their environment."""
         return str(self.state().get("instance", ""))
 
     def supervisor(self) -> ProcessId | None:
-        """The process that runs the cluster, if it lives."""
-        found = self.state().get("supervisor")
-        if not isinstance(found, dict):
+        """The process that runs the cluster; None if it has ended."""
+        recorded = self.state().get("supervisor")
+        if not isinstance(recorded, dict):
             return None
-        process = ProcessId(int(found["pid"]), float(found["created"]))
+        process = ProcessId(int(recorded["pid"]), float(recorded["created"]))
         return process if process.alive() else None
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Replace state.json as a whole, so that a reader never sees half of it."""
-        write_whole(self.state_file, json.dumps(state, indent=2) + "\n")
+        """Replace state.json atomically, so that a reader never sees a partial file."""
+        replace_file(self.state_file, json.dumps(state, indent=2) + "\n")
 
     def clear(self) -> None:
-        """Forget the cluster; logs stay."""
+        """Delete state.json; the logs stay."""
         self.state_file.unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
-        """Hold the folder for as long as the returned file is open. Raises AlreadyUp."""
+        """Lock the folder while the returned file is open. Raises AlreadyUp."""
         make_private_folder(cache_dir())
         make_private_folder(self.path)
         handle = (self.path / "lock").open("a")

@@ -1,4 +1,4 @@
-"""The lines of `up`: one a step, redrawn on a terminal, written once elsewhere."""
+"""Progress lines of `up`: one per step, redrawn in place on a terminal, otherwise written once at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BAR = 20
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 0.6 s, 21 s, 1m22s."""
+    """Format a duration for people: 0.6 s, 21 s, 1m22s."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 class StepLine:
-    """One line: `[2/4] model         SmolLM2 ████  15 s`."""
+    """One progress line, such as `[2/4] model         SmolLM2 ████  15 s`."""
 
     def __init__(self, number: str, name: str) -> None:
         self._head = f"{number} {name:<13}" if number else f"{name:<13}"
@@ -31,21 +31,21 @@ class StepLine:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the step began."""
+        """Seconds since the step began."""
         return time.monotonic() - self.started
 
     def show(self, text: str, part: float | None = None) -> None:
-        """How far it is; `part` in [0, 1] draws a bar. Shown on a terminal only."""
+        """Redraw the line on a terminal, with a bar if `part` in [0, 1] is given; elsewhere print nothing."""
         if self._live:
             bar = "" if part is None else " " + ("█" * int(part * BAR)).ljust(BAR, "·")
             self._write(f"\r\033[K{self._head} {safe(text)}{bar} {duration(self.elapsed_s)}")
 
     def note(self, text: str) -> None:
-        """Something that stays on the screen while the step goes on."""
+        """Print a line that stays on the screen while the step continues."""
         self._write(f"{self._clear()}{self._head} {safe(text)}\n")
 
     def done(self, text: str) -> None:
-        """The line as it stays."""
+        """Print the final form of the line."""
         self._write(f"{self._clear()}{self._head} {safe(text)}\n")
 
     def _clear(self) -> str:
@@ -57,5 +57,5 @@ class StepLine:
 
 
 def say(text: str) -> None:
-    """A line of its own."""
+    """Print a line of its own."""
     terminal.say(text)

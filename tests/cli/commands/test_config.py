@@ -1,4 +1,4 @@
-"""`headrace config check`: whatever a restarted process would refuse is refused with path, line and remedy."""
+"""`headrace config check` refuses whatever a restarted process would refuse, with path, line and remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CIRCLE = HEAD + "models: [{name: a, source: hf://o/m, fallback: [b]}, {name: b, 
 
 
 def model(keys: str) -> str:
-    """A file with one model that has these keys."""
+    """A cluster.yaml with one model that has these keys."""
     return f"{HEAD}models: [{{name: m, source: hf://o/m, {keys}}}]\n"
 
 
@@ -140,9 +140,9 @@ def values(keys: str) -> str:
     ],
 )
 def test_what_a_process_would_refuse_is_refused(text: str, words: str) -> None:
-    """A mistake that passes the check ends a process at its next restart, long after the change that brought it."""
-    errors = [str(one) for one in check(text, "f.yaml").errors]
-    assert any(words in one for one in errors), errors
+    """A file that would stop a process at its next restart is an error now."""
+    errors = [str(finding) for finding in check(text, "f.yaml").errors]
+    assert any(words in error for error in errors), errors
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_a_process_would_refuse_is_refused(text: str, words: str) -> None:
     ],
 )
 def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words: str) -> None:
-    """A warning that failed the check would stop a release that works; one that is not printed helps nobody."""
+    """A likely mistake is printed as a warning and does not fail the check."""
     file = tmp_path / "f.yaml"
     file.write_text(text)
     done = run("config", "check", str(file))
@@ -165,7 +165,8 @@ def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words
     assert f"warning: {file}: " in done.stderr
     assert words in done.stderr
     assert [
-        words in one["message"] for one in json.loads(run("config", "check", str(file), "--json").stdout)["warnings"]
+        words in warning["message"]
+        for warning in json.loads(run("config", "check", str(file), "--json").stdout)["warnings"]
     ]
 
 
@@ -186,7 +187,7 @@ def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words
     ],
 )
 def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
-    """A right file that is refused stops a release that would work."""
+    """A valid file has no errors and no warnings."""
     report = check(text, "f.yaml")
     assert not report.errors
     assert not report.warnings
@@ -195,34 +196,34 @@ def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
 @given(name=st.from_regex(r"[a-z-][.a-z@-]{0,4}/[a-z._-]{1,5}(\.git)?", fullmatch=True))
 @example(name="o/a" + "b" * 96)
 def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> None:
-    """A name that the client refuses fails at each start of a replica; one that it takes may be a model."""
+    """A repository name is accepted exactly if huggingface_hub accepts it; a replica with any other cannot start."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
-        right = True
+        valid = True
     except HFValidationError:
-        right = False
-    assert (not source_problem(f"hf://{name}")) == right
+        valid = False
+    assert (not source_problem(f"hf://{name}")) == valid
 
 
 def test_a_wrong_section_brings_no_errors_about_its_defaults() -> None:
-    """An operator who is told to change an address that the file does not have looks for it in vain."""
+    """An error in a section brings no errors about default values, which are not in the file."""
     names = "[{san: a.b, tenant: t}, {san: A.B., tenant: u}]"
     report = check(f"config: {{auth: {{client_certificates: {names}}}}}", "values.yaml")
-    assert [one.path for one in report.errors] == ["config.auth"]
+    assert [finding.path for finding in report.errors] == ["config.auth"]
 
 
 def test_all_errors_come_at_once() -> None:
-    """An operator who sees one error a run needs as many runs as there are mistakes."""
+    """One run reports all errors, each with its line."""
     text = (
         HEAD + "observe: {log_level: loud}\ngateway: {drain_timeout_s: 5m}\nmodels:\n"
         " - {name: A, source: hf://o/m}\n - {name: b, source: nope://x, engine: {port: 1, sed: 0}, fallback: [zz]}\n"
         " - {name: c, source: hf://o/m, aliases: [b], replicas: {min: 3, max: 2}, load_format: pt}\n"
     )
-    found = [(one.path, one.line) for one in check(text, "f").errors]
-    assert sorted(found) == sorted(
+    errors = [(finding.path, finding.line) for finding in check(text, "f").errors]
+    assert sorted(errors) == sorted(
         [
             ("gateway.drain_timeout_s", 4),
             ("observe.log_level", 3),
@@ -240,7 +241,7 @@ def test_all_errors_come_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["a: [", "", "- 1", HEAD + "models: 3", "a: 1\n---\nb: 2", HEAD + "x: 2024-99-99"])
 def test_json_is_printed_whatever_is_wrong(run: Run, text: str) -> None:
-    """A pipeline that parses the answer breaks where a failure is plain text."""
+    """--json prints JSON with exit code 2 for any invalid input."""
     done = run("config", "check", "-", "--json", input=text)
     assert done.exit_code == 2
     answer = json.loads(done.stdout)
@@ -250,14 +251,14 @@ def test_json_is_printed_whatever_is_wrong(run: Run, text: str) -> None:
 
 
 def test_json_of_a_file_that_is_not_there(run: Run) -> None:
-    """The same for a path that cannot be read."""
+    """--json prints JSON with exit code 2 for a path that cannot be read."""
     done = run("config", "check", "/nowhere.yaml", "--json")
     assert (done.exit_code, json.loads(done.stdout)["ok"]) == (2, False)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "presets").glob("*.yaml")), ids=lambda file: file.stem)
 def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
-    """A preset that the check refuses, or a release that it reads otherwise than Helm does, makes it useless."""
+    """Every preset passes, and its values give the same configuration as the ConfigMap that Helm would render."""
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
     merged = laid_over(json.loads(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
@@ -269,7 +270,7 @@ def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
 
 
 def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
-    """With --files a secret that is missing, empty or too short is an error; without, another machine may have it."""
+    """With --files a named file that is missing or too short is an error; without, it may be on another machine."""
     short = tmp_path / "short"
     short.write_text("x\n")
     guard = "{builtin: patterns, patterns_file: /nowhere/p.yaml}"
@@ -285,13 +286,13 @@ def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_local_checkpoint_is_asked_for_its_heads(tmp_path: Path) -> None:
-    """Only the checkpoint knows which degrees of parallelism it can be split into."""
+    """Degrees of parallelism are checked against a local checkpoint's numbers of heads and layers."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_hidden_layers": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"x")
 
     def errors(keys: str) -> list[str]:
         text = f"{HEAD}models: [{{name: m, source: {tmp_path}, {keys}}}]"
-        return [one.message for one in check(text, "f").errors]
+        return [finding.message for finding in check(text, "f").errors]
 
     assert errors("tensor_parallel_size: 3") == []
     assert "12 attention heads, which 8 does not divide" in errors("tensor_parallel_size: 8")[0]
@@ -311,7 +312,7 @@ YAMLS = st.recursive(
     key=st.sampled_from(["gateway", "models", "auth", "tenants", "ray", "weights", "classes", "scaling"]), value=YAMLS
 )
 def test_any_value_anywhere_is_answered(key: str, value: Any) -> None:
-    """A check that raises instead of naming the key tells an operator nothing; what passes must load."""
+    """The check never raises, and a configuration that passes can be loaded."""
     text = json.dumps({"api_version": "headrace/v1", "name": "c", "models": [], key: value})
     report = check(text, "f")
     if not report.errors:

@@ -1,4 +1,4 @@
-"""apply, diff and the verbs of models against a real admin API that a script answers."""
+"""Commands apply, diff and models against a scripted admin API over gRPC."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANGES = [
 
 @pytest.fixture
 def layers(tmp_path: Path) -> Path:
-    """A folder of two files, the second over the first."""
+    """A folder of two files; the second overrides the first."""
     (tmp_path / "10-base.yaml").write_text(
         "api_version: headrace/v1\nname: prod\nobserve: {}\nmodels: [{name: m, source: /m, replicas: {max: 2}}]\n"
     )
@@ -44,7 +44,7 @@ def layers(tmp_path: Path) -> Path:
 
 
 def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """Folders in the order of their names; what is not a model is named and not sent; the changes are told."""
+    """A folder's files are merged in the order of their names; other keys are named and not sent; changes are shown."""
     gateway.script.changes = CHANGES
     over = layers / "over.yaml.last"
     over.write_text("models: [{name: m, revision: b}]")
@@ -64,18 +64,18 @@ def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, la
 
 
 def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """0 the same, 2 something differs; JSON for programs."""
+    """`diff` exits with 0 if nothing differs and with 2 if something does; --json prints the changes."""
     at = ("-f", str(layers), "--admin", gateway.endpoint)
     same = run("diff", *at)
     assert (same.exit_code, same.stdout.strip()) == (0, "nothing differs")
     gateway.script.changes = CHANGES
     differs = run("diff", *at, "--json")
     assert differs.exit_code == 2
-    assert [one["model"] for one in json.loads(differs.stdout)] == ["m", "n"]
+    assert [change["model"] for change in json.loads(differs.stdout)] == ["m", "n"]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
         ("models: {", "cannot be read"),
         ("[]", "expected a mapping"),
@@ -83,13 +83,13 @@ def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: 
     ],
 )
 def test_files_that_are_none_are_not_sent(
-    run: Run, gateway: ScriptedGateway, tmp_path: Path, text: str, told: str
+    run: Run, gateway: ScriptedGateway, tmp_path: Path, text: str, words: str
 ) -> None:
-    """Bad usage, with the file or the entry named."""
+    """An invalid file is bad usage: the file or entry is named and nothing is sent."""
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     done = run("apply", "-f", str(file), "--admin", gateway.endpoint)
-    assert (done.exit_code, told in done.stderr) == (2, True)
+    assert (done.exit_code, words in done.stderr) == (2, True)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run("diff", "-f", str(empty), "--admin", gateway.endpoint).exit_code == 2
@@ -97,20 +97,20 @@ def test_files_that_are_none_are_not_sent(
 
 
 def test_versions(run: Run, gateway: ScriptedGateway) -> None:
-    """Each verb asks for what it was told, and shows how the versions are to stand."""
+    """Each command sends its arguments and shows the resulting versions."""
     at = ("--admin", gateway.endpoint)
     assert "25%" in run("models", "weigh", "m", "v2", "0.25", *at).stdout
     assert run("models", "promote", "m", *at).exit_code == 0
     assert run("models", "rollback", "m", "--reason", "slow", *at).exit_code == 0
-    found = json.loads(run("models", "quarantine", "m", "v2", "--lift", "--json", *at).stdout)
-    assert [one["version"] for one in found["versions"]] == ["v1", "v2"]
+    answer = json.loads(run("models", "quarantine", "m", "v2", "--lift", "--json", *at).stdout)
+    assert [version["version"] for version in answer["versions"]] == ["v1", "v2"]
     assert run("models", "weigh", "m", "v2", "1.5", *at).exit_code == 2
     weighed, promoted, back, lifted = gateway.script.requests
     assert (weighed.version, weighed.weight, promoted.name, back.reason, lifted.lift) == ("v2", 0.25, "m", "slow", True)
 
 
 def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
-    """What the card says is among it."""
+    """`models get` shows the model with its versions and the fields of its card."""
     versions = [pb.VersionStatus(version="v1", weight=1.0, state="READY", replicas=1, replicas_desired=2)]
     gateway.script.entries = [
         admin_pb2.CatalogEntry(name="m", license="apache-2.0", card={"language": "en"}, versions=versions)
@@ -124,7 +124,8 @@ def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
-    """Into its own file and nothing else of it; a second time nothing changes; changed weights show with --check."""
+    """`models pin` adds the digest and changes nothing else; a second run changes nothing; --check detects changed
+    weights."""
     weights = tmp_path / "model"
     weights.mkdir()
     (weights / "config.json").write_text("{}")

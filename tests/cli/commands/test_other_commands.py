@@ -1,4 +1,4 @@
-"""config, doctor, version, down, and what `up` refuses before it starts anything."""
+"""Commands config, doctor, version, prepare and down, and the refusals of `up` before it starts anything."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Run = Callable[..., Result]
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_shipped_configurations_are_right(run: Run, file: Path) -> None:
-    """What deploy/ holds passes the check."""
+    """Every configuration in deploy/ passes the check."""
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
     assert load(file).name in done.stdout
 
 
 def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
-    """Exit code 2, one line a key, brackets intact; `up` says the same."""
+    """A wrong configuration is exit code 2 with one line per key, for `config check` and for `up`."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: x\nmodels: [{name: a, sorce: b}]\n")
     for command in (("config", "check", str(file)), ("up", "-f", str(file)), ("up", "-f", str(file), "--detach")):
@@ -42,17 +42,17 @@ def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_schema_is_json(run: Run) -> None:
-    """Editors can read it."""
+    """`config schema` prints a JSON schema."""
     assert "models" in json.loads(run("config", "schema").stdout)["properties"]
 
 
 def test_version_names_headrace(run: Run) -> None:
-    """The version printed is the package's."""
+    """The printed version is the package's."""
     assert f"headrace {__version__}" in run("version").stdout
 
 
 def test_up_refuses_a_name_that_is_up(run: Run, tmp_path: Path) -> None:
-    """A second cluster of a name is refused while the first one holds it."""
+    """`up` refuses a name while another process holds its lock."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: twice\nmodels: []\n")
     with RunFolder("twice").lock():
@@ -62,7 +62,7 @@ def test_up_refuses_a_name_that_is_up(run: Run, tmp_path: Path) -> None:
 
 
 def test_down_without_a_cluster_says_so(run: Run) -> None:
-    """Nothing to stop, and a name that is not there, are told."""
+    """`down` reports that no cluster is up, or that none has the name."""
     assert "no local cluster is up" in run("down").stderr
     done = run("down", "nope")
     assert done.exit_code == 1
@@ -70,7 +70,7 @@ def test_down_without_a_cluster_says_so(run: Run) -> None:
 
 
 def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) -> None:
-    """A wrong source fails before Ray is started, with the key's path."""
+    """A missing source fails in `prepare`, before Ray is started, with the key's path."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: x\nmodels: [{name: a, source: /no/such/folder}]\n")
     done = run("prepare", "-f", str(file))
@@ -79,7 +79,7 @@ def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) ->
 
 
 def test_the_report_ends_with_the_line_that_installs() -> None:
-    """What Debian has is one line, each package once."""
+    """The report ends with one line that installs each missing Debian package once."""
     lack = doctor.DoctorFinding("ip", "not found", "apt-get install -y iproute2", "two nodes", "iproute2")
     text = doctor.report([lack, doctor.DoctorFinding("git", found="/usr/bin/git"), lack])
     assert text.splitlines()[-1] == "install with: apt-get install -y iproute2"
@@ -88,7 +88,7 @@ def test_the_report_ends_with_the_line_that_installs() -> None:
 
 
 def test_doctor_runs_without_the_environment() -> None:
-    """`make doctor` works before anything is installed: the standard library alone, in isolation."""
+    """The doctor runs with the standard library alone, since `make doctor` comes before any installation."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
         "from cluster.cli.commands import doctor; doctor.main(['--apt'])"
@@ -99,5 +99,5 @@ def test_doctor_runs_without_the_environment() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.64, "0.6 s"), (21.2, "21 s"), (82, "1m22s"), (59.7, "60 s")])
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    """No figure has more digits than it means."""
+    """Durations are rounded to a readable precision."""
     assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The processes of a pod: what they lack is said, probes are answered, one controller acts, Secrets fit together."""
+"""Processes of a pod: missing settings are reported, probes answered, one controller acts, and the Secrets match."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., Result]
 
 
-def laid(folder: Path) -> Path:
-    """The Secrets of `pod secrets` as files: link-gateway/tls.crt, secrets/cluster, ..."""
-    for one in manifests("ns", "headrace", ("llm.example.com",), None, 30).objects:
-        held: Any = one["stringData"]
-        metadata: Any = one["metadata"]
-        for key, value in held.items():
+def write_secrets(folder: Path) -> Path:
+    """Write the Secrets of `pod secrets` as files: link-gateway/tls.crt, secrets/cluster, ..."""
+    for manifest in manifests("ns", "headrace", ("llm.example.com",), None, 30).objects:
+        data: Any = manifest["stringData"]
+        metadata: Any = manifest["metadata"]
+        for key, value in data.items():
             file = folder / metadata["name"].removeprefix("headrace-") / key
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(value)
     return folder
 
 
-def configured(files: Path, **ports: int) -> str:
-    """A pod's cluster.yaml."""
+def pod_config(files: Path, **ports: int) -> str:
+    """The cluster.yaml of a pod, with these files and ports."""
     listen = {
         name: f"0.0.0.0:{ports.get(name, at)}"
         for at, name in enumerate(("grpc", "http", "link", "admin", "metrics"), 1)
@@ -87,9 +87,9 @@ def configured(files: Path, **ports: int) -> str:
 
 
 def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
-    """Both parts, over the files that `pod secrets` makes."""
+    """`--check` passes for gateway and controller with the files that `pod secrets` makes."""
     file = tmp_path / "cluster.yaml"
-    file.write_text(configured(laid(tmp_path)))
+    file.write_text(pod_config(write_secrets(tmp_path)))
     for part in ("gateway", "controller"):
         done = run("pod", part, "-f", str(file), "--folder", str(tmp_path / part), "--check")
         assert done.exit_code == 0, done.stderr
@@ -102,11 +102,11 @@ def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
         (
             "gateway",
             {"gateway": {"listen": {"grpc": "127.0.0.1:1"}}},
-            "gateway.listen.grpc: 127.0.0.1:1 is reached by nobody",
+            "gateway.listen.grpc: 127.0.0.1:1 is not reachable from outside",
         ),
         ("gateway", {"gateway": {"listen": {"link": "0.0.0.0:0"}}}, "gateway.listen.link: 0.0.0.0:0: a pod's ports"),
         ("gateway", {"gateway": {"processes": 2}}, "gateway.processes: a container holds one process"),
-        ("gateway", {"store": {"database_url": ""}}, "store.database_url: a pod's own SQLite"),
+        ("gateway", {"store": {"database_url": ""}}, "store.database_url: not set"),
         ("gateway", {"auth": {"cluster_secret_file": "/nowhere"}}, "auth.cluster_secret_file: /nowhere cannot be read"),
         ("gateway", {"gateway": {"tls": {"key_file": "/nowhere"}}}, "gateway.tls.key_file: /nowhere cannot be read"),
         ("controller", {"link": {"gateways": []}}, "link.gateways: empty"),
@@ -122,7 +122,7 @@ def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
 def test_what_a_pod_lacks_is_said_before_it_starts(
     run: Run, tmp_path: Path, part: str, change: dict[str, Any], words: str
 ) -> None:
-    """Exit code 2, and the setting's name; with `--check` and without."""
+    """A missing setting or file is exit code 2 with the setting's name, with and without `--check`."""
 
     def laid_over(under: Any, over: Any) -> Any:
         if isinstance(under, dict) and isinstance(over, dict):
@@ -130,7 +130,7 @@ def test_what_a_pod_lacks_is_said_before_it_starts(
         return over
 
     file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(laid_over(yaml.safe_load(configured(laid(tmp_path))), change)))
+    file.write_text(yaml.safe_dump(laid_over(yaml.safe_load(pod_config(write_secrets(tmp_path))), change)))
     for more in (["--check"], []):
         done = run("pod", part, "-f", str(file), "--folder", str(tmp_path / part), *more)
         assert done.exit_code == 2
@@ -138,7 +138,7 @@ def test_what_a_pod_lacks_is_said_before_it_starts(
 
 
 def health(address: str, service: str = "") -> int:
-    """What grpc.health.v1 says there, in plain text as a kubelet asks. Raises grpc.RpcError."""
+    """The status that grpc.health.v1 reports in plain text, as a kubelet requests it. Raises grpc.RpcError."""
     with grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
@@ -147,12 +147,12 @@ def health(address: str, service: str = "") -> int:
 
 @pytest.mark.slow
 def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, tmp_path: Path) -> None:
-    """From the command line on: probes in plain text, callers over TLS with a key, SIGTERM within its drain."""
-    files = laid(tmp_path)
+    """A pod's gateway answers probes in plain text and callers over TLS with a key, and ends on SIGTERM."""
+    files = write_secrets(tmp_path)
     names = ("grpc", "http", "link", "admin", "metrics")
     ports = {name: free_port() for name in names}
     file = tmp_path / "cluster.yaml"
-    file.write_text(configured(files, **ports))
+    file.write_text(pod_config(files, **ports))
     probes = f"127.0.0.1:{free_port()}"
     for words in (("db", "upgrade"), ("tenants", "create", "acme")):
         assert run(*words, "-f", str(file)).exit_code == 0
@@ -179,7 +179,7 @@ def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, t
 
 
 def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
-    """Whether it comes up before it ends."""
+    """Wait until the process answers probes; False if it ends first."""
     for _ in range(200):
         if process.poll() is not None:
             return False
@@ -194,31 +194,34 @@ def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
 
 
 async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
-    """And not afterwards; without an address nobody listens."""
+    """Probes are answered while the controller runs and not afterwards; without an address none are."""
     address = f"127.0.0.1:{free_port()}"
-    async with pod.probed(address):
+    async with pod.probe_server(address):
         assert await asyncio.to_thread(health, address) == health_pb2.HealthCheckResponse.SERVING
     with pytest.raises(grpc.RpcError):
         await asyncio.to_thread(health, address)
-    async with pod.probed(""):
+    async with pod.probe_server(""):
         pass
 
 
 async def test_one_controller_acts_by_the_lease_and_gives_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over HTTPS with the account of its pod, while Ray and gateways are away."""
+    """A controller takes the Lease and releases it at its end, over HTTPS with the pod's service account, even while
+    Ray and gateways are unreachable."""
     certificates.make_authority(tmp_path / "ca.crt", tmp_path / "ca.key", 1)
     cert, key = certificates.issue_server(tmp_path, "api", ["127.0.0.1"], 1)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(cert, key)
     (tmp_path / "namespace").write_text("ns")
-    config = parse(configured(laid(tmp_path)))
+    config = parse(pod_config(write_secrets(tmp_path)))
     with kube_api(tmp_path, tls) as api:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", api.url.rsplit(":", 1)[1])
         stop = asyncio.Event()
-        running = asyncio.create_task(pod.control(config, tmp_path / "c", "headrace-controller", stop, tmp_path))
+        running = asyncio.create_task(
+            pod.run_pod_controller(config, tmp_path / "c", "headrace-controller", stop, tmp_path)
+        )
         async with asyncio.timeout(30):
             while not any(call[0] == "POST" for call in api.seen):
                 await asyncio.sleep(0.02)
@@ -233,26 +236,26 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
 
 
 async def test_a_lease_is_not_to_be_had_outside_a_pod(tmp_path: Path) -> None:
-    """And the controller says so instead of acting without it."""
-    config: Config = parse(configured(laid(tmp_path)))
+    """Outside a pod a controller with a Lease refuses to run."""
+    config: Config = parse(pod_config(write_secrets(tmp_path)))
     with pytest.raises(ValueError, match="needs a pod"):
-        await pod.control(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
+        await pod.run_pod_controller(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
 
 
 def test_an_account_of_a_pod_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Addresses of both families."""
+    """The API server's address and the namespace are read from the pod; an IPv6 address gets brackets."""
     (tmp_path / "namespace").write_text("ns\n")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "6443")
-    found = KubeLease.of_this_pod("x", 15, tmp_path)
-    assert (found.url, found.namespace) == ("https://[fd00::1]:6443", "ns")
+    lease = KubeLease.of_this_pod("x", 15, tmp_path)
+    assert (lease.url, lease.namespace) == ("https://[fd00::1]:6443", "ns")
 
 
 # ---- secrets
 
 
-def met(server: Path, client: Path | None, name: str, roots: Path) -> bool:
-    """Whether a TLS handshake under that name comes about, in memory."""
+def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path) -> bool:
+    """Whether an in-memory TLS handshake with that server name succeeds."""
     serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving.load_cert_chain(server / "tls.crt", server / "tls.key")
     dialling = ssl.create_default_context(cafile=str(roots / "ca.crt"))
@@ -275,27 +278,33 @@ def met(server: Path, client: Path | None, name: str, roots: Path) -> bool:
 
 
 def test_the_secrets_fit_together(tmp_path: Path) -> None:
-    """Links by the names that SRV records tell, clients by the Service's; neither authority vouches for the other's."""
-    files = laid(tmp_path)
+    """Link certificates cover the names in SRV records, the clients' certificate covers the Service's names, and
+    neither authority is accepted for the other."""
+    files = write_secrets(tmp_path)
     for role in ("worker", "controller"):
         for name in (
             "headrace-gateway-0.headrace-links.ns.svc.cluster.local",
             "10-0-0-7.headrace-links.ns.svc.cluster.local",
             "headrace-links",
         ):
-            assert met(files / "link-gateway", files / f"link-{role}", name, files / f"link-{role}"), (role, name)
-    assert not met(files / "link-gateway", files / "link-worker", "elsewhere.example.com", files / "link-worker")
+            assert handshake_succeeds(files / "link-gateway", files / f"link-{role}", name, files / f"link-{role}"), (
+                role,
+                name,
+            )
+    assert not handshake_succeeds(
+        files / "link-gateway", files / "link-worker", "elsewhere.example.com", files / "link-worker"
+    )
     for name in ("headrace", "headrace.ns.svc", "headrace.ns.svc.cluster.local", "localhost", "llm.example.com"):
-        assert met(files / "tls", None, name, files / "tls"), name
-    assert not met(files / "tls", None, "headrace", files / "link-worker")
-    assert not met(files / "link-gateway", files / "tls", "headrace-links", files / "link-worker")
+        assert handshake_succeeds(files / "tls", None, name, files / "tls"), name
+    assert not handshake_succeeds(files / "tls", None, "headrace", files / "link-worker")
+    assert not handshake_succeeds(files / "link-gateway", files / "tls", "headrace-links", files / "link-worker")
 
 
 def test_certificates_say_what_their_holders_may_be(tmp_path: Path) -> None:
-    """A worker's is none of a controller's, and the other way round."""
+    """A worker's certificate grants only the worker's role, a controller's only the controller's."""
     from cryptography import x509
 
-    files = laid(tmp_path)
+    files = write_secrets(tmp_path)
     for role, uri in (("worker", ANY_MODEL), ("controller", CONTROLLER)):
         certificate = x509.load_pem_x509_certificate((files / f"link-{role}" / "tls.crt").read_bytes())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -303,10 +312,10 @@ def test_certificates_say_what_their_holders_may_be(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_manifests_that_differ_each_time(run: Run) -> None:
-    """YAML that kubectl takes; secrets of 64 characters in an immutable Secret."""
-    printed = [run("pod", "secrets", "-n", "ns", "--with-namespace").stdout for _ in range(2)]
-    first, second = (list(yaml.safe_load_all(one)) for one in printed)
-    assert [one["kind"] for one in first] == ["Namespace"] + ["Secret"] * 5
+    """Each run prints new secrets of 64 characters, in an immutable Secret."""
+    outputs = [run("pod", "secrets", "-n", "ns", "--with-namespace").stdout for _ in range(2)]
+    first, second = (list(yaml.safe_load_all(output)) for output in outputs)
+    assert [manifest["kind"] for manifest in first] == ["Namespace"] + ["Secret"] * 5
     assert first[0]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     assert first[-1]["immutable"] is True
     mine, other = first[-1]["stringData"], second[-1]["stringData"]

@@ -1,4 +1,4 @@
-"""scale, freeze, unfreeze and explain scaling against a real admin API that a script answers."""
+"""Commands scale, freeze, unfreeze and explain scaling against a scripted admin API over gRPC."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Run = Callable[..., Result]
 
 
 def test_scale_to_a_number_and_back(run: Run, gateway: ScriptedGateway) -> None:
-    """Zero is a number too; auto is none; anything else is bad usage and is not asked."""
+    """`scale` sends a number, zero included, or auto; anything else is bad usage and sends nothing."""
     at = ("--admin", gateway.endpoint)
     assert "manual" in run("scale", "tiny", "3", "--reason", "a fair", *at).stdout
     assert run("scale", "tiny", "0", *at).exit_code == 0
-    (found,) = json.loads(run("scale", "tiny", "auto", "--json", *at).stdout)
-    assert (found["name"], found["by"]) == ("tiny", "demand")
+    (model,) = json.loads(run("scale", "tiny", "auto", "--json", *at).stdout)
+    assert (model["name"], model["by"]) == ("tiny", "demand")
     for bad in ("-1", "two", "1.5", str(1 << 31)):
         assert run("scale", "tiny", *at, "--", bad).exit_code == 2
     three, zero, auto = gateway.script.requests
@@ -29,7 +29,7 @@ def test_scale_to_a_number_and_back(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_freeze_one_or_all(run: Run, gateway: ScriptedGateway) -> None:
-    """Without a model it is about all."""
+    """`freeze` and `unfreeze` without a model apply to all models."""
     at = ("--admin", gateway.endpoint)
     assert "frozen" in run("freeze", "tiny", *at).stdout
     assert "all" in run("freeze", *at).stdout
@@ -38,7 +38,7 @@ def test_freeze_one_or_all(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_explain_scaling(run: Run, gateway: ScriptedGateway) -> None:
-    """How it stands, what was decided, and on which numbers; all of it for programs too."""
+    """`explain scaling` shows the state, the decisions and their numbers, as text and as JSON."""
     at = ("--admin", gateway.endpoint)
     decision = pb.ScalingDecision(
         at_s=1e9, replicas_before=1, replicas=3, action="up", why="forecast", numbers={"load": 2.5}, passes=1
@@ -48,8 +48,8 @@ def test_explain_scaling(run: Run, gateway: ScriptedGateway) -> None:
     text = run("explain", "scaling", "tiny", *at).stdout
     for part in ("1 and 2 starting", "0 to 4", "1 to 3", "load 2.5", "load 2.25", "not known"):
         assert part in text
-    found = json.loads(run("explain", "scaling", "tiny", "--last", "5", "--json", *at).stdout)
-    assert (found["model"]["desired"], found["now"], found["decisions"][0]["numbers"]) == (
+    answer = json.loads(run("explain", "scaling", "tiny", "--last", "5", "--json", *at).stdout)
+    assert (answer["model"]["desired"], answer["now"], answer["decisions"][0]["numbers"]) == (
         3,
         {"load": 2.25},
         {"load": 2.5},

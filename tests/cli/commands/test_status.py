@@ -1,4 +1,4 @@
-"""status and workers against a real admin API."""
+"""Commands status and workers against a scripted admin API over gRPC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 
 
 def fill(gateway: ScriptedGateway) -> None:
-    """One model, one worker."""
+    """Let the gateway report one model and one worker."""
     gateway.script.entries = [
         admin_pb2.CatalogEntry(name="tiny", aliases=["default"], state="READY", replicas_desired=1, ready_workers=1)
     ]
@@ -28,18 +28,18 @@ def fill(gateway: ScriptedGateway) -> None:
 
 
 def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: ScriptedGateway) -> None:
-    """The keys that programs rely on are there, zeros included, and numbers are numbers."""
+    """The JSON has every key, zero values included, and numbers are numbers."""
     fill(gateway)
-    found = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
-    assert found["endpoints"]["admin"] == gateway.endpoint
-    assert [(m["name"], m["state"], m["waiting"]) for m in found["models"]] == [("tiny", "READY", 0)]
-    (worker,) = found["workers"]
+    status = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
+    assert status["endpoints"]["admin"] == gateway.endpoint
+    assert [(m["name"], m["state"], m["waiting"]) for m in status["models"]] == [("tiny", "READY", 0)]
+    (worker,) = status["workers"]
     assert (worker["worker_id"], worker["running"], worker["waiting"], worker["kv_usage"]) == ("w1", 3, 0, 0.25)
     assert worker["kv_tokens"] == 9
 
 
 def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
-    """A table of models and one of workers with their load."""
+    """The text output has a table of models and one of workers with their load."""
     fill(gateway)
     text = run("status", "--admin", gateway.endpoint).stdout
     assert "1 of 1" in text
@@ -49,14 +49,14 @@ def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_an_empty_cluster_says_so(run: Run, gateway: ScriptedGateway) -> None:
-    """Nothing to show is told in words."""
+    """An empty cluster is reported in words."""
     text = run("status", "--admin", gateway.endpoint).stdout
     assert "no models" in text
     assert "no workers are linked" in text
 
 
 def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway) -> None:
-    """With one local cluster up no address is needed."""
+    """With one local cluster up, commands need no address."""
     fill(gateway)
     folder = RunFolder("here")
     folder.path.mkdir(parents=True)
@@ -67,8 +67,8 @@ def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway
             "endpoints": {"grpc": gateway.endpoint, "admin": gateway.endpoint},
         }
     )
-    found = json.loads(run("status", "--json").stdout)
-    assert (found["name"], found["endpoints"]["grpc"]) == ("here", gateway.endpoint)
+    status = json.loads(run("status", "--json").stdout)
+    assert (status["name"], status["endpoints"]["grpc"]) == ("here", gateway.endpoint)
     assert run("chat", "tiny", "x").exit_code == 0
     port = gateway.endpoint.rpartition(":")[2]
     done = run("workers", "--endpoint", f"localhost:{port}")
@@ -76,7 +76,7 @@ def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway
 
 
 def test_unreachable_is_exit_code_three(run: Run) -> None:
-    """A silent admin port is told with its address."""
+    """An unreachable admin port is exit code 3, with its address and a hint."""
     done = run("status", "--admin", "127.0.0.1:1")
     assert done.exit_code == 3
     assert "127.0.0.1:1" in done.stderr

@@ -1,4 +1,4 @@
-"""tenants, keys, usage, audit, db and import, as an operator types them."""
+"""Commands tenants, keys, usage, audit, db and import on a database, as an operator types them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """A database of the test's own."""
+    """The URL of a new database."""
     return f"sqlite:///{tmp_path / 'ledger.db'}"
 
 
 @pytest.fixture
 def run() -> Run:
-    """Runs the commands in this process."""
+    """Run commands in this process."""
 
     def invoke(*arguments: str, input: str | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=input)
@@ -49,7 +49,7 @@ def good(result: Result) -> Any:
 
 
 def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
-    """With no option at all the local ledger and its pepper are made; the key lets in as its tenant."""
+    """Without options the local ledger and its pepper are created, and the new key authenticates its tenant."""
     made = good(run("tenants", "create", "acme", "--weight", "4", "--set", "limits.tokens_per_minute=5000", "--json"))
     assert (made["weight"], made["limits"]["tokens_per_minute"], made["origin"]) == (4.0, 5000, "api")
     result = run("keys", "create", "acme", "--name", "ci")
@@ -65,7 +65,8 @@ def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
 
 
 def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp_path: Path) -> None:
-    """docs/admin.md makes the first operator before anything has started; an empty database would end it."""
+    """The first operator can be created before anything has started, as docs/admin.md says: the SQLite database is
+    created."""
     file = tmp_path / "cluster.yaml"
     file.write_text(f"auth: {{api_keys: {{}}}}\nstore: {{database_url: 'sqlite:///{tmp_path / 'l.db'}'}}\n")
     good(run("tenants", "create", "ops", "-f", str(file), "--json"))
@@ -74,7 +75,7 @@ def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp
 
 
 def test_the_database_of_the_local_cluster_is_taken(run: Run, cache: Path, tmp_path: Path) -> None:
-    """A key that goes into another database than the running cluster's opens nothing, and none is suspended."""
+    """Without options commands use the database of the local cluster that is up."""
     folder = RunFolder("here")
     folder.path.mkdir(parents=True)
     own = ProcessId.of(os.getpid())
@@ -87,7 +88,7 @@ def test_the_database_of_the_local_cluster_is_taken(run: Run, cache: Path, tmp_p
 
 
 def test_a_tenants_life(run: Run) -> None:
-    """Created, changed, suspended, resumed, listed, deleted, erased; each step is in the audit with its reason."""
+    """A tenant is created, changed, suspended, resumed, deleted and erased; the audit has each step with its reason."""
     good(run("tenants", "create", "acme", "--class", "batch", "--label", "team=a", "--model", "tiny", "--json"))
     changed = good(run("tenants", "update", "acme", "--set", "labels.team=null", "--set", "on_budget=stop", "--json"))
     assert (changed["labels"], changed["on_budget"], changed["class"]) == ({}, "stop", "batch")
@@ -98,30 +99,30 @@ def test_a_tenants_life(run: Run) -> None:
     assert run("tenants", "delete", "acme", "--reason", "left").exit_code == 0
     assert run("tenants", "get", "acme").exit_code == 1
     events = good(run("audit", "--json"))
-    assert [one["action"] for one in reversed(events)] == [
+    assert [event["action"] for event in reversed(events)] == [
         "tenants.create",
         "tenants.update",
         "tenants.suspend",
         "tenants.resume",
         "tenants.delete",
     ]
-    assert {one["reason"] for one in events} == {"", "unpaid", "left"}
+    assert {event["reason"] for event in events} == {"", "unpaid", "left"}
     assert "unpaid" in run("audit", "--tenant", "acme").stdout
     assert run("tenants", "delete", "acme", "--erase", "--reason", "acme asked", input="n\n").exit_code == 1
     assert "erased acme" in run("tenants", "delete", "acme", "--erase", "--yes", "--reason", "acme asked").stdout
-    (left,) = good(run("audit", "--json"))
-    assert "acme" not in json.dumps(left)
-    assert left["reason"] == "… asked"
+    (event,) = good(run("audit", "--json"))
+    assert "acme" not in json.dumps(event)
+    assert event["reason"] == "… asked"
 
 
 def test_keys_are_rotated_and_revoked(run: Run) -> None:
-    """The successor is shown once, the old one ends after the overlap, revoked is revoked."""
+    """A rotated key names the key it replaces, a revoked key is listed as revoked, and unknown keys are refused."""
     run("tenants", "create", "acme")
     first = good(run("keys", "create", "acme", "--expires-days", "2", "--json"))
     second = good(run("keys", "rotate", "acme", first["id"], "--overlap-s", "3600", "--json"))
     assert second["rotated_from"] == first["id"]
     assert run("keys", "revoke", "acme", first["id"], "--reason", "lost").exit_code == 0
-    rows = {one["id"]: one for one in good(run("keys", "list", "acme", "--json"))}
+    rows = {row["id"]: row for row in good(run("keys", "list", "acme", "--json"))}
     assert bool(rows[first["id"]]["revoked_at"]) is True
     assert rows[second["id"]]["revoked_at"] == ""
     assert run("keys", "revoke", "acme", "nope", "--reason", "lost").exit_code == 1
@@ -130,7 +131,7 @@ def test_keys_are_rotated_and_revoked(run: Run) -> None:
 
 
 def test_usage_in_all_its_forms(run: Run, url: str, tmp_path: Path) -> None:
-    """Sums as a table, CSV and JSON, single records, and money from the file or from options."""
+    """Usage is printed as sums in a table, CSV or JSON, as single records, and priced by the file or by options."""
     ledger = Ledger(url)
     ledger.upgrade()
     ledger.usage.insert([record("a", gpu_seconds=3600.0), record("b", model="big", labels={"team": "b"})])
@@ -154,7 +155,7 @@ def test_usage_in_all_its_forms(run: Run, url: str, tmp_path: Path) -> None:
 
 
 def test_what_is_declared_in_a_file_is_read_only(run: Run, url: str) -> None:
-    """The refusal says where to change it."""
+    """A tenant declared in a file cannot be changed, and the error says so."""
     ledger = Ledger(url)
     ledger.upgrade()
     ledger.tenants.declare([TenantPolicy("acme")])
@@ -165,7 +166,7 @@ def test_what_is_declared_in_a_file_is_read_only(run: Run, url: str) -> None:
 
 
 def test_the_database_is_checked_upgraded_and_moved(run: Run, url: str, tmp_path: Path) -> None:
-    """check says what to run, upgrade does it, a backup goes into another database."""
+    """`db check` says what to run, `db upgrade` does it, and a backup is restored into another database."""
     at = ("--database-url", url)
     done = run("tenants", "list", *at)
     assert (done.exit_code, "db upgrade" in done.stderr) == (3, True)
@@ -204,13 +205,13 @@ def test_the_database_is_checked_upgraded_and_moved(run: Run, url: str, tmp_path
     ],
 )
 def test_bad_input(run: Run, arguments: tuple[str, ...], code: int, words: str) -> None:
-    """Each wrong value ends with its exit code and one line that names it."""
+    """Each invalid value gives its exit code and an error that names it."""
     done = run(*arguments)
     assert (done.exit_code, words in done.stderr) == (code, True), done.output
 
 
 def test_a_wrong_section_is_named(run: Run, tmp_path: Path) -> None:
-    """The path in the file is told."""
+    """An invalid section is reported with the key's path in the file."""
     file = tmp_path / "cluster.yaml"
     file.write_text("store: {stale_after_s: -1}\n")
     done = run("tenants", "list", "-f", str(file))
@@ -219,7 +220,7 @@ def test_a_wrong_section_is_named(run: Run, tmp_path: Path) -> None:
 
 
 def test_litellm_comes_over(run: Run, url: str) -> None:
-    """A dry run prints what does not map and writes nothing; the import makes tenants and keys."""
+    """A dry run lists what cannot be imported and writes nothing; the import creates tenants and keys."""
     with postgres.running() as server:
         theirs = server.new_database()
         with server.connect(theirs.rsplit("/", 1)[1]) as connection:

@@ -1,4 +1,4 @@
-"""A whole local cluster from the command line: real Ray, two gateway processes, controller, a simulated engine."""
+"""A whole local cluster from the command line: real Ray, two gateway processes, controller, simulated engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ gateway:
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
 """
 DIES_AFTER = 200
-"""Steps of the simulated engine after which it dies: more than all other tests take of one."""
+"""Steps after which the simulated engine dies: more than all other tests need from one engine."""
 
 
 @dataclass
@@ -46,23 +46,23 @@ class Up:
 
     name: str
     file: Path
-    said: str
+    output: str
     run: RunFolder
     instance: str
 
     def process(self, part: str) -> int:
-        """A part's pid as last written."""
+        """A part's pid in state.json."""
         return int(self.run.state()["processes"][part]["pid"])
 
     def ask(self) -> str:
-        """One answer, with the client's own retries."""
+        """Get one answer, with the client's retries."""
         with Client(self.run.endpoints()["grpc"], timeout_s=30) as client:
             return client.chat("default", "Hello", max_tokens=5, temperature=0.0).text
 
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Started with --detach, ended with down, whatever the tests did to it."""
+    """A cluster started with --detach; `down` stops it whatever the tests did to it."""
     folder = tmp_path_factory.mktemp("up")
     before = os.environ.get("HEADRACE_CACHE_DIR")
     os.environ["HEADRACE_CACHE_DIR"] = str(folder / "cache")
@@ -86,27 +86,27 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The module's own cache folder, not one for each test."""
+    """Override the fixture that gives each test its own cache folder: this module has one for all."""
 
 
 def test_it_says_ready_and_answers(up: Up) -> None:
-    """The last lines name the endpoints and how to end it, and the model answers."""
-    ready = next(line for line in up.said.splitlines() if line.startswith("ready"))
+    """The output ends with the endpoints and the stop command, and the model answers."""
+    ready = next(line for line in up.output.splitlines() if line.startswith("ready"))
     assert up.run.endpoints()["grpc"].replace("127.0.0.1", "localhost") in ready
-    assert "down uptest" in up.said.splitlines()[-1]
+    assert "down uptest" in up.output.splitlines()[-1]
     assert up.ask()
 
 
 def test_status_finds_it(up: Up) -> None:
-    """Without an address `status --json` shows endpoints, the ready model and its worker."""
-    found = json.loads(headrace("status", "--json").stdout)
-    assert found["endpoints"] == up.run.endpoints()
-    assert [(model["name"], model["state"]) for model in found["models"]] == [("sim", "READY")]
-    assert [worker["model"] for worker in found["workers"]] == ["sim"]
+    """Without an address `status --json` shows the endpoints, the ready model and its worker."""
+    status = json.loads(headrace("status", "--json").stdout)
+    assert status["endpoints"] == up.run.endpoints()
+    assert [(model["name"], model["state"]) for model in status["models"]] == [("sim", "READY")]
+    assert [worker["model"] for worker in status["workers"]] == ["sim"]
 
 
 def test_both_gateways_are_linked(up: Up) -> None:
-    """Worker and controller were told of the first process and have dialled the second too."""
+    """Worker and controller get only the first gateway's address, and link to the second process too."""
 
     def linked() -> list[tuple[int, int]]:
         rows = json.loads(headrace("status", "--json").stdout)["gateways"]
@@ -116,7 +116,7 @@ def test_both_gateways_are_linked(up: Up) -> None:
 
 
 def test_a_second_up_is_refused(up: Up) -> None:
-    """The first one goes on."""
+    """A second `up` is refused, and the first cluster keeps serving."""
     done = headrace("up", "-f", str(up.file), "--detach")
     assert done.returncode == 1
     assert "already up" in done.stderr
@@ -125,12 +125,11 @@ def test_a_second_up_is_refused(up: Up) -> None:
 
 @pytest.mark.parametrize("part", ["gateway", "gateway-1", "controller"])
 def test_a_killed_part_comes_back(up: Up, part: str) -> None:
-    """The supervisor starts it again, says so, and callers are served."""
+    """A killed part is restarted, the restart is reported, and callers are served."""
     before = up.process(part)
     os.kill(before, signal.SIGKILL)
     until(lambda: up.process(part) not in (before, None) and psutil.pid_exists(up.process(part)), f"a new {part}")
-    said = up.run.log_file("up").read_text()
-    assert f"{part} ended (signal SIGKILL)" in said
+    assert f"{part} ended (signal SIGKILL)" in up.run.log_file("up").read_text()
     assert up.ask()
 
 
@@ -140,7 +139,8 @@ def _state_reason() -> str:
 
 
 def test_the_end_of_an_engine_is_said(up: Up) -> None:
-    """By `up`, by `status` and in the catalog, with the reason; the call goes on with the replica that replaces it."""
+    """The end of an engine is reported with its reason by `up`, by `status` and in the catalog; the running call is
+    resumed by the replacement replica."""
     with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
         client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
     why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
@@ -150,21 +150,21 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
 
 
 def _workers() -> Any:
-    """What `status` tells of workers; nothing where a busy gateway has not answered it in time."""
-    told = headrace("status", "--json")
-    late = "DEADLINE_EXCEEDED" in told.stderr
-    assert late or told.returncode == 0, told.stderr
-    return [] if late else json.loads(told.stdout)["workers"]
+    """The workers that `status` lists; empty if a busy gateway did not answer in time."""
+    status = headrace("status", "--json")
+    late = "DEADLINE_EXCEEDED" in status.stderr
+    assert late or status.returncode == 0, status.stderr
+    return [] if late else json.loads(status.stdout)["workers"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
-    """Without its head the engines go too; a new Ray comes, and the model is served again by the same gateway. After
-    SIGTERM Ray waits for its replicas, and not for the rest of drain_timeout_s once they have left."""
+    """When Ray's head ends, its engines end too; a new Ray is started, and the same gateway serves the model again.
+    After SIGTERM Ray waits for its replicas, but not for the rest of drain_timeout_s once they are gone."""
     before, gateway = up.process("ray"), up.process("gateway")
     lost = up.run.log_file("up").read_text().count("ray ended")
     os.kill(before, end)
-    until(lambda: up.run.log_file("up").read_text().count("ray ended") > lost, "the loss is said")
+    until(lambda: up.run.log_file("up").read_text().count("ray ended") > lost, "the loss is reported")
     until(lambda: up.process("ray") != before, "a new Ray")
     until(_workers, "its worker")
     assert up.ask()
@@ -172,7 +172,7 @@ def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
 
 
 def test_down_leaves_nothing(up: Up) -> None:
-    """Every process of the cluster is gone, the foreign one stays, and the name is free."""
+    """`down` ends every process of the cluster and no other, and frees the name."""
     admin = up.run.endpoints()["admin"]
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as foreign:
         assert reaper.find(up.instance)
@@ -187,15 +187,15 @@ def test_down_leaves_nothing(up: Up) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
-    """Ctrl-C ends all within seconds; after a SIGKILL of `up` itself, `down` clears what is left."""
+    """Ctrl-C ends all processes within seconds; after a SIGKILL of `up`, `down` ends the processes left over."""
     name = f"end-{end.name.lower()}"
     file = up.file.with_name(f"{name}.yaml")
     file.write_text(CONFIG.format(name=name, source="sim://").split("models:")[0] + "models: []\n")
     command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        said = list(itertools.takewhile(lambda line: "stops everything" not in line, process.stdout))
-        assert any(line.startswith("ready") for line in said), said
+        output = list(itertools.takewhile(lambda line: "stops everything" not in line, process.stdout))
+        assert any(line.startswith("ready") for line in output), output
         run = RunFolder(name)
         instance = run.instance()
         assert reaper.find(instance)

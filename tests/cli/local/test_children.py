@@ -1,4 +1,4 @@
-"""Processes that are watched: real ones, started again when they die, ended when asked."""
+"""Child processes (real ones) are restarted when they die and stopped on request."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ time.sleep(600)
 
 
 def child(program: str, log: Path) -> Child:
-    """A Python process."""
+    """A child that runs a Python program."""
     return Child("part", [sys.executable, "-c", program], dict(os.environ), log)
 
 
 @given(st.lists(st.floats(0, 2 * HEALTHY_S), max_size=30))
 def test_the_pause_grows_to_its_bound_and_forgets_after_health(lives: list[float]) -> None:
-    """Pauses double from the first to the longest, and a healthy life begins anew."""
+    """Pauses double from the first to the longest, and a healthy life resets them."""
     backoff = Backoff(1.0)
     expected = 1.0
     for lived in lives:
@@ -40,34 +40,34 @@ def test_the_pause_grows_to_its_bound_and_forgets_after_health(lives: list[float
 
 
 async def test_a_dead_part_is_started_again_and_told(tmp_path: Path) -> None:
-    """Each death is said with its cause, and the next process is another one."""
+    """A dead child is reported with cause and log, and a new process is started."""
     part = child("import time; print('up', flush=True); time.sleep(600)", tmp_path / "log")
     await part.start()
-    told: list[str] = []
+    reports: list[str] = []
     restarted: asyncio.Queue[int | None] = asyncio.Queue()
 
     async def restart() -> None:
         await part.start()
         restarted.put_nowait(part.pid)
 
-    watch = asyncio.create_task(keep_alive(part, restart, told.append, Backoff(0.01)))
+    watch = asyncio.create_task(keep_alive(part, restart, reports.append, Backoff(0.01)))
     first = part.pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
     second = await asyncio.wait_for(restarted.get(), 20)
     assert second not in (None, first)
-    assert "part ended (signal SIGKILL)" in told[0]
-    assert str(tmp_path / "log") in told[0]
+    assert "part ended (signal SIGKILL)" in reports[0]
+    assert str(tmp_path / "log") in reports[0]
     watch.cancel()
     await part.stop(0.0)
     assert part.pid is None
 
 
 async def test_a_failing_restart_is_tried_again(tmp_path: Path) -> None:
-    """A start that fails is told, and does not end the watch."""
+    """A failed restart is reported and tried again."""
     part = child("raise SystemExit(7)", tmp_path / "log")
     await part.start()
-    told: list[str] = []
+    reports: list[str] = []
     tries: asyncio.Queue[int] = asyncio.Queue()
 
     async def restart() -> None:
@@ -76,18 +76,18 @@ async def test_a_failing_restart_is_tried_again(tmp_path: Path) -> None:
             raise OSError("no port")
         await part.start()
 
-    watch = asyncio.create_task(keep_alive(part, restart, told.append, Backoff(0.01)))
+    watch = asyncio.create_task(keep_alive(part, restart, reports.append, Backoff(0.01)))
     for _ in range(2):
         await asyncio.wait_for(tries.get(), 20)
     watch.cancel()
     await asyncio.gather(watch, return_exceptions=True)
     await part.stop(1.0)
-    assert "part ended (exit code 7)" in told[0]
-    assert told[1] == "part did not start: no port"
+    assert "part ended (exit code 7)" in reports[0]
+    assert reports[1] == "part did not start: no port"
 
 
 async def test_a_stubborn_part_is_killed(tmp_path: Path) -> None:
-    """What ignores SIGTERM ends all the same, and its last words are kept."""
+    """A child that ignores SIGTERM is killed, and the end of its log is kept."""
     ready = tmp_path / "ready"
     os.mkfifo(ready)
     part = child(STUBBORN.format(ready=str(ready)), tmp_path / "log")
@@ -96,11 +96,11 @@ async def test_a_stubborn_part_is_killed(tmp_path: Path) -> None:
         await asyncio.to_thread(ready.read_text)
     await part.stop(0.05)
     assert await part.wait() == -signal.SIGKILL
-    assert part.last_words() == "    up"
+    assert part.log_tail() == "    up"
 
 
 async def test_stop_of_what_never_ran_is_nothing(tmp_path: Path) -> None:
-    """Stopping is idempotent; waiting for what was never started is an error."""
+    """Stopping a child that never ran does nothing; waiting for it is an error."""
     part = child("pass", tmp_path / "log")
     await part.stop(1.0)
     with pytest.raises(RuntimeError, match="never started"):

@@ -1,4 +1,4 @@
-"""The demo as a newcomer meets it: the real model on the real engine, Ray placing it, the SDK and the shell asking."""
+"""The demo as a new user runs it: the real model on the real engine placed by Ray, asked by the SDK and the CLI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTION = "What is the capital of France?"
 
 @dataclass
 class Demo:
-    """`up --demo` in the foreground."""
+    """A running `up --demo` in the foreground."""
 
     process: subprocess.Popen[str]
     lines: list[str]
@@ -36,13 +36,13 @@ class Demo:
 
     @property
     def grpc(self) -> str:
-        """Where clients call."""
+        """The gRPC endpoint."""
         return str(self.run.endpoints()["grpc"])
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """The demo's own model under ports and a run folder of the test; the converted weights are the user's, kept."""
+    """The demo with free ports and a temporary run folder; the converted weights stay in the user's cache."""
     folder = tmp_path_factory.mktemp("demo")
     weights = cache_dir() / "models"
     weights.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The module's own cache folder, not one for each test."""
+    """Override the fixture that gives each test its own cache folder: this module has one for all."""
 
 
 def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
-    """The first answer is shown, a line begins with `ready`, and at temperature 0 the capital is Paris."""
+    """The demo prints a first answer and a line that begins with `ready`; at temperature 0 the answer is Paris."""
     assert any(line.startswith("ready") for line in demo.lines), "\n".join(demo.lines)
     assert any("Paris" in line for line in demo.lines), "\n".join(demo.lines)
     with Client(demo.grpc) as client:
@@ -100,34 +100,34 @@ def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
 
 def test_status_and_chat(demo: Demo) -> None:
     """`status --json` shows the model READY on the fast path of the real engine; `chat` answers from the shell."""
-    found = json.loads(headrace("status", "--json").stdout)
-    assert [(m["name"], m["state"]) for m in found["models"]] == [("smollm2-135m-instruct", "READY")]
-    assert found["workers"][0]["engine_path"] == "fastpath", found["workers"]
-    told = headrace("chat", "default", QUESTION, "--temperature", "0")
-    assert told.returncode == 0, told.stderr
-    assert "Paris" in told.stdout
+    status = json.loads(headrace("status", "--json").stdout)
+    assert [(m["name"], m["state"]) for m in status["models"]] == [("smollm2-135m-instruct", "READY")]
+    assert status["workers"][0]["engine_path"] == "fastpath", status["workers"]
+    answer = headrace("chat", "default", QUESTION, "--temperature", "0")
+    assert answer.returncode == 0, answer.stderr
+    assert "Paris" in answer.stdout
 
 
 def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
-    """A stream that is cancelled leaves the engine's running count at once."""
+    """A cancelled stream is removed from the engine at once."""
 
     def running() -> int:
-        found = json.loads(headrace("status", "--json").stdout)
-        return int(found["workers"][0]["running"])
+        status = json.loads(headrace("status", "--json").stdout)
+        return int(status["workers"][0]["running"])
 
     with Client(demo.grpc) as client:
         stream = client.stream_chat("default", "Count to a million.", max_tokens=1900, ignore_eos=True)
         next(stream.chunks())
         until(lambda: running() == 1, "the engine runs the call")
         stream.cancel()
-        until(lambda: running() == 0, "its place is free", 10)
+        until(lambda: running() == 0, "the engine has dropped the call", 10)
 
 
 def test_interrupt_leaves_nothing(demo: Demo) -> None:
-    """Ctrl-C ends every process that the demo has started, and says so."""
+    """Ctrl-C ends every process that the demo has started."""
     instance = demo.run.instance()
     assert len(reaper.find(instance)) >= 4
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 0
-    left = [psutil.Process(pid).cmdline() for pid in reaper.find(instance)]
-    assert not left
+    leftovers = [psutil.Process(pid).cmdline() for pid in reaper.find(instance)]
+    assert not leftovers

@@ -1,4 +1,4 @@
-"""Ports are decided and checked before anything starts."""
+"""Ports are chosen and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.config.schema import Config, ConfigError, parse
 
 
 def config(processes: int = 1, **listen: str) -> Config:
-    """A configuration whose other ports are free ones."""
+    """A configuration with the given listeners and port 0 for the others."""
     ports = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0") | listen
     lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
     return parse(
@@ -22,7 +22,7 @@ def config(processes: int = 1, **listen: str) -> Config:
 
 
 def test_open_ports_are_chosen_all_different() -> None:
-    """Port 0 becomes a number, once for each listener, and can be bound."""
+    """Port 0 becomes a free port, another one for each listener."""
     addresses = decide(config()).gateway.listen.model_dump().values()
     ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
     assert len(ports) == 5
@@ -33,32 +33,32 @@ def test_open_ports_are_chosen_all_different() -> None:
 
 
 def test_a_taken_port_names_key_and_owner() -> None:
-    """The message says which listener, and who is there."""
+    """The message has the listener's key and the process that has the port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(PortTaken) as caught:
             decide(config(admin=address))
-    assert f"gateway.listen.admin: {address} cannot be had" in str(caught.value)
+    assert f"gateway.listen.admin: {address} is not available" in str(caught.value)
     assert f"process {os.getpid()} " in str(caught.value)
 
 
 def test_one_port_for_two_listeners_is_told() -> None:
-    """Two listeners on one address fail before either starts."""
+    """Two listeners on one address are refused."""
     address = "127.0.0.1:50051"
     with pytest.raises(ConfigError, match=r"gateway\.listen\.admin: .* listen\.grpc's too"):
         config(grpc=address, admin=address)
 
 
 def test_a_foreign_address_is_told() -> None:
-    """An address of another machine cannot be listened on."""
+    """An address of another machine is refused with its key."""
     with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
         decide(config(metrics="192.0.2.1:9400"))
 
 
 def test_open_ports_are_chosen_for_all_processes() -> None:
-    """Whatever any process listens on is free, and no two want the same."""
+    """With several processes every chosen port is free, and no two are equal."""
     decided = decide(config(processes=5)).gateway
     own = [address for i in range(5) for address in (decided.listen.of(i).link, decided.listen.of(i).metrics)]
     addresses = [*own, decided.listen.grpc, decided.listen.http, decided.listen.admin]
@@ -70,15 +70,15 @@ def test_open_ports_are_chosen_for_all_processes() -> None:
 
 
 def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
-    """The address named is that process's, not the one in the file."""
+    """The error has the address of the later process, not the one in the file."""
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
-        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} cannot be had"):
+        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):
             decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
 
 
 def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:
-    """A port that is listened on, below those that systems hand out by themselves, and a free one `distance` below."""
+    """A port in use below the ephemeral range, such that the port `distance` below it is free."""
     for port in range(20000, 32000, distance + 1):
         taken, below = (stack.enter_context(socket.socket()) for _ in range(2))
         try:

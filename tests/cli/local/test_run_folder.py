@@ -1,4 +1,4 @@
-"""Run folders: who runs a cluster, and the lock on its name."""
+"""Run folders: the recorded supervisor of a cluster, and the lock on its name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.cli.local.run_folder import AlreadyUp, ProcessId, RunFolder
 
 
 def test_a_name_is_held_by_one() -> None:
-    """A second holder is told what to do, and the name is free after the first has gone."""
+    """A locked name is refused with the remedy, and is free again after the lock is closed."""
     with RunFolder("a").lock(), pytest.raises(AlreadyUp, match="headrace down a"):
         RunFolder("a").lock()
     RunFolder("a").lock().close()
@@ -21,7 +21,7 @@ def test_a_name_is_held_by_one() -> None:
 
 
 def test_a_lock_ends_with_its_process() -> None:
-    """A killed holder leaves no lock behind."""
+    """A killed process leaves no lock behind."""
     program = (
         "from cluster.cli.local.run_folder import RunFolder; "
         "h = RunFolder('a').lock(); print('held', flush=True); input()"
@@ -36,14 +36,14 @@ def test_a_lock_ends_with_its_process() -> None:
 
 
 def test_a_pid_used_again_is_not_ours() -> None:
-    """The time of the start belongs to the identity."""
+    """A process with the same pid and another start time is a different one."""
     own = ProcessId.of(os.getpid())
     assert own.alive()
     assert not ProcessId(own.pid, own.created - 60).alive()
 
 
 def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
-    """What ended badly can still be cleared by `down`."""
+    """The folder of a crashed cluster is known, so that `down` can clean it up, but does not count as running."""
     dead, alive = RunFolder("dead"), RunFolder("alive")
     own = ProcessId.of(os.getpid())
     for run, created in ((dead, own.created - 60), (alive, own.created)):
@@ -54,7 +54,7 @@ def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
 
 
 def test_unreadable_state_is_no_state() -> None:
-    """A damaged file does not stop the next start."""
+    """A damaged state.json reads as empty, so it does not stop the next start."""
     run = RunFolder("a")
     run.path.mkdir(parents=True)
     run.state_file.write_text("{")
