@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import FinishReason, TokenOutput
-from cluster.worker.detached_requests import BROKEN, KEEP_S, DetachedRequest, DetachedRequests
+from cluster.worker.detached_requests import FAILED, KEEP_S, DetachedRequest, DetachedRequests
 
 
 def orphan(
@@ -27,7 +27,7 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
     """Exactly those whose first tokens are the ones shown, behind a prompt as long; then all tokens of it, in order,
     once."""
     orphans = DetachedRequests()
-    orphans.leave(orphan("s", "r", 1, list(before)), 0.0)
+    orphans.add(orphan("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):
         finish = FinishReason.LENGTH if ends and number == len(steps) - 1 else None
         orphans.output(TokenOutput("r", ids, finish))
@@ -54,7 +54,7 @@ def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -
     """Dropped once its time is over, and told to the engine if it still runs there."""
     orphans = DetachedRequests()
     for number, (at, ended) in enumerate(left):
-        assert orphans.leave(orphan(f"s{number}", f"r{number}", 5, [1]), at) == []
+        assert orphans.add(orphan(f"s{number}", f"r{number}", 5, [1]), at) == []
         if ended:
             orphans.output(TokenOutput(f"r{number}", [2], FinishReason.STOP))
     late = {number for number, (at, _) in enumerate(left) if at + KEEP_S <= now}
@@ -68,8 +68,8 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
     """No more of them go than are needed, and all of them if need be."""
     orphans = DetachedRequests()
     for number, prompt in enumerate(prompts):
-        orphans.leave(orphan(f"s{number}", f"r{number}", prompt, [1]), float(number))
-    orphans.leave(orphan("ended", "ended", 5, [1], last=TokenOutput("ended", [1], FinishReason.STOP)), 9.0)
+        orphans.add(orphan(f"s{number}", f"r{number}", prompt, [1]), float(number))
+    orphans.add(orphan("ended", "ended", 5, [1], last=TokenOutput("ended", [1], FinishReason.STOP)), 9.0)
     gone = orphans.make_room(sequences, tokens)
     assert gone == [f"r{number}" for number in range(len(gone))]
     freed = [prompt + 1 for prompt in prompts[: len(gone)]]
@@ -83,18 +83,18 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
 def test_a_name_that_comes_again_is_the_newer_ones() -> None:
     """The older is told to the engine: nobody can ask for it any longer."""
     orphans = DetachedRequests()
-    orphans.leave(orphan("s", "old", 5, [1]), 0.0)
-    assert orphans.leave(orphan("s", "new", 5, [1, 2]), 1.0) == ["old"]
+    orphans.add(orphan("s", "old", 5, [1]), 0.0)
+    assert orphans.add(orphan("s", "new", 5, [1, 2]), 1.0) == ["old"]
     found = orphans.claim("s", "it", 5, [1])
     assert found is not None
     assert found.request_id == "new"
 
 
-@pytest.mark.parametrize("finish", BROKEN)
+@pytest.mark.parametrize("finish", FAILED)
 def test_what_the_engine_could_not_go_on_with_is_nobodys(finish: FinishReason) -> None:
     """Whoever comes for it has it computed anew."""
     orphans = DetachedRequests()
-    orphans.leave(orphan("s", "r", 5, [1]), 0.0)
+    orphans.add(orphan("s", "r", 5, [1]), 0.0)
     assert orphans.output(TokenOutput("r", [], finish)) == 0
     assert len(orphans) == 0
     assert orphans.claim("s", "it", 5, [1]) is None

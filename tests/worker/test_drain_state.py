@@ -193,14 +193,14 @@ async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[st
 def test_a_worker_that_leaves_takes_no_work_again() -> None:
     """Uncordon does not stop the end of a process, nor does a cordon turn a drain into less; a new link is told."""
     outbox = Outbox()
-    duty = DrainStates(lambda: [outbox])
-    duty.cordon(1.0)
-    assert not duty.serves
-    duty.drain(2.0, 10.0, leaving=True)
-    duty.cordon(3.0)
-    assert not duty.uncordon(3.0)
-    duty.attach(outbox, 4.0)
+    state = DrainStates(lambda: [outbox])
+    state.cordon(1.0)
+    assert not state.serves
+    state.drain(2.0, 10.0, leaving=True)
+    state.cordon(3.0)
+    assert not state.uncordon(3.0)
+    state.attach(outbox, 4.0)
     told = asyncio.run(outbox.take()).standing
     assert (told.state, told.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
-    duty.drained(9.0)
-    assert duty.state is DrainState.DRAINED
+    state.mark_drained(9.0)
+    assert state.state is DrainState.DRAINED

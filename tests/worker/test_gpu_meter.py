@@ -39,7 +39,7 @@ class Twin:
         salt = random.Random(name)
         ids = [salt.randrange(10, 900) for _ in range(prompt)]
         self.model.submit(EngineRequest(name, ids, Sampling(max_tokens=output, ignore_eos=True, temperature=0.0)))
-        self.shares[name] = self.meter.entered(self.now)
+        self.shares[name] = self.meter.open_share(self.now)
 
     def step(self) -> None:
         """One step; its outputs are there at its end. The worker hears of a step only when it has outputs."""
@@ -64,7 +64,7 @@ class Twin:
                     self.shares[output.request_id], self.got[output.request_id]
                 )
         if not self.model.has_work():
-            self.meter.rested()
+            self.meter.mark_idle()
 
     def run(self) -> None:
         """Until nothing is left."""
@@ -135,8 +135,8 @@ def test_idle_time_is_told_once() -> None:
     meter = GpuMeter(4.0, 1000, now=10.0)
     assert meter.idle(11.0) == pytest.approx(4.0)
     assert meter.idle(11.0) == 0.0
-    share = meter.entered(12.0)
+    share = meter.open_share(12.0)
     meter.step(12.5, 1, [(share, 100, 1)])
     assert meter.charge(share, 1) == pytest.approx(0.5 * 4)
-    meter.rested()
+    meter.mark_idle()
     assert meter.idle(13.0) == pytest.approx(1.0 * 4 + 0.5 * 4)

@@ -14,7 +14,7 @@ from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import Opened, Place, Replica
+from cluster.worker.replica import OpenedModel, Place, Replica
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 from tests.support.serving import Door, eventually, greedy
 
@@ -90,7 +90,7 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
     """The links are closed first, then the process; health tells the reason meanwhile."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
-    opened = Opened(engine, Bundle({}), "")
+    opened = OpenedModel(engine, Bundle({}), "")
     replica = Replica(settings(door), Place("r1", "n"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     await door.worker("m")
@@ -110,7 +110,7 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
     """After an error the golden prompt is asked; a wrong answer closes the link, ends the process, names the node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
-    opened = Opened(engine, Bundle({}), "")
+    opened = OpenedModel(engine, Bundle({}), "")
     replica = Replica(settings(door), Place("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     link = await door.worker("m")
@@ -141,7 +141,12 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
         ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
         ("sim://", Place("r", "n"), {}, "vocab is not given"),
         ("/m", Place("r", "n"), {"engine": {"worker_cls": "a.B"}}, r"models\[m\].engine.worker_cls: names code"),
-        (SOURCE, Place("r", "n"), {"digest": "sha256:0"}, r"models\[m\].digest: the weights here have sha256:.* wants"),
+        (
+            SOURCE,
+            Place("r", "n"),
+            {"digest": "sha256:0"},
+            r"models\[m\].digest: the weights .* have sha256:.* requires",
+        ),
         (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
     ],
 )
@@ -159,7 +164,7 @@ async def test_what_cannot_work_is_refused(
 async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
     """An error that another try may not meet stays what it is."""
 
-    def unlucky(settings: ReplicaSettings) -> Opened:
+    def unlucky(settings: ReplicaSettings) -> OpenedModel:
         raise OSError("the disk is away")
 
     model = settings(door)

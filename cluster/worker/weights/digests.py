@@ -1,6 +1,6 @@
-"""A digest of a model's weights: what two replicas compare to know that they hold the same model.
+"""Digest of a model's weights, by which replicas are known to have the same model.
 
-The weights are read whole for it, once a node, and looked at for NaN on the way (finite.py).
+All weights are read for it, once per node, and checked for NaN at the same time (finite.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.worker.weights import finite
 
 _HASHED = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "generation_config.json")
 PIECE_BYTES = 4 << 20
-"""Read at a time; a multiple of the bytes of any number."""
+"""Bytes read at a time; a multiple of the size of every number type."""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -25,22 +25,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
-    """Return the SHA-256 of a file; add to `spoilt` what is not finite in its tensors."""
+    """Return the SHA-256 of a file; add a text to `spoilt` for each tensor that is not finite."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(piece_bytes))
     with file.open("rb", buffering=0) as stream:
         at = 0
         for span in finite.spans(file):
             if span.start < at:
-                continue  # it shares its bytes with the one before
+                continue  # it shares its bytes with the previous tensor
             for piece in _pieces(stream, span.start - at, buffer):
                 digest.update(piece)
-            found = ""
+            problem = ""
             for piece in _pieces(stream, span.end - span.start, buffer):
                 digest.update(piece)
-                found = found or finite.not_finite(piece, span)
-            if found:
-                spoilt.append(f"{file.name}: {found} in {span.name}")
+                problem = problem or finite.not_finite(piece, span)
+            if problem:
+                spoilt.append(f"{file.name}: {problem} in {span.name}")
             at = span.end
         for piece in _pieces(stream, file.stat().st_size - at, buffer):
             digest.update(piece)
@@ -48,7 +48,7 @@ def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
 
 
 def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Read so many bytes, a buffer at a time, into the same memory. Raises OSError where the file has fewer."""
+    """Read `length` bytes, one buffer at a time, into the same memory. Raises OSError if the file has fewer."""
     while length > 0:
         piece = buffer[: min(length, len(buffer))]
         have = 0
@@ -62,10 +62,10 @@ def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryv
 
 
 def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYTES) -> str:
-    """`sha256:<hex>` over names and contents of weights and configuration.
+    """Return `sha256:<hex>` over the names and contents of weights and configuration.
 
-    Reads every byte once; later calls compare sizes and modification times with the record kept in `cache_dir`.
-    Raises ValueError when there is nothing to hash and for NaN in a tensor, OSError when a file cannot be read.
+    Reads every byte once; later calls compare sizes and modification times with the record in `cache_dir`. Raises
+    ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot be read.
     """
     files = _files(folder)
     if not files:
@@ -106,7 +106,7 @@ def _known(record: Path, stamps: dict[str, list[int]]) -> str:
 
 
 def _keep(record: Path, content: dict[str, object]) -> None:
-    """Whole or not at all; a cache that cannot be written costs only time."""
+    """Write the record atomically. Errors are ignored: without it only the next call takes longer."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:

@@ -25,7 +25,7 @@ from cluster.worker.engine.golden_check import (
     ANSWER_TOKENS,
     PREFIX,
     PROMPT_TOKENS,
-    Examined,
+    CheckedEngine,
     GoldenAnswer,
     golden_request,
     why_wrong,
@@ -39,7 +39,7 @@ SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=2
 async def subject() -> tuple[SimEngine, Driver]:
     """A simulated engine that is well, and the driver of the examined one around it."""
     engine = SimEngine(SMALL, VirtualClock())
-    examined = Examined(engine, node="n1")
+    examined = CheckedEngine(engine, node="n1")
     return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0))
 
 
@@ -98,7 +98,7 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
             await super().submit(EngineRequest(request.request_id, plain, request.sampling))
 
     with pytest.raises(EngineSick, match="continued, its answer"):
-        await Examined(Forgetful(SMALL, VirtualClock())).start()
+        await CheckedEngine(Forgetful(SMALL, VirtualClock())).start()
 
 
 class Apart(SimEngine):
@@ -133,16 +133,16 @@ async def test_no_check_makes_a_word_better(word: str) -> None:
         async def start(self) -> EngineInfo:
             return dataclasses.replace(await super().start(), capabilities=(word,))
 
-    examined = Examined(Modest(SMALL, VirtualClock()))
+    examined = CheckedEngine(Modest(SMALL, VirtualClock()))
     assert (await examined.start()).capabilities == (word,)
-    assert not examined.withdrawn
+    assert not examined.downgrade_reason
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
     """It is well, and its word becomes the lesser one; the other words stay."""
-    examined = Examined(Apart())
+    examined = CheckedEngine(Apart())
     assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
-    assert examined.withdrawn == "a seeded call that was cut after 2 tokens went on with others"
+    assert examined.downgrade_reason == "a seeded request resumed after 2 tokens continued with different tokens"
 
 
 async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
@@ -154,9 +154,9 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
                 raise EngineRefused("RESUME_UNSUPPORTED", "seed: cannot go on", "seed")
             await super().submit(request)
 
-    examined = Examined(Refusing(SMALL, VirtualClock()))
+    examined = CheckedEngine(Refusing(SMALL, VirtualClock()))
     assert RESUME_EXACT in (await examined.start()).capabilities
-    assert not examined.withdrawn
+    assert not examined.downgrade_reason
 
 
 @pytest.mark.parametrize("most", [0, 2, 7])
@@ -178,7 +178,7 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
             return outputs
 
     engine = Terse(SMALL, VirtualClock())
-    driver = Driver(Subject(examined := Examined(engine), await examined.start(), 100, 900, deadline_s=5.0))
+    driver = Driver(Subject(examined := CheckedEngine(engine), await examined.start(), 100, 900, deadline_s=5.0))
     engine.fail("step", "nan")
     await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
     engine.shift = 0.1

@@ -86,5 +86,5 @@ def test_rest_has_no_age() -> None:
     pace.began(100.0)
     pace.step(101.0)
     assert pace.times.value_s == pytest.approx(2.0, rel=0.1)
-    pace.rested()
+    pace.mark_idle()
     assert pace.age_s(200.0) == 0

@@ -1,4 +1,4 @@
-"""What a simulated engine is: from a URL, its missing parts from the model folder's own files."""
+"""Configuration of a simulated engine, from a URL and, for missing parts, from the files of a model folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from cluster.worker.engine.simulated.faults import SimFault, SimFaults
 
 SCHEME = "sim://"
 
-# vLLM's defaults: what a generation config says beyond them is the model's own default sampling.
-
 
 @dataclass(frozen=True, slots=True)
 class SimConfig:
-    """Speed, room and tokens of a simulated engine; the fields' names are the URL's parameters.
+    """Speed, capacity and tokens of a simulated engine; the fields' names are the URL's parameters.
 
-    `folder` is where tokenizer and configuration lie, "" for none. `vocab` 0, `eos` -1, `token_hi` 0 and
-    `max_model_len` 0 stand for "as the folder says" (`resolved`). Output tokens are drawn from [token_lo, token_hi).
-    `salted` 0: the cache salt shapes no content, as in a real engine; tests want a lost salt to be seen.
+    `folder` has the tokenizer and the configuration; "" for none. For `vocab` 0, `eos` -1, `token_hi` 0 and
+    `max_model_len` 0 the folder's values are used (`resolved`). Output tokens are drawn from [token_lo, token_hi).
+    `salted` 0: the cache salt does not change the tokens, as in a real engine; 1: it does, so that a test detects a
+    lost salt.
     """
 
     folder: str = ""
@@ -73,8 +72,7 @@ class SimConfig:
 
     @property
     def weight_digest(self) -> str:
-        """Of what shapes its tokens, as a model's weights do: two engines that are alike in it tell the same, however
-        fast each is."""
+        """Digest of the fields that decide the tokens, like a model's weights; speed is not part of it."""
         shapes = (
             self.folder,
             self.vocab,
@@ -89,9 +87,9 @@ class SimConfig:
 
     @classmethod
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
-        """From `sim:///folder?decode_ms=20&fault=die@step:5`; `overrides` count as parameters and win.
+        """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; `overrides` are parameters that take precedence.
 
-        Raises ValueError that names the parameter. `fault` may be given several times.
+        `fault` may be repeated. Raises ValueError that names the parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: a simulated engine's begins with {SCHEME}")
@@ -109,7 +107,7 @@ class SimConfig:
         return cls(folder=unquote(url.path), faults=SimFaults(tuple(faults)), **values)
 
     def resolved(self) -> SimConfig:
-        """With what was left to the folder. Reads files. Raises ValueError where they do not say."""
+        """Return a copy completed from the folder's files. Raises ValueError for a value that they lack."""
         if not self.folder:
             return self._complete({}, {}, {})
         folder = Path(self.folder)
@@ -189,7 +187,7 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _ordinary_range(ids: dict[str, int], tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """The longest run of ids that are words or parts of words: no added token, no single byte or character."""
+    """Return the longest range of ids that are words or parts of words: no added tokens, bytes or single characters."""
     added = {int(token["id"]) for token in tokenizer.get("added_tokens", ())}
     ordinary = sorted(
         i for piece, i in ids.items() if i not in added and len(piece) > 1 and not piece.startswith("<0x")

@@ -1,4 +1,4 @@
-"""The real engine behind the port: vLLM, by the fast path where this vLLM has its names, else by public AsyncLLM."""
+"""The vLLM engine, driven over the fast path if this vLLM has the private names it needs, else over AsyncLLM."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ from cluster.worker.engine.vllm.requests import (
 )
 
 REMEMBERED_IDS = 65_536
-"""Ended request ids that are still refused as duplicates; live ones always are."""
+"""Number of ended request ids that are still refused as duplicates; those of live requests always are."""
 
 GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
-"""What the compilation of a grammar (grammar_size.py bounds it) may explain: on a thread of the engine core it slows
-the steps of others, and holds back those of its own request."""
+"""Age of a step up to which the compilation of a grammar explains it, with other running requests and without.
+
+A thread of the engine core compiles it: that slows the steps of other requests, and its own request waits for it.
+grammar_size.py bounds its size.
+"""
 
 
 class VllmEngine:
@@ -59,9 +62,12 @@ class VllmEngine:
         executor: str = "ray",
         exact_resume: bool = True,
     ) -> None:
-        """`executor` places the ranks of a world larger than one: "ray" on the placement group of the Ray actor that
-        this runs in, "mp" as processes of this host. `exact_resume` off: calls are continued as on an engine that
-        cannot do it exactly."""
+        """Create an engine; `start` loads the model.
+
+        `executor` places the ranks of a world larger than one: "ray" on the placement group of this process's Ray
+        actor, "mp" as processes on this host. `exact_resume` False: resume requests as an engine that cannot do it
+        exactly.
+        """
         self._spec = spec
         self._folder = model_folder
         self._prefer_fastpath = prefer_fastpath
@@ -84,10 +90,10 @@ class VllmEngine:
         return f"VllmEngine({self._spec.name}, {name}, {len(self._live)} live)"
 
     async def start(self) -> EngineInfo:
-        """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
+        """Load the model. Raises ValueError for an invalid entry, EngineDead if the core does not start."""
         try:
             return await self._start()
-        except BaseException:  # a start that is cancelled leaves no folder either
+        except BaseException:  # a cancelled start must not leave its folder behind either
             self._leave_sockets()
             raise
 
@@ -98,7 +104,7 @@ class VllmEngine:
         try:
             config, path = await asyncio.to_thread(self._build, not reason)
         except asyncio.CancelledError:
-            self._closed = True  # the thread goes on, and ends what it has started
+            self._closed = True  # the thread continues, and closes the engine that it has started
             raise
         self._path = path
         try:
@@ -134,13 +140,13 @@ class VllmEngine:
             ):
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
-            why = end_causes.found(self._notes) or end_causes.with_log(
-                _processes_said(str(error)), end_causes.log_of("stdout")
+            why = end_causes.find_cause(self._notes) or end_causes.with_log(
+                _start_error(str(error)), end_causes.log_of("stdout")
             )
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
         if self._closed:
             path.close()
-            self._leave_sockets()  # whoever was cancelled may have been so before they were there
+            self._leave_sockets()  # the cancelled start may have released before they were acquired
             raise EngineDead("the engine was closed while it started")
         return config, path
 
@@ -149,7 +155,7 @@ class VllmEngine:
 
         model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
         path = self._started()
-        path.stats.pace.limit(scheduler.max_num_batched_tokens)
+        path.stats.pace.set_limit(scheduler.max_num_batched_tokens)
         dtype = str(model.dtype).removeprefix("torch.")
         installs = self._exact_resume and not repairs.why_resume_is_plain(config)
         self._limits = RequestBounds(
@@ -180,7 +186,7 @@ class VllmEngine:
         )
 
     async def submit(self, request: EngineRequest) -> None:
-        """Take a request. Raises EngineRefused or EngineDead."""
+        """Submit a request. Raises EngineRefused or EngineDead."""
         path = self._started()
         check(request, self._limits)
         key = request.request_id
@@ -189,12 +195,12 @@ class VllmEngine:
         self._begin(key, request)
         try:
             prepared = await self._prepare(path, request)
-            if key in self._live:  # else aborted while it was validated in a thread
+            if key in self._live:  # otherwise aborted while a thread validated it
                 try:
                     await path.add(prepared)
                 except EngineDead as dead:
                     raise self._dead(dead) from dead
-        except BaseException:  # a cancel too: the place goes with the one who took it
+        except BaseException:  # also when cancelled: a failed request must not stay live
             self._end(key, remember=False)
             raise
 
@@ -232,7 +238,7 @@ class VllmEngine:
             self._validating -= 1
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; unknown ids are ignored."""
+        """Abort requests; unknown ids are ignored."""
         path = self._started()
         known = [key for key in request_ids if key in self._live]
         for key in known:
@@ -244,7 +250,7 @@ class VllmEngine:
                 raise self._dead(dead) from dead
 
     async def step(self) -> Sequence[TokenOutput]:
-        """The next step that has outputs. Raises EngineDead."""
+        """Wait for the next step that has outputs and return them. Raises EngineDead."""
         path = self._started()
         while True:
             try:
@@ -280,7 +286,7 @@ class VllmEngine:
         if self._path is not None:
             self._path.stats.live -= 1
             if not self._live:
-                self._path.stats.pace.rested()
+                self._path.stats.pace.mark_idle()
         if not remember:
             return
         self._ended[key] = None
@@ -288,7 +294,7 @@ class VllmEngine:
             del self._ended[next(iter(self._ended))]
 
     def load(self) -> EngineLoad:
-        """The scheduler's counts of the last step; what it does not know of yet counts as waiting. For any thread."""
+        """Return the scheduler's counts of the last step; requests it has not seen count as waiting. For any thread."""
         path = self._path
         if path is None:
             return EngineLoad(busy="start")
@@ -322,20 +328,20 @@ class VllmEngine:
             raise self._dead(EngineDead("the engine core is dead"))
 
     def _dead(self, dead: EngineDead) -> EngineDead:
-        """Return the error with the reason why the engine ended, the same one for every caller."""
+        """Return the error with the reason why the engine ended; the reason is the same for every caller."""
         self._why_dead = self._why_dead or self._why(dead)
         return EngineDead(self._why_dead)
 
     def _why(self, dead: EngineDead) -> str:
-        if why := end_causes.found(self._notes, recent=True):
+        if why := end_causes.find_cause(self._notes, recent=True):
             return why
         code = None if self._path is None else self._path.core_exit()
-        said = (
-            f"{end_causes.CORE} {exit_status.said(code)}"
+        cause = (
+            f"{end_causes.CORE} {exit_status.describe(code)}"
             if code is not None
             else str(dead).partition(". See stack trace")[0]
         )
-        return end_causes.with_log(said, end_causes.log_of("stdout"))
+        return end_causes.with_log(cause, end_causes.log_of("stdout"))
 
     def _started(self) -> EnginePath:
         if self._closed:
@@ -359,16 +365,16 @@ class VllmEngine:
             sockets.OURS.release()
 
 
-def _processes_said(error: str) -> str:
-    """vLLM's error at start; where it names processes by their exit codes, how they ended."""
+def _start_error(error: str) -> str:
+    """Return vLLM's error at start, or how its processes ended if the error gives their exit codes."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
-    return " and ".join(f"{end_causes.CORE} {exit_status.said(int(code))}" for _, code in failed) or error
+    return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """What ends a request that does not ignore EOS, as vLLM gathers it."""
-    found = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
-    ids = {found} if isinstance(found, int) else set(found or ())
+    """Return the ids that end a request that does not ignore EOS, collected as in vLLM."""
+    configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()
     return frozenset(ids if own is None else ids | {own})
 

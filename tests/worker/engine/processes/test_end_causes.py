@@ -30,7 +30,7 @@ def no_keepers() -> Iterator[None]:
     yield
     for name in end_causes.LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers = [one for one in logger.handlers if not isinstance(one, end_causes._Keeper)]
+        logger.handlers = [one for one in logger.handlers if not isinstance(one, end_causes._NotesHandler)]
 
 
 @pytest.fixture
@@ -53,15 +53,15 @@ def fail(name: str, error: Exception) -> None:
 
 def test_the_first_error_counts(folder: Path) -> None:
     """A rank's own error, not the core's about the rank; another engine of the same owner has notes of its own."""
-    end_causes.keep()
-    end_causes.keep()
+    end_causes.register()
+    end_causes.register()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
     fail("vllm.v1.engine.core", RuntimeError("see above"))
-    assert end_causes.found("e1") == "MemoryError: a rank has no room"
+    assert end_causes.find_cause("e1") == "MemoryError: a rank has no room"
     with end_causes.named() as other:
-        assert end_causes.found(other) == ""
+        assert end_causes.find_cause(other) == ""
     assert os.environ[end_causes.ENGINE] == "e1", "the next Ray must not inherit the name"
-    assert end_causes.found("e1")
+    assert end_causes.find_cause("e1")
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
@@ -87,27 +87,27 @@ def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     if {"error", "killed"} <= first.keys() and notes[first["killed"]][1] <= notes[first["error"]][1] + 1:
         expected = "killed"
     if expected == "ended" and notes:
-        assert end_causes.found("e1").startswith("ended 0")
+        assert end_causes.find_cause("e1").startswith("ended 0")
     else:
-        assert end_causes.found("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
+        assert end_causes.find_cause("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
 
 
 def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
     """What one request made go wrong an hour ago is not why an engine ends now."""
     write(folder, end_causes.Note(time.time() - 3600, "error", "old"), end_causes.Note(time.time(), "ended", "new"))
-    assert end_causes.found("e1", recent=True) == "new"
-    assert end_causes.found("e1") == "old"
+    assert end_causes.find_cause("e1", recent=True) == "new"
+    assert end_causes.find_cause("e1") == "old"
 
 
 def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
     """Of a process its signal or exit code, of Ray's actors their ranks: where the kernel tells nothing more."""
-    end_causes.keep()
+    end_causes.register()
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
-    assert end_causes.found("e1") == "rank 1 was killed by SIGSEGV"
+    assert end_causes.find_cause("e1") == "rank 1 was killed by SIGSEGV"
     with end_causes.named() as other:
         logger.error("RayWorkerProc rank=%s died unexpectedly, shutting down executor.", [3])
-    assert end_causes.found(other) == "rank 3 ended without a word"
+    assert end_causes.find_cause(other) == "rank 3 ended without a word"
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
         (folder / f"{end_causes.MEMBER}-e1-1x").write_text("{")
         members = end_causes.Members()
         members.wait(0.01)
-        assert end_causes.found("e1") == ""
+        assert end_causes.find_cause("e1") == ""
         if number:
             process.send_signal(number)
         else:
             process.communicate(b"\n")
         members.wait(5.0)
-        assert end_causes.found("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
+        assert end_causes.find_cause("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
 def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
     """The owner reads the notes as soon as the core has failed, and blamed the core for a rank's death."""
     members = end_causes.Members()
-    end_causes.keep(members)
+    end_causes.register(members)
     with subprocess.Popen(["sleep", "60"]) as process:
         member = end_causes.Member("rank 1")
         (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
@@ -198,25 +198,25 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
         members.wait(5.0)
         waiting.join(5.0)
         assert not waiting.is_alive()
-        assert "was killed by SIGKILL" in end_causes.found("e1")
+        assert "was killed by SIGKILL" in end_causes.find_cause("e1")
 
 
 def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
     """Its error is noted although nothing ever ends beside it."""
-    end_causes.keep(end_causes.Members())
+    end_causes.register(end_causes.Members())
     fail("vllm.v1.engine.core", RuntimeError("alone"))
-    assert end_causes.found("e1") == "RuntimeError: alone"
+    assert end_causes.find_cause("e1") == "RuntimeError: alone"
 
 
 def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
     """The last of what crash handlers have written there."""
     log = tmp_path / "rank.err"
     log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
-    assert end_causes._last_words(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
+    assert end_causes._crash_cause(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
     log.write_text("*** SIGBUS received at time=1 on cpu 0 ***\n")
-    assert end_causes._last_words(end_causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
+    assert end_causes._crash_cause(end_causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
     log.write_text("nothing")
-    assert end_causes._last_words(end_causes.Member("rank 1", str(log), str(log))) == ""
+    assert end_causes._crash_cause(end_causes.Member("rank 1", str(log), str(log))) == ""
 
 
 @pytest.mark.parametrize(
@@ -230,16 +230,16 @@ def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: P
 )
 def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
     """Python's, where a signal is negative."""
-    assert exit_status.said(code) == words
+    assert exit_status.describe(code) == words
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A place that is not ours gets no file, and neither does a folder that is not there."""
-    end_causes.keep()
+    end_causes.register()
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))
         fail("vllm.v1.engine.core", RuntimeError("no"))
-        assert end_causes.found("e1") == ""
+        assert end_causes.find_cause("e1") == ""
     assert not list(tmp_path.iterdir())
 
 

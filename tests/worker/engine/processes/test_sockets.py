@@ -82,10 +82,10 @@ def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pyt
         elif folder.exists():
             folder.rmdir()
         monkeypatch.setenv(sockets.ENV, str(folder))
-        sockets.only_where_it_is()
+        sockets.restore_default_elsewhere()
         assert (sockets.ENV in os.environ) == kept
     monkeypatch.delenv(sockets.ENV)
-    sockets.only_where_it_is()
+    sockets.restore_default_elsewhere()
 
 
 def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

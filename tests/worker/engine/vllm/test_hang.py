@@ -16,7 +16,7 @@ import pytest
 
 from cluster.api.ports import Engine, EngineSick
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, Grammar
-from cluster.worker.engine.golden_check import Examined, GoldenAnswer
+from cluster.worker.engine.golden_check import CheckedEngine, GoldenAnswer
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.worker.engine.conftest import tiny_spec
 from tests.worker.engine.contract import Driver, Subject, request
@@ -128,7 +128,7 @@ class Started:
         return self._info
 
 
-class Forgetful(Examined):
+class Forgetful(CheckedEngine):
     """Remembers another answer than it was given, as if the engine had changed since."""
 
     def forget(self) -> None:
@@ -178,7 +178,7 @@ async def test_broken_weights_are_found_at_start(llama_folder: Path, tmp_path: P
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     engine = VllmEngine(tiny_spec(), folder)
-    examined = Examined(engine, node="n2")
+    examined = CheckedEngine(engine, node="n2")
     try:
         with pytest.raises(EngineSick, match=r"on node n2 is sick: .*NaN in the logits"):
             await examined.start()
