@@ -47,7 +47,7 @@ _EXIT_ENGINE_DEAD = 70
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where Ray placed the replica: its node, and the node of each GPU bundle in order; `gpus` bundles have a real GPU.
+    """Ray's placement of the replica: its node, and the node of each GPU bundle in order; `gpus` of them are real.
 
     `pod` and `host` are the Kubernetes names of pod and node; outside Kubernetes "" and the host's name.
     """

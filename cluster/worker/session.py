@@ -53,9 +53,9 @@ GATEWAY_SILENT_S = 1.0
 TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 TURN_METHOD = "/cluster.link.v1.Link/Turn"
 USAGE_ACK_S = 5.0
-"""How long a drained worker waits for the acknowledgement of its last usage records."""
+"""Seconds that a drained worker waits for the acknowledgement of its last usage records."""
 END_REASON_S = 0.5
-"""How long a worker whose engine has ended waits for its gateways to read the reason and close their links. If the
+"""Seconds that a worker whose engine has ended waits for its gateways to read the reason and close their links. If the
 worker closed a link first, the reset would overtake the reason."""
 
 
@@ -329,7 +329,7 @@ class WorkerSession:
             if link.outbox.full:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
-                raise LinkEnded("the gateway beats but acknowledges nothing")
+                raise LinkEnded("the gateway sends beats but does not acknowledge its grants")
             link.outbox.work(
                 ComputedWork(self._steps, self._busy_s, self._requests.prefilled_tokens, self._requests.decoded_tokens)
             )

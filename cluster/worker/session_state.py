@@ -20,7 +20,7 @@ class LinkState:
 
     number: int
     credit_order: int
-    """Its place in the order in which links share capacity: the first ones get the remainder of the division."""
+    """Position in the order in which links share capacity: the first ones get the remainder of the division."""
     gateway: str
     incarnation: str
     outbox: Outbox
@@ -66,7 +66,7 @@ class RunningRequest:
     resumed_from: str = ""
     """Incarnation of the gateway that the call was resumed from."""
     name: str = ""
-    """Name of the call's stream, also where the request can not be reattached (then `stream` is empty)."""
+    """Name of the call's stream, also if the request cannot be reattached (then `stream` is empty)."""
     token_ids: list[int] | None = None
     """All tokens after the prompt, for a request that can be reattached under `stream` when its gateway is gone.
     `parameters` has the other parameters on which they depend."""

@@ -143,7 +143,7 @@ def _on_the_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
         except FileNotFoundError:
             continue
         if size is None:
-            raise FetchError(f"the server does not say how large {name} is")
+            raise FetchError(f"the server does not report the size of {name}")
         yield name, f"{path}/{name}", int(size)
 
 
@@ -157,7 +157,7 @@ def _make_room(target: Path, files: Mapping[str, tuple[Any, str, int]], free: in
 def _full(target: Path, need: int, free: int) -> str:
     return (
         f"the disk is full: {need / 1e9:.2f} GB more are needed at {target} and {free / 1e9:.2f} GB are free; "
-        "make room, or set weights.cache_dir"
+        "free some space, or set weights.cache_dir"
     )
 
 
@@ -181,12 +181,12 @@ def _fetch_file(
             broken = error
         if number == TRIES - 1:
             raise FetchError(
-                f"{target.name} broke off {TRIES} times: {_short(broken)}; what has come is kept"
+                f"{target.name} broke off {TRIES} times: {_short(broken)}; the fetched part is kept for the next try"
             ) from broken
     have = part.stat().st_size
     if have != size:
         part.unlink()
-        raise FetchError(f"{target.name} has {have} bytes and the server said {size}")
+        raise FetchError(f"{target.name} has {have} bytes, but the server reported {size}; try again")
     part.replace(target)
 
 

@@ -62,5 +62,5 @@ def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
         return f"the entry says {named!r} and the model's card says {card.license!r}"
     has = card.license or named
     if not has:
-        return "neither the model's card nor the entry's `license` names one, and weights.allow.licenses asks for it"
+        return "neither the model's card nor the entry's `license` names a licence; weights.allow.licenses requires one"
     return "" if has in licenses else f"{has!r} is not among weights.allow.licenses"

@@ -155,7 +155,7 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
         raise SourceError(f"{where}: {folder / 'config.json'} must hold a JSON object")
     if config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
         raise SourceError(
-            f"{where}: {folder / 'config.json'} asks for code of its own (auto_map), which is refused; "
+            f"{where}: {folder / 'config.json'} loads the model's own code (auto_map), which is refused; "
             f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
         )
 

@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     special = {str(token) for token in tokenizer.all_special_tokens}
     if not set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)) - special:
         raise ValueError(
-            f"the tokenizer of {folder} knows no token of text: its vocabulary is empty. {_remedy(folder)}"
+            f"the tokenizer of {folder} has no tokens for text: its vocabulary is empty. {_remedy(folder)}"
         )
     return tokenizer
 
@@ -84,10 +84,10 @@ def _remedy(folder: Path) -> str:
             if b"git-lfs" in head:
                 return f"{file.name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder"
     if _lacks_merges(folder):
-        return "The folder has vocab.json but no merges.txt: copy it there"
+        return "The folder has vocab.json but no merges.txt: copy merges.txt there"
     return (
-        "The folder must hold a tokenizer.json and a tokenizer_config.json that are whole: copy the tokenizer files of "
-        "the model again; a tokenizer with code of its own needs trust_remote_code"
+        "The folder must have an intact tokenizer.json and tokenizer_config.json: copy the tokenizer files of the "
+        "model again; a tokenizer with its own code needs trust_remote_code"
     )
 
 

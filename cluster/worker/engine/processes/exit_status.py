@@ -21,7 +21,7 @@ _GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
 _INFO_EXIT = 1 << 3
 _EXIT_CODE_AT = 60
 STATUS_WITHIN_S = 0.5
-"""How long to wait for the status of an ended process before it counts as unknown."""
+"""Seconds to wait for the status of an ended process before it counts as unknown."""
 _POLL_S = 0.005
 _EXITING = 0x4
 """PF_EXITING of the kernel's flags of a process."""

@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 Tasks = Mapping[tuple[int, int], Task]
-"""By process and thread id."""
+"""Threads by (process id, thread id)."""
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:

@@ -57,7 +57,7 @@ class SimConfig:
         _check(
             self.max_num_seqs <= self.max_num_batched_tokens,
             "max_num_batched_tokens",
-            f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence gets its token",
+            f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence gets a token in each step",
         )
         _check(
             self.max_model_len <= self.kv_blocks * self.block_size,
@@ -92,10 +92,10 @@ class SimConfig:
         `fault` may be repeated. Raises ValueError that names the parameter.
         """
         if not source.startswith(SCHEME):
-            raise ValueError(f"source {source!r}: a simulated engine's begins with {SCHEME}")
+            raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
         url = urlsplit(source)
         if url.netloc:
-            raise ValueError(f"source {source!r}: three slashes before an absolute folder: sim:///{url.netloc}...")
+            raise ValueError(f"source {source!r}: use three slashes before an absolute folder: sim:///{url.netloc}...")
         values: dict[str, Any] = {}
         faults: list[SimFault] = []
         given = [*parse_qsl(url.query, keep_blank_values=True), *((k, str(v)) for k, v in (overrides or {}).items())]
@@ -119,13 +119,15 @@ class SimConfig:
         ids = _token_ids(tokenizer)
         vocab = self.vocab or int(model.get("vocab_size") or (max(ids.values()) + 1 if ids else 0))
         if not vocab:
-            raise ValueError("source: vocab is not given, and no config.json or tokenizer.json of a folder says it")
+            raise ValueError(
+                "source: vocab is not given, and there is no folder whose config.json or tokenizer.json has it"
+            )
         length = self.max_model_len or min(
             int(model.get("max_position_embeddings") or 2048), self.kv_blocks * self.block_size
         )
         eos = self.eos if self.eos >= 0 else _first(generation.get("eos_token_id", model.get("eos_token_id")))
         if self.eos_ratio and eos < 0:
-            raise ValueError("eos_ratio is set, but neither eos nor the folder says which token EOS is")
+            raise ValueError("eos_ratio is set, but neither eos nor the folder defines which token EOS is")
         lo, hi = self.token_lo, self.token_hi
         if not hi:
             lo, hi = _ordinary_range(ids, tokenizer) if ids else (lo, vocab)

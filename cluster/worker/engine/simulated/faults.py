@@ -39,13 +39,13 @@ class SimFault:
 
     def __post_init__(self) -> None:
         if self.point not in POINTS:
-            raise ValueError(f"fault {self}: point {self.point!r} is none of {', '.join(POINTS)}")
+            raise ValueError(f"fault {self}: point {self.point!r} is not one of {', '.join(POINTS)}")
         if self.action not in POINTS[self.point]:
             raise ValueError(f"fault {self}: at {self.point} only {', '.join(POINTS[self.point])} can be injected")
         if self.at < 0:
             raise ValueError(f"fault {self}: AT must be 0 (every time) or more")
         if (self.action in _TIMED) != (self.seconds > 0):
-            raise ValueError(f"fault {self}: SECONDS above 0 go with slow and block, and with these only")
+            raise ValueError(f"fault {self}: SECONDS above 0 are required for slow and block, and for these only")
 
     def __str__(self) -> str:
         tail = f":{self.seconds:g}" if self.seconds else ""

@@ -137,7 +137,7 @@ class SimModel:
         if length >= c.max_model_len:
             raise EngineRefused(
                 "CONTEXT_LENGTH_EXCEEDED",
-                f"the prompt has {length} tokens, but the model's context holds {c.max_model_len}, one of them output",
+                f"the prompt has {length} tokens, but the context is {c.max_model_len} tokens, at least one for output",
                 "prompt_token_ids",
             )
         wrong = (
@@ -145,9 +145,13 @@ class SimModel:
             (not request.prompt_token_ids, "prompt_token_ids", "must not be empty"),
             (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
             (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
-            (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens: nothing is left"),
-            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "hold a stop token"),
-            (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"are 0 to {MAX_LOGPROBS}"),
+            (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens already"),
+            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "have a stop token"),
+            (
+                s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"must be 0 to {MAX_LOGPROBS}",
+            ),
         )
         for is_wrong, name, what in wrong:
             if is_wrong:

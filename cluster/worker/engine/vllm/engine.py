@@ -129,7 +129,7 @@ class VllmEngine:
         try:
             config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
+            raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
         repairs.apply()
         in_core = lone_rank.settle(config)
         fork_server.install(rank_in_core=in_core)

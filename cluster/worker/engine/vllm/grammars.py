@@ -58,7 +58,7 @@ def _check_choice(value: str | tuple[str, ...]) -> None:
 
 def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
     if not isinstance(value, str) or (kind != "regex" and not value.strip()):
-        raise _refused(kind, "must be a text that is not empty")
+        raise _refused(kind, "must be a string that is not empty")
     _check_unicode(kind, value)
     limit = MAX_REGEX_BYTES if kind == "regex" else MAX_GRAMMAR_BYTES
     size = len(value.encode())

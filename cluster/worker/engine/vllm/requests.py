@@ -120,7 +120,7 @@ def _check_numbers(sampling: Sampling, limits: RequestBounds) -> None:
 
 def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(sampling.stop_token_ids)}")
+        raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids, got {len(sampling.stop_token_ids)}")
     if sampling.min_tokens:
         _check_ends(sampling, limits)
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
@@ -139,8 +139,8 @@ def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
     if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
         raise refused(
             "stop_token_ids",
-            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} with the {len(limits.eos_token_ids)} EOS ids of the model "
-            f"where min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
+            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} ids, including the model's {len(limits.eos_token_ids)} EOS ids, "
+            f"if min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
         )
 
 
@@ -148,10 +148,10 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
     """Refuse a resumed request that has already ended, or that this engine would continue differently."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
-        raise refused("emitted_token_ids", "max_tokens are emitted already; the call is at its end")
+        raise refused("emitted_token_ids", "reach max_tokens already; the call is at its end")
     ends = set(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else limits.eos_token_ids)
     if not ends.isdisjoint(request.emitted_token_ids):
-        raise refused("emitted_token_ids", "a token that ends the call is among them; the call is at its end")
+        raise refused("emitted_token_ids", "include a token that ends the call; the call is at its end")
     plain = not limits.installs
     restarts = (
         ("frequency_penalty", plain and sampling.frequency_penalty != 0),
@@ -162,7 +162,7 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
     for field, differs in restarts:
         if differs:
             raise refused(
-                field, "a call with it cannot be continued exactly on this engine", Outcome.RESUME_UNSUPPORTED
+                field, "a call with this parameter cannot be resumed exactly on this engine", Outcome.RESUME_UNSUPPORTED
             )
 
 
