@@ -230,7 +230,7 @@ class CheckedEngine:
                 return await self._submit_golden(emitted, seed)
             if seed is not None:
                 return ""
-            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
         return golden.request_id
 
     async def _repeat_golden(self) -> None:
@@ -242,7 +242,7 @@ class CheckedEngine:
         try:
             await self._engine.submit(golden)
         except EngineRefused as refused:
-            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
         """Return the next step's outputs for callers, not empty. Raises EngineDead and its subclass EngineSick."""
@@ -275,9 +275,9 @@ class CheckedEngine:
         assert self._info is not None
         tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
         if reason := why_wrong(reference, answer, tolerance):
-            raise self._sick(f"{how}its answer to the golden prompt is wrong: {reason}")
+            raise self._sick_error(f"{how}its answer to the golden prompt is wrong: {reason}")
 
-    def _sick(self, reason: str) -> EngineSick:
+    def _sick_error(self, reason: str) -> EngineSick:
         where = f" on node {self._node}" if self._node else ""
         return EngineSick(f"the engine{where} is sick: {reason}")
 

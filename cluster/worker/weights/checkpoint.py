@@ -59,7 +59,7 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
     where = f"models[{spec.name}].source: {folder}"
     weight_map = _weight_map(where, folder)
     if weight_map is not None:
-        names = _named_by_index(where, weight_map, names)
+        names = _check_indexed_files(where, weight_map, names)
     else:
         _check_shards(where, names)
     headers = _read_headers(where, folder, names)
@@ -68,7 +68,7 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
             f"{where}: {INDEX} names tensors that no file holds: "
             f"{_listed([f'{name} (in {(weight_map or {})[name]})' for name in lacking])}; {AGAIN}"
         )
-    if not _is_quantized(folder) and not _is_told_otherwise(spec):
+    if not _is_quantized(folder) and not _overrides_config(spec):
         _check_experts(where, headers)
         _check_tensors(where, folder, headers)
 
@@ -84,13 +84,15 @@ def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
     try:
         weight_map = json.loads(content)["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{where}/{INDEX} {_what(content.encode(), 'has no JSON object weight_map')}") from None
+        raise CheckpointError(
+            f"{where}/{INDEX} {_content_fault(content.encode(), 'has no JSON object weight_map')}"
+        ) from None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{where}/{INDEX}: weight_map must map tensors to file names; {AGAIN}")
     return weight_map
 
 
-def _named_by_index(where: str, weight_map: Mapping[str, str], names: Sequence[str]) -> list[str]:
+def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Sequence[str]) -> list[str]:
     wanted = sorted(set(weight_map.values()))
     if lacking := [name for name in wanted if name not in names]:
         raise CheckpointError(
@@ -129,11 +131,11 @@ def _read_headers(where: str, folder: Path, names: Sequence[str]) -> Headers:
         except OSError as error:
             raise CheckpointError(f"{where}/{name} cannot be read: {error}; {AGAIN}") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{where}/{name} {_damage(folder / name, str(error))}") from None
+            raise CheckpointError(f"{where}/{name} {_file_fault(folder / name, str(error))}") from None
     return Headers(shapes, dtypes, files)
 
 
-def _damage(file: Path, error: str) -> str:
+def _file_fault(file: Path, error: str) -> str:
     """Return what is wrong with a file that safetensors cannot read; most are truncated."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -145,13 +147,13 @@ def _damage(file: Path, error: str) -> str:
         tensors: dict[str, Any] = json.loads(header)
         end = max(part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return _what(head, f"is damaged ({error})")
+        return _content_fault(head, f"is damaged ({error})")
     if 8 + length + end > size:
         return f"is cut off: it has {size} bytes, and its header describes {8 + length + end}; {AGAIN}"
     return f"is damaged ({error}); {AGAIN}"
 
 
-def _what(content: bytes, otherwise: str) -> str:
+def _content_fault(content: bytes, otherwise: str) -> str:
     """Return what is wrong with a file's content, with the remedy."""
     if not content.strip():
         return f"is empty; {AGAIN}"
@@ -169,7 +171,7 @@ def _is_quantized(folder: Path) -> bool:
     )
 
 
-def _is_told_otherwise(spec: ModelSpec) -> bool:
+def _overrides_config(spec: ModelSpec) -> bool:
     """Whether the entry overrides config.json, or lets vLLM start without all tensors."""
     loader = spec.engine.get("model_loader_extra_config")
     return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)

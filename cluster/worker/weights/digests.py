@@ -24,8 +24,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted({file for pattern in _HASHED for file in folder.glob(pattern)}, key=lambda file: file.name)
 
 
-def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
-    """Return the SHA-256 of a file; add a text to `spoilt` for each tensor that is not finite."""
+def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
+    """Return the SHA-256 of a file; add a text to `problems` for each tensor that is not finite."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(piece_bytes))
     with file.open("rb", buffering=0) as stream:
@@ -40,7 +40,7 @@ def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
                 digest.update(piece)
                 problem = problem or finite.not_finite(piece, span)
             if problem:
-                spoilt.append(f"{file.name}: {problem} in {span.name}")
+                problems.append(f"{file.name}: {problem} in {span.name}")
             at = span.end
         for piece in _pieces(stream, file.stat().st_size - at, buffer):
             digest.update(piece)
@@ -73,24 +73,24 @@ def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYT
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     record = cache_dir / "digests" / f"{key}.json"
-    known = _known(record, stamps)
+    known = _read_record(record, stamps)
     if known:
         return known
-    total, spoilt = hashlib.sha256(), list[str]()
+    total, problems = hashlib.sha256(), list[str]()
     for file in files:
-        total.update(f"{file.name}\0{_file_digest(file, spoilt, piece_bytes)}\n".encode())
-    if spoilt:
-        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        total.update(f"{file.name}\0{_file_digest(file, problems, piece_bytes)}\n".encode())
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"the weights in {folder} are damaged: {'; '.join(spoilt[:3])}{more}: every answer would be NaN. Fetch or "
-            "copy the checkpoint again; one that was trained to NaN cannot be served"
+            f"the weights in {folder} are damaged: {'; '.join(problems[:3])}{more}: every answer would be "
+            "NaN. Fetch or copy the checkpoint again; one that was trained to NaN cannot be served"
         )
     digest = f"sha256:{total.hexdigest()}"
-    _keep(record, {"stamps": stamps, "digest": digest, "finite": True})
+    _write_record(record, {"stamps": stamps, "digest": digest, "finite": True})
     return digest
 
 
-def _known(record: Path, stamps: dict[str, list[int]]) -> str:
+def _read_record(record: Path, stamps: dict[str, list[int]]) -> str:
     try:
         kept = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def _known(record: Path, stamps: dict[str, list[int]]) -> str:
     return ""
 
 
-def _keep(record: Path, content: dict[str, object]) -> None:
+def _write_record(record: Path, content: dict[str, object]) -> None:
     """Write the record atomically. Errors are ignored: without it only the next call takes longer."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)

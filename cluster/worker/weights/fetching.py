@@ -65,11 +65,11 @@ def fetch(
     """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError."""
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
+    with _locked(target):
         if _complete(target):
             return target
         files = _files_of(source, patterns)
-        _make_room(target, files, free(target))
+        _check_space(target, files, free(target))
         sizes = {name: size for name, (_, _, size) in files.items()}
         total, done = sum(sizes.values()), 0
         for name, (system, path, size) in sorted(files.items()):
@@ -85,7 +85,7 @@ def fetch(
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _locked(target: Path) -> Iterator[None]:
     """Hold the folder's lock; other processes wait. The kernel releases it if this process dies."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,7 +107,7 @@ def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, s
         import fsspec
 
         system, path = fsspec.core.url_to_fs(source.rstrip("/"))
-        names = _on_the_web(system, path) if scheme in ("http", "https") else _in_a_store(system, path)
+        names = _list_web(system, path) if scheme in ("http", "https") else _list_store(system, path)
         files = {
             name: (system, where, size)
             for name, where, size in names
@@ -118,19 +118,19 @@ def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, s
     except FileNotFoundError:
         raise FetchError("there is nothing at this address") from None
     except Exception as error:  # each file system has its own errors
-        raise FetchError(f"cannot be listed: {_short(error)}") from error
+        raise FetchError(f"cannot be listed: {_first_line(error)}") from error
     if "config.json" not in files:
         raise FetchError("there is no config.json at this address; it is not a model folder, or access is refused")
     return files
 
 
-def _in_a_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
+def _list_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
     for entry in system.ls(path, detail=True):
         if entry["type"] == "file":
             yield entry["name"].rsplit("/", 1)[-1], entry["name"], int(entry["size"])
 
 
-def _on_the_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
+def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
     names = list(WEB_NAMES)
     try:
         index = json.loads(system.cat_file(f"{path}/{INDEX}"))
@@ -147,14 +147,14 @@ def _on_the_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
         yield name, f"{path}/{name}", int(size)
 
 
-def _make_room(target: Path, files: Mapping[str, tuple[Any, str, int]], free: int) -> None:
+def _check_space(target: Path, files: Mapping[str, tuple[Any, str, int]], free: int) -> None:
     fetched = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
     need = sum(size for _, _, size in files.values()) - fetched
     if need > free:
-        raise FetchError(_full(target, need, free))
+        raise FetchError(_disk_full_message(target, need, free))
 
 
-def _full(target: Path, need: int, free: int) -> str:
+def _disk_full_message(target: Path, need: int, free: int) -> str:
     return (
         f"the disk is full: {need / 1e9:.2f} GB more are needed at {target} and {free / 1e9:.2f} GB are free; "
         "free some space, or set weights.cache_dir"
@@ -175,13 +175,14 @@ def _fetch_file(
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 missing = size - part.stat().st_size
-                raise FetchError(_full(target.parent, missing, free_bytes(target.parent))) from None
+                raise FetchError(_disk_full_message(target.parent, missing, free_bytes(target.parent))) from None
             broken: Exception = error
         except Exception as error:  # each file system has its own errors
             broken = error
         if number == TRIES - 1:
             raise FetchError(
-                f"{target.name} broke off {TRIES} times: {_short(broken)}; the fetched part is kept for the next try"
+                f"{target.name} broke off {TRIES} times: {_first_line(broken)}; "
+                "the fetched part is kept for the next try"
             ) from broken
     have = part.stat().st_size
     if have != size:
@@ -211,5 +212,5 @@ def _range(system: Any, path: str, start: int, end: int) -> bytes:
     return data if len(data) <= end - start else data[start:end]
 
 
-def _short(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

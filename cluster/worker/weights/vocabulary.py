@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
     from transformers import AutoTokenizer, TokenizersBackend
 
-    if why := _why_none(folder, trust_remote_code):
+    if why := _why_no_tokenizer(folder, trust_remote_code):
         raise ValueError(f"{folder} {why}")
     try:
         # mistral_format=False: prefer tokenizer.json to tekken.json, whose tokenizer has no Rust backend.
@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _why_none(folder: Path, trust_remote_code: bool) -> str:
+def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
     """Return why a folder has no tokenizer; empty if it may have one."""
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""

@@ -116,14 +116,14 @@ def _status(pidfd: int, pid: int) -> int | None:
     """Return the exit code of a process that has ended; None where it cannot be read."""
     deadline = time.monotonic() + STATUS_WITHIN_S
     while True:
-        code = _of_zombie(pid)
-        code = _of_reaped(pidfd) if code is None else code
+        code = _zombie_status(pid)
+        code = _pidfd_status(pidfd) if code is None else code
         if code is not None or time.monotonic() > deadline:
             return None if code is None else os.waitstatus_to_exitcode(code)
         time.sleep(_POLL_S)
 
 
-def _of_zombie(pid: int) -> int | None:
+def _zombie_status(pid: int) -> int | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -131,7 +131,7 @@ def _of_zombie(pid: int) -> int | None:
     return int(fields[-1]) if fields[0] == "Z" else None
 
 
-def _of_reaped(pidfd: int) -> int | None:
+def _pidfd_status(pidfd: int) -> int | None:
     info = bytearray(64)
     struct.pack_into("<Q", info, 0, _INFO_EXIT)
     try:

@@ -32,7 +32,7 @@ PRELOAD = "cluster.worker.engine.processes.preload"
 _lock = threading.Lock()
 
 
-def wanted() -> bool:
+def is_wanted() -> bool:
     """Whether engine processes should be forks of the server. Raises ValueError for an invalid environment value."""
     word = os.environ.get(START, "")
     if word not in ("", "fork-server", "spawn"):
@@ -44,7 +44,7 @@ def wanted() -> bool:
 
 def begin() -> None:
     """Start the server where it is wanted; it imports in parallel with this process. Idempotent."""
-    if not wanted():
+    if not is_wanted():
         return
     with _lock, _preloaded_libraries():
         _create_folder()
@@ -52,12 +52,12 @@ def begin() -> None:
         forkserver.ensure_running()
 
 
-def begun() -> bool:
+def is_running() -> bool:
     """Whether this process has a server."""
     return getattr(forkserver._forkserver, "_forkserver_address", None) is not None
 
 
-def server() -> set[int]:
+def server_pids() -> set[int]:
     """Return the server's pid, if there is one; all processes that it forks belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
@@ -69,7 +69,7 @@ def install(*, rank_in_core: bool = False) -> None:
     A process that computes with bound threads is spawned instead, since libgomp reads the binding when a program
     starts: each rank, or the core if the rank is in it.
     """
-    if not begun():
+    if not is_running():
         return
     import vllm.v1.engine.utils as core_starts
     import vllm.v1.executor.multiproc_executor as rank_starts
@@ -138,9 +138,9 @@ def _hidden_main() -> Iterator[None]:
 def _preloaded_libraries() -> Iterator[None]:
     """Preload torch's own libgomp and vLLM's allocator, as vLLM's CPU platform requires of its processes."""
     before = os.environ.get("LD_PRELOAD")
-    found = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
-    if any(found) and not before:
-        os.environ["LD_PRELOAD"] = ":".join(filter(None, found))
+    libraries = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
+    if any(libraries) and not before:
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, libraries))
     try:
         yield
     finally:

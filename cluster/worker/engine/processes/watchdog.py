@@ -45,7 +45,7 @@ def _start_time(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _here() -> str:
+def _pid_scope() -> str:
     """Return the ids of this boot and pid namespace, within which a pid identifies a process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -56,7 +56,7 @@ def _here() -> str:
 
 def mark(pid: int) -> str:
     """Return a globally unique name of a process; empty where there is no /proc."""
-    start, here = _start_time(pid), _here()
+    start, here = _start_time(pid), _pid_scope()
     return f"{pid}@{start}@{here}" if start and here else ""
 
 
@@ -71,7 +71,7 @@ def alive(owner: str) -> bool | None:
     """Whether the marked process is alive; None for a mark of another host or pid namespace."""
     pid, _, rest = owner.partition("@")
     start, _, here = rest.partition("@")
-    if not pid.isdigit() or not start or here != _here():
+    if not pid.isdigit() or not start or here != _pid_scope():
         return None
     return _start_time(int(pid)) == start
 
@@ -140,7 +140,7 @@ def forget_names(others: Set[int]) -> None:
     unlink(set().union(*mapped.values()))
 
 
-def _end() -> None:
+def _end_process() -> None:
     unlink(set().union(*sharers(blocks_of(os.getpid())).values()))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
@@ -151,7 +151,7 @@ def _watch(gone: Callable[[], bool], pause: Callable[[float], object] = time.sle
             pause(POLL_S)
         except Exception:  # an error in `pause` must not end the watch
             time.sleep(POLL_S)
-    _end()
+    _end_process()
 
 
 def watch() -> None:

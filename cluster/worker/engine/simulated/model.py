@@ -124,14 +124,14 @@ class SimModel:
 
     def submit(self, request: EngineRequest) -> None:
         """Put a request into the queue. Raises EngineRefused."""
-        self._refuse_bad(request)
+        self._check_request(request)
         sequence = SimSequence(request, self._arrivals, self.config)
         self._arrivals += 1
         self._live[request.request_id] = sequence
         self._prompt_tokens_left += len(sequence.tokens)
         heapq.heappush(self._queue, (sequence.key, sequence))
 
-    def _refuse_bad(self, request: EngineRequest) -> None:
+    def _check_request(self, request: EngineRequest) -> None:
         c, s = self.config, request.sampling
         length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         if length >= c.max_model_len:

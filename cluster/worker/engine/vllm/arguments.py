@@ -100,7 +100,7 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
     if world_size(spec) > 1 and executor == "ray":
         os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
     if not on_cpu():
-        # On a GPU the count costs nothing extra; on CPUs it would cost a tenth of a step with many streams.
+        # On a GPU the count is copied with the tokens; on CPUs it would cost a tenth of a step with many streams.
         os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         return
     if "kv_cache_memory_bytes" in spec.engine or not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "unset"):

@@ -124,17 +124,17 @@ def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
 def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
     """The environment variable decides, whatever the vLLM build."""
     monkeypatch.setenv(fork_server.START, word)
-    assert fork_server.wanted() is wanted
+    assert fork_server.is_wanted() is wanted
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An invalid value is refused with the two valid ones."""
     monkeypatch.setenv(fork_server.START, "thread")
     with pytest.raises(ValueError, match="use fork-server or spawn"):
-        fork_server.wanted()
+        fork_server.is_wanted()
 
 
 def test_where_no_server_was_begun_nothing_changes() -> None:
     """Without a server `install` changes nothing, as for an engine outside a replica."""
-    assert not fork_server.begun()
+    assert not fork_server.is_running()
     fork_server.install()
