@@ -60,7 +60,10 @@ class WorkerUsage:
         outbox.flush()
 
     def detach(self, link: int, outbox: Outbox) -> None:
-        """Remove a link that has ended. Records that it has not acknowledged are sent on another link."""
+        """Remove a link that has ended. Records that it has not acknowledged go to another link.
+
+        Tokens that were never written to the ended link are subtracted from the records' written tokens.
+        """
         self._outboxes.pop(link, None)
         self._keeper.detach(link, outbox.unwritten())
         self._flush_due()

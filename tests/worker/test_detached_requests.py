@@ -50,7 +50,7 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=6).map(sorted), st.floats(0, 6))
 def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -> None:
-    """Dropped once its time is over, and told to the engine if it still runs there."""
+    """A detached request is dropped after KEEP_S, and its engine id is returned if it still runs."""
     detached = DetachedRequests()
     for number, (at, ended) in enumerate(left):
         assert detached.add(make_request(f"s{number}", f"r{number}", 5, [1]), at) == []

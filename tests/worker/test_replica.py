@@ -66,7 +66,7 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
     running = asyncio.create_task(greedy(link, [1, 2], 600))
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
     leaving = asyncio.create_task(replica.leave(20.0))
-    await eventually(lambda: not link.serves, "the gateway is told")
+    await eventually(lambda: not link.serves, "the gateway knows")
     link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
     assert len(await running) == 600
     await leaving

@@ -228,13 +228,13 @@ def test_a_healthy_engine_is_never_called_sick(
     """
     reference, answer, same = GoldenAnswer(), GoldenAnswer(), True
     for values, moves in given_values:
-        right = softmax(values)
+        expected = softmax(values)
         if same:
-            found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+            actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
         else:
-            found = softmax(moves)
-        reference.positions.append(greedy(right, top))
-        answer.positions.append(greedy(found, top))
+            actual = softmax(moves)
+        reference.positions.append(greedy(expected, top))
+        answer.positions.append(greedy(actual, top))
         same = same and reference.token_ids == answer.token_ids
     assert not why_wrong(reference, answer, tolerance)
     assert not why_wrong(answer, answer, tolerance)
@@ -245,10 +245,10 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
     values: list[float], moves: list[float], token: int, tolerance: float
 ) -> None:
     """If all values are given, a change of one value beyond the tolerance is found, whichever token is greedy."""
-    right = softmax(values)
-    found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
-    found[token] = right[token] + 1.01 * tolerance
-    reference, answer = GoldenAnswer([greedy(right, 12)]), GoldenAnswer([greedy(found, 12)])
+    expected = softmax(values)
+    actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
+    actual[token] = expected[token] + 1.01 * tolerance
+    reference, answer = GoldenAnswer([greedy(expected, 12)]), GoldenAnswer([greedy(actual, 12)])
     assert why_wrong(reference, answer, tolerance)
     assert why_wrong(answer, reference, tolerance)
 

@@ -43,7 +43,7 @@ RECENT_S = 30.0
 TOGETHER_S = 1.0
 """Seconds after an error within which the earlier death of a rank may be noticed."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""Seconds that a core waits for the note of a process that is ending, which is slow on a busy machine, and its poll."""
+"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two looks."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that report the failure of a core or a rank."""
@@ -77,7 +77,7 @@ class Member:
 
 
 @contextlib.contextmanager
-def named() -> Iterator[str]:
+def name_engine() -> Iterator[str]:
     """Set the engine's name in the environment while the owner starts it, and yield it for `find_cause`.
 
     The name is removed afterwards: ranks keep a name that they find in their node's environment, so a Ray that this
@@ -127,7 +127,7 @@ class _NotesHandler(logging.Handler):
             self._members.settle(TOGETHER_S)
         if error is not None:
             prefix = f"{self._process_name}: " if self._process_name not in ("", CORE) else ""
-            note("error", prefix + text(error), log_of("stdout"))
+            note("error", prefix + one_line(error), log_of("stdout"))
         elif DIED in str(record.msg):
             _note_death(record.args if isinstance(record.args, tuple) else ())
 
@@ -142,7 +142,7 @@ def _note_death(arguments: tuple[object, ...]) -> None:
         note("ended", f"rank {ranks} ended without a word")
 
 
-def text(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error on one line. If it contains another process's traceback, return that process's error."""
     message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
     if match := _RAY_ACTOR.search(message):
@@ -159,7 +159,7 @@ def register(members: Members | None = None) -> None:
 
     `members`: in a core, the other processes of its engine; their ends are noted before its own.
     """
-    name = own_name()
+    name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
         if not any(isinstance(handler, _NotesHandler) for handler in logger.handlers):
             logger.addHandler(_NotesHandler(name, members))
@@ -170,7 +170,7 @@ def register(members: Members | None = None) -> None:
             Path(f"{registered}-{os.getpid()}").write_text(json.dumps(dataclasses.asdict(member)))
 
 
-def own_name() -> str:
+def process_name() -> str:
     """Return this process's name in its engine (the core or a rank); empty if it is not a vLLM process."""
     process = current_process().name
     if process.startswith("EngineCore"):
@@ -289,7 +289,7 @@ def _crash_cause(member: Member) -> str:
 def find_cause(engine: str, *, recent: bool = False) -> str:
     """Return why an engine of this process has ended, with the log of the process that failed; empty without notes.
 
-    `engine`: the name from `named`. `recent`: ignore old notes, for an engine that was up.
+    `engine`: the name from `name_engine`. `recent`: ignore old notes, for an engine that was up.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

@@ -162,7 +162,7 @@ def watch() -> None:
         return
     _started.set()
     pause: Callable[[float], object] = time.sleep
-    members = end_causes.Members() if end_causes.own_name() == end_causes.CORE else None
+    members = end_causes.Members() if end_causes.process_name() == end_causes.CORE else None
     end_causes.register(members)
     if members is not None:
         pause = members.wait

@@ -135,7 +135,7 @@ class VllmEngine:
         fork_server.install(rank_in_core=in_core)
         try:
             with (
-                end_causes.named() as self._notes_name,
+                end_causes.name_engine() as self._notes_name,
                 lone_rank.environment(config) if in_core else contextlib.nullcontext(),
             ):
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)

@@ -58,7 +58,7 @@ def test_the_first_error_counts(folder: Path) -> None:
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
     fail("vllm.v1.engine.core", RuntimeError("see above"))
     assert end_causes.find_cause("e1") == "MemoryError: a rank has no room"
-    with end_causes.named() as other:
+    with end_causes.name_engine() as other:
         assert end_causes.find_cause(other) == ""
     assert os.environ[end_causes.ENGINE] == "e1", "the next Ray must not inherit the name"
     assert end_causes.find_cause("e1")
@@ -107,7 +107,7 @@ def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
     assert end_causes.find_cause("e1") == "rank 1 was killed by SIGSEGV"
-    with end_causes.named() as other:
+    with end_causes.name_engine() as other:
         logger.error("RayWorkerProc rank=%s died unexpectedly, shutting down executor.", [3])
     assert end_causes.find_cause(other) == "rank 3 ended without a word"
 
@@ -249,13 +249,13 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
     """The traceback that Ray or vLLM's ranks attach is removed; all lines of the message are kept."""
     why = "ValueError: no route\nto the other rank"
     sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
-    assert end_causes.text(RuntimeError(sent)) == "ValueError: no route to the other rank"
+    assert end_causes.one_line(RuntimeError(sent)) == "ValueError: no route to the other rank"
     noted = ValueError("no route\nto the other rank")
     noted.add_note("Traceback (most recent call last):\n  File y\nValueError: no route")
-    assert end_causes.text(noted) == "ValueError: no route to the other rank"
-    assert len(end_causes.text(ValueError("long " * 1000))) == end_causes.LONGEST
+    assert end_causes.one_line(noted) == "ValueError: no route to the other rank"
+    assert len(end_causes.one_line(ValueError("long " * 1000))) == end_causes.LONGEST
     died = "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 7867\n\tip: 1.2.3.4\nThe"
-    assert end_causes.text(RuntimeError(died)) == "a rank (process 7867) died while it started"
+    assert end_causes.one_line(RuntimeError(died)) == "a rank (process 7867) died while it started"
 
 
 @pytest.mark.engine

@@ -20,7 +20,7 @@ from cluster.worker.engine.processes import fork_server as forks
 
 def told(queue, deeper):
     context = forks._Context()
-    found = {
+    state = {
         "parent": os.getppid(),
         "marked": os.environ.get("MARK"),
         "begun with": os.environ.get("BEFORE"),
@@ -32,8 +32,8 @@ def told(queue, deeper):
         inner = context.Process(target=told, args=(queue, False))
         inner.start()
         inner.join()
-        found["inner code"] = inner.exitcode
-    queue.put(found)
+        state["inner code"] = inner.exitcode
+    queue.put(state)
 
 if __name__ == "__main__":
     os.environ["BEFORE"] = "yes"
@@ -67,16 +67,16 @@ def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> N
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
-    inner, outer = found["both"]
+    result = json.loads(ran.stdout)
+    inner, outer = result["both"]
     assert (outer["marked"], inner["marked"]) == ("outer", "inner")
     assert outer["parent"] == inner["parent"]
-    assert found["code"] == outer["inner code"] == 0
+    assert result["code"] == outer["inner code"] == 0
     for fork in (outer, inner):
         assert fork["begun with"] is None
         assert fork["preloaded"]
         assert not fork["main again"]
-    assert found["own main"].endswith("program.py")
+    assert result["own main"].endswith("program.py")
 
 
 HOLDS = """
