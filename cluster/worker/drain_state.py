@@ -1,7 +1,8 @@
-"""Whether a worker takes new work: what operators and the end of its process have said, told to every gateway.
+"""The drain state of a worker: whether it takes new sequences, as set by operators or by the end of its process.
 
-Cordoned it takes nothing new and keeps what runs. Drained it lets what runs end by itself for a part of the time and
-go on elsewhere after that; nothing is cut. Both are taken back by uncordon, unless the process is about to end.
+Every gateway is sent the state. A cordoned worker takes no new sequences and keeps those that run. A draining worker
+lets running sequences end by themselves for part of the drain time; then the gateways resume them on other workers,
+and none is cut off. Uncordon undoes both, unless the process is about to end.
 """
 
 from __future__ import annotations
@@ -13,59 +14,61 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.outbox import Outbox
 
 STAY_PART = 0.5
-"""The part of a drain's time in which running calls may end by themselves; then they go on elsewhere."""
+"""Part of the drain time in which running sequences may end by themselves; then they resume on other workers."""
 
 
 class DrainStates:
-    """One worker's standing. `outboxes` gives those of all its links."""
+    """The drain state of one worker. `outboxes` returns the outboxes of all its links."""
 
     def __init__(self, outboxes: Callable[[], Iterable[Outbox]]) -> None:
         self._outboxes = outboxes
         self._stays_until = 0.0
         self.state = DrainState.SERVING
         self.leaving = False
-        """Set by a drain that comes before the process's end: nothing takes it back."""
+        """Set by a drain before the end of the process: nothing undoes it."""
 
     @property
     def serves(self) -> bool:
-        """Whether new work is taken."""
+        """Whether the worker takes new sequences."""
         return self.state is DrainState.SERVING
 
     def cordon(self, now: float) -> None:
-        """Nothing new; what runs stays. Of a worker that drains already nothing changes."""
+        """Take no new sequences and keep those that run. Changes nothing if the worker drains already."""
         if self.serves:
-            self._become(DrainState.CORDONED, now)
+            self._set_state(DrainState.CORDONED, now)
 
     def uncordon(self, now: float) -> bool:
-        """Take work again; False where nothing changed."""
+        """Take new sequences again; return False if nothing changed."""
         if self.serves or self.leaving:
             return False
-        self._become(DrainState.SERVING, now)
+        self._set_state(DrainState.SERVING, now)
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Nothing new; what runs ends or moves. A second drain sets the time anew, but a process that is about to end
-        keeps the earlier time."""
+        """Take no new sequences; running ones end or move. A second drain sets the time anew.
+
+        If the process is about to end, the earlier of both times counts.
+        """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
         self.leaving |= leaving
-        self._become(DrainState.DRAINING, now)
+        self._set_state(DrainState.DRAINING, now)
 
-    def drained(self, now: float) -> None:
-        """Nothing runs any more. Without meaning for one that has been uncordoned meanwhile."""
+    def mark_drained(self, now: float) -> None:
+        """Mark the worker as drained: nothing runs any more. Changes nothing if it was uncordoned meanwhile."""
         if self.state is DrainState.DRAINING:
-            self._become(DrainState.DRAINED, now)
+            self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Tell a new link; one that has been told nothing takes the worker to serve."""
+        """Send the state to a new link, unless the worker serves: gateways assume that until they are sent a state."""
         if not self.serves:
-            outbox.standing(self._told(now))
+            outbox.standing(self._message(now))
 
-    def _become(self, state: DrainState, now: float) -> None:
+    def _set_state(self, state: DrainState, now: float) -> None:
         self.state = state
         for outbox in self._outboxes():
-            outbox.standing(self._told(now))
+            outbox.standing(self._message(now))
 
-    def _told(self, now: float) -> pb.Standing:
+    def _message(self, now: float) -> pb.Standing:
         stay_ms = int(max(self._stays_until - now, 0.0) * 1000) if self.state is DrainState.DRAINING else 0
         return pb.Standing(state=pb.Standing.State.Value(f"STATE_{self.state.value}"), stay_ms=stay_ms)

@@ -1,16 +1,17 @@
-"""Whose GPU time it was: each step's time times the replica's GPUs, shared by the tokens that were computed in it.
+"""Attribution of GPU time to requests: each step's time times the replica's GPUs, divided among the step's tokens.
 
-Problem: the tokens of a step are charged at time x GPUs / tokens of that step, for hundreds of requests a step, and
-walking over them all again would cost as much as the step's own bookkeeping. So only the sum of all steps' prices is
-kept (C). A request that got one token in each step between two moments owes the difference of C between them; one that
-got more or fewer owes that times its tokens a step. A step costs O(1), a request O(1) at its first token and its end.
+Problem: the price of a token is time x GPUs / tokens of its step. A step has hundreds of requests; charging each one
+in every step would cost as much as the step's own bookkeeping. So only the sum C of all steps' prices is kept. A
+request that got one token in each step between two times owes the difference of C between them; a request that got
+more or fewer owes that difference times its tokens per step. A step costs O(1), a request O(1) at its first token and
+its end.
 
-A prompt counts when its first token comes, for only then does the engine tell what of it was cached. One that needed
-several steps is shared evenly over the last ceil(tokens / max_num_batched_tokens) of them; what the requests beside it
-have then paid too much is taken off C.
+A prompt is charged when its first token arrives, because only then does the engine report how much of it was cached. A
+prompt that needed several steps is divided evenly over the last ceil(tokens / max_num_batched_tokens) steps; what the
+other requests were charged too much for those steps is subtracted from C.
 
-What nobody owes is idle: lifetime x GPUs less all that was charged. So the sum over requests and idle is exact
-whatever was approximated. A request dropped before its first token owes nothing.
+Idle time is lifetime x GPUs minus all charges. So the sum of requests and idle time is exact, whatever was
+approximated. A request aborted before its first token owes nothing.
 
 Pure: no clock; `now` is monotonic seconds.
 """
@@ -26,7 +27,7 @@ REMEMBERED_STEPS = 256
 
 @dataclass(slots=True)
 class GpuShare:
-    """What one request owes so far."""
+    """The data from which one request's GPU time is computed."""
 
     from_step: int
     prefill_s: float = 0.0
@@ -53,33 +54,35 @@ class GpuMeter:
         self._steps = 0
         self._last: deque[_MeteredStep] = deque(maxlen=REMEMBERED_STEPS)
         self._charged = 0.0
-        self._idle_told = 0.0
+        self._idle_reported = 0.0
 
-    def entered(self, now: float) -> GpuShare:
-        """A request has entered the engine."""
+    def open_share(self, now: float) -> GpuShare:
+        """Open the share of a request that enters the engine."""
         if self._busy_since is None:
             self._busy_since = now
         return GpuShare(self._steps)
 
-    def rested(self) -> None:
-        """The engine has nothing left to do; time is idle until something enters."""
+    def mark_idle(self) -> None:
+        """Count the time from now on as idle, until the next request enters."""
         self._busy_since = None
 
     def step(self, now: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]] = ()) -> None:
-        """Outputs have come: `emitted` tokens in all. `firsts`: each request that got its first ones, the prompt
-        tokens that were computed for it, and how many it got."""
+        """Charge a step that emitted `emitted` tokens in all.
+
+        `firsts`: share, computed prompt tokens and emitted tokens of each request that got its first output.
+        """
         since = now if self._busy_since is None else self._busy_since
         self._busy_since = now
         self._steps += 1
         gpu_s = (now - since) * self.gpus
         if firsts:
-            self._step_with(gpu_s, emitted, firsts)
+            self._charge_firsts(gpu_s, emitted, firsts)
             return
         tokens = emitted or 1
         self._last.append(_MeteredStep(gpu_s, tokens))
         self._price += gpu_s / tokens
 
-    def _step_with(self, gpu_s: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]]) -> None:
+    def _charge_firsts(self, gpu_s: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]]) -> None:
         spread = [(share, max(prompt, 1), self._spread(share, prompt)) for share, prompt, _ in firsts]
         tokens = emitted + sum(prompt / steps for _, prompt, steps in spread) - sum(got for _, _, got in firsts)
         this = _MeteredStep(gpu_s, max(tokens, 1.0))
@@ -87,7 +90,7 @@ class GpuMeter:
         for share, prompt, steps in spread:
             share.prefill_s += price * prompt / steps
             for earlier in range(1, steps):
-                share.prefill_s += self._join(self._last[-earlier], prompt / steps)
+                share.prefill_s += self._add_tokens(self._last[-earlier], prompt / steps)
         self._last.append(this)
         self._price += price
         for share, _, got in firsts:
@@ -97,8 +100,8 @@ class GpuMeter:
         chunks = -(-prompt // self._max_step_tokens)
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
-    def _join(self, step: _MeteredStep, tokens: float) -> float:
-        """More tokens were computed in an earlier step than was known: what they owe."""
+    def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
+        """Add `tokens` to an earlier step, since more were computed in it than was known; return what they owe."""
         before = step.gpu_s / step.tokens
         step.tokens += tokens
         after = step.gpu_s / step.tokens
@@ -106,7 +109,7 @@ class GpuMeter:
         return after * tokens
 
     def owed(self, share: GpuShare, generated: int) -> float:
-        """GPU-seconds of a request that has got `generated` tokens."""
+        """Return the GPU-seconds owed by a request for which `generated` tokens were generated."""
         steps = self._steps - share.first_step
         if share.first_step < 0 or not steps:
             return share.prefill_s
@@ -114,15 +117,15 @@ class GpuMeter:
         return share.prefill_s + max((self._price - share.first_price) * each, 0.0)
 
     def charge(self, share: GpuShare, generated: int) -> float:
-        """A request has ended: what it owes, once."""
+        """Charge a request that has ended; return the GPU-seconds it owes. Call once for each request."""
         owed = self.owed(share, generated)
         self._charged += owed
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """GPU-seconds that nobody owes since the last call; `running` requests and their tokens owe theirs later."""
+        """Return the idle GPU-seconds since the last call. `running`: requests charged later, with their tokens."""
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding
-        idle = max(whole - self._idle_told, 0.0)
-        self._idle_told += idle
+        idle = max(whole - self._idle_reported, 0.0)
+        self._idle_reported += idle
         return idle

@@ -1,4 +1,7 @@
-"""From a model's entry to a folder on this disk, its bundle and its engine. Used by replicas and by the controller."""
+"""Opening of a model: from its catalog entry to a folder on this disk, its tokenizer bundle and its engine.
+
+Used by replicas and by the controller.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from cluster.api.ports import Engine
 from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
-from cluster.worker.replica import Opened
+from cluster.worker.replica import OpenedModel
 from cluster.worker.settings import ReplicaSettings
 from cluster.worker.weights.model_card import Card, read_card
 
 
-def open_model(settings: ReplicaSettings) -> Opened:
-    """Fetch or find the model, build its bundle, make its engine (not started). Blocks. Raises ValueError."""
+def open_model(settings: ReplicaSettings) -> OpenedModel:
+    """Find or fetch the model, build its bundle, create its engine (not started). Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
@@ -26,11 +29,11 @@ def open_model(settings: ReplicaSettings) -> Opened:
     check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
     engine = VllmEngine(settings.spec, folder)
-    return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))
+    return OpenedModel(engine, bundle, weight_digest(folder, _cache_dir(settings)))
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
-    """Raise ValueError for engine arguments that name code, where the settings allow none."""
+    """Raise ValueError for engine arguments that name code to load, unless the settings allow remote code."""
     if settings.allow_remote_code:
         return
     for path, text in code_arguments(settings.spec.engine):
@@ -38,20 +41,20 @@ def _refuse_code(settings: ReplicaSettings) -> None:
 
 
 def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
-    """The model's tokenizer bundle alone, from its source, and its card. Blocks. Raises ValueError."""
+    """Return the model's tokenizer bundle and its card, without an engine. Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings).bundle, Card()
     folder = _resolve(settings)
     return _bundle_of(folder, settings), read_card(folder)
 
 
-def _open_simulated(settings: ReplicaSettings) -> Opened:
+def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
     from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 
     config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine: Engine = SimEngine(config)
-    return Opened(engine, bundle, config.weight_digest)
+    return OpenedModel(engine, bundle, config.weight_digest)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
@@ -76,7 +79,7 @@ def _resolve(settings: ReplicaSettings) -> Path:
 
 
 def _cache_dir(settings: ReplicaSettings) -> Path:
-    """The configured folder; a relative one or none at all is below the user's own cache on that node."""
+    """Return the configured cache folder, or the user's own cache folder on this node if none is configured."""
     from cluster.config.schema import cache_dir
 
     return Path(settings.cache_dir) if settings.cache_dir else cache_dir()

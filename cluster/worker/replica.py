@@ -1,11 +1,13 @@
-"""One engine replica: opens the model, starts the engine, serves it over the link. A plain class; Ray is
-replica_actor.py's.
+"""One engine replica: open the model, start the engine, serve it over the links.
 
-Its end comes in four ways. Asked to stop, it drains and closes. When its node is about to end, it drains within the
-time that is left, and then lets Serve replace it. Asked to come up with what cannot work, it raises ModelRefused and no
-other try follows. When its engine dies, or is found sick (worker/engine/golden_check.py), it closes its links and ends
-its own process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog
-then end what the engine left behind, and Serve makes a new replica.
+Ray does not appear here; its part is cluster/ray/replica_actor.py.
+A replica ends in one of four ways:
+- `stop`: it drains and closes.
+- Its node is about to end: it drains within the time left, then lets Ray Serve replace it.
+- Its settings cannot work: `start` raises ModelRefused, and the start is not retried.
+- Its engine dies, or fails the golden check (worker/engine/golden_check.py): it closes its links and ends its own
+  process at once, so that the gateways and Ray see it within milliseconds. Ray and the engine's watchdog then end the
+  engine's remaining processes, and Ray Serve starts a new replica.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from cluster.process.core_dumps import leave_no_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.interpreter import hand_over_soon
 from cluster.wire.bundle import Bundle
-from cluster.worker.engine.golden_check import Examined
+from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
 from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
@@ -38,15 +40,17 @@ from cluster.worker.settings import ModelRefused, ReplicaSettings
 log = structlog.get_logger("replica")
 
 CHECK_S = 0.25
-"""How often the engine is asked whether it is dead while no step tells."""
+"""Seconds between checks whether the engine is dead, for the time in which no step reports it."""
 _CLOSE_LINKS_S = 0.2
 _EXIT_ENGINE_DEAD = 70
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order. `gpus` of them are real.
-    `pod` and `host` are Kubernetes' names of both, outside Kubernetes "" and the host's name."""
+    """Ray's placement of the replica: its node, and the node of each GPU bundle in order; `gpus` of them are real.
+
+    `pod` and `host` are the Kubernetes names of pod and node; outside Kubernetes "" and the host's name.
+    """
 
     replica_id: str
     node: str
@@ -57,51 +61,54 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A model on this node's disk with the engine that is to run it."""
+class OpenedModel:
+    """A model on this node's disk, and the engine to run it with."""
 
     engine: Engine
     bundle: Bundle
     weight_digest: str
 
 
-class Opener(Protocol):
-    """Brings a model to this node. Raises ValueError for a source that cannot work, OSError for one out of reach."""
+class ModelOpener(Protocol):
+    """Function that fetches a model to this node. Raises ValueError for an invalid source, OSError if out of reach."""
 
-    def __call__(self, settings: ReplicaSettings) -> Opened: ...
+    def __call__(self, settings: ReplicaSettings) -> OpenedModel: ...
 
 
 def end_process(code: int) -> None:
-    """End this process now, without waiting for threads or exit handlers that a dead engine could hold."""
+    """End this process now, without waiting for threads or exit handlers that a dead engine could block."""
     os._exit(code)
 
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """`start` once; then `check` until `stop`. `gateways` are dialled from the start of serving."""
+    """A replica: call `start` once, then `check` until `stop`. It dials the gateways once the engine has started."""
 
     settings: ReplicaSettings
     place: Place
-    opener: Opener
+    opener: ModelOpener
     on_engine_death: Callable[[int], None] = end_process
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     engine: Engine | None = None
     info: EngineInfo | None = None
     end: WorkerSession | None = None
     _serving: asyncio.Task[None] | None = None
-    _leave_by: float = math.inf
-    _left: bool = False
+    _drain_deadline: float = math.inf
+    _drained: bool = False
 
     def __repr__(self) -> str:
         return f"Replica({self.worker_id}, {self.info.engine_class if self.info else 'not started'})"
 
     @property
     def worker_id(self) -> str:
-        """Stable for the life of the replica."""
+        """The worker's id, stable for the life of the replica."""
         return f"{self.settings.spec.name}-{self.place.replica_id}"
 
     async def start(self) -> None:
-        """Come up. Raises ModelRefused for what cannot work, anything else for what may work the next time."""
+        """Open the model, start the engine and serve it.
+
+        Raises ModelRefused when a retry would fail alike, any other exception when a retry may work.
+        """
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
@@ -113,11 +120,11 @@ class Replica:
             opened = await asyncio.to_thread(self.opener, self.settings)
             if spec.digest not in ("", opened.weight_digest):
                 raise ValueError(
-                    f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
-                    f"the entry wants {spec.digest}: mend the files, or pin what they are"
+                    f"models[{spec.name}].digest: the weights on this node have {opened.weight_digest}, "
+                    f"the entry requires {spec.digest}: replace the files, or set digest to what they have"
                 )
-            found = time.time()
-            self.engine = engine = Examined(opened.engine, node=self.place.node)
+            opened_at = time.time()
+            self.engine = engine = CheckedEngine(opened.engine, node=self.place.node)
             self.info = await engine.start()
         except ValueError as error:
             await self.stop()
@@ -126,22 +133,22 @@ class Replica:
             log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
             await self.stop()
             raise
-        except BaseException:  # a cancelled start too leaves no engine behind
+        except BaseException:  # a cancelled start must not leave an engine behind either
             await self.stop()
             raise
         log.info(
             "worker.started",
             began=round(began, 3),
-            opened_s=round(found - began, 3),
-            engine_s=round(time.time() - found, 3),
+            opened_s=round(opened_at - began, 3),
+            engine_s=round(time.time() - opened_at, 3),
         )
-        if engine.withdrawn:
-            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.withdrawn)
+        if engine.downgrade_reason:
+            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.downgrade_reason)
         for name, reason in repairs.not_applied.items():
             log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
         self._serve(opened, engine, self.info)
 
-    def _serve(self, opened: Opened, engine: Engine, info: EngineInfo) -> None:
+    def _serve(self, opened: OpenedModel, engine: Engine, info: EngineInfo) -> None:
         identity = WorkerIdentity(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -166,7 +173,7 @@ class Replica:
             gpus=self.place.gpus,
             gpu=identity.gpu,
         )
-        self._serving = asyncio.create_task(self._until_dead(self.end, engine))
+        self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
         memory.settle()
         log.info(
             "worker.up",
@@ -176,8 +183,8 @@ class Replica:
             capabilities=" ".join(info.capabilities),
         )
 
-    async def _until_dead(self, end: WorkerSession, engine: Engine) -> None:
-        parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
+    async def _serve_until_dead(self, end: WorkerSession, engine: Engine) -> None:
+        parts = [asyncio.create_task(end.run()), asyncio.create_task(_check_engine(engine))]
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
@@ -202,28 +209,32 @@ class Replica:
         if self._serving.done():
             failure = None if self._serving.cancelled() else self._serving.exception()
             raise EngineDead(f"the worker has ended: {failure or 'it was closed'}")
-        if self._left:
+        if self._drained:
             raise EngineDead("the worker has drained, since its node is about to end")
         await self.engine.check()
 
     async def leave(self, timeout_s: float) -> None:
-        """Drain within this time, since the node is about to end; then `check` raises, so that Serve makes another
-        replica elsewhere."""
-        self._leave_by = min(self._leave_by, time.monotonic() + timeout_s)
+        """Drain within `timeout_s` because the node is about to end.
+
+        `check` raises afterwards, so that Ray Serve starts another replica elsewhere.
+        """
+        self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
             log.info("worker.leaving", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
             drained = await self.end.drain(timeout_s)
             log.info("worker.left", worker=self.worker_id, node=self.place.node, drained=drained)
-        self._left = True
+        self._drained = True
 
     async def stop(self, within_s: float = math.inf) -> None:
-        """Drain within the shortest of this time, the settings' and that of `leave`; close the links, end the engine.
-        Idempotent."""
+        """Drain, close the links, end the engine. Idempotent.
+
+        The drain takes at most `within_s`, the settings' drain time, and what is left of the time given to `leave`.
+        """
         end, self.end = self.end, None
         serving, self._serving = self._serving, None
         engine, self.engine = self.engine, None
         if end is not None and serving is not None and not serving.done():
-            left_s = max(self._leave_by - time.monotonic(), 0.0)
+            left_s = max(self._drain_deadline - time.monotonic(), 0.0)
             await end.drain(min(self.settings.drain_timeout_s, left_s, within_s))
             await end.close()
             with contextlib.suppress(Exception):
@@ -232,7 +243,7 @@ class Replica:
             await engine.close()
 
 
-async def _watch(engine: Engine) -> None:
+async def _check_engine(engine: Engine) -> None:
     while True:
         await engine.check()
         await asyncio.sleep(CHECK_S)

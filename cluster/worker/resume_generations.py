@@ -1,10 +1,11 @@
-"""Which generation of a resumed call is the newest that a worker knows of: requests of older ones are not run.
+"""The newest generation of each resumed call that a worker knows of; requests of older generations are not run.
 
-Problem: a client may resume a stream at another gateway while the first still serves it, and at any chunk of it. Each
-resumption has a higher generation, by one atomic write; but the gateways do not know each other. Workers know all of
-them: what a gateway took over it tells every worker, and each of these ends what it runs of the call for others.
-Invariant: after a takeover has arrived no request of a lower generation of that call runs or begins here.
-What is known of the oldest calls is forgotten beyond MOST. Pure: no clock, no I/O.
+Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves it. One
+atomic write gives each resume a higher generation, but gateways have no connections to each other. Workers are linked
+to all gateways: a gateway that resumes a call reports it to every worker, and each worker ends the call's older
+requests.
+Invariant: after the report has arrived, no request of a lower generation of that call runs or starts here.
+Beyond MOST calls the oldest are forgotten. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ MOST = 20_000
 
 
 def call_of(stream: str) -> str:
-    """The call of a stream's name, which ends with the number of one of its choices."""
+    """Return the call part of a stream's name, which is the call, `#` and the number of one of its outputs."""
     return stream.rpartition("#")[0]
 
 
 class ResumeGenerations:
-    """Of one worker."""
+    """The newest generation of each call, at one worker."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -28,7 +29,7 @@ class ResumeGenerations:
         return len(self._newest)
 
     def took_over(self, call: str, generation: int) -> bool:
-        """A call was resumed; whether this is news."""
+        """Record a call's resume; return whether its generation is newer than the known one."""
         if generation <= self._newest.get(call, 0):
             return False
         self._newest.pop(call, None)
@@ -38,5 +39,5 @@ class ResumeGenerations:
         return True
 
     def outdated(self, stream: str, generation: int) -> bool:
-        """Whether a request belongs to a reader that another one has followed."""
+        """Whether a newer generation of the request's call is known."""
         return bool(stream) and generation < self._newest.get(call_of(stream), 0)

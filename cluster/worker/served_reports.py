@@ -1,7 +1,7 @@
-"""A worker's word to the gateways about fair turns: whom it has served, and who waits at each other gateway.
+"""A worker's reports to the gateways for fair queueing: the service it has given, and the other gateways' backlogs.
 
-Gateways do not know each other; whoever has work to share dials all of them. So what one gateway tells of its line is
-handed on to the others, and what a worker has served is told to all. Nothing here is done for each token.
+Gateways have no connections to each other, but a worker is linked to all of them. So it forwards each gateway's
+backlog to the others and reports to all of them what it has served. Nothing here is done for each token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.wire.outbox import Outbox
 
 
 class ServedReports:
-    """Of one worker. Links go by their numbers."""
+    """The reports of one worker. Links are identified by their numbers."""
 
     def __init__(self) -> None:
         self._meter = ServedMeter()
@@ -27,18 +27,18 @@ class ServedReports:
         self._links: dict[int, tuple[str, Outbox]] = {}
 
     def attach(self, number: int, gateway: str, outbox: Outbox) -> None:
-        """A new link: it is told at once where its account begins, though that be with nothing."""
+        """Add a link and send it the current totals at once, even if they are empty."""
         self._links[number] = (gateway, outbox)
         self._meter.attach(number)
         outbox.served(self._report(number))
 
     def detach(self, number: int) -> None:
-        """It ended."""
+        """Remove a link."""
         self._links.pop(number, None)
         self._meter.detach(number)
 
     def accepted(self, request_id: str, number: int, submit: pb.Submit, prompt_tokens: int) -> None:
-        """A request came."""
+        """Record a request that the worker has received."""
         if not submit.tenant_handle:
             return
         self._weights[submit.tenant_handle] = submit.tenant_weight
@@ -48,28 +48,28 @@ class ServedReports:
         self._meter.accepted(request_id, number, flow, charge, again=submit.attempt > 1)
 
     def revoked(self, request_id: str) -> None:
-        """The engine did not take it."""
+        """Remove a request that the engine did not accept."""
         self._meter.revoked(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """With its first output."""
+        """Record how much of a request's prompt was cached, which its first output reports."""
         self._meter.cached(request_id, cached_tokens)
 
     def ended(self, request_id: str, generated_tokens: int) -> None:
-        """However it ended."""
+        """Record the end of a request, for whatever reason."""
         self._meter.generated(request_id, generated_tokens)
         self._meter.ended(request_id)
 
     def report(self, running: Iterable[tuple[str, int]]) -> None:
-        """Tell every gateway what has changed. `running`: requests and the tokens that each has generated."""
+        """Send every gateway the totals that have changed. `running`: request ids and tokens generated so far."""
         for request_id, generated_tokens in running:
             self._meter.generated(request_id, generated_tokens)
         for number, (_, outbox) in self._links.items():
             if totals := self._report(number):
                 outbox.served(totals)
 
-    def relay(self, number: int, backlog: pb.Backlog) -> None:
-        """Hand on what a gateway tells of its line."""
+    def forward_backlog(self, number: int, backlog: pb.Backlog) -> None:
+        """Forward a gateway's backlog to the other gateways."""
         if not backlog.tells_flows or number not in self._links:
             return
         gateway, flows = self._links[number][0], flows_from_pb(backlog.flows)

@@ -1,9 +1,9 @@
-"""The worker's end of its links: takes Submits from every gateway, runs them on one engine, sends each step's outputs.
+"""The worker's side of its links: run Submits from all gateways on one engine and send back each step's outputs.
 
-The engine loop never awaits a link (outbox.py). A link that ends takes its requests with it: they are aborted in the
-engine, and the gateway decides what becomes of the calls; those that may come back through another gateway run on for a
-moment (detached_requests.py). Request ids inside the engine are gateway incarnation,
-epoch, slot and attempt, since a repeated id is fatal inside vLLM's engine core.
+The engine loop never awaits a link (outbox.py). When a link ends, its requests are aborted in the engine and the
+gateway decides what happens to the calls. Requests that another gateway may resume run on for a moment
+(detached_requests.py). A request id inside the engine consists of gateway incarnation, epoch, slot and attempt,
+since a repeated id is fatal inside vLLM's engine core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.drain_state import DrainStates
 from cluster.worker.gpu_meter import GpuMeter
 from cluster.worker.resume_generations import call_of
-from cluster.worker.running_requests import RunningRequests, spent_by
+from cluster.worker.running_requests import RunningRequests, credit_used
 from cluster.worker.served_reports import ServedReports
 from cluster.worker.session_state import LinkState, WorkerStatistics
 from cluster.worker.usage import WorkerUsage
@@ -49,18 +49,18 @@ INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
 GATEWAY_SILENT_S = 1.0
-"""Without beats for so long a gateway is lost to the calls that were resumed from it; they come ten times a second."""
+"""Silence after which a gateway counts as lost for the calls resumed from it. Beats come ten times a second."""
 TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
-TURN = "/cluster.link.v1.Link/Turn"
-# How long a drained worker waits until its last counts are acknowledged.
-HAND_OVER_S = 5.0
-FAREWELL_S = 0.5
-"""How long a worker whose engine has ended waits until its gateways have read why and closed their links: a gateway
-does so at once, and a busy one after what it has to do first. Its own reset of the link would overtake the reason."""
+TURN_METHOD = "/cluster.link.v1.Link/Turn"
+USAGE_ACK_S = 5.0
+"""Seconds that a drained worker waits for the acknowledgement of its last usage records."""
+END_REASON_S = 0.5
+"""Seconds that a worker whose engine has ended waits for its gateways to read the reason and close their links. If the
+worker closed a link first, the reset would overtake the reason."""
 
 
 class WorkerSession:
-    """Serves one started engine to every gateway in `gateways` (`host:port`) and their siblings until closed."""
+    """Serve one started engine to every gateway in `gateways` (`host:port`) and their siblings until closed."""
 
     def __init__(
         self,
@@ -78,8 +78,12 @@ class WorkerSession:
         keeper: UsageKeeper | None = None,
         idle_report_s: float = 60.0,
     ) -> None:
-        """`outbox_tokens`: token ids that may wait for one gateway before its link is closed. `gpus` of type `gpu` are
-        the replica's, for the ledger; every `idle_report_s` their idle time is told."""
+        """Create a session; `run` serves it.
+
+        `outbox_tokens`: token ids that may wait for one gateway before its link is closed.
+        `gpus`, `gpu`: number and type of the replica's GPUs, for the ledger.
+        `idle_report_s`: seconds between reports of their idle time.
+        """
         self._identity = identity
         self._engine = engine
         self._info = info
@@ -95,13 +99,13 @@ class WorkerSession:
         self._steps = 0
         meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
         self._usage = WorkerUsage(
-            identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._calls.shares()
+            identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._requests.shares()
         )
         self._served = ServedReports()
-        self._calls = RunningRequests(info, meter, self._served, self._usage, self._is_lost)
-        self._duty = DrainStates(lambda: (link.outbox for link in self._links.values()))
+        self._requests = RunningRequests(info, meter, self._served, self._usage, self._is_gateway_lost)
+        self._drain_state = DrainStates(lambda: (link.outbox for link in self._links.values()))
         self._drains: set[asyncio.Task[bool]] = set()
-        self._drops: set[asyncio.Task[None]] = set()
+        self._abort_tasks: set[asyncio.Task[None]] = set()
         self._load = EngineLoad()
         self._closed = asyncio.Event()
         self._engine_ended = ""
@@ -109,17 +113,17 @@ class WorkerSession:
         self._failed: asyncio.Future[None] | None = None
 
     def statistics(self) -> WorkerStatistics:
-        """A snapshot."""
+        """Return a snapshot of the worker's counts."""
         kept = self._usage.statistics()
         return WorkerStatistics(
             len(self._links),
-            self._calls.running,
-            self._calls.tokens,
+            self._requests.running,
+            self._requests.tokens,
             self._steps,
             self._granter.promised(),
             kept.kept,
             kept.dropped,
-            len(self._calls.orphans),
+            len(self._requests.detached),
         )
 
     async def run(self) -> None:
@@ -130,64 +134,66 @@ class WorkerSession:
             asyncio.create_task(self._engine_loop()),
             asyncio.create_task(self._until_closed()),
             asyncio.create_task(self._gateways.dial(self._session, self._timing)),
-            asyncio.create_task(self._usage.look_after()),
+            asyncio.create_task(self._usage.run()),
             asyncio.create_task(self._report_served()),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             failures = [part.exception() for part in done if not part.cancelled()]
-            await self._report_end(next((str(one) for one in failures if isinstance(one, EngineDead)), ""))
+            await self._report_end(next((str(error) for error in failures if isinstance(error, EngineDead)), ""))
             for part in done:
                 part.result()
         finally:
             for part in work:
                 part.cancel()
             self._end_drains()
-            await asyncio.gather(*work, *self._drains, *self._drops, return_exceptions=True)
+            await asyncio.gather(*work, *self._drains, *self._abort_tasks, return_exceptions=True)
             with contextlib.suppress(EngineDead):
-                await self._engine.abort(self._calls.orphans.expired(math.inf))
+                await self._engine.abort(self._requests.detached.expired(math.inf))
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
 
     async def drain(self, timeout_s: float, leaving: bool = True) -> bool:
-        """Take no new work and wait for what runs; False when something still ran at the end. `leaving`: the process
-        ends afterwards, so that no uncordon takes it back."""
-        self._duty.drain(time.monotonic(), timeout_s, leaving)
+        """Take no new work and wait for the running requests; return False if some still run after `timeout_s`.
+
+        `leaving`: the process ends afterwards, so uncordon cannot undo the drain.
+        """
+        self._drain_state.drain(time.monotonic(), timeout_s, leaving)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._calls.idle.wait()
+                await self._requests.idle.wait()
         except TimeoutError:
             return False
-        await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
-        self._duty.drained(time.monotonic())
+        await self._usage.flush(min(timeout_s, USAGE_ACK_S))
+        self._drain_state.mark_drained(time.monotonic())
         return True
 
     async def close(self, engine_ended: str = "") -> None:
-        """End every link; `run` returns. `engine_ended`: why the engine has ended, which the gateways are told."""
+        """End every link; `run` returns. `engine_ended`: why the engine has ended, sent to the gateways."""
         self._engine_ended = self._engine_ended or engine_ended
         self._closed.set()
 
     async def _report_end(self, why: str) -> None:
-        """Send every gateway why the engine has ended, if it has, and let it close its link."""
+        """Send every gateway the reason why the engine has ended, if it has, and let it close its link."""
         self._engine_ended = self._engine_ended or why
         if not self._engine_ended or not self._links:
             return
         for link in self._links.values():
             link.outbox.engine_ended(self._engine_ended)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FAREWELL_S):
+            async with asyncio.timeout(END_REASON_S):
                 await self._unlinked.wait()
 
-    # ---- the engine's side
+    # ---- engine
 
     async def _engine_loop(self) -> None:
         while True:
             outputs = await self._engine.step()
             self._steps += 1
-            touched, doomed = self._calls.stepped(outputs)
-            if doomed:
-                await self._drop(doomed)
+            touched, to_abort = self._requests.apply_step(outputs)
+            if to_abort:
+                await self._abort_requests(to_abort)
             self._load = self._engine.load()
             self._busy_s += self._load.step_s
             self._regrant()
@@ -196,20 +202,22 @@ class WorkerSession:
                 link.outbox.flush()
 
     async def _report_served(self) -> None:
-        """Tell every gateway whom this worker serves; nothing of it is done for each token. Requests that nobody has
-        come back for end as often."""
+        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S.
+
+        Neither is done for each token.
+        """
         while True:
             await asyncio.sleep(REPORT_S)
-            self._served.report(self._calls.output_tokens())
-            if late := self._calls.orphans.expired(time.monotonic()):
-                log.info("orphans_dropped", requests=len(late))
-                await self._drop(late)
+            self._served.report(self._requests.output_tokens())
+            if expired := self._requests.detached.expired(time.monotonic()):
+                log.info("detached_requests_dropped", requests=len(expired))
+                await self._abort_requests(expired)
                 self._regrant()
 
     def _regrant(self) -> None:
-        if not self._duty.serves:
+        if not self._drain_state.serves:
             return
-        for grant in self._granter.grants(*self._calls.room()):
+        for grant in self._granter.grants(*self._requests.capacity()):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
             link.grant_id = grant.grant_id
@@ -223,7 +231,9 @@ class WorkerSession:
             raise LinkEnded("the engine has ended")
         epoch = next(self._epochs)
         async with open_client(address, self._tls) as client, open_channel(address, self._tls) as bulk_channel:
-            call = client.call(TURN, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, self._metadata())
+            call = client.call(
+                TURN_METHOD, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, self._metadata()
+            )
             await call.write(pb.WorkerTurn(hello=codec.hello_to_pb(self._identity, self._info, epoch)))
             try:
                 async with asyncio.timeout(self._timing.welcome_s):
@@ -234,7 +244,7 @@ class WorkerSession:
                 raise LinkEnded("the gateway did not welcome this worker")
             link = LinkState(
                 epoch,
-                self._turn(epoch, first.welcome.incarnation),
+                self._credit_order(epoch, first.welcome.incarnation),
                 first.welcome.gateway_id,
                 first.welcome.incarnation,
                 Outbox(self._outbox_tokens),
@@ -247,31 +257,34 @@ class WorkerSession:
             self._unlinked.clear()
             if first.welcome.accounts:
                 self._usage.attach(epoch, link.outbox)
-            self._granter.attach(link.turn)
+            self._granter.attach(link.credit_order)
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
-            self._duty.attach(link.outbox, time.monotonic())
+            self._drain_state.attach(link.outbox, time.monotonic())
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(epoch), link.prompts, link.blobs)
                 ),
-                asyncio.create_task(self._watch(link, beater)),
+                asyncio.create_task(self._watch_link(link, beater)),
             ]
             try:
                 await until_first(parts)
             finally:
-                await self._end(link, parts, beater)
+                await self._close_link(link, parts, beater)
                 parts.clear()
                 call.cancel()
 
     def _metadata(self) -> Sequence[tuple[str, str]]:
         return (("x-headrace-worker", self._identity.worker_id),)
 
-    def _turn(self, epoch: int, gateway: str) -> int:
-        """Another order of the gateways at each worker: were one the last everywhere, it would have no credit at all
-        while nobody waits and less room is free than there are gateways."""
+    def _credit_order(self, epoch: int, gateway: str) -> int:
+        """Return the link's place in the order in which gateways share capacity, different at each worker.
+
+        A gateway that was last at every worker would get no credit while no call waits and fewer slots are free than
+        there are gateways.
+        """
         return zlib.crc32(f"{self._identity.worker_id}/{gateway}".encode()) << 32 | epoch
 
     def _blob_hello(self, epoch: int) -> pb.Blob:
@@ -288,26 +301,26 @@ class WorkerSession:
             sent_seq=link.outbox.sent_seq,
         )
 
-    async def _end(self, link: LinkState, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
-        """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
+    async def _close_link(self, link: LinkState, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
+        """Release everything that a link holds: abort its requests in the engine and revoke its credit."""
         self._links.pop(link.number, None)
         if not self._links:
             self._unlinked.set()
-        self._granter.detach(link.turn)
+        self._granter.detach(link.credit_order)
         self._served.detach(link.number)
         beater.stop()
-        doomed = self._calls.leave(link, stays=self._duty.serves and not self._closed.is_set())
+        to_abort = self._requests.detach_link(link, stays=self._drain_state.serves and not self._closed.is_set())
         self._usage.detach(link.number, link.outbox)
         for task in (*parts, *link.tasks):
             task.cancel()
         await asyncio.gather(*parts, *link.tasks, return_exceptions=True)
-        if doomed:
+        if to_abort:
             with contextlib.suppress(EngineDead):
-                await self._engine.abort(doomed)
+                await self._engine.abort(to_abort)
         self._regrant()
 
-    async def _watch(self, link: LinkState, beater: Beater) -> None:
-        """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
+    async def _watch_link(self, link: LinkState, beater: Beater) -> None:
+        """Check the link every beat: raise LinkEnded for a silent or stuck gateway; send the load if no step did."""
         sent = 0
         while True:
             await asyncio.sleep(self._timing.beat_s)
@@ -316,11 +329,11 @@ class WorkerSession:
             if link.outbox.full:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
-                raise LinkEnded("the gateway beats but acknowledges nothing")
+                raise LinkEnded("the gateway sends beats but does not acknowledge its grants")
             link.outbox.work(
-                ComputedWork(self._steps, self._busy_s, self._calls.prefilled_tokens, self._calls.decoded_tokens)
+                ComputedWork(self._steps, self._busy_s, self._requests.prefilled_tokens, self._requests.decoded_tokens)
             )
-            if link.outbox.sent_seq == sent:  # steps tell the load, beats too
+            if link.outbox.sent_seq == sent:  # otherwise a step has sent the load
                 link.outbox.load(self._engine.load())
                 link.outbox.flush()
             sent = link.outbox.sent_seq
@@ -333,58 +346,58 @@ class WorkerSession:
         while (message := await read(call)) is not None:
             try:
                 await self._apply(link, message)
-            except (ValueError, LookupError) as error:  # the gateway's fault, and only its link's end
-                raise LinkEnded(f"the gateway sent what cannot be applied: {error}") from error
+            except (ValueError, LookupError) as error:  # the gateway's fault: end only its link
+                raise LinkEnded(f"the gateway sent an invalid message: {error}") from error
 
     async def _apply(self, link: LinkState, message: pb.GatewayTurn) -> None:
         if message.grant_ack:
-            self._granter.acked(link.turn, message.grant_ack)
+            self._granter.acked(link.credit_order, message.grant_ack)
             if message.grant_ack >= link.grant_id:
                 link.unacked_since = None
             else:
                 link.unacked_since = time.monotonic()
         if message.usage_acks:
             self._usage.acked(message.usage_acks)
-        for takeover in message.takeovers:  # before the Submits of those who have taken over
+        for takeover in message.takeovers:  # before the Submits of the gateway that resumed the call
             await self._take_over(takeover.call, takeover.generation)
         for submit in message.submits:
-            await self._take(link, submit)
-        if message.HasField("backlog"):  # of what waits besides
-            kept = self._calls.kept(message.backlog.kept)
-            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, kept)
-            self._served.relay(link.number, message.backlog)
+            await self._accept_submit(link, submit)
+        if message.HasField("backlog"):  # sequences that still wait after these Submits
+            kept = self._requests.count_cached(message.backlog.kept)
+            self._granter.backlog(link.credit_order, message.backlog.claim or message.backlog.waiting, kept)
+            self._served.forward_backlog(link.number, message.backlog)
         if message.aborts:
             await self._abort(link, message.aborts)
         if message.HasField("fetch_bundle"):
             self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
         for command in message.commands:
-            self._command(command)
+            self._apply_command(command)
         link.outbox.acked_seq = message.seq
         if message.grant_ack or message.HasField("backlog"):
             self._regrant()
 
-    def _is_lost(self, incarnation: str) -> bool:
+    def _is_gateway_lost(self, incarnation: str) -> bool:
         """Whether no link to a gateway works: none is up, or its beats have stopped."""
-        links = (one for one in self._links.values() if one.incarnation == incarnation)
-        return all(one.silent_s() > GATEWAY_SILENT_S for one in links)
+        links = (link for link in self._links.values() if link.incarnation == incarnation)
+        return all(link.silent_s() > GATEWAY_SILENT_S for link in links)
 
     async def _take_over(self, call: str, generation: int) -> None:
-        """End what runs here of the call for readers before this one."""
-        doomed = []
-        for link, slot, request_id in self._calls.take_over(call, generation):
+        """Abort this call's requests of older generations."""
+        to_abort = []
+        for link, slot, request_id in self._requests.take_over(call, generation):
             if slot in link.submitting:
                 link.aborted.add(slot)
             else:
-                self._calls.forget(request_id, Outcome.CANCELLED)
-                doomed.append(request_id)
+                self._requests.forget(request_id, Outcome.CANCELLED)
+                to_abort.append(request_id)
             link.outbox.refused(slot, Outcome.CANCELLED.name, TAKEN_OVER, "")
-        await self._drop(doomed)
+        await self._abort_requests(to_abort)
         self._regrant()
 
     # ---- commands
 
-    async def _take(self, link: LinkState, submit: pb.Submit) -> None:
-        """Small requests go straight in; long prompts and grammars take their time beside the reader."""
+    async def _accept_submit(self, link: LinkState, submit: pb.Submit) -> None:
+        """Submit a small request at once, and one with a long prompt or a grammar in a task beside the reader."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
@@ -393,7 +406,7 @@ class WorkerSession:
             await self._submit(link, submit)
 
     async def _submit(self, link: LinkState, submit: pb.Submit) -> None:
-        """Run a request, or refuse it: nothing that it makes go wrong reaches the link and its other requests."""
+        """Run a request or refuse it. A failure that it causes never reaches the link or its other requests."""
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
@@ -401,11 +414,11 @@ class WorkerSession:
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.take(submit.prompt_blob)
-        self._granter.spent(link.turn, *spent_by(submit, ids))
+        self._granter.spent(link.credit_order, *credit_used(submit, ids))
         try:
             request = codec.submit_from_pb(submit, request_id, ids)
         except Exception as error:
-            self._unacceptable(link, slot, f"the gateway's Submit cannot be read: {error}")
+            self._refuse_failed(link, slot, f"the gateway's Submit cannot be read: {error}")
             return
         try:
             await self._run_request(link, submit, request)
@@ -420,88 +433,88 @@ class WorkerSession:
                 raise
             log.exception("request_failed", request=request_id)
             self._withdraw(request_id, Outcome.INTERNAL)
-            self._let_go([request_id])
-            self._unacceptable(link, slot, f"the worker failed on this request: {type(error).__name__}")
-        await self._overtaken(link, slot)
+            self._abort_in_background([request_id])
+            self._refuse_failed(link, slot, f"the worker failed on this request: {type(error).__name__}")
+        await self._finish_submit(link, slot)
 
     async def _run_request(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> None:
-        """Join what still runs for it here, or give it to the engine. Raises EngineRefused and EngineDead."""
+        """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self._take_over(call_of(submit.stream), submit.generation)
-        if self._calls.takeovers.outdated(submit.stream, submit.generation):
+        if self._requests.generations.outdated(submit.stream, submit.generation):
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
-        running = self._calls.entered(link, submit, request)
-        joined, doomed = self._calls.join(running, submit)
-        self._let_go(doomed)
-        if joined:
+        running = self._requests.new_request(link, submit, request)
+        reattached, to_abort = self._requests.reattach(running, submit)
+        self._abort_in_background(to_abort)
+        if reattached:
             self._regrant()
             return
-        self._let_go(self._calls.begin(running, request.request_id, submit))
+        self._abort_in_background(self._requests.start(running, request.request_id, submit))
         await self._engine.submit(request)
         running.accepted = True
         link.outbox.accepted(submit.slot)
 
     def _withdraw(self, request_id: str, outcome: Outcome) -> None:
-        """Forget a request that the engine has not taken."""
+        """Forget a request that the engine has not accepted."""
         self._served.revoked(request_id)
-        self._calls.forget(request_id, outcome)
+        self._requests.forget(request_id, outcome)
         self._regrant()
 
-    async def _overtaken(self, link: LinkState, slot: int) -> None:
-        """A Submit is through; an abort may have overtaken a slow one."""
+    async def _finish_submit(self, link: LinkState, slot: int) -> None:
+        """Finish a Submit, and apply an abort that arrived while it was in progress."""
         link.submitting.discard(slot)
         if slot in link.aborted:
             link.aborted.discard(slot)
             await self._abort(link, [slot])
 
-    def _let_go(self, request_ids: Sequence[str]) -> None:
-        """They leave the engine, whatever becomes of the link whose call made them."""
+    def _abort_in_background(self, request_ids: Sequence[str]) -> None:
+        """Abort requests in the engine in a task of the session, so that the end of a link does not cancel it."""
         if request_ids:
-            task = asyncio.create_task(self._drop(request_ids))
-            self._drops.add(task)
-            task.add_done_callback(self._drops.discard)
+            task = asyncio.create_task(self._abort_requests(request_ids))
+            self._abort_tasks.add(task)
+            task.add_done_callback(self._abort_tasks.discard)
 
     @staticmethod
-    def _unacceptable(link: LinkState, slot: int, why: str) -> None:
-        """Refuse a Submit that cannot be read, or that the worker failed on; no other call notices."""
+    def _refuse_failed(link: LinkState, slot: int, why: str) -> None:
+        """Refuse a Submit that cannot be read or on which the worker failed; other calls are not affected."""
         link.requests.pop(slot, None)
         link.submitting.discard(slot)
         link.aborted.discard(slot)
         link.outbox.refused(slot, Outcome.INTERNAL.name, why, "")
 
     async def _abort(self, link: LinkState, slots: Sequence[int]) -> None:
-        doomed = []
+        to_abort = []
         for slot in slots:
             request_id = link.requests.get(slot)
             if slot in link.submitting:
                 link.aborted.add(slot)
-            elif request_id is not None:  # else it ended by itself while the abort was on its way
-                self._calls.forget(request_id, Outcome.CANCELLED)
-                doomed.append(request_id)
-        await self._drop(doomed)
+            elif request_id is not None:  # None: it ended while the abort was on its way
+                self._requests.forget(request_id, Outcome.CANCELLED)
+                to_abort.append(request_id)
+        await self._abort_requests(to_abort)
         self._regrant()
 
-    async def _drop(self, request_ids: Sequence[str]) -> None:
+    async def _abort_requests(self, request_ids: Sequence[str]) -> None:
         if not request_ids:
             return
         try:
             await self._engine.abort(request_ids)
         except EngineDead as dead:
             self._fail(dead)
-        except Exception:  # these requests run on; the link and the engine loop serve others
+        except Exception:  # these requests run on; the link and the engine loop must keep serving others
             log.exception("abort_failed", requests=len(request_ids))
 
-    def _command(self, command: pb.Command) -> None:
-        """What an operator asks, through whichever gateway."""
+    def _apply_command(self, command: pb.Command) -> None:
+        """Apply an operator's command, which any gateway may forward."""
         verb = command.WhichOneof("verb")
         log.info("command", verb=verb, worker=self._identity.worker_id)
         if verb == "cordon":
-            self._duty.cordon(time.monotonic())
+            self._drain_state.cordon(time.monotonic())
         elif verb == "uncordon":
             self._end_drains()
-            if self._duty.uncordon(time.monotonic()):
+            if self._drain_state.uncordon(time.monotonic()):
                 self._regrant()
-        elif verb == "drain" and not self._duty.leaving:
+        elif verb == "drain" and not self._drain_state.leaving:
             self._end_drains()
             task = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
             self._drains.add(task)

@@ -1,4 +1,4 @@
-"""What a replica is started with, as frozen values that survive a trip through JSON and a pickle. No Ray here."""
+"""The settings that a replica is started with: frozen values that can be converted to JSON or pickled. No Ray here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REFUSAL = re.compile(_REFUSED + r'("(?:[^"\\]|\\.)*")')
 
 
 class ModelRefused(Exception):
-    """The entry cannot work as it stands: another try would fail alike. The reason is told to the user.
+    """The catalog entry cannot work as it stands: a retry would fail alike. The reason is shown to the user.
 
-    Its text carries the reason as a JSON string behind a mark, so that `refusal_in` finds it again in whatever Ray
-    wraps around it on the way to the controller.
+    The exception's text has the reason as a JSON string after a marker, so that `refusal_in` can find it in the text
+    that Ray wraps around it on the way to the controller.
     """
 
     def __init__(self, reason: str) -> None:
@@ -33,14 +33,14 @@ class ModelRefused(Exception):
 
 
 def refusal_in(text: str) -> str:
-    """The reason of the last ModelRefused told in `text`, or ""."""
+    """Return the reason of the last ModelRefused in `text`, or ""."""
     marks = _REFUSAL.findall(text)
     return str(json.loads(marks[-1])) if marks else ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """`spec` and its surroundings. Paths are paths on the replica's node; `environment` is added to the process."""
+    """A model's `spec` and its surroundings. Paths are on the replica's node; `environment` is added to the process."""
 
     spec: ModelSpec
     cluster: str
@@ -56,11 +56,11 @@ class ReplicaSettings:
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
     replicas: int | None = None
-    """How many to begin with; None: as the spec says."""
+    """Number of replicas to start with; None: as in the spec."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """All but the spec that a replica has to be made anew for, as JSON values."""
+        """Return all settings except the spec whose change requires a new replica, as JSON values."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -75,11 +75,11 @@ class ReplicaSettings:
         }
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values; `from_json` is the inverse."""
+        """Return plain JSON values; `from_json` is the inverse."""
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """What is looked at when replicas start, and makes none anew."""
+        """Return the settings that are read only when replicas start; a change does not require a new replica."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),
@@ -89,17 +89,17 @@ class ReplicaSettings:
 
     @property
     def digest(self) -> str:
-        """Changes when a replica has to be made anew."""
+        """Digest of spec and surroundings; it changes when a new replica is required."""
         return specs.digest(self.spec, self.surroundings())
 
     @property
     def app(self) -> str:
-        """The name of its application, without the cluster's."""
+        """Name of the replica's Ray Serve application, without the cluster's name."""
         return app_name(self.spec.name, self.spec.version, self.digest)
 
 
 def from_json(values: Mapping[str, object]) -> ReplicaSettings:
-    """What `ReplicaSettings.to_json` wrote. Raises ValueError or TypeError for anything else."""
+    """Parse the values of `ReplicaSettings.to_json`. Raises ValueError or TypeError for anything else."""
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     spec, tls = plain.pop("spec", None), plain.pop("tls", None)
     if not isinstance(spec, Mapping):

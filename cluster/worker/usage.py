@@ -1,6 +1,6 @@
-"""What a worker keeps account of: its replica's GPU time, and ended requests' counts until a gateway has them for good.
+"""A worker's usage accounts: its replica's GPU time, and ended requests' counts until a gateway acknowledges them.
 
-The rules are ended_requests.py's and gpu_meter.py's; this has the clock, the links, and the times at which to tell.
+The rules are in ended_requests.py and gpu_meter.py; this module adds the clock, the links and the times of reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = structlog.get_logger("worker")
 
 
 class WorkerUsage:
-    """The accounts of one worker."""
+    """The usage accounts of one worker."""
 
     def __init__(
         self,
@@ -32,8 +32,11 @@ class WorkerUsage:
         idle_report_s: float,
         running: Callable[[], Iterable[tuple[GpuShare, int]]],
     ) -> None:
-        """`running` gives share and generated tokens of each request that runs; `gpu` is the type of the replica's
-        GPUs, whose idle time is told every `idle_report_s`."""
+        """Create the accounts.
+
+        `running` returns share and generated tokens of each running request. `gpu` is the type of the replica's GPUs;
+        their idle time is reported every `idle_report_s` seconds.
+        """
         self.meter = meter
         self.gpu = gpu
         self._incarnation = incarnation
@@ -46,49 +49,52 @@ class WorkerUsage:
         self._acked = asyncio.Event()
 
     def statistics(self) -> KeeperStatistics:
-        """Records kept, and dropped."""
+        """Return how many records are kept and how many were dropped."""
         return self._keeper.statistics()
 
     def attach(self, link: int, outbox: Outbox) -> None:
-        """A gateway that keeps accounts is linked."""
+        """Add the link of a gateway that writes to the ledger."""
         self._outboxes[link] = outbox
         outbox.usage = lambda: self._keeper.take(link, time.monotonic())
         self._keeper.attach(link)
         outbox.flush()
 
     def detach(self, link: int, outbox: Outbox) -> None:
-        """A link has ended: what it has not acknowledged is told to another, without what was never written to it."""
+        """Remove a link that has ended. Records that it has not acknowledged go to another link.
+
+        Tokens that were never written to the ended link are subtracted from the records' written tokens.
+        """
         self._outboxes.pop(link, None)
         self._keeper.detach(link, outbox.unwritten())
-        self._tell()
+        self._flush_due()
 
     def keep(self, usage: EndedUsage, link: int, slot: int) -> None:
-        """A request of this link has ended."""
+        """Keep the usage record of a request of this link that has ended, until a gateway acknowledges it."""
         self._keeper.keep(usage, link, slot)
         if (outbox := self._outboxes.get(link)) is not None:
             outbox.flush()
 
     def acked(self, keys: Iterable[int]) -> None:
-        """A gateway has these for good."""
+        """Drop records that a gateway has acknowledged."""
         self._keeper.acked(keys)
         self._acked.set()
 
-    async def look_after(self) -> None:
-        """Tell idle time, and turn to other gateways where one does not acknowledge; until cancelled."""
+    async def run(self) -> None:
+        """Report idle time, and send records that one gateway does not acknowledge to others; until cancelled."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)
             if self._outboxes:
                 self._report_idle()
             self._keeper.hurry(time.monotonic())
-            self._tell()
+            self._flush_due()
             kept = self._keeper.statistics()
             if kept.dropped > dropped:
                 log.error("usage_dropped", records=kept.dropped - dropped, kept=kept.kept)
                 dropped = kept.dropped
 
-    async def hand_over(self, timeout_s: float) -> None:
-        """Before the end: the last idle time, and a while for gateways to acknowledge."""
+    async def flush(self, timeout_s: float) -> None:
+        """Report the last idle time, and wait at most `timeout_s` until gateways have acknowledged every record."""
         if not self._outboxes:
             return
         self._report_idle()
@@ -99,7 +105,7 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """The replica's time since the last report that no request owes, as a record of its own."""
+        """Record the GPU time since the last report that is charged to no request."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:
@@ -112,10 +118,10 @@ class WorkerUsage:
                 idle_since_s=self._idle_since_s,
             )
             self._keeper.keep(usage, 0)
-            self._tell()
+            self._flush_due()
         self._idle_since_s = now_s
 
-    def _tell(self) -> None:
+    def _flush_due(self) -> None:
         for link, outbox in self._outboxes.items():
             if self._keeper.due(link):
                 outbox.flush()

@@ -1,4 +1,4 @@
-"""Room follows what an engine can begin: never idle beside who waits, never many in the engine's own queue."""
+"""The admission window follows the prompts that an engine can start: no idle slot, and a short engine queue."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.slow
 
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
-    """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""
+    """A window admits what one step can start: over a hundred prompts of 20 tokens, but three that fill two steps."""
     short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):
-        for one, tokens in ((short, 20), (long, 4096)):
-            one.submitted(str(number), tokens)
-            one.began(str(number))
-            one.ended(str(number))
-            one.stepped()
+        for window, tokens in ((short, 20), (long, 4096)):
+            window.submitted(str(number), tokens)
+            window.began(str(number))
+            window.ended(str(number))
+            window.stepped()
     assert short.sequences > 100
     assert long.sequences == 1 + LOOKAHEAD_SEQUENCES
 
 
 def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
-    """A hundred that find all but a block of theirs in the cache let no more long prompts in than before."""
+    """A hundred resumed sequences with few tokens to compute do not make the window admit more long prompts."""
     ahead = AdmissionWindow(256, 2048)
     for number in range(200):
         ahead.submitted(str(number), 1000 if number < 100 else 8, begins=number < 100)
@@ -43,7 +43,7 @@ def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
-    """Two prompts of several steps are before a third: it waits in its gateway until they have begun to emit."""
+    """With two prompts of several steps pending, a third waits in its gateway until one of them has an output."""
     ahead = AdmissionWindow(8, 1000)
     ahead.submitted("a", 5000)
     ahead.submitted("b", 5000)
@@ -54,13 +54,13 @@ def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
 
 
 def test_an_idle_engine_has_room_for_three() -> None:
-    """One begins at once and two may wait, so that several gateways have credit; the places bound it all the same."""
+    """An idle engine admits one sequence and two more, so that several gateways have credit, if it has the slots."""
     assert AdmissionWindow(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
     assert AdmissionWindow(2, 2048).sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
-    """Two calls that end in each step: two more may come before; where one ends in a hundred steps none may."""
+    """Two sequences more than slots are admitted only where two end in each step."""
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):
@@ -72,7 +72,7 @@ def test_more_than_places_only_where_calls_end_in_each_step() -> None:
 
 
 class LookaheadMachine(RuleBasedStateMachine):
-    """Any order of calls, first outputs, ends and steps."""
+    """Any order of submits, first outputs, ends and steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,17 +92,17 @@ class LookaheadMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pending)
     @rule()
     def begin(self) -> None:
-        first = next(one for one in self.live if one in self.pending)
+        first = next(request_id for request_id in self.live if request_id in self.pending)
         self.pending.discard(first)
         self.ahead.began(first)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.live))
-        self.live.remove(one)
-        self.pending.discard(one)
-        self.ahead.ended(one)
+        request_id = data.draw(st.sampled_from(self.live))
+        self.live.remove(request_id)
+        self.pending.discard(request_id)
+        self.ahead.ended(request_id)
 
     @rule()
     def step(self) -> None:
@@ -114,7 +114,7 @@ class LookaheadMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_idle(self) -> None:
-        """With a place free and no prompt to begin, somebody may come."""
+        """With a free slot and no pending prompt, a sequence is admitted."""
         if not self.pending and len(self.live) < 6:
             assert self.ahead.sequences > 0
 
@@ -126,8 +126,10 @@ TestLookahead = LookaheadMachine.TestCase
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=5, deadline=None)
 def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
-    """Whoever always sends what it may, prompts of any length: at most a few wait in the engine, and while calls wait
-    outside every place is filled, as far as prompts can be computed."""
+    """A sender that always uses the whole window leaves only a few sequences waiting in the engine.
+
+    Meanwhile every slot is filled, as far as prompts can be computed.
+    """
     chance = Random(seed)
     config = SimConfig.from_source("sim:///nowhere?max_num_seqs=32&kv_blocks=60000")
     model = SimModel(dataclasses.replace(config, vocab=1000, token_lo=1, token_hi=900, max_model_len=9000))

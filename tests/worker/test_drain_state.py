@@ -1,4 +1,4 @@
-"""drain, cordon and uncordon, by the command line over real gateways and links."""
+"""The commands drain, cordon and uncordon, run from the command line over real gateways and links."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Done:
-    """A command's end."""
+    """The result of a command."""
 
     exit_code: int
     stdout: str
@@ -33,29 +33,29 @@ class Done:
 
 
 async def ask(cluster: TestCluster, *arguments: str) -> Done:
-    """The command line, in a process of its own, against a gateway's admin port."""
-    told = ("-m", "cluster.cli.main", *arguments, "--admin", cluster.gateway.endpoints["admin"])
+    """Run the command line in its own process against a gateway's admin port."""
+    command = ("-m", "cluster.cli.main", *arguments, "--admin", cluster.gateway.endpoints["admin"])
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, *told, stdout=pipe, stderr=pipe)
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=pipe, stderr=pipe)
     stdout, stderr = await process.communicate()
     return Done(process.returncode or 0, stdout.decode(), stderr.decode())
 
 
 def standing(cluster: TestCluster, worker: Worker) -> DrainState:
-    """How a gateway sees a worker."""
+    """Return the drain state of a worker that a gateway knows."""
     return next(x.standing for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
 
 
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, TestCluster]]:
-    """Two gateways that know nothing of each other."""
+    """Two gateways without a connection to each other."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         yield a, b
 
 
 async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, decode_ms: float = 4) -> Worker:
-    """A worker of both gateways."""
-    links = [one.gateway.endpoints["link"] for one in two]
+    """Add a worker that is linked to both gateways."""
+    links = [cluster.gateway.endpoints["link"] for cluster in two]
     worker = await two[0].add_worker(sim_engine(checkpoint, decode_ms=decode_ms), bundle, gateways=links)
     await until(lambda: two[1].linked(worker.identity.worker_id), "the second gateway has room there")
     return worker
@@ -65,7 +65,7 @@ async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bu
 async def test_a_cordon_through_one_gateway_holds_at_both(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
-    """New calls of either gateway go elsewhere, the running one stays to its end; uncordoned, all is as before."""
+    """A cordoned worker gets no new calls from either gateway and finishes the running one; uncordon undoes that."""
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=20)
     name = worker.identity.worker_id
@@ -93,10 +93,12 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
 async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Streams of both gateways leave a drained worker within the time, with the text of an undisturbed one; a gateway
-    that comes later hears of it; uncordoned it serves again."""
+    """Streams of both gateways leave a drained worker within the drain time, with the text of an undisturbed stream.
+
+    The other gateway learns the state, too, and after uncordon the worker serves again.
+    """
     a, b = two
-    worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command is heard
+    worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command arrives
     name = worker.identity.worker_id
     streams = [gateway.stub.StreamChat(chat(max_tokens=800, ignore_eos=True)) for gateway in two]
     begun = [await stream.read() for stream in streams]
@@ -119,7 +121,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """At the end of the time the stream goes on, and the command says that it still runs: exit code 1."""
+    """After the drain time the stream goes on, and the command reports that it still runs, with exit code 1."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
     first = await stream.read()
@@ -132,28 +134,32 @@ async def test_a_drain_without_another_worker_cuts_nothing(
 
 @pytest.mark.slow
 async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Every worker of the node, and no other, hears a command that names the node."""
+    """A command that names a node applies to every worker of the node and to no other."""
     here = [await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-1") for _ in range(2)]
     there = await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-2")
     assert (await ask(cluster, "drain", "rack-1", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, one) for one in here] == [DrainState.DRAINED] * 2
+    assert [standing(cluster, worker) for worker in here] == [DrainState.DRAINED] * 2
     assert standing(cluster, there) is DrainState.SERVING
 
 
 @pytest.mark.slow
 async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A Kubernetes node's name drains its workers, a pod's name that pod's alone; both stand in `workers`, in the table
-    too, and a worker of an older release has none."""
+    """The name of a Kubernetes node drains the node's workers, the name of a pod only that pod's worker.
+
+    `workers` shows both names, in JSON and in the table; a worker of an older release has none.
+    """
     where = [("4506fed2511a", "ip-10-0-3-7", "gpu-a"), ("4506fed2511a", "ip-10-0-3-7", "gpu-b"), ("7e1", "", "")]
     first, second, old = [
         await cluster.add_worker(sim_engine(checkpoint), bundle, node=node, host=host, pod=pod)
         for node, host, pod in where
     ]
     rows = {row["worker_id"]: row for row in json.loads((await ask(cluster, "workers", "--json")).stdout)}
-    told = [[rows[one.identity.worker_id][key] for key in ("node", "host", "pod")] for one in (first, second, old)]
-    assert told == [list(one) for one in where]
+    names = [
+        [rows[worker.identity.worker_id][key] for key in ("node", "host", "pod")] for worker in (first, second, old)
+    ]
+    assert names == [list(expected) for expected in where]
     assert (await ask(cluster, "drain", "gpu-b", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, one) for one in (first, second)] == [DrainState.SERVING, DrainState.DRAINED]
+    assert [standing(cluster, worker) for worker in (first, second)] == [DrainState.SERVING, DrainState.DRAINED]
     assert (await ask(cluster, "drain", "ip-10-0-3-7", "--timeout-s", "5")).exit_code == 0
     assert standing(cluster, first) is DrainState.DRAINED
     assert standing(cluster, old) is DrainState.SERVING
@@ -163,7 +169,7 @@ async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path
 
 @pytest.mark.slow
 async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway that is linked after the cordon sends no call there; before, it would take the worker to serve."""
+    """A link made after the cordon gets the state; otherwise the gateway would assume that the worker serves."""
     async with running_cluster(tmp_path / "a") as a:
         worker = await a.add_worker(sim_engine(checkpoint), bundle)
         assert (await ask(a, "cordon", worker.identity.worker_id)).exit_code == 0
@@ -183,7 +189,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 )
 @pytest.mark.slow
 async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
-    """A target that nobody has is an error that says where the names are, with exit code 2."""
+    """An unknown target is an error with exit code 2 that says where the names are."""
     done = await ask(cluster, *arguments)
     assert done.exit_code == 2
     assert says in done.stderr
@@ -191,16 +197,16 @@ async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[st
 
 
 def test_a_worker_that_leaves_takes_no_work_again() -> None:
-    """Uncordon does not stop the end of a process, nor does a cordon turn a drain into less; a new link is told."""
+    """Neither uncordon nor cordon changes the drain of a process that is about to end; a new link gets the state."""
     outbox = Outbox()
-    duty = DrainStates(lambda: [outbox])
-    duty.cordon(1.0)
-    assert not duty.serves
-    duty.drain(2.0, 10.0, leaving=True)
-    duty.cordon(3.0)
-    assert not duty.uncordon(3.0)
-    duty.attach(outbox, 4.0)
-    told = asyncio.run(outbox.take()).standing
-    assert (told.state, told.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
-    duty.drained(9.0)
-    assert duty.state is DrainState.DRAINED
+    state = DrainStates(lambda: [outbox])
+    state.cordon(1.0)
+    assert not state.serves
+    state.drain(2.0, 10.0, leaving=True)
+    state.cordon(3.0)
+    assert not state.uncordon(3.0)
+    state.attach(outbox, 4.0)
+    sent = asyncio.run(outbox.take()).standing
+    assert (sent.state, sent.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
+    state.mark_drained(9.0)
+    assert state.state is DrainState.DRAINED

@@ -1,4 +1,4 @@
-"""GPU time is shared as the tokens were computed, and nothing of it is lost."""
+"""GPU time is charged in proportion to the computed tokens, and none of it is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPUS = 2.0
 
 
 class Twin:
-    """A simulated engine in virtual time, its steps shared once by the meter and once by what each step computed."""
+    """A simulated engine in virtual time whose steps are charged by the meter and, for comparison, exactly."""
 
     def __init__(self, **parameters: float) -> None:
         source = "&".join(f"{name}={value}" for name, value in parameters.items())
@@ -35,14 +35,14 @@ class Twin:
         self.true: dict[str, float] = defaultdict(float)
 
     def submit(self, name: str, prompt: int, output: int) -> None:
-        """A request with a prompt of its own."""
+        """Submit a request with a random prompt."""
         salt = random.Random(name)
         ids = [salt.randrange(10, 900) for _ in range(prompt)]
         self.model.submit(EngineRequest(name, ids, Sampling(max_tokens=output, ignore_eos=True, temperature=0.0)))
-        self.shares[name] = self.meter.entered(self.now)
+        self.shares[name] = self.meter.open_share(self.now)
 
     def step(self) -> None:
-        """One step; its outputs are there at its end. The worker hears of a step only when it has outputs."""
+        """Run one step. As in a worker, the meter is called only for steps with outputs."""
         plan = self.model.schedule()
         computed = sum(tokens for _, tokens in plan.work)
         for sequence, tokens in plan.work:
@@ -64,16 +64,16 @@ class Twin:
                     self.shares[output.request_id], self.got[output.request_id]
                 )
         if not self.model.has_work():
-            self.meter.rested()
+            self.meter.mark_idle()
 
     def run(self) -> None:
-        """Until nothing is left."""
+        """Run steps until all requests have ended."""
         while self.model.has_work():
             self.step()
 
 
 def test_shares_are_those_of_the_tokens_computed() -> None:
-    """Many requests of different lengths, arriving over time: each owes what its tokens' part of each step was."""
+    """Each of many requests of different lengths and arrival times owes its tokens' share of each step."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_seqs=32, kv_blocks=50_000)
     chance = random.Random(5)
     for number in range(200):
@@ -86,7 +86,7 @@ def test_shares_are_those_of_the_tokens_computed() -> None:
 
 
 def test_a_long_prompt_pays_for_all_its_steps() -> None:
-    """A prompt of many steps beside running requests: it owes its part of each, and they do not pay for it."""
+    """A prompt of many steps beside running requests owes its share of each step; the others do not pay for it."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_batched_tokens=512, kv_blocks=50_000)
     for number in range(4):
         twin.submit(f"short{number}", 20, 400)
@@ -110,7 +110,7 @@ def test_a_long_prompt_pays_for_all_its_steps() -> None:
 def test_all_shares_and_idle_are_lifetime_times_gpus(
     calls: list[tuple[int, int, int, float]], max_step_tokens: int
 ) -> None:
-    """Whatever is asked, preempted and idle in between: charges and idle time add up to lifetime x GPUs within 1 %."""
+    """With any requests, preemptions and pauses, charges and idle time add up to lifetime x GPUs within 1 %."""
     twin = Twin(
         decode_ms=5, prefill_tokens_per_s=20_000, max_num_batched_tokens=max_step_tokens, max_num_seqs=4, kv_blocks=60
     )
@@ -131,12 +131,12 @@ def test_all_shares_and_idle_are_lifetime_times_gpus(
 
 
 def test_idle_time_is_told_once() -> None:
-    """An engine with nothing to do is idle for all its GPUs, and each second of that is told once."""
+    """An idle engine is idle on all its GPUs, and each second is reported once."""
     meter = GpuMeter(4.0, 1000, now=10.0)
     assert meter.idle(11.0) == pytest.approx(4.0)
     assert meter.idle(11.0) == 0.0
-    share = meter.entered(12.0)
+    share = meter.open_share(12.0)
     meter.step(12.5, 1, [(share, 100, 1)])
     assert meter.charge(share, 1) == pytest.approx(0.5 * 4)
-    meter.rested()
+    meter.mark_idle()
     assert meter.idle(13.0) == pytest.approx(1.0 * 4 + 0.5 * 4)

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot work is refused for good when a replica opens it, before any engine starts."""
+"""A damaged checkpoint is refused without a retry when a replica opens it, before any engine starts."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.support.checkpoints import build_checkpoint
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint."""
+    """An undamaged checkpoint."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 def without(name: str) -> Callable[[Path], None]:
-    """A folder loses a file."""
+    """Return a function that removes a file from a folder."""
     return lambda folder: (folder / name).unlink()
 
 
 def with_nan(folder: Path) -> None:
-    """One number of the weights becomes NaN."""
+    """Set one number of the weights to NaN."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def without_tensor(folder: Path) -> None:
-    """The weights lose one that vLLM does not miss: it is part of a larger one."""
+    """Remove a tensor that vLLM would not miss, since it merges it into a larger one."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -54,7 +54,7 @@ def without_tensor(folder: Path) -> None:
 async def test_a_damaged_checkpoint_is_refused(
     llama: Path, tmp_path: Path, damage: Callable[[Path], None], why: str
 ) -> None:
-    """No second try follows, and the reason is for the catalog."""
+    """A damaged checkpoint raises ModelRefused with the reason, so that the start is not retried."""
     folder = Path(shutil.copytree(llama, tmp_path / "m"))
     damage(folder)
     settings = ReplicaSettings(ModelSpec("m", str(folder)), "c", cache_dir=str(tmp_path / "cache"))
@@ -63,7 +63,7 @@ async def test_a_damaged_checkpoint_is_refused(
 
 
 def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
-    """With its digest and its tokenizer."""
+    """Opening an undamaged checkpoint returns its digest and its tokenizer bundle."""
     opened = open_model(ReplicaSettings(ModelSpec("m", str(llama)), "c", cache_dir=str(tmp_path / "cache")))
     assert opened.weight_digest.startswith("sha256:")
     assert "tokenizer.json" in opened.bundle.files

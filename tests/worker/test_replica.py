@@ -1,4 +1,4 @@
-"""A replica as a plain class: it comes up and links, says why it cannot, and ends its process with its engine."""
+"""A replica without Ray: it starts and dials gateways, reports why it cannot, and ends its process with its engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import Opened, Place, Replica
+from cluster.worker.replica import OpenedModel, Place, Replica
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 from tests.support.serving import Door, eventually, greedy
 
@@ -22,13 +22,13 @@ SOURCE = "sim://?vocab=1000&decode_ms=1"
 
 
 def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
-    """A simulated model that dials the door."""
+    """Return settings of a simulated model that dials the door."""
     spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
     return ReplicaSettings(spec, "test", gateways=(door.address,))
 
 
 async def test_serves_until_stopped(door: Door) -> None:
-    """It dials in under a name of its own, serves, is healthy, and after a stop neither."""
+    """A started replica dials the gateway, serves and passes `check`; a stopped one does none of it."""
     replica = Replica(settings(door), Place("r1", "node1"), open_model)
     with pytest.raises(EngineDead, match="not started"):
         await replica.check()
@@ -46,7 +46,7 @@ async def test_serves_until_stopped(door: Door) -> None:
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:
-    """A request in flight is finished within the drain time."""
+    """A running request is finished within the drain time."""
     replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
     await replica.start()
     running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
@@ -56,14 +56,17 @@ async def test_stop_drains_what_runs(door: Door) -> None:
 
 
 async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
-    """Nothing new is granted, what runs is finished, health then has Serve replace it; no operator takes it back."""
+    """A replica on an ending node takes nothing new, finishes its requests and then fails `check`.
+
+    An operator's uncordon does not change that.
+    """
     replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
     await replica.start()
     link = await door.worker("m")
     running = asyncio.create_task(greedy(link, [1, 2], 600))
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
     leaving = asyncio.create_task(replica.leave(20.0))
-    await eventually(lambda: not link.serves, "the gateway is told")
+    await eventually(lambda: not link.serves, "the gateway knows")
     link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
     assert len(await running) == 600
     await leaving
@@ -74,7 +77,7 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
 
 
 async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
-    """Serve gives the settings' time; a node that ends earlier would cut what has not been handed over by then."""
+    """A stop takes at most `within_s`, even if the settings' drain time is longer."""
     replica = Replica(replace(settings(door, SOURCE), drain_timeout_s=300.0), Place("r1", "n"), open_model)
     await replica.start()
     link = await door.worker("m")
@@ -87,10 +90,10 @@ async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
 
 
 async def test_dead_engine_ends_the_process(door: Door) -> None:
-    """The links are closed first, then the process; health tells the reason meanwhile."""
+    """A dead engine ends the links, then the process; `check` reports the reason meanwhile."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
-    opened = Opened(engine, Bundle({}), "")
+    opened = OpenedModel(engine, Bundle({}), "")
     replica = Replica(settings(door), Place("r1", "n"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     await door.worker("m")
@@ -107,10 +110,10 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
 
 
 async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
-    """After an error the golden prompt is asked; a wrong answer closes the link, ends the process, names the node."""
+    """A wrong golden answer after an error closes the link and ends the process; the reason names the node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
-    opened = Opened(engine, Bundle({}), "")
+    opened = OpenedModel(engine, Bundle({}), "")
     replica = Replica(settings(door), Place("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     link = await door.worker("m")
@@ -127,7 +130,7 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
 
 
 async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
-    """NaN in the first golden answer keeps the replica from coming up, and may be another node's luck: no refusal."""
+    """NaN in the first golden answer ends the start, without ModelRefused: another node may have a healthy GPU."""
     replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), Place("r1", "node-7"), open_model)
     with pytest.raises(EngineSick, match=r"node-7 is sick.*NaN in the logits"):
         await replica.start()
@@ -141,14 +144,19 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
         ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
         ("sim://", Place("r", "n"), {}, "vocab is not given"),
         ("/m", Place("r", "n"), {"engine": {"worker_cls": "a.B"}}, r"models\[m\].engine.worker_cls: names code"),
-        (SOURCE, Place("r", "n"), {"digest": "sha256:0"}, r"models\[m\].digest: the weights here have sha256:.* wants"),
+        (
+            SOURCE,
+            Place("r", "n"),
+            {"digest": "sha256:0"},
+            r"models\[m\].digest: the weights .* have sha256:.* requires",
+        ),
         (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
     ],
 )
 async def test_what_cannot_work_is_refused(
     door: Door, source: str, place: Place, more: dict[str, object], reason: str
 ) -> None:
-    """The reason names what is wrong; nothing was linked."""
+    """ModelRefused names what is wrong, and no link was made."""
     replica = Replica(settings(door, source, **more), place, open_model)
     with pytest.raises(ModelRefused) as caught:
         await replica.start()
@@ -157,9 +165,9 @@ async def test_what_cannot_work_is_refused(
 
 
 async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
-    """An error that another try may not meet stays what it is."""
+    """An error that a retry may not meet is not turned into ModelRefused."""
 
-    def unlucky(settings: ReplicaSettings) -> Opened:
+    def unlucky(settings: ReplicaSettings) -> OpenedModel:
         raise OSError("the disk is away")
 
     model = settings(door)

@@ -1,4 +1,4 @@
-"""Settings travel as JSON, digests tell what restarts a replica, refusals are found in whatever wraps them."""
+"""Settings survive JSON, the digest changes when a replica must restart, and a refusal is found in any text."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SETTINGS = ReplicaSettings(
 
 
 def test_settings_survive_json() -> None:
-    """What a driver is sent is what a replica gets."""
+    """Settings converted to JSON and back are equal."""
     assert from_json(json.loads(json.dumps(SETTINGS.to_json()))) == SETTINGS
     plain = dataclasses.replace(SETTINGS, tls=None)
     assert from_json(plain.to_json()) == plain
 
 
 def test_unknown_keys_are_refused() -> None:
-    """A driver of another release fails loudly instead of dropping what it does not know."""
+    """An unknown key, as from another release, raises an error instead of being ignored."""
     with pytest.raises(ValueError, match="unknown key 'colour'"):
         specs.from_json({**specs.to_json(SETTINGS.spec), "colour": "red"})
     with pytest.raises(TypeError, match="colour"):
@@ -43,7 +43,7 @@ def test_unknown_keys_are_refused() -> None:
 
 @pytest.mark.parametrize("change", [{"aliases": ()}, {"min_replicas": 1}, {"max_replicas": 9}, {"idle_s": 5.0}])
 def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
-    """Names and counts are not in the digest."""
+    """Aliases and replica counts are not part of the digest."""
     assert dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, **change)).digest == SETTINGS.digest
 
 
@@ -57,13 +57,13 @@ def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
     ],
 )
 def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:
-    """Anything a replica was started with is in the digest."""
+    """Everything that a replica is started with is part of the digest."""
     assert changed.digest != SETTINGS.digest
 
 
 @given(st.text())
 def test_refusal_is_found_again(reason: str) -> None:
-    """Whatever the reason holds and whatever Ray writes around it."""
+    """The reason of ModelRefused is found in the text that Ray wraps around it, and survives a pickle."""
     wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
     assert refusal_in(wrapped) == reason
     assert refusal_in("Traceback: ValueError") == ""

@@ -1,1 +1,1 @@
-"""Engines behind the port `Engine`: vLLM and a simulation."""
+"""Implementations of the port `Engine`: vLLM and a simulation."""

@@ -1,16 +1,16 @@
-"""A sick engine is taken out: it is asked a golden prompt at start and after every error, and must answer as at first.
+"""Golden check: run a fixed prompt at start and after every error, and end an engine whose answer becomes wrong.
 
-Problem: a GPU with a broken memory cell, or a half-loaded checkpoint, goes on serving and answers nonsense.
-`Examined` is an engine around an engine. At start it asks a fixed prompt, greedily, and keeps the answer; where the
-engine says that it takes emitted tokens as output, it also asks for the rest of that answer behind a few cuts, so that
-a rank without the plugin is found before a call is. An engine that says `resume:exact` must give the very tokens there,
-and those of a seeded call too: where it does not, it is well, and its word becomes `resume:state`. From then on any
-request that ends in ERROR (NaN logits do so) makes it ask again, beside the running requests. A wrong answer raises
-EngineSick from `step`, which ends the worker as a dead engine does.
+Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
+`CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
+engine reports that it takes emitted tokens as output, the wrapper also cuts the answer at a few positions and requests
+the rest, so that a rank without the plugin is found before any call. An engine with `resume:exact` must return the
+same tokens there, also for a seeded request; if it does not, it is healthy but its capability becomes `resume:state`.
+From then on every request that ends in ERROR (as with NaN logits) starts another check beside the running requests.
+A wrong answer raises EngineSick from `step`, which ends the worker like a dead engine.
 
-An error alone takes nobody out: a caller can provoke one. And a right answer need not be equal to the last bit:
-batches differ, and in 16-bit numbers the likeliest token may change places with its neighbour. So log probabilities
-are compared, within what such numbers are worth. An answer that this cannot decide proves nothing.
+An error alone does not end a worker, because a caller can provoke one. A correct answer need not be bit-identical:
+batches differ, and in 16-bit numbers the most likely token may swap with the next. So log probabilities are compared,
+within the precision of such numbers. An answer that this cannot decide proves nothing.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from cluster.api.types import (
 
 PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
-"""Together shorter than a block of the KV cache: the answer is computed anew each time."""
+"""Tokens of the answer. Prompt and answer together are shorter than a KV block, so each answer is computed anew."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
-"""Log probabilities asked for a position: the first number that the engine's max_logprobs allows."""
+"""Log probabilities requested for each position: the first number that the engine's max_logprobs allows."""
 PREFIX = "headrace-golden-"
 FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
-"""Of a log probability, by the first word of the engine class."""
+"""Tolerance of a log probability, by the first word of the engine class."""
 TOLERANCE_16_BIT = 0.5
 CUTS = (0.25, 0.5, 0.75)
-"""Parts of the answer after which it is cut and continued."""
+"""Fractions of the answer at which it is cut and continued."""
 SEED = 7
-"""Of the seeded call, which is drawn at temperature 1."""
+"""Seed of the seeded request, which is sampled at temperature 1."""
 
 
 @dataclass(slots=True)
 class GoldenAnswer:
-    """What came for the golden prompt."""
+    """The engine's answer to the golden prompt."""
 
     positions: list[PositionLogprobs] = field(default_factory=list)
     error: str = ""
     refused: bool = False
 
     def add(self, output: TokenOutput) -> None:
-        """The next output."""
+        """Append an output."""
         self.positions += output.logprobs or ()
         if output.finish is FinishReason.ERROR:
             self.error = output.message or "it ended in an error"
 
     def tail(self, start: int) -> GoldenAnswer:
-        """The answer without its first tokens."""
+        """Return the answer from token `start` on."""
         return GoldenAnswer(self.positions[start:])
 
     @property
@@ -74,43 +74,43 @@ class GoldenAnswer:
 
 
 def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
-    """Return what proves an answer wrong; empty when nothing does.
+    """Return the reason why an answer is wrong; empty when nothing proves it.
 
     A healthy engine gives each token a log probability within `tolerance` of the reference. An answer is wrong when no
-    such values explain both. A token outside a list of the likeliest has an unknown value, at most the list's smallest:
-    it proves something only where that bound does. After two tokens that differ the texts differ, and prove nothing.
+    such values explain both. A token that is not listed among the most likely ones has an unknown value, at most the
+    smallest one listed, and counts only by that bound. After the first different token the answers are not compared.
     """
     if answer.error:
         return answer.error
     if len(answer.positions) != len(reference.positions):
         return f"{len(answer.positions)} tokens instead of {len(reference.positions)}"
-    for at, (right, found) in enumerate(zip(reference.positions, answer.positions, strict=True)):
-        if reason := _why_apart(right, found, tolerance):
+    for at, (expected, actual) in enumerate(zip(reference.positions, answer.positions, strict=True)):
+        if reason := _difference(expected, actual, tolerance):
             return f"token {at} {reason}"
-        if found.token_ids[0] != right.token_ids[0]:
+        if actual.token_ids[0] != expected.token_ids[0]:
             return ""
     return ""
 
 
-def _why_apart(right: PositionLogprobs, found: PositionLogprobs, tolerance: float) -> str:
-    """Return what in one position's values no noise within `tolerance` explains; empty when all of it can be noise."""
-    sampled, likeliest, value = found.token_ids[0], right.token_ids[0], found.logprobs[0]
-    if any(map(math.isnan, found.logprobs)) or not math.isfinite(value):
+def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance: float) -> str:
+    """Return the difference in one position that noise within `tolerance` cannot explain; empty when there is none."""
+    sampled, likeliest, value = actual.token_ids[0], expected.token_ids[0], actual.logprobs[0]
+    if any(map(math.isnan, actual.logprobs)) or not math.isfinite(value):
         return f"has the log probability {value}"
-    if max(found.logprobs) - value > tolerance:
+    if max(actual.logprobs) - value > tolerance:
         return f"is {sampled}, which is not the likeliest"
-    for token in dict.fromkeys((sampled, likeliest, *found.token_ids, *right.token_ids)):
-        (least, most), (lowest, highest) = _bounds(found, token), _bounds(right, token)
+    for token in dict.fromkeys((sampled, likeliest, *actual.token_ids, *expected.token_ids)):
+        (least, most), (lowest, highest) = _bounds(actual, token), _bounds(expected, token)
         if least - highest > tolerance or lowest - most > tolerance:
             if sampled != likeliest:
                 return f"is {sampled} instead of {likeliest}"
-            told = f"has the log probability {most:.3f} instead of {highest:.3f}"
-            return told if token == sampled else f"is right, but token id {token} {told}"
+            difference = f"has the log probability {most:.3f} instead of {highest:.3f}"
+            return difference if token == sampled else f"is right, but token id {token} {difference}"
     return ""
 
 
 def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
-    """Return the smallest and largest log probability that a token can have by the values of one position."""
+    """Return the smallest and largest log probability of a token that are consistent with one position's values."""
     for candidate, value in zip(position.token_ids, position.logprobs, strict=True):
         if candidate == token:
             return value, value
@@ -120,8 +120,10 @@ def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
 def golden_request(
     info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOPS[0], seed: int | None = None
 ) -> EngineRequest:
-    """The prompt: ids from the middle of the vocabulary, where every tokenizer has ordinary text. Greedy, or drawn with
-    `seed`."""
+    """Return the request for the golden prompt, greedy or sampled with `seed`.
+
+    The prompt's ids are from the middle of the vocabulary, where every tokenizer has ordinary text.
+    """
     room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
     prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
     length = max(1, room - ANSWER_TOKENS)
@@ -141,63 +143,66 @@ def golden_request(
     )
 
 
-class Examined:
-    """An engine (cluster.api.ports) around one that is asked whether it is well. `node` is named when it is not."""
+class CheckedEngine:
+    """An engine (cluster.api.ports) that wraps another one and checks its answers. `node` is named in errors."""
 
     def __init__(self, engine: Engine, *, node: str = "") -> None:
         self._engine = engine
         self._node = node
         self._info: EngineInfo | None = None
         self._reference = GoldenAnswer()
-        self._asked = ""  # the id of the question under way
+        self._golden_id = ""  # the id of the golden request in progress
         self._answer = GoldenAnswer()
-        self._ask_again = False
+        self._check_again = False
         self._tops = TOPS
-        self.withdrawn = ""
-        """Reason for which the engine's word `resume:exact` became `resume:state`; empty where it did not."""
+        self.downgrade_reason = ""
+        """Reason for which the capability `resume:exact` became `resume:state`; empty if it did not."""
 
     def __repr__(self) -> str:
-        return f"Examined({self._engine!r})"
+        return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start and record the reference. Raises EngineSick when there is none, or when its rest is not its rest."""
+        """Start and record the reference. Raises EngineSick if there is none or a continued answer is wrong."""
         self._info = info = await self._engine.start()
         continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
         seeds = [SEED] if RESUME_EXACT in info.capabilities else []
-        self._reference, *seeded = await self._asked_together([((), seed) for seed in (None, *seeds)])
+        self._reference, *seeded = await self._run_golden([((), seed) for seed in (None, *seeds)])
         self._judge(self._reference, self._reference)
         if continues:
-            apart = await self._apart_when_cut([(self._reference, None), *zip(seeded, seeds, strict=True)])
-            if apart and RESUME_EXACT in info.capabilities:
-                self.withdrawn = apart
+            difference = await self._resume_difference([(self._reference, None), *zip(seeded, seeds, strict=True)])
+            if difference and RESUME_EXACT in info.capabilities:
+                self.downgrade_reason = difference
                 words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
                 self._info = info = replace(info, capabilities=words)
         return info
 
-    async def _apart_when_cut(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
-        """Return where the rest of an answer (with its seed), asked for behind a cut, has other tokens; empty where all
-        have the same, or are refused. Raises EngineSick for a greedy rest that is wrong."""
+    async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
+        """Cut each answer, let the engine continue it, and return the first difference in tokens; empty if none.
+
+        `wholes`: answers with their seeds. Refused continuations do not count. Raises EngineSick for a greedy
+        continuation that is wrong.
+        """
         cuts = [
             (whole, seed, cut)
             for whole, seed in wholes
             for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0})
         ]
-        rests = await self._asked_together([(whole.token_ids[:cut], seed) for whole, seed, cut in cuts])
-        apart = []
+        rests = await self._run_golden([(whole.token_ids[:cut], seed) for whole, seed, cut in cuts])
+        differences = []
         for (whole, seed, cut), rest in zip(cuts, rests, strict=True):
             if seed is None:
                 self._judge(whole.tail(cut), rest, "continued, ")
             if not rest.refused and rest.token_ids != whole.token_ids[cut:]:
                 which = "greedy" if seed is None else "seeded"
-                apart.append(f"a {which} call that was cut after {cut} tokens went on with others")
-        return next(iter(apart), "")
+                differences.append(f"a {which} request resumed after {cut} tokens continued with different tokens")
+        return next(iter(differences), "")
 
-    async def _asked_together(self, questions: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
-        """Return what comes for the golden prompt with these emitted tokens, drawn with these seeds."""
+    async def _run_golden(self, variants: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
+        """Run the golden prompt at once for all pairs of emitted tokens and seed; return the answers in their order."""
         answers, waiting = [], dict[str, GoldenAnswer]()
-        for emitted, seed in questions:
+        for emitted, seed in variants:
             answers.append(answer := GoldenAnswer())
-            request_id = await self._submitted(emitted, seed)
+            request_id = await self._submit_golden(emitted, seed)
             answer.refused = not request_id
             if request_id:
                 waiting[request_id] = answer
@@ -209,86 +214,89 @@ class Examined:
                         del waiting[output.request_id]
         return answers
 
-    async def _submitted(self, emitted: Sequence[int], seed: int | None) -> str:
-        """Hand a question over, with as many log probabilities as the engine gives. Its id; empty where the engine
-        refuses a seeded one: it may take no seeds, or not go on with them. Raises EngineSick."""
+    async def _submit_golden(self, emitted: Sequence[int], seed: int | None) -> str:
+        """Submit a golden request with as many log probabilities as the engine allows; return its id.
+
+        Empty if the engine refuses a seeded request: it may not support seeds, or not resume with them. Raises
+        EngineSick if it refuses another.
+        """
         assert self._info is not None
-        question = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
+        golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
         try:
-            await self._engine.submit(question)
+            await self._engine.submit(golden)
         except EngineRefused as refused:
             if refused.field == "logprobs" and len(self._tops) > 1:
                 self._tops = self._tops[1:]
-                return await self._submitted(emitted, seed)
+                return await self._submit_golden(emitted, seed)
             if seed is not None:
                 return ""
-            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
-        return question.request_id
+            raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
+        return golden.request_id
 
-    async def _ask(self) -> None:
-        """Ask the greedy question again, beside calls."""
+    async def _repeat_golden(self) -> None:
+        """Submit the greedy golden request again, beside the running requests."""
         assert self._info is not None
-        question = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
-        self._answer, self._ask_again = GoldenAnswer(), False
-        self._asked = question.request_id  # before submit: outputs may come while that returns
+        golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
+        self._answer, self._check_again = GoldenAnswer(), False
+        self._golden_id = golden.request_id  # before submit: outputs may arrive before it returns
         try:
-            await self._engine.submit(question)
+            await self._engine.submit(golden)
         except EngineRefused as refused:
-            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
-        """The next step with outputs for callers. Raises EngineDead, EngineSick among them."""
+        """Return the next step's outputs for callers, not empty. Raises EngineDead and its subclass EngineSick."""
         while True:
-            asked = self._asked
-            outputs = self._take(await self._engine.step())
-            if asked and not self._asked:
+            golden_id = self._golden_id
+            outputs = self._remove_golden_output(await self._engine.step())
+            if golden_id and not self._golden_id:
                 self._judge(self._reference, self._answer)
-            if self._ask_again and not self._asked:
-                await self._ask()
+            if self._check_again and not self._golden_id:
+                await self._repeat_golden()
             if outputs:
                 return outputs
 
-    def _take(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
-        """Keep what answers the golden prompt, and note errors; the outputs of others."""
-        mine = None
+    def _remove_golden_output(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
+        """Keep the golden request's output and note errors; return the outputs of the other requests."""
+        golden_output = None
         for output in outputs:
-            if output.request_id == self._asked:
-                mine = output
+            if output.request_id == self._golden_id:
+                golden_output = output
             elif output.finish is FinishReason.ERROR:
-                self._ask_again = True
-        if mine is None:
+                self._check_again = True
+        if golden_output is None:
             return outputs
-        self._answer.add(mine)
-        if mine.finish is not None:
-            self._asked = ""
-        return [output for output in outputs if output is not mine]
+        self._answer.add(golden_output)
+        if golden_output.finish is not None:
+            self._golden_id = ""
+        return [output for output in outputs if output is not golden_output]
 
     def _judge(self, reference: GoldenAnswer, answer: GoldenAnswer, how: str = "") -> None:
         assert self._info is not None
         tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
         if reason := why_wrong(reference, answer, tolerance):
-            raise self._sick(f"{how}its answer to the golden prompt is wrong: {reason}")
+            raise self._sick_error(f"{how}its answer to the golden prompt is wrong: {reason}")
 
-    def _sick(self, reason: str) -> EngineSick:
+    def _sick_error(self, reason: str) -> EngineSick:
         where = f" on node {self._node}" if self._node else ""
         return EngineSick(f"the engine{where} is sick: {reason}")
 
     async def submit(self, request: EngineRequest) -> None:
-        """Hand a request over."""
+        """Submit a request to the wrapped engine."""
         await self._engine.submit(request)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests."""
+        """Abort requests in the wrapped engine."""
         await self._engine.abort(request_ids)
 
     def load(self) -> EngineLoad:
-        """What the engine does, the golden prompt included."""
+        """Return the wrapped engine's load, the golden request included."""
         return self._engine.load()
 
     async def check(self) -> None:
-        """Raise EngineDead if it is."""
+        """Raise EngineDead if the wrapped engine is dead."""
         await self._engine.check()
 
     async def close(self) -> None:
-        """End it."""
+        """End the wrapped engine."""
         await self._engine.close()

@@ -1,11 +1,11 @@
-"""How long an engine's steps take, so that one that hangs can be told from one that has much to do.
+"""Durations of an engine's steps, by which a hung step is distinguished from one with much work.
 
-Problem: whoever waits for a step sees the same silence in both cases. Invariant: a step that stands longer than its
-stated work explains is stated as no work at all, so that no queue of prompts can hide a hang. The work is prompt
-tokens: what they may cost is learned from the slowest steps so far, and until then taken generously.
+Problem: a caller that waits for a step sees the same silence in both cases. Invariant: a step that takes longer than
+its reported work explains is reported as having no work at all, so that no queue of prompts can hide a hang. The work
+is measured in prompt tokens; their cost is learned from the slowest steps so far and assumed high until then.
 
-The quantile comes from a histogram with buckets that grow by a tenth, whose counts are halved now and then: it forgets
-what the engine was like long ago, and an addition costs a logarithm. One thread adds; any may read.
+The quantile comes from a histogram whose buckets grow by a tenth and whose counts are halved now and then, so that old
+durations lose weight; an addition costs a logarithm. One thread adds; any thread may read.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import math
 SHORTEST_S = 1e-6
 GROWTH = 1.1
 BUCKETS = 240
-"""Up to about two hours."""
+"""Number of buckets; the last one is at about two hours."""
 FORGET_AFTER = 4096
 """Samples in the histogram when all counts are halved."""
 QUANTILE_EVERY = 16
 
 FIRST_TOKEN_S = 0.05
-"""Seconds that a prompt token may take before any has been seen."""
+"""Assumed seconds per prompt token before any has been measured."""
 PATIENCE = 5.0
-"""Times as long as prompt tokens usually take at most they may take before the work no longer explains it."""
+"""Factor of the 0.9 quantile of a prompt token's time up to which prompt tokens explain a step's duration."""
 LEAST_S = 0.5
-"""Prompt tokens explain as much in any case."""
+"""Seconds that any number of prompt tokens explains."""
 SAMPLE_TOKENS = 8
-"""So few in a step at least tell what one costs."""
+"""Least prompt tokens in a step from which the time per token is learned."""
 
 
 class Quantile:
-    """A quantile of durations, of the last few thousand."""
+    """A quantile of the last few thousand durations."""
 
     __slots__ = ("_counts", "_order", "_total", "_value")
 
@@ -42,7 +42,7 @@ class Quantile:
         self._value = 0.0
 
     def add(self, seconds: float) -> None:
-        """One more duration."""
+        """Add a duration."""
         at = math.ceil(math.log(seconds / SHORTEST_S, GROWTH)) if seconds > SHORTEST_S else 0
         self._counts[min(at, BUCKETS - 1)] += 1
         self._total += 1
@@ -50,14 +50,14 @@ class Quantile:
             self._counts = [count // 2 for count in self._counts]
             self._total = sum(self._counts)
         if self._total <= QUANTILE_EVERY or self._total % QUANTILE_EVERY == 0:
-            self._value = self._find()
+            self._value = self._compute()
 
     @property
     def value_s(self) -> float:
-        """The quantile, at most a tenth too long; 0 before the first duration."""
+        """The quantile in seconds, at most a tenth too long; 0 before the first duration."""
         return self._value
 
-    def _find(self) -> float:
+    def _compute(self) -> float:
         above = self._total - math.ceil(self._order * self._total)
         seen = 0
         for at in range(BUCKETS - 1, -1, -1):
@@ -68,50 +68,53 @@ class Quantile:
 
 
 class StepTimes:
-    """The steps of one engine. `began`, `step` and `prefilled` as they happen; the rest may be read by any thread."""
+    """Step durations of one engine.
+
+    One thread calls `began`, `step`, `prefilled` and `mark_idle` as these happen; any thread may read the rest.
+    """
 
     __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")
 
     def __init__(self, most_tokens: int = 1 << 30) -> None:
-        """`most_tokens`: what one step computes at most."""
+        """`most_tokens`: the most tokens that one step computes."""
         self._most_tokens = most_tokens
-        self._per_token = Quantile(0.9)  # a step that stood for another reason must not count for ever
+        self._per_token = Quantile(0.9)  # not the maximum: a step delayed for another reason must not count for ever
         self._since: float | None = None
         self.last_s = 0.0
         self.times = Quantile()
 
-    def limit(self, most_tokens: int) -> None:
-        """Tell what one step computes at most, where that is known late."""
+    def set_limit(self, most_tokens: int) -> None:
+        """Set the most tokens that one step computes, where it is known only after construction."""
         self._most_tokens = most_tokens
 
     def began(self, now: float) -> None:
-        """There is work, after there was none."""
+        """Record that the engine starts a step after it was idle."""
         self._since = now
 
     def step(self, now: float, *, goes_on: bool = True) -> None:
-        """A step has ended."""
+        """Record the end of a step; `goes_on`: the next step begins at once."""
         if self._since is not None:
             self.last_s = now - self._since
             self.times.add(self.last_s)
         self._since = now if goes_on else None
 
     def prefilled(self, tokens: int) -> None:
-        """The last step was the end of prompts of so many tokens."""
+        """Record that the last step completed prompts of `tokens` tokens in all."""
         tokens = min(tokens, self._most_tokens)
         if tokens >= SAMPLE_TOKENS:
             self._per_token.add(self.last_s / tokens)
 
-    def rested(self) -> None:
-        """There is no work any more."""
+    def mark_idle(self) -> None:
+        """Record that the engine is idle."""
         self._since = None
 
     def age_s(self, now: float) -> float:
-        """For how long the step under way has run; 0 at rest."""
+        """Return the seconds for which the current step has run; 0 if the engine is idle."""
         since = self._since
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Whether so many prompt tokens explain that the step under way is not yet done."""
+        """Whether `prompt_tokens` explain that the current step has not ended yet."""
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)

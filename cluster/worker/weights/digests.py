@@ -1,6 +1,6 @@
-"""A digest of a model's weights: what two replicas compare to know that they hold the same model.
+"""Digest of a model's weights, by which replicas are known to have the same model.
 
-The weights are read whole for it, once a node, and looked at for NaN on the way (finite.py).
+All weights are read for it, once per node, and checked for NaN at the same time (finite.py).
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from cluster.worker.weights import finite
 
 _HASHED = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "generation_config.json")
 PIECE_BYTES = 4 << 20
-"""Read at a time; a multiple of the bytes of any number."""
+"""Bytes read at a time; a multiple of the size of every number type."""
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted({file for pattern in _HASHED for file in folder.glob(pattern)}, key=lambda file: file.name)
 
 
-def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
-    """Return the SHA-256 of a file; add to `spoilt` what is not finite in its tensors."""
+def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
+    """Return the SHA-256 of a file; add a text to `problems` for each tensor that is not finite."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(piece_bytes))
     with file.open("rb", buffering=0) as stream:
         at = 0
         for span in finite.spans(file):
             if span.start < at:
-                continue  # it shares its bytes with the one before
+                continue  # it shares its bytes with the previous tensor
             for piece in _pieces(stream, span.start - at, buffer):
                 digest.update(piece)
-            found = ""
+            problem = ""
             for piece in _pieces(stream, span.end - span.start, buffer):
                 digest.update(piece)
-                found = found or finite.not_finite(piece, span)
-            if found:
-                spoilt.append(f"{file.name}: {found} in {span.name}")
+                problem = problem or finite.not_finite(piece, span)
+            if problem:
+                problems.append(f"{file.name}: {problem} in {span.name}")
             at = span.end
         for piece in _pieces(stream, file.stat().st_size - at, buffer):
             digest.update(piece)
@@ -48,7 +48,7 @@ def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
 
 
 def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Read so many bytes, a buffer at a time, into the same memory. Raises OSError where the file has fewer."""
+    """Read `length` bytes, one buffer at a time, into the same memory. Raises OSError if the file has fewer."""
     while length > 0:
         piece = buffer[: min(length, len(buffer))]
         have = 0
@@ -62,10 +62,10 @@ def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryv
 
 
 def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYTES) -> str:
-    """`sha256:<hex>` over names and contents of weights and configuration.
+    """Return `sha256:<hex>` over the names and contents of weights and configuration.
 
-    Reads every byte once; later calls compare sizes and modification times with the record kept in `cache_dir`.
-    Raises ValueError when there is nothing to hash and for NaN in a tensor, OSError when a file cannot be read.
+    Reads every byte once; later calls compare sizes and modification times with the record in `cache_dir`. Raises
+    ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot be read.
     """
     files = _files(folder)
     if not files:
@@ -73,24 +73,24 @@ def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYT
     stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     record = cache_dir / "digests" / f"{key}.json"
-    known = _known(record, stamps)
+    known = _read_record(record, stamps)
     if known:
         return known
-    total, spoilt = hashlib.sha256(), list[str]()
+    total, problems = hashlib.sha256(), list[str]()
     for file in files:
-        total.update(f"{file.name}\0{_file_digest(file, spoilt, piece_bytes)}\n".encode())
-    if spoilt:
-        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        total.update(f"{file.name}\0{_file_digest(file, problems, piece_bytes)}\n".encode())
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"the weights in {folder} are damaged: {'; '.join(spoilt[:3])}{more}: every answer would be NaN. Fetch or "
-            "copy the checkpoint again; one that was trained to NaN cannot be served"
+            f"the weights in {folder} are damaged: {'; '.join(problems[:3])}{more}: every answer would be "
+            "NaN. Fetch or copy the checkpoint again; one that was trained to NaN cannot be served"
         )
     digest = f"sha256:{total.hexdigest()}"
-    _keep(record, {"stamps": stamps, "digest": digest, "finite": True})
+    _write_record(record, {"stamps": stamps, "digest": digest, "finite": True})
     return digest
 
 
-def _known(record: Path, stamps: dict[str, list[int]]) -> str:
+def _read_record(record: Path, stamps: dict[str, list[int]]) -> str:
     try:
         kept = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -105,8 +105,8 @@ def _known(record: Path, stamps: dict[str, list[int]]) -> str:
     return ""
 
 
-def _keep(record: Path, content: dict[str, object]) -> None:
-    """Whole or not at all; a cache that cannot be written costs only time."""
+def _write_record(record: Path, content: dict[str, object]) -> None:
+    """Write the record atomically. Errors are ignored: without it only the next call takes longer."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:

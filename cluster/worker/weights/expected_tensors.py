@@ -1,7 +1,7 @@
-"""The tensors that an architecture has, by name and shape, compared with those of a checkpoint; no weights are read.
+"""Comparison of a checkpoint's tensors with those of its architecture, by name and shape, without reading weights.
 
-transformers builds the model without memory (on torch's device `meta`) and loads into it tensors that are shapes only:
-its own renamings and conversions of older and newer checkpoints apply. A model of 70 billion parameters takes 0.3 s.
+transformers builds the model without memory (on torch's device `meta`) and loads tensors that are only shapes, so its
+own renamings and conversions of older and newer checkpoints apply. A model of 70 billion parameters takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import structlog
 
 Shape = tuple[int, ...]
 MOST_MISSING = 0.9
-"""Above this part of all tensors the checkpoint has names of another kind, and nothing is known."""
+"""Fraction of missing tensors above which the checkpoint uses other names and cannot be compared."""
 
 log = structlog.get_logger("checkpoint")
 _quiet_lock = threading.Lock()
@@ -25,7 +25,7 @@ _quiet_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """`misshapen` holds names with the checkpoint's shape and the architecture's."""
+    """Result of a comparison. `misshapen`: name, shape in the checkpoint and shape in the architecture."""
 
     expected: int = 0
     missing: tuple[str, ...] = ()
@@ -33,10 +33,10 @@ class Differences:
 
 
 def differences(folder: Path, shapes: Mapping[str, Shape]) -> Differences:
-    """Return what a checkpoint with these tensors lacks; nothing for a model that transformers does not know."""
+    """Return how tensors with these shapes differ from the architecture's; empty if transformers does not know it."""
     try:
         return _differences(folder, shapes)
-    except Exception as error:  # other releases, other configurations: vLLM decides
+    except Exception as error:  # another release or an unknown configuration: vLLM decides
         log.info("checkpoint.tensors_not_compared", folder=str(folder), error=f"{type(error).__name__}: {error}"[:500])
         return Differences()
 
@@ -52,7 +52,7 @@ def _differences(folder: Path, shapes: Mapping[str, Shape]) -> Differences:
         return Differences()
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     with _quiet():
-        model, told = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -62,16 +62,17 @@ def _differences(folder: Path, shapes: Mapping[str, Shape]) -> Differences:
             local_files_only=True,
         )
     expected = len(model.state_dict())
-    missing = tuple(sorted(told["missing_keys"]))
+    missing = tuple(sorted(loading_info["missing_keys"]))
     if len(missing) > MOST_MISSING * expected:
         return Differences()
-    misshapen = tuple(sorted((name, tuple(has), tuple(wanted)) for name, has, wanted in told["mismatched_keys"]))
+    mismatched = loading_info["mismatched_keys"]
+    misshapen = tuple(sorted((name, tuple(has), tuple(wanted)) for name, has, wanted in mismatched))
     return Differences(expected, missing, misshapen)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' report and progress bar of a load out of the log."""
+    """Suppress transformers' log messages and progress bar while the context is open."""
     from transformers.utils import logging
 
     settings: Any = logging

@@ -1,9 +1,9 @@
-"""Weights from object stores and web servers (s3://, gs://, https://, http://), fetched once a node.
+"""Download of weights from object stores and web servers (s3://, gs://, https://, http://), once per node.
 
-Problem: several replicas of a node start at once, a process is killed in the middle of forty gigabytes, and a disk is
-full. Invariants: one process of a node fetches a model, the others wait for it; what has come is not fetched again, to
-the byte, where the server lets one begin in the middle; a folder counts only when all of it has come, each file with
-the size that the server named; and once it counts, nothing is asked of the network.
+Problem: several replicas of a node start at once, a process is killed in the middle of forty gigabytes, or the disk is
+full. Invariants: one process of a node fetches a model and the others wait for it. Bytes that have arrived are not
+fetched again if the server supports ranges. A folder is complete only when every file has the size that the server
+reported; a complete folder is used without network access.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-"""With the package that fsspec needs for each."""
+"""URL schemes, each with the package that fsspec needs for it."""
 CHUNK_BYTES = 4 << 20
 COMPLETE = ".complete.json"
 INDEX = "model.safetensors.index.json"
@@ -37,19 +37,19 @@ WEB_NAMES = (
     "README.md",
     INDEX,
 )
-"""What is looked for on a web server, which lists nothing; the weights are those of the index, or one file."""
+"""Files tried on a web server, which cannot be listed; the weights are the files of the index, or a single file."""
 TRIES = 3
 
 Progress = Callable[[int, int, str], None]
-"""`(bytes that are here, bytes in all, file)`."""
+"""Called with (bytes fetched, bytes in all, file name)."""
 
 
 class FetchError(ValueError):
-    """A model cannot be fetched; the message says why and what helps."""
+    """A model cannot be fetched; the message has the reason and the remedy."""
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that it is on."""
+    """Return the free bytes of the disk that has `folder`."""
     return shutil.disk_usage(folder).free
 
 
@@ -62,31 +62,31 @@ def fetch(
     chunk_bytes: int = CHUNK_BYTES,
     free: Callable[[Path], int] = free_bytes,
 ) -> Path:
-    """The folder below `root` with the files of `source` that match. Blocks. Raises FetchError."""
+    """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError."""
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
+    with _locked(target):
         if _complete(target):
             return target
         files = _files_of(source, patterns)
-        _make_room(target, files, free(target))
+        _check_space(target, files, free(target))
         sizes = {name: size for name, (_, _, size) in files.items()}
         total, done = sum(sizes.values()), 0
         for name, (system, path, size) in sorted(files.items()):
 
-            def told(here: int, before: int = done, name: str = name) -> None:
+            def report(fetched: int, before: int = done, name: str = name) -> None:
                 if progress is not None:
-                    progress(before + here, total, name)
+                    progress(before + fetched, total, name)
 
-            _fetch_file(system, path, target / name, size, chunk_bytes, told)
+            _fetch_file(system, path, target / name, size, chunk_bytes, report)
             done += size
         (target / COMPLETE).write_text(json.dumps({"source": source, "sizes": sizes}))
     return target
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Whoever comes second waits until the first is done; a process that dies lets go."""
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the folder's lock; other processes wait. The kernel releases it if this process dies."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -101,14 +101,14 @@ def _complete(target: Path) -> bool:
 
 
 def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, str, int]]:
-    """By name: the file system, the path there and the size."""
+    """Return the matching files by name, each with its file system, path and size. Raises FetchError."""
     scheme = source.partition("://")[0]
     try:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(source.rstrip("/"))
-        names = _on_the_web(system, path) if scheme in ("http", "https") else _in_a_store(system, path)
-        found = {
+        names = _list_web(system, path) if scheme in ("http", "https") else _list_store(system, path)
+        files = {
             name: (system, where, size)
             for name, where, size in names
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -117,20 +117,20 @@ def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, s
         raise FetchError(f"{scheme}:// needs the package {SCHEMES[scheme]}: install it on every node") from None
     except FileNotFoundError:
         raise FetchError("there is nothing at this address") from None
-    except Exception as error:  # each file system has errors of its own
-        raise FetchError(f"cannot be listed: {_short(error)}") from error
-    if "config.json" not in found:
+    except Exception as error:  # each file system has its own errors
+        raise FetchError(f"cannot be listed: {_first_line(error)}") from error
+    if "config.json" not in files:
         raise FetchError("there is no config.json at this address; it is not a model folder, or access is refused")
-    return found
+    return files
 
 
-def _in_a_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
-    for one in system.ls(path, detail=True):
-        if one["type"] == "file":
-            yield one["name"].rsplit("/", 1)[-1], one["name"], int(one["size"])
+def _list_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
+    for entry in system.ls(path, detail=True):
+        if entry["type"] == "file":
+            yield entry["name"].rsplit("/", 1)[-1], entry["name"], int(entry["size"])
 
 
-def _on_the_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
+def _list_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
     names = list(WEB_NAMES)
     try:
         index = json.loads(system.cat_file(f"{path}/{INDEX}"))
@@ -143,71 +143,74 @@ def _on_the_web(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
         except FileNotFoundError:
             continue
         if size is None:
-            raise FetchError(f"the server does not say how large {name} is")
+            raise FetchError(f"the server does not report the size of {name}")
         yield name, f"{path}/{name}", int(size)
 
 
-def _make_room(target: Path, files: Mapping[str, tuple[Any, str, int]], free: int) -> None:
-    here = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
-    need = sum(size for _, _, size in files.values()) - here
+def _check_space(target: Path, files: Mapping[str, tuple[Any, str, int]], free: int) -> None:
+    fetched = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
+    need = sum(size for _, _, size in files.values()) - fetched
     if need > free:
-        raise FetchError(_full(target, need, free))
+        raise FetchError(_disk_full_message(target, need, free))
 
 
-def _full(target: Path, need: int, free: int) -> str:
+def _disk_full_message(target: Path, need: int, free: int) -> str:
     return (
         f"the disk is full: {need / 1e9:.2f} GB more are needed at {target} and {free / 1e9:.2f} GB are free; "
-        "make room, or set weights.cache_dir"
+        "free some space, or set weights.cache_dir"
     )
 
 
-def _fetch_file(system: Any, path: str, target: Path, size: int, chunk_bytes: int, told: Callable[[int], None]) -> None:
+def _fetch_file(
+    system: Any, path: str, target: Path, size: int, chunk_bytes: int, report: Callable[[int], None]
+) -> None:
     if target.exists() and target.stat().st_size == size:
-        told(size)
+        report(size)
         return
     part = target.with_name(target.name + ".part")
     for number in range(TRIES):
         try:
-            _copy(system, path, part, size, chunk_bytes, told)
+            _copy(system, path, part, size, chunk_bytes, report)
             break
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 missing = size - part.stat().st_size
-                raise FetchError(_full(target.parent, missing, free_bytes(target.parent))) from None
+                raise FetchError(_disk_full_message(target.parent, missing, free_bytes(target.parent))) from None
             broken: Exception = error
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own errors
             broken = error
         if number == TRIES - 1:
             raise FetchError(
-                f"{target.name} broke off {TRIES} times: {_short(broken)}; what has come is kept"
+                f"{target.name} broke off {TRIES} times: {_first_line(broken)}; "
+                "the fetched part is kept for the next try"
             ) from broken
     have = part.stat().st_size
     if have != size:
         part.unlink()
-        raise FetchError(f"{target.name} has {have} bytes and the server said {size}")
+        raise FetchError(f"{target.name} has {have} bytes, but the server reported {size}; try again")
     part.replace(target)
 
 
-def _copy(system: Any, path: str, part: Path, size: int, chunk_bytes: int, told: Callable[[int], None]) -> None:
-    here = part.stat().st_size if part.exists() else 0
-    if here > size:
+def _copy(system: Any, path: str, part: Path, size: int, chunk_bytes: int, report: Callable[[int], None]) -> None:
+    fetched = part.stat().st_size if part.exists() else 0
+    if fetched > size:
         part.unlink()
-        here = 0
+        fetched = 0
     with part.open("ab") as out:
-        while here < size:
-            data = _range(system, path, here, min(here + chunk_bytes, size))
+        while fetched < size:
+            data = _range(system, path, fetched, min(fetched + chunk_bytes, size))
             if not data:
-                raise OSError(f"it ended after {here} of {size} bytes")
+                raise OSError(f"it ended after {fetched} of {size} bytes")
             out.write(data)
-            here += len(data)
-            told(here)
+            fetched += len(data)
+            report(fetched)
 
 
 def _range(system: Any, path: str, start: int, end: int) -> bytes:
-    """Bytes from `start`. A server that gives the whole file instead is cut down to them."""
+    """Return the bytes in [start, end), cut out of the whole file if the server returns that instead."""
     data: bytes = system.cat_file(path, start=start, end=end)
     return data if len(data) <= end - start else data[start:end]
 
 
-def _short(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

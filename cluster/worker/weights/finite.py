@@ -1,7 +1,7 @@
-"""NaN and infinite numbers in weights, found while a file's bytes pass by for its digest.
+"""Detection of NaN and infinite numbers in weights, while their bytes are read for the digest.
 
-An IEEE number is NaN or infinite when all bits of its exponent are set. Read as an integer it is then larger than any
-finite one of its sign, so two maxima over a piece of memory decide (8 GB/s on one core, the digest itself 1.6 GB/s).
+An IEEE number is NaN or infinite if all bits of its exponent are set. As an integer it is then larger than every finite
+number of its sign, so two maxima over a piece of memory suffice (8 GB/s on one core; the digest itself 1.6 GB/s).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ INFINITE: Mapping[str, tuple[str, int]] = {
     "F8_E5M2": ("1", 0x7C),
     "F8_E4M3": ("1", 0x7E),
 }
-"""By safetensors' type: bytes of a number, and infinity as an integer; of F8_E4M3, which has none, the largest one."""
+"""Size in bytes, and infinity as an integer, by safetensors type; for F8_E4M3, which has none, its largest number."""
 WITHOUT_INFINITY = ("F8_E4M3",)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A tensor's place in its file, and whether infinite numbers in it are an error.
+    """A tensor's position in its file, and whether it is a matrix of weights.
 
-    They are in a matrix of weights, where they make NaN; a mask or a bias may have them.
+    Infinite numbers in such a matrix are an error, since they lead to NaN; a mask or a bias may have them.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Span:
 
 
 def spans(file: Path) -> list[Span]:
-    """The tensors of floating numbers in a safetensors file, in the order of their bytes; none in any other file."""
+    """Return the floating-point tensors of a safetensors file in the order of their bytes; none for other files."""
     if file.suffix != ".safetensors":
         return []
     try:
@@ -46,7 +46,7 @@ def spans(file: Path) -> list[Span]:
             length = int.from_bytes(stream.read(8), "little")
             size = file.stat().st_size
             header = json.loads(stream.read(length)) if length < size else {}
-        found = [
+        tensors = [
             Span(
                 name,
                 8 + length + int(part["data_offsets"][0]),
@@ -58,12 +58,12 @@ def spans(file: Path) -> list[Span]:
             if name != "__metadata__" and part["dtype"] in INFINITE
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return []  # checkpoint.py refuses it before
-    return sorted((span for span in found if span.start < span.end <= size), key=lambda span: span.start)
+        return []  # checkpoint.py refuses the file before
+    return sorted((span for span in tensors if span.start < span.end <= size), key=lambda span: span.start)
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """`NaN` or `infinite numbers` where a piece of a tensor has what it may not have, else nothing."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor has them and must not; otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

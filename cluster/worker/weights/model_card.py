@@ -1,4 +1,4 @@
-"""What a model's card says of itself: the YAML at the head of its README.md, as the Hugging Face hub has it."""
+"""Model cards: the YAML metadata at the start of a model's README.md, as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_TEXT = 256
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """`license` in lower case, the hub's name for it; `fields` are FIELDS that are there, as short texts."""
+    """A model card. `license`: the hub's name for it, in lower case. `fields`: those of FIELDS present, shortened."""
 
     license: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_card(folder: Path) -> Card:
-    """The folder's card; an empty one where there is none, or none that can be read."""
+    """Return the folder's card; an empty one if there is none or it cannot be parsed."""
     try:
         with (folder / "README.md").open("rb") as file:
             text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
@@ -40,25 +40,27 @@ def read_card(folder: Path) -> Card:
         return Card()
     license_name = _text(values.get("license")).lower()
     own = _text(values.get("license_name")).lower()
-    found = {name: told for name in FIELDS if (told := _text(values.get(name)))}
-    return Card(own if license_name in ("", "other") and own else license_name, found)
+    fields = {name: text for name in FIELDS if (text := _text(values.get(name)))}
+    return Card(own if license_name in ("", "other") and own else license_name, fields)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        value = ", ".join(str(one) for one in value if isinstance(one, (str, int, float)))
+        value = ", ".join(str(item) for item in value if isinstance(item, (str, int, float)))
     return str(value)[:MAX_TEXT] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
 
 
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
-    """Why a model of this licence may not be loaded; "" when it may. `named`: what the entry says of its licence, which
-    counts where the card says nothing, or the same."""
+    """Return why a model's licence forbids loading it; "" if it is allowed.
+
+    `named`: the licence in the catalog entry, used if the card names none; it must not differ from the card's.
+    """
     if not allowed:
         return ""
-    licenses = {one.lower() for one in allowed}
+    licenses = {name.lower() for name in allowed}
     if card.license and named and named != card.license:
         return f"the entry says {named!r} and the model's card says {card.license!r}"
     has = card.license or named
     if not has:
-        return "neither the model's card nor the entry's `license` names one, and weights.allow.licenses asks for it"
+        return "neither the model's card nor the entry's `license` names a licence; weights.allow.licenses requires one"
     return "" if has in licenses else f"{has!r} is not among weights.allow.licenses"

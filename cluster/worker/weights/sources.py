@@ -1,7 +1,7 @@
-"""Where weights come from: a folder, the Hugging Face hub, object stores, the web, the default model; what is let in.
+"""Sources of weights (a folder, the Hugging Face hub, object stores, the web, the default model), and their rules.
 
-Only safetensors and no code, unless both the model's entry and `weights.allow` say otherwise: other formats can run
-code when they are read.
+Only safetensors and no code are allowed, unless both the model's entry and `weights.allow` allow more: other formats
+can run code when they are read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
 from cluster.worker.weights.model_card import read_card, why_refused
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
-"""What is fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
+"""Files fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
 
 WEIGHT_PATTERNS = {
     "safetensors": ("*.safetensors",),
@@ -28,19 +28,19 @@ WEIGHT_PATTERNS = {
     "npcache": ("*.bin", "*.pt"),
     "dummy": (),
 }
-"""Files of which a load format needs at least one; formats not named here need none that we know of."""
+"""Patterns of which a load format needs at least one file; formats not listed here are not checked."""
 
 NO_GGUF = "gguf files are not served yet; use the model's safetensors form"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class SourceError(ValueError):
-    """The model's source cannot be used; the message names the entry, the reason and the remedy."""
+    """A model's source cannot be used; the message names the entry, the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRules:
-    """The part of the configuration's `weights` that decides here."""
+    """The settings of the configuration's `weights` that apply to sources."""
 
     cache_dir: Path
     hub_endpoint: str = ""
@@ -52,7 +52,7 @@ class SourceRules:
 
 
 def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
-    """The local folder of a model, fetched or made first where needed. Blocks. Raises SourceError."""
+    """Return the local folder of a model, after fetching or creating it if needed. Blocks. Raises SourceError."""
     where = f"models[{spec.name}].source"
     if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in rules.allowed_sources):
         raise SourceError(f"{where}: {spec.source!r} is not among weights.allow.sources")
@@ -101,7 +101,7 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
     token = rules.hub_token_file.read_text().strip() if rules.hub_token_file else None
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             name,
             revision=spec.revision or None,
             allow_patterns=[*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())],
@@ -121,18 +121,18 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
         raise SourceError(
             f"{where}: {name} cannot be fetched: {first}; a gated model needs weights.hugging_face.token_file"
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def revision_of(spec: ModelSpec, folder: Path) -> str:
-    """The commit that a folder of the hub's cache holds; "" for what has none."""
+    """Return the commit of a folder in the hub's cache; "" for other sources."""
     if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
         return ""
     return folder.name
 
 
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
-    """Raise SourceError unless the folder is a checkpoint that the entry may load."""
+    """Raise SourceError unless the folder is a checkpoint that the entry is allowed to load."""
     where = f"models[{spec.name}].source"
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -155,13 +155,13 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
         raise SourceError(f"{where}: {folder / 'config.json'} must hold a JSON object")
     if config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
         raise SourceError(
-            f"{where}: {folder / 'config.json'} asks for code of its own (auto_map), which is refused; "
+            f"{where}: {folder / 'config.json'} loads the model's own code (auto_map), which is refused; "
             f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
         )
 
 
 def _why_no_model(folder: Path) -> str:
-    """Return what a folder without config.json is."""
+    """Return why a folder without config.json is not a model folder."""
     if any(folder.glob("*.gguf")):
         return f"is a folder of gguf files; {NO_GGUF}"
     if (folder / "params.json").exists():

@@ -1,12 +1,12 @@
-"""A model folder's tokenizer, loaded as the engine loads it and checked against the model's vocabulary.
+"""A model folder's tokenizer, loaded as in the engine and checked against the model's vocabulary.
 
-Problem: transformers makes a tokenizer without any vocabulary where a folder has no tokenizer file, and one whose ids
-the model lacks is loaded like any other; calls then fail, and their callers are blamed. Such a folder is refused when
-it is opened, with the file and the remedy.
+Problem: transformers creates a tokenizer without a vocabulary if a folder has no tokenizer file, and loads a tokenizer
+with ids that the model lacks; calls then fail with errors that blame the caller. Such a folder is refused when it is
+opened, with an error that names the file and the remedy.
 
-Some published models have special tokens beyond their vocabulary that text never needs: the placeholder of an image in
-a tokenizer that a text model shares, a token for padding. Those are left out of the gateway's tokenizer, to which they
-are then ordinary text.
+Some published models have special tokens beyond their vocabulary that text never needs: an image placeholder in a
+tokenizer shared with a multimodal model, or a padding token. The gateway's tokenizer omits them and treats their
+strings as ordinary text.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from typing import Any
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 NEEDED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
 TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
-"""Special tokens that are in the ids of a text, or end them."""
+"""Roles of special tokens that occur in the ids of a text or end them."""
 UNUSED_IN_TEXT = ("pad_token", "mask_token")
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Where config.json of a multimodal model has what concerns its text."""
+"""Fields of a multimodal model's config.json that have the configuration of its text model."""
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "embedding")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer with a Rust backend. Raises ValueError with the file and the remedy."""
+    """Load the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
     from transformers import AutoTokenizer, TokenizersBackend
 
-    if why := _why_none(folder, trust_remote_code):
+    if why := _why_no_tokenizer(folder, trust_remote_code):
         raise ValueError(f"{folder} {why}")
     try:
-        # mistral_format=False: tokenizer.json is preferred to tekken.json, whose tokenizer has no Rust backend.
+        # mistral_format=False: prefer tokenizer.json to tekken.json, whose tokenizer has no Rust backend.
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, mistral_format=False
         )
-    except BaseException as error:  # Rust's panics are no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(
@@ -53,13 +53,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     special = {str(token) for token in tokenizer.all_special_tokens}
     if not set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)) - special:
         raise ValueError(
-            f"the tokenizer of {folder} knows no token of text: its vocabulary is empty. {_remedy(folder)}"
+            f"the tokenizer of {folder} has no tokens for text: its vocabulary is empty. {_remedy(folder)}"
         )
     return tokenizer
 
 
-def _why_none(folder: Path, trust_remote_code: bool) -> str:
-    """Return why a folder has no tokenizer; empty where it may have one."""
+def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
+    """Return why a folder has no tokenizer; empty if it may have one."""
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""
     if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
@@ -84,23 +84,23 @@ def _remedy(folder: Path) -> str:
             if b"git-lfs" in head:
                 return f"{file.name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder"
     if _lacks_merges(folder):
-        return "The folder has vocab.json but no merges.txt: copy it there"
+        return "The folder has vocab.json but no merges.txt: copy merges.txt there"
     return (
-        "The folder must hold a tokenizer.json and a tokenizer_config.json that are whole: copy the tokenizer files of "
-        "the model again; a tokenizer with code of its own needs trust_remote_code"
+        "The folder must have an intact tokenizer.json and tokenizer_config.json: copy the tokenizer files of the "
+        "model again; a tokenizer with its own code needs trust_remote_code"
     )
 
 
 def _lacks_merges(folder: Path) -> bool:
-    """Whether byte pair encoding has its vocabulary alone, with which text would be taken letter by letter."""
+    """Whether byte pair encoding has a vocabulary but no merges, so that each letter would be a token."""
     here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
     return here == {"vocab.json"}
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the ids that the tokenizer has beyond the model's vocabulary and that no text needs.
+    """Return the tokenizer's ids that are outside the model's vocabulary and that no text needs.
 
-    Raises ValueError for other ids beyond it, and for EOS ids of the configuration beyond it.
+    Raises ValueError for other ids outside it, and for configured EOS ids outside it.
     """
     size = vocab_size(folder)
     if not size:
@@ -122,7 +122,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def _unneeded(folder: Path, tokenizer: Any, beyond: Mapping[str, int]) -> set[str]:
-    """Return those of the tokens beyond the vocabulary that are special and in no text."""
+    """Return those of the tokens in `beyond` that are special and occur in no text."""
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     in_text = {token for role in TEXT_ROLES for token in _texts(getattr(tokenizer, role, None))}
     in_text |= set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
@@ -145,8 +145,8 @@ def _texts(value: Any) -> Iterable[str]:
 def _check_eos(folder: Path, size: int) -> None:
     for name in ("generation_config.json", "config.json"):
         values = text_config(read_json(folder / name))
-        found = values.get("eos_token_id")
-        for number in found if isinstance(found, list) else [found]:
+        configured = values.get("eos_token_id")
+        for number in configured if isinstance(configured, list) else [configured]:
             if isinstance(number, int) and not 0 <= number < size:
                 raise ValueError(
                     f"{folder / name}: eos_token_id {number} is outside the model's vocabulary of {size} ids, which "
@@ -155,20 +155,20 @@ def _check_eos(folder: Path, size: int) -> None:
 
 
 def vocab_size(folder: Path) -> int:
-    """The token ids that the model has, as the engine counts them; 0 where nothing says it."""
+    """Return the size of the model's vocabulary, as the engine determines it; 0 if unknown."""
     written = text_config(read_json(folder / "config.json")).get("vocab_size")
     try:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        found = getattr(config.get_text_config(), "vocab_size", None)
-    except Exception:  # an architecture of its own code, or one that this transformers does not know
-        found = None
-    return next((number for number in (found, written) if isinstance(number, int)), 0)
+        loaded = getattr(config.get_text_config(), "vocab_size", None)
+    except Exception:  # an architecture with its own code, or unknown to this transformers
+        loaded = None
+    return next((number for number in (loaded, written) if isinstance(number, int)), 0)
 
 
 def embedding_rows(folder: Path) -> int:
-    """The rows of the table of input embeddings, by the headers of the safetensors files; 0 where it is not found."""
+    """Return the rows of the input embedding, from the headers of the safetensors files; 0 if it is not found."""
     from safetensors import SafetensorError, safe_open
 
     rows = 0
@@ -180,12 +180,12 @@ def embedding_rows(folder: Path) -> int:
                     if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDINGS:
                         rows = max(rows, int(tensors.get_slice(name).get_shape()[0]))
         except (OSError, SafetensorError):
-            continue  # checkpoint.py says what is wrong with it
+            continue  # checkpoint.py reports the damage
     return rows
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json that concern text."""
+    """Return a config.json with the fields of its text model merged in."""
     for name in NESTED:
         nested = config.get(name)
         if isinstance(nested, dict):
@@ -194,13 +194,13 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is not there. Raises ValueError."""
+    """Return the JSON object in a file; empty if there is no file. Raises ValueError for other content."""
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content

@@ -1,4 +1,4 @@
-"""What `make contract-v2` is about on either runner: the engine schedules asynchronously."""
+"""Check of the environment of `make contract-v2`: the engine schedules asynchronously, on either runner."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from tests.worker.engine.contract import Subject
 
 
 def test_it_schedules_asynchronously(fast_subject: Subject) -> None:
-    """As vLLM does on GPUs by default; its CPU platform switches it off, and the tests' plugin on again."""
+    """The engine schedules asynchronously, as vLLM does on GPUs: the tests' plugin enables it on the CPU platform."""
     assert schedules_asynchronously(fast_subject)

@@ -1,4 +1,4 @@
-"""Real engines on a tiny checkpoint, started once a session and shared: a start takes tens of seconds."""
+"""Real engines on a tiny checkpoint. They are started once per session and shared: a start takes tens of seconds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 DEADLINE_S = 280.0 if os.environ.get("TRITON_INTERPRET") == "1" else 60.0
-"""For the requests of one test: interpreted kernels take twenty times as long."""
+"""Time limit for the requests of one test; interpreted kernels take twenty times as long."""
 TOKEN_LO, TOKEN_HI = 300, 700
 """Ordinary ids of the tiny tokenizer: above its bytes and special tokens."""
 
 
 def tiny_spec(**changes: object) -> ModelSpec:
-    """An entry for the tiny checkpoint: few places, chunks of 128 tokens, small blocks."""
+    """Return an entry for the tiny checkpoint: few slots, chunks of 128 tokens, small blocks."""
     engine = {
         "kv_cache_memory_bytes": 64 << 20,
         "max_num_seqs": 8,
@@ -47,18 +47,18 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def schedules_asynchronously(subject: Subject) -> bool:
-    """Whether an engine that serves by the fast path does so: on CPUs only where the tests' plugin asks for it."""
+    """Whether an engine on the fast path schedules asynchronously; on CPUs only the tests' plugin enables it."""
     engine: Any = subject.engine
     return bool(engine._path._core.vllm_config.scheduler_config.async_scheduling)
 
 
 def engine_children(process: psutil.Process) -> list[psutil.Process]:
-    """The engine cores of a process, or the ranks of a core."""
+    """Return the engine cores of a process, or the ranks of a core."""
     return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 def left_by_vllm() -> set[Path]:
-    """Files by which its ranks meet, where it makes them itself."""
+    """Return the rendezvous files of ranks that vLLM itself creates."""
     return set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
 
 
@@ -72,31 +72,31 @@ async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tupl
     try:
         yield Subject(engine, info, TOKEN_LO, TOKEN_HI, DEADLINE_S), core
         folder = Path(os.environ[sockets.ENV])
-        assert any(one.is_socket() for one in folder.iterdir()), "vLLM's sockets lie in this process's own folder"
-        assert any(one.name.startswith("meeting-") for one in folder.iterdir()), "so does the file by which ranks meet"
+        assert any(file.is_socket() for file in folder.iterdir()), "vLLM's sockets are in this process's own folder"
+        assert any(file.name.startswith("meeting-") for file in folder.iterdir()), "and so is the rendezvous file"
     finally:
         await engine.close()
     _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
     assert not alive, "close left processes of the engine"
-    assert left_by_vllm() <= temporary, "nor does it leave a file"
+    assert left_by_vllm() <= temporary, "close left files of the engine"
 
 
 @pytest.fixture(scope="session")
 async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil.Process]]:
-    """An engine that serves by the fast path, and the process of its core."""
+    """An engine on the fast path, and the process of its core."""
     async for started in _started(llama_folder, prefer_fastpath=True):
         yield started
 
 
 @pytest.fixture(scope="session")
 def fast_subject(fast_engine: tuple[Subject, psutil.Process]) -> Subject:
-    """An engine that serves by the fast path."""
+    """An engine on the fast path."""
     return fast_engine[0]
 
 
 @pytest.fixture(scope="session")
 def fast_core(fast_engine: tuple[Subject, psutil.Process]) -> psutil.Process:
-    """The process of its core."""
+    """The process of the core of `fast_subject`."""
     return fast_engine[1]
 
 

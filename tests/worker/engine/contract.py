@@ -1,7 +1,7 @@
-"""The laws of cluster.api.ports.Engine, for any engine.
+"""The contract of cluster.api.ports.Engine as tests for any engine.
 
-A test module inherits EngineContract and offers a fixture `engine` that returns a `Subject`: a started engine with
-few places (so that it can be filled) and a range of ordinary token ids. The laws share the engine and leave it empty.
+A test class inherits EngineContract and has a fixture `engine` that returns a `Subject`: a started engine with few
+slots (so that it can be filled) and a range of ordinary token ids. The tests share the engine and leave it empty.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ RESUMED: dict[str, dict[str, object]] = {
         "ignore_eos": False,
     },
 }
-"""Sampling parameters under which a call is cut and continued."""
+"""Sampling parameters with which a request is cut and resumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An engine under the contract. Prompts are made from ids in [token_lo, token_hi)."""
+    """An engine to test. Prompts consist of ids in [token_lo, token_hi)."""
 
     engine: Engine
     info: EngineInfo
@@ -116,44 +116,44 @@ class Subject:
 
     @property
     def resumes_seeds(self) -> bool:
-        """Whether seeded calls go on here: not on the V1 runner of vLLM 0.31 (docs/support.md)."""
+        """Whether seeded requests can be resumed: not on the V1 runner of vLLM 0.31 (docs/support.md)."""
         return not self.info.engine_class.endswith("-cpu31")
 
     def prompt(self, seed: int, tokens: int = 5) -> tuple[int, ...]:
-        """Some token ids, others for each seed."""
+        """Return token ids that differ for each seed."""
         span = self.token_hi - self.token_lo
         return tuple(self.token_lo + (seed * 7919 + i * (31 + seed % 7)) % span for i in range(tokens))
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came for one request."""
+    """The outputs of one request."""
 
     outputs: list[TokenOutput] = field(default_factory=list)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All tokens in the order in which they came."""
+        """All tokens in order."""
         return tuple(token for output in self.outputs for token in output.token_ids)
 
     @property
     def logprobs(self) -> list[PositionLogprobs]:
-        """Those of all positions."""
+        """The log probabilities of all positions."""
         return [position for output in self.outputs for position in output.logprobs or ()]
 
     @property
     def end(self) -> tuple[FinishReason | None, int | None]:
-        """How it ended: why, and by which stop token."""
+        """The finish reason and the stop token."""
         return self.finish, self.outputs[-1].stop_token_id if self.outputs else None
 
     @property
     def finish(self) -> FinishReason | None:
-        """Why it ended, once it has."""
+        """The finish reason, once the request has ended."""
         return self.outputs[-1].finish if self.outputs else None
 
 
 class Driver:
-    """The one reader of an engine: steps it until something holds, and collects."""
+    """The only caller of an engine's `step`: it steps until a condition holds and collects the outputs."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -161,8 +161,8 @@ class Driver:
         self.answers: dict[str, Answer] = {}
 
     async def submit(self, request: EngineRequest) -> str:
-        """Hand a request over; its id."""
-        self.answers[request.request_id] = Answer()  # first: outputs may come while submit still returns
+        """Submit a request; return its id."""
+        self.answers[request.request_id] = Answer()  # before submit: outputs may arrive before it returns
         try:
             await self.engine.submit(request)
         except EngineRefused:
@@ -171,8 +171,8 @@ class Driver:
         return request.request_id
 
     async def step(self) -> Sequence[TokenOutput]:
-        """One step's outputs, each checked: of a request known here, and nothing after its finish."""
-        # Not wait_for: its task would leave a gap between the step's return and here, in which an abort could come.
+        """Run one step and return its outputs. Each must be of a known request that has not finished."""
+        # Not wait_for: its task would leave a gap after the step's return in which an abort could run.
         async with asyncio.timeout(self.subject.deadline_s):
             outputs = await self.engine.step()
         for output in outputs:
@@ -190,20 +190,20 @@ class Driver:
             await self.step()
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        """Abort, and take any further output for a fault."""
+        """Abort requests; any further output of them is an error."""
         ids = list(request_ids)
         await self.engine.abort(ids)
         for request_id in ids:
             self.answers.pop(request_id, None)
 
     async def run(self, *requests: EngineRequest) -> list[Answer]:
-        """All to their end."""
+        """Run requests to their end; return the answers in order."""
         ids = [await self.submit(request) for request in requests]
         await self.until(lambda: all(self.answers[i].finish is not None for i in ids))
         return [self.answers[i] for i in ids]
 
     async def empty(self) -> None:
-        """Law: two steps after the last request has ended or was aborted, nothing runs or waits."""
+        """Check that two steps after the last request has ended or was aborted, nothing runs or waits."""
         for _ in range(2):
             load = self.engine.load()
             if load.running == load.waiting == 0:
@@ -214,7 +214,7 @@ class Driver:
 
 
 def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> EngineRequest:
-    """A greedy request that goes on to max_tokens; `changes` go to Sampling or EngineRequest by their names."""
+    """Return a greedy request that runs to max_tokens; `changes` are fields of Sampling or EngineRequest."""
     names = {f.name for f in dataclasses.fields(Sampling)}
     sampling: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
     sampling |= {k: v for k, v in changes.items() if k in names}
@@ -228,7 +228,7 @@ def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> En
 
 
 class EngineContract:
-    """What every engine keeps. Each law is one test."""
+    """The rules that every engine must keep, one in each test."""
 
     async def test_one_finish_after_max_tokens(self, engine: Subject) -> None:
         """A request without EOS or stop ids gets exactly max_tokens and one finish, LENGTH."""
@@ -238,13 +238,13 @@ class EngineContract:
         assert all(0 <= token < engine.info.vocab_size for token in answer.token_ids)
 
     async def test_first_output_alone_carries_prompt_counts(self, engine: Subject) -> None:
-        """prompt_tokens and cached_tokens come with the first output and with no other."""
+        """Only the first output has prompt_tokens and cached_tokens."""
         (answer,) = await Driver(engine).run(request(engine.prompt(3, tokens=9), cache_salt="counts"))
         assert (answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens) == (9, 0)
         assert all(o.prompt_tokens is None and o.cached_tokens is None for o in answer.outputs[1:])
 
     async def test_greedy_alone_equals_greedy_in_a_batch(self, engine: Subject) -> None:
-        """Equal greedy requests give equal tokens, alone or with others of other lengths beside them."""
+        """A greedy request gives the same tokens alone and beside requests of other lengths."""
         driver = Driver(engine)
         mine = engine.prompt(4, tokens=12)
         (alone,) = await driver.run(request(mine, max_tokens=8))
@@ -256,7 +256,7 @@ class EngineContract:
         assert batch[1].token_ids == alone.token_ids
 
     async def test_stop_token_ends_and_is_named(self, engine: Subject) -> None:
-        """A stop token is the last token, and the output that ends says which it was."""
+        """A stop token is the last token, and the last output names it."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(7), max_tokens=6))
         stop = free.token_ids[-1]
@@ -266,7 +266,7 @@ class EngineContract:
         assert (answer.finish, answer.outputs[-1].stop_token_id) == (FinishReason.STOP, stop)
 
     async def test_min_tokens_holds_stop_tokens_back(self, engine: Subject) -> None:
-        """Before min_tokens no stop token comes, and so no end."""
+        """No stop token is generated before min_tokens."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(8), max_tokens=2))
         stops = tuple(set(free.token_ids))
@@ -275,7 +275,7 @@ class EngineContract:
         assert not set(answer.token_ids[:5]) & set(stops)
 
     async def test_salts_isolate_the_prefix_cache(self, engine: Subject) -> None:
-        """A prompt is found in the cache under its own salt, in whole blocks, and never under another."""
+        """A prompt is found in the cache with its own salt, in whole blocks, and never with another salt."""
         driver = Driver(engine)
         size = engine.info.block_size
         prompt = engine.prompt(9, tokens=2 * size + 1)
@@ -287,7 +287,7 @@ class EngineContract:
 
     @pytest.mark.parametrize("k", [0, 3])
     async def test_logprobs_have_the_sampled_token_first(self, engine: Subject, k: int) -> None:
-        """Each position has the sampled token, then at most k more, none above zero and those in order."""
+        """Each position has the sampled token, then at most k others in order; no log probability is above zero."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=3, logprobs=k))
         positions = [p for output in answer.outputs for p in output.logprobs or ()]
         assert [p.token_ids[0] for p in positions] == list(answer.token_ids)
@@ -299,12 +299,12 @@ class EngineContract:
             assert len(set(position.token_ids[1:])) == len(top)
 
     async def test_no_logprobs_unless_asked(self, engine: Subject) -> None:
-        """Without the parameter none are made."""
+        """Without the parameter an output has no log probabilities."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=2))
         assert all(output.logprobs is None for output in answer.outputs)
 
     async def test_abort_frees_within_two_steps(self, engine: Subject) -> None:
-        """Two steps after its abort a request no longer counts, has had no output, and others go on undisturbed."""
+        """Two steps after its abort a request is gone without further output, and others continue unchanged."""
         driver = Driver(engine)
         prompts = [engine.prompt(11), engine.prompt(12)]
         (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
@@ -320,7 +320,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_abort_of_unknown_ids_is_ignored(self, engine: Subject) -> None:
-        """Ids never seen or already finished change nothing."""
+        """Aborting unknown or finished ids changes nothing."""
         driver = Driver(engine)
         (done,) = await driver.run(request(engine.prompt(13), max_tokens=1))
         await engine.engine.abort(["nobody", done.outputs[0].request_id])
@@ -328,7 +328,7 @@ class EngineContract:
         assert answer.finish is FinishReason.LENGTH
 
     async def test_duplicate_id_is_refused_and_harmless(self, engine: Subject) -> None:
-        """A second request under a live id is refused; the first one's tokens are as if nothing had been."""
+        """A second request with a live id is refused; the first one's tokens do not change."""
         driver = Driver(engine)
         (alone,) = await driver.run(request(engine.prompt(14), max_tokens=5))
         first = request(engine.prompt(14), max_tokens=5)
@@ -340,7 +340,7 @@ class EngineContract:
         assert driver.answers[first.request_id].token_ids == alone.token_ids
 
     async def test_too_long_prompt_is_refused(self, engine: Subject) -> None:
-        """A prompt that leaves no room for output is refused with the reason, and the engine goes on."""
+        """A prompt that leaves no space for output is refused with the reason, and the engine keeps serving."""
         driver = Driver(engine)
         with pytest.raises(EngineRefused) as refusal:
             await engine.engine.submit(request(engine.prompt(16, tokens=engine.info.max_model_len + 1)))
@@ -349,7 +349,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_bad_token_ids_are_refused(self, engine: Subject) -> None:
-        """An empty prompt and ids outside the vocabulary are refused as a wrong field, and the engine goes on."""
+        """An empty prompt and ids outside the vocabulary are refused, and the engine keeps serving."""
         driver = Driver(engine)
         for prompt in ((), (engine.token_lo, engine.info.vocab_size)):
             with pytest.raises(EngineRefused) as refusal:
@@ -359,14 +359,14 @@ class EngineContract:
         await driver.empty()
 
     async def test_priority_decides_who_is_next_when_full(self, engine: Subject) -> None:
-        """With every place taken, the lower priority number gets the next one, whoever came first."""
+        """A free slot of a full engine goes to the request with the lower priority number."""
         places = engine.info.max_num_seqs
         assert places <= MAX_PLACES, f"give the contract an engine with max_num_seqs <= {MAX_PLACES}"
         driver = Driver(engine)
         fillers = [await driver.submit(request(engine.prompt(20 + i), max_tokens=200)) for i in range(places)]
         await driver.until(lambda: all(driver.answers[i].outputs for i in fillers))
         later = await driver.submit(request(engine.prompt(18), max_tokens=2, priority=5))
-        # Long enough that whoever reads late still sees it alone.
+        # Long enough to be still running alone when its output is read late.
         sooner = await driver.submit(request(engine.prompt(19), max_tokens=100, priority=1))
         try:
             await driver.abort(fillers[:1])
@@ -379,11 +379,11 @@ class EngineContract:
 
     @pytest.mark.parametrize("name", RESUMED)
     async def test_cut_anywhere_equals_uncut(self, engine: Subject, name: str) -> None:
-        """Cut after any token and continued in a batch, a call has the tokens, end and values of the uncut one."""
+        """A request cut after any token and resumed in a batch has the tokens, end and logprobs of the uncut one."""
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
-        """Emitted tokens count towards min_tokens, and a stop token is held back and ends as in the uncut call."""
+        """In a resumed request emitted tokens count towards min_tokens, and stop tokens work as in the uncut one."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
         for least in (0, 20):
@@ -392,7 +392,7 @@ class EngineContract:
             assert len(uncut.token_ids) >= max(1, least)
 
     async def test_a_continued_call_tells_its_true_prompt(self, engine: Subject) -> None:
-        """prompt_tokens leaves the emitted tokens out, and cached_tokens never exceeds it."""
+        """prompt_tokens of a resumed request excludes emitted tokens, and cached_tokens never exceeds it."""
         if RESUME_PLAIN in engine.info.capabilities:
             pytest.skip("this engine continues a call as a new prompt")
         size = engine.info.block_size
@@ -406,7 +406,7 @@ class EngineContract:
         assert seen == [(2 * size, 0, 3), (2 * size, 2 * size, 3)]
 
     async def test_a_call_at_its_end_is_not_continued(self, engine: Subject) -> None:
-        """Emitted tokens that reach max_tokens or hold a stop token are refused: nothing may follow them."""
+        """Emitted tokens that reach max_tokens or include a stop token are refused."""
         stop = engine.token_lo + 5
         for emitted, changes in (
             (engine.prompt(46, tokens=6), {}),
@@ -420,7 +420,7 @@ class EngineContract:
         await Driver(engine).empty()
 
     async def test_storm_of_submits_and_aborts_leaves_nothing(self, engine: Subject) -> None:
-        """Submits and aborts that race with the steps end with every request finished or gone, and an empty engine."""
+        """After submits and aborts that race with steps, every request has ended or was aborted."""
         driver = Driver(engine)
 
         async def caller(number: int) -> str:
@@ -440,7 +440,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_a_step_ages_only_while_there_is_work(self, engine: Subject) -> None:
-        """While requests run, load() tells a step's age and what prompts are left; at rest neither, and no work."""
+        """load() reports the step's age and remaining prompt tokens while requests run, and zero when idle."""
         driver = Driver(engine)
         running = [await driver.submit(request(engine.prompt(47 + i, tokens=30), max_tokens=8)) for i in range(2)]
         assert engine.engine.load().prefill_tokens == 60
@@ -455,7 +455,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_steps_only_grow(self, engine: Subject) -> None:
-        """load().steps counts up with every step that gave tokens, and kv_usage stays within [0, 1]."""
+        """load().steps grows with every step that emits tokens, and kv_usage stays within [0, 1]."""
         driver = Driver(engine)
         before = engine.engine.load().steps
         await driver.run(request(engine.prompt(41), max_tokens=4))
@@ -466,12 +466,14 @@ class EngineContract:
 
 
 CONTROLS = ("frequency penalty", "presence penalty", "json grammar, seed", "regex")
-"""Kinds of RESUMED that go on otherwise where emitted tokens are taken for prompt."""
+"""Keys of RESUMED whose requests continue differently when resumed as a new prompt."""
 
 
 async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tuple[int, int]:
-    """Return how many cuts there are, and behind how many of them the call goes on as the uncut one where the emitted
-    tokens are made part of its prompt."""
+    """Resume a request as a new prompt after every cut.
+
+    Return the number of cuts, and after how many of them it continues like the uncut request.
+    """
     driver, changes = Driver(subject), RESUMED[name]
     (uncut,) = await driver.run(request(prompt, max_tokens=CUTS + 1, **changes))
     cuts = range(1, len(uncut.token_ids))
@@ -483,7 +485,7 @@ async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tup
 
 
 async def cut_everywhere(subject: Subject, prompt: Sequence[int], tokens: int, changes: Mapping[str, object]) -> Answer:
-    """The uncut answer, which every cut and continued one must equal; all of those run beside each other."""
+    """Cut a request at every token, resume all at once, compare with the uncut answer, and return that answer."""
     driver = Driver(subject)
     (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))
     cuts = range(1, len(uncut.token_ids))

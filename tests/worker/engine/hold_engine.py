@@ -1,6 +1,6 @@
-"""Run as a program: holds a real engine until it is killed. Arguments: model folder, tensor parallel size.
+"""Program that runs a real engine until it is killed. Arguments: model folder, tensor parallel size.
 
-Prints `ready` once the engine has answered a request, then keeps one running.
+It prints `ready` once the engine has answered a request, then keeps one request running.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.worker.engine.contract import Driver, Subject, request
 
 
 async def main(folder: Path, tensor_parallel_size: int) -> None:
-    """Start, answer, go on."""
+    """Start the engine, print the answer to one request, then run requests for ever."""
     engine = VllmEngine(tiny_spec(tensor_parallel_size=tensor_parallel_size), folder, executor="mp")
     info = await engine.start()
     subject = Subject(engine, info, TOKEN_LO, TOKEN_HI)

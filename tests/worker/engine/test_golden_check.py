@@ -1,4 +1,4 @@
-"""The golden prompt: what makes an engine sick, what does not, and that callers see nothing of it."""
+"""The golden check: which answers mean a sick engine and which do not, and that callers do not notice it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cluster.worker.engine.golden_check import (
     ANSWER_TOKENS,
     PREFIX,
     PROMPT_TOKENS,
-    Examined,
+    CheckedEngine,
     GoldenAnswer,
     golden_request,
     why_wrong,
@@ -37,25 +37,25 @@ SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=2
 
 
 async def subject() -> tuple[SimEngine, Driver]:
-    """A simulated engine that is well, and the driver of the examined one around it."""
+    """Return a healthy simulated engine, and the driver of the checked engine that wraps it."""
     engine = SimEngine(SMALL, VirtualClock())
-    examined = Examined(engine, node="n1")
+    examined = CheckedEngine(engine, node="n1")
     return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0))
 
 
 class TestContract(EngineContract):
-    """An examined engine is an engine."""
+    """A checked engine keeps the engine contract."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
-        """A simulated one within."""
+        """A checked engine that wraps a simulated one."""
         engine, driver = await subject()
         yield driver.subject
         assert engine.statistics().kv_used_blocks == 0
 
 
 async def test_an_error_of_a_well_engine_changes_nothing() -> None:
-    """A request that ends in an error makes the golden prompt be asked, and all others go on with their tokens."""
+    """A request that ends in an error starts a golden request, and the other requests keep their tokens."""
     engine, driver = await subject()
     (undisturbed,) = await driver.run(request(driver.subject.prompt(2), 40))
     asked = engine.statistics().submitted
@@ -68,7 +68,7 @@ async def test_an_error_of_a_well_engine_changes_nothing() -> None:
 
 
 async def test_errors_are_answered_by_one_question_at_a_time() -> None:
-    """However many requests end in errors meanwhile, one golden prompt is under way, and one more follows."""
+    """While a golden request runs, any number of further errors leads to only one more."""
     engine, driver = await subject()
     asked = engine.statistics().submitted
     for at in (1, 2, 3, 4):
@@ -80,7 +80,7 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """An engine whose golden answer is wrong, or has NaN, after an error raises EngineSick with its node."""
+    """A golden answer after an error that is wrong or has NaN raises EngineSick, which names the node."""
     engine, driver = await subject()
     engine.fail("step", fault, at=0)
     engine.fail("step", "nan", at=3)
@@ -90,7 +90,7 @@ async def test_a_wrong_answer_is_sickness(fault: str) -> None:
 
 
 async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
-    """One that says it continues exactly, and starts anew instead, is found out before it takes a call."""
+    """An engine that claims exact resume and drops emitted tokens raises EngineSick at start."""
 
     class Forgetful(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -98,11 +98,11 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
             await super().submit(EngineRequest(request.request_id, plain, request.sampling))
 
     with pytest.raises(EngineSick, match="continued, its answer"):
-        await Examined(Forgetful(SMALL, VirtualClock())).start()
+        await CheckedEngine(Forgetful(SMALL, VirtualClock())).start()
 
 
 class Apart(SimEngine):
-    """An engine whose seeded calls go on with other tokens behind a cut."""
+    """An engine whose resumed requests with a seed continue with different tokens."""
 
     def __init__(self) -> None:
         super().__init__(SMALL, VirtualClock())
@@ -119,7 +119,7 @@ class Apart(SimEngine):
     async def step(self) -> Sequence[TokenOutput]:
         outputs = await super().step()
         for position in (
-            one for output in outputs if output.request_id in self._apart for one in output.logprobs or ()
+            position for output in outputs if output.request_id in self._apart for position in output.logprobs or ()
         ):
             position.token_ids[0] += 1  # type: ignore[index]
         return outputs
@@ -127,26 +127,26 @@ class Apart(SimEngine):
 
 @pytest.mark.parametrize("word", [RESUME_STATE, RESUME_PLAIN])
 async def test_no_check_makes_a_word_better(word: str) -> None:
-    """An engine that says less than it does is taken at its word."""
+    """The check never upgrades the resume capability that an engine reports."""
 
     class Modest(SimEngine):
         async def start(self) -> EngineInfo:
             return dataclasses.replace(await super().start(), capabilities=(word,))
 
-    examined = Examined(Modest(SMALL, VirtualClock()))
+    examined = CheckedEngine(Modest(SMALL, VirtualClock()))
     assert (await examined.start()).capabilities == (word,)
-    assert not examined.withdrawn
+    assert not examined.downgrade_reason
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
-    """It is well, and its word becomes the lesser one; the other words stay."""
-    examined = Examined(Apart())
+    """Such an engine is healthy; its capability becomes `resume:state`, and the other capabilities stay."""
+    examined = CheckedEngine(Apart())
     assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
-    assert examined.withdrawn == "a seeded call that was cut after 2 tokens went on with others"
+    assert examined.downgrade_reason == "a seeded request resumed after 2 tokens continued with different tokens"
 
 
 async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
-    """Where continued seeded calls are refused, the greedy ones decide."""
+    """If resumed requests with a seed are refused, the greedy ones decide."""
 
     class Refusing(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -154,14 +154,14 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
                 raise EngineRefused("RESUME_UNSUPPORTED", "seed: cannot go on", "seed")
             await super().submit(request)
 
-    examined = Examined(Refusing(SMALL, VirtualClock()))
+    examined = CheckedEngine(Refusing(SMALL, VirtualClock()))
     assert RESUME_EXACT in (await examined.start()).capabilities
-    assert not examined.withdrawn
+    assert not examined.downgrade_reason
 
 
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
-    """Whatever max_logprobs allows is asked for, and values that have changed are found with it."""
+    """The check requests as many log probabilities as max_logprobs allows and detects changed values with them."""
 
     class Terse(SimEngine):
         shift = 0.0
@@ -173,12 +173,12 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
         async def step(self) -> Sequence[TokenOutput]:
             outputs = await super().step()
-            for position in (one for output in outputs for one in output.logprobs or ()):
+            for position in (position for output in outputs for position in output.logprobs or ()):
                 position.logprobs[:] = [value - self.shift for value in position.logprobs]  # type: ignore[index]
             return outputs
 
     engine = Terse(SMALL, VirtualClock())
-    driver = Driver(Subject(examined := Examined(engine), await examined.start(), 100, 900, deadline_s=5.0))
+    driver = Driver(Subject(examined := CheckedEngine(engine), await examined.start(), 100, 900, deadline_s=5.0))
     engine.fail("step", "nan")
     await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
     engine.shift = 0.1
@@ -189,7 +189,7 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])
 async def test_the_question_fits_every_engine(length: int) -> None:
-    """Whatever the context, prompt and answer fit into it and stay within the vocabulary."""
+    """Prompt and answer fit into any context length and stay within the vocabulary."""
     info = EngineInfo("sim", "sim", "1", 16, 64, 4, 64, length, 9)
     question = golden_request(info, "1")
     assert question.request_id.startswith(PREFIX)
@@ -199,14 +199,14 @@ async def test_the_question_fits_every_engine(length: int) -> None:
 
 
 def softmax(logits: list[float]) -> list[float]:
-    """Log probabilities."""
+    """Return log probabilities."""
     top = max(logits)
-    total = math.log(sum(math.exp(one - top) for one in logits)) + top
-    return [one - total for one in logits]
+    total = math.log(sum(math.exp(logit - top) for logit in logits)) + top
+    return [logit - total for logit in logits]
 
 
 def greedy(logprobs: list[float], top: int) -> PositionLogprobs:
-    """What an engine that has computed these gives for a greedy token: its own value, then those of the likeliest."""
+    """Return an engine's output for a greedy token: its own value, then those of the most likely tokens."""
     order = sorted(range(len(logprobs)), key=lambda token: (-logprobs[token], token))
     ids = [order[0], *order[:top]]
     return PositionLogprobs(ids, [logprobs[token] for token in ids])
@@ -222,17 +222,19 @@ tolerances = st.sampled_from([0.02, 0.5])
 def test_a_healthy_engine_is_never_called_sick(
     given_values: list[tuple[list[float], list[float]]], top: int, tolerance: float
 ) -> None:
-    """Whatever moves log probabilities by less than the tolerance proves nothing, whichever token becomes the greedy
-    one and wherever it stood among the reference's; after it the text is another."""
+    """Changes of log probabilities within the tolerance prove nothing, even if another token becomes the greedy one.
+
+    After a different token the answers are not compared.
+    """
     reference, answer, same = GoldenAnswer(), GoldenAnswer(), True
     for values, moves in given_values:
-        right = softmax(values)
+        expected = softmax(values)
         if same:
-            found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+            actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
         else:
-            found = softmax(moves)
-        reference.positions.append(greedy(right, top))
-        answer.positions.append(greedy(found, top))
+            actual = softmax(moves)
+        reference.positions.append(greedy(expected, top))
+        answer.positions.append(greedy(actual, top))
         same = same and reference.token_ids == answer.token_ids
     assert not why_wrong(reference, answer, tolerance)
     assert not why_wrong(answer, answer, tolerance)
@@ -242,18 +244,18 @@ def test_a_healthy_engine_is_never_called_sick(
 def test_an_engine_beyond_the_tolerance_is_called_sick(
     values: list[float], moves: list[float], token: int, tolerance: float
 ) -> None:
-    """With all values at hand one that moved by more than the tolerance is found, whichever token is the greedy one."""
-    right = softmax(values)
-    found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
-    found[token] = right[token] + 1.01 * tolerance
-    reference, answer = GoldenAnswer([greedy(right, 12)]), GoldenAnswer([greedy(found, 12)])
+    """If all values are given, a change of one value beyond the tolerance is found, whichever token is greedy."""
+    expected = softmax(values)
+    actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
+    actual[token] = expected[token] + 1.01 * tolerance
+    reference, answer = GoldenAnswer([greedy(expected, 12)]), GoldenAnswer([greedy(actual, 12)])
     assert why_wrong(reference, answer, tolerance)
     assert why_wrong(answer, reference, tolerance)
 
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """One whose greedy token was clearly less likely than those listed is found, though it is in no list."""
+    """A greedy token that must have been clearly less likely in the reference is found, even if it is not listed."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -265,7 +267,7 @@ def test_another_model_is_called_sick(values: list[float], top: int, tolerance: 
 def test_more_values_never_hide_what_fewer_prove(
     values: list[float], others: list[float], fewer: int, more: int, tolerance: float
 ) -> None:
-    """What a short list proves a longer one proves too."""
+    """If a short list of values proves an answer wrong, a longer one does, too."""
     fewer, more = sorted((fewer, more))
 
     def verdict(top: int) -> str:
@@ -277,7 +279,7 @@ def test_more_values_never_hide_what_fewer_prove(
 
 
 def test_a_token_outside_the_list_is_undecided() -> None:
-    """One that may have been as likely as the last of the list proves nothing; beyond what that allows it does."""
+    """A token outside the list proves nothing while its value is consistent with the list's smallest value."""
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
 
     def answer(*values: float) -> GoldenAnswer:
@@ -289,8 +291,10 @@ def test_a_token_outside_the_list_is_undecided() -> None:
 
 
 def test_a_tie_may_end_either_way() -> None:
-    """A token that was as likely is right, whatever follows it; a clearly less likely one is wrong, and so is one that
-    is not the likeliest of its own list."""
+    """An equally likely token is right, whatever follows it.
+
+    A clearly less likely token is wrong, and so is one that is not the most likely in its own list.
+    """
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
 
     def answer(token: int, value: float) -> GoldenAnswer:

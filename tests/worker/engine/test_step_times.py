@@ -1,4 +1,4 @@
-"""How long steps take, and what explains one that stands."""
+"""Quantile of step durations, and which work explains a long step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ durations = st.floats(1e-4, 100.0)
 
 @given(st.lists(durations, min_size=1, max_size=16))
 def test_the_quantile_is_that_of_all_durations(given_s: list[float]) -> None:
-    """The p99 is the right element of the sorted durations, at most one bucket too long and never too short."""
+    """The p99 is that of the sorted durations, at most one bucket too long and never too short."""
     quantile = Quantile()
     for seconds in given_s:
         quantile.add(seconds)
@@ -25,7 +25,7 @@ def test_the_quantile_is_that_of_all_durations(given_s: list[float]) -> None:
 
 
 def test_one_slow_step_in_a_thousand_does_not_move_it() -> None:
-    """A p99 leaves the slowest hundredth out."""
+    """The p99 ignores the slowest hundredth."""
     quantile = Quantile()
     for number in range(2000):
         quantile.add(5.0 if number % 1000 == 7 else 0.02)
@@ -33,7 +33,7 @@ def test_one_slow_step_in_a_thousand_does_not_move_it() -> None:
 
 
 def test_it_forgets_what_was_long_ago() -> None:
-    """After a few thousand quicker steps the slow ones of before count no more."""
+    """After a few thousand faster steps, earlier slow steps no longer count."""
     quantile = Quantile()
     for seconds in [1.0] * 500 + [0.01] * 16 * FORGET_AFTER:
         quantile.add(seconds)
@@ -42,7 +42,7 @@ def test_it_forgets_what_was_long_ago() -> None:
 
 @given(durations, st.integers(SAMPLE_TOKENS, 2048), st.integers(1, 2048))
 def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: int, tokens: int) -> None:
-    """Prompt tokens explain a step up to PATIENCE times what such tokens have taken, and nothing much beyond."""
+    """Prompt tokens explain a step up to PATIENCE times their learned duration, and little more."""
     pace = StepTimes(most_tokens=2048)
     pace.began(0.0)
     pace.step(seconds)
@@ -54,7 +54,7 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """A queue of prompts explains no more than the one chunk of them that a step can hold."""
+    """A queue of prompts explains no more than the one chunk that a step can compute."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
@@ -64,7 +64,7 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
-    """Prompts in steps that were slow for another reason, one in twenty, do not raise what prompts explain."""
+    """Steps that were slow for another reason, one in twenty, do not increase the time that prompts explain."""
     pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)
@@ -76,7 +76,7 @@ def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
 
 
 def test_rest_has_no_age() -> None:
-    """While there is nothing to do no step ages, and the pause is no step's length."""
+    """An idle engine has no step age, and its idle time is not part of a step's duration."""
     pace = StepTimes()
     assert pace.age_s(5.0) == 0
     pace.began(10.0)
@@ -86,5 +86,5 @@ def test_rest_has_no_age() -> None:
     pace.began(100.0)
     pace.step(101.0)
     assert pace.times.value_s == pytest.approx(2.0, rel=0.1)
-    pace.rested()
+    pace.mark_idle()
     assert pace.age_s(200.0) == 0

@@ -1,4 +1,4 @@
-"""Weight files that are damaged or incomplete are refused when a model is opened, whole ones of any kind are not."""
+"""Damaged or incomplete weight files are refused when a model is opened; undamaged ones of any architecture pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a whole checkpoint in one file, by its architecture."""
+    """A function that returns the folder of an undamaged checkpoint in one file, by its architecture."""
     root = tmp_path_factory.mktemp("architectures")
 
     def folder(model_type: str) -> Path:
@@ -42,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path, **spec: Any) -> None:
-    """As the opening of a model does."""
+    """Check a folder as when a model is opened."""
     check_weights(ModelSpec("m", "unused", **spec), folder)
 
 
@@ -57,8 +57,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object], name: str = WEIGH
 def test_whole_checkpoints_pass_and_each_tensor_is_missed(
     whole: Callable[[str], Path], tmp_path: Path, model_type: str
 ) -> None:
-    """Of any architecture: what is whole passes; without one of its tensors, or with one in another shape, it is
-    refused by the tensor's name."""
+    """An undamaged checkpoint of any architecture passes; with a missing or misshapen tensor the error names it."""
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
     check(folder)
     tensors = load_file(folder / WEIGHTS)
@@ -67,7 +66,7 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
         rewrite(folder, lambda given, name=name: given.pop(name))  # type: ignore[misc]
         with pytest.raises(CheckpointError) as missing:
             check(folder)
-        layer = re.split(r"(?<=\.\d\.)", name)[0]  # what follows may be transformers' name of the same tensor
+        layer = re.split(r"(?<=\.\d\.)", name)[0]  # the rest may be transformers' other name of the tensor
         assert layer in str(missing.value)
         odd = tensors | {name: tensors[name].repeat(2, *[1] * (tensors[name].dim() - 1))}
         save_file(odd, folder / WEIGHTS, metadata={"format": "pt"})
@@ -82,7 +81,7 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
 def test_other_names_and_buffers_of_old_checkpoints_pass(
     whole: Callable[[str], Path], tmp_path: Path, model_type: str, prefix: str
 ) -> None:
-    """Checkpoints of the bare model, with masks and with a tied output matrix among them, are whole."""
+    """Checkpoints of the bare model pass, even with masks or a tied output matrix."""
     import torch
 
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
@@ -104,7 +103,7 @@ def test_other_names_and_buffers_of_old_checkpoints_pass(
 def test_what_is_not_known_is_left_to_the_engine(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Quantized tensors and architectures that transformers does not know are not compared."""
+    """Quantized checkpoints, and architectures unknown to transformers, are not compared."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -113,7 +112,7 @@ def test_what_is_not_known_is_left_to_the_engine(
 
 
 def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """By vLLM's own word for it, or by changing what config.json says."""
+    """An entry can allow a missing tensor with vLLM's option, or by overriding config.json."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     check(folder, engine={"model_loader_extra_config": {"enable_weights_track": False}})
@@ -121,7 +120,7 @@ def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Pat
 
 
 def test_shards_pass_with_and_without_their_index(shards: Path, tmp_path: Path) -> None:
-    """So does a file that the index does not name."""
+    """Shards pass with and without an index; a file that the index does not name is ignored."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / "consolidated.safetensors").write_bytes(b"another form of the same")
     check(folder)
@@ -131,7 +130,7 @@ def test_shards_pass_with_and_without_their_index(shards: Path, tmp_path: Path) 
 
 
 def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
-    """With the index and without."""
+    """The error names a missing shard, with and without an index."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
@@ -142,7 +141,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_only_the_index_has_is_named(shards: Path, tmp_path: Path) -> None:
-    """With the file that should hold it, whether or not the model is quantized."""
+    """The error names a tensor that only the index has, and the file that should contain it."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     name, file = next(iter(json.loads((folder / INDEX).read_text())["weight_map"].items()))
     rewrite(folder, lambda tensors: tensors.pop(name), file)
@@ -170,7 +169,7 @@ def _cut(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_file_is_named(shards: Path, tmp_path: Path, damage: Callable[[bytes], bytes], why: str) -> None:
-    """With what is wrong and the remedy, whatever the damage."""
+    """The error names a damaged file, the damage and the remedy."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     file = sorted(folder.glob("*.safetensors"))[-1]
     file.write_bytes(damage(file.read_bytes()))
@@ -180,7 +179,7 @@ def test_a_damaged_file_is_named(shards: Path, tmp_path: Path, damage: Callable[
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_damaged_index_is_named(shards: Path, tmp_path: Path, content: str) -> None:
-    """Instead of an error about its content's type."""
+    """The error for a damaged index names the index."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match=INDEX):
@@ -188,7 +187,7 @@ def test_a_damaged_index_is_named(shards: Path, tmp_path: Path, content: str) ->
 
 
 def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """lm_head is missed where config.json does not tie it to the embeddings, and only there."""
+    """A missing lm_head is an error, unless config.json ties it to the embeddings."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match="lm_head"):
@@ -200,7 +199,7 @@ def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp
 
 @pytest.mark.timeout(30)
 def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """A model of so many layers, built for a comparison, would take all memory of the replica's host."""
+    """An absurd number of layers is refused before the comparison, which would use all memory of the host."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
@@ -212,7 +211,7 @@ def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable
 def test_a_configuration_of_another_model_is_found(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, int]
 ) -> None:
-    """The embeddings' rows are those of vocab_size, and every other size is the tensors'."""
+    """A config.json whose sizes differ from the tensors' is refused."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
@@ -221,7 +220,7 @@ def test_a_configuration_of_another_model_is_found(
 
 
 def test_other_formats_are_not_looked_at(shards: Path, tmp_path: Path) -> None:
-    """Damage does not matter in files that the load format does not read."""
+    """Files that the load format does not read are not checked."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / INDEX).write_text("{")
     for load_format in ("dummy", "pt"):

@@ -1,4 +1,4 @@
-"""Weights over HTTP: once a node, to the byte where it broke off, and never again once they are here."""
+"""Download of weights over HTTP: once per node, resumed at the byte where it broke off, never repeated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILES = {
 
 @dataclass
 class Server:
-    """A web server with ranges. `breaks`: so many answers of weights break off; `lies`: sizes are told wrong."""
+    """A web server that supports ranges. `breaks`: number of weight responses that break off."""
 
     files: dict[str, bytes]
     breaks: int = 0
@@ -43,7 +43,7 @@ class Server:
     address: str = ""
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
-        """For http.server."""
+        """Return the request handler for http.server."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,13 +59,13 @@ class Server:
                 if content is None:
                     self.send_error(404)
                     return
-                found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-                start, end = (int(found[1]), int(found[2]) + 1) if found else (0, len(content))
+                ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                start, end = (int(ranged[1]), int(ranged[2]) + 1) if ranged else (0, len(content))
                 part = content[start:end]
-                self.send_response(206 if found else 200)
+                self.send_response(206 if ranged else 200)
                 self.send_header("Content-Length", str(len(part)))
                 self.send_header("Accept-Ranges", "bytes")
-                if found:
+                if ranged:
                     self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
                 self.end_headers()
                 if not body:
@@ -79,14 +79,14 @@ class Server:
                 server.sent += len(part)
 
             def log_message(self, *_: object) -> None:
-                """Nothing."""
+                """Log nothing."""
 
         return Handler
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """On a port of loopback."""
+    """A web server on a loopback port."""
     made = Server(dict(FILES))
     http = ThreadingHTTPServer(("127.0.0.1", 0), made.handler())
     made.address = f"http://127.0.0.1:{http.server_address[1]}/models/m"
@@ -101,7 +101,7 @@ def server() -> Iterator[Server]:
 
 
 def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
-    """Every file with its bytes, progress to the last byte; then nothing is asked of the network."""
+    """All files are fetched with progress to the last byte; a second call uses no network."""
     seen: list[tuple[int, int]] = []
     folder = fetch(server.address, tmp_path, PATTERNS, lambda done, total, name: seen.append((done, total)))
     assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == FILES
@@ -113,7 +113,7 @@ def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
-    """A shard that has come stays, one that is half here goes on from its half."""
+    """A complete shard is kept, and a partial one is continued from its last byte."""
     server.files["two.safetensors"] = b""
     folder = fetch(server.address, tmp_path, PATTERNS)
     (folder / fetching.COMPLETE).unlink()
@@ -129,7 +129,7 @@ def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> N
 
 
 def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
-    """A few times; then it says so and keeps what has come, and the next start goes on."""
+    """A broken connection is retried a few times; then the error says so, and the next call continues."""
     server.breaks = 2
     assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
     server.breaks = 100
@@ -140,7 +140,7 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) ->
 
 
 def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path) -> None:
-    """Four at once ask for each file once."""
+    """Four concurrent calls fetch each file once."""
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: fetch(server.address, tmp_path, PATTERNS), range(4)))
     assert len(set(folders)) == 1
@@ -148,14 +148,14 @@ def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path)
 
 
 def test_a_damaged_folder_is_mended(server: Server, tmp_path: Path) -> None:
-    """A file that has lost bytes since does not count."""
+    """A file with a wrong size is fetched again."""
     folder = fetch(server.address, tmp_path, PATTERNS)
     (folder / "one.safetensors").write_bytes(b"x")
     assert (fetch(server.address, tmp_path, PATTERNS) / "one.safetensors").read_bytes() == SHARD
 
 
 def test_what_cannot_be_fetched_says_why(server: Server, tmp_path: Path) -> None:
-    """Nothing there, no room, a package that lacks."""
+    """The error names the reason: no files, no config.json, or a full disk."""
     with pytest.raises(FetchError, match=r"no config.json"):
         fetch(server.address, tmp_path / "p", ("*.safetensors",))
     with pytest.raises(FetchError, match=r"the disk is full: .* set weights.cache_dir"):
@@ -166,7 +166,7 @@ def test_what_cannot_be_fetched_says_why(server: Server, tmp_path: Path) -> None
 
 
 def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
-    """With the rules of every source: what is allowed, and which formats."""
+    """A web address as a model's source follows the rules for all sources."""
     spec = ModelSpec("m", server.address)
     folder = resolve(spec, SourceRules(tmp_path))
     assert (folder / "two.safetensors").read_bytes() == SHARD[::-1]

@@ -1,4 +1,4 @@
-"""NaN in weights is found while their digest is made, whatever their type, and nothing else is taken for it."""
+"""NaN in weights of any type is found while their digest is computed, and finite numbers always pass."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FLOATS = TYPES[:6]
 
 
 def write(folder: Path, tensors: dict[str, Any]) -> Path:
-    """A folder with one file of weights."""
+    """Write a folder with one weight file."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
 def patterns(kind: torch.dtype) -> torch.Tensor:
-    """Each number that a type of up to 16 bits has, and many of a larger type's."""
+    """Return every number of a type with up to 16 bits, and many of a larger type."""
     width = torch.empty(0, dtype=kind).element_size()
     if width == 1:
         return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kind)
@@ -49,7 +49,7 @@ def patterns(kind: torch.dtype) -> torch.Tensor:
 
 
 def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTES) -> str:
-    """Why a folder of these tensors is refused; empty when it is not."""
+    """Return why a folder with these tensors is refused; empty if it is not."""
     try:
         weight_digest(write(folder, tensors), folder / "cache", piece_bytes=piece_bytes)
     except ValueError as error:
@@ -59,7 +59,7 @@ def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTE
 
 @pytest.mark.parametrize("kind", FLOATS, ids=str)
 def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dtype) -> None:
-    """All finite numbers together pass; each of the others is found, in a matrix and, if it is NaN, in a vector."""
+    """All finite numbers pass; NaN is found in a matrix and in a vector, infinity only in a matrix."""
     numbers = patterns(kind)
     wide = numbers.to(torch.float64)
     finite = numbers[torch.isfinite(wide)]
@@ -69,13 +69,13 @@ def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dty
         if not len(odd):
             continue
         signs = {*odd[:1], *odd[-1:]}
-        for one in signs:
-            with_one = finite.clone()
-            with_one[len(finite) // 2] = one
+        for number in signs:
+            spoilt = finite.clone()
+            spoilt[len(finite) // 2] = number
             is_nan = value != value
-            why = refused(tmp_path / "matrix", {"a.weight": with_one[None].contiguous()})
+            why = refused(tmp_path / "matrix", {"a.weight": spoilt[None].contiguous()})
             assert ("NaN" if is_nan else "infinite numbers") + " in a.weight" in why
-            assert bool(refused(tmp_path / "vector", {"a.bias": with_one})) == is_nan
+            assert bool(refused(tmp_path / "vector", {"a.bias": spoilt})) == is_nan
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,7 +86,7 @@ def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dty
 def test_a_nan_anywhere_is_found_and_the_digest_is_of_all_bytes(
     tmp_path: Path, kinds: list[tuple[torch.dtype, int]], data: st.DataObject
 ) -> None:
-    """In the first and the last piece of a tensor, whatever stands before it; and files have their SHA-256."""
+    """NaN is found at any position of any tensor, and the digest is the SHA-256 of all bytes."""
     tensors = {f"t{at}.weight": torch.ones(size).to(kind) for at, (kind, size) in enumerate(kinds)}
     folder = write(tmp_path / "m", tensors)
     file = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -101,7 +101,7 @@ def test_a_nan_anywhere_is_found_and_the_digest_is_of_all_bytes(
 
 
 def test_a_record_of_a_digest_without_the_check_is_made_again(tmp_path: Path) -> None:
-    """What an earlier release has recorded says nothing of NaN."""
+    """A record of an earlier release, which did not check for NaN, is not used."""
     folder, cache = write(tmp_path / "m", {"a.weight": torch.ones(2, 2)}), tmp_path / "cache"
     digest = weight_digest(folder, cache)
     (record,) = (cache / "digests").iterdir()
@@ -114,7 +114,7 @@ def test_a_record_of_a_digest_without_the_check_is_made_again(tmp_path: Path) ->
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 20, b"\2\0\0\0\0\0\0\0[]", b"\2\0\0\0\0\0\0\0{}"])
 def test_a_damaged_file_has_no_spans(tmp_path: Path, content: bytes) -> None:
-    """It is hashed as it is."""
+    """A damaged file is hashed without a check for NaN."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     assert spans(file) == []

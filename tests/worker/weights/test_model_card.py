@@ -1,4 +1,4 @@
-"""Model cards, and which licences are let in."""
+"""Model cards, and which licences are allowed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ tags: [x]
 
 
 def test_a_card(tmp_path: Path) -> None:
-    """Its head, in a few short texts."""
+    """A card has the licence and the known fields of the metadata, as short texts."""
     (tmp_path / "README.md").write_text(CARD)
     assert read_card(tmp_path) == Card("apache-2.0", {"language": "en, de", "base_model": "org/base"})
 
 
 @pytest.mark.parametrize("text", [None, "# only text", "---\nlicense: [", "---\n- a\n---\n", "---\nlicense: mit\n"])
 def test_no_card(tmp_path: Path, text: str | None) -> None:
-    """One that cannot be read says nothing."""
+    """A missing or unreadable card is empty."""
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert read_card(tmp_path) == Card()
 
 
 def test_a_licence_of_its_own(tmp_path: Path) -> None:
-    """`other` is no name; the one beside it is."""
+    """With the licence `other` the card has the name in `license_name`."""
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: Llama3.1\n---\n")
     assert read_card(tmp_path).license == "llama3.1"
 
 
 @pytest.mark.parametrize(
-    ("named", "card", "allowed", "told"),
+    ("named", "card", "allowed", "reason"),
     [
         ("", "", (), ""),
         ("", "mit", (), ""),
@@ -53,15 +53,15 @@ def test_a_licence_of_its_own(tmp_path: Path) -> None:
         ("mit", "gpl", ("mit", "gpl"), "the entry says 'mit' and the model's card says 'gpl'"),
     ],
 )
-def test_what_is_let_in(named: str, card: str, allowed: tuple[str, ...], told: str) -> None:
-    """Nothing by default asks for a licence; with a list, one that is not named or not listed is kept out."""
-    found = why_refused(named, Card(card), allowed)
-    assert told in found
-    assert bool(found) == bool(told)
+def test_what_is_let_in(named: str, card: str, allowed: tuple[str, ...], reason: str) -> None:
+    """Without a list any licence is allowed; with a list, a licence that is missing or not listed is refused."""
+    refusal = why_refused(named, Card(card), allowed)
+    assert reason in refusal
+    assert bool(refusal) == bool(reason)
 
 
 def test_a_folder_of_another_licence_is_refused(tmp_path: Path) -> None:
-    """With the entry's name, before anything is loaded."""
+    """A folder whose licence is not allowed is refused before anything is loaded; the error names the entry."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "README.md").write_text(CARD)

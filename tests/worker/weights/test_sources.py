@@ -1,4 +1,4 @@
-"""Where weights come from and what is let in; their digests; the default model."""
+"""Sources of weights and what they allow; weight digests; the default model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 
 
 def checkpoint(folder: Path, files: Sequence[str] = ("model.safetensors",), **config: object) -> Path:
-    """A folder that looks like a model's."""
+    """Create a folder that looks like a model's."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     for name in files:
@@ -44,21 +44,21 @@ def test_a_folder_with_safetensors_is_taken(tmp_path: Path) -> None:
 def test_a_wrong_source_is_refused_with_the_reason(
     tmp_path: Path, spec: dict[str, str], rules: dict[str, object], says: str
 ) -> None:
-    """The message names the entry and what is wrong with it."""
+    """The error names the entry and the reason."""
     with pytest.raises(SourceError, match=says) as error:
         resolve(ModelSpec("m", **spec), SourceRules(tmp_path, **rules))  # type: ignore[arg-type]
     assert "models[m]" in str(error.value)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    """Weights alone are no model."""
+    """A folder with weights but no config.json is refused."""
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"no config\.json"):
         resolve(ModelSpec("m", str(tmp_path)), SourceRules(tmp_path))
 
 
 def test_pickled_weights_are_refused_unless_asked_for_and_allowed(tmp_path: Path) -> None:
-    """A folder of .bin files needs load_format in the entry and in weights.allow."""
+    """A folder of .bin files is refused, unless the entry sets load_format and weights.allow allows it."""
     folder = checkpoint(tmp_path / "m", ["pytorch_model.bin"])
     with pytest.raises(SourceError, match="pickled weights can run code"):
         resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
@@ -67,7 +67,7 @@ def test_pickled_weights_are_refused_unless_asked_for_and_allowed(tmp_path: Path
 
 
 def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
-    """A configuration without weights is refused before an engine starts on it."""
+    """A folder without weights is refused before an engine starts."""
     with pytest.raises(SourceError, match="holds no weights"):
         resolve(ModelSpec("m", str(checkpoint(tmp_path / "m", []))), SourceRules(tmp_path))
 
@@ -83,14 +83,14 @@ def test_remote_code_needs_both_words(tmp_path: Path, trust: bool, allow: bool) 
 
 
 def test_offline_hub_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the network a model that is not cached is an error that says so, at once."""
+    """Offline, a model that is not cached is an error that says so."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
         resolve(ModelSpec("m", "hf://example/absent"), SourceRules(tmp_path))
 
 
 def test_digest_is_by_content_and_kept(tmp_path: Path) -> None:
-    """Equal content has one digest wherever it lies; the record spares the reading until a file changes."""
+    """Equal content has the same digest in any folder; the record is used until a file changes."""
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     cache = tmp_path / "cache"
     digest = weight_digest(one, cache)
@@ -106,7 +106,7 @@ def test_digest_is_by_content_and_kept(tmp_path: Path) -> None:
 
 
 def test_digest_covers_the_configuration_and_the_names(tmp_path: Path) -> None:
-    """Another configuration or another file name is another model."""
+    """A different configuration or file name gives a different digest."""
     cache = tmp_path / "cache"
     digests = {
         weight_digest(checkpoint(tmp_path / "a"), cache),
@@ -119,7 +119,7 @@ def test_digest_covers_the_configuration_and_the_names(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
-    """A record that is not JSON costs a reading, no more."""
+    """A record that is not JSON is replaced."""
     folder, cache = checkpoint(tmp_path / "a"), tmp_path / "cache"
     digest = weight_digest(folder, cache)
     for record in (cache / "digests").iterdir():
@@ -129,14 +129,14 @@ def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_the_default_model_is_made_once(tmp_path: Path) -> None:
-    """Two at once get one whole folder; what a dead process left is cleared; progress ends at its total."""
+    """Two concurrent calls create the folder once; a dead process's rest is removed; progress ends at its total."""
     torn = tmp_path / "models" / f".{demo_model.FOLDER}.making-dead"
     torn.mkdir(parents=True)
     seen: list[tuple[int, int, str]] = []
-    found: list[Path] = []
+    folders: list[Path] = []
 
     def make() -> None:
-        found.append(
+        folders.append(
             resolve(ModelSpec("m", "demo://smollm2"), SourceRules(tmp_path), lambda *report: seen.append(report))
         )
 
@@ -145,9 +145,9 @@ def test_the_default_model_is_made_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [tmp_path / "models" / demo_model.FOLDER] * 2
+    assert folders == [tmp_path / "models" / demo_model.FOLDER] * 2
     assert not torn.exists()
-    assert sorted(path.name for path in found[0].iterdir()) == [
+    assert sorted(path.name for path in folders[0].iterdir()) == [
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -156,5 +156,5 @@ def test_the_default_model_is_made_once(tmp_path: Path) -> None:
         "tokenizer_config.json",
     ]
     assert seen[-1][0] == seen[-1][1]
-    assert "quantization_config" not in json.loads((found[0] / "config.json").read_text())
-    assert [path.name for path in found[0].parent.iterdir() if "making" in path.name] == []
+    assert "quantization_config" not in json.loads((folders[0] / "config.json").read_text())
+    assert [path.name for path in folders[0].parent.iterdir() if "making" in path.name] == []

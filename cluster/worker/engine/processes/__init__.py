@@ -1,1 +1,1 @@
-"""The operating-system processes of an engine: how they start, end, and end together."""
+"""The operating-system processes of an engine: their start, their sockets and their end."""

@@ -1,12 +1,12 @@
-"""Why an engine ended: which of its processes failed first, how, and where its log is.
+"""Causes of an engine's end: the process that failed first, how it failed, and where its log is.
 
-Problem: vLLM reports to an engine's owner only that some process has ended. So each of vLLM's processes
-(watchdog.watch) registers in the folder of the engine's sockets, and writes the errors that it logs into a file there.
-The engine core watches the ranks on this host (exit_status.py) and adds how they end. The owner reads the file.
+Problem: vLLM reports to an engine's owner only that some process has ended. So each vLLM process (watchdog.watch)
+registers in the folder of the engine's sockets and writes the errors that it logs to a notes file there. The engine
+core watches the ranks on this host (exit_status.py) and adds how they end. The owner reads the file.
 
-The first entry counts: where a rank fails, its core fails after it and says less. A rank that was killed counts before
-errors of the same second, since the other ranks fail as soon as one is missing. A rank on another host has no such
-folder; its error is part of the core's.
+The first entry counts: when a rank fails, its core fails after it and reports less. A killed rank counts before errors
+of the same second, since the other ranks fail as soon as one is missing. A rank on another host does not have this
+folder; its error is part of the core's error.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from typing import Any
 from cluster.worker.engine.processes import exit_status, sockets
 
 ENGINE = "HEADRACE_ENGINE"
-"""Environment: which of its owner's engines a process belongs to."""
+"""Environment variable: name of the engine, among its owner's engines, that a process belongs to."""
 NOTES = "notes"
 MEMBER = "member"
 LONGEST = 500
-"""Characters of an error that are kept."""
+"""Most characters kept of an error."""
 MOST_BYTES = 1 << 18
-"""Of notes; an engine that logs more than that without ending is not read to its end."""
+"""Size of the notes file from which on nothing is added."""
 RECENT_S = 30.0
-"""Notes older than this say nothing of an engine that ends now: errors that one request made, for example."""
+"""Age from which notes do not explain the end of a running engine: errors caused by one request, for example."""
 TOGETHER_S = 1.0
-"""How long after an error a rank that was killed before it may be noticed."""
+"""Seconds after an error within which the earlier death of a rank may be noticed."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""How long a core waits for the note of a process that is seen to end: a busy machine takes its time with that."""
+"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two looks."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
-"""Loggers that tell that a core or a rank has failed."""
+"""Loggers that report the failure of a core or a rank."""
 DIED = "died unexpectedly"
-"""In the executors' own words for a rank that has ended."""
+"""Part of the executors' message for a rank that has ended."""
 FATAL = "fatal error"
-"""In the core's own words for an error that ends it."""
+"""Part of the core's message for an error that ends it."""
 CORE = "the engine core"
 _CRASH = re.compile(r"\*\*\* (SIG[A-Z]+) received|Fatal Python error: ([^\n]+)")
 _RAY_ACTOR = re.compile(r"The actor died unexpectedly.*?\bpid: (\d+)", re.DOTALL)
@@ -59,7 +59,7 @@ _SEEN_BEFORE = "Some common causes include"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One entry of the file. `kind`: an `error` that a process logged, that it was `killed`, or that it `ended`."""
+    """One entry of the notes file. `kind`: `error` (logged by a process), `killed`, or `ended`."""
 
     at: float
     kind: str
@@ -69,7 +69,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of an engine: its name, and the files of its output and its errors."""
+    """One process of an engine: its name, and the files of its stdout and stderr."""
 
     name: str
     log: str = ""
@@ -77,11 +77,11 @@ class Member:
 
 
 @contextlib.contextmanager
-def named() -> Iterator[str]:
-    """In the owner, around the start of an engine: the name by which its processes' notes are found.
+def name_engine() -> Iterator[str]:
+    """Set the engine's name in the environment while the owner starts it, and yield it for `find_cause`.
 
-    The name is in the environment no longer than that: ranks keep a name that they find in their node's environment,
-    so a Ray that this process starts later must not inherit one.
+    The name is removed afterwards: ranks keep a name that they find in their node's environment, so a Ray that this
+    process starts later must not inherit it.
     """
     name, before = uuid.uuid4().hex[:8], os.environ.get(ENGINE)
     os.environ[ENGINE] = name
@@ -94,13 +94,16 @@ def named() -> Iterator[str]:
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
-    """Where an engine's notes are, or what its members are called by; that of this process, unless another is named."""
+    """Return the path of an engine's notes file, or the common start of its member files; None without a folder here.
+
+    `engine`: the engine's name; by default the one that this process belongs to.
+    """
     folder = sockets.folder()
     return None if folder is None else folder / f"{kind}-{engine or os.environ.get(ENGINE, '')}"
 
 
 def note(kind: str, text: str, log: str = "") -> None:
-    """Add to the notes of the engine that this process belongs to; nothing where it has no folder here."""
+    """Append a note for this process's engine; does nothing where the engine has no folder."""
     notes = _file(NOTES)
     if notes is None:
         return
@@ -110,12 +113,12 @@ def note(kind: str, text: str, log: str = "") -> None:
             file.write(f"{line}\n".encode())
 
 
-class _Keeper(logging.Handler):
-    """A log handler that notes errors with exceptions, and ranks that an executor reports as ended."""
+class _NotesHandler(logging.Handler):
+    """A log handler that notes errors with exceptions, and the ranks that an executor reports as ended."""
 
     def __init__(self, name: str, members: Members | None = None) -> None:
         super().__init__(logging.ERROR)
-        self._whose = name
+        self._process_name = name
         self._members = members
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -123,43 +126,43 @@ class _Keeper(logging.Handler):
         if self._members is not None and (DIED in str(record.msg) or FATAL in str(record.msg)):
             self._members.settle(TOGETHER_S)
         if error is not None:
-            prefix = f"{self._whose}: " if self._whose not in ("", CORE) else ""
-            note("error", prefix + text(error), log_of("stdout"))
+            prefix = f"{self._process_name}: " if self._process_name not in ("", CORE) else ""
+            note("error", prefix + one_line(error), log_of("stdout"))
         elif DIED in str(record.msg):
             _note_death(record.args if isinstance(record.args, tuple) else ())
 
 
 def _note_death(arguments: tuple[object, ...]) -> None:
-    """Note a rank by the executors' message: of processes its name and exit code, of Ray's actors their ranks."""
+    """Note the end of a rank from an executor's message: process name and exit code, or the ranks of Ray actors."""
     if len(arguments) == 2 and isinstance(arguments[1], int):
         kind = "killed" if arguments[1] < 0 else "ended"
-        note(kind, f"{_rank(str(arguments[0]))} {exit_status.said(arguments[1])}", log_of("stdout"))
+        note(kind, f"{_rank(str(arguments[0]))} {exit_status.describe(arguments[1])}", log_of("stdout"))
     elif arguments:
-        told = str(arguments[0]).strip("[]")
-        note("ended", f"rank {told} ended without a word")
+        ranks = str(arguments[0]).strip("[]")
+        note("ended", f"rank {ranks} ended without a word")
 
 
-def text(error: BaseException) -> str:
-    """The error on one line; of an error that another process has sent with its traceback, that process's."""
-    told = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
-    if found := _RAY_ACTOR.search(told):
-        return f"a rank (process {found[1]}) died while it started"
-    if TRACEBACK in told:
-        sent = told.rpartition(TRACEBACK)[2].splitlines()[1:]
+def one_line(error: BaseException) -> str:
+    """Return an error on one line. If it contains another process's traceback, return that process's error."""
+    message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
+    if match := _RAY_ACTOR.search(message):
+        return f"a rank (process {match[1]}) died while it started"
+    if TRACEBACK in message:
+        sent = message.rpartition(TRACEBACK)[2].splitlines()[1:]
         begin = next((at for at, line in enumerate(sent) if line.strip() and not line.startswith(" ")), 0)
-        told = "\n".join(sent[begin:]) or told
-    return " ".join(told.partition(_SEEN_BEFORE)[0].split())[:LONGEST]
+        message = "\n".join(sent[begin:]) or message
+    return " ".join(message.partition(_SEEN_BEFORE)[0].split())[:LONGEST]
 
 
-def keep(members: Members | None = None) -> None:
-    """Register this process of vLLM's, and note from now on why it fails. Idempotent; not for the owner.
+def register(members: Members | None = None) -> None:
+    """Register this vLLM process, and note its errors from now on. Idempotent; not for the owner.
 
-    `members`: in a core, the other processes of its engine, whose ends are noted before its own.
+    `members`: in a core, the other processes of its engine; their ends are noted before its own.
     """
-    name = own_name()
+    name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
-        if not any(isinstance(one, _Keeper) for one in logger.handlers):
-            logger.addHandler(_Keeper(name, members))
+        if not any(isinstance(handler, _NotesHandler) for handler in logger.handlers):
+            logger.addHandler(_NotesHandler(name, members))
     registered = _file(MEMBER)
     if registered is not None and name:
         member = Member(name, log_of("stdout"), log_of("stderr"))
@@ -167,8 +170,8 @@ def keep(members: Members | None = None) -> None:
             Path(f"{registered}-{os.getpid()}").write_text(json.dumps(dataclasses.asdict(member)))
 
 
-def own_name() -> str:
-    """What this process is in its engine; empty where it is none of vLLM's."""
+def process_name() -> str:
+    """Return this process's name in its engine (the core or a rank); empty if it is not a vLLM process."""
     process = current_process().name
     if process.startswith("EngineCore"):
         return CORE
@@ -181,9 +184,9 @@ def own_name() -> str:
 
 
 def _rank(name: str) -> str:
-    """A rank by the name of its process (`VllmWorker-1`) or of its actor (`vllm_Worker_abc_TP1_PP0`)."""
-    if found := re.fullmatch(r"VllmWorker-(\d+)", name):
-        return f"rank {found[1]}"
+    """Return a rank's name from that of its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
+    if match := re.fullmatch(r"VllmWorker-(\d+)", name):
+        return f"rank {match[1]}"
     parts = re.findall(r"_((?:PCP|TP|PP)\d+)", name)
     if len(parts) == 1:
         return f"rank {parts[0].lstrip('TPC')}"
@@ -191,7 +194,7 @@ def _rank(name: str) -> str:
 
 
 def log_of(stream: str) -> str:
-    """The file that a stream of this process goes to; empty where it is none."""
+    """Return the file that a stream of this process is written to; empty if it is not a file."""
     try:
         target = os.readlink(f"/proc/self/fd/{1 if stream == 'stdout' else 2}")
     except OSError:
@@ -200,10 +203,11 @@ def log_of(stream: str) -> str:
 
 
 class Members:
-    """The other processes of an engine core's engine on this host; notes their ends.
+    """The other processes of an engine core's engine on this host; their ends are noted.
 
-    Problem: a core learns of a rank's death by its connections too, which close before the process has ended, and once
-    its own error is sent the owner reads the notes. So the core waits with it (`settle`) until the rank's end is noted.
+    Problem: a core also notices a rank's death by its connections, which close before the process has ended, and the
+    owner reads the notes once the core has sent its own error. So the core delays its error (`settle`) until the
+    rank's end is noted.
     """
 
     def __init__(self) -> None:
@@ -213,7 +217,9 @@ class Members:
 
     def settle(self, timeout_s: float) -> None:
         """Wait until the end of a member is noted: at most `timeout_s`, and up to ENDING_S more while one is ending.
-        Without members it returns at once."""
+
+        Returns at once without members.
+        """
         if not self._members or self._noted.wait(timeout_s):
             return
         deadline = time.monotonic() + ENDING_S
@@ -222,20 +228,20 @@ class Members:
                 return
 
     def wait(self, timeout_s: float) -> None:
-        """Find new ones, then wait for the end of one, at most `timeout_s`."""
+        """Find new members, then wait at most `timeout_s` for the end of one."""
         self._members |= _members(self._members)
         gone = [(pid, exit_status.UNKNOWN) for pid in self._watched.add(self._members)]
         for pid, how in gone or self._watched.wait(timeout_s):
             member = self._members[pid]
             code = re.search(r"exit code \d+|SIGTERM", how)
             if exit_status.UNKNOWN in how:
-                how = _last_words(member) or how
+                how = _crash_cause(member) or how
             note("ended" if code else "killed", f"{member.name} (process {pid}) {how}", member.log)
             self._noted.set()
 
 
 def note_early_ends() -> None:
-    """Note, in an engine core, the exit codes of ranks that end before they are ready; vLLM ignores them."""
+    """Make an engine core note the exit codes of ranks that end before they are ready, which vLLM ignores."""
     from multiprocessing.connection import wait
 
     from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -250,42 +256,44 @@ def note_early_ends() -> None:
             processes = {handle.proc.sentinel: handle.proc for handle in handles}
             for sentinel in wait(list(processes), exit_status.STATUS_WITHIN_S):
                 process = processes[sentinel]
-                process.join(exit_status.STATUS_WITHIN_S)  # its files are closed before it has ended
+                process.join(exit_status.STATUS_WITHIN_S)  # a process closes its files before it has ended
                 if code := process.exitcode:
                     who = f"{_rank(process.name)} (process {process.pid})"
-                    note("killed" if code < 0 else "ended", f"{who} {exit_status.said(code)}", log_of("stdout"))
+                    note("killed" if code < 0 else "ended", f"{who} {exit_status.describe(code)}", log_of("stdout"))
             raise
 
     WorkerProc.wait_for_ready = staticmethod(wait_for_ready)
 
 
 def _members(known: Mapping[int, Member]) -> dict[int, Member]:
-    members, found = _file(MEMBER), {}
+    members, new = _file(MEMBER), {}
     for file in members.parent.glob(f"{members.name}-*") if members is not None else ():
         with contextlib.suppress(OSError, ValueError, TypeError):  # it is being written
             pid = int(file.name.rpartition("-")[2])
             if pid != os.getpid() and pid not in known:
-                found[pid] = Member(**json.loads(file.read_text()))
-    return found
+                new[pid] = Member(**json.loads(file.read_text()))
+    return new
 
 
-def _last_words(member: Member) -> str:
-    """How a process ended by what a crash handler wrote at the end of its log."""
+def _crash_cause(member: Member) -> str:
+    """Return how a process ended, from a crash handler's message at the end of its log; empty if there is none."""
     for log in filter(None, (member.error_log, member.log)):
         with contextlib.suppress(OSError), open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - (64 << 10)))
-            if found := _CRASH.findall(file.read().decode(errors="replace")):
-                signal, python = found[-1]
+            if crashes := _CRASH.findall(file.read().decode(errors="replace")):
+                signal, python = crashes[-1]
                 return f"was killed by {signal}" if signal else f"crashed: {python}"
     return ""
 
 
-def found(engine: str, *, recent: bool = False) -> str:
-    """Why an engine of this process has ended, with the log of the process that ended it; empty where nothing was
-    noted. `engine`: what `named` gave. `recent`: it was up, so that older errors are not the reason."""
-    notes = [one for one in _notes(engine) if not recent or time.time() - one.at < RECENT_S]
-    errors = [one for one in notes if one.kind == "error"]
-    killed = [one for one in notes if one.kind == "killed"]
+def find_cause(engine: str, *, recent: bool = False) -> str:
+    """Return why an engine of this process has ended, with the log of the process that failed; empty without notes.
+
+    `engine`: the name from `name_engine`. `recent`: ignore old notes, for an engine that was up.
+    """
+    notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
+    errors = [entry for entry in notes if entry.kind == "error"]
+    killed = [entry for entry in notes if entry.kind == "killed"]
     if killed and (not errors or killed[0].at <= errors[0].at + TOGETHER_S):
         return with_log(killed[0].text, killed[0].log)
     first = next(iter(errors or notes), None)
@@ -293,7 +301,7 @@ def found(engine: str, *, recent: bool = False) -> str:
 
 
 def with_log(reason: str, log: str) -> str:
-    """A reason with the file in which to read more."""
+    """Return a reason followed by the path of the log, if there is one."""
     return f"{reason}; log: {log}" if log else reason
 
 

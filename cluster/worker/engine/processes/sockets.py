@@ -1,7 +1,7 @@
-"""A folder of this process's own for the sockets of vLLM's processes, which vLLM makes in /tmp and never removes.
+"""A private folder for the sockets of vLLM's processes, which vLLM would create in /tmp and never remove.
 
-The folder goes with the last engine of the process. One that a killed process left is removed by the next engine of
-the same user on the host. Ranks that Ray places on other hosts, where the folder is not, keep vLLM's default.
+The folder is removed with the last engine of the process. The folder of a killed process is removed by the next engine
+of the same user on the host. Ranks that Ray places on other hosts do not have the folder and keep vLLM's default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ENV = "VLLM_RPC_BASE_PATH"
 PREFIX = "headrace-ipc-"
 FORKS = "headrace-fork-"
-"""Of the folder in which multiprocessing has the socket of the server that engines fork from (fork_server.py)."""
+"""Prefix of the folder for the socket of the fork server (fork_server.py)."""
 
 
 class SocketFolder:
@@ -28,7 +28,7 @@ class SocketFolder:
         self._engines = 0
 
     def acquire(self) -> bool:
-        """One more engine uses it; False when the environment names another place."""
+        """Count one more engine, and create the folder for the first; return False if the environment names another."""
         if os.environ.get(ENV) != (str(self._own.path) if self._own else None):
             return False
         if self._own is None:
@@ -38,7 +38,7 @@ class SocketFolder:
         return True
 
     def release(self) -> None:
-        """An engine that `acquire` answered True to has ended."""
+        """Count the end of an engine for which `acquire` returned True; remove the folder after the last."""
         self._engines -= 1
         if self._engines == 0 and self._own is not None:
             os.environ.pop(ENV, None)
@@ -47,10 +47,10 @@ class SocketFolder:
 
 
 class OwnFolder:
-    """A new folder that is there as long as its process, or until `remove`.
+    """A new folder that exists until `remove`, or until another process sweeps it after this process has ended.
 
-    Its lock says that the process lives: a number would not where containers share a folder of temporary files, each
-    with processes of its own by the same numbers.
+    A lock on it shows that the process is alive. A pid would not: containers that share a folder of temporary files
+    have different processes with the same pids.
     """
 
     def __init__(self, prefix: str, base: Path | None = None) -> None:
@@ -60,31 +60,31 @@ class OwnFolder:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
             with contextlib.suppress(FileNotFoundError):
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-                with contextlib.suppress(OSError):  # where a folder takes no lock (NFS) none is ever swept
+                with contextlib.suppress(OSError):  # where a folder cannot be locked (NFS) none is ever swept
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if self.path.exists():  # or another process found it before it was locked, and swept it
+                if self.path.exists():  # otherwise another process swept it before it was locked
                     return
                 os.close(self._lock)
 
     def remove(self) -> None:
-        """Take it away with what is in it."""
+        """Remove the folder and its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 def sweep(base: Path | None = None) -> int:
-    """Remove what killed processes of this user left; how many folders. `base`: where temporary files are."""
+    """Remove the folders of this user's killed processes; return their number. `base`: the temporary folder."""
     base = base or Path(tempfile.gettempdir())
-    return sum(map(_swept, (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*"))))
+    return sum(map(_sweep_folder, (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*"))))
 
 
-def _swept(left: Path) -> bool:
-    with contextlib.suppress(OSError):  # a living process holds the lock; it is no folder; it is a stranger's
-        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _sweep_folder(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # a live process holds the lock, it is not a folder, or it is another user's
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(lock).st_uid == os.getuid():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 return True
         finally:
             os.close(lock)
@@ -92,14 +92,16 @@ def _swept(left: Path) -> bool:
 
 
 def folder() -> Path | None:
-    """The folder of the engine that this process owns or belongs to, where it is."""
+    """Return the folder of the engine that this process owns or belongs to, if it exists on this host."""
     named = Path(os.environ.get(ENV, ""))
     return named if named.name.startswith(PREFIX) and named.is_dir() else None
 
 
-def only_where_it_is() -> None:
-    """In each of vLLM's processes (watchdog.watch): a rank on another host, to which the environment was carried, keeps
-    vLLM's default."""
+def restore_default_elsewhere() -> None:
+    """Restore vLLM's default in a process on a host without the folder: a rank to which the environment was copied.
+
+    Called in each vLLM process (watchdog.watch).
+    """
     if Path(os.environ.get(ENV, "")).name.startswith(PREFIX) and folder() is None:
         del os.environ[ENV]
 

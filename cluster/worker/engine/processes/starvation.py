@@ -1,11 +1,11 @@
-"""Whether an engine whose step stands still waits for a core: then its machine is busy, and nothing hangs.
+"""CPU starvation: whether an engine whose step makes no progress waits for a core rather than hangs.
 
-Problem: on a busy machine a step takes as long as the scheduler likes, which looks like a hang. The kernel knows
-better: a thread that hangs sleeps, is stopped or burns its own time; one without a core is runnable and waits. Linux
-adds what a thread has waited to its run delay when it runs again; until then it is runnable with no time of its own.
-Invariant: time counts as lost only while a thread of the engine waited for a core, and at most once. A step is excused
-as long as it would be within its bound without that time; so a hang on a busy machine is found late, by the share of
-the core that the engine does not get, and on a machine that is not busy as early as ever.
+Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can tell them apart: a
+hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. Linux adds a
+thread's waiting time to its run delay when it runs again; until then it is runnable and uses no CPU time.
+Invariant: time counts as lost only while a thread of the engine waited for a core, and only once. A step is excused
+while it would be within its bound without that time. So a hang on a busy machine is detected later, in proportion to
+the CPU share that the engine does not get, and on an idle machine as early as before.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUSY = "cpu"
-"""What an engine is at that gets no core, as its load states it."""
+"""Value of `busy` in the load of an engine that gets no core."""
 LOOK_AFTER_S = 0.15
-"""A younger step is of no interest: nothing is read."""
+"""Age of a step from which /proc is read."""
 LEAST_WINDOW_S = 0.04
 LEAST_S, STEPS = 0.5, 5
-"""A gateway suspects an engine after so long, or so many of its longest steps; see gateway/links/liveness.py."""
+"""Seconds, or number of its longest steps, after which a gateway suspects an engine (gateway/links/liveness.py)."""
 SHARE = 0.3
-"""So much of a step's age must be lost before that explains it."""
+"""Fraction of a step's age that must be lost before starvation explains it."""
 IDLE_SHARE = 0.2
-"""A runnable thread that ran for less of the time has waited for the rest."""
+"""Fraction of a window below which a runnable thread's running time means that it waited for the rest."""
 
 
 class Task(NamedTuple):
@@ -39,11 +39,11 @@ class Task(NamedTuple):
 
 
 Tasks = Mapping[tuple[int, int], Task]
-"""By process and thread id."""
+"""Threads by (process id, thread id)."""
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
-    """The most that one thread has waited for a core in a window."""
+    """Return the longest time, in seconds, that one thread has waited for a core in a window."""
     most = 0.0
     for key, now in after.items():
         then = before.get(key)
@@ -53,14 +53,16 @@ def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
         waited = max(now.waited_s - then.waited_s, 0.0)
         if then.runnable and now.runnable and ran < IDLE_SHARE * window_s:
             waited = max(waited, window_s - ran)
-        if waited > ran:  # one that gets more than half of a core is slow, and no step is as slow as its bound
+        if waited > ran:  # a thread with more than half of a core is slow, but not slow enough to exceed a step's bound
             most = max(most, waited)
     return min(most, window_s)
 
 
 def read_tasks(pids: Iterable[int]) -> Tasks:
-    """The threads of these processes; none where /proc does not tell. Of this process the state says nothing: some of
-    its threads are awake to look."""
+    """Return the threads of these processes; none where /proc cannot be read.
+
+    The state of this process's own threads is not used, since they run in order to read it.
+    """
     own = os.getpid()
     return {
         (pid, int(folder.name)): task
@@ -88,7 +90,7 @@ def _read(folder: Path, with_state: bool) -> Task | None:
 
 @dataclass(slots=True)
 class _WatchedStep:
-    """What is known of the step under way."""
+    """The time lost so far by the current step, and the last reading."""
 
     read_at: float
     tasks: Tasks
@@ -96,7 +98,7 @@ class _WatchedStep:
 
 
 class Starvation:
-    """Of one engine. `explains` may be asked by any thread."""
+    """CPU starvation of one engine. `explains` may be called by any thread."""
 
     def __init__(self, read: Callable[[], Tasks]) -> None:
         self._read = read
@@ -104,17 +106,17 @@ class Starvation:
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
-        """Whether a step is as old as it is because the engine gets no core."""
+        """Whether the age of the current step is explained by the engine not getting a core."""
         if age_s < LOOK_AFTER_S:
             self._step = None
             return False
         with self._lock:
-            step = self._look(age_s, now)
+            step = self._update(age_s, now)
             return step.lost_s >= SHARE * age_s and age_s - step.lost_s <= max(LEAST_S, STEPS * p99_s)
 
-    def _look(self, age_s: float, now: float) -> _WatchedStep:
+    def _update(self, age_s: float, now: float) -> _WatchedStep:
         step = self._step
-        if step is None or now - step.read_at > age_s:  # another step's
+        if step is None or now - step.read_at > age_s:  # the last reading was of an earlier step
             step = self._step = _WatchedStep(now, self._read())
         elif now - step.read_at >= LEAST_WINDOW_S:
             tasks = self._read()

@@ -1,2 +1,1 @@
-"""The simulated engine's parts: tokens, KV cache and scheduler are pure; `cluster.worker.engine.simulated.engine` is
-their shell."""
+"""The simulated engine. Tokens, KV cache and scheduler are pure; `engine` adds time and the Engine interface."""

@@ -1,4 +1,4 @@
-"""Time as the simulated engine's shell takes it: the wall's, or a virtual one that jumps."""
+"""Clocks of the simulated engine: wall-clock time, or virtual time that jumps."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds, monotonic."""
+    """A monotonic clock in seconds."""
 
     def now(self) -> float:
-        """The time."""
+        """Return the current time."""
 
     async def sleep_until(self, when: float) -> None:
         """Return at `when` or later; at once if it is past."""
 
 
 class WallClock:
-    """Real time. Deadlines are absolute, so that a late wake-up does not add up to a drift."""
+    """Real time. Deadlines are absolute, so that late wake-ups do not add up to a drift."""
 
     def now(self) -> float:
-        """The time."""
+        """Return the current time."""
         return time.monotonic()
 
     async def sleep_until(self, when: float) -> None:
-        """Sleep till then; yields once even when it is past, so that a fast engine cannot starve its loop."""
+        """Sleep until `when`; yields once even if it is past, so that a fast engine cannot starve the event loop."""
         await asyncio.sleep(max(0.0, when - time.monotonic()))
 
 
 class VirtualClock:
-    """Jumps to whatever is waited for: an hour of steps takes as long as its arithmetic. For one engine at a time."""
+    """Virtual time that jumps to each deadline, so that an hour of steps takes only its computation. For one engine."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
 
     def now(self) -> float:
-        """The time."""
+        """Return the current virtual time."""
         return self._now
 
     async def sleep_until(self, when: float) -> None:
-        """Be there, after others had one turn."""
+        """Yield once to other tasks, then jump to `when`."""
         await asyncio.sleep(0)
         self._now = max(self._now, when)

@@ -1,4 +1,4 @@
-"""What a simulated engine is: from a URL, its missing parts from the model folder's own files."""
+"""Configuration of a simulated engine, from a URL and, for missing parts, from the files of a model folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from cluster.worker.engine.simulated.faults import SimFault, SimFaults
 
 SCHEME = "sim://"
 
-# vLLM's defaults: what a generation config says beyond them is the model's own default sampling.
-
 
 @dataclass(frozen=True, slots=True)
 class SimConfig:
-    """Speed, room and tokens of a simulated engine; the fields' names are the URL's parameters.
+    """Speed, capacity and tokens of a simulated engine; the fields' names are the URL's parameters.
 
-    `folder` is where tokenizer and configuration lie, "" for none. `vocab` 0, `eos` -1, `token_hi` 0 and
-    `max_model_len` 0 stand for "as the folder says" (`resolved`). Output tokens are drawn from [token_lo, token_hi).
-    `salted` 0: the cache salt shapes no content, as in a real engine; tests want a lost salt to be seen.
+    `folder` has the tokenizer and the configuration; "" for none. For `vocab` 0, `eos` -1, `token_hi` 0 and
+    `max_model_len` 0 the folder's values are used (`resolved`). Output tokens are drawn from [token_lo, token_hi).
+    `salted` 0: the cache salt does not change the tokens, as in a real engine; 1: it does, so that a test detects a
+    lost salt.
     """
 
     folder: str = ""
@@ -58,7 +57,7 @@ class SimConfig:
         _check(
             self.max_num_seqs <= self.max_num_batched_tokens,
             "max_num_batched_tokens",
-            f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence gets its token",
+            f"must be at least max_num_seqs ({self.max_num_seqs}), so that every sequence gets a token in each step",
         )
         _check(
             self.max_model_len <= self.kv_blocks * self.block_size,
@@ -73,8 +72,7 @@ class SimConfig:
 
     @property
     def weight_digest(self) -> str:
-        """Of what shapes its tokens, as a model's weights do: two engines that are alike in it tell the same, however
-        fast each is."""
+        """Digest of the fields that decide the tokens, like a model's weights; speed is not part of it."""
         shapes = (
             self.folder,
             self.vocab,
@@ -89,15 +87,15 @@ class SimConfig:
 
     @classmethod
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
-        """From `sim:///folder?decode_ms=20&fault=die@step:5`; `overrides` count as parameters and win.
+        """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; `overrides` are parameters that take precedence.
 
-        Raises ValueError that names the parameter. `fault` may be given several times.
+        `fault` may be repeated. Raises ValueError that names the parameter.
         """
         if not source.startswith(SCHEME):
-            raise ValueError(f"source {source!r}: a simulated engine's begins with {SCHEME}")
+            raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
         url = urlsplit(source)
         if url.netloc:
-            raise ValueError(f"source {source!r}: three slashes before an absolute folder: sim:///{url.netloc}...")
+            raise ValueError(f"source {source!r}: use three slashes before an absolute folder: sim:///{url.netloc}...")
         values: dict[str, Any] = {}
         faults: list[SimFault] = []
         given = [*parse_qsl(url.query, keep_blank_values=True), *((k, str(v)) for k, v in (overrides or {}).items())]
@@ -109,7 +107,7 @@ class SimConfig:
         return cls(folder=unquote(url.path), faults=SimFaults(tuple(faults)), **values)
 
     def resolved(self) -> SimConfig:
-        """With what was left to the folder. Reads files. Raises ValueError where they do not say."""
+        """Return a copy completed from the folder's files. Raises ValueError for a value that they lack."""
         if not self.folder:
             return self._complete({}, {}, {})
         folder = Path(self.folder)
@@ -121,13 +119,15 @@ class SimConfig:
         ids = _token_ids(tokenizer)
         vocab = self.vocab or int(model.get("vocab_size") or (max(ids.values()) + 1 if ids else 0))
         if not vocab:
-            raise ValueError("source: vocab is not given, and no config.json or tokenizer.json of a folder says it")
+            raise ValueError(
+                "source: vocab is not given, and there is no folder whose config.json or tokenizer.json has it"
+            )
         length = self.max_model_len or min(
             int(model.get("max_position_embeddings") or 2048), self.kv_blocks * self.block_size
         )
         eos = self.eos if self.eos >= 0 else _first(generation.get("eos_token_id", model.get("eos_token_id")))
         if self.eos_ratio and eos < 0:
-            raise ValueError("eos_ratio is set, but neither eos nor the folder says which token EOS is")
+            raise ValueError("eos_ratio is set, but neither eos nor the folder defines which token EOS is")
         lo, hi = self.token_lo, self.token_hi
         if not hi:
             lo, hi = _ordinary_range(ids, tokenizer) if ids else (lo, vocab)
@@ -189,7 +189,7 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _ordinary_range(ids: dict[str, int], tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """The longest run of ids that are words or parts of words: no added token, no single byte or character."""
+    """Return the longest range of ids that are words or parts of words: no added tokens, bytes or single characters."""
     added = {int(token["id"]) for token in tokenizer.get("added_tokens", ())}
     ordinary = sorted(
         i for piece, i in ids.items() if i not in added and len(piece) > 1 and not piece.startswith("<0x")

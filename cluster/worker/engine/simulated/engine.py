@@ -1,7 +1,7 @@
-"""The simulated engine: SimModel's steps in real or virtual time, behind the port that vLLM's engine has.
+"""The simulated engine: SimModel's steps in real or virtual time, with the same Engine interface as vLLM's.
 
-It stands in for nothing in production. It lets tests and a laptop have any number of workers, and makes them fail
-on command (`fail`, `kill`, or `fault=` in the source).
+It is not for production. Tests and a laptop can run any number of workers with it, and make them fail on command
+(`fail`, `kill`, or `fault=` in the source).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
-from cluster.worker.engine.simulated.faults import Armed, SimFault, SimFaults
+from cluster.worker.engine.simulated.faults import ArmedFaults, SimFault, SimFaults
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
@@ -35,16 +35,16 @@ ENGINE_VERSION = "sim-1"
 
 
 class SimEngine:
-    """An Engine (cluster.api.ports) that computes nothing. `start` comes first."""
+    """An Engine (cluster.api.ports) that computes nothing. Call `start` first."""
 
     def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
         self._config = config
         self._clock: Clock = clock or WallClock()
-        self._armed = Armed(config.faults)
+        self._armed = ArmedFaults(config.faults)
         self._model: SimModel | None = None
         self._plan: StepPlan | None = None
         self._nan = False
-        self._rested = True  # since the last step there was nothing to do
+        self._idle = True  # idle since the last step
         self._ends_at = 0.0
         self._stated_until = 0.0
         self._pace = StepTimes()
@@ -52,10 +52,10 @@ class SimEngine:
         self._frozen: EngineLoad | None = None
         self._wake = asyncio.Event()
 
-    # -- the port -------------------------------------------------------------------------------------------------
+    # -- Engine interface -----------------------------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
-        """Read the folder and take `load_s`. Raises ValueError for a source that does not fit."""
+        """Read the folder, then wait `load_s`. Raises ValueError for an invalid source."""
         config = await asyncio.to_thread(self._config.resolved)
         if config.load_s:
             await self._clock.sleep_until(self._clock.now() + config.load_s)
@@ -77,11 +77,11 @@ class SimEngine:
 
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request for the next step."""
-        model = self._started()
+        model = self._require_model()
         for fault in self._armed.visit("submit"):
             if fault.action == "refuse":
                 raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
-            self._end_by(fault)
+            self._die_by(fault)
         self._raise_if_dead()
         idle = not model.has_work()
         model.submit(request)
@@ -90,31 +90,31 @@ class SimEngine:
         self._wake.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Free their places at once."""
-        model = self._started()
+        """Abort requests and free their slots at once."""
+        model = self._require_model()
         for request_id in request_ids:
             model.abort(request_id)
         if not model.has_work():
-            self._pace.rested()
+            self._pace.mark_idle()
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Wait for the next step that emits. A cancelled wait loses nothing: the next call goes on with that step."""
-        model = self._started()
+        """Wait for the next step with outputs. A cancelled wait loses nothing: the next call continues that step."""
+        model = self._require_model()
         while True:
             self._raise_if_dead()
-            plan = self._plan or await self._begin(model)
-            await self._while_hung()
+            plan = self._plan or await self._begin_step(model)
+            await self._wait_while_hung()
             await self._clock.sleep_until(self._ends_at)
             self._raise_if_dead()
             self._plan = None
             outputs = model.complete(plan, self._nan)
-            self._rested = not model.has_work()
-            self._pace.step(self._clock.now(), goes_on=not self._rested)
+            self._idle = not model.has_work()
+            self._pace.step(self._clock.now(), goes_on=not self._idle)
             if outputs:
                 return outputs
 
     def load(self) -> EngineLoad:
-        """What the engine does now; while it hangs, what it did when that began, and for how long. For any thread."""
+        """Return the load; during a hang, the load at its start with the step's age so far. For any thread."""
         if self._model is None:
             return EngineLoad(busy="start")
         now, plan = self._clock.now(), self._plan
@@ -125,21 +125,21 @@ class SimEngine:
         return self._model.load(busy, age_s, p99_s)
 
     async def check(self) -> None:
-        """Raise EngineDead if it is. A hang is not seen here, as it is not in a real engine."""
+        """Raise EngineDead if the engine is dead. As in a real engine, a hang is not noticed here."""
         self._raise_if_dead()
 
     async def close(self) -> None:
-        """End it; whoever waits in `step` gets EngineDead."""
+        """End the engine; a caller that waits in `step` gets EngineDead."""
         self.kill("closed")
 
     # -- faults ---------------------------------------------------------------------------------------------------
 
     def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
-        """Arm a fault (see simulated.faults). Raises ValueError for a pair that cannot be."""
+        """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at the point."""
         self._armed.arm(SimFault(action, point, at, seconds))
 
     def heal(self) -> None:
-        """Disarm all faults, end a hang and give right tokens again; the dead stay dead."""
+        """Disarm all faults, end a hang and return correct tokens again; a dead engine stays dead."""
         self._armed.clear()
         self._frozen = None
         if self._model is not None:
@@ -147,20 +147,20 @@ class SimEngine:
         self._wake.set()
 
     def kill(self, reason: str = "killed") -> None:
-        """Die now, in the middle of a step or a hang."""
+        """Die at once, even within a step or a hang."""
         self._dead = self._dead or reason
         self._wake.set()
 
     def statistics(self) -> SimStatistics:
-        """Counts since the start, and what is held now."""
-        return self._started().statistics()
+        """Return counts since the start, and the current numbers of requests and blocks."""
+        return self._require_model().statistics()
 
     def __repr__(self) -> str:
         return f"SimEngine({self._model}{', dead: ' + self._dead if self._dead else ''})"
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- internals ------------------------------------------------------------------------------------------------
 
-    def _started(self) -> SimModel:
+    def _require_model(self) -> SimModel:
         if self._model is None:
             raise RuntimeError("start() must come first")
         return self._model
@@ -169,10 +169,10 @@ class SimEngine:
         if self._dead:
             raise EngineDead(self._dead)
 
-    async def _begin(self, model: SimModel) -> StepPlan:
-        """The next step, scheduled, with its faults applied and its end set."""
+    async def _begin_step(self, model: SimModel) -> StepPlan:
+        """Wait for work, then schedule the next step, apply its faults and set its end."""
         while not model.has_work():
-            self._rested = True
+            self._idle = True
             self._wake.clear()
             await self._wake.wait()
             self._raise_if_dead()
@@ -181,8 +181,8 @@ class SimEngine:
         slowed = self._visit_points(model, plan) if self._armed else []
         self._raise_if_dead()
         now = self._clock.now()
-        # A step begins where the last one ended, unless the reader came more than a step late: then it is lost time.
-        late = self._rested or now - self._ends_at > plan.step_s
+        # A step begins where the last one ended, unless the caller was more than a step late: that time is lost.
+        late = self._idle or now - self._ends_at > plan.step_s
         begins_at = now if late else self._ends_at
         self._ends_at = begins_at + plan.step_s + sum(fault.seconds for fault in slowed)
         stated_s = plan.step_s + sum(fault.seconds for fault in slowed if fault.point == "prefill")
@@ -191,7 +191,7 @@ class SimEngine:
         return plan
 
     def _visit_points(self, model: SimModel, plan: StepPlan) -> list[SimFault]:
-        """Let the faults of this step happen; those that make it take longer."""
+        """Apply this step's faults; return those that make it take longer."""
         points = ["step"]
         if plan.prefill_tokens:
             points.append("prefill")
@@ -200,7 +200,7 @@ class SimEngine:
         firing = [fault for point in points for fault in self._armed.visit(point)]
         for fault in firing:
             if fault.action in ("die", "kill"):
-                self._end_by(fault)
+                self._die_by(fault)
             elif fault.action == "hang":
                 self._frozen = model.load(p99_s=self._pace.times.value_s)
             elif fault.action == "nan":
@@ -211,12 +211,12 @@ class SimEngine:
                 time.sleep(fault.seconds)
         return [fault for fault in firing if fault.action == "slow"]
 
-    def _end_by(self, fault: SimFault) -> None:
+    def _die_by(self, fault: SimFault) -> None:
         if fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         self.kill(f"injected fault {fault}")
 
-    async def _while_hung(self) -> None:
+    async def _wait_while_hung(self) -> None:
         while self._frozen is not None:
             self._wake.clear()
             await self._wake.wait()

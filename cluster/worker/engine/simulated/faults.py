@@ -1,7 +1,7 @@
-"""Failures at named points.
+"""Injected faults at named points of the simulated engine.
 
-A fault is `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5`, `slow@step:0:0.5`: it fires at the AT-th visit of its
-point after it was armed (1 the next; 0 every one).
+A fault is `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5`, `slow@step:0:0.5`. It fires at the AT-th visit of its
+point after it was armed (1: the next visit; 0: every visit).
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ POINTS: dict[str, tuple[str, ...]] = {
     "step": _IN_A_STEP,
     "last_token": _IN_A_STEP,
 }
-"""What can go wrong where: a request is taken; a step with prompt tokens, any step, or a step in which a request
-reaches its max_tokens begins. die: EngineDead; kill: SIGKILL to the own process; hang: steps stop coming while all
-else goes on; slow: the step takes SECONDS longer (at prefill as stated work); block: the event loop stands still for
-SECONDS; nan: one request of the step ends with finish ERROR; wrong: from then on all tokens are others than they
-should be; refuse: EngineRefused."""
+"""Actions possible at each point.
+
+Points: `submit`, when a request is accepted; at the start of a step: `prefill`, if it has prompt tokens; `step`, any;
+`last_token`, if a request reaches max_tokens in it.
+Actions: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while everything else continues. slow: the
+step takes SECONDS longer (at prefill: as reported work). block: the event loop is blocked for SECONDS. nan: one
+request of the step ends with finish ERROR. wrong: all tokens from then on are wrong. refuse: EngineRefused.
+"""
 
 _TIMED = ("slow", "block")
 
 
 @dataclass(frozen=True, slots=True)
 class SimFault:
-    """One failure to come. Raises ValueError for a pair that cannot be."""
+    """One fault to inject. Raises ValueError for an action that is not possible at the point."""
 
     action: str
     point: str
@@ -36,13 +39,13 @@ class SimFault:
 
     def __post_init__(self) -> None:
         if self.point not in POINTS:
-            raise ValueError(f"fault {self}: point {self.point!r} is none of {', '.join(POINTS)}")
+            raise ValueError(f"fault {self}: point {self.point!r} is not one of {', '.join(POINTS)}")
         if self.action not in POINTS[self.point]:
             raise ValueError(f"fault {self}: at {self.point} only {', '.join(POINTS[self.point])} can be injected")
         if self.at < 0:
             raise ValueError(f"fault {self}: AT must be 0 (every time) or more")
         if (self.action in _TIMED) != (self.seconds > 0):
-            raise ValueError(f"fault {self}: SECONDS above 0 go with slow and block, and with these only")
+            raise ValueError(f"fault {self}: SECONDS above 0 are required for slow and block, and for these only")
 
     def __str__(self) -> str:
         tail = f":{self.seconds:g}" if self.seconds else ""
@@ -50,7 +53,7 @@ class SimFault:
 
     @classmethod
     def parse(cls, text: str) -> SimFault:
-        """The inverse of str. Raises ValueError with the form that is meant."""
+        """Parse the form that `str` returns. Raises ValueError that shows the expected form."""
         action, _, rest = text.partition("@")
         point, *numbers = rest.split(":")
         if not point or len(numbers) > 2:
@@ -70,8 +73,8 @@ class SimFaults:
     faults: tuple[SimFault, ...] = ()
 
 
-class Armed:
-    """The faults to come, and how often their points were visited."""
+class ArmedFaults:
+    """The armed faults, and how often their points were visited."""
 
     def __init__(self, initial: SimFaults) -> None:
         self._visits: list[tuple[SimFault, int]] = [(fault, 0) for fault in initial.faults]
@@ -80,7 +83,7 @@ class Armed:
         return bool(self._visits)
 
     def arm(self, fault: SimFault) -> None:
-        """Add one; its count starts now."""
+        """Arm a fault; its count of visits starts now."""
         self._visits.append((fault, 0))
 
     def clear(self) -> None:
@@ -88,18 +91,18 @@ class Armed:
         self._visits.clear()
 
     def visit(self, point: str) -> list[SimFault]:
-        """Those that fire at this visit; one that fires once is spent by it."""
+        """Return the faults that fire at this visit, and disarm those that fire only once."""
         firing: list[SimFault] = []
-        left: list[tuple[SimFault, int]] = []
+        remaining: list[tuple[SimFault, int]] = []
         for fault, visits in self._visits:
             if fault.point != point:
-                left.append((fault, visits))
+                remaining.append((fault, visits))
             elif fault.at == 0:
                 firing.append(fault)
-                left.append((fault, 0))
+                remaining.append((fault, 0))
             elif visits + 1 == fault.at:
                 firing.append(fault)
             else:
-                left.append((fault, visits + 1))
-        self._visits = left
+                remaining.append((fault, visits + 1))
+        self._visits = remaining
         return firing

@@ -1,10 +1,10 @@
-"""KV blocks with prefix caching, as counts and hashes alone.
+"""KV blocks with prefix caching, modelled by counts and hashes only.
 
-Problem: the room for tokens is finite, and full blocks are shared by all requests that begin alike under one salt.
-Invariant: shared + idle + private <= blocks; a block is *shared* while someone holds it, *idle* (free, but still to
-be found by its hash) after that until it is evicted, oldest first; *private* blocks are a request's unfilled tail.
-Source: vLLM's KVCacheManager (automatic prefix caching: chained hashes, the salt in the first; freed tail first so
-that the tail is evicted before the head). Unlike vLLM, equal blocks that were filled twice are kept once.
+Problem: space for tokens is finite, and full blocks are shared by all requests with the same prefix and salt.
+Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. After that it is *idle*:
+free, but still found by its hash until it is evicted, oldest first. *Private* blocks are a request's unfilled tail.
+Source: vLLM's KVCacheManager (automatic prefix caching: chained hashes with the salt in the first; the tail is freed
+first, so that it is evicted before the head). Unlike vLLM, equal blocks that were filled twice are kept once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 
 
 def chain(parent: int, token_ids: Sequence[int]) -> int:
-    """Hash of one full block and all before it; `parent` is the block before, or the salt's root.
+    """Return the hash of a full block and all before it. `parent`: the previous block's hash, or the salt's root.
 
-    Python's hash of a tuple of ints does not depend on the process, and runs in C.
+    Python's hash of a tuple of ints is the same in every process, and runs in C.
     """
     return hash((parent, *token_ids))
 
@@ -31,30 +31,30 @@ class KvCache:
 
     @property
     def used(self) -> int:
-        """Blocks somebody holds."""
+        """Number of blocks that requests hold."""
         return len(self._shared) + self._private
 
     @property
     def free(self) -> int:
-        """Blocks that can be had, idle ones included."""
+        """Number of blocks that can be allocated, idle ones included."""
         return self.blocks - self.used
 
     @property
     def idle(self) -> int:
-        """Free blocks whose content can still be found."""
+        """Number of free blocks whose content is still cached."""
         return len(self._idle)
 
     def match(self, hashes: Iterable[int]) -> int:
-        """How many leading blocks are cached."""
-        found = 0
+        """Return how many leading blocks are cached."""
+        cached = 0
         for block in hashes:
             if block not in self._shared and block not in self._idle:
                 break
-            found += 1
-        return found
+            cached += 1
+        return cached
 
     def acquire(self, hashes: Iterable[int]) -> None:
-        """Hold cached blocks (all of them must be: see match)."""
+        """Hold blocks, all of which must be cached (see `match`)."""
         for block in hashes:
             if block in self._idle:
                 del self._idle[block]
@@ -63,7 +63,7 @@ class KvCache:
                 self._shared[block] += 1
 
     def allocate(self, count: int) -> bool:
-        """Take `count` private blocks, evicting idle ones; False and nothing taken where there is no room."""
+        """Allocate `count` private blocks, evicting idle ones; return False, with nothing allocated, if too few."""
         if count > self.free:
             return False
         self._private += count
@@ -72,7 +72,7 @@ class KvCache:
         return True
 
     def commit(self, block: int) -> None:
-        """One private block is full and has this hash from now on."""
+        """Turn a private block, which is now full, into a shared one with this hash."""
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
@@ -81,7 +81,7 @@ class KvCache:
             self._shared[block] = 1
 
     def release(self, hashes: Sequence[int], private: int) -> None:
-        """Give back what was held."""
+        """Release held blocks: shared ones by their hashes, and a number of private ones."""
         self._private -= private
         for block in reversed(hashes):
             holders = self._shared[block] - 1

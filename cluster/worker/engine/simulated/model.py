@@ -1,12 +1,12 @@
-"""A continuous-batching scheduler over counted KV blocks: the engine without its clock.
+"""A continuous-batching scheduler over counted KV blocks: the simulated engine without its clock.
 
-Problem: everything around an engine (queues, credits, routing, resume) must be tried against one that fills up,
-chunks its prefills, shares prefixes and preempts as the real one does, in microseconds and without chance.
-Invariants: running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is held by a running
-request or free; what a request emits depends on nothing but itself (tokens.py).
-Source: vLLM's V1 scheduler (running first, then the waiting head while it fits; recompute after preemption) and
-Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill. Unlike vLLM the running requests are served in order
-of (priority, arrival), so that the victim of a preemption never has been scheduled in the same step.
+Problem: everything around an engine (queues, credits, routing, resume) must be tested against an engine that fills
+up, chunks prefills, shares prefixes and preempts like the real one, but in microseconds and deterministically.
+Invariants: running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is free or held by a
+running request; a request's tokens depend only on the request itself (tokens.py).
+Source: vLLM's V1 scheduler (running requests first, then the head of the queue while it fits; recompute after
+preemption) and Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill. Unlike in vLLM, running requests are
+served in order of (priority, arrival), so that a preempted request was never scheduled in the same step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SimStatistics:
-    """Counts since the start, and what is held now."""
+    """Counts since the start, and the current numbers of requests and blocks."""
 
     steps: int
     submitted: int
@@ -42,12 +42,12 @@ class SimStatistics:
     kv_used_blocks: int
     kv_idle_blocks: int
     most_waiting: int = 0
-    """The longest its own queue has been when a step had just been scheduled."""
+    """Greatest length of the queue directly after a step was scheduled."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step to come: who computes how many tokens, and how long that takes."""
+    """One scheduled step: the tokens to compute for each sequence, and its duration."""
 
     work: Sequence[tuple[SimSequence, int]]
     prefill_tokens: int
@@ -57,7 +57,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One step done at once: its outputs are there at `ends_at`."""
+    """One step computed at once: its outputs are due at `ends_at`."""
 
     ends_at: float
     outputs: Sequence[TokenOutput]
@@ -81,7 +81,7 @@ class SimSequence:
         self.state = fold(self.content, self.tokens)
         self.root = digest64(request.cache_salt, request.adapter)
         self.blocks: list[int] = []  # hashes of all full blocks known so far
-        self.held = 0  # the first `held` of them are held in the cache
+        self.held = 0  # number of leading `blocks` that the sequence holds in the cache
         self.private = 0
         self.computed = 0
         self.cached_tokens = -1  # until first scheduled
@@ -100,7 +100,7 @@ class SimSequence:
 
 
 class SimModel:
-    """The engine's decisions. `schedule` then `complete` make one step; `step` does both."""
+    """The simulated engine's scheduler. `schedule`, then `complete`, make one step; `step` does both."""
 
     def __init__(self, config: SimConfig) -> None:
         """`config` must be resolved: vocabulary, token range and max_model_len known."""
@@ -124,20 +124,20 @@ class SimModel:
 
     def submit(self, request: EngineRequest) -> None:
         """Put a request into the queue. Raises EngineRefused."""
-        self._refuse_bad(request)
+        self._check_request(request)
         sequence = SimSequence(request, self._arrivals, self.config)
         self._arrivals += 1
         self._live[request.request_id] = sequence
         self._prompt_tokens_left += len(sequence.tokens)
         heapq.heappush(self._queue, (sequence.key, sequence))
 
-    def _refuse_bad(self, request: EngineRequest) -> None:
+    def _check_request(self, request: EngineRequest) -> None:
         c, s = self.config, request.sampling
         length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         if length >= c.max_model_len:
             raise EngineRefused(
                 "CONTEXT_LENGTH_EXCEEDED",
-                f"the prompt has {length} tokens, but the model's context holds {c.max_model_len}, one of them output",
+                f"the prompt has {length} tokens, but the context is {c.max_model_len} tokens, at least one for output",
                 "prompt_token_ids",
             )
         wrong = (
@@ -145,9 +145,13 @@ class SimModel:
             (not request.prompt_token_ids, "prompt_token_ids", "must not be empty"),
             (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
             (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
-            (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens: nothing is left"),
-            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "hold a stop token"),
-            (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"are 0 to {MAX_LOGPROBS}"),
+            (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens already"),
+            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "have a stop token"),
+            (
+                s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                f"must be 0 to {MAX_LOGPROBS}",
+            ),
         )
         for is_wrong, name, what in wrong:
             if is_wrong:
@@ -162,7 +166,7 @@ class SimModel:
                 )
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request and what it holds; False for an unknown id. A step in flight gives it nothing."""
+        """Drop a request and its blocks; False for an unknown id. The current step has no output for it."""
         sequence = self._live.get(request_id)
         if sequence is None:
             return False
@@ -181,12 +185,12 @@ class SimModel:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> StepResult:
-        """One whole step that begins at `now`, for worlds in which nothing happens within a step."""
+        """Run one whole step from `now` on, for simulations in which nothing happens within a step."""
         plan = self.schedule()
         return StepResult(now + plan.step_s, self.complete(plan))
 
     def schedule(self) -> StepPlan:
-        """Decide the next step and take its blocks. `complete` must follow before the next `schedule`."""
+        """Plan the next step and allocate its blocks. Call `complete` before the next `schedule`."""
         work: list[tuple[SimSequence, int]] = []
         budget = self.config.max_num_batched_tokens
         preemptions = self._preemptions
@@ -210,7 +214,7 @@ class SimModel:
             if not sequence.alive:
                 heapq.heappop(self._queue)
                 continue
-            cached = self._take_prefix(sequence)
+            cached = self._acquire_prefix(sequence)
             tokens = min(len(sequence.tokens) - cached, budget)
             if not self._grow(sequence, tokens):
                 self._drop_blocks(sequence)
@@ -230,7 +234,7 @@ class SimModel:
         return StepPlan(work, prefill, decode, step_s)
 
     def complete(self, plan: StepPlan, nan: bool = False) -> list[TokenOutput]:
-        """The planned step is done: its outputs. With `nan` the first request that would emit ends in ERROR."""
+        """Finish the planned step and return its outputs. With `nan` the first request with an output ends in ERROR."""
         self._steps += 1
         self._step_s = plan.step_s
         self._prefill_tokens += plan.prefill_tokens
@@ -269,13 +273,13 @@ class SimModel:
             forbidden=sequence.stops,
         )
         if self.corrupt:
-            token = self._source.another(token)
+            token = self._source.different(token)
         output = TokenOutput(sequence.request.request_id, (token,))
         if sequence.logprobs is not None:
             greedy = sampling.temperature == 0
             output.logprobs = [self._source.logprobs(sequence.state, token, sequence.logprobs, greedy)]
         if sequence.first:
-            self._has_first(sequence)
+            self._finish_prompt(sequence)
             output.prompt_tokens, output.cached_tokens = sequence.output_from, sequence.cached_tokens
         sequence.tokens.append(token)
         sequence.state = extend(sequence.state, token)
@@ -287,32 +291,32 @@ class SimModel:
             output.finish = FinishReason.LENGTH
         return output
 
-    def _has_first(self, sequence: SimSequence) -> None:
-        """Its prompt is no work that is still to come."""
+    def _finish_prompt(self, sequence: SimSequence) -> None:
+        """Subtract the sequence's prompt from the remaining work, once."""
         if sequence.first:
             sequence.first = False
             self._prompt_tokens_left -= sequence.output_from + len(sequence.request.emitted_token_ids)
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def _take_prefix(self, sequence: SimSequence) -> int:
-        """Hold the cached blocks at the head; the tokens in them. The last token is always computed (its logits)."""
+    def _acquire_prefix(self, sequence: SimSequence) -> int:
+        """Hold the leading cached blocks; return the tokens in them. The last token is always computed (its logits)."""
         size = self.config.block_size
-        self._know_blocks(sequence, len(sequence.tokens))
-        found = self.kv.match(sequence.blocks[: (len(sequence.tokens) - 1) // size])
-        self.kv.acquire(sequence.blocks[:found])
-        sequence.held = found
-        sequence.computed = found * size
+        self._hash_blocks(sequence, len(sequence.tokens))
+        cached = self.kv.match(sequence.blocks[: (len(sequence.tokens) - 1) // size])
+        self.kv.acquire(sequence.blocks[:cached])
+        sequence.held = cached
+        sequence.computed = cached * size
         return sequence.computed
 
-    def _know_blocks(self, sequence: SimSequence, tokens: int) -> None:
+    def _hash_blocks(self, sequence: SimSequence, tokens: int) -> None:
         size, blocks = self.config.block_size, sequence.blocks
         for at in range(len(blocks), tokens // size):
             parent = blocks[-1] if blocks else sequence.root
             blocks.append(chain(parent, sequence.tokens[at * size : (at + 1) * size]))
 
     def _grow(self, sequence: SimSequence, tokens: int) -> bool:
-        """Room for `tokens` more; what they fill is shared from now on. False and nothing done without room."""
+        """Allocate blocks for `tokens` more and share those that become full; False, with no change, if too few."""
         size = self.config.block_size
         end = sequence.computed + tokens
         missing = -(-end // size) - sequence.held - sequence.private
@@ -322,7 +326,7 @@ class SimModel:
             sequence.private += missing
         full = end // size
         if full > sequence.held:
-            self._know_blocks(sequence, end)
+            self._hash_blocks(sequence, end)
             for block in sequence.blocks[sequence.held : full]:
                 self.kv.commit(block)
             sequence.private -= full - sequence.held
@@ -345,7 +349,7 @@ class SimModel:
 
     def _end(self, sequence: SimSequence) -> None:
         sequence.alive = False
-        self._has_first(sequence)
+        self._finish_prompt(sequence)
         del self._live[sequence.request.request_id]
         self._drop_blocks(sequence)
         if sequence in self._running:
@@ -354,14 +358,14 @@ class SimModel:
             self._queue = [entry for entry in self._queue if entry[1].alive]
             heapq.heapify(self._queue)
 
-    # -- what it tells --------------------------------------------------------------------------------------------
+    # -- load and statistics --------------------------------------------------------------------------------------
 
     @property
     def _waiting(self) -> int:
         return len(self._live) - len(self._running)
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """What is held now, with what the shell knows of the step under way."""
+        """Return the current load. `busy`, `age_s` and `p99_s` describe the current step, which SimEngine knows."""
         return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,
@@ -375,7 +379,7 @@ class SimModel:
         )
 
     def statistics(self) -> SimStatistics:
-        """Counts since the start, and what is held now."""
+        """Return counts since the start, and the current numbers of requests and blocks."""
         return SimStatistics(
             steps=self._steps,
             submitted=self._arrivals,

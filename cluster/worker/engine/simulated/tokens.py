@@ -1,13 +1,13 @@
-"""Which token comes next: a hash of all tokens so far, of what shapes content, and of the salt where that is wanted.
+"""Choice of the simulated engine's next token: a hash of all tokens so far, the sampling parameters and the salt.
 
-Problem: a test of faults must not pass by luck. If a resumed call loses one token, one sampling parameter or its
-salt, everything after must differ. Invariant: equal (engine seed, request content, tokens so far) give equal next
-tokens, on any engine, whatever the batch, the KV cache or a preemption.
+Problem: a fault test must not pass by luck. If a resumed request loses one token, one sampling parameter or its salt,
+all later tokens must differ. Invariant: equal engine seed, request content and tokens so far give equal next tokens on
+any engine, whatever the batch, the KV cache or preemptions. The salt counts only if `salted` is set.
 
-The tokens so far are read as one large number in base 2^32, modulo a prime P: a polynomial hash that C computes for
-a whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime:
-there the powers of 2^32 would repeat after few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then
-spreads the sum over all bits.
+The tokens so far are one large number in base 2^32, modulo a prime P: a polynomial hash that C computes for a whole
+prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime, for which
+the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then spreads
+the hash over all bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MASK = 2**64 - 1
 
 
 def mix(x: int) -> int:
-    """64 bits in, 64 well spread bits out (splitmix64's finaliser)."""
+    """Return 64 well-mixed bits of a 64-bit number (splitmix64's finaliser)."""
     x = (x + 0x9E3779B97F4A7C15) & MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -32,12 +32,12 @@ def mix(x: int) -> int:
 
 
 def digest64(*parts: object) -> int:
-    """64 bits of the parts' repr; the same in every process, as Python's own string hash is not."""
+    """Return a 64-bit hash of the parts' repr; unlike Python's string hash, it is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
 def fold(state: int, token_ids: Sequence[int]) -> int:
-    """The state after `token_ids`, each in [0, 2^32). fold(fold(s, a), b) == fold(s, a + b)."""
+    """Return the hash state after `token_ids`, each in [0, 2^32). fold(fold(s, a), b) == fold(s, a + b)."""
     words = array("I", token_ids)
     if sys.byteorder == "little":
         words.byteswap()
@@ -45,15 +45,16 @@ def fold(state: int, token_ids: Sequence[int]) -> int:
 
 
 def extend(state: int, token_id: int) -> int:
-    """fold for a single token."""
+    """Return the hash state after one more token, as `fold` does."""
     return ((state << 32) | token_id) % P
 
 
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
-    """What besides the tokens decides the content. Limits (max_tokens, min_tokens, stops) are no part of it.
+    """Return a hash of everything but the tokens that decides the content, without limits (max_tokens, stops, ...).
 
-    As in a real engine, where the output begins matters only to what counts or replays output tokens: frequency and
-    presence penalties, a seeded generator, a grammar. PeerBacklogs prompt + emitted ids are as good as a prompt.
+    As in a real engine, the position at which the output begins matters only for features that depend on the output
+    tokens: frequency and presence penalties, a seeded generator, a grammar. Otherwise prompt and emitted ids together
+    have the effect of a prompt.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))
@@ -66,7 +67,7 @@ def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
 
 
 class TokenSource:
-    """Draws token ids from [lo, hi), and EOS with probability `eos_ratio` a token."""
+    """Source of token ids in [lo, hi), and of EOS with probability `eos_ratio` per token."""
 
     def __init__(self, lo: int, hi: int, eos_token_id: int | None, eos_ratio: float) -> None:
         self._lo = lo
@@ -75,7 +76,7 @@ class TokenSource:
         self._eos_below = int(eos_ratio * 2**64) if eos_token_id is not None else 0
 
     def draw(self, state: int, *, may_end: bool, ignore_eos: bool, forbidden: frozenset[int]) -> int:
-        """The token after `state`. While `may_end` is false it is none of `forbidden` (EOS and stop ids)."""
+        """Return the token after `state`. While `may_end` is false it is not in `forbidden` (EOS and stop ids)."""
         bits = mix(state)
         if self._eos is not None and may_end and not ignore_eos and mix(bits) < self._eos_below:
             return self._eos
@@ -88,12 +89,15 @@ class TokenSource:
                 return token
         return self._lo + offset
 
-    def another(self, token_id: int) -> int:
-        """A token that is not this one, where there is another."""
+    def different(self, token_id: int) -> int:
+        """Return a different token, if there is one."""
         return self._lo + (token_id - self._lo + 1) % self._span
 
     def logprobs(self, state: int, token_id: int, k: int, greedy: bool) -> PositionLogprobs:
-        """Made-up values in vLLM's shape: the sampled token, then the k likeliest, it among them if it is one."""
+        """Return made-up log probabilities in vLLM's shape: the sampled token, then the k most likely tokens.
+
+        The sampled token may be one of the k.
+        """
         bits = mix(state ^ MASK)
         rank = 0 if greedy else bits % 4
         k = min(k, self._span)

@@ -1,1 +1,1 @@
-"""vLLM behind the engine port: arguments, requests, its step loop, exact resume, repairs."""
+"""The Engine implementation for vLLM: arguments, requests, the step loop, exact resume, repairs."""

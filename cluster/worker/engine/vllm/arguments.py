@@ -1,4 +1,4 @@
-"""From a model's entry to vLLM's engine arguments, and the environment that vLLM's processes need."""
+"""Conversion of a catalog entry to vLLM's engine arguments, and the environment for vLLM's processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.engine.vllm import repairs, resume
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
+"""Size of the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` is set."""
 
 EXECUTORS = ("ray", "mp")
 
@@ -26,7 +26,7 @@ def on_cpu() -> bool:
 
 
 def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
-    """vLLM's AsyncEngineArgs for the entry. Raises ValueError naming `engine.<name>` for an unknown name."""
+    """Return vLLM's AsyncEngineArgs for the entry. Raises ValueError naming `engine.<name>` for an unknown name."""
     from vllm import AsyncEngineArgs
 
     if executor not in EXECUTORS:
@@ -62,7 +62,7 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
 
 
 def _why_not_on_cpu(spec: ModelSpec) -> str:
-    """Return why vLLM's CPU kernels cannot run the entry; empty when nothing is known against it."""
+    """Return why vLLM's CPU kernels cannot run the entry; empty if no reason is known."""
     ranks = spec.tensor_parallel_size * int(spec.engine.get("data_parallel_size") or 1)  # type: ignore[call-overload]
     if spec.engine.get("enable_expert_parallel") and ranks > 1:
         return (
@@ -73,7 +73,7 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
 
 
 def world_size(spec: ModelSpec) -> int:
-    """Rank processes of one replica."""
+    """Return the number of ranks of one replica."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
@@ -87,40 +87,42 @@ def _platform_defaults(spec: ModelSpec) -> dict[str, Any]:
 
 
 def prepare_environment(spec: ModelSpec, executor: str) -> None:
-    """Set what vLLM's children read from the environment; values that are set already stay.
+    """Set the environment variables for vLLM's child processes; existing values are kept.
 
-    Spawned, not forked: a fork would take the link's sockets and threads' locks into the engine core.
+    Children are spawned, not forked: a fork would copy the links' sockets and thread locks into the engine core.
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A new process title would else be written over the environment, by which an instance's processes are found.
+    # Without it a new process title overwrites the environment, by which an instance's processes are found.
     os.environ.setdefault("SPT_NOENV", "1")
     os.environ[repairs.ACTIVE] = "1"
     _carry_to_ray_ranks("HEADRACE_")
     if world_size(spec) > 1 and executor == "ray":
         os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
     if not on_cpu():
-        # On a GPU the count rides along with the tokens; on CPUs it would cost a tenth of a step with many streams.
+        # On a GPU the count is copied with the tokens; on CPUs it would cost a tenth of a step with many streams.
         os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         return
     if "kv_cache_memory_bytes" in spec.engine or not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "unset"):
-        # Set, it would win over kv_cache_memory_bytes; empty, it kills the worker.
+        # If set, it would override kv_cache_memory_bytes; if empty, it ends the worker.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if world_size(spec) > 1:
-        # The automatic binding refuses several ranks on one NUMA node.
+        # vLLM's automatic binding refuses several ranks on one NUMA node.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _carry_to_ray_ranks(prefix: str) -> None:
-    """vLLM copies the environment names with these prefixes to the ranks that Ray places, on other nodes too."""
+    """Make vLLM copy environment variables with this prefix to the ranks that Ray places, also on other nodes."""
     prefixes = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
     if prefix not in prefixes.split(","):
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
 
 
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
-    """One word for engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`: numbers, ranks, and
-    how seeds draw (resume.noise), but for the scheme that engines of older releases have, whose class had no such part.
+    """Return the class of engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
+
+    Its parts are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted, since the
+    class names of older releases did not have that part.
     """
     quantized = f"-{quantization}" if quantization else ""
     drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
@@ -128,10 +130,10 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
 
 
 def is_batch_invariant(dtype: str) -> bool:
-    """Whether an engine's numbers do not depend on how tokens are batched: float32 on CPUs, or as vLLM is asked to."""
+    """Whether results do not depend on how tokens are batched: float32 on CPUs, or VLLM_BATCH_INVARIANT=1."""
     return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Sampling defaults as plain numbers, fit to travel."""
+    """Return the sampling defaults that are numbers and so can be sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -1,4 +1,4 @@
-"""The real engine behind the port: vLLM, by the fast path where this vLLM has its names, else by public AsyncLLM."""
+"""The vLLM engine, driven over the fast path if this vLLM has the private names it needs, else over AsyncLLM."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ from cluster.worker.engine.vllm.requests import (
 )
 
 REMEMBERED_IDS = 65_536
-"""Ended request ids that are still refused as duplicates; live ones always are."""
+"""Number of ended request ids that are still refused as duplicates; those of live requests always are."""
 
 GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
-"""What the compilation of a grammar (grammar_size.py bounds it) may explain: on a thread of the engine core it slows
-the steps of others, and holds back those of its own request."""
+"""Age of a step up to which the compilation of a grammar explains it, with other running requests and without.
+
+A thread of the engine core compiles it: that slows the steps of other requests, and its own request waits for it.
+grammar_size.py bounds its size.
+"""
 
 
 class VllmEngine:
@@ -59,9 +62,12 @@ class VllmEngine:
         executor: str = "ray",
         exact_resume: bool = True,
     ) -> None:
-        """`executor` places the ranks of a world larger than one: "ray" on the placement group of the Ray actor that
-        this runs in, "mp" as processes of this host. `exact_resume` off: calls are continued as on an engine that
-        cannot do it exactly."""
+        """Create an engine; `start` loads the model.
+
+        `executor` places the ranks of a world larger than one: "ray" on the placement group of this process's Ray
+        actor, "mp" as processes on this host. `exact_resume` False: resume requests as an engine that cannot do it
+        exactly.
+        """
         self._spec = spec
         self._folder = model_folder
         self._prefer_fastpath = prefer_fastpath
@@ -76,39 +82,39 @@ class VllmEngine:
         self._closed = False
         self._has_sockets = False
         self._starvation: Starvation | None = None
-        self._notes = ""
-        self._why_dead = ""
+        self._notes_name = ""
+        self._death_reason = ""
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
         return f"VllmEngine({self._spec.name}, {name}, {len(self._live)} live)"
 
     async def start(self) -> EngineInfo:
-        """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
+        """Load the model. Raises ValueError for an invalid entry, EngineDead if the core does not start."""
         try:
             return await self._start()
-        except BaseException:  # a start that is cancelled leaves no folder either
-            self._leave_sockets()
+        except BaseException:  # a cancelled start must not leave its folder behind either
+            self._release_sockets()
             raise
 
     async def _start(self) -> EngineInfo:
         watchdog.arm()
         reason = self._why_not_fast()
-        others = await asyncio.to_thread(watchdog.children) - fork_server.server()
+        others = await asyncio.to_thread(watchdog.children) - fork_server.server_pids()
         try:
             config, path = await asyncio.to_thread(self._build, not reason)
         except asyncio.CancelledError:
-            self._closed = True  # the thread goes on, and ends what it has started
+            self._closed = True  # the thread continues, and closes the engine that it has started
             raise
         self._path = path
         try:
             await path.ready()
         except EngineDead as dead:
-            raise self._dead(dead) from dead
+            raise self._with_reason(dead) from dead
         await asyncio.to_thread(watchdog.forget_names, others)
         processes = await asyncio.to_thread(watchdog.own_processes, others)
         self._starvation = Starvation(lambda: read_tasks(processes))
-        return self._describe(config, reason)
+        return self._engine_info(config, reason)
 
     def _why_not_fast(self) -> str:
         if not self._prefer_fastpath:
@@ -123,33 +129,33 @@ class VllmEngine:
         try:
             config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
+            raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
         repairs.apply()
         in_core = lone_rank.settle(config)
         fork_server.install(rank_in_core=in_core)
         try:
             with (
-                end_causes.named() as self._notes,
+                end_causes.name_engine() as self._notes_name,
                 lone_rank.environment(config) if in_core else contextlib.nullcontext(),
             ):
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
-            why = end_causes.found(self._notes) or end_causes.with_log(
-                _processes_said(str(error)), end_causes.log_of("stdout")
+            why = end_causes.find_cause(self._notes_name) or end_causes.with_log(
+                _start_error(str(error)), end_causes.log_of("stdout")
             )
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
         if self._closed:
             path.close()
-            self._leave_sockets()  # whoever was cancelled may have been so before they were there
+            self._release_sockets()  # the cancelled start may have released before they were acquired
             raise EngineDead("the engine was closed while it started")
         return config, path
 
-    def _describe(self, config: Any, reason: str) -> EngineInfo:
+    def _engine_info(self, config: Any, reason: str) -> EngineInfo:
         from vllm import __version__ as version
 
         model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
-        path = self._started()
-        path.stats.pace.limit(scheduler.max_num_batched_tokens)
+        path = self._require_path()
+        path.stats.pace.set_limit(scheduler.max_num_batched_tokens)
         dtype = str(model.dtype).removeprefix("torch.")
         installs = self._exact_resume and not repairs.why_resume_is_plain(config)
         self._limits = RequestBounds(
@@ -175,30 +181,30 @@ class VllmEngine:
             default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
             capabilities=(
                 *("chat", "complete", "logprobs", "response_format"),
-                _resume_word(installs, arguments.is_batch_invariant(dtype)),
+                _resume_capability(installs, arguments.is_batch_invariant(dtype)),
             ),
         )
 
     async def submit(self, request: EngineRequest) -> None:
-        """Take a request. Raises EngineRefused or EngineDead."""
-        path = self._started()
+        """Submit a request. Raises EngineRefused or EngineDead."""
+        path = self._require_path()
         check(request, self._limits)
         key = request.request_id
         if key in self._live or key in self._ended:
             raise refused("request_id", f"{key!r} was used before; every request needs its own")
-        self._begin(key, request)
+        self._add_live(key, request)
         try:
             prepared = await self._prepare(path, request)
-            if key in self._live:  # else aborted while it was validated in a thread
+            if key in self._live:  # otherwise aborted while a thread validated it
                 try:
                     await path.add(prepared)
                 except EngineDead as dead:
-                    raise self._dead(dead) from dead
-        except BaseException:  # a cancel too: the place goes with the one who took it
-            self._end(key, remember=False)
+                    raise self._with_reason(dead) from dead
+        except BaseException:  # also when cancelled: a failed request must not stay live
+            self._remove(key, remember=False)
             raise
 
-    def _begin(self, key: str, request: EngineRequest) -> None:
+    def _add_live(self, key: str, request: EngineRequest) -> None:
         sampling = request.sampling
         record = LiveRequest(
             prompt_tokens=len(request.prompt_token_ids),
@@ -207,7 +213,7 @@ class VllmEngine:
             grammar=sampling.grammar is not None,
             emitted_tokens=len(request.emitted_token_ids),
         )
-        stats = self._started().stats
+        stats = self._require_path().stats
         if not self._live:
             stats.pace.began(time.monotonic())
         self._live[key] = record
@@ -232,39 +238,39 @@ class VllmEngine:
             self._validating -= 1
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; unknown ids are ignored."""
-        path = self._started()
+        """Abort requests; unknown ids are ignored."""
+        path = self._require_path()
         known = [key for key in request_ids if key in self._live]
         for key in known:
-            self._end(key)
+            self._remove(key)
         if known:
             try:
                 await path.abort(known)
             except EngineDead as dead:
-                raise self._dead(dead) from dead
+                raise self._with_reason(dead) from dead
 
     async def step(self) -> Sequence[TokenOutput]:
-        """The next step that has outputs. Raises EngineDead."""
-        path = self._started()
+        """Wait for the next step that has outputs and return them. Raises EngineDead."""
+        path = self._require_path()
         while True:
             try:
                 outputs = await path.collect(self._live)
             except EngineDead as dead:
-                raise self._dead(dead) from dead
+                raise self._with_reason(dead) from dead
             computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
                     record = self._live[output.request_id]
-                    self._first(record)
+                    self._finish_prefill(record)
                     computed += record.prompt_tokens + record.emitted_tokens - (output.cached_tokens or 0)
                 if output.finish is not None:
-                    self._end(output.request_id)
+                    self._remove(output.request_id)
             if computed:
                 path.stats.pace.prefilled(computed)
             if outputs:
                 return outputs
 
-    def _first(self, record: LiveRequest) -> None:
+    def _finish_prefill(self, record: LiveRequest) -> None:
         if not record.waits:
             return
         record.waits = False
@@ -272,15 +278,15 @@ class VllmEngine:
         if self._path is not None:
             self._path.stats.prefill_tokens -= record.prompt_tokens + record.emitted_tokens
 
-    def _end(self, key: str, *, remember: bool = True) -> None:
+    def _remove(self, key: str, *, remember: bool = True) -> None:
         record = self._live.pop(key, None)
         if record is None:
             return
-        self._first(record)
+        self._finish_prefill(record)
         if self._path is not None:
             self._path.stats.live -= 1
             if not self._live:
-                self._path.stats.pace.rested()
+                self._path.stats.pace.mark_idle()
         if not remember:
             return
         self._ended[key] = None
@@ -288,7 +294,7 @@ class VllmEngine:
             del self._ended[next(iter(self._ended))]
 
     def load(self) -> EngineLoad:
-        """The scheduler's counts of the last step; what it does not know of yet counts as waiting. For any thread."""
+        """Return the scheduler's counts of the last step; requests it has not seen count as waiting. For any thread."""
         path = self._path
         if path is None:
             return EngineLoad(busy="start")
@@ -299,13 +305,13 @@ class VllmEngine:
             kv_usage=stats.kv_usage,
             steps=stats.steps,
             step_s=stats.pace.last_s,
-            busy=self._stated_work(stats, now),
+            busy=self._reported_work(stats, now),
             step_age_s=stats.pace.age_s(now),
             step_p99_s=stats.pace.times.value_s,
             prefill_tokens=stats.prefill_tokens,
         )
 
-    def _stated_work(self, stats: StepStats, now: float) -> str:
+    def _reported_work(self, stats: StepStats, now: float) -> str:
         if self._awaiting_grammar or self._validating:
             bound_s = GRAMMAR_BESIDE_S if stats.running else GRAMMAR_ALONE_S
             if stats.pace.age_s(now) <= bound_s:
@@ -318,26 +324,26 @@ class VllmEngine:
 
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
-        if self._started().dead():
-            raise self._dead(EngineDead("the engine core is dead"))
+        if self._require_path().dead():
+            raise self._with_reason(EngineDead("the engine core is dead"))
 
-    def _dead(self, dead: EngineDead) -> EngineDead:
-        """Return the error with the reason why the engine ended, the same one for every caller."""
-        self._why_dead = self._why_dead or self._why(dead)
-        return EngineDead(self._why_dead)
+    def _with_reason(self, dead: EngineDead) -> EngineDead:
+        """Return the error with the reason why the engine ended; the reason is the same for every caller."""
+        self._death_reason = self._death_reason or self._end_reason(dead)
+        return EngineDead(self._death_reason)
 
-    def _why(self, dead: EngineDead) -> str:
-        if why := end_causes.found(self._notes, recent=True):
+    def _end_reason(self, dead: EngineDead) -> str:
+        if why := end_causes.find_cause(self._notes_name, recent=True):
             return why
         code = None if self._path is None else self._path.core_exit()
-        said = (
-            f"{end_causes.CORE} {exit_status.said(code)}"
+        cause = (
+            f"{end_causes.CORE} {exit_status.describe(code)}"
             if code is not None
             else str(dead).partition(". See stack trace")[0]
         )
-        return end_causes.with_log(said, end_causes.log_of("stdout"))
+        return end_causes.with_log(cause, end_causes.log_of("stdout"))
 
-    def _started(self) -> EnginePath:
+    def _require_path(self) -> EnginePath:
         if self._closed:
             raise EngineDead("the engine is closed")
         if self._path is None:
@@ -351,29 +357,29 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
-        self._leave_sockets()
+        self._release_sockets()
 
-    def _leave_sockets(self) -> None:
+    def _release_sockets(self) -> None:
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()
 
 
-def _processes_said(error: str) -> str:
-    """vLLM's error at start; where it names processes by their exit codes, how they ended."""
+def _start_error(error: str) -> str:
+    """Return vLLM's error at start, or how its processes ended if the error gives their exit codes."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
-    return " and ".join(f"{end_causes.CORE} {exit_status.said(int(code))}" for _, code in failed) or error
+    return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """What ends a request that does not ignore EOS, as vLLM gathers it."""
-    found = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
-    ids = {found} if isinstance(found, int) else set(found or ())
+    """Return the ids that end a request that does not ignore EOS, collected as in vLLM."""
+    configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()
     return frozenset(ids if own is None else ids | {own})
 
 
-def _resume_word(installs: bool, batch_invariant: bool) -> str:
+def _resume_capability(installs: bool, batch_invariant: bool) -> str:
     if not installs:
         return RESUME_PLAIN
     return RESUME_EXACT if batch_invariant else RESUME_STATE

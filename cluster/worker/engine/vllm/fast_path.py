@@ -1,9 +1,9 @@
-"""vLLM's engine core without AsyncLLM: one call a step for all requests. The only user of vLLM's inside.
+"""The fast path: vLLM's engine core without AsyncLLM, with one call per step for all requests.
 
-AsyncLLM gives every request a generator, an output processor and a task switch a token. Here the engine core's own
-message of a step is read as it is (at 64 streams about a fifth of the CPU time a token). The price is private
-names, which move between releases: all of them stand in SYMBOLS, which is checked at start, and where one is
-missing the engine goes through public AsyncLLM instead (public_path.py).
+AsyncLLM costs each request a generator, an output processor and a task switch per token. Here the engine core's own
+message of a step is read directly, which takes about a fifth of the CPU time per token at 64 streams. The cost is the
+use of private names, which change between releases. All of them are listed in SYMBOLS, which is checked at start; if
+one is missing, the engine uses the public AsyncLLM instead (public_path.py).
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class FastPath:
     """Engine core client and input processor, built as AsyncLLM's constructor builds them."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Start the engine core; blocks until the model is loaded. Call it in a thread: the client's sockets and
-        tasks then bind to the event loop that reads them."""
+        """Start the engine core; blocks until the model is loaded.
+
+        Call it in a thread, so that the client's sockets and tasks bind later, to the event loop that reads them.
+        """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
         from vllm.v1.engine.core_client import EngineCoreClient
@@ -96,7 +98,7 @@ class FastPath:
         )
 
     async def ready(self) -> None:
-        """Ask the core what it can do; that also starts the task which reads its outputs."""
+        """Fetch the tasks that the core supports, which also starts the task that reads its outputs."""
         try:
             self._tasks = await self._core.get_supported_tasks_async()
         except self._dead_error as error:
@@ -111,33 +113,33 @@ class FastPath:
         return request
 
     async def add(self, prepared: Any) -> None:
-        """Send it to the engine core. Raises EngineDead."""
+        """Send a prepared request to the engine core. Raises EngineDead."""
         try:
             await self._core.add_request_async(prepared)
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Tell the engine core to drop requests."""
+        """Abort requests in the engine core. Raises EngineDead."""
         try:
             await self._core.abort_requests_async(list(request_ids))
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """One message of the engine core. Raises EngineDead."""
+        """Wait for one message of the engine core and return its outputs. Raises EngineDead."""
         try:
             step = await self._core.get_output_async()
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
         self.stats.stepped(time.monotonic(), step.scheduler_stats)
         poisoned = [o.request_id for o in step.outputs if o.num_nans_in_logits and o.request_id in live]
-        if poisoned:  # first: others may be aborted meanwhile
+        if poisoned:  # before the loop: other requests may be aborted during the await
             await self.abort(poisoned)
         outputs = []
         for given in step.outputs:
             record = live.get(given.request_id)
-            if record is None:  # aborted, while the step was under way
+            if record is None:  # aborted during the step
                 continue
             if given.num_nans_in_logits:
                 outputs.append(TokenOutput(given.request_id, (), FinishReason.ERROR, message=NAN_MESSAGE))
@@ -149,16 +151,16 @@ class FastPath:
         return outputs
 
     def eos_token_id(self) -> int | None:
-        """The tokenizer's."""
-        found = self._renderer.get_eos_token_id()
-        return None if found is None else int(found)
+        """Return the tokenizer's EOS id."""
+        eos = self._renderer.get_eos_token_id()
+        return None if eos is None else int(eos)
 
     def dead(self) -> bool:
-        """What the client's monitor thread knows."""
+        """Whether the client's monitor thread has reported the core's end."""
         return bool(self._core.resources.engine_dead)
 
     def core_exit(self) -> int | None:
-        """That of the core's process."""
+        """Return the exit code of the core's process; None while it runs."""
         return core_exit(self._core)
 
     def close(self) -> None:
@@ -168,7 +170,7 @@ class FastPath:
 
 
 def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
-    """The parts that most outputs do not have: first, last, with log probabilities."""
+    """Fill in the fields that most outputs lack: those of first and last outputs, and log probabilities."""
     first, record.first = record.first, False
     if first:
         output.prompt_tokens = record.prompt_tokens
@@ -180,7 +182,7 @@ def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
             output.stop_token_id = given.stop_reason
         if output.finish is FinishReason.ERROR:
             refused = record.grammar and record.emitted_tokens and first
-            output.message = NOT_ITS_GRAMMAR if refused else "the engine could not go on with this request"
+            output.message = NOT_ITS_GRAMMAR if refused else "the engine failed on this request"
     if given.new_logprobs is not None and record.logprobs is not None:
         width = record.logprobs + 1
         rows = zip(given.new_logprobs.logprob_token_ids, given.new_logprobs.logprobs, strict=True)

@@ -1,10 +1,9 @@
-"""How large a grammar becomes when it is compiled: bounds to refuse by, before an engine spends minutes on it.
+"""Estimated size of a compiled grammar, by which a grammar is refused before an engine spends minutes on it.
 
-The engine compiles on a thread of its engine core, beside the scheduler of everybody's requests. Measured with a
-vocabulary of 49 thousand: every string of a JSON schema that has a length bound or a pattern costs half a second to a
-second of a core, whatever the bound; everything else in a schema is cheap. In a regular expression a counted
-repetition is unrolled, and repetitions multiply when they nest: `(a{1,1000}){1,1000}` is a million positions in 20
-characters, and 45 thousand took twelve seconds and 400 MB.
+vLLM compiles grammars on a thread of its engine core, beside the scheduler of all requests. Measured with a vocabulary
+of 49,000: each string of a JSON schema that has a length bound or a pattern costs 0.5 to 1 s of a core, whatever the
+bound; everything else in a schema is cheap. In a regular expression counted repetitions are unrolled, and nested ones
+multiply: `(a{1,1000}){1,1000}` is a million positions in 20 characters; 45,000 positions took 12 s and 400 MB.
 """
 
 from __future__ import annotations
@@ -21,10 +20,12 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Positions of a regular expression after its counted repetitions are unrolled. Never raises: bad syntax is
-    somebody else's to report."""
+    """Return the positions of a regular expression after its counted repetitions are unrolled.
+
+    Never raises: the grammar compiler reports bad syntax.
+    """
     sums = [0]  # one running sum for each open group
-    last = 0  # positions of the atom before, which a quantifier would repeat
+    last = 0  # positions of the previous atom, which a quantifier would repeat
     at = 0
     while at < len(pattern):
         character = pattern[at]
@@ -48,26 +49,26 @@ def regex_positions(pattern: str) -> int:
 
 
 def _end_of_atom(pattern: str, at: int) -> int:
-    """Index of the last character of the atom that begins at `at`: an escape, a class, or one character."""
+    """Return the index of the last character of the atom at `at`: an escape, a class, or one character."""
     if pattern[at] == "\\":
         return min(at + 1, len(pattern) - 1)
     if pattern[at] != "[":
         return at
     at += 2 if pattern[at + 1 : at + 2] == "^" else 1
-    at += pattern[at : at + 1] == "]"  # first in a class it is a member
+    at += pattern[at : at + 1] == "]"  # as the first character of a class it is a member
     while at < len(pattern) and pattern[at] != "]":
         at += 2 if pattern[at] == "\\" else 1
     return min(at, len(pattern) - 1)
 
 
 def bounded_strings(schema: Any) -> list[str]:
-    """The schema's strings with a bound or a pattern, each as its pattern (empty for a bare length)."""
+    """Return the patterns of the schema's strings with a length bound or a pattern; "" for a length bound only."""
     if isinstance(schema, list):
-        return [found for part in schema for found in bounded_strings(part)]
+        return [pattern for part in schema for pattern in bounded_strings(part)]
     if not isinstance(schema, Mapping):
         return []
-    found = [inner for part in schema.values() for inner in bounded_strings(part)]
+    patterns = [inner for part in schema.values() for inner in bounded_strings(part)]
     pattern = schema.get("pattern")
     if isinstance(pattern, str) or any(isinstance(schema.get(key), int) for key in ("minLength", "maxLength")):
-        found.append(pattern if isinstance(pattern, str) else "")
-    return found
+        patterns.append(pattern if isinstance(pattern, str) else "")
+    return patterns

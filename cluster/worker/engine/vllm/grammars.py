@@ -1,4 +1,4 @@
-"""Constraints on the output: what of them an engine takes, and vLLM's form of it."""
+"""Grammars that constrain the output: checks of what an engine accepts, and conversion to vLLM's form."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check_choice(value: str | tuple[str, ...]) -> None:
 
 def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
     if not isinstance(value, str) or (kind != "regex" and not value.strip()):
-        raise _refused(kind, "must be a text that is not empty")
+        raise _refused(kind, "must be a string that is not empty")
     _check_unicode(kind, value)
     limit = MAX_REGEX_BYTES if kind == "regex" else MAX_GRAMMAR_BYTES
     size = len(value.encode())
@@ -78,7 +78,7 @@ _UNSUPPORTED = {
     **dict.fromkeys(("\\A", "\\Z", "\\z", "\\G"), "anchors other than ^ and $"),
     **dict.fromkeys(("(?P=", "\\k", *(f"\\{digit}" for digit in range(1, 10))), "back references"),
 }
-"""What no backend of vLLM compiles; some take an escape for its letter."""
+"""Syntax that no backend of vLLM compiles; some would read an escape as its letter."""
 
 
 def _check_regex(kind: str, pattern: str) -> None:
@@ -93,7 +93,7 @@ def _check_regex(kind: str, pattern: str) -> None:
 def _check_unicode(kind: str, value: str) -> None:
     try:
         value.encode()
-    except UnicodeEncodeError:  # lone surrogates, which Python's strings can hold
+    except UnicodeEncodeError:  # lone surrogates, which a Python string can contain
         raise _refused(kind, "is not valid Unicode") from None
 
 
@@ -115,7 +115,7 @@ def _check_schema(value: str) -> None:
 
 
 def structured_outputs(grammar: Grammar) -> Any:
-    """vLLM's form of a checked grammar."""
+    """Return a checked grammar in vLLM's form."""
     from vllm.sampling_params import StructuredOutputsParams
 
     if grammar.kind == "choice":

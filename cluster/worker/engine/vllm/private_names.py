@@ -1,7 +1,7 @@
-"""Tables of vLLM's private names, and whether this vLLM has them.
+"""Checks whether the installed vLLM has the private names that this code uses.
 
-A table maps a dotted path to the names used on it: parameters of a function or method, fields of a class. Names move
-between releases; a table that is checked at start turns a surprise in the middle of a request into a sentence.
+A table maps a dotted path to the names used on it: parameters of a function or method, fields of a class. Names change
+between releases; checking the tables at start gives a clear reason instead of a failure within a request.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 
 def resolve(path: str) -> Any:
-    """The object at a dotted path: a module's attribute, or deeper. Raises ImportError, AttributeError."""
+    """Return the object at a dotted path: a module's attribute, or deeper. Raises ImportError, AttributeError."""
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
+            target: Any = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
         for name in parts[cut:]:
-            found = getattr(found, name)
-        return found
+            target = getattr(target, name)
+        return target
     raise ImportError(path)
 
 
@@ -39,13 +39,16 @@ def _names(symbol: Any) -> set[str]:
 
 
 def digest(path: str) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of a function's source, that of the first where others are wrapped
-    around it (functools.wraps). Raises ImportError, AttributeError, OSError."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a function's source.
+
+    For a wrapped function (functools.wraps) the source is the innermost one's. Raises ImportError, AttributeError,
+    OSError.
+    """
     return hashlib.sha256(inspect.getsource(resolve(path)).encode()).hexdigest()[:16]
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:
-    """The entries of the table that this vLLM does not have, as `path` or `path: name`; empty when all is there."""
+    """Return the entries of the table that this vLLM lacks, as `path` or `path: name`; empty if it has all."""
     lacking = []
     for path, fields in symbols.items():
         try:

@@ -1,4 +1,4 @@
-"""vLLM through its public AsyncLLM: for releases that the fast path does not know. One task a request, one queue."""
+"""The public path: vLLM through its public AsyncLLM, for releases that the fast path does not support."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FINISH = {
 
 
 def _stat_logger(stats: StepStats) -> Any:
-    """A factory of vLLM stat loggers that keep `stats` fresh."""
+    """Return a factory of vLLM stat loggers that update `stats`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class Watch(StatLoggerBase):  # type: ignore[misc]
+    class StepStatsLogger(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
@@ -34,11 +34,11 @@ def _stat_logger(stats: StepStats) -> Any:
         def log_engine_initialized(self) -> None:
             pass
 
-    return Watch
+    return StepStatsLogger
 
 
 class PublicPath:
-    """AsyncLLM, a task for each request, and one queue that all of them fill."""
+    """AsyncLLM with one task for each request and one queue for all outputs."""
 
     def __init__(self, vllm_config: Any) -> None:
         """Start the engine; blocks until the model is loaded."""
@@ -51,7 +51,7 @@ class PublicPath:
         self._llm: Any = AsyncLLM(
             vllm_config=vllm_config,
             executor_class=Executor.get_class(vllm_config),
-            log_stats=False,  # our own logger is one; it turns the statistics on
+            log_stats=False,  # no loggers of vLLM's; our own one turns the statistics on
             log_requests=False,
             stat_loggers=[_stat_logger(self.stats)],
         )
@@ -59,11 +59,11 @@ class PublicPath:
         self._readers: dict[str, asyncio.Task[None]] = {}
 
     async def ready(self) -> None:
-        """Ask the core what it can do."""
+        """Fetch the tasks that the core supports."""
         await self._llm.get_supported_tasks()
 
     def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
-        """Validate as AsyncLLM will: a refusal must come from submit, not from a task later."""
+        """Validate as AsyncLLM will, so that `submit` raises the refusal rather than a later task."""
         params.verify(
             self._llm.vllm_config.model_config,
             self._llm.vllm_config.speculative_config,
@@ -73,7 +73,7 @@ class PublicPath:
         return request_id, prompt, params, priority
 
     async def add(self, prepared: Any) -> None:
-        """Begin to generate."""
+        """Start the task that generates the request's outputs."""
         if self.dead():
             raise EngineDead("the engine core is dead")
         self._readers[prepared[0]] = asyncio.create_task(self._read(*prepared))
@@ -84,20 +84,20 @@ class PublicPath:
                 self._queue.put_nowait((request_id, output))
         except self._dead_error as error:
             self._queue.put_nowait(EngineDead(str(error)))
-        except Exception as error:  # one request's failure must not look like silence
+        except Exception as error:  # a request's failure must be reported as an output
             self._queue.put_nowait((request_id, error))
         finally:
             self._readers.pop(request_id, None)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """End the requests' tasks; AsyncLLM aborts what is cancelled."""
+        """Cancel the requests' tasks; AsyncLLM then aborts the requests."""
         readers = [reader for key in request_ids if (reader := self._readers.get(key)) is not None]
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """Wait for one output and take all that are there. Raises EngineDead."""
+        """Wait for one output, then return all that are queued. Raises EngineDead."""
         items = [await self._queue.get()]
         while not self._queue.empty():
             items.append(self._queue.get_nowait())
@@ -112,16 +112,16 @@ class PublicPath:
         return outputs
 
     def eos_token_id(self) -> int | None:
-        """The tokenizer's."""
+        """Return the tokenizer's EOS id."""
         tokenizer = self._llm.renderer.tokenizer
         return None if tokenizer is None else tokenizer.eos_token_id
 
     def dead(self) -> bool:
-        """What AsyncLLM knows."""
+        """Whether AsyncLLM reports an error of the core."""
         return bool(self._llm.errored)
 
     def core_exit(self) -> int | None:
-        """That of the core's process."""
+        """Return the exit code of the core's process; None while it runs."""
         return core_exit(self._llm.engine_core)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
 
 
 def _flat(given: Any, width: int) -> list[PositionLogprobs]:
-    """vLLM's FlatLogprobs, cut into positions of `width` entries: the sampled token, then the most likely ones."""
+    """Cut vLLM's FlatLogprobs into positions of `width` entries: the sampled token, then the most likely ones."""
     return [
         _position(given.token_ids[start:end], given.logprobs[start:end], given.ranks[start], width)
         for start, end in zip(given.start_indices, given.end_indices, strict=True)
@@ -157,8 +157,11 @@ def _flat(given: Any, width: int) -> list[PositionLogprobs]:
 
 
 def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
-    """One position. AsyncLLM merges outputs that nobody has read yet, and loses what stands in a position twice: the
-    sampled token among the most likely, whose place there is its `rank`, from 1."""
+    """Return one position, with the entry that AsyncLLM loses restored.
+
+    When AsyncLLM merges unread outputs it drops duplicates within a position: the sampled token among the most likely
+    ones. Its place there is `rank`, from 1.
+    """
     if len(token_ids) == width - 1:
         token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]
         logprobs = [*logprobs[:rank], logprobs[0], *logprobs[rank:]]

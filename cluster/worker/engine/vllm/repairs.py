@@ -1,29 +1,30 @@
-"""Faults of vLLM that a request could use to end an engine, repaired in place; each names its release and its check.
+"""Repairs of faults in vLLM that end an engine or leave files behind, applied at run time.
 
-**Seeds on CPU (vLLM 0.32.0).** A request with a seed whose prompt is prefilled in chunks is sampled from after each
-chunk, and the sample thrown away; the V1 runner then takes the draw back with `generator.set_offset(offset - 4)`. CPU
+**Seeds on CPU (vLLM 0.32.0).** When the prompt of a request with a seed is prefilled in chunks, a token is sampled
+after each chunk and discarded; the V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
 generators have no offset, so this raises in the engine core and ends it. The repair gives requests a generator that
-remembers its state before the last draw and returns to it.
+saves its state before the last draw and can restore it.
 
-**Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group talk over shared memory where all name it alike, but the
-name is made of a port alone, so ranks on hosts that share none try it, too, and the engine does not come up. The repair
-puts into the name which memory it is; ranks that share none then talk over the network.
+**Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all have the same name
+for it. The name consists only of a port, so ranks on hosts without common memory try it, too, and the engine does not
+start. The repair adds an id of the shared memory to the name; ranks without common memory then use the network.
 
-**Blocks that are gone (vLLM 0.32.0).** A queue between core and ranks takes its shared memory's name away when it is
-freed, and prints a traceback where somebody has done so before: an engine that is up does (watchdog.py). The repair is
-content when the name is gone.
+**Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
+prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The repair ignores
+that.
 
-**Where ranks meet (vLLM 0.32.0).** Each engine makes a file in /tmp by which its ranks find each other, and one that is
-killed leaves it. The repair makes it in the folder of the engine's sockets, which goes with it or is swept.
+**Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
+and a killed engine leaves it behind. The repair creates it in the folder of the engine's sockets, which is removed
+with the engine or swept later.
 
-**A core beside several of Ray's nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the
-driver's node among all processes that it sees, the head first. Where nodes with addresses of their own share a process
-table (pods with hostPID) that is another than the replica's, and the core then listens on an address that is not its
-own. The repair tells Ray the address of the replica's node.
+**Core beside several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
+node among all processes that it sees, the head first. Where nodes with different addresses share a process table (pods
+with hostPID), Ray may find another node than the replica's, and the core then listens on an address that is not its
+own. The repair passes the address of the replica's node to Ray.
 
-**Pipeline parallelism on CPU (vLLM 0.32.0).** A rank that is not the first copies what it receives into tensors that
-only a profiling run makes, and the CPU runner makes none where nothing is compiled: the first step ends the engine. The
-repair makes them with the first step.
+**Pipeline parallelism on CPU (vLLM 0.32.0).** A rank other than the first copies its input into tensors that only a
+profiling run creates. Without compilation the CPU runner creates none, so the first step ends the engine. The repair
+creates them in the first step.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ from cluster.worker.engine.processes import sockets
 from cluster.worker.engine.vllm.private_names import missing
 
 VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
-"""Releases whose faults are these; see docs/support.md."""
+"""Releases that have these faults; see docs/support.md."""
 ACTIVE = "HEADRACE_REPAIRS"
-"""Environment: set by an engine for its processes; a vLLM that merely has this package beside it stays as it is."""
+"""Environment variable, set by an engine for its processes; any other vLLM in this environment is not changed."""
 
 PLUGIN = "headrace_repairs"
 """Name of the entry point."""
 
 NODE = "HEADRACE_NODE_ADDRESS"
-"""Environment: the address of the Ray node that a replica is on; nothing where Ray has not placed it."""
+"""Environment variable: the address of the replica's Ray node; unset if Ray has not placed the replica."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DRAW = 4
-"""What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
+"""Offset that the runner subtracts for one draw (as counted by CUDA's Philox)."""
 
 _applied: set[str] = set()
 not_applied: dict[str, str] = {}
-"""Repairs that this vLLM has no place for, with why."""
+"""Repairs that could not be applied to this vLLM, each with the reason."""
 
 
 def _version() -> str:
@@ -70,11 +71,11 @@ def _version() -> str:
 
 @functools.cache
 def rewindable_generator() -> Any:
-    """The class of CPU generators that can take back their last draw."""
+    """Return the class of CPU generators that can undo their last draw."""
     import torch
 
     class RewindableGenerator(torch.Generator):  # type: ignore[misc]
-        """A CPU generator that can take back its last draw."""
+        """A CPU generator that can undo its last draw."""
 
         before: Any = None
 
@@ -117,7 +118,7 @@ def _repair_seeds() -> None:
 
 
 def shared_memory() -> str:
-    """Which shared memory this process has: its host's, or its container's own."""
+    """Return an id of the shared memory that this process uses: its host's, or its container's own."""
     return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
 
 
@@ -150,19 +151,19 @@ def _free_quietly(kind: Any) -> None:
         try:
             freed(self)
         except FileNotFoundError:
-            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # what unlink() does at its end
+            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # the last action of unlink()
 
     kind.__del__ = __del__
 
 
-def _repair_meeting() -> None:
+def _repair_rendezvous() -> None:
     from vllm.v1.executor import multiproc_executor, uniproc_executor
 
-    elsewhere = multiproc_executor.get_file_store_init_method
+    default = multiproc_executor.get_file_store_init_method
 
     def get_file_store_init_method() -> str:
         folder = sockets.folder()
-        return elsewhere() if folder is None else f"file://{folder}/meeting-{uuid.uuid4().hex}"
+        return default() if folder is None else f"file://{folder}/meeting-{uuid.uuid4().hex}"
 
     for executor in (multiproc_executor, uniproc_executor):
         executor.get_file_store_init_method = get_file_store_init_method
@@ -185,7 +186,11 @@ def _repair_pipeline() -> None:
 
 
 def _has_node() -> bool:
-    """Whether others may be beside it: not at a loopback address, for which Ray would take the machine's outer one."""
+    """Whether the replica has a Ray node with an address that is not loopback.
+
+    Nodes at a loopback address have no others beside them, and Ray would replace that address by the machine's outer
+    one.
+    """
     address = os.environ.get(NODE, "")
     return bool(address) and not ipaddress.ip_address(address).is_loopback
 
@@ -205,7 +210,7 @@ def _repair_node() -> None:
 
 
 def loaded_in_ranks() -> bool:
-    """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS lets it in."""
+    """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS allows it."""
     import vllm.envs
 
     allowed = vllm.envs.VLLM_PLUGINS
@@ -214,13 +219,13 @@ def loaded_in_ranks() -> bool:
 
 
 def seeds_are_safe() -> bool:
-    """Whether seeds are repaired for this vLLM; elsewhere the engine refuses seeds on CPU."""
+    """Whether seeds are repaired for this vLLM; if not, the engine refuses seeds on CPU."""
     return _version() in VERSIONS and loaded_in_ranks() and "seeds" not in not_applied
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One repair by its name. `needed`: whether this process has what it mends."""
+    """One named repair. `needed` returns whether this process has the fault."""
 
     name: str
     make: Callable[[], None]
@@ -247,17 +252,17 @@ REPAIRS = (
     Repair("pipeline", _repair_pipeline, _on_cpu),
     Repair("resume", _install_resume, lambda: True),
     Repair("queues", _repair_queues, lambda: True),
-    Repair("meeting", _repair_meeting, lambda: True),
+    Repair("meeting", _repair_rendezvous, lambda: True),
     Repair("node", _repair_node, lambda: _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1"),
 )
-"""In this order: what continues a call builds on the repaired generators."""
+"""Repairs in the order of their application: "resume" builds on the repaired generators."""
 
 
 def apply() -> None:
     """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines.
 
-    Each repair stands by itself: one that this vLLM has no place for is noted in `not_applied`, and raises nothing,
-    since vLLM takes an exception of a plugin for a model that it does not know.
+    Repairs are independent of each other. One that fails on this vLLM is recorded in `not_applied` and raises nothing,
+    since vLLM would report a plugin's exception as an unknown model.
     """
     if not os.environ.get(ACTIVE) or _applied:
         return
@@ -268,13 +273,13 @@ def apply() -> None:
         try:
             if repair.needed():
                 repair.make()
-        except Exception as error:  # names of another release: whatever their absence raises
+        except Exception as error:  # the names differ in another release, whose absence can raise anything
             not_applied[repair.name] = f"{type(error).__name__}: {error}"
     _applied.add("all")
 
 
 def why_resume_is_plain(config: Any) -> str:
-    """Why engines of this VllmConfig continue a call as a new prompt; empty where they install what it has emitted."""
+    """Return why engines of this VllmConfig resume a request as a new prompt; empty if they install emitted tokens."""
     from cluster.worker.engine.vllm import resume
 
     if _version() not in VERSIONS:

@@ -1,7 +1,7 @@
-"""From an EngineRequest to vLLM's SamplingParams: everything that could harm the engine is refused here.
+"""Conversion of an EngineRequest to vLLM's SamplingParams. Every value that could harm the engine is refused here.
 
-vLLM checks much of this too, but not all, and what reaches its engine core unchecked ends the core and with it
-every stream of the replica. So the bounds that protect the process are ours; vLLM's own checks come after.
+vLLM checks much of this too, but not everything, and a bad value that reaches the engine core ends it and with it all
+streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from cluster.worker.engine.vllm.resume import extra_args
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
-"""With min_tokens, EOS ids among them: vLLM's V2 runner ends its engine core for one more."""
+"""Limit with min_tokens, EOS ids included: with one more, vLLM's V2 runner ends its engine core."""
 MAX_LOGIT_BIAS = 1024
-"""Likewise for entries of logit_bias."""
+"""Limit for entries of logit_bias: with one more, the V2 runner ends its engine core, too."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500
-"""Of vLLM's own words, which can repeat the whole grammar."""
+"""Most characters kept of vLLM's error messages, which can repeat the whole grammar."""
 MAX_TEXT_CHARACTERS = 1024
 _INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """What the started engine can take."""
+    """The bounds of requests that the started engine accepts."""
 
     max_model_len: int
     vocab_size: int
@@ -39,18 +39,18 @@ class RequestBounds:
     seeds: bool = True
     eos_token_ids: frozenset[int] = frozenset()
     installs: bool = True
-    """Whether emitted tokens are installed as output (resume.py)."""
+    """Whether the emitted tokens of a resumed request are installed as output (resume.py)."""
     resumes_seeds: bool = True
-    """Whether a seeded random call goes on with the noise that it would have had."""
+    """Whether a resumed request with a seed continues with the random numbers of the uninterrupted request."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
-    """The refusal for one wrong field."""
+    """Return the refusal for one wrong field."""
     return EngineRefused(outcome.name, f"{field}: {description}", field)
 
 
 def check(request: EngineRequest, limits: RequestBounds) -> None:
-    """Raise EngineRefused for whatever vLLM would choke on or silently take for something else."""
+    """Raise EngineRefused for values on which vLLM would fail or which it would silently misread."""
     if not request.request_id:
         raise refused("request_id", "must not be empty")
     for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
@@ -120,7 +120,7 @@ def _check_numbers(sampling: Sampling, limits: RequestBounds) -> None:
 
 def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(sampling.stop_token_ids)}")
+        raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids, got {len(sampling.stop_token_ids)}")
     if sampling.min_tokens:
         _check_ends(sampling, limits)
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
@@ -134,24 +134,24 @@ def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
 
 
 def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
-    """The runner's table holds the EOS ids too, also those that `ignore_eos` leaves without effect."""
+    """Check the number of stop ids. The runner's table also has the EOS ids, even with `ignore_eos`."""
     ends = limits.eos_token_ids.union(sampling.stop_token_ids)
     if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
         raise refused(
             "stop_token_ids",
-            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} with the {len(limits.eos_token_ids)} EOS ids of the model "
-            f"where min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
+            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} ids, including the model's {len(limits.eos_token_ids)} EOS ids, "
+            f"if min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
         )
 
 
 def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
-    """Refuse a call that had ended, and one that this engine would continue differently."""
+    """Refuse a resumed request that has already ended, or that this engine would continue differently."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
-        raise refused("emitted_token_ids", "max_tokens are emitted already; the call is at its end")
+        raise refused("emitted_token_ids", "reach max_tokens already; the call is at its end")
     ends = set(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else limits.eos_token_ids)
     if not ends.isdisjoint(request.emitted_token_ids):
-        raise refused("emitted_token_ids", "a token that ends the call is among them; the call is at its end")
+        raise refused("emitted_token_ids", "include a token that ends the call; the call is at its end")
     plain = not limits.installs
     restarts = (
         ("frequency_penalty", plain and sampling.frequency_penalty != 0),
@@ -162,19 +162,19 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
     for field, differs in restarts:
         if differs:
             raise refused(
-                field, "a call with it cannot be continued exactly on this engine", Outcome.RESUME_UNSUPPORTED
+                field, "a call with this parameter cannot be resumed exactly on this engine", Outcome.RESUME_UNSUPPORTED
             )
 
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
-    """Whether validation takes longer than an event loop may stand still (about a millisecond)."""
+    """Whether validation takes too long for the event loop (more than about a millisecond)."""
     return request.sampling.grammar is not None or (
         len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
     )
 
 
 def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
-    """vLLM's token input, with the salt of the prefix cache. Emitted ids are part of it where they cannot be output."""
+    """Return vLLM's token prompt with the cache salt; it includes emitted ids that cannot be installed as output."""
     emitted = () if limits.installs else request.emitted_token_ids
     prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
     if request.cache_salt:
@@ -183,7 +183,7 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
 
 
 def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
-    """vLLM's SamplingParams. `max_tokens` and `min_tokens` count the emitted tokens of a continued call too."""
+    """Return vLLM's SamplingParams. In `request`, max_tokens and min_tokens include the emitted tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -211,18 +211,18 @@ def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
         structured_outputs=structured_outputs(sampling.grammar) if sampling.grammar is not None else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        skip_clone=True,  # made for this request alone
+        skip_clone=True,  # created for this request only
     )
 
 
 def _clamped(sampling: Sampling) -> dict[int, float] | None:
-    """Biases as vLLM's own server clamps them; None when there are none."""
+    """Return the logit biases, clamped as in vLLM's own server; None if there are none."""
     limit = LOGIT_BIAS_LIMIT
     return {token: min(limit, max(-limit, bias)) for token, bias in sampling.logit_bias.items()} or None
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """The refusal for an error of vLLM's own validation: its parameter is the field."""
+    """Return the refusal for an error of vLLM's own validation; the error's parameter is the field."""
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

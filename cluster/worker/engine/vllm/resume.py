@@ -1,18 +1,18 @@
-"""Exact continuation: the tokens that another engine has emitted are installed as *output*, as after a preemption.
+"""Exact resume in vLLM: tokens that another engine has emitted are installed as *output*, as after a preemption.
 
-Problem: prompt + emitted ids as a new prompt restarts all that counts or replays output: frequency and presence
-penalties, min_tokens, a seeded generator, the matcher of a grammar. vLLM itself takes a request that it had preempted
-with its output in place, and computes prompt and output anew as one prefill. Invariant: a request with emitted ids is
-to scheduler, runner, sampler and matcher what it would be had this engine emitted them and then preempted it.
+Problem: prompt + emitted ids as a new prompt would restart everything that depends on the output: frequency and
+presence penalties, min_tokens, a seeded generator, the matcher of a grammar. vLLM itself resumes a preempted request
+with its output in place, and computes prompt and output again as one prefill. Invariant: scheduler, runner, sampler
+and matcher treat a request with emitted ids as if this engine had emitted them and then preempted it.
 
-The ids travel in SamplingParams.extra_args, which reach the engine core and every rank. In the core they go into the
-Request (and so into its block hashes: the prefix cache serves them) and through the matcher of its grammar, token by
-token as they had come. The V2 model runner needs no more: the scheduler sends it prompt and output apart, it makes all
-state from them as it does for a preempted request, and its noise is a function of seed, position and token. In a rank
-of the V1 runner they go into the cached state, and a seeded generator makes one draw for each; that is known of the CPU
-build alone. The price is private names: they stand in the tables below. Where one is missing, or the engine is of a
-kind that was not looked at (why_plain), a call is continued as a new prompt, and refused when that would change it
-(requests.py).
+The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core they are added
+to the Request (and so to its block hashes, so that the prefix cache is used), and its grammar's matcher accepts them
+one by one. The V2 model runner needs no more: the scheduler sends it prompt and output separately, it builds all state
+from them as for a preempted request, and its random numbers are a function of seed, position and token. In a rank of
+the V1 runner they are added to the cached state, and a seeded generator makes one draw for each; that is verified for
+the CPU build only. The cost is the use of private names, listed in the tables below. If one is missing, or the engine
+is of a kind that was not verified (why_plain), a request is resumed as a new prompt, or refused if that would change
+its output (requests.py).
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ V1_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_input_batch.CachedRequestState.__post_init__": (),
     "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu": ("logits", "generators", "k", "p"),
 }
-"""Of ranks of the V1 model runner."""
+"""Names used in ranks of the V1 model runner."""
 V2_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output.NewRequestData.from_request": ("prefill_token_ids",),
     "vllm.v1.worker.gpu.states.RequestState.add_request": ("prompt_len", "all_token_ids"),
 }
-"""Of ranks of the V2 model runner."""
+"""Names used in ranks of the V2 model runner."""
 SYMBOLS = CORE_SYMBOLS | V1_SYMBOLS | V2_SYMBOLS
 
 
 def why_plain(config: Any) -> str:
-    """Why an engine of this VllmConfig cannot continue exactly; empty when it can. Its processes must load the
-    plugin, too (repairs.loaded_in_ranks)."""
+    """Return why an engine of this VllmConfig cannot resume exactly; empty if it can.
+
+    Its processes must also load the plugin (repairs.loaded_in_ranks).
+    """
     from vllm.platforms import current_platform
 
     v2 = config.use_v2_model_runner
@@ -80,26 +82,29 @@ def why_plain(config: Any) -> str:
 
 
 def resumes_seeds(config: Any, installed: bool) -> bool:
-    """Whether a seeded random call goes on with the noise that it would have had. `installed`: its emitted tokens are
-    output here. With a draft model it does not: windows start elsewhere, and what is drawn depends on what was
-    proposed. The V2 runner's noise needs nothing installed. Of the V1 runner the draws of 0.31 are not known."""
+    """Whether a resumed request with a seed gets the random numbers of the uninterrupted request.
+
+    `installed`: its emitted tokens are installed as output. With a draft model it does not: the windows start at other
+    positions, and the draws depend on the proposed tokens. The V2 runner does not need installed tokens. The draws of
+    the V1 runner in 0.31 are not known.
+    """
     if config.speculative_config is not None:
         return False
     return bool(config.use_v2_model_runner) or (installed and noise(config) == CPU_32)
 
 
 V1, V2, CPU_31, CPU_32 = "v1", "v2", "cpu31", "cpu32"
-"""Schemes of noise: what a seed draws. See `noise`."""
+"""Noise schemes: which random numbers a seed gives. See `noise`."""
 DRAWS = {"863f32f93b242303": CPU_31, "6d05adf47d121861": CPU_32}
-"""What the V1 runner draws on CPUs, by the digest of TopKTopPSampler.forward_cpu: its names stayed as it changed."""
+"""The V1 runner's scheme on CPUs by the digest of TopKTopPSampler.forward_cpu, whose body changed but not its names."""
 
 
 def noise(config: Any) -> str:
-    """How seeded calls are drawn on such an engine: with one seed, two schemes give different tokens.
+    """Return the noise scheme of such an engine. With the same seed, two schemes give different tokens.
 
-    V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. The V1 runner's on CPUs: 0.31 draws exponentials
-    over the vocabulary, 0.32 one number a token, and a sampler that is not known is a scheme of its own. PeerBacklogs
-    V1 draws by the device's own generator.
+    V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. V1 on CPUs: 0.31 draws exponentials over the
+    vocabulary, 0.32 one number per token, and each unknown sampler is a scheme of its own. V1 on other devices: the
+    device's own generator.
     """
     from vllm.platforms import current_platform
 
@@ -108,26 +113,28 @@ def noise(config: Any) -> str:
     if not current_platform.is_cpu():
         return V1
     try:
-        found = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
+        sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     except (ImportError, AttributeError, OSError):
-        found = "unknown"
-    return DRAWS.get(found, f"cpu{found}")
+        sampler = "unknown"
+    return DRAWS.get(sampler, f"cpu{sampler}")
 
 
 def extra_args(emitted_token_ids: Sequence[int]) -> dict[str, Any]:
-    """What SamplingParams carry."""
+    """Return the `extra_args` of SamplingParams that carry the emitted ids."""
     return {EXTRA_ARG: list(emitted_token_ids)}
 
 
 def emitted_of(params: Any) -> list[int]:
-    """The emitted ids of SamplingParams or None."""
+    """Return the emitted ids in `params`, which are SamplingParams or None; empty if there are none."""
     extra = params.extra_args if params is not None else None
     return extra.get(EXTRA_ARG) or [] if extra else []
 
 
 def install(*, v1_ranks: bool) -> None:
-    """Change vLLM's classes in this process: an engine core or a rank. Once. `v1_ranks`: of the V1 runner, too, which
-    changes nothing for the V2 runner."""
+    """Patch vLLM's classes in this process, an engine core or a rank. Call once.
+
+    `v1_ranks`: also patch the V1 runner's, which has no effect on the V2 runner.
+    """
     _install_in_core()
     _install_in_grammars()
     if v1_ranks:
@@ -140,8 +147,10 @@ def _install_in_core() -> None:
     from vllm.v1.request import Request
 
     class ContinuedStats(PrefillStats):  # type: ignore[misc]
-        """Prefill statistics over prompt and emitted tokens. False, so that the scheduler does not fill it in: it would
-        assert that no more than the prompt is cached."""
+        """Prefill statistics over prompt and emitted tokens.
+
+        They are false, so that the scheduler does not fill them in: it would assert that only prompt tokens are cached.
+        """
 
         def __bool__(self) -> bool:
             return False
@@ -181,11 +190,11 @@ def _install_in_grammars() -> None:
 
 
 def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) -> None:
-    """Put the emitted tokens through a grammar's matcher as they had come, each with those before it, since a grammar
-    may begin behind reasoning. Raises ValueError, which ends this request alone.
+    """Let a grammar's matcher accept the emitted tokens one by one.
 
-    It runs in a thread, while the request itself waits for the grammar: so a view of it is used, and its own record
-    learns at the end whether reasoning is over.
+    Each is passed with those before it, since a grammar may begin only after reasoning. Raises ValueError, which ends
+    only this request. The call runs in a thread while the request waits for the grammar. So it uses a copy of the
+    request's record, and sets in the original at the end whether reasoning is over.
     """
     own = request.structured_output_request
     record = copy.copy(own)
@@ -218,7 +227,7 @@ def _install_in_ranks() -> None:
             return
         self.output_token_ids = list(emitted)
         if self.generator is not None:
-            for _ in emitted:  # as TopKTopPSampler.forward_cpu draws, once a token
+            for _ in emitted:  # the draw of TopKTopPSampler.forward_cpu, once per token
                 torch.randint(0, 2**31, (1,), generator=self.generator, dtype=torch.long)
 
     CachedRequestState.__post_init__ = __post_init__

@@ -1,4 +1,4 @@
-"""An engine that does not come up says why, in the words of whichever of its processes failed first."""
+"""An engine's end is reported with the error of the process that failed first."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from tests.worker.engine.conftest import tiny_spec
 
 @pytest.fixture(autouse=True)
 def no_keepers() -> Iterator[None]:
-    """This process's loggers are as they were."""
+    """Remove the log handlers that a test has added."""
     yield
     for name in end_causes.LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers = [one for one in logger.handlers if not isinstance(one, end_causes._Keeper)]
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, end_causes._NotesHandler)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sockets' folder of an engine."""
+    """The folder of an engine's sockets."""
     folder = tmp_path / f"{sockets.PREFIX}1"
     folder.mkdir()
     monkeypatch.setenv(sockets.ENV, str(folder))
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fail(name: str, error: Exception) -> None:
-    """Log an error as vLLM's processes do when they fail."""
+    """Log an error in the way of a failing vLLM process."""
     try:
         raise error
     except Exception:
@@ -52,20 +52,20 @@ def fail(name: str, error: Exception) -> None:
 
 
 def test_the_first_error_counts(folder: Path) -> None:
-    """A rank's own error, not the core's about the rank; another engine of the same owner has notes of its own."""
-    end_causes.keep()
-    end_causes.keep()
+    """The rank's own error is reported, not the core's error that follows; each engine has its own notes."""
+    end_causes.register()
+    end_causes.register()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
     fail("vllm.v1.engine.core", RuntimeError("see above"))
-    assert end_causes.found("e1") == "MemoryError: a rank has no room"
-    with end_causes.named() as other:
-        assert end_causes.found(other) == ""
+    assert end_causes.find_cause("e1") == "MemoryError: a rank has no room"
+    with end_causes.name_engine() as other:
+        assert end_causes.find_cause(other) == ""
     assert os.environ[end_causes.ENGINE] == "e1", "the next Ray must not inherit the name"
-    assert end_causes.found("e1")
+    assert end_causes.find_cause("e1")
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
-    """Notes as an engine's processes leave them."""
+    """Write notes as an engine's processes do, with some invalid lines."""
     lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
     (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
 
@@ -78,8 +78,10 @@ kinds = st.sampled_from(["error", "killed", "ended"])
 def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     folder: Path, notes: list[tuple[str, float]]
 ) -> None:
-    """The others fail as soon as it is away, and may say so before it is noticed; a rank that is killed long after an
-    error was killed because of it; an exit code says least."""
+    """A killed rank takes precedence over errors of up to a second before; later kills and exit codes do not.
+
+    The other ranks fail as soon as one is missing, and may log that before the kill is noticed.
+    """
     notes.sort(key=lambda note: note[1])
     write(folder, *(end_causes.Note(at, kind, f"{kind} {number}", "/log") for number, (kind, at) in enumerate(notes)))
     first = {kind: number for number, (kind, _) in reversed(list(enumerate(notes)))}
@@ -87,27 +89,27 @@ def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     if {"error", "killed"} <= first.keys() and notes[first["killed"]][1] <= notes[first["error"]][1] + 1:
         expected = "killed"
     if expected == "ended" and notes:
-        assert end_causes.found("e1").startswith("ended 0")
+        assert end_causes.find_cause("e1").startswith("ended 0")
     else:
-        assert end_causes.found("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
+        assert end_causes.find_cause("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
 
 
 def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
-    """What one request made go wrong an hour ago is not why an engine ends now."""
+    """Errors of an hour ago, as from one request, are not the reason why a running engine ends."""
     write(folder, end_causes.Note(time.time() - 3600, "error", "old"), end_causes.Note(time.time(), "ended", "new"))
-    assert end_causes.found("e1", recent=True) == "new"
-    assert end_causes.found("e1") == "old"
+    assert end_causes.find_cause("e1", recent=True) == "new"
+    assert end_causes.find_cause("e1") == "old"
 
 
 def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
-    """Of a process its signal or exit code, of Ray's actors their ranks: where the kernel tells nothing more."""
-    end_causes.keep()
+    """The executors' log messages are used: signal or exit code of a process, ranks of Ray actors."""
+    end_causes.register()
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
-    assert end_causes.found("e1") == "rank 1 was killed by SIGSEGV"
-    with end_causes.named() as other:
+    assert end_causes.find_cause("e1") == "rank 1 was killed by SIGSEGV"
+    with end_causes.name_engine() as other:
         logger.error("RayWorkerProc rank=%s died unexpectedly, shutting down executor.", [3])
-    assert end_causes.found(other) == "rank 3 ended without a word"
+    assert end_causes.find_cause(other) == "rank 3 ended without a word"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
     ],
 )
 def test_ranks_have_their_numbers(name: str, rank: str) -> None:
-    """As the processes and the actors of vLLM are named."""
+    """A rank's name is derived from the name of its process or actor."""
     assert end_causes._rank(name) == rank
 
 
@@ -133,7 +135,7 @@ def test_ranks_have_their_numbers(name: str, rank: str) -> None:
     ],
 )
 def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
-    """By what the kernel says of a process that is not its child, with that process's log."""
+    """A core notes the exit status of a process that is not its child, with that process's log."""
     command = "read line; exit 3"
     with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
         member = end_causes.Member("rank 1", "/var/log/rank-1.out")
@@ -141,13 +143,13 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
         (folder / f"{end_causes.MEMBER}-e1-1x").write_text("{")
         members = end_causes.Members()
         members.wait(0.01)
-        assert end_causes.found("e1") == ""
+        assert end_causes.find_cause("e1") == ""
         if number:
             process.send_signal(number)
         else:
             process.communicate(b"\n")
         members.wait(5.0)
-        assert end_causes.found("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
+        assert end_causes.find_cause("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
 
 
 @pytest.mark.parametrize(
@@ -158,9 +160,9 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
     ],
 )
 def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
-    """The owner reads the notes as soon as the core has failed, and blamed the core for a rank's death."""
+    """A rank's death is noted before the core's own error, which the owner would otherwise report."""
     members = end_causes.Members()
-    end_causes.keep(members)
+    end_causes.register(members)
     with subprocess.Popen(["sleep", "60"]) as process:
         member = end_causes.Member("rank 1")
         (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
@@ -179,7 +181,7 @@ def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: s
 
 
 def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> None:
-    """On a busy machine the note comes late; one that merely runs on is not waited for."""
+    """A core waits longer for a rank that is ending, as on a busy machine, but not for one that keeps running."""
     members = end_causes.Members()
     with subprocess.Popen(["sleep", "60"]) as process:
         (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(
@@ -190,7 +192,7 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
         members.settle(0.01)
         assert time.monotonic() - began < end_causes.ENDING_S / 2
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has noted it
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is not noted yet
         waiting = threading.Thread(target=members.settle, args=(0.01,))
         waiting.start()
         waiting.join(0.3)
@@ -198,25 +200,25 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
         members.wait(5.0)
         waiting.join(5.0)
         assert not waiting.is_alive()
-        assert "was killed by SIGKILL" in end_causes.found("e1")
+        assert "was killed by SIGKILL" in end_causes.find_cause("e1")
 
 
 def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
-    """Its error is noted although nothing ever ends beside it."""
-    end_causes.keep(end_causes.Members())
+    """The error of a core without ranks is noted at once."""
+    end_causes.register(end_causes.Members())
     fail("vllm.v1.engine.core", RuntimeError("alone"))
-    assert end_causes.found("e1") == "RuntimeError: alone"
+    assert end_causes.find_cause("e1") == "RuntimeError: alone"
 
 
 def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
-    """The last of what crash handlers have written there."""
+    """The last crash message in a process's log is used as the cause."""
     log = tmp_path / "rank.err"
     log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
-    assert end_causes._last_words(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
+    assert end_causes._crash_cause(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
     log.write_text("*** SIGBUS received at time=1 on cpu 0 ***\n")
-    assert end_causes._last_words(end_causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
+    assert end_causes._crash_cause(end_causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
     log.write_text("nothing")
-    assert end_causes._last_words(end_causes.Member("rank 1", str(log), str(log))) == ""
+    assert end_causes._crash_cause(end_causes.Member("rank 1", str(log), str(log))) == ""
 
 
 @pytest.mark.parametrize(
@@ -229,31 +231,31 @@ def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: P
     ],
 )
 def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
-    """Python's, where a signal is negative."""
-    assert exit_status.said(code) == words
+    """Python's exit codes, negative for signals, are described in words."""
+    assert exit_status.describe(code) == words
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place that is not ours gets no file, and neither does a folder that is not there."""
-    end_causes.keep()
+    """No notes are written to a folder that is not ours or does not exist."""
+    end_causes.register()
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))
         fail("vllm.v1.engine.core", RuntimeError("no"))
-        assert end_causes.found("e1") == ""
+        assert end_causes.find_cause("e1") == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
-    """Ray sends the whole traceback along, vLLM's ranks add it as a note; all lines of the message are told."""
+    """The traceback that Ray or vLLM's ranks attach is removed; all lines of the message are kept."""
     why = "ValueError: no route\nto the other rank"
     sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
-    assert end_causes.text(RuntimeError(sent)) == "ValueError: no route to the other rank"
+    assert end_causes.one_line(RuntimeError(sent)) == "ValueError: no route to the other rank"
     noted = ValueError("no route\nto the other rank")
     noted.add_note("Traceback (most recent call last):\n  File y\nValueError: no route")
-    assert end_causes.text(noted) == "ValueError: no route to the other rank"
-    assert len(end_causes.text(ValueError("long " * 1000))) == end_causes.LONGEST
+    assert end_causes.one_line(noted) == "ValueError: no route to the other rank"
+    assert len(end_causes.one_line(ValueError("long " * 1000))) == end_causes.LONGEST
     died = "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 7867\n\tip: 1.2.3.4\nThe"
-    assert end_causes.text(RuntimeError(died)) == "a rank (process 7867) died while it started"
+    assert end_causes.one_line(RuntimeError(died)) == "a rank (process 7867) died while it started"
 
 
 @pytest.mark.engine
@@ -264,8 +266,7 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
 async def test_a_real_engine_says_why(
     llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache too small for the longest request ends the core, one larger than the machine its rank: the reason is in
-    the error, with the entry's name."""
+    """The error of a failed start has the reason and the entry's name, whether the core or a rank failed."""
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
     spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})

@@ -1,4 +1,4 @@
-"""Engine processes as forks: who gets them, and what they find in themselves."""
+"""The fork server of engine processes: when it is used, and the state of its forks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.worker.engine.processes import fork_server as forks
 
 def told(queue, deeper):
     context = forks._Context()
-    found = {
+    state = {
         "parent": os.getppid(),
         "marked": os.environ.get("MARK"),
         "begun with": os.environ.get("BEFORE"),
@@ -32,8 +32,8 @@ def told(queue, deeper):
         inner = context.Process(target=told, args=(queue, False))
         inner.start()
         inner.join()
-        found["inner code"] = inner.exitcode
-    queue.put(found)
+        state["inner code"] = inner.exitcode
+    queue.put(state)
 
 if __name__ == "__main__":
     os.environ["BEFORE"] = "yes"
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 
 def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
-    """A fork and a fork of it: the same server, what was loaded there, their starters' variables, no main program."""
+    """A fork and its own fork have the same server, its modules, their starter's environment and no main program."""
     for name in ("told_by_fork.py", "program.py"):
         with open(os.path.join(tmp_path, name), "w") as file:
             file.write(SCRIPT)
@@ -67,16 +67,16 @@ def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> N
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
-    inner, outer = found["both"]
+    result = json.loads(ran.stdout)
+    inner, outer = result["both"]
     assert (outer["marked"], inner["marked"]) == ("outer", "inner")
     assert outer["parent"] == inner["parent"]
-    assert found["code"] == outer["inner code"] == 0
-    for one in (outer, inner):
-        assert one["begun with"] is None
-        assert one["preloaded"]
-        assert not one["main again"]
-    assert found["own main"].endswith("program.py")
+    assert result["code"] == outer["inner code"] == 0
+    for fork in (outer, inner):
+        assert fork["begun with"] is None
+        assert fork["preloaded"]
+        assert not fork["main again"]
+    assert result["own main"].endswith("program.py")
 
 
 HOLDS = """
@@ -93,15 +93,17 @@ sys.stdin.read()
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    """A folder for temporary files whose path is short: a socket's may have 107 bytes, which pytest's own folders
-    exceed where tests run in parallel processes."""
+    """A temporary folder with a short path.
+
+    The path of a socket may have 107 bytes, which pytest's own folders exceed when tests run in parallel.
+    """
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
-    """With its owner, or with the next engine's start where that was killed."""
+    """The server's folder is removed with its owner or, if that was killed, at the next engine's start."""
     environment = {**os.environ, fork_server.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", HOLDS]
     with subprocess.Popen(
@@ -120,19 +122,19 @@ def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
 def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
-    """Whatever the build."""
+    """The environment variable decides, whatever the vLLM build."""
     monkeypatch.setenv(fork_server.START, word)
-    assert fork_server.wanted() is wanted
+    assert fork_server.is_wanted() is wanted
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the two that there are."""
+    """An invalid value is refused with the two valid ones."""
     monkeypatch.setenv(fork_server.START, "thread")
     with pytest.raises(ValueError, match="use fork-server or spawn"):
-        fork_server.wanted()
+        fork_server.is_wanted()
 
 
 def test_where_no_server_was_begun_nothing_changes() -> None:
-    """An engine outside a replica starts its processes as vLLM does."""
-    assert not fork_server.begun()
+    """Without a server `install` changes nothing, as for an engine outside a replica."""
+    assert not fork_server.is_running()
     fork_server.install()

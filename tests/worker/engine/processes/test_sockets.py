@@ -1,4 +1,4 @@
-"""The sockets of vLLM's processes lie in a folder that goes with their engines."""
+"""The sockets of vLLM's processes are in a folder that is removed with their engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.ray_head import OWN_PROCESSES
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines of a process share it; the end of the second removes it with what is in it."""
+    """Two engines of a process share the folder; the end of the second removes it with its contents."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     ours = sockets.SocketFolder(tmp_path)
     assert ours.acquire()
@@ -31,7 +31,7 @@ def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    """Folders without a lock are removed, whatever their number; those of the living and of others' making are not."""
+    """Folders of killed processes are removed; those of live processes and other files are not."""
     ours = [sockets.OwnFolder(prefix, tmp_path) for prefix in (sockets.PREFIX, sockets.FORKS)]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"{sockets.PREFIX}file").touch()
@@ -48,7 +48,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path) -> None:
-    """Where containers share a folder of temporary files, another's processes are not to be seen by their numbers."""
+    """A live process keeps its folder, even if a process in another pid namespace sweeps."""
     sweep = (
         "from cluster.worker.engine.processes import sockets; from pathlib import Path; "
         f"sockets.sweep(Path({str(tmp_path)!r}))"
@@ -63,7 +63,7 @@ def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path)
 async def test_a_start_that_fails_leaves_no_folder(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody closes an engine that has not come up."""
+    """A start that fails removes its folder, since no caller closes such an engine."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     monkeypatch.setattr(sockets, "OURS", sockets.SocketFolder(tmp_path))
     spec = ModelSpec("tiny", "unused", dtype="float32", max_model_len=10**9)
@@ -74,7 +74,7 @@ async def test_a_start_that_fails_leaves_no_folder(
 
 
 def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the folder of the environment is not; an operator's own place is kept, whatever it is."""
+    """A process on a host without the folder gets vLLM's default back; an operator's own path is kept."""
     ours = tmp_path / f"{sockets.PREFIX}1"
     for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
         if there:
@@ -82,14 +82,14 @@ def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pyt
         elif folder.exists():
             folder.rmdir()
         monkeypatch.setenv(sockets.ENV, str(folder))
-        sockets.only_where_it_is()
+        sockets.restore_default_elsewhere()
         assert (sockets.ENV in os.environ) == kept
     monkeypatch.delenv(sockets.ENV)
-    sockets.only_where_it_is()
+    sockets.restore_default_elsewhere()
 
 
 def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that the environment names already is vLLM's to use."""
+    """A path that the environment already names is not replaced."""
     monkeypatch.setenv(sockets.ENV, str(tmp_path / "elsewhere"))
     assert not sockets.SocketFolder(tmp_path).acquire()
     assert os.environ[sockets.ENV] == str(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""An engine that gets no core is told from one that hangs, by what the kernel says of its threads."""
+"""An engine without a CPU core is distinguished from a hung one by the kernel's statistics of its threads."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Machine:
         self.runnable = False
 
     def tasks(self) -> Tasks:
-        """As /proc tells them."""
+        """Return the counters in the form of /proc."""
         return {KEY: Task(self.ran, self.waited, self.runnable)}
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """When a step that began at 0 is no longer explained, looked at ten times a second as gateways do."""
+    """Return when a step that began at 0 is no longer explained, checked ten times a second as in gateways."""
     machine = Machine()
     starvation = Starvation(machine.tasks)
     unexplained = 0.0
@@ -48,8 +48,10 @@ def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.
 
 @given(st.floats(0.8, 1.0), st.booleans())
 def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
-    """On a busy host "its engine has not stepped for 0.5 s" came twenty times an hour. The kernel adds what a thread
-    has waited as it goes on, or, for one that never runs, not at all; then it is runnable for all the time."""
+    """A starved engine raises no alarm; on a busy host false alarms came twenty times an hour.
+
+    The kernel adds a thread's waiting time when it runs again. A thread that never runs is runnable all the time.
+    """
 
     def starves(machine: Machine, seconds: float) -> None:
         machine.runnable = True
@@ -62,7 +64,7 @@ def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
 
 @pytest.mark.parametrize("runs", [0.0, 1.0], ids=["sleeps or is stopped", "spins"])
 def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
-    """Neither a deadlock, nor SIGSTOP, nor an endless loop with a core of its own is excused for a moment."""
+    """A deadlock, SIGSTOP or an endless loop with its own core is never excused."""
 
     def hangs(machine: Machine, seconds: float) -> None:
         machine.ran += runs * seconds
@@ -73,7 +75,7 @@ def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> None:
-    """An endless loop that waits for its core is found by its own time: no busy machine hides it for ever."""
+    """An endless loop that also waits for its core is detected by its own CPU time, even if later."""
     total = max(ran + waited, 1.0)
 
     def spins(machine: Machine, seconds: float) -> None:
@@ -91,7 +93,7 @@ def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> No
     st.floats(0.01, 1.0),
 )
 def test_no_more_is_lost_than_has_passed(before: dict[int, tuple], after: dict[int, tuple], window_s: float) -> None:  # type: ignore[type-arg]
-    """Threads that come and go, counters that a kernel sets back: what is excused is between nothing and the window."""
+    """The lost time is within 0 and the window, even with changing threads and counters that go backwards."""
     samples = [{(1, key): Task(*task) for key, task in some.items()} for some in (before, after)]
     assert 0.0 <= lost_s(samples[0], samples[1], window_s) <= window_s
 
@@ -101,24 +103,24 @@ SPIN = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush
 
 @contextmanager
 def spinning(core: int, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """So many processes that share one core."""
-    some = [
+    """Run `count` busy processes on one core."""
+    processes = [
         subprocess.Popen([sys.executable, "-c", SPIN, str(core)], stdout=subprocess.PIPE, text=True)
         for _ in range(count)
     ]
     try:
-        for one in some:
-            assert one.stdout is not None
-            one.stdout.readline()
-        yield some
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield processes
     finally:
-        for one in some:
-            one.kill()
-            one.communicate()
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
-    """What part of the time a process has waited, as soon as it is as wanted, within ten seconds."""
+    """Return the fraction of time that a process has waited; measured until it is `wanted`, at most ten seconds."""
     deadline, share = time.monotonic() + 10.0, -1.0
     while time.monotonic() < deadline and not wanted(share):
         before, began = read_tasks([pid]), time.monotonic()
@@ -131,10 +133,10 @@ def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
 
 @pytest.mark.slow
 def test_the_kernel_tells_who_waits() -> None:
-    """Four processes on one core wait for it; one that is stopped beside them does not."""
+    """Four processes on one core lose time waiting for it; a stopped process does not."""
     core = min(os.sched_getaffinity(0))
-    with spinning(core, 4) as some:
-        pid = some[0].pid
+    with spinning(core, 4) as processes:
+        pid = processes[0].pid
         if not any(task.ran_s for task in read_tasks([pid]).values()):
             pytest.skip("this kernel keeps no schedstat: boot with CONFIG_SCHED_INFO")
         assert lost_share(pid, lambda share: share > SHARE) > SHARE

@@ -1,4 +1,4 @@
-"""No orphans: the engine's processes end soon after the one that owns them is killed, or one of them is."""
+"""The watchdog ends the engine's processes soon after their owner is killed, and leaves no shared memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ GONE_WITHIN_S = 10.0
 
 
 def tagged(tag: str) -> list[psutil.Process]:
-    """Every living process that carries the tag in its environment."""
-    found = []
+    """Return every live process that has the tag in its environment."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found
+    return processes
 
 
 async def until(holds: Callable[[], bool], within_s: float) -> float:
-    """Poll until it holds; the seconds that took. Fails after `within_s`."""
+    """Poll until `holds`; return the seconds that it took. Fails after `within_s`."""
     begin = time.monotonic()
     while not holds():
         assert time.monotonic() - begin < within_s, "did not come about in time"
@@ -44,7 +44,7 @@ async def until(holds: Callable[[], bool], within_s: float) -> float:
 
 
 async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tuple[Process, str]:
-    """A program that holds a real engine, once it has answered; and the line it prints."""
+    """Start a program that runs a real engine; return it and the line that it prints when it is ready."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -62,7 +62,7 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 
 
 def shared_memory() -> set[str]:
-    """Names of the blocks on this machine that may be an engine's."""
+    """Return the names of shared memory on this machine that may be an engine's."""
     return {path.name for path in Path("/dev/shm").iterdir() if watchdog.SHARED_MEMORY.fullmatch(path.name)}
 
 
@@ -71,7 +71,7 @@ def shared_memory() -> set[str]:
 async def test_nothing_is_left_when_the_owner_is_killed(
     llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
 ) -> None:
-    """SIGKILL of the owner in mid-stream leaves neither processes nor shared memory; TP 2 answered as TP 1 does."""
+    """SIGKILL of the owner leaves neither processes nor shared memory; TP 2 has answered like TP 1."""
     (expected,) = await Driver(fast_subject).run(request(fast_subject.prompt(1), max_tokens=8))
     tag, before = uuid.uuid4().hex, shared_memory()
     owner, line = await held_engine(llama_folder, tensor_parallel_size, tag)
@@ -79,7 +79,7 @@ async def test_nothing_is_left_when_the_owner_is_killed(
         assert line.split()[1] == f"float32-tp{tensor_parallel_size}-pp1"
         assert tuple(map(int, line.split()[2:])) == expected.token_ids
         shared = [_shared(process.pid) for process in tagged(tag)]
-        ranks = 0 if tensor_parallel_size == 1 else tensor_parallel_size  # a lone one is in the core
+        ranks = 0 if tensor_parallel_size == 1 else tensor_parallel_size  # a single rank runs in the core
         if ranks:
             assert sum(map(bool, shared)) >= 1 + ranks, "core and ranks have shared memory mapped"
         else:
@@ -96,7 +96,7 @@ async def test_nothing_is_left_when_the_owner_is_killed(
 
 
 def _shared(pid: int) -> int:
-    """How many blocks a process has mapped whose names are gone."""
+    """Return how many mapped blocks of a process have no name any more."""
     return sum("/dev/shm/psm_" in line and line.endswith(" (deleted)") for line in _maps(pid))
 
 
@@ -105,7 +105,7 @@ def _maps(pid: int) -> list[str]:
 
 
 async def test_only_the_engines_names_are_forgotten() -> None:
-    """What a child has mapped that was there before the engine keeps its name, however late it came."""
+    """Shared memory of a child that existed before the engine keeps its name, even if it was created later."""
     code = (
         "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
         "; print(block.name, flush=True); input(); block.close(); block.unlink()"
@@ -134,7 +134,7 @@ async def test_only_the_engines_names_are_forgotten() -> None:
 
 
 def test_a_mark_names_one_process_for_ever() -> None:
-    """A mark is alive while its process is, dead for another start time, and says nothing in another place."""
+    """A mark is alive while its process is, dead for another start time, and unknown (None) for another boot."""
     own = watchdog.mark(os.getpid())
     assert watchdog.alive(own) is True
     pid, start, here = own.split("@")
@@ -156,7 +156,7 @@ async def test_a_zombie_counts_as_gone() -> None:
 
 
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
-    """A process with the owner's mark ends itself when the owner is gone; one without a mark goes on."""
+    """A process with the owner's mark ends itself when the owner is gone; one without a mark keeps running."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
@@ -178,7 +178,7 @@ async def test_a_process_that_watches_ends_with_its_owner() -> None:
 
 
 def test_only_multiprocessing_blocks_are_swept() -> None:
-    """Other shared memory, nested and already unlinked files are not in the list."""
+    """Only names of multiprocessing and vLLM are listed, and none that is unlinked already."""
     maps = """
 7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
 7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ

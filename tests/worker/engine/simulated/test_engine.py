@@ -1,4 +1,4 @@
-"""The simulated engine: the contract, its faults, its time and its source."""
+"""The simulated engine: the engine contract, its faults, its clocks and its source URL."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=2
 
 
 async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
-    """A started engine in virtual time, and its driver."""
+    """Return a started engine in virtual time, and its driver."""
     engine = SimEngine(config, VirtualClock())
     info = await engine.start()
     return engine, Driver(Subject(engine, info, 100, 900, deadline_s=5.0))
 
 
 class TestContract(EngineContract):
-    """The laws over the simulated engine."""
+    """The engine contract over the simulated engine."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
-        """A small one in virtual time."""
+        """A small engine in virtual time."""
         engine, driver = await subject()
         yield driver.subject
         assert engine.statistics().kv_used_blocks == 0
@@ -44,7 +44,7 @@ class TestContract(EngineContract):
 
 
 async def test_eos_comes_at_its_ratio_and_not_when_ignored() -> None:
-    """EOS ends about every tenth token where eos_ratio is 0.1, never before min_tokens, never with ignore_eos."""
+    """With eos_ratio 0.1 about every tenth token is EOS, never before min_tokens and never with ignore_eos."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=0.1))
     answers = await driver.run(
         *(request(driver.subject.prompt(i), 200, ignore_eos=False, min_tokens=3) for i in range(100))
@@ -75,7 +75,7 @@ CONTENT: list[dict[str, object]] = [
 
 
 async def test_every_value_of_a_parameter_counts() -> None:
-    """Of the parameters that also mark where the output begins, each value gives tokens of its own."""
+    """Each value of a parameter that depends on the output tokens gives different tokens."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900))
     prompt = driver.subject.prompt(1)
     values: dict[str, tuple[object, object]] = {
@@ -89,7 +89,7 @@ async def test_every_value_of_a_parameter_counts() -> None:
 
 
 async def test_an_end_may_come_right_after_min_tokens() -> None:
-    """Where EOS is certain it is the first token after min_tokens."""
+    """With eos_ratio 1 EOS is the first token after min_tokens."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=1.0))
     answers = await driver.run(
         *(request(driver.subject.prompt(1), 9, ignore_eos=False, min_tokens=least) for least in range(5))
@@ -98,7 +98,7 @@ async def test_an_end_may_come_right_after_min_tokens() -> None:
 
 
 async def test_an_abort_in_mid_step_gives_no_output() -> None:
-    """A request aborted while its step is under way has no output of that step; its neighbour has."""
+    """A request aborted during a step has no output of that step; the other request has one."""
     engine, driver = await subject()
     goes, stays = [await driver.submit(request(driver.subject.prompt(i), 3)) for i in range(2)]
     reader = asyncio.ensure_future(engine.step())
@@ -109,7 +109,7 @@ async def test_an_abort_in_mid_step_gives_no_output() -> None:
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
-    """A call that lost one parameter on its way shows it in its tokens, from the first one on."""
+    """A request that has lost one parameter has different tokens from the first one on."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     plain, other = await driver.run(request(prompt, 8), request(prompt, 8, **change))
@@ -117,7 +117,7 @@ async def test_whatever_shapes_content_changes_every_token(change: dict[str, obj
 
 
 async def test_limits_do_not_change_the_tokens() -> None:
-    """A longer call begins with the tokens of the shorter one."""
+    """A request with a higher max_tokens begins with the same tokens."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     short, long = await driver.run(request(prompt, 4), request(prompt, 9, min_tokens=9, stop_token_ids=(5,)))
@@ -125,7 +125,7 @@ async def test_limits_do_not_change_the_tokens() -> None:
 
 
 async def test_virtual_steps_take_their_stated_time() -> None:
-    """10 decodes of 20 ms and a prefill of 100 tokens at 1000 a second take 0.3 s, a load of 5 s comes before."""
+    """After a load of 5 s, 10 decodes of 20 ms and a prefill of 100 tokens at 1000 tokens/s take 0.3 s."""
     clock = VirtualClock()
     engine = SimEngine(
         SimConfig(vocab=1000, token_lo=100, token_hi=900, prefill_tokens_per_s=1000.0, load_s=5.0), clock
@@ -137,39 +137,39 @@ async def test_virtual_steps_take_their_stated_time() -> None:
 
 
 class LateClock(VirtualClock):
-    """Wakes everyone 3 ms late, as a busy event loop does."""
+    """A clock that wakes callers 3 ms late, as a busy event loop does."""
 
     async def sleep_until(self, when: float) -> None:
-        """Be there, late."""
+        """Return 3 ms after `when`."""
         if when > self.now():
             await super().sleep_until(when + 0.003)
 
 
 class HeldClock:
-    """Stands until it is set."""
+    """A clock that stands still until it is set."""
 
     def __init__(self) -> None:
         self._now = 0.0
         self._moved = asyncio.Event()
 
     def now(self) -> float:
-        """The time."""
+        """Return the time that was set."""
         return self._now
 
     def be(self, now: float) -> None:
-        """Set it."""
+        """Set the time."""
         self._now = now
         self._moved.set()
 
     async def sleep_until(self, when: float) -> None:
-        """Wait till it is set to then."""
+        """Wait until the time is set to `when` or later."""
         while self._now < when:
             self._moved.clear()
             await self._moved.wait()
 
 
 async def test_late_wake_ups_do_not_add_up() -> None:
-    """50 steps of 20 ms end after a second and one lateness, not after 50 latenesses."""
+    """50 steps of 20 ms end after 1 s and a single delay, not after 50 delays."""
     clock = LateClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -178,7 +178,7 @@ async def test_late_wake_ups_do_not_add_up() -> None:
 
 
 async def test_a_step_begins_no_earlier_than_its_work() -> None:
-    """After a rest, however short, the next step takes its whole time from the submit on."""
+    """After any idle time the next step takes its whole duration from the submit on."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -189,7 +189,7 @@ async def test_a_step_begins_no_earlier_than_its_work() -> None:
 
 
 async def test_the_wall_clock_is_the_default() -> None:
-    """Without a clock 10 steps of 4 ms take at least 40 ms of real time."""
+    """By default 10 steps of 4 ms take at least 40 ms of real time."""
     engine = SimEngine(SimConfig(vocab=1000, token_lo=100, token_hi=900, decode_ms=4.0))
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
     before = time.monotonic()
@@ -198,7 +198,7 @@ async def test_the_wall_clock_is_the_default() -> None:
 
 
 async def test_a_cancelled_step_loses_no_output() -> None:
-    """A reader cancelled in mid-step gets that step's tokens with its next call, when they are due."""
+    """A cancelled call of `step` loses nothing: the next call returns that step's tokens when they are due."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -217,7 +217,7 @@ async def test_a_cancelled_step_loses_no_output() -> None:
 
 @pytest.mark.parametrize(("point", "at", "tokens"), [("prefill", 1, 0), ("step", 3, 2), ("last_token", 1, 4)])
 async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
-    """The engine dies where told: what came before it came, and everything after raises EngineDead."""
+    """The engine dies at the fault's point: earlier tokens arrived, and every later call raises EngineDead."""
     engine, driver = await subject()
     engine.fail(point, "die", at)
     request_id = await driver.submit(request(driver.subject.prompt(1), 5))
@@ -231,7 +231,7 @@ async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
 
 
 async def test_die_at_submit_wakes_the_reader() -> None:
-    """A death at submit reaches both the one who submits and the one who waits for a step."""
+    """A death at submit raises EngineDead both from `submit` and from a waiting `step`."""
     engine, driver = await subject()
     engine.fail("submit", "die")
     reader = asyncio.ensure_future(engine.step())
@@ -243,7 +243,7 @@ async def test_die_at_submit_wakes_the_reader() -> None:
 
 
 async def test_refuse_hits_one_request() -> None:
-    """An injected refusal is a refusal: the next request is taken."""
+    """An injected refusal affects one request; the next one is accepted."""
     engine, driver = await subject()
     engine.fail("submit", "refuse")
     with pytest.raises(EngineRefused):
@@ -252,7 +252,7 @@ async def test_refuse_hits_one_request() -> None:
 
 
 async def test_hang_stands_still_until_healed() -> None:
-    """In a hang no step comes and load() stands, though more is submitted; healed, the tokens are the right ones."""
+    """During a hang no step ends and load() does not change; after `heal` the tokens are correct."""
     engine, driver = await subject()
     (expected,) = await driver.run(request(driver.subject.prompt(1), 6))
     engine.fail("step", "hang", at=3)
@@ -276,7 +276,7 @@ async def test_hang_stands_still_until_healed() -> None:
 
 @pytest.mark.parametrize("point", ["step", "prefill"])
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
-    """In a hang the step's age grows beyond any earlier step's, and a prompt explains that only for a while."""
+    """During a hang the step's age grows beyond that of earlier steps, and a prompt explains it only for a while."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -296,7 +296,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
 
 @pytest.mark.parametrize(("point", "busy"), [("prefill", "prefill"), ("step", "")])
 async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
-    """A prefill that takes seconds says so all the time; a step that is slow for no reason does not."""
+    """A slow prefill reports its work all the time; a step that is slow for no reason reports none."""
     clock = HeldClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -314,7 +314,7 @@ async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
 
 
 async def test_a_blocked_loop_shows_to_other_threads() -> None:
-    """While the event loop stands still a thread sees the step age, and no work stated."""
+    """While the event loop is blocked, another thread sees the step's age grow without reported work."""
     engine = SimEngine(dataclasses.replace(SMALL, decode_ms=2.0))
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
     await driver.run(request(driver.subject.prompt(1), 30))
@@ -337,7 +337,7 @@ async def test_a_blocked_loop_shows_to_other_threads() -> None:
 
 
 async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
-    """After `wrong` no token is the right one, nothing else shows it, and a healed engine gives the right ones."""
+    """After the fault `wrong` all tokens are wrong and nothing else shows it; after `heal` they are correct."""
     engine, driver = await subject()
     (right,) = await driver.run(request(driver.subject.prompt(1), 6))
     engine.fail("step", "wrong")
@@ -350,7 +350,7 @@ async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
 
 
 def test_kill_ends_the_process() -> None:
-    """A `kill` leaves no time for anything: the process is gone by SIGKILL in the middle of its step."""
+    """The fault `kill` ends the process by SIGKILL within its step."""
     program = (
         "import asyncio\n"
         "from cluster.worker.engine.simulated.engine import SimConfig, SimEngine\n"
@@ -368,7 +368,7 @@ def test_kill_ends_the_process() -> None:
 
 
 async def test_close_ends_a_hang() -> None:
-    """Whoever waits in a hung step is told that the engine is closed."""
+    """A caller that waits in a hung step gets EngineDead when the engine is closed."""
     engine, driver = await subject()
     engine.fail("step", "hang")
     await driver.submit(request(driver.subject.prompt(1)))
@@ -380,7 +380,7 @@ async def test_close_ends_a_hang() -> None:
 
 
 async def test_slow_step_takes_longer() -> None:
-    """A slow step adds its seconds to that step alone."""
+    """The fault `slow` adds its seconds to one step."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -390,7 +390,7 @@ async def test_slow_step_takes_longer() -> None:
 
 
 async def test_nan_ends_one_request_in_error() -> None:
-    """One request of the step ends with ERROR and a message; the other gets its tokens."""
+    """The fault `nan` ends one request of the step with ERROR and a message; the other gets its tokens."""
     engine, driver = await subject()
     engine.fail("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 5), request(driver.subject.prompt(2), 5))
@@ -400,7 +400,7 @@ async def test_nan_ends_one_request_in_error() -> None:
 
 
 async def test_load_says_what_runs_and_waits() -> None:
-    """load() counts the running and the waiting, and says `prefill` while a prompt is computed."""
+    """load() counts the running and the waiting requests."""
     engine, driver = await subject()
     ids = [await driver.submit(request(driver.subject.prompt(i), 3)) for i in range(6)]
     await driver.step()
@@ -417,7 +417,7 @@ async def test_load_says_what_runs_and_waits() -> None:
 
 
 def test_source_gives_every_parameter() -> None:
-    """A source's parameters, its folder and its faults arrive; overrides win."""
+    """The parameters, the folder and the faults of a source are parsed; overrides take precedence."""
     config = SimConfig.from_source(
         "sim:///models/a%20b?decode_ms=5&kv_blocks=64&seed=3&fault=die@step:5&fault=slow@prefill:0:0.5",
         {"max_model_len": 512, "kv_blocks": 128},
@@ -444,15 +444,15 @@ def test_source_gives_every_parameter() -> None:
         ("sim:///x?vocab=10&token_hi=11", "token_hi must not exceed"),
         ("sim:///x?token_lo=5&token_hi=5", "token_lo must be below"),
         ("sim:///x?fault=die", "expected ACTION@POINT"),
-        ("sim:///x?fault=die@noon", "'noon' is none of"),
+        ("sim:///x?fault=die@noon", "'noon' is not one of"),
         ("sim:///x?fault=refuse@step", "at step only"),
         ("sim:///x?fault=die@step:x", "AT must be an integer"),
-        ("sim:///x?fault=slow@step", "SECONDS above 0 go with slow and block"),
+        ("sim:///x?fault=slow@step", "SECONDS above 0 are required for slow and block"),
         ("sim:///x?fault=die@step:-1", "AT must be 0"),
     ],
 )
 def test_bad_source_names_the_parameter(source: str, says: str) -> None:
-    """Whatever is wrong with a source is said with the parameter's name."""
+    """The error for an invalid source names the parameter."""
     with pytest.raises(ValueError, match=re.escape(says)):
         SimConfig.from_source(source)
 
@@ -477,7 +477,7 @@ async def test_folder_completes_the_source(tmp_path: Path) -> None:
 
 
 async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """A missing folder, a vocabulary nobody states and an EOS nobody names end the start with the reason."""
+    """A missing folder, vocabulary size or EOS id ends the start with the reason."""
     for config, says in (
         (SimConfig(folder=str(tmp_path / "none")), "no such folder"),
         (SimConfig(), "vocab is not given"),

@@ -1,4 +1,4 @@
-"""Laws of the simulated engine's pure parts: blocks, tokens, scheduler."""
+"""Properties of the simulated engine's pure parts: blocks, tokens, scheduler."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def ask(
     emitted: Sequence[int] = (),
     sampling: Sampling | None = None,
 ) -> EngineRequest:
-    """A request with the sampling given, else a greedy one."""
+    """Return a request with the given sampling, by default a greedy one."""
     sampling = sampling or Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return EngineRequest(request_id, prompt, sampling, emitted, salt, priority)
 
 
 def run(model: SimModel, *requests: EngineRequest) -> dict[str, list[int]]:
-    """Submit, step to the end; the tokens of each."""
+    """Submit requests and step to the end; return the tokens of each."""
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
     for r in requests:
         model.submit(r)
@@ -53,7 +53,7 @@ prompts = st.lists(st.integers(100, 103), min_size=1, max_size=40)
 
 @given(st.lists(st.integers(0, 2**32 - 1)), st.lists(st.integers(0, 2**32 - 1)), st.integers(0, 2**64 - 60))
 def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -> None:
-    """Hashing in one go, in two, or token by token is the same."""
+    """Hashing all tokens at once, in two parts, or one by one gives the same state."""
     whole = fold(state, [*a, *b])
     assert fold(fold(state, a), b) == whole
     for token in (*a, *b):
@@ -63,7 +63,7 @@ def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -
 
 @given(st.lists(st.integers(0, 499), min_size=1, max_size=100), st.data())
 def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObject) -> None:
-    """One token changed, dropped or swapped with its neighbour changes the hash."""
+    """Changing, dropping or swapping a token changes the state."""
     at = data.draw(st.integers(0, len(tokens) - 1))
     changed = [*tokens]
     changed[at] = (changed[at] + data.draw(st.integers(1, 498))) % 499
@@ -76,7 +76,7 @@ def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObj
 
 @given(prompts, st.integers(1, 12), st.data())
 def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_tokens: int, data: st.DataObject) -> None:
-    """With any sampling, the tokens emitted so far make another engine emit exactly the rest."""
+    """With any sampling, another engine continues the emitted tokens with exactly the rest."""
     sampling = Sampling(
         max_tokens=max_tokens,
         min_tokens=data.draw(st.integers(0, max_tokens)),
@@ -94,7 +94,7 @@ def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_toke
 
 @given(prompts, st.sampled_from([None, 3]))
 def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[int], seed: int | None) -> None:
-    """As in a real engine: passing what was emitted as prompt is right without a seed and wrong with one."""
+    """As in a real engine, passing emitted tokens as prompt is exact without a seed and not with one."""
     sampling = Sampling(max_tokens=8, temperature=0.0, seed=seed, ignore_eos=True)
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", prompt, sampling=sampling))["a"]
@@ -104,7 +104,7 @@ def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[i
 
 @dataclass(frozen=True)
 class Move:
-    """Something that happens to an engine between two steps."""
+    """A submit, an optional abort, and some steps."""
 
     prompt: list[int]
     max_tokens: int
@@ -130,7 +130,7 @@ moves = st.lists(
 
 
 def check_blocks(model: SimModel, config: SimConfig) -> None:
-    """Bounds that hold between any two steps."""
+    """Check the bounds that hold between any two steps."""
     s = model.statistics()
     assert 0 <= s.kv_used_blocks <= config.kv_blocks
     assert s.kv_used_blocks + s.kv_idle_blocks <= config.kv_blocks
@@ -144,7 +144,7 @@ def check_blocks(model: SimModel, config: SimConfig) -> None:
 @given(moves)
 @pytest.mark.slow
 def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -> None:
-    """Full, chunking, preempting and aborting: bounds hold, nothing leaks, and every token is as alone."""
+    """With chunks, preemptions and aborts the bounds hold, nothing leaks, and tokens are those of a request alone."""
     model = SimModel(TIGHT)
     got: dict[str, list[int]] = {}
     aborted: set[str] = set()
@@ -153,7 +153,7 @@ def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -
         before = model.statistics()
         plan = model.schedule()
         if model.statistics().preemptions > before.preemptions:
-            assert model.statistics().running < before.running, "who was preempted must not come straight back"
+            assert model.statistics().running < before.running, "a preempted request must not be admitted again at once"
         assert len(plan.work) <= TIGHT.max_num_seqs
         assert plan.prefill_tokens + plan.decode_tokens <= TIGHT.max_num_batched_tokens
         assert plan.work, "an engine with work must go on"
@@ -180,7 +180,7 @@ def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -
 
 
 def test_preemption_happens_and_changes_no_token() -> None:
-    """Five requests that together outgrow the cache are preempted, and still end with their own tokens."""
+    """Requests that together exceed the cache are preempted, and still end with their own tokens."""
     requests = [ask(str(i), [100 + i] * 20, 40) for i in range(5)]
     crowded = SimModel(TIGHT)
     tokens = run(crowded, *requests)
@@ -189,7 +189,7 @@ def test_preemption_happens_and_changes_no_token() -> None:
 
 
 def test_the_least_urgent_is_preempted() -> None:
-    """Where room runs out, the first to finish is the one of the best priority, though it came last."""
+    """In a full cache the request with the best priority finishes first, although it came last."""
     model = SimModel(TIGHT)
     for i in range(4):
         model.submit(ask(str(i), [100 + i] * 20, 40, priority=9 - i))
@@ -202,7 +202,7 @@ def test_the_least_urgent_is_preempted() -> None:
 
 @given(prompts, st.sampled_from(["", "a", "b"]), st.sampled_from(["", "a", "b"]))
 def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str) -> None:
-    """A second request finds all full blocks but its last token's, under its own salt alone."""
+    """A second request finds all full blocks but its last token's, only with the same salt."""
     model = SimModel(ROOMY)
     run(model, ask("a", prompt, 1, salt=mine))
     model.submit(ask("b", prompt, 1, salt=other))
@@ -212,7 +212,7 @@ def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str)
 
 
 def test_cached_tokens_count_the_prompt_alone() -> None:
-    """A continued request that finds prompt and emitted tokens in the cache reports those of the prompt."""
+    """A resumed request that finds prompt and emitted tokens in the cache reports only those of the prompt."""
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", [100] * 10, 30))["a"]
     model.submit(ask("b", [100] * 10, 30, emitted=uncut[:20]))
@@ -222,7 +222,7 @@ def test_cached_tokens_count_the_prompt_alone() -> None:
 
 @given(prompts)
 def test_salt_is_part_of_the_content(prompt: list[int]) -> None:
-    """The same call under another salt gives other tokens."""
+    """The same request with another salt gives different tokens."""
     model = SimModel(ROOMY)
     tokens = run(model, ask("a", prompt, 8, salt="a"), ask("b", prompt, 8, salt="b"))
     assert tokens["a"] != tokens["b"]
@@ -230,7 +230,7 @@ def test_salt_is_part_of_the_content(prompt: list[int]) -> None:
 
 @given(prompts, st.integers(0, 3), st.integers(0, 3))
 def test_same_seed_same_tokens(prompt: list[int], seed: int, other: int) -> None:
-    """Two engines agree exactly when their seeds do."""
+    """Two engines give the same tokens exactly if their seeds are equal."""
     mine = run(SimModel(dataclasses.replace(ROOMY, seed=seed)), ask("a", prompt, 12))
     theirs = run(SimModel(dataclasses.replace(TIGHT, seed=other)), ask("a", prompt, 12))
     assert (mine == theirs) == (seed == other)
@@ -239,21 +239,21 @@ def test_same_seed_same_tokens(prompt: list[int], seed: int, other: int) -> None
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.booleans()), max_size=40))
 def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bool]]) -> None:
-    """Whatever is taken, filled and given back, used and free are what the holders hold, and never negative."""
+    """After any allocations, commits and releases, `used` and `free` equal a recount and are never negative."""
     kv = KvCache(blocks)
     holders: list[tuple[list[int], int]] = []
     for family, length, give_back in history:
         hashes: list[int] = []
         for i in range(length):
             hashes.append(chain(hashes[-1] if hashes else family, [i]))
-        found = max(0, kv.match(hashes) - 1)  # as the scheduler does where the last block's end must be computed
-        kv.acquire(hashes[:found])
-        if kv.allocate(length - found + 1):
-            for block in hashes[found:]:
+        cached = max(0, kv.match(hashes) - 1)  # as in the scheduler, since the last block's end must be computed
+        kv.acquire(hashes[:cached])
+        if kv.allocate(length - cached + 1):
+            for block in hashes[cached:]:
                 kv.commit(block)
             holders.append((hashes, 1))
         else:
-            kv.release(hashes[:found], 0)
+            kv.release(hashes[:cached], 0)
         if give_back and holders:
             kv.release(*holders.pop(0))
         shared = Counter(block for held, _ in holders for block in held)
@@ -264,7 +264,7 @@ def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bo
 
 
 def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
-    """Room is made from what was freed longest ago, and of one request the tail goes first."""
+    """The block that was freed first is evicted first, and of one request the tail before the head."""
     kv = KvCache(4)
     for hashes in ([1, 2], [3, 4]):
         assert kv.allocate(2)
@@ -278,7 +278,7 @@ def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
 
 
 def test_a_block_filled_again_is_not_idle_beside() -> None:
-    """A block that is still idle from before and is computed anew is held, once."""
+    """An idle block that is computed again is held once and no longer idle."""
     kv = KvCache(4)
     assert kv.allocate(2)
     for block in (1, 2):
@@ -290,7 +290,7 @@ def test_a_block_filled_again_is_not_idle_beside() -> None:
 
 
 def test_chunked_prefill_takes_its_steps() -> None:
-    """A prompt of 100 tokens at 13 a step emits its first token with the eighth step, and costs by its tokens."""
+    """A prompt of 100 tokens at 13 per step has its first token in the eighth step and takes time by its tokens."""
     model = SimModel(TIGHT)
     model.submit(ask("a", [100] * 100, 1))
     results = [model.step(0.0) for _ in range(8)]
@@ -315,7 +315,7 @@ def test_256_streams_cost_little_of_a_core() -> None:
 
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_a_salt_shapes_content_only_where_it_is_wanted(one: str, other: str) -> None:
-    """A real engine's output knows no salt; a test's may, so that a lost one is seen."""
+    """The salt changes the tokens only if `salted` is set, which tests use to detect a lost salt."""
     requests = [EngineRequest("r", [1, 2, 3], Sampling(max_tokens=4), cache_salt=salt) for salt in (one, other)]
     plain = {content_key(7, request, salted=False) for request in requests}
     salted = {content_key(7, request) for request in requests}

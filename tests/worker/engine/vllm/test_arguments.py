@@ -1,4 +1,4 @@
-"""From a model's entry to vLLM's arguments and environment."""
+"""Conversion of a catalog entry to vLLM's arguments and environment."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.engine
 
 
 def spec(**changes: object) -> ModelSpec:
-    """An entry with changes."""
+    """Return an entry with changes."""
     return ModelSpec("m", "unused", **changes)  # type: ignore[arg-type]
 
 
 def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
-    """The entry's own words and those under `engine` reach vLLM by their names; Headrace's defaults stand below."""
+    """Fields of the entry and of its `engine` become vLLM arguments and override Headrace's defaults."""
     entry = spec(dtype="float32", max_model_len=99, engine={"max_num_seqs": 3, "enforce_eager": False})
     args = arguments.engine_arguments(entry, llama_folder, "ray")
     assert (args.model, args.dtype, args.max_model_len, args.max_num_seqs) == (
@@ -39,7 +39,7 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
 
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
-    """Tensor and pipeline parallel ranks go to Ray, or to this host's processes in tests."""
+    """Tensor and pipeline parallel ranks use the given executor."""
     for entry in (spec(tensor_parallel_size=2), spec(pipeline_parallel_size=2)):
         assert arguments.engine_arguments(entry, llama_folder, executor).distributed_executor_backend == executor
 
@@ -52,13 +52,13 @@ def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor
     ],
 )
 async def test_an_unknown_argument_is_named(engine: dict[str, object], says: str, tmp_path: Path) -> None:
-    """start() refuses it with the nearest known name, before anything is loaded."""
+    """start() refuses an unknown argument with the nearest known name, before anything is loaded."""
     with pytest.raises(ValueError, match=says):
         await VllmEngine(spec(engine=engine), tmp_path).start()
 
 
 def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> None:
-    """vLLM's CPU kernels crash with them at the first step; on one rank the word changes nothing."""
+    """Expert parallelism on several ranks is refused on CPUs, whose kernels would crash; on one rank it is allowed."""
     parallel = {"enable_expert_parallel": True}
     for entry in (
         spec(tensor_parallel_size=2, engine=parallel),
@@ -71,14 +71,14 @@ def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> Non
 
 
 async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> None:
-    """What vLLM's configuration does not take comes as ValueError with the entry's name."""
+    """A value that vLLM refuses raises ValueError with the entry's name."""
     for changes in ({"max_model_len": 10**9}, {"engine": {"max_num_seqs": "many"}}, {"tensor_parallel_size": 3}):
         with pytest.raises(ValueError, match=r"models\[m\]"):
             await VllmEngine(spec(**changes), llama_folder, executor="mp").start()
 
 
 def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM's children read is set; an empty cache size, which kills the worker, is taken away."""
+    """The variables for vLLM's child processes are set; an empty cache size, which would end them, is removed."""
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
@@ -91,13 +91,13 @@ def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engine_class_is_one_word() -> None:
-    """dtype, quantization and parallelism."""
+    """The engine class consists of dtype, quantization and parallelism."""
     assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
     assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
 
 
 async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder: Path) -> None:
-    """Calls before start and after close raise EngineDead; close twice is fine."""
+    """Calls before start and after close raise EngineDead; close is idempotent."""
     engine = VllmEngine(spec(), llama_folder)
     for closed in (False, True):
         with pytest.raises(EngineDead):

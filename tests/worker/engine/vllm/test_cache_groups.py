@@ -1,4 +1,4 @@
-"""On the real engine, through a real gateway: a prefix is found by its own cache group and by nobody else."""
+"""Prefix cache isolation on the real engine, through a real gateway: only the same cache group finds a prefix."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ pytestmark = pytest.mark.engine
 
 
 async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
-    """Two tenants of one group share a prefix; one that is alone has its own; a third that sends the same prompt, also
-    with the others' names and keys as its salt, finds nothing."""
+    """Two tenants of one group share a prefix; a tenant without a group has its own.
+
+    A third tenant finds nothing with the same prompt, even with the others' names or keys as its salt.
+    """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)
         keys = {

@@ -1,4 +1,4 @@
-"""The laws of an engine over the real one, by all of its paths."""
+"""The engine contract over vLLM, on both paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.worker.engine.contract import EngineContract, Subject
 
 @pytest.mark.engine
 def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
-    """A request beyond one of them ends the engine core of vLLM's V2 runner: ours may not be larger."""
+    """Our bounds equal those of vLLM's V2 runner, whose engine core ends if a request exceeds them."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -33,7 +33,7 @@ def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
 
 @pytest.mark.engine
 class TestFastPath(EngineContract):
-    """The engine core read directly."""
+    """The contract over the fast path."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
@@ -41,7 +41,7 @@ class TestFastPath(EngineContract):
         return fast_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo tells which way the engine serves and what it is."""
+        """EngineInfo has the path, the class and the sizes of the engine."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
         assert without_noise(engine.info.engine_class) == "float32-tp1-pp1"
         assert engine.info.vocab_size == 768
@@ -53,7 +53,7 @@ class TestFastPath(EngineContract):
 
 @pytest.mark.engine
 class TestPublic(EngineContract):
-    """AsyncLLM, as where the fast path's names are missing."""
+    """The contract over AsyncLLM, which is used if names for the fast path are missing."""
 
     @pytest.fixture
     def engine(self, public_subject: Subject) -> Subject:
@@ -61,5 +61,5 @@ class TestPublic(EngineContract):
         return public_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo tells which way the engine serves, and why not the fast one."""
+        """EngineInfo has the path and the reason why it is not the fast path."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("public", "switched off")

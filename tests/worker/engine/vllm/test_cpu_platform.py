@@ -1,4 +1,4 @@
-"""The platform plugin: silent unless asked for."""
+"""The platform plugin, which is inactive unless selected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.worker.engine.vllm.cpu import platform
 
 
 def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vLLM that merely has this package beside it chooses its platform by itself."""
+    """Without the environment variable vLLM chooses its platform itself."""
     monkeypatch.delenv(platform.LOGICAL_GPUS, raising=False)
     assert platform.plugin() is None
 
@@ -20,7 +20,7 @@ def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize(("asked", "expected"), [("1", "LogicalGpuCpuPlatform GPU"), ("", "CpuPlatform ")])
 def test_vllm_takes_the_platform(asked: str, expected: str) -> None:
-    """In a fresh process vLLM resolves our platform when asked, with GPU as its Ray device, else its own."""
+    """In a new process vLLM uses our platform, with GPU as its Ray device, if selected, and its own otherwise."""
     code = "from vllm.platforms import current_platform as p; print(type(p).__name__, p.ray_device_key, p.is_cpu())"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""When the engine core or one rank dies, whoever waits for a step learns it at once, and nothing is left."""
+"""Death of the engine core or a rank: a waiting caller gets the reason at once, and no process is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def _step_for_ever(engine: VllmEngine) -> None:
 
 
 async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
-    """Whoever asks of a dead engine learns how it ended."""
+    """Check that step, check and submit of a dead engine raise EngineDead with the reason `how`."""
     begin = time.monotonic()
     with pytest.raises(EngineDead, match=how):
         await asyncio.wait_for(_step_for_ever(engine), 15)
@@ -39,7 +39,7 @@ async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
 
 
 async def test_death_is_told(llama_folder: Path) -> None:
-    """A killed core raises EngineDead from step, check and submit within seconds, and says how it ended."""
+    """After the core is killed, step, check and submit raise EngineDead with the reason within seconds."""
     me = psutil.Process(os.getpid())
     before = set(me.children())
     engine = VllmEngine(tiny_spec(), llama_folder)
@@ -50,7 +50,7 @@ async def test_death_is_told(llama_folder: Path) -> None:
         running = await driver.submit(request(subject.prompt(1), max_tokens=900))
         await driver.until(lambda: bool(driver.answers[running].outputs))
         (core,) = [child for child in engine_children(me) if child not in before]
-        assert not engine_children(core), "its rank is in it"
+        assert not engine_children(core), "the rank runs in the core"
         core.kill()
         await _is_told(engine, subject, r"^the engine core was killed by SIGKILL")
         gone, alive = await asyncio.to_thread(psutil.wait_procs, [core], 10)
@@ -60,8 +60,10 @@ async def test_death_is_told(llama_folder: Path) -> None:
 
 
 async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> None:
-    """A model cut in two by its layers gives the tokens of the uncut one on CPUs, too; its second rank that crashes is
-    named with its signal, through AsyncLLM as well, and takes the rest along."""
+    """Two pipeline stages on CPUs give the tokens of one; when the second rank crashes, the error names it.
+
+    The error has the rank's signal, also through AsyncLLM, and all processes end.
+    """
     me = psutil.Process(os.getpid())
     before = set(me.children())
     spec = tiny_spec(pipeline_parallel_size=2)
@@ -89,7 +91,7 @@ async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> 
 
 
 async def test_a_rank_that_is_killed_while_it_loads(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start ends at once, and says which rank was killed how."""
+    """If a rank is killed while it loads, the start ends at once with the rank and its signal."""
     monkeypatch.setenv(lone_rank.RANK, "process")
     me = psutil.Process(os.getpid())
     before = set(me.children())

@@ -1,4 +1,4 @@
-"""An engine core that stands still shows it, a long prefill explains itself, and a sick engine is found."""
+"""A stopped engine core is visible in the load, a long prefill is not taken for a hang, and a sick engine is found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from cluster.api.ports import Engine, EngineSick
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, Grammar
-from cluster.worker.engine.golden_check import Examined, GoldenAnswer
+from cluster.worker.engine.golden_check import CheckedEngine, GoldenAnswer
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.worker.engine.conftest import tiny_spec
 from tests.worker.engine.contract import Driver, Subject, request
@@ -27,13 +27,13 @@ HANG_LEAST_S = 0.5
 
 
 def looks_hung(load: EngineLoad) -> bool:
-    """What a gateway concludes."""
+    """Return a gateway's conclusion from a load."""
     return bool(load.running) and not load.busy and load.step_age_s > max(5 * load.step_p99_s, HANG_LEAST_S)
 
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
-    """What a thread of its own sees of the load, every few milliseconds."""
+    """Collect the loads that a separate thread reads every few milliseconds."""
     seen: list[EngineLoad] = []
     done = threading.Event()
 
@@ -52,8 +52,7 @@ def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
 
 @pytest.mark.parametrize("queued", [0, 6])
 async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core: psutil.Process, queued: int) -> None:
-    """SIGSTOP of the engine core: running, steps standing, no stated work even with a queue, nothing known as dead.
-    After SIGCONT all tokens are right."""
+    """A core stopped by SIGSTOP looks hung, also with queued prompts, but not dead; after SIGCONT tokens are right."""
     driver = Driver(fast_subject)
     (undisturbed,) = await driver.run(request(fast_subject.prompt(300), max_tokens=400))
     ids = [await driver.submit(request(fast_subject.prompt(300), max_tokens=400)) for _ in range(8)]
@@ -81,7 +80,7 @@ async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core
 
 
 async def _hung(engine: Engine) -> EngineLoad:
-    """The first load that looks hung."""
+    """Return the first load that looks hung."""
     while True:
         load = engine.load()
         if looks_hung(load):
@@ -94,7 +93,7 @@ async def _drain(driver: Driver) -> None:
 
 
 async def test_long_prefills_and_grammars_raise_no_alarm(fast_subject: Subject) -> None:
-    """Under long prompts, grammars and decoding at once no look at the load concludes that the engine hangs."""
+    """With long prompts, grammars and decoding at once, no load looks hung."""
     driver = Driver(fast_subject)
     schema = '{"type": "object", "properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}'
     with watched(fast_subject.engine) as seen:
@@ -115,7 +114,7 @@ async def test_long_prefills_and_grammars_raise_no_alarm(fast_subject: Subject) 
 
 
 class Started:
-    """A started engine whose `start` only tells what it is."""
+    """A started engine whose `start` only returns its info."""
 
     def __init__(self, subject: Subject) -> None:
         self._info = subject.info
@@ -124,22 +123,22 @@ class Started:
         self.load, self.check, self.close = engine.load, engine.check, engine.close
 
     async def start(self) -> EngineInfo:
-        """What it is."""
+        """Return the info of the started engine."""
         return self._info
 
 
-class Forgetful(Examined):
-    """Remembers another answer than it was given, as if the engine had changed since."""
+class Forgetful(CheckedEngine):
+    """A checked engine whose reference can be changed, as if the engine had changed since its start."""
 
     def forget(self) -> None:
-        """Take the reference for that of other weights."""
+        """Replace the reference by one that other weights could have given."""
         right = self._reference
         self._reference = GoldenAnswer(list(reversed(right.positions)))
 
 
 @pytest.mark.parametrize("sick", [False, True])
 async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, sick: bool) -> None:
-    """A real engine that answers as at its start goes on after an error; one that answers otherwise is sick."""
+    """After an error an engine with the same golden answer keeps serving; one with a different answer is sick."""
     examined = Forgetful(Started(fast_subject), node="n9")
     driver = Driver(Subject(examined, await examined.start(), fast_subject.token_lo, fast_subject.token_hi))
     if sick:
@@ -164,13 +163,13 @@ async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, s
 
 @pytest.fixture
 def nans_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs."""
+    """Make vLLM count NaN in logits, as on GPUs."""
     monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
 
 
 @pytest.mark.usefixtures("nans_counted")
 async def test_broken_weights_are_found_at_start(llama_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint with NaN in one weight does not come up: its golden answer ends in an error."""
+    """A checkpoint with NaN in one weight fails at start: its golden answer ends in an error."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(llama_folder, tmp_path / "broken"))
@@ -178,7 +177,7 @@ async def test_broken_weights_are_found_at_start(llama_folder: Path, tmp_path: P
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     engine = VllmEngine(tiny_spec(), folder)
-    examined = Examined(engine, node="n2")
+    examined = CheckedEngine(engine, node="n2")
     try:
         with pytest.raises(EngineSick, match=r"on node n2 is sick: .*NaN in the logits"):
             await examined.start()

@@ -1,4 +1,4 @@
-"""Where a single rank computes: in its core's process on CPUs, with threads bound as vLLM binds them."""
+"""A single rank on CPUs runs in its core's process, with threads bound as in vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.worker.engine.conftest import engine_children, tiny_spec
 
 
 def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
-    """As much of vLLM's configuration as is looked at."""
+    """Return the part of vLLM's configuration that `settle` reads."""
     parallel = SimpleNamespace(world_size_across_dp=ranks, distributed_executor_backend="mp")
     return SimpleNamespace(parallel_config=parallel, device_config=SimpleNamespace(device_type=device))
 
@@ -26,29 +26,29 @@ def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
     (2, "core", "cpu", False), (1, "core", "cuda", False),
 ])  # fmt: skip
 def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank on CPUs, unless told otherwise."""
+    """The rank runs in the core if there is one rank on CPUs, unless the environment variable says `process`."""
     monkeypatch.setenv(lone_rank.RANK, word)
-    found = config(ranks, device)
-    assert lone_rank.settle(found) is there
-    assert found.parallel_config.distributed_executor_backend == ("uni" if there else "mp")
+    settled = config(ranks, device)
+    assert lone_rank.settle(settled) is there
+    assert settled.parallel_config.distributed_executor_backend == ("uni" if there else "mp")
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the two that there are."""
+    """An invalid value is refused with the two valid ones."""
     monkeypatch.setenv(lone_rank.RANK, "thread")
     with pytest.raises(ValueError, match="HEADRACE_ENGINE_RANK='thread': use core or process"):
         lone_rank.settle(config(1))
 
 
 def test_this_vllm_has_what_it_needs() -> None:
-    """Else it would leave the rank where it was, in silence."""
+    """The installed vLLM has every name; without one the rank would silently keep its own process."""
     assert not missing(lone_rank.SYMBOLS)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("bind", ["nobind", "0"])
 async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its threads bound where that is asked for; this process's own environment is as it was."""
+    """The core has no rank process, its threads are bound if requested, and this process's environment is unchanged."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     me = psutil.Process()
     before, variables = me.children(), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}
@@ -57,8 +57,8 @@ async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypat
     try:
         (core,) = [child for child in engine_children(me) if child not in before]
         assert not core.children()
-        told = {name: value for name, value in core.environ().items() if name.startswith(("OMP_", "GOMP_"))}
-        assert (told.get("OMP_NUM_THREADS"), told.get("OMP_PLACES") or told.get("GOMP_CPU_AFFINITY")) in (
+        env = {name: value for name, value in core.environ().items() if name.startswith(("OMP_", "GOMP_"))}
+        assert (env.get("OMP_NUM_THREADS"), env.get("OMP_PLACES") or env.get("GOMP_CPU_AFFINITY")) in (
             [(None, None)] if bind == "nobind" else [("1", "{0}"), ("1", "0")]
         )
     finally:

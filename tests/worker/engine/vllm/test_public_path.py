@@ -1,4 +1,4 @@
-"""What AsyncLLM does to log probabilities on their way, and that they come out as the fast path's."""
+"""Log probabilities that AsyncLLM has merged are restored to the fast path's form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ positions = st.integers(1, 5).flatmap(
 def test_merged_outputs_keep_every_position_whole(
     drawn: tuple[int, list[tuple[list[int], int]]], merged_from: int
 ) -> None:
-    """However many unread outputs AsyncLLM has merged, a position is the sampled token and then the k most likely."""
+    """A position has the sampled token and the k most likely ones, however many unread outputs AsyncLLM has merged."""
     k, sampled_positions = drawn
     whole, merged = FlatLogprobs(), FlatLogprobs()
     expected = []
@@ -29,10 +29,10 @@ def test_merged_outputs_keep_every_position_whole(
         ids = [sampled, *top]
         values = [-float(top.index(sampled) + 1 if sampled in top else k + 1), *(-float(i + 1) for i in range(k))]
         rank = top.index(sampled) + 1 if sampled in top else k + 1
-        one = FlatLogprobs()
-        one.append_fast(ids, values, itertools.chain((rank,), range(1, k + 1)), itertools.repeat(None))
+        output = FlatLogprobs()
+        output.append_fast(ids, values, itertools.chain((rank,), range(1, k + 1)), itertools.repeat(None))
         if number >= merged_from:
-            merged.extend(one)
+            merged.extend(output)
         else:
             merged.append_fast(ids, values, itertools.chain((rank,), range(1, k + 1)), itertools.repeat(None))
         whole.append_fast(ids, values, itertools.chain((rank,), range(1, k + 1)), itertools.repeat(None))

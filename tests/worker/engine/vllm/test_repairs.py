@@ -1,4 +1,4 @@
-"""The repairs of vLLM: each is for a known release, and the fault is still there to be repaired."""
+"""The repairs of vLLM: each is for a known release, and the fault still exists."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.engine
 
 
 def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
-    """A new vLLM must be looked at before seeds are let through on CPU: see cluster/worker/engine/vllm/repairs.py."""
+    """The seed repair supports the installed vLLM. Verify a new release first (vllm/repairs.py)."""
     assert repairs.seeds_are_safe()
 
 
 def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With VLLM_PLUGINS naming others only, vLLM's processes stay as they are and the engine refuses seeds."""
+    """If VLLM_PLUGINS does not name the repairs, vLLM's processes are not patched and the engine refuses seeds."""
     monkeypatch.setenv("VLLM_PLUGINS", "something_else")
     assert not repairs.seeds_are_safe()
     monkeypatch.setenv("VLLM_PLUGINS", f"something_else,{repairs.PLUGIN}")
@@ -27,7 +27,7 @@ def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.Mon
 
 
 def test_stock_generators_still_lack_an_offset() -> None:
-    """The fault: a CPU generator refuses what vLLM's runner asks of it. When this fails the repair can go."""
+    """The fault: a CPU generator has no offset, which vLLM's runner uses. If this fails, the repair can be removed."""
     import torch
 
     with pytest.raises(RuntimeError, match="offset"):
@@ -35,7 +35,7 @@ def test_stock_generators_still_lack_an_offset() -> None:
 
 
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
-    """vLLM's runner subtracts one draw for each discarded sample, in one place."""
+    """vLLM's runner subtracts one draw for each discarded sample, at one place in its source."""
     import inspect
 
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
@@ -51,7 +51,7 @@ def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
 
 
 def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
-    """After set_offset the generator gives the same number as before; without a remembered draw it stays as it is."""
+    """After set_offset the generator repeats its last number; without a saved state it does not change."""
     import torch
 
     generator = repairs.rewindable_generator()(device="cpu")
@@ -65,7 +65,7 @@ def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
 
 
 def test_shared_memory_is_named_as_the_repair_expects() -> None:
-    """The fault: the name that ranks compare tells nothing of where they are. In one place it is the same for all."""
+    """The fault: the name that ranks compare does not identify their memory. The repair adds that to the name."""
     import inspect
     from types import SimpleNamespace
 
@@ -76,18 +76,18 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_DIST_IDENT", "2345")
         patch.setattr(_CPUSHMDistributed, "make_group_name", _CPUSHMDistributed.__dict__["make_group_name"])
-        one = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
-        stock = _CPUSHMDistributed.make_group_name(one)
+        group = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
+        stock = _CPUSHMDistributed.make_group_name(group)
         assert stock.startswith("2345-tp:0-[0-1]-cpushm")
         repairs._repair_shared_memory()  # an engine of this process may have repaired it already: then twice
-        assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-{repairs.shared_memory()}"
+        assert _CPUSHMDistributed.make_group_name(group) == f"{stock}-{repairs.shared_memory()}"
         patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
-        assert _CPUSHMDistributed.make_group_name(one).endswith("-elsewhere")
+        assert _CPUSHMDistributed.make_group_name(group).endswith("-elsewhere")
 
 
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
-    """The fault: it raises where nobody can catch it. What it took care of is as if it had been first."""
+    """The fault: freeing a queue whose name is gone raises. The repair frees it quietly and unregisters the name."""
     modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
     name, what = modules[part]
     module = pytest.importorskip(f"vllm.distributed.device_communicators.{name}", reason="new in vLLM 0.32")
@@ -101,18 +101,18 @@ def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
         watchdog.unlink([swept.shared_memory.name])
         with pytest.raises(FileNotFoundError):
             stock(swept)
-        with pytest.MonkeyPatch.context() as told:
-            told.setattr(resource_tracker, "unregister", lambda *what: unregistered.append(what))
+        with pytest.MonkeyPatch.context() as tracker:
+            tracker.setattr(resource_tracker, "unregister", lambda *what: unregistered.append(what))
             swept.__del__()
         assert unregistered == [(f"/{swept.shared_memory.name}", "shared_memory")]
         block = Path("/dev/shm", kept.shared_memory.name)
         assert block.exists()
         del swept, kept
-        assert not block.exists(), "what is there is taken away"
+        assert not block.exists(), "an existing name is unlinked"
 
 
 def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault: vLLM takes an exception of a plugin for a model that it does not know, and no engine starts."""
+    """A repair that fails is named in `not_applied` and raises nothing, since no engine would start otherwise."""
     made: list[str] = []
 
     def moved() -> None:
@@ -134,7 +134,7 @@ def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: py
 
 
 def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows whether its faults are the same."""
+    """An unknown vLLM release is not patched, and `not_applied` names it."""
     monkeypatch.setenv(repairs.ACTIVE, "1")
     monkeypatch.setattr(repairs, "_applied", set())
     monkeypatch.setattr(repairs, "not_applied", {})

@@ -1,4 +1,4 @@
-"""What the engine's own checks refuse, without an engine: the field, the reason and the bounds."""
+"""The checks of requests, without an engine: the refused field, the reason and the bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRONG_SAMPLING: list[tuple[str, object]] = [
 
 @pytest.mark.parametrize(("field", "value"), WRONG_SAMPLING)
 def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> None:
-    """Out of bounds, not a number, not in the vocabulary: the refusal's field is the parameter."""
+    """A parameter that is out of bounds, NaN or not in the vocabulary is the refusal's field."""
     sampling = dataclasses.replace(PLAIN.sampling, **{field: value})  # type: ignore[arg-type]
     with pytest.raises(EngineRefused, match=field) as error:
         check(dataclasses.replace(PLAIN, sampling=sampling), LIMITS)
@@ -64,7 +64,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> 
     ],
 )
 def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reason: str) -> None:
-    """The parts beside the sampling parameters."""
+    """Wrong values outside the sampling parameters are refused with field and reason."""
     with pytest.raises(EngineRefused) as error:
         check(dataclasses.replace(PLAIN, **changes), LIMITS)  # type: ignore[arg-type]
     assert (error.value.field, error.value.reason) == (field, reason)
@@ -80,7 +80,7 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     ],
 )
 def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
-    """An engine that can only append emitted ids to the prompt refuses what counts or replays output, by name."""
+    """An engine that cannot install emitted ids as output refuses parameters that depend on the output, by name."""
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -89,7 +89,7 @@ def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, o
 
 
 def test_a_call_that_had_ended_is_not_continued() -> None:
-    """EOS among the emitted tokens is refused, unless the call ignores EOS."""
+    """EOS among the emitted tokens is refused, unless the request ignores EOS."""
     limits = dataclasses.replace(LIMITS, eos_token_ids=frozenset({9}))
     ended = dataclasses.replace(PLAIN, emitted_token_ids=(9,))
     with pytest.raises(EngineRefused, match="at its end"):
@@ -98,7 +98,7 @@ def test_a_call_that_had_ended_is_not_continued() -> None:
 
 
 def test_seeds_are_refused_where_they_would_kill() -> None:
-    """On a CPU whose vLLM the seed repair does not know, a seed is an unsupported feature."""
+    """On CPUs without the seed repair a seed is an unsupported feature."""
     seeded = dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=4, seed=1))
     check(seeded, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -152,13 +152,13 @@ def test_a_wrong_grammar_is_refused(grammar: Grammar, says: str) -> None:
     ],
 )
 def test_repetitions_are_unrolled(pattern: str, positions: int) -> None:
-    """Counted repetitions multiply, inside groups and of groups; escapes and classes are one position."""
+    """Counted repetitions multiply, within groups and of groups; an escape or a class is one position."""
     assert regex_positions(pattern) == positions
 
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_any_text_has_positions(pattern: str) -> None:
-    """The estimate never raises and is never negative, well-formed or not."""
+    """The number of positions is never negative and never raises, also for invalid patterns."""
     assert regex_positions(pattern) >= 0
 
 
@@ -169,7 +169,7 @@ def test_nested_repetitions_multiply(atom: str, inner: int, outer: int) -> None:
 
 
 def test_bounded_strings_are_found_at_any_depth() -> None:
-    """Lengths and patterns count, in properties, items and combinations; plain strings do not."""
+    """Strings with a length bound or pattern are found in properties, items and combinations; others are not."""
     schema = {
         "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "string"}},
         "anyOf": [{"items": {"pattern": "x+"}}, {"minLength": 1, "pattern": "y"}],
@@ -178,7 +178,7 @@ def test_bounded_strings_are_found_at_any_depth() -> None:
 
 
 def test_emitted_tokens_are_output_or_else_prompt() -> None:
-    """Emitted ids travel beside the prompt, and in it on an engine that cannot install them; a salt only if given."""
+    """Emitted ids are part of the prompt only if they cannot be installed as output; the salt only if given."""
     continued = dataclasses.replace(PLAIN, emitted_token_ids=(7, 8), cache_salt="s")
     plainly = dataclasses.replace(LIMITS, installs=False, resumes_seeds=False)
     assert prompt_of(continued, LIMITS) == {"type": "token", "prompt_token_ids": [1, 2, 3], "cache_salt": "s"}
@@ -187,26 +187,26 @@ def test_emitted_tokens_are_output_or_else_prompt() -> None:
 
 
 def test_long_prompts_and_grammars_leave_the_event_loop() -> None:
-    """What takes long to validate is marked for a thread."""
+    """Requests that take long to validate are marked for a thread."""
     assert not is_heavy(PLAIN)
     assert is_heavy(dataclasses.replace(PLAIN, prompt_token_ids=range(5000)))
     assert is_heavy(dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=1, grammar=Grammar("json_object", ""))))
 
 
 def test_vllms_own_words_are_cut() -> None:
-    """A refusal made of vLLM's message names its parameter and does not repeat a whole grammar."""
+    """A refusal with vLLM's message names the parameter and is cut in length."""
 
     class Theirs(ValueError):
         parameter = "top_p"
 
-    found = refusal(Theirs("x" * 9000))
-    assert (found.field, found.reason) == ("top_p", "INVALID_FIELD")
-    assert len(found.message) < 600
+    refused = refusal(Theirs("x" * 9000))
+    assert (refused.field, refused.reason) == ("top_p", "INVALID_FIELD")
+    assert len(refused.message) < 600
 
 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min_tokens: int, fits: bool) -> None:
-    """128, the EOS ids among them: the V2 runner raises for one more in its rank, which ends the engine."""
+    """With min_tokens at most 128 stop ids are allowed, EOS ids included: one more would end a V2 rank."""
     limits = dataclasses.replace(LIMITS, vocab_size=2000, eos_token_ids=frozenset((1998, 1999)))
     ends = dataclasses.replace(PLAIN.sampling, stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     request = dataclasses.replace(PLAIN, sampling=ends)
@@ -224,7 +224,7 @@ def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min
      "(?>a)", "(a)?(?(1)b|c)"],
 )  # fmt: skip
 def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
-    """The call ended with "no output can go on", or took an escape for its letter."""
+    """Unsupported regex syntax is refused by name; otherwise the request would fail or an escape be misread."""
     schema = json.dumps({"type": "string", "pattern": pattern})
     for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
         with pytest.raises(EngineRefused, match="not supported"):
@@ -235,5 +235,5 @@ def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
     "pattern", [r"[\b]", r"\\b", r"\d+\.\d{2}", "^a|b$", r"[(?=]x", "(?:ab)+", r"[^\]\\]", "[]]", ""]
 )
 def test_expressions_that_are_supported_pass(pattern: str) -> None:
-    """Members of classes and escaped backslashes are no such thing."""
+    """Supported syntax passes, such as class members and escaped backslashes that look like unsupported syntax."""
     check_grammar(Grammar("regex", pattern))

@@ -1,4 +1,4 @@
-"""What the contract leaves out of exact continuation on the real engine: chunks, preemption, two ranks, bad ids."""
+"""Exact resume on the real engine beyond the contract: chunks, preemption, two ranks, bad ids."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MIXED: tuple[dict[str, object], ...] = (
 
 
 def mixed(subject: Subject, count: int, prompt_tokens: int, max_tokens: int) -> list[EngineRequest]:
-    """Long requests of all kinds, of which this engine goes on with."""
+    """Return long requests of all kinds that this engine can resume."""
     kinds = [kind for kind in MIXED if subject.resumes_seeds or "seed" not in kind]
     return [
         request(subject.prompt(200 + i, tokens=prompt_tokens + i), max_tokens=max_tokens, **kinds[i % len(kinds)])
@@ -51,12 +51,12 @@ def mixed(subject: Subject, count: int, prompt_tokens: int, max_tokens: int) -> 
 
 
 def cut(whole: EngineRequest, emitted: Sequence[int]) -> EngineRequest:
-    """The same request under a new id, so much of it emitted."""
+    """Return the same request with a new id and emitted tokens."""
     return dataclasses.replace(whole, request_id=request(()).request_id, emitted_token_ids=emitted)
 
 
 async def cut_in_crowds(driver: Driver, wholes: Sequence[EngineRequest], seed: int) -> None:
-    """Every request cut somewhere by chance and continued beside the others, against the uncut ones."""
+    """Cut every request at random, resume all at once, and compare them with the uncut ones."""
     chance = random.Random(seed)
     pairs = [(w, a) for w, a in zip(wholes, await driver.run(*wholes), strict=True) if len(a.token_ids) > 1]
     assert len(pairs) > len(wholes) // 2
@@ -69,31 +69,31 @@ async def cut_in_crowds(driver: Driver, wholes: Sequence[EngineRequest], seed: i
 
 @pytest.mark.parametrize("path", resume.SYMBOLS)
 def test_this_vllm_has_every_name(path: str) -> None:
-    """Each private name that the continuation is built on is there."""
+    """The installed vLLM has each private name that exact resume uses."""
     assert missing({path: resume.SYMBOLS[path]}) == []
 
 
 def test_the_core_admits_as_the_continuation_expects() -> None:
-    """The scheduler fills in a request's prefill statistics only if they are true, and then tells the cache hits."""
+    """The scheduler sets a request's prefill statistics only if they are truthy, and then records the cache hits."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert "if request.prefill_stats and request.num_preemptions <= 0:" in source
     assert source.count("self.kv_cache_manager.record_prefix_cache_stats(") == 1
 
 
 def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
-    """The scheduler sends it all tokens of a request as its prefill, beside the prompt's."""
+    """The scheduler sends the V2 runner all tokens of a request as its prefill, separate from the prompt's."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert source.count("req._all_token_ids") == 1
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """Names stayed where the draw changed: a sampler that nobody has read makes a noise of its own."""
-    found = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
-    assert found in resume.DRAWS
+    """The installed sampler's source is a known one; an unknown one would get a noise scheme of its own."""
+    sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
+    assert sampler in resume.DRAWS
 
 
 async def test_long_calls_are_continued_through_chunks(fast_subject: Subject, public_subject: Subject) -> None:
-    """Prompts of several chunks and blocks with hundreds of emitted tokens, twelve at a time on eight places."""
+    """Prompts of several chunks with hundreds of emitted tokens are resumed, twelve at a time on eight slots."""
     for seed, subject in enumerate((fast_subject, public_subject)):
         assert RESUME_EXACT in subject.info.capabilities
         driver = Driver(subject)
@@ -120,7 +120,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_any_combination_is_continued(fast_subject: Subject, seed: int) -> None:
-    """Parameters combined by chance, always with a seed, cut by chance: the rest is that of the uncut call."""
+    """Requests with random parameters and a seed, cut at random, have the rest of the uncut request."""
     chance = random.Random(seed)
     choices = CHOICES if fast_subject.resumes_seeds else CHOICES | {"temperature": (0.0,)}
     wholes = [
@@ -137,7 +137,7 @@ async def test_any_combination_is_continued(fast_subject: Subject, seed: int) ->
 
 
 async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None:
-    """What this engine has emitted itself is not computed again: a continued call's blocks are found."""
+    """A request resumed on the engine that emitted its tokens finds its blocks in the cache."""
     driver, size = Driver(fast_subject), fast_subject.info.block_size
     whole = request(fast_subject.prompt(210, tokens=size), max_tokens=12 * size, cache_salt="found-again")
     (uncut,) = await driver.run(whole)
@@ -151,19 +151,19 @@ async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None
     (answer,) = await driver.run(rest)
     assert answer.token_ids == uncut.token_ids[-1:]
     assert answer.outputs[0].cached_tokens == size
-    # One may be the uncut call's last, and asynchronous scheduling makes one in vain; 415 tokens are 4 chunks.
+    # One step may be the uncut request's last, and asynchronous scheduling adds one; 415 tokens would take 4 chunks.
     assert fast_subject.engine.load().steps - before <= 2 + schedules_asynchronously(fast_subject)
 
 
 async def test_abort_in_the_middle_of_a_replay(fast_subject: Subject) -> None:
-    """Continued calls that are aborted while prompt and emitted tokens are computed leave nothing, and harm nobody."""
+    """Resumed requests aborted while their tokens are computed leave nothing behind and do not affect others."""
     driver = Driver(fast_subject)
     (alone,) = await driver.run(request(fast_subject.prompt(211), max_tokens=40))
     for rounds in range(3):
         stays = await driver.submit(request(fast_subject.prompt(211), max_tokens=40))
         doomed = [
-            await driver.submit(cut(one, fast_subject.prompt(220 + rounds, tokens=200)))
-            for one in mixed(fast_subject, 4, prompt_tokens=400, max_tokens=260)[:4]
+            await driver.submit(cut(whole, fast_subject.prompt(220 + rounds, tokens=200)))
+            for whole in mixed(fast_subject, 4, prompt_tokens=400, max_tokens=260)[:4]
         ]
         for _ in range(rounds):
             await driver.step()
@@ -174,7 +174,7 @@ async def test_abort_in_the_middle_of_a_replay(fast_subject: Subject) -> None:
 
 
 async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject) -> None:
-    """A second continuation under the same id is refused; the first one's tokens are right."""
+    """A second resumed request with the same id is refused; the first one's tokens are right."""
     driver = Driver(fast_subject)
     (uncut,) = await driver.run(request(fast_subject.prompt(212), max_tokens=20))
     rest = request(fast_subject.prompt(212), max_tokens=20, emitted_token_ids=uncut.token_ids[:7])
@@ -186,7 +186,7 @@ async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject)
 
 
 async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Subject, public_subject: Subject) -> None:
-    """Emitted ids that a grammar does not allow end that request in an error, and a neighbour runs on."""
+    """Emitted ids that the grammar does not allow end the request in an error; another request runs on."""
     for subject in (fast_subject, public_subject):
         driver = Driver(subject)
         (alone,) = await driver.run(request(subject.prompt(213), max_tokens=30))
@@ -209,12 +209,12 @@ async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Sub
 
 
 class Crowded(Driver):
-    """Notes whether a request that had outputs waited again."""
+    """A driver that records whether a request with outputs had to wait again."""
 
     preempted = False
 
     async def step(self) -> Sequence[TokenOutput]:
-        """One step."""
+        """Run one step and check for preempted requests."""
         outputs = await super().step()
         begun = [a for a in self.answers.values() if a.outputs and a.finish is None]
         unbegun = [a for a in self.answers.values() if not a.outputs]
@@ -224,7 +224,7 @@ class Crowded(Driver):
 
 @pytest.mark.parametrize(("ranks", "count", "max_tokens"), [(1, 8, 130), (2, 6, 40)])
 async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, count: int, max_tokens: int) -> None:
-    """With KV blocks for a part of the work calls are preempted, cut and continued rightly, on one rank and on two."""
+    """With too few KV blocks, preempted requests are resumed exactly, on one rank and on two."""
     few_blocks = {**tiny_spec().engine, "num_gpu_blocks_override": 40}
     engine = VllmEngine(tiny_spec(tensor_parallel_size=ranks, engine=few_blocks), llama_folder, executor="mp")
     info = await engine.start()
@@ -233,7 +233,7 @@ async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, cou
         assert RESUME_EXACT in info.capabilities
         driver = Crowded(Subject(engine, info, TOKEN_LO, TOKEN_HI, deadline_s=240.0))
         await cut_in_crowds(driver, mixed(driver.subject, count, 140, max_tokens), seed=1)
-        assert driver.preempted or ranks > 1, "the room was to be too small for all"
+        assert driver.preempted or ranks > 1, "the KV cache should be too small for all requests"
         await driver.empty()
     finally:
         await engine.close()
@@ -246,7 +246,7 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
     tokenizer = json.loads(file.read_text())
     ids = []
     for old, new in (("<|python_tag|>", "<think>"), ("<|eom_id|>", "</think>")):
-        (token,) = [one for one in tokenizer["added_tokens"] if one["content"] == old]
+        (token,) = [added for added in tokenizer["added_tokens"] if added["content"] == old]
         token["content"] = new
         ids.append(int(token["id"]))
         tokenizer["model"]["vocab"] = {
@@ -257,7 +257,7 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
 
 
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
-    """A grammar that begins where reasoning ends: cut within either, a call goes on as uncut."""
+    """A request with a grammar after reasoning is resumed exactly, cut within either part."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
     engine = VllmEngine(
         tiny_spec(engine={**tiny_spec().engine, "reasoning_parser": "qwen3"}), tmp_path / "thinking", executor="mp"
@@ -279,7 +279,7 @@ async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_p
 
 
 async def test_an_engine_that_cannot_says_so_and_refuses(llama_folder: Path) -> None:
-    """Without the plugin the capability is another, greedy calls are continued as a prompt, others refused."""
+    """An engine without exact resume reports it, resumes greedy requests as a prompt and refuses others."""
     engine = VllmEngine(tiny_spec(), llama_folder, exact_resume=False)
     info = await engine.start()
     try:

@@ -1,5 +1,7 @@
-"""vLLM's V2 model runner and asynchronous scheduling, as GPUs have them, with its kernels interpreted: calls are cut
-and continued there in a process of its own, since Triton is read once."""
+"""Resume on vLLM's V2 model runner with asynchronous scheduling, as on GPUs, with interpreted kernels.
+
+The tests run in a separate process, since Triton reads its settings once.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from loadtests.interpreted import ROOT, TRITON, environment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 KINDS = ("greedy", "seed", "all penalties and a seed", "regex", "json grammar, seed", "everything")
-"""Of contract.RESUMED; `make contract-v2` runs all of them, and the rest of the contract."""
+"""Keys of contract.RESUMED that run here; `make contract-v2` runs all of them and the rest of the contract."""
 
 
 @pytest.mark.skipif(not TRITON.is_dir(), reason="needs Triton beside the environment: make triton")
 def test_six_kinds_of_calls_are_continued_on_the_v2_runner() -> None:
-    """Each cut everywhere, on an engine that has that runner and schedules asynchronously."""
+    """Requests of six kinds are cut at every token and resumed on the V2 runner with asynchronous scheduling."""
     file = "tests/worker/engine/v2_contract.py"
     tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in KINDS]
     first = [f"{file}::test_the_runner_is_v2", "tests/worker/engine/async_contract.py"]

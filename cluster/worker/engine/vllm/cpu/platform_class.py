@@ -1,4 +1,4 @@
-"""The class that cpu_platform.plugin names; apart from it because importing vLLM's platform resolves the platform."""
+"""The platform class named by platform.plugin; in its own module, since importing vLLM's resolves the platform."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from vllm.platforms.cpu import CpuPlatform
 
 
 class LogicalGpuCpuPlatform(CpuPlatform):  # type: ignore[misc]
-    """CPU kernels on devices that Ray counts as GPUs."""
+    """vLLM's CPU platform, whose devices Ray counts as GPUs."""
 
     ray_device_key: str = "GPU"
