@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import grpc
 import grpc.aio
@@ -14,18 +14,59 @@ from h2.stream import StreamInputs
 
 from cluster.http2 import frames
 from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
+from cluster.http2.h2_state import Http2State
 from cluster.http2.messages import BadMessage, Inflater, Metadata, headers_of, status_message
-from cluster.http2.request_body import BodyReservation, Received, RequestBody
+from cluster.http2.request_body import BodyConnection, BodyReservation, Received, RequestBody
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
-
-    from cluster.http2.connection import Connection
 
 _OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
 _OK_END = frames.literal(b"grpc-status", b"0")
 INFLATE_STEP_BYTES: Final = 65_536
 """Bytes decompressed before the call yields to the event loop."""
+
+
+class CallConnection(BodyConnection, Protocol):
+    """A connection as its calls, their server and its gate use it."""
+
+    h2: Http2State
+    transport: asyncio.Transport
+    peer: str
+    paused: bool
+
+    def out(self, data: bytes) -> None:
+        """Add bytes to this event-loop pass's send."""
+
+    def queue_headers(self, id_bytes: bytes, fields: bytes, end: bool) -> None:
+        """Send a header block in as many frames as it needs."""
+
+    def stop_sending(self, stream_id: int) -> None:
+        """Reset a stream whose request is not read to its end."""
+
+    def wait_for_window(self, call: ServerCall, *, of_stream: bool) -> None:
+        """Push this call when the send window of its stream, or of the connection, grows."""
+
+    def admit(self, call: ServerCall, tenant: str | None) -> None:
+        """Apply the gate's decision. Raises BadMessage if too many calls without credentials are open."""
+
+    def charge_refusal(self, units: float = 1.0) -> None:
+        """Charge a refused or reset call; cut the connection if its bucket is empty."""
+
+    def end_early(self, call: ServerCall, error: BadMessage) -> None:
+        """End a call whose request is malformed, too large or too slow."""
+
+    def mark_answering(self, path: str) -> None:
+        """Mark the client as authenticated when a handler begins to answer; health and reflection do not count."""
+
+    def prove(self) -> None:
+        """Mark the client as authenticated."""
+
+    def done(self, call: ServerCall) -> None:
+        """Remove a call whose status has been sent."""
+
+    def reset(self, call: ServerCall) -> None:
+        """Reset a call whose client does not read."""
 
 
 class ServerCall:
@@ -71,7 +112,7 @@ class ServerCall:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: CallConnection,
         stream: H2Stream,
         path: str,
         metadata: Metadata,

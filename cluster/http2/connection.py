@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import structlog
 from h2 import events
@@ -24,13 +24,13 @@ from cluster.http2.frame_reader import FrameReader
 from cluster.http2.h2_state import Http2State
 from cluster.http2.limits import FIRST_WINDOW_BYTES, ServerLimits
 from cluster.http2.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
+from cluster.http2.read_slices import ReadTurns
 from cluster.http2.request_body import Budget
 from cluster.http2.reset_streams import EndedStreams
 from cluster.http2.timeouts import ConnectionTimers
 
 if TYPE_CHECKING:
     from cluster.http2.connection_table import Held
-    from cluster.http2.server import Server
 
 log = structlog.get_logger("rpc")
 
@@ -56,6 +56,30 @@ UNAUTHENTICATED_UNSENT_BYTES: Final = 1 << 20
 # h2's handling, held the loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
 _UNAUTHENTICATED_READ = _READ[:UNAUTHENTICATED_FRAME_BYTES]
+
+
+class ConnectionServer(Protocol):
+    """The server as its connections use it."""
+
+    budget: Budget | None
+    turns: ReadTurns
+    connections: set[Connection]
+
+    @property
+    def gate(self) -> object | None:
+        """The authorization of calls; None if the server needs no credential."""
+
+    def start_call(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
+        """Start a call whose headers have arrived. `problem`: what is wrong with them."""
+
+    def bad_message(self, call: ServerCall, error: BadMessage) -> None:
+        """End a call whose request is malformed or too large."""
+
+    def call_ended(self) -> None:
+        """Let the server stop when the last call has ended."""
+
+    def note(self, event: str, connection: Connection, reason: str) -> None:
+        """Log a connection's event, at most one line a second for each kind of event."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -95,7 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         "transport",
     )  # instances with more than 30 attributes would use a dictionary, with slower access
 
-    def __init__(self, server: Server, limits: ServerLimits, age_s: float, held: Held) -> None:
+    def __init__(self, server: ConnectionServer, limits: ServerLimits, age_s: float, held: Held) -> None:
         """`age_s`: this connection's own age limit, 0 for none. `held`: its slot in the port's connection table."""
         self._held = held
         self.loop = asyncio.get_running_loop()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
+from cluster.http2.call import ServerCall
 from cluster.http2.frame_costs import STREAMS_PER_UNIT, Charges
 from cluster.http2.frame_reader import DATA, WINDOW_UPDATE, FrameReader
+from cluster.http2.h2_state import Http2State
 from cluster.http2.read_slices import ReadTurns
-
-if TYPE_CHECKING:
-    from cluster.http2.connection import Connection
 
 LARGE_BYTES: Final = 16_384
 """Reads of at least this size are queued (read_slices.py)."""
@@ -27,10 +28,41 @@ GOAWAY_UNITS: Final = 5.0
 """Cost of a GOAWAY: a client sends one or two."""
 
 
+class IntakeConnection(Protocol):
+    """A connection as its frame intake uses it."""
+
+    loop: asyncio.AbstractEventLoop
+    h2: Http2State
+    transport: asyncio.Transport
+    calls: dict[int, ServerCall]
+    closing: bool
+
+    def handle(self, frame: Frame) -> None:
+        """Handle a frame that was already charged. Raises H2Error."""
+
+    def data(self, call: ServerCall, data: bytes, size: int) -> None:
+        """Pass request bytes to a call; `size` includes padding."""
+
+    def window_opened(self, stream_id: int | None) -> None:
+        """Push the calls that waited for the send window of a stream, or of the connection."""
+
+    def send_h2_output(self) -> None:
+        """Send what h2 has prepared, in order with the bytes already queued."""
+
+    def refuse(self, reason: str) -> None:
+        """Close a connection that violated HTTP/2; h2 has prepared the GOAWAY."""
+
+    def cut(self, reason: str) -> None:
+        """Close a connection that exceeds its limits, with ENHANCE_YOUR_CALM."""
+
+    def call_later(self, seconds: float, work: Callable[..., None]) -> None:
+        """Call `work` after `seconds`, unless the connection is lost before."""
+
+
 class FrameIntake:
     """The unparsed frames of one connection; implements read_slices.Reader."""
 
-    def __init__(self, connection: Connection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
+    def __init__(self, connection: IntakeConnection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
         self._connection = connection
         self._reader = reader
         self._charges = charges

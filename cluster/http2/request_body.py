@@ -7,16 +7,15 @@ reservation can always be completed, and bytes without one are at most one windo
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from cluster.http2.limits import ServerLimits
 from cluster.http2.messages import PREFIX_BYTES, Assembler, BadMessage
-
-if TYPE_CHECKING:
-    from cluster.http2.connection import Connection
 
 
 class BodyReservation(Protocol):
@@ -56,6 +55,18 @@ class Budget(Protocol):
         """Reserve bytes. Calls `on_grant` when they are granted later, `too_slow` if the request arrives too slowly."""
 
 
+class BodyConnection(Hashable, Protocol):
+    """A connection as a request body uses it."""
+
+    loop: asyncio.AbstractEventLoop
+    limits: ServerLimits
+    budget: Budget | None
+    admitted: bool
+
+    def grow_window(self, size: int, stream_id: int | None = None) -> None:
+        """Grow the receive window of a stream, or of the connection, by `size` bytes."""
+
+
 @dataclass(slots=True)
 class Received:
     """A complete message, as it was sent."""
@@ -87,7 +98,7 @@ class RequestBody:
         "streaming",
     )
 
-    def __init__(self, connection: Connection, stream_id: int, too_slow: Callable[[], None]) -> None:
+    def __init__(self, connection: BodyConnection, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
         self.began_at = math.inf
         """Time at which the rest of the incomplete message was allowed."""

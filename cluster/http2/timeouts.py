@@ -6,14 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from h2.exceptions import H2Error
 
+from cluster.http2.call import ServerCall
+from cluster.http2.frame_intake import FrameIntake
+from cluster.http2.h2_state import Http2State
+from cluster.http2.limits import ServerLimits
 from cluster.http2.messages import BadMessage
-
-if TYPE_CHECKING:
-    from cluster.http2.connection import Connection
 
 CHECKS: Final = 4
 """Checks of a connection within its shortest time limit."""
@@ -21,10 +22,34 @@ CLOSE_S: Final = 5.0
 """A closed connection is aborted when its client reads nothing for so long."""
 
 
+class TimedConnection(Protocol):
+    """A connection as its timers use it."""
+
+    loop: asyncio.AbstractEventLoop
+    limits: ServerLimits
+    h2: Http2State
+    transport: asyncio.Transport
+    intake: FrameIntake
+    calls: dict[int, ServerCall]
+    closing: bool
+
+    def send_h2_output(self) -> None:
+        """Send what h2 has prepared, in order with the bytes already queued."""
+
+    def end_early(self, call: ServerCall, error: BadMessage) -> None:
+        """End a call whose request is malformed, too large or too slow."""
+
+    def leave(self, grace_s: float = 0.0) -> None:
+        """Ask the client to reconnect. The connection closes with its last call, or after `grace_s` seconds."""
+
+    def abort(self, reason: str) -> None:
+        """Abort the connection and drop its unsent bytes."""
+
+
 class ConnectionTimers:
     """Timers of one connection. `served`: a call was admitted; before that the idle limit is shorter."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: TimedConnection) -> None:
         self.served = False
         self.greeted = False
         self._connection = connection
