@@ -1,4 +1,4 @@
-"""The script that changes one tenant's limits in Valkey or Redis, whole or not at all; valkey_limits.py calls it."""
+"""The Lua script that atomically changes one tenant's limits in Valkey or Redis. valkey_limits.py calls it."""
 
 import hashlib
 
@@ -130,4 +130,4 @@ return redis.error_reply('unknown operation ' .. op)
 """
 
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-"""By which a store that has it knows it."""
+"""The digest by which EVALSHA names the script."""

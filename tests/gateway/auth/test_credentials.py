@@ -61,7 +61,7 @@ class World:
             peppers=(PEPPER,),
             oidc=OidcVerifier([issuer], fetch=documents, wall=lambda: NOW) if oidc else None,
             certificates=[CertificateRule("spiffe://example.com/ns/billing", "billing")],
-            told=lambda reason, subject, peer: self.told.append((reason, subject, peer)),
+            on_failure=lambda reason, subject, peer: self.told.append((reason, subject, peer)),
             clock=lambda: NOW,
         )
 
@@ -158,7 +158,7 @@ async def test_a_stale_snapshot_is_no_bad_key() -> None:
     def stale() -> AccessSnapshot:
         raise CallError(Outcome.STORE_UNAVAILABLE, "away")
 
-    authenticator = CredentialChecker(stale, peppers=(PEPPER,), told=lambda *_: pytest.fail("blamed"))
+    authenticator = CredentialChecker(stale, peppers=(PEPPER,), on_failure=lambda *_: pytest.fail("blamed"))
     with pytest.raises(CallError) as caught:
         await authenticator.principal((f"Bearer {KEY}",))
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE

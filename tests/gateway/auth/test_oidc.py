@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth import bearer_tokens, oidc
 from cluster.gateway.auth.bearer_tokens import TokenRefused
-from cluster.gateway.auth.no_redirect import open_straight
+from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Issuer, OidcVerifier, TokenClaims
 from cluster.policy.tenants.identity import BAD_KEY
 
@@ -75,7 +75,7 @@ class RealIssuer:
         """The body, or where a redirect leads."""
         request = urllib.request.Request(self.url + path, urllib.parse.urlencode(form).encode())  # noqa: S310 - loopback
         try:
-            with open_straight(request, 10) as answer:
+            with open_no_redirect(request, 10) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
             with error:
