@@ -34,7 +34,7 @@ from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.listener import told_unbound
+from cluster.gateway.links.listener import bind_failure
 from cluster.gateway.metrics_page import MetricsPage
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.probes import probe_server
@@ -118,7 +118,7 @@ class Gateway:
             siblings,
             config.gateway.link_tls is not None,
         )
-        self.dispatcher.on_held = self.hub.tell_now
+        self.dispatcher.on_held = self.hub.report_now
         self.hub.tallies = self.dispatcher.trials.tallies
         self.directory = ModelDirectory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else NoAuthentication()
@@ -258,7 +258,7 @@ class Gateway:
         try:
             self.endpoints[name] = f"{host}:{await serve(host.strip('[]'), int(port))}"
         except OSError as error:
-            raise RuntimeError(told_unbound(name, address, error)) from None
+            raise RuntimeError(bind_failure(name, address, error)) from None
 
     async def _serve_metrics(self, host: str, port: int) -> int:
         return await self._metrics_server.start(host, port)

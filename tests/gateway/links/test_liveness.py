@@ -17,7 +17,7 @@ BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 def alive(load: EngineLoad = BUSY) -> LinkLiveness:
     """One that has beaten at 0."""
     one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
-    one.beat(load, 0, 0, 0.0)
+    one.record_beat(load, 0, 0, 0.0)
     return one
 
 
@@ -44,9 +44,9 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
             load = replace(load, running=0, busy="")
         for _ in range(messages):
             sent += 1
-            one.commanded(sent, now)
-        one.received(sent, sent, now)
-        one.beat(load, sent, sent, now)
+            one.record_sent(sent, now)
+        one.record_received(sent, sent, now)
+        one.record_beat(load, sent, sent, now)
         assert one.suspicion(now) is None
 
 
@@ -58,12 +58,12 @@ def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float
     """Not a tenth of a second late, not early, and named, since a breaker and a metric go by the word."""
     one = alive()
     if reason == "deaf":
-        one.commanded(1, 0.0)
+        one.record_sent(1, 0.0)
     for tick in range(1, 20):
         now = tick * 0.1
         if reason != "silent":
             steps = 1 if reason == "hung" else 1 + tick
-            one.beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
+            one.record_beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
         due, found = one.due, one.suspicion(now)
         assert (found is None) is (now <= due), "whoever waits until it is due would be too early or too late"
         if now <= at:
@@ -80,9 +80,9 @@ def test_long_steps_get_longer() -> None:
     slow = EngineLoad(running=1, steps=1, step_s=0.9, step_p99_s=1.0)
     one = alive(slow)
     for tick in range(1, 50):
-        one.beat(slow, 0, 0, tick * 0.1)
+        one.record_beat(slow, 0, 0, tick * 0.1)
         assert one.suspicion(tick * 0.1) is None
-    one.beat(slow, 0, 0, 5.1)
+    one.record_beat(slow, 0, 0, 5.1)
     found = one.suspicion(5.1)
     assert found is not None
     assert found.reason == "hung"
@@ -120,7 +120,7 @@ def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: 
     for _ in range(looks):
         clock.rest(now, rest_s)
         now += rest_s + late_s
-        one.beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
+        one.record_beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
         assert one.suspicion(clock.at(now)) is None
     died = clock.at(now)
     for look in range(1, 12):

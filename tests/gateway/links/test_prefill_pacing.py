@@ -115,8 +115,8 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
     assert replays.budget() == int(UNKNOWN * most)
     for tokens in prompts:
         for _ in range(63):  # all steps but for a few take as long as usual, and so do the longest of twenty
-            replays.took(usual_s, 0)
-        replays.took(usual_s + tokens * per_token_s, tokens)
+            replays.record_step(usual_s, 0)
+        replays.record_step(usual_s + tokens * per_token_s, tokens)
     budget = replays.budget()
     assert int(LEAST * most) <= budget <= most
     if int(LEAST * most) < budget < most:
@@ -130,6 +130,6 @@ def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: 
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):
-        replays.took(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))
+        replays.record_step(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))
     wanted = (STRETCH * long_s - usual_s) / ((long_s - usual_s) / tokens)
     assert replays.budget() == pytest.approx(max(int(LEAST * 2048), wanted), rel=0.01)
