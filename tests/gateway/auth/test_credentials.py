@@ -1,4 +1,4 @@
-"""A call's credentials become one principal, or one refusal that tells nothing."""
+"""Authentication of a call: its credentials yield one principal, or one refusal that reveals nothing."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ async def documents(url: str) -> Mapping[str, Any]:
 
 
 def token(tenant: str) -> str:
-    """A good token of a tenant's operator."""
+    """A valid token of a tenant's operator."""
     body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": tenant, "role": "operator", "exp": NOW + 60}
     return jwt.encode(body, SIGNING, "EdDSA")
 
 
 class World:
-    """An authenticator and what it has told."""
+    """A CredentialChecker and the failures that it has reported."""
 
     def __init__(self, *, oidc: bool = True) -> None:
         self.told: list[tuple[str, str, str]] = []
@@ -66,18 +66,18 @@ class World:
         )
 
     async def who(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
-        """Who shows these is."""
+        """The principal for these credentials."""
         return await self.authenticator.principal(authorization, names, "10.0.0.9")
 
     async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
-        """The refusal of who shows these."""
+        """The error for these credentials."""
         with pytest.raises(CallError) as caught:
             await self.who(*authorization, names=names)
         return caught.value
 
 
 async def test_keys_tokens_and_certificates() -> None:
-    """Each names its tenant, role and subject; the scheme's case does not matter."""
+    """Keys, tokens and certificates each yield tenant, role and subject; the case of the scheme does not matter."""
     world = World()
     key = await world.who(f"Bearer {KEY}")
     assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
@@ -112,7 +112,7 @@ async def test_keys_tokens_and_certificates() -> None:
     ],
 )
 async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
-    """Missing, mangled, doubled, smuggled and foreign credentials each have their word for the audit."""
+    """Missing, mangled, duplicate, smuggled and foreign credentials are each audited with their own reason."""
     world = World()
     error = await world.refused(*values)
     assert error.outcome is Outcome.UNAUTHENTICATED_KEY
@@ -124,7 +124,7 @@ async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
 
 
 async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
-    """The token decides alone."""
+    """If there is a token, it alone decides."""
     world = World()
     await world.refused("Bearer nonsense", names=(SPIFFE,))
     await world.refused("", names=(SPIFFE,))
@@ -132,27 +132,27 @@ async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
 
 
 async def test_a_certificate_of_nobody() -> None:
-    """One that no rule names is told apart in the audit only."""
+    """A certificate that no rule names is distinguished in the audit only."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
     assert world.told[0][0] == "unknown_certificate"
 
 
 async def test_a_suspended_tenant() -> None:
-    """However it shows who it is, it is told that it is suspended."""
+    """A suspended tenant is told that it is suspended, whatever its credentials."""
     world = World()
     assert (await world.refused(f"Bearer {token('gone')}")).outcome is Outcome.TENANT_SUSPENDED
 
 
 async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
-    """No issuer configured: the same answer, by the path of keys."""
+    """Without a configured issuer, a JWT gets the same answer as a bad key."""
     world = World(oidc=False)
     assert (await world.refused(f"Bearer {token('acme')}")).message == BAD_KEY
     assert world.told[0][0] == "unknown"
 
 
 async def test_a_stale_snapshot_is_no_bad_key() -> None:
-    """When the store is away too long the caller may retry, and nobody is blamed."""
+    """While the snapshot is too old, the caller may retry, and no failure is reported."""
     world = World()
 
     def stale() -> AccessSnapshot:

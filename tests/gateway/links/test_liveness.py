@@ -1,4 +1,5 @@
-"""What a gateway makes of a worker's beats, steps and acknowledgements: the dead are found, the busy let be."""
+"""Failure detection from a worker's beats, steps and acknowledgements: failed workers are found, busy ones are not
+suspected."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
 
 def alive(load: EngineLoad = BUSY) -> LinkLiveness:
-    """One that has beaten at 0."""
+    """The state of a worker that has sent a beat at 0."""
     one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     one.record_beat(load, 0, 0, 0.0)
     return one
@@ -32,7 +33,8 @@ def alive(load: EngineLoad = BUSY) -> LinkLiveness:
     )
 )
 def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
-    """A false alarm costs prefills; none may come of any mixture of steps, stated work, rest, and messages each way."""
+    """No mixture of steps, reported work, idle time and messages in either direction raises a false alarm, which would
+    cost prefills."""
     one, now, load, sent = alive(), 0.0, BUSY, 0
     for pause_s, what, messages in story:
         now += pause_s
@@ -55,7 +57,7 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
     [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
 )
 def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
-    """Not a tenth of a second late, not early, and named, since a breaker and a metric go by the word."""
+    """Each failure is found on time with its reason, which a breaker and a metric use."""
     one = alive()
     if reason == "deaf":
         one.record_sent(1, 0.0)
@@ -89,7 +91,7 @@ def test_long_steps_get_longer() -> None:
 
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
-    """Beats have a connection of their own, which may take longer than a hang."""
+    """A worker is not suspected while it connects for beats, which may take longer than a hang."""
     one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     assert one.suspicion(4.9) is None
     assert one.suspicion(5.1) is not None
@@ -97,13 +99,13 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """However late a gateway looks, and however often: of each rest no more counts than was meant, all of it does, and
-    the clock never goes back or ahead of the other."""
+    """Waking time counts each sleep in full and oversleeping by at most LATE_S, and it never goes backward or overtakes
+    the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
         clock.rest(now, rest_s)
         began, now = now, now + rest_s + late_s
-        within = clock.at(began + part * (now - began))  # somebody asks while its owner rests, or should not any longer
+        within = clock.at(began + part * (now - began))  # a reading while the owner sleeps or oversleeps
         waked, before = clock.at(now), waked
         assert before <= within <= waked
         assert before + rest_s - 1e-9 <= waked <= before + rest_s + min(late_s, LATE_S) + 1e-9
@@ -112,8 +114,8 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """Beats that come as much later as the gateway looks later raise no alarm; a dead worker is found after as many
-    looks as ever."""
+    """Beats that are as late as the gateway's checks raise no alarm, and a dead worker is found after the usual number
+    of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0
     one = alive()

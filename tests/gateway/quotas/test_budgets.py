@@ -1,4 +1,4 @@
-"""Budget notices: told once, signed, tried again, by one gateway, whatever is away meanwhile."""
+"""Budget notices are sent once, signed, retried, and by one gateway, whatever is unreachable meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOON = 1_795_608_000.0
 
 
 class Receiver:
-    """A web server that keeps what it gets, and answers `status`."""
+    """A web server that records requests and answers with `status`."""
 
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
@@ -53,7 +53,7 @@ class Receiver:
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -62,12 +62,12 @@ class Receiver:
 
     @property
     def told(self) -> list[tuple[str, str, float]]:
-        """Tenant, budget and threshold of each."""
+        """Tenant, budget and threshold of each notice."""
         bodies = [json.loads(body) for _, body in self.got]
         return sorted((one["tenant"], one["budget"], one["threshold"]) for one in bodies)
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -101,7 +101,7 @@ class Clock:
 
 
 def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: float) -> BudgetWatch:
-    """As one gateway has it, for a tenant of 1000 tokens a day and 10,000 a month."""
+    """A gateway's budget watch, for a tenant with 1000 tokens a day and 10,000 a month."""
     policy = TenantPolicy("acme", limits=TenantLimits(daily_tokens=1000, monthly_tokens=10_000))
     webhook = BudgetWebhook(url=receiver.url, secret_file=Path("unread"), thresholds=thresholds or (0.8, 1.0))
     return BudgetWatch(
@@ -110,12 +110,13 @@ def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: floa
 
 
 def use(ledger: Ledger, name: str, tokens: int, at_s: float = NOON) -> None:
-    """A call of so many tokens has ended."""
+    """Record an ended call of so many tokens."""
     ledger.usage.insert([record(name, opened_at_s=at_s, prompt_tokens=tokens, cached_tokens=0, completion_tokens=0)])
 
 
 def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> None:
-    """At 80 % one notice, none more at 95 %, another at 100 %, and all anew the next day; a month has its own."""
+    """Each threshold (80 %, 100 %) causes one notice per day; the next day starts again, and a month is counted
+    separately."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
     watch.look()
@@ -144,8 +145,8 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
 
 
 def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> None:
-    """The body names tenant, budget, use and limit and nothing secret; the signature is the secret's over time and
-    body, and another secret's or another body's is not."""
+    """The body names tenant, budget, use and limit and nothing secret. The signature matches only this secret, time and
+    body."""
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).look()
     ((headers, body),) = receiver.got
@@ -172,7 +173,7 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
 
 @pytest.mark.parametrize("status", [500, 429, 302])
 def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver, status: int) -> None:
-    """With pauses that grow, with one id, until it takes it; a redirect is not followed."""
+    """Delivery is retried with growing pauses and the same id until it succeeds; redirects are not followed."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock, 0.8)
     use(ledger, "1", 900)
@@ -195,13 +196,13 @@ def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver
 
 
 def test_pauses_grow_to_an_hour() -> None:
-    """Nobody is asked every few seconds for a month, nor given up."""
+    """Retries continue, with pauses that grow up to an hour."""
     assert [pause_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
     assert pause_s(10_000) == LONGEST_PAUSE_S
 
 
 def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: Path) -> None:
-    """Eight that look at the same moment send one request."""
+    """Eight gateways that query at the same moment send one request."""
     use(ledger, "1", 820)
     ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.db'}") for _ in range(8)]
     watches = [watch_of(one, receiver, Clock()) for one in ledgers]
@@ -214,7 +215,7 @@ def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: P
 
 
 def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiver) -> None:
-    """What one has taken and not sent another sends, after the pause."""
+    """A notice that a gateway has taken and not sent is sent by another, after the pause."""
     clock = Clock()
     use(ledger, "1", 820)
     found = BudgetUse("acme", "daily_tokens", day_name(NOON), 820, 1000)
@@ -229,7 +230,8 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
 
 
 def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
-    """While it is killed nothing is sent and the last ratio stands; what was crossed is told when it is back."""
+    """While the database is down, nothing is sent and the last ratio stays; thresholds crossed meanwhile are noticed
+    afterwards."""
     with postgres.running() as server:
         ledger = Ledger(server.new_database())
         ledger.upgrade()
@@ -248,7 +250,7 @@ def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
 
 
 def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -> None:
-    """Its name goes from the notices too, and so do those of periods long over."""
+    """Erasing a tenant also erases its notices; notices of periods long over are deleted too."""
     ledger.tenants.create(TenantPolicy("acme"))
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).look()
@@ -258,8 +260,8 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """With the store of shared limits away: a tenant's calls bring it over half its budget, the metric says so, and the
-    operator's server is told; a gateway that starts anew on the same ledger knows what was used."""
+    """While the store of shared limits is down, calls take a tenant over half its budget: the metric and the operator's
+    server report it, and a new gateway on the same ledger knows the use."""
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"
