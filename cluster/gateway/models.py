@@ -50,7 +50,7 @@ class KnownModel:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
-        self.last: EngineInfo | None = None
+        self.last_info: EngineInfo | None = None
         """Info of the last worker that left. Used while no worker is linked, for fields that the catalog lacks."""
         self._replaced: dict[str, None] = {}
         """Generations that the catalog has retired, the newest last."""
@@ -181,7 +181,7 @@ class KnownModel:
         lengths = [length for link in self.links.values() if (length := link.info.max_model_len)]
         if lengths:
             return min(lengths)
-        return self.entry.max_model_len or (self.last.max_model_len if self.last is not None else 0)
+        return self.entry.max_model_len or (self.last_info.max_model_len if self.last_info is not None else 0)
 
     @property
     def bundle_digest(self) -> str:
@@ -201,8 +201,8 @@ class KnownModel:
         link = self._link_of(version)
         if link is not None:
             return link.info.default_sampling
-        if not self.entry.default_sampling and self.last is not None:
-            return self.last.default_sampling
+        if not self.entry.default_sampling and self.last_info is not None:
+            return self.last_info.default_sampling
         return self.entry.default_sampling
 
 
@@ -267,7 +267,7 @@ class ModelDirectory:
         model.remove_link(link)
         if model.links:
             return
-        model.last = link.info
+        model.last_info = link.info
         if not model.in_catalog:
             # Without a catalog the model may still be wanted, so calls wait for a worker to return.
             state = ModelState.GONE if self._has_catalog else ModelState.LOADING

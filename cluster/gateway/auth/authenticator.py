@@ -30,11 +30,11 @@ class Credentials:
 class Caller:
     """A long-lived caller, such as a session, which is authenticated again whenever tenants or keys change."""
 
-    __slots__ = ("principal", "refused", "shown")
+    __slots__ = ("credentials", "principal", "refused")
 
-    def __init__(self, principal: Principal, shown: Credentials) -> None:
+    def __init__(self, principal: Principal, credentials: Credentials) -> None:
         self.principal = principal
-        self.shown = shown
+        self.credentials = credentials
         self.refused: CallError | None = None
 
     def require(self) -> Principal:
@@ -56,7 +56,7 @@ class Authenticator(Protocol):
     by_certificate: bool
     on_change: set[Callable[[], None]]
 
-    async def principal(self, shown: Credentials) -> Principal:
+    async def principal(self, credentials: Credentials) -> Principal:
         """Authenticate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
@@ -64,10 +64,10 @@ class Authenticator(Protocol):
 
         Raises CallError STORE_UNAVAILABLE."""
 
-    async def visit(self, shown: Credentials) -> Caller:
+    async def visit(self, credentials: Credentials) -> Caller:
         """Authenticate a long-lived caller and keep it up to date until `leave`. Raises as `principal` does."""
 
-    def leave(self, visitor: Caller) -> None:
+    def leave(self, caller: Caller) -> None:
         """Stop keeping a caller from `visit` up to date."""
 
     def standing(self, tenant: str) -> CallError | None:
@@ -85,7 +85,7 @@ class NoAuthentication:
     def __init__(self) -> None:
         self.on_change: set[Callable[[], None]] = set()
 
-    async def principal(self, shown: Credentials) -> Principal:
+    async def principal(self, credentials: Credentials) -> Principal:
         """See Authenticator."""
         return ANYBODY
 
@@ -93,11 +93,11 @@ class NoAuthentication:
         """See Authenticator."""
         return ANYBODY
 
-    async def visit(self, shown: Credentials) -> Caller:
+    async def visit(self, credentials: Credentials) -> Caller:
         """See Authenticator."""
-        return Caller(ANYBODY, shown)
+        return Caller(ANYBODY, credentials)
 
-    def leave(self, visitor: Caller) -> None:
+    def leave(self, caller: Caller) -> None:
         """See Authenticator."""
 
     def standing(self, tenant: str) -> CallError | None:

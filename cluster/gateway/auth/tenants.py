@@ -22,7 +22,7 @@ from cluster.config.schema import Config, cache_dir, database_url, secret_files
 from cluster.config.tenants import Auth
 from cluster.gateway.auth.authenticator import Caller, Credentials
 from cluster.gateway.auth.credentials import CredentialChecker
-from cluster.gateway.quotas.budgets import BudgetWatch, Spent
+from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
@@ -147,7 +147,7 @@ class TenantAuthenticator:
         await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
 
-    def budgets(self, spent: Spent) -> BudgetWatch:
+    def budgets(self, on_sums: SumsCallback) -> BudgetWatch:
         """The watch over all tenants' budgets. Raises ValueError for an unusable webhook secret file."""
         observe = self._config.observe
         webhook = observe.budget_webhook if self._first else None
@@ -157,7 +157,7 @@ class TenantAuthenticator:
             self.ledger,
             lambda: list(self._policies_by_tenant().values()),
             self._metrics,
-            spent,
+            on_sums,
             webhook=webhook,
             secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
             max_tenants=observe.max_tenant_series,
@@ -210,25 +210,25 @@ class TenantAuthenticator:
 
     # ---- Authenticator
 
-    async def principal(self, shown: Credentials) -> Principal:
+    async def principal(self, credentials: Credentials) -> Principal:
         """See Authenticator."""
-        principal = await self._authenticator.principal(shown.authorization, shown.names, shown.peer)
+        principal = await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
         tenant = self._derive(principal.tenant)[1]
         return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
 
     def knows(self) -> AccessSnapshot:
-        """See Door."""
+        """See Authenticator."""
         return self.snapshot()
 
-    async def visit(self, shown: Credentials) -> Caller:
+    async def visit(self, credentials: Credentials) -> Caller:
         """See Authenticator."""
-        caller = Caller(await self.principal(shown), shown)
+        caller = Caller(await self.principal(credentials), credentials)
         self._callers.add(caller)
         return caller
 
-    def leave(self, visitor: Caller) -> None:
+    def leave(self, caller: Caller) -> None:
         """See Authenticator."""
-        self._callers.discard(visitor)
+        self._callers.discard(caller)
 
     def snapshot(self) -> AccessSnapshot:
         """The current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
@@ -248,7 +248,7 @@ class TenantAuthenticator:
         return CallError(Outcome.TENANT_SUSPENDED, SUSPENDED) if entry.policy.suspended else None
 
     def salt(self, principal: Principal, own: str) -> str:
-        """See Door."""
+        """See Authenticator."""
         policy = principal.tenant
         return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
 
@@ -305,7 +305,7 @@ class TenantAuthenticator:
             self._snapshot_changed.clear()
             for number, caller in enumerate(list(self._callers)):
                 try:
-                    caller.principal = await self.principal(caller.shown)
+                    caller.principal = await self.principal(caller.credentials)
                     caller.refused = None
                 except CallError as error:
                     caller.refused = error

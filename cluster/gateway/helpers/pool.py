@@ -197,11 +197,11 @@ class HelperPool:
         """Process ids of the running helpers."""
         return frozenset(helper.pid for helper in self._helpers)
 
-    async def run(self, job: Job, *, size: int = 0, tenant: str = "", here: bool = True) -> Any:
+    async def run(self, job: Job, *, size: int = 0, tenant: str = "", local_fallback: bool = True) -> Any:
         """Run a job and return its result; None if no helper is available in time and the caller must run it itself.
 
-        `size`: bytes that the job works on. `here=False`: the caller cannot run it itself, so `run` also waits for a
-        helper that gets no core. Raises the job's CallError, TooMuchCpu or Lost."""
+        `size`: bytes that the job works on. `local_fallback=False`: the caller cannot run the job itself, so `run` also
+        waits for a helper that gets no core. Raises the job's CallError, TooMuchCpu or Lost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:
@@ -209,7 +209,7 @@ class HelperPool:
             # The job completes even if its caller is cancelled, because its answer must be read from the socket.
             patience_s = self._patience_s + size / 1e6
             work = self._spawn(self._work(helper, job, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
-            if not here:
+            if not local_fallback:
                 await asyncio.wait({work})
             elif not await _wait_while_running(work, helper, patience_s):
                 return None
@@ -290,9 +290,9 @@ class HelperPool:
             self._release(helper)
         return answer
 
-    def _replace_stopped(self, helper: _Helper, what: str, cpu_s: float) -> None:
+    def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
         """Replace a helper that ended because its job exceeded the CPU limit. Does not count as a failure."""
-        log.warning("helper_stopped", job=what, cpu_s=round(cpu_s, 1))
+        log.warning("helper_stopped", job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
         self._start()
@@ -380,13 +380,13 @@ async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience
             return False
 
 
-def _result(what: str, value: Any) -> Any:
-    if what == OK:
+def _result(kind: str, value: Any) -> Any:
+    if kind == OK:
         return value
-    if what == REFUSED:
+    if kind == REFUSED:
         assert isinstance(value, CallError)
         raise value
-    raise TooMuchCpu if what == TOO_MUCH else Lost(value)
+    raise TooMuchCpu if kind == TOO_MUCH else Lost(value)
 
 
 def _end_all(helpers: set[_Helper]) -> None:

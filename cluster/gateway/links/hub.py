@@ -102,7 +102,7 @@ class Hub(pb_grpc.LinkServicer):
         self.incarnation = uuid.uuid4().hex[:12]
         self._since = time.monotonic()
         self._listener = listener
-        self._admission = PeerIdentity(by_certificate)
+        self._peer_identity = PeerIdentity(by_certificate)
         self._timing = timing or Timing()
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
@@ -191,9 +191,9 @@ class Hub(pb_grpc.LinkServicer):
         certificate = context.peer_certificate()
         older = self._links.get(identity.worker_id)
         for model in {identity.model, older.identity.model if older is not None else identity.model}:
-            if not self._admission.speaks_for(certificate, model):
+            if not self._peer_identity.may_serve(certificate, model):
                 await self._refuse_peer(context, of_model(identity.model))
-        if self._admission.repeated(identity, epoch):
+        if self._peer_identity.is_replayed(identity, epoch):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"hello: this incarnation has already used epoch {epoch} or a later one",
@@ -270,7 +270,7 @@ class Hub(pb_grpc.LinkServicer):
         certificate = context.peer_certificate()
         while (beat := await read(context)) is not None:
             link = self._links.get(beat.worker_id)
-            if link is not None and not self._admission.speaks_for(certificate, link.identity.model):
+            if link is not None and not self._peer_identity.may_serve(certificate, link.identity.model):
                 await self._refuse_peer(context, of_model(link.identity.model))
             if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
                 link.last_heard = time.monotonic()
@@ -319,10 +319,10 @@ class Hub(pb_grpc.LinkServicer):
         link = self._links.get(hello.worker_id)
         certificate = context.peer_certificate()
         if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
-            if not self._admission.speaks_for(certificate, link.identity.model):
+            if not self._peer_identity.may_serve(certificate, link.identity.model):
                 await self._refuse_peer(context, "its worker's model")
             link.blobs = blobs
-        elif not self._admission.controls(certificate):
+        elif not self._peer_identity.may_control(certificate):
             await self._refuse_peer(context, "a worker that is linked, or the controller")
         writer = asyncio.create_task(self._write_blobs(blobs, context))
         parts: dict[str, bytearray] = {}
@@ -410,7 +410,7 @@ class Hub(pb_grpc.LinkServicer):
         first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
-        if not self._admission.controls(context.peer_certificate()):
+        if not self._peer_identity.may_control(context.peer_certificate()):
             await self._refuse_peer(context, CONTROLLER)
         controller = _Controller(first.hello)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))

@@ -24,7 +24,7 @@ def of_model(name: str) -> str:
     return f"headrace://model/{name}"
 
 
-def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
+def uris_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
     """The URIs of a verified certificate, from the dict of ssl's getpeercert."""
     names = certificate.get("subjectAltName", ()) if certificate else ()
     return frozenset(value for kind, value in names if kind == "URI")
@@ -38,15 +38,15 @@ class PeerIdentity:
         self._by_certificate = by_certificate
         self._epochs: dict[str, int] = {}
 
-    def speaks_for(self, certificate: Mapping[str, Any] | None, model: str) -> bool:
+    def may_serve(self, certificate: Mapping[str, Any] | None, model: str) -> bool:
         """Whether the certificate's holder may be a worker of the model."""
-        return not self._by_certificate or not names_of(certificate).isdisjoint((of_model(model), ANY_MODEL))
+        return not self._by_certificate or not uris_of(certificate).isdisjoint((of_model(model), ANY_MODEL))
 
-    def controls(self, certificate: Mapping[str, Any] | None) -> bool:
+    def may_control(self, certificate: Mapping[str, Any] | None) -> bool:
         """Whether the certificate's holder may be the controller."""
-        return not self._by_certificate or CONTROLLER in names_of(certificate)
+        return not self._by_certificate or CONTROLLER in uris_of(certificate)
 
-    def repeated(self, identity: WorkerIdentity, epoch: int) -> bool:
+    def is_replayed(self, identity: WorkerIdentity, epoch: int) -> bool:
         """Whether this incarnation has already used this epoch or a later one. Remembers the epoch."""
         last = self._epochs.pop(identity.incarnation, -1)
         self._epochs[identity.incarnation] = max(last, epoch)

@@ -1,6 +1,6 @@
 """Watch over all tenants' budgets in the ledger: the metric, the webhook, and the sums that survive a gateway restart.
 
-Calls never wait for it: a thread queries the database every LOOK_S, or less often if queries are slow. While the
+Calls never wait for it: a thread queries the database every INTERVAL_S, or less often if queries are slow. While the
 database is unreachable, the last ratios stay and no notices are sent; thresholds crossed meanwhile are noticed
 afterwards. Valkey is not needed: budgets are measured by what the ledger has recorded, not by what is reserved.
 """
@@ -26,12 +26,12 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("budgets")
 
-LOOK_S = 10.0
+INTERVAL_S = 10.0
 PART_OF_TIME = 20
 """Queries take at most one part in so many of the time."""
 PAST_DAYS_S = 3600.0
 """Interval at which past days are summed again, since records may arrive late."""
-Spent = Callable[[Mapping[str, int], Mapping[str, int], float], None]
+SumsCallback = Callable[[Mapping[str, int], Mapping[str, int], float], None]
 
 
 class BudgetWatch:
@@ -43,25 +43,25 @@ class BudgetWatch:
         ledger: Ledger,
         policies: Callable[[], Sequence[TenantPolicy]],
         metrics: Metrics,
-        spent: Spent,
+        on_sums: SumsCallback,
         *,
         webhook: BudgetWebhook | None = None,
         secret: bytes = b"",
         max_tenants: int = 500,
-        look_s: float = LOOK_S,
+        interval_s: float = INTERVAL_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`policies` may raise CallError. `spent` is called with the sums of the day and of the month by tenant.
+        """`policies` may raise CallError. `on_sums` is called with the sums of the day and of the month by tenant.
         `max_tenants`: how many tenants the metric reports, those closest to their budgets first."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies
         self._metrics = metrics
-        self._spent = spent
+        self._on_sums = on_sums
         self._webhook = webhook
         self._secret = secret
         self._max_tenants = max_tenants
-        self._look_s = look_s
+        self._interval_s = interval_s
         self._wall = wall
         self._uses: list[BudgetUse] = []
         self._past_days: dict[str, int] = {}
@@ -73,13 +73,13 @@ class BudgetWatch:
         """Query the ledger periodically until cancelled."""
         while True:
             began = time.monotonic()
-            sums = await asyncio.to_thread(self.look)
+            sums = await asyncio.to_thread(self.check)
             if sums is not None:
-                self._spent(*sums)
+                self._on_sums(*sums)
             took_s = time.monotonic() - began
-            await asyncio.sleep(max(self._look_s, PART_OF_TIME * took_s))
+            await asyncio.sleep(max(self._interval_s, PART_OF_TIME * took_s))
 
-    def look(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
+    def check(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
         """Sum the usage, record crossed thresholds and send due notices, in the calling thread.
 
         Returns the day's sums, the month's sums and the time; None while the database is unreachable."""

@@ -40,8 +40,8 @@ def may_explode(pattern: str) -> bool:
         char = pattern[at]
         if char == "\\":
             at += 1
-        elif char == "[" and (found := _CLASS.match(pattern, at)):
-            at = found.end() - 1
+        elif char == "[" and (char_class := _CLASS.match(pattern, at)):
+            at = char_class.end() - 1
         elif char == "(":
             groups.append([0, 0, 0])
         elif char == "|":

@@ -188,44 +188,44 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
+    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
         """Tokenize as encode_prompt does, into packed ids. Beginnings of long texts are cached, per tenant.
 
-        Raises CallError before tokenizing if the text must have more than `most` tokens.
+        Raises CallError before tokenizing if the text must have more than `max_tokens` tokens.
         """
-        self._refuse_long(text, most, chat=False)
+        self._refuse_long(text, max_tokens, chat=False)
         return self._packed(tenant, text, "prompt", add_special_tokens=True)
 
     def chat_ids(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
         """Tokenize as encode_chat does, into packed ids, cached and limited as in `prompt_ids`."""
         text = self.render_chat(messages, **options)
-        self._refuse_long(text, most, chat=True)
+        self._refuse_long(text, max_tokens, chat=True)
         return self._packed(tenant, text, "messages", add_special_tokens=False)
 
-    def packed_ids(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
+    def packed_ids(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
         """Tokenize a packed prompt, as prompt_ids or chat_ids does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
-            return self.prompt_ids(tenant, unpacked.text, most)
-        return self.chat_ids(tenant, unpacked.messages, most, **unpacked.template_options)
+            return self.prompt_ids(tenant, unpacked.text, max_tokens)
+        return self.chat_ids(tenant, unpacked.messages, max_tokens, **unpacked.template_options)
 
-    async def prompt_ids_async(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
+    async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
         """prompt_ids, off the event loop if the text is long."""
-        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, most), {}), "prompt")
+        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, max_tokens), {}), "prompt")
 
     async def chat_ids_async(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
         """chat_ids, off the event loop if messages and options together are long."""
         chars = _chars(messages) + _chars(options)
-        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, most), options), "messages")
+        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, max_tokens), options), "messages")
 
-    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
+    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
         """packed_ids, off the event loop."""
         size = memoryview(prompt.packed).nbytes
-        job: Job = ("packed_ids", (tenant, prompt, most), {})
+        job: Job = ("packed_ids", (tenant, prompt, max_tokens), {})
         return await self._ids(
             tenant, max(size, ENCODE_HELPER_CHARS + 1), job, "messages" if prompt.is_chat else "prompt"
         )
@@ -251,7 +251,7 @@ class TextModel:
             return work()
         if (chars > ENCODE_HELPER_CHARS or not self._is_quick) and self.pool is not None:
             try:
-                result = await self.pool.run(job, size=chars, tenant=tenant, here=self._is_quick)
+                result = await self.pool.run(job, size=chars, tenant=tenant, local_fallback=self._is_quick)
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
             except Lost as lost:
@@ -265,15 +265,15 @@ class TextModel:
                 raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
         return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
-    def _refuse_long(self, text: str, most: int, *, chat: bool) -> None:
-        if len(text) <= SURELY_FEW * most:
+    def _refuse_long(self, text: str, max_tokens: int, *, chat: bool) -> None:
+        if len(text) <= SURELY_FEW * max_tokens:
             return
         if isinstance(self._reach, _Unknown):
             from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
 
             self._reach = Reach.of(self._tokenizer, self._layout)
-        if self._reach is not None and (fewest := self._reach.fewest(text)) > most:
-            raise too_long(fewest, most + 1, chat, surely="at least ")
+        if self._reach is not None and (fewest := self._reach.fewest(text)) > max_tokens:
+            raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode token ids by themselves. Ids beyond the tokenizer's vocabulary have no text."""

@@ -25,7 +25,7 @@ from tokenizers import Encoding, Tokenizer, models, normalizers
 
 BLOCK_CHARS: Final = 16_384
 """Work between two points at which another thread may take the GIL: about half a millisecond."""
-MEMORY_BYTES: Final = 32 << 20
+CACHE_BYTES: Final = 32 << 20
 """Size of the block cache per process and model: the last turns of some tens of long conversations."""
 DISTINCT_SHARE: Final = 0.3
 """Share of distinct words among all words above which encoding words costs more than encoding blocks."""
@@ -53,7 +53,7 @@ class WordEncoder:
         self._prefix = prefix
         self._suffix = suffix
         self._block_chars = block_chars
-        self.memory = BlockMemory()
+        self.cache = BlockCache()
 
     @classmethod
     def of(
@@ -71,12 +71,12 @@ class WordEncoder:
         Blocks at the beginning of the text that were recently encoded for the same tenant come from the cache.
         """
         blocks = _blocks(text, self._block_chars)
-        known = [self.memory.get(tenant, block) for block in blocks]
+        known = [self.cache.get(tenant, block) for block in blocks]
         fresh = iter(self._fresh([block for block, ids in zip(blocks, known, strict=True) if ids is None]))
         parts = [next(fresh) if ids is None else ids for ids in known]
         for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last block ends with the text
             if old is None:
-                self.memory.put(tenant, block, ids)
+                self.cache.put(tenant, block, ids)
         ids = b"".join(parts)
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
@@ -92,11 +92,11 @@ class WordEncoder:
         return list(map(_packed, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
 
 
-class BlockMemory:
+class BlockCache:
     """LRU cache of encoded blocks. A tenant finds only its own blocks, so timing reveals nothing of other tenants'
     texts."""
 
-    def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._ids: OrderedDict[tuple[str, str], PackedIds] = OrderedDict()
         self._lock = Lock()

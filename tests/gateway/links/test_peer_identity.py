@@ -304,7 +304,7 @@ def test_old_incarnations_are_forgotten() -> None:
     admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):
-        assert not admission.repeated(identity(number), 1)
-    assert admission.repeated(identity(MOST_REMEMBERED), 1)
-    assert not admission.repeated(identity(MOST_REMEMBERED), 2)
-    assert not admission.repeated(identity(0), 1), "forgotten"
+        assert not admission.is_replayed(identity(number), 1)
+    assert admission.is_replayed(identity(MOST_REMEMBERED), 1)
+    assert not admission.is_replayed(identity(MOST_REMEMBERED), 2)
+    assert not admission.is_replayed(identity(0), 1), "forgotten"

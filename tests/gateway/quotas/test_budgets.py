@@ -119,17 +119,17 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
     separately."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
-    watch.look()
+    watch.check()
     assert receiver.told == []
     use(ledger, "1", 800)
-    watch.look()
-    watch.look()
+    watch.check()
+    watch.check()
     assert receiver.told == [("acme", "daily_tokens", 0.8)]
     use(ledger, "2", 150)
-    watch.look()
+    watch.check()
     assert len(receiver.told) == 1
     use(ledger, "3", 60)
-    watch.look()
+    watch.check()
     assert receiver.told == [("acme", "daily_tokens", 0.8), ("acme", "daily_tokens", 1.0)]
     assert {(t, b): ratio for _, (t, b), ratio in watch.gauges()} == {
         ("acme", "daily_tokens"): 1.01,
@@ -137,10 +137,10 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
     }
     clock.now_s += 86_400
     use(ledger, "4", 900, clock.now_s)
-    watch.look()
+    watch.check()
     assert len(receiver.told) == 3
     use(ledger, "5", 6200, clock.now_s)
-    watch.look()
+    watch.check()
     assert receiver.told.count(("acme", "monthly_tokens", 0.8)) == 1
 
 
@@ -148,7 +148,7 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
     """The body names tenant, budget, use and limit and nothing secret. The signature matches only this secret, time and
     body."""
     use(ledger, "1", 820)
-    watch_of(ledger, receiver, Clock()).look()
+    watch_of(ledger, receiver, Clock()).check()
     ((headers, body),) = receiver.got
     told = json.loads(body)
     assert told | {"id": ""} == {
@@ -178,19 +178,19 @@ def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver
     watch = watch_of(ledger, receiver, clock, 0.8)
     use(ledger, "1", 900)
     receiver.status = status
-    watch.look()
-    watch.look()
+    watch.check()
+    watch.check()
     assert len(receiver.got) == 1, "not at once"
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     assert len(receiver.got) == 2, "the second pause is longer"
     receiver.status = 200
     clock.now_s += 2 * FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     clock.now_s += LONGEST_PAUSE_S
-    watch.look()
+    watch.check()
     assert [json.loads(body)["attempt"] for _, body in receiver.got] == [1, 2, 3]
     assert len({headers["x-headrace-id"] for headers, _ in receiver.got}) == 1
 
@@ -208,7 +208,7 @@ def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: P
     watches = [watch_of(one, receiver, Clock()) for one in ledgers]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            list(pool.map(BudgetWatch.look, watches))
+            list(pool.map(BudgetWatch.check, watches))
     for one in ledgers:
         one.close()
     assert receiver.told == [("acme", "daily_tokens", 0.8)]
@@ -222,10 +222,10 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
     ledger.notices.enter(crossed([found], [0.8]), NOON)
     assert len(ledger.notices.take(NOON)) == 1
     watch = watch_of(ledger, receiver, clock, 0.8)
-    watch.look()
+    watch.check()
     assert receiver.got == []
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     assert receiver.told == [("acme", "daily_tokens", 0.8)]
 
 
@@ -237,14 +237,14 @@ def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
         ledger.upgrade()
         watch = watch_of(ledger, receiver, Clock())
         use(ledger, "1", 500)
-        assert watch.look() is not None
+        assert watch.check() is not None
         use(ledger, "2", 400)
         server.kill()
-        assert watch.look() is None
+        assert watch.check() is None
         assert receiver.got == []
         assert [ratio for _, (_, budget), ratio in watch.gauges() if budget == "daily_tokens"] == [0.5]
         server.start()
-        assert watch.look() is not None
+        assert watch.check() is not None
         assert receiver.told == [("acme", "daily_tokens", 0.8)]
         ledger.close()
 
@@ -253,7 +253,7 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
     """Erasing a tenant also erases its notices; notices of periods long over are deleted too."""
     ledger.tenants.create(TenantPolicy("acme"))
     use(ledger, "1", 820)
-    watch_of(ledger, receiver, Clock()).look()
+    watch_of(ledger, receiver, Clock()).check()
     assert ledger.erase("acme") == 3
     assert ledger.notices.take(NOON + 10 * LONGEST_PAUSE_S) == []
 

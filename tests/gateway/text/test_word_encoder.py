@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from cluster.gateway.text.word_encoder import QWEN2, BlockMemory, WordEncoder
+from cluster.gateway.text.word_encoder import QWEN2, BlockCache, WordEncoder
 from tests.gateway.text.kinds import TEXTS
 from tests.support import tokenizer_kinds
 
@@ -166,24 +166,24 @@ def test_a_longer_text_costs_its_new_part() -> None:
     encoder = encoder_of(MADE["llama3"], block_chars=100)
     assert encoder is not None
     encoder.encode(TURN, add_special_tokens=False, tenant="acme")
-    held = encoder.memory.bytes
+    held = encoder.cache.bytes
     longer = TURN + " And some more was said, and the river went on to turn the wheel. " * 2
     whole = MADE["llama3"].encode(longer, add_special_tokens=False).ids
     assert encoder.encode(longer, add_special_tokens=False, tenant="acme") == array("I", whole).tobytes()
-    assert 0 < encoder.memory.bytes - held < held / 4
-    before = encoder.memory.bytes
+    assert 0 < encoder.cache.bytes - held < held / 4
+    before = encoder.cache.bytes
     encoder.encode(TURN, add_special_tokens=False, tenant="other")
-    assert encoder.memory.bytes - before == held
+    assert encoder.cache.bytes - before == held
 
 
 def test_what_is_remembered_is_bounded() -> None:
     """The cache drops the least recently used blocks beyond its size, and finds a tenant's blocks for that tenant
     only."""
-    memory = BlockMemory(max_bytes=10_000)
+    cache = BlockCache(max_bytes=10_000)
     for n in range(100):
-        memory.put("acme", f"{n:>1000}", b"1234")
-        memory.get("acme", f"{0:>1000}")
-        assert memory.bytes <= 10_000
-    assert memory.get("acme", f"{0:>1000}") == memory.get("acme", f"{99:>1000}") == b"1234"
-    assert memory.get("acme", f"{50:>1000}") is None
-    assert memory.get("other", f"{99:>1000}") is None
+        cache.put("acme", f"{n:>1000}", b"1234")
+        cache.get("acme", f"{0:>1000}")
+        assert cache.bytes <= 10_000
+    assert cache.get("acme", f"{0:>1000}") == cache.get("acme", f"{99:>1000}") == b"1234"
+    assert cache.get("acme", f"{50:>1000}") is None
+    assert cache.get("other", f"{99:>1000}") is None
