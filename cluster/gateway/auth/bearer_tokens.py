@@ -1,4 +1,4 @@
-"""How to tell a JWT from an API key, and the error for a refused token.
+"""The distinction of JWTs from API keys, and the error for a refused token.
 
 Separate from oidc.py, which verifies JWTs, because that module is slow to import.
 """

@@ -28,7 +28,7 @@ log = structlog.get_logger("budgets")
 
 INTERVAL_S = 10.0
 PART_OF_TIME = 20
-"""Queries take at most one part in so many of the time."""
+"""Queries take at most 1/PART_OF_TIME of the time."""
 PAST_DAYS_S = 3600.0
 """Interval at which past days are summed again, since records may arrive late."""
 SumsCallback = Callable[[Mapping[str, int], Mapping[str, int], float], None]
