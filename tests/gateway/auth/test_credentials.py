@@ -51,7 +51,7 @@ class World:
     """A CredentialChecker and the failures that it has reported."""
 
     def __init__(self, *, oidc: bool = True) -> None:
-        self.told: list[tuple[str, str, str]] = []
+        self.failures: list[tuple[str, str, str]] = []
         tenants = [TenantEntry(TenantPolicy(n, suspended=n == "gone")) for n in ("acme", "billing", "gone")]
         key = KeyEntry("k1", "acme", digest_of(sha256_of(KEY), PEPPER))
         self.snapshot = AccessSnapshot.of(tenants, [key])
@@ -61,33 +61,33 @@ class World:
             peppers=(PEPPER,),
             oidc=OidcVerifier([issuer], fetch=documents, wall=lambda: NOW) if oidc else None,
             certificates=[CertificateRule("spiffe://example.com/ns/billing", "billing")],
-            on_failure=lambda reason, subject, peer: self.told.append((reason, subject, peer)),
+            on_failure=lambda reason, subject, peer: self.failures.append((reason, subject, peer)),
             clock=lambda: NOW,
         )
 
-    async def who(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
+    async def principal(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
         """The principal for these credentials."""
         return await self.authenticator.principal(authorization, names, "10.0.0.9")
 
     async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
         """The error for these credentials."""
         with pytest.raises(CallError) as caught:
-            await self.who(*authorization, names=names)
+            await self.principal(*authorization, names=names)
         return caught.value
 
 
 async def test_keys_tokens_and_certificates() -> None:
     """Keys, tokens and certificates each yield tenant, role and subject; the case of the scheme does not matter."""
     world = World()
-    key = await world.who(f"Bearer {KEY}")
+    key = await world.principal(f"Bearer {KEY}")
     assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
-    assert (await world.who(f"bearer {KEY}")).tenant.name == "acme"
-    claimed = await world.who(f"Bearer {token('billing')}")
+    assert (await world.principal(f"bearer {KEY}")).tenant.name == "acme"
+    claimed = await world.principal(f"Bearer {token('billing')}")
     assert (claimed.tenant.name, claimed.by, claimed.subject, claimed.role) == ("billing", "jwt", "ada", "operator")
-    shown = await world.who(names=("DNS:x", SPIFFE))
+    shown = await world.principal(names=("DNS:x", SPIFFE))
     assert (shown.tenant.name, shown.by, shown.role) == ("billing", "certificate", "caller")
     assert shown.subject == SPIFFE, "the audit names the alternative name that let it in"
-    assert world.told == []
+    assert world.failures == []
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
     world = World()
     error = await world.refused(*values)
     assert error.outcome is Outcome.UNAUTHENTICATED_KEY
-    assert [told[0] for told in world.told] == [reason]
-    assert world.told[0][2] == "10.0.0.9"
+    assert [failure[0] for failure in world.failures] == [reason]
+    assert world.failures[0][2] == "10.0.0.9"
     assert KEY not in error.message
     if reason != "missing":
         assert error.message == BAD_KEY
@@ -128,14 +128,14 @@ async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
     world = World()
     await world.refused("Bearer nonsense", names=(SPIFFE,))
     await world.refused("", names=(SPIFFE,))
-    assert [told[0] for told in world.told] == ["unknown", "missing"]
+    assert [failure[0] for failure in world.failures] == ["unknown", "missing"]
 
 
 async def test_a_certificate_of_nobody() -> None:
     """A certificate that no rule names is distinguished in the audit only."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
-    assert world.told[0][0] == "unknown_certificate"
+    assert world.failures[0][0] == "unknown_certificate"
 
 
 async def test_a_suspended_tenant() -> None:
@@ -148,7 +148,7 @@ async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
     """Without a configured issuer, a JWT gets the same answer as a bad key."""
     world = World(oidc=False)
     assert (await world.refused(f"Bearer {token('acme')}")).message == BAD_KEY
-    assert world.told[0][0] == "unknown"
+    assert world.failures[0][0] == "unknown"
 
 
 async def test_a_stale_snapshot_is_no_bad_key() -> None:
@@ -162,4 +162,4 @@ async def test_a_stale_snapshot_is_no_bad_key() -> None:
     with pytest.raises(CallError) as caught:
         await authenticator.principal((f"Bearer {KEY}",))
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
-    assert world.told == []
+    assert world.failures == []

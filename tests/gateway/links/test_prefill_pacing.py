@@ -57,20 +57,20 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
     """Requests stop counting when a step has begun with them. Waiting for their first tokens would leave every other
     step without prefill, and counting time alone would overfill one."""
-    link, told = linked(), []
-    link.on_begun = lambda continued: told.append(link.replays.tokens)
+    link, counts_at_begin = linked(), []
+    link.on_begun = lambda continued: counts_at_begin.append(link.replays.tokens)
     submit(link, 10, 0)
     assert (link.replays.tokens, link.replays.prompts) == (0, 10), "one that begins is counted apart"
     first, second = submit(link, 10, 5), submit(link, 20, 5)
     assert link.replays.tokens == 40
     link.apply(turn(step=True))
-    assert (link.replays.tokens, told) == (40, []), "this step may have begun before they came"
+    assert (link.replays.tokens, counts_at_begin) == (40, []), "this step may have begun before they came"
     link.apply(turn(first))
-    assert (link.replays.tokens, told) == (40, []), "taken, but no step has begun since"
+    assert (link.replays.tokens, counts_at_begin) == (40, []), "taken, but no step has begun since"
     link.apply(turn(step=True))
-    assert (link.replays.tokens, told) == (25, [25])
+    assert (link.replays.tokens, counts_at_begin) == (25, [25])
     link.apply(turn(second, step=True))
-    assert (link.replays.tokens, told) == (0, [25, 0])
+    assert (link.replays.tokens, counts_at_begin) == (0, [25, 0])
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:

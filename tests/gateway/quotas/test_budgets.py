@@ -61,7 +61,7 @@ class Receiver:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/hook"
 
     @property
-    def told(self) -> list[tuple[str, str, float]]:
+    def notices(self) -> list[tuple[str, str, float]]:
         """Tenant, budget and threshold of each notice."""
         bodies = [json.loads(body) for _, body in self.got]
         return sorted((one["tenant"], one["budget"], one["threshold"]) for one in bodies)
@@ -120,17 +120,17 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
     watch.check()
-    assert receiver.told == []
+    assert receiver.notices == []
     use(ledger, "1", 800)
     watch.check()
     watch.check()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
     use(ledger, "2", 150)
     watch.check()
-    assert len(receiver.told) == 1
+    assert len(receiver.notices) == 1
     use(ledger, "3", 60)
     watch.check()
-    assert receiver.told == [("acme", "daily_tokens", 0.8), ("acme", "daily_tokens", 1.0)]
+    assert receiver.notices == [("acme", "daily_tokens", 0.8), ("acme", "daily_tokens", 1.0)]
     assert {(t, b): ratio for _, (t, b), ratio in watch.gauges()} == {
         ("acme", "daily_tokens"): 1.01,
         ("acme", "monthly_tokens"): 0.101,
@@ -138,10 +138,10 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
     clock.now_s += 86_400
     use(ledger, "4", 900, clock.now_s)
     watch.check()
-    assert len(receiver.told) == 3
+    assert len(receiver.notices) == 3
     use(ledger, "5", 6200, clock.now_s)
     watch.check()
-    assert receiver.told.count(("acme", "monthly_tokens", 0.8)) == 1
+    assert receiver.notices.count(("acme", "monthly_tokens", 0.8)) == 1
 
 
 def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> None:
@@ -150,8 +150,8 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).check()
     ((headers, body),) = receiver.got
-    told = json.loads(body)
-    assert told | {"id": ""} == {
+    notice = json.loads(body)
+    assert notice | {"id": ""} == {
         "id": "",
         "event": "budget.threshold",
         "cluster": "test",
@@ -164,7 +164,7 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
         "noticed_at": "2026-11-25T12:00:00+00:00",
         "attempt": 1,
     }
-    assert headers["x-headrace-id"] == told["id"]
+    assert headers["x-headrace-id"] == notice["id"]
     stamp, sent = (part.split("=")[1] for part in headers["x-headrace-signature"].split(","))
     assert int(stamp) == NOON
     assert sent == hmac.new(SECRET, f"{stamp}.".encode() + body, hashlib.sha256).hexdigest()
@@ -211,7 +211,7 @@ def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: P
             list(pool.map(BudgetWatch.check, watches))
     for one in ledgers:
         one.close()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
 
 
 def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiver) -> None:
@@ -226,7 +226,7 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
     assert receiver.got == []
     clock.now_s += FIRST_PAUSE_S
     watch.check()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
 
 
 def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
@@ -245,7 +245,7 @@ def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
         assert [ratio for _, (_, budget), ratio in watch.gauges() if budget == "daily_tokens"] == [0.5]
         server.start()
         assert watch.check() is not None
-        assert receiver.told == [("acme", "daily_tokens", 0.8)]
+        assert receiver.notices == [("acme", "daily_tokens", 0.8)]
         ledger.close()
 
 
@@ -273,15 +273,15 @@ async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bu
         request = complete(max_tokens=60, ignore_eos=True)
         await keyed.cluster.stub.Complete(request, metadata=bearer(key))
 
-        async def told() -> bool:
+        async def delivered() -> bool:
             return bool(receiver.got)
 
-        await eventually(told, "the operator's server is told", timeout_s=30)
+        await eventually(delivered, "the operator's server has the notice", timeout_s=30)
         exposed = generate_latest(keyed.gateway.metrics.registry).decode()
         line = next(one for one in exposed.splitlines() if one.startswith("headrace_budget_used_ratio{"))
         assert 'tenant="acme"' in line
         assert 0.6 <= float(line.split()[-1]) < 1
-        assert receiver.told == [("acme", "daily_tokens", 0.5)]
+        assert receiver.notices == [("acme", "daily_tokens", 0.5)]
     local = more.replace(", limits_url: 'redis://127.0.0.1:1'", "")
     async with keyed_cluster(tmp_path, local) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
