@@ -1,6 +1,6 @@
-"""The door: bytes become a call, an outcome becomes a status. Calls wait here; nothing is decided here.
+"""The gateway: it turns requests into calls, and outcomes into statuses. Decisions are made in cluster.policy.
 
-A call's way, top to bottom: inference.py (bytes) -> request.py (what is asked, checked) -> service.py (one call from
-arrival to end) -> models.py (which model) -> text/ (tokens) -> scheduler.py (waiting and binding) -> cluster.link ->
-and back through call.py (tokens become text) to inference.py.
+The path of a call: apis/grpc/inference.py (bytes) -> calls/request.py (validated request) -> service.py (one call from
+arrival to end) -> models.py (model) -> text/ (token ids) -> scheduling/scheduler.py (queueing and binding) ->
+links/worker_link.py -> and back through calls/call.py (tokens become text) to apis/grpc/inference.py.
 """

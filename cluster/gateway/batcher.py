@@ -1,8 +1,8 @@
-"""Asks that come while others are under way go together, as soon as those are answered.
+"""Batching of requests to a store: requests that arrive while a batch is running form the next batch.
 
-A store is asked once a call. When a gateway dies, or a batch of jobs begins, a hundred calls come in one moment; asked
-one by one, each would cost a connection or a transaction of its own, and all of them the time of a hundred. Alone an
-ask goes at once; under load it waits for at most one other, as in a database's group commit.
+Each call makes one request to a store. When a gateway dies, or a batch of jobs starts, a hundred calls arrive at once;
+sent one by one, each request would cost its own connection or transaction, and the last would wait for all others. A
+single request is sent at once; under load it waits for at most one batch, as in a database's group commit.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ Answer = TypeVar("Answer")
 
 
 class Batcher(Generic[Ask, Answer]):
-    """One set of asks at a time. Belongs to the event loop that it is first used in."""
+    """Sends one batch at a time. Belongs to the event loop in which it is first used."""
 
     def __init__(
         self, ask: Callable[[Sequence[Ask]], Awaitable[Sequence[Answer | Exception]]], most: int = 1000
     ) -> None:
-        """`ask` answers each, or raises what is the error of everyone who waits; it gets at most `most` at once."""
+        """`ask` returns the answers to a batch of at most `most` requests. If it raises, all waiting requests fail."""
         self._ask = ask
         self._most = most
         self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
         self._asking: asyncio.Task[None] | None = None
 
-    def __call__(self, one: Ask) -> asyncio.Future[Answer]:
-        """Its answer. It is asked though nobody waits for it any longer, unless the future is cancelled before."""
+    def __call__(self, request: Ask) -> asyncio.Future[Answer]:
+        """Queue a request and return the future of its answer. Cancelling the future before its batch drops it."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((one, future))
+        self._waiting.append((request, future))
         if self._asking is None:
-            self._asking = asyncio.create_task(self._go_on())
+            self._asking = asyncio.create_task(self._send_batches())
         return future
 
-    async def _go_on(self) -> None:
+    async def _send_batches(self) -> None:
         due: list[tuple[Ask, asyncio.Future[Answer]]] = []
         try:
             while self._waiting:
                 due, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-                due = [(one, future) for one, future in due if not future.cancelled()]
-                answers = await self._ask([one for one, _ in due]) if due else ()
+                due = [(request, future) for request, future in due if not future.cancelled()]
+                answers = await self._ask([request for request, _ in due]) if due else ()
                 for (_, future), answer in zip(due, answers, strict=True):
                     if future.done():
                         continue
@@ -49,7 +49,7 @@ class Batcher(Generic[Ask, Answer]):
                         future.set_exception(answer)
                     else:
                         future.set_result(answer)
-        except Exception as error:  # those who wait would wait for the same once more
+        except Exception as error:  # the waiting requests fail too, as they would most likely get the same error
             failed, self._waiting = [*due, *self._waiting], []
             for _, future in failed:
                 if not future.done():

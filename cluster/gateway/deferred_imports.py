@@ -1,7 +1,7 @@
-"""Modules that a gateway imports after its start: large requests alone need them.
+"""Modules that a gateway imports after its start, because only large requests need them.
 
-Importing numpy takes some 60 ms and psutil 8, a twentieth of a start. They are there before the first large request as
-a rule; one that comes sooner imports them where they are used.
+Importing numpy takes about 60 ms and psutil 8 ms, together a twentieth of a start. They are usually imported before the
+first large request; an earlier request imports them at their place of use.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ AFTER_S, AT_LATEST_S, LOOK_S = 1.0, 10.0, 0.1
 
 
 async def import_later(idle: Callable[[], bool], after_s: float = AFTER_S, at_latest_s: float = AT_LATEST_S) -> None:
-    """Import MODULES in a thread: after `after_s` seconds, at the first moment that is `idle`, or at the latest after
-    `at_latest_s`. Loading native code holds the interpreter for some 15 ms, which callers would notice."""
+    """Import MODULES in a thread, once `idle()` holds after `after_s` seconds, at the latest after `at_latest_s`.
+
+    Loading native code holds the GIL for about 15 ms, which callers would notice."""
     latest = time.monotonic() + at_latest_s
     await asyncio.sleep(after_s)
-    while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - nothing tells of it
+    while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - there is no event for idleness
         await asyncio.sleep(LOOK_S)
     for name in MODULES:
         await asyncio.to_thread(importlib.import_module, name)

@@ -1,4 +1,4 @@
-"""/metrics of one process as an ASGI application. A page is made in a thread, once for all scrapes that wait for it."""
+"""The /metrics page of one process as an ASGI application. A thread renders it once for all concurrent scrapes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class MetricsPage:
-    """The application."""
+    """The ASGI application of the metrics page."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._making: dict[tuple[str, bool], asyncio.Task[tuple[str, bytes]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Serve one request, as ASGI defines."""
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, 405, [(b"allow", b"GET, HEAD")], b"")
             return
@@ -40,7 +40,7 @@ class MetricsPage:
         await _answer(send, 200, [(b"content-type", kind.encode()), *encoding], content)
 
     async def _page(self, accept: str, zipped: bool) -> tuple[str, bytes]:
-        """Scrapes that come while a page is made get that page: a hundred clients cost what one does."""
+        """The content type and the page. Scrapes that arrive while a page is rendered share it."""
         key = accept, zipped
         making = self._making.get(key)
         if making is None:
@@ -55,7 +55,7 @@ class MetricsPage:
 
 @asynccontextmanager
 async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
-    """The page on a port of its own, for a process that serves nothing else; the bound port. Raises OSError."""
+    """Serve the metrics page on its own port, for a process without other servers. Yields the port. Raises OSError."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     server = HttpServer(MetricsPage(metrics), http2.ConnectionAdmission(table.pools[http2.Port.METRICS]))
     bound = await server.start(host, port)

@@ -1,7 +1,7 @@
-"""Which models there are: the controller's catalog and what the workers' Hellos say, under names and aliases.
+"""The models that a gateway knows, by name and alias, from the controller's catalog and the workers' Hellos.
 
-A gateway that starts before its controller knows the models of its workers; one that starts before its workers knows
-the catalog, and keeps the last one on disk for the next start.
+A gateway that starts before its controller knows the models of its workers. A gateway that starts before its workers
+knows the catalog, whose last version it keeps on disk for the next start.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ log = structlog.get_logger("directory")
 _T = TypeVar("_T")
 
 
-MOST_OF_A_START = 0.99
-"""A start that takes longer than others has not ended yet."""
+MAX_PROGRESS = 0.99
+"""The reported progress of a start that takes longer than expected."""
 
 
-MOST_REPLACED = 64
-"""Generations of a model that are remembered."""
+MAX_REMEMBERED = 64
+"""Maximum number of a model's retired generations, and of their compatibility keys, that are remembered."""
 
-MOST_POLICIES = 1000
-"""Of how many different lists of models it is kept what they open."""
+MAX_POLICIES = 1000
+"""Maximum number of distinct model lists of policies whose visible models are cached."""
 
 
 class KnownModel:
-    """A model as this gateway knows it now."""
+    """A model, as this gateway knows it."""
 
     def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
-        self.last: EngineInfo | None = None
-        """What the last worker that left had told: it holds while none is linked and the catalog does not say."""
+        self.last_info: EngineInfo | None = None
+        """Info of the last worker that left. Used while no worker is linked, for fields that the catalog lacks."""
         self._replaced: dict[str, None] = {}
-        """Generations that the catalog has called retired, the newest last."""
-        self._gone: dict[CompatibilityKey, None] = {}
-        """What workers of those were like that have left."""
+        """Generations that the catalog has retired, the newest last."""
+        self._departed: dict[CompatibilityKey, None] = {}
+        """Compatibility keys of departed workers of retired generations, the newest last."""
 
     @property
     def name(self) -> str:
@@ -63,31 +63,32 @@ class KnownModel:
         return self.entry.name
 
     def open_to(self, principal: Principal) -> bool:
-        """Whether the caller may use it: its tenant's policy allows one of its names."""
+        """Whether the caller may use the model: its tenant's policy allows one of the model's names."""
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
     @property
     def served(self) -> bool:
-        """Whether a worker takes its calls."""
+        """Whether a worker takes the model's new calls."""
         return any(map(self.takes, self.links.values()))
 
     @property
     def leaving(self) -> bool:
-        """Whether it has been taken out of the catalog: what has come is served, nothing more is let in."""
+        """Whether the model is being removed from the catalog: accepted calls are served, new ones are refused."""
         return self.in_catalog and self.entry.state is ModelState.DRAINING
 
     def start(self, wall_s: float) -> tuple[float, float]:
-        """While nobody serves it: how far its start is, in [0, 1], and how many seconds it takes still, by the time
-        that its starts take; (0, 0) where that is not known. `wall_s`: since the epoch."""
+        """Progress of the model's start in [0, 1] and the remaining seconds, estimated from earlier starts.
+
+        (0, 0) if unknown. Meaningful only while no worker serves the model. `wall_s`: seconds since the epoch."""
         whole_s, since_s = self.entry.cold_start_s, self.entry.starting_since_s
         if whole_s <= 0 or self.entry.state in (ModelState.FAILED, ModelState.GONE):
             return 0.0, 0.0
         passed_s = max(wall_s - since_s, 0.0) if since_s else 0.0
-        return min(passed_s / whole_s, MOST_OF_A_START), max(whole_s - passed_s, (1 - MOST_OF_A_START) * whole_s)
+        return min(passed_s / whole_s, MAX_PROGRESS), max(whole_s - passed_s, (1 - MAX_PROGRESS) * whole_s)
 
     @property
     def state(self) -> ModelState:
-        """READY while a worker is linked, else what the catalog says."""
+        """DRAINING while it is being removed, READY while a worker takes its calls, else the catalog's state."""
         if self.leaving:
             return ModelState.DRAINING
         if self.served:
@@ -97,72 +98,73 @@ class KnownModel:
         return self.entry.state
 
     def takes(self, link: WorkerLink) -> bool:
-        """Whether a worker gets new calls: it serves, is not being replaced, and its version is not set apart."""
+        """Whether a worker gets new calls: it serves, and is neither retired nor of a quarantined version."""
         return link.serves and not self.retired(link)
 
     def retired(self, link: WorkerLink) -> bool:
-        """Whether no call is to begin there, though those that have begun may go on."""
+        """Whether no new calls may go to a worker, though its running calls may continue."""
         identity = link.identity
         return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
 
-    def told(self, entry: CatalogEntry) -> None:
-        """The catalog has said this of it."""
+    def update(self, entry: CatalogEntry) -> None:
+        """Apply a new catalog entry."""
         self.entry, self.in_catalog = entry, True
         _remember(self._replaced, *entry.retired)
         for link in self.links.values():
-            if link.serves and link.identity.generation not in entry.retired:  # it was taken back
+            if link.serves and link.identity.generation not in entry.retired:  # the replacement was rolled back
                 self._replaced.pop(link.identity.generation, None)
 
-    def came(self, link: WorkerLink) -> None:
-        """A worker's link is up."""
+    def add_link(self, link: WorkerLink) -> None:
+        """Add a worker's link that is up."""
         self.links[link.identity.worker_id] = link
-        self._gone.pop(link.likeness, None)
+        self._departed.pop(link.likeness, None)
 
-    def went(self, link: WorkerLink) -> None:
-        """It has ended."""
+    def remove_link(self, link: WorkerLink) -> None:
+        """Remove a worker's link that has ended."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
-            _remember(self._gone, link.likeness)
+            _remember(self._departed, link.likeness)
 
     def comes_no_more(self, likeness: CompatibilityKey | None) -> bool:
-        """Whether no worker like this is there or to come: such ones were replaced by others, which serve."""
-        if likeness is None or not self.served or not any(gone.can_continue(likeness) for gone in self._gone):
+        """Whether no compatible worker is linked or expected, because incompatible replacements serve the model."""
+        if likeness is None or not self.served or not any(key.can_continue(likeness) for key in self._departed):
             return False
-        return not any(one.likeness.can_continue(likeness) for one in self.links.values())
+        return not any(link.likeness.can_continue(likeness) for link in self.links.values())
 
     def quarantined(self, link: WorkerLink) -> bool:
-        """Whether its version is set apart: what runs there is to go on elsewhere, where it can."""
+        """Whether a worker's version is quarantined, so that its running calls move to other workers if they can."""
         share = self.share(link.identity.version)
         return share is not None and share.quarantined
 
     def share(self, version: str) -> VersionShare | None:
-        """A version as the catalog has it."""
-        return next((one for one in self.entry.versions if one.version == version), None)
+        """The catalog's share of a version, None if the catalog does not have it."""
+        return next((share for share in self.entry.versions if share.version == version), None)
 
     def choose(self, call_id: str, bundle_digest: str = "") -> Versions:
-        """The version for a call, and those that may stand in for it where it has no room: they read its prompt alike.
-        `bundle_digest`: the tokenizer that it was begun with. Raises CallError."""
-        shares = [one for one in self.entry.versions if not one.quarantined]
+        """Choose the version for a call, and the versions with the same tokenizer that may replace it when it is full.
+
+        `bundle_digest`: the tokenizer with which a resumed call began. Raises CallError."""
+        shares = [share for share in self.entry.versions if not share.quarantined]
         if len(shares) == len(self.entry.versions) <= 1:
             return Versions()
         if not shares:
             raise CallError(Outcome.NO_WORKER, f"model {self.name}: every version of it is quarantined")
         ready = {link.identity.version for link in self.links.values() if self.takes(link)}
-        could = [one for one in shares if one.version in ready] or shares
+        usable = [share for share in shares if share.version in ready] or shares
         if bundle_digest:
-            could = [one for one in could if self.bundle_digest_of(one.version) == bundle_digest] or could
-        weights = [(one.version, one.weight) for one in could]
-        first = choose(call_id, weights) or could[0].version
-        alike = self.bundle_digest_of(first)
+            usable = [share for share in usable if self.bundle_digest_of(share.version) == bundle_digest] or usable
+        weights = [(share.version, share.weight) for share in usable]
+        first = choose(call_id, weights) or usable[0].version
+        digest = self.bundle_digest_of(first)
         others = [
-            one.version
-            for one in could
-            if one.weight > 0 and one.version != first and self.bundle_digest_of(one.version) == alike
+            share.version
+            for share in usable
+            if share.weight > 0 and share.version != first and self.bundle_digest_of(share.version) == digest
         ]
         return Versions(first, frozenset((first, *others)))
 
-    def _one_of(self, version: str) -> WorkerLink | None:
-        """One of a version's workers, of any where that is not named; rather one that gets new calls."""
+    def _link_of(self, version: str) -> WorkerLink | None:
+        """A worker of the version ("": of any version), preferably one that gets new calls."""
         other = None
         for link in self.links.values():
             if version in ("", link.identity.version):
@@ -173,47 +175,48 @@ class KnownModel:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown.
-        A worker that does not tell hides nothing of what others do."""
-        lengths = [told for link in self.links.values() if (told := link.info.max_model_len)]
+        """Context length in tokens: the smallest of all workers, so that a call fits every worker. 0: unknown.
+
+        Workers that do not report a length are ignored."""
+        lengths = [length for link in self.links.values() if (length := link.info.max_model_len)]
         if lengths:
             return min(lengths)
-        return self.entry.max_model_len or (self.last.max_model_len if self.last is not None else 0)
+        return self.entry.max_model_len or (self.last_info.max_model_len if self.last_info is not None else 0)
 
     @property
     def bundle_digest(self) -> str:
-        """The tokenizer's digest; empty while unknown."""
+        """The digest of the tokenizer; "" while unknown."""
         return self.bundle_digest_of("")
 
     def bundle_digest_of(self, version: str) -> str:
-        """The digest of a version's tokenizer; empty while unknown."""
-        link = self._one_of(version)
+        """The digest of a version's tokenizer; "" while unknown."""
+        link = self._link_of(version)
         if link is not None:
             return link.identity.bundle_digest
         share = self.share(version)
         return share.bundle_digest if share is not None and share.bundle_digest else self.entry.bundle_digest
 
     def default_sampling_of(self, version: str = "") -> Mapping[str, object]:
-        """The generation config's sampling defaults."""
-        link = self._one_of(version)
+        """The sampling defaults of a version, from its generation config."""
+        link = self._link_of(version)
         if link is not None:
             return link.info.default_sampling
-        if not self.entry.default_sampling and self.last is not None:
-            return self.last.default_sampling
+        if not self.entry.default_sampling and self.last_info is not None:
+            return self.last_info.default_sampling
         return self.entry.default_sampling
 
 
-def _remember(past: dict[_T, None], *news: _T) -> None:
-    """Put them last, and forget the oldest where there are too many."""
-    for one in news:
-        past.pop(one, None)
-        past[one] = None
-    for oldest in list(past)[:-MOST_REPLACED]:
+def _remember(past: dict[_T, None], *items: _T) -> None:
+    """Append items, or move them to the end. Forget the oldest beyond MAX_REMEMBERED."""
+    for item in items:
+        past.pop(item, None)
+        past[item] = None
+    for oldest in list(past)[:-MAX_REMEMBERED]:
         del past[oldest]
 
 
 class ModelDirectory:
-    """Models by name and alias, and their tokenizers by digest (memory, disk, then `fetch`)."""
+    """Models by name and alias, and their tokenizers by digest (from memory, then disk, then `fetch`)."""
 
     def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:
         self._folder = folder
@@ -221,17 +224,18 @@ class ModelDirectory:
         self._models: dict[str, KnownModel] = {}
         self._names: dict[str, str] = {}
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
-        """By a policy's patterns, what those who have it may use, by all its names."""
+        """For a policy's list of model patterns, the models that it allows, by each of their names."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
-        self._heard = False
-        self._catalogued = False
+        self._any_known = False
+        """Whether a catalog or a worker has ever named a model."""
+        self._has_catalog = False
         self._restore()
 
-    # ---- news
+    # ---- updates
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """A new catalog: replaces what the last one said; models of linked workers stay."""
-        self._heard = self._catalogued = True
+        """Replace the previous catalog. Models of linked workers stay."""
+        self._any_known = self._has_catalog = True
         known = {entry.name: entry for entry in entries}
         for name, model in list(self._models.items()):
             if name not in known:
@@ -241,83 +245,85 @@ class ModelDirectory:
                     del self._models[name]
         for entry in entries:
             model = self._models.setdefault(entry.name, KnownModel(entry, True))
-            model.told(entry)
-        self._rename()
-        self._keep(entries)
+            model.update(entry)
+        self._rebuild_names()
+        self._save(entries)
 
     def joined(self, link: WorkerLink) -> None:
-        """A worker's link is up."""
-        self._heard = True
+        """Add a worker's link, and its model if it is new."""
+        self._any_known = True
         name = link.identity.model
         entry = CatalogEntry(name=name, state=ModelState.READY, bundle_digest=link.identity.bundle_digest)
         model = self._models.setdefault(name, KnownModel(entry, False))
-        model.came(link)
-        self._rename()
-        self._warm(model)
+        model.add_link(link)
+        self._rebuild_names()
+        self._prefetch(model)
 
     def left(self, link: WorkerLink) -> None:
-        """A worker's link has ended."""
+        """Remove a worker's link that has ended."""
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
-        model.went(link)
+        model.remove_link(link)
         if model.links:
             return
-        model.last = link.info
+        model.last_info = link.info
         if not model.in_catalog:
-            # Without any catalog nobody has said that it is to go: calls wait for a worker that comes back.
-            state = ModelState.GONE if self._catalogued else ModelState.LOADING
+            # Without a catalog the model may still be wanted, so calls wait for a worker to return.
+            state = ModelState.GONE if self._has_catalog else ModelState.LOADING
             model.entry = replace(model.entry, state=state, state_reason="its last worker left")
 
-    def _rename(self) -> None:
+    def _rebuild_names(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
         self._names = names | {name: name for name in self._models}
         self._visible = {}
 
     def refuses(self, identity: WorkerIdentity) -> str:
-        """Why a worker may not serve its model: the catalog pins other weights. Empty when it may."""
+        """Why a worker may not serve its model: the catalog pins other weights. "" if it may."""
         known = self._models.get(identity.model)
         if known is None or not known.in_catalog:
             return ""
-        about = known.share(identity.version) or known.entry
-        if not about.weights_pinned or identity.weight_digest in about.weight_digests:
+        pinned = known.share(identity.version) or known.entry
+        if not pinned.weights_pinned or identity.weight_digest in pinned.weight_digests:
             return ""
         return f"weight_digest {identity.weight_digest or 'none'} is not what the catalog has for {identity.model}"
 
-    # ---- questions
+    # ---- queries
 
     @property
     def models(self) -> Sequence[KnownModel]:
-        """All models, by name."""
+        """All models, sorted by name."""
         return [self._models[name] for name in sorted(self._models)]
 
     def open_to(self, principal: Principal) -> Sequence[KnownModel]:
-        """Those that a caller may use, by name."""
+        """The models that a caller may use, sorted by name."""
         return [model for model in self.models if model.open_to(principal)]
 
     def aliases(self, model: KnownModel, principal: Principal) -> Sequence[str]:
-        """A model's other names for a caller: the catalog's, less those its tenant uses otherwise, and its own."""
+        """A model's aliases for a caller: its tenant's own, and the catalog's unless the tenant redefines them."""
         own = principal.model_aliases
-        mine = [name for name, target in own.items() if self.find(target) is model]
-        return [*(name for name in model.entry.aliases if name not in own), *mine]
+        of_tenant = [name for name, target in own.items() if self.find(target) is model]
+        return [*(name for name in model.entry.aliases if name not in own), *of_tenant]
 
     def find(self, name: str) -> KnownModel | None:
-        """By name or alias."""
+        """The model with a name or an alias of the catalog; None without one."""
         return self._models.get(self._names.get(name, ""))
 
     def resolve(self, name: str, principal: Principal = ANYBODY, *, began: bool = False) -> KnownModel:
-        """By name or alias, the tenant's own before the catalog's. Raises CallError, which is the same for a model
-        that the caller may not use as for one that does not exist; one that leaves is there for calls that `began`."""
-        # One look-up for models of others and for none: how long it takes says nothing of what there is.
+        """The model with a name or alias; the tenant's aliases take precedence over the catalog's.
+
+        Raises CallError, the same for a model that the caller may not use as for one that does not exist. A model that
+        is being removed is returned only for calls that `began` earlier."""
+        # The same lookup for forbidden and for missing models, so that timing does not reveal which models exist.
         model = self._visible_to(principal).get(principal.model_aliases.get(name, name))
         if model is not None:
             if model.leaving and not began:
                 raise CallError(Outcome.MODEL_NOT_FOUND, f"model {model.name} is being removed from this cluster")
             return model
-        if not self._heard:
+        if not self._any_known:
             raise CallError(
                 Outcome.MODEL_LOADING,
-                "this gateway has not heard of any model yet: its controller is not there",
+                "this gateway knows no models yet: neither the controller nor a worker has connected; retry",
                 retry_after_s=2.0,
             )
         if not name:
@@ -325,11 +331,11 @@ class ModelDirectory:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
 
     def _visible_to(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """What a caller may use, by the catalog's names and aliases."""
+        """The models that a caller may use, by the catalog's names and aliases."""
         patterns = tuple(principal.tenant.models)
         visible = self._visible.get(patterns)
         if visible is None:
-            if len(self._visible) >= MOST_POLICIES:
+            if len(self._visible) >= MAX_POLICIES:
                 self._visible.clear()
             models = {name: self._models[own] for name, own in self._names.items()}
             visible = {name: model for name, model in models.items() if model.open_to(principal)}
@@ -337,12 +343,12 @@ class ModelDirectory:
         return visible
 
     def starts_in_s(self, name: str) -> float:
-        """How much longer than others a call may wait for a model that nobody serves: twice what its start takes."""
+        """The extra time that a call may wait for a model without a worker: twice the duration of the model's start."""
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def stand_in(self, model: KnownModel, principal: Principal) -> KnownModel | None:
-        """The first of a model's fallbacks that has a worker and that the caller may use; None: it has none."""
+        """The first of a model's fallbacks that has a worker and that the caller may use; None without one."""
         for name in model.entry.fallback:
             other = self.find(name)
             if other is not None and other.served and not other.leaving and other.open_to(principal):
@@ -350,7 +356,7 @@ class ModelDirectory:
         return None
 
     async def text(self, model: KnownModel, version: str = "") -> TextModel:
-        """A version's tokenizer and chat template. Raises CallError while it cannot be had."""
+        """The tokenizer and chat template of a version. Raises CallError while it is not available."""
         digest = model.bundle_digest_of(version)
         if not digest:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared: no tokenizer yet")
@@ -360,10 +366,10 @@ class ModelDirectory:
         try:
             return await asyncio.shield(task)
         except LookupError as error:
-            raise CallError(Outcome.MODEL_LOADING, f"the tokenizer of {model.name} cannot be had: {error}") from None
+            raise CallError(Outcome.MODEL_LOADING, f"cannot fetch the tokenizer of {model.name}: {error}") from None
 
-    def _warm(self, model: KnownModel) -> None:
-        """Fetch a tokenizer before the first call asks for it."""
+    def _prefetch(self, model: KnownModel) -> None:
+        """Fetch a model's tokenizer before the first call needs it."""
         digest = model.bundle_digest
         if digest and digest not in self._texts:
             task = self._texts[digest] = asyncio.create_task(self._load(digest))
@@ -374,16 +380,16 @@ class ModelDirectory:
         if folder.exists():
             bundle = await asyncio.to_thread(Bundle.load, folder)
             if bundle.digest == digest:
-                return await _made(bundle)
+                return await _text_model(bundle)
             log.warning("bundle_damaged", folder=str(folder))
         bundle = await self._fetch(digest)
-        text = await _made(bundle)
+        text = await _text_model(bundle)
         await asyncio.to_thread(bundle.save, folder)
         return text
 
     # ---- the last catalog, on disk
 
-    def _keep(self, entries: Sequence[CatalogEntry]) -> None:
+    def _save(self, entries: Sequence[CatalogEntry]) -> None:
         path = self._folder / "catalog.json"
         make_missing_folders(path.parent)
         draft = path.with_suffix(".new")
@@ -403,11 +409,11 @@ class ModelDirectory:
             return
         for entry in entries:
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
-        self._heard = self._catalogued = bool(entries)
-        self._rename()
+        self._any_known = self._has_catalog = bool(entries)
+        self._rebuild_names()
 
 
-async def _made(bundle: Bundle) -> TextModel:
+async def _text_model(bundle: Bundle) -> TextModel:
     text = await asyncio.to_thread(TextModel.from_bundle, bundle)
     memory.settle()
     return text

@@ -1,4 +1,4 @@
-"""grpc.health.v1 in plain text, on a port of its own for the probes of a pod, within the caps of that port."""
+"""grpc.health.v1 without TLS, on a separate port with its own connection limits, for the probes of a pod."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = http2.ServerLimits(max_message_bytes=1 << 16, max_calls=16)
 
 
 def probe_server(servicer: health.aio.HealthServicer, admission: http2.ConnectionAdmission) -> http2.Server:
-    """A server of this health, for its owner to start."""
+    """A server of the health service, not yet started."""
     server = http2.Server(LIMITS, admission)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)  # type: ignore[arg-type]
     return server
@@ -22,7 +22,7 @@ def probe_server(servicer: health.aio.HealthServicer, admission: http2.Connectio
 
 @asynccontextmanager
 async def health_served(host: str, port: int) -> AsyncIterator[None]:
-    """SERVING for as long as this event loop turns, of a process that serves nothing else. Raises OSError."""
+    """Report SERVING while this event loop runs, for a process without other servers. Raises OSError."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     servicer = health.aio.HealthServicer()
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -1,4 +1,4 @@
-"""A gateway process: its listeners, made of one configuration, from start to drained end."""
+"""One gateway process: builds its parts and listeners from the configuration, starts, drains and stops them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.listener import told_unbound
+from cluster.gateway.links.listener import bind_failure
 from cluster.gateway.metrics_page import MetricsPage
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.probes import probe_server
@@ -68,24 +68,24 @@ log = structlog.get_logger("gateway")
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 ADMIN_BOUNDS = ByteBounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 LAG_S = 0.1
-"""How often the event loop's lateness is measured."""
+"""Interval at which the event loop's lag is measured."""
 SLOW_BODIES_S = 1.0
-"""How often request bodies that come too slowly are looked for."""
-HAND_ON = 0.5
-"""Of the time to drain: so long a stopping gateway hands streams on to the others, when it knows of some."""
-LAST_WORD_S = 0.5
-"""What a call gets that still runs when the time to drain is over, to tell its client so."""
+"""Interval at which request bodies that arrive too slowly are searched for."""
+HAND_OVER = 0.5
+"""Last part of the drain time, in which a stopping gateway hands resumable streams over to other gateways, if any."""
+FINAL_STATUS_S = 0.5
+"""Time after the drain time for calls that still run to send their final status."""
 
 
 class Gateway:
-    """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
+    """All parts of a gateway process. `start` binds the ports; `stop` drains running calls and closes the ports."""
 
     def __init__(
         self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0, probes: str = ""
     ) -> None:
-        """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
-        `gateway.processes` this is. `probes`: where grpc.health.v1 is answered without TLS, for whom that is enough.
-        Raises ValueError for a file of secrets."""
+        """`folder`: holds tokenizer bundles, the last catalog and, with `auth`, the snapshot of tenants and keys.
+        `process`: the index of this process among `gateway.processes`. `probes`: an address for grpc.health.v1 without
+        TLS, "" for none. Raises ValueError for an unusable secret file."""
         make_private_folder(folder)
         self.config = config
         self.config_state = ConfigState()
@@ -95,13 +95,13 @@ class Gateway:
         queue = config.gateway.queue
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
         self.tenants = _tenants(config, folder, self.metrics, process)
-        turns = ServiceCharges({one.name: one.rank for one in config.classes}, self.metrics)
+        charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, self.metrics)
         room = WaitingRoom(
             max_requests=queue.max_requests,
             max_tokens=queue.max_tokens,
             max_wait_s=queue.max_wait_s,
-            order_of=turns.fair.order,
-            weight_of=turns.weight_of,
+            order_of=charges.fair.order,
+            weight_of=charges.weight_of,
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,
             longer_s=self._starts_in_s,
@@ -110,7 +110,7 @@ class Gateway:
         self.scheduler = Scheduler(
             self,
             room,
-            turns,
+            charges,
             self.metrics,
             resume_wait_s=resume.max_wait_s,
             max_silent_losses=resume.max_silent_losses,
@@ -126,12 +126,12 @@ class Gateway:
         )
         self.hub.tallies = self.scheduler.canaries.tallies
         self.directory: ModelDirectory = ModelDirectory(folder, self.hub.fetch_bundle)
-        door = self.tenants if self.tenants is not None else NoAuthentication()
+        authenticator = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
         self._limits = self._shared_limits or LocalLimits(Limiter())
         self.allowances = QuotaReservations(
             self._limits,
-            turns.learnt,
+            charges.learnt,
             self.metrics,
             self.scheduler.cut,
             max_tenants=config.observe.max_tenant_series,
@@ -143,7 +143,7 @@ class Gateway:
             self.scheduler,
             self.allowances,
             self.metrics,
-            door=door,
+            door=authenticator,
             guards=self.guards,
             max_attempts=resume.max_attempts,
             max_silent_losses=resume.max_silent_losses,
@@ -151,13 +151,13 @@ class Gateway:
         self._resume_service = self.service.resumes = self._resumes()
         self.connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
         self._notices = http2.LimitedLog()
-        face = OpenAiApi(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
-        self.http = HttpServer(face.app(), self._admission(http2.Port.CLIENT))
+        openai = OpenAiApi(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
+        self.http = HttpServer(openai.app(), self._admission(http2.Port.CLIENT))
         self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(http2.Port.METRICS))
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
-        self._admin_door = AdminAuthorizer(self.tenants)
+        self._admin_authorizer = AdminAuthorizer(self.tenants)
         self._admin: http2.Server | None = None
         self._clients: http2.Server | None = None
         self._links = hub_server(self.hub, self._admission(http2.Port.LINK))
@@ -166,14 +166,14 @@ class Gateway:
         self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
-        self._states: set[asyncio.Task[None]] = set()
+        self._health_updates: set[asyncio.Task[None]] = set()
 
     def _admission(self, port: http2.Port) -> http2.ConnectionAdmission:
         return http2.ConnectionAdmission(self.connections.pools[port], self._notices)
 
     def _resumes(self) -> ResumeService:
-        """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
-        folder, which the gateways of one host share."""
+        """The service that resumes streams of lost gateways. Without `auth` the secret and the claims are files in the
+        cache folder, which the gateways of one host share."""
         from cluster.gateway.resume_tokens.first_claims import (
             FileFirstClaims,
             FirstClaims,
@@ -183,15 +183,15 @@ class Gateway:
         from cluster.gateway.resume_tokens.resumption import ResumeService
 
         tenants, shared = self.tenants, self._shared_limits
-        takers: FirstClaims
+        claims: FirstClaims
         if tenants is not None:
-            takers = LedgerFirstClaims(tenants.ledger.resumed.take)
+            claims = LedgerFirstClaims(tenants.ledger.resumed.take)
         else:
-            takers = FileFirstClaims(cache_dir() / "resumed.db")
+            claims = FileFirstClaims(cache_dir() / "resumed.db")
         if shared is not None:
-            takers = StoreFirstClaims(shared.first, takers)
-        secrets = _own_secrets if tenants is None else lambda: tenants.secrets
-        resumes = ResumeService(secrets, takers, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
+            claims = StoreFirstClaims(shared.first, claims)
+        secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
+        resumes = ResumeService(secrets, claims, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
         resumes.on_taken_over = self.scheduler.take_over
         return resumes
 
@@ -199,12 +199,12 @@ class Gateway:
 
     def model_unserved(self) -> None:
         """Report the demand now: a call waits for a model that no worker serves."""
-        self.hub.tell_now()
+        self.hub.report_now()
 
     def state_changed(self) -> None:
         """Bring the health service up to date."""
         if self._tasks:
-            self._tell_health()
+            self._update_health()
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
         """Calls of a model that were resumed here, with their generations."""
@@ -214,8 +214,9 @@ class Gateway:
         return self.directory.starts_in_s(model)
 
     async def start(self, link: socket.socket | None = None) -> None:
-        """Bind every listener. `link`: from bind_link, where workers wait already. Raises RuntimeError when an address
-        cannot be had."""
+        """Bind all listeners. `link`: the socket from bind_link, on which workers may already wait.
+
+        Raises RuntimeError when an address cannot be bound."""
         gateway = self.config.gateway
         listen = gateway.listen.of(self._process)
         if name := gateway.open_port():
@@ -259,7 +260,7 @@ class Gateway:
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
 
     def account(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
-        """Keep accounts from now on; before any worker or caller comes."""
+        """Start keeping accounts of usage. Call before any worker or caller connects."""
         from cluster.gateway.usage.accounting import Accounting
         from cluster.ledger.usage.sealed_records import Sealer
 
@@ -279,7 +280,7 @@ class Gateway:
         try:
             self.endpoints[name] = f"{host}:{await serve(host.strip('[]'), int(port))}"
         except OSError as error:
-            raise RuntimeError(told_unbound(name, address, error)) from None
+            raise RuntimeError(bind_failure(name, address, error)) from None
 
     async def _serve_metrics(self, host: str, port: int) -> int:
         return await self._metrics_server.start(host, port)
@@ -295,18 +296,18 @@ class Gateway:
         server = http2.Server(
             http2.ServerLimits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
             self._admission(http2.Port.ADMIN),
-            self._admin_door,
+            self._admin_authorizer,
             RequestBytes(ADMIN_BOUNDS, time.monotonic),
         )
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
+            "Fleet": FleetAdmin(self.hub, self.service, self._admin_authorizer, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
             **self._ledger_services(),
         }
-        relayed = ForwardedVerbs(self.hub, self._admin_door)
+        forwarded = ForwardedVerbs(self.hub, self._admin_authorizer)
         names = [reflection.SERVICE_NAME]
         for file in (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR):
-            server.add_generic_rpc_handlers(self._admin_door.handlers(file, services, relayed))
+            server.add_generic_rpc_handlers(self._admin_authorizer.handlers(file, services, forwarded))
             names += [service.full_name for service in file.services_by_name.values()]
         reflections = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
@@ -314,7 +315,7 @@ class Gateway:
         return await server.start(host, port, self._tls("h2"))
 
     def _sibling_aborts(self) -> SiblingAborts | None:
-        """How the processes of one host end each other's calls; only the first has an admin port."""
+        """The means for the host's processes to abort each other's calls, since only process 0 has an admin port."""
         if self.config.gateway.processes == 1:
             return None
         from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
@@ -329,9 +330,9 @@ class Gateway:
             return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
         from cluster.gateway.apis.admin.ledger import AuditAdmin, KeysAdmin, TenantsAdmin, TenantServices, UsageAdmin
 
-        desks = TenantServices(self.config, self.tenants, self._admin_door)
+        shared = TenantServices(self.config, self.tenants, self._admin_authorizer)
         kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
-        return {name: kind(desks) for name, kind in kinds.items()}
+        return {name: kind(shared) for name, kind in kinds.items()}
 
     async def _serve_clients(self, host: str, port: int) -> int:
         gateway = self.config.gateway
@@ -340,9 +341,9 @@ class Gateway:
             age_s=gateway.max_connection_age_s,
             age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
-        face = InferenceApi(self.service, gateway.max_connection_age_s * 0.9)
-        server = http2.Server(limits, self._admission(http2.Port.CLIENT), face, self.request_bytes)
-        server.add_generic_rpc_handlers((face.handlers(),))
+        inference = InferenceApi(self.service, gateway.max_connection_age_s * 0.9)
+        server = http2.Server(limits, self._admission(http2.Port.CLIENT), inference, self.request_bytes)
+        server.add_generic_rpc_handlers((inference.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflections = reflection.aio.ReflectionServicer(names)
@@ -364,25 +365,26 @@ class Gateway:
 
     def _revoked_files(self) -> list[RevokedFile]:
         gateway = self.config.gateway
-        found = [revoked_file(gateway.tls, "gateway.tls"), revoked_file(gateway.link_tls, "gateway.link_tls")]
-        return [one for one in found if one is not None]
+        files = [revoked_file(gateway.tls, "gateway.tls"), revoked_file(gateway.link_tls, "gateway.link_tls")]
+        return [file for file in files if file is not None]
 
     def _tls_ports(self) -> list[RevocablePort]:
-        return [one for one in (self._links, self._clients, self._admin, self.http) if one is not None]
+        return [port for port in (self._links, self._clients, self._admin, self.http) if port is not None]
 
     @property
     def _shared(self) -> bool:
-        """Whether other processes listen on the client ports too."""
+        """Whether other processes also listen on the client ports."""
         return self.config.gateway.processes > 1
 
     async def stop(self, drain_s: float) -> None:
-        """No new calls; those under way get `drain_s` seconds, of which the last ones serve to hand them on; then
-        everything is closed."""
+        """Refuse new calls, let running ones finish for `drain_s` seconds, then close everything.
+
+        In the last part of that time, resumable streams are handed over to other gateways."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
-        self._tasks.append(asyncio.create_task(self._hand_on(drain_s)))
-        grace_s = drain_s + LAST_WORD_S
+        self._tasks.append(asyncio.create_task(self._hand_over(drain_s)))
+        grace_s = drain_s + FINAL_STATUS_S
         clients = [] if self._clients is None else [self._clients.stop(grace_s)]
         await asyncio.gather(self.http.stop(grace_s), *clients)
         ends.cancel()
@@ -398,7 +400,7 @@ class Gateway:
             await self.accounting.stop()
         if self._admin is not None:
             await self._admin.stop(0)
-        self._admin_door.close()
+        self._admin_authorizer.close()
         await self._links.stop(0)
         if self.tenants is not None:
             await self.tenants.stop()
@@ -406,15 +408,17 @@ class Gateway:
             await self._probe_server.stop(0)
         await self._metrics_server.stop(0)
 
-    async def _hand_on(self, drain_s: float) -> None:
-        if self.hub.gateways > self.config.gateway.processes:  # else nobody is there to take them
-            await asyncio.sleep(drain_s * (1 - HAND_ON))
-            await self.service.hand_on(self.service.clock() + drain_s * HAND_ON)
+    async def _hand_over(self, drain_s: float) -> None:
+        if self.hub.gateways > self.config.gateway.processes:  # only if there are other gateways
+            await asyncio.sleep(drain_s * (1 - HAND_OVER))
+            await self.service.hand_on(self.service.clock() + drain_s * HAND_OVER)
 
-    # ---- what others see
+    # ---- health and metrics
 
-    def _tell_health(self) -> None:
-        """grpc.health.v1 per model name and alias; it asks for no key, so with `auth` it tells of no model."""
+    def _update_health(self) -> None:
+        """Set the grpc.health.v1 status of each model name and alias.
+
+        Not with `auth`: the health service requires no key, so it must not reveal models."""
         if self.tenants is not None:
             return
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -427,8 +431,8 @@ class Gateway:
             if self._healthy.get(name) != status:
                 self._healthy[name] = status
                 task = asyncio.create_task(self._health.set(name, status))
-                self._states.add(task)
-                task.add_done_callback(self._states.discard)
+                self._health_updates.add(task)
+                task.add_done_callback(self._health_updates.discard)
 
     async def _measure_lag(self) -> None:
         loop = asyncio.get_running_loop()
@@ -494,7 +498,7 @@ def _info_labels(identity: WorkerIdentity) -> tuple[str, ...]:
 
 
 def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:
-    """The door of a file with `auth`; only then databases and tokens are imported."""
+    """The authenticator of a configuration with `auth`, else None. Database and token modules load only if needed."""
     if config.auth is None:
         return None
     from cluster.gateway.auth.tenants import TenantAuthenticator
@@ -503,7 +507,7 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
 
 
 def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None) -> Guards | None:
-    """The guards of tenants' policies, where there are tenants. Raises ValueError for a file of patterns."""
+    """The guards of the tenants' policies; None without tenants. Raises ValueError for an unusable pattern file."""
     if tenants is None:
         return None
     from cluster.gateway.guards.guards import Guards
@@ -514,7 +518,7 @@ def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | Non
 
 
 def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
-    """The limits of all gateways together, where the file names their store; only then its client is imported."""
+    """The limits shared by all gateways, if the configuration names a store. Imports its client only if needed."""
     if not config.store.limits_url:
         return None
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
@@ -522,8 +526,8 @@ def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
     return ValkeyLimits(config.store.limits_url, gateway)
 
 
-def _own_secrets() -> Sequence[bytes]:
-    """Those of a cluster without `auth`, made where they are missing."""
+def _cached_secrets() -> Sequence[bytes]:
+    """The secrets of a cluster without `auth`, from the cache folder. Creates them if missing."""
     from cluster.ledger.files import make_secret, read_secrets
 
     path = cache_dir() / "cluster-secret"
@@ -533,9 +537,9 @@ def _own_secrets() -> Sequence[bytes]:
 
 
 def _turn_tokens(model: KnownModel) -> float:
-    """U of docs/tenancy.md: weighted tokens of the longest input, or of all that one worker holds as outputs."""
-    held = max((link.info.kv_tokens for link in model.links.values()), default=0)
-    return max(2.0 * held, float(model.max_model_len), 1.0)
+    """U of docs/tenancy.md: the weighted tokens of the longest input, or of one worker's KV cache full of outputs."""
+    kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
+    return max(2.0 * kv_tokens, float(model.max_model_len), 1.0)
 
 
 async def run_gateway(
@@ -549,8 +553,9 @@ async def run_gateway(
     link: socket.socket | None = None,
     config_state: ConfigState | None = None,
 ) -> None:
-    """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name. `config_state`: of the
-    file that `config` is from."""
+    """Serve until `stop` is set, then drain. `ready` is called with the bound endpoints by listener name.
+
+    `config_state`: the state of the file that `config` was read from."""
     interpreter.hand_over_soon()
     gateway = Gateway(config, folder, process=process, probes=probes)
     gateway.config_state = config_state or gateway.config_state
@@ -563,4 +568,4 @@ async def run_gateway(
         watching.cancel()
         await gateway.stop(config.gateway.drain_timeout_s)
         if link is not None:
-            link.close()  # where the start has failed before it was served
+            link.close()  # needed if the start failed before the socket was served

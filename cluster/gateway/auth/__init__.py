@@ -1,1 +1,1 @@
-"""Callers: API keys, JWTs, certificates and the TLS of the ports."""
+"""Authentication of callers (API keys, JWTs, client certificates) and TLS of the ports."""

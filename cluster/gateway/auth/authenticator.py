@@ -1,6 +1,7 @@
-"""Who a call is, as the faces and the service ask it; and the answer of a gateway without `auth`: one tenant, no keys.
+"""The authenticator interface that the APIs and the service use, and its implementation without `auth`.
 
-With `auth` the answers are tenants.py's, which a gateway without it does not even import.
+Without `auth` there is one tenant and no keys. With `auth` the implementation is in tenants.py, which a gateway
+without `auth` does not import.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 
 ANYBODY = Principal(TenantPolicy("default"), by="nothing")
-"""Whoever calls a gateway without `auth`."""
+"""The principal of every call at a gateway without `auth`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a caller shows: every value of `authorization`, the names of a verified certificate, and its address."""
+    """What a caller presents: all values of `authorization`, the names in its verified certificate, its address."""
 
     authorization: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -27,83 +28,88 @@ class Credentials:
 
 
 class Caller:
-    """Somebody who stays, as a session does: asked again whenever what is known of callers changes."""
+    """A long-lived caller, such as a session, which is authenticated again whenever tenants or keys change."""
 
-    __slots__ = ("principal", "refused", "shown")
+    __slots__ = ("credentials", "principal", "refused")
 
-    def __init__(self, principal: Principal, shown: Credentials) -> None:
+    def __init__(self, principal: Principal, credentials: Credentials) -> None:
         self.principal = principal
-        self.shown = shown
+        self.credentials = credentials
         self.refused: CallError | None = None
 
     def require(self) -> Principal:
-        """Who it is now. Raises CallError."""
+        """The caller's current principal. Raises CallError when its last authentication failed."""
         if self.refused is not None:
             raise CallError(
                 self.refused.outcome, self.refused.message, retry_after_s=self.refused.retry_after_s
-            )  # a new one: it is raised for each call
+            )  # a new exception object for each call
         return self.principal
 
 
 class Authenticator(Protocol):
-    """`by_certificate`: whether certificates count. `on_change` is called when some tenant's standing may differ."""
+    """Turns credentials into principals.
+
+    `by_certificate`: whether client certificates authenticate. `on_change`: callbacks for when any tenant's state may
+    have changed.
+    """
 
     by_certificate: bool
     on_change: set[Callable[[], None]]
 
-    async def principal(self, shown: Credentials) -> Principal:
-        """Who it is. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
+    async def principal(self, credentials: Credentials) -> Principal:
+        """Authenticate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """The snapshot in which callers are looked up, another object after each change; compare it by identity. Raises
-        CallError, STORE_UNAVAILABLE."""
+        """The current snapshot of callers. Each change makes a new object; compare by identity.
 
-    async def visit(self, shown: Credentials) -> Caller:
-        """As `principal`, for somebody who stays until `leave`."""
+        Raises CallError STORE_UNAVAILABLE."""
 
-    def leave(self, visitor: Caller) -> None:
-        """A visitor has gone."""
+    async def visit(self, credentials: Credentials) -> Caller:
+        """Authenticate a long-lived caller and keep it up to date until `leave`. Raises as `principal` does."""
+
+    def leave(self, caller: Caller) -> None:
+        """Stop keeping a caller from `visit` up to date."""
 
     def standing(self, tenant: str) -> CallError | None:
-        """Why a tenant's calls, the running ones too, may not go on; None: they may."""
+        """The error with which a tenant's calls, running ones included, must end; None when they may continue."""
 
     def salt(self, principal: Principal, own: str) -> str:
-        """The prefix-cache salt of a call; `own` is the caller's, which only divides its tenant's cache further."""
+        """The prefix-cache salt of a call. `own` is the caller's salt; it only subdivides its tenant's cache."""
 
 
 class NoAuthentication:
-    """Lets everybody in as the one tenant there is."""
+    """Accepts every caller as the one default tenant."""
 
     by_certificate = False
 
     def __init__(self) -> None:
         self.on_change: set[Callable[[], None]] = set()
 
-    async def principal(self, shown: Credentials) -> Principal:
-        """See Door."""
+    async def principal(self, credentials: Credentials) -> Principal:
+        """See Authenticator."""
         return ANYBODY
 
     def knows(self) -> object:
-        """See Door."""
+        """See Authenticator."""
         return ANYBODY
 
-    async def visit(self, shown: Credentials) -> Caller:
-        """See Door."""
-        return Caller(ANYBODY, shown)
+    async def visit(self, credentials: Credentials) -> Caller:
+        """See Authenticator."""
+        return Caller(ANYBODY, credentials)
 
-    def leave(self, visitor: Caller) -> None:
-        """See Door."""
+    def leave(self, caller: Caller) -> None:
+        """See Authenticator."""
 
     def standing(self, tenant: str) -> CallError | None:
-        """See Door."""
+        """See Authenticator."""
         return None
 
     def salt(self, principal: Principal, own: str) -> str:
-        """See Door."""
+        """See Authenticator."""
         return own
 
 
 def alternative_names(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """A certificate's URI and DNS names, with their kind before them, from what ssl's getpeercert gives."""
+    """The subject alternative names of type URI and DNS, as `kind:name`, from the dict of ssl's getpeercert."""
     pairs: Iterable[tuple[str, str]] = (certificate or {}).get("subjectAltName", ())
     return tuple(f"{kind}:{name}" for kind, name in pairs if kind in ("URI", "DNS"))

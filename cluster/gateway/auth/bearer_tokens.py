@@ -1,4 +1,7 @@
-"""Bearer tokens that are no keys: which those are, and how one is refused. oidc.py, which checks them, is heavier."""
+"""The distinction of JWTs from API keys, and the error for a refused token.
+
+Separate from oidc.py, which verifies JWTs, because that module is slow to import.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from cluster.policy.tenants.identity import BAD_KEY
 
 
 class TokenRefused(CallError):
-    """A token that lets nobody in. The caller is told what a bad key is told; `reason` is for audit and metrics."""
+    """A refused token. The caller gets the same message as for a bad key; `reason` is for audit and metrics."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(Outcome.UNAUTHENTICATED_KEY, BAD_KEY)
@@ -15,5 +18,5 @@ class TokenRefused(CallError):
 
 
 def looks_like_jwt(token: str) -> bool:
-    """Whether a bearer token is an issuer's rather than a key; looks at its first characters only."""
+    """Whether a bearer token is a JWT rather than an API key, by its first characters only."""
     return token.startswith("eyJ")

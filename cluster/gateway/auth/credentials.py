@@ -1,7 +1,8 @@
-"""Who a call is: a bearer token (an API key or an issuer's JWT) or a client certificate becomes a principal.
+"""Authentication of a call by bearer token (an API key or an issuer's JWT) or client certificate.
 
-A token that is there decides alone: a bad one is never saved by a good certificate, since a proxy's certificate would
-then let in whatever it forwards. Several tokens in one call are refused: smuggling lives on which of them counts.
+If a token is present, it alone decides: a valid certificate never makes up for a bad token, or a proxy's certificate
+would admit every request that the proxy forwards. A call with several tokens is refused, because smuggling attacks
+rely on which of them counts.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 NO_CREDENTIALS = "no credentials: send `authorization: Bearer <key>`"
 
 
-class CheckedCredentials(Protocol):
-    """Hears of each failure: the word for audit and metrics, the key id or subject claimed, and the peer."""
+class FailureCallback(Protocol):
+    """Called for each failed authentication."""
 
     def __call__(self, reason: str, subject: str, peer: str) -> None:
-        """Must not block."""
+        """`reason`: a word for audit and metrics. `subject`: the claimed key id or subject. Must not block."""
 
 
 class CredentialChecker:
-    """Turns what a call shows into a principal. `current` is `Watcher.current`."""
+    """Turns a call's credentials into a principal. `current` is `Watcher.current`."""
 
     def __init__(
         self,
@@ -45,48 +46,49 @@ class CredentialChecker:
         peppers: Sequence[bytes] = (),
         oidc: OidcVerifier | None = None,
         certificates: Sequence[CertificateRule] = (),
-        told: CheckedCredentials | None = None,
+        on_failure: FailureCallback | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._current = current
         self._peppers = tuple(peppers)
         self._oidc = oidc
         self._certificates = tuple(certificates)
-        self._told = told
+        self._on_failure = on_failure
         self._clock = clock
 
     async def principal(
         self, authorization: Sequence[str], alternative_names: Sequence[str] = (), peer: str = ""
     ) -> Principal:
-        """Who it is. `authorization` holds every value of that header or metadata key, `alternative_names` those of
-        a verified client certificate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
+        """Authenticate a call. `authorization` holds all values of that header or metadata key, `alternative_names`
+        those of a verified client certificate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED,
+        STORE_UNAVAILABLE."""
         try:
             verdict = await self._verdict(authorization, alternative_names)
         except TokenRefused as refused:
-            self._tell(refused.reason, "", peer)
+            self._report(refused.reason, "", peer)
             raise
         if verdict.principal is None:
-            self._tell(verdict.reason, verdict.key_id, peer)
+            self._report(verdict.reason, verdict.key_id, peer)
             if verdict.reason == "missing":
                 raise CallError(Outcome.UNAUTHENTICATED_KEY, NO_CREDENTIALS)
         return verdict.require()
 
-    def _tell(self, reason: str, subject: str, peer: str) -> None:
-        if self._told is not None:
-            self._told(reason, subject, peer)
+    def _report(self, reason: str, subject: str, peer: str) -> None:
+        if self._on_failure is not None:
+            self._on_failure(reason, subject, peer)
 
     async def _verdict(self, authorization: Sequence[str], names: Sequence[str]) -> AuthVerdict:
         snapshot = self._current()
         if len(authorization) > 1:
             return _refused("several")
         if authorization:
-            return await self._of_token(snapshot, authorization[0])
+            return await self._token_verdict(snapshot, authorization[0])
         owner = owner_of_certificate(names, self._certificates) if names else None
         if owner is not None:
             return identify(snapshot, owner.tenant, "certificate", owner.name, owner.role)
         return _refused("unknown_certificate" if names and self._certificates else "missing")
 
-    async def _of_token(self, snapshot: AccessSnapshot, authorization: str) -> AuthVerdict:
+    async def _token_verdict(self, snapshot: AccessSnapshot, authorization: str) -> AuthVerdict:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             return _refused("missing")

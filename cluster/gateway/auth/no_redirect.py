@@ -1,4 +1,4 @@
-"""Opens an address that an operator has given, and no other: redirects are refused."""
+"""HTTP requests to addresses that an operator has configured, with redirects refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead from an operator's https to anywhere."""
+    """Refuses redirects: one could lead from an operator's https URL to any host."""
 
     def redirect_request(self, *_arguments: Any, **_options: Any) -> None:
-        """Follow none."""
+        """Follow no redirect."""
         return
 
 
-def open_straight(request: urllib.request.Request | str, timeout_s: float) -> Any:
-    """The answer, for a with statement; blocking. Raises OSError (HTTPError for a redirect too), HTTPException."""
+def open_no_redirect(request: urllib.request.Request | str, timeout_s: float) -> Any:
+    """Send a request and return the response as a context manager. Blocks.
+
+    Raises OSError (as HTTPError for a redirect too) or HTTPException."""
     return urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s)

@@ -1,9 +1,10 @@
-"""JSON Web Tokens of the configured OpenID issuers become claims: a tenant, a role, a subject.
+"""Verification of JSON Web Tokens from the configured OpenID issuers: a token becomes a tenant, a role and a subject.
 
-What is trusted is short: the issuers' own keys, fetched over TLS from where their discovery document says, and the
-asymmetric algorithms of ALGORITHMS. So `none` and HS256 over a public key fail before any key is looked at, and a
-token that names an unknown key makes at most one fetch an issuer in MIN_REFETCH_S, whoever sends how many of them.
-Known keys go on while an issuer is away, for MAX_KEY_AGE_S. Length is looked at first: a megabyte costs nothing.
+Trusted are only the issuers' own keys, fetched over TLS from the address in their discovery document, and the
+asymmetric algorithms in ALGORITHMS. So `none`, and HS256 keyed with a public key, fail before any key is looked up.
+Tokens with an unknown key id cause at most one fetch per issuer in MIN_REFETCH_S, however many arrive. While an issuer
+is unreachable, known keys stay valid for MAX_KEY_AGE_S. The length is checked first, so a token of a megabyte costs
+nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth.bearer_tokens import TokenRefused
-from cluster.gateway.auth.no_redirect import open_straight
+from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.policy.tenants.identity import is_subject
 
 log = structlog.get_logger("oidc")
@@ -48,7 +49,7 @@ Fetch = Callable[[str], Awaitable[Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
-    """One issuer, as configured. `issuer` is compared to the letter; claims may be paths (`realm_access.tenant`)."""
+    """A configured issuer. `issuer` must match exactly; claim names may be paths (`realm_access.tenant`)."""
 
     issuer: str
     audience: str
@@ -59,7 +60,7 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class TokenClaims:
-    """What a verified token says. `expires_at_s` is since the epoch."""
+    """The claims of a verified token. `expires_at_s`: seconds since the epoch."""
 
     issuer: str
     subject: str
@@ -70,7 +71,7 @@ class TokenClaims:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A public key. `algorithm` is what its set says it is for, "" for any of its kind."""
+    """A public key. `algorithm`: the one that its key set restricts it to, "" for any of its kind."""
 
     id: str
     kind: str
@@ -78,7 +79,7 @@ class _Key:
     public: Any
 
     def fits(self, algorithm: str) -> bool:
-        """Whether tokens of this algorithm may be signed with it."""
+        """Whether the key may verify tokens of this algorithm."""
         return self.algorithm in ("", algorithm) and algorithm.startswith(_SIGNS[self.kind])
 
 
@@ -87,7 +88,7 @@ _SIGNS: Mapping[str, tuple[str, ...]] = {"RSA": ("RS", "PS"), "EC": ("ES",), "OK
 
 @dataclass(slots=True)
 class _Keys:
-    """An issuer's keys. Points of the monotonic clock."""
+    """An issuer's keys. Times are of the monotonic clock."""
 
     known: tuple[_Key, ...] = ()
     fetched_at: float = -float("inf")
@@ -96,7 +97,7 @@ class _Keys:
 
 
 class OidcVerifier:
-    """Verifies tokens. One for each event loop; `wall` is seconds since the epoch."""
+    """Verifies tokens. Belongs to one event loop. `wall`: seconds since the epoch."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class OidcVerifier:
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._issuers = {one.issuer: one for one in issuers}
+        self._issuers = {issuer.issuer: issuer for issuer in issuers}
         self._fetch = fetch or fetch_json
         self._wall = wall
         self._monotonic = monotonic
@@ -115,24 +116,25 @@ class OidcVerifier:
         self._refreshing: set[asyncio.Task[None]] = set()
 
     async def verify(self, token: str) -> TokenClaims:
-        """The claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while an issuer's keys cannot be had."""
+        """The token's claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while its issuer's keys cannot be
+        fetched."""
         if len(token) > MAX_TOKEN_BYTES:
             raise TokenRefused("too_long")
-        name = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-        known = self._cache.get(name)
-        if known is not None and self._monotonic() < known[0] and self._wall() < known[1].expires_at_s:
-            return known[1]
+        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        cached = self._cache.get(digest)
+        if cached is not None and self._monotonic() < cached[0] and self._wall() < cached[1].expires_at_s:
+            return cached[1]
         claims = await self._verify(token)
         if len(self._cache) >= MAX_CACHED:
             self._cache.clear()
-        self._cache[name] = (self._monotonic() + CACHE_S, claims)
+        self._cache[digest] = (self._monotonic() + CACHE_S, claims)
         return claims
 
     async def _verify(self, token: str) -> TokenClaims:
         header, issuer = self._unverified(token)
         algorithm = header["alg"]
         candidates = await self._candidates(issuer, header.get("kid", ""))
-        for key in (one for one in candidates if one.fits(algorithm)):
+        for key in (candidate for candidate in candidates if candidate.fits(algorithm)):
             try:
                 body = jwt.decode(
                     token,
@@ -140,7 +142,7 @@ class OidcVerifier:
                     algorithms=[algorithm],
                     audience=issuer.audience,
                     issuer=issuer.issuer,
-                    # times are checked below, by our own clock
+                    # _claims checks the times, against self._wall
                     options={
                         "require": ["exp", "iss", "aud"],
                         "verify_exp": False,
@@ -151,12 +153,12 @@ class OidcVerifier:
             except jwt.InvalidSignatureError:
                 continue
             except jwt.InvalidTokenError as error:
-                raise TokenRefused(_word(error)) from None
+                raise TokenRefused(_reason(error)) from None
             return self._claims(issuer, body)
         raise TokenRefused("bad_signature")
 
     def _unverified(self, token: str) -> tuple[dict[str, Any], Issuer]:
-        """Header and issuer as the token claims them, refused unless both are ones we would verify."""
+        """The header and the issuer that the unverified token names. Raises TokenRefused if either is unacceptable."""
         try:
             header = jwt.get_unverified_header(token)
             body = jwt.decode(token, options={"verify_signature": False, "verify_exp": False, "verify_aud": False})
@@ -196,23 +198,23 @@ class OidcVerifier:
         )
 
     async def _candidates(self, issuer: Issuer, key_id: str) -> Sequence[_Key]:
-        """The keys a token may be signed with: the one it names, or, if it names none, all."""
+        """The keys that may have signed a token: the one that it names, or all if it names none."""
         keys = self._keys[issuer.issuer]
         age_s = self._monotonic() - keys.fetched_at
-        found = _pick(keys, key_id)
-        if found and age_s < MAX_KEY_AGE_S:
+        candidates = _pick(keys, key_id)
+        if candidates and age_s < MAX_KEY_AGE_S:
             if age_s >= KEY_AGE_S:
                 self._refresh_soon(issuer)
-            return found
+            return candidates
         await self._refresh(issuer)
         if self._monotonic() - keys.fetched_at >= MAX_KEY_AGE_S:
             raise CallError(
                 Outcome.STORE_UNAVAILABLE, "the keys of this token's issuer cannot be fetched at the moment; retry"
             )
-        found = _pick(keys, key_id)
-        if not found:
+        candidates = _pick(keys, key_id)
+        if not candidates:
             raise TokenRefused("unknown_key")
-        return found
+        return candidates
 
     def _refresh_soon(self, issuer: Issuer) -> None:
         if not self._keys[issuer.issuer].lock.locked():
@@ -221,7 +223,7 @@ class OidcVerifier:
             task.add_done_callback(self._refreshing.discard)
 
     async def _refresh(self, issuer: Issuer) -> None:
-        """Fetch the issuer's keys, unless that was tried a moment ago; a failure leaves the old ones."""
+        """Fetch the issuer's keys, unless tried within MIN_REFETCH_S. A failure keeps the old keys."""
         keys = self._keys[issuer.issuer]
         async with keys.lock:
             if self._monotonic() - keys.tried_at < MIN_REFETCH_S:
@@ -229,11 +231,11 @@ class OidcVerifier:
             keys.tried_at = self._monotonic()
             try:
                 async with asyncio.timeout(2 * FETCH_TIMEOUT_S):
-                    found = await self._fetch_keys(issuer)
+                    fetched = await self._fetch_keys(issuer)
             except (OSError, ValueError, HTTPException, TimeoutError) as error:
                 log.warning("oidc_keys_not_fetched", issuer=issuer.issuer, error=str(error))
                 return
-            keys.known = tuple(found)
+            keys.known = tuple(fetched)
             keys.fetched_at = self._monotonic()
 
     async def _fetch_keys(self, issuer: Issuer) -> list[_Key]:
@@ -244,20 +246,20 @@ class OidcVerifier:
         entries = document.get("keys")
         if not isinstance(entries, list) or len(entries) > MAX_KEYS:
             raise ValueError(f"its key set is no list of at most {MAX_KEYS} keys")
-        found = [key for entry in entries if (key := _key(entry)) is not None]
-        if not found:
+        keys = [key for entry in entries if (key := _key(entry)) is not None]
+        if not keys:
             raise ValueError("its key set holds no key that may sign")
-        return found
+        return keys
 
     async def close(self) -> None:
-        """End fetches under way."""
+        """Cancel running fetches."""
         for task in list(self._refreshing):
             task.cancel()
         await asyncio.gather(*self._refreshing, return_exceptions=True)
 
 
 def _key(entry: object) -> _Key | None:
-    """A public signing key of a set; None for shared secrets, encryption keys, weak keys and kinds we do not know."""
+    """A public signing key from a key set entry; None for shared secrets, encryption keys, weak and unknown keys."""
     if not isinstance(entry, Mapping) or entry.get("kty") not in _SIGNS or entry.get("use") == "enc":
         return None
     try:
@@ -274,7 +276,7 @@ def _pick(keys: _Keys, key_id: str) -> list[_Key]:
 
 
 def _claim(body: Mapping[str, Any], path: str) -> Any:
-    """A claim by its name, else by its path."""
+    """The value of a claim, by its name or else by its dotted path; None if absent."""
     if path in body:
         return body[path]
     value: Any = body
@@ -290,18 +292,18 @@ def _seconds(body: Mapping[str, Any], name: str) -> float | None:
     return float(value) if abs(value) < 1e15 else None
 
 
-def _word(error: jwt.InvalidTokenError) -> str:
-    words: Mapping[type, str] = {
+def _reason(error: jwt.InvalidTokenError) -> str:
+    reasons: Mapping[type, str] = {
         jwt.InvalidAudienceError: "audience",
         jwt.InvalidIssuerError: "unknown_issuer",
         jwt.MissingRequiredClaimError: "malformed",
         jwt.InvalidAlgorithmError: "algorithm",
     }
-    return words.get(type(error), "malformed")
+    return reasons.get(type(error), "malformed")
 
 
 def check_url(url: str) -> str:
-    """The URL, if keys may come from there: https, or this host. Raises ValueError."""
+    """Return the URL if it is allowed for fetching keys (https, or this host). Raises ValueError otherwise."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host:
@@ -319,12 +321,12 @@ def _is_loopback(host: str) -> bool:
 
 
 async def fetch_json(url: str) -> Mapping[str, Any]:
-    """A JSON object over HTTP. Raises OSError, ValueError or HTTPException."""
+    """Fetch a JSON object over HTTP. Raises OSError, ValueError or HTTPException."""
     return await asyncio.to_thread(_get, check_url(url))
 
 
 def _get(url: str) -> Mapping[str, Any]:
-    with open_straight(url, FETCH_TIMEOUT_S) as answer:
+    with open_no_redirect(url, FETCH_TIMEOUT_S) as answer:
         data = answer.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{url} sends more than {MAX_DOCUMENT_BYTES} bytes")

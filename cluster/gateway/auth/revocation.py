@@ -1,7 +1,7 @@
-"""Revoked certificates at the gateway's ports: refused when a handshake ends, and cut where a connection has one.
+"""Certificate revocation at the gateway's ports: handshakes fail, and open connections are closed.
 
-A list is read again when its file changes, as certificates are. One that is gone or wrong meanwhile leaves the last
-good one in force: what is revoked stays so.
+A revocation list is reread when its file changes, as certificates are. While the file is missing or invalid, the last
+valid list stays in force, so a revoked certificate stays revoked.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from cluster.policy.tenants.revocation_list import Revoked
 log = structlog.get_logger("tls")
 
 LOOK_S = 0.5
-"""So often the lists are looked at for connections that are open."""
+"""Interval at which the lists are checked on behalf of open connections."""
 
 
 class RevokedFile:
-    """A list of revoked certificates in a file."""
+    """A file that lists revoked certificates."""
 
     def __init__(self, path: Path, setting: str) -> None:
-        """Raises ValueError that names the setting."""
+        """Read the list. Raises ValueError that names the setting."""
         self._path = path
         self._setting = setting
-        self._stamp = self._look()
+        self._stamp = self._file_stamp()
         self._last = self._read()
 
     def current(self) -> Revoked:
-        """The list as the file has it now; the same object for as long as it does not change."""
-        stamp = self._look()
+        """The list now in the file; the same object until the file changes."""
+        stamp = self._file_stamp()
         if stamp != self._stamp:
             self._stamp = stamp
             try:
@@ -44,12 +44,12 @@ class RevokedFile:
                 log.warning("revoked_not_read", error=str(error))
         return self._last
 
-    def _look(self) -> tuple[int, int, int]:
+    def _file_stamp(self) -> tuple[int, int, int]:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return (0, 0, 0)
-        return (found.st_ino, found.st_mtime_ns, found.st_size)
+        return (status.st_ino, status.st_mtime_ns, status.st_size)
 
     def _read(self) -> Revoked:
         try:
@@ -62,7 +62,7 @@ class RevokedFile:
 
 
 class CheckedContext(ssl.SSLContext):
-    """A context whose connections are refused when the other side's certificate is revoked."""
+    """A TLS context that refuses connections whose peer certificate is revoked."""
 
     revoked: RevokedFile | None = None
 
@@ -71,7 +71,7 @@ class CheckedObject(ssl.SSLObject):
     """The TLS state of one connection."""
 
     def do_handshake(self) -> None:
-        """As any other; at its end the other side's certificate is looked up. Raises ssl.SSLError."""
+        """Complete the handshake, then check the peer certificate against the list. Raises ssl.SSLError."""
         super().do_handshake()
         if is_revoked(self):
             log.warning("revoked_refused", certificate=_described(self))
@@ -82,20 +82,20 @@ CheckedContext.sslobject_class = CheckedObject
 
 
 def is_revoked(tls: ssl.SSLObject) -> bool:
-    """Whether the certificate that the other side has shown is revoked now."""
+    """Whether the peer's certificate is revoked now."""
     file = getattr(tls.context, "revoked", None)
     revoked = file.current() if isinstance(file, RevokedFile) else None
     if not revoked:
         return False
-    shown = tls.getpeercert(binary_form=True)
-    return shown is not None and revoked.has(*_identity(shown))
+    certificate = tls.getpeercert(binary_form=True)
+    return certificate is not None and revoked.has(*_identity(certificate))
 
 
 def _identity(certificate: bytes) -> tuple[int, str]:
     from cryptography import x509
 
-    found = x509.load_der_x509_certificate(certificate)
-    return found.serial_number, found.issuer.rfc4514_string()
+    parsed = x509.load_der_x509_certificate(certificate)
+    return parsed.serial_number, parsed.issuer.rfc4514_string()
 
 
 def _described(tls: ssl.SSLObject) -> str:
@@ -104,25 +104,25 @@ def _described(tls: ssl.SSLObject) -> str:
 
 
 class RevocablePort(Protocol):
-    """A server whose connections can be cut."""
+    """A server whose connections can be closed by the certificate that they present."""
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Cut the connections for which it holds; returns how many."""
+        """Close the connections that satisfy the condition. Returns their number."""
 
 
 async def cut_revoked(files: Sequence[RevokedFile], ports: Callable[[], Sequence[RevocablePort]]) -> None:
-    """Cut connections of certificates that a list names from some moment on, until cancelled."""
-    seen = [file.current() for file in files]
+    """Close open connections whose certificate becomes revoked. Runs until cancelled."""
+    before = [file.current() for file in files]
     while True:
         await asyncio.sleep(LOOK_S)
         now = [file.current() for file in files]
-        if all(one is other for one, other in zip(seen, now, strict=True)):
+        if all(old is new for old, new in zip(before, now, strict=True)):
             continue
-        seen = now
-        if cut := sum(port.abort_where(_shows_revoked) for port in ports()):
+        before = now
+        if cut := sum(port.abort_where(_has_revoked_certificate) for port in ports()):
             log.warning("revoked_cut", connections=cut)
 
 
-def _shows_revoked(transport: asyncio.BaseTransport) -> bool:
+def _has_revoked_certificate(transport: asyncio.BaseTransport) -> bool:
     tls = transport.get_extra_info("ssl_object")
     return isinstance(tls, ssl.SSLObject) and is_revoked(tls)

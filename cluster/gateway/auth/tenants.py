@@ -1,8 +1,8 @@
-"""The door of a gateway with `auth`: the ledger's snapshot, keys, tokens, certificates, and what failures tell.
+"""The authenticator of a gateway with `auth`: API keys, JWTs and certificates against the ledger's snapshot.
 
-The database is off the calls' path: it is asked from a thread, and while it is away the last snapshot serves
-(ledger/tenants/watch.py). A change reaches the calls within a pass of the watcher: running calls of a tenant that may
-no longer call are ended, and everybody who stays is asked again.
+Calls never wait for the database: a thread reads it, and while it is unreachable the last snapshot serves
+(ledger/tenants/watch.py). A change takes effect within one pass of the watcher: running calls of a tenant that may no
+longer call are ended, and long-lived callers are authenticated again. Failures go to the audit log and the metrics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.config.schema import Config, cache_dir, database_url, secret_files
 from cluster.config.tenants import Auth
 from cluster.gateway.auth.authenticator import Caller, Credentials
 from cluster.gateway.auth.credentials import CredentialChecker
-from cluster.gateway.quotas.budgets import BudgetWatch, Spent
+from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
@@ -53,26 +53,28 @@ if TYPE_CHECKING:
 log = structlog.get_logger("tenants")
 
 FIRST_ANSWER_S = 5.0
-"""How long a start waits for the database, where no snapshot of an earlier life serves meanwhile."""
+"""How long a start waits for the database when there is no snapshot of an earlier run to serve from."""
 CHECK_AFTER_S = 2.0
-"""A database that has answered is checked when the first calls are through, in a process of its own."""
+"""Delay before the schema of a database that has answered is checked, in a separate process, so that first calls are
+not slowed."""
 SOON_S = 30.0
-"""A check that runs where nothing else wants to, and has not ended by then, is begun again with a right to a core."""
-AGAIN_S, MOST_AGAIN_S = 5.0, 60.0
-ASK_AGAIN_S = 30.0
-"""Sessions are asked again this often without any change, since keys and tokens expire by themselves."""
+"""Time limit for a check at idle priority; after it the check is started again at a priority that gets a core."""
+RETRY_S, MAX_RETRY_S = 5.0, 60.0
+REAUTHENTICATE_S = 30.0
+"""Sessions are authenticated again this often without any change, since keys and tokens expire."""
 FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 
 
 class TenantAuthenticator:
-    """Implements Door. Only process 0 of a host prepares the database and removes what is too old."""
+    """Implements Authenticator. Only process 0 of a host prepares the database and removes expired rows."""
 
     def __init__(self, config: Config, folder: Path, metrics: Metrics, process: int = 0) -> None:
-        """`folder` keeps the snapshot and the audit log of this process. Raises ValueError for a secret's file."""
+        """`folder` holds the snapshot and the audit log of this process. Raises ValueError for an unusable secret
+        file."""
         assert config.auth is not None
         files = secret_files(config)
-        found = {setting: read_secrets(path, setting) for setting, path in files.items()}
-        self.secrets = found["auth.cluster_secret_file"]
+        secrets = {setting: read_secrets(path, setting) for setting, path in files.items()}
+        self.secrets = secrets["auth.cluster_secret_file"]
         """The cluster's secrets: the first signs, all verify."""
         self.by_certificate = bool(config.auth.client_certificates)
         self.on_change: set[Callable[[], None]] = set()
@@ -82,7 +84,7 @@ class TenantAuthenticator:
         self._policies = config.policies()
         if not config.store.database_url:
             make_private_folder(cache_dir())
-        peppers = found.get("auth.api_keys.pepper_file", ())
+        peppers = secrets.get("auth.api_keys.pepper_file", ())
         self.ledger = Ledger(database_url(config), peppers=peppers)
         self.audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)
         self._watcher = Watcher(
@@ -93,34 +95,36 @@ class TenantAuthenticator:
             on_change=self._changed,
         )
         self.prompts = PromptLog(
-            folder / "prompts", self._everybody, config.store.retention_days.prompts, self._metrics
+            folder / "prompts", self._policies_by_tenant, config.store.retention_days.prompts, self._metrics
         )
         self._oidc = _verifier(config.auth)
         self._authenticator = CredentialChecker(
             self._watcher.current,
             peppers=peppers,
             oidc=self._oidc,
-            certificates=[CertificateRule(one.san, one.tenant, one.role) for one in config.auth.client_certificates],
-            told=self._told,
+            certificates=[
+                CertificateRule(rule.san, rule.tenant, rule.role) for rule in config.auth.client_certificates
+            ],
+            on_failure=self._record_failure,
         )
-        self._dressed: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
-        self._visitors: set[Caller] = set()
+        self._derived: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
+        self._callers: set[Caller] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news = asyncio.Event()
+        self._snapshot_changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    # ---- life
+    # ---- start and stop
 
     async def start(self) -> None:
-        """Know who may call, or say in the log why not yet."""
+        """Load a snapshot of tenants and keys, or log why there is none yet."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")
-        if waits and self._is_there():  # most likely it is as we need it: who may call is known before that is checked
+        if waits and self._may_exist():  # its schema is most likely current, so read the snapshot before checking it
             waits = not await asyncio.to_thread(self._watcher.ask)
         self._tasks = [
             asyncio.create_task(self._prepare(tried, serving=not waits)),
-            asyncio.create_task(self._ask_again()),
+            asyncio.create_task(self._reauthenticate()),
         ]
         if waits:
             with suppress(TimeoutError):
@@ -131,7 +135,7 @@ class TenantAuthenticator:
         self.prompts.start()
 
     async def stop(self) -> None:
-        """End the threads; what is to be audited is written."""
+        """Stop the threads after writing the pending audit events and prompts."""
         self._loop = None
         for task in self._tasks:
             task.cancel()
@@ -143,44 +147,46 @@ class TenantAuthenticator:
         await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
 
-    def budgets(self, spent: Spent) -> BudgetWatch:
-        """What follows every tenant's budget. Raises ValueError for the webhook's secret."""
+    def budgets(self, on_sums: SumsCallback) -> BudgetWatch:
+        """The watch over all tenants' budgets. Raises ValueError for an unusable webhook secret file."""
         observe = self._config.observe
         webhook = observe.budget_webhook if self._first else None
         setting = "observe.budget_webhook.secret_file"
         return BudgetWatch(
             self._config.name,
             self.ledger,
-            lambda: list(self._everybody().values()),
+            lambda: list(self._policies_by_tenant().values()),
             self._metrics,
-            spent,
+            on_sums,
             webhook=webhook,
             secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
             max_tenants=observe.max_tenant_series,
         )
 
     async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """Process 0 brings the database up to the file; then, daily, what is too old goes. `serving`: calls come
-        already, and are not to wait for that."""
-        url, again_s = database_url(self._config), AGAIN_S
+        """In process 0, migrate the database, declare the file's tenants, then delete expired rows daily.
+
+        `serving`: calls already run, so the check must not slow them. `tried` is set after the first attempt."""
+        url, retry_s = database_url(self._config), RETRY_S
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         while self._first:
             try:
                 if serving:
-                    if again_s == AGAIN_S:
+                    if retry_s == RETRY_S:
                         await bring_up_elsewhere(url, put_last, SOON_S)
-                    else:  # on a busy machine that may have had no core
+                    else:  # the attempt at idle priority may have got no core on a busy machine
                         await bring_up_elsewhere(url, put_behind)
                 else:
                     await asyncio.to_thread(bring_up, url)
-                    memory.settle()  # that has imported what migrates
+                    memory.settle()  # since bring_up has imported the migration modules
                 await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
                 break
             except LedgerError as error:
                 log.warning("ledger_not_ready", error=str(error))
                 tried.set()
-                await asyncio.sleep(again_s)
-                again_s = min(2 * again_s, MOST_AGAIN_S) if serving else AGAIN_S  # a process each time
+                await asyncio.sleep(retry_s)
+                # Backs off while serving, where each attempt starts a process.
+                retry_s = min(2 * retry_s, MAX_RETRY_S) if serving else RETRY_S
         tried.set()
         wait_s = FIRST_EXPIRY_S
         while self._first:
@@ -190,49 +196,49 @@ class TenantAuthenticator:
 
             days = self._config.store.retention_days
             try:
-                gone = await asyncio.to_thread(
+                deleted = await asyncio.to_thread(
                     expire, self.ledger, time.time(), usage_days=days.usage, audit_days=days.audit
                 )
-                log.info("ledger_expired", usage=gone.usage, audit=gone.audit)
+                log.info("ledger_expired", usage=deleted.usage, audit=deleted.audit)
             except LedgerError as error:
                 log.warning("ledger_not_expired", error=str(error))
 
-    def _is_there(self) -> bool:
-        """Whether the database can have been prepared before: a file of SQLite's that is not there has not."""
+    def _may_exist(self) -> bool:
+        """Whether the database may have been prepared before; False for a missing SQLite file."""
         url = database_url(self._config)
         return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
 
-    # ---- Door
+    # ---- Authenticator
 
-    async def principal(self, shown: Credentials) -> Principal:
-        """See Door."""
-        found = await self._authenticator.principal(shown.authorization, shown.names, shown.peer)
-        tenant = self._dress(found.tenant)[1]
-        return Principal(tenant, found.role, found.by, found.subject, found.model_aliases)
+    async def principal(self, credentials: Credentials) -> Principal:
+        """See Authenticator."""
+        principal = await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
+        tenant = self._derive(principal.tenant)[1]
+        return Principal(tenant, principal.role, principal.by, principal.subject, principal.model_aliases)
 
     def knows(self) -> AccessSnapshot:
-        """See Door."""
+        """See Authenticator."""
         return self.snapshot()
 
-    async def visit(self, shown: Credentials) -> Caller:
-        """See Door."""
-        visitor = Caller(await self.principal(shown), shown)
-        self._visitors.add(visitor)
-        return visitor
+    async def visit(self, credentials: Credentials) -> Caller:
+        """See Authenticator."""
+        caller = Caller(await self.principal(credentials), credentials)
+        self._callers.add(caller)
+        return caller
 
-    def leave(self, visitor: Caller) -> None:
-        """See Door."""
-        self._visitors.discard(visitor)
+    def leave(self, caller: Caller) -> None:
+        """See Authenticator."""
+        self._callers.discard(caller)
 
     def snapshot(self) -> AccessSnapshot:
-        """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
+        """The current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
 
-    def _everybody(self) -> dict[str, TenantPolicy]:
+    def _policies_by_tenant(self) -> dict[str, TenantPolicy]:
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def standing(self, tenant: str) -> CallError | None:
-        """See Door. While the database is away too long new calls are refused, but those that run go on."""
+        """See Authenticator. While the snapshot is too old, new calls are refused but running ones continue."""
         try:
             entry = self._watcher.current().tenants.get(tenant)
         except CallError:
@@ -242,75 +248,75 @@ class TenantAuthenticator:
         return CallError(Outcome.TENANT_SUSPENDED, SUSPENDED) if entry.policy.suspended else None
 
     def salt(self, principal: Principal, own: str) -> str:
-        """See Door."""
+        """See Authenticator."""
         policy = principal.tenant
-        return cache_salt(self.secrets, policy, own) if own else self._dress(policy)[2]
+        return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
 
-    def _dress(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """The policy as the snapshot has it, the same with its handle, and its salt; made once for each policy."""
-        known = self._dressed.get(policy.name)
-        if known is None or (policy is not known[0] and policy is not known[1]):
+    def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
+        """The snapshot's policy, the same with its handle, and its cache salt. Computed once per policy."""
+        cached = self._derived.get(policy.name)
+        if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self.secrets, policy.name)
-            known = (policy, replace(policy, handle=handle), cache_salt(self.secrets, policy))
-            self._dressed[policy.name] = known
-        return known
+            cached = (policy, replace(policy, handle=handle), cache_salt(self.secrets, policy))
+            self._derived[policy.name] = cached
+        return cached
 
-    def decided(self, one: GuardDecision) -> None:
-        """What a guard has decided goes into the audit log."""
+    def decided(self, decision: GuardDecision) -> None:
+        """Write a guard's decision to the audit log."""
         details: dict[str, Any] = {
-            "guard": one.guard,
-            "model": one.model,
-            "request_id": one.request_id,
-            "found": one.found,
+            "guard": decision.guard,
+            "model": decision.model,
+            "request_id": decision.request_id,
+            "found": decision.found,
         }
-        if one.texts:
-            details["texts"] = list(one.texts)
+        if decision.texts:
+            details["texts"] = list(decision.texts)
         event = AuditEvent(
             time.time(),
             "policy",
             "guard",
-            actor=one.actor,
-            tenant=one.tenant,
-            object=f"tenants/{one.tenant}",
-            outcome=one.outcome,
+            actor=decision.actor,
+            tenant=decision.tenant,
+            object=f"tenants/{decision.tenant}",
+            outcome=decision.outcome,
             details=details,
         )
         self.audit.write(event)
 
-    # ---- news
+    # ---- changes and failures
 
     def _changed(self, snapshot: AccessSnapshot) -> None:
-        """In the watcher's thread."""
+        """Schedule the callbacks on the event loop. Called in the watcher's thread."""
         loop = self._loop
         if loop is not None:
-            with suppress(RuntimeError):  # the loop has ended this moment
-                loop.call_soon_threadsafe(self._tell_change)
+            with suppress(RuntimeError):  # the loop has just been closed
+                loop.call_soon_threadsafe(self._notify_change)
 
-    def _tell_change(self) -> None:
-        self._news.set()
-        for told in list(self.on_change):
-            told()
+    def _notify_change(self) -> None:
+        self._snapshot_changed.set()
+        for callback in list(self.on_change):
+            callback()
 
-    async def _ask_again(self) -> None:
+    async def _reauthenticate(self) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(ASK_AGAIN_S):
-                    await self._news.wait()
-            self._news.clear()
-            for number, visitor in enumerate(list(self._visitors)):
+                async with asyncio.timeout(REAUTHENTICATE_S):
+                    await self._snapshot_changed.wait()
+            self._snapshot_changed.clear()
+            for number, caller in enumerate(list(self._callers)):
                 try:
-                    visitor.principal = await self.principal(visitor.shown)
-                    visitor.refused = None
+                    caller.principal = await self.principal(caller.credentials)
+                    caller.refused = None
                 except CallError as error:
-                    visitor.refused = error
+                    caller.refused = error
                 if number % 100 == 99:
-                    await asyncio.sleep(0)  # thousands of sessions must not hold the loop
+                    await asyncio.sleep(0)  # thousands of sessions must not block the event loop
 
-    def _told(self, reason: str, subject: str, peer: str) -> None:
+    def _record_failure(self, reason: str, subject: str, peer: str) -> None:
         self._metrics.count("auth_failures_total", reason)
         event = AuditEvent(
             time.time(), "auth_failure", "authenticate", actor=subject, outcome=reason, source=peer
-        )  # of a wrong key nothing but the id that it claims
+        )  # records nothing of a wrong key but the id that it claims
         self.audit.write(event)
 
 
@@ -320,7 +326,7 @@ def _verifier(auth: Auth) -> OidcVerifier | None:
     from cluster.gateway.auth.oidc import Issuer, OidcVerifier
 
     issuers = [
-        Issuer(one.issuer, one.audience, one.tenant_claim, one.role_claim, frozenset(one.algorithms))
-        for one in auth.oidc
+        Issuer(issuer.issuer, issuer.audience, issuer.tenant_claim, issuer.role_claim, frozenset(issuer.algorithms))
+        for issuer in auth.oidc
     ]
     return OidcVerifier(issuers)

@@ -1,7 +1,7 @@
-"""TLS of the ports that are dialled, with certificates that are read again when their files change.
+"""TLS of the listening ports, with certificates that are reread when their files change.
 
-The context given to a listener stands for the newest one: each connection begins with a context made of the files as
-they are then. Files that do not fit together (one half of a renewal is written) leave the last good ones in force.
+A listener gets a NewestContext, which starts each connection with a context made from the current files. Files that do
+not match each other (a renewal is half written) leave the last valid context in force.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 class NewestContext(ssl.SSLContext):
-    """What a listener is given. asyncio calls `wrap_bio` once for each connection."""
+    """An SSL context for a listener that always uses the newest files. asyncio calls `wrap_bio` per connection."""
 
     _files: tuple[Path, ...]
     _tls: ClientTls
@@ -35,12 +35,14 @@ class NewestContext(ssl.SSLContext):
 
     @classmethod
     def of(cls, tls: ClientTls, *protocols: str) -> Self:
-        """Of a client port; `protocols` are ALPN's. Raises ValueError that names the setting."""
-        return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)  # who shows a key needs no certificate
+        """The context of a client port. `protocols`: ALPN names. Raises ValueError that names the setting."""
+        # Optional, since a caller with an API key needs no certificate.
+        return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)
 
     @classmethod
     def of_link(cls, tls: Tls) -> Self:
-        """Of the link port, where both sides show one. Raises ValueError that names the setting."""
+        """The context of the link port, which requires a certificate of both sides. Raises ValueError that names the
+        setting."""
         revoked = tls.revoked_serials_file if isinstance(tls, LinkTls) else None
         files = ClientTls(
             cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file, revoked_serials_file=revoked
@@ -56,17 +58,17 @@ class NewestContext(ssl.SSLContext):
         context._files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
         context._protocols = list(protocols)
         context._revoked = revoked_file(tls, setting)
-        context._stamp = context._look()
+        context._stamp = context._file_stamp()
         context._now = context._read()
         return context
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
-        """Begin a connection."""
+        """Start a connection with the newest context."""
         self._refresh()
         return self._now.wrap_bio(*arguments, **named)
 
     def _refresh(self) -> None:
-        stamp = self._look()
+        stamp = self._file_stamp()
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -76,12 +78,12 @@ class NewestContext(ssl.SSLContext):
         except ValueError as error:
             log.warning("certificate_not_read", error=str(error))
 
-    def _look(self) -> Stamp:
+    def _file_stamp(self) -> Stamp:
         try:
-            found = [path.stat() for path in self._files]
+            statuses = [path.stat() for path in self._files]
         except OSError:
             return ()
-        return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
+        return tuple((status.st_ino, status.st_mtime_ns, status.st_size) for status in statuses)
 
     def _read(self) -> ssl.SSLContext:
         tls = self._tls
@@ -91,7 +93,7 @@ class NewestContext(ssl.SSLContext):
         context.set_alpn_protocols(self._protocols)
         try:
             context.load_cert_chain(tls.cert_file, tls.key_file)
-        except OSError as error:  # ssl's own errors too
+        except OSError as error:  # includes ssl.SSLError
             raise ValueError(f"{self._setting}: {tls.cert_file} or {tls.key_file} cannot be used: {error}") from None
         if tls.client_ca_file is not None:
             context.verify_mode = self._client
@@ -104,18 +106,20 @@ class NewestContext(ssl.SSLContext):
 
 
 def revoked_file(tls: ClientTls | LinkTls | None, setting: str) -> RevokedFile | None:
-    """The list of revoked certificates that a section names. Raises ValueError that names the setting."""
+    """The revocation list that a TLS section configures, None without one. Raises ValueError that names the setting."""
     path = None if tls is None else tls.revoked_serials_file
     return None if path is None else RevokedFile(path, f"{setting}.revoked_serials_file")
 
 
 def name_in(certificate: bytes) -> str:
-    """The first DNS name of a PEM certificate, "" where there is none; who has the file knows what to be shown."""
+    """The first DNS name of a PEM certificate, "" if it has none.
+
+    A client that has the server's certificate file can verify the server by this name."""
     from cryptography import x509
 
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
-        found = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except (ValueError, x509.ExtensionNotFound):
         return ""
-    return next(iter(found.value.get_values_for_type(x509.DNSName)), "")
+    return next(iter(names.value.get_values_for_type(x509.DNSName)), "")

@@ -1,1 +1,1 @@
-"""Helper processes for work that would hold up the event loop."""
+"""Helper processes for work that would block the event loop."""

@@ -1,19 +1,19 @@
-"""Work of a gateway in processes of their own, so that its event loop never waits for it.
+"""A pool of helper processes for a gateway's CPU-bound work, so that its event loop never waits for that.
 
-Problem: parsing, rendering and tokenizing hold the interpreter for milliseconds at a time also in a thread, and the
-loop waits for it after every system call; with many such threads that adds up to a quarter of a second. Helpers
-(process.py) start with the first job, which waits for the first of them (0.2 to 0.6 s, once), run only where
-nothing else wants to, and leave after a while without work. Where none can be had, or one gets no core for seconds,
-the caller does the work itself: `run` gives None.
+Problem: parsing, rendering and tokenizing hold the GIL for milliseconds at a time even in a thread, and the event loop
+waits for the GIL after every system call; with many such threads that adds up to a quarter of a second. Helpers
+(process.py) start with the first job, which waits for the first helper (0.2 to 0.6 s, once). They run at idle priority
+(SCHED_IDLE) and exit after a time without work. If no helper can be started, or one gets no core for seconds, `run`
+returns None and the caller does the work itself.
 
-Tenants take turns: of those with jobs that wait, the one served longest ago is next. A job has an amount of CPU
-(TooMuchCpu beyond it), and one that ends two helpers in a row is given up (Lost): it goes to no third, and never to
-the gateway's own process.
+Tenants take turns: of the tenants with waiting jobs, the one served longest ago is next. Each job has a CPU limit
+(TooMuchCpu beyond it). A job that ends two helpers in a row is given up (Lost): it runs neither in a third helper nor
+in the gateway's own process.
 
-A core on which only such a process runs counts as idle for whoever wakes up; with a merely nice one there, the loop
-waits on the other core behind whatever runs there, 15 to 30 ms at a time. Each is a session of its own, since where
-Linux shares the processors by session (autogroup, its default outside of control groups), a gateway whose helpers
-keep one core busy would have used up its share by that.
+The scheduler treats a core that runs only an idle-priority process as idle. With a merely nice process there, the event
+loop would wait on the other core behind other processes, 15 to 30 ms at a time. Each helper has its own session: if
+Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the gateway's session
+would use up its share.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ log = structlog.get_logger("text")
 
 MAX_HELPERS: Final = 4
 MAX_FAILURES: Final = 3
-"""Helpers lost one after the other, none of which did any work, before no more are started for RETRY_S."""
+"""Helpers lost in succession without completing a job, after which no more are started for RETRY_S."""
 RETRY_S: Final = 60.0
 MAX_LOSSES: Final = 2
-"""Helpers that one job may end."""
+"""Helpers that one job may end before it is given up."""
 CPU_S, CPU_S_PER_MB = 10.0, 4.0
-"""What a job may use, by the bytes that it brings; honest ones take a hundredth to a tenth of it."""
+"""CPU limit of a job, and the addition per megabyte of its data; legitimate jobs use a hundredth to a tenth of it."""
 PATIENCE_S: Final = 2.0
-"""A helper that has not answered after so long, and a second more for each megabyte, is late: no other job waits for
-it until it has answered, and where it has got less than LEAST_SHARE of a core, its caller does the work itself."""
+"""Time after which a helper that has not answered is late, plus a second per megabyte. No other job waits for a late
+helper, and if it has got less than LEAST_SHARE of a core, the caller does the work itself."""
 LEAST_SHARE: Final = 0.2
 _ENVIRONMENT: Final = {
-    "TOKENIZERS_PARALLELISM": "false",  # the helpers are the parallelism
-    # What one body took is there for the next: fresh memory costs a third of the time that 16 MB take.
+    "TOKENIZERS_PARALLELISM": "false",  # the helpers already run in parallel
+    # Keeps freed memory for the next body: fresh memory takes a third of the time for a body of 16 MB.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
 Job = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""Name of a method of what the helpers serve, its arguments and its keyword arguments."""
+"""Name of a method of the object that the helpers serve, its arguments and its keyword arguments."""
 Setup = Callable[[], tuple[str, bytes]]
-"""What the helpers serve: the kind, and what is needed to make it."""
+"""Returns the kind of object that the helpers serve, and the data to create it."""
 
 
 TOO_MUCH: Final = "too much"
@@ -68,15 +68,15 @@ _NOTHING: Final[Job] = ("__repr__", (), {})
 
 
 class TooMuchCpu(Exception):
-    """A job has used all the CPU that it may."""
+    """A job has exceeded its CPU limit."""
 
 
 class Lost(Exception):
-    """A job has ended MAX_LOSSES helpers, or raised what no caller foresees."""
+    """A job has ended MAX_LOSSES helpers, or raised an unexpected exception."""
 
 
 class _Helper:
-    """One process and the socket to it, which carries one job at a time."""
+    """One helper process and the socket to it. Runs one job at a time."""
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
@@ -85,7 +85,7 @@ class _Helper:
                 [sys.executable, "-m", "cluster.gateway.helpers.process"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # traces of panics; what went wrong comes as an answer
+                stderr=subprocess.DEVNULL,  # only panic traces; errors are sent as answers
                 start_new_session=True,
                 env=os.environ | _ENVIRONMENT,
             )
@@ -101,12 +101,12 @@ class _Helper:
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """The process id."""
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """CPU that it has used so far; 0 where that cannot be read."""
-        import psutil  # a gateway starts without it
+        """CPU time that the process has used so far; 0 if that cannot be read."""
+        import psutil  # imported late, to keep the gateway's start fast
 
         with suppress(psutil.Error):
             times = psutil.Process(self.pid).cpu_times()
@@ -115,13 +115,13 @@ class _Helper:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether it was ended since its job had used all its CPU. Waits for the end of one that has closed."""
+        """Whether the process ended because its job exceeded the CPU limit. Waits up to 0.1 s for its end."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(0.1) == -OUT_OF_TIME
         return False
 
     async def do(self, job: Job, cpu_s: float) -> tuple[str, Any]:
-        """A job's answer. Raises OSError when the helper is gone."""
+        """Run a job and return its answer. Raises OSError when the process has ended."""
         loop = asyncio.get_running_loop()
         self._busy = True
         try:
@@ -159,9 +159,9 @@ class _Helper:
         return data
 
     def end(self) -> None:
-        """Now: a helper holds nothing that anyone would miss."""
+        """Kill the process at once; a helper has no state to save."""
         self._ended = True
-        if self._busy:  # closed here, its number would be a new socket's while the loop still waits for the old one
+        if self._busy:  # closing now would let a new socket reuse the file descriptor that the loop still waits for
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         else:
@@ -171,14 +171,14 @@ class _Helper:
 
 
 class HelperPool:
-    """The helpers of one purpose. Used from one event loop."""
+    """A pool of helpers that serve the same kind of object. Belongs to one event loop."""
 
     def __init__(self, setup: Setup, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
-        """`size`: helpers at most; by default as many as there are cores, up to MAX_HELPERS."""
+        """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS."""
         self._setup = setup
         self._patience_s = patience_s
         self.cpu_s = CPU_S
-        """What a small job may use."""
+        """CPU limit of a small job."""
         self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
         self._helpers: set[_Helper] = set()
         self._idle: list[_Helper] = []
@@ -187,31 +187,31 @@ class HelperPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
         self.failures = 0
-        """Helpers lost since one did some work."""
+        """Helpers lost since the last one that completed a job."""
         self._failed_at = 0.0
         self._closed = False
         self._end = weakref.finalize(self, _end_all, self._helpers)
 
     @property
     def pids(self) -> frozenset[int]:
-        """Of the helpers that are there."""
+        """Process ids of the running helpers."""
         return frozenset(helper.pid for helper in self._helpers)
 
-    async def run(self, job: Job, *, size: int = 0, tenant: str = "", here: bool = True) -> Any:
-        """The job's result; None where no helper can be had in time: do it yourself. `size`: bytes that it works on.
-        Not `here`: the caller cannot do it, and waits also for a helper that gets no core.
+    async def run(self, job: Job, *, size: int = 0, tenant: str = "", local_fallback: bool = True) -> Any:
+        """Run a job and return its result; None if no helper is available in time and the caller must run it itself.
 
-        Raises CallError as the job did, TooMuchCpu, Lost."""
+        `size`: bytes that the job works on. `local_fallback=False`: the caller cannot run the job itself, so `run` also
+        waits for a helper that gets no core. Raises the job's CallError, TooMuchCpu or Lost."""
         for _ in range(MAX_LOSSES):
-            helper = await self._take(tenant)
+            helper = await self._acquire(tenant)
             if helper is None:
                 return None
-            # A job that nobody waits for any longer is finished all the same: its answer must leave the socket.
+            # The job completes even if its caller is cancelled, because its answer must be read from the socket.
             patience_s = self._patience_s + size / 1e6
             work = self._spawn(self._work(helper, job, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
-            if not here:
+            if not local_fallback:
                 await asyncio.wait({work})
-            elif not await _patiently(work, helper, patience_s):
+            elif not await _wait_while_running(work, helper, patience_s):
                 return None
             answer: tuple[str, Any] | None = work.result()
             if answer is not None:
@@ -221,7 +221,7 @@ class HelperPool:
         raise Lost("its helpers ended")
 
     async def ready(self) -> bool:
-        """Wait until all helpers are there; False where none will be."""
+        """Wait until all helpers have started. False if none could be started."""
         if not self._helpers:
             self._start()
         while self._starting:
@@ -229,17 +229,17 @@ class HelperPool:
         return bool(self._helpers)
 
     def close(self) -> None:
-        """End all helpers; calls under way do their work themselves."""
+        """End all helpers; the callers of running jobs do their work themselves."""
         self._closed = True
         self._end()
         self._idle.clear()
-        self._give_up()
+        self._release_waiting()
 
-    async def _take(self, tenant: str = "") -> _Helper | None:
+    async def _acquire(self, tenant: str = "") -> _Helper | None:
         if self._idle:
             return self._idle.pop()
         self._start()
-        if not self._hope:
+        if not self._may_become_free:
             return None
         future: asyncio.Future[_Helper | None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(future)
@@ -247,11 +247,11 @@ class HelperPool:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and (helper := future.result()) is not None:
-                self._give(helper)
+                self._release(helper)
             raise
 
     def _next_waiting(self) -> asyncio.Future[_Helper | None] | None:
-        """The first job of the tenant that was served longest ago."""
+        """Remove and return the first waiting job of the tenant that was served longest ago."""
         while self._waiting:
             tenant, futures = self._waiting.popitem(last=False)
             future = futures.popleft()
@@ -261,69 +261,70 @@ class HelperPool:
                 return future
         return None
 
-    def _give(self, helper: _Helper) -> None:
+    def _release(self, helper: _Helper) -> None:
+        """Assign a free helper to the next waiting job, or make it idle."""
         if (future := self._next_waiting()) is not None:
             future.set_result(helper)
             return
         self._idle.append(helper)
 
     async def _work(self, helper: _Helper, job: Job, patience_s: float, cpu_s: float) -> tuple[str, Any] | None:
-        """The answer; None where the helper was lost."""
-        late = asyncio.get_running_loop().call_later(patience_s, self._is_late, helper)
+        """Run a job on a helper and return its answer; None if the helper was lost."""
+        late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)
         except OSError as error:
             if helper in self._helpers and await asyncio.to_thread(lambda: helper.out_of_time):
-                self._stopped(helper, job[0], cpu_s)
+                self._replace_stopped(helper, job[0], cpu_s)
                 return TOO_MUCH, None
-            self._lost(helper, error)
+            self._remove_lost(helper, error)
             return None
-        except BaseException:  # cancelled with the loop: what is on the socket is anybody's guess
-            self._lost(helper, None)
+        except BaseException:  # cancelled with the event loop, so the socket's contents are undefined
+            self._remove_lost(helper, None)
             raise
         finally:
             late.cancel()
             self._late.discard(helper)
         self.failures = 0
         if helper in self._helpers:
-            self._give(helper)
+            self._release(helper)
         return answer
 
-    def _stopped(self, helper: _Helper, what: str, cpu_s: float) -> None:
-        """Its job was too much; the helper is not to blame, and another comes in its place."""
-        log.warning("helper_stopped", job=what, cpu_s=round(cpu_s, 1))
+    def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
+        """Replace a helper that ended because its job exceeded the CPU limit. Does not count as a failure."""
+        log.warning("helper_stopped", job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
         self._start()
-        self._give_up()
+        self._release_waiting()
 
-    def _is_late(self, helper: _Helper) -> None:
+    def _mark_late(self, helper: _Helper) -> None:
         log.warning("helper_late", pid=helper.pid)
         self._late.add(helper)
-        self._give_up()
+        self._release_waiting()
 
     @property
-    def _hope(self) -> bool:
-        """Whether a helper may come free soon."""
+    def _may_become_free(self) -> bool:
+        """Whether a helper may become free soon."""
         return self._starting or bool(self._helpers - self._late)
 
-    def _lost(self, helper: _Helper, error: OSError | None) -> None:
+    def _remove_lost(self, helper: _Helper, error: OSError | None) -> None:
         if helper not in self._helpers:
             return
         self._helpers.discard(helper)
         helper.end()
         if error is not None:
-            self._failed(error)
+            self._count_failure(error)
 
-    def _failed(self, error: Exception) -> None:
+    def _count_failure(self, error: Exception) -> None:
         self.failures += 1
         self._failed_at = time.monotonic()
         log.warning("helper_lost", error=str(error), started_again=self.failures < MAX_FAILURES)
-        self._give_up()
+        self._release_waiting()
 
-    def _give_up(self) -> None:
-        """Who waits does the work itself, where no helper is there and none comes."""
-        while not self._hope and (future := self._next_waiting()) is not None:
+    def _release_waiting(self) -> None:
+        """Let waiting callers do their work themselves, if no helper may become free."""
+        while not self._may_become_free and (future := self._next_waiting()) is not None:
             future.set_result(None)
 
     def _start(self) -> None:
@@ -334,30 +335,30 @@ class HelperPool:
             self._spawn(self._begin())
 
     async def _begin(self) -> None:
-        """Start one helper, then the next: a start holds the loop up for a moment, so they are all started early."""
+        """Start one helper, then the next. A start blocks the event loop briefly, so all are started early."""
         try:
             helper = await asyncio.to_thread(_Helper, self._setup)
             try:
-                await helper.do(_NOTHING, CPU_S)  # until it has made what it serves
-            except BaseException:  # cancelled too: a helper that nobody knows would stay for ever
+                await helper.do(_NOTHING, CPU_S)  # returns once the helper has created its object
+            except BaseException:  # also when cancelled, or the unregistered process would stay forever
                 helper.end()
                 raise
         except OSError as error:
             self._starting = False
-            self._failed(error)
+            self._count_failure(error)
             return
-        except BaseException:  # no thread to be had, or the loop's end
+        except BaseException:  # no thread available, or the event loop ends
             self._starting = False
-            self._give_up()
+            self._release_waiting()
             raise
-        put_last(helper.pid)  # not before: a start that gets no core would hold up whoever waits for it
+        put_last(helper.pid)  # only now, because callers wait for the start, which must get a core
         self._starting = False
         if self._closed:
             helper.end()
-            self._give_up()
+            self._release_waiting()
             return
         self._helpers.add(helper)
-        self._give(helper)
+        self._release(helper)
         self._start()
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
@@ -367,8 +368,8 @@ class HelperPool:
         return task
 
 
-async def _patiently(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
-    """Wait for a job as long as its helper gets on with it. Whether it is done."""
+async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
+    """Wait for a job as long as its helper gets CPU time. Returns whether the job is done."""
     used_s = helper.cpu_s()
     while True:
         done, _ = await asyncio.wait({work}, timeout=patience_s)
@@ -379,13 +380,13 @@ async def _patiently(work: asyncio.Task[Any], helper: _Helper, patience_s: float
             return False
 
 
-def _result(what: str, value: Any) -> Any:
-    if what == OK:
+def _result(kind: str, value: Any) -> Any:
+    if kind == OK:
         return value
-    if what == REFUSED:
+    if kind == REFUSED:
         assert isinstance(value, CallError)
         raise value
-    raise TooMuchCpu if what == TOO_MUCH else Lost(value)
+    raise TooMuchCpu if kind == TOO_MUCH else Lost(value)
 
 
 def _end_all(helpers: set[_Helper]) -> None:

@@ -1,7 +1,7 @@
-"""Program: one process of a HelperPool. Its standard input is a socket: what it serves first, then job after job.
+"""Program: one process of a HelperPool. Its standard input is a socket, which carries the setup and then the jobs.
 
-A job that takes more CPU than it may ends the process by a signal, whatever native code runs then; the pool starts
-another. Ends with the gateway, or after IDLE_S without a job.
+A job that exceeds its CPU limit ends the process by a signal, even inside native code, and the pool starts another
+process. The process ends with the gateway, or after IDLE_S without a job.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IDLE_S: Final = 600.0
 
 
 def serve(connection: socket.socket) -> None:
-    """Do jobs until the other end is closed, or silent for IDLE_S."""
+    """Run jobs until the socket is closed or idle for IDLE_S."""
     worker = _worker(*receive(connection))
     while True:
         cpu_s, method, positional, named = receive(connection)
@@ -26,7 +26,7 @@ def serve(connection: socket.socket) -> None:
         answer = _answer(worker, method, positional, named)
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, answer)
-        del positional, named, answer  # megabytes, until the next job otherwise
+        del positional, named, answer  # may be megabytes, which would stay until the next job
 
 
 def _worker(kind: str, setup: bytes | bytearray) -> object:
@@ -45,18 +45,18 @@ def _answer(worker: object, method: str, positional: tuple[Any, ...], named: dic
         return OK, getattr(worker, method)(*positional, **named)
     except CallError as error:
         return REFUSED, error
-    except BaseException as error:  # a panic of Rust code is no Exception
+    except BaseException as error:  # a panic of Rust code is not an Exception
         return FAILED, f"{type(error).__name__}: {error}"[:500]
 
 
 def main() -> None:
-    """Serve the socket that is standard input."""
+    """Serve jobs from the socket on standard input."""
     signal.signal(OUT_OF_TIME, signal.SIG_DFL)
     connection = socket.socket(fileno=os.dup(0))
     connection.settimeout(IDLE_S)
     try:
         serve(connection)
-    except (OSError, EOFError):  # idle for long, or the gateway is gone
+    except (OSError, EOFError):  # idle for IDLE_S, or the gateway has ended
         return
 
 

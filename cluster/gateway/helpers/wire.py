@@ -1,7 +1,8 @@
-"""How a HelperPool and its processes speak: a pickle and the large buffers that it refers to, each with its length.
+"""The protocol between a HelperPool and its processes: a pickle and the large buffers it refers to, each with a length.
 
-Only the two write here: the socket has no name and no other end. Buffers are bytes, arrays and PickleBuffers of any
-size; they are sent and received in pieces, never copied into the pickle, so no step of an event loop is long.
+Pickle is safe here, because the socket pair has no name and only these two processes write to it. Buffers are bytes,
+arrays and PickleBuffers of any size. They are sent and received in pieces and never copied into the pickle, so no step
+blocks the event loop for long.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 HEAD: Final = struct.Struct("<QI")
-"""Bytes of the pickle, and how many buffers follow it."""
+"""Number of bytes of the pickle, and number of buffers that follow it."""
 SIZE: Final = struct.Struct("<Q")
 PIECE_BYTES: Final = 1 << 20
-"""Sent or received before the event loop turns to others."""
+"""Bytes sent or received before other tasks of the event loop may run."""
 OK, REFUSED, FAILED = "ok", "refused", "failed"
-"""What an answer is: a result, a CallError, or words about any other exception."""
+"""Kind of an answer: a result, a CallError, or the text of any other exception."""
 OUT_OF_TIME: Final = signal.SIGPROF
-"""Ends a process whose job has used all its CPU, by its default action."""
+"""The signal whose default action ends a process when its job exceeds the CPU limit."""
 Parts = list["bytes | memoryview"]
 
 
 def pack(value: object) -> Parts:
-    """A value as parts to send, one after the other."""
+    """Encode a value as parts to be sent in order."""
     buffers: list[pickle.PickleBuffer] = []
     packed = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts: Parts = [HEAD.pack(len(packed), len(buffers)) + packed]
@@ -37,18 +38,18 @@ def pack(value: object) -> Parts:
 
 
 def unpack(packed: bytes | bytearray, buffers: Sequence[bytearray]) -> Any:
-    """The value of a pickle and its buffers."""
+    """Decode a value from its pickle and its buffers."""
     return pickle.loads(packed, buffers=buffers)  # noqa: S301 - written by the other end of a socket pair
 
 
 def send(connection: socket.socket, value: object) -> None:
-    """Send a value, and wait until it is sent."""
+    """Send a value. Blocks until it is sent."""
     for part in pack(value):
         connection.sendall(part)
 
 
 def receive(connection: socket.socket) -> Any:
-    """The next value. Raises EOFError once the other end is closed."""
+    """Receive the next value. Blocks. Raises EOFError when the other end is closed."""
     size, count = HEAD.unpack(_exactly(connection, HEAD.size))
     packed = _exactly(connection, size)
     buffers = [_exactly(connection, SIZE.unpack(_exactly(connection, SIZE.size))[0]) for _ in range(count)]

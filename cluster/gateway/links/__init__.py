@@ -1,1 +1,1 @@
-"""The gateway's side of its links: workers and controllers that dialled in."""
+"""The gateway's end of the links that workers and controllers open."""

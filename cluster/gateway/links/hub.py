@@ -1,4 +1,4 @@
-"""The gateway's end of the links: whoever dials in is welcomed, and what they send reaches their WorkerLink."""
+"""The gateway's server for links: it accepts workers and the controller and passes messages to their WorkerLink."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ from cluster.wire.lost_engines import LostEngine, LostEngines
 log = structlog.get_logger("hub")
 
 TICKS = 10
-"""How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
+"""Minimum number of liveness checks in the time after which a worker is suspected."""
 LEAST_REST_S = 0.002
 CALM = 0.6
-"""Such a part of that time must be left for all workers, that they are looked at less often."""
+"""Part of that time that must remain for every worker before checks become less frequent."""
 REPORT_S = 0.5
-"""How often the controller is told of demand and fleet."""
+"""Interval of the demand and fleet reports to the controller."""
 NOTICING_S = 0.02
-"""Of the time in which a worker that stands still is to be found: what the finding itself may take."""
+"""Part of the time in which an inactive worker must be detected that the detection itself may take."""
 
 
 class HubListener(Protocol):
-    """The gateway's side of the hub; called from the event loop, never awaiting."""
+    """The receiver of the hub's events. Methods are called on the event loop and must not block."""
 
     def joined(self, link: WorkerLink) -> None:
         """A worker's link is up."""
 
     def left(self, link: WorkerLink, why: str) -> None:
-        """A worker's link has ended; its sinks have been told."""
+        """A worker's link has ended, and `lost` has been called on its sinks."""
 
     def changed(self, link: WorkerLink) -> None:
-        """Its credit or standing has changed."""
+        """A worker's credit or drain state has changed."""
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """The controller has sent a new catalog."""
 
     def demand(self) -> Sequence[ModelDemand]:
-        """What the controller should know."""
+        """The demand to report to the controller."""
 
     def refuses(self, identity: WorkerIdentity) -> str:
-        """Why a worker may not serve its model; empty when it may."""
+        """Why a worker may not serve its model; "" if it may."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubStatistics:
-    """Links by state."""
+    """Number of worker links, of requests that run on them, and of controllers."""
 
     workers: int
     running: int
@@ -80,12 +80,12 @@ class _Controller:
     def __init__(self, hello: pb.ControllerHello) -> None:
         self.controller_id = hello.controller_id
         self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
-        """What is to be sent to it beside the reports."""
+        """Frames to send to the controller besides the periodic reports."""
         self.questions = Questions(self.frames.put_nowait, frozenset(hello.verbs))
 
 
 class Hub(pb_grpc.LinkServicer):
-    """Serves cluster.link.v1.Link, in grpc.aio's read/write style (the stubs know only the generator style)."""
+    """Serves cluster.link.v1.Link in grpc.aio's read/write style (the stubs are typed for the generator style)."""
 
     def __init__(
         self,
@@ -95,50 +95,50 @@ class Hub(pb_grpc.LinkServicer):
         siblings: Sequence[str] = (),
         by_certificate: bool = False,
     ) -> None:
-        """`siblings`: link addresses of the other processes on these client ports; see link.siblings.
-        `by_certificate`: the port has TLS, and a certificate must name what its holder speaks for."""
+        """`siblings`: link addresses of the other processes that share the client ports; see link.siblings.
+        `by_certificate`: the port has TLS, and a peer's certificate must name its role."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
         self._since = time.monotonic()
         self._listener = listener
-        self._admission = PeerIdentity(by_certificate)
+        self._peer_identity = PeerIdentity(by_certificate)
         self._timing = timing or Timing()
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
-        self._asked: dict[str, WorkerLink | None] = {}
-        """Who was asked for a bundle that has not come, None for the controller."""
+        self._bundle_holders: dict[str, WorkerLink | None] = {}
+        """By digest of a bundle being fetched, the worker that it was requested from, None for the controller."""
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self._lost = LostEngines()
         self.catalog_at: float | None = None
         self.gateways = 0
-        """How many the controller has links to, this one among them; 0 before it has said."""
+        """Number of gateways that the controller has links to, including this one; 0 until it reports."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
-        """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
+        """Called with the usage of ended requests. Set before the first link, if accounts are kept."""
         self.tallies: Callable[[], Sequence[VersionTally]] = tuple
-        """What the controller should know of versions that run beside each other."""
+        """Returns the canary statistics to report to the controller."""
 
     def statistics(self) -> HubStatistics:
-        """A snapshot."""
+        """A snapshot of the counts."""
         return HubStatistics(
             len(self._links), sum(link.running for link in self._links.values()), int(self._controller is not None)
         )
 
     def lost_engines(self) -> Sequence[LostEngine]:
-        """Engines whose workers have said in the last minutes why they ended."""
+        """Engines that have ended in the last minutes, with the reasons that their workers reported."""
         return self._lost.recent(time.time())
 
     @property
     def links(self) -> Sequence[WorkerLink]:
-        """Links that are up, by worker id."""
+        """Worker links that are up, sorted by worker id."""
         return [self._links[key] for key in sorted(self._links)]
 
     # ---- workers
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """One epoch of one worker, from its Hello to its end."""
-        first = await self._first(context)
+        first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
         hello = first.hello
@@ -146,8 +146,8 @@ class Hub(pb_grpc.LinkServicer):
         if protocol < max(hello.protocol_min, codec.PROTOCOL_MIN):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"link protocol {hello.protocol_min}-{hello.protocol_max} offered, "
-                f"{codec.PROTOCOL_MIN}-{codec.PROTOCOL_MAX} spoken here: upgrade the older side",
+                f"link protocol: the worker supports {hello.protocol_min}-{hello.protocol_max}, the gateway "
+                f"{codec.PROTOCOL_MIN}-{codec.PROTOCOL_MAX}: upgrade the older side",
             )
         try:
             identity, info = codec.hello_from_pb(hello)
@@ -158,7 +158,7 @@ class Hub(pb_grpc.LinkServicer):
         link.liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
         if self.on_usage is not None:
             link.on_usage = self.on_usage
-        self._attach(link)  # before the welcome, whose reader may open Bulk at once
+        self._attach(link)  # before the Welcome, because the worker may open Bulk as soon as it reads that
         parts = [
             asyncio.create_task(self._write(link, context, protocol)),
             asyncio.create_task(self._read(link, context)),
@@ -174,11 +174,11 @@ class Hub(pb_grpc.LinkServicer):
                 part.cancel()
             self._detach(link)
             await asyncio.gather(*parts, return_exceptions=True)
-        if link.closed.is_set():  # a cancelled handler would leave the worker without an answer
+        if link.closed.is_set():  # a cancelled handler would leave the worker without a status
             await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
 
-    async def _first(self, context: Any) -> Any:
-        """The first message of a stream, for which nobody waits long."""
+    async def _first_message(self, context: Any) -> Any:
+        """The first message of a stream; None if it does not arrive within `welcome_s`."""
         try:
             async with asyncio.timeout(self._timing.welcome_s):
                 return await read(context)
@@ -186,40 +186,42 @@ class Hub(pb_grpc.LinkServicer):
             return None
 
     async def _admit(self, context: Any, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
-        """End the call of one who may not be this worker. Only who shows the right certificate learns more."""
+        """Abort the stream of a peer that may not be this worker. Only a peer with the right certificate learns more
+        than that its certificate is wrong."""
         certificate = context.peer_certificate()
         older = self._links.get(identity.worker_id)
         for model in {identity.model, older.identity.model if older is not None else identity.model}:
-            if not self._admission.speaks_for(certificate, model):
-                await self._stranger(context, of_model(identity.model))
-        if self._admission.repeated(identity, epoch):
+            if not self._peer_identity.may_serve(certificate, model):
+                await self._refuse_peer(context, of_model(identity.model))
+        if self._peer_identity.is_replayed(identity, epoch):
             await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, "hello: this epoch, or a later one, has been here already"
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"hello: this incarnation has already used epoch {epoch} or a later one",
             )
         if why := self._listener.refuses(identity):
             log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
 
     @staticmethod
-    async def _stranger(context: Any, name: str) -> None:
+    async def _refuse_peer(context: Any, name: str) -> None:
         log.warning("stranger_refused", peer=context.peer(), lacks=name)
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED,
-            f"the certificate shown does not name {name} (see `headrace certs worker --help`)",
+            f"the client certificate does not name {name} (see `headrace certs worker --help`)",
         )
 
     async def _read(self, link: WorkerLink, context: Any) -> None:
         while (message := await read(context)) is not None:
             try:
                 changed = link.apply(message)
-            except ValueError as error:  # its fault, and only its link's end
+            except ValueError as error:  # the worker's fault, so only its link ends
                 link.close(f"the worker sent what cannot be applied: {error}", "mad")
                 return
             if link.liveness is not None:
                 now = self._now()
-                link.liveness.received(message.seq, message.acked_seq, now)
+                link.liveness.record_received(message.seq, message.acked_seq, now)
                 if message.HasField("load"):
-                    link.liveness.told(link.load, now)
+                    link.liveness.record_load(link.load, now)
             if changed:
                 self._listener.changed(link)
 
@@ -235,12 +237,12 @@ class Hub(pb_grpc.LinkServicer):
     def _attach(self, link: WorkerLink) -> None:
         older = self._links.get(link.identity.worker_id)
         if older is not None:
-            older.close("the worker has dialed anew")
+            older.close("the worker has reconnected")
             self._detach(older)
         self._links[link.identity.worker_id] = link
         log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
         self._listener.joined(link)
-        self._ask_anew()
+        self._request_bundles_again()
 
     def _detach(self, link: WorkerLink) -> None:
         if self._links.get(link.identity.worker_id) is not link:
@@ -253,45 +255,45 @@ class Hub(pb_grpc.LinkServicer):
             self._lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)
         self._listener.left(link, why)
-        self._ask_anew()
+        self._request_bundles_again()
 
     async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
         await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
         while True:
             message = await link.box.take()
             if link.liveness is not None:
-                link.liveness.commanded(message.seq, self._now())
+                link.liveness.record_sent(message.seq, self._now())
             await context.write(message)
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Beats of one worker, answered one by one."""
+        """Heartbeats of one worker, each answered by a GatewayBeat."""
         certificate = context.peer_certificate()
         while (beat := await read(context)) is not None:
             link = self._links.get(beat.worker_id)
-            if link is not None and not self._admission.speaks_for(certificate, link.identity.model):
-                await self._stranger(context, of_model(link.identity.model))
+            if link is not None and not self._peer_identity.may_serve(certificate, link.identity.model):
+                await self._refuse_peer(context, of_model(link.identity.model))
             if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
                 link.last_heard = time.monotonic()
                 link.load = codec.load_from_pb(beat.load)
                 if link.liveness is not None:
-                    link.liveness.beat(link.load, beat.acked_seq, beat.sent_seq, self._now())
+                    link.liveness.record_beat(link.load, beat.acked_seq, beat.sent_seq, self._now())
             await context.write(pb.GatewayBeat(seq=beat.seq))
 
     def _now(self) -> float:
-        """Waking time: this process's own pauses are nobody else's silence."""
+        """The waking time, which excludes pauses of this process."""
         return self._waking.at(time.monotonic())
 
     async def watch(self) -> None:
-        """Close the links of workers that are taken for lost; runs until cancelled."""
+        """Close the links of workers that are considered lost. Runs until cancelled."""
         while True:
             now = self._now()
             due = math.inf
             for link in list(self._links.values()):
                 if link.liveness is None:
                     continue
-                found = link.liveness.suspicion(now)
-                if found is not None:
-                    link.close(found.why, found.reason)
+                suspicion = link.liveness.suspicion(now)
+                if suspicion is not None:
+                    link.close(suspicion.why, suspicion.reason)
                     self._detach(link)
                 else:
                     due = min(due, link.liveness.due)
@@ -300,8 +302,8 @@ class Hub(pb_grpc.LinkServicer):
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Until the next look, where a worker would be suspected in `left_s`: together with all else that looks around
-        while all have just been heard, and more often as soon as one owes a sign."""
+        """Seconds until the next check, when the first worker would be suspected in `left_s`: aligned with the other
+        periodic work of the process while all workers are active, more often once one is overdue."""
         if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
             return ticks.rest_s(asyncio.get_running_loop().time(), ticks.TICK_S)
         return min(self._timing.hang_s / TICKS, left_s)
@@ -309,19 +311,19 @@ class Hub(pb_grpc.LinkServicer):
     # ---- bulk
 
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """What is large, of one worker or controller."""
-        hello = await self._first(context)
+        """Large data, such as prompts and bundles, to and from one worker or controller."""
+        hello = await self._first_message(context)
         if hello is None or not hello.worker_id:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must name its worker")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must hold worker_id")
         blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
         link = self._links.get(hello.worker_id)
         certificate = context.peer_certificate()
         if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
-            if not self._admission.speaks_for(certificate, link.identity.model):
-                await self._stranger(context, "its worker's model")
+            if not self._peer_identity.may_serve(certificate, link.identity.model):
+                await self._refuse_peer(context, "its worker's model")
             link.blobs = blobs
-        elif not self._admission.controls(certificate):
-            await self._stranger(context, "a worker that is linked, or the controller")
+        elif not self._peer_identity.may_control(certificate):
+            await self._refuse_peer(context, "a worker that is linked, or the controller")
         writer = asyncio.create_task(self._write_blobs(blobs, context))
         parts: dict[str, bytearray] = {}
         try:
@@ -346,7 +348,7 @@ class Hub(pb_grpc.LinkServicer):
         buffer = parts.setdefault(blob.key, bytearray())
         buffer.extend(blob.data)
         if len(buffer) > MAX_BUNDLE_BYTES:
-            waiting.set_exception(LookupError(f"bundle is over {MAX_BUNDLE_BYTES} bytes"))
+            waiting.set_exception(LookupError(f"the bundle exceeds {MAX_BUNDLE_BYTES} bytes"))
         elif blob.last:
             try:
                 bundle = Bundle.unpack(bytes(parts.pop(blob.key)))
@@ -354,18 +356,18 @@ class Hub(pb_grpc.LinkServicer):
                 waiting.set_exception(LookupError(str(error)))
                 return
             if bundle.digest != digest:
-                waiting.set_exception(LookupError("the bundle does not have the digest it was asked by"))
+                waiting.set_exception(LookupError(f"the received bundle has digest {bundle.digest}, not {digest}"))
             else:
                 waiting.set_result(bundle)
 
     async def fetch_bundle(self, digest: str, timeout_s: float = 30.0) -> Bundle:
-        """Fetch from a worker that has it, or the controller. Raises LookupError."""
+        """Fetch a bundle from a worker that has it, or else from the controller. Raises LookupError."""
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():
             waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
-            if not self._ask(digest):
+            if not self._request_bundle(digest):
                 del self._bundles[digest]
-                raise LookupError("no worker and no controller is linked to fetch it from")
+                raise LookupError("neither the controller nor a worker that has it is connected")
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(waiting)
@@ -374,10 +376,10 @@ class Hub(pb_grpc.LinkServicer):
         finally:
             if self._bundles.get(digest) is waiting:
                 del self._bundles[digest]
-                self._asked.pop(digest, None)
+                self._bundle_holders.pop(digest, None)
 
-    def _ask(self, digest: str) -> bool:
-        """Ask somebody who has it; False when nobody is there."""
+    def _request_bundle(self, digest: str) -> bool:
+        """Request a bundle from a worker that has it, or else from the controller. False if neither is connected."""
         holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
         if holder is not None:
             holder.box.fetch(digest)
@@ -386,30 +388,30 @@ class Hub(pb_grpc.LinkServicer):
             self._controller.frames.put_nowait(frame)
         else:
             return False
-        self._asked[digest] = holder
+        self._bundle_holders[digest] = holder
         return True
 
-    def _ask_anew(self) -> None:
-        """A worker has come or gone: what was asked of one that is gone is asked of another."""
-        for digest, asked in list(self._asked.items()):
-            if asked is not None and self._links.get(asked.identity.worker_id) is not asked:
-                self._ask(digest)
+    def _request_bundles_again(self) -> None:
+        """Request again the bundles whose holders' links have ended. Call when a link has begun or ended."""
+        for digest, holder in list(self._bundle_holders.items()):
+            if holder is not None and self._links.get(holder.identity.worker_id) is not holder:
+                self._request_bundle(digest)
 
     # ---- controller
 
     async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Have the controller answer an admin verb. Raises CallError."""
+        """Forward an admin verb to the controller and return its answer. Raises CallError."""
         if self._controller is None:
             raise CallError(Outcome.NO_WORKER, AWAY, retry_after_s=2.0)
         return await self._controller.questions.ask(verb, body, actor, timeout_s)
 
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """The controller: catalog up, demand and fleet down."""
-        first = await self._first(context)
+        """The controller's stream: it sends the catalog, and receives demand and fleet reports."""
+        first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
-        if not self._admission.controls(context.peer_certificate()):
-            await self._stranger(context, CONTROLLER)
+        if not self._peer_identity.may_control(context.peer_certificate()):
+            await self._refuse_peer(context, CONTROLLER)
         controller = _Controller(first.hello)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         self._controller = controller
@@ -441,8 +443,8 @@ class Hub(pb_grpc.LinkServicer):
                     break
                 await context.write(frame)
 
-    def tell_now(self) -> None:
-        """Let the controller hear at once how demand stands, not with the next report."""
+    def report_now(self) -> None:
+        """Send the demand to the controller at once, not with the next periodic report."""
         if self._controller is not None:
             self._controller.frames.put_nowait(self._frame())
 
@@ -454,15 +456,15 @@ class Hub(pb_grpc.LinkServicer):
         return pb.VersionTallies(
             tallies=[
                 pb.VersionTally(
-                    model=one.model,
-                    version=one.version,
-                    generation=one.generation,
-                    calls=one.calls,
-                    errors=one.errors,
-                    pairs=one.pairs,
-                    slower=one.slower,
+                    model=tally.model,
+                    version=tally.version,
+                    generation=tally.generation,
+                    calls=tally.calls,
+                    errors=tally.errors,
+                    pairs=tally.pairs,
+                    slower=tally.slower,
                 )
-                for one in self.tallies()
+                for tally in self.tallies()
             ]
         )
 
@@ -505,13 +507,13 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
 
 
 def hub_server(hub: Hub, admission: http2.ConnectionAdmission | None = None) -> http2.Server:
-    """A server of the hub, for the gateway to start. `admission`: the caps of its port."""
+    """A server of the hub, for the gateway to start. `admission`: the connection limits of the port."""
     server = http2.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
     return server
 
 
-# Those who dial in are ours: what bounds them is the link's own accounting.
+# Generous, because peers are the cluster's own processes and the link's credit limits what they send.
 LIMITS = http2.ServerLimits(
     max_message_bytes=MAX_MESSAGE_BYTES,
     max_calls=256,

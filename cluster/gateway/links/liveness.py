@@ -1,13 +1,14 @@
-"""Whether a worker lives, as far as its link tells: beats, steps, acknowledgements and its own count of messages.
+"""Failure detection for one worker, from its link: heartbeats, engine steps, acknowledgements and message counts.
 
-Problem: a process that is stopped, an engine that is stuck and a connection cut one way all leave the link up. The
-caller must not wait for TCP to notice; nor may a long prefill, a grammar or a busy machine be taken for death.
-Invariant: a worker that beats, whose engine steps or says what it is busy with, and that applies and is heard, is never
-suspected. A wrong suspicion costs its calls one prefill elsewhere (epochs keep what it still says from being applied).
+Problem: a stopped process, a stuck engine and a connection cut in one direction all leave the link up. Callers must
+not wait for TCP to notice, yet a long prefill, a grammar compilation or a busy machine must not count as a failure.
+Invariant: a worker is never suspected while it sends beats, its engine steps or reports why it is busy, and messages
+are acknowledged in both directions. A wrong suspicion costs its calls one prefill on another worker; epochs keep later
+messages of the suspected worker from being applied.
 
-Time is the gateway's *waking* time (`Waking`): seconds in which the gateway itself did not run when it was due do not
-count, else its own hiccup, or a machine too busy for both, would look like the death of all its workers. No clock is
-read here.
+Time is the gateway's *waking* time (`Waking`), which excludes seconds in which the gateway was due to run and did not.
+Otherwise a pause of the gateway, or a machine too busy for both, would look like the failure of all workers. This
+module reads no clock.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from dataclasses import dataclass
 from cluster.api.types import EngineLoad
 
 STEPS = 5
-"""So many of its longest steps (p99) may pass before an engine that stands still is taken for stuck."""
+"""How many of its longest steps (p99) an engine may take without stepping before it counts as stuck."""
 LATE_S = 0.01
-"""By so much anybody may oversleep: it is no sign of a busy machine, and not worth finding the dead later."""
+"""Oversleeping that counts as waking time: it is no sign of a busy machine, and excluding it would delay detection."""
 
 
 _WHY = {
@@ -34,17 +35,17 @@ _WHY = {
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Why a worker is taken for lost: `reason` is one word, a metric's label; `why` is for people."""
+    """Why a worker is considered lost. `reason`: one word, a metric label. `why`: a text for people."""
 
     reason: str
     why: str
 
 
 class Waking:
-    """A clock that stands still while its owner should have run and did not.
+    """A clock that stops while its owner should be running and is not.
 
-    Whoever looks after the workers says for how long it goes to rest; what it oversleeps by more than LATE_S does not
-    count. Where every process waits for a core, beats come as late as the looks for them.
+    The owner announces each sleep; oversleeping by more than LATE_S does not count. On a machine where every process
+    waits for a core, beats arrive as late as the checks for them.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:
@@ -53,20 +54,20 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """The waking time when it is `now`."""
+        """The waking time at `now`."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
-        """It is `now`, and its owner goes to rest for so long."""
+        """Record that the owner goes to sleep at `now` for `rest_s`."""
         self._waked, self._since, self._counts_s = self.at(now), now, rest_s + LATE_S
 
 
 class LinkLiveness:
-    """Of one epoch of one worker. `now` is always waking time."""
+    """Failure detection for one epoch of one worker. `now` is always waking time."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
-        """`hang_s`: the least time after which a worker that stands still is suspected; `silence_s` for one that has
-        not beaten at all yet, whose beats have a connection to open first."""
+        """`hang_s`: the minimum time before an inactive worker is suspected. `silence_s`: the same before its first
+        beat, since beats need a connection of their own."""
         self._hang_s = hang_s
         self._silence_s = silence_s
         self._heard = now
@@ -82,55 +83,55 @@ class LinkLiveness:
 
     @property
     def bound_s(self) -> float:
-        """How long it may stand still."""
+        """How long the worker may be inactive before it is suspected."""
         return max(STEPS * self._slowest_s, self._hang_s)
 
     @property
     def silent_since(self) -> float:
-        """When it was last heard."""
+        """When the last message or beat arrived."""
         return self._heard
 
-    def told(self, load: EngineLoad, now: float) -> None:
-        """Its load has come, by whatever way."""
+    def record_load(self, load: EngineLoad, now: float) -> None:
+        """Record a load report, from a beat or a message."""
         self._slowest_s = max(load.step_p99_s, load.step_s)
         if load.steps != self._steps or not load.running or load.busy:
             self._steps, self._stepped = load.steps, now
         self._stuck_with = load
 
-    def beat(self, load: EngineLoad, acked_seq: int, sent_seq: int, now: float) -> None:
-        """A beat has come."""
+    def record_beat(self, load: EngineLoad, acked_seq: int, sent_seq: int, now: float) -> None:
+        """Record a beat. `sent_seq`: the last message that the worker has sent by its own count."""
         self._heard, self._beats = now, True
-        self.told(load, now)
+        self.record_load(load, now)
         self._acked(acked_seq)
         self._sent = max(self._sent, sent_seq)
         self._compare(now)
 
-    def received(self, seq: int, acked_seq: int, now: float) -> None:
-        """A message of its stream has come."""
+    def record_received(self, seq: int, acked_seq: int, now: float) -> None:
+        """Record a message from the worker."""
         self._heard = now
         if seq > self._received:
             self._received, self._missing_since = seq, None
         self._acked(acked_seq)
         self._compare(now)
 
-    def commanded(self, seq: int, now: float) -> None:
-        """A message goes out to it."""
+    def record_sent(self, seq: int, now: float) -> None:
+        """Record a message to the worker, which it must acknowledge."""
         self._unacked.append((seq, now))
 
     def suspicion(self, now: float) -> Suspicion | None:
-        """Whether it is to be taken for lost."""
-        for reason, since, bound_s in self._standing():
+        """Why the worker is considered lost at `now`; None while it is not."""
+        for reason, since, bound_s in self._obligations():
             if now > since + bound_s:
                 return Suspicion(reason, _WHY[reason].format(now - since))
         return None
 
     @property
     def due(self) -> float:
-        """When it will be suspected if nothing more is heard of it."""
-        return min(since + bound_s for _, since, bound_s in self._standing())
+        """When the worker will be suspected if nothing more arrives from it."""
+        return min(since + bound_s for _, since, bound_s in self._obligations())
 
-    def _standing(self) -> Iterator[tuple[str, float, float]]:
-        """What it owes: (reason, since when, how long it may)."""
+    def _obligations(self) -> Iterator[tuple[str, float, float]]:
+        """What the worker must do next: (reason if it does not, since when, how long it may take)."""
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:
@@ -151,4 +152,4 @@ class LinkLiveness:
             self._missing_since = now
 
     def __repr__(self) -> str:
-        return f"Liveness(bound {self.bound_s:.2f} s, {len(self._unacked)} unacknowledged)"
+        return f"LinkLiveness(bound {self.bound_s:.2f} s, {len(self._unacked)} unacknowledged)"

@@ -1,6 +1,6 @@
-"""One epoch of one worker, as the gateway sees it: what may be sent, what runs, and where its news goes.
+"""The gateway's state of one epoch of one worker: its credit, the requests that run there, and their sinks.
 
-When a link ends, for whatever reason, its slots are told once (`Sink.lost`) and nothing of that epoch is applied
+When a link ends, for whatever reason, each slot's sink gets one `lost`, and no message of that epoch is applied
 afterwards. Slots are not reused within a link.
 """
 
@@ -40,41 +40,43 @@ from cluster.wire.outbox import CommandBox
 
 log = structlog.get_logger("link")
 
-# Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
+# Longer prompts are sent in chunks on the Bulk stream, so that no large message delays a token.
 TURN_PROMPT_BYTES = 32_768
-MOST_REASON = 2_000
-"""Characters of why a worker's engine has ended that are kept."""
+MAX_REASON_CHARS = 2_000
+"""How much of the reason for the end of a worker's engine is kept."""
 
 
 class Sink(Protocol):
-    """Where one slot's news goes. Called from the link's reader: short, never awaiting. What a method raises is given
-    to `failed`, and reaches neither the link nor the other slots."""
+    """The receiver of one slot's events.
+
+    The link's reader calls the methods, which must be short and must not block. An exception from a method is passed to
+    `failed`; it affects neither the link nor the other slots."""
 
     def accepted(self) -> None:
-        """The engine has taken the request."""
+        """The engine has accepted the request."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """The engine has not; nothing more comes."""
+        """The engine has refused the request. Last call."""
 
     heard_at: float
-    """When its last token came (monotonic); kept by the link for what goes to `token`, by the sink otherwise."""
+    """When the last token arrived (monotonic). Set by the link before `token`, by the sink in `output`."""
 
     def token(self, token_id: int) -> None:
-        """`output` of one token with nothing else, never the first."""
+        """Shortcut for an `output` of one token and nothing else. Never the first token."""
 
     def output(self, output: TokenOutput) -> None:
-        """One step's tokens; with `finish` nothing more comes."""
+        """One step's tokens. With `finish` it is the last call."""
 
     def lost(self, why: str) -> None:
-        """The link has ended; nothing more comes."""
+        """The link has ended. Last call."""
 
     def failed(self, error: BaseException) -> None:
-        """One of the other methods has raised; the request is aborted, and nothing more comes."""
+        """Another method has raised `error`; the request has been aborted. Last call."""
 
 
 class LinkStream(NamedTuple):
-    """A sequence that a client may resume. `generation`: how often it has; `begun_at`: the gateway that it was resumed
-    from, "" where that does not matter."""
+    """A sequence that a client may resume. `generation`: how often it was resumed. `begun_at`: the gateway that it was
+    resumed from, "" if irrelevant."""
 
     name: str
     generation: int = 0
@@ -82,7 +84,7 @@ class LinkStream(NamedTuple):
 
 
 class WorkerLink:
-    """One epoch of one worker, as the gateway sees it."""
+    """The gateway's state of one epoch of one worker."""
 
     def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
         self.identity = identity
@@ -90,43 +92,43 @@ class WorkerLink:
         self.epoch = epoch
         self.likeness = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.replays = PrefillPacing(info.max_num_batched_tokens)
-        """Requests that this gateway has sent and that no step has begun with, as far as is known."""
+        """Requests that this gateway has sent and that no step is known to have begun with."""
         self.on_begun: Callable[[bool], None] = lambda continued: None
-        """Told that a step has begun with some of these, and whether continued calls were among them."""
+        """Called when a step has begun with some of these requests; True if resumed ones were among them."""
         self.load = EngineLoad()
         self.work = ComputedWork()
-        """What its engine has computed since its start."""
+        """What the engine has computed since its start."""
         self.standing = DrainState.SERVING
         self.leave_at = float("inf")
-        """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
+        """When the requests still running on a draining worker must move to other workers (monotonic)."""
         self.liveness: LinkLiveness | None = None
-        """Kept by the hub."""
+        """Set and updated by the hub."""
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
         self.on_gaps: Callable[[float, int], None] = lambda gap_s, count: None
-        """Told the time between tokens, and of how many tokens it was so long."""
+        """Called with a gap between tokens, and the number of tokens that came after that gap."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
-        """Told what ended requests have come to."""
+        """Called with the usage of ended requests."""
         self.on_served: Callable[[WorkerLink, Sequence[WeightedValue[ServedTotal]]], None] = lambda link, totals: None
-        """Told whom the worker has served."""
+        """Called with each tenant's service that the worker has counted."""
         self.on_elsewhere: Callable[[str, Sequence[WeightedValue[FlowBacklog]]], None] = lambda gateway, waiting: None
-        """Told who waits for the worker's model at another gateway."""
+        """Called with another gateway's backlog for the worker's model."""
         self.on_standing: Callable[[], None] = lambda: None
-        """Told that the worker takes new work no more, or again."""
+        """Called when the worker's drain state has changed."""
         self._step_at = 0.0
-        self._purse = CreditBalance()
+        self._credit = CreditBalance()
         self._sinks: dict[int, Sink] = {}
         self._prefilling: dict[int, int] = {}
         self.prefill_tokens = 0
-        """Prompt tokens of this gateway's requests there that have no output yet."""
+        """Prompt tokens of this gateway's requests on the worker that have no output yet."""
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
-        """How it ended, in one word: lost is a connection that broke."""
+        """How the link ended, in one word. `lost`: the connection broke."""
         self.engine_ended = ""
-        """Why the worker's engine has ended, once the worker has sent it."""
+        """Why the worker's engine has ended, "" until the worker reports it."""
         self._ended = False
 
     def __repr__(self) -> str:
@@ -137,22 +139,22 @@ class WorkerLink:
 
     @property
     def name(self) -> str:
-        """This link, among all that its gateway has had."""
+        """A name unique among all links that the gateway has had."""
         return f"{self.identity.worker_id}/{self.identity.incarnation}/{self.epoch}"
 
     @property
     def leaving(self) -> bool:
-        """Whether its worker has said that it drains: its end is no loss."""
+        """Whether the worker has announced that it drains, so that the link's end is expected."""
         return self.standing in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
     def free(self) -> Capacity:
-        """Room granted to this gateway and not used; none once the link has ended."""
-        return self._purse.free if not self._ended else Capacity(0, 0)
+        """Credit granted to this gateway and not yet used; zero once the link has ended."""
+        return self._credit.free if not self._ended else Capacity(0, 0)
 
     @property
     def running(self) -> int:
-        """Requests of this gateway on this worker."""
+        """Number of this gateway's requests on this worker."""
         return len(self._sinks)
 
     def submit(
@@ -166,12 +168,14 @@ class WorkerLink:
         fresh_tokens: int = 0,
         stream: LinkStream | None = None,
     ) -> int:
-        """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
-        the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
-        `turn` says whose it was and what it was charged. Of a continued request `fresh_tokens` are likely to be
-        computed, 0 for all. Under the name of `stream` another gateway may go on with it."""
+        """Send a request and return its slot. The caller must have checked `free`.
+
+        The worker returns `sealed_record` with the request's usage, and with `earlier_tokens`, the number of tokens
+        that other workers have generated under that record. `turn`: the tenant's flow and the service charged.
+        `fresh_tokens`: tokens of a resumed request likely to be computed again, 0 for all. `stream`: the name by which
+        another gateway may resume the request."""
         slot = next(self._slots)
-        message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
+        message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
             message.sealed_record = sealed_record
             message.earlier_tokens = earlier_tokens
@@ -183,11 +187,11 @@ class WorkerLink:
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.what.cached_tokens if turn is not None else tokens
         blobs = self._prompt_blobs(message)
-        # From here on nothing can fail: a request is sent with all that is counted of it, or not at all.
+        # Nothing below can fail, so a request is either sent and fully counted, or neither.
         self._sinks[slot], self._prefilling[slot] = sink, tokens
         self.prefill_tokens += tokens
-        self.replays.sent(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
-        self._purse.spend(tokens)
+        self.replays.add(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
+        self._credit.spend(tokens)
         if self.blobs is not None:
             for blob in blobs:
                 self.blobs.put_nowait(blob)
@@ -195,7 +199,7 @@ class WorkerLink:
         return slot
 
     def _prompt_blobs(self, message: pb.Submit) -> Sequence[pb.Blob]:
-        """A long prompt's chunks for Bulk, where that is open; the Submit then names them."""
+        """Move a long prompt out of the Submit into chunks for the Bulk stream, if that is open. Returns the chunks."""
         if len(message.prompt_ids) <= TURN_PROMPT_BYTES or self.blobs is None:
             return ()
         key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
@@ -205,33 +209,34 @@ class WorkerLink:
         return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]
 
     def fresh(self, tokens: int) -> int:
-        """Of so many tokens that this engine has computed before, those it has to compute anew before the next: whole
-        KV blocks are found again, but never the last token's."""
+        """How many of `tokens`, all computed by this engine before, it must compute again before the next token.
+
+        Full KV blocks are reused, except for the block with the last token."""
         size = max(self.info.block_size, 1)
         return tokens - max(tokens - 1, 0) // size * size
 
     @property
     def serves(self) -> bool:
-        """Whether it takes new work."""
+        """Whether the worker takes new requests."""
         return self.standing is DrainState.SERVING
 
     def command(self, command: pb.Command) -> None:
-        """Pass on what an operator asks."""
+        """Send an operator's command to the worker."""
         self.box.command(command)
 
     def abort(self, slot: int) -> None:
-        """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
+        """Abort a request; its sink gets no more calls. Does nothing if the request has ended."""
         if self._sinks.pop(slot, None) is not None:
             self._prefilled(slot)
             self.box.aborts([slot])
 
     def _prefilled(self, slot: int) -> None:
-        """Its prompt stands before nobody any longer."""
+        """Stop counting a slot's prompt as waiting for prefill."""
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
-        self.replays.left(slot)
+        self.replays.remove(slot)
 
     def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
-        """End one request whose sink has raised: its failure is not the link's."""
+        """Abort a request whose sink has raised, and call the sink's `failed`. The link continues."""
         if not is_call_failure(error):
             raise error
         self.abort(slot)
@@ -242,22 +247,22 @@ class WorkerLink:
 
     @property
     def sinks(self) -> Sequence[Sink]:
-        """Whose requests run there."""
+        """The sinks of the requests that run on the worker."""
         return list(self._sinks.values())
 
     def close(self, why: str, reason: str = "closed") -> None:
-        """End this link from the gateway's side. `reason` is one word, a metric's label."""
+        """End this link from the gateway's side. `reason`: one word, a metric label."""
         self.why, self.reason = why, reason
         self.closed.set()
 
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Hand a message's frames on; True when credit or standing changed."""
+        """Apply a message from the worker. Returns whether credit or drain state changed."""
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
-                self.replays.accepted(accepted.slot)
+                self.replays.mark_accepted(accepted.slot)
                 try:
                     sink.accepted()
                 except BaseException as error:
@@ -272,16 +277,16 @@ class WorkerLink:
         if message.HasField("step"):
             self._apply_step(message.step)
             before = self.replays.tokens
-            if self.replays.step_begins():
+            if self.replays.begin_step():
                 self.on_begun(self.replays.tokens < before)
         if message.HasField("served"):
             self.on_served(self, served_from_pb(message.served))
         for gateway, waiting in elsewhere_from_pb(message.elsewhere):
             self.on_elsewhere(gateway, waiting)
         if message.usage:
-            self.on_usage(self, [codec.usage_from_pb(one) for one in message.usage])
+            self.on_usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
         if message.engine_ended:
-            self.engine_ended = message.engine_ended[:MOST_REASON]
+            self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
         changed = False
         if message.HasField("load"):
@@ -289,7 +294,7 @@ class WorkerLink:
         if message.HasField("work"):
             self.work = work_from_pb(message.work)
         if message.HasField("credit"):
-            self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
+            self._credit.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
             self.box.grant_ack(message.credit.grant_id)
             changed = True
         if message.HasField("standing"):
@@ -307,7 +312,7 @@ class WorkerLink:
             step_s = self._apply_tokens(step, more)
             if step_s:
                 prompts = self._prefilling
-                self.replays.took(
+                self.replays.record_step(
                     step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
                 )
             if not more:
@@ -326,15 +331,16 @@ class WorkerLink:
                 self._sink_failed(slot, sink, error)
 
     def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> float:
-        """The slots that got one token and nothing else. Most of them got their last one in the step before: then it is
-        how long this step took, else 0."""
+        """Deliver to the slots that got one token and nothing else.
+
+        Returns how long this step took, measured by slots that also got a token in the previous step; 0 without any."""
         now, before = self.last_heard, self._step_at
         self._step_at = now
-        find, in_step = self._sinks.get, 0
+        sink_of, in_step = self._sinks.get, 0
         for slot, token_id in zip(step.slots, step.token_ids, strict=True):
             if slot in without:
                 continue
-            sink = find(slot)
+            sink = sink_of(slot)
             if sink is None:
                 continue
             if sink.heard_at == before:
@@ -352,8 +358,8 @@ class WorkerLink:
         return now - before
 
     def end(self, why: str) -> None:
-        """Tell every slot, once."""
-        self._ended = True  # first: whoever is told looks for another place at once
+        """Call `lost` on every slot's sink, once."""
+        self._ended = True  # first, because a sink looks for another worker at once
         sinks, self._sinks = self._sinks, {}
         for slot, sink in sinks.items():
             try:

@@ -1,1 +1,1 @@
-"""Rate limits and budgets: reserved at admission, settled at the end, shared between gateways."""
+"""Rate limits and budgets: reserved at admission, settled at a call's end, shared between gateways."""

@@ -1,8 +1,8 @@
-"""Follows every tenant's budget in the ledger: the metric, the webhook, and budgets that outlive a gateway.
+"""Watch over all tenants' budgets in the ledger: the metric, the webhook, and the sums that survive a gateway restart.
 
-Off the calls' path: a thread asks the database every LOOK_S, or more seldom where its answer takes long. While the
-database is away the last ratios stand and nothing is sent; what has been crossed meanwhile is found when it is back.
-Whether Valkey is there does not matter: budgets are told by what the ledger has, not by what is reserved.
+Calls never wait for it: a thread queries the database every INTERVAL_S, or less often if queries are slow. While the
+database is unreachable, the last ratios stay and no notices are sent; thresholds crossed meanwhile are noticed
+afterwards. Valkey is not needed: budgets are measured by what the ledger has recorded, not by what is reserved.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("budgets")
 
-LOOK_S = 10.0
+INTERVAL_S = 10.0
 PART_OF_TIME = 20
-"""Of its time the database is asked for no more than one part in so many."""
-DAYS_ANEW_S = 3600.0
-"""Days that are over are summed again only so often, for records that come late."""
-Spent = Callable[[Mapping[str, int], Mapping[str, int], float], None]
+"""Queries take at most 1/PART_OF_TIME of the time."""
+PAST_DAYS_S = 3600.0
+"""Interval at which past days are summed again, since records may arrive late."""
+SumsCallback = Callable[[Mapping[str, int], Mapping[str, int], float], None]
 
 
 class BudgetWatch:
-    """One for each gateway process; `webhook` None: nobody is told."""
+    """The budget watch of one gateway process. Without a `webhook` no notices are sent."""
 
     def __init__(
         self,
@@ -43,48 +43,52 @@ class BudgetWatch:
         ledger: Ledger,
         policies: Callable[[], Sequence[TenantPolicy]],
         metrics: Metrics,
-        spent: Spent,
+        on_sums: SumsCallback,
         *,
         webhook: BudgetWebhook | None = None,
         secret: bytes = b"",
         max_tenants: int = 500,
-        look_s: float = LOOK_S,
+        interval_s: float = INTERVAL_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`policies` may raise CallError. `spent` hears the sums of the day and the month by tenant. `max_tenants` are
-        told in the metric, those nearest to their budgets' ends."""
+        """`policies` may raise CallError. `on_sums` is called with the sums of the day and of the month by tenant.
+        `max_tenants`: how many tenants the metric reports, those closest to their budgets first."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies
         self._metrics = metrics
-        self._spent = spent
+        self._on_sums = on_sums
         self._webhook = webhook
         self._secret = secret
         self._max_tenants = max_tenants
-        self._look_s = look_s
+        self._interval_s = interval_s
         self._wall = wall
         self._uses: list[BudgetUse] = []
-        self._before: dict[str, int] = {}
-        self._before_of: tuple[str, frozenset[str]] = ("", frozenset())
-        self._before_at = -float("inf")
+        self._past_days: dict[str, int] = {}
+        self._past_days_key: tuple[str, frozenset[str]] = ("", frozenset())
+        self._past_days_at = -float("inf")
         self._error = ""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Query the ledger periodically until cancelled."""
         while True:
             began = time.monotonic()
-            sums = await asyncio.to_thread(self.look)
+            sums = await asyncio.to_thread(self.check)
             if sums is not None:
-                self._spent(*sums)
+                self._on_sums(*sums)
             took_s = time.monotonic() - began
-            await asyncio.sleep(max(self._look_s, PART_OF_TIME * took_s))
+            await asyncio.sleep(max(self._interval_s, PART_OF_TIME * took_s))
 
-    def look(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
-        """Sum, note what is crossed and send what is due, in the caller's thread; None while the database is away."""
+    def check(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
+        """Sum the usage, record crossed thresholds and send due notices, in the calling thread.
+
+        Returns the day's sums, the month's sums and the time; None while the database is unreachable."""
         try:
-            policies = [one for one in self._policies() if one.limits.daily_tokens or one.limits.monthly_tokens]
+            policies = [
+                policy for policy in self._policies() if policy.limits.daily_tokens or policy.limits.monthly_tokens
+            ]
             now_s = self._wall()
-            today, month = self._sums(frozenset(one.name for one in policies), now_s)
+            today, month = self._sums(frozenset(policy.name for policy in policies), now_s)
             self._uses = sorted(budgets(policies, today, month, now_s), key=lambda use: -use.ratio)
             if self._webhook is not None:
                 self._ledger.notices.enter(crossed(self._uses, self._webhook.thresholds), now_s)
@@ -99,7 +103,7 @@ class BudgetWatch:
         return today, month, now_s
 
     def gauges(self) -> Iterator[Sample]:
-        """`budget_used_ratio`."""
+        """The samples of `budget_used_ratio`."""
         for use in self._uses[: 2 * self._max_tenants]:
             yield "budget_used_ratio", (use.tenant, use.budget), use.ratio
 
@@ -107,11 +111,11 @@ class BudgetWatch:
         if not names:
             return {}, {}
         day, usage = day_name(now_s), self._ledger.usage
-        if self._before_of != (day, names) or now_s - self._before_at >= DAYS_ANEW_S:
-            self._before = usage.tokens_since(f"{day[:7]}-01", names, before_day=day)
-            self._before_of, self._before_at = (day, names), now_s
-        today = usage.tokens_since(day, names)
-        return today, {name: self._before.get(name, 0) + today.get(name, 0) for name in {*self._before, *today}}
+        if self._past_days_key != (day, names) or now_s - self._past_days_at >= PAST_DAYS_S:
+            self._past_days = usage.tokens_since(f"{day[:7]}-01", names, before_day=day)
+            self._past_days_key, self._past_days_at = (day, names), now_s
+        today, past = usage.tokens_since(day, names), self._past_days
+        return today, {name: past.get(name, 0) + today.get(name, 0) for name in {*past, *today}}
 
     def _send(self, webhook: BudgetWebhook, taken: Taken) -> None:
         notice, use = taken.notice, taken.notice.use

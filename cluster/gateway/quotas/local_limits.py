@@ -1,4 +1,4 @@
-"""Limits as the gateway asks for them, and the plainest answer: kept in this process. Shared ones: valkey_limits.py."""
+"""The interface to limits, and the implementation that keeps them in this process. valkey_limits.py shares them."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class LimitsPort(Protocol):
-    """What the gateway asks, whatever keeps the limits."""
+    """Reservations against tenants' limits, independent of where the limits are kept."""
 
     degraded: bool
-    """Shared limits whose store is away: the gauge `limits_degraded`."""
+    """Whether the store of shared limits is unreachable: the gauge `limits_degraded`."""
     at_once: bool
-    """Whether it answers without waiting for anything, so that nothing can come in between."""
+    """Whether methods complete without suspending, so that no other task runs in between."""
 
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        """Admit or refuse."""
+        """Reserve the tokens and the place of a call, or refuse it."""
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """Count a try, or tokens that no call has; or refuse."""
+        """Count requests, or tokens computed outside of any call, or refuse them. Returns None when counted."""
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """So many output tokens there are; False: the call must stop."""
+        """Extend a reservation to at least this many output tokens. False: the call must stop."""
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """It ended, and so much the engine counted. Never fails."""
+        """Replace a call's reservation, at its end, with the tokens that the engine counted. Never fails."""
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """What the ledger has of this day and month, by tenant: no budget stands lower. A store that outlives the
-        gateway knows by itself."""
+        """Raise budget sums to at least what the ledger has recorded for this day and month, by tenant.
+
+        Not needed by a store that outlives the gateway."""
 
     def sweep(self) -> None:
-        """Once a minute: forget tenants with nothing in any sum."""
+        """Forget tenants whose sums are all zero. Call once a minute."""
 
 
 class LocalLimits:
-    """One gateway alone: the limits are this process's."""
+    """Limits of this process alone, for a cluster with one gateway."""
 
     degraded = False
     at_once = True
@@ -49,27 +50,27 @@ class LocalLimits:
         self._clock = clock
 
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        """As the port says."""
+        """See LimitsPort."""
         return self._limiter.reserve(policy, ask, self._clock(), time.time())
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """As the port says."""
+        """See LimitsPort."""
         return self._limiter.charge(policy, requests, tokens, self._clock(), time.time())
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """As the port says."""
+        """See LimitsPort."""
         return self._limiter.top_up(policy, call_id, output_tokens, self._clock(), time.time())
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """As the port says."""
+        """See LimitsPort."""
         self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """As the port says: a gateway that starts anew goes on where the last one was."""
+        """See LimitsPort. A restarted gateway continues from the ledger's sums."""
         self._limiter.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
-        """As the port says."""
+        """See LimitsPort."""
         self._limiter.sweep(self._clock())
 
     def __repr__(self) -> str:

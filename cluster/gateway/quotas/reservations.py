@@ -1,8 +1,8 @@
-"""What each tenant may use: reserved before a call waits, topped up as it grows, settled at its end.
+"""Quota reservations: made before a call waits, topped up as its output grows, settled at its end.
 
-A reservation outlives whatever ends its call, a cancellation in the midst of asking included: where a store is waited
-for, asking and settling run in tasks of their own, which no caller's going away can stop. Of growth the token path
-tells nothing; a pass over the running calls, a few times a second, does.
+Every reservation is settled, even if its call is cancelled while the reservation is being made: with a remote store,
+reserving and settling run in their own tasks, which the caller's cancellation does not stop. The token path does no
+accounting; instead, a few times a second, a pass over the running calls tops up those that have grown.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from cluster.process import ticks
 T = TypeVar("T")
 
 LOOK_S = 0.25
-AT_ONCE = 64
-"""Reservations that are topped up at the same time, where a store is asked."""
+MAX_CONCURRENT = 64
+"""How many reservations are topped up concurrently."""
 SWEEP_S = 60.0
 UTILIZATION_S = 60.0
 NO_LIMITS = TenantLimits()
 
 
 @dataclass(slots=True)
-class _Held:
-    """A call with a reservation. `due`: at so many output tokens it is asked for more."""
+class _Reservation:
+    """A call's reservation. `due`: the number of output tokens at which it must be topped up."""
 
     call: Call
     due: int
@@ -43,7 +43,7 @@ class _Held:
 
 
 class QuotaReservations:
-    """Every limited call's reservation. Tenants without limits cost nothing here."""
+    """The reservations of all calls of tenants with limits. Calls of tenants without limits are skipped."""
 
     def __init__(
         self,
@@ -54,54 +54,56 @@ class QuotaReservations:
         clock: Callable[[], float] = time.monotonic,
         max_tenants: int = 500,
     ) -> None:
-        """`cut` ends a call whose budget is spent, with what it has. `max_tenants`: as many are told in metrics."""
+        """`cut` ends a call whose budget is spent, keeping its output so far. `max_tenants`: how many the metrics
+        report."""
         self._limits = limits
         self._learnt = learnt
         self._metrics = metrics
         self._cut = cut
         self._clock = clock
         self._max_tenants = max_tenants
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _Reservation] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._used: dict[tuple[str, str], tuple[float, float]] = {}  # (tenant, limit) -> (when, ratio)
 
     @property
     def held(self) -> int:
-        """Reservations that stand."""
+        """Number of open reservations."""
         return len(self._held)
 
     async def admit(self, call: Call) -> None:
-        """Reserve what the call is likely to use, and note for its caller how its limits stand. Raises CallError."""
+        """Reserve what the call is likely to use, and set its rate-limit headers. Raises CallError."""
         policy = call.policy
         if policy.limits == NO_LIMITS:
             return
         per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
         ask = Ask(call.id, call.usage.prompt_tokens, len(call.sequences) * per_output, requests=int(not call.counted))
-        got = await self._reserve(policy, ask)
-        self._note(policy.name, got)
-        if isinstance(got, LimitRefusal):
-            raise refusal(got)
-        self._held[call.id] = _Held(call, ask.output_tokens)
-        call.headers = headers(got)
+        result = await self._reserve(policy, ask)
+        self._note(policy.name, result)
+        if isinstance(result, LimitRefusal):
+            raise refusal(result)
+        self._held[call.id] = _Reservation(call, ask.output_tokens)
+        call.headers = headers(result)
 
     async def count(self, policy: TenantPolicy) -> None:
-        """Count a try as a request, whatever becomes of it. Raises CallError where the tenant's minute is full."""
+        """Count an attempt as a request, whatever its outcome. Raises CallError when the tenant has used up its
+        requests per minute."""
         if policy.limits.requests_per_minute is not None:
             await self._charge(policy, 1, 0)
 
     async def charge(self, policy: TenantPolicy, tokens: int) -> None:
-        """Charge tokens that were worked on without a call. Raises CallError."""
+        """Charge tokens that were processed outside of any call. Raises CallError."""
         if policy.limits != NO_LIMITS and tokens:
             await self._charge(policy, 0, tokens)
 
     async def _charge(self, policy: TenantPolicy, requests: int, tokens: int) -> None:
-        got = await self._limits.charge(policy, requests, tokens)
-        if got is not None:
-            self._note(policy.name, got)
-            raise refusal(got)
+        refused = await self._limits.charge(policy, requests, tokens)
+        if refused is not None:
+            self._note(policy.name, refused)
+            raise refusal(refused)
 
     async def settle(self, call: Call) -> None:
-        """It ended: what the engine has counted of it stays counted, the rest is given back. Once."""
+        """Settle an ended call: keep what the engine counted, return the rest. Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
         prompt = call.usage.prompt_tokens if call.prompt_computed and call.pays_prompt else 0
@@ -109,29 +111,29 @@ class QuotaReservations:
         await (settling if self._limits.at_once else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
-        """Top up what has grown, until cancelled."""
+        """Top up the reservations of calls that have grown. Runs until cancelled."""
         swept = self._clock()
         while True:
             await ticks.rest(LOOK_S)
             due = [held for held in self._held.values() if self._is_due(held)]
-            for at in range(0, len(due), AT_ONCE):
-                await asyncio.gather(*(self._top_up(held) for held in due[at : at + AT_ONCE]))
+            for at in range(0, len(due), MAX_CONCURRENT):
+                await asyncio.gather(*(self._top_up(held) for held in due[at : at + MAX_CONCURRENT]))
             if self._clock() - swept >= SWEEP_S:
                 swept = self._clock()
                 self._limits.sweep()
 
     async def close(self) -> None:
-        """Let what is being told to a store arrive there."""
+        """Wait until the store has received all pending operations."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def utilization(self) -> Iterator[tuple[str, str, float]]:
-        """Tenant, limit and the used part of it in [0, 1], of those that have called within a minute."""
+        """(tenant, limit, used part in [0, 1]) of each tenant that has called within UTILIZATION_S."""
         oldest = self._clock() - UTILIZATION_S
         for (tenant, limit), (when, ratio) in list(self._used.items()):
             if when >= oldest:
                 yield tenant, limit, ratio
 
-    # ---- inside
+    # ---- internals
 
     async def _reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
         if self._limits.at_once:
@@ -143,33 +145,34 @@ class QuotaReservations:
             self._spawn(self._undo(asking, ask.call_id))
             raise
 
-    def _is_due(self, held: _Held) -> bool:
-        """Whether it needs more now; one that gains over half a quantum in a look must have it a look ahead."""
+    def _is_due(self, held: _Reservation) -> bool:
+        """Whether a reservation must be topped up now: one interval early if its call gains over half a quantum in
+        one."""
         tokens = held.call.new_tokens
         gained, held.seen = tokens - held.seen, tokens
         return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
 
-    async def _top_up(self, held: _Held) -> None:
+    async def _top_up(self, held: _Reservation) -> None:
         call, policy = held.call, held.call.policy
         wanted = max(held.seen, held.due)
-        going = await self._limits.top_up(policy, call.id, wanted)
-        # One that stops with its budget may have got less than a quantum: it is asked again as soon as it has grown.
+        may_continue = await self._limits.top_up(policy, call.id, wanted)
+        # A call that stops at its budget may have got less than a quantum, so it is due again as soon as it grows.
         held.due = wanted + (1 if policy.on_budget == "stop" else QUANTUM_TOKENS)
-        if not going and call.id in self._held:
+        if not may_continue and call.id in self._held:
             self._cut(call)
 
     async def _undo(self, asking: asyncio.Task[Granted | LimitRefusal], call_id: str) -> None:
-        """The caller went away while the reservation was asked for."""
+        """Settle the reservation of a call that was cancelled while it was being reserved."""
         await asyncio.wait([asking])
         await self._limits.settle(call_id, 0, 0)
 
-    def _note(self, tenant: str, got: Granted | LimitRefusal) -> None:
+    def _note(self, tenant: str, result: Granted | LimitRefusal) -> None:
         now = self._clock()
-        ratios = {"requests_per_minute": got.requests, "tokens_per_minute": got.tokens}
-        told = {name: 1 - one.remaining / one.limit for name, one in ratios.items() if one is not None}
-        if isinstance(got, LimitRefusal):
-            told[got.limit_name.value] = 1 - got.remaining / got.limit
-        for name, ratio in told.items():
+        uses = {"requests_per_minute": result.requests, "tokens_per_minute": result.tokens}
+        ratios = {name: 1 - use.remaining / use.limit for name, use in uses.items() if use is not None}
+        if isinstance(result, LimitRefusal):
+            ratios[result.limit_name.value] = 1 - result.remaining / result.limit
+        for name, ratio in ratios.items():
             if (tenant, name) in self._used or len(self._used) < 5 * self._max_tenants:
                 self._used[tenant, name] = (now, ratio)
 
@@ -180,38 +183,38 @@ class QuotaReservations:
         return task
 
     def __repr__(self) -> str:
-        return f"Allowances({len(self._held)} reservations, {self._limits})"
+        return f"QuotaReservations({len(self._held)} reservations, {self._limits})"
 
 
-def headers(got: Granted | LimitRefusal) -> tuple[tuple[str, str], ...]:
-    """How the tenant's limits stand, under the names that OpenAI's clients know."""
+def headers(result: Granted | LimitRefusal) -> tuple[tuple[str, str], ...]:
+    """The rate-limit headers of a response, with the names that OpenAI's clients read."""
     out: list[tuple[str, str]] = []
-    for name, one in (("requests", got.requests), ("tokens", got.tokens)):
-        if one is not None:
-            out += _standing(name, one)
+    for name, use in (("requests", result.requests), ("tokens", result.tokens)):
+        if use is not None:
+            out += _use_headers(name, use)
     return tuple(out)
 
 
-def _standing(name: str, one: LimitUse) -> Sequence[tuple[str, str]]:
+def _use_headers(name: str, use: LimitUse) -> Sequence[tuple[str, str]]:
     return (
-        (f"x-ratelimit-limit-{name}", str(one.limit)),
-        (f"x-ratelimit-remaining-{name}", str(one.remaining)),
-        (f"x-ratelimit-reset-{name}", f"{math.ceil(one.reset_s)}s"),
+        (f"x-ratelimit-limit-{name}", str(use.limit)),
+        (f"x-ratelimit-remaining-{name}", str(use.remaining)),
+        (f"x-ratelimit-reset-{name}", f"{math.ceil(use.reset_s)}s"),
     )
 
 
-def refusal(got: LimitRefusal) -> CallError:
-    """What the caller is told: which limit, how it stands, and when to come again, if ever."""
-    told = headers(got)
-    if got.retry_after_s is None:
-        told = (*told, ("x-should-retry", "false"))  # OpenAI's clients retry any 429 otherwise
+def refusal(refused: LimitRefusal) -> CallError:
+    """The error for the caller: which limit, its state, and when to retry, if ever."""
+    fields = headers(refused)
+    if refused.retry_after_s is None:
+        fields = (*fields, ("x-should-retry", "false"))  # OpenAI's clients retry any 429 otherwise
     error = CallError(
-        got.outcome,
-        got.message,
-        retry_after_s=got.retry_after_s,
-        quota=(Violation(got.limit_name.value, got.message),),
-        headers=told,
+        refused.outcome,
+        refused.message,
+        retry_after_s=refused.retry_after_s,
+        quota=(Violation(refused.limit_name.value, refused.message),),
+        headers=fields,
     )
-    if got.retry_after_s is None:
+    if refused.retry_after_s is None:
         error.retry_after_s = None
     return error

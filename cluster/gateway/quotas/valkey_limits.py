@@ -1,11 +1,12 @@
-"""Limits shared by several gateways, in Valkey or Redis; and what each does while that is away.
+"""Limits shared by several gateways in Valkey or Redis, with a local fallback while the store is unreachable.
 
-Problem: a tenant's limit is the cluster's, yet a store that is down must fail no request. So each reservation is made
-by one script in the store and mirrored here; while it is away each gateway keeps to its part of each limit, by the
-mirror. Invariants: a call is settled once, where it was reserved and in the mirror; what was counted while the store
-was away is told to it when it is back; a gateway that dies leaves no running call behind for longer than ALIVE_S.
-What is not: after the store was lost the gateways together may for one minute exceed a limit that one of them had used
-up alone, by at most the others' parts.
+Problem: a tenant's limits hold for the whole cluster, yet a failed store must not fail requests. So one script in the
+store makes each reservation, and a mirror in this process repeats it; while the store is unreachable, each gateway
+enforces its share of each limit by the mirror.
+Invariants: a call is settled once, both where it was reserved and in the mirror; what was counted while the store was
+unreachable is added to it afterwards; running calls of a dead gateway count for at most ALIVE_S.
+Not guaranteed: in the first minute after the store is lost, the gateways together may exceed a limit that one gateway
+had used up alone, by at most the other gateways' shares.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ PREFIX = "headrace:limits:"
 BEAT_S = 2.0
 ALIVE_S = 10.0
 TIMEOUT_S = 0.25
-AWAY = (RedisError, OSError, TimeoutError)
+UNREACHABLE = (RedisError, OSError, TimeoutError)
 _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TOKENS)
 
 
 @dataclass(slots=True)
 class _HeldReservation:
-    """A reservation; `taken`: (second, weighted tokens) in the store. `told` False: the store does not know of it."""
+    """A call's reservation. `taken`: its (second, weighted tokens) in the store. `in_store`: False for one that was
+    made while the store was unreachable."""
 
     tenant: str
     prompt_tokens: int
@@ -57,11 +59,11 @@ class _HeldReservation:
     taken: list[tuple[int, int]] = field(default_factory=list)
     day: int = -1
     month: int = -1
-    told: bool = False
+    in_store: bool = False
 
 
 class ValkeyLimits:
-    """Shared limits. `start` and `close` frame its life; every other method answers whether the store does or not."""
+    """Shared limits. Call `start` first and `close` last; the other methods work without the store too."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class ValkeyLimits:
         beat_s: float = BEAT_S,
         store_clock: Callable[[], float] | None = None,
     ) -> None:
-        """`gateway` is this process's instance id. `store_clock` stands in for the store's own, in tests."""
+        """`gateway`: this process's instance id. `store_clock`: replaces the store's own clock in tests."""
         self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._gateway = gateway
         self._weights = weights or TokenWeights()
@@ -84,53 +86,53 @@ class ValkeyLimits:
         self._store_clock = store_clock
         self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
         self._held: dict[str, _HeldReservation] = {}
-        self._owed: dict[str, int] = {}  # tenant -> tokens of budgets that the store does not know of
-        self._beating: asyncio.Task[None] | None = None
+        self._owed: dict[str, int] = {}  # tenant -> budget tokens counted here and not yet in the store
+        self._heartbeat: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self.gateways_alive = 1
         self.at_once = False
         self.degraded = False
-        """The store is away: the gauge `limits_degraded`."""
+        """Whether the store is unreachable: the gauge `limits_degraded`."""
 
     async def start(self) -> None:
-        """Say that this gateway lives, and keep saying so. A store that is away delays nothing but this first word."""
+        """Register this gateway and start its heartbeat. Waits for the store at most once, for its timeout."""
         await self._beat()
-        self._beating = asyncio.create_task(self._beat_on(), name="limits beat")
+        self._heartbeat = asyncio.create_task(self._beat_periodically(), name="limits heartbeat")
 
     async def close(self) -> None:
-        """Take this gateway from the set, and end."""
-        self._closing.set()  # rather than cancel: the client may swallow a cancellation that meets its own time-out
-        if self._beating is not None:
-            await self._beating
-        with contextlib.suppress(*AWAY):
+        """Stop the heartbeat and remove this gateway from the set of gateways."""
+        self._closing.set()  # not cancelled: the client may swallow a cancellation that coincides with its timeout
+        if self._heartbeat is not None:
+            await self._heartbeat
+        with contextlib.suppress(*UNREACHABLE):
             await self._redis.zrem(PREFIX + "gateways", self._gateway)
         await self._redis.aclose()
 
-    # ---- the port
+    # ---- LimitsPort
 
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        """As the port says. ValueError for a call id that holds a reservation."""
+        """See LimitsPort. Raises ValueError for a call id that already has a reservation."""
         now, epoch_s = time.monotonic(), time.time()
         if self._mirror.holds(ask.call_id):
-            raise ValueError(f"call {ask.call_id!r} holds a reservation already")
+            raise ValueError(f"call {ask.call_id!r} already has a reservation")
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         plain = ask.prompt_tokens + ask.output_tokens
         limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
         reply = await self._ask(policy.name, "reserve", weighted, plain, *limits, ask.requests)
         if reply is None:
-            return self._reserve_here(policy, ask, now, epoch_s)
+            return self._reserve_locally(policy, ask, now, epoch_s)
         if not reply[0]:
             return _refusal(policy.limits, reply[1:], plain, weighted, epoch_s)
         second, day, month = (int(x) for x in reply[1:4])
         held = _HeldReservation(
-            policy.name, ask.prompt_tokens, ask.output_tokens, [(second, weighted)], day, month, told=True
+            policy.name, ask.prompt_tokens, ask.output_tokens, [(second, weighted)], day, month, in_store=True
         )
         self._held[ask.call_id] = held
         self._mirror.record(policy, ask, now, epoch_s)
-        return Granted(*_standings(policy.limits, reply[4:8]))
+        return Granted(*_uses(policy.limits, reply[4:8]))
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """As the port says."""
+        """See LimitsPort."""
         now, epoch_s = time.monotonic(), time.time()
         weighted = self._weights.sum(tokens, 0)
         limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
@@ -146,15 +148,15 @@ class ValkeyLimits:
         return None
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """As the port says; asks the store only when the reservation is used up."""
+        """See LimitsPort. Calls the store only when the reservation is used up."""
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
         now, epoch_s = time.monotonic(), time.time()
         needed = output_tokens - held.output_tokens
-        here = self._mirror.top_up(policy, call_id, output_tokens, now, epoch_s, sharers=self.gateways_alive)
+        by_mirror = self._mirror.top_up(policy, call_id, output_tokens, now, epoch_s, sharers=self.gateways_alive)
         reply = None
-        if held.told:
+        if held.in_store:
             budgets = [-1 if b is None else b for b in (policy.limits.daily_tokens, policy.limits.monthly_tokens)]
             stop = int(policy.on_budget == "stop")
             extra = (self._quantum_tokens, self._weights.output, stop, *budgets, held.day, held.month)
@@ -163,14 +165,14 @@ class ValkeyLimits:
             tokens = needed + self._quantum_tokens
             held.output_tokens += tokens
             self._owe(held.tenant, tokens)
-            return here
+            return by_mirror
         go, tokens, second, weighted = (int(x) for x in reply)
         held.output_tokens += tokens
         held.taken.append((second, weighted))
         return bool(go)
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """As the port says. Once; unknown ids are ignored."""
+        """See LimitsPort. Idempotent; unknown ids are ignored."""
         held = self._held.pop(call_id, None)
         if held is None:
             return
@@ -178,7 +180,7 @@ class ValkeyLimits:
         plain = prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens
         corrections: list[int] = []
         change = self._weights.sum(prompt_tokens, output_tokens) - sum(amount for _, amount in held.taken)
-        if change > 0 and held.told:
+        if change > 0 and held.in_store:
             corrections += (-1, change)
         for second, amount in reversed(held.taken):
             back = min(amount, max(-change, 0))
@@ -189,49 +191,50 @@ class ValkeyLimits:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """As the port says: the store knows; the mirror serves while that is away."""
+        """See LimitsPort. Updates only the mirror, since the store keeps its own sums."""
         self._mirror.spent(today, month, epoch_s)
 
     async def first(self, name: str, expires_s: float) -> bool | None:
-        """Whether no gateway has said this name before, for as many seconds; None while the store is away."""
+        """Claim a name for `expires_s` seconds: True if no gateway holds it; None while the store is unreachable."""
         if self.degraded:
             return None
         try:
             expires_ms = max(int(expires_s * 1000), 1)
-            set_it = ("SET", f"{PREFIX}first:{name}", self._gateway, "NX", "PX", expires_ms)
-            return bool(await self._command(set_it))
-        except AWAY as error:
-            self._away(error)
+            command = ("SET", f"{PREFIX}first:{name}", self._gateway, "NX", "PX", expires_ms)
+            return bool(await self._command(command))
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
             return None
 
     def sweep(self) -> None:
-        """As the port says."""
+        """See LimitsPort."""
         self._mirror.sweep(time.monotonic())
 
     def __repr__(self) -> str:
         state = "degraded" if self.degraded else "shared"
         return f"ValkeyLimits({state}, {self.gateways_alive} gateways, {len(self._held)} reservations)"
 
-    # ---- the store, and its absence
+    # ---- access to the store, and the fallback without it
 
-    def _reserve_here(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
-        got = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.gateways_alive)
-        if isinstance(got, Granted):
+    def _reserve_locally(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
+        result = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.gateways_alive)
+        if isinstance(result, Granted):
             self._held[ask.call_id] = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)
             self._owe(policy.name, ask.prompt_tokens + ask.output_tokens)
-        return got
+        return result
 
     def _owe(self, tenant: str, tokens: int) -> None:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
-        """The script's numbers; None while the store is away, at once when that is known."""
+        """Run the script and return its numbers. Returns None while the store is unreachable; immediately when it is
+        known to be."""
         if self.degraded:
             return None
         try:
             return await self._run(tenant, operation, *arguments)
-        except AWAY as error:
-            self._away(error)
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
             return None
 
     async def _run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
@@ -242,24 +245,24 @@ class ValkeyLimits:
         call = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, *head, *arguments)
         try:
             reply = await self._command(call)
-        except NoScriptError:  # a store that is new, or was started anew
+        except NoScriptError:  # a new or restarted store has no script cached
             await self._command(("SCRIPT LOAD", SCRIPT))
             reply = await self._command(call)
         return [float(x) for x in reply]
 
     async def _commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Any]:
-        """All in one message, each whole by itself; an answer that is an error is its own command's."""
+        """Send commands in one pipeline, each atomic by itself. An error reply belongs to its own command only."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
             return await pipeline.execute(raise_on_error=False)
 
-    def _away(self, error: Exception) -> None:
+    def _mark_degraded(self, error: Exception) -> None:
         if not self.degraded:
             self.degraded = True
-            log.warning("the limits store is away", error=str(error), share=self.gateways_alive)
+            log.warning("limits_store_unreachable", error=str(error), share=self.gateways_alive)
 
-    async def _beat_on(self) -> None:
+    async def _beat_periodically(self) -> None:
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat_s):
@@ -274,45 +277,45 @@ class ValkeyLimits:
             await self._redis.zremrangebyscore(key, "-inf", now - ALIVE_S)
             self.gateways_alive = max(int(await self._redis.zcard(key)), 1)
             if self.degraded:
-                await self._mend()
-        except AWAY as error:
-            self._away(error)
+                await self._resynchronize()
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
 
     async def _store_time(self) -> float:
         seconds, micros = await self._redis.time()
         return seconds + micros / 1e6
 
-    async def _mend(self) -> None:
-        """Tell the store what was counted without it; from then on it is asked again."""
+    async def _resynchronize(self) -> None:
+        """Add to the store what was counted without it, then use it again."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:
                 await self._run(tenant, "mend", owed, self._mirror.use(tenant).running)
-            except AWAY:
+            except UNREACHABLE:
                 self._owe(tenant, owed)
                 raise
         for held in self._held.values():
-            if not held.told:
-                held.told, held.day, held.month = True, day_of(time.time()), month_of(time.time())
+            if not held.in_store:
+                held.in_store, held.day, held.month = True, day_of(time.time()), month_of(time.time())
         self.degraded = False
-        log.info("the limits store is back", gateways=self.gateways_alive)
+        log.info("limits_store_reachable", gateways=self.gateways_alive)
 
 
 def _in_order(limits: TenantLimits) -> list[int | None]:
     return [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
 
 
-def _standings(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """From requests, until they are over, tokens, until they are over."""
+def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
+    """The use of the per-minute limits, from (requests, seconds to reset, tokens, seconds to reset)."""
 
-    def one(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
+    def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
         return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)
 
-    return one(limits.requests_per_minute, *sums[:2]), one(limits.tokens_per_minute, *sums[2:4])
+    return use(limits.requests_per_minute, *sums[:2]), use(limits.tokens_per_minute, *sums[2:4])
 
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
-    """From which limit, what is used, pause, reset, and the sums."""
+    """A refusal, from the script's reply: number of the limit, used, retry seconds, reset seconds, then the sums."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]
@@ -328,5 +331,5 @@ def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted:
         limit,
         max(limit - used, 0),
         reset_s,
-        *_standings(limits, reply[4:8]),
+        *_uses(limits, reply[4:8]),
     )

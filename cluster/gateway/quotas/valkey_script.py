@@ -1,12 +1,12 @@
-"""The script that changes one tenant's limits in Valkey or Redis, whole or not at all; valkey_limits.py calls it."""
+"""The Lua script that atomically changes one tenant's limits in Valkey or Redis. valkey_limits.py calls it."""
 
 import hashlib
 
 SCRIPT = r"""
--- One tenant's limits, changed at once. KEYS: the tenant's hash, the set of gateways (score: when it last beat).
--- ARGV: operation, now (-1: the store's own clock), gateway, day, month, then as each operation says.
--- Fields of the hash: r<second> and t<second> requests and weighted tokens; c:<gateway> running; dn, du, mn, mu the
--- day's and month's number and use; last, off as in windows.Steady. All are numbers.
+-- Changes one tenant's limits atomically. KEYS: the tenant's hash, the set of gateways (score: last heartbeat).
+-- ARGV: operation, now (-1: the store's own clock), gateway, day, month, then the arguments of the operation.
+-- Fields of the hash: r<second>, t<second>: requests and weighted tokens; c:<gateway>: running calls; dn, du, mn, mu:
+-- number and use of the day and of the month; last, off: as in windows.Steady. All are numbers.
 local WINDOW, ALIVE = 60, 10
 local key, op, me = KEYS[1], ARGV[1], ARGV[3]
 local day, month = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -121,7 +121,7 @@ elseif op == 'settle' then -- plain, day, month of the call, then pairs: second 
   end
   set('c:' .. me, math.max((h['c:' .. me] or 0) - 1, 0))
   return text(1)
-elseif op == 'mend' then -- plain, running here: what this gateway counted while the store was away
+elseif op == 'mend' then -- plain, running here: what this gateway counted without the store
   spend(tonumber(ARGV[6]), h.dn, h.mn)
   set('c:' .. me, tonumber(ARGV[7]))
   return text(1)
@@ -130,4 +130,4 @@ return redis.error_reply('unknown operation ' .. op)
 """
 
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-"""By which a store that has it knows it."""
+"""The digest by which EVALSHA names the script."""

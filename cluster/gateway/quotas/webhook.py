@@ -1,6 +1,6 @@
-"""Posts signed JSON to an operator's web server; blocking, for a thread.
+"""Delivery of signed JSON events to an operator's web server. Blocks; call it in a thread.
 
-The signature is HMAC-SHA256 over the time and the body, so that a receiver can refuse what is old or not ours:
+The signature is HMAC-SHA256 over the time and the body, so that a receiver can reject old or forged events:
 `x-headrace-signature: t=<seconds>,v1=<hex of HMAC(secret, "<seconds>." + body)>`.
 """
 
@@ -15,23 +15,23 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
-from cluster.gateway.auth.no_redirect import open_straight
+from cluster.gateway.auth.no_redirect import open_no_redirect
 
 TIMEOUT_S = 5.0
 
 
 class NotDelivered(Exception):
-    """The receiver was not reached, or said no; the message is for the log and holds neither body nor secret."""
+    """The receiver was unreachable or refused the event. The message, for the log, holds neither body nor secret."""
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
-    """The header's value."""
+    """The value of the x-headrace-signature header."""
     digest = hmac.new(secret, b"%d." % at_s + body, hashlib.sha256).hexdigest()
     return f"t={at_s},v1={digest}"
 
 
 def post(url: str, secret: bytes, event: str, event_id: str, body: Mapping[str, Any], at_s: float) -> None:
-    """Send one event; any 2xx is a receipt. Raises NotDelivered."""
+    """Send an event; any 2xx response counts as delivered. Raises NotDelivered."""
     data = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
     headers = {
         "content-type": "application/json",
@@ -42,7 +42,7 @@ def post(url: str, secret: bytes, event: str, event_id: str, body: Mapping[str, 
     }
     request = urllib.request.Request(url, data, headers, method="POST")  # noqa: S310 - https, or this host, by config
     try:
-        with open_straight(request, TIMEOUT_S) as answer:
+        with open_no_redirect(request, TIMEOUT_S) as answer:
             answer.read(1024)
     except urllib.error.HTTPError as error:
         error.close()

@@ -1,23 +1,23 @@
-"""Token ids of one running call become text, to the letter as vLLM's own front end would give it.
+"""Incremental detokenization of one running call, with exactly the text that vLLM's own front end produces.
 
 Theory. A token's text depends on its neighbours: a character may be split over tokens, and sentencepiece models drop
-the first space of a text. So the stream is primed with the prompt and gives text only when it is complete
-(tokenizers' DecodeStream). Three rules of vLLM are kept on top:
+the first space of a text. So the stream is primed with the prompt and emits only complete text (tokenizers'
+DecodeStream). Three rules follow vLLM:
 
-- A decode that contradicts text already given (invalid bytes after valid ones) starts the stream anew, unprimed.
-- Stop strings are looked for in the text of each step; the one that ends first wins, the text ends before it and the
-  tokens after the one that completed it do not count. Within the first `min_tokens` tokens none is looked for.
-- What might be the beginning of a stop string, max(len(stop)) - 1 characters, is held back until the end.
+- A decode that contradicts emitted text (invalid bytes after valid ones) restarts the stream, unprimed.
+- Stop strings are searched in the text of each step. The one that ends first wins, the text ends before it, and tokens
+  after the one that completed it do not count. There is no search within the first `min_tokens` tokens.
+- The last max(len(stop)) - 1 characters, which may begin a stop string, are held back until the call ends.
 
-DecodeStream decodes all that has no text yet anew with each token, so a call that never completes a character, or ends
-in special tokens only, would cost the square of its length. Two kinds of tokens keep out of it: those that no decoder
-sees (special ones that are skipped, ids without a token), which leaves the text as it is, and an incomplete character
-of more than MAX_OPEN_TOKENS tokens, of which all but the last come out as they decode by themselves.
+With each token, DecodeStream decodes again all tokens that have no text yet. A call that never completes a character,
+or that ends in special tokens only, would cost the square of its length. Two kinds of tokens therefore bypass it:
+tokens that no decoder sees (skipped special tokens and ids without a token), which add no text, and an incomplete
+character of more than MAX_OPEN_TOKENS tokens, all but the last of which are decoded by themselves.
 
-The token that ended a call by being a stop token (EOS included) counts, but has no text.
+A stop token that ends a call (EOS included) counts, but has no text.
 
-Where a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that is whole
-characters has the same text after every whole character, and a table gives it for a tenth of what the stream takes.
+If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token of complete characters
+has the same text after every complete character. A table returns it in a tenth of the stream's time.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 
 INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
-"""How much of a long prompt primes a stream where that is as good as the whole."""
+"""How many tokens of a long prompt prime a stream, if that is equivalent to the whole prompt."""
 REPLACEMENT: Final = "\ufffd"
 MAX_OPEN_TOKENS: Final = 256
-"""So many tokens in a row without text are no character that is still incomplete. Each costs the decoding of all before
-it, some 50 us in the mean."""
+"""Tokens without text after which they no longer count as one incomplete character. Each costs decoding all tokens
+before it, about 50 us on average."""
 KEPT_TOKENS: Final = 16
-"""Of these, the last, which may be the beginning of one."""
+"""How many of them, the last ones, are kept because they may begin a character."""
 
 
 class TextSource(Protocol):
-    """What an output needs of whatever makes its tokens text: a Detokenizer, or the guards that stand before one."""
+    """The interface of a sequence to its text: a Detokenizer, or guards wrapped around one."""
 
     token_ids: list[int]
 
     @property
     def watches(self) -> bool:
-        """Whether there is something to look for, so that every token must pass `push`."""
+        """Whether stop strings or guards search the text, so that every token must go through `push`."""
 
     @property
     def refused(self) -> bool:
@@ -60,26 +60,30 @@ class TextSource(Protocol):
         """Characters that have not been taken."""
 
     def untaken_tokens(self) -> int:
-        """How many of the last tokens have no text that was taken."""
+        """Number of tokens at the end none of whose text has been taken."""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add a step's tokens. Returns what has ended the text, if anything has; then push no more."""
+        """Add a step's tokens. Returns what has ended the text, None if nothing has; after an end, do not push."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and hand its text out. Not where it `watches`."""
+        """Add one token and return its text, which then counts as taken. Not allowed if `watches`."""
 
     def give_back(self, text: str) -> None:
-        """What `text_of` handed out last could not be sent: keep it for `take`."""
+        """Return the last text of `text_of`, which could not be sent, to be taken later."""
 
     def take(self, finished: bool) -> str:
-        """The text since the last take."""
+        """Return the text since the last take."""
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Begin where another has left off. Raises ValueError when it cannot."""
+        """Start from the state of another source with these tokens and `chars` taken characters.
+
+        Raises ValueError if that is impossible."""
 
 
 class WholeTexts(dict[int, str | None]):
-    """Texts of a byte-level tokenizer's tokens that are whole characters; None for all others. Filled as asked."""
+    """Table of the texts of a byte-level tokenizer's tokens; None for tokens that are not complete characters.
+
+    Filled on first use of each token."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
         """`unsafe_ids`: added tokens, which may be skipped and are not bytes."""
@@ -99,7 +103,7 @@ class WholeTexts(dict[int, str | None]):
 
 
 class UnseenTokens(dict[int, bool]):
-    """Whether a token is left out before anything is decoded. Filled as asked."""
+    """Table of whether a token is skipped before decoding. Filled on first use of each token."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()
@@ -110,21 +114,21 @@ class UnseenTokens(dict[int, bool]):
     def __missing__(self, token_id: int) -> bool:
         try:
             unseen = token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None
-        except (OverflowError, TypeError):  # no token id at all
+        except (OverflowError, TypeError):  # not a token id at all
             return True
         self[token_id] = unseen
         return unseen
 
 
 def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts | None:
-    """The table of a tokenizer whose decoder only joins bytes; None for another."""
+    """A WholeTexts table if the tokenizer's decoder only joins bytes, else None."""
     return WholeTexts(tokenizer, unsafe_ids) if isinstance(tokenizer.decoder, ByteLevel) else None
 
 
 class Detokenizer:
-    """The text of one call. `push` takes a step's tokens, `take` gives what may be sent; neither waits.
+    """The text of one call. `push` adds a step's tokens, `take` returns the text that may be sent; neither blocks.
 
-    `token_ids` are the output tokens that count: those after a stop string are dropped from it.
+    `token_ids`: the output tokens that count; tokens after a stop string are removed from it.
     """
 
     __slots__ = (
@@ -155,10 +159,10 @@ class Detokenizer:
         whole_texts: WholeTexts | None = None,
         unseen: UnseenTokens | None = None,
     ) -> None:
-        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty. `unseen`: the
-        tokenizer's with the same `skip_special_tokens`, made here where it is not given."""
+        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty. `unseen`: the table for
+        this tokenizer and `skip_special_tokens`; None makes a new one."""
         if any(not text for text in stop):
-            raise ValueError("stop: an empty string would stop everything: leave it out")
+            raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
@@ -171,16 +175,16 @@ class Detokenizer:
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
         self._whole_texts = None if stop else whole_texts
         self._whole = False
-        # Where stop strings are looked for: the lengths of the tokens of which nothing has been taken, and how much is
-        # left of the one before them.
+        # With stop strings: the text lengths of the tokens of which nothing has been taken, and how many characters of
+        # the token before them have not been taken.
         self._lengths: deque[int] = deque()
         self._part_left = 0
-        self._text = ""  # what has not been taken; a stop string can only begin in here, since as much is held back
+        self._text = ""  # not taken yet; a stop string can only begin in here, because enough is held back
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add a step's tokens. Returns the stop string that its text completed, if any; then push no more.
+        """Add a step's tokens. Returns the stop string that their text completes, if any; then do not push again.
 
-        `stop_terminated`: the last of them is the stop token that ended the call.
+        `stop_terminated`: the last token is the stop token that ended the call.
         """
         if self._stop:
             return self._push_watching(token_ids, stop_terminated)
@@ -191,7 +195,7 @@ class Detokenizer:
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Add one token, which is no stop token, and hand its text out instead of keeping it. Without stop strings."""
+        """Add one token, not a stop token, and return its text, which then counts as taken. Not with stop strings."""
         if self._whole:
             text = self._whole_texts[token_id]  # type: ignore[index]
             if text is not None:
@@ -200,8 +204,8 @@ class Detokenizer:
             self._stream = DecodeStream(ids=self.token_ids[-1:], skip_special_tokens=self._skip_special)
         self.token_ids.append(token_id)
         text = self._decode(token_id)
-        # Text means that no character is open. After a token of whole characters the table serves, and the stream,
-        # which misses what the table serves, begins anew behind the last such token.
+        # Text means that no character is incomplete. After a token of complete characters the table is used; the
+        # stream does not see those tokens, so it later restarts after the last of them.
         self._whole = bool(text) and self._whole_texts is not None and self._whole_texts[token_id] is not None
         return text
 
@@ -211,7 +215,7 @@ class Detokenizer:
         return len(self._text)
 
     def untaken_tokens(self) -> int:
-        """How many of the last tokens have no text that was taken. Without stop strings looked for when asked."""
+        """Number of tokens at the end none of whose text has been taken. Without stop strings, computed on demand."""
         if self._stop:
             return len(self._lengths)
         if not self._text:
@@ -225,22 +229,22 @@ class Detokenizer:
 
     @property
     def watches(self) -> bool:
-        """Whether there are stop strings to look for."""
+        """Whether there are stop strings to search for."""
         return bool(self._stop)
 
     @property
     def refused(self) -> bool:
-        """Nobody refuses here."""
+        """Always False: a Detokenizer has no guards."""
         return False
 
     def give_back(self, text: str) -> None:
-        """What `text_of` handed out last could not be sent: keep it for `take`."""
+        """Return the last text of `text_of`, which could not be sent, to be taken later."""
         self._text += text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Begin where another has left off, which was pushed these and of whose text as many characters were taken.
+        """Start from the state of another Detokenizer with these tokens and `chars` taken characters.
 
-        Raises ValueError when they have not as many. Before any `push`."""
+        Call before any `push`. Raises ValueError if the tokens have fewer characters."""
         step = self._decode if self._stop else self.text_of
         text = "".join([step(token_id) for token_id in token_ids])
         if len(text) < chars:
@@ -251,7 +255,7 @@ class Detokenizer:
         self._text = text[chars:]
 
     def take(self, finished: bool) -> str:
-        """The text since the last take; all of it when `finished`, else without what might begin a stop string."""
+        """Return the text since the last take; unless `finished`, without the end that may begin a stop string."""
         text = self._text
         if finished or not self._held_chars:
             self._text = ""
@@ -270,7 +274,7 @@ class Detokenizer:
         return f"Detokenizer({len(self.token_ids)} tokens, {len(self._text)} characters not taken)"
 
     def _push_watching(self, token_ids: Sequence[int], stop_terminated: bool) -> str | None:
-        """`push` for a call with stop strings: decode the step, then look for the one that ends first."""
+        """`push` for a call with stop strings: decode the step, then find the stop string that ends first."""
         before = len(self.token_ids)
         pieces = [self._decode(token_id) for token_id in (token_ids[:-1] if stop_terminated else token_ids)]
         if stop_terminated and token_ids:
@@ -282,10 +286,10 @@ class Detokenizer:
         if len(self.token_ids) <= self._min_tokens:
             return None
         new_chars = ends[-1] - ends[max(self._min_tokens - before, 0)]
-        found = self._first_stop(new_chars)
-        if found is None:
+        match = self._first_stop(new_chars)
+        if match is None:
             return None
-        stop, start = found
+        stop, start = match
         kept = bisect_left(ends, start + len(stop))  # the token that completes the stop string is the last
         del self.token_ids[before + kept :]
         for _ in range(len(pieces) - kept):
@@ -294,7 +298,7 @@ class Detokenizer:
         return stop
 
     def _first_stop(self, new_chars: int) -> tuple[str, int] | None:
-        """(stop string, where it begins in the text) of the one that ends first within the last `new_chars`."""
+        """The stop string that ends first within the last `new_chars`, and its start in the text; None without any."""
         if not new_chars:
             return None
         hits = [(self._text.find(stop, 1 - new_chars - len(stop)), stop) for stop in self._stop]
@@ -316,17 +320,17 @@ class Detokenizer:
                 self._open = []
             return text
         self._open.append(token_id)
-        return self._given_up() if len(self._open) > MAX_OPEN_TOKENS else ""
+        return self._flush_open() if len(self._open) > MAX_OPEN_TOKENS else ""
 
-    def _given_up(self) -> str:
-        """The text of an incomplete character that has become too long to be one, but for its last tokens."""
+    def _flush_open(self) -> str:
+        """The text of tokens that are too many to be one incomplete character, except for the last tokens."""
         tokens, self._open = self._open, []
         cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         return self._text_of(tokens[:cut]) + "".join(map(self._decode, tokens[cut:]))
 
     def _cut(self, tokens: list[int]) -> int:
-        """Where tokens can be decoded in two parts to the text of the whole: not inside a broken character."""
+        """An index at which tokens can be decoded in two parts to the same text, so not inside a broken character."""
         whole, latest = self._text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self._text_of(tokens[:cut]) + self._text_of(tokens[cut:]) == whole:
@@ -338,8 +342,8 @@ class Detokenizer:
         return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
-        """The token's text after the stream has failed on it. Raises what is not known to be harmless."""
-        if isinstance(error, (OverflowError, TypeError)):  # no token id at all
+        """The text of a token on which the stream has failed. Raises `error` unless it is known to be harmless."""
+        if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
             return None
         if not str(error).startswith(INVALID_PREFIX):
             raise error
@@ -351,11 +355,11 @@ class Detokenizer:
 def priming_ids(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
 ) -> Sequence[int]:
-    """The part of a prompt that primes a stream as the whole would; usually its last TAIL_TOKENS or fewer.
+    """The part of a prompt that primes a stream as the whole prompt would; usually at most its last TAIL_TOKENS.
 
-    DecodeStream decodes its priming ids twice at the first token, which for a long prompt is milliseconds. What
-    follows a prompt depends on its tail alone, if that begins with a token outside `unsafe_ids` (byte tokens, whose
-    runs decode together, and added tokens, which may be skipped), has text, and does not end inside a character.
+    DecodeStream decodes its priming ids twice at the first token, which takes milliseconds for a long prompt. The text
+    after a prompt depends only on the prompt's tail, if the tail begins with a token outside `unsafe_ids` (byte tokens,
+    whose runs decode together, and added tokens, which may be skipped), has text, and does not end inside a character.
     """
     if len(prompt_ids) <= TAIL_TOKENS:
         return prompt_ids

@@ -1,4 +1,4 @@
-"""The helpers of one model: long prompts become token ids in processes of their own (pool.py)."""
+"""Helper processes that tokenize the long prompts of one model (helpers/pool.py)."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ class EncodingPool(HelperPool):
     """Helpers that hold the model's tokenizer and chat template."""
 
     def __init__(self, bundle: Bundle, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
-        """`size` as for any pool."""
+        """`size` and `patience_s`: see HelperPool."""
         super().__init__(lambda: ("text", bundle.pack()), size, patience_s)

@@ -1,8 +1,8 @@
-"""Regular expressions of tokenizers, which come with models: whether a text of some thousand characters holds one up.
+"""Detection of slow regular expressions in tokenizers, which come with models and are not trusted.
 
-Their engine backtracks: `(a+)+$` takes a time that doubles with each character. Such expressions are told by their
-form, on the safe side: a repeated group with a repetition or a choice inside, a back reference, many repetitions in a
-row. A tokenizer with one works in helper processes alone, which have a limit of CPU.
+The regex engine backtracks: for `(a+)+$` the time doubles with each character. Such expressions are recognized by
+their form, conservatively: a repeated group that contains a repetition or a choice, a back reference, or many
+repetitions in sequence. A tokenizer with one runs only in helper processes, which have a CPU limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 MAX_REPETITIONS: Final = 6
-"""In one alternative of a group, each of which may take part of the same text."""
+"""Maximum number of repetitions in one alternative of a group, since all of them may match parts of the same text."""
 _UNBOUNDED = re.compile(r"[*+](?!\+)|\{\d*,\d*\}(?!\+)")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)
 
@@ -31,7 +31,7 @@ def expressions_of(layout: object) -> Iterator[str]:
 
 
 def may_explode(pattern: str) -> bool:
-    """Whether a short text may keep a backtracking engine busy for long."""
+    """Whether a short text may keep a backtracking engine busy for a long time."""
     if re.search(r"\\[1-9]|\\k<|\(\?P=", pattern):
         return True
     groups: list[list[int]] = [[0, 0, 0]]  # repetitions of this alternative, of the largest one, alternatives beyond 1
@@ -40,8 +40,8 @@ def may_explode(pattern: str) -> bool:
         char = pattern[at]
         if char == "\\":
             at += 1
-        elif char == "[" and (found := _CLASS.match(pattern, at)):
-            at = found.end() - 1
+        elif char == "[" and (char_class := _CLASS.match(pattern, at)):
+            at = char_class.end() - 1
         elif char == "(":
             groups.append([0, 0, 0])
         elif char == "|":

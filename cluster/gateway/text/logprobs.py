@@ -1,8 +1,8 @@
-"""The log probabilities of one call as its caller sees them: texts and bytes beside the numbers, as vLLM's server does.
+"""Log probabilities of one call with the text and bytes of each token, as vLLM's server returns them.
 
-A token alone may be a part of a character. Its text is then what it adds to the sampled tokens before it: the whole
-character for the token that completes it, nothing for those that do not. Alternatives at a position are looked at
-with the same sampled tokens before them, never with each other.
+A token by itself may be a part of a character. Its text is then what it adds to the sampled tokens before it: the
+whole character for the token that completes it, nothing for the others. Each alternative at a position is decoded
+after the same sampled tokens, independently of the other alternatives.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Final, Protocol
 from cluster.api.types import PositionLogprobs
 
 LEAST_LOGPROB: Final = -9999.0
-"""What minus infinity is written as: JSON has no such number."""
+"""The value reported for minus infinity, which JSON cannot represent."""
 CONTEXT_TOKENS: Final = 4
 REPLACEMENT: Final = "\ufffd"
 
 
 class TokenTexts(Protocol):
-    """What this module needs of a tokenizer."""
+    """The part of a tokenizer that this module needs."""
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, a leading space included."""
@@ -42,55 +42,55 @@ class TokenLogprob:
 
 
 class LogprobSource(Protocol):
-    """What an output needs of whatever makes log probabilities readable."""
+    """The interface of a sequence to its readable log probabilities: LogprobTexts, or guards around it."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add a step's positions; those that may be told come out."""
+        """Add a step's positions. Returns the ones that may be sent."""
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """These were sampled, and told, before. Raises ValueError when it cannot go on from there."""
+        """Continue after tokens that were sampled and sent before. Raises ValueError if that is impossible."""
 
 
 class LogprobTexts:
     """Turns one call's positions, in order, into TokenLogprobs. Keeps the last sampled tokens between steps."""
 
     def __init__(self, texts: TokenTexts, top_logprobs: int) -> None:
-        """`top_logprobs`: how many alternatives are told at each position; the sampled token is one of them."""
+        """`top_logprobs`: how many alternatives to return per position, the sampled token included."""
         self._texts = texts
         self._top_logprobs = top_logprobs
         self._context: deque[int] = deque(maxlen=CONTEXT_TOKENS)
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """These were sampled, and told, before."""
+        """Continue after tokens that were sampled and sent before."""
         self._context.extend(token_ids[-CONTEXT_TOKENS:])
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """The positions of a step. A position with no tokens is left out."""
+        """Convert a step's positions. A position without tokens is left out."""
         return [self._position(position) for position in positions if position.token_ids]
 
     def _position(self, position: PositionLogprobs) -> TokenLogprob:
         context = list(self._context)
-        numbers: dict[int, float] = {}  # the sampled token comes again among the most likely: once is enough
+        numbers: dict[int, float] = {}  # removes the second occurrence of the sampled token among the most likely
         for token_id, logprob in zip(position.token_ids, position.logprobs, strict=True):
             numbers[token_id] = logprob
         sampled = position.token_ids[0]
         wanted = list(numbers)[: max(self._top_logprobs, 1)]
-        told = [self._told(token_id, numbers[token_id], context) for token_id in wanted]
+        tokens = [self._token_logprob(token_id, numbers[token_id], context) for token_id in wanted]
         self._context.append(sampled)
-        first = told[0]
-        top = tuple(told[: self._top_logprobs])
+        first = tokens[0]
+        top = tuple(tokens[: self._top_logprobs])
         return TokenLogprob(first.token_id, first.token, first.token_bytes, first.logprob, top)
 
-    def _told(self, token_id: int, logprob: float, context: Sequence[int]) -> TokenLogprob:
+    def _token_logprob(self, token_id: int, logprob: float, context: Sequence[int]) -> TokenLogprob:
         text = self._texts.token_text(token_id)
         if text.endswith(REPLACEMENT):
             text = self._completed(token_id, context)
         return TokenLogprob(token_id, text, text.encode(errors="replace"), max(logprob, LEAST_LOGPROB))
 
     def _completed(self, token_id: int, context: Sequence[int]) -> str:
-        """What the token completes: the text with as few of the sampled tokens before it as make it whole, or none.
+        """The character that the token completes, decoded with the fewest sampled tokens before it; "" if none.
 
-        Those few are all parts of the character: a whole token before them would not have been needed.
+        With the fewest, all of them are parts of that character.
         """
         for length in range(1, len(context) + 1):
             text = self._texts.decode([*context[-length:], token_id], skip_special_tokens=False)

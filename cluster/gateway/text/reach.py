@@ -1,12 +1,11 @@
-"""How little a tokenizer can make of a text: the fewest tokens that it has for certain, without tokenizing it.
+"""A lower bound of a text's number of tokens, without tokenizing it.
 
-Theory. A token of n bytes that stands for a part of a text covers n bytes of it. Give each byte the weight 1/m, where
-m is the length of the longest token that holds a byte of its value: the weights under one token sum to at most 1, so
-a text has at least as many tokens as its bytes have weight. A histogram of the bytes is all that this needs, a
-nanosecond a byte. It holds where each byte of the text is under some token: for byte-level BPE and for BPE that falls
-back to bytes, whose normalizers shorten nothing. NFC leaves ASCII as it is, and makes at least 1/NFC_SHORTENS of other
-text's bytes, of any values: there each byte has the weight that the longest token of all gives. For any other
-tokenizer `of` gives None.
+Theory. A token of n bytes covers n bytes of the text. Give each byte value the weight 1/m, where m is the length of the
+longest token that contains it. The weights under one token sum to at most 1, so a text has at least as many tokens as
+the sum of its bytes' weights. That needs only a histogram of the bytes, about a nanosecond per byte. The bound holds if
+each byte of the text is under some token: for byte-level BPE, and for BPE with byte fallback, if no normalizer shortens
+the text. NFC leaves ASCII unchanged and turns other text into at least 1/NFC_SHORTENS of its bytes, of any values;
+there each byte gets the weight from the longest token of all. For any other tokenizer `of` returns None.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 NFC_SHORTENS: Final = 9
-"""Canonical composition makes at most a third of a sequence's bytes out of it, singletons another third."""
+"""Canonical composition may shorten a sequence to a third of its bytes, and singletons to a third of that."""
 _NORMALIZERS: Final = frozenset({"NFC", "Prepend", "Replace", "none"})
 _PRE_TOKENIZERS: Final = frozenset({"ByteLevel", "Split", "Digits", "Punctuation", "Metaspace", "none"})
 MARK: Final = "▁"
-"""By which pieces of other tokenizers write a space."""
+"""The character for a space in the vocabulary of sentencepiece tokenizers."""
 BLOCK_BYTES: Final = 1 << 20
 
 
 class Reach:
-    """The fewest tokens of texts. Made by `of`."""
+    """Lower bounds of texts' numbers of tokens. Create with `of`."""
 
     def __init__(self, weights: np.ndarray[Any, np.dtype[np.float64]], composes: bool) -> None:
-        """`weights` of the 256 bytes. `composes`: whether text is brought to NFC."""
+        """`weights`: those of the 256 byte values. `composes`: whether the tokenizer normalizes to NFC."""
         self._weights = weights
         self._least = float(weights.min())
         self._composes = composes
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> Reach | None:
-        """None where no bound is certain. `layout`: the parts of tokenizer.json but for the vocabulary."""
+        """The bounds for a tokenizer; None if no bound is certain. `layout`: tokenizer.json without the vocabulary."""
         normalizers = list(_members(layout.get("normalizer"), "normalizers"))
         steps = list(_members(layout.get("pre_tokenizer"), "pretokenizers"))
         pieces = _pieces(tokenizer, steps) if _keeps_all(tokenizer, normalizers, steps) else None
@@ -47,7 +46,7 @@ class Reach:
         return cls(1.0 / _longest(sorted({*pieces, *added}, key=len, reverse=True)), _has(normalizers, "NFC"))
 
     def fewest(self, text: str) -> int:
-        """Tokens that the text has at least, special tokens around it not counted."""
+        """The least number of tokens that the text can have, without special tokens around it."""
         weight = 0.0
         for at in range(0, len(text), BLOCK_BYTES):
             block = text[at : at + BLOCK_BYTES]
@@ -55,7 +54,7 @@ class Reach:
             if not self._composes:
                 weight += self._weigh(data)
             elif block.isascii():
-                weight += self._weigh(data) - 1  # its last character may belong to a mark in the next block
+                weight += self._weigh(data) - 1  # the last character may combine with a mark in the next block
             else:
                 weight += data.size * self._least / NFC_SHORTENS
         return max(int(weight * (1 - 1e-9)), 0)
@@ -65,14 +64,14 @@ class Reach:
 
 
 def _longest(pieces: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """For each byte, the length of the longest piece that holds it; 1 at least. `pieces`: the longest first."""
+    """For each byte value, the length of the longest piece that contains it, at least 1. `pieces`: longest first."""
     longest = np.ones(256)
     left = set(range(256))
     for piece in pieces:
         if not left.isdisjoint(piece):
-            found = left.intersection(piece)
-            longest[list(found)] = len(piece)
-            left -= found
+            values = left.intersection(piece)
+            longest[list(values)] = len(piece)
+            left -= values
             if not left:
                 break
     return longest
@@ -92,24 +91,24 @@ def _has(parts: Iterable[Mapping[str, Any]], kind: str) -> bool:
 def _keeps_all(
     tokenizer: Tokenizer, normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether all of a text comes under tokens: nothing is dropped, shortened or swallowed."""
+    """Whether tokens cover all of a text: no part is dropped or shortened."""
     return (
-        {str(one.get("type")) for one in normalizers} <= _NORMALIZERS
+        {str(normalizer.get("type")) for normalizer in normalizers} <= _NORMALIZERS
         and all(
-            one.get("pattern") == {"String": " "} and one.get("content") == MARK
-            for one in normalizers
-            if one.get("type") == "Replace"
+            normalizer.get("pattern") == {"String": " "} and normalizer.get("content") == MARK
+            for normalizer in normalizers
+            if normalizer.get("type") == "Replace"
         )
-        and all(one.get("replacement") == MARK for one in steps if one.get("type") == "Metaspace")
-        and {str(one.get("type")) for one in steps} <= _PRE_TOKENIZERS
-        and not any(one.get("behavior") == "Removed" for one in steps)
+        and all(step.get("replacement") == MARK for step in steps if step.get("type") == "Metaspace")
+        and {str(step.get("type")) for step in steps} <= _PRE_TOKENIZERS
+        and not any(step.get("behavior") == "Removed" for step in steps)
         and tokenizer.truncation is None
         and not any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values())
     )
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """The vocabulary as bytes of text, or more where a space is a mark; None where a byte may be without a token."""
+    """The vocabulary as bytes of text (longer for pieces with a space mark); None if a byte may have no token."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -125,7 +124,7 @@ def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[by
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes (GPT-2)."""
+    """The characters that byte-level tokenizers (since GPT-2) use for bytes."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(plain)]
     alphabet = {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}

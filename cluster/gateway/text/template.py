@@ -1,9 +1,9 @@
-"""Chat templates: a model's own Jinja text turns messages into one prompt, as transformers renders it.
+"""Chat templates: a model's Jinja template renders messages into one prompt, as transformers does.
 
-The environment is transformers': sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
-without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks (which only mark text for training,
-so here they are transparent). A render is bounded: its CPU time, the characters put out and made on the way
-(template_guard.py), and the items of all `range`s together.
+The environment is that of transformers: sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
+without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks, which only mark text for training and
+are transparent here. A render has limits on its CPU time, on the characters of its output and of intermediate texts
+(template_guard.py), and on the items of all its `range`s together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError,
 from jinja2.sandbox import safe_range
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.gateway.text.template_guard import MAX_RENDER_S, MAX_RENDERED_CHARS, Environment, TooMuch, bounded
+from cluster.gateway.text.template_guard import (
+    MAX_RENDER_S,
+    MAX_RENDERED_CHARS,
+    Environment,
+    RenderLimitExceeded,
+    bounded,
+)
 
 MAX_RANGE_ITEMS: Final = 1_000_000
 MAX_MESSAGE_CHARS: Final = 500
@@ -29,17 +35,17 @@ RESERVED_KWARGS: Final = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 CONTINUE_MARK: Final = "\ue000HEADRACE-CONTINUES-HERE "
-"""Put behind the final message to find its end again; the space behind it tells whether the template trims."""
+"""Appended to the final message to locate its end in the prompt; its last space shows whether the template trims."""
 
 
 class _Raised(TemplateError):
-    """The template's own raise_exception: its text is meant for the caller."""
+    """Raised by a template's raise_exception. Its text is meant for the caller."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}: the body, with a scope of its own as a call block has."""
+    """{% generation %}...{% endgeneration %}: renders its body, in a scope of its own as a call block has."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -72,7 +78,7 @@ def _environment(now: Callable[[], datetime]) -> Environment:
 
 
 class ChatTemplate:
-    """A model's chat templates, compiled once. Rendering is pure but for `now` and safe from several threads."""
+    """A model's chat templates, compiled once. Rendering is thread-safe, and pure except for `now`."""
 
     def __init__(
         self,
@@ -81,9 +87,9 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`sources`: name -> Jinja text, a single template is `default`. `special_tokens`: bos_token -> its text.
+        """`sources`: Jinja text by name; a single template is `default`. `special_tokens`: text by name (bos_token).
 
-        A text that does not compile is kept as a reason and refused at `render`: the model can still complete.
+        A template that does not compile is refused only at `render`, so the model can still serve completions.
         """
         environment = _environment(now)
         self._special_tokens = dict(special_tokens or {})
@@ -110,10 +116,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt's text, special tokens included. No tools and an empty list of tools are the same.
+        """The prompt's text, special tokens included. None and an empty list of tools are equivalent.
 
-        `continue_final_message` leaves the last message open and so excludes the generation prompt. Raises CallError:
-        INVALID_FIELD on `messages` with the template's own words, UNSUPPORTED_FEATURE when there is no usable template.
+        `continue_final_message` leaves the last message open, and so excludes the generation prompt. Raises CallError:
+        INVALID_FIELD on `messages` with the template's error text, UNSUPPORTED_FEATURE without a usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
@@ -138,9 +144,9 @@ class ChatTemplate:
             return "tool_use"
         if "default" in self._compiled:
             return "default"
-        found = f"only the templates {', '.join(sorted(self._compiled))}" if self._compiled else "no chat template"
+        existing = f"only the templates {', '.join(sorted(self._compiled))}" if self._compiled else "no chat template"
         raise CallError(
-            Outcome.UNSUPPORTED_FEATURE, f"the model has {found}: use Complete with a plain prompt instead of Chat"
+            Outcome.UNSUPPORTED_FEATURE, f"the model has {existing}: use Complete with a plain prompt instead of Chat"
         )
 
     def _template(self, name: str) -> jinja2.Template:
@@ -160,7 +166,7 @@ def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _bounded_range() -> Callable[..., range]:
-    """Jinja's sandboxed `range` for one render, bounded over all its calls."""
+    """Jinja's sandboxed `range` for one render, with a limit on the items of all calls together."""
     left = MAX_RANGE_ITEMS
 
     def bounded(*args: int) -> range:
@@ -168,20 +174,20 @@ def _bounded_range() -> Callable[..., range]:
         wanted = safe_range(*args)
         left -= len(wanted)
         if left < 0:
-            raise TooMuch(f"ranges of more than {MAX_RANGE_ITEMS} items")
+            raise RenderLimitExceeded(f"ranges of more than {MAX_RANGE_ITEMS} items")
         return wanted
 
     return bounded
 
 
 def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render, and make of whatever goes wrong an error that names `messages`."""
+    """Render a template. Raises every failure as a CallError on the field `messages`."""
     try:
         with bounded(MAX_RENDER_S):
             return "".join(_pieces(template.root_render_func(template.new_context(variables))))
     except _Raised as e:
         raise invalid("messages", _short(str(e))) from e
-    except (TooMuch, SecurityError, OverflowError, MemoryError, RecursionError) as e:
+    except (RenderLimitExceeded, SecurityError, OverflowError, MemoryError, RecursionError) as e:
         raise invalid(
             "messages",
             f"the chat template was stopped on these messages ({_short(str(e))}): send fewer or shorter ones",
@@ -197,12 +203,12 @@ def _pieces(pieces: Iterator[str]) -> Iterator[str]:
     for piece in pieces:
         size += len(piece)
         if size > MAX_RENDERED_CHARS:
-            raise TooMuch(f"a prompt of more than {MAX_RENDERED_CHARS} characters")
+            raise RenderLimitExceeded(f"a prompt of more than {MAX_RENDERED_CHARS} characters")
         yield piece
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with a mark behind the last text of the last one."""
+    """The messages, with CONTINUE_MARK appended to the last text of the last message."""
     last = dict(messages[-1])
     content = last.get("content")
     if isinstance(content, str):
@@ -218,7 +224,7 @@ def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _cut_at_mark(text: str, content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text up to the mark; where the template trimmed the message, trimmed as well."""
+    """The text up to the mark, trimmed if the template trimmed the message."""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     final = parts[-1].removesuffix(CONTINUE_MARK)
     at = text.rfind(CONTINUE_MARK.strip())

@@ -1,8 +1,8 @@
-"""What bounds a chat template: a sandboxed environment in which time and size of every render have an end.
+"""A sandboxed Jinja environment that limits the time and the size of every render of a chat template.
 
-Problem: templates come with models, messages from tenants, and Jinja bounds neither. Each loop's round and each call
-ticks against the render's CPU time. Whatever makes a text longer than its parts (sums, repetitions, joins, captured
-blocks, replacements, field widths) is charged before it is made.
+Problem: templates come with models, messages come from tenants, and Jinja limits neither. Each loop iteration and each
+call checks the render's CPU time. Operations that make a text longer than its parts (sums, repetitions, joins, captured
+blocks, replacements, field widths) are charged before the text is made.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from jinja2.visitor import NodeTransformer
 
 MAX_RENDERED_CHARS: Final = 16 * 1024 * 1024
 MAX_MADE_CHARS: Final = 512 * 1024 * 1024
-"""Of all texts that one render makes on its way."""
+"""Limit on all texts that one render makes, intermediate ones included."""
 MAX_RENDER_S: Final = 2.0
-"""Of this thread's CPU."""
+"""CPU time of the rendering thread."""
 CLOCK_EVERY: Final = 32
-"""Ticks, since asking for the time costs more than they do."""
+"""Ticks between readings of the clock, since a reading costs more than a tick."""
 MAX_NUMBER: Final = 1_000_000
-"""Given to a method or filter: widths, indents, counts."""
+"""Largest number that may be passed to a method or filter: widths, indents, counts."""
 MAX_JSON_INDENT: Final = 64
 _WIDE: Final = re.compile(r"\d{6,}|%[^%\w]*\*")
-"""A field width that no text needs, in the languages of `%` and of `format`."""
+"""An excessive field width, in the syntax of `%` or of `format`."""
 
 
-class TooMuch(Exception):
-    """A render went over one of the bounds above."""
+class RenderLimitExceeded(Exception):
+    """A render has exceeded one of the limits above."""
 
 
 class _Spent(threading.local):
-    """What the render of this thread has used."""
+    """The consumption of the render that runs in this thread."""
 
     until: float = float("inf")
     made: int = 0
@@ -53,7 +53,7 @@ _spent = _Spent()
 
 @contextmanager
 def bounded(cpu_s: float) -> Iterator[None]:
-    """One render in this thread."""
+    """Apply the limits to one render in this thread."""
     _spent.until, _spent.made = time.thread_time() + cpu_s, 0
     try:
         yield
@@ -64,20 +64,20 @@ def bounded(cpu_s: float) -> Iterator[None]:
 def _tick() -> None:
     _spent.ticks += 1
     if not _spent.ticks % CLOCK_EVERY and time.thread_time() > _spent.until:
-        raise TooMuch("it takes too long")
+        raise RenderLimitExceeded("it takes too long")
 
 
 def _charge(chars: int) -> None:
-    """Before a text of that length is made."""
+    """Count a text of that length before it is made. Raises RenderLimitExceeded."""
     if chars > MAX_RENDERED_CHARS:
-        raise TooMuch(f"a text of more than {MAX_RENDERED_CHARS} characters")
+        raise RenderLimitExceeded(f"a text of more than {MAX_RENDERED_CHARS} characters")
     _spent.made += chars
     if _spent.made > MAX_MADE_CHARS:
-        raise TooMuch(f"texts of more than {MAX_MADE_CHARS} characters together")
+        raise RenderLimitExceeded(f"texts of more than {MAX_MADE_CHARS} characters together")
 
 
 def _concat(parts: Iterable[str]) -> str:
-    """What a block or macro has put out, as one text."""
+    """Join the output of a block or macro into one text."""
     parts = list(parts)
     _charge(sum(map(len, parts)))
     return "".join(parts)
@@ -86,7 +86,7 @@ def _concat(parts: Iterable[str]) -> str:
 def _small(values: Iterable[object]) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise TooMuch(f"the number {value}")
+            raise RenderLimitExceeded(f"the number {value}")
 
 
 def _replaced(text: Any, old: Any = "", new: Any = "", *_: object, **__: object) -> None:
@@ -95,7 +95,7 @@ def _replaced(text: Any, old: Any = "", new: Any = "", *_: object, **__: object)
 
 def _translated(text: Any, table: Any = None, *_: object, **__: object) -> None:
     values = table.values() if isinstance(table, Mapping) else ()
-    _charge(len(text) * max((len(one) for one in values if isinstance(one, str)), default=1))
+    _charge(len(text) * max((len(value) for value in values if isinstance(value, str)), default=1))
 
 
 def _tabs(text: Any, tabsize: int = 8) -> None:
@@ -107,15 +107,15 @@ def _indented(text: Any, width: Any = 4, *_: object, **__: object) -> None:
 
 
 def _wrapped(text: Any, *arguments: Any, **named: Any) -> None:
-    _charge(len(text) * (1 + sum(len(one) for one in (*arguments, *named.values()) if isinstance(one, str))))
+    _charge(len(text) * (1 + sum(len(value) for value in (*arguments, *named.values()) if isinstance(value, str))))
 
 
 def _json(_: object, *arguments: Any, **named: Any) -> None:
     for value in (*arguments, *named.values()):
         if not isinstance(value, bool) and isinstance(value, int) and value > MAX_JSON_INDENT:
-            raise TooMuch(f"JSON indented by {value}")
+            raise RenderLimitExceeded(f"JSON indented by {value}")
         if isinstance(value, str) and len(value) > MAX_JSON_INDENT:
-            raise TooMuch("JSON indented by a long text")
+            raise RenderLimitExceeded("JSON indented by a long text")
 
 
 def _joined(parts: Iterable[Any], between: object = "") -> list[Any]:
@@ -125,7 +125,7 @@ def _joined(parts: Iterable[Any], between: object = "") -> list[Any]:
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A filter of Jinja's that takes no number beyond reason."""
+    """Wrap a Jinja filter so that it refuses excessive numbers and charges long results first."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
     grows = _GROWING_FILTERS.get(name)
 
@@ -149,7 +149,7 @@ def _join_filter(context: jinja2.nodes.EvalContext, value: Any, d: str = "", att
 
 def _fields(text: object, *_: object, **__: object) -> None:
     if isinstance(text, str) and _WIDE.search(text):
-        raise TooMuch("a field of more than 99999 characters")
+        raise RenderLimitExceeded("a field of more than 99999 characters")
 
 
 _GROWING_METHODS: Final[Mapping[str, Callable[..., None]]] = {
@@ -164,17 +164,17 @@ _GROWING_FILTERS: Final[Mapping[str, Callable[..., None]]] = {
     "wordwrap": _wrapped,
     "tojson": _json,
 }
-"""What makes a text longer than its parts, with what looks at it first."""
+"""Methods and filters that may make a text longer than its parts, each with the check that runs before it."""
 
 
 @jinja2.pass_context
 def _round(_context: object, _: object) -> None:
-    """A loop's round. It takes the context only because Jinja then cannot compute it when it compiles."""
+    """Count one loop iteration. It takes the context only so that Jinja does not evaluate it at compile time."""
     _tick()
 
 
 class _Instrument(NodeTransformer):
-    """Puts a tick into each loop's round, and makes of each `~` a filter: these cost less than calls."""
+    """Adds a tick to each loop iteration and turns each `~` into a filter, since filters cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)
@@ -194,7 +194,7 @@ def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """A sandbox that ticks and charges. Use `guarded` to compile; render within `bounded`."""
+    """A Jinja sandbox with the limits above. Compile with `guarded`; render within `bounded`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_concat)
@@ -207,10 +207,10 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"join": _join_filter, _ROUND: _round, _CONCAT: lambda parts: _concat(map(str, parts))}
 
     def guarded(self, source: str) -> jinja2.Template:
-        """Compile. Raises TemplateSyntaxError."""
+        """Compile a template with the limits built in. Raises TemplateSyntaxError."""
         tree = self.parse(source)
         _Instrument().visit(tree)
-        tree.set_lineno(1)  # of nodes that have none
+        tree.set_lineno(1)  # for the inserted nodes, which have none
         tree.set_environment(self)
         return self.from_string(tree)
 
@@ -234,7 +234,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > 1 and abs(right) > 1024):
-            raise TooMuch("a power of more than 1024")
+            raise RenderLimitExceeded("a power of more than 1024")
         if operator == "%":
             _fields(left)
         if operator == "+" and isinstance(left, str) and isinstance(right, str):

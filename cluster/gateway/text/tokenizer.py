@@ -1,8 +1,8 @@
-"""A model's tokens and text, from its bundle: prompts become token ids, token ids become text.
+"""A model's tokenizer and chat templates, from its bundle: prompts become token ids, and token ids become text.
 
-The ids are those of the model's own tools: transformers' tokenizer for a plain prompt (special tokens added, as vLLM's
-server does for completions), apply_chat_template(tokenize=True) for messages (none added: the template has its own
-BOS). Everything here may be called from several threads; the Rust tokenizer works outside the interpreter's lock.
+The ids equal those of the model's own tools: transformers' tokenizer for a plain prompt (with special tokens added, as
+vLLM's server does for completions), apply_chat_template(tokenize=True) for messages (without, since the template has
+its own BOS). All functions are thread-safe; the Rust tokenizer releases the GIL.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ log = structlog.get_logger("text")
 
 ANY_LENGTH: Final = 2**62
 SURELY_FEW: Final = 8
-"""Characters a token: shorter texts are tokenized without asking how few tokens they could have."""
+"""Characters per allowed token. Shorter texts are tokenized without computing a lower bound of their tokens."""
 ENCODE_OFFLOAD_CHARS: Final = 4096
-"""Longer texts are tokenized in a worker thread: about a millisecond of one core at 3-4 million characters a second."""
+"""Longer texts are tokenized in a thread: about a millisecond of one core at 3-4 million characters a second."""
 ENCODE_HELPER_CHARS: Final = 32_768
-"""Longer texts are tokenized in a process of their own (encoding_pool.py), as soon as one is there."""
+"""Longer texts are tokenized in a helper process (encoding_pool.py) when one is available."""
 _THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
-"""No more than there are cores: what these do beside the Rust tokenizer, they do one after the other anyway."""
+"""No more threads than cores, since everything but the Rust tokenizer runs under the GIL anyway."""
 SPECIAL_TOKEN_NAMES: Final = (
     "bos_token",
     "eos_token",
@@ -57,14 +57,14 @@ TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "
 
 
 class _Unknown:
-    """In place of what has not been computed yet."""
+    """The type of a value that has not been computed yet."""
 
 
 UNKNOWN: Final = _Unknown()
 
 
 class TextModel:
-    """One model's tokenizer and chat templates. Made by `from_bundle`; holds no state between calls but caches."""
+    """One model's tokenizer and chat templates. Create with `from_bundle`; it keeps no state but caches."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class TextModel:
         model_config: Mapping[str, Any],
         pool: EncodingPool | None = None,
     ) -> None:
-        """`pool`: where long texts are tokenized; None: in threads."""
+        """`pool`: helper processes for long texts; None: long texts are tokenized in threads."""
         self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
@@ -98,15 +98,15 @@ class TextModel:
     def from_bundle(
         cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now, in_helper: bool = False
     ) -> TextModel:
-        """Read a bundle. `now` is what strftime_now in a chat template tells. `in_helper`: it has no helpers itself.
+        """Read a bundle. `now`: the clock of strftime_now in chat templates. `in_helper`: do not start helpers.
 
-        Raises ValueError, naming the file, when one is missing or is not what it should be.
+        Raises ValueError that names the file when one is missing or invalid.
         """
         config = _json(bundle, "tokenizer_config.json")
         try:
             tokenizer = read_tokenizer(bundle.files["tokenizer.json"])
         except KeyError:
-            raise ValueError("bundle has no tokenizer.json: build it anew from the model's folder") from None
+            raise ValueError("bundle has no tokenizer.json: build it again from the model's folder") from None
         except Exception as e:  # the Rust side raises plain Exception
             raise ValueError(f"bundle's tokenizer.json cannot be read: {e}") from e
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
@@ -117,17 +117,17 @@ class TextModel:
             config=config,
             generation_config=_json(bundle, "generation_config.json"),
             model_config=_json(bundle, "config.json"),
-            pool=EncodingPool(bundle) if now == datetime.now and not in_helper else None,  # they know no other time
+            pool=EncodingPool(bundle) if now == datetime.now and not in_helper else None,  # helpers use the real clock
         )
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this: the model's own vocabulary, which may be padded beyond the tokenizer's."""
+        """Size of the model's vocabulary, which may be padded beyond the tokenizer's. Token ids are below it."""
         return self._vocab_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends a generation: the tokenizer's EOS first, then the generation config's others."""
+        """Token ids that end a generation: the tokenizer's EOS first, then others of the generation config."""
         return self._eos_token_ids
 
     @property
@@ -137,18 +137,18 @@ class TextModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether Chat can be asked of the model at all."""
+        """Whether the model has a chat template, so that it can serve chat requests."""
         return bool(self._template)
 
     def __repr__(self) -> str:
         return f"TextModel({self._family or 'unknown'}, {self._vocab_size} tokens, {self._template!r})"
 
     def encode_prompt(self, text: str) -> list[int]:
-        """A plain prompt's ids, with the special tokens that the model wants (BOS)."""
+        """Tokenize a plain prompt, with the special tokens that the model expects (BOS)."""
         return self._encode(text, "prompt", add_special_tokens=True)
 
     def plain_ids(self, text: str) -> array[int]:
-        """The ids of a text that holds its special tokens itself: none are added."""
+        """Tokenize a text that already contains its special tokens: none are added."""
         return array("I", self._encode(text, "prompt_token_ids", add_special_tokens=False))
 
     def encode_chat(
@@ -160,7 +160,7 @@ class TextModel:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The ids of messages through the chat template. Raises CallError as ChatTemplate.render does."""
+        """Render messages with the chat template and tokenize them. Raises CallError as ChatTemplate.render does."""
         text = self.render_chat(
             messages,
             tools=tools,
@@ -179,7 +179,7 @@ class TextModel:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The text that encode_chat tokenizes."""
+        """Render messages with the chat template: the text that encode_chat tokenizes."""
         return self._template.render(
             messages,
             tools=tools,
@@ -188,60 +188,60 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
-        """encode_prompt, the ids packed. What long texts begin with is remembered for the tenant alone.
+    def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
+        """Tokenize as encode_prompt does, into packed ids. Beginnings of long texts are cached, per tenant.
 
-        Raises CallError for a text that has more than `most` tokens for certain, before it is tokenized.
+        Raises CallError before tokenizing if the text must have more than `max_tokens` tokens.
         """
-        self._refuse_long(text, most, chat=False)
+        self._refuse_long(text, max_tokens, chat=False)
         return self._packed(tenant, text, "prompt", add_special_tokens=True)
 
     def chat_ids(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
-        """encode_chat, the ids packed, likewise."""
+        """Tokenize as encode_chat does, into packed ids, cached and limited as in `prompt_ids`."""
         text = self.render_chat(messages, **options)
-        self._refuse_long(text, most, chat=True)
+        self._refuse_long(text, max_tokens, chat=True)
         return self._packed(tenant, text, "messages", add_special_tokens=False)
 
-    def packed_ids(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
-        """prompt_ids or chat_ids of a packed prompt."""
-        found = prompt.unpacked()
-        if isinstance(found, TextPrompt):
-            return self.prompt_ids(tenant, found.text, most)
-        return self.chat_ids(tenant, found.messages, most, **found.template_options)
+    def packed_ids(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
+        """Tokenize a packed prompt, as prompt_ids or chat_ids does."""
+        unpacked = prompt.unpacked()
+        if isinstance(unpacked, TextPrompt):
+            return self.prompt_ids(tenant, unpacked.text, max_tokens)
+        return self.chat_ids(tenant, unpacked.messages, max_tokens, **unpacked.template_options)
 
-    async def prompt_ids_async(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
-        """prompt_ids; elsewhere than on the loop when the text is long."""
-        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, most), {}), "prompt")
+    async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
+        """prompt_ids, off the event loop if the text is long."""
+        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, max_tokens), {}), "prompt")
 
     async def chat_ids_async(
-        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
-        """chat_ids; elsewhere than on the loop when messages and options together are long."""
+        """chat_ids, off the event loop if messages and options together are long."""
         chars = _chars(messages) + _chars(options)
-        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, most), options), "messages")
+        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, max_tokens), options), "messages")
 
-    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
-        """packed_ids, elsewhere than on the loop."""
+    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
+        """packed_ids, off the event loop."""
         size = memoryview(prompt.packed).nbytes
-        job: Job = ("packed_ids", (tenant, prompt, most), {})
+        job: Job = ("packed_ids", (tenant, prompt, max_tokens), {})
         return await self._ids(
             tenant, max(size, ENCODE_HELPER_CHARS + 1), job, "messages" if prompt.is_chat else "prompt"
         )
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
-        """The text of token ids with their special tokens; elsewhere than on the loop when there are many."""
+        """Decode token ids, with special tokens; off the event loop if there are many."""
         job: Job = ("decode", (token_ids, False), {})
-        text: str = await self._elsewhere(tenant, 4 * len(token_ids), job, field)
+        text: str = await self._offload(tenant, 4 * len(token_ids), job, field)
         return text
 
     async def _ids(self, tenant: str, chars: int, job: Job, field: str) -> array[int]:
-        ids: array[int] = await self._elsewhere(tenant, chars, job, field)
+        ids: array[int] = await self._offload(tenant, chars, job, field)
         return ids
 
-    async def _elsewhere(self, tenant: str, chars: int, job: Job, field: str) -> Any:
-        """Do a job where it holds nobody up: here, in a thread, or in a helper process."""
+    async def _offload(self, tenant: str, chars: int, job: Job, field: str) -> Any:
+        """Run a job here, in a thread or in a helper process, so that it does not block the event loop."""
         method, positional, named = job
 
         def work() -> Any:
@@ -251,7 +251,7 @@ class TextModel:
             return work()
         if (chars > ENCODE_HELPER_CHARS or not self._is_quick) and self.pool is not None:
             try:
-                result = await self.pool.run(job, size=chars, tenant=tenant, here=self._is_quick)
+                result = await self.pool.run(job, size=chars, tenant=tenant, local_fallback=self._is_quick)
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
             except Lost as lost:
@@ -265,18 +265,18 @@ class TextModel:
                 raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
         return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
-    def _refuse_long(self, text: str, most: int, *, chat: bool) -> None:
-        if len(text) <= SURELY_FEW * most:
+    def _refuse_long(self, text: str, max_tokens: int, *, chat: bool) -> None:
+        if len(text) <= SURELY_FEW * max_tokens:
             return
         if isinstance(self._reach, _Unknown):
             from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
 
             self._reach = Reach.of(self._tokenizer, self._layout)
-        if self._reach is not None and (fewest := self._reach.fewest(text)) > most:
-            raise too_long(fewest, most + 1, chat, surely="at least ")
+        if self._reach is not None and (fewest := self._reach.fewest(text)) > max_tokens:
+            raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids by themselves. Ids beyond the tokenizer's have none."""
+        """Decode token ids by themselves. Ids beyond the tokenizer's vocabulary have no text."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def detokenizer(
@@ -303,7 +303,7 @@ class TextModel:
         )
 
     def token_text(self, token_id: int) -> str:
-        """One token's text by itself, special or not, with the leading spaces that a decoder strips. Cached."""
+        """The text of one token, special or not, with leading spaces that a decoder would strip. Cached."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self._text_of(token_id)
@@ -320,9 +320,9 @@ class TextModel:
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            # The batch form: without offsets, twice as fast, and outside the interpreter's lock.
+            # The batch method computes no offsets, is twice as fast, and releases the GIL.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except TypeError:  # what the Rust side makes of a lone surrogate
+        except TypeError:  # raised by the Rust side for a lone surrogate
             raise _no_unicode(field) from None
         except BaseException as error:
             raise _panicked(error, field) from None
@@ -342,7 +342,7 @@ class TextModel:
 
 
 def _panicked(error: BaseException, field: str) -> BaseException:
-    """What a panic of the Rust side, which is no Exception, is to the caller; any other error is itself."""
+    """The CallError for a panic of the Rust side, which is not an Exception; any other error unchanged."""
     if type(error).__name__ != "PanicException":
         return error
     log.warning("tokenizer_panicked", reason=str(error)[:200])
@@ -364,7 +364,7 @@ def _json(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _template_sources(bundle: Bundle) -> dict[str, str]:
-    """chat_template.jinja is `default`, chat_template.NAME.jinja is NAME."""
+    """The chat templates by name: chat_template.jinja is `default`, chat_template.NAME.jinja is NAME."""
     sources = {}
     for name, content in bundle.files.items():
         if name == "chat_template.jinja":
@@ -382,7 +382,7 @@ def _eos_ids(tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mappin
 
 
 def _without_model(tokenizer: Tokenizer) -> str:
-    """The tokenizer's parts as JSON, but for the vocabulary: that of a large model takes a tenth of a second."""
+    """The tokenizer as JSON without its vocabulary, since serializing a large one takes a tenth of a second."""
     shell = Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     if tokenizer.normalizer is not None:
         shell.normalizer = tokenizer.normalizer
@@ -394,7 +394,7 @@ def _without_model(tokenizer: Tokenizer) -> str:
 
 
 def _space_mark(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """The mark for a space in the pieces of a Metaspace tokenizer, whose decoder strips the first one."""
+    """The character for a space in a Metaspace tokenizer, whose decoder strips the first one; None for others."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     return next((part.get("replacement", "▁") for part in parts if part.get("type") == "Metaspace"), None)
 
@@ -411,11 +411,11 @@ def _byte_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _chars(value: object) -> int:
-    """About how many characters a value of messages, tools and arguments will take in a prompt."""
+    """Approximate number of characters that a value of messages, tools or arguments takes in a prompt."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, (list, tuple)):
         return 4 + sum([_chars(item) for item in value])
-    if isinstance(value, (dict, Mapping)):  # the first of the two is quickly asked
+    if isinstance(value, (dict, Mapping)):  # dict first, because that check is faster
         return 4 + sum([_chars(key) + _chars(item) for key, item in value.items()])
     return 4

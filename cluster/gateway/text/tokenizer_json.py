@@ -1,10 +1,9 @@
-"""Reads tokenizer.json as the tokenizers library does, in less time where the model is BPE.
+"""A reader of tokenizer.json with the tokenizers library's result, which blocks the event loop less for BPE models.
 
-The library reads a file of 128,000 pieces and their merges in a quarter of a second, in one go, in which no other
-thread has the interpreter: a gateway that gets a further model stands still. Here the file is parsed by pydantic's
-parser, the BPE model is made from its parts, and the rest of the file, which is small, is read by the library: a
-tenth less time, and in parts between which an event loop has its turn. Anything unusual is left to the library,
-and so are its errors.
+The library reads a file of 128,000 pieces and their merges in a quarter of a second while holding the GIL, so a gateway
+that loads another model stalls. Here pydantic's parser reads the file, the BPE model is built from its parts, and the
+library reads the small rest. That takes a tenth less time, in several steps between which an event loop can run. The
+library handles anything unusual, and reports all errors.
 """
 
 from __future__ import annotations
@@ -31,25 +30,24 @@ _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "sp
 
 
 def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.from_buffer) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. `whole` reads what is unusual. Raises Exception, the library's own, for what
-    is none."""
+    """Read the contents of a tokenizer.json. `whole` reads unusual ones. Raises the library's Exception if invalid."""
     try:
         tokenizer = from_parts(from_json(data, cache_strings="none"))
-    except Exception:  # what is wrong with it, the library says better
+    except Exception:  # the library's error message is better
         tokenizer = None
     return whole(data) if tokenizer is None else tokenizer
 
 
 def from_parts(layout: Mapping[str, Any]) -> Tokenizer | None:
-    """The same from a parsed file; None where only the library knows how. May raise anything for a broken one."""
+    """Build a tokenizer from a parsed file; None if only the library can. May raise any exception if invalid."""
     model, added = layout["model"], layout.get("added_tokens") or []
     if model.get("type") != "BPE" or not model.keys() <= _KEYS:
         return None
-    merges = [tuple(one.split(" ") if isinstance(one, str) else one) for one in model["merges"]]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     options = {name: model[name] for name in _OPTIONS if model.get(name) is not None}
     bpe = models.BPE(model["vocab"], merges, **options)
     tokenizer = Tokenizer.from_str(json.dumps({**layout, "added_tokens": [], "model": _EMPTY}))
     tokenizer.model = bpe
-    tokenizer.add_tokens([AddedToken(**{name: one[name] for name in _TOKEN}) for one in added])
+    tokenizer.add_tokens([AddedToken(**{name: token[name] for name in _TOKEN}) for token in added])
     ids = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
-    return tokenizer if ids == {one["id"]: one["content"] for one in added} else None
+    return tokenizer if ids == {token["id"]: token["content"] for token in added} else None

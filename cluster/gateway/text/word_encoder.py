@@ -1,14 +1,14 @@
-"""Long texts become token ids part by part: the same ids as the whole text's, for tokenizers where that is certain.
+"""Tokenization of long texts in parts, for tokenizers where the ids provably equal those of the whole text.
 
-Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece alone. In
-the expressions of `WORD_PATTERNS` a match that covers a character which is no white space and a space behind it does
-not exist, and the only look-ahead looks from white space to what follows it. So a split always falls between such a
-character and a space, whatever stands around; what is left of it and what is right of it can be encoded apart. Each
-distinct part of a text is encoded once (a long text says most of its words again), and where too few are said again,
-the text is encoded in blocks, whose pieces stay in the processor's caches. Blocks are cut from the text's beginning,
-so the next turn of a conversation has the blocks of the last one, and only what is new is encoded.
+Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece separately.
+No expression in `WORD_PATTERNS` can match a non-space character together with a space after it, and the only
+look-ahead looks from white space to what follows. So there is always a split between a non-space character and a space
+after it, whatever the context, and the text on both sides can be encoded separately. Each distinct word of a text is
+encoded once, since long texts repeat most words. If too few words repeat, the text is encoded in blocks, whose pieces
+stay in the CPU caches. Blocks are cut from the beginning of the text, so the next turn of a conversation starts with
+the blocks of the previous one, and only the new text is encoded.
 
-Not for other tokenizers, nor where an added token may hold or swallow a space: `of` gives None for those.
+`of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a space.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, Final
 from tokenizers import Encoding, Tokenizer, models, normalizers
 
 BLOCK_CHARS: Final = 16_384
-"""Work between two moments at which another thread may have the interpreter: about half a millisecond."""
-MEMORY_BYTES: Final = 32 << 20
-"""Of blocks and their ids, in each process and for each model: the last turns of some tens of long conversations."""
+"""Work between two points at which another thread may take the GIL: about half a millisecond."""
+CACHE_BYTES: Final = 32 << 20
+"""Size of the block cache per process and model: the last turns of some tens of long conversations."""
 DISTINCT_SHARE: Final = 0.3
-"""More distinct words than this, of all words, and encoding words costs more than encoding blocks."""
+"""Share of distinct words among all words above which encoding words costs more than encoding blocks."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -38,28 +38,28 @@ QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 WORD_PATTERNS: Final = frozenset((_GPT2, _LLAMA3, QWEN2))
 _DIGITS = "[0-9][0-9][0-9]"  # Falcon's
 _CUT = re.compile(r"(?<=[!-~\w]) ")
-"""A space behind a character that is surely no white space, in any version of Unicode."""
+"""A space after a character that is not white space in any version of Unicode."""
 _ENDS_SURELY = re.compile(r"(?s:.*)[!-~\w]").fullmatch
 PackedIds = bytes
-"""Token ids as uint32 in this machine's order."""
+"""Token ids as uint32 in native byte order."""
 
 
 class WordEncoder:
-    """A tokenizer's long texts. Made by `of`; may be used from several threads."""
+    """Encodes long texts with a tokenizer. Create with `of`; thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, prefix: PackedIds, suffix: PackedIds, block_chars: int) -> None:
-        """`prefix` and `suffix` are the special tokens that the tokenizer puts around a text."""
+        """`prefix` and `suffix`: the special tokens that the tokenizer adds around a text."""
         self._tokenizer = tokenizer
         self._prefix = prefix
         self._suffix = suffix
         self._block_chars = block_chars
-        self.memory = BlockMemory()
+        self.cache = BlockCache()
 
     @classmethod
     def of(
         cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, *, block_chars: int = BLOCK_CHARS
     ) -> WordEncoder | None:
-        """None where cutting is not certain to keep the ids. `pre_tokenizer`: that part of tokenizer.json."""
+        """An encoder for a tokenizer; None if cutting may change ids. `pre_tokenizer`: that part of tokenizer.json."""
         around = _around(tokenizer)
         if around is None or not _cuts_are_safe(tokenizer, pre_tokenizer):
             return None
@@ -68,15 +68,15 @@ class WordEncoder:
     def encode(self, text: str, *, add_special_tokens: bool, tenant: str = "") -> PackedIds:
         """The ids of the whole text. Raises TypeError for a lone surrogate, as the tokenizer does.
 
-        What was encoded for the same tenant lately is not encoded again, as far as two texts begin alike.
+        Blocks at the beginning of the text that were recently encoded for the same tenant come from the cache.
         """
         blocks = _blocks(text, self._block_chars)
-        known = [self.memory.get(tenant, block) for block in blocks]
+        known = [self.cache.get(tenant, block) for block in blocks]
         fresh = iter(self._fresh([block for block, ids in zip(blocks, known, strict=True) if ids is None]))
         parts = [next(fresh) if ids is None else ids for ids in known]
-        for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last is cut by the text's end
+        for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last block ends with the text
             if old is None:
-                self.memory.put(tenant, block, ids)
+                self.cache.put(tenant, block, ids)
         ids = b"".join(parts)
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
@@ -92,19 +92,19 @@ class WordEncoder:
         return list(map(_packed, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
 
 
-class BlockMemory:
-    """Blocks encoded lately and their ids, those used longest ago dropped first. A tenant finds its own alone, so that
-    no time tells one what another has sent."""
+class BlockCache:
+    """LRU cache of encoded blocks. A tenant finds only its own blocks, so timing reveals nothing of other tenants'
+    texts."""
 
-    def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._ids: OrderedDict[tuple[str, str], PackedIds] = OrderedDict()
         self._lock = Lock()
         self.bytes = 0
-        """Held: four for a character at most, and the ids."""
+        """Current size of the blocks (at most four bytes per character) and their ids."""
 
     def get(self, tenant: str, block: str) -> PackedIds | None:
-        """The ids of a block, if they are here."""
+        """The ids of a block, None if it is not cached."""
         with self._lock:
             ids = self._ids.get((tenant, block))
             if ids is not None:
@@ -112,7 +112,7 @@ class BlockMemory:
             return ids
 
     def put(self, tenant: str, block: str, ids: PackedIds) -> None:
-        """Keep the ids of a block."""
+        """Cache the ids of a block."""
         with self._lock:
             if (tenant, block) in self._ids:
                 return
@@ -132,7 +132,7 @@ def _packed(encoding: Encoding) -> PackedIds:
 
 
 def _blocks(text: str, chars: int) -> list[str]:
-    """The text in blocks of about `chars`, each but the first with the space it is cut before; at least one."""
+    """Cut a text before spaces into blocks of about `chars`. All blocks but the first begin with a space."""
     blocks, at = [], 0
     while (cut := _CUT.search(text, at + chars)) is not None:
         blocks.append(text[at : cut.start()])
@@ -142,8 +142,8 @@ def _blocks(text: str, chars: int) -> list[str]:
 
 
 def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """Each block's words, the spaces between them left out, and the distinct ones."""
-    words = [block[1:].split(" ") for block in blocks]  # four times as fast as _CUT, and nearly always the same
+    """Each block's words, without the spaces between them, and the distinct words of all blocks."""
+    words = [block[1:].split(" ") for block in blocks]  # four times as fast as _CUT, and nearly always equal
     unsure = {word for word in set().union(*words) if not _ENDS_SURELY(word)}
     for at, block in enumerate(blocks):
         if unsure.isdisjoint(words[at]):
@@ -170,7 +170,7 @@ def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None
 
 
 def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether words are split, before text becomes bytes, and each step is one of which the law is known."""
+    """Whether each step is known to be safe, and one splits the text into words before or in the byte-level step."""
     to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
     if to_bytes < 0 or not all(map(_is_safe, steps)):
         return False
@@ -194,7 +194,7 @@ def _regex(step: Mapping[str, Any]) -> str | None:
 
 
 def _around(tokenizer: Tokenizer) -> tuple[PackedIds, PackedIds] | None:
-    """The special tokens before and after a text; None where they depend on it."""
+    """The special tokens that a tokenizer adds before and after a text; None if they depend on the text."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
     if len(bare) != 1 or whole.count(bare[0]) != 1:

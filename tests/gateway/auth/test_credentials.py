@@ -1,4 +1,4 @@
-"""A call's credentials become one principal, or one refusal that tells nothing."""
+"""Authentication of a call: its credentials yield one principal, or one refusal that reveals nothing."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ async def documents(url: str) -> Mapping[str, Any]:
 
 
 def token(tenant: str) -> str:
-    """A good token of a tenant's operator."""
+    """A valid token of a tenant's operator."""
     body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": tenant, "role": "operator", "exp": NOW + 60}
     return jwt.encode(body, SIGNING, "EdDSA")
 
 
 class World:
-    """An authenticator and what it has told."""
+    """A CredentialChecker and the failures that it has reported."""
 
     def __init__(self, *, oidc: bool = True) -> None:
-        self.told: list[tuple[str, str, str]] = []
+        self.failures: list[tuple[str, str, str]] = []
         tenants = [TenantEntry(TenantPolicy(n, suspended=n == "gone")) for n in ("acme", "billing", "gone")]
         key = KeyEntry("k1", "acme", digest_of(sha256_of(KEY), PEPPER))
         self.snapshot = AccessSnapshot.of(tenants, [key])
@@ -61,33 +61,33 @@ class World:
             peppers=(PEPPER,),
             oidc=OidcVerifier([issuer], fetch=documents, wall=lambda: NOW) if oidc else None,
             certificates=[CertificateRule("spiffe://example.com/ns/billing", "billing")],
-            told=lambda reason, subject, peer: self.told.append((reason, subject, peer)),
+            on_failure=lambda reason, subject, peer: self.failures.append((reason, subject, peer)),
             clock=lambda: NOW,
         )
 
-    async def who(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
-        """Who shows these is."""
+    async def principal(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
+        """The principal for these credentials."""
         return await self.authenticator.principal(authorization, names, "10.0.0.9")
 
     async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
-        """The refusal of who shows these."""
+        """The error for these credentials."""
         with pytest.raises(CallError) as caught:
-            await self.who(*authorization, names=names)
+            await self.principal(*authorization, names=names)
         return caught.value
 
 
 async def test_keys_tokens_and_certificates() -> None:
-    """Each names its tenant, role and subject; the scheme's case does not matter."""
+    """Keys, tokens and certificates each yield tenant, role and subject; the case of the scheme does not matter."""
     world = World()
-    key = await world.who(f"Bearer {KEY}")
+    key = await world.principal(f"Bearer {KEY}")
     assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
-    assert (await world.who(f"bearer {KEY}")).tenant.name == "acme"
-    claimed = await world.who(f"Bearer {token('billing')}")
+    assert (await world.principal(f"bearer {KEY}")).tenant.name == "acme"
+    claimed = await world.principal(f"Bearer {token('billing')}")
     assert (claimed.tenant.name, claimed.by, claimed.subject, claimed.role) == ("billing", "jwt", "ada", "operator")
-    shown = await world.who(names=("DNS:x", SPIFFE))
+    shown = await world.principal(names=("DNS:x", SPIFFE))
     assert (shown.tenant.name, shown.by, shown.role) == ("billing", "certificate", "caller")
     assert shown.subject == SPIFFE, "the audit names the alternative name that let it in"
-    assert world.told == []
+    assert world.failures == []
 
 
 @pytest.mark.parametrize(
@@ -112,54 +112,54 @@ async def test_keys_tokens_and_certificates() -> None:
     ],
 )
 async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
-    """Missing, mangled, doubled, smuggled and foreign credentials each have their word for the audit."""
+    """Missing, mangled, duplicate, smuggled and foreign credentials are each audited with their own reason."""
     world = World()
     error = await world.refused(*values)
     assert error.outcome is Outcome.UNAUTHENTICATED_KEY
-    assert [told[0] for told in world.told] == [reason]
-    assert world.told[0][2] == "10.0.0.9"
+    assert [failure[0] for failure in world.failures] == [reason]
+    assert world.failures[0][2] == "10.0.0.9"
     assert KEY not in error.message
     if reason != "missing":
         assert error.message == BAD_KEY
 
 
 async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
-    """The token decides alone."""
+    """If there is a token, it alone decides."""
     world = World()
     await world.refused("Bearer nonsense", names=(SPIFFE,))
     await world.refused("", names=(SPIFFE,))
-    assert [told[0] for told in world.told] == ["unknown", "missing"]
+    assert [failure[0] for failure in world.failures] == ["unknown", "missing"]
 
 
 async def test_a_certificate_of_nobody() -> None:
-    """One that no rule names is told apart in the audit only."""
+    """A certificate that no rule names is distinguished in the audit only."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
-    assert world.told[0][0] == "unknown_certificate"
+    assert world.failures[0][0] == "unknown_certificate"
 
 
 async def test_a_suspended_tenant() -> None:
-    """However it shows who it is, it is told that it is suspended."""
+    """A suspended tenant is told that it is suspended, whatever its credentials."""
     world = World()
     assert (await world.refused(f"Bearer {token('gone')}")).outcome is Outcome.TENANT_SUSPENDED
 
 
 async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
-    """No issuer configured: the same answer, by the path of keys."""
+    """Without a configured issuer, a JWT gets the same answer as a bad key."""
     world = World(oidc=False)
     assert (await world.refused(f"Bearer {token('acme')}")).message == BAD_KEY
-    assert world.told[0][0] == "unknown"
+    assert world.failures[0][0] == "unknown"
 
 
 async def test_a_stale_snapshot_is_no_bad_key() -> None:
-    """When the store is away too long the caller may retry, and nobody is blamed."""
+    """While the snapshot is too old, the caller may retry, and no failure is reported."""
     world = World()
 
     def stale() -> AccessSnapshot:
         raise CallError(Outcome.STORE_UNAVAILABLE, "away")
 
-    authenticator = CredentialChecker(stale, peppers=(PEPPER,), told=lambda *_: pytest.fail("blamed"))
+    authenticator = CredentialChecker(stale, peppers=(PEPPER,), on_failure=lambda *_: pytest.fail("blamed"))
     with pytest.raises(CallError) as caught:
         await authenticator.principal((f"Bearer {KEY}",))
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
-    assert world.told == []
+    assert world.failures == []

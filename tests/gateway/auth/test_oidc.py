@@ -1,4 +1,4 @@
-"""Tokens of a real issuer are let in; forged, foreign, expired and malformed ones are not, and cost little."""
+"""Tokens of a real issuer are accepted; forged, foreign, expired and malformed ones are refused at little cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth import bearer_tokens, oidc
 from cluster.gateway.auth.bearer_tokens import TokenRefused
-from cluster.gateway.auth.no_redirect import open_straight
+from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Issuer, OidcVerifier, TokenClaims
 from cluster.policy.tenants.identity import BAD_KEY
 
@@ -35,7 +35,7 @@ WEAK_KEY = rsa.generate_private_key(65537, 1024)  # noqa: S505 - weak on purpose
 
 
 class RealIssuer:
-    """oidc-provider-mock, restarted at will: each start has new keys."""
+    """oidc-provider-mock, which can be restarted; each start has new keys."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -44,11 +44,11 @@ class RealIssuer:
 
     @property
     def url(self) -> str:
-        """The issuer's name."""
+        """The issuer's URL, which is its name."""
         return f"http://localhost:{self.port}"
 
     def start(self) -> None:
-        """Start it, with users of two tenants."""
+        """Start the issuer, with users of two tenants."""
         users = [
             oidc_provider_mock.User(sub="ada", claims={"org": "acme", "headrace_role": "operator"}),
             oidc_provider_mock.User(sub="bob", claims={"nested": {"org": "b"}}),
@@ -57,11 +57,11 @@ class RealIssuer:
         self.port = self._stack.enter_context(server).server_port
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the issuer."""
         self._stack.close()
 
     def token(self, user: str, audience: str = "headrace") -> str:
-        """An ID token by the authorization code flow, as a browser and its application would get it."""
+        """An ID token from the authorization code flow, as a browser and its application would get it."""
         back = "http://localhost/back"
         query = {"client_id": audience, "redirect_uri": back, "response_type": "code", "scope": "openid"}
         code = urllib.parse.parse_qs(
@@ -72,10 +72,10 @@ class RealIssuer:
         return str(json.loads(answer)["id_token"])
 
     def _post(self, path: str, form: Mapping[str, str]) -> str:
-        """The body, or where a redirect leads."""
+        """The response body, or the target of a redirect."""
         request = urllib.request.Request(self.url + path, urllib.parse.urlencode(form).encode())  # noqa: S310 - loopback
         try:
-            with open_straight(request, 10) as answer:
+            with open_no_redirect(request, 10) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
             with error:
@@ -91,7 +91,7 @@ def real() -> Iterator[RealIssuer]:
 
 
 class Clock:
-    """Both clocks of a verifier."""
+    """The wall clock and the monotonic clock of a verifier."""
 
     def __init__(self) -> None:
         self.now = NOW
@@ -101,7 +101,7 @@ class Clock:
 
 
 class Scripted:
-    """An issuer whose documents the test writes."""
+    """An issuer whose documents are set by the test."""
 
     def __init__(self, *keys: dict[str, Any]) -> None:
         self.keys = list(keys)
@@ -110,7 +110,7 @@ class Scripted:
         self.discovery: dict[str, Any] = {"issuer": ISSUER, "jwks_uri": "https://sso.example.com/keys"}
 
     async def fetch(self, url: str) -> Mapping[str, Any]:
-        """Discovery or keys."""
+        """The discovery document or the keys."""
         self.fetched += 1
         await asyncio.sleep(0)
         if self.away:
@@ -119,7 +119,7 @@ class Scripted:
 
 
 def public(key: Any, key_id: str = "k1", **extra: Any) -> dict[str, Any]:
-    """A JWK."""
+    """The public key as a JWK."""
     kinds: dict[type, Any] = {
         rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
         ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
@@ -131,7 +131,7 @@ def public(key: Any, key_id: str = "k1", **extra: Any) -> dict[str, Any]:
 
 
 def sign(key: Any = RSA_KEY, algorithm: str = "RS256", key_id: str | None = "k1", **changes: Any) -> str:
-    """A token; a claim that is None is left out."""
+    """A signed token; a claim that is None is left out."""
     body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": "acme", "exp": NOW + 60, "iat": NOW, **changes}
     headers = {} if key_id is None else {"kid": key_id}
     return jwt.encode({k: v for k, v in body.items() if v is not None}, key, algorithm, headers=headers)
@@ -157,7 +157,7 @@ def verifier(scripted: Scripted, clock: Clock) -> OidcVerifier:
 
 
 async def reason(verifier: OidcVerifier, token: str) -> str:
-    """Why a token is refused; the caller is told what every bad key is told."""
+    """The reason for which a token is refused. The caller gets the message for any bad key."""
     with pytest.raises(TokenRefused) as caught:
         await verifier.verify(token)
     assert caught.value.outcome is Outcome.UNAUTHENTICATED_KEY
@@ -166,7 +166,7 @@ async def reason(verifier: OidcVerifier, token: str) -> str:
 
 
 async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
-    """Its users are let in as their tenants, by name and by path; for another audience they are not."""
+    """Tenants are found by claim name and by claim path; a token for another audience is refused."""
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org", "headrace_role")])
     claims = await verifier.verify(real.token("ada"))
     assert (claims.tenant, claims.role, claims.subject, claims.issuer) == ("acme", "operator", "ada", real.url)
@@ -179,7 +179,8 @@ async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
 
 
 async def test_a_real_issuer_renews_its_keys(real: RealIssuer) -> None:
-    """After a restart with new keys new tokens are let in, once the pause between fetches is over, and old ones not."""
+    """After a restart with new keys, new tokens are accepted once the keys may be fetched again; old ones are
+    refused."""
     clock = Clock()
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org")], monotonic=clock)
     old = real.token("ada")
@@ -222,7 +223,7 @@ async def test_the_algorithms_that_are_allowed(
 
 
 async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """alg=none in any spelling, and HMAC under the issuer's public key in any form, are refused unfetched."""
+    """alg=none in any spelling, and HMAC with the issuer's public key in any form, are refused without a fetch."""
     good = sign()
     _, body, signature = good.split(".")
     for word in ("none", "None", "NONE", "", "nOnE"):
@@ -238,7 +239,7 @@ async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier,
 
 
 def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
-    """By hand: the library refuses to make one."""
+    """An HMAC token made by hand, since the library refuses to make one."""
     head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm, "kid": "k1"}).encode()).rstrip(b"=").decode()
     tag = hmac.digest(secret, f"{head}.{body}".encode(), digest)
     return f"{head}.{body}.{base64.urlsafe_b64encode(tag).rstrip(b'=').decode()}"
@@ -272,12 +273,12 @@ def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
     ],
 )
 async def test_tokens_that_are_refused(verifier: OidcVerifier, changes: dict[str, Any], word: str) -> None:
-    """Another key, issuer, audience, time or shape: each has its word for the audit."""
+    """A wrong key, issuer, audience, time or shape is audited with its own reason."""
     assert await reason(verifier, sign(**changes)) == word
 
 
 async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """Empty, truncated, megabytes, deep nesting, wrong types and surrogates: no exception but the refusal."""
+    """Empty, truncated, huge, deeply nested or mistyped tokens and surrogates raise only TokenRefused."""
     good = sign()
 
     def part(value: Any) -> str:
@@ -309,13 +310,13 @@ async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) ->
 
 
 async def test_a_truncated_signature(verifier: OidcVerifier) -> None:
-    """A token cut in its signature does not verify, and a good one still does."""
+    """A token with a truncated signature is refused, and a valid one is still accepted."""
     assert await reason(verifier, sign()[:-4]) in ("bad_signature", "malformed")
     assert (await verifier.verify(sign())).tenant == "acme"
 
 
 async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
-    """Weak keys, encryption keys, shared secrets and nonsense in a key set are passed over."""
+    """Weak keys, encryption keys, shared secrets and invalid entries of a key set are skipped."""
     secret = {"kty": "oct", "k": "AAAA", "kid": "k3"}
     scripted.keys = [
         public(WEAK_KEY, "k1"),
@@ -332,7 +333,7 @@ async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted
 
 
 async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
-    """A new key id makes one fetch; thousands of unknown ones make no more than one in MIN_REFETCH_S."""
+    """A new key id causes one fetch; thousands of unknown ids cause at most one in MIN_REFETCH_S."""
     await verifier.verify(sign())
     before = scripted.fetched
     assert before == 2
@@ -349,7 +350,8 @@ async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, sc
 
 
 async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
-    """Never reached: unavailable, not refused. Known keys go on for a day, are renewed behind calls, then end."""
+    """Without any keys the error is STORE_UNAVAILABLE. Known keys stay valid for a day, are renewed in the background,
+    then expire."""
     scripted.away = True
     with pytest.raises(CallError) as caught:
         await verifier.verify(sign())
@@ -379,7 +381,7 @@ async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted
 async def test_a_discovery_document_that_leads_astray(
     verifier: OidcVerifier, scripted: Scripted, change: dict[str, Any]
 ) -> None:
-    """Another issuer's name, or keys from an unprotected place, are not taken."""
+    """A document with another issuer's name, or with keys at an unprotected URL, is refused."""
     scripted.discovery |= change
     with pytest.raises(CallError) as caught:
         await verifier.verify(sign())
@@ -389,7 +391,7 @@ async def test_a_discovery_document_that_leads_astray(
 async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
     verifier: OidcVerifier, scripted: Scripted, clock: Clock
 ) -> None:
-    """Repeats are not verified again within CACHE_S; its end counts all the same."""
+    """A repeated token is not verified again within CACHE_S, but is refused once it has expired."""
     token = sign(exp=NOW + 20)
     await verifier.verify(token)
     scripted.keys = []
@@ -399,14 +401,14 @@ async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
 
 
 def test_which_tokens_are_for_this_module() -> None:
-    """Keys are told from JWTs by their first characters."""
+    """JWTs are distinguished from keys by their first characters."""
     looks: Callable[[str], bool] = bearer_tokens.looks_like_jwt
     assert [looks(sign()), looks("hr_k1_abc"), looks("sk-eyJ"), looks("")] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("url", ["http://example.com/", "ftp://localhost/", "https://", "", "//localhost"])
 def test_documents_come_over_tls(url: str) -> None:
-    """Plain http is for this host only."""
+    """Plain http is allowed for this host only."""
     with pytest.raises(ValueError, match="https"):
         oidc.check_url(url)
     assert oidc.check_url("http://127.0.0.1:1/x")

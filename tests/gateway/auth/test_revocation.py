@@ -1,4 +1,4 @@
-"""Revoked certificates: refused at every port, and ended where they are in use, within a second or so."""
+"""Revoked certificates are refused at every port, and their open connections are closed within about a second."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SOON_S = 5.0
 
 
 def headrace(*arguments: str | Path) -> str:
-    """A command that must succeed; what it prints."""
+    """Run a command that must succeed, and return its output."""
     done = CliRunner().invoke(app, [str(one) for one in arguments])
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 class World:
-    """A gateway with TLS on all ports and lists of revoked certificates; callers `ada` and `bob` are operators."""
+    """A gateway with TLS and revocation lists on all ports; the callers `ada` and `bob` are operators."""
 
     def __init__(self, keyed: Keyed, folder: Path, authority: Authority) -> None:
         self.keyed = keyed
@@ -53,31 +53,31 @@ class World:
         self.clients, self.links = folder / "clients", folder / "links"
 
     def address(self, listener: str) -> str:
-        """By the name in the certificate."""
+        """The address of a listener, with the host name in the certificate."""
         return f"localhost:{self.keyed.gateway.endpoints[listener].rsplit(':', 1)[1]}"
 
     @staticmethod
     def shown(files: TlsFiles) -> grpc.ChannelCredentials:
-        """What a caller dials with."""
+        """Channel credentials of a caller."""
         return files.channel_credentials()
 
     def channel(self, files: TlsFiles) -> grpc.aio.Channel:
-        """A connection of its own to the client port."""
+        """A separate connection to the client port."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         return grpc.aio.secure_channel(self.address("grpc"), self.shown(files), options=options)
 
     def http(self, files: TlsFiles) -> httpx.AsyncClient:
-        """The same over HTTP."""
+        """A separate HTTP client."""
         context = ssl.create_default_context(cafile=str(files.ca_file))
         context.load_cert_chain(files.cert_file, files.key_file)
         return httpx.AsyncClient(base_url=f"https://{self.address('http')}", verify=context, timeout=20)
 
     def admin(self, files: TlsFiles) -> AdminClient:
-        """The same to the admin port."""
+        """A separate client of the admin port."""
         return AdminClient(self.address("admin"), tls=self.shown(files))
 
     async def let_in(self, files: TlsFiles) -> set[str]:
-        """The ports that serve a new connection with this certificate."""
+        """The ports that accept a new connection with this certificate."""
         found = set()
         async with self.channel(files) as channel:
             try:
@@ -104,7 +104,7 @@ class World:
 
 @asynccontextmanager
 async def world_in(folder: Path) -> AsyncIterator[World]:
-    """Running, without workers."""
+    """A running world without workers."""
     authority = Authority(folder / "authority")
     ours = authority.issue("gateway.example.com")
     for name in ("clients", "links"):
@@ -130,7 +130,7 @@ async def world_in(folder: Path) -> AsyncIterator[World]:
 
 
 async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Else a stolen certificate calls, and rules the admin port, until it expires. Others go on."""
+    """A revoked certificate no longer calls or administers; other callers continue."""
     async with world_in(tmp_path) as world:
         engine = sim_engine(checkpoint, decode_ms=20)
         await world.keyed.cluster.add_worker(engine, bundle, tls=world.workers["one"])
@@ -159,7 +159,7 @@ async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint:
 
 
 async def test_a_revoked_worker_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Else a stolen worker's certificate serves answers until it expires. Its calls go on at another worker."""
+    """A worker with a revoked certificate no longer serves; its calls continue on another worker."""
     async with world_in(tmp_path) as world:
         cluster = world.keyed.cluster
         one, two = [
@@ -177,7 +177,7 @@ async def test_a_revoked_worker_is_ended_and_refused(tmp_path: Path, checkpoint:
 
 
 def _revoked_by_serial(world: World) -> Path:
-    """The list with the first worker's serial number, as openssl prints it."""
+    """Revoke the first worker by serial number, as openssl prints it, and return the list's path."""
     from cryptography import x509
 
     certificate = x509.load_pem_x509_certificate(world.workers["one"].cert_file.read_bytes())
@@ -186,7 +186,7 @@ def _revoked_by_serial(world: World) -> Path:
 
 
 def test_a_list_that_breaks_leaves_the_last_one_in_force(tmp_path: Path) -> None:
-    """Else a typing error lets in what was revoked."""
+    """While the list is invalid or missing, revoked certificates stay revoked."""
     path = tmp_path / "revoked"
     path.write_text("0A\n")
     file = RevokedFile(path, "gateway.tls.revoked_serials_file")
@@ -201,7 +201,7 @@ def test_a_list_that_breaks_leaves_the_last_one_in_force(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", [None, "zz\n"])
 def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | None) -> None:
-    """Else a gateway starts with nothing revoked. The message names the setting and the file."""
+    """A gateway does not start with an invalid list; the message names the setting and the file."""
     files = Authority(tmp_path / "a").issue("x")
     path = tmp_path / "revoked"
     if text is not None:
@@ -212,7 +212,7 @@ def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | N
 
 
 def test_an_authority_lists_what_it_issued(tmp_path: Path) -> None:
-    """Else a certificate whose file is gone cannot be revoked. Lines of that list are lines of the other."""
+    """A certificate whose file is lost can be revoked from the list of issued ones, in the same line format."""
     headrace("certs", "ca", tmp_path)
     headrace("certs", "worker", tmp_path, "--model", "m")
     headrace("certs", "worker", tmp_path, "--controller", "--name", "controller")

@@ -1,4 +1,4 @@
-"""Tenants over both faces: a key opens what its tenant may use, and a suspension ends what it runs."""
+"""Tenants over both APIs: a key gives access to its tenant's models, and a suspension ends running calls."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 async def test_from_nothing_to_a_call_and_to_its_end(keyed: Keyed) -> None:
-    """`tenants create`, `keys create`: the key calls over both faces, nobody without one does; `tenants suspend`
-    ends a stream, an HTTP stream and a session's call within two seconds, and `resume` lets in again."""
+    """A key made by `tenants create` and `keys create` works over both APIs, and calls without a key are refused.
+    `tenants suspend` ends a stream, an HTTP stream and a session's call within two seconds; `tenants resume` admits
+    calls again."""
     stub = keyed.cluster.stub
     assert (await keyed.cli("tenants", "create", "lab", "--model", "*")).returncode == 0
     key = (await keyed.cli("keys", "create", "lab")).stdout.strip()
@@ -111,7 +112,7 @@ async def _last_event(wire: Wire) -> Any:
 
 
 async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
-    """What has not begun is ended too: nothing of a suspended tenant stays in line."""
+    """A suspension also ends the tenant's queued calls."""
     key = await keyed.key("waits")
     entry = CatalogEntry(name="away", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -124,7 +125,7 @@ async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: 
 
 
 async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
-    """Neither a call nor a start in a session that it has opened; the tenant's other key goes on."""
+    """A revoked key is refused for calls and for starts in its open session; the tenant's other key still works."""
     key = await keyed.key("revokes")
     other = await keyed.another_key("revokes")
     session = keyed.cluster.stub.Session(metadata=bearer(key))
@@ -138,7 +139,7 @@ async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
 
 
 async def test_a_key_revoked_while_its_request_comes_opens_nothing(keyed: Keyed) -> None:
-    """The head of a call was let in; its body came after the gateway knew of the revocation."""
+    """A call whose headers were accepted is refused if its key is revoked before its body arrives."""
     key = await keyed.key("slow")
     service, shown = "cluster.v1.Inference", f"Bearer {key}"
     name = pb.GetModelRequest(name="sim").SerializeToString()
@@ -155,7 +156,7 @@ async def test_a_key_revoked_while_its_request_comes_opens_nothing(keyed: Keyed)
 
 
 async def _unknown(keyed: Keyed, key: str) -> bool:
-    """Whether the key opens nothing."""
+    """Whether the key is refused."""
     try:
         await keyed.cluster.stub.GetModel(pb.GetModelRequest(name="sim"), metadata=bearer(key))
     except grpc.aio.AioRpcError as error:
@@ -164,7 +165,7 @@ async def _unknown(keyed: Keyed, key: str) -> bool:
 
 
 async def test_a_deleted_tenants_calls_end(keyed: Keyed) -> None:
-    """They are told what an unknown key is told."""
+    """The running calls of a deleted tenant end with the error for an unknown key."""
     key = await keyed.key("leaves")
     stream = keyed.cluster.stub.StreamChat(chat(**LONG), metadata=bearer(key))
     assert await read(stream) is not None
@@ -173,7 +174,7 @@ async def test_a_deleted_tenants_calls_end(keyed: Keyed) -> None:
 
 
 async def test_what_the_file_declares_is_there(keyed: Keyed) -> None:
-    """Its tenants stand in the ledger as the file's, can have keys, and are read-only."""
+    """The configuration file's tenants are in the ledger, can have keys, and are read-only."""
     key = await keyed.another_key("fixed")
     await keyed.until_known("fixed", key)
     models = await keyed.cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
@@ -184,7 +185,7 @@ async def test_what_the_file_declares_is_there(keyed: Keyed) -> None:
 
 
 async def test_bounds_of_a_tenant(keyed: Keyed) -> None:
-    """Its context and output are as short as its policy says, whatever the model could."""
+    """A tenant's policy limits context and output below what the model allows."""
     key = await keyed.key("short", max_context_tokens=64, max_output_tokens=7)
     stub = keyed.cluster.stub
     answer = await stub.Chat(chat(max_tokens=50, ignore_eos=True), metadata=bearer(key))
@@ -200,7 +201,7 @@ async def test_bounds_of_a_tenant(keyed: Keyed) -> None:
 
 
 async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
-    """A name that only one tenant has leads to its model, is listed for it, and means nothing to others."""
+    """A tenant's own alias resolves to its model and is listed for that tenant; other tenants do not have it."""
     key, other = await keyed.key("aliased"), await keyed.key("plain")
     aliases = {"gpt-4o": "sim", "sim-alias": "hidden"}
     await asyncio.to_thread(keyed.ledger.tenants.set_model_aliases, "aliased", aliases)
@@ -223,7 +224,7 @@ async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
 
 
 async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
-    """Probes have no keys; and a service named like a model is as unknown as any other."""
+    """Health probes need no key, and a service named like a model is unknown."""
     health: Any = health_pb2_grpc.HealthStub(keyed.cluster.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     assert (await refused(health.Check(health_pb2.HealthCheckRequest(service="hidden")))).code.name == "NOT_FOUND"
@@ -231,7 +232,7 @@ async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
 
 
 async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
-    """By reason; with the id that a key claims, and never the key."""
+    """Failures are counted by reason and audited with the id that a key claims, never with the key."""
     key = await keyed.key("seen")
     wrong = key[:-1] + ("A" if key[-1] != "A" else "B")
     assert (await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(wrong)))).reason == "UNAUTHENTICATED_KEY"
@@ -253,7 +254,7 @@ async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
 
 
 def test_metrics_name_so_many_tenants() -> None:
-    """The first ones; the rest are one series, so that nobody fills a scraper with names."""
+    """Metrics name the first tenants; all others share one series, so that names cannot flood a scraper."""
     metrics = Metrics("c", max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):
         metrics.count("prompt_tokens_total", "m", tenant)
@@ -262,7 +263,7 @@ def test_metrics_name_so_many_tenants() -> None:
 
 
 async def test_a_gateway_that_knows_nobody_says_so(tmp_path: Path) -> None:
-    """Its database has never answered: callers are told to retry, on both faces, and probes are served."""
+    """If the database has never answered, callers of both APIs are told to retry, and probes are answered."""
     (tmp_path / "ledger.db").mkdir()  # no database can be opened there
     store = f"store: {{database_url: 'sqlite:///{tmp_path / 'ledger.db'}'}}\n"
     async with keyed_cluster(tmp_path / "k", store) as keyed:

@@ -1,4 +1,4 @@
-"""A tenant learns nothing of another: names, models, errors, places in line, usage, a shared prefix's cache."""
+"""A tenant learns nothing about another: names, models, errors, queue positions, usage, cached prefixes."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 def whole(error: grpc.aio.AioRpcError) -> tuple[Any, ...]:
-    """All that a client is told by an error, but for its request id."""
+    """All that a client learns from an error, except for its request id."""
     trailers = sorted((k, v) for k, v in error.trailing_metadata() or () if k != "x-request-id")
     return error.code(), error.details(), trailers
 
 
 async def error_of(awaitable: Any) -> tuple[Any, ...]:
-    """What a call that must fail tells."""
+    """The error of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await awaitable
     return whole(caught.value)
 
 
 def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """With a name of six letters in place of another."""
+    """The error with `name`, of six letters, replaced by `secret`."""
     code, details, trailers = told
     plain = [(k, v.replace(name.encode(), b"secret") if isinstance(v, bytes) else v) for k, v in trailers]
     return code, details.replace(name, "secret"), plain
@@ -57,7 +57,7 @@ def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("method", ["Chat", "Complete", "Tokenize", "Detokenize", "GetModel"])
 async def test_a_forbidden_model_is_an_unknown_one_over_grpc(keyed: Keyed, method: str) -> None:
-    """Code, message and every trailer are the same to the byte, whichever method asks."""
+    """For every method, code, message and all trailers are identical byte by byte."""
     key = await keyed.key(f"grpc-{method.lower()}", models=["sim"])
     requests: dict[str, Any] = {
         "Chat": lambda name: chat(model=name),
@@ -74,7 +74,7 @@ async def test_a_forbidden_model_is_an_unknown_one_over_grpc(keyed: Keyed, metho
 
 
 async def test_a_forbidden_model_is_an_unknown_one_over_http(keyed: Keyed) -> None:
-    """Status, headers and body are the same to the byte."""
+    """Status, headers and body are identical byte by byte."""
     key = await keyed.key("http-forbidden", models=["sim"])
     for path, body in (("/v1/chat/completions", True), ("/v1/models/{}", False)):
         replies = [
@@ -88,7 +88,7 @@ async def test_a_forbidden_model_is_an_unknown_one_over_http(keyed: Keyed) -> No
 
 
 async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
-    """Why a model does not run is for those who may use it; for others it is unknown, not failed."""
+    """A failed model's reason is shown only to callers that may use it; for others the model is unknown."""
     key = await keyed.key("not-of-failed", models=["sim"])
     entry = CatalogEntry(name="broken", state=ModelState.FAILED, state_reason="acme's weights are gone")
     keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -100,7 +100,7 @@ async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
 
 
 async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
-    """Over both faces, by page too: neither a name nor a page's token tells of another model."""
+    """Over both APIs, and with pages, neither names nor page tokens reveal another model."""
     key = await keyed.key("lists", models=["sim"])
     stub = keyed.cluster.stub
     found = await stub.ListModels(pb.ListModelsRequest(page_size=1), metadata=bearer(key))
@@ -111,7 +111,7 @@ async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
 
 
 async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
-    """Of all that a caller is shown, errors too, nothing holds the name of another tenant."""
+    """No response, errors included, contains another tenant's name."""
     await keyed.key("the-neighbour")
     key = await keyed.key("curious", models=["sim"])
     shown = [
@@ -127,8 +127,8 @@ async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
 
 
 async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
-    """The same prompt is cached for the tenant that sent it, and for one of its cache group; for nobody else, not
-    even where a client sends the other's salt."""
+    """A cached prompt is found by its own tenant and by its cache group, but by no other tenant, even with a copied
+    salt."""
     keys = {
         "warm": await keyed.key("warm"),
         "cold": await keyed.key("cold"),
@@ -166,7 +166,7 @@ async def _principal(keyed: Keyed, key: str) -> Any:
 
 
 async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
-    """What goes to them is a salt and a handle of the cluster's secret, different for each tenant."""
+    """Workers get only a salt and a handle derived from the cluster's secret, different for each tenant."""
     who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
     handles = {one.tenant.handle for one in who}
     salts = {keyed.door.salt(one, "") for one in who}
@@ -176,7 +176,7 @@ async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
 
 
 async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -> None:
-    """Fifty of another tenant that wait before it do not move it; one of its own does."""
+    """Fifty queued calls of another tenant do not change a call's queue position; one of its own tenant does."""
     busy, key = await keyed.key("busy"), await keyed.key("patient")
     entry = CatalogEntry(name="line", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -196,8 +196,8 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
 
 
 async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
-    """What is left of requests, tokens and budgets is told of one's own calls alone, over both faces; the tenant whose
-    limit is used up by itself is refused, the other is not."""
+    """Remaining requests, tokens and budgets count only the tenant's own calls, over both APIs. A tenant that has used
+    up its limit is refused; the other is not."""
     limits = {"requests_per_minute": 6, "tokens_per_minute": 5_000, "daily_tokens": 5_000}
     mine, other = await keyed.key("spares", limits=limits), await keyed.key("spends", limits=limits)
 
@@ -215,8 +215,8 @@ async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
 
 
 async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
-    """The counts that come with an answer do not change with what others send at the same time, and no path of the
-    client ports tells of usage, tenants or metrics at all."""
+    """An answer's usage does not depend on other tenants' concurrent calls, and no path of the client ports reveals
+    usage, tenants or metrics."""
     mine, other = await keyed.key("counts"), await keyed.key("counted")
     request = pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 50, max_tokens=5, temperature=0, ignore_eos=True)
     alone = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
@@ -232,8 +232,8 @@ async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
 
 
 async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
-    """Metrics name tenants: they are on a port of their own, loopback unless an operator says otherwise, where nothing
-    else answers; the client ports know no such path."""
+    """Metrics name tenants, so they have a separate port, on loopback by default; the client ports do not serve
+    them."""
     where = keyed.gateway.endpoints
     assert len({where[name] for name in ("metrics", "grpc", "http", "link", "admin")}) == 5
     defaults = keyed.gateway.config.gateway.listen.__class__()
@@ -244,8 +244,8 @@ async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
 
 
 async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A prompt that costs a fifth of a second to compute: its own tenant has it at once the second time, another that
-    sends the same waits as long as the first did."""
+    """A prompt that takes a fifth of a second to compute is fast the second time for its own tenant, and as slow as the
+    first time for another."""
     async with keyed_cluster(tmp_path) as slow:
         engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
         await slow.cluster.add_worker(engine, bundle)

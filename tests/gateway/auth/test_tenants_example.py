@@ -1,4 +1,4 @@
-"""deploy/tenants.yaml as its first lines say to use it: secrets are made, keys created, tenants kept apart."""
+"""deploy/tenants.yaml, used as its first lines say: secrets are made, keys created, and tenants isolated."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PORTS = '{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Secrets and ledger of these tests are not the user's."""
+    """Keep the secrets and the ledger of these tests apart from the user's."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The declared tenant's key and that of one made by hand call the model, by the command line too; nobody else."""
+    """The keys of the declared tenant and of one made by hand call the model, also by the CLI; no other key does."""
     text = FILE.read_text() + f"gateway: {{drain_timeout_s: 0, listen: {PORTS}}}\n"
     make_secrets(parse(text))
     async with running_cluster(tmp_path / "gateway", text) as cluster:
@@ -70,7 +70,7 @@ async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bun
 
 
 def test_secrets_are_made_once(cache: Path) -> None:
-    """Those that are there stay: every salt and every key hangs on them."""
+    """Existing secrets are kept, since every salt and every key depends on them."""
     make_secrets(load(FILE))
     before = [(cache / name).read_bytes() for name in ("cluster-secret", "key-pepper")]
     make_secrets(load(FILE))
@@ -79,6 +79,6 @@ def test_secrets_are_made_once(cache: Path) -> None:
 
 
 def test_the_parts_read_what_the_user_wrote() -> None:
-    """What `up` hands to its processes is the same configuration, sections about tenants too."""
+    """`up` passes the same configuration to its processes, tenant sections included."""
     config = load(FILE)
     assert parse(LocalCluster(config, RunFolder("tenants"), lambda text: None).config_text()).tenants == config.tenants

@@ -1,4 +1,4 @@
-"""Credentials that are none, over both faces: nobody comes in, everybody is told the same, and nothing is held up."""
+"""Forged credentials over both APIs: all are refused with the same message, and no other call is delayed."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class _Issuer(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not worth a line."""
+        """Log nothing."""
 
 
 def issuer_of(server: Any) -> str:
-    """The issuer that a server is."""
+    """The issuer URL of a server."""
     return f"http://127.0.0.1:{server.server_port}/"
 
 
@@ -86,7 +86,7 @@ async def keyed(
 
 @pytest.fixture(scope="module")
 async def key(keyed: Keyed) -> str:
-    """A good key."""
+    """A valid key."""
     return await keyed.key("acme")
 
 
@@ -97,19 +97,19 @@ def token(iss: str, key: Any = SIGNING, **claims: Any) -> str:
 
 
 def part(value: Any) -> str:
-    """A token's part."""
+    """One encoded part of a token."""
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def unsigned(iss: str, algorithm: str) -> str:
-    """A token that says it needs no signature."""
+    """A token without a signature, whose algorithm is a spelling of none."""
     body = {"iss": iss, "aud": "headrace", "org": "acme", "exp": time.time() + 60}
     return f"{part({'alg': algorithm, 'typ': 'JWT'})}.{part(body)}."
 
 
 def with_public_key(iss: str) -> str:
-    """HS256 over the issuer's public key, which a careless verifier takes for a shared secret."""
+    """An HS256 token keyed with the issuer's public key, which a careless verifier takes for a shared secret."""
     body = {"iss": iss, "aud": "headrace", "org": "acme", "exp": time.time() + 60}
     text = f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part(body)}"
     return f"{text}.{part(hmac.digest(PUBLIC, text.encode(), hashlib.sha256))}"
@@ -144,7 +144,7 @@ FORGED: dict[str, Any] = {
 
 
 async def test_the_good_ones_come_in(keyed: Keyed, key: str, issuer: str) -> None:
-    """Else the others would prove nothing."""
+    """Valid credentials are accepted, without which the other tests would prove nothing."""
     for good in (key, token(issuer)):
         assert (await keyed.cluster.stub.Chat(chat(), metadata=bearer(good))).choices
         assert (await keyed.fetch("/v1/chat/completions", chat_body(), key=good)).status == 200
@@ -152,7 +152,7 @@ async def test_the_good_ones_come_in(keyed: Keyed, key: str, issuer: str) -> Non
 
 @pytest.mark.parametrize("what", FORGED)
 async def test_forged(keyed: Keyed, key: str, issuer: str, what: str) -> None:
-    """Refused over both faces, in words that are the same for all."""
+    """Forged credentials are refused over both APIs, with the same message for all."""
     forged = FORGED[what](key, issuer)
     answer = await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(forged)))
     assert (answer.code.name, answer.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED_KEY")
@@ -165,7 +165,7 @@ async def test_forged(keyed: Keyed, key: str, issuer: str, what: str) -> None:
 
 
 async def test_a_megabyte(keyed: Keyed, key: str) -> None:
-    """A head that large is not read to its end, and others are served meanwhile."""
+    """Headers of a megabyte are not read to their end, and other calls are served meanwhile."""
     big = "hr_" + "x" * (1 << 20)
     wire = await Wire.open(keyed.cluster)
     wire.ask("/v1/models", authorization=f"Bearer {big}")
@@ -179,7 +179,7 @@ async def test_a_megabyte(keyed: Keyed, key: str) -> None:
 
 @pytest.mark.parametrize("good_first", [True, False])
 async def test_smuggled(keyed: Keyed, key: str, good_first: bool) -> None:
-    """Two authorization headers are refused, whichever of them is good."""
+    """Two authorization headers are refused, whichever is valid."""
     values = [f"Bearer {key}", "Bearer hr_x_y"]
     values = values if good_first else values[::-1]
     pairs = tuple(("authorization", value) for value in values)
@@ -193,7 +193,7 @@ async def test_smuggled(keyed: Keyed, key: str, good_first: bool) -> None:
 
 @pytest.mark.parametrize("value", ["{key}", "Basic {key}", "Bearer", "Token {key}"])
 async def test_other_schemes(keyed: Keyed, key: str, value: str) -> None:
-    """Only `Bearer KEY` is one; the answer says how to send it."""
+    """Only `Bearer KEY` is accepted; the answer says how to send it."""
     shown = value.format(key=key)
     answer = await refused(keyed.cluster.stub.Chat(chat(), metadata=(("authorization", shown),)))
     assert (answer.reason, "authorization: Bearer" in answer.message) == ("UNAUTHENTICATED_KEY", True)
@@ -201,7 +201,7 @@ async def test_other_schemes(keyed: Keyed, key: str, value: str) -> None:
 
 
 async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> None:
-    """A body or header that names a tenant changes nothing: who shows a key is whose key it is."""
+    """A body or header that names another tenant has no effect: the key alone determines the tenant."""
     other = await keyed.key("rival", models=["nothing"])
     for headers in ({"x-headrace-tenant": "acme"}, {"openai-organization": "acme"}):
         reply = await keyed.fetch("/v1/chat/completions", chat_body(user="acme"), key=other, **headers)
@@ -212,7 +212,7 @@ async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> No
 
 
 async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
-    """The refusal comes at the head: a body that is announced and never sent is not waited for."""
+    """An unauthenticated call is refused at its headers, without waiting for its announced body."""
     wire = await Wire.open(keyed.cluster)
     wire.ask("/v1/chat/completions", b"", content_length="1000000", content_type="application/json")
     status, _ = await asyncio.wait_for(wire.head(), 5)
@@ -237,13 +237,13 @@ async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
 async def test_an_issuers_role_on_the_admin_port(
     keyed: Keyed, key: str, issuer: str, claims: dict[str, Any], code: str
 ) -> None:
-    """The role claim of a good token counts; one that is no role is a caller's."""
+    """The role claim of a valid token is used; an unknown role counts as a caller's."""
     async with AdminClient(keyed.gateway.endpoints["admin"], token(issuer, **claims)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == code
 
 
 @pytest.mark.parametrize("what", FORGED)
 async def test_forged_on_the_admin_port(keyed: Keyed, key: str, issuer: str, what: str) -> None:
-    """The same forgeries are nobody there too."""
+    """The same forgeries are refused on the admin port."""
     async with AdminClient(keyed.gateway.endpoints["admin"], FORGED[what](key, issuer)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == "UNAUTHENTICATED"

@@ -1,4 +1,4 @@
-"""A gateway is killed under its streams: at its workers they run on for a moment, and whoever resumes finds them."""
+"""A killed gateway's streams run on briefly at their workers, where a client that resumes finds them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLACES = 6
 
 @dataclass
 class Doomed:
-    """A gateway of its own process beside the test's, and a worker of both."""
+    """A gateway in its own process besides the test's, and a worker linked to both."""
 
     pid: int
     stub: Any
@@ -35,11 +35,11 @@ class Doomed:
     worker: Worker
 
     def kill(self) -> None:
-        """At once, with its connections."""
+        """Kill the gateway at once, with its connections."""
         os.kill(self.pid, signal.SIGKILL)
 
     def count(self, kind: str) -> int:
-        """Of the worker's engine."""
+        """A counter of the worker's engine."""
         found: int = getattr(self.worker.engine.statistics(), kind)  # type: ignore[attr-defined]
         return found
 
@@ -48,7 +48,7 @@ class Doomed:
 async def doomed(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Doomed]:
-    """Both read the secret in one cache folder."""
+    """Two gateways that read the secret from one cache folder."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "survivor") as survivor, gateway_process(tmp_path / "doomed") as other:
         links = [survivor.gateway.endpoints["link"], other.link]
@@ -59,7 +59,7 @@ async def doomed(
 
 
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
-    """Some chunks of each, then the gateway is killed; all that had come by then."""
+    """Read some chunks of each stream, then kill the gateway. Returns all chunks that had arrived."""
     calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
     chunks = [[await asyncio.wait_for(read(call), 10) for _ in range(4)] for call in calls]
     doomed.kill()
@@ -77,7 +77,7 @@ async def _to_its_break(call: Any, chunks: list[Any]) -> None:
 
 
 async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[Any]]) -> list[list[Any]]:
-    """All chunks of all, those of the other gateway's and those of the survivor's."""
+    """Resume all streams at the surviving gateway. Returns all chunks of each stream, those read before included."""
     calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
     rests = await asyncio.gather(*(asyncio.wait_for(rest_of(call), 20) for call in calls))
     return [[*first, *(one.chat for one in rest)] for first, rest in zip(chunks, rests, strict=True)]
@@ -95,8 +95,8 @@ def of_any_kind(tokens: int) -> list[Any]:
 
 @pytest.mark.parametrize("tokens", [60, 500], ids=["end-meanwhile", "go-on"])
 async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
-    """Nothing is given to the engine again and nothing computed again, whether they still run when their clients come
-    back or have ended meanwhile; their callers read what they would have read."""
+    """Streams that still run, or have ended meanwhile, are found without another submission or computation, and callers
+    read the output they would have read."""
     requests = of_any_kind(tokens)
     whole = await asyncio.gather(*(rest_of(doomed.survivor.stub.StreamChat(request)) for request in requests))
     submitted = doomed.count("submitted")
@@ -120,7 +120,7 @@ async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
 
 
 async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
-    """A stream whose last chunks were on their way when its gateway was lost gets them without an engine."""
+    """A stream whose last chunks were in flight when its gateway died gets them without an engine."""
     request = chat(max_tokens=40, ignore_eos=True, resumable=True)
     chunks = await rest_of(doomed.stub.StreamChat(request, wait_for_ready=True))
     submitted = doomed.count("submitted")
@@ -132,8 +132,8 @@ async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
 
 
 async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -> None:
-    """A gateway that has stopped loses its streams to another while its links last: its requests end at once, and when
-    its links end none of them is kept."""
+    """If a stopped gateway's streams are resumed at another gateway while its links last, its requests end at once, and
+    none is kept when its links end."""
     request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
     call = doomed.stub.StreamChat(request, wait_for_ready=True)
     chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
@@ -150,7 +150,7 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
 
 
 async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
-    """A moment later their places are free, and what cannot come back is gone at once."""
+    """Detached requests that nobody resumes free their slots after a moment; those that cannot be resumed, at once."""
     lasting = [chat(max_tokens=3000, ignore_eos=True, resumable=resumable) for resumable in (True, False)]
     kinds = [*lasting, chat(max_tokens=3000, ignore_eos=True, resumable=True, logprobs=True)]
     await begun(doomed, kinds)
@@ -164,7 +164,8 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
 
 
 async def test_they_keep_their_places(doomed: Doomed) -> None:
-    """With all places theirs, calls that begin wait until they have come back and ended; they come back at once."""
+    """With all slots held by detached requests, new calls wait until those have been resumed and have ended; resumed
+    calls start at once."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
     await until(lambda: doomed.worker.end.statistics().orphans == PLACES, "all are without a gateway")

@@ -1,4 +1,5 @@
-"""What a gateway makes of a worker's beats, steps and acknowledgements: the dead are found, the busy let be."""
+"""Failure detection from a worker's beats, steps and acknowledgements: failed workers are found, busy ones are not
+suspected."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
 
 def alive(load: EngineLoad = BUSY) -> LinkLiveness:
-    """One that has beaten at 0."""
-    one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
-    one.beat(load, 0, 0, 0.0)
-    return one
+    """The state of a worker that has sent a beat at 0."""
+    liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
+    liveness.record_beat(load, 0, 0, 0.0)
+    return liveness
 
 
 @given(
@@ -32,8 +33,9 @@ def alive(load: EngineLoad = BUSY) -> LinkLiveness:
     )
 )
 def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
-    """A false alarm costs prefills; none may come of any mixture of steps, stated work, rest, and messages each way."""
-    one, now, load, sent = alive(), 0.0, BUSY, 0
+    """No mixture of steps, reported work, idle time and messages in either direction raises a false alarm, which would
+    cost prefills."""
+    liveness, now, load, sent = alive(), 0.0, BUSY, 0
     for pause_s, what, messages in story:
         now += pause_s
         if what == "step":
@@ -44,10 +46,10 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
             load = replace(load, running=0, busy="")
         for _ in range(messages):
             sent += 1
-            one.commanded(sent, now)
-        one.received(sent, sent, now)
-        one.beat(load, sent, sent, now)
-        assert one.suspicion(now) is None
+            liveness.record_sent(sent, now)
+        liveness.record_received(sent, sent, now)
+        liveness.record_beat(load, sent, sent, now)
+        assert liveness.suspicion(now) is None
 
 
 @pytest.mark.parametrize(
@@ -55,55 +57,55 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
     [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
 )
 def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
-    """Not a tenth of a second late, not early, and named, since a breaker and a metric go by the word."""
-    one = alive()
+    """Each failure is found on time with its reason, which a breaker and a metric use."""
+    liveness = alive()
     if reason == "deaf":
-        one.commanded(1, 0.0)
+        liveness.record_sent(1, 0.0)
     for tick in range(1, 20):
         now = tick * 0.1
         if reason != "silent":
             steps = 1 if reason == "hung" else 1 + tick
-            one.beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
-        due, found = one.due, one.suspicion(now)
-        assert (found is None) is (now <= due), "whoever waits until it is due would be too early or too late"
+            liveness.record_beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
+        due, suspicion = liveness.due, liveness.suspicion(now)
+        assert (suspicion is None) is (now <= due), "`due` is when the suspicion begins"
         if now <= at:
-            assert found is None
-        elif found is not None:
-            assert found.reason == reason
+            assert suspicion is None
+        elif suspicion is not None:
+            assert suspicion.reason == reason
             assert now <= at + 0.21
             return
-    raise AssertionError("never found")
+    raise AssertionError("never suspected")
 
 
 def test_long_steps_get_longer() -> None:
     """An engine whose steps take a second is not stuck after half a second."""
     slow = EngineLoad(running=1, steps=1, step_s=0.9, step_p99_s=1.0)
-    one = alive(slow)
+    liveness = alive(slow)
     for tick in range(1, 50):
-        one.beat(slow, 0, 0, tick * 0.1)
-        assert one.suspicion(tick * 0.1) is None
-    one.beat(slow, 0, 0, 5.1)
-    found = one.suspicion(5.1)
-    assert found is not None
-    assert found.reason == "hung"
+        liveness.record_beat(slow, 0, 0, tick * 0.1)
+        assert liveness.suspicion(tick * 0.1) is None
+    liveness.record_beat(slow, 0, 0, 5.1)
+    suspicion = liveness.suspicion(5.1)
+    assert suspicion is not None
+    assert suspicion.reason == "hung"
 
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
-    """Beats have a connection of their own, which may take longer than a hang."""
-    one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
-    assert one.suspicion(4.9) is None
-    assert one.suspicion(5.1) is not None
+    """A worker is not suspected while it connects for beats, which may take longer than a hang."""
+    liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
+    assert liveness.suspicion(4.9) is None
+    assert liveness.suspicion(5.1) is not None
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """However late a gateway looks, and however often: of each rest no more counts than was meant, all of it does, and
-    the clock never goes back or ahead of the other."""
+    """Waking time counts each sleep in full and oversleeping by at most LATE_S, and it never goes backward or overtakes
+    the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
         clock.rest(now, rest_s)
         began, now = now, now + rest_s + late_s
-        within = clock.at(began + part * (now - began))  # somebody asks while its owner rests, or should not any longer
+        within = clock.at(began + part * (now - began))  # a reading while the owner sleeps or oversleeps
         waked, before = clock.at(now), waked
         assert before <= within <= waked
         assert before + rest_s - 1e-9 <= waked <= before + rest_s + min(late_s, LATE_S) + 1e-9
@@ -112,22 +114,22 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """Beats that come as much later as the gateway looks later raise no alarm; a dead worker is found after as many
-    looks as ever."""
+    """Beats that are as late as the gateway's checks raise no alarm, and a dead worker is found after the usual number
+    of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0
-    one = alive()
+    liveness = alive()
     for _ in range(looks):
         clock.rest(now, rest_s)
         now += rest_s + late_s
-        one.beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
-        assert one.suspicion(clock.at(now)) is None
+        liveness.record_beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
+        assert liveness.suspicion(clock.at(now)) is None
     died = clock.at(now)
     for look in range(1, 12):
-        assert one.suspicion(clock.at(now)) is None or look > bound_s / (rest_s + LATE_S)
+        assert liveness.suspicion(clock.at(now)) is None or look > bound_s / (rest_s + LATE_S)
         clock.rest(now, rest_s)
         now += rest_s + late_s
-    found = one.suspicion(clock.at(now))
-    assert found is not None
-    assert found.reason == "silent"
+    suspicion = liveness.suspicion(clock.at(now))
+    assert suspicion is not None
+    assert suspicion.reason == "silent"
     assert clock.at(now) - died <= 11 * (rest_s + LATE_S) + 1e-9

@@ -1,4 +1,4 @@
-"""The link port among strangers: certificates made by `headrace certs`, a gateway that serves, and those who pose."""
+"""The link port against wrong peers: certificates made by `headrace certs`, a running gateway, and impostors."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ QUICK = Timing(welcome_s=0.5, redial_max_s=0.2)
 
 
 def certs(*arguments: str) -> None:
-    """`headrace certs`, which must succeed."""
+    """Run a `headrace certs` command, which must succeed."""
     done = CliRunner().invoke(app, ["certs", *arguments])
     assert done.exit_code == 0, done.output
 
 
 def make_files(folder: Path) -> None:
-    """An authority, a gateway's certificate, and those of three who dial."""
+    """Make an authority, a gateway's certificate, and those of three peers."""
     certs("ca", str(folder))
     certs("gateway", str(folder), "--host", "127.0.0.1", "--host", "localhost")
     certs("worker", str(folder), "--model", "sim")
@@ -63,7 +63,7 @@ class Secured:
 
     @property
     def address(self) -> str:
-        """Of the link port."""
+        """The address of the link port."""
         return self.cluster.gateway.endpoints["link"]
 
     def files(self, name: str) -> TlsFiles:
@@ -71,12 +71,12 @@ class Secured:
         return TlsFiles(self.folder / f"{name}.crt", self.folder / f"{name}.key", self.folder / "ca.crt")
 
     def hello(self, **fields: Any) -> pb.Hello:
-        """As a worker of `sim` that is not there says it."""
+        """The Hello of a worker of `sim` that does not exist."""
         told = {"worker_id": "rogue", "incarnation": "x", "model": "sim", "epoch": 1, **fields}
         return pb.Hello(protocol_min=1, protocol_max=1, **told)
 
     async def says(self, credentials: grpc.ChannelCredentials | None, method: str, message: Any) -> CODE:
-        """Open a stream with one message; nothing may come, but how it ends."""
+        """Open a stream, send one message, and return how the stream ends. No message may arrive."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         channel = (
             grpc.aio.insecure_channel(self.address, options=options)
@@ -93,11 +93,11 @@ class Secured:
             return code
 
     async def as_holder(self, name: str, method: str, message: Any) -> CODE:
-        """The same, with a certificate of the cluster's authority."""
+        """As `says`, with a certificate of the cluster's authority."""
         return await self.says(self.files(name).channel_credentials(), method, message)
 
     async def undisturbed(self) -> None:
-        """The worker has the link that it had, nobody else has one, and calls are served."""
+        """Assert that the worker still has its link, that there is no other, and that calls are served."""
         (link,) = self.cluster.gateway.hub.links
         assert (link.identity, link.epoch) == (self.worker.identity, 1)
         assert self.cluster.gateway.hub.statistics().controllers == 0
@@ -106,7 +106,7 @@ class Secured:
 
 @pytest.fixture(scope="module")
 async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Secured]:
-    """One for all attempts: each leaves it undisturbed."""
+    """One gateway for all attempts, none of which may disturb it."""
     folder = tmp_path_factory.mktemp("certs")
     make_files(folder)
     async with running_cluster(folder / "state", config(folder), QUICK) as cluster:
@@ -116,13 +116,14 @@ async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bu
 
 
 def config(folder: Path) -> str:
-    """A gateway whose link port has the folder's certificate."""
+    """The configuration of a gateway whose link port uses the folder's certificate."""
     files = f"{{cert_file: {folder}/gateway.crt, key_file: {folder}/gateway.key, ca_file: {folder}/ca.crt}}"
     return LOOPBACK.replace("drain_timeout_s: 0", f"drain_timeout_s: 0\n  link_tls: {files}")
 
 
 async def test_without_a_certificate_of_ours(secured: Secured, tmp_path: Path) -> None:
-    """Plain text, no certificate, another authority's, and a gateway's own, which is for being dialled: no stream."""
+    """Plain text, no certificate, another authority's certificate, and a gateway's own server certificate get no
+    stream."""
     roots = secured.files("worker").ca_file.read_bytes()
     forged = Authority(tmp_path / "forged").issue("worker")
     shown = grpc.ssl_channel_credentials(roots, forged.key_file.read_bytes(), forged.cert_file.read_bytes())
@@ -133,8 +134,8 @@ async def test_without_a_certificate_of_ours(secured: Secured, tmp_path: Path) -
 
 
 async def test_a_certificate_for_something_else(secured: Secured) -> None:
-    """A worker of one model can be none of another, take no other's place, hear none of its prompts, stop no suspicion
-    of it, and not be the controller; nor can the controller be a worker."""
+    """A model's worker cannot act as another model's worker, replace its link, read its prompts, prevent suspicion of
+    it, or act as the controller; nor can the controller act as a worker."""
     mine = secured.worker.identity
     place: dict[str, Any] = {"worker_id": mine.worker_id, "incarnation": mine.incarnation, "epoch": 1}
     attempts: list[tuple[str, str, Any]] = [
@@ -153,7 +154,7 @@ async def test_a_certificate_for_something_else(secured: Secured) -> None:
 
 
 async def test_a_hello_is_taken_once(secured: Secured) -> None:
-    """A Hello that was sent before, byte for byte and by the right certificate, ends nobody's link."""
+    """A replayed Hello, byte for byte and with the right certificate, does not end the existing link."""
     hello = codec.hello_to_pb(secured.worker.identity, secured.worker.info, 1)
     assert await secured.as_holder("worker", "Turn", pb.WorkerTurn(hello=hello)) is CODE.FAILED_PRECONDITION
     await secured.undisturbed()
@@ -161,7 +162,7 @@ async def test_a_hello_is_taken_once(secured: Secured) -> None:
 
 @pytest.mark.parametrize("method", ["Turn", "Bulk", "Beat", "Control"])
 async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> None:
-    """What is no message, or larger than any, ends its stream; so does silence."""
+    """Invalid or oversized messages end their stream; so does silence."""
     options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1))
     credentials = secured.files("worker").channel_credentials()
     async with grpc.aio.secure_channel(secured.address, credentials, options=options) as channel:
@@ -171,13 +172,13 @@ async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> No
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(data)
             assert await call.code() is code
-        if method != "Beat":  # who says nothing there keeps nobody alive
+        if method != "Beat":  # silence there keeps no worker alive
             assert await stream(timeout=20).code() is CODE.INVALID_ARGUMENT
     await secured.undisturbed()
 
 
 async def test_noise_within_tls(secured: Secured) -> None:
-    """Bytes that are no HTTP/2, over a connection with a good certificate, end it."""
+    """Bytes that are not HTTP/2, over a connection with a valid certificate, end the connection."""
     files = secured.files("worker")
     context = ssl.create_default_context(cafile=str(files.ca_file))
     context.load_cert_chain(files.cert_file, files.key_file)
@@ -191,8 +192,8 @@ async def test_noise_within_tls(secured: Secured) -> None:
 
 
 async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> None:
-    """Once the catalog pins a model's weights, a worker that has others is not welcomed, and one that has them is; the
-    catalog is taken from whoever's certificate says that it is the controller."""
+    """Once the catalog pins a model's weights, a worker with other weights is refused and one with these is accepted.
+    The catalog is accepted from any peer with the controller's certificate."""
     end = ControllerLinks(
         controller_id="c", gateways=[secured.address], tls=secured.files("controller"), bundles=lambda _: None
     )
@@ -216,7 +217,7 @@ async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> No
 async def test_a_worker_says_nothing_to_who_is_no_gateway(
     secured: Secured, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A holder of a worker's certificate that listens in a gateway's place is not even greeted: no Hello, no calls."""
+    """A peer that listens as a gateway with a worker's certificate gets no Hello and no calls."""
     files = secured.files("other")
     seen: list[str] = []
 
@@ -244,8 +245,8 @@ async def test_a_worker_says_nothing_to_who_is_no_gateway(
 
 @pytest.mark.slow
 async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With every file replaced by another authority's, nothing restarted: the link that stands goes on, the next one is
-    made with the new files, and a moment without the key in between is only a pause."""
+    """With all files replaced by another authority's and no restart, the open link continues and the next link uses the
+    new files. A moment without the key is only a pause."""
     make_files(tmp_path / "old")
     make_files(tmp_path / "new")
     used = tmp_path / "used"
@@ -282,7 +283,7 @@ async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: 
     ],
 )
 def test_what_cannot_be_issued_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    """Exit code 2 with the remedy, and no file is written."""
+    """A wrong command exits with code 2 and the remedy, and writes no file."""
     done = CliRunner().invoke(app, ["certs", *(one.format(tmp_path) for one in arguments)])
     assert done.exit_code == 2
     assert says in done.stderr
@@ -290,7 +291,7 @@ def test_what_cannot_be_issued_is_refused(tmp_path: Path, arguments: tuple[str, 
 
 
 def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> None:
-    """A second `certs ca` does not overwrite the key by which all were issued; no key can be read by others."""
+    """A second `certs ca` does not overwrite the authority's key, and keys are readable by their owner only."""
     make_files(tmp_path)
     before = (tmp_path / "ca.key").read_bytes()
     assert CliRunner().invoke(app, ["certs", "ca", str(tmp_path)]).exit_code == 2
@@ -299,11 +300,11 @@ def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> N
 
 
 def test_old_incarnations_are_forgotten() -> None:
-    """What a gateway remembers of Hellos is bounded, and the newest are what it remembers."""
+    """The number of remembered Hellos is limited, and the newest are kept."""
     admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):
-        assert not admission.repeated(identity(number), 1)
-    assert admission.repeated(identity(MOST_REMEMBERED), 1)
-    assert not admission.repeated(identity(MOST_REMEMBERED), 2)
-    assert not admission.repeated(identity(0), 1), "forgotten"
+        assert not admission.is_replayed(identity(number), 1)
+    assert admission.is_replayed(identity(MOST_REMEMBERED), 1)
+    assert not admission.is_replayed(identity(MOST_REMEMBERED), 2)
+    assert not admission.is_replayed(identity(0), 1), "forgotten"

@@ -1,4 +1,4 @@
-"""A link knows how much of continued calls its engine has still to begin with: what paces those that follow."""
+"""Prefill pacing: a link knows how many tokens of resumed requests its engine has yet to begin."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ INFO = EngineInfo("sim", "sim", "1", 16, 1024, 32, STEP_TOKENS, 4096, 1000)
 
 
 class Silent:
-    """A sink that wants to know nothing."""
+    """A sink that ignores all events."""
 
     heard_at = 0.0
 
     def accepted(self) -> None:
-        """As all of them: nothing."""
+        """Ignore the event, as all methods do."""
 
     def refused(self, reason: str, message: str, field: str) -> None: ...
 
@@ -35,19 +35,19 @@ class Silent:
 
 
 def linked() -> WorkerLink:
-    """A link whose worker has granted plenty."""
+    """A link whose worker has granted ample credit."""
     link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1)
     link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
     return link
 
 
 def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
-    """A request of so many tokens; its slot."""
+    """Submit a request of so many prompt and emitted tokens, and return its slot."""
     return link.submit(EngineRequest("", [5] * prompt, Sampling(max_tokens=99), [6] * emitted), Silent())
 
 
 def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
-    """A worker's message, of a step that gave nobody's first token."""
+    """A worker's message about a step without first tokens."""
     message = pb.WorkerTurn(accepted=[pb.Accepted(slot=slot) for slot in accepted])
     if step:
         message.step.SetInParent()
@@ -55,25 +55,26 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 
 
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
-    """Waiting for their tokens would leave out every other step; going by time alone would overfill one."""
-    link, told = linked(), []
-    link.on_begun = lambda continued: told.append(link.replays.tokens)
+    """Requests stop counting when a step has begun with them. Waiting for their first tokens would leave every other
+    step without prefill, and counting time alone would overfill one."""
+    link, counts_at_begin = linked(), []
+    link.on_begun = lambda continued: counts_at_begin.append(link.replays.tokens)
     submit(link, 10, 0)
     assert (link.replays.tokens, link.replays.prompts) == (0, 10), "one that begins is counted apart"
     first, second = submit(link, 10, 5), submit(link, 20, 5)
     assert link.replays.tokens == 40
     link.apply(turn(step=True))
-    assert (link.replays.tokens, told) == (40, []), "this step may have begun before they came"
+    assert (link.replays.tokens, counts_at_begin) == (40, []), "this step may have begun before they came"
     link.apply(turn(first))
-    assert (link.replays.tokens, told) == (40, []), "taken, but no step has begun since"
+    assert (link.replays.tokens, counts_at_begin) == (40, []), "taken, but no step has begun since"
     link.apply(turn(step=True))
-    assert (link.replays.tokens, told) == (25, [25])
+    assert (link.replays.tokens, counts_at_begin) == (25, [25])
     link.apply(turn(second, step=True))
-    assert (link.replays.tokens, told) == (0, [25, 0])
+    assert (link.replays.tokens, counts_at_begin) == (0, [25, 0])
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
-    """What a step cannot hold stands before whoever follows."""
+    """The part of a prompt that does not fit into a step keeps counting."""
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
@@ -85,7 +86,7 @@ def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
 def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
-    """However calls come and go, none of them paces others once it has left."""
+    """In whatever order requests come and end, none counts after its end."""
     link = linked()
     waiting: list[int] = []
     slots: list[int] = []
@@ -109,14 +110,15 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
 
 @given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.lists(st.integers(16, 2048), min_size=1, max_size=9))
 def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_s: float, prompts: list[int]) -> None:
-    """Learned from an engine whose prompts have a price: a step with the whole budget is STRETCH times a long one."""
+    """Learned from prompts with a fixed cost per token, the full budget makes a step STRETCH times as long as a long
+    one."""
     most = 2048
     replays = PrefillPacing(most)
     assert replays.budget() == int(UNKNOWN * most)
     for tokens in prompts:
         for _ in range(63):  # all steps but for a few take as long as usual, and so do the longest of twenty
-            replays.took(usual_s, 0)
-        replays.took(usual_s + tokens * per_token_s, tokens)
+            replays.record_step(usual_s, 0)
+        replays.record_step(usual_s + tokens * per_token_s, tokens)
     budget = replays.budget()
     assert int(LEAST * most) <= budget <= most
     if int(LEAST * most) < budget < most:
@@ -126,10 +128,10 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
-    """Where one step of ten is long anyway a step with continued calls may be longer than that."""
+    """If one step in ten is long anyway, a step with resumed requests may be longer than that."""
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):
-        replays.took(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))
+        replays.record_step(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))
     wanted = (STRETCH * long_s - usual_s) / ((long_s - usual_s) / tokens)
     assert replays.budget() == pytest.approx(max(int(LEAST * 2048), wanted), rel=0.01)

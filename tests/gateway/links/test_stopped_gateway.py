@@ -1,4 +1,4 @@
-"""One of two gateways is stopped (SIGSTOP) under its streams: the other's keep the engine's pace, and its own go on."""
+"""One of two gateways is stopped (SIGSTOP): the other's streams keep the engine's pace, and its own continue later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def other(tmp_path: Path) -> AsyncIterator[GatewayProcess]:
 
 
 async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle) -> Worker:
-    """A worker with room for the streams of both."""
+    """A worker with slots for the streams of both gateways."""
     engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=32, kv_blocks=4096)
     links = [cluster.gateway.endpoints["link"], other.link]
     timing = Timing(silence_s=SILENCE_S, redial_min_s=0.05, redial_max_s=0.1)
@@ -43,8 +43,8 @@ async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint
 async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
-    """While it is stopped a stream at the other gets a token of every step; stopped for long, it holds no place in the
-    engine. Its own streams come whole either way, and a moment's pause makes it suspect nobody."""
+    """While a gateway is stopped, a stream at the other gets a token of every step, and after a long stop it holds no
+    slot in the engine. Its own streams are complete either way, and after a short pause it suspects no worker."""
     worker = await linked_to_both(cluster, other, checkpoint, bundle)
     request = chat(max_tokens=TOKENS, ignore_eos=True)
     whole = text_of([chunk async for chunk in cluster.stub.StreamChat(request)])

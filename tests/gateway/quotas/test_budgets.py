@@ -1,4 +1,4 @@
-"""Budget notices: told once, signed, tried again, by one gateway, whatever is away meanwhile."""
+"""Budget notices are sent once, signed, retried, and by one gateway, whatever is unreachable meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOON = 1_795_608_000.0
 
 
 class Receiver:
-    """A web server that keeps what it gets, and answers `status`."""
+    """A web server that records requests and answers with `status`."""
 
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
@@ -53,7 +53,7 @@ class Receiver:
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -61,13 +61,13 @@ class Receiver:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/hook"
 
     @property
-    def told(self) -> list[tuple[str, str, float]]:
-        """Tenant, budget and threshold of each."""
+    def notices(self) -> list[tuple[str, str, float]]:
+        """Tenant, budget and threshold of each notice."""
         bodies = [json.loads(body) for _, body in self.got]
         return sorted((one["tenant"], one["budget"], one["threshold"]) for one in bodies)
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -101,7 +101,7 @@ class Clock:
 
 
 def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: float) -> BudgetWatch:
-    """As one gateway has it, for a tenant of 1000 tokens a day and 10,000 a month."""
+    """A gateway's budget watch, for a tenant with 1000 tokens a day and 10,000 a month."""
     policy = TenantPolicy("acme", limits=TenantLimits(daily_tokens=1000, monthly_tokens=10_000))
     webhook = BudgetWebhook(url=receiver.url, secret_file=Path("unread"), thresholds=thresholds or (0.8, 1.0))
     return BudgetWatch(
@@ -110,47 +110,48 @@ def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: floa
 
 
 def use(ledger: Ledger, name: str, tokens: int, at_s: float = NOON) -> None:
-    """A call of so many tokens has ended."""
+    """Record an ended call of so many tokens."""
     ledger.usage.insert([record(name, opened_at_s=at_s, prompt_tokens=tokens, cached_tokens=0, completion_tokens=0)])
 
 
 def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> None:
-    """At 80 % one notice, none more at 95 %, another at 100 %, and all anew the next day; a month has its own."""
+    """Each threshold (80 %, 100 %) causes one notice per day; the next day starts again, and a month is counted
+    separately."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
-    watch.look()
-    assert receiver.told == []
+    watch.check()
+    assert receiver.notices == []
     use(ledger, "1", 800)
-    watch.look()
-    watch.look()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    watch.check()
+    watch.check()
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
     use(ledger, "2", 150)
-    watch.look()
-    assert len(receiver.told) == 1
+    watch.check()
+    assert len(receiver.notices) == 1
     use(ledger, "3", 60)
-    watch.look()
-    assert receiver.told == [("acme", "daily_tokens", 0.8), ("acme", "daily_tokens", 1.0)]
+    watch.check()
+    assert receiver.notices == [("acme", "daily_tokens", 0.8), ("acme", "daily_tokens", 1.0)]
     assert {(t, b): ratio for _, (t, b), ratio in watch.gauges()} == {
         ("acme", "daily_tokens"): 1.01,
         ("acme", "monthly_tokens"): 0.101,
     }
     clock.now_s += 86_400
     use(ledger, "4", 900, clock.now_s)
-    watch.look()
-    assert len(receiver.told) == 3
+    watch.check()
+    assert len(receiver.notices) == 3
     use(ledger, "5", 6200, clock.now_s)
-    watch.look()
-    assert receiver.told.count(("acme", "monthly_tokens", 0.8)) == 1
+    watch.check()
+    assert receiver.notices.count(("acme", "monthly_tokens", 0.8)) == 1
 
 
 def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> None:
-    """The body names tenant, budget, use and limit and nothing secret; the signature is the secret's over time and
-    body, and another secret's or another body's is not."""
+    """The body names tenant, budget, use and limit and nothing secret. The signature matches only this secret, time and
+    body."""
     use(ledger, "1", 820)
-    watch_of(ledger, receiver, Clock()).look()
+    watch_of(ledger, receiver, Clock()).check()
     ((headers, body),) = receiver.got
-    told = json.loads(body)
-    assert told | {"id": ""} == {
+    notice = json.loads(body)
+    assert notice | {"id": ""} == {
         "id": "",
         "event": "budget.threshold",
         "cluster": "test",
@@ -163,7 +164,7 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
         "noticed_at": "2026-11-25T12:00:00+00:00",
         "attempt": 1,
     }
-    assert headers["x-headrace-id"] == told["id"]
+    assert headers["x-headrace-id"] == notice["id"]
     stamp, sent = (part.split("=")[1] for part in headers["x-headrace-signature"].split(","))
     assert int(stamp) == NOON
     assert sent == hmac.new(SECRET, f"{stamp}.".encode() + body, hashlib.sha256).hexdigest()
@@ -172,94 +173,95 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
 
 @pytest.mark.parametrize("status", [500, 429, 302])
 def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver, status: int) -> None:
-    """With pauses that grow, with one id, until it takes it; a redirect is not followed."""
+    """Delivery is retried with growing pauses and the same id until it succeeds; redirects are not followed."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock, 0.8)
     use(ledger, "1", 900)
     receiver.status = status
-    watch.look()
-    watch.look()
+    watch.check()
+    watch.check()
     assert len(receiver.got) == 1, "not at once"
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     assert len(receiver.got) == 2, "the second pause is longer"
     receiver.status = 200
     clock.now_s += 2 * FIRST_PAUSE_S
-    watch.look()
+    watch.check()
     clock.now_s += LONGEST_PAUSE_S
-    watch.look()
+    watch.check()
     assert [json.loads(body)["attempt"] for _, body in receiver.got] == [1, 2, 3]
     assert len({headers["x-headrace-id"] for headers, _ in receiver.got}) == 1
 
 
 def test_pauses_grow_to_an_hour() -> None:
-    """Nobody is asked every few seconds for a month, nor given up."""
+    """Retries continue, with pauses that grow up to an hour."""
     assert [pause_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
     assert pause_s(10_000) == LONGEST_PAUSE_S
 
 
 def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: Path) -> None:
-    """Eight that look at the same moment send one request."""
+    """Eight gateways that query at the same moment send one request."""
     use(ledger, "1", 820)
     ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.db'}") for _ in range(8)]
     watches = [watch_of(one, receiver, Clock()) for one in ledgers]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            list(pool.map(BudgetWatch.look, watches))
+            list(pool.map(BudgetWatch.check, watches))
     for one in ledgers:
         one.close()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
 
 
 def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiver) -> None:
-    """What one has taken and not sent another sends, after the pause."""
+    """A notice that a gateway has taken and not sent is sent by another, after the pause."""
     clock = Clock()
     use(ledger, "1", 820)
     found = BudgetUse("acme", "daily_tokens", day_name(NOON), 820, 1000)
     ledger.notices.enter(crossed([found], [0.8]), NOON)
     assert len(ledger.notices.take(NOON)) == 1
     watch = watch_of(ledger, receiver, clock, 0.8)
-    watch.look()
+    watch.check()
     assert receiver.got == []
     clock.now_s += FIRST_PAUSE_S
-    watch.look()
-    assert receiver.told == [("acme", "daily_tokens", 0.8)]
+    watch.check()
+    assert receiver.notices == [("acme", "daily_tokens", 0.8)]
 
 
 def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
-    """While it is killed nothing is sent and the last ratio stands; what was crossed is told when it is back."""
+    """While the database is down, nothing is sent and the last ratio stays; thresholds crossed meanwhile are noticed
+    afterwards."""
     with postgres.running() as server:
         ledger = Ledger(server.new_database())
         ledger.upgrade()
         watch = watch_of(ledger, receiver, Clock())
         use(ledger, "1", 500)
-        assert watch.look() is not None
+        assert watch.check() is not None
         use(ledger, "2", 400)
         server.kill()
-        assert watch.look() is None
+        assert watch.check() is None
         assert receiver.got == []
         assert [ratio for _, (_, budget), ratio in watch.gauges() if budget == "daily_tokens"] == [0.5]
         server.start()
-        assert watch.look() is not None
-        assert receiver.told == [("acme", "daily_tokens", 0.8)]
+        assert watch.check() is not None
+        assert receiver.notices == [("acme", "daily_tokens", 0.8)]
         ledger.close()
 
 
 def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -> None:
-    """Its name goes from the notices too, and so do those of periods long over."""
+    """Erasing a tenant also erases its notices; notices of periods long over are deleted too."""
     ledger.tenants.create(TenantPolicy("acme"))
     use(ledger, "1", 820)
-    watch_of(ledger, receiver, Clock()).look()
+    watch_of(ledger, receiver, Clock()).check()
     assert ledger.erase("acme") == 3
     assert ledger.notices.take(NOON + 10 * LONGEST_PAUSE_S) == []
 
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """With the store of shared limits away: a tenant's calls bring it over half its budget, the metric says so, and the
-    operator's server is told; a gateway that starts anew on the same ledger knows what was used."""
+    """While the store of shared limits is down, calls take a tenant over half its budget: the metric and the operator's
+    server report it, and a new gateway on the same ledger knows the use."""
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"
@@ -271,15 +273,15 @@ async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bu
         request = complete(max_tokens=60, ignore_eos=True)
         await keyed.cluster.stub.Complete(request, metadata=bearer(key))
 
-        async def told() -> bool:
+        async def delivered() -> bool:
             return bool(receiver.got)
 
-        await eventually(told, "the operator's server is told", timeout_s=30)
+        await eventually(delivered, "the operator's server has the notice", timeout_s=30)
         exposed = generate_latest(keyed.gateway.metrics.registry).decode()
         line = next(one for one in exposed.splitlines() if one.startswith("headrace_budget_used_ratio{"))
         assert 'tenant="acme"' in line
         assert 0.6 <= float(line.split()[-1]) < 1
-        assert receiver.told == [("acme", "daily_tokens", 0.5)]
+        assert receiver.notices == [("acme", "daily_tokens", 0.5)]
     local = more.replace(", limits_url: 'redis://127.0.0.1:1'", "")
     async with keyed_cluster(tmp_path, local) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)

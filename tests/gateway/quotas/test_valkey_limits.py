@@ -1,4 +1,4 @@
-"""Shared limits over a real server: one contract with those in process, races of gateways, and the store's loss."""
+"""Shared limits with a real server: the same contract as local limits, races of gateways, and loss of the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
 
 
 class Server:
-    """A store of its own on a free port of loopback."""
+    """A store on a free loopback port."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -36,11 +36,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The store's URL."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     async def start(self) -> None:
-        """Until it answers."""
+        """Start the store and wait until it answers."""
         if SERVER is None:
             pytest.skip(doctor.lack("valkey-server"))
         words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
@@ -58,13 +58,13 @@ class Server:
         await eventually(answers, "the store answers")
 
     async def stop(self) -> None:
-        """At once."""
+        """Kill the store at once."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
 
     def freeze(self, on: bool) -> None:
-        """It holds its connections and answers nothing."""
+        """Stop the process, so that it keeps its connections and answers nothing, or let it continue."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
 
@@ -79,7 +79,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 
 class Gateways:
-    """Limits of several gateways, closed at the end."""
+    """The limits of several gateways, closed at the end."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -89,7 +89,7 @@ class Gateways:
     async def add(
         self, name: str, *, virtual: bool = True, quantum_tokens: int = 16, timeout_s: float = TIMEOUT_S
     ) -> ValkeyLimits:
-        """One more, beating fast."""
+        """Add a gateway with a fast heartbeat."""
         clock = (lambda: self.now) if virtual else None
         one = ValkeyLimits(
             self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s
@@ -101,7 +101,7 @@ class Gateways:
 
 @pytest.fixture
 async def gateways(server: Server) -> AsyncIterator[Gateways]:
-    """None yet."""
+    """An empty set of gateways."""
     them = Gateways(server)
     yield them
     for one in them.all:
@@ -114,7 +114,7 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
 
 
 async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
-    """What both kinds of limits must do."""
+    """The behaviour that both kinds of limits share."""
     policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
     got = await limits.reserve(policy, Ask("a", 10, 20))
     assert isinstance(got, Granted)
@@ -162,7 +162,7 @@ async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
 
 
 async def test_contract_in_process() -> None:
-    """Reserve, top up, settle, refuse."""
+    """Local limits reserve, top up, settle and refuse."""
     now = [1000.0]
 
     def pass_minute() -> None:
@@ -172,7 +172,7 @@ async def test_contract_in_process() -> None:
 
 
 async def test_contract_in_the_store(gateways: Gateways) -> None:
-    """The same, by the script."""
+    """Shared limits do the same, by the script."""
 
     def pass_minute() -> None:
         gateways.now += 61.0
@@ -181,8 +181,11 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
-    """A hundred at once over two gateways: as many as the limit get in, by the store's own clock."""
-    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    """Of a hundred concurrent calls over two gateways, as many are admitted as the limit allows, by the store's own
+    clock."""
+    one = await gateways.add(
+        "g1", virtual=False, timeout_s=10.0
+    )  # a busy machine must not count as an unreachable store
     two = await gateways.add("g2", virtual=False, timeout_s=10.0)
     policy = tenant(requests_per_minute=30)
     asked = [(one, two)[i % 2].reserve(policy, Ask(str(i), 1, 1)) for i in range(100)]
@@ -192,7 +195,7 @@ async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> 
 
 
 async def test_a_dead_gateways_calls_do_not_run_for_ever(gateways: Gateways, server: Server) -> None:
-    """Concurrency held by a gateway that beats no more is free after ten seconds."""
+    """Concurrency held by a gateway without heartbeats is released after ten seconds."""
     one = await gateways.add("g1")
     policy = tenant(concurrent_requests=1)
     async with Redis.from_url(server.url) as client:
@@ -209,7 +212,7 @@ async def _one_alive(client: Redis) -> bool:
 
 
 async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> None:
-    """What was admitted counts its whole minute, though the store's clock jumps back an hour meanwhile."""
+    """Admitted calls count for their whole minute, though the store's clock goes back an hour meanwhile."""
     one = await gateways.add("g1")
     policy = tenant(requests_per_minute=1)
     assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), Granted)
@@ -222,8 +225,11 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
-    """Killed or silent: no request fails, each admits its half of the limit, and the flag says so until it is back."""
-    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    """With the store killed or silent no request fails, each gateway admits its half of the limit, and the flag is set
+    until the store is back."""
+    one = await gateways.add(
+        "g1", virtual=False, timeout_s=10.0
+    )  # a busy machine must not count as an unreachable store
     two = await gateways.add("g2", virtual=False, timeout_s=10.0)
 
     async def both_seen() -> bool:
@@ -266,7 +272,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
 
 
 async def test_a_store_that_never_was(tmp_path: Path) -> None:
-    """A gateway starts without it, degraded."""
+    """A gateway starts without its store, degraded."""
     limits = ValkeyLimits(Server(tmp_path).url, "g1", beat_s=0.05)
     await limits.start()
     assert limits.degraded

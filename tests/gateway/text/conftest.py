@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    """Family -> its tokenizers."""
+    """The tokenizers by family, built once per session."""
     from transformers import AutoTokenizer
 
     made = {}
@@ -30,5 +30,5 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 @pytest.fixture(params=FAMILIES)
 def kind(request: pytest.FixtureRequest, kinds: dict[str, Kind]) -> Kind:
-    """Each family in turn."""
+    """The tokenizers of each family in turn."""
     return kinds[request.param]

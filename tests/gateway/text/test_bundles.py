@@ -1,4 +1,4 @@
-"""A bundle holds what the gateway needs, survives every trip, and says what it cannot be made from."""
+"""A bundle holds what the gateway needs, survives every transfer, and reports what it cannot be built from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUNDLES = st.dictionaries(NAMES, st.binary(max_size=200), max_size=6).map(Bundle
 
 @given(bundle=BUNDLES)
 def test_pack_and_unpack(bundle: Bundle) -> None:
-    """Any bundle comes back from its bytes, with the same digest."""
+    """Any bundle is restored from its bytes, with the same digest."""
     again = Bundle.unpack(bundle.pack())
     assert again.files == bundle.files
     assert again.digest == bundle.digest
@@ -29,13 +29,13 @@ def test_pack_and_unpack(bundle: Bundle) -> None:
 
 @given(bundle=BUNDLES, other=BUNDLES)
 def test_digests_tell_contents_apart(bundle: Bundle, other: Bundle) -> None:
-    """Two bundles have one digest exactly when they hold the same."""
+    """Two bundles have the same digest exactly if they have the same contents."""
     assert (bundle.digest == other.digest) == (bundle.files == other.files)
 
 
 @given(bundle=BUNDLES, data=st.data())
 def test_a_cut_bundle_is_refused(bundle: Bundle, data: st.DataObject) -> None:
-    """Bytes cut short never make another bundle by accident: they are refused or are a shorter list of whole files."""
+    """Truncated bytes are refused or yield a shorter list of whole files, never a different bundle."""
     packed = bundle.pack()
     cut = packed[: data.draw(st.integers(0, max(len(packed) - 1, 0)))]
     try:
@@ -48,7 +48,7 @@ def test_a_cut_bundle_is_refused(bundle: Bundle, data: st.DataObject) -> None:
 @settings(max_examples=20, deadline=None)
 @given(files=st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=50), max_size=4))
 def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
-    """What is saved is loaded, and saving into a folder that exists changes nothing."""
+    """A saved bundle can be loaded, and saving it into its existing folder changes nothing."""
     folder = tmp_path_factory.mktemp("bundles") / "one"
     Bundle(files).save(folder)
     Bundle({"other": b"x"}).save(folder)
@@ -56,7 +56,7 @@ def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, files: dict[str
 
 
 def test_equal_folders_have_equal_digests(kind: Kind) -> None:
-    """Building twice gives the same bundle, with text files only."""
+    """Building twice yields the same bundle, with text files only."""
     bundle = build_bundle(kind.folder)
     assert bundle.digest == build_bundle(kind.folder).digest
     assert sorted(bundle.files) == [
@@ -70,14 +70,14 @@ def test_equal_folders_have_equal_digests(kind: Kind) -> None:
 
 
 def test_generation_defaults_are_kept(kinds: dict[str, Kind]) -> None:
-    """generation_config.json travels whole: its sampling defaults are the model's."""
+    """generation_config.json is kept whole: its sampling defaults are the model's."""
     generation = json.loads(build_bundle(kinds["llama"].folder).files["generation_config.json"])
     assert (generation["temperature"], generation["top_p"]) == (0.6, 0.9)
     assert len(generation["eos_token_id"]) == 2
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    """A model without tokenizer files gets an error that names folder and remedy."""
+    """A model without tokenizer files gets an error that names the folder and the remedy."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         build_bundle(tmp_path)

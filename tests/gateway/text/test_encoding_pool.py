@@ -1,4 +1,4 @@
-"""Long prompts are tokenized beside the gateway: the loop goes on, the ids are the same, lost helpers cost nothing."""
+"""Long prompts are tokenized in helpers: the event loop stays free, ids are the same, lost helpers fail no call."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
 SENDS_A_TURN, RUNS = 32, 8
 LEAST_GAIN = 2.0
-"""Of the loop's longest turn in the best run, threads of its own process (12 to 30 ms on an idle machine) against
-helpers (1 to 4 ms). Other work on the machine makes both longer, never shorter."""
+"""Least ratio of the event loop's longest turns in the best run: with threads (12 to 30 ms on an idle machine) against
+with helpers (1 to 4 ms). Other work on the machine makes both longer, never shorter."""
 
 
 @pytest.fixture
 async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
-    """A model with a helper that runs."""
+    """A model with a running helper."""
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder))
     assert model.pool is not None
     assert await asyncio.wait_for(model.pool.ready(), READY_S)
@@ -45,7 +45,7 @@ async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
 
 
 async def longest_turn_s(stop: asyncio.Event) -> float:
-    """The longest turn, until `stop`, of a loop that has tokens to send: each send gives the interpreter away."""
+    """The longest turn, until `stop`, of an event loop that sends tokens; each send releases the GIL."""
     ours, theirs = socket.socketpair()
     worst = 0.0
     with ours, theirs:
@@ -60,7 +60,7 @@ async def longest_turn_s(stop: asyncio.Event) -> float:
 
 
 async def turn_meanwhile_s(encode: Callable[[int], Awaitable[Sequence[int]]], expected: list[int]) -> float:
-    """The loop's longest turn while it waits for many prompts of 220 KB, whose ids are `expected`."""
+    """The event loop's longest turn while it waits for many prompts of 220 KB, whose ids are `expected`."""
     stop = asyncio.Event()
     witness = asyncio.create_task(longest_turn_s(stop))
     answers = await asyncio.gather(*map(encode, range(16)))
@@ -71,9 +71,9 @@ async def turn_meanwhile_s(encode: Callable[[int], Awaitable[Sequence[int]]], ex
 
 
 async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
-    """With many prompts at once the event loop is never away for as long as with the same work in its own threads."""
+    """With many concurrent prompts, the event loop's longest turn is shorter than with the same work in threads."""
     expected = model.encode_prompt(PROMPT)
-    tenants = itertools.count()  # a new one each time, so that nothing is remembered
+    tenants = itertools.count()  # a new tenant each time, so that nothing comes from the cache
 
     async def by_helpers(_: int) -> Sequence[int]:
         return await model.prompt_ids_async(f"{next(tenants)}", PROMPT)
@@ -91,7 +91,7 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
 
 
 async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) -> None:
-    """Nothing long is tokenized in the gateway's own process while the first helper starts."""
+    """While the first helper starts, long prompts are not tokenized in the gateway's own process."""
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder))
     assert model.pool is not None
     assert not model.pool.pids
@@ -108,7 +108,7 @@ async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) 
 
 @pytest.mark.parametrize("started", [False, True])
 async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], started: bool) -> None:
-    """Who waits for a helper, the first to come or one at work, does the work itself."""
+    """When a pool is closed, callers that wait for a helper, starting or busy, do the work themselves."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
     if started:
         assert await asyncio.wait_for(pool.ready(), READY_S)
@@ -120,7 +120,7 @@ async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], starte
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
-    """Chat goes the same way, its options with it."""
+    """Chat messages are also tokenized in helpers, with their options."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
@@ -137,7 +137,8 @@ def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
 
 @pytest.mark.parametrize(("pattern", "text"), [("(a+)+$", "a" * 40 + "b"), ("(?:a|aa)+$", "a" * 60 + "b")])
 async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], pattern: str, text: str) -> None:
-    """40 characters kept the event loop for ever, or made the library panic, which nobody answered."""
+    """A text that makes an expression backtrack endlessly gets an error. (40 characters blocked the event loop for
+    ever, or made the library panic.)"""
     model = TextModel.from_bundle(_exploding(kinds, pattern))
     assert model.pool is not None
     for _ in range(4):  # more often than helpers may be lost
@@ -150,7 +151,7 @@ async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], p
 
 
 async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
-    """One that uses more ends its helper, not the others' hope: the next job has another helper."""
+    """A job that exceeds its CPU limit ends its helper, and the next job gets another helper."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
     pool.cpu_s = 0.05
     with pytest.raises(TooMuchCpu):
@@ -162,7 +163,7 @@ async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
 
 
 async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
-    """It goes to no third helper, and not to the gateway's own process."""
+    """A job that has ended two helpers runs neither in a third one nor in the gateway's own process."""
     pool = model.pool
     assert pool is not None
     lost = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT * 40), {})))
@@ -196,7 +197,7 @@ async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:
-    """What a helper cannot tokenize gets the error that it would get without one."""
+    """A text that cannot be tokenized gets the same error with and without a helper."""
     with pytest.raises(CallError) as error:
         await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -204,7 +205,7 @@ async def test_errors_are_the_callers_own(model: TextModel) -> None:
 
 
 async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
-    """Helpers that are killed under work are made good for, and others come."""
+    """The jobs of killed helpers are done all the same, and new helpers start."""
     pool = model.pool
     assert pool is not None
     expected = model.encode_prompt(PROMPT)
@@ -219,7 +220,7 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
 
 @pytest.fixture
 async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
-    """A pool whose only helper stands still, and is to be late soon."""
+    """A pool whose only helper is stopped, and soon late."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
     assert await asyncio.wait_for(pool.ready(), READY_S)
     (pid,) = pool.pids
@@ -229,7 +230,8 @@ async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
 
 
 async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) -> None:
-    """Who has one that stands still, and who waits for it, does the work itself; once it goes on it is used again."""
+    """Callers of a stopped helper, and callers that wait for it, do the work themselves; once it runs again it is used
+    again."""
     calls = [asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
     assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
     assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
@@ -244,7 +246,7 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) 
 
 
 async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
-    """Whoever gave the job up before its helper was late: the next ones do not wait for that helper."""
+    """After a caller has been cancelled before its helper was late, later callers do not wait for that helper."""
     gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
     await asyncio.sleep(0)
     gone.cancel()
@@ -254,7 +256,7 @@ async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> N
 
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
-    """Calls that are cancelled while they wait or are worked on do not spoil the answers of others."""
+    """Calls cancelled while waiting or running do not disturb the answers of others."""
     expected = model.encode_prompt(PROMPT)
     others = ["other " * (n + ENCODE_HELPER_CHARS) for n in range(6)]
     doomed = [asyncio.create_task(model.prompt_ids_async(TENANT, text)) for text in others]
@@ -271,7 +273,7 @@ async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
 
 
 async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
-    """A pool that has been closed, or that cannot start any, leaves the work to its caller."""
+    """A pool that has been closed, or that cannot start helpers, leaves the work to its callers."""
     model = TextModel.from_bundle(build_bundle(kinds["mistral"].folder))
     assert model.pool is not None
     model.pool.close()
@@ -280,7 +282,7 @@ async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
 
 
 async def test_helpers_that_cannot_read_are_given_up(kinds: dict[str, Kind]) -> None:
-    """After some tries no further helper is started."""
+    """After several failed starts no further helper is started."""
     pool = EncodingPool(Bundle({"tokenizer.json": b"{}"}), size=1)
     for _ in range(5):
         assert await pool.run(("prompt_ids", (TENANT, "a"), {})) is None

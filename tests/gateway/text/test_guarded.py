@@ -1,4 +1,4 @@
-"""Guards before a real detokenizer: the text is the whole text filtered, and token texts tell no more than it does."""
+"""Guards around a real detokenizer: the text is the whole text filtered, and logprobs reveal no more than the text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAW = settings(
 
 
 class Run:
-    """What a call's text came to: all of it, the tokens that count, and what was told of them."""
+    """The result of a call: its text, the tokens that count, and the logprobs that were sent."""
 
     def __init__(self, text: Any, logprobs: Any, steps: Sequence[list[int]], takes: Sequence[bool]) -> None:
         self.text = ""
@@ -49,14 +49,14 @@ class Run:
 
 
 def guarded(kind: Kind, patterns: Patterns, action: Action, steps: Any, takes: Any, stop: Sequence[str]) -> Run:
-    """A call with one guard."""
+    """The result of a call with one guard."""
     chain = GuardChain([PatternStage(patterns, action, ignore)], [1e9], lambda number, error: False, lambda: 0.0)
     text = GuardedText(kind.ours.detokenizer([], stop=stop), chain)
     return Run(text, GuardedLogprobs(LogprobTexts(kind.ours, 1), text), steps, takes)
 
 
 def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
-    """The same without."""
+    """The result of the same call without guards."""
     return Run(kind.ours.detokenizer([], stop=stop), LogprobTexts(kind.ours, 1), steps, [False])
 
 
@@ -64,8 +64,8 @@ def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
 @given(data=st.data())
 @pytest.mark.slow
 def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> None:
-    """A secret that spans tokens would get out as text, as a token's text or as its id; or honest text would be lost,
-    or a caller billed for tokens that a guard has kept from it."""
+    """A secret that spans tokens does not leak as text, as a token's text or as its id; no other text is lost, and the
+    caller is not billed for tokens that a guard withheld."""
     steps = data.draw(st.lists(token_ids(kind), min_size=1, max_size=6))
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=3))
     bare = plain(kind, steps, ())
@@ -91,7 +91,7 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
         assert run.tokens == alone.tokens[: len(run.tokens)]
     assert run.refused == (action == "refuse" and bool(spans))
     assert run.billed_early <= len(run.tokens)
-    # what is told is told in order, and where tokens are missing nothing can be put together
+    # logprobs are sent in order, and nothing can be reconstructed across missing tokens
     rest = iter(run.told)
     one = next(rest, None)
     told = ""
@@ -100,7 +100,7 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
         told += was.token if kept and was.token_id not in kind.special_ids else "\ue000"
         one = next(rest, None) if kept else one
     assert one is None
-    # (the space before a text's first word is the token's alone; broken bytes are other texts together than apart)
+    # (only the token has the space before a text's first word; broken bytes decode differently together)
     whole = kind.ours.decode(alone.tokens)
     if not stop and secret == secret.strip() and "\ufffd" not in whole:
         assert secret not in told
@@ -109,7 +109,7 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
 
 
 def test_no_part_of_a_redacted_character_is_told(kind: Kind) -> None:
-    """A character that comes in several tokens would be given away by the ids of the first ones."""
+    """The ids of a redacted character's first tokens are not sent."""
     ids = kind.theirs.encode("so 🦄 it", add_special_tokens=False)
     parts = [one for one in ids if "\ufffd" in kind.theirs.decode([one]) or one in kind.byte_ids]
     assert len(parts) > 1

@@ -1,4 +1,4 @@
-"""Log probabilities are told as vLLM's chat server tells them."""
+"""Log probabilities equal those of vLLM's chat server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: int) -> list[Any]:
-    """What vLLM's server puts into `logprobs.content` for such positions."""
+    """The contents of `logprobs.content` from vLLM's server for such positions."""
     import numpy as np
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -54,7 +54,7 @@ def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: in
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
-    """Texts, bytes, numbers and alternatives, in order and count, are vLLM's, split characters included."""
+    """Texts, bytes, numbers and alternatives equal vLLM's in order and count, split characters included."""
     sampled = data.draw(token_ids(kind), label="sampled")[:24]
     top = data.draw(st.integers(0, 4), label="top_logprobs")
     others = st.lists(
@@ -78,7 +78,7 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
 
 
 def test_the_token_that_completes_a_character_has_it_whole(kinds: dict[str, Kind]) -> None:
-    """Of the tokens of one split emoji all but the last have no text, and the last has the emoji and its bytes."""
+    """Of the tokens of one split emoji, only the last has text: the emoji and its bytes."""
     kind = kinds["mistral"]
     ids = kind.theirs.encode("x🎉", add_special_tokens=False)[-4:]
     told = LogprobTexts(kind.ours, 1).push(PositionLogprobs([i], [-1.0]) for i in ids)

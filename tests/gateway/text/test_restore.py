@@ -1,4 +1,4 @@
-"""A text that is cut anywhere and taken up elsewhere is the text of one that was not."""
+"""A text that is interrupted anywhere and continued by another detokenizer equals the uninterrupted text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAW = settings(
 
 
 def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[str, str | None]:
-    """Push one by one, taking now and then: the text taken, and the stop string that ended it."""
+    """Push ids one by one with some takes. Returns the text taken and the stop string that ended it."""
     text = ""
     for number, token_id in enumerate(ids):
         stop = ours.push([token_id])
@@ -33,8 +33,8 @@ def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[s
 @LAW
 @given(data=st.data())
 def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
-    """Cut in a character, in a stop string, behind a special token or a run of bytes: what was taken before and what is
-    taken afterwards are the undisturbed text, with the same stop string and the same tokens."""
+    """Interrupted in a character, in a stop string, after a special token or a run of bytes, the text before and the
+    text after equal the uninterrupted text, with the same stop string and tokens."""
     prompt = data.draw(token_ids(kind), label="prompt")
     ids = data.draw(token_ids(kind), label="ids")
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=4), label="takes")
@@ -61,6 +61,6 @@ def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
 
 
 def test_tokens_without_their_text_are_refused(kind: Kind) -> None:
-    """Tokens that read otherwise than where they came from do not pass for the same text."""
+    """Tokens whose text is shorter than the text already taken are refused."""
     with pytest.raises(ValueError, match="characters"):
         kind.ours.detokenizer([]).restore([], 1)

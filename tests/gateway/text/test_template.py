@@ -1,4 +1,4 @@
-"""Chat templates give transformers' token ids, and their errors are the caller's to understand."""
+"""Chat templates yield transformers' token ids, and their errors are understandable to callers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """The ids, or the error: a template's own words, or `failed` for what the template could not do."""
+    """The ids, or the error: a template's own text, or `failed` if the template could not render."""
     from jinja2.exceptions import TemplateError, UndefinedError
 
     try:
@@ -87,7 +87,7 @@ def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwa
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("name", NAMES)
 def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: str, family: str) -> None:
-    """Every conversation, with and without tools and generation prompt, has transformers' ids or its refusal."""
+    """Every conversation, with and without tools and generation prompt, yields transformers' ids or its refusal."""
     kind = kinds[family]
     source = (PUBLIC / f"{name}.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -106,7 +106,7 @@ def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: st
 
 
 def test_own_templates_have_one_bos(kind: Kind) -> None:
-    """The families' own templates give transformers' ids, which hold BOS exactly once."""
+    """The families' own templates yield transformers' ids, with exactly one BOS."""
     messages = CONVERSATIONS["one question"]
     ids = kind.ours.encode_chat(messages)
     assert ids == kind.theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -115,7 +115,7 @@ def test_own_templates_have_one_bos(kind: Kind) -> None:
 
 
 def test_every_public_template_names_its_origin() -> None:
-    """Each text kept has an entry with its model, its holder and a permissive licence, and there are twelve or more."""
+    """Each stored template has an entry with model, holder and permissive licence, and there are twelve or more."""
     index = json.loads((PUBLIC / "index.json").read_text())
     assert sorted(Path(entry["file"]).stem for entry in index) == NAMES
     assert len(NAMES) >= 12
@@ -124,7 +124,7 @@ def test_every_public_template_names_its_origin() -> None:
 
 
 def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
-    """A model with templates `default` and `tool_use` uses the second when tools are given, as transformers does."""
+    """A model with templates `default` and `tool_use` uses the second if tools are given, as transformers does."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
@@ -148,7 +148,7 @@ def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
 @pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
 @pytest.mark.parametrize("name", ["chatml", "qwen2.5", "mistral-nemo", "phi3-training", "granite-3.3", "trims"])
 def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: str) -> None:
-    """The last message is left open exactly where transformers leaves it, trimmed or not."""
+    """The last message is left open exactly as by transformers, trimmed or not."""
     kind = kinds["mistral"]
     source = kinds["llama"].theirs.chat_template if name == "trims" else (PUBLIC / f"{name}.jinja").read_text()
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": final}]
@@ -159,7 +159,7 @@ def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: s
 
 
 def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
-    """Extra arguments are the template's; those that the request sets itself are refused by name."""
+    """Extra arguments reach the template; those that the request itself sets are refused by name."""
     kind = kinds["llama"]
     source = (PUBLIC / "qwen3.5.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -175,18 +175,18 @@ def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
 
 
 def render(source: str, **kwargs: Any) -> str:
-    """Render one short message through a template of the test's."""
+    """Render one short message with a template of the test."""
     return ChatTemplate({"default": source}).render([{"role": "user", "content": "hi"}], **kwargs)
 
 
 def test_the_date_is_given_from_outside() -> None:
-    """strftime_now tells the time it was made with, so a prompt can be repeated."""
+    """strftime_now uses the injected clock, so a prompt can be reproduced."""
     template = ChatTemplate({"default": "{{ strftime_now('%d %B %Y') }}"}, now=lambda: datetime(2026, 3, 1))
     assert template.render([{"role": "user", "content": "hi"}]) == "01 March 2026"
 
 
 def test_a_templates_refusal_is_the_callers() -> None:
-    """What a template raises comes to the caller, on `messages`, cut to a bounded length."""
+    """A template's raise_exception reaches the caller as an error on `messages`, cut to a limited length."""
     with pytest.raises(CallError, match="messages: no wizards here") as error:
         render("{{ raise_exception('no wizards here') }}")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -241,7 +241,7 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
 )
 @pytest.mark.slow
 def test_a_runaway_template_is_stopped(source: str) -> None:
-    """A template that grows without end, loops for ever or leaves the sandbox is an error, soon and without harm."""
+    """A template that grows without end, loops forever or leaves the sandbox fails soon and without harm."""
     began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CallError) as error:
         render(source)
@@ -251,7 +251,7 @@ def test_a_runaway_template_is_stopped(source: str) -> None:
 
 
 def test_bounds_are_each_renders_own() -> None:
-    """What one render has used, or that it was stopped, is nothing to the next one; a long conversation is rendered."""
+    """Each render has its own limits, whatever the previous one used; a long conversation is rendered."""
     template = ChatTemplate({"default": "{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}"})
     for _ in range(40):
         assert len(template.render([{"role": "user", "content": "x" * 1_000_000}] * 8)) == 16_000_000
@@ -259,7 +259,8 @@ def test_bounds_are_each_renders_own() -> None:
 
 
 def test_a_model_without_template_says_so() -> None:
-    """No template, none called default, or one that does not compile: Chat is refused with the way out, Complete."""
+    """Without a template, without a default one, or with one that does not compile, Chat is refused with the remedy,
+    Complete."""
     for sources in ({}, {"rag": "x"}, {"default": "{% if %}"}):
         with pytest.raises(CallError, match="use Complete") as error:
             ChatTemplate(sources).render([{"role": "user", "content": "hi"}])
@@ -267,13 +268,13 @@ def test_a_model_without_template_says_so() -> None:
 
 
 def test_no_messages_is_refused() -> None:
-    """An empty conversation is named before a template sees it."""
+    """An empty conversation is refused before any template renders it."""
     with pytest.raises(CallError, match="at least one message"):
         ChatTemplate({"default": "x"}).render([])
 
 
 def test_a_message_without_text_cannot_be_continued() -> None:
-    """Continuing needs text in the last message, and a template that puts it out."""
+    """Continuing requires text in the last message, and a template that outputs it."""
     for source, content in (("{{ messages[0].content }}", None), ("nothing", "hi")):
         with pytest.raises(CallError, match="continue_final_message"):
             ChatTemplate({"default": source}).render(

@@ -1,4 +1,4 @@
-"""Prompts become the ids that transformers and vLLM's server would send to the engine."""
+"""Prompts become the same ids that transformers and vLLM's server would send to the engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_decode_equals_transformers(kind: Kind, text: str) -> None:
 
 
 def test_token_text_equals_vllm(kind: Kind) -> None:
-    """Every token by itself has the text that vLLM tells in logprobs, a leading space included."""
+    """Each token by itself has the text that vLLM reports in logprobs, a leading space included."""
     from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
     ids = list(range(len(kind.theirs)))
@@ -45,7 +45,7 @@ def test_token_text_equals_vllm(kind: Kind) -> None:
 
 
 def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
-    """Vocabulary, family and end tokens come from the model's files."""
+    """Vocabulary size, family and end tokens come from the model's files."""
     llama, falcon = kinds["llama"].ours, kinds["falcon"].ours
     assert llama.vocab_size == VOCAB_SIZES["llama"]
     assert llama.family == "llama"
@@ -56,7 +56,7 @@ def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
 
 
 async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
-    """A long prompt is tokenized elsewhere: the loop turns meanwhile, and the ids are the same."""
+    """A long prompt is tokenized off the event loop, which runs meanwhile, and the ids are the same."""
     model = kinds["llama"].ours
     text = " ".join(f"river{i} turns wheel{i * 7919}" for i in range(40 * ENCODE_OFFLOAD_CHARS // 27))  # no two alike
     turns = 0
@@ -71,7 +71,7 @@ async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
 
 
 async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
-    """A short prompt is done at once, without a turn of the loop."""
+    """A short prompt is tokenized at once, without a turn of the event loop."""
     model = kinds["mistral"].ours
     with pytest.raises(StopIteration) as done:
         model.prompt_ids_async("t", "short").send(None)
@@ -94,7 +94,7 @@ def test_a_broken_bundle_is_named(files: dict[str, bytes]) -> None:
 
 
 def test_needs_no_engine_library() -> None:
-    """The text layer speaks a model without transformers, torch or vllm in its process."""
+    """The text layer works without transformers, torch or vllm in its process."""
     code = (
         "import sys; import cluster.gateway.text.tokenizer, cluster.gateway.text.logprobs\n"
         "assert not {'transformers', 'torch', 'vllm', 'ray'} & sys.modules.keys()"
@@ -104,7 +104,7 @@ def test_needs_no_engine_library() -> None:
 
 @pytest.mark.slow
 def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The generated tokenizer of 128k tokens is whole: it encodes, decodes, and has the family's special tokens."""
+    """The generated tokenizer of 128k tokens encodes, decodes, and has the family's special tokens."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     folder = big_tokenizer(tmp_path_factory.mktemp("big"))

@@ -1,4 +1,4 @@
-"""A tokenizer read from its parts is the one that the library reads, in every one of its own parts."""
+"""A tokenizer built from its parts equals the one that the library reads, in every part."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
 
 
 def packed(**parts: Any) -> bytes:
-    """SMALL with other parts."""
+    """SMALL with other parts, as JSON."""
     return json.dumps({**SMALL, **parts}).encode()
 
 
@@ -54,14 +54,14 @@ def model(**options: Any) -> dict[str, Any]:
 
 
 def same(data: bytes) -> bool:
-    """Whether both ways give the same tokenizer; only where it is read from its parts."""
+    """Whether both ways yield the same tokenizer; False if it is not built from its parts."""
     ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
 
 
 def test_what_is_read_is_read_from_its_parts() -> None:
-    """The library's own way, which is the last resort, is not gone where it need not be."""
+    """A supported file is not read by the library's own reader, which is the fallback."""
 
     def not_whole(_: bytes) -> Tokenizer:
         raise AssertionError("it was left to the library")
@@ -70,13 +70,13 @@ def test_what_is_read_is_read_from_its_parts() -> None:
 
 
 def test_every_familys_is_the_librarys(kind: Kind) -> None:
-    """The tokenizers of the families that we test with."""
+    """The test tokenizers of all families are equal both ways."""
     assert same(build_bundle(kind.folder).files["tokenizer.json"])
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS, {"dropout": None, "unk_token": None, "end_of_word_suffix": None}])
 def test_every_option_is_kept(options: dict[str, Any]) -> None:
-    """Of a BPE model, one by one, and null for those that may be; a text has the same ids."""
+    """Each option of a BPE model is kept, null included, and a text has the same ids."""
     parts: dict[str, Any] = {"model": model(**options)}
     if "vocab" in options:
         parts["added_tokens"] = []
@@ -88,7 +88,7 @@ def test_every_option_is_kept(options: dict[str, Any]) -> None:
 
 
 def test_merges_as_older_releases_wrote_them() -> None:
-    """One string for both sides."""
+    """Merges may be single strings with both sides."""
     assert same(packed(model=model(merges=["a b", "ab c"])))
 
 
@@ -102,7 +102,7 @@ def test_merges_as_older_releases_wrote_them() -> None:
     ],
 )
 def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
-    """Another model, an option we do not know, an added token whose id is not the next."""
+    """Another model type, an unknown option, or an added token whose id is not the next is left to the library."""
     data = packed(**parts)
     assert from_parts(json.loads(data)) is None
     assert read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str()
@@ -113,7 +113,7 @@ def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
     [b"", b"{}", b"[]", packed()[:-3], packed(model=model(merges=[["a", "z"]])), packed(model=model(merges=["a b c"]))],
 )
 def test_what_is_broken_gets_the_librarys_words(data: bytes) -> None:
-    """Cut short, empty, or with a merge of what is no piece."""
+    """A truncated or empty file, or a merge of an unknown piece, gets the library's error."""
     said = []
     for read in (Tokenizer.from_buffer, read_tokenizer):
         try:

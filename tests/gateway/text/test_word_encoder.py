@@ -1,4 +1,4 @@
-"""Encoding a long text by its words or blocks gives the ids of the whole text, or is not done at all."""
+"""Encoding a long text by words or blocks yields the ids of the whole text, or is not done at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from cluster.gateway.text.word_encoder import QWEN2, BlockMemory, WordEncoder
+from cluster.gateway.text.word_encoder import QWEN2, BlockCache, WordEncoder
 from tests.gateway.text.kinds import TEXTS
 from tests.support import tokenizer_kinds
 
@@ -57,7 +57,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_ids_equal_those_of_the_whole(name: str) -> None:
-    """By words (a text said again and again) and by blocks, with and without special tokens around."""
+    """Encoding by words (of a repeated text) and by blocks yields the same ids, with and without special tokens."""
     tokenizer = MADE[name]
     encoder = encoder_of(tokenizer)
     assert encoder is not None
@@ -74,55 +74,55 @@ def test_ids_equal_those_of_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [tokenizer_kinds.llama2, tokenizer_kinds.mistral])
 def test_sentencepiece_is_encoded_whole(kind: Callable[[int], tuple[Tokenizer, dict[str, Any]]]) -> None:
-    """A tokenizer whose pieces may reach over a space gets no such encoder."""
+    """A tokenizer whose pieces may span a space gets no such encoder."""
     assert encoder_of(kind(700)[0]) is None
 
 
 def no_split(tokenizer: Tokenizer) -> None:
-    """Nothing splits words: merges may reach over spaces."""
+    """Without a split into words: merges may span spaces."""
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def space_first(tokenizer: Tokenizer) -> None:
-    """A space is put before every part."""
+    """With a space added before every part."""
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
 
 def own_split(tokenizer: Tokenizer) -> None:
-    """An expression that keeps a word with the space behind it."""
+    """With an expression that keeps a word together with the space after it."""
     split = pre_tokenizers.Split(Regex(r"\S+\s?"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def bytes_first(tokenizer: Tokenizer) -> None:
-    """The split comes when there are no spaces any more."""
+    """With the split after the conversion to bytes, where no spaces are left."""
     late = pre_tokenizers.Split(Regex(QWEN2), "isolated")
     mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mapped, late])
 
 
 def greedy_token(tokenizer: Tokenizer) -> None:
-    """An added token that swallows the space before it."""
+    """With an added token that absorbs the space before it."""
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
 
 
 def spaced_token(tokenizer: Tokenizer) -> None:
-    """An added token with a space in it."""
+    """With an added token that contains a space."""
     tokenizer.add_tokens(["the end"])
 
 
 def stripping(tokenizer: Tokenizer) -> None:
-    """A normalizer that looks at a part's ends."""
+    """With a normalizer that strips the ends of a part."""
     tokenizer.normalizer = normalizers.Strip()
 
 
 def dropping_out(tokenizer: Tokenizer) -> None:
-    """Merges by chance."""
+    """With random merges (dropout)."""
     tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
 
 
 def truncating(tokenizer: Tokenizer) -> None:
-    """Only the beginning of a text counts."""
+    """With truncation of the text."""
     tokenizer.enable_truncation(8)
 
 
@@ -141,7 +141,7 @@ SPOILED = (
 
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], None]) -> None:
-    """Each condition is asked: with any of them broken there is no encoder."""
+    """Each condition is checked: if any one is violated, there is no encoder."""
     tokenizer = Tokenizer.from_str(MADE["llama3"].to_str())
     assert encoder_of(tokenizer) is not None
     spoil(tokenizer)
@@ -149,7 +149,7 @@ def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], Non
 
 
 def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
-    """As TypeError, by words and by blocks."""
+    """A lone surrogate raises TypeError, by words and by blocks."""
     encoder = encoder_of(MADE["llama3"])
     assert encoder is not None
     for text in ("a \ud800", "a " * 50 + "\ud800"):
@@ -161,27 +161,29 @@ TURN = " ".join(f"Turn {i} says, that {i * i} boats wait." for i in range(40))
 
 
 def test_a_longer_text_costs_its_new_part() -> None:
-    """What a tenant's text shares with an earlier one of its own is not encoded again, and the ids stay the whole's."""
+    """The beginning that a text shares with an earlier one of the same tenant is not encoded again, and the ids are
+    those of the whole text."""
     encoder = encoder_of(MADE["llama3"], block_chars=100)
     assert encoder is not None
     encoder.encode(TURN, add_special_tokens=False, tenant="acme")
-    held = encoder.memory.bytes
+    held = encoder.cache.bytes
     longer = TURN + " And some more was said, and the river went on to turn the wheel. " * 2
     whole = MADE["llama3"].encode(longer, add_special_tokens=False).ids
     assert encoder.encode(longer, add_special_tokens=False, tenant="acme") == array("I", whole).tobytes()
-    assert 0 < encoder.memory.bytes - held < held / 4
-    before = encoder.memory.bytes
+    assert 0 < encoder.cache.bytes - held < held / 4
+    before = encoder.cache.bytes
     encoder.encode(TURN, add_special_tokens=False, tenant="other")
-    assert encoder.memory.bytes - before == held
+    assert encoder.cache.bytes - before == held
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """Beyond its bytes the memory drops what was used longest ago, and finds a tenant's blocks for it alone."""
-    memory = BlockMemory(max_bytes=10_000)
+    """The cache drops the least recently used blocks beyond its size, and finds a tenant's blocks for that tenant
+    only."""
+    cache = BlockCache(max_bytes=10_000)
     for n in range(100):
-        memory.put("acme", f"{n:>1000}", b"1234")
-        memory.get("acme", f"{0:>1000}")
-        assert memory.bytes <= 10_000
-    assert memory.get("acme", f"{0:>1000}") == memory.get("acme", f"{99:>1000}") == b"1234"
-    assert memory.get("acme", f"{50:>1000}") is None
-    assert memory.get("other", f"{99:>1000}") is None
+        cache.put("acme", f"{n:>1000}", b"1234")
+        cache.get("acme", f"{0:>1000}")
+        assert cache.bytes <= 10_000
+    assert cache.get("acme", f"{0:>1000}") == cache.get("acme", f"{99:>1000}") == b"1234"
+    assert cache.get("acme", f"{50:>1000}") is None
+    assert cache.get("other", f"{99:>1000}") is None
