@@ -9,8 +9,9 @@ from typing import Any
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.catalog import CatalogService, Change
 from cluster.api.outcomes import invalid
-from cluster.api.types import CatalogEntry, VersionShare
+from cluster.api.types import CatalogEntry
 from cluster.wire.admin_forwarding import Verb, verb
+from cluster.wire.version_status import version_status
 
 
 def catalog_verbs(service: CatalogService) -> Mapping[str, Verb]:
@@ -74,18 +75,3 @@ def _change(change: Change) -> pb.Change:
 
 def _versions(entry: CatalogEntry) -> pb.VersionsResponse:
     return pb.VersionsResponse(name=entry.name, versions=map(version_status, entry.versions))
-
-
-def version_status(share: VersionShare) -> pb.VersionStatus:
-    """Return a version's status as the admin API reports it."""
-    return pb.VersionStatus(
-        version=share.version,
-        weight=share.weight,
-        state=share.state.value,
-        state_reason=share.state_reason,
-        revision=share.revision,
-        weight_digest=next(iter(share.weight_digests), ""),
-        replicas=share.replicas,
-        replicas_desired=share.replicas_desired,
-        quarantined=share.quarantined,
-    )

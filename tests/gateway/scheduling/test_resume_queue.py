@@ -19,8 +19,8 @@ class _Call:
 class _Sequence:
     """What the line looks at of a gateway's Output."""
 
-    waiting_id: str
-    kept_at: str = ""
+    key: str
+    cached_on: str = ""
     tokens: int = 10
     call: _Call = field(default_factory=_Call)
 

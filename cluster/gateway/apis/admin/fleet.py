@@ -15,7 +15,6 @@ from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import catalog_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import DrainState, VersionShare
-from cluster.controller.catalog_verbs import version_status
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
 from cluster.gateway.apis.grpc.inference import paginate
 from cluster.gateway.links.hub import Hub
@@ -24,6 +23,7 @@ from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.service import CallService
 from cluster.link.v1 import link_pb2 as link_pb
+from cluster.wire.version_status import version_status
 
 if TYPE_CHECKING:
     from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
