@@ -30,7 +30,7 @@ NAMESPACES = ("ip", "namespaces")
 @functools.cache
 def _lack(name: str) -> str:
     """Why what the doctor calls so cannot be used here, with the line that helps; empty when it can."""
-    return doctor.lack(name)
+    return doctor.missing_reason(name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

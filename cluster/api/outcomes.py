@@ -40,7 +40,7 @@ class Outcome(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class OutcomeStatus:
     """Answer of the APIs to an outcome: gRPC status name, HTTP code and the default delay before a retry."""
 
     grpc: str
@@ -48,34 +48,34 @@ class Fault:
     retry_after_s: float | None = None
 
 
-FAULTS: dict[Outcome, Fault] = {
-    Outcome.OK: Fault("OK", 200),
-    Outcome.CANCELLED: Fault("CANCELLED", 499),
-    Outcome.DEADLINE_EXCEEDED: Fault("DEADLINE_EXCEEDED", 504),
-    Outcome.MODEL_NOT_FOUND: Fault("NOT_FOUND", 404),
-    Outcome.INVALID_FIELD: Fault("INVALID_ARGUMENT", 400),
-    Outcome.CONTEXT_LENGTH_EXCEEDED: Fault("INVALID_ARGUMENT", 400),
-    Outcome.UNAUTHENTICATED_KEY: Fault("UNAUTHENTICATED", 401),
-    Outcome.TENANT_SUSPENDED: Fault("PERMISSION_DENIED", 403),
-    Outcome.STORE_UNAVAILABLE: Fault("UNAVAILABLE", 503, 5.0),
-    Outcome.RATE_LIMITED: Fault("RESOURCE_EXHAUSTED", 429, 1.0),
-    Outcome.BUDGET_EXHAUSTED: Fault("RESOURCE_EXHAUSTED", 429, 60.0),
-    Outcome.QUEUE_FULL: Fault("RESOURCE_EXHAUSTED", 503, 1.0),
-    Outcome.SHED: Fault("RESOURCE_EXHAUSTED", 503, 1.0),
-    Outcome.DEADLINE_UNREACHABLE: Fault("DEADLINE_EXCEEDED", 504),
-    Outcome.MODEL_LOADING: Fault("UNAVAILABLE", 503, 5.0),
-    Outcome.NO_WORKER: Fault("UNAVAILABLE", 503, 1.0),
-    Outcome.WORKER_LOST: Fault("UNAVAILABLE", 503, 0.5),
-    Outcome.RESUME_UNSUPPORTED: Fault("UNAVAILABLE", 503),
-    Outcome.RESUME_EXPIRED: Fault("FAILED_PRECONDITION", 400),
-    Outcome.GUARD_REFUSED: Fault("PERMISSION_DENIED", 403),
-    Outcome.ADAPTER_INVALID: Fault("INVALID_ARGUMENT", 400),
-    Outcome.UNSUPPORTED_FEATURE: Fault("UNIMPLEMENTED", 400),
-    Outcome.MANAGED_BY_FILE: Fault("FAILED_PRECONDITION", 409),
-    Outcome.NOT_FOUND: Fault("NOT_FOUND", 404),
-    Outcome.ALREADY_EXISTS: Fault("ALREADY_EXISTS", 409),
-    Outcome.PERMISSION_DENIED: Fault("PERMISSION_DENIED", 403),
-    Outcome.INTERNAL: Fault("INTERNAL", 500),
+OUTCOME_STATUS: dict[Outcome, OutcomeStatus] = {
+    Outcome.OK: OutcomeStatus("OK", 200),
+    Outcome.CANCELLED: OutcomeStatus("CANCELLED", 499),
+    Outcome.DEADLINE_EXCEEDED: OutcomeStatus("DEADLINE_EXCEEDED", 504),
+    Outcome.MODEL_NOT_FOUND: OutcomeStatus("NOT_FOUND", 404),
+    Outcome.INVALID_FIELD: OutcomeStatus("INVALID_ARGUMENT", 400),
+    Outcome.CONTEXT_LENGTH_EXCEEDED: OutcomeStatus("INVALID_ARGUMENT", 400),
+    Outcome.UNAUTHENTICATED_KEY: OutcomeStatus("UNAUTHENTICATED", 401),
+    Outcome.TENANT_SUSPENDED: OutcomeStatus("PERMISSION_DENIED", 403),
+    Outcome.STORE_UNAVAILABLE: OutcomeStatus("UNAVAILABLE", 503, 5.0),
+    Outcome.RATE_LIMITED: OutcomeStatus("RESOURCE_EXHAUSTED", 429, 1.0),
+    Outcome.BUDGET_EXHAUSTED: OutcomeStatus("RESOURCE_EXHAUSTED", 429, 60.0),
+    Outcome.QUEUE_FULL: OutcomeStatus("RESOURCE_EXHAUSTED", 503, 1.0),
+    Outcome.SHED: OutcomeStatus("RESOURCE_EXHAUSTED", 503, 1.0),
+    Outcome.DEADLINE_UNREACHABLE: OutcomeStatus("DEADLINE_EXCEEDED", 504),
+    Outcome.MODEL_LOADING: OutcomeStatus("UNAVAILABLE", 503, 5.0),
+    Outcome.NO_WORKER: OutcomeStatus("UNAVAILABLE", 503, 1.0),
+    Outcome.WORKER_LOST: OutcomeStatus("UNAVAILABLE", 503, 0.5),
+    Outcome.RESUME_UNSUPPORTED: OutcomeStatus("UNAVAILABLE", 503),
+    Outcome.RESUME_EXPIRED: OutcomeStatus("FAILED_PRECONDITION", 400),
+    Outcome.GUARD_REFUSED: OutcomeStatus("PERMISSION_DENIED", 403),
+    Outcome.ADAPTER_INVALID: OutcomeStatus("INVALID_ARGUMENT", 400),
+    Outcome.UNSUPPORTED_FEATURE: OutcomeStatus("UNIMPLEMENTED", 400),
+    Outcome.MANAGED_BY_FILE: OutcomeStatus("FAILED_PRECONDITION", 409),
+    Outcome.NOT_FOUND: OutcomeStatus("NOT_FOUND", 404),
+    Outcome.ALREADY_EXISTS: OutcomeStatus("ALREADY_EXISTS", 409),
+    Outcome.PERMISSION_DENIED: OutcomeStatus("PERMISSION_DENIED", 403),
+    Outcome.INTERNAL: OutcomeStatus("INTERNAL", 500),
 }
 
 
@@ -131,7 +131,7 @@ class CallError(Exception):
         self.violations = tuple(map(_bounded, violations[:MAX_VIOLATIONS]))
         self.quota = tuple(quota)
         self.headers = tuple(headers)
-        self.retry_after_s = FAULTS[outcome].retry_after_s if retry_after_s is None else retry_after_s
+        self.retry_after_s = OUTCOME_STATUS[outcome].retry_after_s if retry_after_s is None else retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
         return _restored, (self.outcome, self.message, self.violations, self.retry_after_s, self.quota, self.headers)

@@ -12,7 +12,7 @@ class EngineDead(Exception):
     """The engine has stopped permanently; its process must exit so that Ray sees a dead actor at once."""
 
 
-class EngineSick(EngineDead):
+class EngineCorrupt(EngineDead):
     """The engine runs and returns wrong results; it is treated like a dead one. The message names its node."""
 
 

@@ -114,14 +114,14 @@ RESUME_PLAIN = "resume:plain"
 """Capability: emitted tokens are appended to the prompt. Calls with a frequency or presence penalty, a seed or a
 grammar are refused."""
 
-RESUME_WORDS = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
+RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 """Resume capabilities from the weakest to the strongest; each engine has one."""
 
 
-def resume_word(capabilities: Iterable[str]) -> str:
+def weakest_resume_capability(capabilities: Iterable[str]) -> str:
     """Return the weakest resume capability among these; empty if there is none."""
     present = set(capabilities)
-    return next((word for word in RESUME_WORDS if word in present), "")
+    return next((word for word in RESUME_CAPABILITIES if word in present), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class WorkerIdentity:
 _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
-def without_noise(engine_class: str) -> str:
+def without_seed_noise(engine_class: str) -> str:
     """Return an engine class without the part after the ranks that identifies the sampling noise, if it has one.
 
     worker/engine/vllm/resume.py appends that part.
@@ -222,9 +222,9 @@ class CompatibilityKey:
     @property
     def unseeded(self) -> CompatibilityKey:
         """The key for calls without a seed, which do not depend on the sampling noise."""
-        return CompatibilityKey(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
+        return CompatibilityKey(self.weight_digest, self.bundle_digest, without_seed_noise(self.engine_class))
 
-    def can_continue(self, begun: CompatibilityKey) -> bool:
+    def can_resume(self, begun: CompatibilityKey) -> bool:
         """Return whether a worker with this key may resume a call that needs the key `begun`."""
         return begun in (self, self.unseeded)
 

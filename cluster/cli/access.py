@@ -64,11 +64,11 @@ def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | N
 
 def local_access(address: str, config: Config) -> Access:
     """Access to a gateway on this host with this configuration; parts that this user may not read are left out."""
-    from cluster.gateway.auth.tls import name_in
+    from cluster.gateway.auth.tls import first_dns_name
 
     tls = config.gateway.tls
     roots = _read(tls.cert_file) if tls is not None else None
-    return Access(address, _admin_token(config), roots, name_in(roots) if roots else "")
+    return Access(address, _admin_token(config), roots, first_dns_name(roots) if roots else "")
 
 
 def _admin_token(config: Config) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cluster.cli.terminal import safe
-from cluster.config.lenient import Lenient
+from cluster.config.lenient import PartialConfig
 from cluster.config.schema import Config, ConfigError, load
 
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
@@ -40,7 +40,7 @@ def read_config(file: Path) -> Config:
         fail(str(error), USAGE)
 
 
-def read_leniently(file: Path, lenient: Callable[[Path], Lenient]) -> Lenient:
+def read_leniently(file: Path, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
     """Load the configuration but tolerate invalid models; any other error ends the process with exit code 2."""
     try:
         return lenient(file)

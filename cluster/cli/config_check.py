@@ -17,7 +17,7 @@ from typing import Any
 from cluster.api.types import ModelSpec
 from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker_group_problems
 from cluster.config.problems import Problem
-from cluster.config.schema import Config, Model, remainder, secret_files
+from cluster.config.schema import Config, Model, secret_files, without_invalid_keys
 
 DEMO_SHAPE = {
     "num_attention_heads": 9,
@@ -81,7 +81,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
         given = read_input(text)
     except NoConfiguration as error:
         return Report(name, errors=tuple(ConfigFinding("", reason) for reason in error.reasons))
-    config, wrong = remainder(given.document)
+    config, wrong = without_invalid_keys(given.document)
     problems = [*given.problems, *wrong]
     warnings: list[Problem] = []
     if config is not None:
@@ -213,23 +213,23 @@ def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
 
 def _pod_problems(config: Config) -> Iterator[Problem]:
     """Yield settings for which the processes of a pod would not start."""
-    from cluster.cli.commands.pod import controller_lacks, gateway_lacks
+    from cluster.cli.commands.pod import controller_problems, gateway_problems
 
     if config.gateway.processes != 1:
         yield Problem(("gateway", "processes"), "a container holds one process: set 1 and raise the replicas")
-    for message in (*gateway_lacks(config, files=False), *controller_lacks(config, files=False)):
+    for message in (*gateway_problems(config, files=False), *controller_problems(config, files=False)):
         where, _, text = message.partition(": ")
         yield Problem((where,), text)
 
 
 def _file_problems(config: Config) -> Iterator[Problem]:
     """Yield files that the configuration names and that are missing or invalid."""
-    from cluster.cli.commands.pod import controller_lacks, gateway_lacks, unreadable_file
+    from cluster.cli.commands.pod import controller_problems, gateway_problems, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
     from cluster.policy.tenants.patterns import PatternError
 
-    messages = [*gateway_lacks(config, pod=False), *controller_lacks(config, pod=False)]
+    messages = [*gateway_problems(config, pod=False), *controller_problems(config, pod=False)]
     if config.weights.hugging_face.token_file is not None:
         messages += unreadable_file("weights.hugging_face.token_file", config.weights.hugging_face.token_file)
     for message in messages:

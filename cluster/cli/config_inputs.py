@@ -97,7 +97,7 @@ def _read_values(document: Document) -> Input:
     given = {key: value for key, value in document.data.items() if key not in _HELM_HEADINGS}
     if not isinstance(given.get("config", {}), dict):
         raise NoConfiguration("config: must be a mapping: the contents of the release's cluster.yaml")
-    values = laid_over(json.loads(CHART_VALUES.read_text()), given)
+    values = merge_values(json.loads(CHART_VALUES.read_text()), given)
     inside = tuple(
         Duplicate(duplicate.path[1:], duplicate.line, duplicate.first_line)
         for duplicate in document.duplicates
@@ -111,11 +111,11 @@ def _read_values(document: Document) -> Input:
     return Input(Document(values["config"], inside), "config.", values, True, (), document)
 
 
-def laid_over(under: Any, over: Any) -> Any:
+def merge_values(under: Any, over: Any) -> Any:
     """Merge `over` into `under` as Helm merges values."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
-    merged = {key: laid_over(under[key], over[key]) if key in over else value for key, value in under.items()}
+    merged = {key: merge_values(under[key], over[key]) if key in over else value for key, value in under.items()}
     merged |= {key: value for key, value in over.items() if key not in under}
     return {key: value for key, value in merged.items() if value is not None or key not in over}
 

@@ -20,7 +20,7 @@ import typer
 from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
-from cluster.ledger.tenants.service import By, LedgerTenantService, TenantService
+from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
 GATEWAY_OPTIONS = {
@@ -93,7 +93,7 @@ def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator
     if not _over_api(where):
         settings = read_settings(where.file, where.database_url, where.pepper_file)
         with open_ledger(settings, keys=keys) as ledger:
-            by = By(f"cli:{getpass.getuser()}")
+            by = Actor(f"cli:{getpass.getuser()}")
             yield LedgerTenantService(
                 ledger,
                 by,

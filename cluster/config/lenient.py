@@ -35,7 +35,7 @@ class HeldModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Lenient:
+class PartialConfig:
     """A configuration without its invalid parts, with the problems and the held models.
 
     `all_held`: all running models must stay unchanged, since the `models` section cannot be read as a list of entries.
@@ -47,36 +47,36 @@ class Lenient:
     all_held: bool = False
 
 
-def load_for_gateway(path: Path) -> Lenient:
+def load_for_gateway(path: Path) -> PartialConfig:
     """Read a file for a gateway's start. Raises ConfigError for problems outside GATEWAY_OPTIONAL_SECTIONS."""
     return for_gateway(read_text(path), str(path))
 
 
-def load_for_controller(path: Path) -> Lenient:
+def load_for_controller(path: Path) -> PartialConfig:
     """Read a file for a controller's start. Raises ConfigError for problems outside `models`."""
     return for_controller(read_text(path), str(path))
 
 
-def for_gateway(text: str, where: str = "configuration") -> Lenient:
+def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
     """Read a text as load_for_gateway does; `where` names it in errors."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
-        return Lenient(config)
+        return PartialConfig(config)
     for sections in (GATEWAY_OPTIONAL_SECTIONS[:1], GATEWAY_OPTIONAL_SECTIONS[:2], GATEWAY_OPTIONAL_SECTIONS):
         rest, remaining = examine(_without_sections(document, sections))
         if rest is not None:
-            return Lenient(rest, _lines(wrong, where, document))
+            return PartialConfig(rest, _lines(wrong, where, document))
     lines = _lines([*wrong, *(problem for problem in remaining if problem not in wrong)], where, document)
     raise ConfigError("\n".join(lines))
 
 
-def for_controller(text: str, where: str = "configuration") -> Lenient:
+def for_controller(text: str, where: str = "configuration") -> PartialConfig:
     """Read a text as load_for_controller does; `where` names it in errors."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
-        return Lenient(config)
+        return PartialConfig(config)
     without_models, _ = examine(_without_sections(document, ("models",)))
     if without_models is None:
         raise ConfigError("\n".join(_lines(wrong, where, document)))
@@ -84,13 +84,13 @@ def for_controller(text: str, where: str = "configuration") -> Lenient:
     is_duplicate = any(duplicate.path == ("models",) for duplicate in document.duplicates)
     problems = _lines(wrong, where, document)
     if not isinstance(entries, list) or is_duplicate:
-        return Lenient(without_models, problems, _held(entries if isinstance(entries, list) else []), True)
+        return PartialConfig(without_models, problems, _held(entries if isinstance(entries, list) else []), True)
     return _without_wrong_entries(document, entries, without_models, problems)
 
 
 def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
-) -> Lenient:
+) -> PartialConfig:
     """Leave out invalid entries until the others are valid together."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
@@ -100,14 +100,14 @@ def _without_wrong_entries(
         others = tuple(duplicate for duplicate in document.duplicates if duplicate.path[0] != "models")
         config, wrong = examine(Document(rest, others), absent)
         if config is not None:
-            return Lenient(config, problems, _held([entries[at] for at in sorted(left_out)], config))
+            return PartialConfig(config, problems, _held([entries[at] for at in sorted(left_out)], config))
         more = {
             staying[problem.path[1]]
             for problem in wrong
             if problem.path[0] == "models" and isinstance(problem.path[1], int)
         }
         if not more:
-            return Lenient(without_models, problems, _held(entries), True)
+            return PartialConfig(without_models, problems, _held(entries), True)
         left_out |= more
 
 

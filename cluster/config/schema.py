@@ -27,8 +27,8 @@ from cluster.config.tenants import (
     CLASSES,
     Auth,
     BudgetWebhook,
-    Class,
     Cost,
+    PriorityClass,
     Store,
     Tenant,
     TenantDefaults,
@@ -416,7 +416,7 @@ class Config(Section):
     store: Store = Store()
     cost: Cost | None = None
     scaling: Scaling = Scaling()
-    classes: tuple[Class, ...] = CLASSES
+    classes: tuple[PriorityClass, ...] = CLASSES
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()
 
@@ -554,11 +554,11 @@ def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | 
 
     `absent`: names of models that were left out of the document, which fallbacks may name.
     """
-    config, wrong = remainder(document, absent)
+    config, wrong = without_invalid_keys(document, absent)
     return (None if wrong else config), wrong
 
 
-def remainder(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
+def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
     """Return the configuration of a document without its wrong keys, and all problems of the document.
 
     A wrong key hides problems that depend on its value, so it is removed and the rest is checked again. A model entry

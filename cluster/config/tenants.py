@@ -224,7 +224,7 @@ class BudgetWebhook(Section):
         return value
 
 
-class Class(Section):
+class PriorityClass(Section):
     """A priority class. Lower ranks are served first; under overload the highest rank is shed first."""
 
     name: str
@@ -238,7 +238,11 @@ class Class(Section):
         return value
 
 
-CLASSES = (Class(name="interactive", rank=0), Class(name="standard", rank=1), Class(name="batch", rank=2))
+CLASSES = (
+    PriorityClass(name="interactive", rank=0),
+    PriorityClass(name="standard", rank=1),
+    PriorityClass(name="batch", rank=2),
+)
 
 
 class LimitSettings(Section):
@@ -286,7 +290,7 @@ class Guard(Section):
     @model_validator(mode="before")
     @classmethod
     def _on_is_a_word(cls, value: Any) -> Any:
-        return on_is_a_word(value)
+        return restore_on_key(value)
 
     @model_validator(mode="after")
     def _possible(self) -> Guard:
@@ -366,11 +370,11 @@ class Tenant(_TenantFields):
         return defaults.policy(self.name, own)
 
 
-def on_is_a_word(value: Any) -> Any:
+def restore_on_key(value: Any) -> Any:
     """Restore the key `on` of guards, which YAML 1.1 reads as true."""
     if isinstance(value, Mapping):
-        return {"on" if key is True else key: on_is_a_word(item) for key, item in value.items()}
-    return [on_is_a_word(item) for item in value] if isinstance(value, list) else value
+        return {"on" if key is True else key: restore_on_key(item) for key, item in value.items()}
+    return [restore_on_key(item) for item in value] if isinstance(value, list) else value
 
 
 def _as_plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
@@ -379,7 +383,7 @@ def _as_plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
 
 def check_together(
     auth: Auth | None,
-    classes: Sequence[Class],
+    classes: Sequence[PriorityClass],
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> None:
@@ -389,7 +393,7 @@ def check_together(
 
 def problems_together(
     auth: Auth | None,
-    classes: Sequence[Class],
+    classes: Sequence[PriorityClass],
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> Iterator[Problem]:

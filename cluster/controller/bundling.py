@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.wire.bundle import Bundle, sampling_defaults
 from cluster.worker import settings as replica_settings
 from cluster.worker.settings import ReplicaSettings
@@ -23,7 +23,7 @@ from cluster.worker.settings import ReplicaSettings
 _NICENESS = 10  # lower priority than an engine that loads at the same time
 
 
-async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, Known]:
+async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, SourceFacts]:
     """Build a bundle and return it with the model's properties, or None with the reason in `trouble`."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -48,16 +48,16 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
         else {"error": f"the process that builds the tokenizer bundle ended with status {process.returncode}"}
     )
     if "error" in answer:
-        return None, Known(trouble=str(answer["error"]))
+        return None, SourceFacts(trouble=str(answer["error"]))
     bundle = Bundle.load(folder / _folder_name(answer["digest"]))
     about = describe(bundle)
     return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
 
 
-def describe(bundle: Bundle) -> Known:
+def describe(bundle: Bundle) -> SourceFacts:
     """Return the model's properties that its bundle contains."""
     config = json.loads(bundle.files.get("config.json", b"{}"))
-    return Known(
+    return SourceFacts(
         bundle_digest=bundle.digest,
         max_model_len=int(config.get("max_position_embeddings") or 0),
         family=str(config.get("model_type") or ""),

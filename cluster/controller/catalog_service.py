@@ -22,7 +22,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import Config, Model, entry_of, with_models
 from cluster.policy.catalog import layers
-from cluster.policy.catalog.versions import VersionMark
+from cluster.policy.catalog.versions import VersionOverride
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("catalog")
@@ -33,7 +33,7 @@ class StoredCatalog:
     """Stored changes to the file's catalog: entries of models, and overrides by model and version."""
 
     models: Sequence[Mapping[str, Any]] = ()
-    marks: Mapping[str, Mapping[str, VersionMark]] = field(default_factory=dict)
+    marks: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
 
 
 class StoredCatalogFile:
@@ -53,7 +53,7 @@ class StoredCatalogFile:
             if values["life"] != self._life:
                 return None
             marks = {
-                model: {version: VersionMark.from_json(mark) for version, mark in versions.items()}
+                model: {version: VersionOverride.from_json(mark) for version, mark in versions.items()}
                 for model, versions in values["marks"].items()
             }
             return StoredCatalog(values["models"], marks)
@@ -80,7 +80,7 @@ class StoredCatalogFile:
 class CatalogOwner(Protocol):
     """The part of Controller (controller.py) that the service uses."""
 
-    marks: dict[str, dict[str, VersionMark]]
+    marks: dict[str, dict[str, VersionOverride]]
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
         """Set the replicas that should run."""
@@ -148,9 +148,9 @@ class StoredCatalogService:
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """See CatalogService."""
         before = {model.name: entry_of(model) for model in self.config.models}
-        config = with_models(self.config, layers.applied(list(before.values()), entries, prune=prune), self._held)
+        config = with_models(self.config, layers.apply_entries(list(before.values()), entries, prune=prune), self._held)
         after = {model.name: entry_of(model) for model in config.models}
-        changes = layers.changes(before, after, self._restarts(config))
+        changes = layers.diff(before, after, self._restarts(config))
         refused = [change.model for change in changes if change.model in self._file_models]
         if refused:
             raise CallError(
@@ -203,7 +203,7 @@ class StoredCatalogService:
                 f"of `canary` (including version: {canary}) and remove `canary`",
             )
         entries = [
-            layers.promoted(entry_of(other)) if other.name == model.name else entry_of(other)
+            layers.promote_canary(entry_of(other)) if other.name == model.name else entry_of(other)
             for other in self.config.models
         ]
         self._adopt(with_models(self.config, entries, self._held))

@@ -20,7 +20,7 @@ import structlog
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config.gateway import Tls
-from cluster.config.lenient import Lenient
+from cluster.config.lenient import PartialConfig
 from cluster.config.schema import Config
 from cluster.controller import bundling, catalog_service, scaling
 from cluster.controller.catalog_verbs import catalog_verbs
@@ -31,10 +31,10 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.catalog import lifecycle, reconcile
 from cluster.policy.catalog.canary import CanaryTally, judge
 from cluster.policy.catalog.held import held_entry
-from cluster.policy.catalog.lifecycle import Known, Reported
+from cluster.policy.catalog.lifecycle import SourceFacts, WorkerReport
 from cluster.policy.catalog.placement import capacity, why_unplaceable
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.catalog.versions import ReplicaShare, VersionMark, replicas_of, shares, total_of
+from cluster.policy.catalog.versions import ReplicaShare, VersionOverride, replicas_of, shares, total_for
 from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import make_private_folder
@@ -89,11 +89,11 @@ class Controller:
     backend: Backend
     gateways: GatewayPort
     wall_s: Callable[[], float] = time.time
-    known: dict[str, Known] = field(default_factory=dict)
+    known: dict[str, SourceFacts] = field(default_factory=dict)
     """Properties of models as read from their sources, by application."""
     drain_timeout_s: float = 300.0
     """Time that calls may stay on an application that gets no new ones. Then it is deleted and they resume or fail."""
-    marks: dict[str, dict[str, VersionMark]] = field(default_factory=dict)
+    marks: dict[str, dict[str, VersionOverride]] = field(default_factory=dict)
     """Overrides of the configuration by operators and automatic rollbacks, by model and version."""
     on_mark: Callable[[], None] = lambda: None
     """Called when `marks` has changed."""
@@ -231,12 +231,12 @@ class Controller:
                     targets[seen.gpu] = targets.get(seen.gpu, 0) + seen.target
             if targets:
                 for kind in [kind for kind in on_ray if kind[0] == model]:
-                    target = total_of(targets.get(kind[1], 0), parts[model])
+                    target = total_for(targets.get(kind[1], 0), parts[model])
                     on_ray[kind] = replace(on_ray[kind], target=target)
             stable = _stable_variants(variants)
             if len(stable) > 1:
                 room |= {(model, variant.spec.gpu): self._capacity(variant, snapshot) for variant in stable}
-        decisions = self.scaler.look(
+        decisions = self.scaler.run_pass(
             [variant.spec for variants in self._wanted.values() for variant in _stable_variants(variants)],
             on_ray,
             scaling.workers_of(fleet, {seen.digest: seen.gpu for seen in snapshot.apps.values()}),
@@ -319,7 +319,7 @@ class Controller:
                 error_ratio=canary[0].spec.error_ratio,
                 ttft_ratio=canary[0].spec.ttft_ratio,
             )
-            if verdict.goes:
+            if verdict.roll_back:
                 log.warning("version.rolled_back", model=model, version=parts[1].version, why=verdict.why)
                 self.mark(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
 
@@ -331,7 +331,7 @@ class Controller:
             raise KeyError(version)
         marks = self.marks.setdefault(model, {})
         old = marks.get(version)
-        marks[version] = replace(old if old is not None and old.digest == digest else VersionMark(digest), **fields)
+        marks[version] = replace(old if old is not None and old.digest == digest else VersionOverride(digest), **fields)
         self.on_mark()
         self._changed.set()
 
@@ -356,7 +356,7 @@ class Controller:
 
     def _frozen_models(self) -> frozenset[str]:
         """Return the models that operators have frozen: no change of theirs is rolled out."""
-        requests = self.scaler.asked
+        requests = self.scaler.operator_requests
         return frozenset(self._wanted) if requests.all_frozen else requests.frozen
 
     def _empty_apps(self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
@@ -404,9 +404,13 @@ class Controller:
             entries[model] = held_entry(spec, apps, [_reported(worker) for worker in fleet if worker.model == model])
         published = {(name, share.version) for name, entry in entries.items() for share in entry.versions}
         self._states = {key: state for key, state in self._states.items() if key in published}
-        self._entries = {name: lifecycle.remember(self._entries.get(name), entry) for name, entry in entries.items()}
         self._entries = {
-            name: replace(self.scaler.told(entry), replicas_desired=entry.replicas_desired)  # of all its versions
+            name: lifecycle.fill_from_earlier(self._entries.get(name), entry) for name, entry in entries.items()
+        }
+        self._entries = {
+            name: replace(
+                self.scaler.with_scaling_fields(entry), replicas_desired=entry.replicas_desired
+            )  # of all its versions
             for name, entry in self._entries.items()
         }
         self.gateways.publish(self.entries())
@@ -442,7 +446,7 @@ class Controller:
                 and (seen.version in (part.version, "") or leaving)
                 and seen not in (*current, *gone)
             ]
-            seen = lifecycle.combined(current, before if leaving is None else [*before, *gone])
+            seen = lifecycle.merge_applications(current, before if leaving is None else [*before, *gone])
             versions.append(
                 self._version(
                     part,
@@ -470,7 +474,7 @@ class Controller:
         spec: ModelSpec,
         seen: Observed | None,
         workers: Sequence[FleetWorker],
-        known: Known | None,
+        known: SourceFacts | None,
         unplaceable: str,
         desired: int,
         *,
@@ -478,12 +482,12 @@ class Controller:
         wanted: bool,
         changing: bool,
     ) -> lifecycle.Version:
-        sight = lifecycle.sight(wanted, seen, unplaceable)
-        if sight is lifecycle.Sight.SERVING and not workers and self.gateways.linked:
-            sight = lifecycle.Sight.STARTING  # replicas run, but no gateway is linked to one yet
+        sight = lifecycle.observe(wanted, seen, unplaceable)
+        if sight is lifecycle.Observation.SERVING and not workers and self.gateways.linked:
+            sight = lifecycle.Observation.STARTING  # replicas run, but no gateway is linked to one yet
         key = (spec.name, part.version)
         before = self._states.get(key, ModelState.DECLARED)
-        state = lifecycle.move(ModelState.DECLARED if before is ModelState.GONE else before, sight)
+        state = lifecycle.next_state(ModelState.DECLARED if before is ModelState.GONE else before, sight)
         self._states[key] = state
         if state is not before:
             why = part.gone or (seen.trouble if seen else "")
@@ -505,7 +509,7 @@ class Controller:
 
     def _engine_ends(self, model: str, version: str, generations: Sequence[str]) -> str:
         """Return a text about the version's engines that ended lately, as its workers reported them."""
-        return lifecycle.ends_of(
+        return lifecycle.summarize_ends(
             [
                 (engine.at_s, engine.reason)
                 for engine in self.gateways.lost()
@@ -520,7 +524,7 @@ class Controller:
         if not self._entries:
             for name, variants in self._wanted.items():
                 self._entries[name] = lifecycle.entry(
-                    variants[0].spec, ModelState.DECLARED, None, known=Known(trouble=reason)
+                    variants[0].spec, ModelState.DECLARED, None, known=SourceFacts(trouble=reason)
                 )
             self.gateways.publish(self.entries())
 
@@ -542,8 +546,8 @@ def _unplaceable(variants: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> 
     return reasons[0] if reasons and all(reasons) else ""
 
 
-def _reported(worker: FleetWorker) -> Reported:
-    return Reported(
+def _reported(worker: FleetWorker) -> WorkerReport:
+    return WorkerReport(
         weight_digest=worker.weight_digest,
         bundle_digest=worker.bundle_digest,
         max_model_len=worker.max_model_len,
@@ -605,7 +609,7 @@ async def run_controller(
     stop: asyncio.Event,
     end_serve: bool = False,
     metrics: Metrics | None = None,
-    found: Lenient | None = None,
+    found: PartialConfig | None = None,
 ) -> None:
     """Run a controller until `stop` is set.
 
@@ -614,7 +618,7 @@ async def run_controller(
     replica, when the controller ends; for a local Ray only. Otherwise replicas keep running without the controller.
     `found`: the result of reading the file that `config` is from, with its problems.
     """
-    found = with_last_good(found or Lenient(config), run_folder)
+    found = with_last_good(found or PartialConfig(config), run_folder)
     config = found.config
     local = ray_address is not None
     backend = _backend(config, instance, ray_address, run_folder)
@@ -634,10 +638,10 @@ async def run_controller(
     if metrics is not None:
         counters = scaling.Counters(metrics)
         controller.on_scaling_pass = lambda: counters.count(scaler)
-    scaling.listen(links, scaler, controller.now, controller.wake)
+    scaling.connect_demand(links, scaler, controller.now, controller.wake)
 
     def on_scaling_request() -> None:
-        requests_file.keep(scaler.asked)
+        requests_file.keep(scaler.operator_requests)
         controller.wake()
 
     links.verbs |= scaling_verbs(ScalingRequests(scaler, on_scaling_request))
@@ -685,7 +689,7 @@ class BundleBuilder:
     """Builds the tokenizer bundles of models whose source is on this host, so that gateways can tokenize for models
     without a replica. Builds one bundle at a time."""
 
-    def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, Known], *, local: bool) -> None:
+    def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, SourceFacts], *, local: bool) -> None:
         """Create a builder that adds to `bundles` (by digest) and `known` (by application).
 
         `local`: replicas run on this host, so every source is here.

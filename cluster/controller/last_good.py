@@ -11,14 +11,14 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError
-from cluster.config.lenient import HeldModel, Lenient
+from cluster.config.lenient import HeldModel, PartialConfig
 from cluster.config.schema import Config, entry_of, with_models
 
 log = structlog.get_logger("controller")
 FILE = "last-good-models.json"
 
 
-def with_last_good(found: Lenient, folder: Path) -> Lenient:
+def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
     """Replace each invalid entry by its last valid one, if that is still valid beside the others.
 
     Stores the valid entries for the next start. Models without a last valid entry stay held.
@@ -43,7 +43,7 @@ def with_last_good(found: Lenient, folder: Path) -> Lenient:
     return restored
 
 
-def _restored(found: Lenient, before: Mapping[str, Any]) -> Lenient:
+def _restored(found: PartialConfig, before: Mapping[str, Any]) -> PartialConfig:
     config, held = found.config, []
     if found.all_held:
         whole = _config_with(config, list(before.values()), ())

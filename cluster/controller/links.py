@@ -104,7 +104,7 @@ class ControllerLinks:
 
     def lost(self) -> Sequence[LostEngine]:
         """Return the engines that ended in the last minutes, oldest first."""
-        return lost_engines.merged(self._lost.values())
+        return lost_engines.merge_reports(self._lost.values())
 
     def demand(self) -> Sequence[ModelDemand]:
         """Return the demand by model, summed over the gateways."""
@@ -151,7 +151,7 @@ class ControllerLinks:
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this controller")
             gateway = first.welcome.incarnation
-            self._gateways.welcomed(address, gateway, first.welcome.siblings)
+            self._gateways.record_welcome(address, gateway, first.welcome.siblings)
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
@@ -256,7 +256,7 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         engine_class=w.engine_class,
         running=w.load.running,
         kv_usage=w.load.kv_usage,
-        standing=DrainState.SERVING if not w.standing else codec.standing_from_pb(pb.Standing(state=w.standing)),
+        standing=DrainState.SERVING if not w.standing else codec.drain_state_from_pb(pb.Standing(state=w.standing)),
         work=work_from_pb(w.work),
         max_num_seqs=w.max_num_seqs,
         max_num_batched_tokens=w.max_num_batched_tokens,

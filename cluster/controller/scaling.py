@@ -14,9 +14,9 @@ from cluster.config.schema import Config
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.scaling.operator_requests import asked_from_json, asked_to_json
+from cluster.policy.scaling.operator_requests import requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
-from cluster.policy.scaling.scaler import Kind, OnRay, OperatorRequest, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.scaler import Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
 
 log = structlog.get_logger("scaling")
 
@@ -34,13 +34,15 @@ def settings_of(config: Config) -> ScalingSettings:
     return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.frozen)
 
 
-def on_ray(apps: Iterable[Observed]) -> dict[Kind, OnRay]:
+def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
     """Sum the replicas on Ray by model and GPU type, without applications that are being deleted."""
-    replicas: dict[Kind, OnRay] = {}
+    replicas: dict[Kind, RayReplicas] = {}
     for app in apps:
         if not app.deleting:
             kind = app.model, app.gpu
-            replicas[kind] = replicas.get(kind, OnRay()) + OnRay(app.target, app.running, app.placed, app.leaving)
+            replicas[kind] = replicas.get(kind, RayReplicas()) + RayReplicas(
+                app.target, app.running, app.placed, app.leaving
+            )
     return replicas
 
 
@@ -65,16 +67,16 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
     ]
 
 
-def listen(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake: Callable[[], None]) -> None:
+def connect_demand(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake: Callable[[], None]) -> None:
     """Pass reported demand to the scaler; calls held for a model without workers start a pass at once."""
 
     def on_demand(gateway: str, demand: Sequence[object], counting_s: float) -> None:
-        if scaler.demands.told(gateway, demand, counting_s, now()):  # type: ignore[arg-type]
-            scaler.hurry()
+        if scaler.demands.record_report(gateway, demand, counting_s, now()):  # type: ignore[arg-type]
+            scaler.decide_next_pass()
             wake()
 
     source.on_demand = on_demand
-    source.on_gateway_left = scaler.demands.left
+    source.on_gateway_left = scaler.demands.record_disconnect
 
 
 def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
@@ -101,7 +103,7 @@ class OperatorRequestFile:
     def read(self) -> OperatorRequest:
         """Return the stored requests; empty ones if the file does not exist or cannot be read."""
         try:
-            return asked_from_json(json.loads(self._path.read_text()))
+            return requests_from_json(json.loads(self._path.read_text()))
         except FileNotFoundError:
             return OperatorRequest()
         except (OSError, ValueError, AttributeError) as error:
@@ -111,7 +113,7 @@ class OperatorRequestFile:
     def keep(self, request: OperatorRequest) -> None:
         """Replace the file atomically."""
         draft = self._path.with_suffix(".new")
-        draft.write_text(json.dumps(asked_to_json(request)))
+        draft.write_text(json.dumps(requests_to_json(request)))
         draft.replace(self._path)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.api.demand import ClassCounts
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 
 GROWTH_TOKENS = 64
 """Output beyond the expected length is counted in steps of this many tokens."""
@@ -32,7 +32,7 @@ class _Class:
     within_slo: int = 0
     outside_slo: int = 0
     queued_tokens: int = 0
-    queued: dict[str, Waiting] = field(default_factory=dict)
+    queued: dict[str, WaitingSequence] = field(default_factory=dict)
 
 
 class DemandTally:
@@ -53,7 +53,7 @@ class DemandTally:
             counters = classes[priority_class] = _Class(rank)
         return counters
 
-    def arrived(self, waiting: Waiting) -> None:
+    def arrived(self, waiting: WaitingSequence) -> None:
         """Count the arrival of a sequence, whether or not the queue accepts it."""
         counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.arrived_requests += 1
@@ -61,37 +61,37 @@ class DemandTally:
         self._counted_output[waiting.call_id] = 0
         self._count_output(waiting, waiting.output_tokens)
 
-    def grew(self, waiting: Waiting, tokens: int) -> None:
+    def record_output(self, waiting: WaitingSequence, tokens: int) -> None:
         """Record the output tokens so far of a running sequence. Ignores sequences that arrived at another gateway."""
         if tokens >= self._counted_output.get(waiting.call_id, tokens) + GROWTH_TOKENS:
             self._count_output(waiting, tokens)
 
-    def ended(self, waiting: Waiting, tokens: int, ran: bool) -> None:
+    def ended(self, waiting: WaitingSequence, tokens: int, ran: bool) -> None:
         """Record a sequence's end with its output tokens. If it never ran, its expected length stays counted."""
         if ran and waiting.call_id in self._counted_output:
             self._count_output(waiting, tokens)
         self._counted_output.pop(waiting.call_id, None)
 
-    def _count_output(self, waiting: Waiting, tokens: int) -> None:
+    def _count_output(self, waiting: WaitingSequence, tokens: int) -> None:
         counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.output_tokens += tokens - self._counted_output[waiting.call_id]
         counters.expected_output_tokens = max(counters.expected_output_tokens, counters.output_tokens)
         self._counted_output[waiting.call_id] = tokens
 
-    def waits(self, waiting: Waiting) -> None:
+    def enqueue(self, waiting: WaitingSequence) -> None:
         """Count a sequence as queued."""
-        self.waits_no_more(waiting.call_id)
+        self.dequeue(waiting.call_id)
         counters = self._queued_in[waiting.call_id] = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.queued[waiting.call_id] = waiting
         counters.queued_tokens += waiting.tokens
 
-    def waits_no_more(self, call_id: str) -> None:
+    def dequeue(self, call_id: str) -> None:
         """Stop counting a sequence as queued. Does nothing if it is not."""
         counters = self._queued_in.pop(call_id, None)
         if counters is not None:
             counters.queued_tokens -= counters.queued.pop(call_id).tokens
 
-    def judged(self, model: str, priority_class: str, rank: int, within: bool) -> None:
+    def count_slo(self, model: str, priority_class: str, rank: int, within: bool) -> None:
         """Count an ended call as within or outside its model's SLO."""
         counters = self._class(model, priority_class, rank)
         if within:
@@ -104,7 +104,7 @@ class DemandTally:
         classes = self._models.get(model, {})
         return tuple(_counts(name, counters, now, served) for name, counters in sorted(classes.items()))
 
-    def keep(self, models: Iterable[str]) -> None:
+    def retain_models(self, models: Iterable[str]) -> None:
         """Forget all models except these and those with queued sequences."""
         kept = set(models)
         for model in [m for m, classes in self._models.items() if m not in kept]:
@@ -134,7 +134,7 @@ def _counts(name: str, counters: _Class, now: float, served: bool) -> ClassCount
     )
 
 
-def _longest_waiting(queued: dict[str, Waiting]) -> Iterator[Waiting]:
+def _longest_waiting(queued: dict[str, WaitingSequence]) -> Iterator[WaitingSequence]:
     for _, waiting in zip(range(SCANNED), queued.values(), strict=False):
         yield waiting
 

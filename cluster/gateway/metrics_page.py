@@ -49,7 +49,7 @@ class MetricsPage:
         return await asyncio.shield(making)
 
     def _make(self, accept: str, zipped: bool) -> tuple[str, bytes]:
-        kind, content = self._metrics.page(accept)
+        kind, content = self._metrics.render(accept)
         return kind, gzip.compress(content, GZIP_LEVEL) if zipped else content
 
 

@@ -17,11 +17,11 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, quoted
 from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelState, VersionShare, WorkerIdentity
-from cluster.gateway.auth.authenticator import ANYBODY
+from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link.v1 import link_pb2 as pb
-from cluster.policy.routing.version_split import Versions, choose
+from cluster.policy.routing.version_split import Versions, choose_version
 from cluster.policy.tenants.identity import Principal
 from cluster.process import memory
 from cluster.process.private_files import make_missing_folders
@@ -69,14 +69,14 @@ class KnownModel:
     @property
     def served(self) -> bool:
         """Whether a worker takes the model's new calls."""
-        return any(map(self.takes, self.links.values()))
+        return any(map(self.takes_calls, self.links.values()))
 
     @property
     def leaving(self) -> bool:
         """Whether the model is being removed from the catalog: accepted calls are served, new ones are refused."""
         return self.in_catalog and self.entry.state is ModelState.DRAINING
 
-    def start(self, wall_s: float) -> tuple[float, float]:
+    def start_progress(self, wall_s: float) -> tuple[float, float]:
         """Progress of the model's start in [0, 1] and the remaining seconds, estimated from earlier starts.
 
         (0, 0) if unknown. Meaningful only while no worker serves the model. `wall_s`: seconds since the epoch."""
@@ -97,9 +97,9 @@ class KnownModel:
             return ModelState.LOADING
         return self.entry.state
 
-    def takes(self, link: WorkerLink) -> bool:
+    def takes_calls(self, link: WorkerLink) -> bool:
         """Whether a worker gets new calls: it serves, and is neither retired nor of a quarantined version."""
-        return link.serves and not self.retired(link)
+        return link.takes_new_requests and not self.retired(link)
 
     def retired(self, link: WorkerLink) -> bool:
         """Whether no new calls may go to a worker, though its running calls may continue."""
@@ -111,25 +111,27 @@ class KnownModel:
         self.entry, self.in_catalog = entry, True
         _remember(self._replaced, *entry.retired)
         for link in self.links.values():
-            if link.serves and link.identity.generation not in entry.retired:  # the replacement was rolled back
+            if (
+                link.takes_new_requests and link.identity.generation not in entry.retired
+            ):  # the replacement was rolled back
                 self._replaced.pop(link.identity.generation, None)
 
     def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link that is up."""
         self.links[link.identity.worker_id] = link
-        self._departed.pop(link.likeness, None)
+        self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink) -> None:
         """Remove a worker's link that has ended."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
-            _remember(self._departed, link.likeness)
+            _remember(self._departed, link.compatibility_key)
 
-    def comes_no_more(self, likeness: CompatibilityKey | None) -> bool:
+    def is_replaced(self, likeness: CompatibilityKey | None) -> bool:
         """Whether no compatible worker is linked or expected, because incompatible replacements serve the model."""
-        if likeness is None or not self.served or not any(key.can_continue(likeness) for key in self._departed):
+        if likeness is None or not self.served or not any(key.can_resume(likeness) for key in self._departed):
             return False
-        return not any(link.likeness.can_continue(likeness) for link in self.links.values())
+        return not any(link.compatibility_key.can_resume(likeness) for link in self.links.values())
 
     def quarantined(self, link: WorkerLink) -> bool:
         """Whether a worker's version is quarantined, so that its running calls move to other workers if they can."""
@@ -140,7 +142,7 @@ class KnownModel:
         """The catalog's share of a version, None if the catalog does not have it."""
         return next((share for share in self.entry.versions if share.version == version), None)
 
-    def choose(self, call_id: str, bundle_digest: str = "") -> Versions:
+    def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
         """Choose the version for a call, and the versions with the same tokenizer that may replace it when it is full.
 
         `bundle_digest`: the tokenizer with which a resumed call began. Raises CallError."""
@@ -149,12 +151,12 @@ class KnownModel:
             return Versions()
         if not shares:
             raise CallError(Outcome.NO_WORKER, f"model {self.name}: every version of it is quarantined")
-        ready = {link.identity.version for link in self.links.values() if self.takes(link)}
+        ready = {link.identity.version for link in self.links.values() if self.takes_calls(link)}
         usable = [share for share in shares if share.version in ready] or shares
         if bundle_digest:
             usable = [share for share in usable if self.bundle_digest_of(share.version) == bundle_digest] or usable
         weights = [(share.version, share.weight) for share in usable]
-        first = choose(call_id, weights) or usable[0].version
+        first = choose_version(call_id, weights) or usable[0].version
         digest = self.bundle_digest_of(first)
         others = [
             share.version
@@ -168,7 +170,7 @@ class KnownModel:
         other = None
         for link in self.links.values():
             if version in ("", link.identity.version):
-                if self.takes(link):
+                if self.takes_calls(link):
                     return link
                 other = other or link
         return other
@@ -233,7 +235,7 @@ class ModelDirectory:
 
     # ---- updates
 
-    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """Replace the previous catalog. Models of linked workers stay."""
         self._any_known = self._has_catalog = True
         known = {entry.name: entry for entry in entries}
@@ -249,7 +251,7 @@ class ModelDirectory:
         self._rebuild_names()
         self._save(entries)
 
-    def joined(self, link: WorkerLink) -> None:
+    def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link, and its model if it is new."""
         self._any_known = True
         name = link.identity.model
@@ -259,7 +261,7 @@ class ModelDirectory:
         self._rebuild_names()
         self._prefetch(model)
 
-    def left(self, link: WorkerLink) -> None:
+    def remove_link(self, link: WorkerLink) -> None:
         """Remove a worker's link that has ended."""
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
@@ -278,7 +280,7 @@ class ModelDirectory:
         self._names = names | {name: name for name in self._models}
         self._visible = {}
 
-    def refuses(self, identity: WorkerIdentity) -> str:
+    def refusal_of(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model: the catalog pins other weights. "" if it may."""
         known = self._models.get(identity.model)
         if known is None or not known.in_catalog:
@@ -309,7 +311,7 @@ class ModelDirectory:
         """The model with a name or an alias of the catalog; None without one."""
         return self._models.get(self._names.get(name, ""))
 
-    def resolve(self, name: str, principal: Principal = ANYBODY, *, began: bool = False) -> KnownModel:
+    def resolve(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> KnownModel:
         """The model with a name or alias; the tenant's aliases take precedence over the catalog's.
 
         Raises CallError, the same for a model that the caller may not use as for one that does not exist. A model that
@@ -347,7 +349,7 @@ class ModelDirectory:
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
-    def stand_in(self, model: KnownModel, principal: Principal) -> KnownModel | None:
+    def fallback_of(self, model: KnownModel, principal: Principal) -> KnownModel | None:
         """The first of a model's fallbacks that has a worker and that the caller may use; None without one."""
         for name in model.entry.fallback:
             other = self.find(name)
@@ -355,7 +357,7 @@ class ModelDirectory:
                 return other
         return None
 
-    async def text(self, model: KnownModel, version: str = "") -> TextModel:
+    async def text_model(self, model: KnownModel, version: str = "") -> TextModel:
         """The tokenizer and chat template of a version. Raises CallError while it is not available."""
         digest = model.bundle_digest_of(version)
         if not digest:
@@ -415,5 +417,5 @@ class ModelDirectory:
 
 async def _text_model(bundle: Bundle) -> TextModel:
     text = await asyncio.to_thread(TextModel.from_bundle, bundle)
-    memory.settle()
+    memory.freeze_objects()
     return text

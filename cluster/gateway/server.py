@@ -129,7 +129,7 @@ class Gateway:
         authenticator = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
         self._limits = self._shared_limits or LocalLimits(Limiter())
-        self.allowances = QuotaReservations(
+        self.reservations = QuotaReservations(
             self._limits,
             charges.learnt,
             self.metrics,
@@ -141,7 +141,7 @@ class Gateway:
         self.service = CallService(
             self.directory,
             self.scheduler,
-            self.allowances,
+            self.reservations,
             self.metrics,
             door=authenticator,
             guards=self.guards,
@@ -185,7 +185,7 @@ class Gateway:
         tenants, shared = self.tenants, self._shared_limits
         claims: FirstClaims
         if tenants is not None:
-            claims = LedgerFirstClaims(tenants.ledger.resumed.take)
+            claims = LedgerFirstClaims(tenants.ledger.resumed_segments.claim)
         else:
             claims = FileFirstClaims(cache_dir() / "resumed.db")
         if shared is not None:
@@ -226,7 +226,7 @@ class Gateway:
             )
         if self.tenants is not None:
             await self.tenants.start()
-            self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
+            self.keep_accounts(self.tenants.secrets, self.tenants.ledger.usage.insert)
             self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
@@ -236,22 +236,22 @@ class Gateway:
         if not self._process:
             await self._bind("admin", listen.admin, self._serve_admin)
         await self._bind("metrics", listen.metrics, self._serve_metrics)
-        self.metrics.on_scrape(self._gauges)
+        self.metrics.add_gauges(self._gauges)
         self._tasks = [
             asyncio.create_task(self.hub.watch()),
-            asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
-            asyncio.create_task(self.allowances.watch()),
+            asyncio.create_task(self.service.send_keepalives(gateway.keepalive_s)),
+            asyncio.create_task(self.reservations.watch()),
             asyncio.create_task(self.scheduler.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._end_slow_bodies()),
             asyncio.create_task(import_later(lambda: not self.service.busy)),
-            asyncio.create_task(memory.give_back_now_and_then(lambda: not self.service.busy)),
+            asyncio.create_task(memory.keep_returning_free_pages(lambda: not self.service.busy)),
         ]
         if lists := self._revoked_files():
             self._tasks.append(asyncio.create_task(cut_revoked(lists, self._tls_ports)))
         if self.tenants is not None:
             budgets = self.tenants.budgets(self._limits.spent)
-            self.metrics.on_scrape(budgets.gauges)
+            self.metrics.add_gauges(budgets.gauges)
             self._tasks.append(asyncio.create_task(budgets.run()))
         await self._bind("grpc", listen.grpc, self._serve_clients)
         await self._bind("http", listen.http, self._serve_http)
@@ -259,7 +259,7 @@ class Gateway:
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
 
-    def account(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
+    def keep_accounts(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         """Start keeping accounts of usage. Call before any worker or caller connects."""
         from cluster.gateway.usage.accounting import Accounting
         from cluster.ledger.usage.sealed_records import Sealer
@@ -391,7 +391,7 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.allowances.close()
+        await self.reservations.close()
         if self.guards is not None:
             await self.guards.close()
         if self._shared_limits is not None:
@@ -411,7 +411,7 @@ class Gateway:
     async def _hand_over(self, drain_s: float) -> None:
         if self.hub.gateways > self.config.gateway.processes:  # only if there are other gateways
             await asyncio.sleep(drain_s * (1 - HAND_OVER))
-            await self.service.hand_on(self.service.clock() + drain_s * HAND_OVER)
+            await self.service.hand_over(self.service.clock() + drain_s * HAND_OVER)
 
     # ---- health and metrics
 
@@ -437,7 +437,7 @@ class Gateway:
     async def _measure_lag(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            due = loop.time() + ticks.rest_s(loop.time(), LAG_S)
+            due = loop.time() + ticks.seconds_to_tick(loop.time(), LAG_S)
             await asyncio.sleep(due - loop.time())
             self._lag.observe(max(loop.time() - due, 0.0))
 
@@ -464,7 +464,7 @@ class Gateway:
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
         yield "config_valid", (), float(self.config_state.valid)
         yield "limits_degraded", (), float(self._limits.degraded)
-        for tenant, limit, ratio in self.allowances.utilization():
+        for tenant, limit, ratio in self.reservations.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio
         spreads = self.scheduler.charges.spreads
         running = self.service.statistics()
@@ -512,7 +512,7 @@ def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | Non
         return None
     from cluster.gateway.guards.guards import Guards
 
-    guards = Guards(metrics, tenants.decided)
+    guards = Guards(metrics, tenants.record_guard_decision)
     guards.check(config.policies())
     return guards
 
@@ -556,7 +556,7 @@ async def run_gateway(
     """Serve until `stop` is set, then drain. `ready` is called with the bound endpoints by listener name.
 
     `config_state`: the state of the file that `config` was read from."""
-    interpreter.hand_over_soon()
+    interpreter.shorten_switch_interval()
     gateway = Gateway(config, folder, process=process, probes=probes)
     gateway.config_state = config_state or gateway.config_state
     watching = asyncio.create_task(gateway.config_state.watch())

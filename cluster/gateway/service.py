@@ -120,8 +120,8 @@ class CallService:
         self.max_silent_losses = max_silent_losses
         self._guards = guards
         self._allowances = allowances
-        self.door: Authenticator = door if door is not None else NoAuthentication()
-        self.door.on_change.add(self._end_fallen)
+        self.authenticator: Authenticator = door if door is not None else NoAuthentication()
+        self.authenticator.on_change.add(self._end_fallen)
         self.directory = directory
         self.bodies = Bodies()
         self.scheduler = scheduler
@@ -153,7 +153,7 @@ class CallService:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
         return self.resumes
 
-    async def hand_on(self, by: float) -> None:
+    async def hand_over(self, by: float) -> None:
         """Streams that can be resumed leave one after the other until `by`, those with the most left to make first:
         each finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
         streams = [
@@ -191,7 +191,7 @@ class CallService:
         position = self.scheduler.queues.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
-            fraction, eta_s = model.start(self.wall_s())
+            fraction, eta_s = model.start_progress(self.wall_s())
             return Progress(model.state.lower(), position, fraction, eta_s)
         if self.scheduler.queues.is_resuming(call):
             return Progress("resuming", position)
@@ -199,7 +199,7 @@ class CallService:
 
     async def count(self, meta: CallMeta) -> CallMeta:
         """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
-        await self._allowances.count(meta.principal.tenant)
+        await self._allowances.count_request(meta.principal.tenant)
         return CallMeta(meta.request_id, meta.face, meta.deadline, meta.traceparent, meta.principal, counted=True)
 
     def longest_context(self, principal: Principal) -> int:
@@ -210,7 +210,7 @@ class CallService:
     async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
         """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
-        text = await self.directory.text(model)
+        text = await self.directory.text_model(model)
         ids = await encode(prompt, text, meta.tenant, model.max_model_len)
         await self._allowances.charge(meta.principal.tenant, len(ids))
         return ids, model.max_model_len
@@ -218,7 +218,7 @@ class CallService:
     async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
         """The text of token ids, likewise. Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
-        text = await self.directory.text(model)
+        text = await self.directory.text_model(model)
         if model.max_model_len and len(token_ids) > model.max_model_len:
             raise invalid("token_ids", f"at most {model.max_model_len}, the model's context; got {len(token_ids)}")
         ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
@@ -267,7 +267,7 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         self._choose_model(opening)
         await self._encode(opening, cleanup)
-        if (suspended := self.door.standing(opening.meta.tenant)) is not None:  # since the call has come
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call has come
             raise suspended
         call = self._call(opening)
         self._hold_open(call, opening, cleanup)
@@ -305,15 +305,15 @@ class CallService:
         name = opening.request.model if chain is None else chain.whole.model
         asked = model = self.directory.resolve(name, principal, began=chain is not None)
         if model.entry.fallback and not model.served and chain is None:
-            model = self.directory.stand_in(model, principal) or model
+            model = self.directory.fallback_of(model, principal) or model
         opening.asked, opening.model, opening.model_name = asked, model, model.name
         request_id = opening.meta.request_id if chain is None else chain.whole.request_id
-        opening.versions = model.choose(request_id, "" if chain is None else chain.bundle_digest)
+        opening.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
 
     async def _encode(self, opening: Opening, cleanup: Cleanup) -> None:
         """The prompt's token ids, after the tenant's guards have seen it."""
         policy, model, request = opening.meta.principal.tenant, opening.model, opening.request
-        opening.text = text = await self.directory.text(model, opening.versions.first)
+        opening.text = text = await self.directory.text_model(model, opening.versions.first)
         max_model_len = model.max_model_len
         if policy.max_context_tokens:
             max_model_len = min(max_model_len, policy.max_context_tokens)
@@ -382,7 +382,7 @@ class CallService:
             labels={**wish.metadata, **policy.labels},
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
         )
-        salt = self.door.salt(meta.principal, wish.cache_salt)
+        salt = self.authenticator.cache_salt(meta.principal, wish.cache_salt)
         for index in range(options.n):
             seed = None if sampling.seed is None else sampling.seed + index
             request = EngineRequest(
@@ -396,7 +396,7 @@ class CallService:
             if not index:
                 check_size(request)
             plain = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
-            told = options.logprobs if options.logprobs_told is None else options.logprobs_told
+            told = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
             numbers = None if told is None else LogprobTexts(text, told)
             detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
             life = Life(self.max_attempts, self.max_silent_losses)
@@ -412,7 +412,7 @@ class CallService:
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
         """Those of a tenant that has some."""
         assert self._guards is not None, "policies with guards come from a door that has them"
-        return self._guards.of(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
+        return self._guards.for_call(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
 
     def _count_end(self, opening: Opening, outcome: Outcome) -> None:
         """The metrics of a call that has ended, or could not begin."""
@@ -439,7 +439,7 @@ class CallService:
         """Whether the call was served as its model's objectives ask; one that its caller ended or spoilt tells nothing,
         unless its first token was late by then."""
         known = self.directory.find(call.model)
-        if known is None or call.continues:
+        if known is None or call.is_resumed:
             return
         entry, served = known.entry, outcome is Outcome.OK
         ttft_s = call.usage.ttft_s if call.first_token_at is not None else None
@@ -447,11 +447,13 @@ class CallService:
         if not served and not late and outcome not in SHORT_OF_ROOM:
             return
         within = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
-        self.scheduler.queues.tally.judged(call.model, call.policy.priority_class, call.rank, within)
+        self.scheduler.queues.tally.count_slo(call.model, call.policy.priority_class, call.rank, within)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""
-        fallen = {tenant: self.door.standing(tenant) for tenant in {call.tenant for call in self._open.values()}}
+        fallen = {
+            tenant: self.authenticator.tenant_error(tenant) for tenant in {call.tenant for call in self._open.values()}
+        }
         for call in list(self._open.values()):
             error = fallen[call.tenant]
             if error is not None:
@@ -471,11 +473,11 @@ class CallService:
         model = self.directory.find(call.model)
         return model is not None and not model.served
 
-    async def nudge(self, keepalive_s: float) -> None:
+    async def send_keepalives(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
         have been silent for keepalive_s, or for HELD_S where nobody serves their model."""
         while True:
-            await ticks.rest(min(keepalive_s / 4, 0.25))
+            await ticks.sleep_to_tick(min(keepalive_s / 4, 0.25))
             try:
                 self.scheduler.expire()
             except Exception:  # the next look, and all other calls, are to have their turn

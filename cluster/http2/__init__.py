@@ -7,10 +7,10 @@ grpc's own: generated servicers and InferenceApi run on either server.
 
 from hyperframe.frame import Frame
 
-from cluster.http2.connection_table import ConnectionStage, ConnectionTable, Held, Port
+from cluster.http2.connection_table import ConnectionSlot, ConnectionStage, ConnectionTable, Port
 from cluster.http2.limited_log import LimitedLog
 from cluster.http2.limits import ServerLimits
-from cluster.http2.listener import ConnectionAdmission, Listener, listening
+from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
 from cluster.http2.server import Server
 
 # h2 builds a repr of every received frame, its whole body included, for a disabled debug log.
@@ -18,13 +18,13 @@ Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 __all__ = [
     "ConnectionAdmission",
+    "ConnectionSlot",
     "ConnectionStage",
     "ConnectionTable",
-    "Held",
     "LimitedLog",
     "Listener",
     "Port",
     "Server",
     "ServerLimits",
-    "listening",
+    "listening_socket",
 ]

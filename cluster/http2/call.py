@@ -59,7 +59,7 @@ class CallConnection(BodyConnection, Protocol):
     def mark_answering(self, path: str) -> None:
         """Mark the client as authenticated when a handler begins to answer; health and reflection do not count."""
 
-    def prove(self) -> None:
+    def mark_authenticated(self) -> None:
         """Mark the client as authenticated."""
 
     def done(self, call: ServerCall) -> None:
@@ -73,7 +73,8 @@ class ServerCall:
     """A gRPC call on the server. Handlers may use the methods that have a counterpart in grpc.aio.ServicerContext.
 
     `send` accepts a serialized message at once, whatever the client's window allows. While `full` is true the client
-    must read before more is sent; `drained` waits for that. So a call buffers what a writer sends between two checks.
+    must read before more is sent; `wait_until_writable` waits for that. So a call buffers what a writer sends between
+    two checks.
     """
 
     __slots__ = (
@@ -287,7 +288,7 @@ class ServerCall:
         """Send a message and wait until the client has room for more."""
         self.send(message if self.serializer is None else self.serializer(message))
         if self.full:
-            await self.drained()
+            await self.wait_until_writable()
 
     async def abort(
         self,
@@ -337,7 +338,7 @@ class ServerCall:
         self._pending += message
         self.push()
 
-    async def drained(self) -> None:
+    async def wait_until_writable(self) -> None:
         """Wait until the call is no longer full, or is closed."""
         while self.full and not self.closed:
             waiter = self.connection.loop.create_future()

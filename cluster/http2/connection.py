@@ -30,7 +30,7 @@ from cluster.http2.reset_streams import EndedStreams
 from cluster.http2.timeouts import ConnectionTimers
 
 if TYPE_CHECKING:
-    from cluster.http2.connection_table import Held
+    from cluster.http2.connection_table import ConnectionSlot
 
 log = structlog.get_logger("rpc")
 
@@ -119,7 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         "transport",
     )  # instances with more than 30 attributes would use a dictionary, with slower access
 
-    def __init__(self, server: ConnectionServer, limits: ServerLimits, age_s: float, held: Held) -> None:
+    def __init__(self, server: ConnectionServer, limits: ServerLimits, age_s: float, held: ConnectionSlot) -> None:
         """`age_s`: this connection's own age limit, 0 for none. `held`: its slot in the port's connection table."""
         self._held = held
         self.loop = asyncio.get_running_loop()
@@ -502,18 +502,18 @@ class Connection(asyncio.BufferedProtocol):
     def mark_answering(self, path: str) -> None:
         """Mark the client as authenticated when a handler begins to answer; health and reflection do not count."""
         if not path.startswith(_ANONYMOUS_PATHS):
-            self._held.prove()
+            self._held.mark_authenticated()
 
-    def prove(self) -> None:
+    def mark_authenticated(self) -> None:
         """Mark the client as authenticated."""
-        self._held.prove()
+        self._held.mark_authenticated()
 
-    def shed(self) -> None:
+    def evict(self) -> None:
         """Close the connection because another takes its slot."""
-        if self._held.proven:
+        if self._held.authenticated:
             self.refuse_new_calls()
             self.close()
-        if not self._held.proven or self.transport.get_write_buffer_size():
+        if not self._held.authenticated or self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def done(self, call: ServerCall) -> None:

@@ -3,11 +3,12 @@
 Problem: each connection takes a file descriptor. When none is left, no probe, worker, operator or tenant can connect.
 Clients may be few and idle, many, or all behind one address.
 Method: ports get fixed shares of the descriptors, so that one port's clients never take another's. A connection is
-unauthenticated until its client presents an accepted credential (`prove`). A new connection at a full port replaces an
-unauthenticated one of the address that has the most of them: among its oldest, the one at the earliest stage. So a
-client is not closed between connecting and its credential while other connections are silent. When few unauthenticated
-connections are left, the new one replaces an authenticated idle one. An authenticated connection with a call in
-progress is never replaced. One address may use only a part of a port; beyond it, it replaces its own connections.
+unauthenticated until its client presents an accepted credential (`mark_authenticated`). A new connection at a full port
+replaces an unauthenticated one of the address that has the most of them: among its oldest, the one at the earliest
+stage. So a client is not closed between connecting and its credential while other connections are silent. When few
+unauthenticated connections are left, the new one replaces an authenticated idle one. An authenticated connection with a
+call in progress is never replaced. One address may use only a part of a port; beyond it, it replaces its own
+connections.
 Invariants: a port never exceeds its cap, nor an address its part. Every operation takes constant time: idle
 connections are found by the clock algorithm, with a bounded number of checks.
 """
@@ -78,14 +79,14 @@ class Managed(Protocol):
     def requests(self) -> int:
         """A count that grows with every request that begins."""
 
-    def shed(self) -> None:
+    def evict(self) -> None:
         """Close the connection because another takes its slot."""
 
 
-class Held:
+class ConnectionSlot:
     """The slot of one connection. Its owner sets `connection` when there is one, and calls `release` when it ends."""
 
-    __slots__ = ("_pool", "_seen", "connection", "peer", "proven", "released", "since", "since_pass")
+    __slots__ = ("_pool", "_seen", "authenticated", "connection", "peer", "released", "since", "since_pass")
 
     def __init__(self, pool: Pool, peer: str, now: float) -> None:
         self.since = now
@@ -93,15 +94,15 @@ class Held:
         self._pool = pool
         self._seen = 0
         self.peer = peer
-        self.proven = False
+        self.authenticated = False
         self.released = False
         """Whether the slot is lost: a connection that is still being set up must end."""
         self.connection: Managed | None = None
 
-    def prove(self) -> None:
+    def mark_authenticated(self) -> None:
         """Mark the client as authenticated. Idempotent."""
-        if not self.proven:
-            self._pool.prove(self)
+        if not self.authenticated:
+            self._pool.mark_authenticated(self)
 
     def release(self) -> None:
         """Free the slot. Idempotent."""
@@ -126,8 +127,8 @@ class Held:
 class _Peer:
     """The connections of one address, oldest first."""
 
-    unauthenticated: dict[Held, None]
-    proven: dict[Held, None]
+    unauthenticated: dict[ConnectionSlot, None]
+    proven: dict[ConnectionSlot, None]
 
     def __len__(self) -> int:
         return len(self.unauthenticated) + len(self.proven)
@@ -142,7 +143,7 @@ class Pool:
         """Accept passes, counted by the listeners."""
         self.peer_cap = max(cap * ADDRESS_PART[0] // ADDRESS_PART[1], min(cap, MIN_CONNECTIONS))
         self._peers: dict[str, _Peer] = {}
-        self._authenticated: dict[Held, None] = {}
+        self._authenticated: dict[ConnectionSlot, None] = {}
         self._unauthenticated = 0
         self._per_s = cap / MEAN_LIFETIME_S
         self._tokens = self._burst = max(cap / BURST_PART, 1.0)
@@ -165,7 +166,7 @@ class Pool:
         self._tokens_at = now
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
-    def admit(self, address: str, now: float) -> tuple[Held | None, Held | None]:
+    def admit(self, address: str, now: float) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
         """Return a new connection's slot (None: refuse it), and the slot, already released, of one to close for it."""
         key = peer_of(address)
         peer = self._peers.get(key)
@@ -181,22 +182,22 @@ class Pool:
         if victim is not None:
             self._tokens -= 1
             self.release(victim)
-        held = Held(self, key, now)
+        held = ConnectionSlot(self, key, now)
         self._add_unauthenticated(held)
         return held, victim
 
-    def prove(self, held: Held) -> None:
+    def mark_authenticated(self, held: ConnectionSlot) -> None:
         """Mark a connection's client as authenticated."""
         peer = self._peers.get(held.peer)
         if peer is None or held not in peer.unauthenticated:
             return
-        held.proven = True
+        held.authenticated = True
         self._count_unauthenticated(held.peer, len(peer.unauthenticated), -1)
         del peer.unauthenticated[held]
         peer.proven[held] = None
         self._authenticated[held] = None
 
-    def release(self, held: Held) -> None:
+    def release(self, held: ConnectionSlot) -> None:
         """Free a connection's slot."""
         held.released = True
         peer = self._peers.get(held.peer)
@@ -211,7 +212,7 @@ class Pool:
         if not len(peer):
             del self._peers[held.peer]
 
-    def _victim(self, now: float) -> Held | None:
+    def _victim(self, now: float) -> ConnectionSlot | None:
         if (
             self._unauthenticated <= self.cap // UNAUTHENTICATED_PART
             and (idle := self._idle(self._authenticated)) is not None
@@ -222,7 +223,7 @@ class Pool:
         crowded = next(iter(self._addresses_by_count[self._largest]))
         return _earliest_stage(self._peers[crowded].unauthenticated, now)
 
-    def _idle(self, candidates: dict[Held, None]) -> Held | None:
+    def _idle(self, candidates: dict[ConnectionSlot, None]) -> ConnectionSlot | None:
         """An idle connection: no call in progress or begun since the last check. Checked ones move to the end."""
         for _ in range(min(MAX_CHECKS, len(candidates))):
             held = next(iter(candidates))
@@ -232,7 +233,7 @@ class Pool:
             candidates[held] = None
         return None
 
-    def _add_unauthenticated(self, held: Held) -> None:
+    def _add_unauthenticated(self, held: ConnectionSlot) -> None:
         peer = self._peers.setdefault(held.peer, _Peer({}, {}))
         self._count_unauthenticated(held.peer, len(peer.unauthenticated), 1)
         peer.unauthenticated[held] = None
@@ -253,7 +254,7 @@ class Pool:
                     self._largest = after
 
 
-def _earliest_stage(unauthenticated: dict[Held, None], now: float) -> Held | None:
+def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
     """Among the oldest connections, the first one at the earliest stage."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 

@@ -34,7 +34,7 @@ class Bucket:
         self._rate, self._burst = rate_per_s, burst
         self._level, self._at = burst, now
 
-    def take(self, amount: float, now: float) -> float:
+    def charge(self, amount: float, now: float) -> float:
         """Take an amount, even more than the bucket holds. Returns the new level, negative if too much was taken."""
         self._level = min(self._level + (now - self._at) * self._rate, self._burst) - amount
         self._at = now
@@ -76,15 +76,15 @@ class Charges:
 
     def charge_empty(self, now: float) -> bool:
         """Charge an empty frame; False if the client exceeds its limit."""
-        return self.justify_frame() or self._frames.take(LIGHT, now) >= 0
+        return self.justify_frame() or self._frames.charge(LIGHT, now) >= 0
 
     def charge(self, units: float, now: float) -> bool:
         """Charge a reset, a refused call or new settings; False if the client exceeds its limit."""
-        return self._frames.take(units, now) >= 0
+        return self._frames.charge(units, now) >= 0
 
     def charge_fields(self, size: int, now: float) -> None:
         """Charge the header fields of a call."""
-        self.delayed = self._fields.take(size, now) < 0
+        self.delayed = self._fields.charge(size, now) < 0
 
     def delay_s(self) -> float:
         """Seconds that the next frames must wait if `delayed`."""

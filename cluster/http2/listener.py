@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
-from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionStage, Held, Pool
+from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionSlot, ConnectionStage, Pool
 from cluster.http2.limited_log import LimitedLog
 
 ACCEPTS_A_PASS: Final = 8
@@ -45,12 +45,12 @@ class _SecureTransport(Protocol):
         """Pause reading while more than `high` bytes wait to be decrypted."""
 
 
-Factory = Callable[[Held], asyncio.BaseProtocol]
+Factory = Callable[[ConnectionSlot], asyncio.BaseProtocol]
 BACKLOG: Final = 2048
 """Connections that may wait to be accepted."""
 
 
-def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
+def listening_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """Create a listening socket. `shared`: other processes may bind the port too. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
@@ -138,7 +138,7 @@ class Listener:
         if victim is not None:
             self._notices.count("closed_for_others")
             if victim.connection is not None:
-                victim.connection.shed()
+                victim.connection.evict()
         if held is None:
             self._notices.count("port_full")
             with suppress(OSError):
@@ -153,7 +153,7 @@ class Listener:
         self._pending_tasks.add(task)
         task.add_done_callback(self._pending_tasks.discard)
 
-    async def _begin(self, connected: socket.socket, held: Held) -> None:
+    async def _begin(self, connected: socket.socket, held: ConnectionSlot) -> None:
         """Hand the connection to a protocol, after the handshake if it uses TLS."""
         secure = self._tls is not None
         try:
@@ -179,16 +179,16 @@ class _PendingConnection:
     stage = ConnectionStage.SILENT
     requests = 0
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, held: Held) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, held: ConnectionSlot) -> None:
         self.task: asyncio.Task[None] | None = None
         self._loop = loop
         self._held = held
 
-    def shed(self, passes: int = 3) -> None:
+    def evict(self, passes: int = 3) -> None:
         """Drop the connection after three event-loop passes; before that a cancelled task leaves its socket open."""
         if passes:
-            self._loop.call_soon(self.shed, passes - 1)
+            self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:
             self.task.cancel()
             if self._held.connection is not None and self._held.connection is not self:
-                self._held.connection.shed()
+                self._held.connection.evict()

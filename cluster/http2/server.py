@@ -17,9 +17,9 @@ import structlog
 
 from cluster.http2.call import ServerCall
 from cluster.http2.connection import Connection
-from cluster.http2.connection_table import Held
+from cluster.http2.connection_table import ConnectionSlot
 from cluster.http2.limits import ServerLimits
-from cluster.http2.listener import ConnectionAdmission, Listener, listening
+from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
 from cluster.http2.messages import ENCODINGS, BadMessage, Metadata
 from cluster.http2.read_slices import ReadTurns
 from cluster.http2.request_body import Budget
@@ -92,7 +92,7 @@ class Server:
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
-        return await self.serve(listening(host, port, shared=shared), tls)
+        return await self.serve(listening_socket(host, port, shared=shared), tls)
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
         """Serve on a socket from `listening`; returns its port."""
@@ -122,7 +122,7 @@ class Server:
             connection.refuse_new_calls()
             connection.close()
 
-    def _connection(self, held: Held) -> Connection:
+    def _connection(self, held: ConnectionSlot) -> Connection:
         age_s = self.limits.age_s * random.uniform(0.9, 1.1)  # noqa: S311 - spread, not secrecy
         return Connection(self, self.limits, age_s, held)
 

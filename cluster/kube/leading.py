@@ -18,7 +18,7 @@ Work = Callable[[asyncio.Event], Awaitable[None]]
 """Work under the Lease: runs until the event is set, and ends soon after that."""
 
 
-class StoodStill(Exception):
+class WorkNotStopped(Exception):
     """The work did not stop before the Lease's term ended: the whole process must exit."""
 
 
@@ -49,7 +49,7 @@ class Leader:
     async def run(self, work: Work, stop: asyncio.Event) -> None:
         """Wait for the Lease and run `work` while it is held, repeatedly until `stop`; then give the Lease up.
 
-        Raises the exceptions of `work`, and StoodStill.
+        Raises the exceptions of `work`, and WorkNotStopped.
         """
         while not stop.is_set():
             await self._check_record()
@@ -71,7 +71,7 @@ class Leader:
             await asyncio.wait({running, keeping}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({running}, timeout=self._terms.lease_s - self._terms.yield_s)
             if not running.done():
-                raise StoodStill("the Lease is lost, but the work has not stopped: this process must exit")
+                raise WorkNotStopped("the Lease is lost, but the work has not stopped: this process must exit")
             running.result()
         finally:
             for part in (running, stopping, keeping):

@@ -12,7 +12,7 @@ from cluster.process.private_files import make_missing_folders
 MIN_SECRET_CHARACTERS = 32
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file atomically, with permissions for its owner only. Raises OSError."""
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

@@ -42,7 +42,7 @@ class Ledger:
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
         self.notices = BudgetNotices(self._engine)
-        self.resumed = ResumedSegments(self._engine)
+        self.resumed_segments = ResumedSegments(self._engine)
         self.snapshots = Snapshots(self._engine, clock)
         self._clock = clock
         self._log = AuditLog(audit_file) if audit_file else None

@@ -25,7 +25,7 @@ def configure(level: str = "info", **fields: str) -> None:
     structlog.contextvars.bind_contextvars(**fields)
 
 
-def keep_open(logger: logging.Logger) -> None:
+def keep_handlers_open(logger: logging.Logger) -> None:
     """Keep this logger's handlers open until the process ends.
 
     vLLM sets up its logging by dictConfig, which closes the handlers of all loggers. Ray Serve's logger then has no

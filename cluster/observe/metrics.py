@@ -178,7 +178,7 @@ class Metrics(Collector):
             series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
-    def on_scrape(self, gauges: Callable[[], Iterable[Sample]]) -> None:
+    def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
         """Register a function that returns gauges. The scraping thread calls it, so it must only read."""
         self._gauges.append(gauges)
 
@@ -206,7 +206,7 @@ class Metrics(Collector):
                     gauge.add_metric((self._cluster, *values), value)
                 yield gauge
 
-    def page(self, accept: str = "") -> tuple[str, bytes]:
+    def render(self, accept: str = "") -> tuple[str, bytes]:
         """Content type and body of /metrics in the format that the scraper accepts. Thread-safe."""
         encode, kind = choose_encoder(accept)
         return kind, encode(self.registry)

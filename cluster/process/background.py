@@ -14,7 +14,7 @@ SESSION_NICENESS: Final = 10
 privileges the kernel accepts ten of these settings a second for the whole machine, and drops others."""
 
 
-def put_behind(pid: int) -> None:
+def lower_priority(pid: int) -> None:
     """Give a child, which must lead its own session, less CPU than an event loop that wants the same core.
 
     The parent calls this soon after the start: a starting Python is busy for longer than an event loop may wait."""
@@ -24,11 +24,11 @@ def put_behind(pid: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(SESSION_NICENESS))
 
 
-def put_last(pid: int) -> None:
+def run_when_idle(pid: int) -> None:
     """Let a child run only when nothing else wants the core (SCHED_IDLE), for work that can wait or be done elsewhere.
 
     The kernel treats a core that runs only such processes as idle for a process that wakes up. A core with a process
     that is merely nice does not count as idle: an event loop then waits 20 ms on another core."""
-    put_behind(pid)
+    lower_priority(pid)
     with suppress(OSError, AttributeError):  # the child has ended, a sandbox forbids it, or this is not Linux
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

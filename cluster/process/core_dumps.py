@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 
 
-def leave_no_core_dumps() -> None:
+def disable_core_dumps() -> None:
     """Disable core dumps for this process and its children. The hard limit stays, so that an operator can raise the
     soft limit with `prlimit --core`."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)

@@ -8,7 +8,7 @@ from typing import Final
 SWITCH_S: Final = 0.0005
 
 
-def hand_over_soon() -> None:
+def shorten_switch_interval() -> None:
     """Shorten the interpreter's switch interval, for a process with an event loop and busy threads.
 
     The loop releases the lock with every send, and waits up to the interval to get it back. With CPython's 5 ms, a

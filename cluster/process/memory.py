@@ -24,7 +24,7 @@ YOUNG_THRESHOLD = 10_000
 INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
-def settle() -> None:
+def freeze_objects() -> None:
     """Exclude all current objects from later collections. Call this after a start or a load."""
     gc.freeze()
     gc.set_threshold(YOUNG_THRESHOLD, 50, 10)
@@ -44,7 +44,7 @@ def return_free_pages() -> bool:
     return True
 
 
-async def give_back_now_and_then(
+async def keep_returning_free_pages(
     idle: Callable[[], bool],
     every_s: float = INTERVAL_S,
     check_s: float = CHECK_S,

@@ -14,7 +14,7 @@ _NEAR = 1e-3
 """Tolerance, as a part of a tick: a timer may fire this early, and its tick counts as reached."""
 
 
-def rest_s(now: float, period_s: float) -> float:
+def seconds_to_tick(now: float, period_s: float) -> float:
     """Seconds until the tick that ends a sleep of `period_s`, rounded to whole ticks; the first may be a tick shorter.
 
     A period shorter than a tick is returned unchanged.
@@ -25,6 +25,6 @@ def rest_s(now: float, period_s: float) -> float:
     return (math.floor(now / TICK_S + _NEAR) + ticks) * TICK_S - now
 
 
-async def rest(period_s: float) -> None:
+async def sleep_to_tick(period_s: float) -> None:
     """Sleep for about `period_s`, until a common tick."""
-    await asyncio.sleep(rest_s(asyncio.get_running_loop().time(), period_s))
+    await asyncio.sleep(seconds_to_tick(asyncio.get_running_loop().time(), period_s))

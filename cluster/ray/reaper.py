@@ -70,7 +70,9 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
     give_up_at = kill_at + 5.0
     while (pids := find(instance, folder) - exempt) and time.monotonic() < give_up_at:
         kill_now = time.monotonic() >= kill_at
-        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # before any kill: some processes end with the first
+        blocks = blocks.union(
+            *map(watchdog.mapped_shared_memory, pids)
+        )  # before any kill: some processes end with the first
         for pid in pids:
             if kill_now or pid not in seen:
                 with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -19,7 +19,7 @@ from cluster.ray import node_drain
 from cluster.ray.drain_time import usable_s
 from cluster.worker import settings as replica_settings
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import Place, Replica
+from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ReplicaSettings
 
 DEPLOYMENT = "worker"
@@ -37,12 +37,12 @@ class ServedReplica:
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         parsed = replica_settings.from_json(settings)
-        log.keep_open(logging.getLogger(_SERVE_LOGGER))
+        log.keep_handlers_open(logging.getLogger(_SERVE_LOGGER))
         if not is_simulated(parsed.spec):
             from cluster.worker.engine.processes import fork_server
             from cluster.worker.engine.vllm import repairs
 
-            fork_server.begin()  # first, so that it imports while this process does
+            fork_server.start()  # first, so that it imports while this process does
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
         self._replica = Replica(parsed, _place(), open_model)
         place = self._replica.place
@@ -71,7 +71,7 @@ class ServedReplica:
             self._watch.cancel()
 
 
-def _place() -> Place:
+def _place() -> ReplicaPlacement:
     context = ray.get_runtime_context()
     group = ray.util.get_current_placement_group()
     gpu_nodes: list[str] = []
@@ -79,7 +79,7 @@ def _place() -> Place:
         node_of = ray.util.placement_group_table(group)["bundles_to_node_id"]
         gpu_nodes = [node_of[i] for i, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
     gpus = 0 if os.environ.get(_LOGICAL_GPUS) == "1" else len(gpu_nodes)
-    return Place(
+    return ReplicaPlacement(
         serve.get_replica_context().replica_id.unique_id,
         context.get_node_id(),
         tuple(gpu_nodes),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.policy.catalog.reconcile import Observed, app_parts
-from cluster.worker.settings import refusal_in
+from cluster.worker.settings import find_refusal
 
 _MODULE_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_]\w*: )")
 SEPARATOR = ":"
@@ -41,7 +41,7 @@ def _observe(name: str, app: Mapping[str, Any]) -> Observed:
     user_config = (worker.get("deployment_config") or {}).get("user_config") or {}
     message = "\n".join(text for text in (worker.get("message"), app.get("message")) if text)
     failing = str(worker.get("status")) == "DEPLOY_FAILED" or str(app.get("status")) == "DEPLOY_FAILED"
-    refusal = refusal_in(message)
+    refusal = find_refusal(message)
     trouble = refusal or (_last_line(message) if failing or "failed to start" in message else "")
     return Observed(
         model=model,

@@ -44,7 +44,7 @@ class GatewayAddresses:
         self.addresses = self._configured
         """The addresses to dial, configured ones first."""
 
-    def welcomed(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
+    def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
         """Record the siblings that the gateway at `address` named: `host:port`, or `:port` on the dialled host."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)

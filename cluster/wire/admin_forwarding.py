@@ -20,7 +20,9 @@ from cluster.link.v1 import link_pb2 as pb
 log = structlog.get_logger("admin_relay")
 
 ANSWER_S = 30.0
-AWAY = "the controller has no link to this gateway: models keep serving; repeat the command when the link is back"
+NO_CONTROLLER_LINK = (
+    "the controller has no link to this gateway: models keep serving; repeat the command when the link is back"
+)
 
 M = TypeVar("M", bound=Message)
 Verb = Callable[[bytes, str], Awaitable[bytes]]
@@ -40,7 +42,7 @@ def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
     return answer
 
 
-class Questions:
+class AdminRequests:
     """The gateway's side of one Control stream: requests waiting for the controller's answer."""
 
     def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
@@ -71,7 +73,7 @@ class Questions:
         finally:
             self._waiting.pop(number, None)
 
-    def answered(self, reply: pb.AdminReply) -> None:
+    def handle_reply(self, reply: pb.AdminReply) -> None:
         """Handle a reply; ignored if its request no longer waits."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
@@ -81,7 +83,7 @@ class Questions:
         else:
             waiting.set_result(reply.body)
 
-    def ended(self) -> None:
+    def fail_all(self) -> None:
         """Fail all waiting requests: the stream has ended."""
         message = "the controller was lost before it answered and may have done it: look before you repeat"
         for waiting in self._waiting.values():

@@ -8,7 +8,7 @@ import grpc
 
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.bundle import Bundle
-from cluster.wire.dial import CHUNK_BYTES, LinkEnded, read, until_first
+from cluster.wire.dial import CHUNK_BYTES, LinkEnded, read, wait_first
 
 BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
 
@@ -31,7 +31,7 @@ class Prompts:
             if not whole.done():
                 whole.set_result(bytes(self._parts.pop(blob.key)))
 
-    async def take(self, key: str) -> bytes:
+    async def pop_prompt(self, key: str) -> bytes:
         """Wait for a prompt's last chunk, remove the prompt and return it."""
         try:
             return await self._future(key)
@@ -44,7 +44,7 @@ async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: as
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:
-        await until_first(parts)
+        await wait_first(parts)
     finally:
         for part in parts:
             part.cancel()

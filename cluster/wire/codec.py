@@ -129,7 +129,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
     )
 
 
-def most_submit_bytes(request: EngineRequest) -> int:
+def max_submit_bytes(request: EngineRequest) -> int:
     """An upper bound of the sum of `submit_bytes`, cheap to compute: nearly all requests are far below any limit."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
@@ -243,7 +243,7 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
         start = end
 
 
-def told_more(step: pb.StepOutputs) -> set[int] | None:
+def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
     """Slots whose output in this step is more than one plain token; None if the counts allow that for any slot."""
     if step.counts:
         return None
@@ -500,12 +500,12 @@ def _share_from_pb(m: pb.VersionShare) -> VersionShare:
     )
 
 
-def standing_to_pb(standing: DrainState) -> pb.Standing.State.ValueType:
+def drain_state_to_pb(standing: DrainState) -> pb.Standing.State.ValueType:
     """Encode a drain state."""
     return pb.Standing.State.Value(f"STATE_{standing.value}")
 
 
-def standing_from_pb(standing: pb.Standing) -> DrainState:
+def drain_state_from_pb(standing: pb.Standing) -> DrainState:
     """Decode a drain state; one that this release does not know counts as draining."""
     known = pb.Standing.State.items()
     name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")

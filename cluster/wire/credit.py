@@ -63,19 +63,19 @@ class CreditGranter:
         """Remove a link that has ended, and its promises."""
         self._accounts.pop(link, None)
 
-    def spent(self, link: int, tokens: int, kept: bool = False) -> None:
+    def record_submit(self, link: int, tokens: int, kept: bool = False) -> None:
         """Count a received Submit with `tokens` prompt tokens; `kept`: the call's KV blocks are on this worker."""
         account = self._accounts[link]
         account.kept = max(account.kept - kept, 0)
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
-    def backlog(self, link: int, waiting: int, kept: int = 0) -> None:
+    def set_backlog(self, link: int, waiting: int, kept: int = 0) -> None:
         """Set how many calls wait at a gateway for this model; this worker has the KV blocks of `kept` of them."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
 
-    def acked(self, link: int, grant_id: int) -> None:
+    def acknowledge(self, link: int, grant_id: int) -> None:
         """Note that the gateway applied that grant: older limits are no longer in force."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
@@ -85,7 +85,7 @@ class CreditGranter:
         rooms = [account.promised() for account in self._accounts.values()]
         return Capacity(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 
-    def grants(self, room: Capacity, places: int = 0) -> list[Grant]:
+    def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """The limits to send now, for links whose limit changes.
 
         `room`: free capacity, promised or not. `places`: the sequence limit if those beyond `room` are of calls whose
@@ -159,7 +159,7 @@ class CreditBalance:
             max(self._limit.sequences - self._sent.sequences, 0), max(self._limit.tokens - self._sent.tokens, 0)
         )
 
-    def granted(self, grant_id: int, sequences: int, tokens: int) -> None:
+    def apply_credit(self, grant_id: int, sequences: int, tokens: int) -> None:
         """Apply a Credit; ignored if it is older than the last."""
         if grant_id > self.grant_id:
             self.grant_id = grant_id

@@ -93,7 +93,7 @@ async def read(call: Any) -> Any:
     return None if message is grpc.aio.EOF else message
 
 
-async def until_first(parts: list[asyncio.Task[None]]) -> None:
+async def wait_first(parts: list[asyncio.Task[None]]) -> None:
     """Wait until the first of the tasks ends, and raise its exception.
 
     An exception refers to the frames it passes through. If such a frame referred to the task, that cycle would keep the
@@ -139,7 +139,7 @@ async def keep_dialing(
         pause_s = min(pause_s * 1.5, timing.redial_max_s)
 
 
-class Beater:
+class HeartbeatSender:
     """The heartbeats of one link, sent from separate threads that a blocked event loop or engine step does not delay.
 
     `beat(seq)` builds a beat from plain attributes that the engine loop sets; it must not block.

@@ -104,11 +104,11 @@ class UsageKeeper:
             self._dropped += 1
         return usage.key
 
-    def due(self, link: int) -> bool:
+    def has_due(self, link: int) -> bool:
         """Whether records wait to be sent on this link."""
         return bool(self._due.get(link))
 
-    def take(self, link: int, now: float, most: int = MAX_PER_MESSAGE) -> list[EndedUsage]:
+    def pop_due(self, link: int, now: float, most: int = MAX_PER_MESSAGE) -> list[EndedUsage]:
         """Remove and return the next records to send on this link."""
         due, out = self._due.get(link), list[EndedUsage]()
         while due and len(out) < most:
@@ -118,12 +118,12 @@ class UsageKeeper:
                 out.append(kept.usage)
         return out
 
-    def acked(self, keys: Iterable[int]) -> None:
+    def acknowledge(self, keys: Iterable[int]) -> None:
         """Drop records that are in the database; any link may report them."""
         for key in keys:
             self._kept.pop(key, None)
 
-    def hurry(self, now: float) -> list[int]:
+    def reassign_late(self, now: float) -> list[int]:
         """Reassign records that were sent long ago and not acknowledged. Returns the links that got some."""
         if len(self._due) < 2:
             return []

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
 from cluster.link.v1 import link_pb2 as pb
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.service_counters import FlowKey
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class WeightedValue(Generic[T]):
     """A value with its tenant's weight, which the receiver may not know."""
 
-    what: T
+    value: T
     weight: float
 
 
@@ -30,9 +30,9 @@ class FlowBacklog(NamedTuple):
     backlog: Backlog
 
 
-def put_turn(message: pb.Submit, turn: WeightedValue[Waiting]) -> None:
+def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
     """Add the sequence's tenant and charge to a Submit; its class rank is already the request's priority."""
-    waiting = turn.what
+    waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
 
@@ -53,7 +53,7 @@ def backlog_to_pb(
 
 def _flows(flows: Iterable[WeightedValue[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
     for weighted in flows:
-        (rank, tenant), (requests, service) = weighted.what
+        (rank, tenant), (requests, service) = weighted.value
         yield pb.FlowBacklog(
             rank=rank, tenant_handle=tenant, requests=requests, service=max(service, 0.0), weight=weighted.weight
         )
@@ -69,12 +69,12 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
     ]
 
 
-def elsewhere_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
+def peer_backlogs_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
     """Encode other gateways' backlogs, by gateway."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 
-def elsewhere_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
+def peer_backlogs_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
     """The inverse of elsewhere_to_pb."""
     return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
 
@@ -84,10 +84,10 @@ def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
     return pb.Served(
         flows=[
             pb.ServedFlow(
-                rank=weighted.what.rank,
-                tenant_handle=weighted.what.tenant,
-                total=weighted.what.total,
-                by_this_link=weighted.what.by_this_link,
+                rank=weighted.value.rank,
+                tenant_handle=weighted.value.tenant,
+                total=weighted.value.total,
+                by_this_link=weighted.value.by_this_link,
                 weight=weighted.weight,
             )
             for weighted in totals

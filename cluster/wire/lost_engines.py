@@ -88,7 +88,7 @@ def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
     ]
 
 
-def merged(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
+def merge_reports(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
     """The reports of several gateways: each engine once, with the earliest report, oldest first."""
     ends: dict[str, LostEngine] = {}
     for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):

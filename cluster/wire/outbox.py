@@ -16,7 +16,7 @@ from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
 from cluster.wire.credit import Grant
 from cluster.wire.demand_codec import work_to_pb
 from cluster.wire.ended_requests import MAX_PER_MESSAGE, EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, elsewhere_to_pb, served_to_pb
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, peer_backlogs_to_pb, served_to_pb
 
 MESSAGE_BYTES = 4 << 20
 """Size of the Submits in one message to a worker; far below what a worker accepts."""
@@ -72,7 +72,7 @@ class Outbox:
         """Set the engine's computed work; replaces an unsent one. Does not wake the writer."""
         self._work = work
 
-    def standing(self, standing: pb.Standing) -> None:
+    def drain_state(self, standing: pb.Standing) -> None:
         """Set the drain state; replaces an unsent one."""
         self._standing = standing
         self.flush()
@@ -82,10 +82,10 @@ class Outbox:
         if self._served is None:
             self._served = {}
         for total in totals:
-            self._served[FlowKey(total.what.rank, total.what.tenant)] = total
+            self._served[FlowKey(total.value.rank, total.value.tenant)] = total
         self.flush()
 
-    def elsewhere(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+    def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Set another gateway's backlog; replaces an unsent one."""
         self._elsewhere[gateway] = waiting
         self.flush()
@@ -104,7 +104,7 @@ class Outbox:
         """Whether too many tokens wait: the other side has stopped reading."""
         return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
 
-    async def take(self) -> pb.WorkerTurn:
+    async def next_message(self) -> pb.WorkerTurn:
         """Wait for a wake-up, then return everything collected as one message."""
         await self._wake.wait()
         self._wake.clear()
@@ -136,7 +136,7 @@ class Outbox:
             message.served.CopyFrom(served_to_pb(self._served.values()))
             self._served = None
         if self._elsewhere:
-            message.elsewhere.extend(elsewhere_to_pb(self._elsewhere))
+            message.elsewhere.extend(peer_backlogs_to_pb(self._elsewhere))
             self._elsewhere = {}
         if usage := self.usage():
             message.usage.extend(map(usage_to_pb, usage))
@@ -213,7 +213,7 @@ class CommandBox:
         self._commands.append(command)
         self._wake.set()
 
-    async def take(self) -> pb.GatewayTurn:
+    async def next_message(self) -> pb.GatewayTurn:
         """Wait for a wake-up, then return everything collected as one message."""
         await self._wake.wait()
         self._seq += 1

@@ -38,21 +38,21 @@ class AdmissionWindow:
         self._ends_a_step = 0.0  # moving average
 
     @property
-    def places(self) -> int:
+    def free_slots(self) -> int:
         """Free slots: sequences that the engine could still hold. Those in its queue are counted; may be negative."""
         return self._max_num_seqs + min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES) - self._live
 
     @property
-    def sequences(self) -> int:
+    def admissible_sequences(self) -> int:
         """Sequences that all links together may send now. If no prompt is pending, the first one starts at once."""
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
         mean = max(self._recent_tokens // len(self._recent), 1)
         begins = (budget - before) // mean + 1 if before < budget else 0
         at_least = LOOKAHEAD_SEQUENCES - len(self._pending) if self._pending else 1 + LOOKAHEAD_SEQUENCES
-        return min(self.places, max(begins, at_least))
+        return min(self.free_slots, max(begins, at_least))
 
-    def submitted(self, request_id: str, tokens: int, begins: bool = True) -> None:
+    def record_submit(self, request_id: str, tokens: int, begins: bool = True) -> None:
         """Record a sequence sent to the engine, with `tokens` to compute.
 
         `begins` is False for a resumed sequence: its length says nothing about the next prompt's.
@@ -71,17 +71,17 @@ class AdmissionWindow:
         self._recent.append(tokens)
         self._recent_tokens += tokens
 
-    def began(self, request_id: str) -> None:
+    def record_first_output(self, request_id: str) -> None:
         """Record a sequence's first output."""
         self._pending_tokens -= self._pending.pop(request_id, 0)
 
-    def ended(self, request_id: str) -> None:
+    def record_end(self, request_id: str) -> None:
         """Record that a sequence has left the engine, for whatever reason. Call once for each sequence."""
-        self.began(request_id)
+        self.record_first_output(request_id)
         self._live -= 1
         self._ends += 1
 
-    def stepped(self) -> None:
+    def record_step(self) -> None:
         """Record the end of a step, after its `began` and `ended`. The next step begins at once."""
         self._ends_a_step += (self._ends - self._ends_a_step) / 64
         self._ends = 0

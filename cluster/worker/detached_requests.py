@@ -6,8 +6,8 @@ which the gateway has given a name (`Submit.stream`) is not aborted with its lin
 kept, and a Submit with the same name and the same tokens so far takes the request over. A finished request is kept
 for the same time, since its last output may have been on its way when the gateway was lost.
 Invariants: only a later Submit with the same name gets the tokens; a Submit with other parameters, or with other or
-more tokens, gets nothing; a detached request is claimed once, or dropped after KEEP_S; it blocks new requests, never
-resumed ones.
+more tokens, gets nothing; a detached request is claimed once, or dropped after DETACHED_S; it blocks new requests,
+never resumed ones.
 
 Pure: no clock, no I/O; `now` is monotonic seconds, and never goes back.
 """
@@ -20,7 +20,7 @@ from itertools import takewhile
 
 from cluster.api.types import FinishReason, TokenOutput
 
-KEEP_S = 1.0
+DETACHED_S = 1.0
 """Seconds that a detached request is kept: time for its client to notice the loss and to resume through a gateway."""
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 
@@ -70,7 +70,7 @@ class DetachedRequests:
     def add(self, request: DetachedRequest, now: float) -> list[str]:
         """Add a request whose gateway is gone or that has ended. An older one of the same name is dropped."""
         older = self.drop(request.stream)
-        request.until = now + KEEP_S
+        request.until = now + DETACHED_S
         self._by_stream[request.stream] = request
         if request.last is None:
             self._running[request.request_id] = request

@@ -62,12 +62,12 @@ class DrainStates:
     def attach(self, outbox: Outbox, now: float) -> None:
         """Send the state to a new link, unless the worker serves: gateways assume that until they are sent a state."""
         if not self.serves:
-            outbox.standing(self._message(now))
+            outbox.drain_state(self._message(now))
 
     def _set_state(self, state: DrainState, now: float) -> None:
         self.state = state
         for outbox in self._outboxes():
-            outbox.standing(self._message(now))
+            outbox.drain_state(self._message(now))
 
     def _message(self, now: float) -> pb.Standing:
         stay_ms = int(max(self._stays_until - now, 0.0) * 1000) if self.state is DrainState.DRAINING else 0

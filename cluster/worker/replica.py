@@ -24,13 +24,13 @@ from typing import Protocol
 
 import structlog
 
-from cluster.api.ports import Engine, EngineDead, EngineSick
+from cluster.api.ports import Engine, EngineCorrupt, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.policy.catalog.placement import why_split
 from cluster.process import memory
-from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
-from cluster.process.interpreter import hand_over_soon
+from cluster.process.interpreter import shorten_switch_interval
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm import repairs
@@ -46,7 +46,7 @@ _EXIT_ENGINE_DEAD = 70
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReplicaPlacement:
     """Ray's placement of the replica: its node, and the node of each GPU bundle in order; `gpus` of them are real.
 
     `pod` and `host` are the Kubernetes names of pod and node; outside Kubernetes "" and the host's name.
@@ -85,7 +85,7 @@ class Replica:
     """A replica: call `start` once, then `check` until `stop`. It dials the gateways once the engine has started."""
 
     settings: ReplicaSettings
-    place: Place
+    place: ReplicaPlacement
     opener: ModelOpener
     on_engine_death: Callable[[int], None] = end_process
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -112,9 +112,9 @@ class Replica:
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
-        leave_no_core_dumps()
+        disable_core_dumps()
         raise_descriptor_limit()
-        hand_over_soon()
+        shorten_switch_interval()
         began = time.time()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
@@ -129,7 +129,7 @@ class Replica:
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
-        except EngineSick as error:
+        except EngineCorrupt as error:
             log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
             await self.stop()
             raise
@@ -174,7 +174,7 @@ class Replica:
             gpu=identity.gpu,
         )
         self._serving = asyncio.create_task(self._serve_until_dead(self.end, engine))
-        memory.settle()
+        memory.freeze_objects()
         log.info(
             "worker.up",
             worker=self.worker_id,
@@ -189,7 +189,7 @@ class Replica:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
             if failure is not None:
-                event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
+                event = "worker.engine_sick" if isinstance(failure, EngineCorrupt) else "worker.engine_dead"
                 log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
                 await end.close(str(failure))
                 await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)

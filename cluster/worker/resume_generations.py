@@ -28,7 +28,7 @@ class ResumeGenerations:
     def __len__(self) -> int:
         return len(self._newest)
 
-    def took_over(self, call: str, generation: int) -> bool:
+    def record(self, call: str, generation: int) -> bool:
         """Record a call's resume; return whether its generation is newer than the known one."""
         if generation <= self._newest.get(call, 0):
             return False
@@ -38,6 +38,6 @@ class ResumeGenerations:
             del self._newest[next(iter(self._newest))]
         return True
 
-    def outdated(self, stream: str, generation: int) -> bool:
+    def is_outdated(self, stream: str, generation: int) -> bool:
         """Whether a newer generation of the request's call is known."""
         return bool(stream) and generation < self._newest.get(call_of(stream), 0)

@@ -86,8 +86,8 @@ class RunningRequests:
 
     def capacity(self) -> tuple[Capacity, int]:
         """Return the capacity free for new calls, and the number of slots free for resumed calls."""
-        begins = min(self._window.sequences, self._window.places - len(self.detached))
-        return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.places
+        begins = min(self._window.admissible_sequences, self._window.free_slots - len(self.detached))
+        return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.free_slots
 
     def count_cached(self, expected: int) -> int:
         """Return how many of the `expected` cached calls of a gateway this worker can resume at almost no cost."""
@@ -160,7 +160,7 @@ class RunningRequests:
 
     def _add_running(self, running: RunningRequest, request_id: str, submit: pb.Submit, fresh_tokens: int) -> None:
         self._running[request_id] = running
-        self._window.submitted(request_id, fresh_tokens, begins=not running.emitted_tokens)
+        self._window.record_submit(request_id, fresh_tokens, begins=not running.emitted_tokens)
         self.tokens += running.tokens
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
         self.idle.clear()
@@ -170,7 +170,7 @@ class RunningRequests:
 
         The caller must end them.
         """
-        if not self.generations.took_over(call, generation):
+        if not self.generations.record(call, generation):
             return []
         return [
             (running.link, running.slot, request_id)
@@ -191,7 +191,7 @@ class RunningRequests:
         to_abort = self._forget_finished(step)
         if not self._running:  # time spent on detached requests alone is charged to no request
             self._meter.mark_idle()
-        self._window.stepped()
+        self._window.record_step()
         return step.touched.values(), to_abort
 
     def _send_outputs(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
@@ -231,7 +231,7 @@ class RunningRequests:
         """Count a request's first output here; return the number of tokens computed for it."""
         running.accepted = True
         running.cached_tokens = output.cached_tokens or 0
-        self._window.began(output.request_id)
+        self._window.record_first_output(output.request_id)
         if not running.emitted_tokens:  # the first worker has reported those of a resumed request
             self._served.cached(output.request_id, running.cached_tokens)
         if self._reattached.pop(output.request_id, None) is not None:
@@ -295,7 +295,7 @@ class RunningRequests:
             return
         self.tokens -= running.tokens
         self._reattached.pop(request_id, None)
-        self._window.ended(request_id)
+        self._window.record_end(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:

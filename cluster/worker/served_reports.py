@@ -75,7 +75,7 @@ class ServedReports:
         gateway, flows = self._links[number][0], flows_from_pb(backlog.flows)
         for other, outbox in self._links.values():
             if other != gateway:
-                outbox.elsewhere(gateway, flows)
+                outbox.peer_backlog(gateway, flows)
 
     def _report(self, number: int) -> Sequence[WeightedValue[ServedTotal]]:
         return [WeightedValue(total, self._weights.get(total.tenant, 1.0)) for total in self._meter.report(number)]

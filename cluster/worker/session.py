@@ -31,7 +31,7 @@ from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import send_bundle, serve_bulk
 from cluster.wire.bundle import Bundle
 from cluster.wire.credit import CreditGranter
-from cluster.wire.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
+from cluster.wire.dial import HeartbeatSender, LinkEnded, Timing, open_channel, open_client, read, wait_first
 from cluster.wire.ended_requests import UsageKeeper
 from cluster.wire.outbox import Outbox
 from cluster.wire.tls import TlsFiles
@@ -217,7 +217,7 @@ class WorkerSession:
     def _regrant(self) -> None:
         if not self._drain_state.serves:
             return
-        for grant in self._granter.grants(*self._requests.capacity()):
+        for grant in self._granter.new_grants(*self._requests.capacity()):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
             link.grant_id = grant.grant_id
@@ -250,8 +250,8 @@ class WorkerSession:
                 Outbox(self._outbox_tokens),
             )
             log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
-            self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
-            beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
+            self._gateways.record_welcome(address, first.welcome.incarnation, first.welcome.siblings)
+            beater = HeartbeatSender(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             link.silent_s = lambda: beater.silent_s
             self._links[epoch] = link
             self._unlinked.clear()
@@ -270,7 +270,7 @@ class WorkerSession:
                 asyncio.create_task(self._watch_link(link, beater)),
             ]
             try:
-                await until_first(parts)
+                await wait_first(parts)
             finally:
                 await self._close_link(link, parts, beater)
                 parts.clear()
@@ -301,7 +301,7 @@ class WorkerSession:
             sent_seq=link.outbox.sent_seq,
         )
 
-    async def _close_link(self, link: LinkState, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
+    async def _close_link(self, link: LinkState, parts: Sequence[asyncio.Task[None]], beater: HeartbeatSender) -> None:
         """Release everything that a link holds: abort its requests in the engine and revoke its credit."""
         self._links.pop(link.number, None)
         if not self._links:
@@ -319,7 +319,7 @@ class WorkerSession:
                 await self._engine.abort(to_abort)
         self._regrant()
 
-    async def _watch_link(self, link: LinkState, beater: Beater) -> None:
+    async def _watch_link(self, link: LinkState, beater: HeartbeatSender) -> None:
         """Check the link every beat: raise LinkEnded for a silent or stuck gateway; send the load if no step did."""
         sent = 0
         while True:
@@ -340,7 +340,7 @@ class WorkerSession:
 
     async def _write(self, link: LinkState, call: ClientCall) -> None:
         while True:
-            await call.write(await link.outbox.take())
+            await call.write(await link.outbox.next_message())
 
     async def _read(self, link: LinkState, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
@@ -351,7 +351,7 @@ class WorkerSession:
 
     async def _apply(self, link: LinkState, message: pb.GatewayTurn) -> None:
         if message.grant_ack:
-            self._granter.acked(link.credit_order, message.grant_ack)
+            self._granter.acknowledge(link.credit_order, message.grant_ack)
             if message.grant_ack >= link.grant_id:
                 link.unacked_since = None
             else:
@@ -364,7 +364,7 @@ class WorkerSession:
             await self._accept_submit(link, submit)
         if message.HasField("backlog"):  # sequences that still wait after these Submits
             kept = self._requests.count_cached(message.backlog.kept)
-            self._granter.backlog(link.credit_order, message.backlog.claim or message.backlog.waiting, kept)
+            self._granter.set_backlog(link.credit_order, message.backlog.claim or message.backlog.waiting, kept)
             self._served.forward_backlog(link.number, message.backlog)
         if message.aborts:
             await self._abort(link, message.aborts)
@@ -413,8 +413,8 @@ class WorkerSession:
         link.submitting.add(slot)
         ids = submit.prompt_ids
         if submit.prompt_blob:
-            ids = await link.prompts.take(submit.prompt_blob)
-        self._granter.spent(link.credit_order, *credit_used(submit, ids))
+            ids = await link.prompts.pop_prompt(submit.prompt_blob)
+        self._granter.record_submit(link.credit_order, *credit_used(submit, ids))
         try:
             request = codec.submit_from_pb(submit, request_id, ids)
         except Exception as error:
@@ -441,7 +441,7 @@ class WorkerSession:
         """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self._take_over(call_of(submit.stream), submit.generation)
-        if self._requests.generations.outdated(submit.stream, submit.generation):
+        if self._requests.generations.is_outdated(submit.stream, submit.generation):
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
         running = self._requests.new_request(link, submit, request)
         reattached, to_abort = self._requests.reattach(running, submit)

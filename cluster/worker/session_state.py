@@ -106,4 +106,4 @@ class WorkerStatistics:
     promised: Capacity
     unacked_usage: int = 0
     dropped_usage: int = 0
-    orphans: int = 0
+    detached: int = 0

@@ -32,7 +32,7 @@ class ModelRefused(Exception):
         return ModelRefused, (self.reason,)
 
 
-def refusal_in(text: str) -> str:
+def find_refusal(text: str) -> str:
     """Return the reason of the last ModelRefused in `text`, or ""."""
     marks = _REFUSAL.findall(text)
     return str(json.loads(marks[-1])) if marks else ""

@@ -55,7 +55,7 @@ class WorkerUsage:
     def attach(self, link: int, outbox: Outbox) -> None:
         """Add the link of a gateway that writes to the ledger."""
         self._outboxes[link] = outbox
-        outbox.usage = lambda: self._keeper.take(link, time.monotonic())
+        outbox.usage = lambda: self._keeper.pop_due(link, time.monotonic())
         self._keeper.attach(link)
         outbox.flush()
 
@@ -76,7 +76,7 @@ class WorkerUsage:
 
     def acked(self, keys: Iterable[int]) -> None:
         """Drop records that a gateway has acknowledged."""
-        self._keeper.acked(keys)
+        self._keeper.acknowledge(keys)
         self._acked.set()
 
     async def run(self) -> None:
@@ -86,7 +86,7 @@ class WorkerUsage:
             await asyncio.sleep(self._idle_report_s)
             if self._outboxes:
                 self._report_idle()
-            self._keeper.hurry(time.monotonic())
+            self._keeper.reassign_late(time.monotonic())
             self._flush_due()
             kept = self._keeper.statistics()
             if kept.dropped > dropped:
@@ -123,5 +123,5 @@ class WorkerUsage:
 
     def _flush_due(self) -> None:
         for link, outbox in self._outboxes.items():
-            if self._keeper.due(link):
+            if self._keeper.has_due(link):
                 outbox.flush()

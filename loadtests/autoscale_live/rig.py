@@ -21,7 +21,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerLinks
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import ScalingRequests
-from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
+from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 from cluster.worker.settings import ReplicaSettings
@@ -125,8 +125,8 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         end = ControllerLinks(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
-        scaling.listen(end, scaler, controller.now, controller.wake)
-        scaler.look([spec], {(MODEL, ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
+        scaling.connect_demand(end, scaler, controller.now, controller.wake)
+        scaler.run_pass([spec], {(MODEL, ""): RayReplicas(0)}, [], time.monotonic(), time.time(), blind=True)
         settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=DRAIN_S)
         controller.known[settings.app] = replace(describe(bundle), max_model_len=spec.max_model_len or 2048)
         controller.want([settings])

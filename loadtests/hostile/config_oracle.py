@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from cluster.api.types import ModelSpec
-from cluster.cli.commands.pod import controller_lacks, gateway_lacks
+from cluster.cli.commands.pod import controller_problems, gateway_problems
 from cluster.cli.commands.pod_secrets import manifests
 from cluster.config.schema import Config
 from cluster.ledger.files import make_secret
@@ -101,7 +101,7 @@ class Oracle:
         from cluster.gateway.server import Gateway
         from cluster.ledger.database.connect import make_engine
 
-        yield from (f"gateway: {one}" for one in gateway_lacks(config, pod=pod, files=pod))
+        yield from (f"gateway: {one}" for one in gateway_problems(config, pod=pod, files=pod))
         try:
             if config.store.database_url:
                 make_engine(config.store.database_url, "")
@@ -132,7 +132,7 @@ class Oracle:
         from cluster.ray.jobs import JobBackend
 
         if pod:
-            yield from (f"controller: {one}" for one in controller_lacks(config))
+            yield from (f"controller: {one}" for one in controller_problems(config))
         try:
             for one in config.ray:
                 JobBackend(config.name, one.dashboard_url, None)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from cluster.cli.config_check import check
-from cluster.cli.config_inputs import CHART_VALUES, laid_over
+from cluster.cli.config_inputs import CHART_VALUES, merge_values
 from cluster.config.yaml_reader import load
 from loadtests.children import ROOT
 from loadtests.figures import Bound, Figure
@@ -118,7 +118,7 @@ def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, floa
     """The cluster.yaml that processes read, and the nodes that Ray will have; None where that is not known."""
     if file not in VALUE_FILES:
         return text, None
-    values = laid_over(load(CHART_VALUES.read_text()), yaml.safe_load(text))
+    values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))
     nodes: list[dict[str, float]] = []
     for group in (group for cluster in values["ray"]["clusters"] for group in cluster["workerGroups"]):
         gpus = float((group.get("gpusPerNode") or 0) + (group.get("logicalGpus") or 0))

@@ -18,8 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.policy.fairness.fair_queue import FairTurns
-from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
+from cluster.policy.fairness.fair_queue import FairOrders
+from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 from loadtests import traces
 from loadtests.figures import Bound, mean, missing, plain_figure, ratio_figure
 from loadtests.scenarios.common import Stage, rounds_of
@@ -217,13 +217,13 @@ def quiet_ttft(seed: int) -> tuple[Quiet, Quiet, Quiet]:
 def turn_us(count: int, seed: int) -> float:
     """p99 of one enqueue and one pick with QUEUED waiting, for so many tenants."""
     rng = random.Random(seed)
-    turns = FairTurns()
+    turns = FairOrders()
     room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)
     names = [f"tenant-{number}" for number in range(count)]
 
-    def one(number: int) -> Waiting:
+    def one(number: int) -> WaitingSequence:
         tokens, output = rng.randrange(100, 2000), rng.randrange(20, 500)
-        return Waiting(str(number), "m", rng.choice(names), tokens, None, "standard", 0.0, 0, 0, output)
+        return WaitingSequence(str(number), "m", rng.choice(names), tokens, None, "standard", 0.0, 0, 0, output)
 
     for number in range(QUEUED):
         room.admit(one(number), 0.0)
@@ -235,7 +235,7 @@ def turn_us(count: int, seed: int) -> float:
         for waiting in newcomers:
             began = time.perf_counter_ns()
             room.admit(waiting, 1.0)
-            taken = room.next("m", lambda _: True, 1.0)
+            taken = room.pop_next("m", lambda _: True, 1.0)
             times.append(time.perf_counter_ns() - began)
             if taken is not None:
                 live.append(taken.call_id)

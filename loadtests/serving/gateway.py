@@ -79,7 +79,7 @@ async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: St
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
 
     def ready(endpoints: dict[str, str]) -> None:
-        memory.settle()  # as `headrace gateway` does
+        memory.freeze_objects()  # as `headrace gateway` does
         ready_file.write_text(json.dumps({"endpoints": endpoints}))
 
     watch = asyncio.create_task(stalls.watch())

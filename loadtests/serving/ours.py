@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import yaml
 
-from cluster.cli.local.gateway_metrics import rows
-from cluster.cli.local.ports import decide
+from cluster.cli.local.gateway_metrics import gateway_rows
+from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
@@ -89,7 +89,7 @@ def configuration(
         **tenants.sections(home),
     }
     if processes > 1:
-        gateway["listen"] = decide(parse(yaml.safe_dump(whole))).gateway.listen.model_dump()
+        gateway["listen"] = choose_ports(parse(yaml.safe_dump(whole))).gateway.listen.model_dump()
     return yaml.safe_dump(whole)
 
 
@@ -232,7 +232,7 @@ async def start(
 
     async def linked() -> bool:
         processes = [addresses for _, addresses in (first, *siblings)]
-        return all(row["workers"] for row in await asyncio.to_thread(rows, processes))
+        return all(row["workers"] for row in await asyncio.to_thread(gateway_rows, processes))
 
     if siblings:
         await worker.until(linked, "every gateway process has its link", READY_S)

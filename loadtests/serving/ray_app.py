@@ -110,7 +110,7 @@ class Simulated:
                 detokenizer.push(output.token_ids)
                 tokens += len(output.token_ids)
                 finished = output.finish is not None
-                text = detokenizer.take(finished)
+                text = detokenizer.pop_text(finished)
                 delta = pb.ChoiceDelta(
                     index=0, delta=pb.Message(content=text), finish_reason="length" if finished else ""
                 )

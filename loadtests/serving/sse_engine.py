@@ -69,7 +69,7 @@ class Server:
         stream.detokenizer.push(output.token_ids)
         stream.tokens += len(output.token_ids)
         ended = output.finish is not None
-        text = stream.detokenizer.take(ended)
+        text = stream.detokenizer.pop_text(ended)
         reason = {FinishReason.LENGTH: '"length"', None: "null"}.get(output.finish, '"stop"')
         body = f'"delta":{{"content":{json.dumps(text)}}}' if stream.chat else f'"text":{json.dumps(text)}'
         event = (

@@ -68,7 +68,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             timing=Timing(redial_max_s=arguments.redial_max_s),
         )
         Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
-        memory.settle()
+        memory.freeze_objects()
         running = asyncio.create_task(end.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import EngineRequest, TokenOutput
-from cluster.policy.fairness.fair_queue import FairTurns
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.fair_queue import FairOrders
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
@@ -23,7 +23,7 @@ MODEL = "m"
 class SimCall:
     """State of one call."""
 
-    waiting: Waiting
+    waiting: WaitingSequence
     request: EngineRequest
     tenant: str
     arrived: float
@@ -51,7 +51,7 @@ class SimGateway:
         self,
         number: int,
         workers: Sequence[SimWorker],
-        fair: FairTurns | None,
+        fair: FairOrders | None,
         service: ServiceWeights,
         callbacks: GatewayCallbacks,
     ) -> None:
@@ -77,7 +77,7 @@ class SimGateway:
 
     def granted(self, worker: int, grant: Grant, now: float) -> None:
         """Apply a worker's credit grant."""
-        self._balances[worker].granted(grant.grant_id, grant.sequences, grant.tokens)
+        self._balances[worker].apply_credit(grant.grant_id, grant.sequences, grant.tokens)
         self._callbacks.ack(self.number, worker, grant.grant_id)
         self.pump(now)
 
@@ -107,33 +107,33 @@ class SimGateway:
         """Expected number of cached prompt tokens for a tenant's prompt."""
         return self._learnt_cached.mean(tenant, MODEL, tokens)
 
-    def head(self) -> Waiting | None:
+    def head(self) -> WaitingSequence | None:
         """The next sequence; None if nothing waits."""
         return self.room.head(MODEL)
 
     def claim(self) -> int:
         """Backlog to report to the workers."""
-        return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claim()
+        return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claimed_turns()
 
     def pump(self, now: float) -> None:
         """Send waiting calls while a worker has capacity."""
         while True:
             decision: RoutingDecision | None = None
 
-            def fits(waiting: Waiting) -> bool:
+            def fits(waiting: WaitingSequence) -> bool:
                 nonlocal decision
-                keep_free = 0 if self.fair is None else self.fair.order(MODEL).keep_free(waiting)
+                keep_free = 0 if self.fair is None else self.fair.order(MODEL).slots_to_keep_free(waiting)
                 decision = pick(RouteCall(MODEL, waiting.tokens, keep_free), self._candidates())
                 return decision.worker_id is not None
 
             if not any(balance.free.sequences for balance in self._balances):
                 return
-            waiting = self.room.next(MODEL, fits, now)
+            waiting = self.room.pop_next(MODEL, fits, now)
             if waiting is None or decision is None or decision.worker_id is None:
                 return
             self._bind(waiting, int(decision.worker_id), now)
 
-    def _bind(self, waiting: Waiting, worker: int, now: float) -> None:
+    def _bind(self, waiting: WaitingSequence, worker: int, now: float) -> None:
         call = self.calls[waiting.call_id]
         call.bound = now
         self._balances[worker].spend(waiting.tokens)

@@ -79,12 +79,12 @@ class SimWorker:
     @property
     def places(self) -> int:
         """Number of calls that it can still hold, including those that would wait in the engine."""
-        return self._window.places
+        return self._window.free_slots
 
     @property
     def room(self) -> Capacity:
         """Capacity for new calls."""
-        return Capacity(self._window.sequences, self.kv_tokens - self.tokens)
+        return Capacity(self._window.admissible_sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:
@@ -111,10 +111,10 @@ class SimWorker:
         """Accept a call from a gateway."""
         self.last_submit = self._event_queue.now
         tokens = len(submit.request.prompt_token_ids)
-        self._granter.spent(self._rotated[link], tokens)
+        self._granter.record_submit(self._rotated[link], tokens)
         self._running[submit.request.request_id] = _RunningCall(link, tokens)
         self.tokens += tokens
-        self._window.submitted(submit.request.request_id, tokens)
+        self._window.record_submit(submit.request.request_id, tokens)
         self._model.submit(submit.request)
         self.meter.accepted(submit.request.request_id, link, submit.flow, submit.charge, again=submit.again)
         self.regrant()
@@ -122,12 +122,12 @@ class SimWorker:
 
     def backlog(self, link: int, claim: int) -> None:
         """Apply a gateway's backlog claim."""
-        self._granter.backlog(self._rotated[link], claim)
+        self._granter.set_backlog(self._rotated[link], claim)
         self.regrant()
 
     def acked(self, link: int, grant_id: int) -> None:
         """Record that a gateway has applied a grant."""
-        self._granter.acked(self._rotated[link], grant_id)
+        self._granter.acknowledge(self._rotated[link], grant_id)
         self.regrant()
 
     def served(self, link: int) -> list[ServedTotal]:
@@ -136,7 +136,7 @@ class SimWorker:
 
     def regrant(self) -> None:
         """Distribute the capacity to the gateways."""
-        for grant in self._granter.grants(self.room):
+        for grant in self._granter.new_grants(self.room):
             self._callbacks.granted(self._gateway_of[grant.link], grant)
 
     def promised(self) -> Capacity:
@@ -161,15 +161,15 @@ class SimWorker:
             call.tokens += len(output.token_ids)
             self.tokens += len(output.token_ids)
             if output.cached_tokens is not None:
-                self._window.began(output.request_id)
+                self._window.record_first_output(output.request_id)
                 self.meter.cached(output.request_id, output.cached_tokens)
             self.meter.generated(output.request_id, call.generated)
             if output.finish is not None:
                 self.meter.ended(output.request_id)
-                self._window.ended(output.request_id)
+                self._window.record_end(output.request_id)
                 self.tokens -= self._running.pop(output.request_id).tokens
         if outputs:  # as in the engine's port, steps without outputs are not reported
-            self._window.stepped()
+            self._window.record_step()
         for link, link_outputs in by_link.items():
             self._callbacks.outputs(link, link_outputs)
         self.regrant()

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.api.types import EngineRequest, Sampling, TokenOutput
-from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.credit import Grant
 from cluster.worker.engine.simulated.config import SimConfig
@@ -71,7 +71,7 @@ class World:
         for gateway in self.gateways:  # the links are up: a worker's first report is the starting point
             if gateway.fair is not None:
                 for worker in self.workers:
-                    gateway.fair.order(MODEL).served(worker.name, "1", worker.served(gateway.number), 0.0)
+                    gateway.fair.order(MODEL).apply_served_report(worker.name, "1", worker.served(gateway.number), 0.0)
         for tenant in config.tenants:
             self._begin(tenant)
 
@@ -87,7 +87,7 @@ class World:
     # ---- the cluster
 
     def _gateway(self, number: int) -> SimGateway:
-        fair = FairTurns(self._order) if self.config.fair else None
+        fair = FairOrders(self._order) if self.config.fair else None
         callbacks = GatewayCallbacks(self._bound, self._served, self._submit, self._ack)
         return SimGateway(number, self.workers, fair, self.config.service, callbacks)
 
@@ -120,14 +120,14 @@ class World:
     def _report(self, number: int) -> None:
         late, gateway = self.config.report_late_s, self.gateways[number]
         claim = gateway.claim()
-        waiting = None if gateway.fair is None else gateway.fair.order(MODEL).waiting_here()
+        waiting = None if gateway.fair is None else gateway.fair.order(MODEL).own_backlog()
 
         def arrive() -> None:
             for worker in self.workers:
                 worker.backlog(number, claim)
             for other in self.gateways:
                 if waiting is not None and other is not gateway and other.fair is not None:
-                    other.fair.order(MODEL).waiting_elsewhere(str(number), waiting, self.event_queue.now)
+                    other.fair.order(MODEL).replace_peer_backlog(str(number), waiting, self.event_queue.now)
 
         self.event_queue.after(late, arrive)
         if gateway.fair is not None:
@@ -136,7 +136,7 @@ class World:
 
             def apply() -> None:
                 for name, totals in reports:
-                    order.served(name, "1", totals, self.event_queue.now)
+                    order.apply_served_report(name, "1", totals, self.event_queue.now)
 
             self.event_queue.after(late, apply)
 
@@ -171,7 +171,7 @@ class World:
         request = EngineRequest(
             call_id, prompt, Sampling(max_tokens=lengths.output, temperature=0.0, ignore_eos=True), (), tenant.name
         )
-        waiting = Waiting(
+        waiting = WaitingSequence(
             call_id=call_id,
             model=MODEL,
             tenant=tenant.name,

@@ -103,8 +103,8 @@ def test_every_lack_has_its_line() -> None:
     """A skip reason has what is missing and its remedy; an unknown check name raises KeyError."""
     for check in doctor.CHECKS:
         finding = check()
-        reason = doctor.lack(finding.name)
+        reason = doctor.missing_reason(finding.name)
         assert reason == (f"{finding.name}: {finding.missing}; {finding.remedy}" if finding.missing else "")
         assert not finding.missing or finding.remedy
     with pytest.raises(KeyError):
-        doctor.lack("hammer")
+        doctor.missing_reason("hammer")

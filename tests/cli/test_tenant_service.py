@@ -21,7 +21,7 @@ from cluster.cli.remote_tenant_service import RemoteTenantService
 from cluster.config.schema import parse
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery
-from cluster.ledger.tenants.service import By, LedgerTenantService, TenantService
+from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.certificates import Authority
@@ -165,7 +165,7 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
     config = parse(keyed.file.read_text())
     local = LedgerTenantService(
         keyed.ledger,
-        By("cli:me"),
+        Actor("cli:me"),
         lambda event: keyed.ledger.audit.insert([event]),
         config.tenant_defaults.policy,
         clock=time.time,

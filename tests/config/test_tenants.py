@@ -13,8 +13,8 @@ from cluster.config.tenants import (
     CLASSES,
     Auth,
     BudgetWebhook,
-    Class,
     Cost,
+    PriorityClass,
     Store,
     Tenant,
     TenantDefaults,
@@ -161,8 +161,8 @@ def test_null_takes_a_default_away() -> None:
         (BudgetWebhook, "{url: 'https://example.com/'}", "secret_file", "required"),
         (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: []}", "thresholds", "one to ten"),
         (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: [0]}", "thresholds.0", "than 0"),
-        (Class, "{name: A, rank: 0}", "name", "lower-case"),
-        (Class, "{name: a, rank: -1}", "rank", "greater than or equal to 0"),
+        (PriorityClass, "{name: A, rank: 0}", "name", "lower-case"),
+        (PriorityClass, "{name: a, rank: -1}", "rank", "greater than or equal to 0"),
         (Auth, "{cluster_secret_file: /s}", "", "no caller could be authenticated"),
     ],
 )
@@ -212,8 +212,8 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "defaults", "tenants", "words"),
     [
-        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is listed twice"),
-        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is listed twice"),
+        ((*CLASSES, PriorityClass(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is listed twice"),
+        ((*CLASSES, PriorityClass(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is listed twice"),
         (CLASSES, "{class: gold}", [], "tenant_defaults.class: 'gold'"),
         (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is listed twice"),
         (CLASSES, "{}", ["{name: b}", "{name: a, class: gold}"], r"tenants\[1\].class: 'gold'"),

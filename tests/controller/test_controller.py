@@ -415,11 +415,11 @@ async def test_frozen_models_stay_as_they_are() -> None:
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
-    loop.scaler.asked = OperatorRequest(frozen=frozenset({"m"}))
+    loop.scaler.operator_requests = OperatorRequest(frozen=frozenset({"m"}))
     loop.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
-    loop.scaler.asked = OperatorRequest()
+    loop.scaler.operator_requests = OperatorRequest()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 

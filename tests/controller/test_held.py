@@ -11,7 +11,7 @@ from cluster.config.schema import parse
 from cluster.controller.controller import settings_of
 from cluster.controller.last_good import with_last_good
 from cluster.controller.links import FleetWorker
-from cluster.policy.catalog.held import WHY
+from cluster.policy.catalog.held import HELD_REASON
 from tests.controller.test_controller import FakeGateways, controller, settings
 from tests.support.fake_ray import FakeRay
 
@@ -37,7 +37,7 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
     entry = gateways.published["b"]
     assert (entry.state, entry.aliases, entry.fallback) == (ModelState.READY, ("second",), ("a",))
     assert (entry.bundle_digest, entry.max_model_len, entry.replicas) == ("sha256:b", 9, 1)
-    assert WHY in entry.state_reason
+    assert HELD_REASON in entry.state_reason
     loop.hold([])
     await loop.step()
     assert gateways.state("b") is ModelState.DRAINING, "an entry that is gone and not invalid is removed"
@@ -75,7 +75,7 @@ async def test_a_held_model_that_runs_nowhere_says_why() -> None:
     loop = controller(FakeRay(), gateways)
     loop.hold([ModelSpec("b", "", ("second",))])
     await loop.step()
-    assert (gateways.state("b"), gateways.published["b"].state_reason) == (ModelState.FAILED, WHY)
+    assert (gateways.state("b"), gateways.published["b"].state_reason) == (ModelState.FAILED, HELD_REASON)
 
 
 def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> None:

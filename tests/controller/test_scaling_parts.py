@@ -10,7 +10,7 @@ from cluster.controller import scaling
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.scaling.scaler import OnRay, OperatorRequest, Scaler
+from cluster.policy.scaling.scaler import OperatorRequest, RayReplicas, Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:
@@ -21,7 +21,7 @@ def test_what_ray_has_is_summed_by_model() -> None:
         Observed("m", "d3", 5, running=5, deleting=True),
         Observed("n", "d4", 0),
     ]
-    assert scaling.on_ray(apps) == {("m", ""): OnRay(3, 2, 1, 1), ("n", ""): OnRay()}
+    assert scaling.on_ray(apps) == {("m", ""): RayReplicas(3, 2, 1, 1), ("n", ""): RayReplicas()}
 
 
 def test_workers_that_drain_do_not_serve() -> None:
@@ -52,7 +52,7 @@ def test_counters_grow_by_what_has_come() -> None:
     counters = scaling.Counters(metrics)
     spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)
     for now in (0.0, 10.0, 20.0):
-        scaler.look([spec], {("m", ""): OnRay(2, 2)}, [], now, now)
+        scaler.run_pass([spec], {("m", ""): RayReplicas(2, 2)}, [], now, now)
         counters.count(scaler)
         counters.count(scaler)
     values = {s.name: s.value for metric in metrics.collect() for s in metric.samples if s.labels.get("model") == "m"}

@@ -14,7 +14,7 @@ from cluster.api.types import Grammar
 from cluster.gateway.apis.grpc import requests as grpc_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
-from cluster.gateway.apis.openai.requests import as_asked
+from cluster.gateway.apis.openai.requests import with_caller_names
 from cluster.gateway.calls.request import (
     GenerationRequest,
     RequestOptions,
@@ -49,7 +49,7 @@ def _error(options: RequestOptions) -> CallError:
 def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) -> None:
     """A list of 300,000 wrong entries is one violation, found and renamed in well under a second (it took hours)."""
     began = time.process_time()
-    error = as_asked(_error(RequestOptions(**{field: value})), {"logprobs": "top_logprobs"})
+    error = with_caller_names(_error(RequestOptions(**{field: value})), {"logprobs": "top_logprobs"})
     assert time.process_time() - began < 1.0
     (only,) = error.violations
     assert only.field in (field, "response_format.choice")
@@ -93,7 +93,7 @@ BAD_CHATS: list[dict[str, Any]] = [
 def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
     """10 MB in were 10 MB out; a long list of wrong entries was looked through before it was counted."""
     with pytest.raises(CallError) as raised:
-        openai_requests.chat_asked(Fields(chat_body(**fields)))
+        openai_requests.parse_chat(Fields(chat_body(**fields)))
     assert len(raised.value.message) < 1024
 
 
@@ -108,7 +108,7 @@ def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
 def test_no_field_of_a_message_is_echoed_whole(request_: pb.ChatRequest) -> None:
     """The same over gRPC, where a status's text goes into a header."""
     with pytest.raises(CallError) as raised:
-        grpc_requests.chat_wish(request_)
+        grpc_requests.parse_chat(request_)
     assert len(raised.value.message) < 1024
 
 

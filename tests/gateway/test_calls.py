@@ -53,7 +53,7 @@ async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bu
     prompt = text.encode_prompt("Once upon a time")
     detokenizer = text.detokenizer(prompt)
     detokenizer.push(ids)
-    assert logprobs.choices[0].text == detokenizer.take(True)
+    assert logprobs.choices[0].text == detokenizer.pop_text(True)
     assert answer.usage.completion_tokens == 30
     from_ids = await cluster.stub.Complete(
         pb.CompleteRequest(model="sim", prompt_token_ids=prompt, max_tokens=30, temperature=0.0, ignore_eos=True)
@@ -122,7 +122,7 @@ async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, b
 
 async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Catalog entries without workers are listed with their state; a worker makes its model READY and SERVING."""
-    cluster.gateway.worker_events.catalog(
+    cluster.gateway.worker_events.apply_catalog(
         [
             CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256),
             CatalogEntry("other", state=ModelState.FAILED, state_reason="no such folder"),
@@ -193,7 +193,7 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
     """Every keepalive_s of silence a chunk with progress alone goes out, queued or running."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
-        cluster.gateway.worker_events.catalog(
+        cluster.gateway.worker_events.apply_catalog(
             [CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)]
         )
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))

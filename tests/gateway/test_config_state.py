@@ -28,7 +28,7 @@ async def no_bundle(_: str) -> object:
 async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Path) -> None:
     """Each gateway that restarted on such a file ended: the fleet was gone within days of the change."""
     folder = tmp_path / "gateway"
-    ModelDirectory(folder, no_bundle).catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
+    ModelDirectory(folder, no_bundle).apply_catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
     async with gateway_process(folder, WRONG) as process:
         answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=10)
         assert [(one.name, list(one.aliases)) for one in answer.models] == [("m", ["default"])]

@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.gateway.demand import GROWTH_TOKENS, DemandTally, within_slo
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 
 CLASSES = {"interactive": 0, "batch": 2}
 
 
-def one(number: int, priority_class: str = "batch", arrived: float = 0.0, deadline: float | None = None) -> Waiting:
+def one(
+    number: int, priority_class: str = "batch", arrived: float = 0.0, deadline: float | None = None
+) -> WaitingSequence:
     """Ten tokens, three of them expected in a cache; seven to come."""
     rank = CLASSES[priority_class]
-    return Waiting(f"c{number}#0", "m", "t", 10, deadline, priority_class, arrived, rank, 3, 7)
+    return WaitingSequence(f"c{number}#0", "m", "t", 10, deadline, priority_class, arrived, rank, 3, 7)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(list(CLASSES))), max_size=80))
@@ -27,11 +29,11 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
     for comes, number, name in steps:
         if comes and number not in line:
             tally.arrived(one(number, name))
-            tally.waits(one(number, name))
+            tally.enqueue(one(number, name))
             line[number] = name
             arrived[name] += 1
         elif not comes:
-            tally.waits_no_more(f"c{number}#0")
+            tally.dequeue(f"c{number}#0")
             line.pop(number, None)
     told = {c.priority_class: c for c in tally.classes("m", 1.0, served=False)}
     for name in told:
@@ -71,7 +73,7 @@ def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, b
     chance.shuffle(left)
     for number, (_, came, ran) in left:
         for tokens in range(0, came if ran else 0, 40):
-            tally.grew(one(number), tokens)
+            tally.record_output(one(number), tokens)
             look()
         for _ in range(2):  # twice changes nothing
             tally.ended(one(number), came if ran else 0, ran)
@@ -88,10 +90,10 @@ def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
     tally = DemandTally()
     tally.arrived(one(1))
     for tokens, counted in ((7 + GROWTH_TOKENS - 1, 7), (7 + GROWTH_TOKENS, 7 + GROWTH_TOKENS), (200, 200)):
-        tally.grew(one(1), tokens)
+        tally.record_output(one(1), tokens)
         (counts,) = tally.classes("m", 0.0, served=True)
         assert counts.expected_output_tokens == counted
-    tally.grew(one(99), 10_000)
+    tally.record_output(one(99), 10_000)
     tally.ended(one(99), 10_000, ran=True)
     (counts,) = tally.classes("m", 0.0, served=True)
     assert counts.expected_output_tokens == 200
@@ -101,14 +103,14 @@ def test_waits_and_deadlines() -> None:
     """The oldest and the nearest; nobody is held where somebody serves; put back, it stands there once."""
     tally = DemandTally()
     for waiting in (one(1, arrived=1.0), one(2, arrived=2.0, deadline=9.0), one(2, arrived=2.0, deadline=9.0)):
-        tally.waits(waiting)
+        tally.enqueue(waiting)
     (told,) = tally.classes("m", 5.0, served=True)
     assert (told.queued_requests, told.oldest_wait_s, told.nearest_deadline_s, told.held_requests) == (2, 4.0, 4.0, 0)
-    tally.keep([])
+    tally.retain_models([])
     assert tally.classes("m", 5.0, served=True), "somebody waits"
-    tally.waits_no_more("c1#0")
-    tally.waits_no_more("c2#0")
-    tally.keep([])
+    tally.dequeue("c1#0")
+    tally.dequeue("c2#0")
+    tally.retain_models([])
     assert tally.classes("m", 5.0, served=True) == ()
 
 

@@ -55,7 +55,7 @@ class FaultyText:
     plain: TextSource
     at: str
     error: type[BaseException] = Broken
-    watches: bool = True
+    searches_text: bool = True
     refused: bool = False
     pushes: int = 0
     token_ids: list[int] = field(init=False)
@@ -64,18 +64,18 @@ class FaultyText:
         self.token_ids = self.plain.token_ids
 
     @property
-    def untaken(self) -> int:
+    def pending_chars(self) -> int:
         """The inner one's."""
-        return self.plain.untaken
+        return self.plain.pending_chars
 
     def _fail(self, name: str) -> None:
         if name == self.at:
             raise self.error
 
-    def untaken_tokens(self) -> int:
+    def pending_tokens(self) -> int:
         """Fails, or asks the inner one."""
         self._fail("untaken_tokens")
-        return self.plain.untaken_tokens()
+        return self.plain.pending_tokens()
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
         """Fails at the first or a later step, or asks the inner one."""
@@ -87,14 +87,14 @@ class FaultyText:
         """The inner one's."""
         return self.plain.text_of(token_id)
 
-    def give_back(self, text: str) -> None:
+    def push_back(self, text: str) -> None:
         """The inner one's."""
-        self.plain.give_back(text)
+        self.plain.push_back(text)
 
-    def take(self, finished: bool) -> str:
+    def pop_text(self, finished: bool) -> str:
         """Fails, or asks the inner one."""
         self._fail("take")
-        return self.plain.take(finished)
+        return self.plain.pop_text(finished)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
         """The inner one's."""
@@ -195,7 +195,7 @@ class Rig:
         return (
             link.running,
             link.prefill_tokens,
-            (link.replays.tokens, link.replays.prompts),
+            (link.pacing.resumed_tokens, link.pacing.new_tokens),
             scheduler.queues.waiting("sim"),
             scheduler.breakers.open,
             (order.waiting, order.open_charges),
@@ -291,7 +291,7 @@ async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoi
         async with rig.entered([call]):
             await until(lambda: bool(call.sequences[0].emitted), "it has a token")
             with pytest.raises(Broken):
-                call.take()
+                call.pop_pieces()
 
 
 @dataclass

@@ -53,7 +53,7 @@ async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page(
         go.wait(10)
         yield "limits_degraded", (), 0.0
 
-    metrics.on_scrape(gauges)
+    metrics.add_gauges(gauges)
     before = threading.active_count()
     async with metrics_served(metrics, "127.0.0.1", 0) as port:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]

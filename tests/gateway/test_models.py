@@ -51,7 +51,7 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
     """A model of another tenant was refused 12 to 18 us later than none, since its names were looked through."""
     directory = ModelDirectory(tmp_path, no_bundle)
     aliases = tuple(f"alias-{number}" for number in range(20))
-    directory.catalog(
+    directory.apply_catalog(
         [
             CatalogEntry("open", state=ModelState.READY),
             CatalogEntry("secret", aliases, state=ModelState.READY),
@@ -67,12 +67,14 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
     """What policies open is kept by their patterns: it holds for the names of the newest catalog only."""
     directory = ModelDirectory(tmp_path, no_bundle)
-    directory.catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
+    directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")
     assert directory.resolve("a", one).name == directory.resolve("x", one).name == "a"
     with pytest.raises(CallError):
         directory.resolve("a", other)
-    directory.catalog([CatalogEntry("a", state=ModelState.READY), CatalogEntry("b", ("x",), state=ModelState.READY)])
+    directory.apply_catalog(
+        [CatalogEntry("a", state=ModelState.READY), CatalogEntry("b", ("x",), state=ModelState.READY)]
+    )
     assert directory.resolve("x", one).name == directory.resolve("b", other).name == "b"
     with pytest.raises(CallError):
         directory.resolve("a", one)

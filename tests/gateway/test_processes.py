@@ -111,7 +111,7 @@ async def test_both_serve_and_one_goes_on_alone(
     os.kill(own_process(second), signal.SIGKILL)
     await until(lambda: not second.alive, "the second is gone")
     assert len(await ask(ours, CONNECTIONS)) == 2 * CONNECTIONS
-    rows = gateway_metrics.rows([ours.endpoints, at_second])
+    rows = gateway_metrics.gateway_rows([ours.endpoints, at_second])
     assert [(row["up"], row["workers"]) for row in rows] == [(True, 1), (False, 0)]
 
 

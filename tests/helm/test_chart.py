@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.policy.tenants.revocation_list import Revoked
+from cluster.policy.tenants.revocation_list import RevocationList
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 from tests.support.helm import Rendered
@@ -164,11 +164,11 @@ def test_revoked_certificates_reach_the_gateways() -> None:
     lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
     rendered = helm.template({"revoked": {"links": lines}})
     held = rendered.one("ConfigMap", "headrace-revoked")["data"]
-    assert [one.line() for one in Revoked.parse(held["links"]).entries] == [
+    assert [one.line() for one in RevocationList.parse(held["links"]).entries] == [
         "A1B",
         "C\tCN=headrace link authority\tstolen",
     ]
-    assert not Revoked.parse(held["clients"])
+    assert not RevocationList.parse(held["clients"])
     spec = template_of(rendered, "headrace-gateway")["spec"]
     (volume,) = (one for one in spec["volumes"] if one.get("configMap", {}).get("name") == "headrace-revoked")
     mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}

@@ -28,7 +28,7 @@ SCRAPED = {"cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"
 
 def program(name: str) -> str:
     """Its path."""
-    if lack := doctor.lack(name):
+    if lack := doctor.missing_reason(name):
         pytest.skip(lack)
     found = doctor.find_tool(name)
     assert found is not None

@@ -15,9 +15,9 @@ from cluster.http2.connection_table import (
     OWN_DESCRIPTORS,
     SHARES,
     UNREAD_PASSES,
+    ConnectionSlot,
     ConnectionStage,
     ConnectionTable,
-    Held,
     Pool,
     Port,
     peer_of,
@@ -40,17 +40,17 @@ class Fake:
     stage: ConnectionStage = ConnectionStage.GREETED
     requests: int = 0
 
-    def shed(self) -> None:
+    def evict(self) -> None:
         """Nothing to end."""
 
 
-def connection_of(held: Held) -> Fake:
+def connection_of(held: ConnectionSlot) -> Fake:
     """The fake connection in a slot."""
     assert isinstance(held.connection, Fake)
     return held.connection
 
 
-def arrive(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
+def arrive(pool: Pool, address: str) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
     """Admit a new connection."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
@@ -59,22 +59,22 @@ def arrive(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
     return held, victim
 
 
-def calls(held: Held) -> None:
+def calls(held: ConnectionSlot) -> None:
     """Authenticate a connection and begin a call."""
-    held.prove()
+    held.mark_authenticated()
     connection_of(held).stage = ConnectionStage.CALLING
 
 
 @given(cap=st.integers(1, 40), events=EVENTS)
 def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tuple[str, int]]) -> None:
     """Caps are never exceeded, and an authenticated connection with a call is never closed for another."""
-    pool, kept = Pool(cap), list[Held]()
+    pool, kept = Pool(cap), list[ConnectionSlot]()
     for kind, number in events:
         if kind == "arrive":
             held, victim = arrive(pool, ADDRESSES[number % len(ADDRESSES)])
             if victim is not None:
                 kept.remove(victim)
-                assert not (victim.proven and connection_of(victim).stage is ConnectionStage.CALLING)
+                assert not (victim.authenticated and connection_of(victim).stage is ConnectionStage.CALLING)
             if held is None:
                 assert victim is None
             else:
@@ -82,7 +82,7 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
         elif kept:
             slot = kept[number % len(kept)]
             if kind == "prove":
-                slot.prove()
+                slot.mark_authenticated()
             elif kind == "end":
                 slot.release()
                 kept.remove(slot)
@@ -108,7 +108,7 @@ def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap
     for _ in range(flood):
         _, victim = arrive(pool, "10.0.0.1")
         assert victim is not tenant, "the address with the most unauthenticated connections loses one"
-    tenant.prove()
+    tenant.mark_authenticated()
     for i in range(flood):
         _, victim = arrive(pool, f"10.0.1.{i % 250}")
         assert victim is not tenant
@@ -124,7 +124,7 @@ def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
     assert tenant is not None
     for _ in range(pool.peer_cap - 1):
         assert arrive(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
-    tenant.prove()
+    tenant.mark_authenticated()
     for _ in range(300):
         assert arrive(pool, "10.0.0.1")[1] is not tenant
 
@@ -136,11 +136,11 @@ def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselve
     resting = [arrive(pool, f"10.0.{i}.1")[0] for i in range(cap)]
     for held in resting:
         assert held is not None
-        held.prove()
+        held.mark_authenticated()
     newcomer, victim = arrive(pool, "10.1.0.1")
     assert newcomer is not None
     assert victim is not None
-    assert victim.proven
+    assert victim.authenticated
     for i in range(cap // 8 - 1):
         assert arrive(pool, f"10.1.{i}.2")[1] is not newcomer
 
@@ -160,7 +160,7 @@ def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
     pool = Pool(16)
     held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
     for slot in held:
-        slot.prove()
+        slot.mark_authenticated()
         slot.used()
     for slot in held[:10]:
         connection_of(slot).requests += 1

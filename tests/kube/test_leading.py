@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.kube.api import ApiUnavailable, Conflict, KubeLease
-from cluster.kube.leading import Leader, StoodStill
+from cluster.kube.leading import Leader, WorkNotStopped
 from cluster.kube.lease import LeaseRecord, LeaseTerms
 from tests.support.kube_api import FakeApi, kube_api
 
@@ -160,7 +160,7 @@ async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> 
 
 
 async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
-    """Work that does not stop raises StoodStill, since no work may run without the Lease."""
+    """Work that does not stop raises WorkNotStopped, since no work may run without the Lease."""
 
     async def deaf(stop: asyncio.Event) -> None:
         await asyncio.Event().wait()
@@ -169,5 +169,5 @@ async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
     running = asyncio.create_task(leader.run(deaf, asyncio.Event()))
     await until(lambda: leader.leads)
     api.away = True
-    with pytest.raises(StoodStill):
+    with pytest.raises(WorkNotStopped):
         await asyncio.wait_for(running, 10)

@@ -19,7 +19,7 @@ def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
         buffers.append(logging.handlers.MemoryHandler(100, target=target))
         logger.addHandler(buffers[-1])
     kept, other = buffers
-    log.keep_open(loggers[0])
+    log.keep_handlers_open(loggers[0])
     logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
     assert (kept.target is None, other.target is None) == (False, True)
     loggers[0].error("still written")

@@ -7,9 +7,9 @@ import sys
 
 PROGRAM = """
 import resource, subprocess, sys
-from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.core_dumps import disable_core_dumps
 before = resource.getrlimit(resource.RLIMIT_CORE)
-leave_no_core_dumps()
+disable_core_dumps()
 child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE)[0])"
 print(before[1] == resource.getrlimit(resource.RLIMIT_CORE)[1], resource.getrlimit(resource.RLIMIT_CORE)[0], flush=True)
 subprocess.run([sys.executable, "-c", child], check=True)

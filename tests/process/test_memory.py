@@ -42,7 +42,7 @@ async def test_it_is_done_when_nobody_calls() -> None:
         given.append(busy[0])
         return True
 
-    task = asyncio.create_task(memory.give_back_now_and_then(idle, every_s=0.02, check_s=0.002, give=give))
+    task = asyncio.create_task(memory.keep_returning_free_pages(idle, every_s=0.02, check_s=0.002, give=give))
     await until(lambda: looks[0] >= 20, "it has checked often")
     assert not given
     busy[0] = False

@@ -111,7 +111,7 @@ class Operator:
     def workers(self, model: str = "m") -> dict[str, str]:
         """Return the incarnations that accept calls, with their versions."""
         known = self._cluster.gateway.directory.find(model)
-        links = [] if known is None else [link for link in known.links.values() if known.takes(link)]
+        links = [] if known is None else [link for link in known.links.values() if known.takes_calls(link)]
         return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
 
     async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:

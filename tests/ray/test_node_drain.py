@@ -76,7 +76,7 @@ async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIte
 def open_links(gateway: Gateway) -> list[WorkerLink]:
     """Return the links of workers that accept calls of `sim`."""
     links = [link for link in gateway.hub.links if link.identity.model == "sim"]
-    return [link for link in links if link.serves and link.free.sequences]
+    return [link for link in links if link.takes_new_requests and link.free.sequences]
 
 
 @pytest.mark.root
@@ -124,7 +124,7 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
             assert leaving.running == 20
             other.command(link_pb.Command(uncordon=link_pb.Uncordon()))
             process, asked_at = ray.terminate("first"), time.monotonic()
-            await until(lambda: leaving.standing is DrainState.DRAINING, "the replica has begun to drain", 5)
+            await until(lambda: leaving.drain_state is DrainState.DRAINING, "the replica has begun to drain", 5)
             ended = await asyncio.gather(*map(rest_of, streams))
             await asyncio.to_thread(process.wait, 30)
             took_s = time.monotonic() - asked_at

@@ -12,9 +12,9 @@ from cluster.api.types import ModelSpec, ModelState
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerLinks
-from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.scaling.operator_requests import ScalingRequests
-from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
+from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.wire.dial import read
 from cluster.worker.settings import ReplicaSettings
@@ -36,15 +36,15 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
         controller_links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
         controller = Controller(backend, controller_links, scaler=scaler)
-        scaling.listen(controller_links, scaler, controller.now, controller.wake)
+        scaling.connect_demand(controller_links, scaler, controller.now, controller.wake)
         requests = ScalingRequests(scaler, controller.wake)
         spec = ModelSpec(
             "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
         )
         settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
-        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
-        scaler.look(
-            [spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True
+        controller.known[settings.app] = SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)
+        scaler.run_pass(
+            [spec], {("sim", ""): RayReplicas(0)}, [], time.monotonic(), time.time(), blind=True
         )  # as if it were idle
         controller.want([settings])
         tasks = [asyncio.create_task(controller_links.run()), asyncio.create_task(controller.run())]

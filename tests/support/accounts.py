@@ -118,7 +118,7 @@ async def accounting_cluster(
 ) -> AsyncIterator[TestCluster]:
     """A gateway that keeps accounts, without workers."""
     gateway = Gateway(parse(text), folder)
-    gateway.account([SECRET], insert)
+    gateway.keep_accounts([SECRET], insert)
     await gateway.start()
     cluster = TestCluster(gateway)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.backend import RaySnapshot
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import Place, Replica
+from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 
 
@@ -99,7 +99,9 @@ class LiveReplicas:
                 self._do(self._start(app))
 
     async def _start(self, app: _App) -> None:
-        replica = Replica(app.settings, Place(uuid.uuid4().hex[:8], "node"), open_model, on_engine_death=lambda _: None)
+        replica = Replica(
+            app.settings, ReplicaPlacement(uuid.uuid4().hex[:8], "node"), open_model, on_engine_death=lambda _: None
+        )
         try:
             await replica.start()
         except ModelRefused as error:

@@ -127,7 +127,7 @@ def running() -> Iterator[PostgresServer]:
     """A server for the duration of the context; the test is skipped by name where PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
-        pytest.skip(doctor.lack("postgresql"))
+        pytest.skip(doctor.missing_reason("postgresql"))
     server = PostgresServer(programs)
     try:
         server.start()

@@ -73,7 +73,7 @@ class HeadAndNode:
         """An empty one. Skips the test where there is no Valkey."""
         server = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
         if server is None:
-            pytest.skip(doctor.lack("valkey-server"))
+            pytest.skip(doctor.missing_reason("valkey-server"))
         self._valkey_port = self._valkey_port or free_ports(1)[0]
         words = ["--port", str(self._valkey_port), "--bind", self.net.address, "--protected-mode", "no"]
         words += ["--save", "", "--appendonly", "no"]

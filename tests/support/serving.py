@@ -27,20 +27,20 @@ class Door:
     address: str = ""
     entries: dict[str, CatalogEntry] = field(default_factory=dict)
 
-    def joined(self, link: WorkerLink) -> None:
+    def link_up(self, link: WorkerLink) -> None:
         """Nothing to do: `hub.links` has it."""
 
-    def left(self, link: WorkerLink, why: str) -> None:
+    def link_down(self, link: WorkerLink, why: str) -> None:
         """Nothing to do: `hub.links` has it."""
 
-    def changed(self, link: WorkerLink) -> None:
+    def link_changed(self, link: WorkerLink) -> None:
         """Nothing to do: `hub.links` has it."""
 
-    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """Keep the newest."""
         self.entries = {entry.name: entry for entry in entries}
 
-    def refuses(self, identity: WorkerIdentity) -> str:
+    def refusal_of(self, identity: WorkerIdentity) -> str:
         """Nobody is refused."""
         return ""
 

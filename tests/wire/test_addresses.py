@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from cluster.api.types import WorkerIdentity
-from cluster.cli.local.ports import decide
+from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import Config, parse
 from cluster.controller.links import ControllerLinks
 from cluster.gateway.server import Gateway
@@ -27,7 +27,7 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
     """A sibling without a host is on the dialled host; complete addresses stay as they are."""
     gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
-    gateways.welcomed("[::1]:50052", "i0", [":50061", "c.example:2"])
+    gateways.record_welcome("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
@@ -38,21 +38,21 @@ def test_only_what_is_reached_counts() -> None:
     def now() -> list[str]:
         return list(gateways.addresses)
 
-    gateways.welcomed("a:1", "i1", [":2"])
-    gateways.welcomed("a:2", "i2", [":1", ":3"])
-    gateways.welcomed("a:3", "i3", [":1", ":2"])
+    gateways.record_welcome("a:1", "i1", [":2"])
+    gateways.record_welcome("a:2", "i2", [":1", ":3"])
+    gateways.record_welcome("a:3", "i3", [":1", ":2"])
     assert now() == ["a:1", "a:2", "a:3"]
-    gateways.welcomed("a:1", "i1-later", [])
+    gateways.record_welcome("a:1", "i1-later", [])
     assert now() == ["a:1"]
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
     """A gateway with two addresses is dialled by the configured one only: two links of one worker end each other."""
     gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
-    gateways.welcomed("host:1", "i1", [":2"])
+    gateways.record_welcome("host:1", "i1", [":2"])
     assert "host:2" in gateways.addresses, "no gateway has answered at either name yet"
-    gateways.welcomed("10.0.0.1:2", "i2", [])
-    gateways.welcomed("host:2", "i2", [":1"])
+    gateways.record_welcome("10.0.0.1:2", "i2", [])
+    gateways.record_welcome("host:2", "i2", [":1"])
     assert gateways.addresses == ("host:1", "10.0.0.1:2")
 
 
@@ -81,9 +81,9 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
     gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
     await peers.until_open("a:1", 1)
-    gateways.welcomed("a:1", "i1", [":2"])
+    gateways.record_welcome("a:1", "i1", [":2"])
     await peers.until_open("a:2", 1)
-    gateways.welcomed("a:1", "i1", [])
+    gateways.record_welcome("a:1", "i1", [])
     peers.open["a:1"].set()
     await peers.until_open("a:1", 2)
     assert not peers.open["a:2"].is_set(), "the other's link stays up"
@@ -92,7 +92,7 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
         peers.open["a:1"].set()
         await peers.until_open("a:1", times)
     assert peers.opened.count("a:2") == 1
-    gateways.welcomed("a:1", "i1", [":2"])
+    gateways.record_welcome("a:1", "i1", [":2"])
     await peers.until_open("a:2", 2)
     dialling.cancel()
     await asyncio.gather(dialling, return_exceptions=True)
@@ -100,7 +100,7 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
 
 def two_processes() -> Config:
     """A configuration of two processes with fixed ports."""
-    return decide(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
+    return choose_ports(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
 
 
 async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire import admin_forwarding
-from cluster.wire.admin_forwarding import Questions
+from cluster.wire.admin_forwarding import AdminRequests
 
 GOOD, BAD = "Catalog.Good", "Catalog.Bad"
 
@@ -21,7 +21,7 @@ class Stream:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.sent: list[pb.AdminRequest] = []
-        self.questions = Questions(lambda frame: self.sent.append(frame.admin_request), frozenset((GOOD, BAD)))
+        self.questions = AdminRequests(lambda frame: self.sent.append(frame.admin_request), frozenset((GOOD, BAD)))
         self._error = error
 
     async def reply(self, request: pb.AdminRequest) -> None:
@@ -35,7 +35,7 @@ class Stream:
             raise self._error
 
         reply = await admin_forwarding.answer({GOOD: good, BAD: bad}, request)
-        self.questions.answered(pb.AdminReply.FromString(reply.SerializeToString()))
+        self.questions.handle_reply(pb.AdminReply.FromString(reply.SerializeToString()))
 
 
 async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 5.0) -> asyncio.Task[bytes]:
@@ -52,7 +52,7 @@ async def test_answers_find_their_questions() -> None:
     for request in reversed(stream.sent):
         await stream.reply(request)
         await stream.reply(request)
-    stream.questions.answered(pb.AdminReply(id=99))
+    stream.questions.handle_reply(pb.AdminReply(id=99))
     assert [await task for task in tasks] == [bytes([i]) + b"key:k1" for i in range(3)]
 
 
@@ -99,7 +99,7 @@ async def test_no_answer_is_told_as_what_it_is() -> None:
     with pytest.raises(CallError, match="may still do it"):
         await late
     lost = await asked(stream, GOOD)
-    stream.questions.ended()
+    stream.questions.fail_all()
     with pytest.raises(CallError, match="look before you repeat"):
         await lost
     count = len(stream.sent)

@@ -39,7 +39,7 @@ class CreditMachine(RuleBasedStateMachine):
     def regrant(self) -> None:
         room = self.room()
         begins = min(room.sequences, self.begins)
-        for grant in self.granter.grants(Capacity(begins, room.tokens), room.sequences):
+        for grant in self.granter.new_grants(Capacity(begins, room.tokens), room.sequences):
             self.gateways[grant.link].inbox.append((grant.grant_id, grant.sequences, grant.tokens))
 
     @precondition(lambda self: len(self.gateways) < 4)
@@ -62,7 +62,7 @@ class CreditMachine(RuleBasedStateMachine):
     @rule(data=st.data(), waiting=st.integers(0, 50), kept=st.integers(0, 60))
     def backlog(self, data: st.DataObject, waiting: int, kept: int) -> None:
         link = data.draw(st.sampled_from(sorted(self.gateways)))
-        self.granter.backlog(link, waiting, kept)
+        self.granter.set_backlog(link, waiting, kept)
         self.regrant()
 
     @rule(begins=st.integers(0, CAPACITY.sequences))
@@ -86,14 +86,14 @@ class CreditMachine(RuleBasedStateMachine):
         gateway = self.gateways[link]
         if gateway.submits:
             tokens = gateway.submits.pop(0)
-            self.granter.spent(link, tokens)
+            self.granter.record_submit(link, tokens)
             self.running.append(tokens)
         if gateway.inbox:
             grant_id, sequences, tokens = gateway.inbox.pop(0)
-            gateway.purse.granted(grant_id, sequences, tokens)
+            gateway.purse.apply_credit(grant_id, sequences, tokens)
             gateway.acks.append(grant_id)
         elif gateway.acks and not gateway.submits:  # an ack follows the submits sent before it
-            self.granter.acked(link, gateway.acks.pop(0))
+            self.granter.acknowledge(link, gateway.acks.pop(0))
         self.regrant()
 
     @precondition(lambda self: self.running)
@@ -124,7 +124,7 @@ def test_all_room_goes_to_the_only_link() -> None:
     """A single gateway gets all the capacity."""
     granter = CreditGranter()
     granter.attach(1)
-    (grant,) = granter.grants(Capacity(10, 1000))
+    (grant,) = granter.new_grants(Capacity(10, 1000))
     assert (grant.sequences, grant.tokens) == (10, 1000)
 
 
@@ -132,14 +132,14 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
     """Unused capacity moves to the gateway with a backlog, once the other has acknowledged its lower limit."""
     granter = CreditGranter()
     granter.attach(1)
-    granter.grants(Capacity(10, 1000))
+    granter.new_grants(Capacity(10, 1000))
     granter.attach(2)
-    granter.backlog(2, 5)
-    grants = {g.link: g for g in granter.grants(Capacity(10, 1000))}
+    granter.set_backlog(2, 5)
+    grants = {g.link: g for g in granter.new_grants(Capacity(10, 1000))}
     assert grants[1].sequences == 0
     assert 2 not in grants, "no capacity is free before the first gateway has acknowledged"
-    granter.acked(1, grants[1].grant_id)
-    (grant,) = granter.grants(Capacity(10, 1000))
+    granter.acknowledge(1, grants[1].grant_id)
+    (grant,) = granter.new_grants(Capacity(10, 1000))
     assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
 
 
@@ -148,11 +148,11 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
-        granter.backlog(link, waiting, kept)
-    grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=40)}
+        granter.set_backlog(link, waiting, kept)
+    grants = {g.link: g.sequences for g in granter.new_grants(Capacity(6, 10_000), places=40)}
     assert grants == {1: 5, 2: 1 + 6, 3: 9}, "other calls share the six as if those were not there"
-    granter.backlog(3, 0)
-    grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=9)}
+    granter.set_backlog(3, 0)
+    grants = {g.link: g.sequences for g in granter.new_grants(Capacity(6, 10_000), places=9)}
     assert grants == {1: 3, 2: 3 + 3, 3: 0}, "three places beyond the six; the rest of them compete like other calls"
 
 
@@ -162,19 +162,19 @@ def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_p
         granter = CreditGranter()
         granter.attach(1)
         granter.attach(2)
-        granter.backlog(1, waiting)
-        granter.backlog(2, 5, 5)
-        assert {g.link: g.sequences for g in granter.grants(Capacity(room, 1000), places=room)} == expected
+        granter.set_backlog(1, waiting)
+        granter.set_backlog(2, 5, 5)
+        assert {g.link: g.sequences for g in granter.new_grants(Capacity(room, 1000), places=room)} == expected
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
     """The worker lowers a gateway's backlog itself for each resumed call that arrives."""
     granter = CreditGranter()
     granter.attach(1)
-    granter.backlog(1, 5, 5)
-    granter.grants(Capacity(1, 1000), places=1)
-    granter.spent(1, 10, kept=True)
-    (grant,) = granter.grants(Capacity(0, 1000), places=40)
+    granter.set_backlog(1, 5, 5)
+    granter.new_grants(Capacity(1, 1000), places=1)
+    granter.record_submit(1, 10, kept=True)
+    (grant,) = granter.new_grants(Capacity(0, 1000), places=40)
     assert grant.sequences == 1 + 4
 
 
@@ -182,13 +182,13 @@ def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
     """An acknowledgement that crosses a lower limit frees nothing: the gateway may still use the older limit."""
     granter = CreditGranter()
     granter.attach(1)
-    (first,) = granter.grants(Capacity(10, 1000))
+    (first,) = granter.new_grants(Capacity(10, 1000))
     granter.attach(2)
-    granter.backlog(2, 5)
-    (lower,) = granter.grants(Capacity(10, 1000))
+    granter.set_backlog(2, 5)
+    (lower,) = granter.new_grants(Capacity(10, 1000))
     assert (lower.link, lower.sequences) == (1, 0)
-    granter.acked(1, first.grant_id)  # sent before the lower one arrived
+    granter.acknowledge(1, first.grant_id)  # sent before the lower one arrived
     assert granter.promised().sequences == 10
-    assert granter.grants(Capacity(10, 1000)) == [], "the first gateway may still send ten"
-    granter.acked(1, lower.grant_id)
-    assert [(g.link, g.sequences) for g in granter.grants(Capacity(10, 1000))] == [(2, 10)]
+    assert granter.new_grants(Capacity(10, 1000)) == [], "the first gateway may still send ten"
+    granter.acknowledge(1, lower.grant_id)
+    assert [(g.link, g.sequences) for g in granter.new_grants(Capacity(10, 1000))] == [(2, 10)]

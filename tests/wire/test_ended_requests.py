@@ -45,25 +45,25 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
         elif name == "keep":
             waiting.add(keeper.keep(ended(), origin=value))
         elif name == "take" and value < len(links):
-            taken = {usage.key for usage in keeper.take(links[value], now, most=3)}
+            taken = {usage.key for usage in keeper.pop_due(links[value], now, most=3)}
             assert taken <= waiting
             assert not taken & acked
             sent[links[value]] |= taken
         elif name == "ack" and links:
             keys = sorted(sent[links[value % len(links)]])[:2]
-            keeper.acked(keys)
+            keeper.acknowledge(keys)
             acked.update(keys)
             waiting.difference_update(keys)
         elif name == "wait":
             now += value
         elif name == "hurry":
-            assert set(keeper.hurry(now)) <= set(links)
+            assert set(keeper.reassign_late(now)) <= set(links)
         assert keeper.statistics().kept == len(waiting)
     keeper.attach(number := number + 1)
     for link in links:
         keeper.detach(link, {})
     offered: set[int] = set()
-    while usages := keeper.take(number, now):
+    while usages := keeper.pop_due(number, now):
         offered |= {usage.key for usage in usages}
     assert offered == waiting
 
@@ -74,14 +74,14 @@ def test_the_gateway_that_sent_it_hears_it_first() -> None:
     keeper.attach(1)
     keeper.attach(2)
     keys = [keeper.keep(ended(), origin=2) for _ in range(4)]
-    assert not keeper.due(1)
-    assert [usage.key for usage in keeper.take(2, 0.0)] == keys
-    assert keeper.take(2, 1.0) == []
-    keeper.acked(keys[:1])
+    assert not keeper.has_due(1)
+    assert [usage.key for usage in keeper.pop_due(2, 0.0)] == keys
+    assert keeper.pop_due(2, 1.0) == []
+    keeper.acknowledge(keys[:1])
     keeper.detach(2, {})
-    assert [usage.key for usage in keeper.take(1, 2.0)] == keys[1:]
+    assert [usage.key for usage in keeper.pop_due(1, 2.0)] == keys[1:]
     keeper.attach(3)
-    assert keeper.take(3, 3.0) == []
+    assert keeper.pop_due(3, 3.0) == []
 
 
 def test_who_never_acknowledges_is_passed_over() -> None:
@@ -89,13 +89,13 @@ def test_who_never_acknowledges_is_passed_over() -> None:
     keeper = UsageKeeper(patience_s=60)
     keeper.attach(1)
     key = keeper.keep(ended(), origin=1)
-    assert [usage.key for usage in keeper.take(1, 0.0)] == [key]
-    assert keeper.hurry(100.0) == [], "there is no other link"
+    assert [usage.key for usage in keeper.pop_due(1, 0.0)] == [key]
+    assert keeper.reassign_late(100.0) == [], "there is no other link"
     keeper.attach(2)
-    assert keeper.hurry(59.0) == []
-    assert keeper.hurry(61.0) == [2]
-    assert [usage.key for usage in keeper.take(2, 61.0)] == [key]
-    keeper.acked([key])
+    assert keeper.reassign_late(59.0) == []
+    assert keeper.reassign_late(61.0) == [2]
+    assert [usage.key for usage in keeper.pop_due(2, 61.0)] == [key]
+    keeper.acknowledge([key])
     assert keeper.statistics().kept == 0
 
 
@@ -108,7 +108,7 @@ def test_tokens_that_never_left_were_not_delivered() -> None:
     keeper.keep(ended(10), origin=2, slot=7)
     keeper.detach(1, {7: 4, 8: 99})
     keeper.attach(3)
-    assert [usage.written_tokens for usage in keeper.take(3, 0.0)] == [6, 0, 10]
+    assert [usage.written_tokens for usage in keeper.pop_due(3, 0.0)] == [6, 0, 10]
 
 
 def test_full_it_drops_the_oldest_and_counts() -> None:
@@ -116,6 +116,6 @@ def test_full_it_drops_the_oldest_and_counts() -> None:
     keeper = UsageKeeper(max_records=3)
     keys = [keeper.keep(ended(), origin=0) for _ in range(5)]
     keeper.attach(1)
-    assert [usage.key for usage in keeper.take(1, 0.0)] == keys[2:]
+    assert [usage.key for usage in keeper.pop_due(1, 0.0)] == keys[2:]
     statistics = keeper.statistics()
     assert (statistics.kept, statistics.dropped) == (3, 2)

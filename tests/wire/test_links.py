@@ -221,7 +221,7 @@ async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkp
     await until(lambda: draining.end.statistics().running == 1, "the call runs")
     other = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     drained = asyncio.create_task(draining.end.drain(10))
-    await until(lambda: any(not link.serves for link in cluster.gateway.hub.links), "the gateway knows")
+    await until(lambda: any(not link.takes_new_requests for link in cluster.gateway.hub.links), "the gateway knows")
     for _ in range(5):
         await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))
     assert await drained

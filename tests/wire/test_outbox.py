@@ -96,7 +96,7 @@ async def test_frames_merge_until_they_are_taken() -> None:
     full = [outbox.full]
     outbox.output(2, TokenOutput("s", [7, 8]))
     full.append(outbox.full)
-    message = await outbox.take()
+    message = await outbox.next_message()
     full.append(outbox.full)
     assert full == [False, True, False]
     assert [(slot, list(o.token_ids)) for slot, o in codec.outputs_from_pb(message.step)] == [(1, [5, 6]), (2, [7, 8])]

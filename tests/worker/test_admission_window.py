@@ -23,40 +23,40 @@ def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
     short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):
         for window, tokens in ((short, 20), (long, 4096)):
-            window.submitted(str(number), tokens)
-            window.began(str(number))
-            window.ended(str(number))
-            window.stepped()
-    assert short.sequences > 100
-    assert long.sequences == 1 + LOOKAHEAD_SEQUENCES
+            window.record_submit(str(number), tokens)
+            window.record_first_output(str(number))
+            window.record_end(str(number))
+            window.record_step()
+    assert short.admissible_sequences > 100
+    assert long.admissible_sequences == 1 + LOOKAHEAD_SEQUENCES
 
 
 def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
     """A hundred resumed sequences with few tokens to compute do not make the window admit more long prompts."""
     ahead = AdmissionWindow(256, 2048)
     for number in range(200):
-        ahead.submitted(str(number), 1000 if number < 100 else 8, begins=number < 100)
-        ahead.began(str(number))
-        ahead.ended(str(number))
-        ahead.stepped()
-    assert ahead.sequences == 3
+        ahead.record_submit(str(number), 1000 if number < 100 else 8, begins=number < 100)
+        ahead.record_first_output(str(number))
+        ahead.record_end(str(number))
+        ahead.record_step()
+    assert ahead.admissible_sequences == 3
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
     """With two prompts of several steps pending, a third waits in its gateway until one of them has an output."""
     ahead = AdmissionWindow(8, 1000)
-    ahead.submitted("a", 5000)
-    ahead.submitted("b", 5000)
-    assert ahead.sequences == 0
-    ahead.began("a")
-    ahead.stepped()
-    assert ahead.sequences == 1
+    ahead.record_submit("a", 5000)
+    ahead.record_submit("b", 5000)
+    assert ahead.admissible_sequences == 0
+    ahead.record_first_output("a")
+    ahead.record_step()
+    assert ahead.admissible_sequences == 1
 
 
 def test_an_idle_engine_has_room_for_three() -> None:
     """An idle engine admits one sequence and two more, so that several gateways have credit, if it has the slots."""
-    assert AdmissionWindow(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
-    assert AdmissionWindow(2, 2048).sequences == 2
+    assert AdmissionWindow(32, 2048).admissible_sequences == 1 + LOOKAHEAD_SEQUENCES
+    assert AdmissionWindow(2, 2048).admissible_sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
@@ -64,11 +64,11 @@ def test_more_than_places_only_where_calls_end_in_each_step() -> None:
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):
-            fast.submitted(name, 10)
-            fast.ended(name)
-        fast.stepped()
-        slow.stepped()
-    assert (fast.places, slow.places) == (4 + LOOKAHEAD_SEQUENCES, 4)
+            fast.record_submit(name, 10)
+            fast.record_end(name)
+        fast.record_step()
+        slow.record_step()
+    assert (fast.free_slots, slow.free_slots) == (4 + LOOKAHEAD_SEQUENCES, 4)
 
 
 class LookaheadMachine(RuleBasedStateMachine):
@@ -87,14 +87,14 @@ class LookaheadMachine(RuleBasedStateMachine):
         self.count += 1
         self.live.append(str(self.count))
         self.pending.add(str(self.count))
-        self.ahead.submitted(str(self.count), tokens)
+        self.ahead.record_submit(str(self.count), tokens)
 
     @precondition(lambda self: self.pending)
     @rule()
     def begin(self) -> None:
         first = next(request_id for request_id in self.live if request_id in self.pending)
         self.pending.discard(first)
-        self.ahead.began(first)
+        self.ahead.record_first_output(first)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -102,21 +102,21 @@ class LookaheadMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(self.live))
         self.live.remove(request_id)
         self.pending.discard(request_id)
-        self.ahead.ended(request_id)
+        self.ahead.record_end(request_id)
 
     @rule()
     def step(self) -> None:
-        self.ahead.stepped()
+        self.ahead.record_step()
 
     @invariant()
     def bounded_by_places(self) -> None:
-        assert len(self.live) + self.ahead.sequences <= 6 + LOOKAHEAD_SEQUENCES
+        assert len(self.live) + self.ahead.admissible_sequences <= 6 + LOOKAHEAD_SEQUENCES
 
     @invariant()
     def never_idle(self) -> None:
         """With a free slot and no pending prompt, a sequence is admitted."""
         if not self.pending and len(self.live) < 6:
-            assert self.ahead.sequences > 0
+            assert self.ahead.admissible_sequences > 0
 
 
 TestLookahead = LookaheadMachine.TestCase
@@ -135,12 +135,12 @@ def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
     model = SimModel(dataclasses.replace(config, vocab=1000, token_lo=1, token_hi=900, max_model_len=9000))
     ahead, most, full = AdmissionWindow(32, config.max_num_batched_tokens), 0, 0
     for step in range(300):
-        for number in range(ahead.sequences):
+        for number in range(ahead.admissible_sequences):
             tokens = min(max(round(median * chance.lognormvariate(0, 0.7)), 1), 8000)
             sampling = Sampling(max_tokens=chance.randrange(20, 120), temperature=0.0, ignore_eos=True)
             request_id = f"{step}-{number}"
             model.submit(EngineRequest(request_id, [chance.randrange(900) for _ in range(tokens)], sampling))
-            ahead.submitted(request_id, tokens)
+            ahead.record_submit(request_id, tokens)
         plan = model.schedule()
         load = model.load()
         if step > UNKNOWN_PROMPTS:
@@ -149,10 +149,10 @@ def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
         outputs = model.complete(plan)
         for output in outputs:
             if output.prompt_tokens is not None:
-                ahead.began(output.request_id)
+                ahead.record_first_output(output.request_id)
             if output.finish is not None:
-                ahead.ended(output.request_id)
+                ahead.record_end(output.request_id)
         if outputs:
-            ahead.stepped()
+            ahead.record_step()
     assert most <= LOOKAHEAD_SEQUENCES + 1 + 512 // median
     assert full > 250

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import FinishReason, TokenOutput
-from cluster.worker.detached_requests import FAILED, KEEP_S, DetachedRequest, DetachedRequests
+from cluster.worker.detached_requests import DETACHED_S, FAILED, DetachedRequest, DetachedRequests
 
 
 def make_request(
@@ -45,18 +45,18 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
     assert (claimed.last is not None) == bool(ends and steps)
     assert detached.claim("s", "it", prompt, shown) is None
     assert len(detached) == detached.tokens == 0
-    assert detached.expired(KEEP_S) == []
+    assert detached.expired(DETACHED_S) == []
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=6).map(sorted), st.floats(0, 6))
 def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -> None:
-    """A detached request is dropped after KEEP_S, and its engine id is returned if it still runs."""
+    """A detached request is dropped after DETACHED_S, and its engine id is returned if it still runs."""
     detached = DetachedRequests()
     for number, (at, ended) in enumerate(left):
         assert detached.add(make_request(f"s{number}", f"r{number}", 5, [1]), at) == []
         if ended:
             detached.output(TokenOutput(f"r{number}", [2], FinishReason.STOP))
-    late = {number for number, (at, _) in enumerate(left) if at + KEEP_S <= now}
+    late = {number for number, (at, _) in enumerate(left) if at + DETACHED_S <= now}
     assert set(detached.expired(now)) == {f"r{number}" for number in late if not left[number][1]}
     for number in range(len(left)):
         assert (detached.claim(f"s{number}", "it", 5, [1]) is None) == (number in late)
@@ -97,4 +97,4 @@ def test_what_the_engine_could_not_go_on_with_is_nobodys(finish: FinishReason) -
     assert detached.output(TokenOutput("r", [], finish)) == 0
     assert len(detached) == 0
     assert detached.claim("s", "it", 5, [1]) is None
-    assert detached.expired(KEEP_S) == []
+    assert detached.expired(DETACHED_S) == []

@@ -43,7 +43,7 @@ async def ask(cluster: TestCluster, *arguments: str) -> Done:
 
 def standing(cluster: TestCluster, worker: Worker) -> DrainState:
     """Return the drain state of a worker that a gateway knows."""
-    return next(x.standing for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
+    return next(x.drain_state for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_a_worker_that_leaves_takes_no_work_again() -> None:
     state.cordon(3.0)
     assert not state.uncordon(3.0)
     state.attach(outbox, 4.0)
-    sent = asyncio.run(outbox.take()).standing
+    sent = asyncio.run(outbox.next_message()).standing
     assert (sent.state, sent.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
     state.mark_drained(9.0)
     assert state.state is DrainState.DRAINED

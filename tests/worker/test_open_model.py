@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.api.types import ModelSpec
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import Place, Replica
+from cluster.worker.replica import Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
 
@@ -59,7 +59,7 @@ async def test_a_damaged_checkpoint_is_refused(
     damage(folder)
     settings = ReplicaSettings(ModelSpec("m", str(folder)), "c", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ModelRefused, match=why):
-        await Replica(settings, Place("r", "n"), open_model).start()
+        await Replica(settings, ReplicaPlacement("r", "n"), open_model).start()
 
 
 def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.api.ports import EngineDead, EngineSick
+from cluster.api.ports import EngineCorrupt, EngineDead
 from cluster.api.types import DrainState, ModelSpec
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
-from cluster.worker.replica import OpenedModel, Place, Replica
+from cluster.worker.replica import OpenedModel, Replica, ReplicaPlacement
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 from tests.support.serving import Door, eventually, greedy
 
@@ -29,7 +29,7 @@ def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSetting
 
 async def test_serves_until_stopped(door: Door) -> None:
     """A started replica dials the gateway, serves and passes `check`; a stopped one does none of it."""
-    replica = Replica(settings(door), Place("r1", "node1"), open_model)
+    replica = Replica(settings(door), ReplicaPlacement("r1", "node1"), open_model)
     with pytest.raises(EngineDead, match="not started"):
         await replica.check()
     await replica.start()
@@ -47,7 +47,7 @@ async def test_serves_until_stopped(door: Door) -> None:
 
 async def test_stop_drains_what_runs(door: Door) -> None:
     """A running request is finished within the drain time."""
-    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), ReplicaPlacement("r1", "n"), open_model)
     await replica.start()
     running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
@@ -60,17 +60,17 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
 
     An operator's uncordon does not change that.
     """
-    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), ReplicaPlacement("r1", "n"), open_model)
     await replica.start()
     link = await door.worker("m")
     running = asyncio.create_task(greedy(link, [1, 2], 600))
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
     leaving = asyncio.create_task(replica.leave(20.0))
-    await eventually(lambda: not link.serves, "the gateway knows")
+    await eventually(lambda: not link.takes_new_requests, "the gateway knows")
     link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
     assert len(await running) == 600
     await leaving
-    await eventually(lambda: link.standing is DrainState.DRAINED, "it has drained, and takes nothing")
+    await eventually(lambda: link.drain_state is DrainState.DRAINED, "it has drained, and takes nothing")
     with pytest.raises(EngineDead, match="its node is about to end"):
         await replica.check()
     await replica.stop()
@@ -78,7 +78,7 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
 
 async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
     """A stop takes at most `within_s`, even if the settings' drain time is longer."""
-    replica = Replica(replace(settings(door, SOURCE), drain_timeout_s=300.0), Place("r1", "n"), open_model)
+    replica = Replica(replace(settings(door, SOURCE), drain_timeout_s=300.0), ReplicaPlacement("r1", "n"), open_model)
     await replica.start()
     link = await door.worker("m")
     endless = asyncio.create_task(greedy(link, [1, 2], 100_000))
@@ -94,7 +94,7 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
-    replica = Replica(settings(door), Place("r1", "n"), lambda _: opened, on_engine_death=exits.append)
+    replica = Replica(settings(door), ReplicaPlacement("r1", "n"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     await door.worker("m")
     engine.kill("power cut")
@@ -114,7 +114,7 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
-    replica = Replica(settings(door), Place("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
+    replica = Replica(settings(door), ReplicaPlacement("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
     await replica.start()
     link = await door.worker("m")
     assert len(await greedy(link, [1, 2], 3)) == 3
@@ -131,8 +131,8 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
 
 async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
     """NaN in the first golden answer ends the start, without ModelRefused: another node may have a healthy GPU."""
-    replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), Place("r1", "node-7"), open_model)
-    with pytest.raises(EngineSick, match=r"node-7 is sick.*NaN in the logits"):
+    replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), ReplicaPlacement("r1", "node-7"), open_model)
+    with pytest.raises(EngineCorrupt, match=r"node-7 is sick.*NaN in the logits"):
         await replica.start()
     assert not door.hub.links
 
@@ -140,21 +140,31 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
 @pytest.mark.parametrize(
     ("source", "place", "more", "reason"),
     [
-        ("sim://?vocab=9&speed=1", Place("r", "n"), {}, "'speed' is no parameter"),
-        ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
-        ("sim://", Place("r", "n"), {}, "vocab is not given"),
-        ("/m", Place("r", "n"), {"engine": {"worker_cls": "a.B"}}, r"models\[m\].engine.worker_cls: names code"),
+        ("sim://?vocab=9&speed=1", ReplicaPlacement("r", "n"), {}, "'speed' is no parameter"),
+        ("/no/such/folder", ReplicaPlacement("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
+        ("sim://", ReplicaPlacement("r", "n"), {}, "vocab is not given"),
+        (
+            "/m",
+            ReplicaPlacement("r", "n"),
+            {"engine": {"worker_cls": "a.B"}},
+            r"models\[m\].engine.worker_cls: names code",
+        ),
         (
             SOURCE,
-            Place("r", "n"),
+            ReplicaPlacement("r", "n"),
             {"digest": "sha256:0"},
             r"models\[m\].digest: the weights .* have sha256:.* requires",
         ),
-        (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
+        (
+            SOURCE,
+            ReplicaPlacement("r", "a", ("a", "b")),
+            {"tensor_parallel_size": 2},
+            r"models\[m\]: ranks 0 to 1, .* 2 nodes",
+        ),
     ],
 )
 async def test_what_cannot_work_is_refused(
-    door: Door, source: str, place: Place, more: dict[str, object], reason: str
+    door: Door, source: str, place: ReplicaPlacement, more: dict[str, object], reason: str
 ) -> None:
     """ModelRefused names what is wrong, and no link was made."""
     replica = Replica(settings(door, source, **more), place, open_model)
@@ -172,4 +182,4 @@ async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
 
     model = settings(door)
     with pytest.raises(OSError, match="disk"):
-        await Replica(model, Place("r", "n"), unlucky).start()
+        await Replica(model, ReplicaPlacement("r", "n"), unlucky).start()

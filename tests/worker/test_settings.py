@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cluster.api.types import ModelSpec
 from cluster.policy.catalog import specs
 from cluster.wire.tls import TlsFiles
-from cluster.worker.settings import ModelRefused, ReplicaSettings, from_json, refusal_in
+from cluster.worker.settings import ModelRefused, ReplicaSettings, find_refusal, from_json
 
 SETTINGS = ReplicaSettings(
     ModelSpec(name="m", source="hf://a/b", aliases=("x", "y"), engine={"max_num_seqs": 8}, min_replicas=2),
@@ -65,6 +65,6 @@ def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings
 def test_refusal_is_found_again(reason: str) -> None:
     """The reason of ModelRefused is found in the text that Ray wraps around it, and survives a pickle."""
     wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
-    assert refusal_in(wrapped) == reason
-    assert refusal_in("Traceback: ValueError") == ""
+    assert find_refusal(wrapped) == reason
+    assert find_refusal("Traceback: ValueError") == ""
     assert pickle.loads(pickle.dumps(ModelRefused(reason))).reason == reason  # noqa: S301 - our own

@@ -12,8 +12,8 @@ import typer
 
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.ledger import show_table
-from cluster.gateway.links.peer_identity import CONTROLLER, of_model
-from cluster.policy.tenants.revocation_list import Revocation, Revoked, serial_of
+from cluster.gateway.links.peer_identity import CONTROLLER, model_uri
+from cluster.policy.tenants.revocation_list import Revocation, RevocationList, serial_of
 
 AUTHORITY_DAYS = 3650
 
@@ -65,7 +65,7 @@ def issue_worker(
     previous certificate, and the new one is used from the next link on."""
     from cluster.cli import certificates
 
-    uris = [of_model(pattern) for pattern in model or ()] + ([CONTROLLER] if controller else [])
+    uris = [model_uri(pattern) for pattern in model or ()] + ([CONTROLLER] if controller else [])
     if not uris:
         fail("no role given: add --model NAME, --model '*' or --controller", USAGE)
     _issue(name, lambda: certificates.issue_client(folder, name, uris, days))
@@ -87,7 +87,7 @@ def revoke(
     that an authority issued are in the file `issued` of its folder."""
     try:
         text = file.read_text() if file.exists() else ""
-        known = {(entry.serial, entry.issuer) for entry in Revoked.parse(text).entries}
+        known = {(entry.serial, entry.issuer) for entry in RevocationList.parse(text).entries}
         revocations = [_revocation(certificate, issuer, " ".join(note.split())) for certificate in certificates]
         new = [entry for entry in revocations if (entry.serial, entry.issuer) not in known]
         _replace(file, "".join(f"{line}\n" for line in (*text.splitlines(), *(entry.line() for entry in new))))
@@ -109,7 +109,7 @@ def _replace(file: Path, text: str) -> None:
 def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
     """Show a list of certificates: a revocation list, or the file `issued` of an authority."""
     try:
-        listed = Revoked.parse(file.read_text())
+        listed = RevocationList.parse(file.read_text())
     except (ValueError, OSError) as error:
         fail(f"{file}: {error}", USAGE)
     rows = [{"serial": f"{entry.serial:X}", "issuer": entry.issuer, "note": entry.note} for entry in listed.entries]

@@ -217,7 +217,7 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
 )
 
 
-def lack(name: str) -> str:
+def missing_reason(name: str) -> str:
     """Describe in one line what one check misses and its remedy; empty if nothing. Raises KeyError for other names."""
     for check in CHECKS:
         finding = check()

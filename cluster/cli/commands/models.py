@@ -31,7 +31,7 @@ from cluster.cli.common import (
     rpc_errors,
 )
 from cluster.config.yaml_reader import NotYaml, load_documents
-from cluster.policy.catalog.layers import lay
+from cluster.policy.catalog.layers import merge_layers
 
 DIFFERS = 2
 
@@ -82,7 +82,7 @@ def _document(files: Sequence[Path]) -> bytes:
         names = escape(", ".join(others))
         err.print(f"[yellow]note:[/yellow] only models are applied; these take effect at a process start: {names}")
     try:
-        return json.dumps({"models": lay(layers)}).encode()
+        return json.dumps({"models": merge_layers(layers)}).encode()
     except (ValueError, TypeError) as error:
         fail(str(error), USAGE)
 

@@ -21,12 +21,12 @@ from cluster.cli.base import USAGE, FileOption, fail, read_config, read_lenientl
 from cluster.cli.commands import pod_secrets
 from cluster.cli.commands.processes import FolderOption, bound_link, run, stop_on_signal
 from cluster.config.gateway import ClientTls, Tls, is_loopback
-from cluster.config.lenient import Lenient, load_for_controller, load_for_gateway
+from cluster.config.lenient import PartialConfig, load_for_controller, load_for_gateway
 from cluster.config.schema import Config, secret_files
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import log
 from cluster.process import memory
-from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
 from cluster.ray.drain_time import TIMEOUT_ENV
@@ -45,15 +45,15 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     """Run one gateway."""
     loaded = _load(file, check, load_for_gateway)
     config = loaded.config
-    _refuse_lacks(gateway_lacks(config), file, check)
+    _refuse_lacks(gateway_problems(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
-    leave_no_core_dumps()
+    disable_core_dumps()
     link = bound_link(config)
     from cluster.gateway.config_state import ConfigState
     from cluster.gateway.server import run_gateway
 
     def ready(_: dict[str, str]) -> None:
-        memory.settle()
+        memory.freeze_objects()
 
     async def serve() -> None:
         state = ConfigState(file, loaded.problems)
@@ -77,7 +77,7 @@ def controller(
     """Run one controller. Replicas keep running when it ends."""
     loaded = _load(file, check, load_for_controller)
     config = loaded.config
-    _refuse_lacks(controller_lacks(config), file, check)
+    _refuse_lacks(controller_problems(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
     raise_descriptor_limit()
     make_private_folder(folder)
@@ -114,7 +114,7 @@ async def run_pod_controller(
     stop: asyncio.Event,
     account: Path = ACCOUNT,
     *,
-    loaded: Lenient | None = None,
+    loaded: PartialConfig | None = None,
 ) -> None:
     """Run the controller until `stop`; if `lease` names a Lease, only while this pod holds it.
 
@@ -139,13 +139,13 @@ async def run_pod_controller(
     if not lease:
         await act(stop)
         return
-    from cluster.kube.leading import Leader, StoodStill
+    from cluster.kube.leading import Leader, WorkNotStopped
     from cluster.kube.lease import LeaseTerms
 
     terms = LeaseTerms()
     try:
         await Leader(KubeLease.of_this_pod(lease, terms.lease_s, account), me, terms).run(act, stop)
-    except StoodStill as error:
+    except WorkNotStopped as error:
         raise RuntimeError(str(error)) from None
 
 
@@ -165,9 +165,9 @@ async def probe_server(address: str) -> AsyncIterator[None]:
 # ---- missing settings and files
 
 
-def _load(file: Path, check: bool, lenient: Callable[[Path], Lenient]) -> Lenient:
+def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
     """Load the configuration and tolerate invalid models; with `check` they are errors too."""
-    loaded = Lenient(read_config(file)) if check else read_leniently(file, lenient)
+    loaded = PartialConfig(read_config(file)) if check else read_leniently(file, lenient)
     config = loaded.config
     if config.gateway.processes != 1:
         fail(f"{file}: gateway.processes: a container holds one process: set 1 and raise the replicas", USAGE)
@@ -184,7 +184,7 @@ def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
         raise typer.Exit(0)
 
 
-def gateway_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
+def gateway_problems(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
     """Yield a message for each thing that a gateway with this configuration lacks.
 
     `pod`: settings that a pod needs; `files`: files that the configuration names and that cannot be read.
@@ -211,7 +211,7 @@ def _missing_pod_settings(config: Config) -> Iterator[str]:
         yield "store.database_url: not set: gateways cannot share a pod's own SQLite: set a PostgreSQL URL"
 
 
-def controller_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
+def controller_problems(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
     """Yield a message for each thing that a controller with this configuration lacks; parameters as above."""
     if pod and not config.ray:
         yield "ray: empty: a controller in a pod starts no Ray: set the dashboard_url of the Ray cluster"

@@ -20,7 +20,7 @@ from cluster.config.lenient import load_for_controller, load_for_gateway
 from cluster.config.schema import Config, cache_dir
 from cluster.observe import log
 from cluster.process import memory
-from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.core_dumps import disable_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
 
@@ -51,13 +51,13 @@ def gateway(
     if drain_s is not None:
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
-    leave_no_core_dumps()
+    disable_core_dumps()
     link = bound_link(config, process)
     from cluster.gateway.config_state import ConfigState
     from cluster.gateway.server import run_gateway
 
     def ready(endpoints: dict[str, str]) -> None:
-        memory.settle()
+        memory.freeze_objects()
         if ready_file is not None:
             replace_file(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 

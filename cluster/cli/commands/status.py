@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
-from cluster.api.types import resume_word
+from cluster.api.types import weakest_resume_capability
 from cluster.cli.access import Access, admin_access
 from cluster.cli.common import (
     AdminOption,
@@ -121,7 +121,7 @@ def gather(
     )
     models = [plain(entry) for entry in entries]
     siblings = run.siblings() if run is not None and is_local else []
-    gateways = gateway_metrics.rows([endpoints, *siblings]) if siblings else []
+    gateways = gateway_metrics.gateway_rows([endpoints, *siblings]) if siblings else []
     for model in models:  # the catalog counts only the calls that wait in the first process
         model["waiting"] += sum(gateway["waiting_by_model"].get(model["name"], 0) for gateway in gateways[1:])
     return {
@@ -246,6 +246,6 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
         load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
         node = row.get("host") or row.get("node", "")[:12]
         place = (node, row.get("pod", "")) if in_pods else (node,)
-        resume = resume_word(row.get("capabilities", ())).removeprefix("resume:")
+        resume = weakest_resume_capability(row.get("capabilities", ())).removeprefix("resume:")
         table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, resume, path)))
     return table

@@ -13,9 +13,9 @@ from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, show_table, shown_time, split_pair
 from cluster.cli.tenant_service import with_tenant_service
-from cluster.config.tenants import on_is_a_word
+from cluster.config.tenants import restore_on_key
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
-from cluster.ledger.tenants.service import ROTATION_S, TenantService
+from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, TenantService
 
 tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: which models they may use, and their limits.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant. A key is shown only once, when it is created.")
@@ -51,7 +51,7 @@ def _changes(
         *parents, last = path.split(".")
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = on_is_a_word(yaml.safe_load(value))
+        place[last] = restore_on_key(yaml.safe_load(value))
     return changes
 
 
@@ -178,7 +178,7 @@ def rotate_key(
     key: KeyArgument,
     overlap_s: Annotated[
         float, typer.Option("--overlap-s", help="Seconds during which the old key still works.", min=0)
-    ] = ROTATION_S,
+    ] = DEFAULT_OVERLAP_S,
     expires_days: Annotated[
         float | None, typer.Option("--expires-days", help="Days until the new key expires.")
     ] = None,

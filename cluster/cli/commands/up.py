@@ -25,7 +25,7 @@ from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.cluster import LocalCluster, StartFailed
-from cluster.cli.local.ports import PortTaken, decide
+from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
 from cluster.client import AsyncClient, HeadraceError
@@ -57,7 +57,7 @@ def up(
     with lock:
         _end_leftovers(run)
         try:
-            config = decide(config)
+            config = choose_ports(config)
         except PortTaken as error:
             fail(str(error), USAGE)
         make_secrets(config)

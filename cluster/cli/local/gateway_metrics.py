@@ -11,7 +11,7 @@ from cluster.observe.exposition import samples as read_samples
 TIMEOUT_S = 2.0
 
 
-def rows(endpoints: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def gateway_rows(endpoints: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """One row per process, in order. For a process that does not answer, `up` is false and the numbers are 0."""
     return [_row(process, addresses) for process, addresses in enumerate(endpoints)]
 

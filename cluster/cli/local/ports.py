@@ -18,7 +18,7 @@ class PortTaken(Exception):
     """A listener's address is in use or does not belong to this machine; the message names setting and address."""
 
 
-def decide(config: Config) -> Config:
+def choose_ports(config: Config) -> Config:
     """Return the configuration with every port 0 replaced by a free one. Raises PortTaken if an address is not free.
 
     With several gateway processes the ports of all are checked: port 0 becomes a number such that the derived ports

@@ -19,8 +19,8 @@ from cluster.gateway.apis.grpc import requests
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
 from cluster.gateway.apis.openai.fields import read_object
-from cluster.gateway.apis.openai.requests import ParsedRequest, chat_asked, completion_asked
-from cluster.gateway.helpers.pool import HelperPool, Lost, TooMuchCpu
+from cluster.gateway.apis.openai.requests import ParsedRequest, parse_chat, parse_completion
+from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("bodies")
@@ -33,7 +33,7 @@ PATIENCE_S: Final = 5.0
 """Seconds that a helper may wait for a core (helpers/pool.py). Parsing in a thread instead would hold up all calls."""
 FEW_ELEMENTS: Final = 2048
 """The most fields and list elements of a protobuf message that is parsed on the event loop."""
-_PARSERS: Final = {"chat": chat_asked, "completion": completion_asked}
+_PARSERS: Final = {"chat": parse_chat, "completion": parse_completion}
 
 
 class Bodies:
@@ -82,7 +82,7 @@ class Bodies:
             result = await self.pool.run((method, (PickleBuffer(data), *more), {}), size=len(data), tenant=tenant)
         except TooMuchCpu:
             raise _unreadable() from None
-        except Lost as lost:
+        except JobLost as lost:
             log.warning("body_not_read", method=method, reason=str(lost))
             raise _unreadable() from None
         if result is not None:

@@ -91,8 +91,8 @@ class BodyReader:
 
     def __init__(self) -> None:
         self._http = {
-            "chat": (_splitter(openai_requests.CHAT_FIELDS), openai_requests.chat_asked),
-            "completion": (_splitter(openai_requests.COMPLETION_FIELDS), openai_requests.completion_asked),
+            "chat": (_splitter(openai_requests.CHAT_FIELDS), openai_requests.parse_chat),
+            "completion": (_splitter(openai_requests.COMPLETION_FIELDS), openai_requests.parse_completion),
         }
 
     def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
@@ -125,7 +125,7 @@ def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
         check_options(request.options)
         check_metadata(request.metadata)
     except CallError as error:
-        raise openai_requests.as_asked(error, names) from None
+        raise openai_requests.with_caller_names(error, names) from None
     grpc_requests.check_name(request.model)
 
 
@@ -216,7 +216,7 @@ def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc
     if request.resumable:  # its digest covers the whole message
         return None
     del request.prompt_token_ids[1:]
-    parsed = grpc_requests.complete_wish(request)
+    parsed = grpc_requests.parse_complete(request)
     return replace(parsed, prompt=IdsPrompt(ids))
 
 

@@ -14,7 +14,7 @@ from cluster.api.outcomes import CallError
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 
-ANYBODY = Principal(TenantPolicy("default"), by="nothing")
+DEFAULT_PRINCIPAL = Principal(TenantPolicy("default"), by="nothing")
 """The principal of every call at a gateway without `auth`."""
 
 
@@ -64,16 +64,16 @@ class Authenticator(Protocol):
 
         Raises CallError STORE_UNAVAILABLE."""
 
-    async def visit(self, credentials: Credentials) -> Caller:
+    async def register(self, credentials: Credentials) -> Caller:
         """Authenticate a long-lived caller and keep it up to date until `leave`. Raises as `principal` does."""
 
-    def leave(self, caller: Caller) -> None:
+    def unregister(self, caller: Caller) -> None:
         """Stop keeping a caller from `visit` up to date."""
 
-    def standing(self, tenant: str) -> CallError | None:
+    def tenant_error(self, tenant: str) -> CallError | None:
         """The error with which a tenant's calls, running ones included, must end; None when they may continue."""
 
-    def salt(self, principal: Principal, own: str) -> str:
+    def cache_salt(self, principal: Principal, own: str) -> str:
         """The prefix-cache salt of a call. `own` is the caller's salt; it only subdivides its tenant's cache."""
 
 
@@ -87,24 +87,24 @@ class NoAuthentication:
 
     async def principal(self, credentials: Credentials) -> Principal:
         """See Authenticator."""
-        return ANYBODY
+        return DEFAULT_PRINCIPAL
 
     def knows(self) -> object:
         """See Authenticator."""
-        return ANYBODY
+        return DEFAULT_PRINCIPAL
 
-    async def visit(self, credentials: Credentials) -> Caller:
+    async def register(self, credentials: Credentials) -> Caller:
         """See Authenticator."""
-        return Caller(ANYBODY, credentials)
+        return Caller(DEFAULT_PRINCIPAL, credentials)
 
-    def leave(self, caller: Caller) -> None:
+    def unregister(self, caller: Caller) -> None:
         """See Authenticator."""
 
-    def standing(self, tenant: str) -> CallError | None:
+    def tenant_error(self, tenant: str) -> CallError | None:
         """See Authenticator."""
         return None
 
-    def salt(self, principal: Principal, own: str) -> str:
+    def cache_salt(self, principal: Principal, own: str) -> str:
         """See Authenticator."""
         return own
 

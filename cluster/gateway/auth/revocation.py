@@ -14,7 +14,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.policy.tenants.revocation_list import Revoked
+from cluster.policy.tenants.revocation_list import RevocationList
 
 log = structlog.get_logger("tls")
 
@@ -32,7 +32,7 @@ class RevokedFile:
         self._stamp = self._file_stamp()
         self._last = self._read()
 
-    def current(self) -> Revoked:
+    def current(self) -> RevocationList:
         """The list now in the file; the same object until the file changes."""
         stamp = self._file_stamp()
         if stamp != self._stamp:
@@ -51,9 +51,9 @@ class RevokedFile:
             return (0, 0, 0)
         return (status.st_ino, status.st_mtime_ns, status.st_size)
 
-    def _read(self) -> Revoked:
+    def _read(self) -> RevocationList:
         try:
-            return Revoked.parse(self._path.read_text())
+            return RevocationList.parse(self._path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self._setting}: {self._path} cannot be used: {error}; it holds one serial number a line, or nothing "

@@ -26,7 +26,7 @@ from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
-from cluster.ledger.database.bring_up import bring_up, bring_up_elsewhere
+from cluster.ledger.database.bring_up import prepare_database, prepare_database_in_process
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
@@ -43,7 +43,7 @@ from cluster.policy.tenants.identity import (
 )
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process import memory
-from cluster.process.background import put_behind, put_last
+from cluster.process.background import lower_priority, run_when_idle
 from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class TenantAuthenticator:
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")
         if waits and self._may_exist():  # its schema is most likely current, so read the snapshot before checking it
-            waits = not await asyncio.to_thread(self._watcher.ask)
+            waits = not await asyncio.to_thread(self._watcher.poll)
         self._tasks = [
             asyncio.create_task(self._prepare(tried, serving=not waits)),
             asyncio.create_task(self._reauthenticate()),
@@ -130,7 +130,7 @@ class TenantAuthenticator:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_ANSWER_S):
                     await tried.wait()
-                    await asyncio.to_thread(self._watcher.ask)
+                    await asyncio.to_thread(self._watcher.poll)
         self._watcher.start()
         self.prompts.start()
 
@@ -173,12 +173,12 @@ class TenantAuthenticator:
             try:
                 if serving:
                     if retry_s == RETRY_S:
-                        await bring_up_elsewhere(url, put_last, SOON_S)
+                        await prepare_database_in_process(url, run_when_idle, SOON_S)
                     else:  # the attempt at idle priority may have got no core on a busy machine
-                        await bring_up_elsewhere(url, put_behind)
+                        await prepare_database_in_process(url, lower_priority)
                 else:
-                    await asyncio.to_thread(bring_up, url)
-                    memory.settle()  # since bring_up has imported the migration modules
+                    await asyncio.to_thread(prepare_database, url)
+                    memory.freeze_objects()  # since bring_up has imported the migration modules
                 await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
                 break
             except LedgerError as error:
@@ -220,13 +220,13 @@ class TenantAuthenticator:
         """See Authenticator."""
         return self.snapshot()
 
-    async def visit(self, credentials: Credentials) -> Caller:
+    async def register(self, credentials: Credentials) -> Caller:
         """See Authenticator."""
         caller = Caller(await self.principal(credentials), credentials)
         self._callers.add(caller)
         return caller
 
-    def leave(self, caller: Caller) -> None:
+    def unregister(self, caller: Caller) -> None:
         """See Authenticator."""
         self._callers.discard(caller)
 
@@ -237,7 +237,7 @@ class TenantAuthenticator:
     def _policies_by_tenant(self) -> dict[str, TenantPolicy]:
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
-    def standing(self, tenant: str) -> CallError | None:
+    def tenant_error(self, tenant: str) -> CallError | None:
         """See Authenticator. While the snapshot is too old, new calls are refused but running ones continue."""
         try:
             entry = self._watcher.current().tenants.get(tenant)
@@ -247,7 +247,7 @@ class TenantAuthenticator:
             return CallError(Outcome.UNAUTHENTICATED_KEY, BAD_KEY)
         return CallError(Outcome.TENANT_SUSPENDED, SUSPENDED) if entry.policy.suspended else None
 
-    def salt(self, principal: Principal, own: str) -> str:
+    def cache_salt(self, principal: Principal, own: str) -> str:
         """See Authenticator."""
         policy = principal.tenant
         return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
@@ -261,13 +261,13 @@ class TenantAuthenticator:
             self._derived[policy.name] = cached
         return cached
 
-    def decided(self, decision: GuardDecision) -> None:
+    def record_guard_decision(self, decision: GuardDecision) -> None:
         """Write a guard's decision to the audit log."""
         details: dict[str, Any] = {
             "guard": decision.guard,
             "model": decision.model,
             "request_id": decision.request_id,
-            "found": decision.found,
+            "found": decision.matches,
         }
         if decision.texts:
             details["texts"] = list(decision.texts)

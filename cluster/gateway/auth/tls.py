@@ -111,7 +111,7 @@ def revoked_file(tls: ClientTls | LinkTls | None, setting: str) -> RevokedFile |
     return None if path is None else RevokedFile(path, f"{setting}.revoked_serials_file")
 
 
-def name_in(certificate: bytes) -> str:
+def first_dns_name(certificate: bytes) -> str:
     """The first DNS name of a PEM certificate, "" if it has none.
 
     A client that has the server's certificate file can verify the server by this name."""

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
+from cluster.api.types import TokenOutput, WorkerIdentity, weakest_resume_capability
 from cluster.gateway.calls.sequence import OutputSequence, Piece
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
@@ -38,7 +38,8 @@ class CallUsage:
     resumed: int = 0
     """How often one of its sequences went on at another worker."""
     resume: str = ""
-    """Word by which those workers resume (RESUME_WORDS), the one that promises least; empty where nothing went on."""
+    """Word by which those workers resume (RESUME_CAPABILITIES), the one that promises least; empty where nothing went
+    on."""
 
 
 class CallEvents(Protocol):
@@ -97,7 +98,7 @@ class Call:
     """How its tenant's limits stood when it was admitted, for its caller."""
     resume_tokens: ResumeTokens | None = None
     """Where its chunks carry resume tokens, the source of those."""
-    continues: bool = False
+    is_resumed: bool = False
     """It was begun at another gateway, which has counted its prompt and what it has delivered."""
     terms: ResumeTerms = ResumeTerms.FREE
     """Of one that `continues`: who pays when its prompt is read again."""
@@ -118,7 +119,7 @@ class Call:
     @property
     def shown_id(self) -> str:
         """The id that its caller knows it by: of one that goes on, the first gateway's."""
-        return self.resume_tokens.head.call_id if self.continues and self.resume_tokens is not None else self.id
+        return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
 
     @property
     def tenant(self) -> str:
@@ -141,7 +142,7 @@ class Call:
     def pays_prompt(self) -> bool:
         """Whether its prompt is counted here. That of a resumed call which its client ended before a token came may
         have been read again."""
-        if not self.continues or self._pays_again:
+        if not self.is_resumed or self._pays_again:
             return True
         unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
         return unknown and self.error is None and any(sequence.computed for sequence in self.sequences)
@@ -154,7 +155,7 @@ class Call:
 
     def continue_from(self, request_id: str) -> None:
         """It was begun at another gateway, under this request id."""
-        self.continues = True
+        self.is_resumed = True
         self.request_id = self.request_id and request_id
 
     def claim(self, terms: ResumeTerms) -> None:
@@ -207,7 +208,7 @@ class Call:
         if sequence.link is not None:
             self.events.answered(sequence.link)
         self._origin_lost = output.origin_lost
-        if self.continues and (
+        if self.is_resumed and (
             self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
         ):
             self._pays_again = True  # a resumed call's client may have to pay for its prompt once more
@@ -228,7 +229,9 @@ class Call:
         """A sequence's first token at another worker has come."""
         self.usage.resumed += 1
         if sequence.link is not None:
-            self.usage.resume = resume_word((self.usage.resume, resume_word(sequence.link.info.capabilities)))
+            self.usage.resume = weakest_resume_capability(
+                (self.usage.resume, weakest_resume_capability(sequence.link.info.capabilities))
+            )
         self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
 
     def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
@@ -306,10 +309,10 @@ class Call:
                 self._waiter = None
         self._news = False
 
-    def take(self) -> list[Piece]:
+    def pop_pieces(self) -> list[Piece]:
         """Pieces since the last take. Raises the call's error once all text before it has been taken."""
         try:
-            pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+            pieces = [piece for sequence in self.sequences if (piece := sequence.pop_piece()) is not None]
         except Exception:
             if self.error is not None:  # the text may be what has failed
                 raise self.error from None
@@ -319,13 +322,13 @@ class Call:
             raise self.error
         return pieces
 
-    def take_text(self) -> str | None:
+    def pop_text(self) -> str | None:
         """The common case of `take`: the next text of a call's only output, "" while it is held back; None when there
         is more to tell than text."""
         sequences = self.sequences
         if len(sequences) != 1 or self.error is not None or self.silent:
             return None
-        return sequences[0].take_text()
+        return sequences[0].pop_text()
 
     @property
     def finished(self) -> bool:
@@ -333,7 +336,7 @@ class Call:
         return all(sequence.finish_reason for sequence in self.sequences)
 
     @property
-    def told(self) -> bool:
+    def end_delivered(self) -> bool:
         """Whether the end of every sequence has been taken: nothing more will come."""
         return all(sequence.end_taken for sequence in self.sequences)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.gateway.auth.authenticator import ANYBODY
+from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.policy.tenants.identity import Principal
 
 
@@ -17,7 +17,7 @@ class CallMeta:
     face: str
     deadline: float | None = None
     traceparent: str = ""
-    principal: Principal = ANYBODY
+    principal: Principal = DEFAULT_PRINCIPAL
     counted: bool = False
     """Whether it is counted as a request of its tenant already (`CallService.count`)."""
 

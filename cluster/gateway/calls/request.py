@@ -51,7 +51,7 @@ class RequestOptions:
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
-    logprobs_told: int | None = None
+    logprobs_returned: int | None = None
     """How many tokens of a position are told, the sampled one among them; None is `logprobs`."""
     ignore_eos: bool = False
     grammar: Grammar | None = None

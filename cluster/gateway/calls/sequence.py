@@ -286,7 +286,7 @@ class OutputSequence(Generic[Owner]):
         self.link, self.slot = link, slot
         key = None
         if not self.emitted:
-            key = link.likeness if self.request.sampling.is_seeded else link.likeness.unseeded
+            key = link.compatibility_key if self.request.sampling.is_seeded else link.compatibility_key.unseeded
         self._life.submitted(link.identity.incarnation, key)
 
     # ---- Sink
@@ -354,7 +354,10 @@ class OutputSequence(Generic[Owner]):
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
         """From now on hand each token's text to `direct`, if all further news is text."""
-        if not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.watches) and self._taken:
+        if (
+            not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.searches_text)
+            and self._taken
+        ):
             self.direct = direct
 
     def stop_direct(self) -> None:
@@ -364,7 +367,7 @@ class OutputSequence(Generic[Owner]):
     def give_back(self, text: str) -> None:
         """Take the text that `direct` was just given back, and keep it and all further text for `take`."""
         self.direct = None
-        self.detokenizer.give_back(text)
+        self.detokenizer.push_back(text)
 
     def cut(self) -> None:
         """End it with what it has, as if its length were reached."""
@@ -408,7 +411,7 @@ class OutputSequence(Generic[Owner]):
     def lost(self, why: str) -> None:
         """The worker is gone; another one continues from here."""
         link, self.link = self.link, None
-        if link is not None and not link.leaving:
+        if link is not None and not link.draining:
             self._life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
         if not self.finish_reason:
             message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
@@ -429,12 +432,12 @@ class OutputSequence(Generic[Owner]):
 
     # ---- the API
 
-    def take(self) -> Piece | None:
+    def pop_piece(self) -> Piece | None:
         """Text, finish and logprobs since the last take; None when there is none."""
         if self._finish_taken:
             return None
         finished = bool(self.finish_reason)
-        text = self.detokenizer.take(finished)
+        text = self.detokenizer.pop_text(finished)
         if finished:
             if self.detokenizer.refused:  # by what had been held back to the end
                 self.finish_reason = "content_filter"
@@ -448,21 +451,21 @@ class OutputSequence(Generic[Owner]):
         self._logprobs = []
         return piece
 
-    def take_text(self) -> str | None:
+    def pop_text(self) -> str | None:
         """The text since the last take if there is no other news, else None: then call `take`."""
         if self.finish_reason or self._logprobs or not self._taken:
             return None
-        return self.detokenizer.take(False)
+        return self.detokenizer.pop_text(False)
 
     @property
-    def untaken(self) -> int:
+    def pending_chars(self) -> int:
         """Characters that wait for a `take`, at most."""
-        return self.detokenizer.untaken
+        return self.detokenizer.pending_chars
 
     @property
     def delivered(self) -> int:
         """Tokens whose text has been taken; one whose text is taken in part counts."""
-        return len(self.emitted) if self._finish_taken else len(self.emitted) - self.detokenizer.untaken_tokens()
+        return len(self.emitted) if self._finish_taken else len(self.emitted) - self.detokenizer.pending_tokens()
 
     @property
     def shown(self) -> int:

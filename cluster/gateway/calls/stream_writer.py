@@ -30,7 +30,7 @@ class Transport(Protocol):
     def send(self, data: bytes) -> None:
         """Send this now, or as soon as may be; never waits."""
 
-    async def drained(self) -> None:
+    async def wait_until_writable(self) -> None:
         """Wait until it is full no longer, or closed."""
 
 
@@ -40,10 +40,10 @@ class ChunkEncoder(Protocol):
     ended: bool
     """Whether the end of the call has been taken."""
 
-    def take(self) -> bytes:
+    def encode_new(self) -> bytes:
         """All since the last take, empty when there is nothing. Raises the call's error once all before it is taken."""
 
-    def text(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """A further token's text, when there is nothing else to tell."""
 
     @property
@@ -56,8 +56,8 @@ class StreamWriter:
 
     def __init__(self, call: Call, voice: ChunkEncoder, way: Transport, relay: ChunkDelivery) -> None:
         self._call = call
-        self._take = voice.take
-        self._tell = voice.text
+        self._take = voice.encode_new
+        self._tell = voice.encode_text
         self._voice = voice
         self._way = way
         self._relay = relay
@@ -72,7 +72,7 @@ class StreamWriter:
         try:
             self.mark()
             while not await self._halted:
-                await self._way.drained()
+                await self._way.wait_until_writable()
                 self._halted = self._relay.loop.create_future()
                 self._open = True
                 self.mark()

@@ -54,7 +54,7 @@ class GuardDecision:
     actor: str
     guard: str
     outcome: str
-    found: dict[str, int]
+    matches: dict[str, int]
     texts: tuple[str, ...]
 
 
@@ -84,7 +84,7 @@ class Guards:
                         where = f"tenants[{policy.name}].guards[{number}].patterns_file"
                         raise ValueError(f"{where}: {error.remedy}") from None
 
-    def of(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
+    def for_call(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
         """The guards of one call."""
         return CallGuards(self, policy, model, request_id, actor)
 
@@ -94,7 +94,7 @@ class Guards:
 
     def record_decision(self, decision: GuardDecision) -> None:
         """Count and audit a decision."""
-        by = sum(decision.found.values())
+        by = sum(decision.matches.values())
         self._metrics.count("guard_actions_total", decision.tenant, decision.guard, decision.outcome, by=by)
         self._audit(decision)
 
@@ -146,7 +146,7 @@ class CallGuards:
         (filtered_text,) = await self._check_texts([decoded], prompt)
         if filtered_text == decoded:
             return prompt
-        ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.plain_ids(filtered_text))
+        ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.encode_raw(filtered_text))
         return replace(prompt, token_ids=tuple(ids))
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt) -> Sequence[str]:

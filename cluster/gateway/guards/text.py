@@ -50,7 +50,7 @@ class GuardedText:
         self._taken = 0  # of these, those whose text has been taken
 
     @property
-    def watches(self) -> bool:
+    def searches_text(self) -> bool:
         """Whether text must pass through this object; always so."""
         return True
 
@@ -60,12 +60,12 @@ class GuardedText:
         return self._chain.refused
 
     @property
-    def untaken(self) -> int:
+    def pending_chars(self) -> int:
         """Characters that have not been taken."""
-        held = 0 if self._chain.done else self._inner.untaken + self._chain.held
+        held = 0 if self._chain.done else self._inner.pending_chars + self._chain.held
         return held + len(self._ready)
 
-    def untaken_tokens(self) -> int:
+    def pending_tokens(self) -> int:
         """The number of last tokens whose text has not been taken whole."""
         return len(self.token_ids) - self._taken
 
@@ -80,24 +80,24 @@ class GuardedText:
             self._mark(ends or stop is not None)
             if stop is not None:
                 break
-        self._filter(self._inner.take(stop is not None), False)
+        self._filter(self._inner.pop_text(stop is not None), False)
         return GUARD if self.refused else stop
 
     def text_of(self, token_id: int) -> str:
         """Add one token and return the decided text."""
         self.push((token_id,))
-        return self.take(False)
+        return self.pop_text(False)
 
-    def give_back(self, text: str) -> None:
+    def push_back(self, text: str) -> None:
         """Take back the text that `text_of` returned last and that could not be sent; `take` returns it."""
         self._ready = text + self._ready
 
-    def take(self, finished: bool) -> str:
+    def pop_text(self, finished: bool) -> str:
         """The decided text since the last take; all text if `finished`."""
         if finished and not self._chain.done:
             self._marks += [GuardMark(self._seen, self._seen, token, True) for token in self._open]
             self._open = []
-            self._filter(self._inner.take(True), True)
+            self._filter(self._inner.pop_text(True), True)
         text, self._ready = self._ready, ""
         self._taken = self._out
         return text
@@ -109,7 +109,7 @@ class GuardedText:
     def _mark(self, ends: bool) -> None:
         """Record the characters that the last token added. If it ends the text, all remaining ones are its own."""
         token = len(self.token_ids) - 1
-        seen = self._fed + self._inner.untaken
+        seen = self._fed + self._inner.pending_chars
         if seen > self._seen or ends:
             start = min(self._seen, seen)
             # New characters may belong to any token since the last text. Tokens that never added any are hidden.
@@ -131,7 +131,7 @@ class GuardedText:
             del self.token_ids[self._out :]
 
     def __repr__(self) -> str:
-        return f"GuardedText({len(self.token_ids)} tokens, {self.untaken} characters not taken)"
+        return f"GuardedText({len(self.token_ids)} tokens, {self.pending_chars} characters not taken)"
 
 
 class GuardedLogprobs:

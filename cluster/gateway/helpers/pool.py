@@ -35,7 +35,7 @@ import structlog
 from cluster.api.outcomes import CallError
 from cluster.gateway.helpers import wire
 from cluster.gateway.helpers.wire import HEAD, OK, OUT_OF_TIME, PIECE_BYTES, REFUSED, SIZE
-from cluster.process.background import put_behind, put_last
+from cluster.process.background import lower_priority, run_when_idle
 
 log = structlog.get_logger("text")
 
@@ -71,7 +71,7 @@ class TooMuchCpu(Exception):
     """A job has exceeded its CPU limit."""
 
 
-class Lost(Exception):
+class JobLost(Exception):
     """A job has ended MAX_LOSSES helpers, or raised an unexpected exception."""
 
 
@@ -89,7 +89,7 @@ class _Helper:
                 start_new_session=True,
                 env=os.environ | _ENVIRONMENT,
             )
-        put_behind(self._process.pid)
+        lower_priority(self._process.pid)
         self._socket = ours
         self._busy = self._ended = False
         try:
@@ -218,7 +218,7 @@ class HelperPool:
                 return _result(*answer)
             if self._closed:
                 return None
-        raise Lost("its helpers ended")
+        raise JobLost("its helpers ended")
 
     async def ready(self) -> bool:
         """Wait until all helpers have started. False if none could be started."""
@@ -351,7 +351,7 @@ class HelperPool:
             self._starting = False
             self._release_waiting()
             raise
-        put_last(helper.pid)  # only now, because callers wait for the start, which must get a core
+        run_when_idle(helper.pid)  # only now, because callers wait for the start, which must get a core
         self._starting = False
         if self._closed:
             helper.end()
@@ -386,7 +386,7 @@ def _result(kind: str, value: Any) -> Any:
     if kind == REFUSED:
         assert isinstance(value, CallError)
         raise value
-    raise TooMuchCpu if kind == TOO_MUCH else Lost(value)
+    raise TooMuchCpu if kind == TOO_MUCH else JobLost(value)
 
 
 def _end_all(helpers: set[_Helper]) -> None:

@@ -19,13 +19,13 @@ from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness, Waking
-from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, of_model
+from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, model_uri
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.process import ticks
 from cluster.wire import codec
-from cluster.wire.admin_forwarding import ANSWER_S, AWAY, Questions
+from cluster.wire.admin_forwarding import ANSWER_S, NO_CONTROLLER_LINK, AdminRequests
 from cluster.wire.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.wire.demand_codec import demand_to_pb, work_to_pb
 from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
@@ -48,22 +48,22 @@ NOTICING_S = 0.02
 class HubListener(Protocol):
     """The receiver of the hub's events. Methods are called on the event loop and must not block."""
 
-    def joined(self, link: WorkerLink) -> None:
+    def link_up(self, link: WorkerLink) -> None:
         """A worker's link is up."""
 
-    def left(self, link: WorkerLink, why: str) -> None:
+    def link_down(self, link: WorkerLink, why: str) -> None:
         """A worker's link has ended, and `lost` has been called on its sinks."""
 
-    def changed(self, link: WorkerLink) -> None:
+    def link_changed(self, link: WorkerLink) -> None:
         """A worker's credit or drain state has changed."""
 
-    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """The controller has sent a new catalog."""
 
     def demand(self) -> Sequence[ModelDemand]:
         """The demand to report to the controller."""
 
-    def refuses(self, identity: WorkerIdentity) -> str:
+    def refusal_of(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model; "" if it may."""
 
 
@@ -81,7 +81,7 @@ class _Controller:
         self.controller_id = hello.controller_id
         self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
         """Frames to send to the controller besides the periodic reports."""
-        self.questions = Questions(self.frames.put_nowait, frozenset(hello.verbs))
+        self.questions = AdminRequests(self.frames.put_nowait, frozenset(hello.verbs))
 
 
 class Hub(pb_grpc.LinkServicer):
@@ -192,13 +192,13 @@ class Hub(pb_grpc.LinkServicer):
         older = self._links.get(identity.worker_id)
         for model in {identity.model, older.identity.model if older is not None else identity.model}:
             if not self._peer_identity.may_serve(certificate, model):
-                await self._refuse_peer(context, of_model(identity.model))
+                await self._refuse_peer(context, model_uri(identity.model))
         if self._peer_identity.is_replayed(identity, epoch):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"hello: this incarnation has already used epoch {epoch} or a later one",
             )
-        if why := self._listener.refuses(identity):
+        if why := self._listener.refusal_of(identity):
             log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
 
@@ -223,7 +223,7 @@ class Hub(pb_grpc.LinkServicer):
                 if message.HasField("load"):
                     link.liveness.record_load(link.load, now)
             if changed:
-                self._listener.changed(link)
+                self._listener.link_changed(link)
 
     def _welcome(self, protocol: int) -> pb.Welcome:
         return pb.Welcome(
@@ -241,7 +241,7 @@ class Hub(pb_grpc.LinkServicer):
             self._detach(older)
         self._links[link.identity.worker_id] = link
         log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
-        self._listener.joined(link)
+        self._listener.link_up(link)
         self._request_bundles_again()
 
     def _detach(self, link: WorkerLink) -> None:
@@ -254,13 +254,13 @@ class Hub(pb_grpc.LinkServicer):
         if link.engine_ended:
             self._lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)
-        self._listener.left(link, why)
+        self._listener.link_down(link, why)
         self._request_bundles_again()
 
     async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
         await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
         while True:
-            message = await link.box.take()
+            message = await link.box.next_message()
             if link.liveness is not None:
                 link.liveness.record_sent(message.seq, self._now())
             await context.write(message)
@@ -271,7 +271,7 @@ class Hub(pb_grpc.LinkServicer):
         while (beat := await read(context)) is not None:
             link = self._links.get(beat.worker_id)
             if link is not None and not self._peer_identity.may_serve(certificate, link.identity.model):
-                await self._refuse_peer(context, of_model(link.identity.model))
+                await self._refuse_peer(context, model_uri(link.identity.model))
             if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
                 link.last_heard = time.monotonic()
                 link.load = codec.load_from_pb(beat.load)
@@ -305,7 +305,7 @@ class Hub(pb_grpc.LinkServicer):
         """Seconds until the next check, when the first worker would be suspected in `left_s`: aligned with the other
         periodic work of the process while all workers are active, more often once one is overdue."""
         if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
-            return ticks.rest_s(asyncio.get_running_loop().time(), ticks.TICK_S)
+            return ticks.seconds_to_tick(asyncio.get_running_loop().time(), ticks.TICK_S)
         return min(self._timing.hang_s / TICKS, left_s)
 
     # ---- bulk
@@ -402,7 +402,7 @@ class Hub(pb_grpc.LinkServicer):
     async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
         """Forward an admin verb to the controller and return its answer. Raises CallError."""
         if self._controller is None:
-            raise CallError(Outcome.NO_WORKER, AWAY, retry_after_s=2.0)
+            raise CallError(Outcome.NO_WORKER, NO_CONTROLLER_LINK, retry_after_s=2.0)
         return await self._controller.questions.ask(verb, body, actor, timeout_s)
 
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
@@ -421,12 +421,12 @@ class Hub(pb_grpc.LinkServicer):
             while (frame := await read(context)) is not None:
                 if frame.HasField("catalog"):
                     self.catalog_at, self.gateways = time.monotonic(), frame.catalog.gateways
-                    self._listener.catalog(_entries(frame.catalog))
+                    self._listener.apply_catalog(_entries(frame.catalog))
                 if frame.HasField("admin_reply"):
-                    controller.questions.answered(frame.admin_reply)
+                    controller.questions.handle_reply(frame.admin_reply)
         finally:
             writer.cancel()
-            controller.questions.ended()
+            controller.questions.fail_all()
             if self._controller is controller:
                 self._controller = None
                 log.info("controller_down", controller=controller.controller_id)
@@ -485,7 +485,7 @@ class Hub(pb_grpc.LinkServicer):
                     default_sampling_json=json.dumps(dict(link.info.default_sampling)),
                     version=link.identity.version,
                     generation=link.identity.generation,
-                    standing=codec.standing_to_pb(link.standing),
+                    standing=codec.drain_state_to_pb(link.drain_state),
                     work=work_to_pb(link.work),
                     max_num_seqs=link.info.max_num_seqs,
                     max_num_batched_tokens=link.info.max_num_batched_tokens,

@@ -17,7 +17,7 @@ def bind_link(config: Config, process: int = 0) -> socket.socket:
     address = config.gateway.listen.of(process).link
     host, port = address.rsplit(":", 1)
     try:
-        return http2.listening(host.strip("[]"), int(port))
+        return http2.listening_socket(host.strip("[]"), int(port))
     except OSError as error:
         raise RuntimeError(bind_failure("link", address, error)) from None
 

@@ -19,7 +19,7 @@ MOST_REMEMBERED = 4096
 """Maximum number of incarnations whose last epoch is remembered."""
 
 
-def of_model(name: str) -> str:
+def model_uri(name: str) -> str:
     """The URI in the certificate of a model's workers; `*` stands for all models."""
     return f"headrace://model/{name}"
 
@@ -40,7 +40,7 @@ class PeerIdentity:
 
     def may_serve(self, certificate: Mapping[str, Any] | None, model: str) -> bool:
         """Whether the certificate's holder may be a worker of the model."""
-        return not self._by_certificate or not uris_of(certificate).isdisjoint((of_model(model), ANY_MODEL))
+        return not self._by_certificate or not uris_of(certificate).isdisjoint((model_uri(model), ANY_MODEL))
 
     def may_control(self, certificate: Mapping[str, Any] | None) -> bool:
         """Whether the certificate's holder may be the controller."""

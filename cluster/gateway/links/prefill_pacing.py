@@ -29,7 +29,7 @@ SMOOTH = 1 / 8
 class PrefillPacing:
     """The pacing of one gateway's requests at one worker."""
 
-    __slots__ = ("_accepted", "_max_tokens", "_per_token_s", "_steps_s", "_waiting", "prompts", "tokens")
+    __slots__ = ("_accepted", "_max_tokens", "_per_token_s", "_steps_s", "_waiting", "new_tokens", "resumed_tokens")
 
     def __init__(self, max_tokens: int) -> None:
         """`max_tokens`: the maximum that one step computes."""
@@ -38,13 +38,13 @@ class PrefillPacing:
         self._accepted: list[int] = []
         self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._per_token_s: float | None = None
-        self.tokens = 0
+        self.resumed_tokens = 0
         """Tokens of resumed requests that wait for a step."""
-        self.prompts = 0
+        self.new_tokens = 0
         """Tokens of new requests that wait for a step."""
 
     def __repr__(self) -> str:
-        return f"PrefillPacing({self.tokens} resumed and {self.prompts} new tokens wait)"
+        return f"PrefillPacing({self.resumed_tokens} resumed and {self.new_tokens} new tokens wait)"
 
     def add(self, slot: int, tokens: int, resumed: bool) -> None:
         """Count a request that has been sent."""
@@ -53,9 +53,9 @@ class PrefillPacing:
 
     def _count(self, tokens: int, resumed: bool) -> None:
         if resumed:
-            self.tokens += tokens
+            self.resumed_tokens += tokens
         else:
-            self.prompts += tokens
+            self.new_tokens += tokens
 
     def mark_accepted(self, slot: int) -> None:
         """Record that the engine has accepted the request."""

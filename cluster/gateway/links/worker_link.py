@@ -27,7 +27,7 @@ from cluster.api.types import (
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.link.v1 import link_pb2 as pb
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
@@ -35,7 +35,7 @@ from cluster.wire.credit import Capacity, CreditBalance
 from cluster.wire.demand_codec import work_from_pb
 from cluster.wire.dial import CHUNK_BYTES
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, elsewhere_from_pb, put_turn, served_from_pb
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, add_charge, peer_backlogs_from_pb, served_from_pb
 from cluster.wire.outbox import CommandBox
 
 log = structlog.get_logger("link")
@@ -90,31 +90,33 @@ class WorkerLink:
         self.identity = identity
         self.info = info
         self.epoch = epoch
-        self.likeness = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
-        self.replays = PrefillPacing(info.max_num_batched_tokens)
+        self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
+        self.pacing = PrefillPacing(info.max_num_batched_tokens)
         """Requests that this gateway has sent and that no step is known to have begun with."""
-        self.on_begun: Callable[[bool], None] = lambda continued: None
+        self.on_step_begun: Callable[[bool], None] = lambda continued: None
         """Called when a step has begun with some of these requests; True if resumed ones were among them."""
         self.load = EngineLoad()
         self.work = ComputedWork()
         """What the engine has computed since its start."""
-        self.standing = DrainState.SERVING
-        self.leave_at = float("inf")
+        self.drain_state = DrainState.SERVING
+        self.move_requests_at = float("inf")
         """When the requests still running on a draining worker must move to other workers (monotonic)."""
         self.liveness: LinkLiveness | None = None
         """Set and updated by the hub."""
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
-        self.on_gaps: Callable[[float, int], None] = lambda gap_s, count: None
+        self.on_token_gaps: Callable[[float, int], None] = lambda gap_s, count: None
         """Called with a gap between tokens, and the number of tokens that came after that gap."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
         """Called with the usage of ended requests."""
         self.on_served: Callable[[WorkerLink, Sequence[WeightedValue[ServedTotal]]], None] = lambda link, totals: None
         """Called with each tenant's service that the worker has counted."""
-        self.on_elsewhere: Callable[[str, Sequence[WeightedValue[FlowBacklog]]], None] = lambda gateway, waiting: None
+        self.on_peer_backlog: Callable[[str, Sequence[WeightedValue[FlowBacklog]]], None] = lambda gateway, waiting: (
+            None
+        )
         """Called with another gateway's backlog for the worker's model."""
-        self.on_standing: Callable[[], None] = lambda: None
+        self.on_drain_state: Callable[[], None] = lambda: None
         """Called when the worker's drain state has changed."""
         self._step_at = 0.0
         self._credit = CreditBalance()
@@ -143,9 +145,9 @@ class WorkerLink:
         return f"{self.identity.worker_id}/{self.identity.incarnation}/{self.epoch}"
 
     @property
-    def leaving(self) -> bool:
+    def draining(self) -> bool:
         """Whether the worker has announced that it drains, so that the link's end is expected."""
-        return self.standing in (DrainState.DRAINING, DrainState.DRAINED)
+        return self.drain_state in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
     def free(self) -> Capacity:
@@ -163,7 +165,7 @@ class WorkerLink:
         sink: Sink,
         attempt: int = 1,
         sealed_record: bytes = b"",
-        turn: WeightedValue[Waiting] | None = None,
+        turn: WeightedValue[WaitingSequence] | None = None,
         earlier_tokens: int = 0,
         fresh_tokens: int = 0,
         stream: LinkStream | None = None,
@@ -180,17 +182,17 @@ class WorkerLink:
             message.sealed_record = sealed_record
             message.earlier_tokens = earlier_tokens
         if turn is not None:
-            put_turn(message, turn)
+            add_charge(message, turn)
         message.fresh_tokens = fresh_tokens
         if stream is not None:
             message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        expected = tokens - turn.what.cached_tokens if turn is not None else tokens
+        expected = tokens - turn.value.cached_tokens if turn is not None else tokens
         blobs = self._prompt_blobs(message)
         # Nothing below can fail, so a request is either sent and fully counted, or neither.
         self._sinks[slot], self._prefilling[slot] = sink, tokens
         self.prefill_tokens += tokens
-        self.replays.add(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
+        self.pacing.add(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
         self._credit.spend(tokens)
         if self.blobs is not None:
             for blob in blobs:
@@ -208,7 +210,7 @@ class WorkerLink:
         starts = range(0, len(data), CHUNK_BYTES)
         return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]
 
-    def fresh(self, tokens: int) -> int:
+    def tokens_to_recompute(self, tokens: int) -> int:
         """How many of `tokens`, all computed by this engine before, it must compute again before the next token.
 
         Full KV blocks are reused, except for the block with the last token."""
@@ -216,9 +218,9 @@ class WorkerLink:
         return tokens - max(tokens - 1, 0) // size * size
 
     @property
-    def serves(self) -> bool:
+    def takes_new_requests(self) -> bool:
         """Whether the worker takes new requests."""
-        return self.standing is DrainState.SERVING
+        return self.drain_state is DrainState.SERVING
 
     def command(self, command: pb.Command) -> None:
         """Send an operator's command to the worker."""
@@ -233,7 +235,7 @@ class WorkerLink:
     def _prefilled(self, slot: int) -> None:
         """Stop counting a slot's prompt as waiting for prefill."""
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
-        self.replays.remove(slot)
+        self.pacing.remove(slot)
 
     def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
         """Abort a request whose sink has raised, and call the sink's `failed`. The link continues."""
@@ -262,7 +264,7 @@ class WorkerLink:
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
-                self.replays.mark_accepted(accepted.slot)
+                self.pacing.mark_accepted(accepted.slot)
                 try:
                     sink.accepted()
                 except BaseException as error:
@@ -276,13 +278,13 @@ class WorkerLink:
                     self._sink_failed(refused.slot, sink, error)
         if message.HasField("step"):
             self._apply_step(message.step)
-            before = self.replays.tokens
-            if self.replays.begin_step():
-                self.on_begun(self.replays.tokens < before)
+            before = self.pacing.resumed_tokens
+            if self.pacing.begin_step():
+                self.on_step_begun(self.pacing.resumed_tokens < before)
         if message.HasField("served"):
             self.on_served(self, served_from_pb(message.served))
-        for gateway, waiting in elsewhere_from_pb(message.elsewhere):
-            self.on_elsewhere(gateway, waiting)
+        for gateway, waiting in peer_backlogs_from_pb(message.elsewhere):
+            self.on_peer_backlog(gateway, waiting)
         if message.usage:
             self.on_usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
         if message.engine_ended:
@@ -294,25 +296,27 @@ class WorkerLink:
         if message.HasField("work"):
             self.work = work_from_pb(message.work)
         if message.HasField("credit"):
-            self._credit.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
+            self._credit.apply_credit(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
             self.box.grant_ack(message.credit.grant_id)
             changed = True
         if message.HasField("standing"):
-            self.standing = codec.standing_from_pb(message.standing)
+            self.drain_state = codec.drain_state_from_pb(message.standing)
             stays_s = message.standing.stay_ms / 1000
-            self.leave_at = self.last_heard + stays_s if self.standing is DrainState.DRAINING else float("inf")
-            self.on_standing()
+            self.move_requests_at = (
+                self.last_heard + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
+            )
+            self.on_drain_state()
             changed = True
         return changed
 
     def _apply_step(self, step: pb.StepOutputs) -> None:
         sinks = self._sinks
-        more = codec.told_more(step)
+        more = codec.slots_with_details(step)
         if more is not None:
             step_s = self._apply_tokens(step, more)
             if step_s:
                 prompts = self._prefilling
-                self.replays.record_step(
+                self.pacing.record_step(
                     step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
                 )
             if not more:
@@ -346,7 +350,7 @@ class WorkerLink:
             if sink.heard_at == before:
                 in_step += 1
             else:
-                self.on_gaps(now - sink.heard_at, 1)
+                self.on_token_gaps(now - sink.heard_at, 1)
             sink.heard_at = now
             try:
                 sink.token(token_id)
@@ -354,7 +358,7 @@ class WorkerLink:
                 self._sink_failed(slot, sink, error)
         if not in_step:
             return 0.0
-        self.on_gaps(now - before, in_step)
+        self.on_token_gaps(now - before, in_step)
         return now - before
 
     def end(self, why: str) -> None:

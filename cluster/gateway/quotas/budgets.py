@@ -19,7 +19,7 @@ from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.webhook import NotDelivered, post
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage.budget_notices import Taken
+from cluster.ledger.usage.budget_notices import ClaimedNotice
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.limits.budgets import BudgetUse, budgets, crossed, day_name
 from cluster.policy.tenants.policy import TenantPolicy
@@ -91,8 +91,8 @@ class BudgetWatch:
             today, month = self._sums(frozenset(policy.name for policy in policies), now_s)
             self._uses = sorted(budgets(policies, today, month, now_s), key=lambda use: -use.ratio)
             if self._webhook is not None:
-                self._ledger.notices.enter(crossed(self._uses, self._webhook.thresholds), now_s)
-                for taken in self._ledger.notices.take(now_s):
+                self._ledger.notices.insert_new(crossed(self._uses, self._webhook.thresholds), now_s)
+                for taken in self._ledger.notices.claim_due(now_s):
                     self._send(self._webhook, taken)
         except (LedgerError, CallError) as error:
             if str(error) != self._error:
@@ -117,7 +117,7 @@ class BudgetWatch:
         today, past = usage.tokens_since(day, names), self._past_days
         return today, {name: past.get(name, 0) + today.get(name, 0) for name in {*past, *today}}
 
-    def _send(self, webhook: BudgetWebhook, taken: Taken) -> None:
+    def _send(self, webhook: BudgetWebhook, taken: ClaimedNotice) -> None:
         notice, use = taken.notice, taken.notice.use
         body = {
             "id": notice.id,
@@ -138,7 +138,7 @@ class BudgetWatch:
             self._metrics.count("budget_webhook_total", "failed")
             log.warning("budget_webhook_failed", id=notice.id, attempt=taken.attempts, error=str(error))
             return
-        self._ledger.notices.delivered(notice.id, self._wall())
+        self._ledger.notices.mark_delivered(notice.id, self._wall())
         self._metrics.count("budget_webhook_total", "delivered")
         log.info("budget_webhook_sent", id=notice.id, tenant=use.tenant, budget=use.budget, threshold=notice.threshold)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from cluster.policy.limits.limits import Ask, Granted, Limiter, LimitRefusal
+from cluster.policy.limits.limits import Granted, Limiter, LimitRefusal, ReservationRequest
 from cluster.policy.tenants.policy import TenantPolicy
 
 
@@ -15,10 +15,10 @@ class LimitsPort(Protocol):
 
     degraded: bool
     """Whether the store of shared limits is unreachable: the gauge `limits_degraded`."""
-    at_once: bool
+    synchronous: bool
     """Whether methods complete without suspending, so that no other task runs in between."""
 
-    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+    async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
         """Reserve the tokens and the place of a call, or refuse it."""
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
@@ -43,13 +43,13 @@ class LocalLimits:
     """Limits of this process alone, for a cluster with one gateway."""
 
     degraded = False
-    at_once = True
+    synchronous = True
 
     def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = limiter
         self._clock = clock
 
-    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+    async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
         """See LimitsPort."""
         return self._limiter.reserve(policy, ask, self._clock(), time.time())
 

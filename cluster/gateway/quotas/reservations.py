@@ -19,7 +19,7 @@ from cluster.gateway.calls.call import Call
 from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.output_lengths import LearntOutputs
-from cluster.policy.limits.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, LimitUse
+from cluster.policy.limits.limits import QUANTUM_TOKENS, Granted, LimitRefusal, LimitUse, ReservationRequest
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from cluster.process import ticks
 
@@ -67,7 +67,7 @@ class QuotaReservations:
         self._used: dict[tuple[str, str], tuple[float, float]] = {}  # (tenant, limit) -> (when, ratio)
 
     @property
-    def held(self) -> int:
+    def open_count(self) -> int:
         """Number of open reservations."""
         return len(self._held)
 
@@ -77,7 +77,9 @@ class QuotaReservations:
         if policy.limits == NO_LIMITS:
             return
         per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
-        ask = Ask(call.id, call.usage.prompt_tokens, len(call.sequences) * per_output, requests=int(not call.counted))
+        ask = ReservationRequest(
+            call.id, call.usage.prompt_tokens, len(call.sequences) * per_output, requests=int(not call.counted)
+        )
         result = await self._reserve(policy, ask)
         self._note(policy.name, result)
         if isinstance(result, LimitRefusal):
@@ -85,7 +87,7 @@ class QuotaReservations:
         self._held[call.id] = _Reservation(call, ask.output_tokens)
         call.headers = headers(result)
 
-    async def count(self, policy: TenantPolicy) -> None:
+    async def count_request(self, policy: TenantPolicy) -> None:
         """Count an attempt as a request, whatever its outcome. Raises CallError when the tenant has used up its
         requests per minute."""
         if policy.limits.requests_per_minute is not None:
@@ -108,13 +110,13 @@ class QuotaReservations:
             return
         prompt = call.usage.prompt_tokens if call.prompt_computed and call.pays_prompt else 0
         settling = self._limits.settle(call.id, prompt, call.new_tokens)
-        await (settling if self._limits.at_once else asyncio.shield(self._spawn(settling)))
+        await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
         """Top up the reservations of calls that have grown. Runs until cancelled."""
         swept = self._clock()
         while True:
-            await ticks.rest(LOOK_S)
+            await ticks.sleep_to_tick(LOOK_S)
             due = [held for held in self._held.values() if self._is_due(held)]
             for at in range(0, len(due), MAX_CONCURRENT):
                 await asyncio.gather(*(self._top_up(held) for held in due[at : at + MAX_CONCURRENT]))
@@ -135,8 +137,8 @@ class QuotaReservations:
 
     # ---- internals
 
-    async def _reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        if self._limits.at_once:
+    async def _reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
+        if self._limits.synchronous:
             return await self._limits.reserve(policy, ask)
         asking = self._spawn(self._limits.reserve(policy, ask))
         try:

@@ -27,12 +27,12 @@ from cluster.gateway.batcher import Batcher
 from cluster.gateway.quotas.valkey_script import SCRIPT, SCRIPT_SHA
 from cluster.policy.limits.limits import (
     QUANTUM_TOKENS,
-    Ask,
     Granted,
     Limit,
     Limiter,
     LimitRefusal,
     LimitUse,
+    ReservationRequest,
     TokenWeights,
 )
 from cluster.policy.limits.windows import day_ends_in_s, day_of, month_ends_in_s, month_of
@@ -90,7 +90,7 @@ class ValkeyLimits:
         self._heartbeat: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self.gateways_alive = 1
-        self.at_once = False
+        self.synchronous = False
         self.degraded = False
         """Whether the store is unreachable: the gauge `limits_degraded`."""
 
@@ -110,10 +110,10 @@ class ValkeyLimits:
 
     # ---- LimitsPort
 
-    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+    async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
         """See LimitsPort. Raises ValueError for a call id that already has a reservation."""
         now, epoch_s = time.monotonic(), time.time()
-        if self._mirror.holds(ask.call_id):
+        if self._mirror.has_reservation(ask.call_id):
             raise ValueError(f"call {ask.call_id!r} already has a reservation")
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         plain = ask.prompt_tokens + ask.output_tokens
@@ -128,7 +128,7 @@ class ValkeyLimits:
             policy.name, ask.prompt_tokens, ask.output_tokens, [(second, weighted)], day, month, in_store=True
         )
         self._held[ask.call_id] = held
-        self._mirror.record(policy, ask, now, epoch_s)
+        self._mirror.record_admission(policy, ask, now, epoch_s)
         return Granted(*_uses(policy.limits, reply[4:8]))
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
@@ -144,7 +144,7 @@ class ValkeyLimits:
             return refusal
         if not reply[0]:
             return _refusal(policy.limits, reply[1:], tokens, weighted, epoch_s)
-        self._mirror.charged(policy, requests, tokens, now, epoch_s)
+        self._mirror.record_charge(policy, requests, tokens, now, epoch_s)
         return None
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
@@ -216,7 +216,9 @@ class ValkeyLimits:
 
     # ---- access to the store, and the fallback without it
 
-    def _reserve_locally(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
+    def _reserve_locally(
+        self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float
+    ) -> Granted | LimitRefusal:
         result = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.gateways_alive)
         if isinstance(result, Granted):
             self._held[ask.call_id] = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)

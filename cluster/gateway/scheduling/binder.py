@@ -22,9 +22,16 @@ from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.submission import submit
 from cluster.gateway.scheduling.worker_losses import LossVerdict, WorkerLosses
 from cluster.observe.metrics import Metrics
-from cluster.policy.fairness.waiting_room import Waiting
+from cluster.policy.fairness.waiting_room import WaitingSequence
 from cluster.policy.routing.breaker import Breakers
-from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, fresh_at, pick, takes_onward
+from cluster.policy.routing.router import (
+    Candidate,
+    RouteCall,
+    RoutingDecision,
+    may_take_resumed,
+    pick,
+    uncached_tokens_at,
+)
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
@@ -68,11 +75,11 @@ class Binder:
             elif decision.worker_id is not None:
                 self._bind(model.links[decision.worker_id], sequence, decision, waiting)
 
-    def _next(self, model: KnownModel, now: float) -> tuple[Waiting, RoutingDecision | Exception] | None:
+    def _next(self, model: KnownModel, now: float) -> tuple[WaitingSequence, RoutingDecision | Exception] | None:
         """Take the next sequence out of the room, if a worker has capacity for it or its routing has failed."""
         decision: RoutingDecision | Exception | None = None
 
-        def fits(sequence: CallSequence, waiting: Waiting) -> bool:
+        def fits(sequence: CallSequence, waiting: WaitingSequence) -> bool:
             nonlocal decision
             try:
                 decision = self._route(model, sequence, waiting, now)
@@ -84,9 +91,11 @@ class Binder:
         waiting = self._queues.next(model.name, fits, now)
         return None if waiting is None or decision is None else (waiting, decision)
 
-    def _route(self, model: KnownModel, sequence: CallSequence, waiting: Waiting, now: float) -> RoutingDecision:
+    def _route(
+        self, model: KnownModel, sequence: CallSequence, waiting: WaitingSequence, now: float
+    ) -> RoutingDecision:
         """The worker for the next sequence: at its call's first version, else at any that the call may use."""
-        keep_free = self._charges.fair.order(model.name).keep_free(waiting)
+        keep_free = self._charges.fair.order(model.name).slots_to_keep_free(waiting)
         versions = sequence.call.versions
         candidates = self.candidates(model, now)
         first = frozenset((versions.first,)) if versions.first else versions.all
@@ -131,7 +140,7 @@ class Binder:
         candidates = [look(own)] if own is not None and cached_on not in sequence.excluded else []
         if not candidates or not candidates[0].healthy or candidates[0].draining:
             candidates = [look(link) for link in model.links.values()]
-        if any(map(takes_onward, candidates)):
+        if any(map(may_take_resumed, candidates)):
             if sequence.suspect and not self._acquitted(sequence, now):
                 return None
             waiting = self._charges.waiting(sequence)
@@ -139,9 +148,9 @@ class Binder:
             decision = pick(request, candidates)
             if decision.worker_id is not None and self._queues.stop_resuming(sequence):
                 link = model.links[decision.worker_id]
-                self._bind(link, sequence, decision, waiting, fresh_at(request, look(link)))
+                self._bind(link, sequence, decision, waiting, uncached_tokens_at(request, look(link)))
                 return decision.worker_id
-        if model.comes_no_more(sequence.compatibility):
+        if model.is_replaced(sequence.compatibility):
             self._queues.stop_resuming(sequence)
             sequence.call.fail(queue_errors.replaced(len(sequence.emitted)))
         return None
@@ -166,7 +175,7 @@ class Binder:
                 for other in self.candidates(model, self._clock(), resumed=True)
                 if other.worker_id != link.identity.worker_id
             ]
-            request = RouteCall(model.name, sequence.tokens, likeness=sequence.compatibility)
+            request = RouteCall(model.name, sequence.tokens, compatibility_key=sequence.compatibility)
             if pick(request, candidates).worker_id is None:
                 continue
             try:
@@ -181,12 +190,12 @@ class Binder:
         link: WorkerLink,
         sequence: CallSequence,
         decision: RoutingDecision,
-        waiting: Waiting,
+        waiting: WaitingSequence,
         fresh_tokens: int = 0,
     ) -> None:
         now = self._clock()
         if submit(sequence, link, waiting, self._accounting(), now, fresh_tokens):
-            self.breakers.sent(link.identity.incarnation, now)
+            self.breakers.record_sent(link.identity.incarnation, now)
             self._metrics.count("route_decisions_total", sequence.call.model, decision.reason)
 
     def candidates(self, model: KnownModel, now: float, resumed: bool = False) -> list[Candidate]:
@@ -194,5 +203,5 @@ class Binder:
         return [self._candidate(model, link, now, resumed) for link in model.links.values()]
 
     def _candidate(self, model: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        healthy = self.breakers.lets(link.identity.incarnation, now)
+        healthy = self.breakers.allows(link.identity.incarnation, now)
         return candidate(link, healthy=healthy, resumed=resumed, retired=model.retired(link))

@@ -51,7 +51,7 @@ class CanaryStatistics:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """A call is over, however; only what a worker has begun here counts."""
         trial, worker = self._trials.get(call.model), call.began_at
-        if trial is None or worker is None or call.continues:
+        if trial is None or worker is None or call.is_resumed:
             return
         losses = any(sequence.failures for sequence in call.sequences)
         key = worker.version, worker.generation

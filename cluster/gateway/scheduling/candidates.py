@@ -9,7 +9,7 @@ from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel
 from cluster.gateway.scheduling.worker_losses import SETTLE_S
-from cluster.policy.routing.router import Candidate, RouteCall, is_like
+from cluster.policy.routing.router import Candidate, RouteCall, is_compatible
 
 
 def resumed_request(
@@ -26,17 +26,17 @@ def resumed_request(
     call = RouteCall(
         sequence.call.model,
         sequence.tokens,
-        likeness=sequence.compatibility,
-        shuns=sequence.excluded,
-        fresh=max(sequence.tokens - cached_tokens, 1),
-        home=sequence.cached_on,
-        fresh_home=known.links[home.worker_id].fresh(sequence.tokens) if home is not None else 0,
+        compatibility_key=sequence.compatibility,
+        excluded=sequence.excluded,
+        uncached_tokens=max(sequence.tokens - cached_tokens, 1),
+        cached_on=sequence.cached_on,
+        uncached_there=known.links[home.worker_id].tokens_to_recompute(sequence.tokens) if home is not None else 0,
     )
-    others = [one.incarnation for one in candidates if not one.draining and is_like(call, one)]
-    for shuns in (call.shuns | _beside_lost(sequence, known, now), call.shuns):
-        if any(incarnation not in shuns for incarnation in others):
-            return replace(call, shuns=shuns)
-    return replace(call, shuns=frozenset())
+    others = [one.incarnation for one in candidates if not one.draining and is_compatible(call, one)]
+    for excluded in (call.excluded | _beside_lost(sequence, known, now), call.excluded):
+        if any(incarnation not in excluded for incarnation in others):
+            return replace(call, excluded=excluded)
+    return replace(call, excluded=frozenset())
 
 
 def _beside_lost(sequence: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
@@ -61,12 +61,12 @@ def candidate(link: WorkerLink, *, healthy: bool, resumed: bool, retired: bool) 
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
         healthy=healthy,
-        draining=not link.serves,
+        draining=not link.takes_new_requests,
         incarnation=link.identity.incarnation,
-        likeness=link.likeness,
-        replaying=link.replays.tokens,
-        beginning=link.replays.prompts,
-        max_replaying=link.replays.budget() if resumed or link.replays.tokens else 0,
+        compatibility_key=link.compatibility_key,
+        resumed_prefill=link.pacing.resumed_tokens,
+        new_prefill=link.pacing.new_tokens,
+        prefill_budget=link.pacing.budget() if resumed or link.pacing.resumed_tokens else 0,
         prefill_tokens=link.prefill_tokens,
         retired=retired,
     )

@@ -72,7 +72,7 @@ class BacklogReports:
     async def watch(self) -> None:
         """Report what waits, until cancelled."""
         while True:
-            await ticks.rest(REPORT_S)
+            await ticks.sleep_to_tick(REPORT_S)
             now = self._clock()
             for model in list(self._told):
                 self._tell(model, now)
@@ -81,11 +81,11 @@ class BacklogReports:
         told = self._told.setdefault(model, _Told())
         count, tokens = self._waiting(model)
         order = self._turns.fair.order(model)
-        claim = order.claim() + self._returning.waiting(model)[0] if count else 0
+        claim = order.claimed_turns() + self._returning.waiting(model)[0] if count else 0
         kept = dict(self._returning.cached_counts(model))
         flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
-            mine = order.waiting_here() if count else {}
+            mine = order.own_backlog() if count else {}
             if mine != told.flows or (mine and now - told.flows_at >= REPEAT_S):
                 told.flows, told.flows_at = mine, now
                 flows = [

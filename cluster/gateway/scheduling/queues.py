@@ -11,7 +11,7 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.scheduling.resume_queue import ResumeQueue
 from cluster.gateway.scheduling.service_charges import ServiceCharges
-from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
+from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Queues:
         shed = [one for waits in admission.shed if (one := self.pop(waits.call_id)) is not None]
         if admission.outcome is None:
             self._queued[sequence.key] = sequence
-            self.tally.waits(waiting)
+            self.tally.enqueue(waiting)
         return Admitted(shed, admission.outcome)
 
     def put_back(self, sequence: CallSequence) -> None:
@@ -61,44 +61,46 @@ class Queues:
         waiting = self._charges.waiting(sequence)
         self._queued[sequence.key] = sequence
         self._room.put_back(waiting, self._clock())
-        self.tally.waits(waiting)
+        self.tally.enqueue(waiting)
 
     def resume(self, sequence: CallSequence) -> None:
         """Queue a sequence to be resumed: it is demand from now on, like all that waits."""
         now = self._clock()
         self.resumed.add(sequence, now, sequence.silent_since)
-        self.tally.waits(replace(self._charges.waiting(sequence), arrived=now))
+        self.tally.enqueue(replace(self._charges.waiting(sequence), arrived=now))
 
-    def next(self, model: str, fits: Callable[[CallSequence, Waiting], bool], now: float) -> Waiting | None:
+    def next(
+        self, model: str, fits: Callable[[CallSequence, WaitingSequence], bool], now: float
+    ) -> WaitingSequence | None:
         """Take the sequence whose turn it is out of the room, if it fits. It stays queued until it is popped."""
-        return self._room.next(model, lambda waiting: fits(self._queued[waiting.call_id], waiting), now)
+        return self._room.pop_next(model, lambda waiting: fits(self._queued[waiting.call_id], waiting), now)
 
     def pop(self, key: str) -> CallSequence | None:
         """Forget a queued sequence; None if it was not queued."""
-        self.tally.waits_no_more(key)
+        self.tally.dequeue(key)
         return self._queued.pop(key, None)
 
     def stop_resuming(self, sequence: CallSequence) -> bool:
         """Take a sequence out of the resume queue; False if it was not there."""
         waited = self.resumed.remove(sequence)
         if waited:
-            self.tally.waits_no_more(sequence.key)
+            self.tally.dequeue(sequence.key)
         return waited
 
     def remove(self, sequence: CallSequence) -> bool:
         """Take a sequence out of both queues; whether it waited."""
         waited = self.resumed.remove(sequence)
         if self.pop(sequence.key) is not None:
-            waited |= self._room.leave(sequence.key)
+            waited |= self._room.cancel(sequence.key)
         return waited
 
     def expired(self, now: float, extra_s: Callable[[str], float]) -> tuple[list[CallSequence], list[CallSequence]]:
         """Take out the sequences that have waited too long: new ones, and those to be resumed, which may wait
         `extra_s` longer by model."""
-        new = [one for waiting in self._room.expired(now) if (one := self.pop(waiting.call_id)) is not None]
+        new = [one for waiting in self._room.pop_expired(now) if (one := self.pop(waiting.call_id)) is not None]
         resumed = list(self.resumed.expired(now, extra_s))
         for sequence in resumed:
-            self.tally.waits_no_more(sequence.key)
+            self.tally.dequeue(sequence.key)
         return new, resumed
 
     def queued(self) -> Sequence[CallSequence]:

@@ -147,7 +147,7 @@ class Scheduler:
                 self._settle(sequence)
             elif sequence.emitted:
                 if (place := self.charges.place(sequence)) is not None:
-                    self.queues.tally.grew(place, len(sequence.emitted))
+                    self.queues.tally.record_output(place, len(sequence.emitted))
                 self.charges.grew(sequence)
 
     def _settle(self, sequence: CallSequence) -> None:
@@ -185,12 +185,12 @@ class Scheduler:
 
     def answered(self, link: WorkerLink) -> None:
         """A worker has sent the first output of a sequence."""
-        self.breakers.answered(link.identity.incarnation)
+        self.breakers.record_success(link.identity.incarnation)
 
     def worker_failed(self, link: WorkerLink) -> None:
         """A worker's engine could not continue a sequence."""
         others = (other.identity.incarnation for other in self.links(link.identity.model) if other is not link)
-        self.breakers.failed(link.identity.incarnation, others, self._clock())
+        self.breakers.record_failure(link.identity.incarnation, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """A sequence was resumed on another worker, after so long without a token."""
@@ -208,7 +208,7 @@ class Scheduler:
         model = self.host.directory.find(call.model)
         if model is None or not call.versions.all or any(one.emitted or one.link for one in call.sequences):
             return
-        links = [link for link in model.links.values() if model.takes(link)]
+        links = [link for link in model.links.values() if model.takes_calls(link)]
         same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
         if same:
             call.choose(Versions(call.versions.first if call.versions.first in same else "", same))
@@ -268,18 +268,18 @@ class Scheduler:
         if self.breakers.open:  # a pause may be over
             for model in directory.models:
                 for link in model.links.values():
-                    self.breakers.stepped(link.identity.incarnation, now, link.load.steps)
+                    self.breakers.record_steps(link.identity.incarnation, now, link.load.steps)
                 self.pump(model.name)
 
     def _sweep(self, now: float) -> None:
         models = self.host.directory.models
-        self.queues.tally.keep(model.name for model in models)
+        self.queues.tally.retain_models(model.name for model in models)
         self._unserved &= {model.name for model in models if not model.served}
         self.charges.sweep({model.name: bool(model.links) for model in models}, now)
-        self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
+        self.breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:
             for link in list(model.links.values()):
-                if now >= link.leave_at or model.quarantined(link):
+                if now >= link.move_requests_at or model.quarantined(link):
                     self.binder.move(link, model)
 
     def _is_late(self, call: Call) -> bool:

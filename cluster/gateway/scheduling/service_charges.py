@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.observe.metrics import Metrics
-from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.fair_queue import FairOrder, FairOrders
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.token_cost import ServiceWeights
@@ -32,7 +32,7 @@ SPEED_DECAY = 0.98
 class _Charge:
     """One sequence's charge. `due`: its account is corrected when it has this many tokens."""
 
-    place: Waiting
+    place: WaitingSequence
     due: int = 0
     settled: bool = False
 
@@ -56,7 +56,7 @@ class ServiceCharges:
         self._metrics = metrics
         self._service = ServiceWeights()
         self._weights: dict[str, float] = {}
-        self.fair = FairTurns(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
+        self.fair = FairOrders(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntOutputs(default_tokens=0)
         self._charges: dict[str, _Charge] = {}
@@ -75,14 +75,14 @@ class ServiceCharges:
 
     # ---- one sequence's life
 
-    def waiting(self, sequence: CallSequence) -> Waiting:
+    def waiting(self, sequence: CallSequence) -> WaitingSequence:
         """How it stands in line; put back, as it did before: what it was charged stays."""
         if (place := self.place(sequence)) is not None:
             return place
         call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
         flow = call.flow
         self._weights[flow] = call.policy.weight
-        place = Waiting(
+        place = WaitingSequence(
             call_id=sequence.key,
             model=call.model,
             tenant=flow,
@@ -97,7 +97,7 @@ class ServiceCharges:
         self._charges[sequence.key] = _Charge(place)
         return place
 
-    def place(self, sequence: CallSequence) -> Waiting | None:
+    def place(self, sequence: CallSequence) -> WaitingSequence | None:
         """How it waits, or waited; None if it never did."""
         charge = self._charges.get(sequence.key)
         return None if charge is None else charge.place
@@ -152,17 +152,19 @@ class ServiceCharges:
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
         """Whom it has served, by whatever gateway."""
         for one in totals:
-            self._weights[one.what.tenant] = one.weight
-        self.fair.order(worker.model).served(worker.worker_id, worker.incarnation, [one.what for one in totals], now)
+            self._weights[one.value.tenant] = one.weight
+        self.fair.order(worker.model).apply_served_report(
+            worker.worker_id, worker.incarnation, [one.value for one in totals], now
+        )
 
     def waiting_elsewhere(
         self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
     ) -> None:
         """All that wait for a model at another gateway."""
         for one in waiting:
-            self._weights[one.what.flow.tenant] = one.weight
-        flows = {one.what.flow: one.what.backlog for one in waiting}
-        self.fair.order(model).waiting_elsewhere(gateway, flows, now)
+            self._weights[one.value.flow.tenant] = one.weight
+        flows = {one.value.flow: one.value.backlog for one in waiting}
+        self.fair.order(model).replace_peer_backlog(gateway, flows, now)
 
     # ---- time
 
@@ -171,16 +173,16 @@ class ServiceCharges:
         speed = self._speeds.get(call.model)
         if speed is None or speed.per_s <= 0:
             return 0.0
-        return self.fair.order(call.model).certain_ahead(call.flow, call.rank) / speed.per_s
+        return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
         """Once a second. `models`: those that there are, and whether a worker serves them."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]
-                self.fair.order(model).worker_gone(worker)
+                self.fair.order(model).forget_worker(worker)
         self.fair.sweep(now)
-        self.fair.keep(models)
+        self.fair.retain_models(models)
         self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}
         self.spreads = {}
         for model, served in models.items():

@@ -16,8 +16,8 @@ from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.sequence import CALLER_FIELDS
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.policy.fairness.order import Waiting
-from cluster.wire.codec import most_submit_bytes, submit_bytes
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.wire.codec import max_submit_bytes, submit_bytes
 from cluster.wire.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_SUBMIT_BYTES = 100_000
 
 def check_size(request: EngineRequest) -> None:
     """Raise CallError for a request that no worker should have to read, before it is queued."""
-    if most_submit_bytes(request) <= MAX_SUBMIT_BYTES:
+    if max_submit_bytes(request) <= MAX_SUBMIT_BYTES:
         return
     parts = submit_bytes(request)
     total = sum(parts.values())
@@ -46,7 +46,7 @@ def check_size(request: EngineRequest) -> None:
 def submit(
     sequence: CallSequence,
     link: WorkerLink,
-    waiting: Waiting,
+    waiting: WaitingSequence,
     accounting: Accounting | None,
     now: float,
     fresh_tokens: int = 0,
@@ -70,7 +70,7 @@ def submit(
     return True
 
 
-def _send(sequence: CallSequence, link: WorkerLink, waiting: Waiting, sealed: bytes, fresh_tokens: int) -> int:
+def _send(sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, sealed: bytes, fresh_tokens: int) -> int:
     """The slot of the sent request."""
     call = sequence.call
     if sequence.moved:  # its last worker has given back what it was not to generate

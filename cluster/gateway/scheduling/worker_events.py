@@ -29,47 +29,47 @@ class WorkerEvents:
         self._metrics = metrics
         self._clock = clock
 
-    def joined(self, link: WorkerLink) -> None:
+    def link_up(self, link: WorkerLink) -> None:
         """A worker's link is up."""
         identity, scheduler = link.identity, self._scheduler
         link.on_served = lambda link, totals: self._charges.served(link.identity, totals, self._clock())
-        link.on_elsewhere = lambda gateway, waiting: self._charges.waiting_elsewhere(
+        link.on_peer_backlog = lambda gateway, waiting: self._charges.waiting_elsewhere(
             identity.model, gateway, waiting, self._clock()
         )
-        link.on_standing = self._host.state_changed
-        link.on_begun = lambda resumed: scheduler.step_begun(identity.model, resumed)
+        link.on_drain_state = self._host.state_changed
+        link.on_step_begun = lambda resumed: scheduler.step_begun(identity.model, resumed)
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
         self._charges.joined(identity)
         scheduler.losses.returned(identity.incarnation)
-        link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", identity.model).observe
-        self._host.directory.joined(link)
+        link.on_token_gaps = self._metrics.histogram("inter_token_latency_seconds", identity.model).observe
+        self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
         scheduler.pump(identity.model)
         self._host.state_changed()
 
-    def left(self, link: WorkerLink, why: str) -> None:
+    def link_down(self, link: WorkerLink, why: str) -> None:
         """A worker's link has ended; its sequences have been requeued already."""
         identity, now = link.identity, self._clock()
-        self._host.directory.left(link)
+        self._host.directory.remove_link(link)
         self._charges.left(identity, now)
         self._metrics.count("worker_detected_total", identity.model, link.reason)
-        if not link.leaving:
+        if not link.draining:
             out_of_reach = "" if link.reason == "hung" else identity.incarnation
             self._scheduler.losses.lost(link.name, now, out_of_reach)
         if link.reason in STALLED:
-            self._scheduler.breakers.stood_still(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
+            self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
         self._scheduler.pump(identity.model)
         self._host.state_changed()
 
-    def changed(self, link: WorkerLink) -> None:
+    def link_changed(self, link: WorkerLink) -> None:
         """A worker's credit or drain state has changed."""
         self._scheduler.pump(link.identity.model)
 
-    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog has come."""
         directory = self._host.directory
-        directory.catalog(entries)
+        directory.apply_catalog(entries)
         self._scheduler.canaries.catalog(entries)
         for model in directory.models:  # workers that were set apart may take calls again
             self._scheduler.pump(model.name)
@@ -80,9 +80,9 @@ class WorkerEvents:
                 sequence.call.fail(hopeless)
         self._host.state_changed()
 
-    def refuses(self, identity: WorkerIdentity) -> str:
+    def refusal_of(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model; empty if it may."""
-        return self._host.directory.refuses(identity)
+        return self._host.directory.refusal_of(identity)
 
     def demand(self) -> Sequence[ModelDemand]:
         """The demand for each model, for the controller."""

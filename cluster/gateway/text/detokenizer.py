@@ -48,7 +48,7 @@ class TextSource(Protocol):
     token_ids: list[int]
 
     @property
-    def watches(self) -> bool:
+    def searches_text(self) -> bool:
         """Whether stop strings or guards search the text, so that every token must go through `push`."""
 
     @property
@@ -56,10 +56,10 @@ class TextSource(Protocol):
         """Whether a guard has ended the text."""
 
     @property
-    def untaken(self) -> int:
+    def pending_chars(self) -> int:
         """Characters that have not been taken."""
 
-    def untaken_tokens(self) -> int:
+    def pending_tokens(self) -> int:
         """Number of tokens at the end none of whose text has been taken."""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
@@ -68,10 +68,10 @@ class TextSource(Protocol):
     def text_of(self, token_id: int) -> str:
         """Add one token and return its text, which then counts as taken. Not allowed if `watches`."""
 
-    def give_back(self, text: str) -> None:
+    def push_back(self, text: str) -> None:
         """Return the last text of `text_of`, which could not be sent, to be taken later."""
 
-    def take(self, finished: bool) -> str:
+    def pop_text(self, finished: bool) -> str:
         """Return the text since the last take."""
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
@@ -210,11 +210,11 @@ class Detokenizer:
         return text
 
     @property
-    def untaken(self) -> int:
+    def pending_chars(self) -> int:
         """Characters that have not been taken."""
         return len(self._text)
 
-    def untaken_tokens(self) -> int:
+    def pending_tokens(self) -> int:
         """Number of tokens at the end none of whose text has been taken. Without stop strings, computed on demand."""
         if self._stop:
             return len(self._lengths)
@@ -228,7 +228,7 @@ class Detokenizer:
         return bisect_left(range(len(self.token_ids)), len(self._text), lo=1, key=chars) if self.token_ids else 0
 
     @property
-    def watches(self) -> bool:
+    def searches_text(self) -> bool:
         """Whether there are stop strings to search for."""
         return bool(self._stop)
 
@@ -237,7 +237,7 @@ class Detokenizer:
         """Always False: a Detokenizer has no guards."""
         return False
 
-    def give_back(self, text: str) -> None:
+    def push_back(self, text: str) -> None:
         """Return the last text of `text_of`, which could not be sent, to be taken later."""
         self._text += text
 
@@ -254,7 +254,7 @@ class Detokenizer:
             self._part_left = len(text) - chars
         self._text = text[chars:]
 
-    def take(self, finished: bool) -> str:
+    def pop_text(self, finished: bool) -> str:
         """Return the text since the last take; unless `finished`, without the end that may begin a stop string."""
         text = self._text
         if finished or not self._held_chars:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
-from cluster.gateway.helpers.pool import Job, Lost, TooMuchCpu
+from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
 from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
@@ -147,7 +147,7 @@ class TextModel:
         """Tokenize a plain prompt, with the special tokens that the model expects (BOS)."""
         return self._encode(text, "prompt", add_special_tokens=True)
 
-    def plain_ids(self, text: str) -> array[int]:
+    def encode_raw(self, text: str) -> array[int]:
         """Tokenize a text that already contains its special tokens: none are added."""
         return array("I", self._encode(text, "prompt_token_ids", add_special_tokens=False))
 
@@ -254,7 +254,7 @@ class TextModel:
                 result = await self.pool.run(job, size=chars, tenant=tenant, local_fallback=self._is_quick)
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
-            except Lost as lost:
+            except JobLost as lost:
                 log.warning("text_not_tokenized", job=method, reason=str(lost))
                 raise CallError(
                     Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"

@@ -1,8 +1,8 @@
 """Exactly one usage record for each admitted sequence: opened with its Submit, written at its end, whatever dies.
 
 A call of n sequences has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
-its prompt is counted with segment 0 alone. Parts that a client resumed have segments from RESUMED on. A record's id is
-fixed before the first Submit and kept over retries.
+its prompt is counted with segment 0 alone. Parts that a client resumed have segments from SEGMENTS_PER_RESUME on. A
+record's id is fixed before the first Submit and kept over retries.
 
 Where the counts come from. The gateway knows what was delivered, the engine what was generated and what it cost; a
 record is written once both are known. An engine that does not tell in time (its link is gone) is not waited for:
@@ -35,7 +35,7 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.ledger.errors import StoreUnavailable
-from cluster.ledger.usage.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.usage.records import MAX_ID, SEGMENTS_PER_RESUME, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer, SealError
 from cluster.ledger.usage.spool import Replayer, Spool, SpoolStatistics
 from cluster.ledger.usage.usage import IDLE_TENANT
@@ -156,11 +156,11 @@ class Accounting:
         self._replayer.stop()
         with contextlib.suppress(StoreUnavailable, OSError):
             self._spool.wait_durable(self._spool.statistics().written, 1.0)
-            self._replayer.move()
+            self._replayer.replay()
 
     async def _sweep(self) -> None:
         while True:
-            await ticks.rest(SWEEP_S)
+            await ticks.sleep_to_tick(SWEEP_S)
             now = self._clock()
             while self._late and self._late[0][0] <= now:
                 self._give_up(self._late.popleft()[1])
@@ -198,8 +198,9 @@ class Accounting:
             request_id=_fit(call.request_id),
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=sequence.request.adapter,
-            segment=sequence.index + (0 if call.resume_tokens is None else call.resume_tokens.generation * RESUMED),
-            prompt_tokens=_prompt_tokens(sequence) if call.terms is ResumeTerms.PAID or not call.continues else 0,
+            segment=sequence.index
+            + (0 if call.resume_tokens is None else call.resume_tokens.generation * SEGMENTS_PER_RESUME),
+            prompt_tokens=_prompt_tokens(sequence) if call.terms is ResumeTerms.PAID or not call.is_resumed else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -208,7 +209,7 @@ class Accounting:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """A call has ended, however: each of its sequences that was submitted gets its record, once."""
         now = self._clock()
-        again = call.continues
+        again = call.is_resumed
         for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
             if account is None or account.end is not None:
@@ -216,7 +217,7 @@ class Accounting:
             if again:  # what is paid for a prompt that was read again is known now
                 prompt_tokens = len(sequence.request.prompt_token_ids) if call.pays_prompt else 0
                 account.record, again = replace(account.record, prompt_tokens=prompt_tokens), False
-            elif call.continues:
+            elif call.is_resumed:
                 account.record = replace(account.record, prompt_tokens=0)
             account.admitted = account.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
             if account.continued:
@@ -251,9 +252,9 @@ class Accounting:
         if end is None or not account.admitted:
             return
         end["generated_tokens"] = max(account.generated_tokens, end["generated_tokens"])
-        record = account.record.ended(
+        record = account.record.to_usage_record(
             **end,
-            cached_tokens=0 if account.record.segment % RESUMED else account.cached_tokens,
+            cached_tokens=0 if account.record.segment % SEGMENTS_PER_RESUME else account.cached_tokens,
             gpu=account.gpu,
             gpu_seconds=account.gpu_seconds,
             **_place(account.worker),
@@ -329,9 +330,9 @@ class Accounting:
         """The record of a call whose gateway was lost: delivered is what was written to that gateway's link, by this
         worker and by those before it."""
         opened = self._sealer.open(one.sealed)
-        return opened.ended(
+        return opened.to_usage_record(
             outcome=one.outcome,
-            cached_tokens=0 if opened.segment % RESUMED else one.cached_tokens,
+            cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else one.cached_tokens,
             completion_tokens=one.earlier_tokens + one.written_tokens,
             generated_tokens=one.earlier_tokens + one.generated_tokens,
             duration_s=opened.queue_s + one.duration_s,

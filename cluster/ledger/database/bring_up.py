@@ -19,7 +19,7 @@ REFUSED: Final = 3
 TIMEOUT_S: Final = 600.0
 
 
-def bring_up(database_url: str) -> None:
+def prepare_database(database_url: str) -> None:
     """Create and migrate the tables on SQLite; only check them on PostgreSQL. Raises LedgerError."""
     from cluster.ledger.database.migrate import State
     from cluster.ledger.store import Ledger
@@ -37,7 +37,7 @@ def bring_up(database_url: str) -> None:
         ledger.close()
 
 
-async def bring_up_elsewhere(
+async def prepare_database_in_process(
     database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
 ) -> None:
     """Run `bring_up` in a child process, which is killed on cancellation. `begun` gets its pid. Raises LedgerError."""
@@ -69,7 +69,7 @@ async def bring_up_elsewhere(
 def main() -> None:
     """Prepare the database whose URL is on standard input."""
     try:
-        bring_up(sys.stdin.read())
+        prepare_database(sys.stdin.read())
     except LedgerError as error:
         reason = str(error)
     except Exception as error:  # the parent would show only the last line of a traceback, often not the helpful one

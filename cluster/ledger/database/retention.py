@@ -32,5 +32,5 @@ def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) ->
     audit = ledger.audit.expire(now_s - audit_days * DAY_S, except_tenants=list(audit_own))
     audit += sum(ledger.audit.expire(now_s - days * DAY_S, tenant=name) for name, days in audit_own.items())
     ledger.notices.expire(now_s)
-    ledger.resumed.expire(now_s)
+    ledger.resumed_segments.expire(now_s)
     return Expired(usage, audit)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAGE = 1000
-ROTATION_S = 86400.0
+DEFAULT_OVERLAP_S = 86400.0
 """Default time for which a rotated key stays valid."""
 PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
@@ -79,7 +79,7 @@ class TenantService(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class By:
+class Actor:
     """The actor and source of an operation, for the audit log."""
 
     actor: str
@@ -98,7 +98,7 @@ class LedgerTenantService:
     def __init__(
         self,
         ledger: Ledger,
-        by: By,
+        by: Actor,
         write: Callable[[AuditEvent], None],
         policy_of: PolicyOf,
         *,

@@ -20,7 +20,7 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.ledger.errors import LedgerError
-from cluster.ledger.files import write_whole
+from cluster.ledger.files import write_atomically
 from cluster.policy.tenants.identity import AccessSnapshot
 from cluster.policy.tenants.policy import TenantPolicy
 
@@ -36,7 +36,7 @@ def save(path: Path, snapshot: AccessSnapshot) -> None:
     """Write a snapshot atomically, with permissions for its owner only. Raises OSError."""
     body = json.dumps(snapshot.as_json(), separators=(",", ":")).encode()
     head = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
-    write_whole(path, head + b"\n" + body)
+    write_atomically(path, head + b"\n" + body)
 
 
 def load(path: Path) -> AccessSnapshot | None:
@@ -101,7 +101,7 @@ class Watcher:
         self._saved_at = -float("inf")
         saved = load(file)
         self._stored = saved
-        self._view = (saved or AccessSnapshot()).declaring(self._declared)
+        self._view = (saved or AccessSnapshot()).with_declared(self._declared)
         # time of the monotonic clock at which the snapshot was last known to be the newest
         self._confirmed = monotonic() - max(wall() - saved.taken_at_s, 0.0) if saved else -float("inf")
 
@@ -139,10 +139,10 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self.ask()
+            self.poll()
             self._stop.wait(self._period_s)
 
-    def ask(self) -> bool:
+    def poll(self) -> bool:
         """Poll once, in the caller's thread. Returns whether the database has answered."""
         began = self._monotonic()
         try:
@@ -170,7 +170,7 @@ class Watcher:
         before, self._stored = self._stored, newest
         changed = before is None or before.tenants is not newest.tenants
         if changed:
-            self._view = newest.declaring(self._declared)
+            self._view = newest.with_declared(self._declared)
             if self._on_change is not None:
                 self._on_change(self._view)
         if changed or self._monotonic() - self._saved_at >= self._refresh_s:

@@ -22,7 +22,7 @@ KEPT_S = 62 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ClaimedNotice:
     """A notice that this gateway has claimed and must send now. `attempts` includes this one."""
 
     notice: BudgetNotice
@@ -30,7 +30,7 @@ class Taken:
     attempts: int
 
 
-def pause_s(attempts: int) -> float:
+def retry_delay_s(attempts: int) -> float:
     """Seconds until the next attempt, after `attempts` attempts."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
@@ -41,7 +41,7 @@ class BudgetNotices:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def enter(self, notices: Sequence[BudgetNotice], now_s: float) -> None:
+    def insert_new(self, notices: Sequence[BudgetNotice], now_s: float) -> None:
         """Store the notices that are new. Raises StoreUnavailable."""
         if not notices:
             return
@@ -55,7 +55,7 @@ class BudgetNotices:
                     dialect_insert(connection, table).on_conflict_do_nothing(index_elements=["id"]), rows
                 )
 
-    def take(self, now_s: float, limit: int = 20) -> list[Taken]:
+    def claim_due(self, now_s: float, limit: int = 20) -> list[ClaimedNotice]:
         """Claim the notices whose attempt is due, for this gateway alone. Raises StoreUnavailable."""
         due = table.c.delivered_at.is_(None) & (table.c.next_try_at <= now_s)
         with reading(self._engine) as connection:
@@ -65,14 +65,14 @@ class BudgetNotices:
             attempts = row.attempts + 1
             unclaimed = (table.c.id == row.id) & (table.c.attempts == row.attempts) & table.c.delivered_at.is_(None)
             with writing(self._engine) as connection:
-                values = {"attempts": attempts, "next_try_at": now_s + pause_s(attempts)}
+                values = {"attempts": attempts, "next_try_at": now_s + retry_delay_s(attempts)}
                 claimed = connection.execute(update(table).where(unclaimed).values(values)).rowcount
             if claimed:
                 use = BudgetUse(row.tenant, row.budget, row.period, row.used_tokens, row.limit_tokens)
-                claims.append(Taken(BudgetNotice(use, row.threshold), row.noticed_at, attempts))
+                claims.append(ClaimedNotice(BudgetNotice(use, row.threshold), row.noticed_at, attempts))
         return claims
 
-    def delivered(self, notice_id: str, now_s: float) -> None:
+    def mark_delivered(self, notice_id: str, now_s: float) -> None:
         """Mark a notice as delivered: no more attempts."""
         with writing(self._engine) as connection:
             connection.execute(update(table).where(table.c.id == notice_id).values(delivered_at=now_s))

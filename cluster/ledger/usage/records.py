@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 
 R = TypeVar("R", "OpenRecord", "UsageRecord")
 
-RESUMED = 1000
+SEGMENTS_PER_RESUME = 1000
 """Offset of segment numbers per resume. The `n` outputs of a call are segments 0, 1, …; after the first resume they
-are RESUMED, RESUMED + 1, …; after the second 2 * RESUMED, … Only segment 0 counts as a request."""
+are SEGMENTS_PER_RESUME, SEGMENTS_PER_RESUME + 1, …; after the second 2 * SEGMENTS_PER_RESUME, … Only segment 0 counts
+as a request."""
 MAX_ID = 128
 MAX_NAME = 255
 MAX_LABELS_BYTES = 8192
@@ -71,7 +72,7 @@ class OpenRecord:
         """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
         return _build(OpenRecord, value)
 
-    def ended(self, **counts: Any) -> UsageRecord:
+    def to_usage_record(self, **counts: Any) -> UsageRecord:
         """The usage record of this call; `counts` are the other fields of UsageRecord."""
         return UsageRecord(**(_OPEN.values(self) | counts))
 

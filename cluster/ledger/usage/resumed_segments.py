@@ -17,7 +17,7 @@ class ResumedSegments:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def take(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
+    def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
         """Claim each (name, expires_at_s) in one transaction; True where it was unclaimed. Raises StoreUnavailable."""
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):

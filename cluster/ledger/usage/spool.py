@@ -306,13 +306,13 @@ class Replayer:
         pause_s = self._period_s
         while not self._stop.wait(pause_s):
             try:
-                self.move()
+                self.replay()
                 pause_s = self._period_s
             except (StoreUnavailable, OSError) as error:
                 pause_s = min(pause_s * 2, self._max_pause_s)
                 log.warning("usage_insert_delayed", error=str(error), pending=self._spool.statistics().pending)
 
-    def move(self) -> int:
+    def replay(self) -> int:
         """Move all records spooled so far. Returns their number. Raises StoreUnavailable, OSError."""
         moved = 0
         for path in self._spool.roll():

@@ -50,7 +50,7 @@ class CanaryTally:
 class CanaryVerdict:
     """Whether the canary `goes`, and `why`: the deciding numbers, for humans."""
 
-    goes: bool = False
+    roll_back: bool = False
     why: str = ""
 
 

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState
 from cluster.policy.catalog import lifecycle
-from cluster.policy.catalog.lifecycle import Known, Reported
+from cluster.policy.catalog.lifecycle import SourceFacts, WorkerReport
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import ReplicaShare
 
-WHY = "its entry in the controller's file is wrong, so what runs of it is kept as it is"
+HELD_REASON = "its entry in the controller's file is wrong, so what runs of it is kept as it is"
 
 
-def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Reported]) -> CatalogEntry:
+def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[WorkerReport]) -> CatalogEntry:
     """Catalog entry of a held model for the gateways. `spec` supplies its name, aliases and fallbacks.
 
     All calls go to the version with the most running replicas.
@@ -27,22 +27,22 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
         by_version.setdefault(app.version, []).append(app)
     order = sorted(by_version, key=lambda version: -sum(app.running for app in by_version[version]))
     if not order:
-        return lifecycle.entry(spec, ModelState.FAILED, None, known=Known(trouble=WHY))
+        return lifecycle.entry(spec, ModelState.FAILED, None, known=SourceFacts(trouble=HELD_REASON))
     versions = []
     for at, version in enumerate(order):
-        whole = lifecycle.combined(by_version[version], ())
-        sight = lifecycle.sight(True, whole)
-        if sight is lifecycle.Sight.SERVING and not reported:
-            sight = lifecycle.Sight.STARTING  # its replicas run, but no gateway has a link to them yet
+        whole = lifecycle.merge_applications(by_version[version], ())
+        sight = lifecycle.observe(True, whole)
+        if sight is lifecycle.Observation.SERVING and not reported:
+            sight = lifecycle.Observation.STARTING  # its replicas run, but no gateway has a link to them yet
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),
                 ReplicaShare(version, 0.0 if at else 1.0),
-                lifecycle.move(ModelState.DECLARED, sight),
+                lifecycle.next_state(ModelState.DECLARED, sight),
                 whole,
                 reported,
                 desired=whole.target if whole is not None else 0,
             )
         )
     entry = lifecycle.entry_of(versions)
-    return replace(entry, state_reason="; ".join(filter(None, (entry.state_reason, WHY))))
+    return replace(entry, state_reason="; ".join(filter(None, (entry.state_reason, HELD_REASON))))

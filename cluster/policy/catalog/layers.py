@@ -10,7 +10,7 @@ from cluster.api.catalog import Change, Difference
 Entry = Mapping[str, Any]
 
 
-def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
+def merge_layers(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
     """Merge layers of entries into one catalog, by model name; later layers override earlier ones.
 
     Mappings are merged key by key, other values are replaced whole, and null removes a key. Models keep the order in
@@ -44,14 +44,14 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def applied(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
+def apply_entries(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
     """The catalog after `given` is applied: an entry replaces the one of its name. Others stay unless `prune`."""
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
     return tuple((kept | new).values())
 
 
-def promoted(entry: Entry) -> dict[str, Any]:
+def promote_canary(entry: Entry) -> dict[str, Any]:
     """The entry with its canary promoted to the stable version. Raises KeyError if it has no canary."""
     canary = entry["canary"]
     own = {key: value for key, value in canary.items() if key not in ("weight", "rollback")}
@@ -59,7 +59,7 @@ def promoted(entry: Entry) -> dict[str, Any]:
     return new | own
 
 
-def changes(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
+def diff(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
     """Differences between two catalogs, by name. `restarts` maps each model whose replicas restart to the reason."""
     listed = []
     for name in sorted(now.keys() | then.keys()):

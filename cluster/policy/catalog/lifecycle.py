@@ -17,7 +17,7 @@ from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import ReplicaShare
 
 
-class Sight(enum.StrEnum):
+class Observation(enum.StrEnum):
     """Observation of a model in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
@@ -34,53 +34,53 @@ class IllegalMove(Exception):
     """An observation that cannot follow a state."""
 
 
-_FROM_ANY: dict[Sight, ModelState] = {
-    Sight.ABSENT: ModelState.DECLARED,
-    Sight.RESTING: ModelState.IDLE,
-    Sight.UNPLACED: ModelState.PLACING,
-    Sight.STARTING: ModelState.LOADING,
-    Sight.SERVING: ModelState.READY,
-    Sight.BROKEN: ModelState.FAILED,
-    Sight.WITHDRAWN: ModelState.DRAINING,
-    Sight.ENDED: ModelState.GONE,
+_FROM_ANY: dict[Observation, ModelState] = {
+    Observation.ABSENT: ModelState.DECLARED,
+    Observation.RESTING: ModelState.IDLE,
+    Observation.UNPLACED: ModelState.PLACING,
+    Observation.STARTING: ModelState.LOADING,
+    Observation.SERVING: ModelState.READY,
+    Observation.BROKEN: ModelState.FAILED,
+    Observation.WITHDRAWN: ModelState.DRAINING,
+    Observation.ENDED: ModelState.GONE,
 }
 
 # Ray and the file change between passes, so any observation may follow any state. The exception: a model that is GONE
 # must be declared again before anything else of it is observed.
-MOVES: dict[tuple[ModelState, Sight], ModelState] = {
-    (state, sight): after
+MOVES: dict[tuple[ModelState, Observation], ModelState] = {
+    (state, observe): after
     for state in ModelState
-    for sight, after in _FROM_ANY.items()
-    if state is not ModelState.GONE or sight in (Sight.ABSENT, Sight.ENDED)
+    for observe, after in _FROM_ANY.items()
+    if state is not ModelState.GONE or observe in (Observation.ABSENT, Observation.ENDED)
 }
 
 
-def move(state: ModelState, sight: Sight) -> ModelState:
+def next_state(state: ModelState, observation: Observation) -> ModelState:
     """The next state. Raises IllegalMove."""
     try:
-        return MOVES[state, sight]
+        return MOVES[state, observation]
     except KeyError:
-        raise IllegalMove(f"{state.name}: {sight.name} ({sight.value}) cannot follow") from None
+        raise IllegalMove(f"{state.name}: {observation.name} ({observation.value}) cannot follow") from None
 
 
-def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
+def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Observation:
     """Observation of one model in this pass. `unplaceable` says why no node can hold it; "" if one can."""
     if not wanted:
-        return Sight.ENDED if seen is None else Sight.WITHDRAWN
+        return Observation.ENDED if seen is None else Observation.WITHDRAWN
     if seen is None or seen.deleting:
-        return Sight.ABSENT
+        return Observation.ABSENT
     if seen.running:
-        return Sight.SERVING
+        return Observation.SERVING
     if seen.target == 0 and seen.digest:
-        return Sight.RESTING
+        return Observation.RESTING
     if seen.refused or seen.gave_up or (seen.trouble and not seen.placed):
-        return Sight.BROKEN
+        return Observation.BROKEN
     if seen.placed:
-        return Sight.STARTING
-    return Sight.BROKEN if unplaceable else Sight.UNPLACED
+        return Observation.STARTING
+    return Observation.BROKEN if unplaceable else Observation.UNPLACED
 
 
-def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
+def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
     """A version's applications merged into one: the wanted ones, and those that still serve in their place.
 
     Returns None if there is none. Failures of wanted applications are reported even while others serve.
@@ -103,7 +103,7 @@ def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed
 
 
 @dataclass(frozen=True, slots=True)
-class Reported:
+class WorkerReport:
     """One worker's report about itself to the gateways."""
 
     weight_digest: str = ""
@@ -114,7 +114,7 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class SourceFacts:
     """Facts about a model taken from its source, without any worker."""
 
     bundle_digest: str = ""
@@ -134,8 +134,8 @@ class Version:
     share: ReplicaShare
     state: ModelState
     seen: Observed | None = None
-    reported: Sequence[Reported] = ()
-    known: Known | None = None
+    reported: Sequence[WorkerReport] = ()
+    known: SourceFacts | None = None
     unplaceable: str = ""
     desired: int = 0
     changing: bool = False
@@ -183,7 +183,7 @@ def _trouble(version: Version) -> str:
 
 
 def _share(version: Version) -> VersionShare:
-    about = version.known or Known()
+    about = version.known or SourceFacts()
     spec, reported = version.spec, version.reported
     reason = version.share.gone or _reason(version.state, version.seen, about, version.unplaceable, version.lost)
     if version.share.quarantined:
@@ -211,14 +211,14 @@ def entry(
     state: ModelState,
     seen: Observed | None,
     *,
-    reported: Sequence[Reported] = (),
-    known: Known | None = None,
+    reported: Sequence[WorkerReport] = (),
+    known: SourceFacts | None = None,
     unplaceable: str = "",
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
     """Catalog entry of one model. Workers' reports override what the source says."""
-    about = known or Known()
+    about = known or SourceFacts()
     first = reported[0] if reported else None
     return CatalogEntry(
         name=spec.name,
@@ -245,7 +245,7 @@ def entry(
     )
 
 
-def ends_of(ends: Sequence[tuple[float, str]]) -> str:
+def summarize_ends(ends: Sequence[tuple[float, str]]) -> str:
     """Summary of engine ends: when (since the epoch) and why the latest one ended, and how many there were."""
     if not ends:
         return ""
@@ -255,7 +255,7 @@ def ends_of(ends: Sequence[tuple[float, str]]) -> str:
     return f"{count} ended at {when}: {why}"
 
 
-def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable: str, lost: str = "") -> str:
+def _reason(state: ModelState, seen: Observed | None, known: SourceFacts, unplaceable: str, lost: str = "") -> str:
     if state is ModelState.READY:
         short = seen is not None and seen.running < seen.target
         serving = f"{seen.running} of {seen.target} replicas serve" if seen and short else ""
@@ -268,7 +268,7 @@ def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable:
     return trouble or known.trouble
 
 
-def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
+def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
     """The entry, with gaps filled from an earlier one, so that a model without workers stays tokenizable."""
     if entry_before is None:
         return now

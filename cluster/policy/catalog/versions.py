@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class VersionMark:
+class VersionOverride:
     """Override of the file for one version. `digest` identifies the replicas that it applies to.
 
     `weight` None: use the file's weight. `gone`: why the version must not run at all. `quarantined`: it runs without
@@ -30,12 +30,12 @@ class VersionMark:
         return {"digest": self.digest, "weight": self.weight, "gone": self.gone, "quarantined": self.quarantined}
 
     @staticmethod
-    def from_json(values: Mapping[str, object]) -> VersionMark:
+    def from_json(values: Mapping[str, object]) -> VersionOverride:
         """Inverse of `as_json`. Raises ValueError for an invalid weight."""
         weight = values.get("weight")
         if not isinstance(weight, (int, float, type(None))):
             raise ValueError(f"weight: {weight!r}")
-        return VersionMark(
+        return VersionOverride(
             digest=str(values.get("digest", "")),
             weight=None if weight is None else float(weight),
             gone=str(values.get("gone", "")),
@@ -54,7 +54,7 @@ class ReplicaShare:
 
 
 def shares(
-    stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
+    stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionOverride]
 ) -> tuple[ReplicaShare, ...]:
     """Versions with their shares of the calls, the stable one first. Weights of those that run add up to 1.
 
@@ -70,7 +70,7 @@ def shares(
     name, digest, weight = canary
     mark = marks.get(name)
     if mark is None or mark.digest != digest:
-        mark = VersionMark(digest)
+        mark = VersionOverride(digest)
     if mark.gone:
         return first, ReplicaShare(name, 0.0, mark.gone)
     weight = weight if mark.weight is None else mark.weight
@@ -94,7 +94,7 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
     return {stable.version: kept, canary.version: tried}
 
 
-def total_of(replicas: int, parts: Sequence[ReplicaShare]) -> int:
+def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
     """Inverse of `replicas_of`: the total for which all versions together have `replicas` replicas."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedTotal, WorkerTotals
 from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
@@ -75,7 +75,7 @@ class FairOrder:
         self._classes: dict[int, ClassTurns] = {}
         self._ranks: list[int] = []
         self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # with the pending charge and the serial number
-        self._returned: list[tuple[int, float, int, Waiting]] = []  # (rank, arrived, number, sequence)
+        self._returned: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
         self._open: dict[str, tuple[Flow, Charge]] = {}
@@ -87,7 +87,7 @@ class FairOrder:
 
     # ---- Order
 
-    def push(self, waiting: Waiting, now: float = 0.0) -> None:
+    def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append to the tenant's queue; a tenant that returns from idle is lifted first."""
         self._advance(now)
         flow = self._flow(waiting.rank, waiting.tenant)
@@ -95,7 +95,7 @@ class FairOrder:
         self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
         self._change_waiting_here(flow, 1, charge.amount)
 
-    def put_back(self, waiting: Waiting) -> None:
+    def put_back(self, waiting: WaitingSequence) -> None:
         """Insert before all sequences that have not had their turn: higher classes first, then by arrival."""
         flow = self._flow(waiting.rank, waiting.tenant)
         self._returns += 1
@@ -108,7 +108,7 @@ class FairOrder:
         self._where[waiting.call_id] = (flow, charge, -1)
         self._change_waiting_here(flow, 1, 0.0)
 
-    def head(self) -> Waiting | None:
+    def head(self) -> WaitingSequence | None:
         """The first sequence put back; else the first of the tenant with the least counter in the highest waiting
         class."""
         if self._returned:
@@ -124,7 +124,7 @@ class FairOrder:
         self._remove_waiting(call_id)
         self.ended(call_id)
 
-    def taken(self, call_id: str, now: float = 0.0) -> None:
+    def mark_taken(self, call_id: str, now: float = 0.0) -> None:
         """Remove a sequence that goes to a worker, and charge its predicted cost unless it was charged before."""
         self._advance(now)
         flow, charge = self._remove_waiting(call_id)
@@ -140,7 +140,7 @@ class FairOrder:
         before = sum(1 for _, _, _, w in self._returned[:end] if (w.rank, w.tenant) == flow.key)
         return before if key is not None else before + flow.position(serial)
 
-    def keep_free(self, waiting: Waiting) -> int:
+    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
         """Slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
         flow, _, serial = self._where[waiting.call_id]
         if serial < 0 or flow.since > self._now - self._idle_s:
@@ -175,13 +175,13 @@ class FairOrder:
 
     # ---- other gateways
 
-    def served(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
+    def apply_served_report(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
         """Process a worker's report: add what other gateways' calls were served to the counters."""
         self._advance(now)
         for key, difference in self._worker_totals.differences(worker, incarnation, totals):
             self._add(self._flow(*key), difference)
 
-    def worker_gone(self, worker: str) -> None:
+    def forget_worker(self, worker: str) -> None:
         """Forget the totals of a worker that will not come back. The counters keep what it served."""
         self._worker_totals.forget(worker)
 
@@ -189,7 +189,7 @@ class FairOrder:
         """The worker's next report comes by another link, whose own part starts at zero."""
         self._worker_totals.link_ended(worker)
 
-    def waiting_elsewhere(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
+    def replace_peer_backlog(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
         """Replace the backlog of another gateway for this model by its new report."""
         self._advance(now)
         for key, change in self._peer_backlogs.replace(gateway, waiting, now).items():
@@ -199,7 +199,7 @@ class FairOrder:
             if backlog.requests:
                 self._flow(*key).last_waiting = self._now
 
-    def waiting_here(self) -> dict[FlowKey, Backlog]:
+    def own_backlog(self) -> dict[FlowKey, Backlog]:
         """Backlog to report to the other gateways."""
         return {
             flow.key: Backlog(flow.here, flow.here_service)
@@ -207,7 +207,7 @@ class FairOrder:
             for flow in turns.here.flows()
         }
 
-    def claim(self, picks: int = CLAIM_PICKS) -> int:
+    def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
         """This gateway's share of the next `picks` turns, as if all gateways had one queue; reported as its backlog.
 
         The unit is 1/CLAIM_SCALE of a turn; the result is at least 1 if anything waits here. `picks` should be about
@@ -252,7 +252,7 @@ class FairOrder:
         flow = self._known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
-    def certain_ahead(self, tenant: str, rank: int = 0) -> float:
+    def service_ahead(self, tenant: str, rank: int = 0) -> float:
         """Weighted tokens surely ahead of a new sequence of this tenant: those of higher classes and its own."""
         own = self._known(tenant, rank)
         higher = sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
@@ -341,7 +341,7 @@ class FairOrder:
             self._classes[flow.key.rank].note_decrease(flow)
 
 
-class FairTurns:
+class FairOrders:
     """The orders of one gateway, by model. They persist while nothing waits, so that tenants' counters do too."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
@@ -360,7 +360,7 @@ class FairTurns:
         for order in self._orders.values():
             order.sweep(now)
 
-    def keep(self, models: Iterable[str]) -> None:
+    def retain_models(self, models: Iterable[str]) -> None:
         """Forget models that are not listed and have nothing waiting or running."""
         known = set(models)
         for model, order in list(self._orders.items()):

@@ -17,7 +17,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class WaitingSequence:
     """A waiting sequence. `tokens` counts its prompt tokens; `deadline` and `arrived` are times, `deadline` None means
     none.
 
@@ -40,19 +40,19 @@ class Waiting:
 class Order(Protocol):
     """Order of the sequences that wait for one model. Call ids are unique within it."""
 
-    def push(self, waiting: Waiting, now: float = 0.0) -> None:
+    def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append a sequence."""
 
-    def put_back(self, waiting: Waiting) -> None:
+    def put_back(self, waiting: WaitingSequence) -> None:
         """Insert a sequence that lost its worker before all those that have not had their turn."""
 
-    def head(self) -> Waiting | None:
+    def head(self) -> WaitingSequence | None:
         """The next sequence; None if nothing waits."""
 
     def remove(self, call_id: str) -> None:
         """Remove a sequence that has not had its turn. Raises KeyError for an unknown id."""
 
-    def taken(self, call_id: str, now: float) -> None:
+    def mark_taken(self, call_id: str, now: float) -> None:
         """Remove a sequence that has its turn. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
@@ -69,10 +69,10 @@ class FifoOrder:
     _COMPACT_ABOVE = 64
 
     def __init__(self) -> None:
-        self._returned: list[tuple[float, int, Waiting]] = []
+        self._returned: list[tuple[float, int, WaitingSequence]] = []
         self._returned_keys: dict[str, tuple[float, int]] = {}
         self._returns = 0
-        self._line: list[Waiting | None] = []  # None: left; skipped, and compacted away later
+        self._line: list[WaitingSequence | None] = []  # None: left; skipped, and compacted away later
         self._alive_tree: list[int] = []  # Fenwick tree over _line: 1 for each that still waits
         self._slots: dict[str, int] = {}
         self._first = 0  # no sequence waits before this slot
@@ -82,7 +82,7 @@ class FifoOrder:
         """Slots of the queue, including those whose sequences have left."""
         return len(self._line)
 
-    def push(self, waiting: Waiting, now: float = 0.0) -> None:
+    def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append to the queue."""
         self._slots[waiting.call_id] = len(self._line)
         self._line.append(waiting)
@@ -90,14 +90,14 @@ class FifoOrder:
         inner = self._alive_before(at - 1) - self._alive_before(at & (at - 1))
         self._alive_tree.append(inner + 1)
 
-    def put_back(self, waiting: Waiting) -> None:
+    def put_back(self, waiting: WaitingSequence) -> None:
         """Insert among those put back, by arrival."""
         self._returns += 1
         key = (waiting.arrived, self._returns)
         self._returned_keys[waiting.call_id] = key
         insort(self._returned, (*key, waiting))
 
-    def head(self) -> Waiting | None:
+    def head(self) -> WaitingSequence | None:
         """The first sequence put back, else the first in the queue."""
         if self._returned:
             return self._returned[0][2]
@@ -123,7 +123,7 @@ class FifoOrder:
         if len(self._line) > self._COMPACT_ABOVE and len(self._slots) < len(self._line) // 2:
             self._compact()
 
-    def taken(self, call_id: str, now: float = 0.0) -> None:
+    def mark_taken(self, call_id: str, now: float = 0.0) -> None:
         """Same as remove: FIFO charges nothing."""
         self.remove(call_id)
 

@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import NamedTuple
 
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 
 QUANTUM = 32.0
 
@@ -35,19 +35,19 @@ class FifoQueue:
     __slots__ = ("_first", "_gone", "_line")
 
     def __init__(self) -> None:
-        self._line: deque[Waiting] = deque()
+        self._line: deque[WaitingSequence] = deque()
         self._first = 0  # serial number of the first in _line
         self._gone: list[int] | None = None  # serial numbers of removed entries still in _line, sorted
 
     def __len__(self) -> int:
         return len(self._line) - len(self._gone or ())
 
-    def push(self, waiting: Waiting) -> int:
+    def push(self, waiting: WaitingSequence) -> int:
         """Append. Returns the serial number that identifies the entry."""
         self._line.append(waiting)
         return self._first + len(self._line) - 1
 
-    def head(self) -> Waiting | None:
+    def head(self) -> WaitingSequence | None:
         """The first entry; None if empty."""
         return self._line[0] if self._line else None
 

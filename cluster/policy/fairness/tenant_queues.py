@@ -14,20 +14,20 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 
 
 @dataclass(eq=False, slots=True)
 class _TenantQueue:
     requests: int = 0
     tokens: int = 0
-    entered: deque[Waiting] = field(default_factory=deque)  # in order; may include sequences that have left
+    entered: deque[WaitingSequence] = field(default_factory=deque)  # in order; may include sequences that have left
 
 
 class TenantQueues:
     """One queue for each tenant in each class, over all models."""
 
-    def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[Waiting], bool]) -> None:
+    def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[WaitingSequence], bool]) -> None:
         """`is_waiting` says whether an added sequence still waits."""
         self._weight_of = weight_of
         self._is_waiting = is_waiting
@@ -42,7 +42,7 @@ class TenantQueues:
         queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
         return sum(queue.requests for queue in queues), sum(queue.tokens for queue in queues)
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, waiting: WaitingSequence) -> None:
         """Add a waiting sequence."""
         queues = self._ranks.get(waiting.rank)
         if queues is None:
@@ -58,7 +58,7 @@ class TenantQueues:
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, waiting: WaitingSequence) -> None:
         """Remove a sequence."""
         queues = self._ranks[waiting.rank]
         queue = queues[waiting.tenant]
@@ -67,7 +67,7 @@ class TenantQueues:
         if not queue.requests:
             del queues[waiting.tenant]
 
-    def last_of_longest(self, below: Waiting) -> Waiting | None:
+    def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
         """The sequence to shed so that `below` can enter; None if none may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
@@ -87,7 +87,7 @@ class TenantQueues:
             return entered[-1]
         return None
 
-    def _note_length(self, waiting: Waiting, longest: dict[int, list[tuple[float, str]]]) -> None:
+    def _note_length(self, waiting: WaitingSequence, longest: dict[int, list[tuple[float, str]]]) -> None:
         most = 64 + 4 * sum(len(queues) for queues in self._ranks.values())
         self._adds_unasked += 1
         if self._adds_unasked > most:

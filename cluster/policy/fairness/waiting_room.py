@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.fairness.order import FifoOrder, Order, Waiting
+from cluster.policy.fairness.order import FifoOrder, Order, WaitingSequence
 from cluster.policy.fairness.tenant_queues import TenantQueues
 
-__all__ = ["FifoOrder", "Order", "RoomAdmission", "RoomStatistics", "Waiting", "WaitingRoom"]
+__all__ = ["FifoOrder", "Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSequence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class RoomStatistics:
     refused: int
     put_back: int
     bound: int
-    left: int
+    cancelled: int
     expired: int
     shed: int = 0
 
@@ -50,7 +50,7 @@ class RoomAdmission:
     """
 
     outcome: Outcome | None = None
-    shed: tuple[Waiting, ...] = ()
+    shed: tuple[WaitingSequence, ...] = ()
 
 
 _ADMITTED = RoomAdmission()
@@ -96,7 +96,9 @@ class WaitingRoom:
                 math.inf if tenant_max_tokens is None else tenant_max_tokens,
             )
         self._tenant_queues = TenantQueues(weight_of, self._is_waiting)
-        self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay, one per entry into the room
+        self._entries: dict[
+            str, tuple[WaitingSequence, int]
+        ] = {}  # with the number of its stay, one per entry into the room
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
         self._expiries: list[tuple[float, int, str]] = []  # (expiry, stay, call id); ended stays are skipped
@@ -104,7 +106,7 @@ class WaitingRoom:
         self._now = -math.inf
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
-    def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
+    def admit(self, waiting: WaitingSequence, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
         """Admit a sequence, or say why not. A full room sheds sequences of less importance; these no longer wait.
 
         `starts_in_s`: earliest possible start; a sequence whose deadline is before that is refused at once. Raises
@@ -116,7 +118,7 @@ class WaitingRoom:
         if outcome is None and self._has_room(waiting):
             self._enter(waiting, now)
             return _ADMITTED
-        shed: list[Waiting] = []
+        shed: list[WaitingSequence] = []
         while outcome is None and not self._has_room(waiting):
             victim = self._tenant_queues.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
             if victim is None:
@@ -131,18 +133,20 @@ class WaitingRoom:
             self._enter(waiting, now)
         return RoomAdmission(outcome, tuple(shed))
 
-    def put_back(self, waiting: Waiting, now: float) -> None:
+    def put_back(self, waiting: WaitingSequence, now: float) -> None:
         """Let a sequence that lost its worker wait again, at the head and with a new max_wait_s. No bound applies to
         it."""
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
-    def head(self, model: str) -> Waiting | None:
+    def head(self, model: str) -> WaitingSequence | None:
         """The next sequence; None if nothing waits."""
         queue = self._queues.get(model)
         return queue.order.head() if queue is not None else None
 
-    def next(self, model: str, fits: Callable[[Waiting], bool], now: float | None = None) -> Waiting | None:
+    def pop_next(
+        self, model: str, fits: Callable[[WaitingSequence], bool], now: float | None = None
+    ) -> WaitingSequence | None:
         """Remove and return the next sequence if it fits; None if nothing waits or the head does not fit.
 
         O(log n) amortised. `now` None: the latest time that the room was given.
@@ -156,7 +160,7 @@ class WaitingRoom:
         self._bound += 1
         return head
 
-    def leave(self, call_id: str) -> bool:
+    def cancel(self, call_id: str) -> bool:
         """Cancel a waiting sequence. Returns False if it does not wait."""
         entry = self._entries.get(call_id)
         if entry is None:
@@ -165,9 +169,9 @@ class WaitingRoom:
         self._left += 1
         return True
 
-    def expired(self, now: float) -> list[Waiting]:
+    def pop_expired(self, now: float) -> list[WaitingSequence]:
         """Remove all past their deadline or max_wait_s, the longest overdue first."""
-        gone: list[Waiting] = []
+        gone: list[WaitingSequence] = []
         while self._expiries and self._expiries[0][0] <= now:
             _, stay, call_id = heapq.heappop(self._expiries)
             entry = self._entries.get(call_id)
@@ -197,7 +201,7 @@ class WaitingRoom:
             refused=self._refused,
             put_back=self._put_back,
             bound=self._bound,
-            left=self._left,
+            cancelled=self._left,
             expired=self._expired,
             shed=self._shed,
         )
@@ -205,10 +209,10 @@ class WaitingRoom:
     def __repr__(self) -> str:
         return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
 
-    def _has_room(self, waiting: Waiting) -> bool:
+    def _has_room(self, waiting: WaitingSequence) -> bool:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
-    def _check_tenant_bounds(self, waiting: Waiting) -> Outcome | None:
+    def _check_tenant_bounds(self, waiting: WaitingSequence) -> Outcome | None:
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
         if self._tenant_bounds is None:
@@ -217,15 +221,15 @@ class WaitingRoom:
         full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
         return Outcome.RATE_LIMITED if full else None
 
-    def _is_waiting(self, waiting: Waiting) -> bool:
+    def _is_waiting(self, waiting: WaitingSequence) -> bool:
         entry = self._entries.get(waiting.call_id)
         return entry is not None and entry[0] is waiting
 
-    def _enter(self, waiting: Waiting, now: float) -> None:
+    def _enter(self, waiting: WaitingSequence, now: float) -> None:
         self._add(waiting, now).push(waiting, now)
         self._entered += 1
 
-    def _add(self, waiting: Waiting, now: float) -> Order:
+    def _add(self, waiting: WaitingSequence, now: float) -> Order:
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
         self._now = max(self._now, now)
@@ -243,12 +247,12 @@ class WaitingRoom:
         self._tenant_queues.add(waiting)
         return queue.order
 
-    def _remove(self, waiting: Waiting, *, taken: bool = False) -> None:
+    def _remove(self, waiting: WaitingSequence, *, taken: bool = False) -> None:
         del self._entries[waiting.call_id]
         self._tenant_queues.remove(waiting)
         queue = self._queues[waiting.model]
         if taken:
-            queue.order.taken(waiting.call_id, self._now)
+            queue.order.mark_taken(waiting.call_id, self._now)
         else:
             queue.order.remove(waiting.call_id)
         queue.requests -= 1

@@ -22,8 +22,8 @@ from typing import Protocol
 
 from cluster.api.outcomes import Outcome
 from cluster.policy.limits.windows import (
+    MonotonicClock,
     SlidingSum,
-    Steady,
     TenantUse,
     day_ends_in_s,
     day_of,
@@ -66,7 +66,7 @@ class TokenWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ReservationRequest:
     """Amounts that a call asks to reserve. `output_tokens` is the likely output of all its n sequences together."""
 
     call_id: str
@@ -149,7 +149,9 @@ class _Wanted:
 class LimitStore(Protocol):
     """Store of reservations: in this process, or shared between gateways, which then use the store's clock."""
 
-    def reserve(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
+    def reserve(
+        self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float
+    ) -> Granted | LimitRefusal:
         """Admit or refuse a call. Raises ValueError if the call id already holds a reservation."""
 
     def charge(
@@ -180,16 +182,16 @@ class Limiter:
         self._quantum_tokens = quantum_tokens
         self._tenants: dict[str, TenantUse] = {}
         self._held: dict[str, _HeldAmounts] = {}
-        self._clock = Steady()
+        self._clock = MonotonicClock()
 
     def reserve(
-        self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float, *, sharers: int = 1
+        self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float, *, sharers: int = 1
     ) -> Granted | LimitRefusal:
         """See LimitStore. `sharers` (at least 1) gateways each apply an equal share of every limit."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
-        limits = shared(policy.limits, sharers)
+        limits = gateway_share(policy.limits, sharers)
         refusal = self._check(limits, use, ask, now, epoch_s)
         if refusal is not None:
             return refusal
@@ -201,13 +203,13 @@ class Limiter:
     ) -> LimitRefusal | None:
         """See LimitStore. `sharers` as in `reserve`."""
         use, now = self._at(policy.name, now, epoch_s)
-        limits = shared(policy.limits, sharers)
+        limits = gateway_share(policy.limits, sharers)
         refusal = self._refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
         if refusal is None:
             self._charge(use, requests, tokens, now)
         return refusal
 
-    def charged(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
+    def record_charge(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
         """Count what another gateway has charged, regardless of the limits."""
         use, now = self._at(policy.name, now, epoch_s)
         self._charge(use, requests, tokens, now)
@@ -220,7 +222,7 @@ class Limiter:
             use.day.used += tokens
             use.month.used += tokens
 
-    def record(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> None:
+    def record_admission(self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float) -> None:
         """Count a call that another gateway has admitted, regardless of the limits. Raises ValueError as `reserve`
         does."""
         if ask.call_id in self._held:
@@ -237,7 +239,7 @@ class Limiter:
             return True
         use, now = self._at(held.tenant, now, epoch_s)
         wanted = output_tokens - held.output_tokens + self._quantum_tokens
-        left = _budget_left(shared(policy.limits, sharers), use)
+        left = _budget_left(gateway_share(policy.limits, sharers), use)
         if policy.on_budget == "stop" and left < wanted:
             wanted = max(left, output_tokens - held.output_tokens)
             if left <= 0:
@@ -275,7 +277,7 @@ class Limiter:
             if use.month.number == month_of(epoch_s):
                 use.month.used = max(use.month.used, month.get(name, 0))
 
-    def holds(self, call_id: str) -> bool:
+    def has_reservation(self, call_id: str) -> bool:
         """Whether the call has a reservation."""
         return call_id in self._held
 
@@ -308,7 +310,7 @@ class Limiter:
             use.month.advance(month_of(epoch_s))
         return use, now
 
-    def _count(self, policy: TenantPolicy, use: TenantUse, ask: Ask, now: float) -> None:
+    def _count(self, policy: TenantPolicy, use: TenantUse, ask: ReservationRequest, now: float) -> None:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         use.requests.add(ask.requests, now)
         use.running += 1
@@ -333,7 +335,9 @@ class Limiter:
         if use.month.number == held.month:
             use.month.used += tokens
 
-    def _check(self, limits: TenantLimits, use: TenantUse, ask: Ask, now: float, epoch_s: float) -> LimitRefusal | None:
+    def _check(
+        self, limits: TenantLimits, use: TenantUse, ask: ReservationRequest, now: float, epoch_s: float
+    ) -> LimitRefusal | None:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         wanted = _Wanted(ask.prompt_tokens + ask.output_tokens, 1, ask.requests, weighted)
         return self._refusal(limits, use, wanted, now, epoch_s)
@@ -375,7 +379,7 @@ def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: floa
     return window.frees_in_s(over, now), window.empties_in_s(now)
 
 
-def shared(limits: TenantLimits, sharers: int) -> TenantLimits:
+def gateway_share(limits: TenantLimits, sharers: int) -> TenantLimits:
     """One gateway's equal share of the limits, at least 1 of each.
 
     The minimum may exceed the limit a little in total, which is better than locking a tenant out.

@@ -19,7 +19,7 @@ STEP_BACK_S = 60.0
 """A clock that steps back by up to this is held until it catches up. After a larger step, time goes on from there."""
 
 
-class Steady:
+class MonotonicClock:
     """Monotonic readings of a clock that may step back."""
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class Breakers:
     def __init__(self) -> None:
         self._breakers: dict[str, _Breaker] = {}
 
-    def lets(self, incarnation: str, now: float) -> bool:
+    def allows(self, incarnation: str, now: float) -> bool:
         """Whether a call may be sent to this worker."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or breaker.closed:
@@ -60,17 +60,17 @@ class Breakers:
             return False
         return breaker.trial_at is None or now - breaker.trial_at >= TRIAL_S
 
-    def sent(self, incarnation: str, now: float) -> None:
+    def record_sent(self, incarnation: str, now: float) -> None:
         """Record a call sent to this worker; if the breaker is not closed, that call is the probe."""
         breaker = self._breakers.get(incarnation)
         if breaker is not None and not breaker.closed:
             breaker.trial_at = now
 
-    def answered(self, incarnation: str) -> None:
+    def record_success(self, incarnation: str) -> None:
         """Close the breaker: the worker has returned a token for a call."""
         self._breakers.pop(incarnation, None)
 
-    def failed(self, incarnation: str, others: Iterable[str], now: float) -> None:
+    def record_failure(self, incarnation: str, others: Iterable[str], now: float) -> None:
         """Record a failed call. `others`: workers that could serve in its place."""
         breaker = self._breakers.setdefault(incarnation, _Breaker())
         breaker.failures += 1
@@ -78,13 +78,13 @@ class Breakers:
         if not breaker.closed or (breaker.failures >= FAILURES and any(self._is_closed(other) for other in others)):
             self._open(breaker, now)
 
-    def stood_still(self, incarnation: str, now: float, unseen: bool = False) -> None:
+    def record_stall(self, incarnation: str, now: float, unseen: bool = False) -> None:
         """Open the breaker of a stalled worker. `unseen`: stalled means that its engine could not be observed."""
         breaker = self._breakers.setdefault(incarnation, _Breaker())
         self._open(breaker, now)
         breaker.unseen = unseen
 
-    def stepped(self, incarnation: str, now: float, steps: int) -> None:
+    def record_steps(self, incarnation: str, now: float, steps: int) -> None:
         """Record the engine's step count reported on a new link; 0 as long as nothing has been reported."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
@@ -93,7 +93,7 @@ class Breakers:
         if now - breaker.opened_at >= breaker.pause_s and steps - breaker.steps >= SHOWN_STEPS:
             breaker.seen = True
 
-    def forget(self, incarnations: Iterable[str]) -> None:
+    def retain(self, incarnations: Iterable[str]) -> None:
         """Forget closed breakers, except those of these incarnations."""
         kept = set(incarnations)
         self._breakers = {

@@ -40,10 +40,10 @@ class Candidate:
     prefill_tokens: int = 0
     """Prompt tokens of this gateway's calls there that have no output yet."""
     incarnation: str = ""
-    likeness: CompatibilityKey | None = None
-    replaying: int = 0
-    beginning: int = 0
-    max_replaying: int = 0
+    compatibility_key: CompatibilityKey | None = None
+    resumed_prefill: int = 0
+    new_prefill: int = 0
+    prefill_budget: int = 0
     retired: bool = False
     """Whether it is being replaced or its version is quarantined. It may resume calls, but gets no new ones."""
 
@@ -62,13 +62,13 @@ class RouteCall:
 
     model: str
     tokens: int
-    keep_free: int = 0
-    likeness: CompatibilityKey | None = None
-    shuns: frozenset[str] = frozenset()
+    reserved_slots: int = 0
+    compatibility_key: CompatibilityKey | None = None
+    excluded: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
-    fresh: int = 0
-    home: str = ""
-    fresh_home: int = 0
+    uncached_tokens: int = 0
+    cached_on: str = ""
+    uncached_there: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +131,22 @@ def _replays_fit(call: RouteCall, c: Candidate) -> bool:
     Resumed calls come in bursts. If all are computed at once, or together with new prompts, they delay every stream's
     next token. A single one may go alone, however long it is.
     """
-    waiting = c.replaying if call.likeness is None else c.replaying + c.beginning
-    return not waiting or c.replaying + c.beginning + fresh_at(call, c) <= c.max_replaying
+    waiting = c.resumed_prefill if call.compatibility_key is None else c.resumed_prefill + c.new_prefill
+    return not waiting or c.resumed_prefill + c.new_prefill + uncached_tokens_at(call, c) <= c.prefill_budget
 
 
-def fresh_at(call: RouteCall, c: Candidate) -> int:
+def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
     """Tokens that this worker would have to compute for the call."""
-    return call.fresh_home if _at_home(call, c) else call.fresh or call.tokens
+    return call.uncached_there if _at_home(call, c) else call.uncached_tokens or call.tokens
 
 
-def takes_onward(c: Candidate) -> bool:
+def may_take_resumed(c: Candidate) -> bool:
     """Cheap check whether the worker may have capacity for any resumed call. Usually it has none while many wait."""
-    return c.free_sequences > 0 and (not c.replaying or c.replaying + c.beginning < c.max_replaying)
+    return c.free_sequences > 0 and (not c.resumed_prefill or c.resumed_prefill + c.new_prefill < c.prefill_budget)
 
 
 def _at_home(call: RouteCall, c: Candidate) -> bool:
-    return bool(call.home) and c.incarnation == call.home
+    return bool(call.cached_on) and c.incarnation == call.cached_on
 
 
 def _places(_: RouteCall, c: Candidate) -> float:
@@ -166,17 +166,17 @@ def _prefill(_: RouteCall, c: Candidate) -> float:
 
 
 def _replays(_: RouteCall, c: Candidate) -> float:
-    return 1.0 - min(c.replaying / c.max_replaying, 1.0) if c.max_replaying else 0.0
+    return 1.0 - min(c.resumed_prefill / c.prefill_budget, 1.0) if c.prefill_budget else 0.0
 
 
 def _kept(call: RouteCall, c: Candidate) -> float:
     return 1.0 if _at_home(call, c) else 0.0
 
 
-def is_like(call: RouteCall, candidate: Candidate) -> bool:
+def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
     """Whether the candidate's compatibility key lets a resumed call continue there. True for a new call."""
-    likeness = candidate.likeness
-    return call.likeness is None or (likeness is not None and likeness.can_continue(call.likeness))
+    likeness = candidate.compatibility_key
+    return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
 
 PREFILL_TOKENS = 2048
@@ -187,10 +187,10 @@ FILTERS = (
     Filter("other_model", lambda call, c: c.model == call.model),
     Filter("unhealthy", lambda _, c: c.healthy),
     Filter("draining", lambda _, c: not c.draining),
-    Filter("retired", lambda call, c: not c.retired or call.likeness is not None),
+    Filter("retired", lambda call, c: not c.retired or call.compatibility_key is not None),
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
-    Filter("other_weights", is_like),
-    Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
+    Filter("other_weights", is_compatible),
+    Filter("failed_there", lambda call, c: c.incarnation not in call.excluded),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),
@@ -228,10 +228,10 @@ class Router:
 
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Best candidate that passes all filters. Ties go to more free sequences, then to the first worker_id."""
-        if call.keep_free:
+        if call.reserved_slots:
             candidates = list(candidates)
             open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
-            if sum(c.free_sequences for c in open_to_all) <= call.keep_free:
+            if sum(c.free_sequences for c in open_to_all) <= call.reserved_slots:
                 return RoutingDecision(None, "kept_free", ())
         passed: list[tuple[float, int, str, Score]] = []
         dropped: list[Score] = []
@@ -266,4 +266,4 @@ _LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
     """Apply a default pipeline: least load for new calls; for resumed ones also cached blocks and waiting prompts."""
-    return (_LEAST_LOADED if call.likeness is None else _ONWARD).pick(call, candidates)
+    return (_LEAST_LOADED if call.compatibility_key is None else _ONWARD).pick(call, candidates)

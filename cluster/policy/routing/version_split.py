@@ -23,7 +23,7 @@ class Versions:
     all: frozenset[str] = frozenset()
 
 
-def choose(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
+def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
     """The version for this call; "" if no weight is above 0."""
     best, lowest = "", math.inf
     for version, weight in weights:

@@ -37,7 +37,7 @@ class _Gateway:
     counted: dict[_Key, ClassCounts] = field(default_factory=dict)
 
 
-class Demands:
+class DemandTotals:
     """Reports are added by `told` and `left`; the controller reads their sum with `take`, once per pass."""
 
     def __init__(self, now: float) -> None:
@@ -46,7 +46,7 @@ class Demands:
         self.ranks: dict[str, int] = {}
         """Ranks of the priority classes, as the gateways reported them."""
 
-    def told(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
+    def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
         """Record a report of a gateway incarnation that has counted for `counting_s`.
 
         Returns True if calls are now held there for a model and class for which none were: scaling should be decided at
@@ -65,14 +65,14 @@ class Demands:
         self.ranks.update({c.priority_class: c.rank for c in report.values()})
         return any(c.held_requests and not (key in before and before[key].held_requests) for key, c in report.items())
 
-    def left(self, gateway: str) -> None:
+    def record_disconnect(self, gateway: str) -> None:
         """Record the end of a gateway's link: what waits there no longer counts."""
         known = self._gateways.get(gateway)
         if known is not None:
             known.connected = False
             known.reported = {key: _counters_only(c) for key, c in known.reported.items()}
 
-    def take(self, now: float) -> Mapping[str, Mapping[str, ClassDemand]]:
+    def pop_demand(self, now: float) -> Mapping[str, Mapping[str, ClassDemand]]:
         """Arrivals since the last call of `take`, and what waits now, by model and class."""
         sums: dict[str, dict[str, ClassDemand]] = {}
         for name, gateway in list(self._gateways.items()):

@@ -21,7 +21,7 @@ class ScalingRequests:
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
         """See ScalingService. A number must be within the entry's `max`; it may be below its `min`."""
-        spec, asked = self._named(name), self._scaler.asked
+        spec, asked = self._named(name), self._scaler.operator_requests
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:
             most = max(spec.max_replicas, spec.min_replicas)
@@ -40,7 +40,7 @@ class ScalingRequests:
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
         """See ScalingService."""
-        asked = self._scaler.asked
+        asked = self._scaler.operator_requests
         if name:
             spec = self._named(name)
             models = asked.frozen | {spec.name} if frozen else asked.frozen - {spec.name}
@@ -53,7 +53,7 @@ class ScalingRequests:
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """See ScalingService."""
-        return self._scaler.story(self._named(name).name, limit)
+        return self._scaler.explain(self._named(name).name, limit)
 
     def _named(self, name: str) -> ModelSpec:
         spec = self._scaler.find(name)
@@ -62,18 +62,18 @@ class ScalingRequests:
         return spec
 
     def _ask(self, asked: OperatorRequest) -> None:
-        if asked != self._scaler.asked:
-            self._scaler.asked = asked
-            self._scaler.hurry()
+        if asked != self._scaler.operator_requests:
+            self._scaler.operator_requests = asked
+            self._scaler.decide_next_pass()
             self._changed()
 
 
-def asked_to_json(asked: OperatorRequest) -> dict[str, object]:
+def requests_to_json(asked: OperatorRequest) -> dict[str, object]:
     """Plain JSON values; `asked_from_json` is the inverse."""
     return {"manual": dict(asked.manual), "frozen": sorted(asked.frozen), "all_frozen": asked.all_frozen}
 
 
-def asked_from_json(values: Mapping[str, object]) -> OperatorRequest:
+def requests_from_json(values: Mapping[str, object]) -> OperatorRequest:
     """Inverse of `asked_to_json`. Raises ValueError for anything else."""
     manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
     if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):

@@ -20,7 +20,7 @@ from cluster.api.demand import ComputedWork
 from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingExplanation
 from cluster.api.types import CatalogEntry, ModelSpec
 from cluster.policy.catalog.versions import over_types
-from cluster.policy.scaling.demand import Demands
+from cluster.policy.scaling.demand import DemandTotals
 from cluster.policy.scaling.portfolio import (
     Memory,
     ModelSeen,
@@ -66,7 +66,7 @@ class OperatorRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class OnRay:
+class RayReplicas:
     """Ray's view of a model on a type of GPU: its target, and replicas that serve, start and leave."""
 
     target: int = 0
@@ -74,8 +74,8 @@ class OnRay:
     placed: int = 0
     leaving: int = 0
 
-    def __add__(self, other: OnRay) -> OnRay:
-        return OnRay(
+    def __add__(self, other: RayReplicas) -> RayReplicas:
+        return RayReplicas(
             self.target + other.target,
             self.running + other.running,
             self.placed + other.placed,
@@ -140,8 +140,8 @@ class Scaler:
         decide_s: float = DECIDE_S,
     ) -> None:
         self.settings = settings or ScalingSettings()
-        self.asked = asked or OperatorRequest()
-        self.demands = Demands(now)
+        self.operator_requests = asked or OperatorRequest()
+        self.demands = DemandTotals(now)
         self._memory = Memory()
         self._models: dict[str, _Model] = {}
         self._specs: dict[str, tuple[ModelSpec, ...]] = {}
@@ -156,10 +156,10 @@ class Scaler:
 
     # ---- a pass
 
-    def look(
+    def run_pass(
         self,
         specs: Sequence[ModelSpec],
-        on_ray: Mapping[Kind, OnRay],
+        on_ray: Mapping[Kind, RayReplicas],
         workers: Sequence[WorkerSeen],
         now: float,
         wall_s: float,
@@ -178,7 +178,7 @@ class Scaler:
         for spec in specs:
             wanted[spec.name] = (*wanted.get(spec.name, ()), spec)
         if wanted != self._specs:
-            self.hurry()
+            self.decide_next_pass()
         self._specs, self._room = wanted, room or {}
         self._models = {name: self._models.get(name) or _Model() for name in self._specs}
         mine: dict[str, dict[str, list[WorkerSeen]]] = {
@@ -190,7 +190,7 @@ class Scaler:
                 of_model.get(worker.gpu, next(iter(of_model.values()))).append(worker)
         seen: dict[str, ModelSeen] = {}
         decides = not blind and now >= self._decide_at
-        demand = self.demands.take(now) if decides else {}
+        demand = self.demands.pop_demand(now) if decides else {}
         for name, types in self._specs.items():
             rays = _by_type(types, on_ray)
             model = self._models[name]
@@ -198,7 +198,7 @@ class Scaler:
             self._learn(model, mine[name])
             replicas = self._replicas(types, model, rays, mine[name], now, wall_s)
             for spec in types:
-                ray = rays.get(spec.gpu, OnRay())
+                ray = rays.get(spec.gpu, RayReplicas())
                 held = max(ray.running + ray.placed + ray.leaving, len(mine[name][spec.gpu]))
                 model.gpu_seconds += passed_s * held * world_size(spec)
             model.standing = self._standing(types[0], model, sum(ray.target for ray in rays.values()), replicas)
@@ -210,7 +210,7 @@ class Scaler:
                 room={spec.gpu: self._room[name, spec.gpu] for spec in types if (name, spec.gpu) in self._room},
             )
         if blind:
-            self.hurry()  # decide as soon as a gateway reports
+            self.decide_next_pass()  # decide as soon as a gateway reports
             return self._hold(wall_s)
         if not decides:
             return ()
@@ -219,12 +219,12 @@ class Scaler:
             models=seen,
             gpu_budget=self.settings.gpu_budget,
             ranks=dict(self.demands.ranks),
-            frozen=self.settings.frozen or self.asked.all_frozen,
+            frozen=self.settings.frozen or self.operator_requests.all_frozen,
         )
         decisions, self._memory = decide(observation, self._memory, now)
         return [made for decision in decisions if (made := self._keep(decision, now, wall_s)) is not None]
 
-    def hurry(self) -> None:
+    def decide_next_pass(self) -> None:
         """Decide in the next pass."""
         self._decide_at = float("-inf")
 
@@ -234,7 +234,7 @@ class Scaler:
         model = self._models.get(spec.name)
         return spec.replicas if model is None or model.desired is None else model.desired.get(spec.gpu, 0)
 
-    def told(self, entry: CatalogEntry) -> CatalogEntry:
+    def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
         """The entry with the fields that gateways need to judge calls by the SLO and to estimate waiting times."""
         model, types = self._models.get(entry.name), self._specs.get(entry.name)
         if model is None or types is None:
@@ -251,7 +251,7 @@ class Scaler:
 
     # ---- parts of a pass
 
-    def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, OnRay]) -> dict[str, int]:
+    def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, RayReplicas]) -> dict[str, int]:
         """The last decision, or Ray's targets, for the current types of GPU; a new model starts with its initial
         number."""
         last = model.desired
@@ -277,8 +277,8 @@ class Scaler:
             slo=Slo(spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target),
             gpus=tuple(of_type.gpu for of_type in types),
             cold_start_s=model.cold_start_s or self.settings.cold_start_s,
-            manual=self.asked.manual.get(spec.name),
-            frozen=spec.name in self.asked.frozen,
+            manual=self.operator_requests.manual.get(spec.name),
+            frozen=spec.name in self.operator_requests.frozen,
         )
 
     def _learn(self, model: _Model, workers: Mapping[str, Sequence[WorkerSeen]]) -> None:
@@ -293,7 +293,7 @@ class Scaler:
         self,
         types: Sequence[ModelSpec],
         model: _Model,
-        rays: Mapping[str, OnRay],
+        rays: Mapping[str, RayReplicas],
         workers: Mapping[str, Sequence[WorkerSeen]],
         now: float,
         wall_s: float,
@@ -305,7 +305,7 @@ class Scaler:
         states: dict[str, ReplicaState] = {}
         gpus: dict[str, str] = {}
         for spec in types:
-            mine = self._states(spec, model, rays.get(spec.gpu, OnRay()), workers[spec.gpu], now)
+            mine = self._states(spec, model, rays.get(spec.gpu, RayReplicas()), workers[spec.gpu], now)
             states |= mine
             gpus |= dict.fromkeys(mine, spec.gpu)
         started = [name for name, state in states.items() if state == "ready" and name not in model.since]
@@ -333,7 +333,7 @@ class Scaler:
         ]
 
     def _states(
-        self, spec: ModelSpec, model: _Model, ray: OnRay, workers: Sequence[WorkerSeen], now: float
+        self, spec: ModelSpec, model: _Model, ray: RayReplicas, workers: Sequence[WorkerSeen], now: float
     ) -> dict[str, ReplicaState]:
         """States of the replicas on one type of GPU, by name."""
         target = (model.desired or {}).get(spec.gpu, 0)
@@ -354,7 +354,7 @@ class Scaler:
             model.cold_start_s += (took_s - model.cold_start_s) * (NEWEST if model.cold_start_s else 1.0)
 
     def _standing(self, spec: ModelSpec, model: _Model, target: int, replicas: Sequence[ReplicaSeen]) -> ModelScaling:
-        frozen = self.settings.frozen or self.asked.all_frozen or spec.name in self.asked.frozen
+        frozen = self.settings.frozen or self.operator_requests.all_frozen or spec.name in self.operator_requests.frozen
         return ModelScaling(
             name=spec.name,
             target=target,
@@ -364,7 +364,7 @@ class Scaler:
             min_replicas=spec.min_replicas,
             max_replicas=max(spec.max_replicas, spec.min_replicas),
             idle_s=spec.idle_s,
-            by="frozen" if frozen else "manual" if spec.name in self.asked.manual else "demand",
+            by="frozen" if frozen else "manual" if spec.name in self.operator_requests.manual else "demand",
             why=model.decisions[-1].why if model.decisions else "",
             cold_start_s=model.cold_start_s,
         )
@@ -402,10 +402,10 @@ class Scaler:
             types, before = self._specs[name], model.standing.desired
             spec = types[0]
             within = min(max(before, spec.min_replicas), max(spec.max_replicas, spec.min_replicas))
-            wanted = before if self._frozen(name) else self.asked.manual.get(name, within)
+            wanted = before if self._frozen(name) else self.operator_requests.manual.get(name, within)
             if wanted != before:
                 model.desired = self._spread(types, wanted, model.desired or {})
-                why = "manual" if name in self.asked.manual else "bounds"
+                why = "manual" if name in self.operator_requests.manual else "bounds"
                 decision = ScalingDecision(wall_s, before, wanted, _action(before, wanted), why)
                 model.decisions.append(decision)
                 made.append((name, decision))
@@ -413,7 +413,7 @@ class Scaler:
         return made
 
     def _frozen(self, name: str) -> bool:
-        return self.settings.frozen or self.asked.all_frozen or name in self.asked.frozen
+        return self.settings.frozen or self.operator_requests.all_frozen or name in self.operator_requests.frozen
 
     # ---- reading
 
@@ -422,7 +422,7 @@ class Scaler:
         standing = self._models[name].standing
         return standing if standing is not None else ModelScaling(name)
 
-    def story(self, name: str, limit: int = 0) -> ScalingExplanation:
+    def explain(self, name: str, limit: int = 0) -> ScalingExplanation:
         """Current state of a model and its last decisions. Raises KeyError for an unknown model."""
         model = self._models[name]
         return ScalingExplanation(
@@ -467,14 +467,14 @@ def _total(counts: Mapping[str, int]) -> int:
     return sum(counts.values())
 
 
-def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, OnRay]) -> dict[str, OnRay]:
+def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, RayReplicas]) -> dict[str, RayReplicas]:
     """Ray's replicas of a model by type of GPU. A type that the model does not have counts as its first."""
     gpus = [spec.gpu for spec in types]
-    by_gpu: dict[str, OnRay] = {}
+    by_gpu: dict[str, RayReplicas] = {}
     for (name, gpu), ray in on_ray.items():
         if name == types[0].name:
             gpu = gpu if gpu in gpus else gpus[0]
-            by_gpu[gpu] = by_gpu.get(gpu, OnRay()) + ray
+            by_gpu[gpu] = by_gpu.get(gpu, RayReplicas()) + ray
     return by_gpu
 
 

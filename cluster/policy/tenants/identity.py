@@ -117,7 +117,7 @@ class AccessSnapshot:
         by_name = {entry.policy.name: entry for entry in tenants}
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
-    def declaring(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
+    def with_declared(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
         """A copy in which the tenants that a file declares replace those of the same name."""
         tenants = dict(self.tenants)
         for policy in policies:
@@ -303,13 +303,13 @@ _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
 }
 
 
-def may(principal: Principal, what: str, tenant: str = "") -> bool:
+def is_allowed(principal: Principal, what: str, tenant: str = "") -> bool:
     """Whether a role may do `what` (read, keys, tenants, fleet) to a tenant; "" means the cluster as a whole."""
     granted, own_only = _GRANTS[principal.role]
     return what in granted and (not own_only or tenant == principal.tenant.name)
 
 
-def may_grant(principal: Principal, role: str) -> bool:
+def may_manage_keys(principal: Principal, role: str) -> bool:
     """Whether a principal may create, replace or revoke keys of this role.
 
     A tenant's administrator may not do so for operators: it would make itself one.

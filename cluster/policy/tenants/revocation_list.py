@@ -33,7 +33,7 @@ class Revocation:
 
 
 @dataclass(frozen=True, slots=True)
-class Revoked:
+class RevocationList:
     """The certificates of one revocation list."""
 
     entries: tuple[Revocation, ...] = ()

@@ -6,7 +6,7 @@ engine reports that it takes emitted tokens as output, the wrapper also cuts the
 the rest, so that a rank without the plugin is found before any call. An engine with `resume:exact` must return the
 same tokens there, also for a seeded request; if it does not, it is healthy but its capability becomes `resume:state`.
 From then on every request that ends in ERROR (as with NaN logits) starts another check beside the running requests.
-A wrong answer raises EngineSick from `step`, which ends the worker like a dead engine.
+A wrong answer raises EngineCorrupt from `step`, which ends the worker like a dead engine.
 
 An error alone does not end a worker, because a caller can provoke one. A correct answer need not be bit-identical:
 batches differ, and in 16-bit numbers the most likely token may swap with the next. So log probabilities are compared,
@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.api.ports import Engine, EngineRefused, EngineSick
+from cluster.api.ports import Engine, EngineCorrupt, EngineRefused
 from cluster.api.types import (
     RESUME_EXACT,
     RESUME_STATE,
@@ -162,7 +162,7 @@ class CheckedEngine:
         return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start and record the reference. Raises EngineSick if there is none or a continued answer is wrong."""
+        """Start and record the reference. Raises EngineCorrupt if there is none or a continued answer is wrong."""
         self._info = info = await self._engine.start()
         continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
         seeds = [SEED] if RESUME_EXACT in info.capabilities else []
@@ -179,7 +179,7 @@ class CheckedEngine:
     async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
         """Cut each answer, let the engine continue it, and return the first difference in tokens; empty if none.
 
-        `wholes`: answers with their seeds. Refused continuations do not count. Raises EngineSick for a greedy
+        `wholes`: answers with their seeds. Refused continuations do not count. Raises EngineCorrupt for a greedy
         continuation that is wrong.
         """
         cuts = [
@@ -218,7 +218,7 @@ class CheckedEngine:
         """Submit a golden request with as many log probabilities as the engine allows; return its id.
 
         Empty if the engine refuses a seeded request: it may not support seeds, or not resume with them. Raises
-        EngineSick if it refuses another.
+        EngineCorrupt if it refuses another.
         """
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
@@ -245,7 +245,7 @@ class CheckedEngine:
             raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next step's outputs for callers, not empty. Raises EngineDead and its subclass EngineSick."""
+        """Return the next step's outputs for callers, not empty. Raises EngineDead and its subclass EngineCorrupt."""
         while True:
             golden_id = self._golden_id
             outputs = self._remove_golden_output(await self._engine.step())
@@ -277,9 +277,9 @@ class CheckedEngine:
         if reason := why_wrong(reference, answer, tolerance):
             raise self._sick_error(f"{how}its answer to the golden prompt is wrong: {reason}")
 
-    def _sick_error(self, reason: str) -> EngineSick:
+    def _sick_error(self, reason: str) -> EngineCorrupt:
         where = f" on node {self._node}" if self._node else ""
-        return EngineSick(f"the engine{where} is sick: {reason}")
+        return EngineCorrupt(f"the engine{where} is sick: {reason}")
 
     async def submit(self, request: EngineRequest) -> None:
         """Submit a request to the wrapped engine."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 from cluster.cli.config_check import check
-from cluster.cli.config_inputs import CHART_VALUES, laid_over
+from cluster.cli.config_inputs import CHART_VALUES, merge_values
 from cluster.config.checks import source_problem
 from cluster.config.schema import parse
 
@@ -261,7 +261,7 @@ def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
     """Every preset passes, and its values give the same configuration as the ConfigMap that Helm would render."""
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
-    merged = laid_over(json.loads(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
+    merged = merge_values(json.loads(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
     manifest = {"kind": "ConfigMap", "apiVersion": "v1", "data": {"cluster.yaml": yaml.safe_dump(merged)}}
     text = yaml.safe_dump_all([{"kind": "Service"}, manifest])
     from_map = json.loads(run("config", "check", "-", "--json", input=text).stdout)

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from cluster.cli.local.ports import PortTaken, decide
+from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.config.schema import Config, ConfigError, parse
 
 
@@ -23,7 +23,7 @@ def config(processes: int = 1, **listen: str) -> Config:
 
 def test_open_ports_are_chosen_all_different() -> None:
     """Port 0 becomes a free port, another one for each listener."""
-    addresses = decide(config()).gateway.listen.model_dump().values()
+    addresses = choose_ports(config()).gateway.listen.model_dump().values()
     ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
     assert len(ports) == 5
     assert 0 not in ports
@@ -39,7 +39,7 @@ def test_a_taken_port_names_key_and_owner() -> None:
         taken.listen(1)
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(PortTaken) as caught:
-            decide(config(admin=address))
+            choose_ports(config(admin=address))
     assert f"gateway.listen.admin: {address} is not available" in str(caught.value)
     assert f"process {os.getpid()} " in str(caught.value)
 
@@ -54,12 +54,12 @@ def test_one_port_for_two_listeners_is_told() -> None:
 def test_a_foreign_address_is_told() -> None:
     """An address of another machine is refused with its key."""
     with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
-        decide(config(metrics="192.0.2.1:9400"))
+        choose_ports(config(metrics="192.0.2.1:9400"))
 
 
 def test_open_ports_are_chosen_for_all_processes() -> None:
     """With several processes every chosen port is free, and no two are equal."""
-    decided = decide(config(processes=5)).gateway
+    decided = choose_ports(config(processes=5)).gateway
     own = [address for i in range(5) for address in (decided.listen.of(i).link, decided.listen.of(i).metrics)]
     addresses = [*own, decided.listen.grpc, decided.listen.http, decided.listen.admin]
     assert len(set(addresses)) == len(addresses) == 13
@@ -74,7 +74,7 @@ def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
         with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):
-            decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
+            choose_ports(config(processes=2, link=f"127.0.0.1:{port - 9}"))
 
 
 def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:

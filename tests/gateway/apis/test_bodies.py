@@ -27,8 +27,8 @@ from cluster.gateway.apis.openai.requests import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     ParsedRequest,
-    chat_asked,
-    completion_asked,
+    parse_chat,
+    parse_completion,
 )
 from cluster.gateway.calls.request import MAX_MESSAGES, GenerationRequest, IdsPrompt, PackedPrompt, check_options
 from cluster.v1 import inference_pb2 as pb
@@ -36,7 +36,7 @@ from tests.support.calls import chat, complete
 from tests.support.fuzz import messages
 from tests.support.http import chat_body, completion_body
 
-PARSERS = {"chat": chat_asked, "completion": completion_asked}
+PARSERS = {"chat": parse_chat, "completion": parse_completion}
 READER = BodyReader()
 NUMBERS = st.none() | st.booleans() | st.integers(-3, 2**33) | st.floats(allow_nan=False, allow_infinity=False)
 WORDS = st.text(max_size=6) | st.sampled_from(["user", "assistant", "text", "json_object", "json_schema", "none", "{}"])
@@ -118,8 +118,8 @@ class _Recording(dict[str, Any]):
 def test_no_field_that_is_read_is_skipped() -> None:
     """The splitter passes on every field that the parser reads; a missing one would be lost in large bodies only."""
     for parse, body, known in (
-        (chat_asked, chat_body(logprobs=True, stream=True), CHAT_FIELDS),
-        (completion_asked, completion_body(stream=True), COMPLETION_FIELDS),
+        (parse_chat, chat_body(logprobs=True, stream=True), CHAT_FIELDS),
+        (parse_completion, completion_body(stream=True), COMPLETION_FIELDS),
     ):
         values = _Recording(body)
         parse(Fields(values))
@@ -326,7 +326,7 @@ async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     assert bodies.pool.pids
     (request,) = parsed.requests
     assert isinstance(request.prompt, PackedPrompt)
-    assert _plain(request) == _plain(chat_asked(Fields(chat_body(long))).requests[0])
+    assert _plain(request) == _plain(parse_chat(Fields(chat_body(long))).requests[0])
     request = await bodies.message("Complete", complete(long).SerializeToString())
     assert _plain(request) == READ["Complete"].read(complete(long))
     with pytest.raises(CallError, match="messages"):

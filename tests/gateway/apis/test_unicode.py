@@ -16,7 +16,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.grpc import requests
 from cluster.gateway.apis.json_values import ARGUMENTS, BODY, JsonBounds, check_counts, parse
 from cluster.gateway.apis.openai.fields import read_object
-from cluster.gateway.apis.openai.requests import chat_asked
+from cluster.gateway.apis.openai.requests import parse_chat
 from cluster.gateway.apis.request_ids import request_id, traceparent
 from cluster.v1 import inference_pb2 as pb
 from tests.support.http import chat_body
@@ -95,7 +95,7 @@ def test_json_within_a_message_is_looked_through(fields: dict[str, Any], path: s
         else:
             setattr(request, name, value)
     with pytest.raises(CallError) as raised:
-        requests.chat_wish(request)
+        requests.parse_chat(request)
     assert raised.value.violations[0].field == path
 
 
@@ -103,7 +103,7 @@ def test_tool_arguments_of_a_body_are_looked_through() -> None:
     """Lone surrogates in tool arguments, which are JSON within JSON, are refused."""
     call = {"id": "1", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
     with pytest.raises(CallError) as raised:
-        chat_asked(read_object(json.dumps(chat_body(messages=[{"role": "assistant", "tool_calls": [call]}])).encode()))
+        parse_chat(read_object(json.dumps(chat_body(messages=[{"role": "assistant", "tool_calls": [call]}])).encode()))
     assert raised.value.violations[0].field == "messages[0].tool_calls[0].function.arguments.a"
 
 

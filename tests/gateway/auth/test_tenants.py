@@ -39,7 +39,7 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
             engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=40_000)
             await keyed.cluster.add_worker(engine, bundle, model=model)
         entries = [CatalogEntry(name=n, aliases=(f"{n}-alias",), state=ModelState.READY) for n in ("sim", "hidden")]
-        keyed.gateway.directory.catalog(entries)
+        keyed.gateway.directory.apply_catalog(entries)
         yield keyed
         await keyed.cluster.until_idle()
 
@@ -115,13 +115,13 @@ async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: 
     """A suspension also ends the tenant's queued calls."""
     key = await keyed.key("waits")
     entry = CatalogEntry(name="away", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
-    keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
+    keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
     waiting = asyncio.create_task(refused(keyed.cluster.stub.Chat(chat(model="away"), metadata=bearer(key))))
     await until(lambda: keyed.gateway.scheduler.queues.waiting("away")[0] == 1, "it waits")
     await keyed.suspend("waits")
     assert (await asyncio.wait_for(waiting, 2)).reason == "TENANT_SUSPENDED"
     assert keyed.gateway.scheduler.queues.waiting("away") == (0, 0)
-    keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "away"])
+    keyed.gateway.directory.apply_catalog([m.entry for m in keyed.gateway.directory.models if m.name != "away"])
 
 
 async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:

@@ -91,12 +91,12 @@ async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
     """A failed model's reason is shown only to callers that may use it; for others the model is unknown."""
     key = await keyed.key("not-of-failed", models=["sim"])
     entry = CatalogEntry(name="broken", state=ModelState.FAILED, state_reason="acme's weights are gone")
-    keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
+    keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
     try:
         answer = await refused(keyed.cluster.stub.Chat(chat(model="broken"), metadata=bearer(key)))
         assert (answer.reason, "gone" in answer.message) == ("MODEL_NOT_FOUND", False)
     finally:
-        keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "broken"])
+        keyed.gateway.directory.apply_catalog([m.entry for m in keyed.gateway.directory.models if m.name != "broken"])
 
 
 async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
@@ -156,7 +156,7 @@ async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
     assert await salted("warm", "mine") == 0
     assert await salted("warm", "mine") > 0
     assert await salted("cold", "mine") == 0
-    assert await salted("cold", keyed.door.salt((await _principal(keyed, keys["warm"])), "")) == 0
+    assert await salted("cold", keyed.door.cache_salt((await _principal(keyed, keys["warm"])), "")) == 0
 
 
 async def _principal(keyed: Keyed, key: str) -> Any:
@@ -169,7 +169,7 @@ async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
     """Workers get only a salt and a handle derived from the cluster's secret, different for each tenant."""
     who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
     handles = {one.tenant.handle for one in who}
-    salts = {keyed.door.salt(one, "") for one in who}
+    salts = {keyed.door.cache_salt(one, "") for one in who}
     assert len(handles) == len(salts) == 2
     assert all(len(handle) == 32 and int(handle, 16) >= 0 for handle in handles)
     assert not [text for text in handles | salts if "seen" in text]
@@ -179,7 +179,7 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
     """Fifty queued calls of another tenant do not change a call's queue position; one of its own tenant does."""
     busy, key = await keyed.key("busy"), await keyed.key("patient")
     entry = CatalogEntry(name="line", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
-    keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
+    keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
     stub = keyed.cluster.stub
     others = [stub.StreamChat(chat(model="line"), metadata=bearer(busy)) for _ in range(50)]
     await until(lambda: keyed.gateway.scheduler.queues.waiting("line")[0] == 50, "the others wait")
@@ -192,7 +192,7 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
     for call in (*others, *mine):
         call.cancel()
     await keyed.cluster.until_idle()
-    keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "line"])
+    keyed.gateway.directory.apply_catalog([m.entry for m in keyed.gateway.directory.models if m.name != "line"])
 
 
 async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:

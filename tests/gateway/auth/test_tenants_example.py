@@ -39,7 +39,9 @@ async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bun
     make_secrets(parse(text))
     async with running_cluster(tmp_path / "gateway", text) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, model=MODEL)
-        cluster.gateway.directory.catalog([CatalogEntry(name=MODEL, aliases=("default",), state=ModelState.READY)])
+        cluster.gateway.directory.apply_catalog(
+            [CatalogEntry(name=MODEL, aliases=("default",), state=ModelState.READY)]
+        )
 
         async def made(*arguments: str) -> str:
             done = await asyncio.to_thread(headrace, *arguments)

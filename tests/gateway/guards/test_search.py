@@ -21,7 +21,7 @@ MATCHES = 200_000
 def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
     rule = GuardRule(builtin="patterns", action="redact", patterns={"mail": "a@b"}, timeout_s=timeout_s)
     policy = TenantPolicy(name="t", guards=(rule,), log_prompts=True)
-    return Guards(Metrics("test"), decided.append).of(policy, "m", "r", "a")
+    return Guards(Metrics("test"), decided.append).for_call(policy, "m", "r", "a")
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
@@ -34,7 +34,7 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
     assert isinstance(kept, TextPrompt)
     assert "a@b" not in kept.text
     guards.close()
-    assert decided[0].found == {"mail": MATCHES}
+    assert decided[0].matches == {"mail": MATCHES}
     assert set(decided[0].texts) == {"a@b"}
 
 

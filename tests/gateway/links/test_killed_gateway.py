@@ -15,7 +15,7 @@ import pytest
 
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from cluster.worker.detached_requests import KEEP_S
+from cluster.worker.detached_requests import DETACHED_S
 from tests.support.calls import chat, rest_of, resume, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.gateway_process import gateway_process
@@ -116,7 +116,7 @@ async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
     assert doomed.count("submitted") == first
     assert doomed.count("prefill_tokens") == computed
     await doomed.survivor.until_idle()
-    assert doomed.worker.end.statistics().tokens == doomed.worker.end.statistics().orphans == 0
+    assert doomed.worker.end.statistics().tokens == doomed.worker.end.statistics().detached == 0
 
 
 async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
@@ -140,11 +140,11 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
     os.kill(doomed.pid, signal.SIGSTOP)
     onward = doomed.survivor.stub.Resume(resume(request, chunks))
     await asyncio.wait_for(read(onward), 10)
-    await until(lambda: doomed.count("running") == 1, "the one that was taken over has ended", 0.8 * KEEP_S)
+    await until(lambda: doomed.count("running") == 1, "the one that was taken over has ended", 0.8 * DETACHED_S)
     doomed.kill()
     await until(lambda: doomed.worker.end.statistics().links == 1, "the worker has seen it")
     assert doomed.count("running") == 1
-    assert doomed.worker.end.statistics().orphans == 0
+    assert doomed.worker.end.statistics().detached == 0
     onward.cancel()
     await until(lambda: doomed.count("running") == 0, "and the other with its caller")
 
@@ -156,9 +156,9 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
     await begun(doomed, kinds)
     await until(lambda: doomed.worker.end.statistics().links == 1, "the worker has seen it")
     await until(lambda: doomed.count("running") == 1, "only one can come back")
-    assert doomed.worker.end.statistics().orphans == 1
-    await until(lambda: not doomed.count("running"), "nobody came", KEEP_S + 2)
-    assert doomed.worker.end.statistics().orphans == 0
+    assert doomed.worker.end.statistics().detached == 1
+    await until(lambda: not doomed.count("running"), "nobody came", DETACHED_S + 2)
+    assert doomed.worker.end.statistics().detached == 0
     answer = await doomed.survivor.stub.Chat(chat(max_tokens=5, ignore_eos=True))
     assert answer.usage.completion_tokens == 5
 
@@ -168,7 +168,7 @@ async def test_they_keep_their_places(doomed: Doomed) -> None:
     calls start at once."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
-    await until(lambda: doomed.worker.end.statistics().orphans == PLACES, "all are without a gateway")
+    await until(lambda: doomed.worker.end.statistics().detached == PLACES, "all are without a gateway")
     submitted = doomed.count("submitted")
     later = [asyncio.create_task(_one(doomed.survivor)) for _ in range(3)]
     await until(lambda: doomed.survivor.gateway.scheduler.queues.waiting("sim")[0] == 3, "the others wait")

@@ -204,8 +204,8 @@ async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> No
     wrong = pb.WorkerTurn(hello=secured.hello(weight_digest="sha256:wrong", incarnation="wrong"))
     assert await secured.as_holder("worker", "Turn", wrong) is CODE.FAILED_PRECONDITION
     directory = secured.cluster.gateway.directory
-    assert directory.refuses(WorkerIdentity("w", "i", "sim", weight_digest="sha256:right")) == ""
-    assert directory.refuses(WorkerIdentity("w", "i", "unheard")) == ""
+    assert directory.refusal_of(WorkerIdentity("w", "i", "sim", weight_digest="sha256:right")) == ""
+    assert directory.refusal_of(WorkerIdentity("w", "i", "unheard")) == ""
     end.publish([CatalogEntry("sim", bundle_digest=bundle.digest)])
     await until(lambda: not directory.models[0].entry.weights_pinned, "nothing is pinned any more")
     task.cancel()

@@ -58,19 +58,19 @@ def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
     """Requests stop counting when a step has begun with them. Waiting for their first tokens would leave every other
     step without prefill, and counting time alone would overfill one."""
     link, counts_at_begin = linked(), []
-    link.on_begun = lambda continued: counts_at_begin.append(link.replays.tokens)
+    link.on_step_begun = lambda continued: counts_at_begin.append(link.pacing.resumed_tokens)
     submit(link, 10, 0)
-    assert (link.replays.tokens, link.replays.prompts) == (0, 10), "one that begins is counted apart"
+    assert (link.pacing.resumed_tokens, link.pacing.new_tokens) == (0, 10), "one that begins is counted apart"
     first, second = submit(link, 10, 5), submit(link, 20, 5)
-    assert link.replays.tokens == 40
+    assert link.pacing.resumed_tokens == 40
     link.apply(turn(step=True))
-    assert (link.replays.tokens, counts_at_begin) == (40, []), "this step may have begun before they came"
+    assert (link.pacing.resumed_tokens, counts_at_begin) == (40, []), "this step may have begun before they came"
     link.apply(turn(first))
-    assert (link.replays.tokens, counts_at_begin) == (40, []), "taken, but no step has begun since"
+    assert (link.pacing.resumed_tokens, counts_at_begin) == (40, []), "taken, but no step has begun since"
     link.apply(turn(step=True))
-    assert (link.replays.tokens, counts_at_begin) == (25, [25])
+    assert (link.pacing.resumed_tokens, counts_at_begin) == (25, [25])
     link.apply(turn(second, step=True))
-    assert (link.replays.tokens, counts_at_begin) == (0, [25, 0])
+    assert (link.pacing.resumed_tokens, counts_at_begin) == (0, [25, 0])
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
@@ -78,10 +78,10 @@ def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
-    assert link.replays.tokens == STEP_TOKENS + 8
+    assert link.pacing.resumed_tokens == STEP_TOKENS + 8
     link.apply(turn(step=True))
     link.apply(turn(step=True))
-    assert link.replays.tokens == 0
+    assert link.pacing.resumed_tokens == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
@@ -102,10 +102,10 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
             link.abort(slots[number % len(slots)])
         elif act == "refuse" and slots:
             link.apply(pb.WorkerTurn(refused=[pb.Refused(slot=slots[number % len(slots)], reason="NO_ROOM")]))
-        assert min(link.replays.tokens, link.replays.prompts) >= 0
+        assert min(link.pacing.resumed_tokens, link.pacing.new_tokens) >= 0
     for slot in slots:
         link.abort(slot)
-    assert link.replays.tokens == link.replays.prompts == 0
+    assert link.pacing.resumed_tokens == link.pacing.new_tokens == 0
 
 
 @given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.lists(st.integers(16, 2048), min_size=1, max_size=9))

@@ -18,7 +18,7 @@ from prometheus_client import generate_latest
 from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.budgets import BudgetWatch
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage.budget_notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
+from cluster.ledger.usage.budget_notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, retry_delay_s
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse, crossed, day_name
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
@@ -197,8 +197,8 @@ def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver
 
 def test_pauses_grow_to_an_hour() -> None:
     """Retries continue, with pauses that grow up to an hour."""
-    assert [pause_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
-    assert pause_s(10_000) == LONGEST_PAUSE_S
+    assert [retry_delay_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
+    assert retry_delay_s(10_000) == LONGEST_PAUSE_S
 
 
 def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: Path) -> None:
@@ -219,8 +219,8 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
     clock = Clock()
     use(ledger, "1", 820)
     found = BudgetUse("acme", "daily_tokens", day_name(NOON), 820, 1000)
-    ledger.notices.enter(crossed([found], [0.8]), NOON)
-    assert len(ledger.notices.take(NOON)) == 1
+    ledger.notices.insert_new(crossed([found], [0.8]), NOON)
+    assert len(ledger.notices.claim_due(NOON)) == 1
     watch = watch_of(ledger, receiver, clock, 0.8)
     watch.check()
     assert receiver.got == []
@@ -255,7 +255,7 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).check()
     assert ledger.erase("acme") == 3
-    assert ledger.notices.take(NOON + 10 * LONGEST_PAUSE_S) == []
+    assert ledger.notices.claim_due(NOON + 10 * LONGEST_PAUSE_S) == []
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
         for stream in running:
             with pytest.raises(grpc.aio.AioRpcError):
                 await rest_of(stream)
-        await until(lambda: keyed.gateway.allowances.held == 0, "every reservation is settled")
+        await until(lambda: keyed.gateway.reservations.open_count == 0, "every reservation is settled")
         assert open_charges(keyed) == 0
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         reply = await keyed.fetch("/v1/chat/completions", chat_body(max_tokens=4, ignore_eos=True), key=key)

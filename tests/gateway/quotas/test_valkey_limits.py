@@ -17,7 +17,7 @@ from cluster.api.outcomes import Outcome
 from cluster.cli.commands import doctor
 from cluster.gateway.quotas.local_limits import LimitsPort, LocalLimits
 from cluster.gateway.quotas.valkey_limits import PREFIX, TIMEOUT_S, ValkeyLimits
-from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal
+from cluster.policy.limits.limits import Granted, Limit, Limiter, LimitRefusal, ReservationRequest
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.keyed import eventually
 
@@ -42,7 +42,7 @@ class Server:
     async def start(self) -> None:
         """Start the store and wait until it answers."""
         if SERVER is None:
-            pytest.skip(doctor.lack("valkey-server"))
+            pytest.skip(doctor.missing_reason("valkey-server"))
         words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
         self._process = await asyncio.create_subprocess_exec(
             SERVER, *words, cwd=self._folder, stdout=asyncio.subprocess.DEVNULL
@@ -116,17 +116,17 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
 async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
     """The behaviour that both kinds of limits share."""
     policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
-    got = await limits.reserve(policy, Ask("a", 10, 20))
+    got = await limits.reserve(policy, ReservationRequest("a", 10, 20))
     assert isinstance(got, Granted)
     assert got.requests is not None
     assert got.tokens is not None
     assert (got.requests.limit, got.requests.remaining, got.tokens.remaining) == (4, 3, 170)
-    assert isinstance(await limits.reserve(policy, Ask("b", 10, 20)), Granted)
-    third = await limits.reserve(policy, Ask("c", 1, 1))
+    assert isinstance(await limits.reserve(policy, ReservationRequest("b", 10, 20)), Granted)
+    third = await limits.reserve(policy, ReservationRequest("c", 1, 1))
     assert isinstance(third, LimitRefusal)
     assert (third.limit_name, third.outcome, third.remaining) == (Limit.CONCURRENT, Outcome.RATE_LIMITED, 0)
     with pytest.raises(ValueError, match="already"):
-        await limits.reserve(policy, Ask("a", 1, 1))
+        await limits.reserve(policy, ReservationRequest("a", 1, 1))
     await limits.settle("b", 0, 0)
     await limits.settle("b", 0, 0)
     tokens = 0
@@ -134,26 +134,26 @@ async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
         tokens += 1
     assert 140 <= tokens <= 140 + 16
     await limits.settle("a", 10, tokens)
-    over = await limits.reserve(policy, Ask("d", 1, 1))
+    over = await limits.reserve(policy, ReservationRequest("d", 1, 1))
     assert isinstance(over, LimitRefusal)
     assert (over.limit_name, over.outcome) == (Limit.DAILY, Outcome.BUDGET_EXHAUSTED)
     free = tenant(requests_per_minute=3)
-    assert isinstance(await limits.reserve(free, Ask("e", 1, 1)), Granted)
-    minute = await limits.reserve(free, Ask("f", 1, 1))
+    assert isinstance(await limits.reserve(free, ReservationRequest("e", 1, 1)), Granted)
+    minute = await limits.reserve(free, ReservationRequest("f", 1, 1))
     assert isinstance(minute, LimitRefusal)
     assert minute.limit_name is Limit.REQUESTS
     assert minute.retry_after_s == pytest.approx(61.0, abs=1.0)
-    large = await limits.reserve(tenant(tokens_per_minute=5), Ask("g", 10, 10))
+    large = await limits.reserve(tenant(tokens_per_minute=5), ReservationRequest("g", 10, 10))
     assert isinstance(large, LimitRefusal)
     assert large.retry_after_s is None
     pass_minute()
-    assert isinstance(await limits.reserve(free, Ask("h", 1, 1)), Granted)
+    assert isinstance(await limits.reserve(free, ReservationRequest("h", 1, 1)), Granted)
     tries = tenant(requests_per_minute=3)
     assert [await limits.charge(tries, 1, 0) for _ in range(2)] == [None, None]
     refusal = await limits.charge(tries, 1, 0)
     assert refusal is not None
     assert (refusal.limit_name, refusal.outcome) == (Limit.REQUESTS, Outcome.RATE_LIMITED)
-    assert isinstance(await limits.reserve(tries, Ask("i", 1, 1, requests=0)), Granted)
+    assert isinstance(await limits.reserve(tries, ReservationRequest("i", 1, 1, requests=0)), Granted)
     budget = tenant(tokens_per_minute=100, concurrent_requests=1, requests_per_minute=1)
     assert await limits.charge(budget, 0, 90) is None
     over_tokens = await limits.charge(budget, 0, 11)
@@ -188,7 +188,7 @@ async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> 
     )  # a busy machine must not count as an unreachable store
     two = await gateways.add("g2", virtual=False, timeout_s=10.0)
     policy = tenant(requests_per_minute=30)
-    asked = [(one, two)[i % 2].reserve(policy, Ask(str(i), 1, 1)) for i in range(100)]
+    asked = [(one, two)[i % 2].reserve(policy, ReservationRequest(str(i), 1, 1)) for i in range(100)]
     got = await asyncio.gather(*asked)
     assert sum(isinstance(x, Granted) for x in got) == 30
     assert not one.degraded
@@ -201,9 +201,9 @@ async def test_a_dead_gateways_calls_do_not_run_for_ever(gateways: Gateways, ser
     async with Redis.from_url(server.url) as client:
         await client.zadd(PREFIX + "gateways", {"dead": gateways.now})
         await client.hset(f"{PREFIX}tenant:acme", "c:dead", "1")
-        assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), LimitRefusal)
+        assert isinstance(await one.reserve(policy, ReservationRequest("a", 1, 1)), LimitRefusal)
         gateways.now += 11.0
-        assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
+        assert isinstance(await one.reserve(policy, ReservationRequest("b", 1, 1)), Granted)
         await eventually(lambda: _one_alive(client), "one gateway is alive")
 
 
@@ -215,12 +215,12 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
     """Admitted calls count for their whole minute, though the store's clock goes back an hour meanwhile."""
     one = await gateways.add("g1")
     policy = tenant(requests_per_minute=1)
-    assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), Granted)
+    assert isinstance(await one.reserve(policy, ReservationRequest("a", 1, 1)), Granted)
     for step in (-30.0, -3600.0, 50.0):
         gateways.now += step
-        assert isinstance(await one.reserve(policy, Ask(f"x{step}", 1, 1)), LimitRefusal)
+        assert isinstance(await one.reserve(policy, ReservationRequest(f"x{step}", 1, 1)), LimitRefusal)
     gateways.now += 15.0
-    assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
+    assert isinstance(await one.reserve(policy, ReservationRequest("b", 1, 1)), Granted)
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
@@ -243,7 +243,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
     policy = tenant(requests_per_minute=10, daily_tokens=1000)
 
     async def asked(gateway: ValkeyLimits) -> int:
-        got = [await gateway.reserve(policy, Ask(f"{i}", 1, 1)) for i in range(8)]
+        got = [await gateway.reserve(policy, ReservationRequest(f"{i}", 1, 1)) for i in range(8)]
         assert gateway.degraded
         return sum(isinstance(x, Granted) for x in got)
 
@@ -276,6 +276,6 @@ async def test_a_store_that_never_was(tmp_path: Path) -> None:
     limits = ValkeyLimits(Server(tmp_path).url, "g1", beat_s=0.05)
     await limits.start()
     assert limits.degraded
-    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), Ask("a", 1, 1)), Granted)
-    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), Ask("b", 1, 1)), LimitRefusal)
+    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), ReservationRequest("a", 1, 1)), Granted)
+    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), ReservationRequest("b", 1, 1)), LimitRefusal)
     await limits.close()

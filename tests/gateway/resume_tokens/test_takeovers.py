@@ -274,10 +274,10 @@ def test_a_worker_runs_nothing_that_is_outdated(told: list[tuple[str, int]], cal
     """Whatever the order in which takeovers arrive, only what is as new as the newest may run."""
     takeovers = ResumeGenerations()
     for name, number in told:
-        takeovers.took_over(name, number)
+        takeovers.record(name, number)
     newest = max([number for name, number in told if name == call], default=0)
-    assert takeovers.outdated(f"{call}#0", generation) is (generation < newest)
+    assert takeovers.is_outdated(f"{call}#0", generation) is (generation < newest)
     small = ResumeGenerations(most=2)
     for number in range(9):
-        small.took_over(str(number), 1)
+        small.record(str(number), 1)
     assert len(small) == 2

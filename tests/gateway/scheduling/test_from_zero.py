@@ -19,7 +19,7 @@ from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerLinks
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
-from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
@@ -96,10 +96,10 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
         end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=30.0), time.monotonic(), decide_s=decide_s)
         controller = Controller(ray, end, scaler=scaler)
-        scaling.listen(end, scaler, controller.now, controller.wake)
+        scaling.connect_demand(end, scaler, controller.now, controller.wake)
         spec = ModelSpec("sim", "sim://x", min_replicas=0, max_replicas=2, idle_s=0.5)
         settings = ReplicaSettings(spec, "test")
-        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
+        controller.known[settings.app] = SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)
         controller.want([settings])
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
         made = Scaled(cluster, ray, end, controller)

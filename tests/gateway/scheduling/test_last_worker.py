@@ -32,7 +32,7 @@ async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, chec
     """A model that no catalog names any longer ends with its last worker: nobody waits for it."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))).choices, "the tokenizer is here, too"
-    cluster.gateway.worker_events.catalog([])
+    cluster.gateway.worker_events.apply_catalog([])
     await worker.stop()
     await until(lambda: not cluster.gateway.hub.links, "it is gone")
     answer = await refused(cluster.stub.Chat(chat()))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.api.types import CatalogEntry, ModelState, VersionShare, VersionTally
-from cluster.policy.routing.version_split import choose
+from cluster.policy.routing.version_split import choose_version
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
 from tests.support.calls import chat, refused, rest_of
@@ -31,7 +31,7 @@ def entry(**fields: Any) -> CatalogEntry:
 
 def told(cluster: TestCluster, *entries: CatalogEntry) -> None:
     """The gateway hears a new catalog."""
-    cluster.gateway.worker_events.catalog(entries)
+    cluster.gateway.worker_events.apply_catalog(entries)
 
 
 async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
@@ -46,7 +46,7 @@ async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
 def of_version(version: str, shares: Sequence[VersionShare]) -> str:
     """A request id whose calls are this version's."""
     pairs = [(one.version, one.weight) for one in shares]
-    return next(name for name in map("r{}".format, range(1000)) if choose(name, pairs) == version)
+    return next(name for name in map("r{}".format, range(1000)) if choose_version(name, pairs) == version)
 
 
 async def two_workers(
@@ -287,4 +287,4 @@ async def test_each_version_has_its_own_pin(
     worker = await cluster.add_worker(engine, bundle, version="v1", weight_digest=digest, wait=False)
     if taken:
         await until(lambda: cluster.linked(worker.identity.worker_id), "it is let in")
-    assert bool(cluster.gateway.directory.refuses(worker.identity)) is not taken
+    assert bool(cluster.gateway.directory.refusal_of(worker.identity)) is not taken

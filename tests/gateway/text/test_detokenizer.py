@@ -51,7 +51,7 @@ def run_both(
         assert ours.token_ids == theirs.output_token_ids
         finished = last or stopped is not None
         if finished or takes[number % len(takes)]:
-            assert ours.take(finished) == theirs.get_next_output_text(finished, delta=True)
+            assert ours.pop_text(finished) == theirs.get_next_output_text(finished, delta=True)
         if finished:
             break
 
@@ -122,8 +122,8 @@ def test_text_is_whole_again(kind: Kind) -> None:
         pieces = []
         for token_id in ids:
             detokenizer.push([token_id])
-            pieces.append(detokenizer.take(False))
-        pieces.append(detokenizer.take(True))
+            pieces.append(detokenizer.pop_text(False))
+        pieces.append(detokenizer.pop_text(True))
         assert "".join(pieces).strip() == text.strip()
         assert not any("\ufffd" in piece for piece in pieces)
 
@@ -148,8 +148,8 @@ def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> No
         pieces = []
         for token_id in ids:
             detokenizer.push([token_id])
-            pieces.append(detokenizer.take(False))
-        pieces.append(detokenizer.take(True))
+            pieces.append(detokenizer.pop_text(False))
+        pieces.append(detokenizer.pop_text(True))
         whole = kind.theirs.decode([*first, *ids], skip_special_tokens=True)
         assert kind.theirs.decode(first) + "".join(pieces) == whole
         assert max(map(len, pieces)) < 300
@@ -160,10 +160,10 @@ def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None
     kind = kinds["llama"]
     detokenizer = kind.ours.detokenizer([0], stop=["river bank"])
     assert detokenizer.push(kind.theirs.encode("the river", add_special_tokens=False)) is None
-    assert detokenizer.take(False) == ""
+    assert detokenizer.pop_text(False) == ""
     assert detokenizer.push(kind.theirs.encode(" turns", add_special_tokens=False)) is None
-    assert detokenizer.take(False) == "the ri"
-    assert detokenizer.take(True) == "ver turns"
+    assert detokenizer.pop_text(False) == "the ri"
+    assert detokenizer.pop_text(True) == "ver turns"
 
 
 def test_tokens_after_a_stop_string_do_not_count(kinds: dict[str, Kind]) -> None:
@@ -174,7 +174,7 @@ def test_tokens_after_a_stop_string_do_not_count(kinds: dict[str, Kind]) -> None
     detokenizer = kind.ours.detokenizer([], stop=[" b"])
     assert detokenizer.push(ids) == " b"
     assert detokenizer.token_ids == ids[:2]
-    assert detokenizer.take(True) == "a"
+    assert detokenizer.pop_text(True) == "a"
 
 
 def test_an_empty_stop_string_is_refused(kinds: dict[str, Kind]) -> None:

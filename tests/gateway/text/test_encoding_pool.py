@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.helpers.pool import Lost, TooMuchCpu
+from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from cluster.wire.bundle import Bundle
@@ -176,7 +176,7 @@ async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
         return lost.done()
 
     await eventually(twice, "it is given up", READY_S)
-    with pytest.raises(Lost):
+    with pytest.raises(JobLost):
         await lost
 
 

@@ -39,13 +39,13 @@ class Run:
             if stopped:
                 break
             if takes[number % len(takes)]:
-                self.text += text.take(False)
-                self.billed_early = len(text.token_ids) - text.untaken_tokens()
-        self.text += text.take(True)
+                self.text += text.pop_text(False)
+                self.billed_early = len(text.token_ids) - text.pending_tokens()
+        self.text += text.pop_text(True)
         self.told += logprobs.push(())
         self.tokens = list(text.token_ids)
         self.refused = text.refused
-        assert text.untaken == 0
+        assert text.pending_chars == 0
 
 
 def guarded(kind: Kind, patterns: Patterns, action: Action, steps: Any, takes: Any, stop: Sequence[str]) -> Run:

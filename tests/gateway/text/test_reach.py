@@ -32,7 +32,7 @@ def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.Da
     if reach is None:
         return
     text = data.draw(LONG)
-    assert reach.fewest(text) <= len(model.plain_ids(text))
+    assert reach.fewest(text) <= len(model.encode_raw(text))
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:

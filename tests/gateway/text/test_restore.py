@@ -24,9 +24,9 @@ def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[s
     for number, token_id in enumerate(ids):
         stop = ours.push([token_id])
         if stop is not None:
-            return text + ours.take(True), stop
+            return text + ours.pop_text(True), stop
         if takes[number % len(takes)]:
-            text += ours.take(False)
+            text += ours.pop_text(False)
     return text, None
 
 
@@ -45,18 +45,18 @@ def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
 
     whole = kind.ours.detokenizer(prompt, stop=stop)
     undisturbed, ended = run(whole, ids, [False])
-    undisturbed += whole.take(True)
+    undisturbed += whole.pop_text(True)
 
     first = kind.ours.detokenizer(prompt, stop=stop)
     before, early = run(first, ids[:at], takes)
     if early is not None:
         assert (before, early) == (undisturbed, ended)
         return
-    shown = len(first.token_ids) - first.untaken_tokens() if stop or not first.untaken else len(first.token_ids)
+    shown = len(first.token_ids) - first.pending_tokens() if stop or not first.pending_chars else len(first.token_ids)
     second = kind.ours.detokenizer(prompt, stop=stop)
     second.restore(first.token_ids[:shown], len(before))
     after, late = run(second, ids[shown:], takes)
-    assert (before + after + second.take(True), late) == (undisturbed, ended)
+    assert (before + after + second.pop_text(True), late) == (undisturbed, ended)
     assert second.token_ids == whole.token_ids
 
 

@@ -37,7 +37,7 @@ def fill(ledger: Ledger) -> str:
     ledger.erase("gone")
     ledger.usage.insert([record(f"r{at}", ttft_s=None if at % 2 else 0.1) for at in range(7)])
     ledger.audit.insert([AuditEvent(1.0, "admin", "x", reason="because\nof ü", details={"n": 1})])
-    ledger.notices.enter(crossed([BudgetUse("acme", "daily_tokens", "1970-01-02", 8, 10)], [0.8]), 1.0)
+    ledger.notices.insert_new(crossed([BudgetUse("acme", "daily_tokens", "1970-01-02", 8, 10)], [0.8]), 1.0)
     return ledger.keys.create("acme", "ci").secret
 
 

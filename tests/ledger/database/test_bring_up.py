@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.ledger.database.bring_up import bring_up, bring_up_elsewhere
+from cluster.ledger.database.bring_up import prepare_database, prepare_database_in_process
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.store import Ledger
 from loadtests.children import ROOT
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import asyncio, sys
-from cluster.ledger.database.bring_up import bring_up_elsewhere
-asyncio.run(bring_up_elsewhere({url!r}))
+from cluster.ledger.database.bring_up import prepare_database_in_process
+asyncio.run(prepare_database_in_process({url!r}))
 print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 """
 
@@ -29,18 +29,18 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
     """SQLite's tables are created. PostgreSQL without tables raises the same error as `bring_up`."""
     if database_url.startswith("sqlite"):
-        await bring_up_elsewhere(database_url)
+        await prepare_database_in_process(database_url)
     else:
         with pytest.raises(StoreUnavailable) as here:
-            bring_up(database_url)
+            prepare_database(database_url)
         with pytest.raises(StoreUnavailable) as there:
-            await bring_up_elsewhere(database_url)
+            await prepare_database_in_process(database_url)
         assert str(there.value) == str(here.value)
         assert "db upgrade" in str(there.value)
         ledger = Ledger(database_url)
         ledger.upgrade()
         ledger.close()
-        await bring_up_elsewhere(database_url)
+        await prepare_database_in_process(database_url)
     ledger = Ledger(database_url)
     ledger.require_usable()
     ledger.close()
@@ -49,20 +49,20 @@ async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
 async def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
     """The error for a closed port does not show the password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as error:
-        await bring_up_elsewhere("postgresql://headrace:hush@127.0.0.1:1/ledger")
+        await prepare_database_in_process("postgresql://headrace:hush@127.0.0.1:1/ledger")
     assert "hush" not in str(error.value)
 
 
 async def test_what_is_no_address_is_told_too() -> None:
     """The error of an invalid URL names the exception of the child process."""
     with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
-        await bring_up_elsewhere("nonsense")
+        await prepare_database_in_process("nonsense")
 
 
 async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
     """Cancellation kills the child process."""
     before = {child.pid for child in psutil.Process().children()}
-    task = asyncio.create_task(bring_up_elsewhere(f"sqlite:///{tmp_path / 'ledger.db'}"))
+    task = asyncio.create_task(prepare_database_in_process(f"sqlite:///{tmp_path / 'ledger.db'}"))
     new: set[int] = set()
 
     async def started() -> bool:

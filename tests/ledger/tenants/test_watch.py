@@ -97,7 +97,7 @@ def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], 
     """Without a database and without a file calls are rejected with the reason, even for declared tenants."""
     source.unreachable = True
     watcher = make(declared=[TenantPolicy("filed")])
-    assert not watcher.ask()
+    assert not watcher.poll()
     assert "has not reached its database" in refusal(watcher)
     assert watcher.statistics().error == "the database is away"
 
@@ -107,24 +107,24 @@ def test_the_last_snapshot_serves_for_a_while_then_not(
 ) -> None:
     """The age counts from the last successful poll; beyond stale_after_s calls are rejected, until the next one."""
     watcher = make()
-    assert watcher.ask()
+    assert watcher.poll()
     clocks.pass_(90)
-    assert watcher.ask()
+    assert watcher.poll()
     source.unreachable = True
     clocks.pass_(100)
-    assert not watcher.ask()
+    assert not watcher.poll()
     assert set(watcher.current().tenants) == {"acme"}
     clocks.pass_(0.1)
     assert "longer than store.stale_after_s (100 s)" in refusal(watcher)
     source.unreachable = False
-    assert watcher.ask()
+    assert watcher.poll()
     assert watcher.current().sequence == 1
     assert watcher.statistics().error == ""
 
 
 def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
     """A gateway that starts while the database is unreachable uses the file, whose age includes the downtime."""
-    make().ask()
+    make().poll()
     source.unreachable = True
     clocks.pass_(60)
     restarted = make()
@@ -140,7 +140,7 @@ def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Sour
     watcher = make()
     for _ in range(400):
         clocks.pass_(0.5)
-        watcher.ask()
+        watcher.poll()
     source.unreachable = True
     restarted = make()
     assert restarted.statistics().age_s <= 25.5
@@ -152,11 +152,11 @@ def test_clock_steps_neither_lock_out_nor_let_in(
 ) -> None:
     """A step of the wall clock in a running gateway does not change when its snapshot becomes stale."""
     watcher = make()
-    watcher.ask()
+    watcher.poll()
     source.unreachable = True
     clocks.wall += step_s
     clocks.pass_(99)
-    watcher.ask()
+    watcher.poll()
     assert watcher.current().tenants
     clocks.pass_(2)
     refusal(watcher)
@@ -166,7 +166,7 @@ def test_a_file_from_the_future_does_not_last_forever(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
     """A file dated in the future counts as new at a restart and then becomes stale as usual."""
-    make().ask()
+    make().poll()
     source.unreachable = True
     clocks.wall -= 1e6
     restarted = make()
@@ -179,10 +179,10 @@ def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher],
     """A declared tenant's policy overrides the database's, from the first poll on and after each change."""
     seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
-    watcher.ask()
-    watcher.ask()
+    watcher.poll()
+    watcher.poll()
     source.sequence, source.tenants = 2, {"b": TenantEntry(TenantPolicy("b"))}
-    watcher.ask()
+    watcher.poll()
     assert [set(snapshot.tenants) for snapshot in seen] == [{"acme"}, {"acme", "b"}]
     assert watcher.current().tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=9.0), "file")
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_pat
     """If the file cannot be written, the gateway serves from memory."""
     (tmp_path / "snapshot").mkdir()
     watcher = make()
-    assert watcher.ask()
+    assert watcher.poll()
     assert watcher.current().tenants
 
 
@@ -265,18 +265,18 @@ def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresS
     ledger.tenants.create(TenantPolicy("acme"))
     seen = Seen()
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=3600, on_change=seen, period_s=0.05)
-    assert watcher.ask()  # on disk when `ask` returns; `on_change` may be called before that
+    assert watcher.poll()  # on disk when `ask` returns; `on_change` may be called before that
     watcher.start()
     own_server.kill()
     restarted = Watcher(Ledger(url).snapshots.read, tmp_path / "s", stale_after_s=3600)
-    assert not restarted.ask()
+    assert not restarted.poll()
     assert "database" in restarted.statistics().error
     assert postgres.PASSWORD not in restarted.statistics().error
     assert set(restarted.current().tenants) == set(watcher.current().tenants) == {"acme"}
     own_server.start()
     ledger.tenants.create(TenantPolicy("b"))
     seen.wait(lambda s: "b" in s.tenants)
-    assert restarted.ask()
+    assert restarted.poll()
     assert set(restarted.current().tenants) == {"acme", "b"}
     watcher.stop()
     ledger.close()

@@ -13,7 +13,7 @@ def test_of_many_one_is_the_first(ledger: Ledger) -> None:
     names = [f"call.{i}" for i in range(8)]
 
     def claim(segments: list[str], now_s: float) -> list[bool]:
-        return list(ledger.resumed.take([(name, now_s + 100.0) for name in segments], now_s))
+        return list(ledger.resumed_segments.claim([(name, now_s + 100.0) for name in segments], now_s))
 
     orders = [names, names[::-1], names[4:] + names[:4], [*names, *names]]
     with ThreadPoolExecutor(16) as threads:
@@ -22,5 +22,5 @@ def test_of_many_one_is_the_first(ledger: Ledger) -> None:
     assert firsts == dict.fromkeys(names, 1)
     assert not any(claim(names, 199.0))
     assert claim([names[0], "new", names[0]], 201.0) == [True, True, False]
-    assert ledger.resumed.expire(250.0) == 7
+    assert ledger.resumed_segments.expire(250.0) == 7
     assert claim(names[:2], 250.0) == [False, True]

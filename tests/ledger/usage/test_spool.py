@@ -80,11 +80,11 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
     fill(spool, 1, 2, 3)
     assert (spool.statistics().pending, spool.statistics().durable) == (3, 3)
     assert spool.statistics().oldest_at_s is not None
-    assert Replayer(spool, database.insert).move() == 3
+    assert Replayer(spool, database.insert).replay() == 3
     assert database.rows == {f"r{n}": record(f"r{n}") for n in (1, 2, 3)}
     assert (spool.statistics().pending, spool.statistics().oldest_at_s) == (0, None)
     assert list((tmp_path / "spool").glob("usage-*")) == []
-    assert Replayer(spool, database.insert).move() == 0
+    assert Replayer(spool, database.insert).replay() == 0
 
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
@@ -108,13 +108,13 @@ def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool
     first = make()
     fill(first, 1, 2)
     with pytest.raises(StoreUnavailable):
-        Replayer(first, Database(["before"]).insert).move()
+        Replayer(first, Database(["before"]).insert).replay()
     fill(first, 3)
     first.close()
     second, database = make(), Database()
     assert second.statistics().pending == 3
     fill(second, 4)
-    assert Replayer(second, database.insert).move() == 4
+    assert Replayer(second, database.insert).replay() == 4
     assert list(database.rows) == ["r1", "r2", "r3", "r4"]
 
 
@@ -135,14 +135,14 @@ def test_no_crash_loses_or_doubles(
             fill(spool, number)
         elif step == "move":
             try:
-                Replayer(spool, database.insert, batch_records=2).move()
+                Replayer(spool, database.insert, batch_records=2).replay()
             except StoreUnavailable:
                 continue
         else:
             spool.close()
             spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
     database.deaths.clear()
-    Replayer(spool, database.insert, batch_records=2).move()
+    Replayer(spool, database.insert, batch_records=2).replay()
     assert sorted(database.rows) == sorted(f"r{n + 1}" for n in range(number))
     assert spool.statistics().pending == 0
     spool.close()
@@ -160,7 +160,7 @@ def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory,
     expected = [f"r{n}" for n in range(4) if len(b"".join(lines[: n + 1])) <= cut]
     spool, database = Spool(folder, linger_s=0.0), Database()
     fill(spool, 9)
-    Replayer(spool, database.insert).move()
+    Replayer(spool, database.insert).replay()
     assert list(database.rows) == [*expected, "r9"]
     assert not (folder / REJECTED).exists()
     spool.close()
@@ -173,7 +173,7 @@ def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path
     bad = encode(record("r2")).replace(b'"prompt_tokens":10', b'"prompt_tokens":99')
     (folder / "usage-000000000007.jsonl").write_bytes(encode(record("r1")) + bad + encode(record("r3")))
     spool, database = make(), Database()
-    Replayer(spool, database.insert).move()
+    Replayer(spool, database.insert).replay()
     assert list(database.rows) == ["r1", "r3"]
     assert spool.statistics().rejected == 1
     assert "checksum" in (folder / REJECTED).read_text()
@@ -186,7 +186,7 @@ def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tm
     spool, database = make(), Database()
     database.bad = {"r13", "r40"}
     fill(spool, *range(64))
-    Replayer(spool, database.insert).move()
+    Replayer(spool, database.insert).replay()
     assert set(database.rows) == {f"r{n}" for n in range(64)} - database.bad
     assert spool.statistics().rejected == 2
     assert (tmp_path / "spool" / REJECTED).read_text().count("value out of range") == 2
@@ -204,7 +204,7 @@ def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], t
     blocker.rmdir()
     assert spool.wait_durable(position, 10)
     assert spool.statistics().error == ""
-    Replayer(spool, database.insert).move()
+    Replayer(spool, database.insert).replay()
     assert list(database.rows) == ["r1"]
 
 
@@ -267,7 +267,7 @@ def test_killed_at_random_points(database_url: str, tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             durable |= {line.strip() for line in process.stdout if line.endswith("\n")}
     spool = Spool(tmp_path / "spool")
-    Replayer(spool, ledger.usage.insert).move()
+    Replayer(spool, ledger.usage.insert).replay()
     spool.close()
     rows = [row.record_id for row in ledger.usage.records(UsageQuery(), limit=10**6)]
     assert len(rows) == len(set(rows))

@@ -20,7 +20,7 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import Prices, UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage import export
-from cluster.ledger.usage.records import RESUMED, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.usage.records import SEGMENTS_PER_RESUME, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.usage.usage import IDLE_TENANT
 from cluster.policy.tenants.policy import Retention, TenantPolicy
 from tests.ledger.samples import DAY_S, record
@@ -61,7 +61,7 @@ def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
     """
     outputs_and_resumptions = [(1, 0), (4, 0), (1, 3), (3, 2)]
     parts = [
-        record(f"{call}.{resumed}.{output}", segment=resumed * RESUMED + output)
+        record(f"{call}.{resumed}.{output}", segment=resumed * SEGMENTS_PER_RESUME + output)
         for call, (outputs, resumptions) in enumerate(outputs_and_resumptions)
         for resumed in range(resumptions + 1)
         for output in range(outputs)
@@ -217,7 +217,7 @@ def test_an_open_record_becomes_a_usage_record() -> None:
     """A usage record contains the fields of its open record; unknown fields of a later release are dropped."""
     opened = OpenRecord("r1", "acme", "k1", "tiny", "v1", "q1", 5.0, queue_s=0.5, labels={"a": "b"}, segment=2)
     assert OpenRecord.from_json({**opened.as_json(), "later": 1}) == opened
-    ended = opened.ended(outcome="cancelled", prompt_tokens=3, completion_tokens=2)
+    ended = opened.to_usage_record(outcome="cancelled", prompt_tokens=3, completion_tokens=2)
     assert (ended.record_id, ended.queue_s, ended.segment, ended.labels) == ("r1", 0.5, 2, {"a": "b"})
     assert UsageRecord.from_json(json.loads(json.dumps(ended.as_json()))) == ended
     with pytest.raises(RecordError, match="record_id"):

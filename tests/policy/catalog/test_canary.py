@@ -25,31 +25,31 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
             tried += CanaryTally(1, int(failed), int(not failed), int(lost))
         else:
             stays += CanaryTally(1, int(failed))
-        if (failed or on_trial) and judge(stays, tried, **RATIOS).goes:
+        if (failed or on_trial) and judge(stays, tried, **RATIOS).roll_back:
             return number
     return 0
 
 
 def test_nothing_is_judged_by_nothing() -> None:
     """Without calls there is no verdict, and a ratio of 0 disables its test."""
-    assert not judge(CanaryTally(), CanaryTally(), **RATIOS).goes
+    assert not judge(CanaryTally(), CanaryTally(), **RATIOS).roll_back
     bad = CanaryTally(calls=100, errors=100, pairs=100, slower=100)
-    assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).goes
+    assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).roll_back
 
 
 def test_a_broken_version_goes_after_a_few_calls() -> None:
     """Three calls, all failed, are enough beside a hundred successful ones."""
     verdict = judge(CanaryTally(calls=100), CanaryTally(calls=3, errors=3), **RATIOS)
-    assert verdict.goes
+    assert verdict.roll_back
     assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
-    assert not judge(CanaryTally(calls=100), CanaryTally(calls=2, errors=2), **RATIOS).goes
+    assert not judge(CanaryTally(calls=100), CanaryTally(calls=2, errors=2), **RATIOS).roll_back
 
 
 def test_a_slow_version_goes() -> None:
     """Twenty lost pairs in a row roll the canary back; ten of twenty do not."""
-    assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).goes
+    assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).roll_back
     verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
-    assert verdict.goes
+    assert verdict.roll_back
     assert "20 of 20 pairs" in verdict.why
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.catalog import Change, Difference
-from cluster.policy.catalog.layers import applied, changes, lay, promoted
+from cluster.policy.catalog.layers import apply_entries, diff, merge_layers, promote_canary
 
 NAMES = st.sampled_from(["a", "b", "c"])
 VALUES = st.one_of(st.integers(0, 3), st.lists(st.integers(0, 2), max_size=2))
@@ -27,7 +27,10 @@ def test_a_layer_changes_what_it_names() -> None:
         {"name": "n"},
     ]
     over: list[dict[str, Any]] = [{"name": "m", "aliases": ["c"], "replicas": {"max": 9}, "source": None}]
-    assert lay([base, over]) == ({"name": "m", "aliases": ["c"], "replicas": {"min": 1, "max": 9}}, {"name": "n"})
+    assert merge_layers([base, over]) == (
+        {"name": "m", "aliases": ["c"], "replicas": {"min": 1, "max": 9}},
+        {"name": "n"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_a_layer_changes_what_it_names() -> None:
 def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], message: str) -> None:
     """The error names the layer and the entry."""
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        lay(layers)
+        merge_layers(layers)
 
 
 @given(LAYERS, LAYERS, LAYERS)
@@ -45,22 +48,22 @@ def test_layers_can_be_laid_in_any_grouping(
     one: list[dict[str, Any]], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
     """Merging is associative; merging a layer with itself or with an empty layer changes nothing."""
-    assert lay([one, two, three]) == lay([lay([one, two]), three])
-    assert lay([one, one, []]) == lay([one])
+    assert merge_layers([one, two, three]) == merge_layers([merge_layers([one, two]), three])
+    assert merge_layers([one, one, []]) == merge_layers([one])
 
 
 @given(LAYERS, LAYERS, st.booleans())
 def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[dict[str, Any]], prune: bool) -> None:
     """Applied entries are present as given, others stay or are pruned, and applying them again changes nothing."""
-    after = applied(now, given_, prune=prune)
-    assert applied(after, given_, prune=prune) == after
+    after = apply_entries(now, given_, prune=prune)
+    assert apply_entries(after, given_, prune=prune) == after
     by_name = {entry["name"]: entry for entry in after}
     assert all(by_name[entry["name"]] == entry for entry in given_)
     others = [entry for entry in now if entry["name"] not in {one["name"] for one in given_}]
     assert all((by_name.get(entry["name"]) == entry) is not prune for entry in others)
     before = {entry["name"]: entry for entry in now}
-    assert not changes(by_name, by_name, {})
-    touched = {change.model for change in changes(before, by_name, {})}
+    assert not diff(by_name, by_name, {})
+    touched = {change.model for change in diff(before, by_name, {})}
     assert touched == {name for name in before.keys() | by_name.keys() if before.get(name) != by_name.get(name)}
 
 
@@ -74,7 +77,7 @@ def test_changes_are_told_key_by_key() -> None:
         "m": {"name": "m", "replicas": {"min": 1, "max": 3}, "revision": "b"},
         "new": {"name": "new"},
     }
-    assert changes(now, then, {"m": "why"}) == (
+    assert diff(now, then, {"m": "why"}) == (
         Change("m", "change", (Difference("replicas.max", None, 3), Difference("revision", "a", "b")), "why"),
         Change("new", "add"),
         Change("old", "remove"),
@@ -85,6 +88,6 @@ def test_a_canary_takes_the_models_place() -> None:
     """A promoted canary keeps its own keys, and the old weights' pin is removed."""
     entry = {"name": "m", "source": "/m", "digest": "sha256:old", "revision": "a", "fallback": ["n"]}
     canary = {"version": "v2", "revision": "b", "weight": 0.5, "rollback": {}}
-    assert promoted({**entry, "canary": canary}) == {
+    assert promote_canary({**entry, "canary": canary}) == {
         "name": "m", "source": "/m", "version": "v2", "revision": "b", "fallback": ["n"],
     }  # fmt: skip

@@ -8,63 +8,73 @@ import itertools
 import pytest
 
 from cluster.api.types import ModelSpec, ModelState
-from cluster.policy.catalog.lifecycle import MOVES, IllegalMove, Known, Reported, Sight, entry, move, remember, sight
+from cluster.policy.catalog.lifecycle import (
+    MOVES,
+    IllegalMove,
+    Observation,
+    SourceFacts,
+    WorkerReport,
+    entry,
+    fill_from_earlier,
+    next_state,
+    observe,
+)
 from cluster.policy.catalog.reconcile import Observed
 
 SPEC = ModelSpec(name="m", source="/m", aliases=("a",), version="v3")
 SERVING = Observed("m", "d", target=2, running=1)
 
 AFTER = {
-    Sight.ABSENT: ModelState.DECLARED,
-    Sight.RESTING: ModelState.IDLE,
-    Sight.UNPLACED: ModelState.PLACING,
-    Sight.STARTING: ModelState.LOADING,
-    Sight.SERVING: ModelState.READY,
-    Sight.BROKEN: ModelState.FAILED,
-    Sight.WITHDRAWN: ModelState.DRAINING,
-    Sight.ENDED: ModelState.GONE,
+    Observation.ABSENT: ModelState.DECLARED,
+    Observation.RESTING: ModelState.IDLE,
+    Observation.UNPLACED: ModelState.PLACING,
+    Observation.STARTING: ModelState.LOADING,
+    Observation.SERVING: ModelState.READY,
+    Observation.BROKEN: ModelState.FAILED,
+    Observation.WITHDRAWN: ModelState.DRAINING,
+    Observation.ENDED: ModelState.GONE,
 }
 
 
-@pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, Sight)))
-def test_every_pair(state: ModelState, seen: Sight) -> None:
+@pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, Observation)))
+def test_every_pair(state: ModelState, seen: Observation) -> None:
     """Each observation leads to its own state from any other; a GONE model must be declared again first."""
-    if state is ModelState.GONE and seen not in (Sight.ABSENT, Sight.ENDED):
+    if state is ModelState.GONE and seen not in (Observation.ABSENT, Observation.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
-            move(state, seen)
+            next_state(state, seen)
     else:
-        assert move(state, seen) is AFTER[seen]
+        assert next_state(state, seen) is AFTER[seen]
 
 
 @pytest.mark.parametrize(
     ("wanted", "seen", "unplaceable", "expected"),
     [
-        (True, None, "", Sight.ABSENT),
-        (True, Observed("m", "", 0, deleting=True), "", Sight.ABSENT),
-        (True, Observed("m", "", 0), "", Sight.UNPLACED),
-        (True, Observed("m", "d", 0), "", Sight.RESTING),
-        (True, Observed("m", "d", 1), "", Sight.UNPLACED),
-        (True, Observed("m", "d", 1), "no node", Sight.BROKEN),
-        (True, Observed("m", "d", 1, placed=1), "", Sight.STARTING),
-        (True, Observed("m", "d", 1, placed=1, trouble="died before"), "", Sight.STARTING),
-        (True, Observed("m", "d", 1, trouble="died"), "", Sight.BROKEN),
-        (True, Observed("m", "d", 1, placed=1, refused=True, trouble="no"), "", Sight.BROKEN),
-        (True, Observed("m", "d", 1, gave_up=True), "", Sight.BROKEN),
-        (True, Observed("m", "d", 2, running=1, placed=1), "no node", Sight.SERVING),
-        (False, SERVING, "", Sight.WITHDRAWN),
-        (False, None, "", Sight.ENDED),
+        (True, None, "", Observation.ABSENT),
+        (True, Observed("m", "", 0, deleting=True), "", Observation.ABSENT),
+        (True, Observed("m", "", 0), "", Observation.UNPLACED),
+        (True, Observed("m", "d", 0), "", Observation.RESTING),
+        (True, Observed("m", "d", 1), "", Observation.UNPLACED),
+        (True, Observed("m", "d", 1), "no node", Observation.BROKEN),
+        (True, Observed("m", "d", 1, placed=1), "", Observation.STARTING),
+        (True, Observed("m", "d", 1, placed=1, trouble="died before"), "", Observation.STARTING),
+        (True, Observed("m", "d", 1, trouble="died"), "", Observation.BROKEN),
+        (True, Observed("m", "d", 1, placed=1, refused=True, trouble="no"), "", Observation.BROKEN),
+        (True, Observed("m", "d", 1, gave_up=True), "", Observation.BROKEN),
+        (True, Observed("m", "d", 2, running=1, placed=1), "no node", Observation.SERVING),
+        (False, SERVING, "", Observation.WITHDRAWN),
+        (False, None, "", Observation.ENDED),
     ],
 )
-def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: Sight) -> None:
+def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: Observation) -> None:
     """A serving replica counts first, then failures, then progress."""
-    assert sight(wanted, seen, unplaceable) is expected
+    assert observe(wanted, seen, unplaceable) is expected
 
 
 def test_workers_words_win_over_the_source() -> None:
     """A running worker's limits and digests override those read from the files."""
-    known = Known(bundle_digest="sha256:k", max_model_len=4096, family="llama")
-    workers = [Reported("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), Reported("sha256:a")]
+    known = SourceFacts(bundle_digest="sha256:k", max_model_len=4096, family="llama")
+    workers = [WorkerReport("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), WorkerReport("sha256:a")]
     result = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
     assert (result.bundle_digest, result.max_model_len, result.engine_class) == ("sha256:t", 512, "float32-tp1-pp1")
     assert result.weight_digests == ("sha256:a", "sha256:b")
@@ -78,7 +88,7 @@ def test_workers_words_win_over_the_source() -> None:
 def test_pinned_weights_are_the_entrys_own() -> None:
     """A worker's report does not extend the weights that the file pins."""
     pinned = dataclasses.replace(SPEC, digest="sha256:right")
-    result = entry(pinned, ModelState.READY, SERVING, reported=[Reported("sha256:wrong")])
+    result = entry(pinned, ModelState.READY, SERVING, reported=[WorkerReport("sha256:wrong")])
     assert (result.weight_digests, result.weights_pinned) == (("sha256:right",), True)
 
 
@@ -94,13 +104,15 @@ def test_pinned_weights_are_the_entrys_own() -> None:
 )
 def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, reason: str) -> None:
     """A state other than READY has a reason; READY has one only if replicas are missing."""
-    result = entry(SPEC, state, seen, unplaceable=unplaceable, known=Known(trouble="no tokenizer"))
+    result = entry(SPEC, state, seen, unplaceable=unplaceable, known=SourceFacts(trouble="no tokenizer"))
     assert result.state_reason == reason
 
 
 def test_model_at_rest_stays_tokenizable() -> None:
     """Workers' reports are kept when no worker is left."""
-    up = entry(SPEC, ModelState.READY, SERVING, reported=[Reported("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})])
-    down = remember(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))
+    up = entry(
+        SPEC, ModelState.READY, SERVING, reported=[WorkerReport("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})]
+    )
+    down = fill_from_earlier(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))
     assert dataclasses.replace(down, state=up.state, replicas=1, state_reason=up.state_reason) == up
-    assert remember(None, up) is up
+    assert fill_from_earlier(None, up) is up

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.catalog.versions import ReplicaShare, VersionMark, over_types, replicas_of, shares, total_of
+from cluster.policy.catalog.versions import ReplicaShare, VersionOverride, over_types, replicas_of, shares, total_for
 
 STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 
@@ -18,28 +18,28 @@ STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
     [
         (None, {}, (ReplicaShare("v1", 1.0),)),
         (TRIAL, {}, (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05))),
-        (TRIAL, {"v2": VersionMark("d2", weight=0.5)}, (ReplicaShare("v1", 0.5), ReplicaShare("v2", 0.5))),
-        (TRIAL, {"v2": VersionMark("d2", gone="slow")}, (ReplicaShare("v1", 1.0), ReplicaShare("v2", 0.0, "slow"))),
-        (TRIAL, {"v2": VersionMark("other", gone="slow")}, (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05))),
+        (TRIAL, {"v2": VersionOverride("d2", weight=0.5)}, (ReplicaShare("v1", 0.5), ReplicaShare("v2", 0.5))),
+        (TRIAL, {"v2": VersionOverride("d2", gone="slow")}, (ReplicaShare("v1", 1.0), ReplicaShare("v2", 0.0, "slow"))),
+        (TRIAL, {"v2": VersionOverride("other", gone="slow")}, (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05))),
         (
             TRIAL,
-            {"v2": VersionMark("d2", quarantined=True)},
+            {"v2": VersionOverride("d2", quarantined=True)},
             (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05, quarantined=True)),
         ),
         (
             TRIAL,
-            {"v1": VersionMark("d1", quarantined=True)},
+            {"v1": VersionOverride("d1", quarantined=True)},
             (ReplicaShare("v1", 0.95, quarantined=True), ReplicaShare("v2", 0.05)),
         ),
         (
             None,
-            {"v1": VersionMark("d1", quarantined=True), "v2": VersionMark("d2")},
+            {"v1": VersionOverride("d1", quarantined=True), "v2": VersionOverride("d2")},
             (ReplicaShare("v1", 1.0, quarantined=True),),
         ),
     ],
 )
 def test_shares(
-    trial: tuple[str, str, float] | None, marks: dict[str, VersionMark], expected: tuple[ReplicaShare, ...]
+    trial: tuple[str, str, float] | None, marks: dict[str, VersionOverride], expected: tuple[ReplicaShare, ...]
 ) -> None:
     """The file's weight applies, unless a mark for exactly this digest overrides it."""
     assert shares(STAYS, trial, marks) == expected
@@ -47,10 +47,10 @@ def test_shares(
 
 def test_marks_survive_json() -> None:
     """Marks are stored as JSON; invalid values are refused."""
-    mark = VersionMark("d", 0.25, "slow", True)
-    assert VersionMark.from_json(json.loads(json.dumps(mark.as_json()))) == mark
+    mark = VersionOverride("d", 0.25, "slow", True)
+    assert VersionOverride.from_json(json.loads(json.dumps(mark.as_json()))) == mark
     with pytest.raises(ValueError, match="weight"):
-        VersionMark.from_json({"digest": "d", "weight": "half"})
+        VersionOverride.from_json({"digest": "d", "weight": "half"})
 
 
 @given(st.integers(0, 200), st.floats(0, 1))
@@ -64,8 +64,8 @@ def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
     for part in parts:
         assert counts[part.version] >= max(1, part.weight * total - 1e-3)
     assert total <= sum(counts.values()) <= total + 2
-    assert sum(replicas_of(total_of(sum(counts.values()), parts), parts).values()) == sum(counts.values())
-    assert total_of(sum(counts.values()), parts) <= total
+    assert sum(replicas_of(total_for(sum(counts.values()), parts), parts).values()) == sum(counts.values())
+    assert total_for(sum(counts.values()), parts) <= total
     assert replicas_of(total, (parts[0], ReplicaShare("v2", 0.0, "bad"))) == {"v1": total, "v2": 0}
 
 

@@ -8,25 +8,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairTurns
+from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairOrders
 from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
-from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
+from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 
 SERVICE = ServiceWeights()
 
 
 def call(
     call_id: str, tenant: str = "a", *, tokens: int = 100, output: int = 0, rank: int = 0, arrived: float = 0.0
-) -> Waiting:
+) -> WaitingSequence:
     """A waiting sequence."""
-    return Waiting(call_id, "m", tenant, tokens, None, "standard", arrived, rank, 0, output)
+    return WaitingSequence(call_id, "m", tenant, tokens, None, "standard", arrived, rank, 0, output)
 
 
-def order_of(*calls: Waiting, weights: dict[str, float] | None = None) -> FairOrder:
+def order_of(*calls: WaitingSequence, weights: dict[str, float] | None = None) -> FairOrder:
     """An order in which these sequences wait."""
     given = weights or {}
     order = FairOrder(weight_of=lambda tenant: given.get(tenant, 1.0))
@@ -41,7 +41,7 @@ def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
     for _ in range(count):
         head = order.head()
         assert head is not None
-        order.taken(head.call_id, now)
+        order.mark_taken(head.call_id, now)
         out.append(head.call_id)
     return out
 
@@ -90,11 +90,11 @@ def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)
     there = {FlowKey(0, "b"): Backlog(3, 300.0)}
-    order.waiting_elsewhere("g2", there, 10.0)
+    order.replace_peer_backlog("g2", there, 10.0)
     begun = order.counter("b")
     assert begun == order.counter("a")
     turns(order, 30, 11.0)
-    order.waiting_elsewhere("g2", there, 12.0)
+    order.replace_peer_backlog("g2", there, 12.0)
     order.push(call("b", "b"), 12.5)
     assert order.counter("b") == begun
     assert turns(order, 1) == ["b"]
@@ -103,7 +103,7 @@ def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
 def test_a_silent_gateways_tenants_count_no_longer() -> None:
     """The backlog of a gateway that is silent for two seconds is dropped."""
     order = order_of(call("a", "a"))
-    order.waiting_elsewhere("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
+    order.replace_peer_backlog("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
     assert order.statistics().backlogged == 2
     order.sweep(2.9)
     assert order.statistics().backlogged == 2
@@ -146,15 +146,15 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
     """Repeated and late reports, a new link and a restarted worker add only other gateways' service, and only once."""
     order = order_of(call("x", "a"))
     report = [ServedTotal(0, "a", 1000.0, 400.0)]
-    order.served("w", "i1", report, 0.0)
+    order.apply_served_report("w", "i1", report, 0.0)
     assert order.counter("a") == 0.0  # the start of its total is unknown
     for _ in range(2):
-        order.served("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
+        order.apply_served_report("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
     assert order.counter("a") == 300.0
     order.link_ended("w")
-    order.served("w", "i1", [ServedTotal(0, "a", 1600.0, 50.0)], 2.0)
+    order.apply_served_report("w", "i1", [ServedTotal(0, "a", 1600.0, 50.0)], 2.0)
     assert order.counter("a") == 350.0
-    order.served("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
+    order.apply_served_report("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
     assert order.counter("a") == 400.0
 
 
@@ -162,14 +162,14 @@ def test_claims_are_parts_of_the_next_turns() -> None:
     """A gateway with calls of a tenant that is ahead claims less than one with a call of a tenant behind."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
-    here.waiting_elsewhere("g2", there.waiting_here(), 0.0)
+    here.replace_peer_backlog("g2", there.own_backlog(), 0.0)
     turns(here, 2)
-    there.served("w", "1", [], 0.0)
-    there.waiting_elsewhere("g1", here.waiting_here(), 0.0)
-    there.served("w", "1", [ServedTotal(0, "a", 500.0, 0.0)], 0.0)
-    assert here.claim(picks=1) == 1
-    assert there.claim(picks=1) == 16
-    assert order_of().claim() == 0
+    there.apply_served_report("w", "1", [], 0.0)
+    there.replace_peer_backlog("g1", here.own_backlog(), 0.0)
+    there.apply_served_report("w", "1", [ServedTotal(0, "a", 500.0, 0.0)], 0.0)
+    assert here.claimed_turns(picks=1) == 1
+    assert there.claimed_turns(picks=1) == 16
+    assert order_of().claimed_turns() == 0
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
@@ -189,15 +189,15 @@ def test_tenants_at_their_floor_are_forgotten() -> None:
 
 def test_orders_outlive_an_empty_room() -> None:
     """A tenant's counter is kept while its model's queue is empty; unknown models are forgotten."""
-    fair = FairTurns()
+    fair = FairOrders()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
     room.admit(call("x"), 0.0)
-    assert room.next("m", lambda _: True, 0.0) is not None
+    assert room.pop_next("m", lambda _: True, 0.0) is not None
     assert fair.order("m").counter("a") == 100.0
-    fair.keep([])
+    fair.retain_models([])
     assert "1 models" in repr(fair)
     fair.order("m").ended("x")
-    fair.keep([])
+    fair.retain_models([])
     assert "0 models" in repr(fair)
 
 
@@ -215,14 +215,14 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
         meter.attach(1)
     for gateway in gateways:
         for name in "01":
-            gateway.served(name, "i", [], 0.0)
+            gateway.apply_served_report(name, "i", [], 0.0)
         for tenant in "ab":
             gateway.push(call(f"always-{tenant}", tenant), 0.0)  # no tenant is lifted
     for number, (tenant, predicted, actual) in enumerate(calls):
         at, worker = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([0, 1]))
         gateway, call_id = gateways[at], str(number)
         gateway.push(call(call_id, tenant, output=predicted), 0.0)
-        gateway.taken(call_id, 0.0)
+        gateway.mark_taken(call_id, 0.0)
         meters[worker].accepted(call_id, at, FlowKey(0, tenant), Charge(SERVICE, 100, 0, predicted))
         account: FairOrder | ServedMeter
         for account in (gateway, meters[worker]):
@@ -230,10 +230,10 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
             account.generated(call_id, actual)
             account.ended(call_id)
         if data.draw(st.booleans()):
-            gateways[0].served(str(worker), "i", meters[worker].report(0), 0.0)
+            gateways[0].apply_served_report(str(worker), "i", meters[worker].report(0), 0.0)
     for worker in (0, 1):
         for at in (0, 1):
-            gateways[at].served(str(worker), "i", meters[worker].report(at), 0.0)
+            gateways[at].apply_served_report(str(worker), "i", meters[worker].report(at), 0.0)
     for tenant in "ab":
         assert gateways[0].counter(tenant) == pytest.approx(gateways[1].counter(tenant))
 
@@ -271,9 +271,9 @@ class FairMachine(RuleBasedStateMachine):
         self.order = FairOrder()
         self.now = 0.0
         self.serial = 0
-        self.lines: dict[tuple[int, str], list[Waiting]] = {}
-        self.returned: list[Waiting] = []
-        self.running: list[Waiting] = []
+        self.lines: dict[tuple[int, str], list[WaitingSequence]] = {}
+        self.returned: list[WaitingSequence] = []
+        self.running: list[WaitingSequence] = []
 
     @rule(
         tenant=st.sampled_from("abc"),
@@ -308,7 +308,7 @@ class FairMachine(RuleBasedStateMachine):
             assert head is None
             return
         before = self.order.counter(head.tenant, head.rank)
-        self.order.taken(head.call_id, self.now)
+        self.order.mark_taken(head.call_id, self.now)
         assert self.order.counter(head.tenant, head.rank) >= before
         self.running.append(head)
 
@@ -350,7 +350,7 @@ class FairMachine(RuleBasedStateMachine):
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
         assert self.order.statistics().open_charges == len(self.running) + len(self.returned)
-        assert sum(b.requests for b in self.order.waiting_here().values()) == waiting
+        assert sum(b.requests for b in self.order.own_backlog().values()) == waiting
         for (rank, tenant), line in self.lines.items():
             own = sum(1 for w in self.returned if (w.rank, w.tenant) == (rank, tenant))
             assert [self.order.position(w.call_id) for w in line] == [own + i for i in range(len(line))]
@@ -458,7 +458,7 @@ def test_what_was_cut_short_says_no_more_than_it_had() -> None:
 
 def shedding(max_requests: int = 4) -> WaitingRoom:
     """A small waiting room."""
-    return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairTurns().order)
+    return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairOrders().order)
 
 
 def test_a_full_room_sheds_the_lowest_class_first() -> None:
@@ -490,7 +490,7 @@ def test_a_flood_makes_room_for_others_of_its_class() -> None:
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
     """A call whose earliest start is after its deadline is refused at once; one without a deadline is not."""
     room = shedding()
-    late = Waiting("x", "m", "a", 1, 5.0, "standard", 0.0)
+    late = WaitingSequence("x", "m", "a", 1, 5.0, "standard", 0.0)
     assert room.admit(late, 0.0, starts_in_s=5.0).outcome is Outcome.DEADLINE_UNREACHABLE
     assert room.admit(late, 0.0, starts_in_s=4.9).outcome is None
     assert room.admit(call("y"), 0.0, starts_in_s=1e9).outcome is None
@@ -509,5 +509,5 @@ def test_a_tenants_own_bounds() -> None:
 def test_what_goes_before_in_any_case() -> None:
     """Surely ahead are all of higher classes and the tenant's own queue, not other tenants of its class."""
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
-    assert order.certain_ahead("x", 1) == 57.0
-    assert order.certain_ahead("new", 1) == 7.0
+    assert order.service_ahead("x", 1) == 57.0
+    assert order.service_ahead("new", 1) == 7.0

@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policy.fairness.fair_queue import IDLE_S, FairOrder
-from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.reserved_slots import GUEST_S, KEPT_MOST, KEPT_OF, ReservedSlots
 
 RUNNING = KEPT_OF * 2
 
 
-def call(call_id: str, tenant: str, rank: int = 0) -> Waiting:
+def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
     """A waiting sequence."""
-    return Waiting(call_id, "m", tenant, 100, None, "standard", 0.0, rank)
+    return WaitingSequence(call_id, "m", tenant, 100, None, "standard", 0.0, rank)
 
 
-def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting]:
+def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
     """A loud tenant with RUNNING running calls and one that has waited since time 0.
 
     A guest has come and gone at 5 s, and the loud tenant has had another turn.
@@ -27,11 +27,11 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
     order.push(head, 0.0)
     for number in range(RUNNING):
         order.push(call(f"loud-{number}", "loud", loud_rank), 0.0)
-        order.taken(f"loud-{number}", 0.0)
+        order.mark_taken(f"loud-{number}", 0.0)
     order.push(call("guest", "guest", guest_rank), 5.0)
-    order.taken("guest", 5.0)
+    order.mark_taken("guest", 5.0)
     order.push(call("one-more", "loud", loud_rank), 5.0)
-    order.taken("one-more", 5.0)
+    order.mark_taken("one-more", 5.0)
     order.sweep(5.1)
     return order, head
 
@@ -39,9 +39,9 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
 def test_places_are_kept_from_who_always_waits() -> None:
     """The loud tenant leaves the reserved slots free beside a guest, until no guest has come for GUEST_S."""
     order, head = flooded()
-    assert order.keep_free(head) == RUNNING // KEPT_OF
+    assert order.slots_to_keep_free(head) == RUNNING // KEPT_OF
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
-    assert order.keep_free(head) == 0
+    assert order.slots_to_keep_free(head) == 0
 
 
 def test_nothing_is_kept_from_guests() -> None:
@@ -49,18 +49,18 @@ def test_nothing_is_kept_from_guests() -> None:
     order, _ = flooded()
     second = call("again", "guest")
     order.push(second, 6.0)
-    assert order.keep_free(second) == 0
+    assert order.slots_to_keep_free(second) == 0
     lost = call("loud-0", "loud")
     order.put_back(lost)
-    assert order.keep_free(lost) == 0
+    assert order.slots_to_keep_free(lost) == 0
 
 
 def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
     """Interactive calls leave no slots free for batch calls; batch calls do for interactive ones."""
     order, head = flooded(guest_rank=2, loud_rank=0)
-    assert order.keep_free(head) == 0
+    assert order.slots_to_keep_free(head) == 0
     order, head = flooded(guest_rank=0, loud_rank=2)
-    assert order.keep_free(head) > 0
+    assert order.slots_to_keep_free(head) > 0
 
 
 def test_two_who_flood_are_nobodys_guests() -> None:
@@ -72,11 +72,11 @@ def test_two_who_flood_are_nobodys_guests() -> None:
     for number in range(RUNNING):
         head_now = order.head()
         assert head_now is not None
-        order.taken(head_now.call_id, 0.1 * number)
+        order.mark_taken(head_now.call_id, 0.1 * number)
         order.sweep(0.1 * number)
     last = order.head()
     assert last is not None
-    assert order.keep_free(last) == 0
+    assert order.slots_to_keep_free(last) == 0
 
 
 @given(

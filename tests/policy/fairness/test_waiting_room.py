@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.fairness.waiting_room import FifoOrder, Waiting, WaitingRoom
+from cluster.policy.fairness.waiting_room import FifoOrder, WaitingRoom, WaitingSequence
 
 pytestmark = pytest.mark.slow
 
 
 def waiting(
     call_id: str, *, model: str = "m", tokens: int = 10, deadline: float | None = None, arrived: float = 0.0
-) -> Waiting:
+) -> WaitingSequence:
     """A waiting sequence."""
-    return Waiting(call_id, model, "tenant", tokens, deadline, "standard", arrived)
+    return WaitingSequence(call_id, model, "tenant", tokens, deadline, "standard", arrived)
 
 
 def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
@@ -27,7 +27,7 @@ def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float 
     return WaitingRoom(max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s)
 
 
-def fits(_: Waiting) -> bool:
+def fits(_: WaitingSequence) -> bool:
     """Every sequence fits."""
     return True
 
@@ -37,7 +37,7 @@ def test_first_come_first_served_by_model() -> None:
     r = room()
     for call_id, model in (("a", "x"), ("b", "y"), ("c", "x")):
         assert r.admit(waiting(call_id, model=model), 0.0).outcome is None
-    taken = [r.next(model, fits) for model in ("x", "x", "x", "y", "none")]
+    taken = [r.pop_next(model, fits) for model in ("x", "x", "x", "y", "none")]
     assert [w.call_id if w else None for w in taken] == ["a", "c", None, "b", None]
 
 
@@ -48,11 +48,11 @@ def test_only_the_head_is_offered() -> None:
     r.admit(waiting("short", tokens=1), 0.0)
     offered: list[str] = []
 
-    def small(w: Waiting) -> bool:
+    def small(w: WaitingSequence) -> bool:
         offered.append(w.call_id)
         return w.tokens < 100
 
-    assert r.next("m", small) is None
+    assert r.pop_next("m", small) is None
     assert offered == ["long"]
     assert r.waiting("m") == (2, 901)
 
@@ -75,13 +75,13 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
     r = room(max_requests=3)
     for number, call_id in enumerate("abc"):
         r.admit(waiting(call_id, arrived=float(number)), 0.0)
-    lost = [w for w in (r.next("m", fits), r.next("m", fits)) if w is not None]
+    lost = [w for w in (r.pop_next("m", fits), r.pop_next("m", fits)) if w is not None]
     r.admit(waiting("d", arrived=5.0), 5.0)
     r.admit(waiting("e", arrived=6.0), 6.0)
     for w in reversed(lost):
         r.put_back(w, 7.0)
     assert [r.position(call_id) for call_id in "abcde"] == [0, 1, 2, 3, 4]
-    taken = [r.next("m", fits) for _ in range(5)]
+    taken = [r.pop_next("m", fits) for _ in range(5)]
     assert [w.call_id for w in taken if w is not None] == list("abcde")
 
 
@@ -91,10 +91,10 @@ def test_expiry_by_deadline_and_by_wait() -> None:
     r.admit(waiting("patient"), 1.0)
     r.admit(waiting("late", deadline=5.0), 1.0)
     r.admit(waiting("far", deadline=500.0), 4.0)
-    assert r.expired(4.9) == []
-    assert [w.call_id for w in r.expired(11.0)] == ["late", "patient"]
-    assert [w.call_id for w in r.expired(14.0)] == ["far"]
-    assert r.expired(100.0) == []
+    assert r.pop_expired(4.9) == []
+    assert [w.call_id for w in r.pop_expired(11.0)] == ["late", "patient"]
+    assert [w.call_id for w in r.pop_expired(14.0)] == ["far"]
+    assert r.pop_expired(100.0) == []
     assert r.statistics().expired == 3
 
 
@@ -102,11 +102,11 @@ def test_a_second_stay_has_its_own_time() -> None:
     """The expiry of the first stay does not end the second."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("a"), 0.0)
-    w = r.next("m", fits)
+    w = r.pop_next("m", fits)
     assert w is not None
     r.put_back(w, 9.0)
-    assert r.expired(18.9) == []
-    assert [x.call_id for x in r.expired(19.0)] == ["a"]
+    assert r.pop_expired(18.9) == []
+    assert [x.call_id for x in r.pop_expired(19.0)] == ["a"]
 
 
 def test_entering_twice_is_an_error() -> None:
@@ -123,10 +123,10 @@ def test_entering_twice_is_an_error() -> None:
 def test_leave_of_a_stranger_is_false() -> None:
     """Cancelling a sequence that does not wait returns False."""
     r = room()
-    assert not r.leave("nobody")
+    assert not r.cancel("nobody")
     r.admit(waiting("a"), 0.0)
-    assert r.leave("a")
-    assert not r.leave("a")
+    assert r.cancel("a")
+    assert not r.cancel("a")
 
 
 def test_a_hundred_thousand_cost_microseconds_each() -> None:
@@ -139,8 +139,8 @@ def test_a_hundred_thousand_cost_microseconds_each() -> None:
     for call_id in ids:
         r.position(call_id)
     for call_id in ids[1::2]:
-        r.leave(call_id)
-    while r.next("m", fits) is not None:
+        r.cancel(call_id)
+    while r.pop_next("m", fits) is not None:
         pass
     assert time.process_time() - before < 100_000 * 40e-6
     assert r.statistics().models == {}
@@ -154,16 +154,16 @@ class RoomMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.room = WaitingRoom(max_requests=90, max_tokens=600, max_wait_s=10.0)
-        self.lines: dict[str, list[Waiting]] = {"x": [], "y": []}
+        self.lines: dict[str, list[WaitingSequence]] = {"x": [], "y": []}
         self.returned: set[str] = set()
         self.expires: dict[str, float] = {}
         self.now = 0.0
         self.serial = 0
 
-    def _all(self) -> list[Waiting]:
+    def _all(self) -> list[WaitingSequence]:
         return [w for line in self.lines.values() for w in line]
 
-    def _drop(self, w: Waiting) -> None:
+    def _drop(self, w: WaitingSequence) -> None:
         self.lines[w.model].remove(w)
         self.returned.discard(w.call_id)
 
@@ -190,18 +190,18 @@ class RoomMachine(RuleBasedStateMachine):
                 self.expires[w.call_id] = min(self.now + 10.0, self.now + 10.0 if deadline is None else deadline)
 
     @rule(target=bound, model=st.sampled_from("xy"), limit=st.integers(0, 9))
-    def next(self, model: str, limit: int) -> Waiting | None:
+    def next(self, model: str, limit: int) -> WaitingSequence | None:
         """The head leaves if it fits."""
         line = self.lines[model]
         expected = line[0] if line and line[0].tokens <= limit else None
-        got = self.room.next(model, lambda w: w.tokens <= limit)
+        got = self.room.pop_next(model, lambda w: w.tokens <= limit)
         assert got == expected
         if got is not None:
             self._drop(got)
         return got
 
     @rule(w=consumes(bound))
-    def put_back(self, w: Waiting | None) -> None:
+    def put_back(self, w: WaitingSequence | None) -> None:
         """A bound sequence loses its worker."""
         if w is None:
             return
@@ -219,14 +219,14 @@ class RoomMachine(RuleBasedStateMachine):
             there = self._all()
             if there:
                 w = there[data.draw(st.integers(0, len(there) - 1))]
-                assert self.room.leave(w.call_id)
+                assert self.room.cancel(w.call_id)
                 self._drop(w)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 5.0]))
     def pass_time(self, seconds: float) -> None:
         """Time passes, and some sequences expire."""
         self.now += seconds
-        gone = self.room.expired(self.now)
+        gone = self.room.pop_expired(self.now)
         overdue = [w for w in self._all() if self.expires[w.call_id] <= self.now]
         assert sorted(w.call_id for w in gone) == sorted(w.call_id for w in overdue)
         assert [self.expires[w.call_id] for w in gone] == sorted(self.expires[w.call_id] for w in gone)
@@ -239,7 +239,7 @@ class RoomMachine(RuleBasedStateMachine):
         s = self.room.statistics()
         there = self._all()
         assert (s.requests, s.tokens) == (len(there), sum(w.tokens for w in there))
-        assert s.entered + s.put_back == s.requests + s.bound + s.left + s.expired
+        assert s.entered + s.put_back == s.requests + s.bound + s.cancelled + s.expired
         assert set(s.models) == {model for model, line in self.lines.items() if line}
         for model, line in self.lines.items():
             assert self.room.waiting(model) == (len(line), sum(w.tokens for w in line))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policy.limits.budgets import BudgetUse, budgets, crossed
-from cluster.policy.limits.limits import Ask, Granted, Limiter, LimitRefusal
+from cluster.policy.limits.limits import Granted, Limiter, LimitRefusal, ReservationRequest
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 NOON = 1_795_608_000.0  # 2026-11-25
@@ -44,9 +44,9 @@ def test_a_new_gateway_goes_on_where_the_last_was() -> None:
     """The ledger's use of a budget raises the local value and never lowers it."""
     limiter, policy = Limiter(), tenant("a", daily=1000)
     limiter.spent({"a": 950}, {"a": 950}, NOON)
-    refused = limiter.reserve(policy, Ask("1", 60, 0), 0.0, NOON)
+    refused = limiter.reserve(policy, ReservationRequest("1", 60, 0), 0.0, NOON)
     assert isinstance(refused, LimitRefusal)
     assert refused.remaining == 50
     limiter.spent({"a": 10}, {"a": 10}, NOON)
-    assert isinstance(limiter.reserve(policy, Ask("2", 60, 0), 0.0, NOON), LimitRefusal)
-    assert isinstance(limiter.reserve(policy, Ask("3", 60, 0), 0.0, NOON + 86_400), Granted)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("2", 60, 0), 0.0, NOON), LimitRefusal)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("3", 60, 0), 0.0, NOON + 86_400), Granted)

@@ -8,12 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal, TokenWeights, shared
+from cluster.policy.limits.limits import (
+    Granted,
+    Limit,
+    Limiter,
+    LimitRefusal,
+    ReservationRequest,
+    TokenWeights,
+    gateway_share,
+)
 from cluster.policy.limits.windows import (
     STEP_BACK_S,
     WINDOW_S,
+    MonotonicClock,
     SlidingSum,
-    Steady,
     day_ends_in_s,
     month_ends_in_s,
     month_of,
@@ -32,7 +40,7 @@ def reserve(
     limiter: Limiter, policy: TenantPolicy, call_id: str, now: float, prompt: int = 10, output: int = 10
 ) -> Granted | LimitRefusal:
     """Reserve for a call."""
-    return limiter.reserve(policy, Ask(call_id, prompt, output), now, NOON + now)
+    return limiter.reserve(policy, ReservationRequest(call_id, prompt, output), now, NOON + now)
 
 
 def refused(got: Granted | LimitRefusal) -> LimitRefusal:
@@ -61,7 +69,7 @@ def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, ou
     assert refusal.retry_after_s == pytest.approx(retry_s)
     assert refusal.limit == next(iter(limits.values()))
     assert limit.replace("_", " ") in refusal.message
-    assert not limiter.holds("b")
+    assert not limiter.has_reservation("b")
 
 
 def test_a_call_that_can_never_fit_is_told_so() -> None:
@@ -144,10 +152,10 @@ def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
 def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
     """A new day resets the daily budget; a clock that steps back a day resets nothing."""
     limiter, policy = Limiter(), tenant(daily_tokens=25)
-    assert isinstance(limiter.reserve(policy, Ask("a", 10, 10), 0.0, NOON), Granted)
-    assert isinstance(limiter.reserve(policy, Ask("b", 10, 10), 1.0, NOON), LimitRefusal)
-    assert isinstance(limiter.reserve(policy, Ask("c", 10, 10), 2.0, NOON + 86_400), Granted)
-    assert isinstance(limiter.reserve(policy, Ask("d", 10, 10), 3.0, NOON), LimitRefusal)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("a", 10, 10), 0.0, NOON), Granted)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("b", 10, 10), 1.0, NOON), LimitRefusal)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("c", 10, 10), 2.0, NOON + 86_400), Granted)
+    assert isinstance(limiter.reserve(policy, ReservationRequest("d", 10, 10), 3.0, NOON), LimitRefusal)
 
 
 def test_months_are_the_calendars() -> None:
@@ -159,7 +167,7 @@ def test_months_are_the_calendars() -> None:
 
 def test_a_share_is_never_nothing() -> None:
     """Eight gateways without their store apply an eighth of each limit, at least one."""
-    part = shared(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
+    part = gateway_share(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
     assert (part.requests_per_minute, part.concurrent_requests, part.daily_tokens) == (12, 1, None)
 
 
@@ -172,7 +180,7 @@ def test_output_may_count_more() -> None:
     with pytest.raises(ValueError, match="weights"):
         TokenWeights(input=0)
     with pytest.raises(ValueError, match="finite"):
-        Steady().read(float("nan"))
+        MonotonicClock().read(float("nan"))
 
 
 def test_sweeping_forgets_the_idle_only() -> None:
@@ -190,7 +198,7 @@ def test_sweeping_forgets_the_idle_only() -> None:
 @settings(max_examples=200, deadline=None)
 def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], limit: int) -> None:
     """No 60 s of real time exceed the limit, even if the clock steps back."""
-    window, clock = SlidingSum(), Steady()
+    window, clock = SlidingSum(), MonotonicClock()
     now = elapsed = 0.0
     admitted: list[tuple[float, int]] = []
     for step, amount in steps:
@@ -223,7 +231,9 @@ class LimitsMachine(RuleBasedStateMachine):
     def ask(self, prompt: int, output: int, n: int) -> None:
         """Reserve for a call with n outputs; if admitted, the logged sums of the last minute are within the limits."""
         self.serial += 1
-        got = self.limiter.reserve(self.policy, Ask(str(self.serial), prompt, n * output), self.now, NOON)
+        got = self.limiter.reserve(
+            self.policy, ReservationRequest(str(self.serial), prompt, n * output), self.now, NOON
+        )
         if isinstance(got, LimitRefusal):
             return
         self.admitted.append(self.high)

@@ -18,15 +18,15 @@ def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -
     breakers, now = Breakers(), 0.0
     for worker, answers, pause_s in steps:
         now += pause_s
-        if not breakers.lets(worker, now):
+        if not breakers.allows(worker, now):
             continue
-        breakers.sent(worker, now)
+        breakers.record_sent(worker, now)
         if answers:
-            breakers.answered(worker)
+            breakers.record_success(worker)
         else:
-            breakers.failed(worker, [other for other in WORKERS if other != worker], now)
+            breakers.record_failure(worker, [other for other in WORKERS if other != worker], now)
         assert breakers.open < len(WORKERS)
-        assert any(breakers.lets(each, now) for each in WORKERS)
+        assert any(breakers.allows(each, now) for each in WORKERS)
 
 
 def test_a_trial_is_one_call_and_its_answer_closes() -> None:
@@ -34,67 +34,67 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
     answered one closes the breaker."""
     breakers, now = Breakers(), 0.0
     for _ in range(FAILURES):
-        assert breakers.lets("a", now)
-        breakers.failed("a", ["b"], now)
+        assert breakers.allows("a", now)
+        breakers.record_failure("a", ["b"], now)
     pause_s = PAUSE_S
     for _ in range(8):
-        assert not breakers.lets("a", now + pause_s * 0.99)
+        assert not breakers.allows("a", now + pause_s * 0.99)
         now += pause_s
-        assert breakers.lets("a", now)
-        breakers.sent("a", now)
-        assert not breakers.lets("a", now)
-        assert breakers.lets("a", now + TRIAL_S), "a trial whose caller has gone does not block for ever"
-        breakers.failed("a", ["b"], now)
+        assert breakers.allows("a", now)
+        breakers.record_sent("a", now)
+        assert not breakers.allows("a", now)
+        assert breakers.allows("a", now + TRIAL_S), "a trial whose caller has gone does not block for ever"
+        breakers.record_failure("a", ["b"], now)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     now += pause_s
-    breakers.sent("a", now)
-    breakers.answered("a")
-    assert breakers.lets("a", now)
-    breakers.failed("a", ["b"], now)
-    assert breakers.lets("a", now), "its failures count anew"
+    breakers.record_sent("a", now)
+    breakers.record_success("a")
+    assert breakers.allows("a", now)
+    breakers.record_failure("a", ["b"], now)
+    assert breakers.allows("a", now), "its failures count anew"
 
 
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
     """A stalled worker gets no calls, even if it is the only one."""
     breakers = Breakers()
-    breakers.stood_still("a", 0.0)
-    assert not breakers.lets("a", PAUSE_S * 0.9)
-    assert breakers.lets("a", PAUSE_S)
-    breakers.forget([])
-    assert not breakers.lets("a", 0.5), "not forgotten while its link is away"
+    breakers.record_stall("a", 0.0)
+    assert not breakers.allows("a", PAUSE_S * 0.9)
+    assert breakers.allows("a", PAUSE_S)
+    breakers.retain([])
+    assert not breakers.allows("a", 0.5), "not forgotten while its link is away"
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
     """After the pause, enough new steps of a worker that was only unreachable close its breaker without a probe. Older
     steps and too few steps do not. Until a call is answered, the next pause doubles as usual."""
     breakers, now = Breakers(), PAUSE_S
-    breakers.stood_still("a", 0.0, unseen=True)
+    breakers.record_stall("a", 0.0, unseen=True)
     for steps in (0, 100, 100 + SHOWN_STEPS - 1):
-        breakers.stepped("a", now, steps)
-        breakers.sent("a", now)
-        assert not breakers.lets("a", now), "its trial is not answered"
-    breakers.stepped("a", PAUSE_S * 0.9, 1000)
-    assert not breakers.lets("a", PAUSE_S * 0.9)
-    breakers.stepped("a", now, 100 + SHOWN_STEPS)
-    breakers.sent("a", now)
-    assert breakers.lets("a", now)
+        breakers.record_steps("a", now, steps)
+        breakers.record_sent("a", now)
+        assert not breakers.allows("a", now), "its trial is not answered"
+    breakers.record_steps("a", PAUSE_S * 0.9, 1000)
+    assert not breakers.allows("a", PAUSE_S * 0.9)
+    breakers.record_steps("a", now, 100 + SHOWN_STEPS)
+    breakers.record_sent("a", now)
+    assert breakers.allows("a", now)
     assert not breakers.open
-    breakers.stood_still("a", now, unseen=True)
-    breakers.stepped("a", now, 2000)
-    breakers.stepped("a", now + 1.9 * PAUSE_S, 3000)
-    assert not breakers.lets("a", now + 1.9 * PAUSE_S), "twice as long as before"
-    breakers.stepped("a", now + 2 * PAUSE_S, 3000)
-    assert breakers.lets("a", now + 2 * PAUSE_S)
+    breakers.record_stall("a", now, unseen=True)
+    breakers.record_steps("a", now, 2000)
+    breakers.record_steps("a", now + 1.9 * PAUSE_S, 3000)
+    assert not breakers.allows("a", now + 1.9 * PAUSE_S), "twice as long as before"
+    breakers.record_steps("a", now + 2 * PAUSE_S, 3000)
+    assert breakers.allows("a", now + 2 * PAUSE_S)
 
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
     """Engine steps do not close a breaker that failed calls or a stall opened."""
     breakers, now = Breakers(), 3 * PAUSE_S
-    breakers.stood_still("a", 0.0, unseen=unseen)
+    breakers.record_stall("a", 0.0, unseen=unseen)
     if unseen:
-        breakers.failed("a", ["b"], PAUSE_S)
+        breakers.record_failure("a", ["b"], PAUSE_S)
     for steps in (100, 1000):
-        breakers.stepped("a", now, steps)
-        breakers.sent("a", now)
-        assert not breakers.lets("a", now)
+        breakers.record_steps("a", now, steps)
+        breakers.record_sent("a", now)
+        assert not breakers.allows("a", now)

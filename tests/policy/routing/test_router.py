@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import CompatibilityKey
-from cluster.policy.routing.router import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick, takes_onward
+from cluster.policy.routing.router import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, may_take_resumed, pick
 
 CALL = RouteCall("m", 100)
 FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
@@ -98,7 +98,7 @@ def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason
 
 def test_what_is_kept_free_stays_free() -> None:
     """A call that must leave three slots free is sent if there are four in total, not if there are three."""
-    call = dataclasses.replace(CALL, keep_free=3)
+    call = dataclasses.replace(CALL, reserved_slots=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
     assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
     decision = pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=1), *others])
@@ -137,15 +137,20 @@ def test_calls_spread_by_size() -> None:
 def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
     """A call with a seed resumes only on engines that draw the same noise; one without may resume on any with an equal
     key."""
-    one = worker("a", likeness=CompatibilityKey("w", "b", there), max_replaying=250)
-    assert (pick(RouteCall("m", 100, likeness=CompatibilityKey("w", "b", begun)), [one]).worker_id == "a") is goes
+    one = worker("a", compatibility_key=CompatibilityKey("w", "b", there), prefill_budget=250)
+    assert (
+        pick(RouteCall("m", 100, compatibility_key=CompatibilityKey("w", "b", begun)), [one]).worker_id == "a"
+    ) is goes
     assert CompatibilityKey("w", "b", "float32-tp1-pp1-v2").unseeded == CompatibilityKey("w", "b", "float32-tp1-pp1")
 
 
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
     """The pacing budget bounds resumed and new prompts together, but only if there are resumed ones."""
     like = CompatibilityKey("w", "b", "c")
-    one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
+    one, goes_on = (
+        worker("a", compatibility_key=like, prefill_budget=250),
+        RouteCall("m", 100, compatibility_key=like),
+    )
     cases = [
         (0, 0, True, True),
         (0, 400, False, True),
@@ -154,29 +159,42 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
         (200, 0, False, False),
     ]
     for replaying, beginning, continued, begins in cases:
-        full = dataclasses.replace(one, replaying=replaying, beginning=beginning)
+        full = dataclasses.replace(one, resumed_prefill=replaying, new_prefill=beginning)
         assert (pick(goes_on, [full]).worker_id is not None) == continued
         assert (pick(CALL, [full]).worker_id is not None) == begins
-    assert pick(RouteCall("m", 900, likeness=like), [one]).worker_id == "a", "a long one goes alone"
-    some = dataclasses.replace(one, replaying=200)
-    assert pick(RouteCall("m", 900, likeness=like, fresh=50), [some]).worker_id == "a", "what is computed counts"
-    assert pick(RouteCall("m", 900, likeness=like, fresh=51), [some]).worker_id is None
+    assert pick(RouteCall("m", 900, compatibility_key=like), [one]).worker_id == "a", "a long one goes alone"
+    some = dataclasses.replace(one, resumed_prefill=200)
+    assert pick(RouteCall("m", 900, compatibility_key=like, uncached_tokens=50), [some]).worker_id == "a", (
+        "what is computed counts"
+    )
+    assert pick(RouteCall("m", 900, compatibility_key=like, uncached_tokens=51), [some]).worker_id is None
 
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     """A resumed call goes to the worker that holds its blocks, however busy, and only its uncached tokens count for
     pacing."""
     like = CompatibilityKey("w", "b", "c")
-    home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
-    other = worker("b", likeness=like, max_replaying=250, incarnation="j")
-    call = RouteCall("m", 100, likeness=like, home="i", fresh_home=10)
+    home = worker(
+        "a",
+        compatibility_key=like,
+        prefill_budget=250,
+        incarnation="i",
+        running=60,
+        free_sequences=1,
+        waiting=3,
+    )
+    other = worker("b", compatibility_key=like, prefill_budget=250, incarnation="j")
+    call = RouteCall("m", 100, compatibility_key=like, cached_on="i", uncached_there=10)
     assert pick(call, [home, other]).worker_id == "a"
-    assert pick(dataclasses.replace(call, home="gone"), [home, other]).worker_id == "b"
+    assert pick(dataclasses.replace(call, cached_on="gone"), [home, other]).worker_id == "b"
     for replaying, goes in ((240, "a"), (241, "b")):
-        assert pick(call, [dataclasses.replace(home, replaying=replaying), other]).worker_id == goes
+        assert pick(call, [dataclasses.replace(home, resumed_prefill=replaying), other]).worker_id == goes
     assert pick(call, [dataclasses.replace(home, free_sequences=0), other]).worker_id == "b"
-    assert pick(dataclasses.replace(call, shuns=frozenset("i")), [home, other]).worker_id == "b"
-    assert pick(call, [dataclasses.replace(home, likeness=CompatibilityKey("x", "b", "c")), other]).worker_id == "b"
+    assert pick(dataclasses.replace(call, excluded=frozenset("i")), [home, other]).worker_id == "b"
+    assert (
+        pick(call, [dataclasses.replace(home, compatibility_key=CompatibilityKey("x", "b", "c")), other]).worker_id
+        == "b"
+    )
 
 
 @given(
@@ -188,10 +206,15 @@ def test_who_takes_no_continued_call_at_all_takes_none(
     """The cheap check never excludes a worker that could get the call."""
     like = CompatibilityKey("w", "b", "c")
     one = worker(
-        "a", likeness=like, free_sequences=free, replaying=replaying, beginning=beginning, max_replaying=budget
+        "a",
+        compatibility_key=like,
+        free_sequences=free,
+        resumed_prefill=replaying,
+        new_prefill=beginning,
+        prefill_budget=budget,
     )
-    goes = pick(RouteCall("m", tokens, likeness=like if known else None), [one]).worker_id is not None
-    assert takes_onward(one) or not goes
+    goes = pick(RouteCall("m", tokens, compatibility_key=like if known else None), [one]).worker_id is not None
+    assert may_take_resumed(one) or not goes
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
@@ -201,18 +224,18 @@ def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int,
     fleet = {
         str(number): worker(
             str(number), free_sequences=64 - running, running=running, waiting=waiting, free_tokens=10**6,
-            likeness=like, max_replaying=1600,
+            compatibility_key=like, prefill_budget=1600,
         )
         for number, (waiting, running) in enumerate(loads)
     }  # fmt: skip
     taken: Counter[str] = Counter()
     for _ in range(calls):
-        chosen = pick(RouteCall("m", 400, likeness=like), fleet.values()).worker_id
+        chosen = pick(RouteCall("m", 400, compatibility_key=like), fleet.values()).worker_id
         assert chosen is not None
         taken[chosen] += 1
         c = fleet[chosen]
         fleet[chosen] = dataclasses.replace(
-            c, free_sequences=c.free_sequences - 1, running=c.running + 1, replaying=c.replaying + 400,
+            c, free_sequences=c.free_sequences - 1, running=c.running + 1, resumed_prefill=c.resumed_prefill + 400,
             prefill_tokens=c.prefill_tokens + 400,
         )  # fmt: skip
     counts = [taken[worker_id] for worker_id in fleet]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.demand import ClassCounts, ModelDemand
-from cluster.policy.scaling.demand import FORGET_S, Demands
+from cluster.policy.scaling.demand import FORGET_S, DemandTotals
 
 
 def counts(arrived: int, **more: object) -> ClassCounts:
@@ -42,7 +42,7 @@ STEPS = st.lists(
 def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
     """Repeated and lost reports, restarts and disconnects do not change the sum: what is read is what was reported."""
     gateways = [Gateway() for _ in range(3)]
-    demands, now = Demands(0.0), 0.0
+    demands, now = DemandTotals(0.0), 0.0
     told: Counter[tuple[int, int]] = Counter()
     taken = 0
     for what, which in steps:
@@ -52,30 +52,30 @@ def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
         if what == "come":
             gateway.arrived += 1
         elif what in ("tell", "return"):
-            demands.told(name, report(counts(gateway.arrived)), now - gateway.since, now)
+            demands.record_report(name, report(counts(gateway.arrived)), now - gateway.since, now)
             told[which, gateway.starts] = gateway.arrived
         elif what == "leave":
-            demands.left(name)
+            demands.record_disconnect(name)
         elif what == "restart":
-            demands.left(name)
+            demands.record_disconnect(name)
             gateway.restart(now)
         else:
-            sums = demands.take(now)
+            sums = demands.pop_demand(now)
             assert all(value >= 0 for m in sums.values() for c in m.values() for value in (c.arrived_requests,))
             taken += sum(c.arrived_requests for m in sums.values() for c in m.values())
-    taken += sum(c.arrived_requests for m in demands.take(now + 1).values() for c in m.values())
+    taken += sum(c.arrived_requests for m in demands.pop_demand(now + 1).values() for c in m.values())
     assert taken == sum(told.values())
 
 
 def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
     """Old arrivals of a running gateway do not count for a new controller; a gateway that starts later counts from
     zero."""
-    demands = Demands(now=1000.0)
-    demands.told("old", report(counts(5000)), counting_s=900.0, now=1000.5)
-    assert demands.take(1001.0)["m"]["c"].arrived_requests == 0
-    demands.told("old", report(counts(5003, within_slo=2)), counting_s=901.5, now=1001.5)
-    demands.told("new", report(counts(4)), counting_s=0.3, now=1001.6)
-    sums = demands.take(1002.0)["m"]["c"]
+    demands = DemandTotals(now=1000.0)
+    demands.record_report("old", report(counts(5000)), counting_s=900.0, now=1000.5)
+    assert demands.pop_demand(1001.0)["m"]["c"].arrived_requests == 0
+    demands.record_report("old", report(counts(5003, within_slo=2)), counting_s=901.5, now=1001.5)
+    demands.record_report("new", report(counts(4)), counting_s=0.3, now=1001.6)
+    sums = demands.pop_demand(1002.0)["m"]["c"]
     assert (sums.arrived_requests, sums.arrived_prompt_tokens, sums.expected_output_tokens) == (7, 70, 140)
     assert sums.within_slo == 2
 
@@ -83,26 +83,28 @@ def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
 def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
     """Waiting calls of all gateways are summed, with the longest wait and the nearest deadline, and dropped on
     disconnect."""
-    demands = Demands(0.0)
+    demands = DemandTotals(0.0)
     waits = {"queued_requests": 2, "queued_tokens": 30, "oldest_wait_s": 4.0, "held_requests": 2}
-    assert demands.told("a", report(counts(2, **waits)), 1.0, 1.0), "somebody is held now"
-    assert not demands.told("a", report(counts(2, **waits)), 1.5, 1.5), "they were before"
-    demands.told("b", report(counts(1, queued_requests=1, nearest_deadline_s=0.5, oldest_wait_s=1.0)), 1.0, 1.0)
-    both = demands.take(2.0)["m"]["c"]
+    assert demands.record_report("a", report(counts(2, **waits)), 1.0, 1.0), "somebody is held now"
+    assert not demands.record_report("a", report(counts(2, **waits)), 1.5, 1.5), "they were before"
+    demands.record_report(
+        "b", report(counts(1, queued_requests=1, nearest_deadline_s=0.5, oldest_wait_s=1.0)), 1.0, 1.0
+    )
+    both = demands.pop_demand(2.0)["m"]["c"]
     assert (both.queued_requests, both.queued_tokens, both.held_requests) == (3, 30, 2)
     assert (both.oldest_wait_s, both.nearest_deadline_s) == (4.0, 0.5)
-    demands.left("a")
-    alone = demands.take(3.0)["m"]["c"]
+    demands.record_disconnect("a")
+    alone = demands.pop_demand(3.0)["m"]["c"]
     assert (alone.queued_requests, alone.held_requests, alone.arrived_requests) == (1, 0, 0)
-    demands.take(2.0 + FORGET_S)
+    demands.pop_demand(2.0 + FORGET_S)
     assert repr(demands) == "Demands(1 gateways)"
 
 
 def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:
     """A model that is no longer reported has nothing waiting; its counters are kept for later reports."""
-    demands = Demands(0.0)
-    demands.told("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
-    demands.told("a", [], 2.0, 2.0)
-    assert demands.take(2.5)["m"]["c"].queued_requests == 0
-    demands.told("a", report(counts(4)), 3.0, 3.0)
-    assert demands.take(3.5)["m"]["c"].arrived_requests == 1
+    demands = DemandTotals(0.0)
+    demands.record_report("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
+    demands.record_report("a", [], 2.0, 2.0)
+    assert demands.pop_demand(2.5)["m"]["c"].queued_requests == 0
+    demands.record_report("a", report(counts(4)), 3.0, 3.0)
+    assert demands.pop_demand(3.5)["m"]["c"].arrived_requests == 1

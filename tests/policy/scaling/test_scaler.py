@@ -11,9 +11,9 @@ from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.scaling import ScalingDecision
 from cluster.api.types import CatalogEntry, ModelSpec
-from cluster.policy.scaling.operator_requests import ScalingRequests, asked_from_json, asked_to_json
+from cluster.policy.scaling.operator_requests import ScalingRequests, requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
-from cluster.policy.scaling.scaler import KEPT, Kind, OnRay, OperatorRequest, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.scaler import KEPT, Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
 
 LIMITS = ReplicaLimits(8, 512, 10_000)
 
@@ -32,7 +32,7 @@ class World:
     ) -> None:
         self.now, self.cold_s, self.specs = now, cold_s, specs
         self.scaler = Scaler(ScalingSettings(), now, asked)
-        self.ray: dict[Kind, OnRay] = {}
+        self.ray: dict[Kind, RayReplicas] = {}
         self.workers: dict[str, WorkerSeen] = {}
         self.coming: list[tuple[float, str]] = []
         self.counts = ClassCounts("standard", 1)
@@ -52,9 +52,9 @@ class World:
     def tell(self) -> bool:
         """Report the gateway's demand."""
         demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
-        held = self.scaler.demands.told("g", [demand], self.now - self.started, self.now)
+        held = self.scaler.demands.record_report("g", [demand], self.now - self.started, self.now)
         if held:
-            self.scaler.hurry()
+            self.scaler.decide_next_pass()
         return held
 
     def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
@@ -67,7 +67,7 @@ class World:
             self.counts = dataclasses.replace(self.counts, queued_requests=0, held_requests=0)
         if not self.blind:
             self.tell()
-        made = self.scaler.look(
+        made = self.scaler.run_pass(
             self.specs, self.ray, list(self.workers.values()), self.now, self.now + 1e9, blind=self.blind
         )
         for model in self.specs:
@@ -82,7 +82,7 @@ class World:
             self.coming.append((self.now + self.cold_s, model.name))
         for worker in there[wanted:]:
             del self.workers[worker.worker_id]
-        self.ray[model.name, model.gpu] = OnRay(wanted, len(there), len(due))
+        self.ray[model.name, model.gpu] = RayReplicas(wanted, len(there), len(due))
 
     def until(self, replicas: int, limit_s: float = 200.0) -> float:
         """Run passes until this number of replicas serves. Returns the seconds that it took."""
@@ -95,7 +95,7 @@ class World:
 
 def entry(world: World) -> CatalogEntry:
     """The first model's catalog entry for the gateways."""
-    return world.scaler.told(CatalogEntry(world.specs[0].name))
+    return world.scaler.with_scaling_fields(CatalogEntry(world.specs[0].name))
 
 
 def test_to_zero_and_back() -> None:
@@ -129,7 +129,7 @@ def test_a_new_controller_keeps_what_it_finds() -> None:
         assert not new.step()
     assert len(new.workers) == 3
     rested = World(spec())
-    rested.ray = {("m", ""): OnRay(0)}
+    rested.ray = {("m", ""): RayReplicas(0)}
     rested.step()
     assert rested.scaler.replicas(rested.specs[0]) == 0, "it was at zero, and stays there"
 
@@ -161,7 +161,7 @@ def test_by_hand_and_frozen() -> None:
     kept: list[OperatorRequest] = []
     world = World(spec(aliases=("default",)))
     world.until(1)
-    requests = ScalingRequests(world.scaler, lambda: kept.append(world.scaler.asked))
+    requests = ScalingRequests(world.scaler, lambda: kept.append(world.scaler.operator_requests))
     assert requests.scale("default", 3).by == "manual"
     world.until(3)
     for _ in range(100):
@@ -180,7 +180,7 @@ def test_by_hand_and_frozen() -> None:
     world.until(1)
     requests.scale("m", None)
     world.until(0)
-    assert asked_from_json(asked_to_json(kept[2])) == kept[2]
+    assert requests_from_json(requests_to_json(kept[2])) == kept[2]
     assert len(kept) == 7
     again = World(*world.specs, asked=kept[0])
     again.step()
@@ -202,7 +202,7 @@ def test_what_cannot_be_asked() -> None:
     wrong: Mapping[str, object]
     for wrong in ({}, {"manual": {"m": "x"}, "frozen": [], "all_frozen": False}, {"manual": {}, "frozen": 1}):
         with pytest.raises(ValueError, match="must be"):
-            asked_from_json(wrong)
+            requests_from_json(wrong)
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
@@ -210,7 +210,7 @@ def test_the_story_is_bounded_and_says_how_often() -> None:
     world = World(spec())
     world.until(1)
     world.step()
-    story = world.scaler.story("m")
+    story = world.scaler.explain("m")
     assert sum(one.passes for one in story.decisions) > len(story.decisions)
     requests = ScalingRequests(world.scaler, lambda: None)
     for number in range(2 * KEPT):
@@ -229,9 +229,9 @@ def test_gpu_seconds_are_those_of_what_is_there() -> None:
     """Two GPUs per replica are counted for ten seconds, including starting and leaving replicas."""
     world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
     world.step()
-    world.ray["m", ""] = OnRay(2, 1, 1, leaving=1)
+    world.ray["m", ""] = RayReplicas(2, 1, 1, leaving=1)
     before = world.scaler.counters()["m"][1]
-    world.scaler.look(world.specs, world.ray, [], world.now + 10.0, 1e9)
+    world.scaler.run_pass(world.specs, world.ray, [], world.now + 10.0, 1e9)
     assert world.scaler.counters()["m"][1] - before == pytest.approx(10.0 * 3 * 2)
 
 
@@ -248,7 +248,7 @@ def test_rates_come_from_the_workers_words() -> None:
         )
         world.workers[name] = dataclasses.replace(world.workers[name], work=work)
         world.step()
-    now = world.scaler.story("m").now
+    now = world.scaler.explain("m").now
     assert now["learnt_step_s"] == pytest.approx(0.01, rel=0.01)
     assert now["learnt_decode_s_a_token"] == pytest.approx(0.001, rel=0.01)
 
@@ -268,41 +268,46 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
     """Replicas that do not fit on the first type go to the next and stay there; an entry that loses a type keeps its
     number."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
-    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
-    ray = {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}
+    ray = {("m", "H100"): RayReplicas(2, 2), ("m", "L4"): RayReplicas(1, 1)}
     workers = [typed_worker(0, "H100"), typed_worker(1, "H100"), typed_worker(2, "L4")]
     room["m", "H100"] = 6
     for now in range(2, 40):
-        assert not scaler.look([FAST, SLOW], ray, workers, float(now), 1e9 + now, room=room)
+        assert not scaler.run_pass([FAST, SLOW], ray, workers, float(now), 1e9 + now, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
     standing = scaler.standing("m")
     assert (standing.target, standing.running, standing.desired) == (3, 3, 3)
-    assert scaler.told(CatalogEntry("m")).replicas_desired == 3
+    assert scaler.with_scaling_fields(CatalogEntry("m")).replicas_desired == 3
     back = Scaler(ScalingSettings(), 0.0)
-    back.look([FAST, SLOW], ray, workers, 1.0, 1e9, room=room)
+    back.run_pass([FAST, SLOW], ray, workers, 1.0, 1e9, room=room)
     assert (back.replicas(FAST), back.replicas(SLOW)) == (2, 1), "a controller that comes back leaves them there"
-    scaler.look([FAST], ray, workers, 50.0, 1e9)
+    scaler.run_pass([FAST], ray, workers, 50.0, 1e9)
     assert scaler.replicas(FAST) == 3
     other = dataclasses.replace(FAST, gpu="")
-    scaler.look([other], {("m", "H100"): OnRay(3, 3)}, [], 51.0, 1e9)
+    scaler.run_pass([other], {("m", "H100"): RayReplicas(3, 3)}, [], 51.0, 1e9)
     assert (scaler.replicas(other), scaler.standing("m").target) == (3, 3)
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
     """Replicas waiting for capacity that another model has taken move to another type, and the move is reported."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
-    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert scaler.replicas(FAST) == 3
     room["m", "H100"] = 2
     workers = [typed_worker(0, "H100"), typed_worker(1, "H100")]
-    made = list(scaler.look([FAST, SLOW], {("m", "H100"): OnRay(3, 2)}, workers, 10.0, 1e9, room=room))
+    made = list(scaler.run_pass([FAST, SLOW], {("m", "H100"): RayReplicas(3, 2)}, workers, 10.0, 1e9, room=room))
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
     assert [(name, one.action, one.replicas) for name, one in made] == [("m", "move", 3)]
     for now, place in ((11.0, 1), (30.0, 2)):
         workers.append(typed_worker(place + 1, "L4"))
-        scaler.look(
-            [FAST, SLOW], {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}, workers[:3], now, 1e9, room=room
+        scaler.run_pass(
+            [FAST, SLOW],
+            {("m", "H100"): RayReplicas(2, 2), ("m", "L4"): RayReplicas(1, 1)},
+            workers[:3],
+            now,
+            1e9,
+            room=room,
         )
     assert scaler.standing("m").cold_start_s == pytest.approx(1.0, abs=0.5)
 
@@ -311,17 +316,17 @@ def test_by_hand_over_types_while_no_gateway_tells() -> None:
     """A manual number is spread over the types; scaling down removes replicas of the last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
-    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
+    scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 3)
-    scaler.asked = OperatorRequest(manual={"m": 1})
-    scaler.look([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
+    scaler.operator_requests = OperatorRequest(manual={"m": 1})
+    scaler.run_pass([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (1, 0)
 
 
 def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
     """Each type learns from its own workers; a worker of an unknown type counts as the first type's."""
     scaler = Scaler(ScalingSettings(), 0.0)
-    ray = {("m", "H100"): OnRay(1, 1), ("m", "L4"): OnRay(2, 1, 1)}
+    ray = {("m", "H100"): RayReplicas(1, 1), ("m", "L4"): RayReplicas(2, 1, 1)}
     for number in range(60):
         steps = 50 * number
         costs = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
@@ -330,12 +335,12 @@ def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
             typed_worker(n, gpu, ComputedWork(steps, steps * fixed + each * tokens, 0, tokens))
             for n, (gpu, (fixed, each)) in enumerate(costs.items())
         ]
-        scaler.look([FAST, SLOW], ray, workers, 1.0 + number, 1e9)
-    now = scaler.story("m").now
+        scaler.run_pass([FAST, SLOW], ray, workers, 1.0 + number, 1e9)
+    now = scaler.explain("m").now
     for gpu, (fixed, each) in costs.items():
         assert now[f"learnt_step_s[{gpu}]"] == pytest.approx(fixed, rel=0.01)
         assert now[f"learnt_decode_s_a_token[{gpu}]"] == pytest.approx(each, rel=0.01)
     assert scaler.counters()["m"][1] == pytest.approx(59.0 * (1 * 1 + 2 * 2))
     stranger = [dataclasses.replace(one, gpu="A100") for one in workers[:1]]
-    scaler.look([FAST, SLOW], ray, stranger, 100.0, 1e9)
+    scaler.run_pass([FAST, SLOW], ray, stranger, 100.0, 1e9)
     assert scaler.standing("m").running == 1

@@ -208,7 +208,7 @@ def test_declared_tenants_stand_over_stored_ones() -> None:
     """A tenant from a file replaces the stored one of the same name, keeps its aliases, and leaves the others
     unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
-    declared = stored.declaring([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
+    declared = stored.with_declared([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})
     assert set(declared.tenants) == {"acme", "new"}
     assert stored.tenants["acme"].policy.weight == 1.0
@@ -268,7 +268,7 @@ def test_what_each_role_may_do() -> None:
     def allowed(role: str) -> set[tuple[str, str]]:
         principal = identity.identify(world(), "acme", "jwt", "s", role).require()
         pairs = [(what, tenant) for what in ("read", "keys", "tenants", "fleet") for tenant in ("acme", "gone", "")]
-        return {pair for pair in pairs if identity.may(principal, *pair)}
+        return {pair for pair in pairs if identity.is_allowed(principal, *pair)}
 
     assert allowed("caller") == set()
     assert allowed("viewer") == {("read", "acme"), ("read", "gone"), ("read", "")}

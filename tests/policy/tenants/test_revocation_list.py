@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.tenants.revocation_list import Revocation, Revoked, serial_of
+from cluster.policy.tenants.revocation_list import Revocation, RevocationList, serial_of
 
 COLUMN = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filter(lambda text: text == text.strip())
 
@@ -15,7 +15,7 @@ COLUMN = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filt
 def test_a_list_is_read_as_it_was_written(entries: list[Revocation]) -> None:
     """Written entries are read back unchanged; else a revoked certificate would be accepted."""
     text = "# a comment\n\n" + "\r\n".join(one.line() for one in entries) + "\n"
-    assert list(Revoked.parse(text).entries) == entries
+    assert list(RevocationList.parse(text).entries) == entries
 
 
 @given(st.integers(0, 2**160 - 1))
@@ -36,14 +36,14 @@ def test_serials_as_tools_print_them(serial: int) -> None:
 def test_a_wrong_line_is_named(line: str) -> None:
     """The error names the invalid line; else a typo would leave a certificate valid."""
     with pytest.raises(ValueError, match="line 2"):
-        Revoked.parse(f"1\n{line}\n")
+        RevocationList.parse(f"1\n{line}\n")
 
 
 def test_a_serial_counts_for_its_issuer() -> None:
     """A serial number applies to its issuer only; without an issuer it applies to all."""
-    revoked = Revoked.parse("0A:1B\tCN=ours\n0c\n")
+    revoked = RevocationList.parse("0A:1B\tCN=ours\n0c\n")
     assert revoked.has(0x0A1B, "CN=ours")
     assert not revoked.has(0x0A1B, "CN=theirs")
     assert revoked.has(0x0C, "CN=ours")
     assert revoked.has(0x0C, "CN=theirs")
-    assert not Revoked().has(0, "")
+    assert not RevocationList().has(0, "")

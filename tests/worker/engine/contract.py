@@ -466,7 +466,7 @@ class EngineContract:
 
 
 CONTROLS = ("frequency penalty", "presence penalty", "json grammar, seed", "regex")
-"""Keys of RESUMED whose requests continue differently when resumed as a new prompt."""
+"""Keys of SEGMENTS_PER_RESUME whose requests continue differently when resumed as a new prompt."""
 
 
 async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tuple[int, int]:

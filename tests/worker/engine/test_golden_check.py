@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.ports import EngineRefused, EngineSick
+from cluster.api.ports import EngineCorrupt, EngineRefused
 from cluster.api.types import (
     RESUME_EXACT,
     RESUME_PLAIN,
@@ -80,24 +80,24 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """A golden answer after an error that is wrong or has NaN raises EngineSick, which names the node."""
+    """A golden answer after an error that is wrong or has NaN raises EngineCorrupt, which names the node."""
     engine, driver = await subject()
     engine.fail("step", fault, at=0)
     engine.fail("step", "nan", at=3)
     requests = [request(driver.subject.prompt(number), 30, priority=number) for number in range(3)]
-    with pytest.raises(EngineSick, match="on node n1 is sick"):
+    with pytest.raises(EngineCorrupt, match="on node n1 is sick"):
         await driver.run(*requests)
 
 
 async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
-    """An engine that claims exact resume and drops emitted tokens raises EngineSick at start."""
+    """An engine that claims exact resume and drops emitted tokens raises EngineCorrupt at start."""
 
     class Forgetful(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
             plain = [*request.prompt_token_ids, *request.emitted_token_ids[1:]]
             await super().submit(EngineRequest(request.request_id, plain, request.sampling))
 
-    with pytest.raises(EngineSick, match="continued, its answer"):
+    with pytest.raises(EngineCorrupt, match="continued, its answer"):
         await CheckedEngine(Forgetful(SMALL, VirtualClock())).start()
 
 
@@ -183,7 +183,7 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
     await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
     engine.shift = 0.1
     engine.fail("step", "nan", at=2)
-    with pytest.raises(EngineSick):
+    with pytest.raises(EngineCorrupt):
         await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2, 4)))
 
 

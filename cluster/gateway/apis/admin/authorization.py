@@ -26,7 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.auth.authenticator import Credentials, alternative_names
-from cluster.policy.tenants.identity import Principal, admin_token, may
+from cluster.policy.tenants.identity import Principal, admin_token, is_allowed
 from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class AdminAuthorizer:
             raise
         call.caller = principal
         if principal is not _LOOPBACK_OPERATOR:
-            call.connection.prove()
+            call.connection.mark_authenticated()
         return str(principal.tenant.name)
 
     async def _answer_unary(self, act: Method, request: Message, caller: AdminCaller, context: Any) -> Message:
@@ -234,9 +234,9 @@ class AdminAuthorizer:
         self, principal: Principal, method: MethodDescriptor, verb: Verb, request: Message, peer: str
     ) -> AdminCaller:
         own_tenant = principal.tenant.name
-        all_tenants = may(principal, verb.grant)
+        all_tenants = is_allowed(principal, verb.grant)
         caller = AdminCaller(principal, peer, "" if all_tenants else own_tenant)
-        if not all_tenants and (verb.cluster_wide or not may(principal, verb.grant, own_tenant)):
+        if not all_tenants and (verb.cluster_wide or not is_allowed(principal, verb.grant, own_tenant)):
             self._denied(caller, method, "denied")
             raise CallError(
                 Outcome.PERMISSION_DENIED,

@@ -87,7 +87,9 @@ class FleetAdmin:
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
         """One note for each model that is left without a worker that takes calls."""
-        still_served = {link.identity.model for link in self._hub.links if link.serves and link not in links}
+        still_served = {
+            link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
+        }
         return [
             f"model {model} has no other worker that takes calls: new calls wait for a new worker or for Uncordon"
             for model in sorted({link.identity.model for link in links} - still_served)
@@ -166,7 +168,7 @@ class CatalogAdmin:
             max_model_len=model.max_model_len,
             weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
             bundle_digest=model.bundle_digest,
-            ready_workers=sum(link.serves for link in model.links.values()),
+            ready_workers=sum(link.takes_new_requests for link in model.links.values()),
             waiting=waiting,
             note="" if model.in_catalog else "not in the catalog: known only from its workers",
             versions=[self._version(model, share) for share in entry.versions],
@@ -180,7 +182,7 @@ class CatalogAdmin:
     def _version(model: KnownModel, share: VersionShare) -> catalog_pb2.VersionStatus:
         status = version_status(share)
         version_links = [link for link in model.links.values() if link.identity.version == share.version]
-        status.ready_workers = sum(map(model.takes, version_links))
+        status.ready_workers = sum(map(model.takes_calls, version_links))
         return status
 
 
@@ -194,9 +196,9 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
 
 def _state(link: WorkerLink) -> str:
     """A worker's state. DRAINED only if nothing runs: a call sent before the drain report may still have arrived."""
-    if link.standing is DrainState.DRAINED and (link.running or link.load.running):
+    if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
-    return "READY" if link.serves else link.standing.value
+    return "READY" if link.takes_new_requests else link.drain_state.value
 
 
 def _worker(link: WorkerLink) -> pb.Worker:

@@ -21,9 +21,9 @@ from cluster.gateway.apis.admin.pages import next_token, page_size, parse_filter
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 from cluster.ledger.rows import Prices, UsageQuery
-from cluster.ledger.tenants.service import ROTATION_S, By, LedgerTenantService
+from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, Actor, LedgerTenantService
 from cluster.ledger.usage.records import UsageRecord
-from cluster.policy.tenants.identity import may_grant
+from cluster.policy.tenants.identity import may_manage_keys
 
 if TYPE_CHECKING:
     from cluster.config.schema import Config
@@ -52,7 +52,7 @@ class TenantServices:
 
     async def run(self, caller: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
         """Run `act` with the caller's tenant service, off the event loop. Raises CallError."""
-        by = By(caller.actor, caller.source, details_of(caller))
+        by = Actor(caller.actor, caller.source, details_of(caller))
         service = LedgerTenantService(
             self._tenants.ledger,
             by,
@@ -60,7 +60,7 @@ class TenantServices:
             self._policy_of,
             clock=time.time,
             classes=self._classes,
-            may_grant=partial(may_grant, caller.principal),
+            may_grant=partial(may_manage_keys, caller.principal),
             rates=self._rates,
         )
         try:
@@ -203,7 +203,7 @@ class KeysAdmin:
     async def Rotate(self, request: pb.RotateKeyRequest, caller: AdminCaller) -> pb.NewKey:
         """Replace a key; the old one stays valid for `overlap_s` seconds."""
         tenant, key_id = codec.key_name(request.name, "name")
-        overlap_s = request.overlap_s if request.HasField("overlap_s") else ROTATION_S
+        overlap_s = request.overlap_s if request.HasField("overlap_s") else DEFAULT_OVERLAP_S
         options: dict[str, Any] = {"overlap_s": overlap_s, "reason": request.reason}
         options["expires_at"] = codec.seconds_or_none(request, "expire_time")
         created = await self._services.run(caller, lambda service: service.rotate_key(tenant, key_id, **options))

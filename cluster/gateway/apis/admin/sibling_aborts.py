@@ -18,7 +18,7 @@ from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.gateway import GatewaySettings, Tls
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
-from cluster.gateway.auth.tls import name_in
+from cluster.gateway.auth.tls import first_dns_name
 from cluster.policy.tenants.identity import derive, verify_any
 from cluster.wire.tls import TlsFiles
 
@@ -109,5 +109,5 @@ def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address)
     files = TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
     # The other process presents the certificate of these files, whichever host name it holds.
-    options = (("grpc.ssl_target_name_override", name_in(tls.cert_file.read_bytes())),)
+    options = (("grpc.ssl_target_name_override", first_dns_name(tls.cert_file.read_bytes())),)
     return grpc.aio.secure_channel(address, files.channel_credentials(), options=options)

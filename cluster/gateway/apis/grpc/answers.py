@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cluster.api.types import RESUME_WORDS, resume_word
+from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
@@ -60,7 +60,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
             )
             for piece in pieces
         ],
-        usage=usage_pb(call.usage) if call.told else None,
+        usage=usage_pb(call.usage) if call.end_delivered else None,
     )
 
 
@@ -158,7 +158,7 @@ def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.Compl
         model=call.model,
         offset=offset,
         choices=_choices(pieces),
-        usage=usage_pb(call.usage) if call.told else None,
+        usage=usage_pb(call.usage) if call.end_delivered else None,
     )
 
 
@@ -220,8 +220,8 @@ def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
     """The capabilities common to all workers of a model, in the order of the first worker, and the weakest of their
     resume capabilities."""
     first, *others = each or [()]
-    words = [word for word in first if word not in RESUME_WORDS and all(word in other for other in others)]
-    resume = resume_word([word for words_of_worker in each for word in words_of_worker])
+    words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
+    resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])
     return [*words, resume] if resume else words
 
 

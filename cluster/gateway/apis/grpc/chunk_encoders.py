@@ -56,7 +56,7 @@ class GrpcEncoder:
         self._offset = 0
         self.plain = len(call.sequences) == 1
 
-    def text(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
         self._offset += 1
         return self._kind.text(self._head, text, self._offset)
@@ -66,12 +66,12 @@ class GrpcEncoder:
         self._offset += 1
         return codec.empty_chunk(self._head, self._offset)
 
-    def take(self) -> bytes:
+    def encode_new(self) -> bytes:
         """See ChunkEncoder."""
         call = self._call
-        if (text := call.take_text()) is not None:
-            return self.text(text) if text else b""
-        pieces = call.take()
+        if (text := call.pop_text()) is not None:
+            return self.encode_text(text) if text else b""
+        pieces = call.pop_pieces()
         if pieces:
             return self._pieces_chunk(pieces)
         if call.silent:  # after keepalive_s without text that can be sent
@@ -80,7 +80,7 @@ class GrpcEncoder:
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         self._offset += 1
-        self.ended = self._call.told
+        self.ended = self._call.end_delivered
         return self._kind.chunk(self._call, pieces, self._offset).SerializeToString()
 
     def _progress_chunk(self) -> bytes:
@@ -100,12 +100,12 @@ class ResumableEncoder(GrpcEncoder):
         super().__init__(kind, call, service)
         self._resume_tokens = resume_tokens
         self._offset = resume_tokens.number
-        self._wraps = call.continues and not unwrapped
+        self._wraps = call.is_resumed and not unwrapped
 
-    def text(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
         token = self._resume_tokens.text(text)
-        return self._wrapped(codec.with_token(super().text(text), token, self._resume_tokens.whole))
+        return self._wrapped(codec.with_token(super().encode_text(text), token, self._resume_tokens.whole))
 
     def begin(self) -> bytes:
         """A first chunk with only a resume token: earlier tokens of the stream can no longer be used."""

@@ -18,7 +18,7 @@ from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, R
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
-from cluster.gateway.auth.authenticator import ANYBODY, Credentials, alternative_names
+from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
@@ -92,7 +92,7 @@ class InferenceApi:
         no credentials."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
-        authenticator, before = self._service.door, call.caller
+        authenticator, before = self._service.authenticator, call.caller
         try:
             snapshot, now = authenticator.knows(), self._service.clock()
             if before is not None and before.snapshot is snapshot and now - before.at < RECHECK_S:
@@ -102,15 +102,15 @@ class InferenceApi:
             await self._abort(call, self._meta(call), error)
             raise
         call.caller = Admitted(principal, snapshot, now)
-        if principal is not ANYBODY:
-            call.connection.prove()
+        if principal is not DEFAULT_PRINCIPAL:
+            call.connection.mark_authenticated()
         return str(principal.tenant.name)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
         """Serve a session. Its caller is authenticated at its start, and again when the snapshot of callers changes."""
-        authenticator = self._service.door
+        authenticator = self._service.authenticator
         try:
-            caller = await authenticator.visit(self._credentials(context))
+            caller = await authenticator.register(self._credentials(context))
         except CallError as error:
             await self._abort(context, self._meta(context), error)
             return
@@ -119,7 +119,7 @@ class InferenceApi:
                 self._service, context, caller, self._meta(context).traceparent, self._session_age_s
             ).run()
         finally:
-            authenticator.leave(caller)
+            authenticator.unregister(caller)
 
     def _guarded(
         self,
@@ -159,10 +159,10 @@ class InferenceApi:
         """The credentials that the caller presents."""
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
-        names = alternative_names(context.peer_certificate()) if self._service.door.by_certificate else ()
+        names = alternative_names(context.peer_certificate()) if self._service.authenticator.by_certificate else ()
         return Credentials(authorization, names, context.peer())
 
-    def _meta(self, context: Any, principal: Principal = ANYBODY) -> CallMeta:
+    def _meta(self, context: Any, principal: Principal = DEFAULT_PRINCIPAL) -> CallMeta:
         own_id = trace = ""
         for key, value in context.invocation_metadata() or ():
             if key == "x-request-id":
@@ -184,7 +184,7 @@ class InferenceApi:
             if self._delivery is None:
                 self._delivery = ChunkDelivery()
             encoder = encoder_for(kind, call, self._service)
-            if call.continues:
+            if call.is_resumed:
                 context.send(encoder.begin())
             await StreamWriter(call, encoder, context, self._delivery).run()
 
@@ -192,7 +192,7 @@ class InferenceApi:
         async with self._service.open(request, meta) as call:
             while not call.finished and call.error is None:
                 await call.news()
-            pieces = call.take()
+            pieces = call.pop_pieces()
             if call.error is not None:
                 raise call.error
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))

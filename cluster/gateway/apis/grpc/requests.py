@@ -57,7 +57,7 @@ def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
         raise invalid("request", f"is not a message of this method: {error}") from None
 
 
-def chat_wish(request: pb.ChatRequest) -> GenerationRequest:
+def parse_chat(request: pb.ChatRequest) -> GenerationRequest:
     """Parse a ChatRequest. Raises CallError."""
     check_name(request.model)
     given = _given(request)
@@ -82,7 +82,7 @@ def chat_wish(request: pb.ChatRequest) -> GenerationRequest:
     )
 
 
-def complete_wish(request: pb.CompleteRequest) -> GenerationRequest:
+def parse_complete(request: pb.CompleteRequest) -> GenerationRequest:
     """Parse a CompleteRequest. Raises CallError."""
     check_name(request.model)
     options = options_of(request)
@@ -105,12 +105,12 @@ def complete_wish(request: pb.CompleteRequest) -> GenerationRequest:
     )
 
 
-def resume_wish(request: pb.ResumeRequest) -> GenerationRequest:
+def parse_resume(request: pb.ResumeRequest) -> GenerationRequest:
     """Parse a ResumeRequest. Raises CallError."""
     kind = request.WhichOneof("call")
     if kind is None:
         raise invalid("call", "must be chat or complete: the request that began the stream")
-    began = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
+    began = parse_chat(request.chat) if kind == "chat" else parse_complete(request.complete)
     return replace(began, resume=ResumeFrom(request.resume_tokens[:], request.offset))
 
 
@@ -167,7 +167,7 @@ class SessionCancel:
 
 def resume_call(request: pb.ResumeRequest) -> ResumedCall:
     """Parse a ResumeRequest. Raises CallError."""
-    return ResumedCall(request.HasField("chat"), resume_wish(request))
+    return ResumedCall(request.HasField("chat"), parse_resume(request))
 
 
 def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
@@ -188,9 +188,9 @@ def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
 
 
 _SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest]] = {
-    "chat": chat_wish,
-    "complete": complete_wish,
-    "resume": resume_wish,
+    "chat": parse_chat,
+    "complete": parse_complete,
+    "resume": parse_resume,
 }
 
 
@@ -251,10 +251,10 @@ def _get_model(request: pb.GetModelRequest) -> pb.GetModelRequest:
 
 
 READ: Mapping[str, RequestReader] = {
-    "Chat": RequestReader(pb.ChatRequest, chat_wish),
-    "StreamChat": RequestReader(pb.ChatRequest, chat_wish),
-    "Complete": RequestReader(pb.CompleteRequest, complete_wish),
-    "StreamComplete": RequestReader(pb.CompleteRequest, complete_wish),
+    "Chat": RequestReader(pb.ChatRequest, parse_chat),
+    "StreamChat": RequestReader(pb.ChatRequest, parse_chat),
+    "Complete": RequestReader(pb.CompleteRequest, parse_complete),
+    "StreamComplete": RequestReader(pb.CompleteRequest, parse_complete),
     "Resume": RequestReader(pb.ResumeRequest, resume_call),
     "Tokenize": RequestReader(pb.TokenizeRequest, tokenize_call),
     "Detokenize": RequestReader(pb.DetokenizeRequest, detokenize_call),

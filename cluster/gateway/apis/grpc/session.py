@@ -73,7 +73,7 @@ class _SessionCall:
             session.dirty[self.call_id] = self
             return
         if self.encoder is not None:
-            self.chunk(self.encoder.text(text))
+            self.chunk(self.encoder.encode_text(text))
         else:
             self.offset += 1
             session.parts.append(codec.event_text(self.head, text))
@@ -238,7 +238,7 @@ class SessionStream:
                     opened.encoder = encoder_for(
                         CHAT if opened.is_chat else COMPLETE, call, self._service, unwrapped=True
                     )
-                    if call.continues:
+                    if call.is_resumed:
                         opened.chunk(opened.encoder.begin())
                 call.listen(opened.mark)
                 opened.mark()
@@ -303,7 +303,7 @@ class SessionStream:
         while True:
             try:
                 async with asyncio.timeout(1.0):
-                    await self._context.drained()
+                    await self._context.wait_until_writable()
             except TimeoutError:
                 ignored = self._context.unread_requests and self._loop.time() - since > MAX_HALTED_S
                 if (ignored or self._unread() > MAX_UNREAD_CHARS) and not self._over.done():
@@ -318,7 +318,7 @@ class SessionStream:
 
     def _unread(self) -> int:
         calls = (o.call for o in self.dirty.values() if o.call is not None)
-        return sum(map(len, self.parts)) + sum(sequence.untaken for call in calls for sequence in call.sequences)
+        return sum(map(len, self.parts)) + sum(sequence.pending_chars for call in calls for sequence in call.sequences)
 
     def _gather(self) -> None:
         """Append the output of all marked calls, after what was appended directly; at most one event a call."""
@@ -338,7 +338,7 @@ class SessionStream:
 
     def _write_resumable(self, opened: _SessionCall, call: Call, encoder: GrpcEncoder) -> None:
         try:
-            data = encoder.take()
+            data = encoder.encode_new()
         except CallError:
             opened.end_written = True
             opened.ended.set()
@@ -355,10 +355,10 @@ class SessionStream:
         if opened.encoder is not None:
             self._write_resumable(opened, call, opened.encoder)
             return
-        text = call.take_text()
+        text = call.pop_text()
         if text is None:
             try:
-                pieces = call.take()
+                pieces = call.pop_pieces()
             except CallError:
                 opened.end_written = True
                 opened.ended.set()  # `_run` raises the call's error and sends it
@@ -375,7 +375,7 @@ class SessionStream:
 
     def _write_chunk(self, opened: _SessionCall, call: Call, pieces: Sequence[Piece]) -> None:
         opened.offset += 1
-        if call.told:
+        if call.end_delivered:
             opened.end_written = True
             opened.ended.set()
         if opened.is_chat:

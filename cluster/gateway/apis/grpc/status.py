@@ -6,14 +6,14 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.api.outcomes import FAULTS, CallError
+from cluster.api.outcomes import OUTCOME_STATUS, CallError
 
 DOMAIN = "headrace"
 
 
 def grpc_code(error: CallError) -> grpc.StatusCode:
     """The gRPC status code of an error."""
-    return grpc.StatusCode[FAULTS[error.outcome].grpc]
+    return grpc.StatusCode[OUTCOME_STATUS[error.outcome].grpc]
 
 
 def details(error: CallError) -> status_pb2.Status:

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
-from cluster.http2 import ConnectionStage, Held
+from cluster.http2 import ConnectionSlot, ConnectionStage
 from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
@@ -79,7 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
     _progress = False
     """Whether the last piece ended a head or a request, or held a part of a body."""
 
-    def __init__(self, config: Config, state: ServerState, held: Held, limits: TimeoutLimits) -> None:
+    def __init__(self, config: Config, state: ServerState, held: ConnectionSlot, limits: TimeoutLimits) -> None:
         """`held`: the connection's slot in its port's connection limit."""
         super().__init__(config, state, {})
         self._held = held
@@ -95,19 +95,19 @@ class HttpProtocol(HttpToolsProtocol):
             ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT
         )
 
-    def prove(self) -> None:
+    def mark_authenticated(self) -> None:
         """Record that the client presented a valid credential."""
-        self._held.prove()
+        self._held.mark_authenticated()
 
     def charge_refusal(self) -> None:
         """Count a refused request. An unauthenticated client with too many is disconnected after this answer."""
-        if not self._held.proven and self._refusals.take(1, self.loop.time()) < 0:
+        if not self._held.authenticated and self._refusals.charge(1, self.loop.time()) < 0:
             self.cycle.keep_alive = False
             self._ignoring_input = True
 
-    def shed(self) -> None:
+    def evict(self) -> None:
         """Close the connection to free its slot for another."""
-        if self._held.proven and not self.transport.get_write_buffer_size():
+        if self._held.authenticated and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:
             self.transport.abort()
@@ -118,7 +118,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Send one chunk of a chunked body; every response without a content-length is chunked."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
-    async def drained(self) -> None:
+    async def wait_until_writable(self) -> None:
         """Wait until the connection is no longer full, or is closed."""
         await self.flow.drain()
 

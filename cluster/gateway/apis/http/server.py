@@ -44,12 +44,12 @@ class HttpServer:
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         self._config.load()
-        listener = http2.listening(host, port, shared=shared)
+        listener = http2.listening_socket(host, port, shared=shared)
         self._listener = http2.Listener(listener, self._connection, self._admission, tls)
         self._listener.start()
         return int(listener.getsockname()[1])
 
-    def _connection(self, held: http2.Held) -> HttpProtocol:
+    def _connection(self, held: http2.ConnectionSlot) -> HttpProtocol:
         return HttpProtocol(self._config, self._state, held, self._timeouts)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:

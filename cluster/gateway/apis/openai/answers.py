@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from cluster.api.outcomes import FAULTS, CallError
+from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.gateway.calls.call import Call, CallUsage
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.models import KnownModel
@@ -51,7 +51,7 @@ def error_body(message: str, status: int, code: str, param: str | None = None) -
 def call_error_body(error: CallError) -> bytes:
     """A call's error; `code` is its reason in lower case, `param` the first wrong field."""
     param = error.violations[0].field if error.violations else None
-    return error_body(error.message, FAULTS[error.outcome].http, error.outcome.name.lower(), param)
+    return error_body(error.message, OUTCOME_STATUS[error.outcome].http, error.outcome.name.lower(), param)
 
 
 def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
@@ -235,18 +235,18 @@ class SseEncoder:
         self._shift = shift
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
 
-    def text(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """See ChunkEncoder."""
         return self._stream.text(self._shift, text)
 
-    def take(self) -> bytes:
+    def encode_new(self) -> bytes:
         """See ChunkEncoder."""
         call = self._call
-        if self.plain and (text := call.take_text()) is not None:
-            return self.text(text) if text else b""
-        pieces = call.take()
+        if self.plain and (text := call.pop_text()) is not None:
+            return self.encode_text(text) if text else b""
+        pieces = call.pop_pieces()
         if pieces:
-            self.ended = call.told
+            self.ended = call.end_delivered
             return self._stream.events(call, pieces, self._shift)
         if call.silent:
             call.silent = False

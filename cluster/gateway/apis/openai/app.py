@@ -19,13 +19,13 @@ from typing import Any, Protocol
 import structlog
 from starlette.routing import Route, Router
 
-from cluster.api.outcomes import FAULTS, CallError, Outcome
+from cluster.api.outcomes import OUTCOME_STATUS, CallError, Outcome
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import answers
-from cluster.gateway.apis.openai.requests import ParsedRequest, as_asked
+from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_names
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
-from cluster.gateway.auth.authenticator import ANYBODY, Authenticator, Credentials, alternative_names
+from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import Piece
@@ -59,7 +59,7 @@ class ClientConnection(Transport, Protocol):
     def unwatch(self, lost: Callable[[], None]) -> None:
         """Stop calling `lost`."""
 
-    def prove(self) -> None:
+    def mark_authenticated(self) -> None:
         """Record that the client presented a valid credential."""
 
     def charge_refusal(self) -> None:
@@ -87,7 +87,7 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.started = False
-        self.principal = ANYBODY
+        self.principal = DEFAULT_PRINCIPAL
         self.limit_headers: list[tuple[bytes, bytes]] = []
         """Headers with the caller's rate limits, for a successful answer."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -128,7 +128,7 @@ class Exchange:
         if self.started:
             await self.write(answers.error_event(error), more=False)
         else:
-            status = FAULTS[error.outcome].http
+            status = OUTCOME_STATUS[error.outcome].http
             headers = answers.retry_headers(error)
             if status == 401:
                 headers.append((b"www-authenticate", b"Bearer"))
@@ -158,7 +158,7 @@ class _Endpoint:
                 exchange.principal = await self._authenticator.principal(
                     exchange.credentials(self._authenticator.by_certificate)
                 )
-                scope[CONNECTION].prove()
+                scope[CONNECTION].mark_authenticated()
             await self._answer(exchange)
         except ConnectionResetError:
             return
@@ -186,7 +186,7 @@ class OpenAiApi:
 
     def app(self) -> Application:
         """The ASGI application with all routes."""
-        authenticator = self._service.door
+        authenticator = self._service.authenticator
         endpoints = {
             "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), authenticator),
             "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange), authenticator),
@@ -237,7 +237,7 @@ class OpenAiApi:
                 n = parsed.requests[0].options.n
                 await _run_all([self._stream_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
             except CallError as error:
-                raise as_asked(error, parsed.names) from None
+                raise with_caller_names(error, parsed.names) from None
         # The calls have released their slots by now, however slowly the client reads the end.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
 
@@ -246,7 +246,7 @@ class OpenAiApi:
         encoder = answers.SseEncoder(call, stream, shift, self._service.progress)
         while not exchange.started:
             await call.news()
-            if data := encoder.take():
+            if data := encoder.encode_new():
                 await exchange.write(data)
                 if encoder.ended:
                     return
@@ -265,7 +265,7 @@ class OpenAiApi:
                         piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:
-                    raise as_asked(error, parsed.names) from None
+                    raise with_caller_names(error, parsed.names) from None
         answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
         await exchange.respond(200, answer, exchange.limit_headers)
 
@@ -277,7 +277,7 @@ class OpenAiApi:
                 call_meta = meta if i == 0 else replace(meta, counted=False)  # each prompt counts as a request
                 calls.append(await stack.enter_async_context(self._service.open(request, call_meta)))
             except CallError as error:
-                raise as_asked(error, parsed.names, i if len(parsed.requests) > 1 else None) from None
+                raise with_caller_names(error, parsed.names, i if len(parsed.requests) > 1 else None) from None
         return calls
 
     # ---- models and health
@@ -322,7 +322,7 @@ async def _all_pieces(call: Call) -> list[Piece]:
     """Wait for a call's end and return all its pieces. Raises the call's error, even if there was text before it."""
     while not call.finished and call.error is None:
         await call.news()
-    pieces = call.take()
+    pieces = call.pop_pieces()
     if call.error is not None:
         raise call.error
     return pieces

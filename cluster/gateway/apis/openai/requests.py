@@ -137,7 +137,7 @@ class ParsedRequest:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
+def with_caller_names(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
     """The error with the caller's field names; `prompt`: the index of its prompt, if there are several."""
     if not error.violations:
         return error
@@ -157,7 +157,7 @@ def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
     return name + bracket + rest
 
 
-def chat_asked(body: Fields) -> ParsedRequest:
+def parse_chat(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
     messages = _messages(body)
@@ -185,7 +185,7 @@ def chat_asked(body: Fields) -> ParsedRequest:
     return _parsed(body, [request], {"max_tokens": length, "logprobs": "top_logprobs"})
 
 
-def completion_asked(body: Fields) -> ParsedRequest:
+def parse_completion(body: Fields) -> ParsedRequest:
     """Parse a body of /v1/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_COMPLETION)
     best_of = body.integer("best_of")
@@ -355,7 +355,7 @@ def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int
         repetition_penalty=body.number("repetition_penalty"),
         logit_bias=_logit_bias(body),
         logprobs=logprobs,
-        logprobs_told=logprobs_told,
+        logprobs_returned=logprobs_told,
         ignore_eos=body.flag("ignore_eos"),
         grammar=_grammar(body),
     )

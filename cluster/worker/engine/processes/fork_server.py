@@ -42,7 +42,7 @@ def is_wanted() -> bool:
     return word == "fork-server" or cpu_build()
 
 
-def begin() -> None:
+def start() -> None:
     """Start the server where it is wanted; it imports in parallel with this process. Idempotent."""
     if not is_wanted():
         return

@@ -86,7 +86,7 @@ def shared_memory_files(maps: str) -> set[str]:
     return names
 
 
-def blocks_of(pid: int | str) -> set[str]:
+def mapped_shared_memory(pid: int | str) -> set[str]:
     """Return the names of the shared memory that a process has mapped; empty once it has ended."""
     try:
         return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
@@ -113,7 +113,7 @@ def sharers(names: set[str]) -> dict[int, set[str]]:
     Ranks placed by Ray are not descendants of this process, and are killed before they can unlink their own.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
-    return {pid: mapped for pid in pids if (mapped := blocks_of(pid)) & names}
+    return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}
 
 
 def unlink(names: Iterable[str]) -> None:
@@ -136,12 +136,12 @@ def forget_names(others: Set[int]) -> None:
     Only for an engine that is up: vLLM's queues and communicators open shared memory when they are created, never
     later. `others`: children that this process had before the engine; they and their children may still need names.
     """
-    mapped = sharers(set().union(*map(blocks_of, own_processes(others))))
+    mapped = sharers(set().union(*map(mapped_shared_memory, own_processes(others))))
     unlink(set().union(*mapped.values()))
 
 
 def _end_process() -> None:
-    unlink(set().union(*sharers(blocks_of(os.getpid())).values()))
+    unlink(set().union(*sharers(mapped_shared_memory(os.getpid())).values()))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 

@@ -38,7 +38,7 @@ class World:
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """Start the gateway with a model in the catalog and no worker, as no test makes a call."""
     async with keyed_cluster(tmp_path_factory.mktemp("roles"), "tenants: [{name: fixed}]\n") as keyed:
-        keyed.gateway.directory.catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
+        keyed.gateway.directory.apply_catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
         address, ledger = keyed.gateway.endpoints["admin"], keyed.ledger
         keys = {
             role: await role_key(ledger, "ops" if role in ("operator", "viewer") else OWN, role) for role in ROLES[1:]

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import admin_pb2_grpc
-from cluster.cli.local.ports import decide
+from cluster.cli.local.ports import choose_ports
 from cluster.config.schema import parse
 from cluster.gateway.apis.admin.sibling_aborts import SERVICE, TAG, SiblingAborts
 from cluster.gateway.server import Gateway
@@ -34,7 +34,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 @asynccontextmanager
 async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
     """Start two processes of one gateway, both in this process."""
-    config = decide(parse(text.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
+    config = choose_ports(parse(text.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
     async with AsyncExitStack() as stack:
         clusters = []
         for process in range(2):

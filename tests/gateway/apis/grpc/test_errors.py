@@ -171,13 +171,13 @@ async def test_failed_model_is_told_at_once(cluster: TestCluster, bundle: Bundle
     """A call for a failed model does not wait: it gets the model's state and the reason."""
     await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
     entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
-    cluster.gateway.worker_events.catalog([entry])
+    cluster.gateway.worker_events.apply_catalog([entry])
     waiting = asyncio.ensure_future(refused(cluster.stub.Chat(chat())))
     await until(lambda: bool(cluster.gateway.service.statistics()), "the call waits")
     failed = CatalogEntry(
         "sim", state=ModelState.FAILED, state_reason="no such folder", bundle_digest=bundle.digest, max_model_len=256
     )
-    cluster.gateway.worker_events.catalog([failed])
+    cluster.gateway.worker_events.apply_catalog([failed])
     for answer in (await waiting, await refused(cluster.stub.Chat(chat()))):
         assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
         assert "no such folder" in answer.message

@@ -266,7 +266,7 @@ async def test_request_ids_and_headers(busy: TestCluster) -> None:
 async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Models are listed with their state. A gateway without workers is ready, a stopping one is not."""
     entry = CatalogEntry("sim", aliases=("default", "Org/Sim"), state=ModelState.LOADING, max_model_len=256)
-    cluster.gateway.worker_events.catalog([entry])
+    cluster.gateway.worker_events.apply_catalog([entry])
     assert (await fetch(cluster, "/ready")).json == {"status": "ready"}
     card = (await fetch(cluster, "/v1/models")).json["data"][0]
     assert (card["id"], card["object"], card["state"]) == ("sim", "model", "LOADING")
@@ -292,7 +292,7 @@ async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, b
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
-        cluster.gateway.worker_events.catalog([entry])
+        cluster.gateway.worker_events.apply_catalog([entry])
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         wire = await Wire.open(cluster)
         wire.ask(CHAT, chat_body(max_tokens=3, ignore_eos=True, stream=True))

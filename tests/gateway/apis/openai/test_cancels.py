@@ -160,7 +160,7 @@ async def test_stopping_does_not_wait_for_ever(tmp_path: Path, bundle: Bundle) -
     async with running_cluster(tmp_path) as cluster:
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
-        cluster.gateway.worker_events.catalog([entry])
+        cluster.gateway.worker_events.apply_catalog([entry])
         wire = await Wire.open(cluster)
         wire.ask(CHAT, chat_body(stream=True))
         await until(lambda: bool(cluster.gateway.service.statistics()), "the call waits")

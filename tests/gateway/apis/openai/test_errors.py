@@ -13,7 +13,7 @@ import pytest
 
 from cluster.gateway.apis.json_values import MAX_DEPTH
 from cluster.gateway.apis.openai.fields import Fields
-from cluster.gateway.apis.openai.requests import chat_asked, completion_asked
+from cluster.gateway.apis.openai.requests import parse_chat, parse_completion
 from cluster.wire.bundle import Bundle
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.http import Wire, chat_body, client, completion_body, fetch
@@ -320,8 +320,8 @@ async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 def test_every_reader_takes_its_defaults() -> None:
     """The smallest requests are valid and leave every option to the model's defaults."""
     for asked in (
-        chat_asked(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
-        completion_asked(Fields({"model": "m", "prompt": "x"})),
+        parse_chat(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
+        parse_completion(Fields({"model": "m", "prompt": "x"})),
     ):
         options = asked.requests[0].options
         assert (options.max_tokens, options.temperature, options.n, options.logprobs) == (None, None, 1, None)

@@ -38,8 +38,8 @@ def told(queue, deeper):
 if __name__ == "__main__":
     os.environ["BEFORE"] = "yes"
     forks.PRELOAD = "wave"
-    forks.begin()
-    forks.begin()
+    forks.start()
+    forks.start()
     del os.environ["BEFORE"]
     os.environ["MARK"] = "outer"
     import told_by_fork
@@ -85,7 +85,7 @@ from multiprocessing import util
 from cluster.worker.engine.processes import fork_server as forks
 
 forks.PRELOAD = "wave"
-forks.begin()
+forks.start()
 print(util.get_temp_dir(), flush=True)
 sys.stdin.read()
 """

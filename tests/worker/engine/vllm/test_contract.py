@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.types import without_noise
+from cluster.api.types import without_seed_noise
 from cluster.worker.engine.vllm.requests import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS_AFTER_MIN
 from tests.worker.engine.contract import EngineContract, Subject
 
@@ -43,7 +43,7 @@ class TestFastPath(EngineContract):
     def test_says_its_path(self, engine: Subject) -> None:
         """EngineInfo has the path, the class and the sizes of the engine."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
-        assert without_noise(engine.info.engine_class) == "float32-tp1-pp1"
+        assert without_seed_noise(engine.info.engine_class) == "float32-tp1-pp1"
         assert engine.info.vocab_size == 768
         assert engine.info.max_num_seqs == 8
         assert engine.info.block_size == 32

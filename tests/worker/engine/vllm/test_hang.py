@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.api.ports import Engine, EngineSick
+from cluster.api.ports import Engine, EngineCorrupt
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, Grammar
 from cluster.worker.engine.golden_check import CheckedEngine, GoldenAnswer
 from cluster.worker.engine.vllm.engine import VllmEngine
@@ -156,7 +156,7 @@ async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, s
         await driver.run(request(fast_subject.prompt(342), max_tokens=40))
         return
     beside = request(fast_subject.prompt(342), max_tokens=40)
-    with pytest.raises(EngineSick, match="on node n9 is sick"):
+    with pytest.raises(EngineCorrupt, match="on node n9 is sick"):
         await driver.run(beside)
     await fast_subject.engine.abort([beside.request_id])
 
@@ -179,7 +179,7 @@ async def test_broken_weights_are_found_at_start(llama_folder: Path, tmp_path: P
     engine = VllmEngine(tiny_spec(), folder)
     examined = CheckedEngine(engine, node="n2")
     try:
-        with pytest.raises(EngineSick, match=r"on node n2 is sick: .*NaN in the logits"):
+        with pytest.raises(EngineCorrupt, match=r"on node n2 is sick: .*NaN in the logits"):
             await examined.start()
     finally:
         await examined.close()
