@@ -200,7 +200,7 @@ class CallService:
     async def count(self, meta: CallMeta) -> CallMeta:
         """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
         await self._allowances.count_request(meta.principal.tenant)
-        return CallMeta(meta.request_id, meta.face, meta.deadline, meta.traceparent, meta.principal, counted=True)
+        return CallMeta(meta.request_id, meta.api, meta.deadline, meta.traceparent, meta.principal, counted=True)
 
     def longest_context(self, principal: Principal) -> int:
         """Tokens of the longest context among the models open to a caller; MAX_IDS where one's is not known."""
@@ -418,7 +418,7 @@ class CallService:
         """The metrics of a call that has ended, or could not begin."""
         call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self.metrics
-        metrics.count("requests_total", model, meta.tenant, meta.face, outcome.value)
+        metrics.count("requests_total", model, meta.tenant, meta.api, outcome.value)
         if call is not None:
             self._judge(call, outcome)
         if call is None or call.first_token_at is None:

@@ -35,7 +35,7 @@ class _Definition:
 
 
 DEFINITIONS: Mapping[str, _Definition] = {
-    "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
+    "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "api", "outcome")),
     "auth_failures_total": _Definition("counter", "Requests rejected for want of valid credentials.", ("reason",)),
     "guard_actions_total": _Definition(
         "counter",
@@ -98,7 +98,7 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "worker_waiting_requests": _Definition("gauge", "Requests in the engine's own queue.", ("model", "worker")),
     "worker_kv_usage_ratio": _Definition("gauge", "Share of KV blocks in use.", ("model", "worker")),
     "worker_step_seconds": _Definition("gauge", "Length of the engine's last step.", ("model", "worker")),
-    "link_connected": _Definition("gauge", "Links that are up, by dialing process: worker or controller.", ("face",)),
+    "link_connected": _Definition("gauge", "Links that are up, by dialing process: worker or controller.", ("api",)),
     "model_replicas": _Definition("gauge", "Workers linked to this gateway.", ("model",)),
     "model_replicas_desired": _Definition("gauge", "Replica target of the controller.", ("model",)),
     "model_state": _Definition("gauge", "1 for the model's current state.", ("model", "state")),
@@ -189,7 +189,7 @@ class Metrics(Collector):
             for name, labels, value in gauges():
                 samples.setdefault(name, []).append((labels, value))
         for name, definition in DEFINITIONS.items():
-            full, labels = f"headrace_{name}", ("cluster", *definition.labels)
+            full, labels = f"headrace_{name}", ("headrace_cluster", *definition.labels)
             if definition.kind == "counter":
                 counter = CounterMetricFamily(full.removesuffix("_total"), definition.help, labels=labels)
                 for values, total in list(self._counters.get(name, {}).items()):

@@ -78,7 +78,7 @@ async def linked(ours: serving.Ours) -> float:
     except (OSError, http.client.HTTPException):
         return 0
     of_workers = ("headrace_link_connected", "worker")
-    return sum(value for name, labels, value in samples(page) if (name, labels.get("face")) == of_workers)
+    return sum(value for name, labels, value in samples(page) if (name, labels.get("api")) == of_workers)
 
 
 async def begin_attack(stage: Stage, ours: serving.Ours) -> None:

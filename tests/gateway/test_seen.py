@@ -40,11 +40,11 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
     samples = await scrape(cluster)
 
     def value(name: str, **labels: str) -> float:
-        return samples[f"headrace_{name}", frozenset({"cluster": "test", **labels}.items())]
+        return samples[f"headrace_{name}", frozenset({"headrace_cluster": "test", **labels}.items())]
 
-    assert value("requests_total", model="sim", tenant="default", face="grpc", outcome="ok") == 3
-    assert value("requests_total", model="", tenant="default", face="grpc", outcome="model_not_found") == 1
-    assert value("requests_total", model="", tenant="default", face="grpc", outcome="invalid_field") == 1
+    assert value("requests_total", model="sim", tenant="default", api="grpc", outcome="ok") == 3
+    assert value("requests_total", model="", tenant="default", api="grpc", outcome="model_not_found") == 1
+    assert value("requests_total", model="", tenant="default", api="grpc", outcome="invalid_field") == 1
     assert value("generation_tokens_total", model="sim", tenant="default") == 15
     assert value("prompt_tokens_total", model="sim", tenant="default") > 0
     assert value("time_to_first_token_seconds_count", model="sim") == 3
@@ -54,7 +54,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
     assert value("worker_up", model="sim", worker=worker.identity.worker_id) == 1
     assert value("worker_info", worker=worker.identity.worker_id, pod="gpu-a", node="ip-10-0-3-7", gpu="") == 1
     assert value("worker_running_requests", model="sim", worker=worker.identity.worker_id) == 0
-    assert value("link_connected", face="worker") == 1
+    assert value("link_connected", api="worker") == 1
     assert value("model_state", model="sim", state="ready") == 1
     assert value("requests_in_flight", model="sim") == 0
     assert value("engine_path_info", worker=worker.identity.worker_id, path="sim", reason="") == 1
@@ -66,7 +66,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
 def test_every_label_is_of_the_vocabulary() -> None:
     """No metric has a label of its own making (build_info is free)."""
     allowed = {
-        "cluster", "model", "version", "tenant", "class", "worker", "face", "outcome", "reason", "limit", "state",
+        "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit", "state",
         "gpu", "pod", "node", "file", "path",
     }  # fmt: skip
     for name, definition in DEFINITIONS.items():

@@ -22,7 +22,7 @@ from tests.support.helm import ROOT
 RULES = helm.CHART / "files" / "alerts" / "headrace.yaml"
 DASHBOARDS = sorted((helm.CHART / "files" / "dashboards").glob("*.json"))
 MONITORED = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
-SCRAPED = {"cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
+SCRAPED = {"headrace_cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
 """Labels that every series may carry: ours, and those of whoever scrapes."""
 
 
@@ -85,7 +85,7 @@ def labels_of(metric: str) -> set[str]:
 VALUES = {
     "outcome": {one.value for one in Outcome} | {"delivered", "failed", "failed_open", "failed_closed"},
     "state": {one.value.lower() for one in ModelState},
-    "face": {"worker", "controller", "grpc", "http"},
+    "api": {"worker", "controller", "grpc", "http"},
 }
 
 

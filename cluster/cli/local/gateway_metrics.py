@@ -34,8 +34,8 @@ def _row(process: int, addresses: Mapping[str, str]) -> dict[str, Any]:
         "running": total("headrace_requests_in_flight"),
         "waiting": sum(waiting.values()),
         "waiting_by_model": waiting,
-        "workers": total("headrace_link_connected", face="worker"),
-        "controllers": total("headrace_link_connected", face="controller"),
+        "workers": total("headrace_link_connected", api="worker"),
+        "controllers": total("headrace_link_connected", api="controller"),
     }
 
 

@@ -10,11 +10,11 @@ from cluster.policy.tenants.identity import Principal
 
 @dataclass(frozen=True, slots=True)
 class CallMeta:
-    """Context of a call. `face` is the name of the API that it came by; `deadline` a point of the service's clock, None
+    """Context of a call. `api` is the name of the API that it came by; `deadline` a point of the service's clock, None
     for none."""
 
     request_id: str
-    face: str
+    api: str
     deadline: float | None = None
     traceparent: str = ""
     principal: Principal = DEFAULT_PRINCIPAL
