@@ -47,8 +47,8 @@ contract-v2: triton ## the engine contract on vLLM's V2 model runner, interprete
 	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py \
 		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py $(ARGS)
 
-killers: triton ## SEEDS=200 times 16 crowds of random requests against the V2 runner, interpreted
-	PYTHONPATH=. KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/worker/engine/vllm/test_killers.py $(ARGS)
+killers: triton ## SEEDS=200 from FIRST=0, each at least 16 crowds of random requests against the V2 runner, interpreted
+	PYTHONPATH=. KILLERS_FIRST=$(or $(FIRST),0) KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/worker/engine/vllm/test_killers.py $(ARGS)
 
 gpu-contract: setup ## the engine contract on this machine's GPU: batch-invariant numerics, where it must pass, then the default
 	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py $(ARGS)

@@ -302,16 +302,19 @@ class Chance:
         return (*self.subject.prompt(self.random.randrange(10**6), tokens=self.random.choice([1, 2, 5, 11])), *odd)
 
 
-SEEDS = int(os.environ.get("KILLERS_SEEDS", "4"))
+FIRST, SEEDS = int(os.environ.get("KILLERS_FIRST", "0")), int(os.environ.get("KILLERS_SEEDS", "4"))
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
     """Many random requests at once, some aborted, end or are refused; the reference request keeps its tokens."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     taken = refusals = 0
-    for _ in range(16):
+    rounds = 0
+    while rounds < 16 or min(taken, refusals) < 20:
+        rounds += 1
+        assert rounds <= 64, "too few requests are taken, or refused, to show anything"
         ids = [await driver.submit(request(plain, max_tokens=8))]
         crowd = await asyncio.gather(*(driver.submit(chance.request()) for _ in range(12)), return_exceptions=True)
         for result in crowd:
@@ -325,6 +328,4 @@ async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> No
         await driver.until(lambda rest=rest: all(driver.answers[i].finish is not None for i in rest))  # type: ignore[misc]
         assert driver.answers[ids[0]].token_ids == reference.token_ids
         taken += len(ids) - 1
-    assert taken >= 20
-    assert refusals >= 20
     await driver.empty()
