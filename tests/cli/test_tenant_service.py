@@ -229,7 +229,7 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
         (("usage", "--group-by", "shoe", *at), 2, "shoe"),
         (("usage", "--gpu-hour", "H100=1", *at), 2, "--gpu-hour"),
         (("abort", "nothing", "--reason", "x", *at), 1, "on this gateway"),
-        (("abort", "nothing", "--reason", "x", *at, "--admin", admin), 1, "ask them too"),
+        (("abort", "nothing", "--reason", "x", *at, "--admin", admin), 1, "try the other gateways"),
         (("abort", "nothing", "--reason", " ", *at), 2, "reason"),
         (("status", "--admin", admin), 1, "UNAUTHENTICATED_KEY"),
         (("status", *at), 0, ""),
