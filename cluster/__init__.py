@@ -1,3 +1,3 @@
-"""Headrace: a serving cluster for open models. docs/design.md has the map of the packages."""
+"""Headrace: a serving cluster for open models. docs/architecture.md has the map of the packages."""
 
 __version__ = "0.1.0"
