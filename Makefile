@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos reference requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -75,6 +75,9 @@ format: setup ## let ruff put format and imports right
 
 protos: setup ## regenerate the Python code of protos/
 	scripts/protos.sh
+
+reference: setup ## regenerate docs/reference from the code
+	PYTHONPATH=. $(VENV)/python scripts/reference.py
 
 requirements: setup ## recompile the pinned files of requirements/ (ARGS=--upgrade takes newer releases)
 	scripts/requirements.sh $(ARGS)

@@ -11,32 +11,70 @@ class Outcome(enum.StrEnum):
     """Outcome of a call. The upper-case name is the `reason` of ErrorInfo; the value is the metric label."""
 
     OK = "ok"
+    """The call was answered."""
     CANCELLED = "cancelled"
+    """The client, an operator, or a resume of the call elsewhere ended it. Call again if the answer is still
+    needed."""
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    """The deadline passed. Set a longer deadline."""
     MODEL_NOT_FOUND = "model_not_found"
+    """The caller may use no model of this name, or the model is being removed. Use a name from `ListModels` or `GET
+    /v1/models`."""
     INVALID_FIELD = "invalid_field"
+    """A field of the request is invalid. Correct the fields that the error names."""
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    """The prompt does not fit into the model's context. Shorten the prompt."""
     UNAUTHENTICATED_KEY = "unauthenticated_key"
+    """The request has no valid credentials. Send a valid API key, JWT or client certificate."""
     TENANT_SUSPENDED = "tenant_suspended"
+    """The caller's tenant is suspended. An operator resumes it with `headrace tenants resume`."""
     STORE_UNAVAILABLE = "store_unavailable"
+    """The database, the limits store or the token issuer does not answer. Retry after the delay; an operator checks
+    that service."""
     RATE_LIMITED = "rate_limited"
+    """A limit of the tenant is reached: per minute, concurrent calls, or waiting calls. Retry after the delay;
+    without a delay the call alone exceeds the limit."""
     BUDGET_EXHAUSTED = "budget_exhausted"
+    """The tenant's tokens of the day or month are used up. Retry after the delay, or an operator raises the budget;
+    without a delay the call alone exceeds it."""
     QUEUE_FULL = "queue_full"
+    """The waiting room is full, or the session holds too many calls. Retry after the delay, or open another
+    session."""
     SHED = "shed"
+    """The call waited, and no worker had capacity in time or other calls displaced it. Retry after the delay."""
     DEADLINE_UNREACHABLE = "deadline_unreachable"
+    """The queue ahead is longer than the call's deadline. Set a longer deadline, or call later."""
     MODEL_LOADING = "model_loading"
+    """No worker serves the model yet. Retry after the delay."""
     NO_WORKER = "no_worker"
+    """The model has failed, or this gateway is stopping or overloaded. Retry after the delay, at another gateway if
+    there is one; `headrace models` shows the model's state."""
     WORKER_LOST = "worker_lost"
+    """The call's worker was lost and no other worker could continue the call. Retry the call; if the error names
+    several lost workers, change the call."""
     RESUME_UNSUPPORTED = "resume_unsupported"
+    """No worker can continue the call exactly. Begin the call anew."""
     RESUME_EXPIRED = "resume_expired"
+    """The resume tokens have expired, were used before, or were sealed under a secret that is gone. Begin the call
+    anew."""
     GUARD_REFUSED = "guard_refused"
+    """A guard of the tenant refused the text. Change the text; the error names the guard."""
     ADAPTER_INVALID = "adapter_invalid"
+    """The worker's engine has not loaded the adapter. Leave the adapter out."""
     UNSUPPORTED_FEATURE = "unsupported_feature"
+    """The model or the gateway does not support a part of the request. Follow the error message, which names the
+    part."""
     MANAGED_BY_FILE = "managed_by_file"
+    """The object is declared in a configuration file and read-only for the API. Change the file."""
     NOT_FOUND = "not_found"
+    """The object does not exist. Check the name that the error shows."""
     ALREADY_EXISTS = "already_exists"
+    """An object of that name exists. Choose another name."""
     PERMISSION_DENIED = "permission_denied"
+    """The caller's role does not permit the operation. Use credentials of a role that does."""
     INTERNAL = "internal"
+    """An unexpected error in the gateway or a worker. Report it with the request id, which the gateway's log has
+    too."""
 
 
 @dataclass(frozen=True, slots=True)

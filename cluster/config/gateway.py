@@ -64,10 +64,15 @@ class Listen(Section):
     """Listen addresses of a gateway, each `host:port`; port 0 picks a free port."""
 
     grpc: Address = "127.0.0.1:50051"
+    """The gRPC API for callers. Off loopback it needs `auth` and `gateway.tls`."""
     http: Address = "127.0.0.1:8000"
+    """OpenAI's HTTP API. Off loopback it needs `auth` and `gateway.tls`."""
     link: Address = "127.0.0.1:50052"
+    """Workers and the controller connect here. Off loopback it needs `gateway.link_tls`."""
     admin: Address = "127.0.0.1:50053"
+    """The admin API. Off loopback it needs `auth` and `gateway.tls`."""
     metrics: Address = "127.0.0.1:9400"
+    """Prometheus metrics of this process."""
 
     def of(self, process: int) -> Listen:
         """Return the addresses of one process.
@@ -87,14 +92,18 @@ class Tls(Section):
     """Certificate files for one side of a mutual TLS connection."""
 
     cert_file: Path
+    """Certificate of this side, in PEM."""
     key_file: Path
+    """Private key of the certificate, in PEM."""
     ca_file: Path
+    """CA that must have signed the other side's certificate, in PEM."""
 
 
 class LinkTls(Tls):
     """Certificate files of the link port. `revoked_serials_file` lists revoked certificates; re-read on changes."""
 
     revoked_serials_file: Path | None = None
+    """Serial numbers of revoked certificates. Re-read when the file changes."""
 
 
 class ClientTls(Section):
@@ -104,19 +113,28 @@ class ClientTls(Section):
     `revoked_serials_file`: client certificates that are revoked."""
 
     cert_file: Path
+    """Certificate of the gateway, in PEM."""
     key_file: Path
+    """Private key of the certificate, in PEM."""
     client_ca_file: Path | None = None
+    """CA of the client certificates that authenticate callers (`auth.client_certificates`)."""
     revoked_serials_file: Path | None = None
+    """Serial numbers of revoked client certificates."""
 
 
 class Queue(Section):
     """Bounds on the requests waiting in a gateway: in total, and for each tenant (`tenant_...`; absent: no bound)."""
 
     max_requests: Annotated[int, Field(ge=1)] = 20_000
+    """Waiting requests of all tenants."""
     max_tokens: Annotated[int, Field(ge=1)] = 40_000_000
+    """Prompt tokens of all waiting requests."""
     max_wait_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest wait of a request for a worker, in seconds."""
     tenant_max_requests: Annotated[int, Field(ge=1)] | None = None
+    """Waiting requests of one tenant; none: no bound."""
     tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Prompt tokens of one tenant's waiting requests; none: no bound."""
 
 
 class Resume(Section):
@@ -127,9 +145,13 @@ class Resume(Section):
     be the cause. With a resume token a client continues at another gateway; a token is valid for `token_expires_s`."""
 
     max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
+    """Lost workers after which a call fails; 1: with its first worker."""
     max_silent_losses: Annotated[int, Field(ge=1, le=16)] = 2
+    """Workers in a row that may be lost without a token from the call before it fails."""
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    """Longest wait of a call for another worker, in seconds."""
     token_expires_s: Annotated[float, Field(ge=1, le=86_400)] = 900.0
+    """Seconds for which a resume token is valid."""
 
 
 class GatewaySettings(Section):
@@ -139,10 +161,16 @@ class GatewaySettings(Section):
     tls: ClientTls | None = None
     link_tls: LinkTls | None = None
     processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Gateway processes on one host. They share `grpc` and `http`; process i > 0 has its link port 8 + i and its
+    metrics port 10 + i above the configured ones; only the first has `admin`."""
     keepalive_s: Annotated[float, Field(gt=0)] = 15.0
+    """Silence of a stream, in seconds, after which the caller gets a chunk with progress alone."""
     max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0
+    """Age of a connection, in seconds, at which its client is asked to connect anew."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=604_800)] = 300.0
+    """Seconds that running calls have to end when the gateway, a worker or a replaced version stops."""
     max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
+    """Largest request message, in bytes."""
     queue: Queue = Queue()
     resume: Resume = Resume()
 

@@ -77,38 +77,51 @@ class LinkSettings(Section):
     An entry is `host:port`, or `srv://_link._tcp.NAME`, an SRV record that is resolved again every few seconds."""
 
     gateways: tuple[LinkAddress, ...] = ()
+    """Link addresses, each `host:port` or `srv://_link._tcp.NAME`; empty: the local gateway."""
     tls: Tls | None = None
+    """The worker or the controller presents it to gateways."""
 
 
 class RayCluster(Section):
     """An existing Ray cluster. Without any, `cluster up` starts a local one."""
 
     name: Annotated[str, Field(pattern=_NAME.pattern)]
+    """Name to which `models[].ray` refers."""
     dashboard_url: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_web_server)]
+    """URL of Ray's dashboard, which has the job API."""
     address: str = ""
+    """Not used."""
     token_file: Path | None = None
+    """File with the token of Ray's API."""
 
 
 class HuggingFace(Section):
     """Server and token for `hf://` sources; by default those of huggingface_hub."""
 
     endpoint: Annotated[str, AfterValidator(lambda value: _web_server(value) if value else value)] = ""
+    """URL of a mirror; empty: that of huggingface_hub."""
     token_file: Path | None = None
+    """File with the token for gated repositories."""
 
 
 class Allow(Section):
     """What models may load. Empty `licenses` allow any license, and models without one."""
 
     sources: tuple[str, ...] = ("*",)
+    """Globs of the sources that models may name."""
     licenses: tuple[str, ...] = ()
+    """Licenses that models may have; empty: any, or none."""
     formats: tuple[str, ...] = ("safetensors",)
+    """Values that `models[].load_format` may have."""
     remote_code: bool = False
+    """Whether models may run code of their own (`models[].trust_remote_code`)."""
 
 
 class Weights(Section):
     """The folder of weights on each node, and what may be loaded."""
 
     cache_dir: Path | None = None
+    """Folder of weights on each node. None: `HEADRACE_CACHE_DIR`, else `headrace` in the user's cache folder."""
     hugging_face: HuggingFace = HuggingFace()
     allow: Allow = Allow()
 
@@ -117,7 +130,9 @@ class Observe(Section):
     """Logs and metrics. Metrics name the first `max_tenant_series` tenants that call; `other` stands for the rest."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged."""
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
+    """Tenants with metrics of their own; later ones share the label `other`."""
     budget_webhook: BudgetWebhook | None = None
 
 
@@ -125,8 +140,11 @@ class Replicas(Section):
     """Bounds on the number of replicas. With `min: 0`, a model without calls for `idle_s` is scaled to zero."""
 
     min: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Least number of replicas; 0: the model may be scaled to zero."""
     max: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Largest number of replicas. None: `min`, at least 1."""
     idle_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds without a call after which the model is scaled to zero. Needs `min: 0`. 0: never."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Replicas:
@@ -141,9 +159,13 @@ class Gpu(Section):
     """A GPU type that a model may run on, with the settings that differ there."""
 
     type: Annotated[str, Field(min_length=1)]
+    """Ray's accelerator type."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """GPUs of one tensor-parallel group on this type. None: the model's."""
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Pipeline stages on this type. None: the model's."""
     engine: Mapping[str, Any] = Field(default_factory=dict)
+    """Engine arguments on this type, added to the model's."""
 
 
 class Rollback(Section):
@@ -152,7 +174,9 @@ class Rollback(Section):
     Each value is the allowed ratio to the stable version; 0: never roll back."""
 
     error_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.5
+    """Allowed ratio of error rates, canary to stable version: 0 (never roll back), or 1 or more."""
     ttft_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.2
+    """Allowed ratio of times to first token, canary to stable version: 0 (never roll back), or 1 or more."""
 
     @field_validator("error_ratio", "ttft_ratio")
     @classmethod
@@ -166,17 +190,28 @@ class Canary(Section):
     """A second version of a model, which gets the share `weight` of its calls. Keys left out are the model's."""
 
     version: str
+    """Name of the second version; another than the model's."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the model's calls that the canary gets."""
     rollback: Rollback = Rollback()
     source: Annotated[str, Field(min_length=1)] | None = None
+    """Source of the weights. None: the model's."""
     revision: str | None = None
+    """Revision of an `hf://` source. None: the model's."""
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    """Digest of the canary's weights, `sha256:` and 64 hex digits; empty: not compared."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Data type of the weights. None: the model's."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """GPUs of one tensor-parallel group. None: the model's."""
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Pipeline stages. None: the model's."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest context in tokens. None: the model's."""
     engine: Mapping[str, Any] | None = None
+    """Engine arguments, instead of the model's. None: the model's."""
     ray: str | None = None
+    """Name of a Ray cluster. None: the model's."""
 
     @field_validator("version")
     @classmethod
@@ -209,8 +244,11 @@ class SloSettings(Section):
     """
 
     ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    """Time to the first token, in seconds."""
     itl_s: Annotated[float, Field(gt=0, le=60)] = 0.1
+    """Mean time between the later tokens of a call, in seconds."""
     target: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Share of the calls that meet both times."""
 
 
 class Scaling(Section):
@@ -222,9 +260,13 @@ class Scaling(Section):
     """
 
     gpu_budget: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """GPUs that all models together may use, by type; the key "" is for models without a type."""
     cold_start_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Assumed start time of a model in seconds, until its own has been measured."""
     forecast: bool = True
+    """Scale before expected demand arrives. Only true is supported."""
     frozen: bool = False
+    """Change no number of replicas automatically."""
 
     @field_validator("forecast")
     @classmethod
@@ -238,26 +280,45 @@ class Model(Section):
     """A model. `engine` has vLLM's argument names. `gpu`: one type, or a list with the preferred type first."""
 
     name: str
+    """Name that callers use: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""
     aliases: tuple[str, ...] = ()
+    """Further names: 1 to 128 letters, digits, `.`, `_`, `-`, `/`, `:`, `@` or `+`."""
     source: Annotated[str, Field(min_length=1)]
+    """Folder, `hf://organisation/name`, `s3://`, `gs://`, `https://` or `demo://smollm2`."""
     version: str = "v1"
+    """Name of this version, of the same form as `name`."""
     revision: str = ""
+    """Branch, tag or commit of an `hf://` source."""
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    """Digest of the weights, `sha256:` and 64 hex digits; other weights are refused. Empty: not compared."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights, by vLLM's name."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs of one tensor-parallel group."""
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
+    """Pipeline stages."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest context in tokens. None: the engine's default."""
     replicas: Replicas = Replicas()
     gpu: str | tuple[Gpu, ...] = ""
+    """Ray's accelerator type, or a list of types, the preferred one first; empty: any type."""
     slo: SloSettings = SloSettings()
     engine: Mapping[str, Any] = Field(default_factory=dict)
+    """More engine arguments by vLLM's names. Arguments that have a key of their own are refused."""
     ray: str = ""
+    """Name of a Ray cluster of `ray`; empty: the first one."""
     license: str = ""
+    """License where the model card names none."""
     fallback: tuple[str, ...] = ()
+    """Models that take the calls while this one has no ready worker, in this order."""
     canary: Canary | None = None
+    """None: one version."""
     allow_cross_node_tensor_parallel: bool = False
+    """Whether a tensor-parallel group may span nodes."""
     trust_remote_code: bool = False
+    """Whether the engine may run the model's own code. Needs `weights.allow.remote_code`."""
     load_format: str = "safetensors"
+    """vLLM's name of the weights' format. Must be listed in `weights.allow.formats`."""
 
     @field_validator("name", "version")
     @classmethod
@@ -405,7 +466,9 @@ class Config(Section):
     """A complete cluster.yaml."""
 
     api_version: Literal["headrace/v1"]
+    """Version of this file's format."""
     name: Annotated[str, Field(pattern=_NAME.pattern)]
+    """Name of the cluster, on each metric and log line: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""
     gateway: GatewaySettings = GatewaySettings()
     link: LinkSettings = LinkSettings()
     ray: tuple[RayCluster, ...] = ()

@@ -48,16 +48,22 @@ class ApiKeys(Section):
     Default of `pepper_file`: `key-pepper` in the cache folder, which local commands create."""
 
     pepper_file: Path | None = None
+    """File of the peppers. None: `key-pepper` in the cache folder."""
 
 
 class Oidc(Section):
     """An OpenID issuer whose tokens name a tenant. Claims may be paths (`realm_access.tenant`)."""
 
     issuer: str
+    """URL of the issuer, as in the `iss` of its tokens; `https`, or `http` on this host."""
     audience: Annotated[str, Field(min_length=1)]
+    """Audience that tokens must have."""
     tenant_claim: Annotated[str, Field(min_length=1)]
+    """Claim that names the tenant."""
     role_claim: str = ""
+    """Claim that names the role; empty: each token has the role `caller`."""
     algorithms: tuple[str, ...] = _ALGORITHMS
+    """Accepted signature algorithms; a subset of the default."""
 
     @field_validator("issuer")
     @classmethod
@@ -82,8 +88,11 @@ class ClientCertificate(Section):
     """A client certificate, named by its subject alternative name (a URI or DNS name), with its tenant and role."""
 
     san: Annotated[str, Field(min_length=1)]
+    """Subject alternative name: a URI or a DNS name, without wildcards."""
     tenant: str
+    """Tenant of the caller."""
     role: Literal["caller", "viewer", "tenant_admin", "operator"] = "caller"
+    """Role of the caller."""
 
     @field_validator("tenant")
     @classmethod
@@ -106,9 +115,11 @@ class Auth(Section):
     Default of `cluster_secret_file`: `cluster-secret` in the cache folder, which `up` creates; for one host only."""
 
     cluster_secret_file: Path | None = None
+    """File of the gateways' common secret. None: `cluster-secret` in the cache folder, for one host only."""
     api_keys: ApiKeys | None = None
     oidc: tuple[Oidc, ...] = ()
     client_certificates: tuple[ClientCertificate, ...] = ()
+    """Needs `gateway.tls.client_ca_file`."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Auth:
@@ -123,16 +134,24 @@ class RetentionDays(Section):
     """Retention of stored data, in days."""
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    """Days for which usage records are kept."""
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    """Days for which audit events are kept."""
     prompts: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 30
+    """Days for which prompts of tenants with `log_prompts` are kept."""
 
 
 class Store(Section):
     """Databases of tenants, keys and usage (default: SQLite in the cache folder) and of limits that gateways share."""
 
     database_url: str = ""
+    """`postgresql+psycopg://user@host/database` or `sqlite:////folder/file`; empty: SQLite in the cache folder. The
+    password is in `HEADRACE_DATABASE_PASSWORD`."""
     limits_url: str = ""
+    """`redis://`, `rediss://` or `unix://` of a Valkey or Redis in which gateways share limits; empty: each gateway
+    has its own."""
     stale_after_s: Annotated[float, Field(gt=0, le=MAX_STALE_S)] = 86400.0
+    """Seconds without the database for which known keys are still accepted."""
     retention_days: RetentionDays = RetentionDays()
 
     @field_validator("database_url")
@@ -177,7 +196,9 @@ class Cost(Section):
     model_config = ConfigDict(allow_inf_nan=True)  # refused below, with the range
 
     currency: str
+    """Currency code of ISO 4217, three capital letters."""
     gpu_hour: Mapping[str, float]
+    """Cost of a GPU hour by accelerator type, each 0 to 10000."""
 
     @field_validator("currency")
     @classmethod
@@ -201,8 +222,11 @@ class BudgetWebhook(Section):
     Thresholds are fractions of the budget. Each request is signed with the secret, so that a receiver can verify it."""
 
     url: str
+    """URL that gets a POST; `https`, or `http` on this host."""
     secret_file: Path
+    """File of the secret that signs each request."""
     thresholds: tuple[Annotated[float, Field(gt=0, le=10)], ...] = (0.8, 1.0)
+    """Fractions of a budget, one to ten different ones."""
 
     @field_validator("url")
     @classmethod
@@ -228,7 +252,9 @@ class PriorityClass(Section):
     """A priority class. Lower ranks are served first; under overload the highest rank is shed first."""
 
     name: str
+    """Name of the class: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""
     rank: Annotated[int, Field(ge=0, le=1000)]
+    """Order of the classes; 0 is served first. Each rank occurs once."""
 
     @field_validator("name")
     @classmethod
@@ -249,10 +275,15 @@ class LimitSettings(Section):
     """Limits of a tenant. A limit left out is that of tenant_defaults; null is unlimited."""
 
     requests_per_minute: int | None = None
+    """Requests in any 60 s: 1 to 10^15; none: unlimited."""
     tokens_per_minute: int | None = None
+    """Prompt and output tokens, weighted, in any 60 s: 1 to 10^15; none: unlimited."""
     concurrent_requests: int | None = None
+    """Calls at the same time: 1 to 10^15; none: unlimited."""
     daily_tokens: int | None = None
+    """Prompt and output tokens in a day of UTC: 1 to 10^15; none: unlimited."""
     monthly_tokens: int | None = None
+    """Prompt and output tokens in a month of UTC: 1 to 10^15; none: unlimited."""
 
     @field_validator("*")
     @classmethod
@@ -268,24 +299,38 @@ class TenantRetention(Section):
     """Retention of one tenant's data in days, shorter or longer than the cluster's; 0: not stored."""
 
     usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+    """Days for usage records. None: `store.retention_days.usage`."""
     audit_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+    """Days for audit events. None: `store.retention_days.audit`."""
     prompts_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+    """Days for logged prompts. None: `store.retention_days.prompts`."""
 
 
 class Guard(Section):
     """A check of input or output; exactly one of `builtin` (patterns or sizes) and `address` (a guard server)."""
 
     builtin: str = ""
+    """`patterns` or `sizes`."""
     address: str = ""
+    """Address of a guard server, `unix:/path` or `host:port`. Input only."""
     ca_file: str = ""
+    """CA of the guard server's certificate; empty: public authorities."""
     on: Literal["input", "output"] = "input"
+    """Text that is checked."""
     action: Literal["refuse", "redact", "flag"] = "refuse"
+    """What happens on a match: refuse the text, replace the match (`patterns` only), or count and audit it."""
     patterns_file: str = ""
+    """YAML file of expressions by name, re-read when it changes. Instead of `patterns`."""
     patterns: Mapping[str, str] = Field(default_factory=dict)
+    """Expressions of RE2 by name."""
     max_characters: int | None = None
+    """Most characters of all texts of a prompt, or of an output: 1 or more; none: no bound. `sizes` only."""
     max_messages: int | None = None
+    """Most messages of a prompt: 1 or more; none: no bound. `sizes` on input only."""
     fail: Literal["closed", "open"] = "closed"
+    """When the guard cannot decide: `closed` refuses, `open` lets the text pass."""
     timeout_s: float = 1.0
+    """Seconds for each prompt and for each step of an output: above 0, at most 60."""
 
     @model_validator(mode="before")
     @classmethod
@@ -308,13 +353,20 @@ class _TenantFields(Section):
     model_config = ConfigDict(allow_inf_nan=True)  # refused by the policy, with the range
 
     class_: Annotated[str, Field(alias="class")] = "standard"
+    """Name of a priority class of `classes`."""
     weight: float = 1.0
+    """Share relative to other tenants of the class: 0.001 to 1000000."""
     models: tuple[str, ...] = ("default",)
+    """Names, aliases or globs of the models that the tenant may use."""
     limits: LimitSettings = LimitSettings()
     max_context_tokens: int | None = None
+    """Longest prompt and output in tokens: 1 or more. None: the model's."""
     max_output_tokens: int | None = None
+    """Longest output in tokens: 1 or more. None: the model's."""
     on_budget: Literal["finish", "stop"] = "finish"
+    """When a budget is used up, running calls end (`stop`) or continue (`finish`)."""
     guards: tuple[Guard, ...] = ()
+    """Guards run in this order."""
     retention: TenantRetention = TenantRetention()
 
     @field_validator("weight", "models", "max_context_tokens", "max_output_tokens")
@@ -348,10 +400,15 @@ class Tenant(_TenantFields):
     """A tenant declared in this file; the API cannot change it."""
 
     name: str
+    """Name of the tenant: 1 to 63 lower-case letters, digits, `.`, `_` or `-`, the first a letter or digit."""
     cache_group: str = ""
+    """Tenants of the same group share the prefix cache; empty: the tenant shares it with no other."""
     log_prompts: bool = False
+    """Whether prompts and outputs are written to the prompt log."""
     labels: Mapping[str, str] = Field(default_factory=dict)
+    """Labels of each usage record, at most 32."""
     suspended: bool = False
+    """Whether the tenant's calls are refused."""
 
     @field_validator("name")
     @classmethod

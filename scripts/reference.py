@@ -1,0 +1,198 @@
+"""Write docs/reference/ from the code of configuration, metrics, errors and commands. `--check` only compares."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cluster.api.outcomes import OUTCOME_STATUS, Outcome
+from cluster.cli.all_commands import app
+from cluster.config.schema import Config
+from cluster.config.tenants import Tenant, TenantDefaults
+from cluster.observe.metrics import DEFINITIONS
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+COMMAND = "make reference"
+PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "path", Any: "any value"}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def attribute_docstrings(owner: type) -> dict[str, str]:
+    """The string below each attribute in the body of a class and of its bases, by attribute name."""
+    found: dict[str, str] = {}
+    for base in (base for base in reversed(owner.__mro__) if base.__module__.startswith("cluster.")):
+        body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
+        for statement, below in itertools.pairwise(body):
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+            if isinstance(target, ast.Name) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    escaped = ([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *escaped))
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def page(title: str, introduction: str, source: str, *parts: str) -> str:
+    """A page: its title, its introduction, the code that it is written from, and its parts."""
+    origin = f"`{COMMAND}` writes this page from `{source}`."
+    return "\n\n".join((f"# {title}", wrapped(introduction), origin, *parts)) + "\n"
+
+
+def section_in(hint: Any) -> type[BaseModel] | None:
+    """The configuration section in a type hint, None if there is none."""
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        return hint
+    return next(filter(None, map(section_in, typing.get_args(hint))), None)
+
+
+def type_name(hint: Any) -> str:
+    """A type hint in words of YAML. An optional value has the type of the value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(argument) for argument in arguments if argument is not types.NoneType)
+    if origin is not None:
+        return f"list of {type_name(arguments[0])}s" if origin is tuple else f"map of {type_name(arguments[1])}s"
+    return PLAIN.get(hint, "section")
+
+
+def constraints(hint: Any, metadata: Iterable[Any]) -> Iterator[Any]:
+    """Every constraint of a value, and of the values in it if it is a list or map."""
+    for item in metadata:
+        yield from constraints(None, item.metadata) if isinstance(item, FieldInfo) else (item,)
+    for argument in typing.get_args(hint):
+        yield from constraints(argument, getattr(argument, "__metadata__", ()))
+
+
+def allowed_range(field: FieldInfo) -> str:
+    """The allowed range of a configuration key."""
+    every = [*constraints(field.annotation, field.metadata)]
+    found = {name: getattr(item, name) for name in BOUNDS for item in every if getattr(item, name, None) is not None}
+    if found.keys() == {"ge", "le"}:
+        return f"{found['ge']} to {found['le']}"
+    return ", ".join(f"{BOUNDS[name]} {bound}" for name, bound in found.items())
+
+
+def default_value(field: FieldInfo) -> str:
+    """The default of a configuration key in YAML; empty for a section, whose keys have defaults."""
+    value = None if field.is_required() else field.get_default(call_default_factory=True)
+    if value is None or isinstance(value, BaseModel):
+        return "required" if field.is_required() else "none" if value is None else ""
+    return f"`{json.dumps(value, default=lambda item: item.model_dump(by_alias=True))}`"
+
+
+def keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, ...]]:
+    """The rows of a section's keys and of the sections in it. A tenant's rows are without those of tenant_defaults."""
+    descriptions = attribute_docstrings(section)
+    for name, field in section.model_fields.items():
+        if section is Tenant and name in TenantDefaults.model_fields:
+            continue
+        key, inner, kind = path + (field.alias or name), section_in(field.annotation), type_name(field.annotation)
+        text = f"{inspect.getdoc(inner) if inner else ''} {descriptions.get(name, '')}".strip()
+        yield key, kind, default_value(field), allowed_range(field), text
+        if inner:
+            yield from keys(inner, f"{key}[]." if "list of" in kind else f"{key}.")
+
+
+def configuration() -> str:
+    """The page of the configuration keys."""
+    head, groups = ("key", "type", "default", "range", "description"), dict[str, list[Sequence[str]]]()
+    for key, kind, *rest in sorted(keys(Config)):
+        top = key.split(".")[0].removesuffix("[]") if "." in key or "section" in kind else "Top level"
+        groups.setdefault(top, []).append((f"`{key}`", kind, *rest))
+    introduction = (
+        "Every key of cluster.yaml, for operators who write the file. `[]` stands for an entry of a list. A tenant in "
+        "`tenants` also has the keys of `tenant_defaults`, whose values hold where the tenant sets none. "
+        "[deploy/example.yaml](../../deploy/example.yaml) is a complete file; `headrace config check FILE` checks one."
+    )
+    parts = (f"## {top}\n\n{table(head, rows)}" for top, rows in groups.items())
+    return page("Configuration keys", introduction, "cluster/config", *parts)
+
+
+def metrics() -> str:
+    """The page of the metrics."""
+    names = sorted(DEFINITIONS.items())
+    rows = [(f"`headrace_{name}`", m.kind, ", ".join(f"`{label}`" for label in m.labels), m.help) for name, m in names]
+    introduction = (
+        "The Prometheus metrics, for operators who write queries and alerts. Each also has the label `cluster`, the "
+        "cluster's `name`. Tenants beyond `observe.max_tenant_series` share the value `other` of the label `tenant`."
+    )
+    head = ("metric", "type", "labels", "meaning")
+    return page("Metrics", introduction, "cluster/observe/metrics.py", table(head, rows))
+
+
+def errors() -> str:
+    """The page of the errors."""
+    descriptions, rows = attribute_docstrings(Outcome), []
+    for outcome in sorted(set(Outcome) - {Outcome.OK}, key=lambda outcome: outcome.name):
+        status, (meaning, _, remedy) = OUTCOME_STATUS[outcome], descriptions[outcome.name].partition(". ")
+        retry = "no" if status.retry_after_s is None else f"after {status.retry_after_s:g} s"
+        rows.append((f"`{outcome.name}`", f"`{status.grpc}`", str(status.http), retry, f"{meaning}.", remedy))
+    introduction = (
+        "Every reason with which a call fails, for developers of clients. Over gRPC it is in `ErrorInfo` and the delay "
+        "of a retry in `RetryInfo`, over HTTP in `error.code` (in lower case) and `Retry-After`. Delays are defaults."
+    )
+    head = ("reason", "gRPC status", "HTTP", "retry", "meaning", "what to do")
+    return page("Errors", introduction, "cluster/api/outcomes.py", table(head, rows))
+
+
+def commands(command: Any, path: str) -> Iterator[str]:
+    """A command's part of the page, and those of its subcommands."""
+    context = command.make_context(path, [], resilient_parsing=True)
+    records = [record for parameter in command.params if (record := parameter.get_help_record(context))]
+    options = sorted((r for r in records if r[0].startswith("-")), key=lambda record: record[0].lstrip("-"))
+    rows = [(f"`{name}`", text) for name, text in (*(r for r in records if r not in options), *options)]
+    parts = [f"## {path}", *map(wrapped, (command.help or "").split("\n\n"))]
+    yield "\n\n".join([*parts, table(("argument or option", "meaning"), rows)] if rows else parts)
+    for name, inner in sorted(getattr(command, "commands", {}).items()):
+        if not inner.hidden:
+            yield from commands(inner, f"{path} {name}")
+
+
+def cli() -> str:
+    """The page of the commands."""
+    introduction = f"Every command with its options, for operators; `--help` prints the same. {app.info.epilog}"
+    return page("Commands", introduction, "cluster/cli", *commands(typer.main.get_command(app), "headrace"))
+
+
+PAGES = {"cli": cli, "configuration": configuration, "errors": errors, "metrics": metrics}
+
+
+def main(arguments: Sequence[str], folder: Path = FOLDER) -> int:
+    """Write the pages, or with --check compare them. Returns the exit code: 0 if they are up to date."""
+    texts = {folder / f"{name}.md": write() for name, write in PAGES.items()}
+    stale = [file for file, text in texts.items() if not file.exists() or file.read_text() != text]
+    for file in stale:
+        if "--check" in arguments:
+            print(f"{file}: differs from the code; run `{COMMAND}`", file=sys.stderr)
+        else:
+            file.write_text(texts[file])
+    return int("--check" in arguments and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
