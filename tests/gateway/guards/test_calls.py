@@ -67,7 +67,7 @@ class Tenant:
 
     def counted(self, guard: str, outcome: str) -> float:
         """The tenant's guard_actions_total."""
-        labels = {"cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
+        labels = {"headrace_cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
         registry = self.keyed.gateway.metrics.registry
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
 
