@@ -154,7 +154,7 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
     assert notice | {"id": ""} == {
         "id": "",
         "event": "budget.threshold",
-        "headrace_cluster": "test",
+        "cluster": "test",
         "tenant": "acme",
         "budget": "daily_tokens",
         "period": day_name(NOON),
