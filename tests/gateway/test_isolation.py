@@ -138,7 +138,7 @@ POISONS = {
 }
 
 
-EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "not_taken")
+EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submission_refused")
 
 
 @dataclass

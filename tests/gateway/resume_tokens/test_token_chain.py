@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from cluster.api.types import CompatibilityKey
 from cluster.gateway.resume_tokens.token_chain import (
-    BadSegment,
     CallHead,
     Choice,
+    InvalidToken,
     TokenChain,
+    compatibility_json,
     encode,
     encode_one,
     head_json,
-    likeness_json,
 )
 from cluster.ledger.usage.sealed_records import Envelopes, SealError
 
@@ -45,7 +45,7 @@ def sealed(
             chars[index] += len(ids)
             told[index] += ids
             choices.append(Choice(index, ids, chars[index]))
-        more: dict[str, Any] = {"likeness": {"0": likeness_json(LIKE)}}
+        more: dict[str, Any] = {"likeness": {"0": compatibility_json(LIKE)}}
         if number == 1 or number in wholes:
             more["call"] = {**head_json(HEAD), "call_id": call_id}
         if number in wholes:
@@ -81,7 +81,7 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
         begun = chain.choices.get(index)
         assert (begun.token_ids if begun else []) == ids
         assert (begun.chars if begun else 0) == len(ids)
-    assert chain.choices[0].likeness == LIKE
+    assert chain.choices[0].compatibility == LIKE
 
 
 @settings(deadline=None)
@@ -93,14 +93,14 @@ def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]
     chain = opened(tokens, envelopes)
     for number in range(2, len(tokens) + 1):
         if number not in wholes:
-            with pytest.raises(BadSegment):
+            with pytest.raises(InvalidToken):
                 opened(tokens[number - 1 :], envelopes)
             continue
         shorter = opened(tokens[number - 1 :], envelopes)
         assert (shorter.head, shorter.number, shorter.last) == (chain.head, chain.number, chain.last)
         begun = [{i: (b.token_ids, b.chars) for i, b in one.choices.items() if b.token_ids} for one in (chain, shorter)]
         assert begun[0] == begun[1]
-        with pytest.raises(BadSegment):  # no other call's beginning goes with it
+        with pytest.raises(InvalidToken):  # no other call's beginning goes with it
             opened([*sealed(steps, envelopes, "chatcmpl-2")[: number - 1], *tokens[number - 1 :]], envelopes)
 
 
@@ -133,7 +133,7 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
     else:
         at = max(at, 1) if way == "foreign" else at
         bad[at] = (foreign if way == "foreign" else others)[at]
-    with pytest.raises((SealError, BadSegment)):
+    with pytest.raises((SealError, InvalidToken)):
         opened(bad, envelopes)
     assert opened(tokens[: at + 1], envelopes).number == at + 1
 
@@ -142,7 +142,7 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
 @given(st.binary(max_size=200))
 def test_any_sealed_bytes_are_refused(body: bytes) -> None:
     """What another purpose or release has sealed is no segment, whatever is in it."""
-    with pytest.raises(BadSegment):
+    with pytest.raises(InvalidToken):
         TokenChain().add(b"token", body)
 
 
