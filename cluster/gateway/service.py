@@ -410,7 +410,7 @@ class CallService:
     def _record_fallback(self, call: Call, requested: KnownModel) -> None:
         """Count a call that a fallback serves as demand for the requested model, and label its usage record."""
         self.scheduler.count_missed(call, requested)
-        call.label(FALLBACK_LABEL, requested.name)
+        call.add_label(FALLBACK_LABEL, requested.name)
         self.metrics.count("route_decisions_total", requested.name, "fallback")
 
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:

@@ -83,8 +83,8 @@ async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoin
     stop = whole[20:24]
     request = complete(max_tokens=2000, ignore_eos=True, stop=[stop])
     chunks = [c async for c in cluster.stub.StreamComplete(request)]
-    told = "".join(c.choices[0].text for c in chunks)
-    assert told == whole[: whole.index(stop)]
+    streamed = "".join(c.choices[0].text for c in chunks)
+    assert streamed == whole[: whole.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
     await until(lambda: worker.engine.load().running == 0, "the engine's place is free")
 
@@ -132,7 +132,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
     states = {m.name: m.state for m in (await cluster.stub.ListModels(pb.ListModelsRequest())).models}
     assert states == {"sim": pb.Model.STATE_LOADING, "other": pb.Model.STATE_FAILED}
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
-    await until(lambda: "sim" in cluster.gateway._healthy, "health is told")
+    await until(lambda: "sim" in cluster.gateway._healthy, "health is reported")
     loading = await health.Check(health_pb2.HealthCheckRequest(service="sim"))
     assert loading.status == health_pb2.HealthCheckResponse.NOT_SERVING
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle)

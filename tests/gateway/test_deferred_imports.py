@@ -14,8 +14,10 @@ from cluster.gateway import deferred_imports
 def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
     """Neither numpy nor the modules for large bodies are imported with the gateway."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "msgspec", "psutil"} & set(told)
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"numpy", "msgspec", "psutil"} & set(imported)
 
 
 @pytest.mark.parametrize("busy", [False, True])

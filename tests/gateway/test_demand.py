@@ -35,10 +35,10 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
         elif not comes:
             tally.dequeue(f"c{number}#0")
             line.pop(number, None)
-    told = {c.priority_class: c for c in tally.classes("m", 1.0, served=False)}
-    for name in told:
+    by_class = {c.priority_class: c for c in tally.classes("m", 1.0, served=False)}
+    for name in by_class:
         there = [n for n, c in line.items() if c == name]
-        counts = told[name]
+        counts = by_class[name]
         assert (counts.queued_requests, counts.queued_tokens, counts.held_requests) == (
             len(there),
             10 * len(there),
@@ -46,7 +46,7 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
         )
         assert (counts.arrived_requests, counts.arrived_prompt_tokens) == (arrived[name], 7 * arrived[name])
         assert (counts.expected_output_tokens, counts.rank) == (7 * arrived[name], CLASSES[name])
-    assert {name for name, count in arrived.items() if count} == set(told)
+    assert {name for name, count in arrived.items() if count} == set(by_class)
 
 
 LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
@@ -57,32 +57,32 @@ LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
 def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
     """The demand never decreases. In the end a sequence that ran counts with its actual output and one that did not
     with its expected output, once further arrivals exceed what was overestimated."""
-    tally, told = DemandTally(), 0
+    tally, expected_tokens = DemandTally(), 0
 
-    def look() -> int:
-        nonlocal told
+    def read_expected() -> int:
+        nonlocal expected_tokens
         (counts,) = tally.classes("m", 0.0, served=True)
-        assert counts.expected_output_tokens >= told
-        told = counts.expected_output_tokens
-        return told
+        assert counts.expected_output_tokens >= expected_tokens
+        expected_tokens = counts.expected_output_tokens
+        return expected_tokens
 
     for number, (foreseen, _, _) in enumerate(lengths):
         tally.arrived(replace(sequence(number), output_tokens=foreseen))
-        look()
+        read_expected()
     left = list(enumerate(lengths))
     chance.shuffle(left)
     for number, (_, came, ran) in left:
         for tokens in range(0, came if ran else 0, 40):
             tally.record_output(sequence(number), tokens)
-            look()
+            read_expected()
         for _ in range(2):  # the second call changes nothing
             tally.ended(sequence(number), came if ran else 0, ran)
-            look()
+            read_expected()
     known = sum(came if ran else foreseen for foreseen, came, ran in lengths)
-    most = told
+    most = expected_tokens
     assert most >= known
     tally.arrived(replace(sequence(len(lengths)), output_tokens=most - known + 5))
-    assert look() == most + 5
+    assert read_expected() == most + 5
 
 
 def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
@@ -110,10 +110,11 @@ def test_waits_and_deadlines() -> None:
         sequence(2, arrived=2.0, deadline=9.0),
     ):
         tally.enqueue(waiting)
-    (told,) = tally.classes("m", 5.0, served=True)
-    assert (told.queued_requests, told.oldest_wait_s, told.nearest_deadline_s, told.held_requests) == (2, 4.0, 4.0, 0)
+    (counts,) = tally.classes("m", 5.0, served=True)
+    waits = (counts.queued_requests, counts.oldest_wait_s, counts.nearest_deadline_s, counts.held_requests)
+    assert waits == (2, 4.0, 4.0, 0)
     tally.retain_models([])
-    assert tally.classes("m", 5.0, served=True), "somebody waits"
+    assert tally.classes("m", 5.0, served=True), "a sequence waits"
     tally.dequeue("c1#0")
     tally.dequeue("c2#0")
     tally.retain_models([])

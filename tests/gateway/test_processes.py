@@ -90,7 +90,7 @@ async def test_both_serve_and_one_goes_on_alone(
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
     assert "admin" not in at_second
     both = (ours.gateway, second)
-    assert [sockets(one, ours.grpc)["LISTEN"] for one in both] == [1, 1], "whoever is ready is reached"
+    assert [sockets(one, ours.grpc)["LISTEN"] for one in both] == [1, 1], "every ready process is reached"
     before = [answered(ours.endpoints), answered(at_second)]
     answers = await ask(ours, CONNECTIONS)
     assert [answer.usage.completion_tokens for answer in answers] == [TOKENS] * 2 * CONNECTIONS
@@ -105,8 +105,8 @@ async def test_both_serve_and_one_goes_on_alone(
     supervisor = {"pid": own.pid, "created": own.created}
     run.config_file.write_text(configuration_of(tmp_path))
     run.write({"supervisor": supervisor, "endpoints": dict(ours.endpoints), "siblings": [dict(at_second)]})
-    told = (await asyncio.to_thread(headrace, "status")).stdout
-    assert [line.split()[:3] for line in told.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]
+    status = (await asyncio.to_thread(headrace, "status")).stdout
+    assert [line.split()[:3] for line in status.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]
 
     os.kill(own_process(second), signal.SIGKILL)
     await until(lambda: not second.alive, "the second is gone")

@@ -25,8 +25,8 @@ async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoi
     with 0 as soon as the stream has ended."""
     file, ready = tmp_path / "cluster.yaml", tmp_path / "ready.json"
     file.write_text(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 30"))
-    told = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", *told)
+    arguments = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", *arguments)
     engine = sim_engine(checkpoint, decode_ms=4)
     info = await engine.start()
     await until(ready.exists, "the gateway is up")

@@ -162,7 +162,7 @@ class Call:
         """Set the terms on which its resume tokens were claimed."""
         self.terms = terms
 
-    def choose(self, versions: Versions) -> None:
+    def set_versions(self, versions: Versions) -> None:
         """Set the model versions on which the call may begin."""
         self.versions = versions
 
@@ -179,7 +179,7 @@ class Call:
         self.blamed = True
         self.fail(error)
 
-    def label(self, name: str, value: str) -> None:
+    def add_label(self, name: str, value: str) -> None:
         """Add a label to its usage records."""
         self.labels = {**self.labels, name: value}
 

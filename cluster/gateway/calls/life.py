@@ -178,7 +178,7 @@ class Life:
         """Forget its losses: other workers were lost too, so the sequence is not the cause."""
         self.loss.links = ()
 
-    def carry(self, losses: tuple[str, ...], tokens: int) -> None:
+    def restore_losses(self, losses: tuple[str, ...], tokens: int) -> None:
         """Set the losses that another gateway has recorded."""
         self.loss.links, self.loss.tokens = losses, tokens
 

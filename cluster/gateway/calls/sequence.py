@@ -238,9 +238,9 @@ class OutputSequence(Generic[Owner]):
         """Forget its losses: it is not their cause."""
         self._life.acquit()
 
-    def carry_losses(self, losses: tuple[str, ...]) -> None:
+    def restore_losses(self, losses: tuple[str, ...]) -> None:
         """Set the losses in a row that another gateway has recorded."""
-        self._life.carry(losses, len(self.emitted))
+        self._life.restore_losses(losses, len(self.emitted))
 
     # ---- from a resume token
 
@@ -260,7 +260,7 @@ class OutputSequence(Generic[Owner]):
         elif len(token_ids) >= self.request.sampling.max_tokens:
             self._finish("length")  # its last token was delivered, its end was not
 
-    def adopt(self, older: OutputSequence[Owner]) -> None:
+    def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
         """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
         that they are not computed again. Not with log probabilities, which are not kept."""
         more = older.emitted[len(self.emitted) :]

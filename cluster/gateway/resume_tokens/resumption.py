@@ -193,13 +193,13 @@ class ResumeService:
             if earlier.resume_tokens.generation > claim.generation:
                 raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
             for sequence, older in zip(call.sequences, earlier.sequences, strict=True):
-                sequence.adopt(older)
+                sequence.take_over_tokens(older)
             earlier.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
         self._live[call_id] = call
         tokens.generation, tokens.silent, tokens.begun_at = claim.generation, claim.silent, claim.origin
         call.claim(claim.terms)
         for sequence in call.sequences:
-            sequence.carry_losses((CARRIED,) * claim.silent)
+            sequence.restore_losses((CARRIED,) * claim.silent)
         self.on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:

@@ -212,7 +212,7 @@ class Scheduler:
         links = [link for link in model.links.values() if model.takes_calls(link)]
         same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
         if same:
-            call.choose(Versions(call.versions.first if call.versions.first in same else "", same))
+            call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
 
     def _note_unserved(self, model: KnownModel) -> None:
         """Report demand for a model that no worker serves at once, not with the next periodic report."""

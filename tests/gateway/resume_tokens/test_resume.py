@@ -59,8 +59,8 @@ async def test_a_stream_goes_on_at_another_worker(
     n = fields.get("n", 1)
     for index in range(n):
         assert text_of(chunks, index) == text_of(undisturbed, index) != ""
-    told = [[t.token_id for c in some for d in c.choices for t in d.logprobs] for some in (chunks, undisturbed)]
-    assert told[0] == told[1]
+    logprob_ids = [[t.token_id for c in some for d in c.choices for t in d.logprobs] for some in (chunks, undisturbed)]
+    assert logprob_ids[0] == logprob_ids[1]
     usage, before = chunks[-1].usage, undisturbed[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
     assert usage.resumed >= 2
@@ -96,7 +96,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     chunks = [await read(call), await read(call)]
     await doomed.stop()
     (running,) = cluster.gateway.service._open.values()
-    await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to go on")
+    await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to be resumed")
     assert cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks += await rest_of(call)
@@ -107,7 +107,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
 
 
 @pytest.mark.parametrize(
-    ("each", "told"),
+    ("each", "common"),
     [
         ([], ()),
         ([("chat", RESUME_EXACT)], ["chat", RESUME_EXACT]),
@@ -115,9 +115,9 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
         ([("chat", RESUME_STATE), ("chat", RESUME_PLAIN), ("chat", RESUME_EXACT)], ["chat", RESUME_PLAIN]),
     ],
 )
-def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], told: Sequence[str]) -> None:
+def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], common: Sequence[str]) -> None:
     """ListModels reports the capabilities that all workers have, and the weakest resume capability."""
-    assert list(common_capabilities(each)) == list(told)
+    assert list(common_capabilities(each)) == list(common)
 
 
 async def test_those_that_go_on_come_before_those_that_begin(
@@ -152,7 +152,7 @@ async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoi
     survivor = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=20, max_num_seqs=8, max_num_batched_tokens=8), bundle, wait=False
     )
-    await until(lambda: survivor.end.statistics().running == 3, "all three go on", 10)
+    await until(lambda: survivor.end.statistics().running == 3, "all three have resumed", 10)
     for call in calls:
         call.cancel()
     await cluster.until_idle()

@@ -124,11 +124,11 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
             [c.finish_reason for x in some for c in x.choices if c.index == index] for some in (chunks, undisturbed)
         ]
         assert ends[0][-1] == ends[1][-1] != ""
-        told = [
+        logprobs = [
             [(t.token_id, t.token) for x in some for c in x.choices if c.index == index for t in c.logprobs]
             for some in (chunks, undisturbed)
         ]
-        assert told[0] == told[1]
+        assert logprobs[0] == logprobs[1]
     usage, before = chunks[-1].usage, undisturbed[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
     assert usage.resumed >= 1
@@ -194,7 +194,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
         before = counts("submitted")
         goes_on = [second.stub.Resume(resume(*one)) for one in zip(requests, begun, strict=True)]
         await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in goes_on))
-        await until(lambda: sum(counts("running")) == 24, "all go on")
+        await until(lambda: sum(counts("running")) == 24, "all have resumed")
         assert [now - then for now, then in zip(counts("submitted"), before, strict=True)] == at
         again = [now - then for now, then in zip(counts("prefill_tokens"), computed, strict=True)]
         assert sum(again) <= 24 * workers[0].info.block_size

@@ -38,19 +38,19 @@ def sealed(
     out: list[bytes] = []
     before = TokenChain().last
     chars = [0, 0, 0]
-    told: list[list[int]] = [[], [], []]
+    token_ids: list[list[int]] = [[], [], []]
     for number, step in enumerate([[], *steps], start=1):
         choices = []
         for index, ids in step:
             chars[index] += len(ids)
-            told[index] += ids
+            token_ids[index] += ids
             choices.append(Choice(index, ids, chars[index]))
         more: dict[str, Any] = {"likeness": {"0": compatibility_json(LIKE)}}
         if number == 1 or number in wholes:
             more["call"] = {**head_json(HEAD), "call_id": call_id}
         if number in wholes:
             more["whole"] = True
-            choices = [Choice(index, list(told[index]), chars[index]) for index in range(3)]
+            choices = [Choice(index, list(token_ids[index]), chars[index]) for index in range(3)]
         out.append(envelopes.seal(encode(number, 100 + number, before, choices, more)))
         chain = TokenChain()
         chain.head, chain.number = HEAD, number - 1

@@ -129,11 +129,11 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
         assert time.monotonic() - asked < 0.5, "at once: no report of the gateway, no pass of the controller is awaited"
         first = await read(call)
         assert first.progress.state in ("placing", "loading", "idle")
-        told = [await read(call) for _ in range(2)][-1].progress
+        progress = [await read(call) for _ in range(2)][-1].progress
         learnt_s = at_zero.controller.scaler.standing("sim").cold_start_s
-        assert told.state == "loading"
-        assert (told.queue_position, 0 < told.fraction < 1) == (1, True)
-        assert 0 < told.eta_ms <= 1000 * max(learnt_s, 30.0)
+        assert progress.state == "loading"
+        assert (progress.queue_position, 0 < progress.fraction < 1) == (1, True)
+        assert 0 < progress.eta_ms <= 1000 * max(learnt_s, 30.0)
         ray.may_start.set()
         rest = await rest_of(call)
         assert rest[-1].usage.completion_tokens == 5
@@ -199,8 +199,8 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 def test_comments_of_event_streams() -> None:
     """A comment is a keep-alive or the progress of a start, in one line, so that every client skips it."""
     assert keep_alive(Progress("queued", 3)) == KEEP_ALIVE
-    told = keep_alive(Progress("loading", 1, 0.4, 18.0))
-    assert told == b": loading 40%, about 18 s to go\n\n"
+    comment = keep_alive(Progress("loading", 1, 0.4, 18.0))
+    assert comment == b": loading 40%, about 18 s to go\n\n"
 
 
 async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:

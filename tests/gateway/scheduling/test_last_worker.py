@@ -62,5 +62,5 @@ async def test_a_stream_that_lost_it_is_demand_from_then_on(
     assert class_counts().oldest_wait_s <= time.monotonic() - lost + (lost - began) / 2
     assert class_counts().arrived_requests == 1, "it came once"
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.1), bundle)
-    await until(lambda: class_counts().queued_requests == 0, "it goes on")
+    await until(lambda: class_counts().queued_requests == 0, "the sequence has resumed")
     stream.cancel()

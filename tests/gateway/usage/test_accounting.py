@@ -51,7 +51,9 @@ async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
     assert accounting is not None
     await until(lambda: accounting.open_accounts == 0, "every account is closed")
     await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
-    await until(lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers were told")
+    await until(
+        lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers have their acknowledgements"
+    )
 
 
 async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
@@ -190,10 +192,10 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         first = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links[:1])
         await linked(lost)
         call = lost.stub.StreamChat(chat("running", max_tokens=2000, ignore_eos=True))
-        told = [await read(call) for _ in range(40)]
+        chunks = [await read(call) for _ in range(40)]
         await first.stop(0)
         second = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links)
-        told += [await read(call) for _ in range(10)]
+        chunks += [await read(call) for _ in range(10)]
         await linked(other)
         lost.gateway.hub.links[0].close("as if its host were gone")
         await until(lambda: second.end.statistics().running == 0, "the worker has dropped it")
@@ -201,7 +203,7 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         await settled(other, second)
         (one,) = records(ledger)
         assert one.delivered_unknown
-        assert one.generated_tokens >= one.completion_tokens >= sum(bool(chunk.choices) for chunk in told) > 40
+        assert one.generated_tokens >= one.completion_tokens >= sum(bool(chunk.choices) for chunk in chunks) > 40
         await second.stop()
 
 
@@ -242,7 +244,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
         assert [one.record_id for one in exact] == [ended.record_id, running.record_id]
         assert not any(one.delivered_unknown for one in exact)
         assert exact[0].request_id == ended.request_id
-        assert exact[1].outcome == "cancelled", "its gateway was stopped while it waited to go on"
+        assert exact[1].outcome == "cancelled", "its gateway was stopped while it waited to be resumed"
         await worker.stop()
 
 
@@ -289,8 +291,8 @@ async def test_a_short_call_is_charged_its_own_steps(
         await linked(cluster)
         took = []
         for tokens in (1, 2, 1):
-            told = len(worker.witness.seen)
-            rested = lambda told=told: any(one.idle_id for one in worker.witness.seen[told:])  # noqa: E731
+            seen = len(worker.witness.seen)
+            rested = lambda seen=seen: any(usage.idle_id for usage in worker.witness.seen[seen:])  # noqa: E731
             await until(rested, "it has rested")
             began = time.monotonic()
             await cluster.stub.Chat(chat(f"with {tokens}", max_tokens=tokens, ignore_eos=True))
@@ -306,8 +308,10 @@ async def test_a_short_call_is_charged_its_own_steps(
 def test_a_gateway_without_a_ledger_imports_none() -> None:
     """Without `auth` neither accounts nor a database are imported."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"cluster.gateway.usage.accounting", "cluster.ledger.store", "sqlalchemy"} & set(told)
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"cluster.gateway.usage.accounting", "cluster.ledger.store", "sqlalchemy"} & set(imported)
 
 
 async def test_without_accounts_nothing_is_kept(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:

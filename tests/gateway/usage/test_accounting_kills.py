@@ -207,7 +207,7 @@ async def test_every_admitted_call_is_there_once(
         await asyncio.to_thread(database.take_away)
         await more("calls are accepted without a database")
         await site.kill(1)
-        await more("one gateway goes on without a database")
+        await more("one gateway serves without a database")
         await site.kill(0)  # now only the workers have the records
         assert sum(worker.end.statistics().unacked_usage for worker in workers) > 0
         await asyncio.to_thread(database.bring_back)
@@ -219,7 +219,11 @@ async def test_every_admitted_call_is_there_once(
         stop.set()
         await asyncio.gather(*callers)
         await until(lambda: all(w.end.statistics().running == 0 for w in workers), "nothing runs")
-        await until(lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers were told", 60)
+        await until(
+            lambda: all(w.end.statistics().unacked_usage == 0 for w in workers),
+            "workers have their acknowledgements",
+            60,
+        )
         accepted: dict[str, list[tuple[int, int]]] = {}
         sealer = Sealer([SECRET])
         for worker in workers:
@@ -235,13 +239,13 @@ async def test_every_admitted_call_is_there_once(
             if one.delivered_unknown:
                 assert one.completion_tokens in [w for _, w in accepted[one.record_id]]
         unknown = [one for one in found if one.delivered_unknown]
-        assert unknown, "calls of the killed gateways were told by workers"
-        assert len(unknown) < len(found), "calls of living gateways are told exactly"
+        assert unknown, "calls of the killed gateways were reported by workers"
+        assert len(unknown) < len(found), "calls of living gateways have exact records"
 
-        told = await asyncio.to_thread(
+        done = await asyncio.to_thread(
             headrace, "usage", "--group-by", "tenant,model", "--json", "-f", str(site.config_file(0))
         )
-        (row,) = json.loads(told.stdout)
+        (row,) = json.loads(done.stdout)
         calls = {one.request_id for one in found}  # each sequence of a call has a record
         assert (row["tenant"], row["requests"]) == ("acme", len(calls))
         assert row["completion_tokens"] == sum(one.completion_tokens for one in found)

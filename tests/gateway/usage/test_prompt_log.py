@@ -83,8 +83,8 @@ async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.
     written = [path for path in keyed.file.parent.rglob("*") if path.is_file()]
     assert len(written) > 3
     assert not [path for path in written if rare.encode() in path.read_bytes()]
-    told = capfd.readouterr()
-    assert rare not in told.out + told.err
+    printed = capfd.readouterr()
+    assert rare not in printed.out + printed.err
 
 
 def test_what_is_too_old_goes(tmp_path: Path) -> None:
