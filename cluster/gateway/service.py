@@ -271,7 +271,7 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         self._choose_model(opening)
         await self._encode(opening, cleanup)
-        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # after authentication
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
             raise suspended
         call = self._create_call(opening)
         self._hold_open(call, opening, cleanup)

@@ -170,7 +170,7 @@ async def test_calls_are_freed_without_the_collector(cluster: TestCluster, check
     await calls(cluster)
     gc.unfreeze()  # objects that another test's gateway froze would be counted, though the collector never visits them
     gc.collect()
-    before = Counter(type(one) for one in gc.get_objects())  # other tests keep requests, too
+    before = Counter(type(item) for item in gc.get_objects())  # other tests keep requests, too
     gc.disable()
     try:
         await calls(cluster)

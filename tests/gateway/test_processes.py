@@ -68,7 +68,7 @@ def answered(endpoints: Mapping[str, str]) -> int:
 
 
 def own_process(child: Any) -> int:
-    """Pid of the gateway itself, the child of its supervisor process."""
+    """Pid of the gateway itself, not of its guard process."""
     (process,) = child.commands()
     return int(process.pid)
 

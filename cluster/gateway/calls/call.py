@@ -101,7 +101,7 @@ class Call:
     is_resumed: bool = False
     """Whether the call began at another gateway, which has counted its prompt and the tokens that it delivered."""
     terms: ResumeTerms = ResumeTerms.FREE
-    """Who pays if the prompt of a resumed call is computed again."""
+    """Terms of its resume: they decide who pays if its prompt is computed again."""
     blamed: bool = False
     """Whether the call may have crashed its workers; it must not be resumed."""
     first_token_at: float | None = None

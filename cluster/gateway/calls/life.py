@@ -32,20 +32,20 @@ class State(enum.Enum):
     DONE = "done"
     """Finished: by the model, by a stop string or a guard, or cut at its budget."""
     FAILED = "failed"
-    """Its call has failed."""
+    """Failed with its call."""
 
 
 class Event(enum.Enum):
     """Event of a sequence."""
 
     SUBMITTED = "submitted"
-    """It was sent to a worker."""
+    """Sent to a worker."""
     ANSWERED = "answered"
     """The first output of that worker has arrived."""
     RETRY = "retry"
-    """It left its worker and starts over in the waiting room."""
+    """Left its worker; starts over in the waiting room."""
     RESUME = "resume"
-    """It left its worker or its gateway and continues after its emitted tokens on another worker."""
+    """Left its worker or its gateway; continues after its emitted tokens on another worker."""
     FINISHED = "finished"
     FAILED = "failed"
 

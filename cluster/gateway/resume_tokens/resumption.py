@@ -43,7 +43,7 @@ TAKEN_OVER = "the call was resumed elsewhere: its stream continues there"
 CLOCK_SKEW_S = 60.0
 """Largest difference between the clocks of gateways."""
 STORE_TIMEOUT_S = 1.0
-"""How long the end of a call waits for the store of claims."""
+"""Longest wait of a call's end for the store of claims."""
 GIVEN_UP = (
     Outcome.NO_WORKER,
     Outcome.WORKER_LOST,
@@ -84,7 +84,7 @@ class ResumeService:
     def _sealer(self) -> Envelopes | None:
         """The sealer of tokens; None if there is no secret and none can be made: then streams carry no tokens."""
         if self._envelopes is None and not self._cannot_seal:
-            from cluster.ledger.usage.sealed_records import Envelopes  # imported on first use: deferred_imports.py
+            from cluster.ledger.usage.sealed_records import Envelopes  # only gateways that seal need it
 
             try:
                 self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)

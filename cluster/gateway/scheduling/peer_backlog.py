@@ -23,7 +23,7 @@ REPORT_S = 0.1
 REPEAT_S = 0.5
 FORWARDING_WORKERS = 2
 FLOWS_A_REPORT = 1000
-"""With more flows than this, backlogs are reported less often in proportion."""
+"""Number of flows above which backlogs are reported less often in proportion."""
 
 
 @dataclass(slots=True)

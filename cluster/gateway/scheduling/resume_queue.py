@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from cluster.gateway.calls.call import CallSequence
 
 HOME_S = 0.1
-"""How long a sequence waits for capacity on the worker that holds its KV blocks before another one may compute it
+"""Seconds that a sequence waits for capacity on the worker that holds its KV blocks before another one may compute it
 again: its slot there is free since its gateway was lost, and is granted as soon as a gateway claims it."""
 
 

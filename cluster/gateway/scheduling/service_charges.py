@@ -63,7 +63,7 @@ class ServiceCharges:
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
-        """By model, the largest difference between two backlogged tenants' service accounts, updated every second."""
+        """Largest difference between two backlogged tenants' service accounts, by model; updated every second."""
 
     def weight_of(self, tenant: str) -> float:
         """Weight of a tenant, by its handle; 1 if unknown."""

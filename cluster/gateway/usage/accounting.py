@@ -46,7 +46,7 @@ from cluster.wire.ended_requests import EndedUsage
 log = structlog.get_logger("ledger")
 
 GRACE_S = 10.0
-"""How long an ended call waits for the engine's counts: long enough for a worker to reconnect a broken link."""
+"""Longest wait of an ended call for the engine's counts: enough for a worker to reconnect a broken link."""
 SWEEP_S = 0.5
 LAST_COUNTS_S = 1.0
 LAST_MOVE_S = 5.0

@@ -246,7 +246,7 @@ async def test_every_admitted_call_is_there_once(
             headrace, "usage", "--group-by", "tenant,model", "--json", "-f", str(site.config_file(0))
         )
         (row,) = json.loads(done.stdout)
-        calls = {one.request_id for one in found}  # each sequence of a call has a record
+        calls = {record.request_id for record in found}  # each sequence of a call has a record
         assert (row["tenant"], row["requests"]) == ("acme", len(calls))
         assert row["completion_tokens"] == sum(one.completion_tokens for one in found)
         for worker in workers:
