@@ -1,4 +1,4 @@
-"""One call from arrival to end, whichever API it came by. Reads in the order in which things happen."""
+"""Call service: one call from arrival to end, for all APIs. The file follows the order of a call's steps."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger("calls")
 
 FEW_IDS = 4096
-"""Prompts of more are checked as an array."""
-HELD_S = 1.0
-"""How often a call that waits for a model to start is told how far that is."""
-SHORT_OF_ROOM = (
+"""Prompts with more ids are checked as a numpy array."""
+START_PROGRESS_S = 1.0
+"""Interval of progress reports to a call that waits for its model to start."""
+SHORT_OF_CAPACITY = (
     Outcome.QUEUE_FULL,
     Outcome.SHED,
     Outcome.DEADLINE_EXCEEDED,
@@ -59,18 +59,19 @@ SHORT_OF_ROOM = (
     Outcome.NO_WORKER,
     Outcome.WORKER_LOST,
 )
-"""Ends of a call that more replicas might have spared it."""
+"""Outcomes that more replicas might have prevented."""
 FALLBACK_LABEL = "fallback_for"
-"""In a usage record: the model that was asked for, where another has stood in for it."""
+"""Label of a usage record with the requested model, if its fallback served the call."""
 DEADLINE_SLACK_S = 0.1
-"""A caller's deadline began before it got here, so it may hang up for it sooner than ours has passed."""
+"""Tolerance for callers that cancel at their deadline: it started before the request arrived, so it passes there
+first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
-    in line, 1 the next, or 0. While nobody serves the model: how far its start is, in [0, 1], and how long it takes
-    still (seconds), by what is known of its starts; 0 where that is nothing."""
+    """Progress of a silent call. `state` is queued, prefill, running, resuming (its worker was lost) or the model's
+    state; `queue_position` counts from 1, 0 if not queued. While no worker serves the model, `fraction` is the progress
+    of its start in [0, 1] and `eta_s` the estimated rest of it in seconds, from earlier starts; 0 if unknown."""
 
     state: str
     queue_position: int
@@ -80,17 +81,17 @@ class Progress:
 
 @dataclass(slots=True)
 class Opening:
-    """What is known of a call while it is being opened."""
+    """State of a call that is being opened."""
 
     request: requests.GenerationRequest
     meta: CallMeta
     arrived: float
     model_name: str = ""
     chain: TokenChain | None = None
-    """Its resume tokens, where it was begun at another gateway."""
-    asked: KnownModel = field(init=False)
+    """Resume tokens of a call that began at another gateway."""
+    requested: KnownModel = field(init=False)
     model: KnownModel = field(init=False)
-    """The model that serves it: the one asked for, or its fallback."""
+    """The model that serves the call: the requested one or its fallback."""
     versions: Versions = field(init=False)
     text: TextModel = field(init=False)
     max_model_len: int = 0
@@ -100,13 +101,14 @@ class Opening:
 
 
 class CallService:
-    """Opens calls. Every open call is closed by leaving its context: places freed, queue left, metrics settled."""
+    """Call service of one gateway: opens calls. Leaving a call's context frees its slots, leaves the queue and settles
+    its accounts and metrics."""
 
     def __init__(
         self,
         directory: ModelDirectory,
         scheduler: Scheduler,
-        allowances: QuotaReservations,
+        reservations: QuotaReservations,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         door: Authenticator | None = None,
@@ -114,14 +116,14 @@ class CallService:
         guards: Guards | None = None,
         max_silent_losses: int = MOST_SILENT,
     ) -> None:
-        """`max_attempts` workers may fail a sequence before its call fails, `max_silent_losses` be lost in a row with
-        no token between. `guards`: where there are tenants whose policies name some."""
+        """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
+        of workers that may be lost in a row without a token between. `guards`: required if policies name guards."""
         self.max_attempts = max_attempts
         self.max_silent_losses = max_silent_losses
         self._guards = guards
-        self._allowances = allowances
+        self._reservations = reservations
         self.authenticator: Authenticator = door if door is not None else NoAuthentication()
-        self.authenticator.on_change.add(self._end_fallen)
+        self.authenticator.on_change.add(self._end_suspended)
         self.directory = directory
         self.bodies = Bodies()
         self.scheduler = scheduler
@@ -129,15 +131,15 @@ class CallService:
         self.clock = clock
         self.wall_s: Callable[[], float] = time.time
         self.resumes: ResumeService | None = None
-        """Set before the first call, where streams can be resumed."""
+        """Resume service, set before the first call; None if streams cannot be resumed."""
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
         self.prompts: PromptLog | None = None
-        """Where prompts are written of tenants whose policy says so."""
+        """Log of prompts for tenants whose policy asks for it; None if there is none."""
 
     def statistics(self) -> dict[str, int]:
-        """Open calls by model; empty when idle."""
+        """Number of open calls by model; empty when idle."""
         counts: dict[str, int] = {}
         for call in list(self._open.values()):
             counts[call.model] = counts.get(call.model, 0) + 1
@@ -148,14 +150,14 @@ class CallService:
         """Whether a call is open."""
         return bool(self._open)
 
-    def _resuming(self) -> ResumeService:
+    def _resume_service(self) -> ResumeService:
         if self.resumes is None:
-            raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway cannot resume streams: send a new call")
         return self.resumes
 
     async def hand_over(self, by: float) -> None:
-        """Streams that can be resumed leave one after the other until `by`, those with the most left to make first:
-        each finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
+        """End the resumable streams one after the other until `by`, those with the most tokens left first. Evenly over
+        time, so that each finds capacity and a short prefill queue at another gateway."""
         streams = [
             call for call in self._open.values() if call.resume_tokens is not None and call.first_token_at is not None
         ]
@@ -163,23 +165,23 @@ class CallService:
         while streams and (left_s := by - self.clock()) > 0:
             call = streams.pop()
             if call.id in self._open:
-                self._send_on(call, retry_after_s=0.0)
+                self._end_for_resume(call, retry_after_s=0.0)
                 await asyncio.sleep(left_s / (len(streams) + 1))
 
     def end_all(self) -> None:
-        """What still runs ends here; where it is resumable it goes on elsewhere."""
+        """End all open calls; clients can continue the resumable ones at another gateway."""
         for call in list(self._open.values()):
-            self._send_on(call, retry_after_s=0.1)
+            self._end_for_resume(call, retry_after_s=0.1)
 
-    def _send_on(self, call: Call, retry_after_s: float) -> None:
-        told = f"this gateway is {self._closing}; resume or repeat the call at another"
-        call.fail(CallError(Outcome.NO_WORKER, told, retry_after_s=retry_after_s))
+    def _end_for_resume(self, call: Call, retry_after_s: float) -> None:
+        message = f"this gateway is {self._closing}; resume or repeat the call at another"
+        call.fail(CallError(Outcome.NO_WORKER, message, retry_after_s=retry_after_s))
 
     def close(self, why: str) -> None:
-        """Take no new call; sessions are told, so that they end with their last call."""
+        """Refuse new calls, and notify sessions so that they end with their last call."""
         self._closing = why
-        for told in list(self.on_close):
-            told()
+        for notify in list(self.on_close):
+            notify()
 
     @property
     def closing(self) -> bool:
@@ -187,7 +189,7 @@ class CallService:
         return bool(self._closing)
 
     def progress(self, call: Call) -> Progress:
-        """Where a silent call is."""
+        """Progress of a silent call."""
         position = self.scheduler.queues.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
@@ -198,36 +200,38 @@ class CallService:
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
     async def count(self, meta: CallMeta) -> CallMeta:
-        """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
-        await self._allowances.count_request(meta.principal.tenant)
+        """Count a request of a tenant before its body is read, whatever its outcome. Raises CallError, RATE_LIMITED."""
+        await self._reservations.count_request(meta.principal.tenant)
         return CallMeta(meta.request_id, meta.api, meta.deadline, meta.traceparent, meta.principal, counted=True)
 
     def longest_context(self, principal: Principal) -> int:
-        """Tokens of the longest context among the models open to a caller; MAX_IDS where one's is not known."""
+        """Longest context in tokens of the models open to a caller; MAX_IDS if that of a model is unknown."""
         lengths = [model.max_model_len for model in self.directory.open_to(principal)]
         return max(lengths) if lengths and all(lengths) else MAX_IDS
 
     async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
-        """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
+        """Encode a prompt and charge its tokens to the tenant; returns token ids and the model's context length. Raises
+        CallError."""
         model = self.directory.resolve(name, meta.principal)
         text = await self.directory.text_model(model)
         ids = await encode(prompt, text, meta.tenant, model.max_model_len)
-        await self._allowances.charge(meta.principal.tenant, len(ids))
+        await self._reservations.charge(meta.principal.tenant, len(ids))
         return ids, model.max_model_len
 
     async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
-        """The text of token ids, likewise. Raises CallError."""
+        """Decode token ids into text and charge them to the tenant. Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
         text = await self.directory.text_model(model)
         if model.max_model_len and len(token_ids) > model.max_model_len:
-            raise invalid("token_ids", f"at most {model.max_model_len}, the model's context; got {len(token_ids)}")
+            raise invalid("token_ids", f"at most {model.max_model_len} (the model's context), got {len(token_ids)}")
         ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
-        await self._allowances.charge(meta.principal.tenant, len(ids))
+        await self._reservations.charge(meta.principal.tenant, len(ids))
         return await text.decode_async(meta.tenant, ids, "token_ids")
 
     @asynccontextmanager
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
-        """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
+        """Open a call for the time of the context. Raises CallError if it cannot run; an error raised in the context
+        ends it with that outcome."""
         cleanup = Cleanup(meta.request_id)
         opening = Opening(request, meta, self.clock())
         cleanup.add(lambda outcome: self._count_end(opening, outcome))
@@ -242,7 +246,7 @@ class CallService:
             late = deadline is not None and self.clock() >= deadline - DEADLINE_SLACK_S
             cleanup.outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
             raise
-        except Exception:  # counted as what it is; the API answers
+        except Exception:  # counted as INTERNAL; the API answers
             cleanup.outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
             raise
@@ -257,7 +261,7 @@ class CallService:
             await cleanup.run()
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
-        """The steps from a request to a queued call, in the order in which they happen. Each registers its undo."""
+        """Take the steps from a request to a queued call, in order. Each step registers its undo."""
         if self._closing:
             raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
         if opening.request.resume is not None:
@@ -267,25 +271,25 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         self._choose_model(opening)
         await self._encode(opening, cleanup)
-        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call has come
+        if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
             raise suspended
-        call = self._call(opening)
+        call = self._create_call(opening)
         self._hold_open(call, opening, cleanup)
-        if opening.model is not opening.asked:
-            self._stands_in(call, opening.asked)
+        if opening.model is not opening.requested:
+            self._record_fallback(call, opening.requested)
         if (resumes := self.resumes) is not None and opening.request.resumable:
             cleanup.add(lambda outcome: resumes.give_up(call, outcome))
             cleanup.add(lambda outcome: resumes.leave(call))
             digest = opening.model.bundle_digest_of(opening.versions.first)
             resumes.begin(call, opening.request, opening.meta, digest, opening.chain)
-        cleanup.add(lambda outcome: self._allowances.settle(call))
-        await self._allowances.admit(call)
-        if opening.model is not opening.asked:
+        cleanup.add(lambda outcome: self._reservations.settle(call))
+        await self._reservations.admit(call)
+        if opening.model is not opening.requested:
             call.add_headers([("x-headrace-model", opening.model.name)])
         if call.error is not None:  # its tenant was suspended while its limits were checked
             raise call.error
         if opening.chain is not None:
-            await self._resuming().take_over(call, opening.chain)
+            await self._resume_service().take_over(call, opening.chain)
         if (accounting := self.scheduler.host.accounting) is not None:
             cleanup.add(lambda outcome: accounting.ended(call, outcome))
         cleanup.add(lambda outcome: self.scheduler.canaries.ended(call, outcome))
@@ -294,24 +298,24 @@ class CallService:
         return call
 
     async def _read_resume_tokens(self, opening: Opening) -> None:
-        chain = await self._resuming().read(opening.request, opening.meta.principal)
-        opening.chain, opening.model_name = chain, chain.whole.model
-        deadline = self._resuming().deadline(chain, opening.meta.deadline)
+        chain = await self._resume_service().read(opening.request, opening.meta.principal)
+        opening.chain, opening.model_name = chain, chain.call_head.model
+        deadline = self._resume_service().deadline(chain, opening.meta.deadline)
         opening.meta = replace(opening.meta, deadline=deadline)
 
     def _choose_model(self, opening: Opening) -> None:
-        """The model, or the one that stands in for it, and the versions at which the call may begin."""
+        """Choose the requested model or its fallback, and the versions on which the call may begin."""
         chain, principal = opening.chain, opening.meta.principal
-        name = opening.request.model if chain is None else chain.whole.model
-        asked = model = self.directory.resolve(name, principal, began=chain is not None)
+        name = opening.request.model if chain is None else chain.call_head.model
+        requested = model = self.directory.resolve(name, principal, began=chain is not None)
         if model.entry.fallback and not model.served and chain is None:
             model = self.directory.fallback_of(model, principal) or model
-        opening.asked, opening.model, opening.model_name = asked, model, model.name
-        request_id = opening.meta.request_id if chain is None else chain.whole.request_id
+        opening.requested, opening.model, opening.model_name = requested, model, model.name
+        request_id = opening.meta.request_id if chain is None else chain.call_head.request_id
         opening.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
 
     async def _encode(self, opening: Opening, cleanup: Cleanup) -> None:
-        """The prompt's token ids, after the tenant's guards have seen it."""
+        """Encode the prompt, and again if the tenant's guards have changed it."""
         policy, model, request = opening.meta.principal.tenant, opening.model, opening.request
         opening.text = text = await self.directory.text_model(model, opening.versions.first)
         max_model_len = model.max_model_len
@@ -321,22 +325,22 @@ class CallService:
         opening.prompt_ids = await encode(request.prompt, text, policy.name, max_model_len)
         if not policy.guards:
             return
-        # Guards search the whole prompt, so only one of bounded length.
+        # After the first encoding, which bounds the prompt's length: guards search all of it.
         guards = opening.guards = self._guards_of(opening.meta, model.name)
         cleanup.add(lambda outcome: guards.close())
-        kept = await guards.prompt(request.prompt, text)
-        if kept is not request.prompt:
-            opening.request = replace(request, prompt=kept)
-            opening.prompt_ids = await encode(kept, text, policy.name, max_model_len)
+        guarded = await guards.prompt(request.prompt, text)
+        if guarded is not request.prompt:
+            opening.request = replace(request, prompt=guarded)
+            opening.prompt_ids = await encode(guarded, text, policy.name, max_model_len)
 
     def _hold_open(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
-        """Count the call among the open ones until its end."""
+        """Keep the call among the open ones until its end."""
         opening.call = call
 
         def close(outcome: Outcome) -> None:
             self._open.pop(call.id, None)
             for sequence in call.sequences:
-                sequence.part()
+                sequence.unlink_call()
 
         cleanup.add(close)
         if self.prompts is not None:
@@ -344,18 +348,18 @@ class CallService:
             cleanup.add(lambda outcome: prompts.ended(call, opening.request.prompt, text, outcome))
         self._open[call.id] = call
 
-    def _call(self, opening: Opening) -> Call:
-        """The call with its sequences, not yet queued."""
-        wish, meta, model, text = opening.request, opening.meta, opening.model, opening.text
+    def _create_call(self, opening: Opening) -> Call:
+        """Create the call with its sequences, not yet queued."""
+        request, meta, model, text = opening.request, opening.meta, opening.model, opening.text
         prompt_ids, max_model_len, versions, guards = (
             opening.prompt_ids, opening.max_model_len, opening.versions, opening.guards
         )  # fmt: skip
-        options = wish.options
+        options = request.options
         policy = meta.principal.tenant
         if not max_model_len:
-            raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
+            raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared; retry later")
         sampling = requests.sampling(
-            wish,
+            request,
             model.default_sampling_of(versions.first),
             len(prompt_ids),
             max_model_len,
@@ -365,7 +369,7 @@ class CallService:
         )
         rank = self.scheduler.charges.rank_of(policy.priority_class)
         call = Call(
-            id=f"{'chatcmpl' if requests.is_chat(wish.prompt) else 'cmpl'}-{random_id()}",
+            id=f"{'chatcmpl' if requests.is_chat(request.prompt) else 'cmpl'}-{random_id()}",
             model=model.name,
             policy=policy,
             rank=rank,
@@ -379,13 +383,13 @@ class CallService:
             versions=versions,
             bundle_digest=model.bundle_digest_of(versions.first),
             usage=CallUsage(prompt_tokens=len(prompt_ids)),
-            labels={**wish.metadata, **policy.labels},
+            labels={**request.metadata, **policy.labels},
             key_id=meta.principal.subject if meta.principal.by == "key" else "",
         )
-        salt = self.authenticator.cache_salt(meta.principal, wish.cache_salt)
+        salt = self.authenticator.cache_salt(meta.principal, request.cache_salt)
         for index in range(options.n):
             seed = None if sampling.seed is None else sampling.seed + index
-            request = EngineRequest(
+            engine_request = EngineRequest(
                 request_id="",
                 prompt_token_ids=prompt_ids,
                 sampling=sampling if index == 0 else replace(sampling, seed=seed),
@@ -394,33 +398,33 @@ class CallService:
                 priority=rank,
             )
             if not index:
-                check_size(request)
+                check_size(engine_request)
             plain = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
-            told = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
-            numbers = None if told is None else LogprobTexts(text, told)
-            detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
+            top = options.logprobs if options.logprobs_returned is None else options.logprobs_returned
+            logprob_texts = None if top is None else LogprobTexts(text, top)
+            detokenizer, logprobs = (plain, logprob_texts) if guards is None else guards.output(plain, logprob_texts)
             life = Life(self.max_attempts, self.max_silent_losses)
-            call.sequences.append(OutputSequence(call, index, request, detokenizer, logprobs, life))
+            call.sequences.append(OutputSequence(call, index, engine_request, detokenizer, logprobs, life))
         return call
 
-    def _stands_in(self, call: Call, asked: KnownModel) -> None:
-        """The call is another model's, which has no worker: that is demand for it, and told in the ledger."""
-        self.scheduler.count_missed(call, asked)
-        call.label(FALLBACK_LABEL, asked.name)
-        self.metrics.count("route_decisions_total", asked.name, "fallback")
+    def _record_fallback(self, call: Call, requested: KnownModel) -> None:
+        """Count a call that a fallback serves as demand for the requested model, and label its usage record."""
+        self.scheduler.count_missed(call, requested)
+        call.add_label(FALLBACK_LABEL, requested.name)
+        self.metrics.count("route_decisions_total", requested.name, "fallback")
 
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
-        """Those of a tenant that has some."""
-        assert self._guards is not None, "policies with guards come from a door that has them"
+        """The guards of a call whose tenant's policy names some."""
+        assert self._guards is not None, "a policy names guards, but the service has none"
         return self._guards.for_call(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
 
     def _count_end(self, opening: Opening, outcome: Outcome) -> None:
-        """The metrics of a call that has ended, or could not begin."""
+        """Count the metrics of a call that has ended or could not begin."""
         call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self.metrics
         metrics.count("requests_total", model, meta.tenant, meta.api, outcome.value)
         if call is not None:
-            self._judge(call, outcome)
+            self._count_slo(call, outcome)
         if call is None or call.first_token_at is None:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
@@ -435,77 +439,79 @@ class CallService:
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
 
-    def _judge(self, call: Call, outcome: Outcome) -> None:
-        """Whether the call was served as its model's objectives ask; one that its caller ended or spoilt tells nothing,
-        unless its first token was late by then."""
+    def _count_slo(self, call: Call, outcome: Outcome) -> None:
+        """Count whether the call met its model's SLO. Cancelled or invalid calls do not count, unless their time to
+        first token was already missed."""
         known = self.directory.find(call.model)
         if known is None or call.is_resumed:
             return
         entry, served = known.entry, outcome is Outcome.OK
         ttft_s = call.usage.ttft_s if call.first_token_at is not None else None
         late = entry.slo_ttft_s and self.clock() - call.arrived > entry.slo_ttft_s and ttft_s is None
-        if not served and not late and outcome not in SHORT_OF_ROOM:
+        if not served and not late and outcome not in SHORT_OF_CAPACITY:
             return
-        within = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
-        self.scheduler.queues.tally.count_slo(call.model, call.policy.priority_class, call.rank, within)
+        met = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
+        self.scheduler.queues.tally.count_slo(call.model, call.policy.priority_class, call.rank, met)
 
-    def _end_fallen(self) -> None:
-        """Calls of tenants that may no longer call end now, wherever they are."""
-        fallen = {
+    def _end_suspended(self) -> None:
+        """End all open calls of tenants that may no longer call."""
+        errors = {
             tenant: self.authenticator.tenant_error(tenant) for tenant in {call.tenant for call in self._open.values()}
         }
         for call in list(self._open.values()):
-            error = fallen[call.tenant]
+            error = errors[call.tenant]
             if error is not None:
                 call.fail(error)
 
     def abort(self, request_id: str, tenant: str = "") -> list[str]:
-        """End the open calls of a request id or call id, only one tenant's if it is named; the tenant of each."""
-        found = [c for c in self._open.values() if request_id in (c.request_id, c.id) and tenant in ("", c.tenant)]
-        for call in found:
-            call.fail(CallError(Outcome.CANCELLED, "ended by the cluster's operators"))
-        return [call.tenant for call in found]
+        """End the open calls of a request id or call id, only those of `tenant` if it is not empty. Returns the tenant
+        of each ended call."""
+        calls = [c for c in self._open.values() if request_id in (c.request_id, c.id) and tenant in ("", c.tenant)]
+        for call in calls:
+            call.fail(CallError(Outcome.CANCELLED, "cancelled by the cluster's operators"))
+        return [call.tenant for call in calls]
 
-    def _held(self, call: Call) -> bool:
-        """Whether it waits for a model that nobody serves."""
+    def _waits_for_start(self, call: Call) -> bool:
+        """Whether the call waits for a model that no worker serves."""
         if call.first_token_at is not None:
             return False
         model = self.directory.find(call.model)
         return model is not None and not model.served
 
     async def send_keepalives(self, keepalive_s: float) -> None:
-        """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
-        have been silent for keepalive_s, or for HELD_S where nobody serves their model."""
+        """End calls that waited too long, update service accounts, and have calls send a keep-alive that were silent
+        for `keepalive_s`, or for START_PROGRESS_S if no worker serves their model. Runs until cancelled, with a pass
+        every 0.25 s or less."""
         while True:
             await ticks.sleep_to_tick(min(keepalive_s / 4, 0.25))
             try:
                 self.scheduler.expire()
-            except Exception:  # the next look, and all other calls, are to have their turn
+            except Exception:  # the next pass and all other calls must still run
                 log.exception("expiry_failed")
             now = self.clock()
             for call in list(self._open.values()):
                 try:
-                    self._nudge(call, now, keepalive_s)
+                    self._update_call(call, now, keepalive_s)
                 except Exception as error:
                     call.fail_unexpectedly(error)
 
-    def _nudge(self, call: Call, now: float, keepalive_s: float) -> None:
+    def _update_call(self, call: Call, now: float, keepalive_s: float) -> None:
         self.scheduler.follow(call)
         silent_s = now - call.heard_at
-        if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
+        if silent_s >= keepalive_s or (silent_s >= START_PROGRESS_S and self._waits_for_start(call)):
             call.fall_silent(now)
 
 
 async def encode(
     prompt: requests.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0
 ) -> array[int]:
-    """Token ids of a prompt, off the event loop when long. `max_model_len` 0: of any length.
+    """Encode a prompt, outside the event loop if it is long. A `max_model_len` of 0 allows any length.
 
-    Raises CallError, before tokenizing for a text that surely leaves no room for sequence.
+    Raises CallError; for a text that certainly leaves no room for output, before it is tokenized.
     """
     if requests.is_chat(prompt) and not text.has_chat_template:
         raise CallError(
-            Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
+            Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a formatted prompt"
         )
     most = max_model_len - 1 if max_model_len else ANY_LENGTH
     if isinstance(prompt, requests.PackedPrompt):
@@ -524,19 +530,19 @@ async def encode(
 
 
 def _tokens_left(call: Call) -> int:
-    return max(one.request.sampling.max_tokens - len(one.emitted) for one in call.sequences)
+    return max(sequence.request.sampling.max_tokens - len(sequence.emitted) for sequence in call.sequences)
 
 
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
     if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
         return array("I", ids)
-    import numpy as np  # not at the start: deferred_imports.py
+    import numpy as np  # not imported at start: deferred_imports.py
 
-    found = np.asarray(ids)
-    if found.dtype.kind not in "iu":  # numbers beyond 64 bits are objects
-        found = np.asarray(ids, np.int64)
-    wrong = np.flatnonzero((found < 0) | (found >= vocab_size))
+    values = np.asarray(ids)
+    if values.dtype.kind not in "iu":  # integers beyond 64 bits become objects
+        values = np.asarray(ids, np.int64)
+    wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
     if wrong.size:
         i = int(wrong[0])
-        raise invalid(f"{field}[{i}]", f"must be in 0 to {vocab_size - 1}, the vocabulary; got {found[i]}")
-    return array("I", found.astype(np.uint32).tobytes())
+        raise invalid(f"{field}[{i}]", f"must be in 0 to {vocab_size - 1} (the vocabulary), got {values[i]}")
+    return array("I", values.astype(np.uint32).tobytes())

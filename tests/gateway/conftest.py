@@ -1,4 +1,4 @@
-"""A cluster on the simulated engine, in this process."""
+"""Fixtures: a cluster with simulated engines, in this process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.support.cluster import TestCluster, bundle_of, running_cluster
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint folder; the simulated engine speaks its tokens."""
+    """A tiny checkpoint folder; the simulated engine uses its tokenizer."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path) -> Bundle:
-    """Its tokenizer bundle."""
+    """The tokenizer bundle of the checkpoint."""
     return bundle_of(checkpoint)
 
 

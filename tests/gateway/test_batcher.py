@@ -1,4 +1,4 @@
-"""Whoever asks while others are under way is asked with all who do."""
+"""Batcher: requests that arrive while a batch is running are sent together in the next one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.gateway.batcher import Batcher
 
 
 class Store:
-    """Answers when let, with what was asked; "bad" gets an error of its own."""
+    """Store that answers once `go` is set, with the uppercase request; "bad" gets an error of its own."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -19,7 +19,7 @@ class Store:
         self.away = False
 
     async def __call__(self, asks: Sequence[str]) -> Sequence[str | Exception]:
-        """One set."""
+        """Answer one batch."""
         self.asked.append(list(asks))
         await self.go.wait()
         if self.away:
@@ -28,7 +28,7 @@ class Store:
 
 
 async def test_what_comes_meanwhile_goes_together() -> None:
-    """The first at once, the others with the next, each with its own answer, no more than fit."""
+    """The first request is sent at once, later ones in the next batch, up to its size; each gets its own answer."""
     store = Store()
     ask = Batcher(store, most=3)
     first = ask("a")
@@ -46,7 +46,7 @@ async def test_what_comes_meanwhile_goes_together() -> None:
 
 
 async def test_a_store_that_is_away_is_everyones_error() -> None:
-    """And is asked again by the next."""
+    """All requests of a batch fail with the store's error; the next request asks the store again."""
     store = Store()
     store.go.set()
     store.away = True
@@ -58,7 +58,7 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
 
 
 async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
-    """A store's loss is waited out once, also by those that came meanwhile."""
+    """Requests that waited for a failed batch fail with it, so that a lost store is waited for only once."""
     store = Store()
     store.away = True
     ask = Batcher(store)
@@ -72,7 +72,7 @@ async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
 
 
 async def test_who_no_longer_waits_is_not_asked() -> None:
-    """One that has gone before its turn is left out; one that goes during it changes nothing for the others."""
+    """A request that is cancelled before its batch is left out; one cancelled during it does not affect the others."""
     store = Store()
     ask = Batcher(store)
     first, gone = ask("a"), ask("b")

@@ -42,7 +42,7 @@ async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: P
 
 
 async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """What the caller reads is the text of exactly the ids that the engine alone gives for the same prompt."""
+    """The caller gets the text of exactly the ids that the engine alone generates for the same prompt."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     text = TextModel.from_bundle(bundle)
     answer = await cluster.stub.Complete(complete(max_tokens=30, ignore_eos=True))
@@ -77,20 +77,20 @@ async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: B
 
 
 async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stop string ends the call at its first letter, is not told, and frees the engine's place at once."""
+    """A stop string ends the call, is not delivered, and frees the engine's slot at once."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     whole = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
     stop = whole[20:24]
     request = complete(max_tokens=2000, ignore_eos=True, stop=[stop])
     chunks = [c async for c in cluster.stub.StreamComplete(request)]
-    told = "".join(c.choices[0].text for c in chunks)
-    assert told == whole[: whole.index(stop)]
+    streamed = "".join(c.choices[0].text for c in chunks)
+    assert streamed == whole[: whole.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
     await until(lambda: worker.engine.load().running == 0, "the engine's place is free")
 
 
 async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A given request id comes back at once and at the end, a bad one is replaced; other metadata is let be."""
+    """A given request id is returned at once and at the end, an invalid one is replaced; other metadata is ignored."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     call = cluster.stub.StreamChat(
         chat(), metadata=(("x-request-id", "abc-1"), ("x-whatever", "7"), ("x-b-bin", b"\xff"))
@@ -106,7 +106,7 @@ async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint:
 
 
 async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Ids of text and of messages; text of ids; the context's length is told."""
+    """Text and messages become ids and ids become text; the answer has the context length."""
     await cluster.add_worker(sim_engine(checkpoint, max_model_len=512), bundle)
     text = TextModel.from_bundle(bundle)
     plain = await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text="Grüße, 世界"))
@@ -132,7 +132,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
     states = {m.name: m.state for m in (await cluster.stub.ListModels(pb.ListModelsRequest())).models}
     assert states == {"sim": pb.Model.STATE_LOADING, "other": pb.Model.STATE_FAILED}
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
-    await until(lambda: "sim" in cluster.gateway._healthy, "health is told")
+    await until(lambda: "sim" in cluster.gateway._healthy, "health is reported")
     loading = await health.Check(health_pb2.HealthCheckRequest(service="sim"))
     assert loading.status == health_pb2.HealthCheckResponse.NOT_SERVING
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
@@ -154,7 +154,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
 
 
 async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls beyond the engines' room wait in the gateway, not in the engines, and all of them are answered."""
+    """Calls beyond the engines' capacity wait in the gateway, not in the engines, and all are answered."""
     workers = [await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=4), bundle) for _ in range(2)]
     deepest = 0
 
@@ -177,7 +177,7 @@ async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Pa
 
 @pytest.mark.slow
 async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A prompt of many tokens arrives whole, in chunks on its own connection."""
+    """A long prompt arrives complete, in chunks on a connection of its own."""
     await cluster.add_worker(
         sim_engine(checkpoint, max_model_len=400_000, kv_blocks=40_000, prefill_tokens_per_s=1e7), bundle
     )
@@ -190,7 +190,7 @@ async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Every keepalive_s of silence a chunk with progress alone goes out, queued or running."""
+    """After every keepalive_s without a token a chunk with only progress is sent, for queued and running calls."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         cluster.gateway.worker_events.apply_catalog(
@@ -224,7 +224,7 @@ async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Pat
 async def test_a_call_without_tokens_moves_to_another_worker(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A worker lost before the first token costs the caller nothing but time."""
+    """A call whose worker is lost before the first token starts over on another worker."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, fault="hang@step:1"), bundle)
     call = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True)))
     await until(lambda: doomed.end.statistics().running == 1, "the call is at the first worker")
@@ -237,7 +237,7 @@ async def test_a_call_without_tokens_moves_to_another_worker(
 async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, kind: str
 ) -> None:
-    """An engine that dies or computes nonsense, with no other there, ends its calls with a status, never with wrong or
+    """If an engine crashes or computes NaN and there is no other, its calls end with an error, never with wrong or
     missing tokens."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_wait_s: 0.2}")
     async with running_cluster(tmp_path, config) as cluster:
@@ -250,7 +250,7 @@ async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
 async def test_a_grammar_without_a_way_on_is_the_callers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """An engine that gives up a call with a grammar has met a contradiction of the call's own parameters."""
+    """If a grammar allows no further token, the call's parameters contradict each other: the error is the caller's."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:3"), bundle)
     form = pb.ResponseFormat(type="regex", regex="a+")
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True, response_format=form)))

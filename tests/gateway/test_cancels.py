@@ -1,4 +1,4 @@
-"""Deadlines, cancels and clients that vanish free the engine's places at once, and disturb nobody."""
+"""Deadlines, cancels and lost clients free the engine's slots at once and do not affect other calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.cluster import TestCluster, sim_engine, until
 
 
 class StepClock:
-    """An engine that passes everything on and notes at which step each request left it."""
+    """Engine wrapper that records the step in which each request left the engine."""
 
     def __init__(self, engine: SimEngine) -> None:
         self._engine = engine
@@ -50,7 +50,7 @@ class StepClock:
 
 @pytest.mark.slow
 async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """At 20 ms a step a place is free within two steps of the cancel (p99 of 1,000); others keep their tokens."""
+    """At 20 ms a step a slot is free within two steps of the cancel (p99 of 1,000); other calls keep their tokens."""
     engine = StepClock(sim_engine(checkpoint, decode_ms=20, max_num_seqs=256, kv_blocks=2_000))
     await cluster.add_worker(engine, bundle)
     steady = chat("steady", max_tokens=150, ignore_eos=True)
@@ -128,7 +128,7 @@ async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path,
 async def test_slow_reader_gets_whole_text_in_fewer_chunks(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A client that does not read gets its text in larger pieces; the engine does not wait for it."""
+    """A client that does not read gets its text in larger chunks; the engine does not wait for it."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.2, max_model_len=4_000, kv_blocks=4_000), bundle
     )

@@ -1,4 +1,4 @@
-"""A gateway whose file has wrong models: it serves its last catalog, says so, and sees when a file becomes wrong."""
+"""Invalid models in the configuration: the gateway serves its last catalog, reports it, and checks the file again."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WRONG = LOOPBACK + '  - {name: sim, source: "sim:///elsewhere"}\n'
 
 
 async def no_bundle(_: str) -> object:
-    """Nothing is fetched here."""
+    """Fetch nothing."""
     raise LookupError
 
 
 @pytest.mark.slow
 async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Path) -> None:
-    """Each gateway that restarted on such a file ended: the fleet was gone within days of the change."""
+    """A gateway starts with an invalid file. Each gateway that restarted exited: the fleet was gone within days."""
     folder = tmp_path / "gateway"
     ModelDirectory(folder, no_bundle).apply_catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
     async with gateway_process(folder, WRONG) as process:
@@ -39,12 +39,12 @@ async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Pat
 
 
 def seen(state: ConfigState, valid: bool) -> bool:
-    """Whether the file's state is known."""
+    """Whether the file's state is reported as `valid`."""
     return state.valid is valid
 
 
 async def test_a_file_that_becomes_wrong_is_seen_before_a_restart(tmp_path: Path) -> None:
-    """And one that is mended; an alarm that waits for a restart comes when a gateway is already gone."""
+    """A file that becomes invalid, or valid again, is reported without a restart: after one, the alarm is too late."""
     file = tmp_path / "cluster.yaml"
     file.write_text(LOOPBACK)
     state = ConfigState(file, look_s=0.01)

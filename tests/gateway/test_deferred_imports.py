@@ -1,4 +1,4 @@
-"""What a gateway imports after its start."""
+"""Deferred imports of a gateway."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from cluster.gateway import deferred_imports
 
 
 def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
-    """Neither numpy nor what reads large bodies is imported with the gateway."""
+    """Neither numpy nor the modules for large bodies are imported with the gateway."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "msgspec", "psutil"} & set(told)
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"numpy", "msgspec", "psutil"} & set(imported)
 
 
 @pytest.mark.parametrize("busy", [False, True])
 async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
     busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first idle moment, and once the time is over in a gateway that is never idle."""
+    """The deferred modules are imported at the first idle moment, or after a time limit if the gateway is never
+    idle."""
     name = f"imported_later_{busy}".lower()
     (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

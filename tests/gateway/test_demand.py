@@ -1,4 +1,4 @@
-"""The gateway's tally: what has come only grows, what waits is what stands in line, and how calls are judged."""
+"""Demand tally: arrived counts only grow, waiting counts match the queue, and calls are judged by the SLO."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from cluster.policy.fairness.order import WaitingSequence
 CLASSES = {"interactive": 0, "batch": 2}
 
 
-def one(
+def sequence(
     number: int, priority_class: str = "batch", arrived: float = 0.0, deadline: float | None = None
 ) -> WaitingSequence:
-    """Ten tokens, three of them expected in a cache; seven to come."""
+    """A sequence with ten prompt tokens, three of them expected in a cache, and seven expected output tokens."""
     rank = CLASSES[priority_class]
     return WaitingSequence(f"c{number}#0", "m", "t", 10, deadline, priority_class, arrived, rank, 3, 7)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(list(CLASSES))), max_size=80))
 def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> None:
-    """Whatever comes, goes, and goes twice."""
+    """The counts match the queue for any order of arrivals and departures, repeated departures included."""
     tally, line, arrived = DemandTally(), dict[int, str](), dict.fromkeys(CLASSES, 0)
     for comes, number, name in steps:
         if comes and number not in line:
-            tally.arrived(one(number, name))
-            tally.enqueue(one(number, name))
+            tally.arrived(sequence(number, name))
+            tally.enqueue(sequence(number, name))
             line[number] = name
             arrived[name] += 1
         elif not comes:
             tally.dequeue(f"c{number}#0")
             line.pop(number, None)
-    told = {c.priority_class: c for c in tally.classes("m", 1.0, served=False)}
-    for name in told:
+    by_class = {c.priority_class: c for c in tally.classes("m", 1.0, served=False)}
+    for name in by_class:
         there = [n for n, c in line.items() if c == name]
-        counts = told[name]
+        counts = by_class[name]
         assert (counts.queued_requests, counts.queued_tokens, counts.held_requests) == (
             len(there),
             10 * len(there),
@@ -46,68 +46,75 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
         )
         assert (counts.arrived_requests, counts.arrived_prompt_tokens) == (arrived[name], 7 * arrived[name])
         assert (counts.expected_output_tokens, counts.rank) == (7 * arrived[name], CLASSES[name])
-    assert {name for name, count in arrived.items() if count} == set(told)
+    assert {name for name, count in arrived.items() if count} == set(by_class)
 
 
 LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
-"""What is foreseen of one, what it comes to, and whether it ever runs."""
+"""Expected and actual output tokens of a sequence, and whether it ever runs."""
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=40), st.randoms())
 def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
-    """Whatever was foreseen: at every moment no less than before; in the end what ran counts as what it came to, and
-    what did not as was foreseen, once more has come than was foreseen too much."""
-    tally, told = DemandTally(), 0
+    """The demand never decreases. In the end a sequence that ran counts with its actual output and one that did not
+    with its expected output, once further arrivals exceed what was overestimated."""
+    tally, expected_tokens = DemandTally(), 0
 
-    def look() -> int:
-        nonlocal told
+    def read_expected() -> int:
+        nonlocal expected_tokens
         (counts,) = tally.classes("m", 0.0, served=True)
-        assert counts.expected_output_tokens >= told
-        told = counts.expected_output_tokens
-        return told
+        assert counts.expected_output_tokens >= expected_tokens
+        expected_tokens = counts.expected_output_tokens
+        return expected_tokens
 
     for number, (foreseen, _, _) in enumerate(lengths):
-        tally.arrived(replace(one(number), output_tokens=foreseen))
-        look()
+        tally.arrived(replace(sequence(number), output_tokens=foreseen))
+        read_expected()
     left = list(enumerate(lengths))
     chance.shuffle(left)
     for number, (_, came, ran) in left:
         for tokens in range(0, came if ran else 0, 40):
-            tally.record_output(one(number), tokens)
-            look()
-        for _ in range(2):  # twice changes nothing
-            tally.ended(one(number), came if ran else 0, ran)
-            look()
+            tally.record_output(sequence(number), tokens)
+            read_expected()
+        for _ in range(2):  # the second call changes nothing
+            tally.ended(sequence(number), came if ran else 0, ran)
+            read_expected()
     known = sum(came if ran else foreseen for foreseen, came, ran in lengths)
-    most = told
+    most = expected_tokens
     assert most >= known
-    tally.arrived(replace(one(len(lengths)), output_tokens=most - known + 5))
-    assert look() == most + 5
+    tally.arrived(replace(sequence(len(lengths)), output_tokens=most - known + 5))
+    assert read_expected() == most + 5
 
 
 def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
-    """In steps of some tokens, not at its end alone; what came to another gateway counts there."""
+    """Output beyond the prediction counts while a sequence runs, in steps; sequences of another gateway do not
+    count."""
     tally = DemandTally()
-    tally.arrived(one(1))
+    tally.arrived(sequence(1))
     for tokens, counted in ((7 + GROWTH_TOKENS - 1, 7), (7 + GROWTH_TOKENS, 7 + GROWTH_TOKENS), (200, 200)):
-        tally.record_output(one(1), tokens)
+        tally.record_output(sequence(1), tokens)
         (counts,) = tally.classes("m", 0.0, served=True)
         assert counts.expected_output_tokens == counted
-    tally.record_output(one(99), 10_000)
-    tally.ended(one(99), 10_000, ran=True)
+    tally.record_output(sequence(99), 10_000)
+    tally.ended(sequence(99), 10_000, ran=True)
     (counts,) = tally.classes("m", 0.0, served=True)
     assert counts.expected_output_tokens == 200
 
 
 def test_waits_and_deadlines() -> None:
-    """The oldest and the nearest; nobody is held where somebody serves; put back, it stands there once."""
+    """The counts have the oldest wait and the nearest deadline; a served model holds no calls; a sequence that is put
+    back counts once."""
     tally = DemandTally()
-    for waiting in (one(1, arrived=1.0), one(2, arrived=2.0, deadline=9.0), one(2, arrived=2.0, deadline=9.0)):
+    for waiting in (
+        sequence(1, arrived=1.0),
+        sequence(2, arrived=2.0, deadline=9.0),
+        sequence(2, arrived=2.0, deadline=9.0),
+    ):
         tally.enqueue(waiting)
-    (told,) = tally.classes("m", 5.0, served=True)
-    assert (told.queued_requests, told.oldest_wait_s, told.nearest_deadline_s, told.held_requests) == (2, 4.0, 4.0, 0)
+    (counts,) = tally.classes("m", 5.0, served=True)
+    waits = (counts.queued_requests, counts.oldest_wait_s, counts.nearest_deadline_s, counts.held_requests)
+    assert waits == (2, 4.0, 4.0, 0)
     tally.retain_models([])
-    assert tally.classes("m", 5.0, served=True), "somebody waits"
+    assert tally.classes("m", 5.0, served=True), "a sequence waits"
     tally.dequeue("c1#0")
     tally.dequeue("c2#0")
     tally.retain_models([])
@@ -115,7 +122,7 @@ def test_waits_and_deadlines() -> None:
 
 
 def test_what_is_within_the_objectives() -> None:
-    """Both must hold; nothing asked is always met; a first token that never came never is."""
+    """Both objectives must be met; without objectives a call always meets them, without a first token never."""
     assert within_slo(1.0, 0.05, 2.0, 0.1)
     assert not within_slo(3.0, 0.05, 2.0, 0.1)
     assert not within_slo(1.0, 0.2, 2.0, 0.1)

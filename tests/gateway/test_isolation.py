@@ -1,4 +1,4 @@
-"""The law of one call's submission: none of its exceptions reaches a link, another call, or what is counted of them."""
+"""Isolation of calls: an exception of one call reaches no link, no other call and no other account."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ PLAIN = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 class Broken(Exception):
-    """What the faulty parts raise."""
+    """Exception that the faulty parts raise."""
 
 
 def breaks(*_: object) -> Any:
-    """A callback that fails."""
+    """Raise Broken."""
     raise Broken
 
 
 class PanicException(BaseException):
-    """What a Rust extension raises when it panics, by name."""
+    """Stand-in for the exception of a Rust extension that panics, which has this name."""
 
 
 @dataclass
 class FaultyText:
-    """A text source that fails at one of its methods."""
+    """A text source that fails in one of its methods."""
 
     plain: TextSource
     at: str
@@ -65,7 +65,7 @@ class FaultyText:
 
     @property
     def pending_chars(self) -> int:
-        """The inner one's."""
+        """Delegate to the inner source."""
         return self.plain.pending_chars
 
     def _fail(self, name: str) -> None:
@@ -73,37 +73,37 @@ class FaultyText:
             raise self.error
 
     def pending_tokens(self) -> int:
-        """Fails, or asks the inner one."""
+        """Fail, or delegate to the inner source."""
         self._fail("untaken_tokens")
         return self.plain.pending_tokens()
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Fails at the first or a later step, or asks the inner one."""
+        """Fail at the first or a later step, or delegate to the inner source."""
         self.pushes += 1
         self._fail("push" if self.pushes == 1 else "push later")
         return self.plain.push(token_ids, stop_terminated)
 
     def text_of(self, token_id: int) -> str:
-        """The inner one's."""
+        """Delegate to the inner source."""
         return self.plain.text_of(token_id)
 
     def push_back(self, text: str) -> None:
-        """The inner one's."""
+        """Delegate to the inner source."""
         self.plain.push_back(text)
 
     def pop_text(self, finished: bool) -> str:
-        """Fails, or asks the inner one."""
+        """Fail, or delegate to the inner source."""
         self._fail("take")
         return self.plain.pop_text(finished)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """The inner one's."""
+        """Delegate to the inner source."""
         self.plain.restore(token_ids, chars)
 
 
 @dataclass
 class Poison:
-    """A call that fails at one step of its way."""
+    """A fault in one step of a call."""
 
     sampling: Sampling = PLAIN
     request: Mapping[str, Any] = field(default_factory=dict)
@@ -138,7 +138,7 @@ POISONS = {
 }
 
 
-EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "not_taken")
+EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submission_refused")
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Rig:
     text: TextModel
 
     def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
-        """A call as CallService makes it, with the poison in it."""
+        """Create a call as CallService does, with this fault."""
         scheduler = self.cluster.gateway.scheduler
         events = SimpleNamespace(**{**{name: getattr(scheduler, name) for name in EVENTS}, **poison.call})
         call = Call(
@@ -174,7 +174,7 @@ class Rig:
 
     @asynccontextmanager
     async def entered(self, calls: Sequence[Call]) -> AsyncIterator[None]:
-        """These calls are queued; at the end each is left, as its API does."""
+        """Queue these calls; at the end leave each, as its API does."""
         scheduler = self.cluster.gateway.scheduler
         model = self.cluster.gateway.directory.find("sim")
         assert model is not None
@@ -189,7 +189,7 @@ class Rig:
                     scheduler.host.accounting.ended(call, Outcome.INTERNAL)
 
     def held(self) -> object:
-        """What is held of calls anywhere in the gateway and at the link; equal before and after."""
+        """Everything that the gateway and the link hold for calls; equal before and after a test."""
         scheduler, (link,) = self.cluster.gateway.scheduler, self.cluster.gateway.hub.links
         order = scheduler.charges.fair.order("sim").statistics()
         return (
@@ -205,7 +205,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncIterator[Rig]:
-    """A rig on this engine; afterwards the link is the one that it was, with all its room and nothing held."""
+    """A rig with this engine. Afterwards checks that the link is the same, with all its credit and nothing held."""
     worker = await cluster.add_worker(engine, bundle)
     await cluster.stub.Complete(complete(max_tokens=2))
     await cluster.until_idle()
@@ -224,7 +224,7 @@ async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncI
 
 
 def ended(call: Call) -> bool:
-    """Whether nothing more comes of a call."""
+    """Whether a call has ended."""
     return call.error is not None or call.finished
 
 
@@ -232,7 +232,7 @@ def ended(call: Call) -> bool:
 async def test_no_exception_of_one_call_reaches_a_link(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, places: int
 ) -> None:
-    """A lone surrogate in a queued call's regex ended the worker's link, and with it other tenants' streams."""
+    """No exception of a call ends a link. A lone surrogate in a regex ended one, and with it other tenants' streams."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)) as rig:
         alone = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
         stream = asyncio.ensure_future(cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True)))
@@ -250,21 +250,21 @@ async def test_no_exception_of_one_call_reaches_a_link(
 
 
 class FaultySealer:
-    """Seals nothing."""
+    """Sealer that fails."""
 
     def seal(self, record: OpenRecord) -> bytes:
-        """Fails."""
+        """Raise Broken."""
         raise Broken
 
     def open(self, sealed: bytes) -> OpenRecord:
-        """Not asked."""
+        """Not called."""
         raise NotImplementedError
 
 
 async def test_a_record_that_cannot_be_sealed_ends_its_call(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A sealer's failure, and a worker that cannot take what was sealed, ended the link and left the account open."""
+    """A record that cannot be sealed or sent ends its call; it ended the link and left the account open."""
     written: list[UsageRecord] = []
     for number, sealer in enumerate((cast(Sealer, FaultySealer()), Sealer([b"s" * 32]))):
         accounting = Accounting(
@@ -285,7 +285,7 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
 
 
 async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A text that fails when it is read, or counted at the end, left its place in the engine and in line taken."""
+    """Every cleanup step runs if a text fails when it is read or counted; the slot and queue entry were not freed."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
         call = rig.call(Poison(text="take"))
         async with rig.entered([call]):
@@ -320,7 +320,7 @@ class FaultyEngine:
 async def test_an_engine_that_fails_on_a_request_refuses_that_one(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, error: Callable[[], BaseException]
 ) -> None:
-    """An exception of the engine's submit ended the worker's reader, and with it the link."""
+    """An exception of the engine's submit refuses that request; it ended the worker's reader and the link."""
     engine = FaultyEngine(sim_engine(checkpoint, decode_ms=2), error)
     async with rig_of(cluster, bundle, cast(Engine, engine)) as rig:
         grammar = Grammar("regex", "a*")  # these are submitted beside the reader
@@ -336,7 +336,7 @@ async def test_an_engine_that_fails_on_a_request_refuses_that_one(
 
 
 def test_a_link_outlives_its_sinks() -> None:
-    """When a link ended, a sink that raised kept the news from all others."""
+    """All sinks learn of a link's end although one raises; the others did not."""
 
     class Raises(Silent):
         failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""What a gateway says of models: nothing, by words or by its time, of those that a caller may not use."""
+"""Model access: neither an error's text nor its time reveals a model that a caller may not use."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cluster.wire.bundle import Bundle
 
 
 async def no_bundle(digest: str) -> Bundle:
-    """Nobody has any."""
+    """Raise: no bundle is available."""
     raise LookupError(digest)
 
 
 def caller(*models: str) -> Principal:
-    """One whose tenant may use these."""
+    """A principal whose tenant may use these models."""
     return Principal(TenantPolicy("acme", models=models), by="key", subject="k")
 
 
 def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[str, int]]:
-    """Every line that is run to refuse a name."""
+    """Every line of code that runs to refuse a name."""
     lines: list[tuple[str, int]] = []
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -48,7 +48,7 @@ def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[
 
 @pytest.mark.parametrize("mine", [("open",), ("open", "other-*"), ("nothing",)])
 def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ...]) -> None:
-    """A model of another tenant was refused 12 to 18 us later than none, since its names were looked through."""
+    """Another tenant's model is refused like one that does not exist; it took 12 to 18 us longer."""
     directory = ModelDirectory(tmp_path, no_bundle)
     aliases = tuple(f"alias-{number}" for number in range(20))
     directory.apply_catalog(
@@ -58,14 +58,14 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
         ]
     )
     who = caller(*mine)
-    work_of(directory, "absent", who)  # what its policy opens is looked up once
+    work_of(directory, "absent", who)  # the models that its policy allows are looked up once
     warm = work_of(directory, "absent", who)
     for name in ("secret", "alias-7", "none-of-that-name"):
         assert work_of(directory, name, who) == warm
 
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
-    """What policies open is kept by their patterns: it holds for the names of the newest catalog only."""
+    """The models that a policy's patterns allow are cached for the newest catalog only."""
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")

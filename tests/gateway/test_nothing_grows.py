@@ -1,7 +1,7 @@
-"""A soak of seconds: what a thousand calls and many lost links leave behind in gateway, worker and engine is nothing.
+"""Short soak: a thousand calls and many lost links leave nothing behind in gateway, worker and engine.
 
-Objects are counted, since memory itself says nothing of so short a time; `python -m loadtests faults --only soak` looks
-at that for minutes.
+The test counts objects, since memory use shows nothing within seconds; `python -m loadtests faults --only soak` checks
+memory for minutes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.slow
 CALLS, AT_ONCE, LINKS = 400, 20, 8
 ROUNDS, KEPT = 2, 0.2
 REST_S = 30.0
-"""Until what has ended must be gone. A look takes seconds where much is loaded, on a busy machine many."""
+"""Seconds until all that has ended must be freed. One count of all objects takes seconds, more on a busy machine."""
 QUICK = Timing(redial_min_s=0.01, redial_max_s=0.02, silence_s=60.0, hang_s=60.0)
-"""A look at all objects may hold this process's one loop for seconds, which no end of a link is to take for silence."""
+"""Heartbeat timeout: counting all objects may block this process's one event loop for seconds."""
 
 
 LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context")
-"""What the event loop forgets late: timers that are cancelled, with their contexts. Live ones are counted apart."""
+"""Types that the event loop frees late: cancelled timers, with their contexts. Live timers are counted separately."""
 
 
 def _name(called: Any) -> str:
@@ -49,13 +49,13 @@ def _name(called: Any) -> str:
 def _file(number: str) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{number}")
-    except OSError:  # the listing's own
+    except OSError:  # the descriptor of the listing itself
         return "gone"
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this process holds at rest."""
+    """Everything that this process holds when idle."""
 
     tasks: Counter[str]
     timers: Counter[str]
@@ -65,8 +65,8 @@ class Held:
 
     @classmethod
     def now(cls) -> Held:
-        """Counted after garbage has gone."""
-        gc.unfreeze()  # what was settled at a start (process/memory.py) would not be seen
+        """Count after a garbage collection."""
+        gc.unfreeze()  # objects frozen at start (process/memory.py) would not be counted
         gc.collect()
         loop: Any = asyncio.get_running_loop()
         kinds = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())
@@ -78,7 +78,7 @@ class Held:
         return cls(tasks, timers, files, Counter(t.name for t in threading.enumerate()), kinds)
 
     def grown(self, before: Held, objects: float) -> dict[str, int]:
-        """What is more than before; of each kind of object `objects` may be."""
+        """All that has grown since `before`; each type may grow by `objects`."""
         found = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
         for name in ("tasks", "timers", "files", "threads"):
             now, then = getattr(self, name), getattr(before, name)
@@ -88,7 +88,7 @@ class Held:
 
 
 async def calls(cluster: TestCluster) -> None:
-    """Whole answers, streams, and streams that are left in the middle, many at once."""
+    """Make many calls at once: unary, streamed, and streams that are cancelled midway."""
     turns = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> None:
@@ -108,7 +108,7 @@ async def calls(cluster: TestCluster) -> None:
 
 
 async def losses(cluster: TestCluster) -> None:
-    """Links that break under calls, and come back."""
+    """Break links under running calls and let them reconnect."""
     for number in range(LINKS):
         await until(lambda: bool(cluster.gateway.hub.links), "the worker is back")
         (link,) = cluster.gateway.hub.links
@@ -120,7 +120,7 @@ async def losses(cluster: TestCluster) -> None:
 
 
 async def at_rest(cluster: TestCluster) -> None:
-    """No call runs and the worker has its link, at both ends."""
+    """Wait until no call runs and the worker's link is up, at both ends."""
     await cluster.until_idle()
     (worker,) = cluster.workers
     await until(lambda: cluster.linked(worker.identity.worker_id), "the worker is back")
@@ -128,14 +128,14 @@ async def at_rest(cluster: TestCluster) -> None:
 
 
 async def settled() -> Held:
-    """What is held once a link that has just come has all that it needs: its threads and stubs come a little later."""
+    """Everything held once a new link is complete: its threads and stubs are created a little later."""
     held = [Held.now()]
 
     def still() -> bool:
         held.append(Held.now())
         return not held[-1].grown(held[-2], 1)
 
-    with contextlib.suppress(AssertionError):  # then the last look has to do
+    with contextlib.suppress(AssertionError):  # then use the last count
         await until(still, "nothing more comes", 3)
     return held[-1]
 
@@ -148,8 +148,8 @@ async def test_nothing_is_left_behind(
     what: Callable[[TestCluster], Awaitable[None]],
     count: int,
 ) -> None:
-    """After the first round, which fills caches and pools, others leave no task, timer, file or thread, and of no
-    kind an object for every fifth call or lost link."""
+    """After the first round, which fills caches and pools, further rounds leave no task, timer, file or thread, and of
+    each type less than one object per five calls or lost links."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)
     await what(cluster)
     await at_rest(cluster)
@@ -159,18 +159,18 @@ async def test_nothing_is_left_behind(
     await at_rest(cluster)
     deadline = time.monotonic() + REST_S
     while (grown := Held.now().grown(before, ROUNDS * count * KEPT)) and time.monotonic() < deadline:
-        for _ in range(50):  # what has ended is closed and freed turn by turn of the loop
+        for _ in range(50):  # ended calls are closed and freed over several iterations of the loop
             await asyncio.sleep(0.002)
     assert not grown, "\n".join(f"{count} {what}" for what, count in sorted(grown.items()))
 
 
 async def test_calls_are_freed_without_the_collector(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """What a call holds, prompt, text and tokens, goes with it: the collector looks rarely."""
+    """A call's prompt, text and tokens are freed at its end, without the garbage collector, which runs rarely."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle)
     await calls(cluster)
-    gc.unfreeze()  # what another test's gateway had set aside would be counted, though the collector never sees it
+    gc.unfreeze()  # objects that another test's gateway froze would be counted, though the collector never visits them
     gc.collect()
-    before = Counter(type(one) for one in gc.get_objects())  # other tests keep requests, too
+    before = Counter(type(item) for item in gc.get_objects())  # other tests keep requests, too
     gc.disable()
     try:
         await calls(cluster)

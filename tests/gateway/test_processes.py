@@ -1,4 +1,4 @@
-"""Two gateway processes on one port: both serve, each tells its own metrics, and either goes on without the other."""
+"""Two gateway processes on one port: both serve, each has its own metrics, and either serves without the other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONNECTIONS, TOKENS = 16, 8
 
 @pytest.fixture
 async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[serving.Ours]:
-    """Two processes, and a worker process that was told of the first alone."""
+    """Two gateway processes, and a worker process that is configured with the first one only."""
     bundle.save(tmp_path / "bundle")
     async with Children(tmp_path / "logs", term_s=2.0) as children:
         yield await serving.start(
@@ -42,13 +42,13 @@ async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
 
 
 def configuration_of(folder: Path) -> str:
-    """What the first process runs, as `up` leaves it in the run folder."""
+    """The first process's configuration, as `up` writes it to the run folder."""
     (file,) = folder.glob("*-gateway/cluster.yaml")
     return file.read_text()
 
 
 async def ask(ours: serving.Ours, connections: int) -> list[Any]:
-    """Two calls over each of many connections: the whole answers."""
+    """Make two unary calls over each of many connections; returns the answers."""
     channels = [grpc.aio.insecure_channel(ours.grpc, options=OWN_CONNECTION) for _ in range(connections)]
     try:
         stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
@@ -61,14 +61,14 @@ async def ask(ours: serving.Ours, connections: int) -> list[Any]:
 
 
 def answered(endpoints: Mapping[str, str]) -> int:
-    """How many calls a process says it has answered."""
+    """Number of answered calls in a process's metrics."""
     found = gateway_metrics.scrape(endpoints["metrics"])
     assert found is not None
     return int(sum(value for name, _, value in found if name == "headrace_requests_total"))
 
 
 def own_process(child: Any) -> int:
-    """The gateway's own pid, below its guard."""
+    """Pid of the gateway itself, not of its guard process."""
     (process,) = child.commands()
     return int(process.pid)
 
@@ -83,14 +83,14 @@ def sockets(child: Any, address: str) -> Counter[str]:
 async def test_both_serve_and_one_goes_on_alone(
     ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections land on both; calls in both metrics add up; `status` shows both; after one is killed, whichever,
-    the port is the other's."""
+    """Both get connections, their metrics add up to all calls, and `status` shows both; after either is killed, the
+    other one serves the port alone."""
     ((second, at_second),) = ours.siblings
     assert at_second["grpc"] == ours.grpc
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
     assert "admin" not in at_second
     both = (ours.gateway, second)
-    assert [sockets(one, ours.grpc)["LISTEN"] for one in both] == [1, 1], "whoever is ready is reached"
+    assert [sockets(one, ours.grpc)["LISTEN"] for one in both] == [1, 1], "every ready process is reached"
     before = [answered(ours.endpoints), answered(at_second)]
     answers = await ask(ours, CONNECTIONS)
     assert [answer.usage.completion_tokens for answer in answers] == [TOKENS] * 2 * CONNECTIONS
@@ -105,8 +105,8 @@ async def test_both_serve_and_one_goes_on_alone(
     supervisor = {"pid": own.pid, "created": own.created}
     run.config_file.write_text(configuration_of(tmp_path))
     run.write({"supervisor": supervisor, "endpoints": dict(ours.endpoints), "siblings": [dict(at_second)]})
-    told = (await asyncio.to_thread(headrace, "status")).stdout
-    assert [line.split()[:3] for line in told.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]
+    status = (await asyncio.to_thread(headrace, "status")).stdout
+    assert [line.split()[:3] for line in status.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]
 
     os.kill(own_process(second), signal.SIGKILL)
     await until(lambda: not second.alive, "the second is gone")
@@ -116,7 +116,7 @@ async def test_both_serve_and_one_goes_on_alone(
 
 
 async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
-    """The worker learnt of it from the first, and does not forget it with the first's death."""
+    """The worker learnt the second gateway's address from the first, and keeps it after the first was killed."""
     ((_, at_second),) = ours.siblings
     os.kill(own_process(ours.gateway), signal.SIGKILL)
     await until(lambda: not ours.gateway.alive, "the first is gone")
@@ -134,7 +134,7 @@ async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
 async def test_what_cannot_be_shared_is_told(
     tmp_path: Path, processes: int, arguments: list[str], code: int, message: str
 ) -> None:
-    """A process that the file does not have, and ports that nobody else could know."""
+    """A process number that is not configured, and ports of 0, which other processes could not know, are refused."""
     await tenants.make_key(tmp_path)
     file = tmp_path / "cluster.yaml"
     file.write_text(serving.configuration("m", tmp_path).replace("processes: 1", f"processes: {processes}"))

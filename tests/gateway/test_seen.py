@@ -1,4 +1,4 @@
-"""What operators see: metrics as Prometheus reads them, reflection as a stock tool reads it."""
+"""Metrics as Prometheus reads them, and gRPC reflection as a stock tool reads it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def scrape(cluster: TestCluster) -> Samples:
 
 
 async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Requests by outcome, tokens, times, queue and workers, each with the cluster's name and the known buckets."""
+    """Metrics have requests by outcome, tokens, times, queue and workers, with the cluster's name and fixed buckets."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, pod="gpu-a", host="ip-10-0-3-7")
     for _ in range(3):
         await cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))
@@ -64,7 +64,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
 
 
 def test_every_label_is_of_the_vocabulary() -> None:
-    """No metric has a label of its own making (build_info is free)."""
+    """No metric has a label outside the common vocabulary, except build_info."""
     allowed = {
         "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit", "state",
         "gpu", "pod", "node", "file", "path",
@@ -75,7 +75,7 @@ def test_every_label_is_of_the_vocabulary() -> None:
 
 
 async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stock tool finds the service by reflection, calls it, and is told what is wrong in words."""
+    """`buf curl` finds the service by reflection, calls it, and gets a readable error for an invalid request."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     base = f"http://{cluster.gateway.endpoints['grpc']}/cluster.v1.Inference/StreamChat"
     command = [str(Path(sys.executable).parent / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]

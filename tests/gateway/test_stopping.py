@@ -1,4 +1,4 @@
-"""SIGTERM of a gateway process: what runs ends, nothing new begins."""
+"""SIGTERM to a gateway process: running calls finish, new ones are refused."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.cluster import LOOPBACK, sim_engine, until
 
 @pytest.mark.slow
 async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream under way comes whole, a call that comes later is refused as one to try elsewhere, and the process ends
-    by itself with 0 as soon as the stream has."""
+    """A running stream is completed, a new call is refused with a hint to call another gateway, and the process exits
+    with 0 as soon as the stream has ended."""
     file, ready = tmp_path / "cluster.yaml", tmp_path / "ready.json"
     file.write_text(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 30"))
-    told = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", *told)
+    arguments = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", *arguments)
     engine = sim_engine(checkpoint, decode_ms=4)
     info = await engine.start()
     await until(ready.exists, "the gateway is up")

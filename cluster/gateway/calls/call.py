@@ -1,4 +1,4 @@
-"""A running call, from arrival to end: its sequences, its counts, and how its API learns of news."""
+"""A running call, from arrival to end: its sequences, its counts, and how its API is notified."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CallSequence: TypeAlias = "OutputSequence[Call]"
 
 @dataclass(slots=True)
 class CallUsage:
-    """The engine's counts, and where the time went (seconds)."""
+    """Token counts of a call as the engine reports them, and its queue time and time to first token in seconds."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -36,38 +36,38 @@ class CallUsage:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     resumed: int = 0
-    """How often one of its sequences went on at another worker."""
+    """Number of times a sequence of the call was resumed on another worker."""
     resume: str = ""
-    """Word by which those workers resume (RESUME_CAPABILITIES), the one that promises least; empty where nothing went
-    on."""
+    """The weakest resume capability (RESUME_CAPABILITIES) of the workers that resumed a sequence; empty if none was
+    resumed."""
 
 
 class CallEvents(Protocol):
-    """What happens to calls, for the gateway's scheduler, accounts and metrics. Called from a link's reader: short,
-    never awaiting."""
+    """Events of calls, for the gateway's scheduler, accounts and metrics. The methods run in a link's reader: they must
+    be short and cannot await."""
 
     def requeue(self, sequence: CallSequence) -> None:
-        """It waits again, in the waiting room or the resume queue, by its state."""
+        """Queue the sequence again: in the waiting room or the resume queue, by its state."""
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Its first output has come; so much of its prompt was cached."""
+        """Handle a sequence's first output; `cached_tokens` of its prompt were in the worker's cache."""
 
     def answered(self, link: WorkerLink) -> None:
-        """This worker has sent the first output of a sequence."""
+        """Handle a worker's first output for a sequence."""
 
     def worker_failed(self, link: WorkerLink) -> None:
-        """This worker's engine could not continue a sequence."""
+        """Handle a worker whose engine could not continue a sequence."""
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """A sequence was resumed on another worker, after so long without a token."""
+        """Handle a sequence resumed on another worker, `gap_s` after its last token."""
 
-    def not_taken(self, sequence: CallSequence) -> None:
-        """A worker has refused it."""
+    def submission_refused(self, sequence: CallSequence) -> None:
+        """Handle a worker's refusal of a sequence."""
 
 
-@dataclass(eq=False, slots=True)  # with this many attributes a dictionary would make each access slower
+@dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
 class Call:
-    """One call from arrival to end. `rank` is that of its priority class, `deadline` a point of `clock`."""
+    """One call from arrival to end. `rank` is its priority class's; `arrived` and `deadline` are read from `clock`."""
 
     id: str
     model: str
@@ -78,39 +78,39 @@ class Call:
     clock: Callable[[], float]
     events: CallEvents
     itl: Histogram | None = None
-    """Measures the time between tokens."""
+    """Histogram of the time between tokens."""
     request_id: str = ""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Copied to its usage records."""
+    """Labels for its usage records."""
     versions: Versions = field(default_factory=Versions)
-    """Where its first sequence may begin; the others go where that has gone."""
+    """Model versions on which the first sequence may begin; the other sequences use the version that it gets."""
     bundle_digest: str = ""
-    """Of the tokenizer that has read its prompt."""
+    """Digest of the tokenizer bundle that encoded the prompt."""
     counted: bool = False
-    """Whether it is counted as a request of its tenant already."""
+    """Whether the call is already counted as a request of its tenant."""
     began_at: WorkerIdentity | None = None
-    """The worker that its first sequence was sent to first."""
+    """The worker that got the call's first Submit."""
     sequences: list[CallSequence] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
-    """How its tenant's limits stood when it was admitted, for its caller."""
+    """Response headers, among them the state of the tenant's limits at admission."""
     resume_tokens: ResumeTokens | None = None
-    """Where its chunks carry resume tokens, the source of those."""
+    """Source of the resume tokens in its chunks; None if the call is not resumable."""
     is_resumed: bool = False
-    """It was begun at another gateway, which has counted its prompt and what it has delivered."""
+    """Whether the call began at another gateway, which has counted its prompt and the tokens that it delivered."""
     terms: ResumeTerms = ResumeTerms.FREE
-    """Of one that `continues`: who pays when its prompt is read again."""
+    """Terms of its resume: they decide who pays if its prompt is computed again."""
     blamed: bool = False
-    """It may be what ended its workers: it is not to be resumed."""
+    """Whether the call may have crashed its workers; it must not be resumed."""
     first_token_at: float | None = None
     silent_since: float = 0.0
-    """When the keep-alive last spoke."""
+    """Time of the last keep-alive."""
     silent: bool = False
-    """Nothing has come for a while, and the caller's connection needs a sign of life."""
+    """Whether a keep-alive is due on the caller's connection."""
     listener: Callable[[], None] | None = None
-    """Called at every news instead of waking `news`: for an API that gathers the news of many calls."""
+    """Called at every update instead of waking `news`, for an API that batches the updates of many calls."""
     _pays_again: bool = False
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
@@ -118,56 +118,56 @@ class Call:
 
     @property
     def shown_id(self) -> str:
-        """The id that its caller knows it by: of one that goes on, the first gateway's."""
+        """Call id as the caller knows it: for a resumed call, the first gateway's."""
         return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
 
     @property
     def tenant(self) -> str:
-        """Whose call it is, by name."""
+        """Name of its tenant."""
         return self.policy.name
 
     @property
     def flow(self) -> str:
-        """Whose turn it is, by the handle under which workers know the tenant."""
+        """Key of its tenant in the fair queue: the handle under which workers know the tenant."""
         return self.policy.handle or self.policy.name
 
     @property
     def prompt_computed(self) -> bool:
-        """Whether an engine has worked on its prompt; where a worker was lost before any token, nobody pays for it."""
+        """Whether an engine has computed its prompt. A prompt whose worker was lost before any token is not charged."""
         return self.first_token_at is not None or (
             self.error is None and any(sequence.computed for sequence in self.sequences)
         )
 
     @property
     def pays_prompt(self) -> bool:
-        """Whether its prompt is counted here. That of a resumed call which its client ended before a token came may
-        have been read again."""
+        """Whether this gateway charges the prompt. The prompt of a resumed call that its client ended before a token
+        came may have been computed again."""
         if not self.is_resumed or self._pays_again:
             return True
         unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
         return unknown and self.error is None and any(sequence.computed for sequence in self.sequences)
 
-    # ---- what its owners do with it
+    # ---- operations of the service, the scheduler and the APIs
 
     def make_resumable(self, tokens: ResumeTokens) -> None:
-        """Its chunks carry these tokens from now on."""
+        """Add these resume tokens to its chunks from now on."""
         self.resume_tokens = tokens
 
     def continue_from(self, request_id: str) -> None:
-        """It was begun at another gateway, under this request id."""
+        """Mark the call as begun at another gateway, under this request id."""
         self.is_resumed = True
         self.request_id = self.request_id and request_id
 
     def claim(self, terms: ResumeTerms) -> None:
-        """Its resume tokens were claimed, on these terms."""
+        """Set the terms on which its resume tokens were claimed."""
         self.terms = terms
 
-    def choose(self, versions: Versions) -> None:
-        """It may begin at these versions of its model."""
+    def set_versions(self, versions: Versions) -> None:
+        """Set the model versions on which the call may begin."""
         self.versions = versions
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """A sequence was sent to this worker."""
+        """Record that a sequence was sent to this worker."""
         if sequence.index == 0 and not sequence.emitted:
             self.usage.queue_s = now - self.arrived
         self.began_at = self.began_at or identity
@@ -175,31 +175,31 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def blame(self, error: CallError) -> None:
-        """End it: it may be what ended its workers."""
+        """End the call because it may have crashed its workers."""
         self.blamed = True
         self.fail(error)
 
-    def label(self, name: str, value: str) -> None:
-        """A further label of its usage records."""
+    def add_label(self, name: str, value: str) -> None:
+        """Add a label to its usage records."""
         self.labels = {**self.labels, name: value}
 
     def add_headers(self, headers: Sequence[tuple[str, str]]) -> None:
-        """Further headers for its caller."""
+        """Add response headers."""
         self.headers = (*self.headers, *headers)
 
     def fall_silent(self, now: float) -> None:
-        """Ask its API for a sign of life."""
+        """Have its API send a keep-alive."""
         self.silent_since, self.silent = now, True
         self.wake()
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call this at every news; None wakes `news` again."""
+        """Call `listener` at every update; None wakes `news` again."""
         self.listener = listener
 
-    # ---- what its sequences report
+    # ---- reports of its sequences
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
-        """A sequence has got the first output of a worker."""
+        """Handle the first output of a sequence's worker."""
         cached = output.cached_tokens or 0
         if not sequence.emitted:
             if sequence.index == 0:
@@ -211,10 +211,10 @@ class Call:
         if self.is_resumed and (
             self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
         ):
-            self._pays_again = True  # a resumed call's client may have to pay for its prompt once more
+            self._pays_again = True  # the client pays for computing its prompt once more
 
     def progressed(self, sequence: CallSequence, tokens: int) -> None:
-        """A sequence has got tokens, by a step with more news than one token."""
+        """Handle a sequence's output of a step that was more than one plain token."""
         if tokens:
             now = self.clock()
             if self.first_token_at is None:
@@ -226,7 +226,7 @@ class Call:
         self.wake()
 
     def resumed(self, sequence: CallSequence, reason: str) -> None:
-        """A sequence's first token at another worker has come."""
+        """Handle a sequence's first token from another worker."""
         self.usage.resumed += 1
         if sequence.link is not None:
             self.usage.resume = weakest_resume_capability(
@@ -235,29 +235,29 @@ class Call:
         self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
 
     def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
-        """This worker's engine could not continue a sequence."""
+        """Report a worker whose engine could not continue a sequence."""
         self.events.worker_failed(link)
 
     def requeue(self, sequence: CallSequence) -> None:
-        """A sequence waits again."""
+        """Queue a sequence again."""
         self.events.requeue(sequence)
 
-    def not_taken(self, sequence: CallSequence) -> None:
-        """A worker has refused a sequence."""
-        self.events.not_taken(sequence)
+    def submission_refused(self, sequence: CallSequence) -> None:
+        """Report a worker's refusal of a sequence."""
+        self.events.submission_refused(sequence)
 
     @property
     def heard_at(self) -> float:
-        """When its last token came, or the keep-alive spoke, or it arrived."""
+        """Time of the latest of: its last token, its last keep-alive, its arrival."""
         return max(self.arrived, self.silent_since, *(sequence.heard_at for sequence in self.sequences))
 
     def count(self) -> None:
-        """Bring `usage` up to the tokens that have come."""
+        """Update `usage` with the tokens received so far."""
         self.usage.completion_tokens = sum(len(sequence.emitted) for sequence in self.sequences)
 
     @property
     def mean_gap_s(self) -> float:
-        """Between the tokens of its first sequence, as they came here; 0 with fewer than two."""
+        """Mean time between the tokens of its first sequence as received here; 0 with fewer than two tokens."""
         first = self.sequences[0]
         tokens = len(first.emitted) - first.restored
         if self.first_token_at is None or tokens < 2:
@@ -266,11 +266,11 @@ class Call:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that have come at this gateway."""
+        """Tokens received by this gateway."""
         return sum(len(sequence.emitted) - sequence.restored for sequence in self.sequences)
 
     def fail(self, error: CallError) -> None:
-        """End the call with this error; drop what still runs of it. Raises nothing: the callers serve other calls."""
+        """End the call with this error and abort its running sequences. Never raises: its callers serve other calls."""
         if self.error is None:
             self.error = error
         try:
@@ -280,8 +280,8 @@ class Call:
             log.exception("call_not_notified", request_id=self.request_id)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call INTERNAL for an exception that its own work has raised. Raises it again if it is not the call's
-        failure but a cancellation or an exit."""
+        """End the call with INTERNAL because its own work raised `error`. Raises `error` again if it is a cancellation
+        or an exit."""
         if not is_call_failure(error):
             raise error
         if self.error is None:
@@ -290,7 +290,7 @@ class Call:
         self.fail(CallError(Outcome.INTERNAL, message))
 
     def wake(self) -> None:
-        """Tell the API that there is news."""
+        """Notify the API of an update."""
         self._news = True
         if self.listener is not None:
             self.listener()
@@ -300,7 +300,7 @@ class Call:
             waiter.set_result(None)
 
     async def news(self) -> None:
-        """Wait for news."""
+        """Wait for an update."""
         if not self._news:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -310,21 +310,21 @@ class Call:
         self._news = False
 
     def pop_pieces(self) -> list[Piece]:
-        """Pieces since the last take. Raises the call's error once all text before it has been taken."""
+        """Return the new pieces. Raises the call's error once all text before it was returned."""
         try:
             pieces = [piece for sequence in self.sequences if (piece := sequence.pop_piece()) is not None]
         except Exception:
-            if self.error is not None:  # the text may be what has failed
+            if self.error is not None:  # reading the text may be what failed
                 raise self.error from None
             raise
-        self.count()  # now: a guard that refuses at the very end takes tokens back
+        self.count()  # not earlier: a guard that refuses at the very end removes tokens
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error
         return pieces
 
     def pop_text(self) -> str | None:
-        """The common case of `take`: the next text of a call's only output, "" while it is held back; None when there
-        is more to tell than text."""
+        """The fast path of `pop_pieces`: the new text of a call with one sequence, "" while text is held back. None if
+        there is more to deliver than text."""
         sequences = self.sequences
         if len(sequences) != 1 or self.error is not None or self.silent:
             return None
@@ -332,13 +332,13 @@ class Call:
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended by itself."""
+        """Whether every sequence has finished without an error."""
         return all(sequence.finish_reason for sequence in self.sequences)
 
     @property
     def end_delivered(self) -> bool:
-        """Whether the end of every sequence has been taken: nothing more will come."""
-        return all(sequence.end_taken for sequence in self.sequences)
+        """Whether the last piece of every sequence was returned: nothing more will come."""
+        return all(sequence.end_delivered for sequence in self.sequences)
 
     def release(self) -> None:
         """End every sequence that has not ended, and abort it in its engine."""

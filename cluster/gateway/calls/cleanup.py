@@ -1,4 +1,4 @@
-"""What a call gives back at its end: each acquisition registers its undo, and one that fails loses no other."""
+"""Cleanup at the end of a call: each acquisition registers its undo step; one that fails does not skip the others."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class Cleanup:
 
     def __init__(self, request_id: str) -> None:
         self.outcome = Outcome.OK
-        """How the call has ended; every step is called with it."""
+        """Outcome of the call; every step is called with it."""
         self._request_id = request_id
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
-        """Register the undo of what is acquired next. Steps must be idempotent or be added after the acquisition."""
+        """Register an undo step, before the acquisition if the step is idempotent, else after it."""
         self._steps.append(undo)
 
     async def run(self) -> None:
-        """Take every step, the last first. Those that wait for a store come after all others, so that places and
-        accounts are free at once. What a step raises is logged; a cancellation is raised again after the last."""
+        """Run every step, the last one first. Awaitable steps, which may wait for a store, finish after all others, so
+        that slots and accounts are freed at once. Exceptions of steps are logged; a cancellation is raised again after
+        the last step."""
         waiting: list[Awaitable[None]] = []
         stopped: BaseException | None = None
         for step in reversed(self._steps):

@@ -1,10 +1,10 @@
-"""The life of a sequence as one table: its states, the events that move it, and what to do after a loss. Pure.
+"""The state machine of a sequence: its states, its events, and what to do after a loss. Pure; `now` is an argument.
 
 Problem: a sequence may lose its worker at any moment, more than once, before or after its first token, and must end
-exactly once. Invariant: `MOVES` has every legal pair of state and event; a pair that is missing is an error of the
-program. `DONE` and `FAILED` are final: news that arrives later changes nothing. `now` is an argument.
+exactly once. Invariant: `MOVES` has every legal pair of state and event; any other pair is a programming error. `DONE`
+and `FAILED` are final: later events change nothing.
 
-docs/architecture.md shows the table as a diagram, which a test compares with it.
+docs/architecture.md shows the table as a diagram; a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from cluster.api.types import CompatibilityKey
 
 
 class State(enum.Enum):
-    """Where a sequence is."""
+    """State of a sequence."""
 
     QUEUED = "queued"
     """In the waiting room; no worker has begun it."""
     SENT = "sent"
-    """At its first worker, without a token."""
+    """Sent to its first worker, which has not answered."""
     RUNNING = "running"
-    """At a worker that has sent tokens for it."""
+    """On a worker that has sent tokens for it."""
     RESUMING = "resuming"
     """In the resume queue: it waits for a compatible worker."""
     RESENT = "resent"
-    """At a further worker, which has not sent a token for it."""
+    """Sent to another worker, which has not answered."""
     DONE = "done"
-    """Finished: by itself, by a stop string or a guard, or cut at its budget."""
+    """Finished: by the model, by a stop string or a guard, or cut at its budget."""
     FAILED = "failed"
-    """Its call has failed."""
+    """Failed with its call."""
 
 
 class Event(enum.Enum):
-    """What happens to a sequence."""
+    """Event of a sequence."""
 
     SUBMITTED = "submitted"
-    """It was sent to a worker."""
+    """Sent to a worker."""
     ANSWERED = "answered"
-    """The first output of that worker has come."""
+    """The first output of that worker has arrived."""
     RETRY = "retry"
-    """It left its worker and starts over in the waiting room."""
+    """Left its worker; starts over in the waiting room."""
     RESUME = "resume"
-    """It left its worker, or its gateway, and continues after its tokens elsewhere."""
+    """Left its worker or its gateway; continues after its emitted tokens on another worker."""
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -73,57 +73,57 @@ ENDED = (State.DONE, State.FAILED)
 
 
 class IllegalMove(RuntimeError):
-    """An event that cannot happen in this state."""
+    """An event that `MOVES` does not allow in this state."""
 
 
 class Next(enum.Enum):
-    """What the owner of a sequence has to do after a loss."""
+    """Action for the owner of a sequence after a loss."""
 
     REQUEUE = "requeue"
-    """Put it into the waiting room or the resume queue, by its state."""
+    """Put the sequence into the waiting room or the resume queue, by its state."""
     FAIL = "fail"
-    """Fail its call: as many workers have failed it as may."""
+    """Fail the call: `max_attempts` workers have failed the sequence."""
 
 
 @dataclass(slots=True)
 class Loss:
-    """Workers that a sequence lost unexpectedly, with no token since before the first; see worker_losses.py."""
+    """Workers that a sequence lost unexpectedly in a row, without a new token between; see worker_losses.py."""
 
     links: tuple[str, ...] = ()
     """Names of their links."""
     tokens: int = 0
-    """Tokens that the sequence had at the last of them."""
+    """Tokens that the sequence had at the last loss."""
     first_at: float | None = None
-    """When it lost the first of them (monotonic)."""
+    """Time of the first loss (monotonic)."""
     last_at: float = -math.inf
     last_node: str = ""
-    """Node of the last of them."""
+    """Node of the worker that was lost last."""
 
 
 @dataclass(slots=True)
 class Life:
-    """State of one sequence, and what it remembers of its workers."""
+    """State of one sequence, and the history of its workers."""
 
     max_attempts: int = 3
-    """As many workers may fail it before its call fails."""
+    """Number of workers that may fail the sequence; the call fails with the last of them."""
     max_silent_losses: int = 2
-    """As many may be lost in a row with no token between before it is held back."""
+    """Number of workers that may be lost in a row, with no token between, before the sequence is a suspect."""
     state: State = State.QUEUED
     attempt: int = 1
-    """Increases with each worker that it left; no two Submits of it have the same."""
+    """Number of the next Submit, unique per sequence: increases with each worker that the sequence leaves."""
     failures: int = 0
-    """Workers that have failed it."""
+    """Number of workers that have failed the sequence."""
     loss: Loss = field(default_factory=Loss)
     excluded: frozenset[str] = frozenset()
-    """Incarnations of workers whose engine could not continue it."""
+    """Incarnations of workers whose engine could not continue the sequence."""
     compatibility: CompatibilityKey | None = None
-    """Key of the worker that gave its first token; it resumes only where the key is compatible."""
+    """Key of the worker that computed its first token; the sequence resumes only on workers with a compatible key."""
     last_worker: str = ""
-    """Incarnation of the worker that it was sent to last."""
+    """Incarnation of the worker that got its last Submit."""
     reason: str = ""
-    """Why it resumes, until the next token: lost, error, moved or gateway."""
+    """Reason of the resume, until the next token: lost, error, moved or gateway."""
     computed: bool = False
-    """Whether a worker has taken it, or has emitted tokens of it."""
+    """Whether a worker has accepted the sequence or emitted tokens for it."""
 
     def apply(self, event: Event) -> State:
         """Move to the next state. Raises IllegalMove."""
@@ -135,37 +135,37 @@ class Life:
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that holds its KV blocks, after its gateway was lost; a worker that failed it or
-        drains is none."""
+        """Incarnation of the worker that still holds its KV blocks, after its gateway was lost; "" after its worker
+        failed or drained."""
         return self.last_worker if self.reason == "gateway" else ""
 
     def suspect(self, tokens: int) -> bool:
-        """Whether it lost so many workers in a row that it may be what ends them. `tokens`: emitted so far."""
+        """Whether it lost so many workers in a row that it may crash them. `tokens`: emitted so far."""
         return len(self.loss.links) >= self.max_silent_losses and tokens <= self.loss.tokens
 
     def silent_since(self, tokens: int) -> float | None:
-        """When it lost the first worker after which no token has come; None if one has."""
+        """Time of the first loss since its last token; None if a token has come since the losses."""
         return self.loss.first_at if self.loss.links and tokens <= self.loss.tokens else None
 
     def submitted(self, incarnation: str, key: CompatibilityKey | None) -> None:
-        """A worker was chosen and the request sent. `key` replaces the compatibility key; None keeps it."""
+        """Record a Submit to a worker. `key` replaces the compatibility key; None keeps it."""
         self.apply(Event.SUBMITTED)
         self.last_worker, self.computed = incarnation, True
         if key is not None:
             self.compatibility = key
 
     def answered(self) -> str:
-        """The first output of its worker has come; returns why it was resumed, "" if it was not."""
+        """Record the first output of its worker; returns the reason of its resume, "" if it was not resumed."""
         self.apply(Event.ANSWERED)
         reason, self.reason = self.reason, ""
         return reason
 
-    def not_taken(self, tokens: int) -> None:
-        """Its worker refused it; `tokens` were emitted before."""
+    def submission_refused(self, tokens: int) -> None:
+        """Record its worker's refusal; `tokens` were emitted before."""
         self.computed = bool(tokens)
 
     def lost(self, link: str, node: str, tokens: int, now: float) -> None:
-        """Its worker is lost unexpectedly: remember on which link and node."""
+        """Record the unexpected loss of its worker, with link and node."""
         loss = self.loss
         if tokens > loss.tokens:
             loss.links = ()
@@ -175,15 +175,15 @@ class Life:
         loss.tokens, loss.last_at, loss.last_node = tokens, now, node
 
     def acquit(self) -> None:
-        """The losses were general: it is not what ends its workers."""
+        """Forget its losses: other workers were lost too, so the sequence is not the cause."""
         self.loss.links = ()
 
-    def carry(self, losses: tuple[str, ...], tokens: int) -> None:
-        """Losses that another gateway has seen."""
+    def restore_losses(self, losses: tuple[str, ...], tokens: int) -> None:
+        """Set the losses that another gateway has recorded."""
         self.loss.links, self.loss.tokens = losses, tokens
 
     def fail_worker(self, reason: str, tokens: int) -> Next:
-        """Its worker has failed it."""
+        """Record that its worker has failed it; returns what the owner has to do."""
         self.failures += 1
         if self.failures >= self.max_attempts:
             return Next.FAIL
@@ -191,19 +191,19 @@ class Life:
         return Next.REQUEUE
 
     def leave(self, reason: str, tokens: int) -> None:
-        """Wait for another worker, after this number of emitted tokens."""
+        """Leave the worker and wait for another one; `tokens` were emitted so far."""
         self.attempt += 1
         if tokens:
             self.reason = reason
         self.wait(tokens)
 
     def wait(self, tokens: int) -> None:
-        """Wait again, in the resume queue where tokens have been emitted or workers are to be avoided."""
+        """Wait again: in the resume queue if tokens were emitted or workers are avoided, else in the waiting room."""
         resumes = tokens or self.excluded or self.suspect(tokens)
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue what another gateway, or another reader's call, has begun on this worker."""
+        """Continue a sequence that another gateway or an earlier call began on this worker."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"

@@ -1,4 +1,4 @@
-"""What comes with a call beside its body."""
+"""Metadata of a call: everything beside its body."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cluster.policy.tenants.identity import Principal
 
 @dataclass(frozen=True, slots=True)
 class CallMeta:
-    """Context of a call. `api` is the name of the API that it came by; `deadline` a point of the service's clock, None
-    for none."""
+    """Context of a call. `api` is the name of the API that received it; `deadline` is a time of the service's clock,
+    or None."""
 
     request_id: str
     api: str
@@ -19,7 +19,7 @@ class CallMeta:
     traceparent: str = ""
     principal: Principal = DEFAULT_PRINCIPAL
     counted: bool = False
-    """Whether it is counted as a request of its tenant already (`CallService.count`)."""
+    """Whether the call is already counted as a request of its tenant (`CallService.count`)."""
 
     @property
     def tenant(self) -> str:

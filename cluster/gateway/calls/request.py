@@ -1,6 +1,6 @@
-"""What a caller asks for, checked field by field, still without the model's defaults; any face makes one.
+"""The generation request that every API parses a caller's body into, checked field by field, without model defaults.
 
-Ranges are vLLM's own (sampling_params.py), so that what passes here passes there.
+Ranges are vLLM's own (sampling_params.py), so that vLLM accepts every request that passes these checks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cluster.api.types import Grammar, Sampling
 
 MAX_N = 64
 MAX_NAME_CHARS = 1024
-"""Of a model; no model has a longer one."""
+"""Longest model name in a request."""
 MAX_MESSAGES = 10_000
-"""Of a chat, and parts and tool calls of one message."""
+"""Most messages of a chat; also most parts and most tool calls of one message."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
-"""With `min_tokens` of 1 or more, the model's own EOS ids among them: vLLM keeps so many apart for each request."""
+"""Most stop token ids, the model's EOS ids included, with `min_tokens` of 1 or more: vLLM's limit per request."""
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 1024
@@ -34,7 +34,7 @@ DEFAULT_COMPLETE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Sampling as asked: None is "unset", so that the model's default applies."""
+    """Sampling options of a request. None means unset: the model's default applies."""
 
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -52,7 +52,7 @@ class RequestOptions:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     logprobs_returned: int | None = None
-    """How many tokens of a position are told, the sampled one among them; None is `logprobs`."""
+    """Number of tokens reported per position, including the sampled one; None means `logprobs`."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
 
@@ -68,7 +68,7 @@ class ChatPrompt:
 
     @property
     def template_options(self) -> Mapping[str, Any]:
-        """The arguments of a render beside the messages."""
+        """The arguments of the chat template beside the messages."""
         return {
             "template_kwargs": self.template_kwargs,
             "continue_final_message": self.continue_final_message,
@@ -88,14 +88,14 @@ class IdsPrompt:
     """A prompt in token ids."""
 
     token_ids: Sequence[int]
-    """An array where there are many."""
+    """The ids, as an array if there are many."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompt:
-    """A long ChatPrompt or TextPrompt as a helper process has read and packed it, for another to tokenize.
+    """A long ChatPrompt or TextPrompt, parsed and pickled by one helper process and tokenized by another.
 
-    The gateway's own process passes it on as it is: unpacking megabytes would hold up its event loop.
+    The gateway process passes it on unopened: unpacking megabytes would block its event loop.
     """
 
     is_chat: bool
@@ -103,13 +103,13 @@ class PackedPrompt:
     """A pickle, as bytes or a buffer."""
 
     def unpacked(self) -> ChatPrompt | TextPrompt:
-        """The prompt. Not on an event loop."""
+        """Unpack the prompt. Must not run on an event loop."""
         prompt: ChatPrompt | TextPrompt = pickle.loads(self.packed)  # noqa: S301 - written by this gateway's helper
         return prompt
 
     @classmethod
     def of(cls, prompt: ChatPrompt | TextPrompt) -> PackedPrompt:
-        """Pack a prompt. Not on an event loop."""
+        """Pack a prompt. Must not run on an event loop."""
         return cls(isinstance(prompt, ChatPrompt), pickle.dumps(prompt, protocol=5))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
@@ -120,13 +120,13 @@ Prompt = ChatPrompt | TextPrompt | IdsPrompt | PackedPrompt
 
 
 def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is messages."""
+    """Whether a prompt is a list of chat messages."""
     return isinstance(prompt, ChatPrompt) or (isinstance(prompt, PackedPrompt) and prompt.is_chat)
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeFrom:
-    """Where a stream had come when it broke: all its tokens in order, and the newest one's number."""
+    """Position of a broken stream: its resume tokens in order, and the number of the newest chunk."""
 
     tokens: Sequence[bytes]
     offset: int
@@ -134,24 +134,24 @@ class ResumeFrom:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One call as asked."""
+    """One parsed request for generation."""
 
     model: str
     prompt: Prompt
     options: RequestOptions
     default_max_tokens: int | None = None
     cache_salt: str = ""
-    """The caller's own: its calls share a cached prefix only with those of the same salt."""
+    """Salt of the prefix cache, chosen by the caller: only calls with the same salt share a cached prefix."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Labels of the usage record; the tenant's own of the same name win."""
+    """Labels for the usage record; the tenant's labels of the same name take precedence."""
     resumable: str = ""
-    """Where its chunks are to carry resume tokens, the digest of the whole request."""
+    """Digest of the whole request if its chunks must carry resume tokens, else empty."""
     resume: ResumeFrom | None = None
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256
 
-# field -> (lowest, highest, whether the lowest itself is allowed); None is unbounded.
+# field -> (lowest, highest, whether the lowest itself is allowed); None means unbounded.
 RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "max_tokens": (1, None, True),
     "min_tokens": (0, None, True),
@@ -168,7 +168,7 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raise CallError for what a usage record does not take."""
+    """Raise CallError for metadata that a usage record cannot hold."""
     if len(metadata) > MAX_METADATA:
         raise invalid("metadata", f"must not have more than {MAX_METADATA} entries; has {len(metadata)}")
     for name, value in metadata.items():
@@ -181,10 +181,10 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 def check_options(options: RequestOptions) -> None:
     """Raise one CallError that names every wrong field."""
-    wrong = [v for name in RANGES if (v := _range(name, getattr(options, name))) is not None]
+    wrong = [v for name in RANGES if (v := _range_violation(name, getattr(options, name))) is not None]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
-    if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each output has the next seed
+    if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each sequence has the next seed
         wrong.append(Violation("seed", f"must be at most {MAX_SEED} - (n - 1), got {options.seed} with n {options.n}"))
     wrong += _stop_violations(options)
     wrong += _bias_violations(options.logit_bias)
@@ -197,12 +197,12 @@ def check_options(options: RequestOptions) -> None:
 
 
 def _fits_in(text: str, most_bytes: int) -> bool:
-    """Whether a text's UTF-8 is no longer; one that cannot be is not encoded."""
+    """Whether a text's UTF-8 has at most so many bytes; a text with more characters than that is not encoded."""
     return len(text) <= most_bytes and len(text.encode("utf-8", "replace")) <= most_bytes
 
 
 def _stop_violations(options: RequestOptions) -> list[Violation]:
-    """Counts before contents: what is too long is not looked through."""
+    """Violations of the stop fields. Counts are checked before contents: a list that is too long costs nothing."""
     wrong: list[Violation] = []
     if len(options.stop) > MAX_STOP_STRINGS:
         wrong.append(too_many("stop", "strings", MAX_STOP_STRINGS, len(options.stop)))
@@ -234,11 +234,11 @@ def _bias_violations(biases: Mapping[int, float]) -> list[Violation]:
 
 
 def too_many(field: str, what: str, most: int, got: int) -> Violation:
-    """A list that is longer than it may be."""
+    """The violation of a list with too many entries."""
     return Violation(field, f"at most {most} {what}, got {got}")
 
 
-def _range(name: str, value: float | None) -> Violation | None:
+def _range_violation(name: str, value: float | None) -> Violation | None:
     if value is None:
         return None
     low, high, closed = RANGES[name]
@@ -270,7 +270,7 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
 
 
 def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str = "") -> CallError:
-    """The error of a prompt that leaves no room. `surely`: "at least " where its tokens were not counted."""
+    """The error for a prompt that leaves no room for output. `surely`: "at least " if its tokens were not counted."""
     return CallError(
         Outcome.CONTEXT_LENGTH_EXCEEDED,
         f"the prompt has {surely}{prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "
@@ -280,7 +280,7 @@ def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str 
 
 
 def sampling(
-    wish: GenerationRequest,
+    request: GenerationRequest,
     defaults: Mapping[str, object],
     prompt_tokens: int,
     max_model_len: int,
@@ -288,16 +288,16 @@ def sampling(
     max_output_tokens: int | None = None,
     eos_token_ids: Collection[int] = (),
 ) -> Sampling:
-    """The engine's parameters: as asked, else the model's generation config, else vLLM's defaults.
+    """The engine's sampling parameters: from the request, else the model's generation config, else vLLM's defaults.
 
-    `max_model_len` is what the caller may use of the model's context, `max_output_tokens` of its output. Raises
-    CallError when the prompt leaves no room, an id lies outside the vocabulary, or too many ids end a call that must
-    have `min_tokens`.
+    `max_model_len` and `max_output_tokens` are the caller's limits for context and output. Raises CallError if the
+    prompt leaves no room for output, a token id lies outside the vocabulary, or a request with `min_tokens` has too
+    many stop token ids.
     """
-    o = wish.options
+    o = request.options
     room = max_model_len - prompt_tokens
     if room < 1:
-        raise too_long(prompt_tokens, max_model_len, is_chat(wish.prompt))
+        raise too_long(prompt_tokens, max_model_len, is_chat(request.prompt))
     room = min(room, max_output_tokens or room)
     for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", tuple(o.logit_bias))):
         for token_id in ids:
@@ -307,24 +307,24 @@ def sampling(
                 )
 
     def pick(name: str, otherwise: float) -> float:
-        asked = getattr(o, name)
-        if asked is not None:
-            return float(asked)
+        requested = getattr(o, name)
+        if requested is not None:
+            return float(requested)
         default = defaults.get(name)
         return float(default) if isinstance(default, int | float) else otherwise
 
-    asked_tokens = o.max_tokens
-    if asked_tokens is None:
+    requested_tokens = o.max_tokens
+    if requested_tokens is None:
         default = defaults.get("max_tokens")
-        asked_tokens = int(default) if isinstance(default, int | float) else wish.default_max_tokens
-    max_tokens = room if asked_tokens is None else min(asked_tokens, room)
+        requested_tokens = int(default) if isinstance(default, int | float) else request.default_max_tokens
+    max_tokens = room if requested_tokens is None else min(requested_tokens, room)
     min_tokens = o.min_tokens or 0
-    most_ends = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos_token_ids)
-    if min_tokens and len(o.stop_token_ids) > most_ends:
+    most_stop_ids = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos_token_ids)
+    if min_tokens and len(o.stop_token_ids) > most_stop_ids:
         raise invalid(
             "stop_token_ids",
-            f"at most {most_ends} token ids where min_tokens is 1 or more, got {len(o.stop_token_ids)}; "
-            "give fewer, or no min_tokens",
+            f"at most {most_stop_ids} token ids if min_tokens is 1 or more, got {len(o.stop_token_ids)}; "
+            "give fewer, or leave min_tokens out",
         )
     if min_tokens > max_tokens:
         raise invalid("min_tokens", f"must not be above the {max_tokens} tokens that this call may produce")

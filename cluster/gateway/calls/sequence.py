@@ -1,9 +1,9 @@
-"""One of a call's n outputs: tokens arrive from the link, become text, and wait for the API or go straight to it.
+"""One of a call's n outputs: its tokens arrive from the link, become text, and wait for the API or go directly to it.
 
-Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once
-however slow the client is. A slow client gets several tokens in one piece, never late ones.
+Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once,
+even with a slow client. A slow client gets several tokens in one piece.
 
-Where the sequence is in its life is decided by life.py; this class carries out what follows from it.
+life.py decides the state of a sequence; the class here acts on it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _FINISH_WORDS = {
 }
 
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
-"""Engine fields by the name that callers know them under."""
+"""Caller's field name of each engine field."""
 
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:
-    """An engine's refusal as the caller's error. Engines begin their message with the field, by their own name."""
+    """Translate an engine's refusal into the caller's error. An engine's message begins with its own field name."""
     outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
     if not field:
         return CallError(outcome, message)
@@ -40,7 +40,7 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
 
 @dataclass(slots=True)
 class Piece:
-    """What one sequence has for the caller since the last piece."""
+    """New text, log probabilities and finish reason of one sequence since its last piece."""
 
     index: int
     text: str
@@ -50,7 +50,8 @@ class Piece:
 
 
 class SequenceOwner(Protocol):
-    """What a sequence needs of its call. Methods are called from the link's reader: short, never awaiting."""
+    """Interface that a sequence needs of its call. The methods run in a link's reader: they must be short and cannot
+    await."""
 
     id: str
     arrived: float
@@ -63,45 +64,45 @@ class SequenceOwner(Protocol):
         """End the call with this error."""
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call INTERNAL for an exception of its own work."""
+        """End the call with INTERNAL because its own work raised `error`."""
 
     def wake(self) -> None:
-        """There is news for the client."""
+        """Notify the API of an update."""
 
     def progressed(self, sequence: OutputSequence[Any], tokens: int) -> None:
-        """Tokens have come, by a step with more news than one token."""
+        """Handle the output of a step that was more than one plain token."""
 
     def began(self, sequence: OutputSequence[Any], output: TokenOutput) -> None:
-        """The first output of a worker has come."""
+        """Handle the first output of a worker."""
 
     def resumed(self, sequence: OutputSequence[Any], reason: str) -> None:
-        """The first token of a further worker has come."""
+        """Handle the first token of another worker after a resume."""
 
     def worker_failed(self, sequence: OutputSequence[Any], link: WorkerLink) -> None:
-        """This worker's engine could not continue it."""
+        """Handle a worker whose engine could not continue the sequence."""
 
     def requeue(self, sequence: OutputSequence[Any]) -> None:
-        """It waits again, where its state says."""
+        """Queue the sequence again, by its state."""
 
-    def not_taken(self, sequence: OutputSequence[Any]) -> None:
-        """A worker has refused it."""
+    def submission_refused(self, sequence: OutputSequence[Any]) -> None:
+        """Handle a worker's refusal of the sequence."""
 
 
 Owner = TypeVar("Owner", bound=SequenceOwner)
 
 
 class OutputSequence(Generic[Owner]):
-    """One of a call's n outputs. A Sink of the link.
+    """One of a call's n outputs. Implements the link's Sink.
 
-    `direct`, where an API has set it, takes the text of each further token that has no other news.
+    `direct`, if set by an API, gets the text of each further token that brings nothing but text.
     """
 
     __slots__ = (
-        "_finish_taken",
+        "_end_popped",
         "_life",
         "_logprob_texts",
         "_logprobs",
-        "_taken",
+        "_piece_popped",
         "admitted",
         "cached_tokens",
         "call",
@@ -132,40 +133,40 @@ class OutputSequence(Generic[Owner]):
         self.request = request
         self.detokenizer = detokenizer
         self.key = f"{call.id}#{index}"
-        """Its name in the queues and accounts of this gateway."""
+        """Name of the sequence in this gateway's queues and accounts."""
         self.emitted = detokenizer.token_ids
-        """Tokens so far; the detokenizer's own list, so that those after a stop string are not in it."""
+        """Tokens so far: the detokenizer's own list, which leaves out those after a stop string."""
         self.restored = 0
-        """Tokens that another gateway has emitted before this one."""
+        """Number of tokens that were emitted before this gateway continued the sequence."""
         self.admitted = False
-        """Whether an engine has accepted it."""
+        """Whether an engine has accepted the sequence."""
         self.link: WorkerLink | None = None
         self.slot = 0
         self.finish_reason = ""
         self.heard_at = 0.0
-        """When its last token came (monotonic)."""
+        """Time of its last token (monotonic)."""
         self.cached_tokens = 0
-        """Of its prompt, as its first worker found them, or the worker that resumed it here."""
+        """Prompt tokens that its first worker, or the worker that resumed it here, had in its cache."""
         self.direct: Callable[[str], None] | None = None
         self._life = life or Life()
-        self._taken = False
-        self._finish_taken = False
+        self._piece_popped = False
+        self._end_popped = False
         self._logprob_texts = logprob_texts
         self._logprobs: list[TokenLogprob] = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.key} tokens {len(self.emitted)} {self._life.state.value}>"
 
-    # ---- its life, as others see it
+    # ---- state
 
     @property
     def state(self) -> State:
-        """Where it is."""
+        """State in its life."""
         return self._life.state
 
     @property
     def tokens(self) -> int:
-        """Tokens that an engine has to compute before its next one."""
+        """Prompt and emitted tokens: those that a new worker must compute before the next one."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     @property
@@ -175,93 +176,93 @@ class OutputSequence(Generic[Owner]):
 
     @property
     def failures(self) -> int:
-        """Workers that have failed it."""
+        """Number of workers that have failed it."""
         return self._life.failures
 
     @property
     def compatibility(self) -> CompatibilityKey | None:
-        """Key of the worker that gave its first token."""
+        """Key of the worker that computed its first token."""
         return self._life.compatibility
 
     @property
     def last_worker(self) -> str:
-        """Incarnation of the worker that it was sent to last."""
+        """Incarnation of the worker that got its last Submit."""
         return self._life.last_worker
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that holds its KV blocks after a gateway was lost, else ""."""
+        """Incarnation of the worker that holds its KV blocks after its gateway was lost, else ""."""
         return self._life.cached_on
 
     @property
     def excluded(self) -> frozenset[str]:
-        """Incarnations of workers that it must not be sent to again."""
+        """Incarnations of excluded workers."""
         return self._life.excluded
 
     @property
     def moved(self) -> bool:
-        """Whether it resumes because its worker drains."""
+        """Whether it resumes because its worker is draining."""
         return self._life.reason == "moved"
 
     @property
     def computed(self) -> bool:
-        """Whether a worker has taken it, or has emitted tokens of it."""
+        """Whether a worker has accepted it or emitted tokens for it."""
         return self._life.computed
 
     @property
     def lost_links(self) -> tuple[str, ...]:
-        """Links that ended under it with no token since before the first of them."""
+        """Links that it lost in a row without a new token between."""
         return self._life.loss.links
 
     @property
     def lost_at(self) -> float:
-        """When it last lost a worker unexpectedly (monotonic)."""
+        """Time of its last unexpected loss of a worker (monotonic)."""
         return self._life.loss.last_at
 
     @property
     def lost_node(self) -> str:
-        """Node of that worker."""
+        """Node of the worker that it lost last."""
         return self._life.loss.last_node
 
     @property
     def silent_since(self) -> float | None:
-        """When it lost a worker after which no token has come; None if one has."""
+        """Time of the first loss since its last token; None if a token has come since the losses."""
         return self._life.silent_since(len(self.emitted))
 
     @property
     def suspect(self) -> bool:
-        """Whether it lost so many workers in a row that it may be what ends them; see worker_losses.py."""
+        """Whether it lost so many workers in a row that it may crash them; see worker_losses.py."""
         return self._life.suspect(len(self.emitted))
 
     def acquit(self) -> None:
-        """It is not what ends its workers."""
+        """Forget its losses: it is not their cause."""
         self._life.acquit()
 
-    def carry_losses(self, losses: tuple[str, ...]) -> None:
-        """Losses in a row that another gateway has seen."""
-        self._life.carry(losses, len(self.emitted))
+    def restore_losses(self, losses: tuple[str, ...]) -> None:
+        """Set the losses in a row that another gateway has recorded."""
+        self._life.restore_losses(losses, len(self.emitted))
 
     # ---- from a resume token
 
     def restore(
         self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
     ) -> None:
-        """Continue where another gateway has left it: after these tokens, of which `chars` characters were delivered.
-        Raises ValueError when the tokens have less text."""
+        """Continue after these tokens of another gateway, of whose text `chars` characters were delivered. Raises
+        ValueError if the tokens have less text."""
         self.detokenizer.restore(token_ids, chars)
         if self._logprob_texts is not None:
             self._logprob_texts.restore(token_ids)
         self.restored, self.heard_at = len(token_ids), self.call.arrived
-        self._taken, self._finish_taken = bool(token_ids), bool(finish_reason)
+        self._piece_popped, self._end_popped = bool(token_ids), bool(finish_reason)
         self._life.restore(worker, key, len(token_ids))
         if finish_reason:
             self._finish(finish_reason)
         elif len(token_ids) >= self.request.sampling.max_tokens:
             self._finish("length")  # its last token was delivered, its end was not
 
-    def adopt(self, older: OutputSequence[Owner]) -> None:
-        """Take over the tokens that this gateway has generated for an earlier reader, beyond where this one stands:
-        they are delivered without being computed again. With log probabilities, which are not kept, none are."""
+    def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
+        """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
+        that they are not computed again. Not with log probabilities, which are not kept."""
         more = older.emitted[len(self.emitted) :]
         if self.finish_reason or older.finish_reason or self._logprob_texts is not None or not more:
             return
@@ -276,13 +277,13 @@ class OutputSequence(Generic[Owner]):
     # ---- sending
 
     def submission(self) -> EngineRequest:
-        """The request as the next worker is to have it."""
+        """The request for the next worker, with the tokens emitted so far."""
         if not self.emitted:
             return self.request
         return replace(self.request, emitted_token_ids=tuple(self.emitted))
 
     def bind(self, link: WorkerLink, slot: int) -> None:
-        """A worker has been chosen and the request sent."""
+        """Record the worker and slot that the request was sent to."""
         self.link, self.slot = link, slot
         key = None
         if not self.emitted:
@@ -292,14 +293,15 @@ class OutputSequence(Generic[Owner]):
     # ---- Sink
 
     def accepted(self) -> None:
-        """An engine has it: from here on it costs."""
+        """Record that an engine has accepted the sequence: it is charged from now on."""
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """The request itself is at fault, or the engine had no room after all."""
+        """Handle a refusal: requeue the sequence if the engine had no room, else fail the call, whose request is
+        invalid."""
         self.link = None
-        self._life.not_taken(len(self.emitted))
-        self.call.not_taken(self)
+        self._life.submission_refused(len(self.emitted))
+        self.call.submission_refused(self)
         if reason == "NO_ROOM":
             self._life.wait(len(self.emitted))
             self.call.requeue(self)
@@ -307,29 +309,29 @@ class OutputSequence(Generic[Owner]):
         self.call.fail(refusal_of(reason, message, field))
 
     def output(self, output: TokenOutput) -> None:
-        """One step's tokens."""
+        """Handle the output of one engine step."""
         call = self.call
         if output.prompt_tokens is not None:
-            self._begin(output)
+            self._record_first_output(output)
         self.direct = None
         if output.finish is not None:
             link = self.link
             self.link = None
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-                self._broken(output.finish, link)
+                self._engine_ended(output.finish, link)
                 return
             self._finish(_FINISH_WORDS[output.finish])
         before = len(self.emitted)
         stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
         if stop is not None:
             self._stopped()
-        came = max(len(self.emitted) - before, 0)  # a guard's refusal takes back tokens of earlier steps too
+        added = max(len(self.emitted) - before, 0)  # a guard's refusal also removes tokens of earlier steps
         if output.logprobs and self._logprob_texts is not None:
-            self._logprobs += self._logprob_texts.push(output.logprobs[:came])
-        call.progressed(self, came)
+            self._logprobs += self._logprob_texts.push(output.logprobs[:added])
+        call.progressed(self, added)
 
-    def _begin(self, output: TokenOutput) -> None:
-        """Note the first output of a worker."""
+    def _record_first_output(self, output: TokenOutput) -> None:
+        """Record the first output of a worker."""
         cached = output.cached_tokens or 0
         if not self.emitted:
             self.cached_tokens = cached
@@ -341,7 +343,7 @@ class OutputSequence(Generic[Owner]):
             self.call.resumed(self, reason)
 
     def token(self, token_id: int) -> None:
-        """One step's only token, not its first: the common case of `output`. The link keeps `heard_at`."""
+        """Handle a step's only token: the fast path of `output`, never the first one. The link sets `heard_at`."""
         direct = self.direct
         if direct is not None:
             text = self.detokenizer.text_of(token_id)
@@ -353,24 +355,24 @@ class OutputSequence(Generic[Owner]):
         self.call.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """From now on hand each token's text to `direct`, if all further news is text."""
+        """Pass each further token's text to `direct`, if a piece was delivered and further tokens bring only text."""
         if (
             not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.searches_text)
-            and self._taken
+            and self._piece_popped
         ):
             self.direct = direct
 
     def stop_direct(self) -> None:
-        """Keep all further text for `take`."""
+        """Keep all further text for `pop_piece`."""
         self.direct = None
 
     def give_back(self, text: str) -> None:
-        """Take the text that `direct` was just given back, and keep it and all further text for `take`."""
+        """Put back the text that `direct` just got, and keep it and all further text for `pop_piece`."""
         self.direct = None
         self.detokenizer.push_back(text)
 
     def cut(self) -> None:
-        """End it with what it has, as if its length were reached."""
+        """Finish with the tokens so far, with finish reason "length"."""
         if not self.finish_reason:
             self.direct = None
             self._finish("length")
@@ -381,50 +383,50 @@ class OutputSequence(Generic[Owner]):
         self._life.apply(Event.FINISHED)
 
     def _stopped(self) -> None:
-        """A stop string has come, or a guard has refused: the engine's work ends here."""
+        """Finish because of a stop string or a guard's refusal, and abort the engine's work."""
         self._finish("content_filter" if self.detokenizer.refused else "stop")
         self.leave_engine()
 
-    def _broken(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """The engine has ended it. Under a grammar ERROR says that no token was left; otherwise the engine is at fault,
-        and another may continue."""
+    def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
+        """Handle an error finish. With a grammar, ERROR means that the grammar allowed no token; otherwise the engine
+        is at fault and another one may continue."""
         if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
             self.call.fail(
                 invalid(
                     "response_format",
-                    "no output can go on so that it fits this format together with the call's other fields "
-                    "(a format that nothing fits, or stop_token_ids that it needs); change one of them",
+                    "no further token fits this format together with the call's other fields "
+                    "(nothing fits the format, or it needs one of stop_token_ids); change one of them",
                 )
             )
             return
         if link is not None:
             self._life.excluded |= {link.identity.incarnation}
             self.call.worker_failed(self, link)
-        message = "the engine could not go on with this call; it is safe to retry"
-        self._try_elsewhere(Outcome.INTERNAL, "error", message)
+        message = "the engine could not continue this call; it is safe to retry"
+        self._retry_or_fail(Outcome.INTERNAL, "error", message)
 
     def failed(self, error: BaseException) -> None:
-        """End the call: handling its news has raised."""
+        """End the call: handling a message for it raised `error`."""
         self.link = None
         self.call.fail_unexpectedly(error)
 
     def lost(self, why: str) -> None:
-        """The worker is gone; another one continues from here."""
+        """Handle the loss of the worker: continue on another one from here."""
         link, self.link = self.link, None
         if link is not None and not link.draining:
             self._life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
         if not self.finish_reason:
             message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
-            self._try_elsewhere(Outcome.WORKER_LOST, "lost", message)
+            self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
 
-    def _try_elsewhere(self, outcome: Outcome, reason: str, message: str) -> None:
+    def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
         if self._life.fail_worker(reason, len(self.emitted)) is Next.FAIL:
             self.call.fail(CallError(outcome, message))
         else:
             self.call.requeue(self)
 
     def move(self) -> None:
-        """Leave its worker, which is about to end; another one continues from here."""
+        """Leave its draining worker; another one continues from here."""
         if self.link is not None and not self.finish_reason:
             self.leave_engine()
             self._life.leave("moved", len(self.emitted))
@@ -433,61 +435,61 @@ class OutputSequence(Generic[Owner]):
     # ---- the API
 
     def pop_piece(self) -> Piece | None:
-        """Text, finish and logprobs since the last take; None when there is none."""
-        if self._finish_taken:
+        """The text, finish reason and log probabilities since the last piece; None if there are none."""
+        if self._end_popped:
             return None
         finished = bool(self.finish_reason)
         text = self.detokenizer.pop_text(finished)
         if finished:
-            if self.detokenizer.refused:  # by what had been held back to the end
+            if self.detokenizer.refused:  # by a guard, for text that was held back to the end
                 self.finish_reason = "content_filter"
             if self._logprob_texts is not None:
                 self._logprobs += self._logprob_texts.push(())
         if not (text or finished or self._logprobs):
             return None
-        self._finish_taken = finished
-        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._taken)
-        self._taken = True
+        self._end_popped = finished
+        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._piece_popped)
+        self._piece_popped = True
         self._logprobs = []
         return piece
 
     def pop_text(self) -> str | None:
-        """The text since the last take if there is no other news, else None: then call `take`."""
-        if self.finish_reason or self._logprobs or not self._taken:
+        """The text since the last piece if there is nothing but text, else None: then call `pop_piece`."""
+        if self.finish_reason or self._logprobs or not self._piece_popped:
             return None
         return self.detokenizer.pop_text(False)
 
     @property
     def pending_chars(self) -> int:
-        """Characters that wait for a `take`, at most."""
+        """Upper bound of the characters that wait for `pop_piece`."""
         return self.detokenizer.pending_chars
 
     @property
     def delivered(self) -> int:
-        """Tokens whose text has been taken; one whose text is taken in part counts."""
-        return len(self.emitted) if self._finish_taken else len(self.emitted) - self.detokenizer.pending_tokens()
+        """Number of tokens whose text was delivered, at least in part."""
+        return len(self.emitted) if self._end_popped else len(self.emitted) - self.detokenizer.pending_tokens()
 
     @property
     def shown(self) -> int:
-        """Tokens of which the caller has seen something: text, or a log probability."""
+        """Number of tokens of which the caller has got text or a log probability."""
         return self.delivered if self._logprob_texts is None else len(self.emitted)
 
     @property
-    def end_taken(self) -> bool:
-        """Whether its end has been taken."""
-        return self._finish_taken
+    def end_delivered(self) -> bool:
+        """Whether its last piece was returned."""
+        return self._end_popped
 
-    def part(self) -> None:
-        """Drop the reference to its call, which has ended, so that neither waits for the garbage collector."""
+    def unlink_call(self) -> None:
+        """Drop the reference to its ended call, so that both are freed without the garbage collector."""
         del self.call
 
     def end(self) -> None:
-        """Its call is over: drop it in the engine."""
+        """End the sequence with its call, and abort it in the engine."""
         self._life.apply(Event.FAILED)
         self.leave_engine()
 
     def leave_engine(self) -> None:
-        """Abort it in the engine, if it runs there."""
+        """Abort the sequence in its engine, if it runs there."""
         if self.link is not None:
             self.link.abort(self.slot)
             self.link = None

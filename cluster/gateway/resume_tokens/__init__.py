@@ -1,1 +1,1 @@
-"""Streams that outlive their gateway: tokens in chunks, and calls that resume from them."""
+"""Resume of streams after the loss of their gateway: resume tokens in chunks, and calls that continue from them."""

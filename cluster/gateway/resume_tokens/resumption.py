@@ -1,8 +1,8 @@
-"""Streams that outlive their gateway: tokens for what was delivered, and calls that go on from such tokens.
+"""Resume of calls after the loss of their gateway: it adds resume tokens to streams and opens calls from such tokens.
 
-The content of tokens is token_chain.py's; here they are sealed, opened, checked against who asks and with which
-request, and taken, once. What then goes on is a call like any other that has lost its worker: its outputs stand where
-they stood, and only a worker like the one that began them goes on with them.
+token_chain.py defines the content of tokens; here they are sealed, opened, checked against caller and request, and
+claimed once. A resumed call is then like any other call that has lost its worker: its sequences continue after the
+delivered tokens, on a compatible worker only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.resume_tokens.claim import TAKEN, ResumeClaims
 from cluster.gateway.resume_tokens.first_claims import FirstClaims
-from cluster.gateway.resume_tokens.token_chain import BadSegment, CallHead, TokenChain
+from cluster.gateway.resume_tokens.token_chain import CallHead, InvalidToken, TokenChain
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.scheduling.worker_losses import CARRIED
 from cluster.policy.tenants.identity import Principal
@@ -35,13 +35,15 @@ log = structlog.get_logger("resume")
 PURPOSE = "resume-token"
 MAX_TOKEN_BYTES = 4 << 20
 AT_ONCE = 200
-"""Tokens that are opened (some milliseconds) before the event loop turns to others."""
-OTHERS = "is no token of this call: send every token of one call, in order, as its own caller, with its own request"
-TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
-CLOCKS_S = 60.0
-"""By so much the clocks of gateways may differ."""
-NOTE_S = 1.0
-"""How long the end of a call waits for the store."""
+"""Number of tokens to open (some milliseconds) before other callbacks of the event loop run."""
+NOT_OF_CALL = (
+    "is not a token of this call: send every token of one call, in order, as the same caller, with the same request"
+)
+TAKEN_OVER = "the call was resumed elsewhere: its stream continues there"
+CLOCK_SKEW_S = 60.0
+"""Largest difference between the clocks of gateways."""
+STORE_TIMEOUT_S = 1.0
+"""Longest wait of a call's end for the store of claims."""
 GIVEN_UP = (
     Outcome.NO_WORKER,
     Outcome.WORKER_LOST,
@@ -50,59 +52,59 @@ GIVEN_UP = (
     Outcome.SHED,
     Outcome.INTERNAL,
 )
-"""Ends of a call that its client has not brought about."""
+"""Outcomes that are not the client's fault."""
 
 
 class ResumeService:
-    """Of one gateway. The secret is looked for when it is first needed."""
+    """Resume service of one gateway. It reads the secret when it first needs it."""
 
     def __init__(
         self,
         secrets: Callable[[], Sequence[bytes]],
-        takers: FirstClaims,
+        first_claims: FirstClaims,
         expires_s: float,
         gateway: str = "",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`secrets`: the cluster's, the first seals, all open; raises ValueError. A token opens for `expires_s`.
-        `gateway`: this one's incarnation."""
+        """`secrets` returns the cluster's secrets, of which the first seals and all open; it may raise ValueError.
+        Tokens expire after `expires_s`. `gateway`: incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
-        self._claims = ResumeClaims(takers, gateway)
+        self._claims = ResumeClaims(first_claims, gateway)
         self._live: dict[str, Call] = {}
         self.on_taken_over: Callable[[Call, int], None] = lambda call, generation: None
-        """Told when a call was resumed here, so that every worker ends what it runs for readers before."""
+        """Called when a call was resumed here, so that every worker ends what it runs for earlier readers."""
         self._expires_s = expires_s
         self._clock = clock
         self._wall = wall
         self._envelopes: Envelopes | None = None
-        self._hopeless = False
+        self._cannot_seal = False
 
-    def _sealing(self) -> Envelopes | None:
-        """None where there is no secret and none can be made: then streams are what they were without tokens."""
-        if self._envelopes is None and not self._hopeless:
-            from cluster.ledger.usage.sealed_records import Envelopes  # what seals is imported by whoever needs it
+    def _sealer(self) -> Envelopes | None:
+        """The sealer of tokens; None if there is no secret and none can be made: then streams carry no tokens."""
+        if self._envelopes is None and not self._cannot_seal:
+            from cluster.ledger.usage.sealed_records import Envelopes  # only gateways that seal need it
 
             try:
                 self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)
             except (ValueError, OSError) as error:
-                self._hopeless = True
+                self._cannot_seal = True
                 log.warning("streams_not_resumable", error=str(error))
         return self._envelopes
 
-    # ---- a call that begins
+    # ---- opening a call
 
     def begin(
-        self, call: Call, wish: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
+        self, call: Call, request: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
     ) -> None:
-        """Its chunks get tokens; where it was begun elsewhere, it stands from now on where it stood. `bundle_digest` is
-        the tokenizer's. Raises CallError."""
-        envelopes = self._sealing()
+        """Make a call resumable, and let a resumed one continue after the tokens of `chain`. `bundle_digest` is the
+        tokenizer bundle's. Raises CallError."""
+        envelopes = self._sealer()
         if envelopes is None:
             return
-        request = call.sequences[0].request
-        prompt = hashlib.sha256(array("I", request.prompt_token_ids).tobytes()).hexdigest()
+        first = call.sequences[0].request
+        prompt = hashlib.sha256(array("I", first.prompt_token_ids).tobytes()).hexdigest()
         if chain is None:
             head = CallHead(
                 call_id=call.id,
@@ -110,16 +112,16 @@ class ResumeService:
                 tenant=meta.tenant,
                 subject=_subject(meta.principal),
                 model=call.model,
-                request=wish.resumable,
+                request=request.resumable,
                 prompt=prompt,
-                seed=request.sampling.seed,
+                seed=first.sampling.seed,
                 deadline_s=0.0 if call.deadline is None else self._wall() + call.deadline - self._clock(),
                 opened_s=self._wall(),
             )
         else:
-            head = chain.whole
-            if (head.prompt, head.seed) != (prompt, request.sampling.seed):
-                raise unsupported("its prompt reads otherwise here than where it began (does its template tell time?)")
+            head = chain.call_head
+            if (head.prompt, head.seed) != (prompt, first.sampling.seed):
+                raise unsupported("its prompt has other tokens here (does its chat template contain the time?)")
         tokens = ResumeTokens(call.sequences, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
         call.make_resumable(tokens)
         if chain is None:
@@ -127,78 +129,81 @@ class ResumeService:
         else:
             _restore(call, tokens, chain, bundle_digest)
             if call.deadline is not None:
-                late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline that the call began with has passed")
+                late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline of the call's first request has passed")
                 left_s = max(call.deadline - self._clock(), 0.0)
                 tokens.timer = asyncio.get_running_loop().call_later(left_s, call.fail, late)
 
-    # ---- a call that goes on
+    # ---- a resumed call
 
-    async def read(self, wish: GenerationRequest, who: Principal) -> TokenChain:
-        """What the tokens of a wish to resume say, if they are all of one call, of this caller and this request.
-
-        Raises CallError."""
-        asked = wish.resume
-        assert asked is not None
-        if not wish.resumable:
-            raise invalid("resumable", "must be true, as in the request that began the stream")
-        if not asked.tokens:
-            raise invalid("resume_tokens", "must not be empty: without any, begin anew")
+    async def read(self, request: GenerationRequest, principal: Principal) -> TokenChain:
+        """Open the tokens of a resume request. Raises CallError unless all are of one call, of this caller and
+        request."""
+        resume = request.resume
+        assert resume is not None
+        if not request.resumable:
+            raise invalid("resumable", "must be true, as in the stream's first request")
+        if not resume.tokens:
+            raise invalid("resume_tokens", "must not be empty: without any, send a new call")
         from cluster.ledger.usage.sealed_records import SealError, UnknownSecret
 
         chain, now_s = TokenChain(), self._wall()
-        envelopes = self._sealing()
+        envelopes = self._sealer()
         if envelopes is None:
             raise unsupported("this gateway has no secret")
-        for number, token in enumerate(asked.tokens):
+        for number, token in enumerate(resume.tokens):
             try:
                 chain.add(token, envelopes.open(token))
             except UnknownSecret:
-                raise CallError(Outcome.RESUME_EXPIRED, "the tokens' secret has been replaced: begin anew") from None
-            except (SealError, BadSegment):
-                raise invalid(f"resume_tokens[{number}]", OTHERS) from None
+                raise CallError(
+                    Outcome.RESUME_EXPIRED, "the secret of the tokens has been replaced: send a new call"
+                ) from None
+            except (SealError, InvalidToken):
+                raise invalid(f"resume_tokens[{number}]", NOT_OF_CALL) from None
             if number % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
-        head = chain.whole
-        ours = (who.tenant.name, _subject(who), wish.resumable)
-        if (head.tenant, head.subject, head.request) != ours:
-            raise invalid("resume_tokens[0]", OTHERS)
-        if asked.offset != chain.number:
-            raise invalid("offset", f"must be the newest chunk's, whose token comes last: {chain.number}")
+        head = chain.call_head
+        expected = (principal.tenant.name, _subject(principal), request.resumable)
+        if (head.tenant, head.subject, head.request) != expected:
+            raise invalid("resume_tokens[0]", NOT_OF_CALL)
+        if resume.offset != chain.number:
+            raise invalid(
+                "offset", f"must be {chain.number}, the offset of the chunk with the last token; got {resume.offset}"
+            )
         if now_s >= chain.expires_s:
-            raise CallError(Outcome.RESUME_EXPIRED, f"the tokens opened for {self._expires_s:g} s: begin anew")
+            raise CallError(Outcome.RESUME_EXPIRED, f"the tokens expired after {self._expires_s:g} s: send a new call")
         return chain
 
-    def deadline(self, chain: TokenChain, asked: float | None) -> float | None:
-        """The call's own, or the one asked for now where that is earlier. Points of the service's clock."""
-        until_s = chain.whole.deadline_s
+    def deadline(self, chain: TokenChain, requested: float | None) -> float | None:
+        """The earlier of the call's first deadline and the one requested now. Times of the service's clock."""
+        until_s = chain.call_head.deadline_s
         if not until_s:
-            return asked
-        own = self._clock() + until_s - self._wall()
-        return own if asked is None else min(own, asked)
+            return requested
+        first = self._clock() + until_s - self._wall()
+        return first if requested is None else min(first, requested)
 
     async def take_over(self, call: Call, chain: TokenChain) -> None:
-        """Let a resumed call be the one that is served: readers before it end. Raises CallError."""
-        lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCKS_S
+        """Claim a resumed call and end its earlier readers. Raises CallError."""
+        lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCK_SKEW_S
         claim = await self._claims.claim(chain, lasts_s)
         tokens = call.resume_tokens
         assert tokens is not None
         call_id = tokens.head.call_id
-        before = self._live.get(call_id)
-        if before is not None and before.resume_tokens is not None:
-            if before.resume_tokens.generation > claim.generation:
+        earlier = self._live.get(call_id)
+        if earlier is not None and earlier.resume_tokens is not None:
+            if earlier.resume_tokens.generation > claim.generation:
                 raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
-            for sequence, older in zip(call.sequences, before.sequences, strict=True):
-                sequence.adopt(older)
-            before.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
+            for sequence, older in zip(call.sequences, earlier.sequences, strict=True):
+                sequence.take_over_tokens(older)
+            earlier.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
         self._live[call_id] = call
         tokens.generation, tokens.silent, tokens.begun_at = claim.generation, claim.silent, claim.origin
         call.claim(claim.terms)
         for sequence in call.sequences:
-            sequence.carry_losses((CARRIED,) * claim.silent)
+            sequence.restore_losses((CARRIED,) * claim.silent)
         self.on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
-        """Calls of a model that were resumed and are served here, with their generations."""
+        """Ids of a model's calls that were resumed here and are still open, with their generations."""
         return [
             (call_id, call.resume_tokens.generation)
             for call_id, call in self._live.items()
@@ -206,41 +211,41 @@ class ResumeService:
         ]
 
     def leave(self, call: Call) -> None:
-        """A call is over here."""
+        """Forget a call that has ended here."""
         if call.resume_tokens is not None and self._live.get(call.resume_tokens.head.call_id) is call:
             del self._live[call.resume_tokens.head.call_id]
 
     async def give_up(self, call: Call, outcome: Outcome) -> None:
-        """A call has ended through no fault of its client, or may have ended workers: note what that means for its
-        resumption, if the store answers in time."""
+        """Record the end of a call for its resume, if the store answers in time: free if the client was not at fault,
+        impossible if the call may have crashed workers."""
         tokens = call.resume_tokens
         if tokens is None or not tokens.number or not (call.blamed or outcome in GIVEN_UP):
             return
-        act = self._claims.close if call.blamed else self._claims.give_up
+        record = self._claims.close if call.blamed else self._claims.give_up
         try:
-            async with asyncio.timeout(NOTE_S):
-                await act(tokens.head.call_id, tokens.generation, self._expires_s + CLOCKS_S)
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                await record(tokens.head.call_id, tokens.generation, self._expires_s + CLOCK_SKEW_S)
         except (CallError, TimeoutError) as error:
             log.warning("resumption_not_noted", request_id=call.request_id, error=str(error))
 
 
 def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest: str) -> None:
-    call.continue_from(chain.whole.request_id)
+    call.continue_from(chain.call_head.request_id)
     tokens.continue_after(chain)
-    for index, begun in chain.choices.items():
-        if begun.likeness is not None and begun.likeness.bundle_digest != bundle_digest:
+    for index, choice in chain.choices.items():
+        if choice.compatibility is not None and choice.compatibility.bundle_digest != bundle_digest:
             raise unsupported("its model has another tokenizer now")
         try:
             sequence = call.sequences[index]
-            sequence.restore(begun.token_ids, begun.chars, begun.finish_reason, begun.home, begun.likeness)
+            sequence.restore(choice.token_ids, choice.chars, choice.finish_reason, choice.worker, choice.compatibility)
         except (ValueError, IndexError):
-            raise unsupported("its tokens read otherwise here than where it began") from None
+            raise unsupported("its tokens have other text here than at its first gateway") from None
 
 
 def unsupported(why: str) -> CallError:
-    """It cannot go on exactly, so it does not."""
-    return CallError(Outcome.RESUME_UNSUPPORTED, f"the call cannot be resumed: {why}; begin anew")
+    """The error of a call that cannot be continued exactly."""
+    return CallError(Outcome.RESUME_UNSUPPORTED, f"the call cannot be resumed: {why}; send a new call")
 
 
-def _subject(who: Principal) -> str:
-    return f"{who.by}:{who.subject}"
+def _subject(principal: Principal) -> str:
+    return f"{principal.by}:{principal.subject}"

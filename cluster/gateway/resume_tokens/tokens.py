@@ -1,4 +1,4 @@
-"""The resume tokens of one call: each chunk of its stream carries the next. token_chain.py has their content."""
+"""Generator of one call's resume tokens: each chunk of its stream carries the next. Content: token_chain.py."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cluster.gateway.resume_tokens.token_chain import (
     Choice,
     Maker,
     TokenChain,
+    compatibility_json,
     digest_of,
     encode,
     encode_one,
     head_json,
-    likeness_json,
 )
 
 WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""A token is whole when so many have come since the last whole one, and so many by what it would hold: what is sealed
-again stays in proportion to what is sealed, and what has to be opened stays small."""
+"""A token is whole after WHOLE_TOKENS others, or after WHOLE_SHARE times the number of delivered ids if that is more:
+so the ids that are sealed again stay in proportion to all sealed ones, and a client needs few tokens to resume."""
 
 
 class ResumeTokens:
-    """The tokens of one call: each chunk gets the next."""
+    """Resume tokens of one call: each chunk gets the next one."""
 
     __slots__ = (
         "_before",
@@ -36,15 +36,15 @@ class ResumeTokens:
         "_expires_s",
         "_finishes",
         "_gateway",
-        "_homes",
         "_seal",
         "_sequences",
         "_wall",
+        "_workers",
+        "begun",
         "begun_at",
         "generation",
         "head",
         "number",
-        "old",
         "silent",
         "timer",
         "whole",
@@ -59,22 +59,22 @@ class ResumeTokens:
         expires_s: float,
         gateway: str = "",
     ) -> None:
-        """`gateway`: this one's incarnation."""
+        """`gateway`: incarnation of this gateway."""
         self.head = head
         self._gateway = gateway
         self.generation = 0
-        """How often the call has been resumed."""
+        """Generation of the call's last resume, 0 if it began here."""
         self.silent = 0
-        """How often in a row it had been resumed without a new token when it came here."""
+        """Number of resumes in a row without a new token, up to this gateway."""
         self.begun_at = ""
-        """The gateway that it was resumed from, if that decides who pays for its prompt."""
+        """Incarnation of the gateway that the call was resumed from, if that decides who pays for its prompt."""
         self.number = 0
-        self.old: set[int] = set()
-        """Choices that have begun: their compatibility key has been sent."""
+        self.begun: set[int] = set()
+        """Indexes of choices whose compatibility key has been sent."""
         self.whole = False
-        """Whether the newest token repeats all that those before it say."""
+        """Whether the newest token is whole: it repeats all that was delivered before."""
         self.timer: asyncio.TimerHandle | None = None
-        """Ends a resumed call at the deadline that it began with."""
+        """Timer that ends a resumed call at its first deadline."""
         self._seal = seal
         self._wall = wall
         self._expires_s = expires_s
@@ -82,21 +82,21 @@ class ResumeTokens:
         self._sequences = sequences
         self._delivered = [0] * len(sequences)
         self._chars = [0] * len(sequences)
-        self._homes = [""] * len(sequences)
+        self._workers = [""] * len(sequences)
         self._finishes = [""] * len(sequences)
         self._due = WHOLE_TOKENS
 
     def continue_after(self, chain: TokenChain) -> None:
         """Continue after the tokens of this chain."""
         self.number, self._before = chain.number, chain.last
-        self._due = chain.number  # its reader need keep nothing of what it has shown
-        for index, begun in chain.choices.items():
-            self._delivered[index], self._chars[index] = len(begun.token_ids), begun.chars
-            self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
-            self.old.add(index)
+        self._due = chain.number  # the next token is whole: the client need not keep the presented ones
+        for index, choice in chain.choices.items():
+            self._delivered[index], self._chars[index] = len(choice.token_ids), choice.chars
+            self._workers[index], self._finishes[index] = choice.worker, choice.finish_reason
+            self.begun.add(index)
 
     def stream(self, index: int) -> LinkStream:
-        """The choice's name at workers: the same at every gateway that continues it."""
+        """Name of a choice at workers: the same at every gateway that continues it."""
         return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
 
     def _maker(self) -> Maker:
@@ -106,10 +106,15 @@ class ResumeTokens:
         return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
-        """The token for a chunk that has this text of choice 0 and nothing else."""
+        """Make the token for a chunk that has nothing but this text of choice 0."""
         sequence = self._sequences[0]
         ids, shown, delivered = sequence.emitted, sequence.shown, self._delivered[0]
-        if shown - delivered != 1 or not self.old or sequence.last_worker != self._homes[0] or self.number >= self._due:
+        if (
+            shown - delivered != 1
+            or not self.begun
+            or sequence.last_worker != self._workers[0]
+            or self.number >= self._due
+        ):
             return self.chunk((Piece(0, text),))
         self.whole = False
         self._delivered[0] = shown
@@ -119,9 +124,9 @@ class ResumeTokens:
         return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[delivered]))
 
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
-        """The token for a chunk with these pieces; without any it says how far the call has got."""
+        """Make the token for a chunk with these pieces; without pieces it only records how far the call has got."""
         more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
-        likeness, homes = {}, {}
+        keys, workers = {}, {}
         choices = []
         for piece in pieces:
             index = piece.index
@@ -132,37 +137,37 @@ class ResumeTokens:
             ids = sequence.emitted[self._delivered[index] : shown]
             choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))
             self._delivered[index] = max(shown, self._delivered[index])
-            if index not in self.old and sequence.compatibility is not None:
-                self.old.add(index)
-                likeness[str(index)] = likeness_json(sequence.compatibility)
-            if sequence.last_worker != self._homes[index]:
-                homes[str(index)] = self._homes[index] = sequence.last_worker
+            if index not in self.begun and sequence.compatibility is not None:
+                self.begun.add(index)
+                keys[str(index)] = compatibility_json(sequence.compatibility)
+            if sequence.last_worker != self._workers[index]:
+                workers[str(index)] = self._workers[index] = sequence.last_worker
         if not self.number:
             more["maker"] = self._maker()
         self.whole = self.number >= self._due
         if self.whole:
-            choices, likeness, homes = self._all()
+            choices, keys, workers = self._all()
             more = {"call": head_json(self.head), "whole": True, "maker": self._maker()}
             self._due = self.number + max(WHOLE_TOKENS, int(sum(self._delivered) * WHOLE_SHARE))
-        if likeness:
-            more["likeness"] = likeness
-        if homes:
-            more["homes"] = homes
+        if keys:
+            more["likeness"] = keys
+        if workers:
+            more["homes"] = workers
         self.number += 1
         expires_s = int(self._wall() + self._expires_s)
         return self._sealed(encode(self.number, expires_s, self._before, choices, more))
 
     def _all(self) -> tuple[list[Choice], dict[str, list[str]], dict[str, str]]:
-        """All that has been delivered, and the compatibility key and worker of each choice."""
-        choices, likeness, homes = [], {}, {}
+        """All choices as delivered so far, and the compatibility key and worker of each."""
+        choices, keys, workers = [], {}, {}
         for index, sequence in enumerate(self._sequences):
             delivered = self._delivered[index]
-            if delivered or index in self.old or self._finishes[index]:
+            if delivered or index in self.begun or self._finishes[index]:
                 choices.append(Choice(index, sequence.emitted[:delivered], self._chars[index], self._finishes[index]))
-                homes[str(index)] = self._homes[index]
-            if index in self.old and sequence.compatibility is not None:
-                likeness[str(index)] = likeness_json(sequence.compatibility)
-        return choices, likeness, homes
+                workers[str(index)] = self._workers[index]
+            if index in self.begun and sequence.compatibility is not None:
+                keys[str(index)] = compatibility_json(sequence.compatibility)
+        return choices, keys, workers
 
     def _sealed(self, body: bytes) -> bytes:
         sealed = self._seal(body)

@@ -1,1 +1,1 @@
-"""Which waiting sequence goes to which worker, and when."""
+"""Scheduling of waiting sequences to workers."""

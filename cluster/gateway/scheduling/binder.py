@@ -1,7 +1,7 @@
-"""Sends waiting sequences to workers that have granted capacity.
+"""Binder of waiting sequences to workers that have granted capacity.
 
-The waiting room says which sequence is next, the router which worker takes it (policy/routing/router.py); here the two
-meet. Sequences to be resumed go before new ones, each to a compatible worker.
+The waiting room picks the next sequence, the router (policy/routing/router.py) its worker; the binder sends the one to
+the other. Resumed sequences go before new ones, each to a compatible worker.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = structlog.get_logger("dispatch")
 
 
 class Binder:
-    """Binds the sequences of all models of one gateway."""
+    """Binder of one gateway, for all models."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Binder:
         accounting: Callable[[], Accounting | None],
         clock: Callable[[], float],
     ) -> None:
-        """`accounting` gives the gateway's accounts, None where none are kept."""
+        """`accounting` returns the gateway's accounts, or None if it keeps none."""
         self.breakers = Breakers()
         self._queues = queues
         self._charges = charges
@@ -65,8 +65,8 @@ class Binder:
     def send_queued(self, model: KnownModel) -> None:
         """Send queued sequences while a worker has capacity."""
         now = self._clock()
-        while (turn := self._next(model, now)) is not None:
-            waiting, decision = turn
+        while (routed := self._next(model, now)) is not None:
+            waiting, decision = routed
             sequence = self._queues.pop(waiting.call_id)
             if sequence is None:
                 continue
@@ -76,7 +76,7 @@ class Binder:
                 self._bind(model.links[decision.worker_id], sequence, decision, waiting)
 
     def _next(self, model: KnownModel, now: float) -> tuple[WaitingSequence, RoutingDecision | Exception] | None:
-        """Take the next sequence out of the room, if a worker has capacity for it or its routing has failed."""
+        """Pop the next sequence from the waiting room, if a worker has capacity for it or its routing raised."""
         decision: RoutingDecision | Exception | None = None
 
         def fits(sequence: CallSequence, waiting: WaitingSequence) -> bool:
@@ -94,7 +94,7 @@ class Binder:
     def _route(
         self, model: KnownModel, sequence: CallSequence, waiting: WaitingSequence, now: float
     ) -> RoutingDecision:
-        """The worker for the next sequence: at its call's first version, else at any that the call may use."""
+        """Pick the worker for the next sequence: of the call's first version, else of any version that it may use."""
         keep_free = self._charges.fair.order(model.name).slots_to_keep_free(waiting)
         versions = sequence.call.versions
         candidates = self.candidates(model, now)
@@ -104,7 +104,7 @@ class Binder:
             decision = pick(RouteCall(model.name, waiting.tokens, keep_free, versions=versions.all), candidates)
         return decision
 
-    # ---- sequences to be resumed
+    # ---- resumed sequences
 
     def send_resumed(self, model: KnownModel, sequences: Sequence[CallSequence]) -> None:
         """Resume these sequences, each on a compatible worker with capacity."""
@@ -113,7 +113,7 @@ class Binder:
         now = self._clock()
         seen: dict[str, Candidate] = {}
 
-        def look(link: WorkerLink) -> Candidate:
+        def candidate_of(link: WorkerLink) -> Candidate:
             known = seen.get(link.identity.worker_id)
             if known is None:
                 known = seen[link.identity.worker_id] = self._candidate(model, link, now, resumed=True)
@@ -123,7 +123,7 @@ class Binder:
             if sequence.call.error is not None:  # its API is about to end it
                 continue
             try:
-                worker_id = self._resume(model, sequence, look, now)
+                worker_id = self._resume(model, sequence, candidate_of, now)
             except Exception as error:
                 self._queues.stop_resuming(sequence)
                 sequence.call.fail_unexpectedly(error)
@@ -132,14 +132,14 @@ class Binder:
                 seen.pop(worker_id)
 
     def _resume(
-        self, model: KnownModel, sequence: CallSequence, look: Callable[[WorkerLink], Candidate], now: float
+        self, model: KnownModel, sequence: CallSequence, candidate_of: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
-        """The worker that a sequence was sent to; None if none has capacity for it."""
+        """Send a sequence to a compatible worker; returns the worker's id, None if none has capacity."""
         cached_on = self._queues.resumed.waits_for(sequence, now)
-        own = next((link for link in model.links.values() if link.identity.incarnation == cached_on), None)
-        candidates = [look(own)] if own is not None and cached_on not in sequence.excluded else []
+        cached = next((link for link in model.links.values() if link.identity.incarnation == cached_on), None)
+        candidates = [candidate_of(cached)] if cached is not None and cached_on not in sequence.excluded else []
         if not candidates or not candidates[0].healthy or candidates[0].draining:
-            candidates = [look(link) for link in model.links.values()]
+            candidates = [candidate_of(link) for link in model.links.values()]
         if any(map(may_take_resumed, candidates)):
             if sequence.suspect and not self._acquitted(sequence, now):
                 return None
@@ -148,7 +148,7 @@ class Binder:
             decision = pick(request, candidates)
             if decision.worker_id is not None and self._queues.stop_resuming(sequence):
                 link = model.links[decision.worker_id]
-                self._bind(link, sequence, decision, waiting, uncached_tokens_at(request, look(link)))
+                self._bind(link, sequence, decision, waiting, uncached_tokens_at(request, candidate_of(link)))
                 return decision.worker_id
         if model.is_replaced(sequence.compatibility):
             self._queues.stop_resuming(sequence)
@@ -156,7 +156,7 @@ class Binder:
         return None
 
     def _acquitted(self, sequence: CallSequence, now: float) -> bool:
-        """Whether a sequence that lost worker after worker may go to another; ends its call if it may not."""
+        """Whether a sequence that lost several workers in a row may go to another one; ends its call if it may not."""
         verdict = self._losses.verdict(sequence.lost_links, sequence.lost_at, now)
         if verdict is LossVerdict.RESUME:
             sequence.acquit()
@@ -167,8 +167,8 @@ class Binder:
         return verdict is LossVerdict.RESUME
 
     def move(self, link: WorkerLink, model: KnownModel) -> None:
-        """Move sequences off a worker that is about to leave, as many as have a place now; the rest as places come
-        free."""
+        """Move sequences off a draining worker, as many as other workers have capacity for now. Called again for the
+        rest."""
         for sequence in [sink for sink in link.sinks if isinstance(sink, OutputSequence)]:
             candidates = [
                 other
@@ -183,7 +183,7 @@ class Binder:
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)
 
-    # ---- both
+    # ---- new and resumed sequences
 
     def _bind(
         self,
@@ -199,7 +199,7 @@ class Binder:
             self._metrics.count("route_decisions_total", sequence.call.model, decision.reason)
 
     def candidates(self, model: KnownModel, now: float, resumed: bool = False) -> list[Candidate]:
-        """The workers of a model as the router sees them. `resumed`: for a sequence to be resumed."""
+        """The workers of a model as the router's candidates. `resumed`: for a sequence to be resumed."""
         return [self._candidate(model, link, now, resumed) for link in model.links.values()]
 
     def _candidate(self, model: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:

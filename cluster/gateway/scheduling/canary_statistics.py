@@ -1,7 +1,6 @@
-"""What this gateway counts of versions that run beside each other, for the controller's judgement
-(policy/catalog/canary.py).
+"""Statistics of a model's two versions that the controller judges a canary by (policy/catalog/canary.py).
 
-Counts begin with the trial: when a model's versions change, they begin anew.
+The counts restart at zero when a model's versions change.
 """
 
 from __future__ import annotations
@@ -14,42 +13,43 @@ from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.calls.call import Call
 
 FAULTS = (Outcome.INTERNAL, Outcome.WORKER_LOST)
-"""Ends of a call that its worker is to blame for; so is one that another worker had to go on with."""
+"""Outcomes that count as the worker's error; a call that another worker had to continue counts, too."""
 
 
 @dataclass(slots=True)
 class _Trial:
-    """A model with a version on trial. `key`: what it is about; `first_s`: the other's last time to a first token."""
+    """Counts of a model with a canary. `key` identifies the trial; `first_s` is the stable version's last time from
+    Submit to first token that is not yet paired with a call of the canary."""
 
     key: tuple[object, ...]
-    stays: str
-    on_trial: str
+    stable: str
+    canary: str
     ttft_ratio: float
     first_s: float | None = None
     tallies: dict[tuple[str, str], VersionTally] = field(default_factory=dict)
 
 
 class CanaryStatistics:
-    """Of one gateway."""
+    """Canary statistics of one gateway."""
 
     def __init__(self) -> None:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """A new catalog: trials begin and end."""
+        """Apply a new catalog: begin and end trials."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:
                 continue
-            stays, trial = entry.versions[0], entry.versions[1]
-            key = (stays.version, stays.revision, trial.version, trial.revision, trial.ttft_ratio)
+            stable, canary = entry.versions[0], entry.versions[1]
+            key = (stable.version, stable.revision, canary.version, canary.revision, canary.ttft_ratio)
             old = self._trials.get(entry.name)
-            fresh = _Trial(key, stays.version, trial.version, trial.ttft_ratio)
+            fresh = _Trial(key, stable.version, canary.version, canary.ttft_ratio)
             trials[entry.name] = old if old is not None and old.key == key else fresh
         self._trials = trials
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """A call is over, however; only what a worker has begun here counts."""
+        """Count an ended call, if it began here and was sent to a worker."""
         trial, worker = self._trials.get(call.model), call.began_at
         if trial is None or worker is None or call.is_resumed:
             return
@@ -59,14 +59,14 @@ class CanaryStatistics:
         tally = replace(tally, calls=tally.calls + 1, errors=tally.errors + int(losses or outcome in FAULTS))
         if call.first_token_at is not None and not losses:
             first_s = call.usage.ttft_s - call.usage.queue_s
-            if worker.version == trial.stays:
+            if worker.version == trial.stable:
                 trial.first_s = first_s
-            elif worker.version == trial.on_trial and trial.first_s is not None and trial.ttft_ratio:
+            elif worker.version == trial.canary and trial.first_s is not None and trial.ttft_ratio:
                 slower = first_s > trial.ttft_ratio * trial.first_s
                 tally = replace(tally, pairs=tally.pairs + 1, slower=tally.slower + int(slower))
                 trial.first_s = None
         trial.tallies[key] = tally
 
     def tallies(self) -> Sequence[VersionTally]:
-        """All counts of trials that go on."""
+        """The counts of all current trials."""
         return [tally for trial in self._trials.values() for tally in trial.tallies.values()]

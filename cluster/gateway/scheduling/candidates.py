@@ -1,4 +1,4 @@
-"""What the routing policies see of this gateway's links and calls."""
+"""Conversion of this gateway's links and sequences into the router's candidates and requests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from cluster.policy.routing.router import Candidate, RouteCall, is_compatible
 def resumed_request(
     sequence: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
 ) -> RouteCall:
-    """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
+    """The routing request of a resumed sequence. `cached_tokens` of its prompt are expected in any worker's cache.
 
-    Where nobody is left but those that have failed it, they may try again: Ray may be about to replace one, and it is
-    not certain whose fault it was. Workers on the node of one that was lost just now are avoided likewise: with a host
-    all of its workers are lost, one after the other."""
-    home = (
-        next((one for one in candidates if one.incarnation == sequence.cached_on), None) if sequence.cached_on else None
+    Workers that failed the sequence are excluded, and those on the node of a worker that was lost just now: a lost host
+    loses all its workers, one after the other. An exclusion that leaves no compatible worker is dropped: Ray may be
+    about to replace the worker, and it is not certain that the worker was at fault."""
+    holder = (
+        next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)
+        if sequence.cached_on
+        else None
     )
     call = RouteCall(
         sequence.call.model,
@@ -30,26 +32,26 @@ def resumed_request(
         excluded=sequence.excluded,
         uncached_tokens=max(sequence.tokens - cached_tokens, 1),
         cached_on=sequence.cached_on,
-        uncached_there=known.links[home.worker_id].tokens_to_recompute(sequence.tokens) if home is not None else 0,
+        uncached_there=known.links[holder.worker_id].tokens_to_recompute(sequence.tokens) if holder is not None else 0,
     )
-    others = [one.incarnation for one in candidates if not one.draining and is_compatible(call, one)]
-    for excluded in (call.excluded | _beside_lost(sequence, known, now), call.excluded):
-        if any(incarnation not in excluded for incarnation in others):
+    compatible = [worker.incarnation for worker in candidates if not worker.draining and is_compatible(call, worker)]
+    for excluded in (call.excluded | _on_lost_node(sequence, known, now), call.excluded):
+        if any(incarnation not in excluded for incarnation in compatible):
             return replace(call, excluded=excluded)
     return replace(call, excluded=frozenset())
 
 
-def _beside_lost(sequence: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
-    """Incarnations of the workers on the node where the sequence's worker was lost just now."""
+def _on_lost_node(sequence: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
+    """Incarnations of the workers on the node of a worker that the sequence lost just now."""
     node = sequence.lost_node
     if not node or now - sequence.lost_at >= SETTLE_S:
         return frozenset()
     identities = (link.identity for link in known.links.values())
-    return frozenset(one.incarnation for one in identities if one.node == node)
+    return frozenset(identity.incarnation for identity in identities if identity.node == node)
 
 
 def candidate(link: WorkerLink, *, healthy: bool, resumed: bool, retired: bool) -> Candidate:
-    """How a worker stands. `resumed`: for a sequence to be resumed."""
+    """A worker as the router's candidate. `resumed`: for a sequence to be resumed."""
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,

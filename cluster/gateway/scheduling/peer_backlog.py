@@ -1,8 +1,8 @@
-"""What a gateway tells of its lines: to every worker what part of the next turns it claims, to some of them who waits.
+"""Reports of a gateway's queues: its claim on capacity goes to every worker, its tenants' backlogs to some of them.
 
-Room is shared out by claims, so that a line begun or ended is told at once; the rest a few times a second, and who
-waits again every half second, since gateways that fall silent are forgotten. Workers hand that on to the other
-gateways; two of them suffice, since the next report makes up for a lost one.
+Workers divide their capacity by the gateways' claims, so a queue that becomes empty or non-empty is reported at once;
+other changes a few times a second. Backlogs are repeated every half second, since gateways forget a peer that does not
+report. Workers forward them to the other gateways; two workers suffice, since the next report replaces a lost one.
 """
 
 from __future__ import annotations
@@ -21,84 +21,89 @@ from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_p
 
 REPORT_S = 0.1
 REPEAT_S = 0.5
-RELAYS = 2
+FORWARDING_WORKERS = 2
 FLOWS_A_REPORT = 1000
-"""With more tenants waiting than this, who waits is told more seldom in proportion."""
+"""Number of flows above which backlogs are reported less often in proportion."""
 
 
 @dataclass(slots=True)
-class _Told:
+class _Reported:
+    """The last report of one model."""
+
     claim: int = 0
-    kept: Mapping[str, int] = field(default_factory=dict)
+    cached: Mapping[str, int] = field(default_factory=dict)
     flows: dict[FlowKey, Backlog] = field(default_factory=dict)
     flows_at: float = float("-inf")
 
 
-_NOTHING = _Told()
+_NOTHING = _Reported()
 
 
 class BacklogReports:
-    """Of all models."""
+    """Backlog reports of one gateway, for all models."""
 
     def __init__(
         self,
-        turns: ServiceCharges,
+        charges: ServiceCharges,
         waiting: Callable[[str], tuple[int, int]],
-        returning: ResumeQueue,
+        resumed: ResumeQueue,
         links: Callable[[str], Sequence[WorkerLink]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` gives a model's waiting sequences and prompt tokens, `returning` holds those among them that go on
-        before all others wherever they wait, `links` gives those of its workers, by their ids."""
-        self._turns = turns
+        """`waiting` returns the number of a model's waiting sequences and their tokens, those in the queue `resumed`
+        included; `links` returns the links of its workers, ordered by worker id."""
+        self._charges = charges
         self._waiting = waiting
-        self._returning = returning
+        self._resumed = resumed
         self._links = links
         self._clock = clock
-        self._told: dict[str, _Told] = {}
+        self._reported: dict[str, _Reported] = {}
 
     def changed(self, model: str) -> None:
-        """Something has entered or left a line: told at once if the line begins or ends by it, or if it is one that
-        some worker has computed, and takes back for the asking."""
-        told = self._told.get(model, _NOTHING)
-        if (told.claim > 0) != (self._waiting(model)[0] > 0) or told.kept != self._returning.cached_counts(model):
-            self._tell(model, self._clock())
+        """Handle a change of a model's queues. Reports at once if they became empty or non-empty, or if the number of
+        sequences whose KV blocks a worker holds has changed."""
+        reported = self._reported.get(model, _NOTHING)
+        if (reported.claim > 0) != (self._waiting(model)[0] > 0) or (
+            reported.cached != self._resumed.cached_counts(model)
+        ):
+            self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
-        """A worker knows nothing yet."""
-        self._told.pop(model, None)
+        """Report everything again: a worker has joined that has no report yet."""
+        self._reported.pop(model, None)
         self.changed(model)
 
     async def watch(self) -> None:
-        """Report what waits, until cancelled."""
+        """Report the backlogs periodically, until cancelled."""
         while True:
             await ticks.sleep_to_tick(REPORT_S)
             now = self._clock()
-            for model in list(self._told):
-                self._tell(model, now)
+            for model in list(self._reported):
+                self._report(model, now)
 
-    def _tell(self, model: str, now: float) -> None:
-        told = self._told.setdefault(model, _Told())
+    def _report(self, model: str, now: float) -> None:
+        reported = self._reported.setdefault(model, _Reported())
         count, tokens = self._waiting(model)
-        order = self._turns.fair.order(model)
-        claim = order.claimed_turns() + self._returning.waiting(model)[0] if count else 0
-        kept = dict(self._returning.cached_counts(model))
+        order = self._charges.fair.order(model)
+        claim = order.claimed_turns() + self._resumed.waiting(model)[0] if count else 0
+        cached = dict(self._resumed.cached_counts(model))
         flows: list[WeightedValue[FlowBacklog]] | None = None
-        if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
-            mine = order.own_backlog() if count else {}
-            if mine != told.flows or (mine and now - told.flows_at >= REPEAT_S):
-                told.flows, told.flows_at = mine, now
+        if now - reported.flows_at >= REPORT_S * len(reported.flows) / FLOWS_A_REPORT or not count:
+            own = order.own_backlog() if count else {}
+            if own != reported.flows or (own and now - reported.flows_at >= REPEAT_S):
+                reported.flows, reported.flows_at = own, now
                 flows = [
-                    WeightedValue(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in mine.items()
+                    WeightedValue(FlowBacklog(*item), self._charges.weight_of(item[0].tenant)) for item in own.items()
                 ]
-        if (claim, kept) == (told.claim, told.kept) and flows is None:
+        if (claim, cached) == (reported.claim, reported.cached) and flows is None:
             if not count:
-                del self._told[model]
+                del self._reported[model]
             return
-        told.claim, told.kept = claim, kept
-        for at, link in enumerate(self._links(model)):
-            here = kept.get(link.identity.incarnation, 0)
-            link.box.backlog(backlog_to_pb(count, tokens, claim, here, flows if at < RELAYS else None))
+        reported.claim, reported.cached = claim, cached
+        for number, link in enumerate(self._links(model)):
+            cached_here = cached.get(link.identity.incarnation, 0)
+            forwarded = flows if number < FORWARDING_WORKERS else None
+            link.box.backlog(backlog_to_pb(count, tokens, claim, cached_here, forwarded))
 
     def __repr__(self) -> str:
-        return f"Backlogs({len(self._told)} models)"
+        return f"BacklogReports({len(self._reported)} models)"

@@ -16,19 +16,19 @@ from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Result of an admission: sequences that had to make room, and why the new one was refused, if it was."""
+    """Result of an admission: the sequences that were shed for the new one, and the refusal of the new one, if any."""
 
     shed: Sequence[CallSequence]
     refusal: Outcome | None
 
 
 class Queues:
-    """Both queues, and the demand that they are."""
+    """The waiting room and the resume queue, with the tally of their demand."""
 
     def __init__(
         self, room: WaitingRoom, charges: ServiceCharges, resume_wait_s: float, clock: Callable[[], float]
     ) -> None:
-        """`room` takes its orders from `charges`. `resume_wait_s`: longest wait in the resume queue."""
+        """`room` orders its sequences by `charges`. `resume_wait_s`: longest wait in the resume queue."""
         self._room = room
         self._charges = charges
         self._clock = clock
@@ -36,9 +36,9 @@ class Queues:
         self.resumed = ResumeQueue(resume_wait_s)
         self.tally = DemandTally()
         self.arrived: Counter[str] = Counter()
-        """Sequences that have arrived, by model."""
+        """Number of sequences that have arrived, by model."""
         self.arrived_tokens: Counter[str] = Counter()
-        """Their prompt tokens."""
+        """Prompt tokens of the sequences that have arrived, by model."""
 
     def count(self, model: str, sequences: Sequence[CallSequence]) -> None:
         """Count sequences as demand for a model."""
@@ -50,7 +50,7 @@ class Queues:
         waiting = self._charges.waiting(sequence)
         self.tally.arrived(waiting)
         admission = self._room.admit(waiting, self._clock(), starts_in_s)
-        shed = [one for waits in admission.shed if (one := self.pop(waits.call_id)) is not None]
+        shed = [popped for other in admission.shed if (popped := self.pop(other.call_id)) is not None]
         if admission.outcome is None:
             self._queued[sequence.key] = sequence
             self.tally.enqueue(waiting)
@@ -64,7 +64,7 @@ class Queues:
         self.tally.enqueue(waiting)
 
     def resume(self, sequence: CallSequence) -> None:
-        """Queue a sequence to be resumed: it is demand from now on, like all that waits."""
+        """Queue a sequence to be resumed, and count it as demand from now on."""
         now = self._clock()
         self.resumed.add(sequence, now, sequence.silent_since)
         self.tally.enqueue(replace(self._charges.waiting(sequence), arrived=now))
@@ -72,32 +72,32 @@ class Queues:
     def next(
         self, model: str, fits: Callable[[CallSequence, WaitingSequence], bool], now: float
     ) -> WaitingSequence | None:
-        """Take the sequence whose turn it is out of the room, if it fits. It stays queued until it is popped."""
+        """Take the next sequence out of the waiting room, if it fits. The caller must `pop` it from the queued ones."""
         return self._room.pop_next(model, lambda waiting: fits(self._queued[waiting.call_id], waiting), now)
 
     def pop(self, key: str) -> CallSequence | None:
-        """Forget a queued sequence; None if it was not queued."""
+        """Remove and return a queued sequence; None if it was not queued."""
         self.tally.dequeue(key)
         return self._queued.pop(key, None)
 
     def stop_resuming(self, sequence: CallSequence) -> bool:
-        """Take a sequence out of the resume queue; False if it was not there."""
+        """Remove a sequence from the resume queue; False if it was not there."""
         waited = self.resumed.remove(sequence)
         if waited:
             self.tally.dequeue(sequence.key)
         return waited
 
     def remove(self, sequence: CallSequence) -> bool:
-        """Take a sequence out of both queues; whether it waited."""
+        """Remove a sequence from both queues; returns whether it was in one."""
         waited = self.resumed.remove(sequence)
         if self.pop(sequence.key) is not None:
             waited |= self._room.cancel(sequence.key)
         return waited
 
     def expired(self, now: float, extra_s: Callable[[str], float]) -> tuple[list[CallSequence], list[CallSequence]]:
-        """Take out the sequences that have waited too long: new ones, and those to be resumed, which may wait
-        `extra_s` longer by model."""
-        new = [one for waiting in self._room.pop_expired(now) if (one := self.pop(waiting.call_id)) is not None]
+        """Remove the sequences that have waited too long: new ones, and resumed ones. Those to be resumed may wait
+        `extra_s(model)` longer."""
+        new = [popped for waiting in self._room.pop_expired(now) if (popped := self.pop(waiting.call_id)) is not None]
         resumed = list(self.resumed.expired(now, extra_s))
         for sequence in resumed:
             self.tally.dequeue(sequence.key)
@@ -108,7 +108,7 @@ class Queues:
         return list(self._queued.values())
 
     def position(self, call: Call) -> int:
-        """Place of the call's first queued sequence in its tenant's queue, 1 the next; 0 if none is queued."""
+        """Position of the call's first queued sequence in its tenant's queue, from 1; 0 if none is queued."""
         keys = (sequence.key for sequence in call.sequences)
         positions = [self._room.position(key) for key in keys if key in self._queued]
         return min((place + 1 for place in positions if place is not None), default=0)
@@ -118,6 +118,6 @@ class Queues:
         return any(sequence in self.resumed for sequence in call.sequences)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Sequences of a model that wait here, and tokens to compute for them."""
+        """Number of a model's waiting sequences, and of the tokens to compute for them."""
         (new, prompt_tokens), (resumed, tokens) = self._room.waiting(model), self.resumed.waiting(model)
         return new + resumed, prompt_tokens + tokens

@@ -1,11 +1,11 @@
-"""Sequences that have lost their worker after their first token: they go on elsewhere before anybody begins.
+"""Queue of sequences that lost their worker after their first token. They are sent before all new sequences.
 
-Why a line of its own: such a sequence can go on only at a worker like the one that began it. In the waiting room it
-would stand at the head and, while no such worker has room, keep back all who could go to any other. It had its turn
-and was charged; so it asks nobody's leave, and the tenants' accounts hear nothing of it.
+Why a separate queue: such a sequence can resume only on a compatible worker. At the head of the waiting room it would
+block sequences that could go to any other worker. It was charged when it was first sent, so neither the fair queue nor
+the service accounts are involved again.
 
-Invariant: whoever is in here has emitted a token, has no worker, and leaves by going on, by ending with its call, or
-when it has waited too long. First come, first served within a class, the higher class first. `now` is an argument.
+Invariant: a sequence in the queue has emitted a token and has no worker; it leaves when it resumes, when its call ends
+or when it has waited too long. Order: higher class first, first come first served within a class. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from dataclasses import dataclass
 from cluster.gateway.calls.call import CallSequence
 
 HOME_S = 0.1
-"""So long a sequence waits for room where its KV blocks are before it is computed anew elsewhere: its places are free
-there from the moment in which its gateway was lost, and told as soon as somebody asks for them."""
+"""Seconds that a sequence waits for capacity on the worker that holds its KV blocks before another one may compute it
+again: its slot there is free since its gateway was lost, and is granted as soon as a gateway claims it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     sequence: CallSequence
     tokens: int
-    home: str
+    cached_on: str
     since: float
     until: float
     deadline: float
 
 
 class ResumeQueue:
-    """Of all models of one gateway."""
+    """Resume queue of one gateway, for all models."""
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
         self._places: dict[str, dict[str, _Place]] = {}
         self._tokens: Counter[str] = Counter()
-        self._kept: dict[str, Counter[str]] = {}
+        self._cached_counts: dict[str, Counter[str]] = {}
 
     def add(self, sequence: CallSequence, now: float, silent_since: float | None = None) -> None:
-        """It waits from now on. `silent_since`: since when it has had neither a worker nor a token, now if None."""
+        """Queue a sequence. `silent_since`: time since which it has had neither a worker nor a token, `now` if None."""
         since = now if silent_since is None else silent_since
         deadline = math.inf if sequence.call.deadline is None else sequence.call.deadline
         self.remove(sequence)
@@ -52,10 +52,10 @@ class ResumeQueue:
         )
         self._tokens[sequence.call.model] += sequence.tokens
         if sequence.cached_on:
-            self._kept.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
+            self._cached_counts.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
 
     def remove(self, sequence: CallSequence) -> bool:
-        """It no longer waits; False when it did not."""
+        """Remove a sequence; False if it was not queued."""
         model = sequence.call.model
         places = self._places.get(model, {})
         place = places.pop(sequence.key, None)
@@ -64,23 +64,23 @@ class ResumeQueue:
         self._tokens[model] -= place.tokens
         if not places:
             del self._places[model], self._tokens[model]
-        if place.home:
-            kept = self._kept[model]
-            kept[place.home] -= 1
-            if not kept[place.home]:
-                del kept[place.home]
+        if place.cached_on:
+            counts = self._cached_counts[model]
+            counts[place.cached_on] -= 1
+            if not counts[place.cached_on]:
+                del counts[place.cached_on]
         return True
 
     def in_order(self, model: str) -> Sequence[CallSequence]:
-        """Those of a model, whose turn it is first."""
+        """The sequences of a model, the next one first."""
         places = self._places.get(model)
         if not places:
             return ()
         return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.call.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[CallSequence]:
-        """Take out those that have waited too long. `longer_s`: by so much longer those of a model may wait, but in all
-        not longer than twice as long as others."""
+        """Remove and return the sequences that have waited too long. `longer_s(model)` extends the longest wait for a
+        model's sequences, to twice the usual one at most."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             place.sequence
@@ -93,26 +93,26 @@ class ResumeQueue:
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Sequences of a model, and the tokens to compute for them."""
+        """Number of a model's sequences, and of the tokens to compute for them."""
         places = self._places.get(model)
         return (len(places), self._tokens[model]) if places else (0, 0)
 
     def cached_counts(self, model: str) -> Mapping[str, int]:
-        """How many of a model's sequences each worker has computed, by its incarnation."""
-        return self._kept.get(model, {})
+        """Number of a model's sequences whose KV blocks each worker holds, by the worker's incarnation."""
+        return self._cached_counts.get(model, {})
 
     def waits_for(self, sequence: CallSequence, now: float) -> str:
-        """The incarnation at which it is to wait for room, "" when it has waited there for long enough."""
+        """Incarnation of the worker whose capacity the sequence must wait for, "" if it may go to any other by now."""
         place = self._places.get(sequence.call.model, {}).get(sequence.key)
-        return place.home if place is not None and now < place.since + HOME_S else ""
+        return place.cached_on if place is not None and now < place.since + HOME_S else ""
 
     @property
     def models(self) -> Sequence[str]:
-        """Those of which some wait."""
+        """The models with sequences in the queue."""
         return list(self._places)
 
     def __contains__(self, sequence: CallSequence) -> bool:
         return sequence.key in self._places.get(sequence.call.model, ())
 
     def __repr__(self) -> str:
-        return f"Returning({ {model: len(places) for model, places in self._places.items()} })"
+        return f"ResumeQueue({ {model: len(places) for model, places in self._places.items()} })"

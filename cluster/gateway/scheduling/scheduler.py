@@ -1,7 +1,7 @@
-"""Queues the sequences of calls, sends them to workers, and queues them again after a loss.
+"""Scheduler: queues the sequences of calls, sends them to workers, and queues them again after a loss.
 
-Order and place are decided by policy: the waiting room by the tenants' turns, the router by the workers' capacity. The
-scheduler calls them when something has changed, and does what they say.
+Policies decide: the waiting room which sequence is next, the router which worker gets it. The scheduler runs them when
+something has changed, and acts on their decisions.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ SWEEP_S = 1.0
 
 
 class SchedulerHost(Protocol):
-    """What the scheduler needs of its gateway."""
+    """Interface that the scheduler needs of its gateway."""
 
     @property
     def accounting(self) -> Accounting | None:
-        """The gateway's accounts; None where none are kept."""
+        """The gateway's accounts; None if it keeps none."""
 
     @property
     def directory(self) -> ModelDirectory:
-        """The models."""
+        """The models that the gateway knows."""
 
     def model_unserved(self) -> None:
-        """A call waits for a model that no worker serves, the first of them: the controller may have to start it."""
+        """Handle the first waiting call for a model that no worker serves: the controller may have to start it."""
 
     def state_changed(self) -> None:
-        """A worker or the catalog has changed what the gateway can serve."""
+        """Handle a change of what the gateway can serve, by a worker or the catalog."""
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """Calls of a model that were resumed here, with their generations."""
+        """Ids of a model's calls that were resumed here, with their generations."""
 
 
 class Scheduler:
@@ -82,23 +82,23 @@ class Scheduler:
         self._metrics = metrics
         self._clock = clock
         self._unserved: set[str] = set()
-        """Models that calls wait for and no worker serves."""
+        """Models that calls wait for and that no worker serves."""
         self._swept = clock()
 
     # ---- calls
 
     def enter(self, call: Call, model: KnownModel) -> None:
-        """Queue every sequence of a call, and send what has capacity at once. Raises CallError; then nothing is
-        queued."""
-        hopeless = queue_errors.hopeless(model)
-        if hopeless is not None:
-            raise hopeless
+        """Queue every sequence of a call, and send those that a worker has capacity for. Raises CallError; then no
+        sequence is queued."""
+        not_servable = queue_errors.not_servable(model)
+        if not_servable is not None:
+            raise not_servable
         starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
         resumed = []
         for sequence in call.sequences:
             if sequence.finish_reason:
                 continue
-            if sequence.emitted:  # at another gateway, where it had its turn
+            if sequence.emitted:  # by another gateway, where it passed the waiting room
                 self.queues.resume(sequence)
                 resumed.append(sequence)
                 continue
@@ -108,7 +108,7 @@ class Scheduler:
                 shed.call.fail(queue_errors.shed())
             if admitted.refusal is not None:
                 self.leave(call)
-                raise queue_errors.not_let_in(admitted.refusal)
+                raise queue_errors.refused(admitted.refusal)
         if len(resumed) < len(call.sequences):
             self.pump(model.name)
         else:
@@ -116,32 +116,32 @@ class Scheduler:
         self._note_unserved(model)
 
     def count_missed(self, call: Call, model: KnownModel) -> None:
-        """Count a call as demand for the model that was asked for, where its fallback serves it."""
+        """Count a call as demand for the requested model although its fallback serves the call."""
         self.queues.count(model.name, call.sequences)
         self._note_unserved(model)
 
     def leave(self, call: Call) -> None:
-        """A call is over: end its sequences and take them out of the queues and the tenants' accounts."""
+        """End a call's sequences, remove them from the queues, and settle their service accounts."""
         waited = [self.queues.remove(sequence) for sequence in call.sequences]
         call.release()
         for sequence in call.sequences:
             try:
                 self._settle(sequence)
-            except Exception:  # the other sequences' accounts are to be settled all the same
+            except Exception:  # settle the other sequences' accounts all the same
                 log.exception("sequence_not_settled", request_id=call.request_id)
             self.charges.forget(sequence)
         if any(waited):
             self.backlogs.changed(call.model)
 
     def cut(self, call: Call) -> None:
-        """End a call with what it has; sequences that still wait get nothing."""
+        """Finish a call with the tokens so far; sequences that are still queued finish without any."""
         for sequence in call.sequences:
             self.queues.remove(sequence)
             sequence.cut()
         call.wake()
 
     def follow(self, call: Call) -> None:
-        """Bring a running call's charges and demand up to date; called a few times a second."""
+        """Update a running call's charges and demand; called a few times a second."""
         for sequence in call.sequences:
             if sequence.finish_reason:
                 self._settle(sequence)
@@ -156,16 +156,16 @@ class Scheduler:
         self.charges.settle(sequence)
 
     def take_over(self, call: Call, generation: int) -> None:
-        """A call was resumed here: its workers end what they run for earlier readers."""
+        """Have the workers end what they run for earlier readers of a call that was resumed here."""
         for link in self.links(call.model):
             link.box.takeover(call.shown_id, generation)
 
     # ---- calls.call.CallEvents
 
     def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence that has left its worker: one to resume before all others, one to retry at the head of its
-        tenant's queue."""
-        if sequence.state not in WAITING:  # its call has ended meanwhile
+        """Queue a sequence that has left its worker: in the resume queue, or at the head of its tenant's queue if it
+        starts over."""
+        if sequence.state not in WAITING:  # its call has ended in the meantime
             return
         model = self.host.directory.find(sequence.call.model)
         if sequence.state is State.RESUMING:
@@ -180,41 +180,42 @@ class Scheduler:
             self._note_unserved(model)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """A sequence's first output has come."""
+        """Correct a sequence's charge by its first output."""
         self.charges.began(sequence, cached_tokens)
 
     def answered(self, link: WorkerLink) -> None:
-        """A worker has sent the first output of a sequence."""
+        """Record a success of a worker: the first output of a sequence."""
         self.breakers.record_success(link.identity.incarnation)
 
     def worker_failed(self, link: WorkerLink) -> None:
-        """A worker's engine could not continue a sequence."""
+        """Record a failure of a worker whose engine could not continue a sequence."""
         others = (other.identity.incarnation for other in self.links(link.identity.model) if other is not link)
         self.breakers.record_failure(link.identity.incarnation, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """A sequence was resumed on another worker, after so long without a token."""
+        """Count a resume, `gap_s` after the sequence's last token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
-    def not_taken(self, sequence: CallSequence) -> None:
-        """A worker has refused a sequence: that has cost nothing."""
+    def submission_refused(self, sequence: CallSequence) -> None:
+        """Cancel the account of a Submit that a worker refused: it cost nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
 
     def _choose_versions(self, call: Call) -> None:
-        """Let a call that has delivered nothing begin at any version with the same tokenizer: its own may have lost its
-        last worker."""
+        """Allow a call that has delivered nothing to begin on any version with the same tokenizer: its own version may
+        have lost its last worker."""
         model = self.host.directory.find(call.model)
-        if model is None or not call.versions.all or any(one.emitted or one.link for one in call.sequences):
+        begun = any(sequence.emitted or sequence.link for sequence in call.sequences)
+        if model is None or not call.versions.all or begun:
             return
         links = [link for link in model.links.values() if model.takes_calls(link)]
         same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
         if same:
-            call.choose(Versions(call.versions.first if call.versions.first in same else "", same))
+            call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
 
     def _note_unserved(self, model: KnownModel) -> None:
-        """Report demand for a model that no worker serves now, not with the next report."""
+        """Report demand for a model that no worker serves at once, not with the next periodic report."""
         if model.name not in self._unserved and not model.served:
             self._unserved.add(model.name)
             self.host.model_unserved()
@@ -231,26 +232,26 @@ class Scheduler:
         self.backlogs.changed(name)
 
     def _send_resumed(self, model: KnownModel, sequences: Sequence[CallSequence]) -> None:
-        """Send these alone: nothing else has changed. After the loss of a gateway or worker they are many, and those
-        before them were looked at when they came."""
+        """Try to send only these sequences, since nothing else has changed. A lost gateway or worker requeues many, and
+        trying the whole queue for each would cost the square of their number."""
         self.binder.send_resumed(model, sequences)
         self.backlogs.changed(model.name)
 
     def step_begun(self, model: str, resumed: bool) -> None:
-        """A worker's step has begun with sequences that were sent for it, so that others may follow: those to be
-        resumed, and new ones where resumed ones had held them back."""
+        """Send further sequences after a worker's step began with those that were sent for it: resumed ones, and new
+        ones that resumed ones had held back."""
         if resumed or self.queues.resumed.waiting(model)[0]:
             self.pump(model)
 
     def links(self, model: str) -> Sequence[WorkerLink]:
-        """Links of a model's workers, by worker id."""
+        """Links of a model's workers, ordered by worker id."""
         known = self.host.directory.find(model)
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     # ---- time
 
     def expire(self) -> None:
-        """End what has waited too long; called a few times a second."""
+        """End calls that have waited too long; called a few times a second."""
         now, directory = self._clock(), self.host.directory
         if now - self._swept >= SWEEP_S:
             self._swept = now
@@ -261,11 +262,10 @@ class Scheduler:
             call.fail(queue_errors.too_late(call.model, directory.find(call.model), self._is_late(call)))
         for sequence in resumed:
             sequence.call.fail(queue_errors.not_resumed(len(sequence.emitted), self._is_late(sequence.call)))
-        for (
-            name
-        ) in self.queues.resumed.models:  # a sequence may have waited long enough for the worker of its KV blocks
+        # A sequence may have waited long enough for the worker that holds its KV blocks.
+        for name in self.queues.resumed.models:
             self.pump(name)
-        if self.breakers.open:  # a pause may be over
+        if self.breakers.open:  # a worker's pause may be over
             for model in directory.models:
                 for link in model.links.values():
                     self.breakers.record_steps(link.identity.incarnation, now, link.load.steps)

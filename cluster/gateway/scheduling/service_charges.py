@@ -1,8 +1,8 @@
-"""The service that each sequence is charged: what it is likely to cost, and what it has cost.
+"""Service charges of a gateway's sequences: first their predicted cost, then their actual one.
 
-policy/fairness/fair_queue.py keeps the accounts; here they meet the gateway's calls. Nothing runs per token: a charge
-is made when a sequence is sent, corrected by its first output, a few times a second where it outgrows the prediction,
-and at its end.
+policy/fairness/fair_queue.py keeps the service accounts; this module applies them to the gateway's calls. Nothing runs
+per token: a charge is made when a sequence is sent, and corrected at its first output, a few times a second while it
+exceeds the prediction, and at its end.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
-"""A charge follows an sequence beyond its prediction in steps of as many."""
+"""Beyond its prediction, a sequence's charge is corrected every so many tokens."""
 GONE_S = 600.0
-"""A worker that has no link for so long does not come back."""
+"""A worker without a link for so long is forgotten."""
 SPEED_DECAY = 0.98
-"""What is left of the speed that a model once had, after each second in which it was slower."""
+"""Factor by which a model's best speed decays in each second in which it is slower."""
 
 
 @dataclass(slots=True)
 class _Charge:
-    """One sequence's charge. `due`: its account is corrected when it has this many tokens."""
+    """One sequence's charge. `due`: number of tokens at which it is corrected next."""
 
     place: WaitingSequence
     due: int = 0
@@ -39,7 +39,7 @@ class _Charge:
 
 @dataclass(slots=True)
 class _Speed:
-    """Weighted tokens a second that a model begins here while calls wait for it: the most of late."""
+    """Best recent speed of one model: weighted tokens a second that this gateway sent while calls waited for it."""
 
     charged: float = 0.0
     waited: bool = False
@@ -47,10 +47,10 @@ class _Speed:
 
 
 class ServiceCharges:
-    """The tenants' turns in one gateway, by the handles under which workers know them."""
+    """Service charges of one gateway. Tenants are named by the handles under which workers know them."""
 
     def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
-        """`ranks`: those of the priority classes; a class that is not among them is served as the last one."""
+        """`ranks`: rank of each priority class; an unknown class gets the last rank."""
         self._ranks = dict(ranks)
         self._last_rank = max(ranks.values(), default=0)
         self._metrics = metrics
@@ -63,20 +63,20 @@ class ServiceCharges:
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
-        """By model, the largest difference between two backlogged tenants' accounts, as of the last second."""
+        """Largest difference between two backlogged tenants' service accounts, by model; updated every second."""
 
     def weight_of(self, tenant: str) -> float:
-        """A tenant's weight, by its handle; 1 until anybody has told it."""
+        """Weight of a tenant, by its handle; 1 if unknown."""
         return self._weights.get(tenant, 1.0)
 
     def rank_of(self, priority_class: str) -> int:
-        """0 is served first."""
+        """Rank of a priority class; 0 is served first."""
         return self._ranks.get(priority_class, self._last_rank)
 
-    # ---- one sequence's life
+    # ---- one sequence
 
     def waiting(self, sequence: CallSequence) -> WaitingSequence:
-        """How it stands in line; put back, as it did before: what it was charged stays."""
+        """The sequence as the waiting room queues it. A sequence that is put back keeps its first entry and charge."""
         if (place := self.place(sequence)) is not None:
             return place
         call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
@@ -98,18 +98,18 @@ class ServiceCharges:
         return place
 
     def place(self, sequence: CallSequence) -> WaitingSequence | None:
-        """How it waits, or waited; None if it never did."""
+        """The sequence as it was queued; None if it never was."""
         charge = self._charges.get(sequence.key)
         return None if charge is None else charge.place
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Its first sequence has come."""
+        """Correct the charge of a sequence whose first output has come, by the cached tokens of its prompt."""
         call = sequence.call
         self.fair.order(call.model).cached(sequence.key, cached_tokens)
         self._learnt_cached.observe(call.flow, call.model, cached_tokens)
 
     def grew(self, sequence: CallSequence) -> None:
-        """A few times a second for each that runs: nothing to do until it has outgrown what it was charged."""
+        """Raise the charge of a running sequence if it has exceeded it; called a few times a second."""
         tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
         if charge is not None and tokens >= charge.due:
             self.fair.order(sequence.call.model).generated(sequence.key, tokens)
@@ -135,48 +135,49 @@ class ServiceCharges:
             self.learnt.observe(call.flow, call.model, tokens, cut=sequence.finish_reason == "length")
 
     def forget(self, sequence: CallSequence) -> None:
-        """Its call is over."""
+        """Drop the charge of a sequence whose call has ended."""
         self._charges.pop(sequence.key, None)
 
-    # ---- what workers report
+    # ---- reports of workers
 
     def joined(self, worker: WorkerIdentity) -> None:
-        """Its link is up."""
+        """Record that a worker's link is up."""
         self._gone.pop((worker.model, worker.worker_id), None)
 
     def left(self, worker: WorkerIdentity, now: float) -> None:
-        """Its link has ended; it may come back."""
+        """Record that a worker's link has ended; it may reconnect."""
         self.fair.order(worker.model).link_ended(worker.worker_id)
         self._gone[worker.model, worker.worker_id] = now
 
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
-        """Whom it has served, by whatever gateway."""
-        for one in totals:
-            self._weights[one.value.tenant] = one.weight
+        """Apply a worker's report of the service that each tenant got from it through all gateways."""
+        for total in totals:
+            self._weights[total.value.tenant] = total.weight
         self.fair.order(worker.model).apply_served_report(
-            worker.worker_id, worker.incarnation, [one.value for one in totals], now
+            worker.worker_id, worker.incarnation, [total.value for total in totals], now
         )
 
-    def waiting_elsewhere(
+    def replace_peer_backlog(
         self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
     ) -> None:
-        """All that wait for a model at another gateway."""
-        for one in waiting:
-            self._weights[one.value.flow.tenant] = one.weight
-        flows = {one.value.flow: one.value.backlog for one in waiting}
+        """Replace what is known of the backlog for a model at another gateway."""
+        for flow in waiting:
+            self._weights[flow.value.flow.tenant] = flow.weight
+        flows = {flow.value.flow: flow.value.backlog for flow in waiting}
         self.fair.order(model).replace_peer_backlog(gateway, flows, now)
 
     # ---- time
 
     def starts_in_s(self, call: Call) -> float:
-        """No sooner than that its turn comes: what goes before it in any case, at the model's best speed of late."""
+        """Lower bound of a call's wait: the service ahead of it in any case, at the model's best recent speed."""
         speed = self._speeds.get(call.model)
         if speed is None or speed.per_s <= 0:
             return 0.0
         return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Once a second. `models`: those that there are, and whether a worker serves them."""
+        """Update speeds and spreads and forget lost workers; called once a second. `models`: all models, and whether a
+        worker serves each."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]
@@ -194,4 +195,4 @@ class ServiceCharges:
             speed.charged, speed.waited = statistics.charged, statistics.waiting > 0
 
     def __repr__(self) -> str:
-        return f"Turns({self.fair}, {len(self._weights)} tenants)"
+        return f"ServiceCharges({self.fair}, {len(self._weights)} tenants)"

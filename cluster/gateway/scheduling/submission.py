@@ -1,9 +1,9 @@
-"""Sending one sequence to the worker that routing chose: as a whole, or not at all.
+"""Submission of one sequence to the worker that routing picked: completely, or not at all.
 
-Problem: this runs in the reader of a link, in the pass that serves all waiting calls, or while a lost worker's calls
-move. An exception of one call here would end that link, and with it the calls of every tenant on it.
-Invariant: `submit` raises nothing of one call's; a sequence that could not be sent holds no slot, credit, account or
-trial, and its call ends INTERNAL.
+Problem: the code runs in a link's reader, while all waiting calls are sent or a lost worker's calls are requeued. An
+exception of one call would end that link, and with it the calls of every tenant on it.
+Invariant: `submit` raises no exception of a call; a sequence that could not be sent holds no slot, credit, account or
+probe, and its call ends INTERNAL.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 MAX_SUBMIT_BYTES = 100_000
-"""Of a request as it goes to a worker, without token ids: what a worker decodes in about a millisecond."""
+"""Largest request on a link, without its token ids: a worker decodes it in about a millisecond."""
 
 
 def check_size(request: EngineRequest) -> None:
-    """Raise CallError for a request that no worker should have to read, before it is queued."""
+    """Raise CallError for a request that is too large for a worker. Called before the request is queued."""
     if max_submit_bytes(request) <= MAX_SUBMIT_BYTES:
         return
     parts = submit_bytes(request)
@@ -39,7 +39,7 @@ def check_size(request: EngineRequest) -> None:
         raise invalid(
             CALLER_FIELDS.get(field, field),
             f"the request has {total} bytes beside its prompt, {parts[field]} of them in this field; "
-            f"at most {MAX_SUBMIT_BYTES} are sent to a worker: shorten it",
+            f"at most {MAX_SUBMIT_BYTES} are allowed: shorten this field",
         )
 
 
@@ -51,10 +51,10 @@ def submit(
     now: float,
     fresh_tokens: int = 0,
 ) -> bool:
-    """Send a sequence that waits for nothing any longer to this worker; False when it could not be sent, after which
-    its call has ended. Of one that goes on `fresh_tokens` are likely to be computed, 0 for all."""
+    """Send a sequence that was removed from its queue to this worker. Returns False if it could not be sent; then its
+    call has ended. `fresh_tokens`: tokens of a resumed sequence that the worker is likely to compute, 0 for all."""
     call = sequence.call
-    if call.error is not None:  # another of its sequences has ended it; its API is about to leave it
+    if call.error is not None:  # another sequence has ended the call; its API is about to close it
         return False
     sealed: bytes | None = None
     try:
@@ -71,11 +71,13 @@ def submit(
 
 
 def _send(sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, sealed: bytes, fresh_tokens: int) -> int:
-    """The slot of the sent request."""
+    """Send the request; returns its slot."""
     call = sequence.call
-    if sequence.moved:  # its last worker has given back what it was not to generate
+    if sequence.moved:  # its last worker has given back the charge for tokens that it did not generate
         waiting = replace(waiting, output_tokens=len(sequence.emitted))
-    turn = WeightedValue(waiting, call.policy.weight)
+    weighted = WeightedValue(waiting, call.policy.weight)
     earlier = len(sequence.emitted) - sequence.restored
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
-    return link.submit(sequence.submission(), sequence, sequence.attempt, sealed, turn, earlier, fresh_tokens, stream)
+    return link.submit(
+        sequence.submission(), sequence, sequence.attempt, sealed, weighted, earlier, fresh_tokens, stream
+    )

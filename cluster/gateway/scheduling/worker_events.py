@@ -1,4 +1,4 @@
-"""What the links report to the scheduler: workers that come and go, the catalog, and the demand for the controller."""
+"""Events of the links for the scheduler: workers that connect and disconnect, the catalog, and the demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.observe.metrics import Metrics
 STALLED = ("silent", "hung", "deaf", "mute")
 """Link-end reasons after which a reconnecting worker must pass a half-open probe."""
 PROVEN_BY_STEPS = ("silent", "hung")
-"""Those of them after which steps of its engine pass it, too."""
+"""Reasons among STALLED after which reported engine steps pass the probe, too."""
 
 
 class WorkerEvents:
@@ -30,10 +30,10 @@ class WorkerEvents:
         self._clock = clock
 
     def link_up(self, link: WorkerLink) -> None:
-        """A worker's link is up."""
+        """Add a worker whose link is up, and send it waiting sequences."""
         identity, scheduler = link.identity, self._scheduler
         link.on_served = lambda link, totals: self._charges.served(link.identity, totals, self._clock())
-        link.on_peer_backlog = lambda gateway, waiting: self._charges.waiting_elsewhere(
+        link.on_peer_backlog = lambda gateway, waiting: self._charges.replace_peer_backlog(
             identity.model, gateway, waiting, self._clock()
         )
         link.on_drain_state = self._host.state_changed
@@ -49,39 +49,39 @@ class WorkerEvents:
         self._host.state_changed()
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """A worker's link has ended; its sequences have been requeued already."""
+        """Remove a worker whose link has ended; its sequences are requeued already."""
         identity, now = link.identity, self._clock()
         self._host.directory.remove_link(link)
         self._charges.left(identity, now)
         self._metrics.count("worker_detected_total", identity.model, link.reason)
         if not link.draining:
-            out_of_reach = "" if link.reason == "hung" else identity.incarnation
-            self._scheduler.losses.lost(link.name, now, out_of_reach)
+            unreachable = "" if link.reason == "hung" else identity.incarnation
+            self._scheduler.losses.lost(link.name, now, unreachable)
         if link.reason in STALLED:
             self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
         self._scheduler.pump(identity.model)
         self._host.state_changed()
 
     def link_changed(self, link: WorkerLink) -> None:
-        """A worker's credit or drain state has changed."""
+        """Send waiting sequences after a change of a worker's credit or drain state."""
         self._scheduler.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """A new catalog has come."""
+        """Apply a new catalog."""
         directory = self._host.directory
         directory.apply_catalog(entries)
         self._scheduler.canaries.catalog(entries)
-        for model in directory.models:  # workers that were set apart may take calls again
+        for model in directory.models:  # quarantined workers may take calls again
             self._scheduler.pump(model.name)
-        for sequence in self._queues.queued():  # for a model that has failed meanwhile: now, not at the deadline
-            model_known = directory.find(sequence.call.model)
-            hopeless = None if model_known is None else queue_errors.hopeless(model_known)
-            if hopeless is not None:
-                sequence.call.fail(hopeless)
+        for sequence in self._queues.queued():  # if the model has failed, end the call now, not at its deadline
+            known = directory.find(sequence.call.model)
+            not_servable = None if known is None else queue_errors.not_servable(known)
+            if not_servable is not None:
+                sequence.call.fail(not_servable)
         self._host.state_changed()
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Why a worker may not serve its model; empty if it may."""
+        """The reason why a worker may not serve its model; empty if it may."""
         return self._host.directory.refusal_of(identity)
 
     def demand(self) -> Sequence[ModelDemand]:

@@ -1,12 +1,12 @@
-"""Which call a lost worker may be blamed on: one that loses two in a row, with no token between, gets no third.
+"""Verdict on sequences that lost workers: one that lost two in a row, without a token between, gets no third.
 
-Problem: a request that crashes or blocks whatever engine it reaches would be passed from worker to worker, and with
-each of them all other streams there break. Only that a worker is lost can be seen, not why.
-Invariant: a sequence that lost `most` workers unexpectedly, with no new token since before the first of them, is
-sent to no other, unless the losses are general: more workers that it was not on were lost about then. That is decided
-SETTLE_S after its last loss, since workers of one host or network are found lost one after the other.
-Not lost unexpectedly is a worker that had said that it leaves, and one that was out of reach and whose process has
-dialled again by then. `now` is an argument.
+Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
+there. The gateway sees that a worker is lost, not why.
+Invariant: a sequence that lost `most` workers unexpectedly, without a new token since before the first loss, is sent to
+no other, unless more workers that it was not on were lost at about the same time. The verdict comes SETTLE_S after its
+last loss, since the losses of one host or network are detected one after the other.
+A loss is not unexpected if the worker was draining, or was unreachable and its process has reconnected before the
+verdict. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections import deque
 from collections.abc import Collection
 
 MOST_SILENT = 2
-"""The default of gateway.resume.max_silent_losses."""
+"""Default of gateway.resume.max_silent_losses."""
 CARRIED = "at another gateway"
-"""Stands among a sequence's lost links for a resumption after which no token came."""
+"""Entry in a sequence's lost links for a resume at another gateway after which no token came."""
 SETTLE_S = 1.0
 WINDOW_S = 30.0
-"""Losses this old say nothing about those of now."""
+"""Age in seconds after which a loss is forgotten."""
 
 
 class LossVerdict(enum.Enum):
-    """What becomes of a sequence that has lost as many workers in a row as it may."""
+    """Verdict on a sequence that has lost the most workers in a row that it may."""
 
     WAIT = "wait"
     RESUME = "resume"
@@ -33,36 +33,35 @@ class LossVerdict(enum.Enum):
 
 
 class WorkerLosses:
-    """Workers that one gateway has lost unexpectedly of late."""
+    """Recent unexpected losses of workers at one gateway."""
 
     def __init__(self, most: int = MOST_SILENT) -> None:
         self._most = most
         self._lost: deque[tuple[float, str, str]] = deque()
 
-    def lost(self, link: str, now: float, out_of_reach: str = "") -> None:
-        """A link has ended, named as the sequences on it name it. `out_of_reach`: the incarnation of a worker of which
-        no more is known than that."""
-        self._lost.append((now, link, out_of_reach))
+    def lost(self, link: str, now: float, unreachable: str = "") -> None:
+        """Record the end of a link, by its name. `unreachable`: the worker's incarnation if its process may live."""
+        self._lost.append((now, link, unreachable))
         self._forget(now)
 
     def returned(self, incarnation: str) -> None:
-        """A worker has a link again: if it was only out of reach, it was not lost."""
+        """Forget the loss of a worker that has reconnected with the same process: it was only unreachable."""
         if any(name == incarnation for *_, name in self._lost):
-            self._lost = deque(one for one in self._lost if one[2] != incarnation)
+            self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def verdict(self, own: Collection[str], since: float, now: float) -> LossVerdict:
-        """For a sequence that was on the links `own` when they ended, the last of them at `since`."""
+        """Verdict on a sequence that was on the links `own` when they ended, the last of them at `since`."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)
-        mine = sum(link in own for _, link, _ in self._lost)
-        others = len(self._lost) - mine
-        mine += sum(link == CARRIED for link in own)
-        return LossVerdict.END if mine >= self._most and others <= mine else LossVerdict.RESUME
+        own_losses = sum(link in own for _, link, _ in self._lost)
+        other_losses = len(self._lost) - own_losses
+        own_losses += sum(link == CARRIED for link in own)
+        return LossVerdict.END if own_losses >= self._most and other_losses <= own_losses else LossVerdict.RESUME
 
     def _forget(self, now: float) -> None:
         while self._lost and now - self._lost[0][0] > WINDOW_S:
             self._lost.popleft()
 
     def __repr__(self) -> str:
-        return f"Losses({len(self._lost)} within {WINDOW_S:g} s)"
+        return f"WorkerLosses({len(self._lost)} within {WINDOW_S:g} s)"

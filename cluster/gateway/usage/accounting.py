@@ -1,18 +1,19 @@
-"""Exactly one usage record for each admitted sequence: opened with its Submit, written at its end, whatever dies.
+"""Accounting: exactly one usage record per admitted sequence, whichever process dies.
 
-A call of n sequences has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
-its prompt is counted with segment 0 alone. Parts that a client resumed have segments from SEGMENTS_PER_RESUME on. A
-record's id is fixed before the first Submit and kept over retries.
+A record is opened with the sequence's Submit and written at its end. A call of n sequences has n records, segments 0 to
+n-1, since each sequence runs and ends on its own, perhaps on another worker; the prompt is counted in segment 0 alone.
+Parts that a client resumed have segments from SEGMENTS_PER_RESUME on. A record's id is fixed before the first Submit
+and kept over retries.
 
-Where the counts come from. The gateway knows what was delivered, the engine what was generated and what it cost; a
-record is written once both are known. An engine that does not tell in time (its link is gone) is not waited for:
-then the gateway's own count stands. What a worker offers that this gateway did not open, or has forgotten, belongs
-to a call of a lost gateway: it is written as an estimate, which the exact record, should it exist, replaces.
+Counts: the gateway knows what was delivered, the engine what was generated and what it cost; a record is written once
+both are known. If the engine's counts do not come in time (its link is down), the record has the gateway's own. Usage
+that a worker offers for an account that is not open here belongs to a call of a lost gateway: it is written as an
+estimate, which the exact record replaces if it exists.
 
-Durability. A record is appended to the local spool and moved from there into the database; a worker's copy is
+Durability: a record is appended to the local spool and moved from there into the database; a worker's copy is
 acknowledged only once the database has committed. So a record is lost only with the gateway's disk *and* the worker.
 
-Nothing here runs per token.
+Nothing in this module runs per token.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from cluster.wire.ended_requests import EndedUsage
 log = structlog.get_logger("ledger")
 
 GRACE_S = 10.0
-"""How long an ended call waits for the engine's counts; a worker whose link broke has dialled anew by then."""
+"""Longest wait of an ended call for the engine's counts: enough for a worker to reconnect a broken link."""
 SWEEP_S = 0.5
 LAST_COUNTS_S = 1.0
 LAST_MOVE_S = 5.0
@@ -53,22 +54,23 @@ LAST_MOVE_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class CallAccount:
-    """One sequence that has been submitted; `awaited`: Submits whose counts have not come."""
+    """Account of one submitted sequence. `awaited`: number of Submits whose counts have not been reported."""
 
     record: OpenRecord
     sealed: bytes
     awaited: int = 0
-    told: set[tuple[str, int]] = field(default_factory=set)
+    reported: set[tuple[str, int]] = field(default_factory=set)
+    """Worker incarnations and keys of the reports that are counted already."""
     continued: bool = False
-    """Whether another worker has begun it: then what the last one found in its cache is not the caller's."""
+    """Whether the last worker continued the sequence: then its cached tokens are not those of the caller's prompt."""
     cached_tokens: int = 0
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
     worker: WorkerIdentity | None = None
-    """Of the last Submit."""
+    """Worker of the last Submit."""
     end: dict[str, Any] | None = None
-    """What the gateway knows of its end."""
+    """Record fields that the gateway knows at the end of the sequence."""
     admitted: bool = False
     written: bool = False
 
@@ -88,9 +90,9 @@ class Accounting:
         grace_s: float = GRACE_S,
         gateway: str = "",
     ) -> None:
-        """`incarnation` names this process's records, and `gateway` is written into them; `folder` is the spool's;
-        `insert` writes to the database and raises StoreUnavailable while that is away. Raises ValueError when another
-        process has the folder."""
+        """`incarnation` is the prefix of record ids, `gateway` the name written into records, `folder` the spool's.
+        `insert` writes to the database and raises StoreUnavailable while it is unavailable. Raises ValueError if
+        another process uses the folder."""
         self._incarnation = incarnation
         self._sealer = sealer
         self._insert = insert
@@ -113,27 +115,28 @@ class Accounting:
         return f"<Accounting open {len(self._calls)} pending {self._spool.statistics().pending}>"
 
     def statistics(self) -> SpoolStatistics:
-        """What is on its way to the database."""
+        """Statistics of the records that wait for the database."""
         return self._spool.statistics()
 
     @property
     def open_accounts(self) -> int:
-        """Sequences submitted and not yet written."""
+        """Number of submitted sequences whose record is not written yet."""
         return len(self._calls)
 
-    # ---- life
+    # ---- start and stop
 
     def start(self) -> None:
-        """Begin to move records into the database."""
+        """Start to move records into the database."""
         self._loop = asyncio.get_running_loop()
         self._sweeper = asyncio.create_task(self._sweep())
         self._replayer.start()
 
     async def stop(self) -> None:
-        """Calls have ended: wait a moment for their counts, write, and move what can be moved."""
+        """Stop after all calls have ended: wait a moment for their counts, write their records, and move what can be
+        moved."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_COUNTS_S):
-                await self._all_told()
+                await self._all_reported()
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
@@ -142,11 +145,11 @@ class Accounting:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_MOVE_S):
                 await asyncio.to_thread(self._last_move)
-        await asyncio.sleep(0)  # the acknowledgements of that move
+        await asyncio.sleep(0)  # lets the acknowledgements of that move run
         self._loop = None
         await asyncio.to_thread(self._spool.close)
 
-    async def _all_told(self) -> None:
+    async def _all_reported(self) -> None:
         for _, account in list(self._late):
             while not account.written:
                 self._news.clear()
@@ -168,7 +171,8 @@ class Accounting:
     # ---- one sequence
 
     def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
-        """A sequence is about to be submitted on this link: what its Submit carries. Called again for a retry."""
+        """Open the account of a sequence that is about to be submitted on this link, also for a retry. Returns the
+        sealed record for the Submit."""
         account = self._by_sequence.get(sequence.key)
         if account is None:
             record = self._record(sequence, link)
@@ -207,16 +211,16 @@ class Accounting:
         )
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """A call has ended, however: each of its sequences that was submitted gets its record, once."""
+        """Write, once, the record of each submitted sequence of an ended call, or wait for the engine's counts."""
         now = self._clock()
-        again = call.is_resumed
+        first_resumed = call.is_resumed
         for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
             if account is None or account.end is not None:
                 continue
-            if again:  # what is paid for a prompt that was read again is known now
+            if first_resumed:  # only now is it known who pays for a prompt that was computed again
                 prompt_tokens = len(sequence.request.prompt_token_ids) if call.pays_prompt else 0
-                account.record, again = replace(account.record, prompt_tokens=prompt_tokens), False
+                account.record, first_resumed = replace(account.record, prompt_tokens=prompt_tokens), False
             elif call.is_resumed:
                 account.record = replace(account.record, prompt_tokens=0)
             account.admitted = account.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
@@ -235,12 +239,12 @@ class Accounting:
                 self._close(account)
 
     def refused(self, sequence: CallSequence) -> None:
-        """A worker did not take the Submit: it has cost nothing."""
+        """Expect no counts of a Submit that its worker refused: it cost nothing."""
         if (account := self._by_sequence.get(sequence.key)) is not None:
             account.awaited -= 1
 
     def _give_up(self, account: CallAccount) -> None:
-        """The engine's counts have not come in time, or the account is closed already."""
+        """Close an account, if it is still open, whose engine counts have not come in time."""
         if not account.written:
             self._close(account)
 
@@ -264,80 +268,81 @@ class Accounting:
     def _write(self, record: UsageRecord) -> None:
         try:
             self._spool.append(record)
-        except ValueError:  # closed: the worker was not acknowledged and offers it elsewhere
+        except ValueError:  # the spool is closed; the worker has no acknowledgement and offers the usage elsewhere
             log.warning("usage_after_the_end", record=record.record_id)
 
-    # ---- what workers tell
+    # ---- reports of workers
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """A worker tells what requests have come to: ours, or those of gateways that were lost."""
+        """Apply a worker's usage reports of ended requests: this gateway's, or those of lost gateways."""
         refused = []
-        for one in ended:
+        for report in ended:
             try:
-                self._take(link, one)
-            except SealError as error:  # perhaps another gateway has the secret
+                self._apply_report(link, report)
+            except SealError as error:  # another gateway may have the secret
                 log.warning("usage_not_ours", worker=link.identity.worker_id, reason=str(error))
             except RecordError as error:
                 log.error("usage_refused", worker=link.identity.worker_id, reason=str(error))
-                refused.append(one.key)
-            except Exception:  # of one record: the worker offers it again, and keeps its link
+                refused.append(report.key)
+            except Exception:  # concerns one record: the worker offers it again, and keeps its link
                 log.exception("usage_not_taken", worker=link.identity.worker_id)
         if refused:
             link.box.usage_acks(refused)
 
-    def _take(self, link: WorkerLink, one: EndedUsage) -> None:
-        account = self._calls.get(one.sealed) if one.sealed else None
+    def _apply_report(self, link: WorkerLink, report: EndedUsage) -> None:
+        account = self._calls.get(report.sealed) if report.sealed else None
         if account is None:
-            self._offered(link, one)
+            self._write_unopened(link, report)
             return
-        self._acks.setdefault(account.record.record_id, []).append((link, one.key))
-        name = (link.identity.incarnation, one.key)
-        if name in account.told:
+        self._acks.setdefault(account.record.record_id, []).append((link, report.key))
+        name = (link.identity.incarnation, report.key)
+        if name in account.reported:
             return
-        account.told.add(name)
+        account.reported.add(name)
         account.admitted = True
         account.awaited -= 1
         if not account.continued:
-            account.cached_tokens = one.cached_tokens
-        account.generated_tokens += one.generated_tokens
-        account.gpu = one.gpu
-        account.gpu_seconds += one.gpu_seconds
+            account.cached_tokens = report.cached_tokens
+        account.generated_tokens += report.generated_tokens
+        account.gpu = report.gpu
+        account.gpu_seconds += report.gpu_seconds
         if account.end is not None and account.awaited <= 0:
             self._close(account)
 
-    def _offered(self, link: WorkerLink, one: EndedUsage) -> None:
-        record = self._idle(link, one) if one.idle_id else self._estimate(link, one)
-        self._acks.setdefault(record.record_id, []).append((link, one.key))
+    def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
+        """Write a report that has no open account here: idle time, or a call of a lost gateway."""
+        record = self._idle(link, report) if report.idle_id else self._estimate(link, report)
+        self._acks.setdefault(record.record_id, []).append((link, report.key))
         self._write(record)
 
-    def _idle(self, link: WorkerLink, one: EndedUsage) -> UsageRecord:
+    def _idle(self, link: WorkerLink, report: EndedUsage) -> UsageRecord:
         return UsageRecord(
-            record_id=_fit(one.idle_id),
+            record_id=_fit(report.idle_id),
             tenant=IDLE_TENANT,
             key_id="",
             model=link.identity.model,
             version=link.identity.version,
             request_id="",
-            opened_at_s=one.idle_since_s,
+            opened_at_s=report.idle_since_s,
             outcome=Outcome.OK.value,
-            duration_s=one.duration_s,
-            gpu=one.gpu,
-            gpu_seconds=one.gpu_seconds,
+            duration_s=report.duration_s,
+            gpu=report.gpu,
+            gpu_seconds=report.gpu_seconds,
             **_place(link.identity),
         )
 
-    def _estimate(self, link: WorkerLink, one: EndedUsage) -> UsageRecord:
-        """The record of a call whose gateway was lost: delivered is what was written to that gateway's link, by this
-        worker and by those before it."""
-        opened = self._sealer.open(one.sealed)
+    def _estimate(self, link: WorkerLink, report: EndedUsage) -> UsageRecord:
+        """The record of a call whose gateway was lost. Its delivered tokens are those that this worker and earlier ones
+        wrote to that gateway's link."""
+        opened = self._sealer.open(report.sealed)
         return opened.to_usage_record(
-            outcome=one.outcome,
-            cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else one.cached_tokens,
-            completion_tokens=one.earlier_tokens + one.written_tokens,
-            generated_tokens=one.earlier_tokens + one.generated_tokens,
-            duration_s=opened.queue_s + one.duration_s,
-            gpu=one.gpu,
-            gpu_seconds=one.gpu_seconds,
+            outcome=report.outcome,
+            cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else report.cached_tokens,
+            completion_tokens=report.earlier_tokens + report.written_tokens,
+            generated_tokens=report.earlier_tokens + report.generated_tokens,
+            duration_s=opened.queue_s + report.duration_s,
+            gpu=report.gpu,
+            gpu_seconds=report.gpu_seconds,
             delivered_unknown=True,
             **_place(link.identity),
         )
@@ -345,47 +350,47 @@ class Accounting:
     # ---- into the database
 
     def _move(self, records: Sequence[UsageRecord]) -> None:
-        """In the replayer's thread."""
+        """Insert records into the database. Runs in the replayer's thread."""
         try:
             self._insert(records)
         except StoreUnavailable:
             raise
-        except Exception:  # what a database says of a record that it cannot take
-            if len(records) == 1:  # it will never enter: the spool keeps it aside, nobody need offer it again
-                self._tell_moved(records)
+        except Exception:  # the database rejects a record
+            if len(records) == 1:  # rejected for good: the spool sets it aside, and its worker need not offer it again
+                self._schedule_acks(records)
             raise
-        self._tell_moved(records)
+        self._schedule_acks(records)
 
-    def _tell_moved(self, records: Sequence[UsageRecord]) -> None:
+    def _schedule_acks(self, records: Sequence[UsageRecord]) -> None:
         loop = self._loop
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended this moment
-                loop.call_soon_threadsafe(self._moved, [record.record_id for record in records])
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
+                loop.call_soon_threadsafe(self._acknowledge, [record.record_id for record in records])
 
-    def _moved(self, record_ids: Sequence[str]) -> None:
-        """These are committed: their workers may forget them."""
+    def _acknowledge(self, record_ids: Sequence[str]) -> None:
+        """Acknowledge committed records to their workers, which may then forget them."""
         keys: dict[WorkerLink, list[int]] = {}
         for record_id in record_ids:
             for link, key in self._acks.pop(record_id, ()):
                 keys.setdefault(link, []).append(key)
-        for link, some in keys.items():
-            link.box.usage_acks(some)
+        for link, link_keys in keys.items():
+            link.box.usage_acks(link_keys)
 
 
 def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
-    """The fields of a record that say where its call ended."""
+    """Record fields of the worker on which a call ended."""
     if worker is None:
         return {}
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
 
 
 def _prompt_tokens(sequence: CallSequence) -> int:
-    """Counted with a call's first sequence alone."""
+    """Prompt tokens to record for a sequence: those of the call for its first sequence, else 0."""
     return 0 if sequence.index else len(sequence.request.prompt_token_ids)
 
 
 def _fit(text: str) -> str:
-    """A caller's or worker's own word, as short and plain as a record takes it."""
+    """Cut and clean a text of a caller or worker so that a record accepts it."""
     if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
         return text
     return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()

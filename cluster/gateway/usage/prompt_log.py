@@ -1,8 +1,8 @@
-"""Prompts and outputs of tenants whose policy says `log_prompts`, as JSON lines; of all others nothing is ever written.
+"""Prompt log: prompts and outputs as JSON lines, only of tenants whose policy sets `log_prompts`.
 
-One folder a tenant and one file a day (UTC) under the gateway's folder, readable by their owner only: so what is too
-old, and a tenant that is erased, goes as whole files. A thread writes; calls hand over and never wait: where the thread
-does not follow, calls go unlogged and are counted. What looks like a key or token is hidden, as in the audit log.
+The log has one folder a tenant and one file a day (UTC) under the gateway's folder, readable by their owner only, so
+that old days and erased tenants are removed as whole files. A thread writes; calls never wait for it: if its queue is
+full, calls are not logged and are counted as lost. Texts that look like keys or tokens are hidden, as in the audit log.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class _Ended:
 
 
 class PromptLog:
-    """Of one gateway process. `start` and `close` frame its life."""
+    """Prompt log of one gateway process."""
 
     def __init__(
         self, folder: Path, policies: Policies, days: int, metrics: Metrics, wall: Callable[[], float] = time.time
     ) -> None:
-        """`policies` are those of every tenant that there is; may raise CallError. `days` are kept where a tenant's
-        own policy does not say."""
+        """`policies` returns the policies of all tenants and may raise CallError. `days`: retention where a tenant's
+        policy sets none."""
         self._folder = folder
         self._policies = policies
         self._days = days
@@ -65,17 +65,17 @@ class PromptLog:
         self._error = ""
 
     def start(self) -> None:
-        """Begin to write, and to remove what is too old."""
+        """Start the thread that writes the log and removes old files."""
         self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is there and end."""
+        """Write what is queued and stop."""
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join(timeout_s)
 
     def ended(self, call: Call, prompt: request.Prompt, text: TextModel, outcome: Outcome) -> None:
-        """A call has ended, however; written if its tenant's policy says so."""
+        """Log an ended call if its tenant's policy says so."""
         if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
             return
         try:
@@ -88,37 +88,38 @@ class PromptLog:
         while True:
             if time.monotonic() >= due:
                 due = time.monotonic() + SWEEP_S
-                self._told(self.sweep)
+                self._run_logged(self.sweep)
             try:
-                one = self._waiting.get(timeout=max(due - time.monotonic(), 0.0))
+                ended = self._waiting.get(timeout=max(due - time.monotonic(), 0.0))
             except queue.Empty:
                 continue
-            if one is None:
+            if ended is None:
                 return
-            self._told(lambda one=one: self._write(one))  # type: ignore[misc]
+            self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
-    def _told(self, work: Callable[[], None]) -> None:
+    def _run_logged(self, work: Callable[[], None]) -> None:
+        """Run `work`; count its exception, and log it if it is not the last one again."""
         error = ""
         try:
             work()
-        except Exception as problem:  # of whatever kind: the next call is written all the same
+        except Exception as problem:  # of any kind: the next call is written all the same
             self._metrics.count("prompt_log_lost_total")
             error = f"{type(problem).__name__}: {problem.strerror if isinstance(problem, OSError) else ''}"
         if error and error != self._error:
             log.error("prompts_not_written", error=error)
         self._error = error
 
-    def _write(self, one: _Ended) -> None:
-        line = json.dumps(_line(one), ensure_ascii=False, separators=(",", ":")) + "\n"
-        folder = self._folder / one.call.tenant
+    def _write(self, ended: _Ended) -> None:
+        line = json.dumps(_line(ended), ensure_ascii=False, separators=(",", ":")) + "\n"
+        folder = self._folder / ended.call.tenant
         make_private_folder(folder)
-        path = folder / f"{day_name(one.at_s)}.jsonl"
+        path = folder / f"{day_name(ended.at_s)}.jsonl"
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "ab") as file:
             file.write(line.encode("utf-8", "replace"))
 
     def sweep(self) -> None:
-        """Remove files of days that are over for their tenant, and all of tenants that no longer exist."""
+        """Remove files older than their tenant's retention, and all files of tenants that no longer exist."""
         if not self._folder.is_dir():
             return
         try:
@@ -131,8 +132,8 @@ class PromptLog:
             if policy is None:
                 shutil.rmtree(folder)
                 continue
-            own = policy.retention.prompts_days
-            oldest = day_name(now_s - (self._days if own is None else own) * DAY_S)
+            own_days = policy.retention.prompts_days
+            oldest = day_name(now_s - (self._days if own_days is None else own_days) * DAY_S)
             for file in folder.glob("*.jsonl"):
                 if file.stem < oldest:
                     file.unlink()
@@ -141,30 +142,34 @@ class PromptLog:
         return f"PromptLog({self._waiting.qsize()} to write)"
 
 
-def _line(one: _Ended) -> dict[str, Any]:
-    call = one.call
+def _line(ended: _Ended) -> dict[str, Any]:
+    call = ended.call
     outputs = [
-        {"index": o.index, "text": one.text.decode(list(o.emitted)), "finish_reason": o.finish_reason}
-        for o in call.sequences
+        {
+            "index": sequence.index,
+            "text": ended.text.decode(list(sequence.emitted)),
+            "finish_reason": sequence.finish_reason,
+        }
+        for sequence in call.sequences
     ]
-    whole = {
-        "at_s": round(one.at_s, 3),
+    line = {
+        "at_s": round(ended.at_s, 3),
         "tenant": call.tenant,
         "key_id": call.key_id,
         "request_id": call.request_id,
         "call_id": call.id,
         "model": call.model,
-        "outcome": one.outcome.value,
-        "prompt": _prompt(one),
+        "outcome": ended.outcome.value,
+        "prompt": _prompt(ended),
         "outputs": outputs,
     }
-    return {name: hide_secrets(value) for name, value in whole.items()}
+    return {name: hide_secrets(value) for name, value in line.items()}
 
 
-def _prompt(one: _Ended) -> Any:
-    prompt = one.prompt.unpacked() if isinstance(one.prompt, request.PackedPrompt) else one.prompt
+def _prompt(ended: _Ended) -> Any:
+    prompt = ended.prompt.unpacked() if isinstance(ended.prompt, request.PackedPrompt) else ended.prompt
     if isinstance(prompt, request.ChatPrompt):
         return [dict(message) for message in prompt.messages]
     if isinstance(prompt, request.TextPrompt):
         return prompt.text
-    return one.text.decode(list(prompt.token_ids), skip_special_tokens=False)
+    return ended.text.decode(list(prompt.token_ids), skip_special_tokens=False)

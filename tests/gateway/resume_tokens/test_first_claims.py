@@ -1,4 +1,4 @@
-"""Who resumes what: in the limits store, else in the database, else in a file; without any nobody does."""
+"""First claims in the limits store, else in the database, else in a file; without any store nothing is resumed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.gateway.quotas.test_valkey_limits import Server, server
 __all__ = ["server"]
 
 
-async def firsts(takers: list[FirstClaims], name: str) -> int:
-    """How many of them, asked at once and four times each, are the first."""
-    return sum(await asyncio.gather(*(one.take(name, 60.0) for one in takers * 4)))
+async def firsts(stores: list[FirstClaims], name: str) -> int:
+    """Number of first claims on a name, if each store is asked four times at once."""
+    return sum(await asyncio.gather(*(store.take(name, 60.0) for store in stores * 4)))
 
 
 async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
-    """Two gateways of a host agree, and one that starts anew knows what was taken; what has expired is forgotten."""
+    """Two gateways of a host agree, a restarted gateway knows earlier claims, and expired claims are forgotten."""
     now = 100.0
     file = tmp_path / "new" / "resumed.db"
     assert await firsts([FileFirstClaims(file, lambda: now), FileFirstClaims(file, lambda: now)], "a.1") == 1
@@ -34,23 +34,24 @@ async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
 
 
 def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-    """A database that does not answer."""
+    """Raise as a database that does not answer."""
     raise StoreUnavailable("it is away")
 
 
 async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
-    """Where nobody can say who was the first the caller is told to come again."""
+    """If no store answers, the caller gets STORE_UNAVAILABLE with a retry delay."""
     (tmp_path / "file").write_text("no folder")
-    for takers in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
+    for stores in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
         with pytest.raises(CallError) as raised:
-            await takers.take("a.1", 60.0)
+            await stores.take("a.1", 60.0)
         assert raised.value.outcome is Outcome.STORE_UNAVAILABLE
         assert raised.value.retry_after_s
 
 
 @pytest.mark.slow
 async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_path: Path) -> None:
-    """Two gateways over one store agree; while it is away the next store decides, and with neither nobody does."""
+    """Two gateways with one limits store agree; while it is unavailable, the next store decides, and without either the
+    claim fails."""
     limits = [ValkeyLimits(server.url, f"g{i}") for i in range(2)]
     for one in limits:
         await one.start()

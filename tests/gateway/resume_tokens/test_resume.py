@@ -1,4 +1,4 @@
-"""A call outlives its worker: whatever worker is lost, hangs up or leaves, the caller reads what it would have read."""
+"""Resume after the loss, hang or drain of a worker: the caller gets the same text as without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume
 
 
 def with_calls(cluster: TestCluster) -> Worker:
-    """The worker that runs something."""
+    """The worker that runs a sequence."""
     return next(worker for worker in cluster.workers if worker.end.statistics().running)
 
 
@@ -43,8 +43,8 @@ def with_calls(cluster: TestCluster) -> Worker:
 async def test_a_stream_goes_on_at_another_worker(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, fields: Mapping[str, Any]
 ) -> None:
-    """A worker lost in mid-stream costs a pause: every token once, in order, with its log probability, and it is told
-    how often the call went on."""
+    """After a worker's loss in mid-stream, the caller gets every token once, in order, with its log probability, and
+    the number of resumes."""
     for _ in range(3):
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     request = chat(max_tokens=120, ignore_eos=True, **fields)
@@ -59,8 +59,8 @@ async def test_a_stream_goes_on_at_another_worker(
     n = fields.get("n", 1)
     for index in range(n):
         assert text_of(chunks, index) == text_of(undisturbed, index) != ""
-    told = [[t.token_id for c in some for d in c.choices for t in d.logprobs] for some in (chunks, undisturbed)]
-    assert told[0] == told[1]
+    logprob_ids = [[t.token_id for c in some for d in c.choices for t in d.logprobs] for some in (chunks, undisturbed)]
+    assert logprob_ids[0] == logprob_ids[1]
     usage, before = chunks[-1].usage, undisturbed[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
     assert usage.resumed >= 2
@@ -69,8 +69,8 @@ async def test_a_stream_goes_on_at_another_worker(
 
 
 async def test_only_a_worker_like_the_first_goes_on(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Other weights or another dtype never go on silently: the call ends UNAVAILABLE after all that had come, though
-    such a worker has room, and those that begin are not kept from it meanwhile."""
+    """A call does not resume on other weights or another dtype: it ends UNAVAILABLE after all text received, although
+    such a worker has capacity; new calls use that capacity in the meantime."""
     async with running_cluster(tmp_path, IMPATIENT) as cluster:
         doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
@@ -88,7 +88,7 @@ async def test_only_a_worker_like_the_first_goes_on(tmp_path: Path, checkpoint: 
 
 
 async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """With nobody left the call waits, says that it resumes, and goes on when a worker like the first comes."""
+    """Without a worker the call waits, reports "resuming", and continues when a compatible worker connects."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     request = chat(max_tokens=60, ignore_eos=True)
     whole = await cluster.stub.Chat(request)
@@ -96,7 +96,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     chunks = [await read(call), await read(call)]
     await doomed.stop()
     (running,) = cluster.gateway.service._open.values()
-    await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to go on")
+    await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to be resumed")
     assert cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks += await rest_of(call)
@@ -107,7 +107,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
 
 
 @pytest.mark.parametrize(
-    ("each", "told"),
+    ("each", "common"),
     [
         ([], ()),
         ([("chat", RESUME_EXACT)], ["chat", RESUME_EXACT]),
@@ -115,15 +115,15 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
         ([("chat", RESUME_STATE), ("chat", RESUME_PLAIN), ("chat", RESUME_EXACT)], ["chat", RESUME_PLAIN]),
     ],
 )
-def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], told: Sequence[str]) -> None:
-    """ListModels tells what each worker can, and the word for resumption that promises least."""
-    assert list(common_capabilities(each)) == list(told)
+def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], common: Sequence[str]) -> None:
+    """ListModels reports the capabilities that all workers have, and the weakest resume capability."""
+    assert list(common_capabilities(each)) == list(common)
 
 
 async def test_those_that_go_on_come_before_those_that_begin(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that had its turn does not wait behind calls that have not had theirs."""
+    """Resumed calls are sent before new ones."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle)
     begun = [cluster.stub.StreamChat(chat(str(i), max_tokens=80, ignore_eos=True)) for i in range(2)]
     for call in begun:
@@ -142,7 +142,8 @@ async def test_those_that_go_on_come_before_those_that_begin(
 
 
 async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Where only one may be computed anew at a time the next follows as soon as it is, not when some call ends."""
+    """If prefill pacing allows one resumed prompt at a time, the next follows after its prefill, not after some call's
+    end."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     calls = [cluster.stub.StreamChat(chat(str(i), max_tokens=1000, ignore_eos=True)) for i in range(3)]
     for call in calls:
@@ -151,14 +152,14 @@ async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoi
     survivor = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=20, max_num_seqs=8, max_num_batched_tokens=8), bundle, wait=False
     )
-    await until(lambda: survivor.end.statistics().running == 3, "all three go on", 10)
+    await until(lambda: survivor.end.statistics().running == 3, "all three have resumed", 10)
     for call in calls:
         call.cancel()
     await cluster.until_idle()
 
 
 async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A call that every engine gives up is not handed on for ever, and other calls go on beside it."""
+    """A call that fails on every engine ends, and other calls continue."""
     workers = [
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:0"), bundle) for _ in range(3)
     ]
@@ -171,7 +172,7 @@ async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoin
 async def test_one_engines_nonsense_is_made_good_by_another(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """An engine that gives a call up does not get it again while there is another."""
+    """A call does not return to an engine that failed it while there is another one."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:9"), bundle)
     call = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
     first = await read(call)
@@ -184,8 +185,8 @@ async def test_one_engines_nonsense_is_made_good_by_another(
 
 @pytest.mark.slow
 async def test_a_stuck_engine_is_found_and_spared(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """An engine that stops stepping while its process beats loses its calls within the bound, gets no others at once,
-    and serves again by itself when it goes on."""
+    """An engine that stops stepping while its process sends heartbeats loses its calls within the bound and gets no new
+    ones; it serves again when it steps again."""
     stuck = sim_engine(checkpoint, decode_ms=5)
     await cluster.add_worker(stuck, bundle)
     request = chat(max_tokens=150, ignore_eos=True)
@@ -214,7 +215,7 @@ async def test_a_stuck_engine_is_found_and_spared(cluster: TestCluster, checkpoi
 async def test_a_link_cut_one_way_is_found(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, cluster: TestCluster, way: str
 ) -> None:
-    """A connection that carries nothing one way, while beats go both ways, does not hold its calls."""
+    """The calls of a link that carries nothing in one direction, although heartbeats pass, are resumed elsewhere."""
     async with cuttable(cluster.gateway.endpoints["link"]) as relay:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=[relay.address])
         request = chat(max_tokens=300, ignore_eos=True)
@@ -231,7 +232,7 @@ async def test_a_link_cut_one_way_is_found(
 
 
 async def test_streams_move_when_their_worker_leaves(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A drained worker is free long before its longest stream would have ended, and nothing of that is cut."""
+    """A draining worker is empty long before its longest stream would have ended, and all streams are complete."""
     leaving = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     request = chat(max_tokens=400, ignore_eos=True)
     calls = [cluster.stub.StreamChat(request) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""A stream outlives its gateway: with its tokens it goes on at another, exactly, once, and for its own caller only."""
+"""Resume of a stream at another gateway with its resume tokens: exact, once, and only for its own caller."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Pair:
 async def pair(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    """Without keys: the secret rests in the cache folder, which both share."""
+    """Two gateways without keys. Their secret is in the cache folder, which both share."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
         yield Pair(first, second, await both(first, second, checkpoint, bundle))
 
 
 async def both(first: TestCluster, second: TestCluster, checkpoint: Path, bundle: Bundle, **engine: Any) -> Worker:
-    """A worker of both gateways."""
-    links = [one.gateway.endpoints["link"] for one in (first, second)]
+    """Start a worker that is linked to both gateways."""
+    links = [cluster.gateway.endpoints["link"] for cluster in (first, second)]
     engine = {"decode_ms": 3, **engine}
     worker = await first.add_worker(sim_engine(checkpoint, **engine), bundle, gateways=links)
     second.workers.append(worker)
@@ -63,12 +63,12 @@ async def until_linked(cluster: TestCluster, worker: Worker) -> None:
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
-    """Those whose tokens a frugal client keeps: from the last whole one on."""
+    """The chunks whose tokens a frugal client keeps: from the last whole token on."""
     return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
 async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
-    """So many chunks of a stream, whose client then goes away."""
+    """Read the first chunks of a stream and cancel it."""
     method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
     call = method(request)
     chunks = [await asyncio.wait_for(read(call), 10) for _ in range(after)]
@@ -77,7 +77,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
 
 
 async def broken(call: Any, chunks: list[Any]) -> Answer:
-    """The error that ends a stream; what comes before it is added to the chunks."""
+    """The error that ends a stream; the chunks before it are appended to `chunks`."""
     try:
         while (message := await asyncio.wait_for(read(call), 10)) is not None:
             chunks.append(message.chat if isinstance(message, pb.ResumeChunk) else message)
@@ -106,8 +106,8 @@ async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
 )
 @pytest.mark.parametrize("frugal", [True, False])
 async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any], frugal: bool) -> None:
-    """Cut twice, at either gateway, the caller has read what it would have read: text, log probabilities and counts;
-    whether it has kept all tokens or those since the last whole one."""
+    """A stream cut twice and resumed at the other gateway delivers the same text, log probabilities and counts, whether
+    the client keeps all tokens or those since the last whole one."""
     request = chat(max_tokens=100, resumable=True, **{"ignore_eos": True, **fields})
     undisturbed = await rest_of(pair.first.stub.StreamChat(request))
     chunks = await cut(pair.first, request, 70)
@@ -124,11 +124,11 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
             [c.finish_reason for x in some for c in x.choices if c.index == index] for some in (chunks, undisturbed)
         ]
         assert ends[0][-1] == ends[1][-1] != ""
-        told = [
+        logprobs = [
             [(t.token_id, t.token) for x in some for c in x.choices if c.index == index for t in c.logprobs]
             for some in (chunks, undisturbed)
         ]
-        assert told[0] == told[1]
+        assert logprobs[0] == logprobs[1]
     usage, before = chunks[-1].usage, undisturbed[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
     assert usage.resumed >= 1
@@ -140,8 +140,8 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
-    """Of three workers the one that made its tokens goes on with them, and computes less than a KV block anew; so it
-    does again when the call has changed workers between."""
+    """Of three workers, a resumed call gets the one that computed its tokens, which computes less than a KV block
+    again; also after the call has changed workers."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -152,7 +152,7 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
     (home,) = [at for at, submitted in enumerate(counts("submitted")) if submitted]
     for there in (pair.second, pair.first):
         busy = [there.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True)) for _ in range(3)]
-        await asyncio.gather(*map(read, busy))  # were it sent to the one with most room, it would go anywhere
+        await asyncio.gather(*map(read, busy))  # so routing by free capacity would choose another worker
         submitted, computed = counts("submitted"), counts("prefill_tokens")
         call = there.stub.Resume(resume(request, chunks))
         chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
@@ -172,8 +172,8 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
 async def test_all_of_a_lost_gateway_go_back_at_once(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each to its own worker, which has places for all though it could begin few such prompts in a step; none is
-    computed again."""
+    """After the loss of a gateway each call resumes on the worker that has its KV blocks, all at once, although a
+    worker could prefill only few such prompts in a step; no prompt is computed again."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     engine = {"decode_ms": 30, "max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_blocks": 4096}
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
@@ -194,7 +194,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
         before = counts("submitted")
         goes_on = [second.stub.Resume(resume(*one)) for one in zip(requests, begun, strict=True)]
         await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in goes_on))
-        await until(lambda: sum(counts("running")) == 24, "all go on")
+        await until(lambda: sum(counts("running")) == 24, "all have resumed")
         assert [now - then for now, then in zip(counts("submitted"), before, strict=True)] == at
         again = [now - then for now, then in zip(counts("prefill_tokens"), computed, strict=True)]
         assert sum(again) <= 24 * workers[0].info.block_size
@@ -204,7 +204,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
 
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
-    """A session's calls carry tokens as streams do, and go on in a session of another gateway."""
+    """A session's calls carry resume tokens like streams, and resume in a session of another gateway."""
     request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
     if kind == "complete":
         request = complete(max_tokens=60, ignore_eos=True, resumable=True)
@@ -227,7 +227,7 @@ async def test_in_a_session(pair: Pair, kind: str) -> None:
 
 
 async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
-    """Whoever does not want to resume gets chunks as before, and no secret is made for it."""
+    """A call that is not resumable gets chunks without tokens, and no secret is made."""
     chunks = await rest_of(pair.first.stub.StreamChat(chat()))
     assert not any(c.resume_token for c in chunks)
     assert pair.first.gateway.service.resumes is not None
@@ -235,7 +235,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Of several that show the same tokens at two gateways, at once or later, one goes on; the others are told."""
+    """Of several resumes with the same tokens at two gateways, at once or later, one succeeds; the others are
+    refused."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)
@@ -246,12 +247,12 @@ async def test_each_segment_is_resumed_once(pair: Pair) -> None:
     assert [(one.code, one.reason) for one in errors] == [(grpc.StatusCode.FAILED_PRECONDITION, "RESUME_EXPIRED")] * 3
     late = await refused(pair.second.stub.Resume(asked))
     assert "already" in late.message
-    await rest(pair.second, resume(request, chunks[:-1]))  # another segment is another matter
+    await rest(pair.second, resume(request, chunks[:-1]))  # another prefix may be resumed
     await pair.first.until_idle()
 
 
 async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
-    """Whatever is shown but all tokens in their order with the same request is refused by name, and starts nothing."""
+    """Anything but all tokens in order with the same request is refused, with the field's name, and starts nothing."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 6)
     others = await cut(pair.first, request, 6)
@@ -289,8 +290,8 @@ async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
 
 @pytest.mark.parametrize("drain_s", [0.05, 1.0])
 async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: float) -> None:
-    """At the end of its time to drain a stream ends UNAVAILABLE with a pause, after text whose tokens are enough; also
-    where an old connection is given as long."""
+    """At the end of the drain time a stream ends UNAVAILABLE with a retry delay, and its tokens suffice to resume; also
+    on an old connection that has as long to close."""
     assert pair.first.gateway.config.gateway.drain_timeout_s <= 1.0
     request = chat(max_tokens=800, ignore_eos=True, resumable=True)
     whole = await pair.second.stub.Chat(request)
@@ -309,8 +310,8 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
 
 
 async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
-    """Where the controller knows of another gateway: in the second half of the time to drain, evenly, those with the
-    most left to make first; what is not resumable stays to the end."""
+    """If the controller knows another gateway, the streams end evenly in the second half of the drain time, those with
+    the most tokens left first; streams that are not resumable stay to the end."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
     end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
@@ -334,12 +335,12 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
     begin = time.monotonic()
     stopping = asyncio.create_task(pair.first.gateway.stop(drain_s))
 
-    async def left(call: Any, chunks: list[Any]) -> float:
+    async def time_of_end(call: Any, chunks: list[Any]) -> float:
         answer = await broken(call, chunks)
         assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
         return time.monotonic() - begin
 
-    *ends, at_last = await asyncio.gather(*map(left, [*calls, stays], [*begun, last]))
+    *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
     in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
     assert in_order == sorted(ends)
     assert drain_s / 2 <= in_order[0]
@@ -351,8 +352,8 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
 async def test_it_waits_for_a_worker_and_can_be_asked_again(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no worker like the first comes in time it ends UNAVAILABLE, and with what was told so far it goes on when
-    one has come; another's weights or arithmetic never serve."""
+    """Without a compatible worker in time a resume ends UNAVAILABLE; with the tokens so far it succeeds once there is
+    one. A worker with other weights or another dtype is never used."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     text = IMPATIENT
     async with running_cluster(tmp_path / "a", text) as first, running_cluster(tmp_path / "b", text) as second:
@@ -375,7 +376,7 @@ async def test_it_waits_for_a_worker_and_can_be_asked_again(
 async def test_tokens_expire_and_deadlines_stay(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens older than they may be are refused as expired; a call goes on only until its first deadline."""
+    """Expired tokens are refused with RESUME_EXPIRED; a resumed call ends at its first deadline."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 1}")
     async with running_cluster(tmp_path / "a", short) as cluster:
@@ -401,8 +402,8 @@ async def test_tokens_expire_and_deadlines_stay(
 
 
 async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Another tenant and another key are told what is told of forged tokens; a suspended tenant is refused; the ledger
-    has each delivered token once, under the request's id, and the prompt twice: its client had left a gateway that
+    """Another tenant or key gets the same error as for forged tokens, and a suspended tenant is refused. The ledger has
+    each delivered token once, under the request's id, and the prompt twice: its client had left a gateway that
     serves."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
@@ -437,7 +438,7 @@ async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: 
         await eventually(written, "both records are there", 30)
         records = [r for r in keyed.ledger.usage.records(query) if r.request_id == "the-call"]
         assert [r.prompt_tokens for r in records] == [usage.prompt_tokens] * 2
-        # what was on its way to the client when it went away was delivered as far as the gateway knows
+        # the gateway counts tokens as delivered that were on their way when the client disconnected
         assert 60 <= sum(r.completion_tokens for r in records) <= 62
         assert records[1].completion_tokens <= 60 - 10
 

@@ -1,4 +1,4 @@
-"""A call has one live generation: a resumption takes it over, ends the reader before it, and pays for its prompt."""
+"""Resume claims: a call has one live generation; a resume ends its earlier reader and pays for its prompt."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ NAMED = "the-call"
 
 @dataclass
 class Rig:
-    """Two gateways over one ledger and two workers that have dialled both."""
+    """Two gateways with one ledger, and two workers that are linked to both."""
 
     keyed: Keyed
     gateways: list[TestCluster]
     workers: list[Worker]
     key: str
     relay: Cuttable
-    """By it the first worker has dialled the first gateway."""
+    """Link of the first worker to the first gateway."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The caller's."""
+        """The caller's gRPC metadata."""
         return (*bearer(self.key), ("x-request-id", NAMED))
 
     def running(self) -> int:
-        """Generations of calls that engines compute now."""
+        """Number of requests that run in the engines."""
         return sum(worker.engine.load().running for worker in self.workers)
 
     def submitted(self) -> int:
-        """Requests that engines have begun."""
+        """Number of requests that were submitted to the engines."""
         return sum(worker.engine.statistics().submitted for worker in self.workers)  # type: ignore[attr-defined]
 
     async def begin(self, request: Any, chunks: int) -> tuple[Any, list[Any]]:
-        """A stream at the first gateway, and its first chunks."""
+        """Start a stream at the first gateway; returns it with its first chunks."""
         call = self.gateways[0].stub.StreamChat(request, metadata=self.metadata)
         return call, [await asyncio.wait_for(read(call), 10) for _ in range(chunks)]
 
     def resume(self, gateway: int, request: Any, chunks: Sequence[Any]) -> Any:
-        """A stream that goes on behind these chunks."""
+        """Resume a stream after these chunks."""
         return self.gateways[gateway].stub.Resume(resume(request, chunks), metadata=self.metadata)
 
     async def records(self, count: int) -> list[UsageRecord]:
-        """The call's usage records, once so many are written."""
+        """The call's usage records, once `count` are written."""
         found: list[UsageRecord] = []
 
         async def written() -> bool:
@@ -78,7 +78,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 2) -> AsyncIterator[Rig]:
-    """Two gateways, as a cluster with `auth` has them."""
+    """A rig of two gateways with `auth`."""
     async with keyed_cluster(folder) as keyed, running_cluster(folder / "other", keyed_text(folder)) as other:
         first = keyed.cluster
         async with cuttable(first.gateway.endpoints["link"]) as relay:
@@ -103,11 +103,11 @@ async def _knows(cluster: TestCluster, key: str) -> bool:
 
 
 def lasting(tokens: int = 600) -> Any:
-    """A request for many tokens."""
+    """A resumable request for many tokens."""
     return chat("Tell me " + "a long story " * 8, max_tokens=tokens, ignore_eos=True, resumable=True)
 
 
-async def told(call: Any) -> Answer:
+async def error_of(call: Any) -> Answer:
     """The error that ends a stream."""
     return await asyncio.wait_for(refused(rest_of(call)), 5)
 
@@ -117,14 +117,14 @@ async def told(call: Any) -> Answer:
 async def test_a_resumption_ends_the_reader_before_it(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateway: int
 ) -> None:
-    """Both readers were served to their ends, of which one was paid."""
+    """A resume ends the call's earlier reader. Both were served to the end, and only one was charged."""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting()
         whole = await rest_of(rig.gateways[0].stub.StreamChat(request, metadata=bearer(rig.key)))
         call, chunks = await rig.begin(request, 12)
         onward = rig.resume(gateway, request, chunks[:5])
         resumed = [(await asyncio.wait_for(read(onward), 10)).chat]
-        answer = await told(call)
+        answer = await error_of(call)
         assert (answer.code, "resumed elsewhere" in answer.message) == (grpc.StatusCode.CANCELLED, True)
         await until(lambda: rig.running() == 1, "one generation runs", 5)
         resumed += [one.chat for one in await rest_of(onward)]
@@ -132,7 +132,7 @@ async def test_a_resumption_ends_the_reader_before_it(
         assert resumed[-1].usage.completion_tokens == 600
         records = await rig.records(2)
         assert [r.prompt_tokens for r in records] == [resumed[-1].usage.prompt_tokens] * 2
-        if gateway == 0:  # what had been generated was told again, and is not paid again
+        if gateway == 0:  # tokens generated before are delivered again, and not charged again
             assert sum(r.completion_tokens for r in records) <= 600
 
 
@@ -141,8 +141,8 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """Of one stream 22 generations were had by resuming at its prefixes, for the price of one prompt. Any interleaving
-    of cancels and resumptions at any prefix, at two gateways: one generation runs, and each prompt is paid."""
+    """In any interleaving of cancels and resumes at any prefix, at two gateways, one generation runs and each prompt is
+    charged. Resumes at prefixes of one stream gave 22 generations for the price of one prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(2000)
@@ -158,7 +158,7 @@ async def test_one_generation_and_every_prompt_is_paid(
                     await asyncio.wait_for(read(call), 10)
                 calls.append(call)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # the prefix had been shown before
+                if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # the prefix was used before
                     raise
             await until(lambda: rig.running() <= 1, "one generation runs", 5)
         for call in calls:
@@ -172,7 +172,7 @@ async def test_one_generation_and_every_prompt_is_paid(
 
 @pytest.mark.slow
 async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Whoever resumes at another gateway what a lost one has begun pays no prompt; at a second prefix of it, one."""
+    """The first resume of a lost gateway's call is not charged its prompt; a second one, from another prefix, is."""
     async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 12)
@@ -194,26 +194,26 @@ async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: P
 
 @pytest.mark.slow
 async def test_what_a_gateway_gives_up_is_resumed_free(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream whose gateway stops goes on elsewhere without its prompt being paid again."""
+    """A stream whose gateway stops resumes at another without a second charge for its prompt."""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 6)
         rig.gateways[0].gateway.service.close("stopping")
         rig.gateways[0].gateway.service.end_all()
-        assert (await told(call)).reason == "NO_WORKER"
+        assert (await error_of(call)).reason == "NO_WORKER"
         await asyncio.wait_for(rest_of(rig.resume(1, request, chunks)), 20)
         records = await rig.records(2)
         assert sorted(r.prompt_tokens > 0 for r in records) == [False, True]
 
 
 class Kept:
-    """What was taken, for all gateways of a test."""
+    """First claims in memory, for all gateways of a test."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
 
     async def take(self, name: str, expires_s: float) -> bool:
-        """See Takers."""
+        """See FirstClaims."""
         await asyncio.sleep(0)
         new = name not in self.names
         self.names.add(name)
@@ -221,15 +221,15 @@ class Kept:
 
 
 def chain(last: int, maker: Maker) -> TokenChain:
-    """Tokens of one call."""
+    """A chain of one call's tokens."""
     head = CallHead("c", "r", "t", "s", "m", "d", "p")
     return TokenChain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
 def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
-    """Whatever prefixes of whatever generations are shown at two gateways, at once: no two have one generation, each is
-    above that of its tokens, and one prompt at most of each generation is free."""
+    """For any prefixes of any generations, claimed at two gateways at once: all resumes have different generations,
+    each higher than that of its tokens, and at most one per generation is free."""
 
     async def run() -> None:
         kept = Kept()
@@ -246,7 +246,7 @@ def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
 
 
 async def test_who_pays() -> None:
-    """The client that leaves a gateway which serves; not the client of one that gave its call up, or is lost."""
+    """A client pays if it leaves a gateway that serves, and not if its gateway gave the call up or is lost."""
     kept = Kept()
     mine = ResumeClaims(kept, "a")
     assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is ResumeTerms.PAID
@@ -257,7 +257,7 @@ async def test_who_pays() -> None:
 
 
 async def test_it_cannot_be_resumed_for_ever() -> None:
-    """A stream's prefixes are as many as its chunks; one that may have ended its workers is not resumed at all."""
+    """The number of resumes per generation is bounded, and a call that may have crashed workers is never resumed."""
     claims = ResumeClaims(Kept(), "a")
     for last in range(MOST_RESUMPTIONS):
         await claims.claim(chain(last, Maker("a")), 60.0)
@@ -270,13 +270,13 @@ async def test_it_cannot_be_resumed_for_ever() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
-def test_a_worker_runs_nothing_that_is_outdated(told: list[tuple[str, int]], call: str, generation: int) -> None:
-    """Whatever the order in which takeovers arrive, only what is as new as the newest may run."""
-    takeovers = ResumeGenerations()
-    for name, number in told:
-        takeovers.record(name, number)
-    newest = max([number for name, number in told if name == call], default=0)
-    assert takeovers.is_outdated(f"{call}#0", generation) is (generation < newest)
+def test_a_worker_runs_nothing_that_is_outdated(takeovers: list[tuple[str, int]], call: str, generation: int) -> None:
+    """In whatever order takeovers arrive, a worker runs only the newest generation of a call."""
+    generations = ResumeGenerations()
+    for name, number in takeovers:
+        generations.record(name, number)
+    newest = max([number for name, number in takeovers if name == call], default=0)
+    assert generations.is_outdated(f"{call}#0", generation) is (generation < newest)
     small = ResumeGenerations(most=2)
     for number in range(9):
         small.record(str(number), 1)

@@ -1,4 +1,4 @@
-"""Tokens of a call: the whole list in its order says what was delivered, and nothing else is accepted."""
+"""Resume tokens of a call: the complete list in order records what was delivered, and no other list is accepted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from cluster.api.types import CompatibilityKey
 from cluster.gateway.resume_tokens.token_chain import (
-    BadSegment,
     CallHead,
     Choice,
+    InvalidToken,
     TokenChain,
+    compatibility_json,
     encode,
     encode_one,
     head_json,
-    likeness_json,
 )
 from cluster.ledger.usage.sealed_records import Envelopes, SealError
 
@@ -34,23 +34,23 @@ def sealed(
     call_id: str = "chatcmpl-1",
     wholes: Set[int] = frozenset(),
 ) -> list[bytes]:
-    """Tokens of such steps; those with these numbers are whole."""
+    """Sealed tokens of these steps; those with the numbers in `wholes` are whole."""
     out: list[bytes] = []
     before = TokenChain().last
     chars = [0, 0, 0]
-    told: list[list[int]] = [[], [], []]
+    token_ids: list[list[int]] = [[], [], []]
     for number, step in enumerate([[], *steps], start=1):
         choices = []
         for index, ids in step:
             chars[index] += len(ids)
-            told[index] += ids
+            token_ids[index] += ids
             choices.append(Choice(index, ids, chars[index]))
-        more: dict[str, Any] = {"likeness": {"0": likeness_json(LIKE)}}
+        more: dict[str, Any] = {"likeness": {"0": compatibility_json(LIKE)}}
         if number == 1 or number in wholes:
             more["call"] = {**head_json(HEAD), "call_id": call_id}
         if number in wholes:
             more["whole"] = True
-            choices = [Choice(index, list(told[index]), chars[index]) for index in range(3)]
+            choices = [Choice(index, list(token_ids[index]), chars[index]) for index in range(3)]
         out.append(envelopes.seal(encode(number, 100 + number, before, choices, more)))
         chain = TokenChain()
         chain.head, chain.number = HEAD, number - 1
@@ -61,7 +61,7 @@ def sealed(
 
 
 def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
-    """All of them."""
+    """The chain of all these tokens."""
     chain = TokenChain()
     for token in tokens:
         chain.add(token, envelopes.open(token))
@@ -71,7 +71,7 @@ def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
 @settings(deadline=None)
 @given(STEPS)
 def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
-    """Whoever has the secret reads from all tokens every choice's ids in order, and whose call it was."""
+    """With the secret, all tokens together give every choice's ids in order and the call's head."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
     chain = opened(tokens, envelopes)
@@ -81,34 +81,34 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
         begun = chain.choices.get(index)
         assert (begun.token_ids if begun else []) == ids
         assert (begun.chars if begun else 0) == len(ids)
-    assert chain.choices[0].likeness == LIKE
+    assert chain.choices[0].compatibility == LIKE
 
 
 @settings(deadline=None)
 @given(STEPS, st.sets(st.integers(2, 12), min_size=1))
 def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
-    """From any whole token on the list says what all of it does, and nothing else may be its beginning."""
+    """A list from any whole token on records the same as the complete list; it may not begin with any other token."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, envelopes, wholes=wholes)
     chain = opened(tokens, envelopes)
     for number in range(2, len(tokens) + 1):
         if number not in wholes:
-            with pytest.raises(BadSegment):
+            with pytest.raises(InvalidToken):
                 opened(tokens[number - 1 :], envelopes)
             continue
         shorter = opened(tokens[number - 1 :], envelopes)
         assert (shorter.head, shorter.number, shorter.last) == (chain.head, chain.number, chain.last)
         begun = [{i: (b.token_ids, b.chars) for i, b in one.choices.items() if b.token_ids} for one in (chain, shorter)]
         assert begun[0] == begun[1]
-        with pytest.raises(BadSegment):  # no other call's beginning goes with it
+        with pytest.raises(InvalidToken):  # the first tokens of another call do not match
             opened([*sealed(steps, envelopes, "chatcmpl-2")[: number - 1], *tokens[number - 1 :]], envelopes)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_nothing_else_is_accepted(data: st.DataObject) -> None:
-    """A list with a token left out, twice, elsewhere, changed, cut, of another call or of another's secret is refused;
-    only a beginning of the list is a list."""
+    """A list is refused if a token is missing, repeated, moved, changed, cut, of another call or sealed with another
+    secret; only a prefix of the list is accepted."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed([[(0, [1])]] * data.draw(st.integers(2, 6), label="length"), envelopes)
     foreign = sealed([[(0, [1])]] * 8, envelopes, "chatcmpl-2")
@@ -133,7 +133,7 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
     else:
         at = max(at, 1) if way == "foreign" else at
         bad[at] = (foreign if way == "foreign" else others)[at]
-    with pytest.raises((SealError, BadSegment)):
+    with pytest.raises((SealError, InvalidToken)):
         opened(bad, envelopes)
     assert opened(tokens[: at + 1], envelopes).number == at + 1
 
@@ -141,14 +141,14 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_sealed_bytes_are_refused(body: bytes) -> None:
-    """What another purpose or release has sealed is no segment, whatever is in it."""
-    with pytest.raises(BadSegment):
+    """Sealed bytes of another purpose or release are refused, whatever their content."""
+    with pytest.raises(InvalidToken):
         TokenChain().add(b"token", body)
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**31), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
 def test_the_short_way_is_the_same(number: int, expires_s: int, chars: int, token_id: int) -> None:
-    """A further token of the only choice has the bytes that the general way gives it."""
+    """`encode_one` gives the same bytes as `encode`."""
     before = b"b" * 16
     assert encode_one(number, expires_s, before, chars, token_id) == encode(
         number, expires_s, before, [Choice(0, [token_id], chars)]

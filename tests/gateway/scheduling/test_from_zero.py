@@ -1,6 +1,6 @@
-"""From zero and back: a real gateway, the real controller and link, simulated engines, and a Ray that starts them here.
+"""Scaling from zero and back, with a real gateway, controller and link, simulated engines and a fake Ray.
 
-What a model's start costs is an event that the test sets, so that nothing is timed but what the gateway tells.
+The fake Ray starts the engines in this process. A start ends when the test sets an event, so no test depends on timing.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class RayHere(FakeRay):
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """As if it were scaled from nothing."""
+        """Deploy one replica."""
         await super().deploy(settings)
         self._follow(self.apps[self.app_of("sim")].target)
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Workers follow."""
+        """Start or stop workers to match."""
         await super().scale(model, replicas)
         self._follow(replicas)
 
@@ -78,18 +78,18 @@ class Scaled:
         self.cluster, self.ray, self.end, self.controller = cluster, ray, end, controller
 
     def state(self) -> ModelState | None:
-        """As the gateway knows it."""
+        """State of the model at the gateway."""
         model = self.cluster.gateway.directory.find("sim")
         return None if model is None else model.state
 
     async def at_zero(self) -> None:
-        """Wait until nothing is left of it but its name."""
+        """Wait until the model has no worker."""
         await until(lambda: self.state() is ModelState.IDLE and not self.cluster.gateway.hub.links, "it is at zero")
 
 
 @asynccontextmanager
 async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: float = 0.5) -> AsyncIterator[Scaled]:
-    """One that has begun, served nobody, and rests."""
+    """A model that was started, has served no call and is scaled to zero."""
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
@@ -118,7 +118,8 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
 async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Held, not refused: it starts the model at once, hears state, fraction and estimate, and gets its answer whole."""
+    """A call for a model at zero is not refused: it starts the model at once, gets state, fraction and estimate of the
+    start, and then its complete answer."""
     async with scaled(tmp_path, checkpoint, bundle, DECIDE_S) as at_zero:
         ray, stub = at_zero.ray, at_zero.cluster.stub
         ray.journal.clear()
@@ -128,11 +129,11 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
         assert time.monotonic() - asked < 0.5, "at once: no report of the gateway, no pass of the controller is awaited"
         first = await read(call)
         assert first.progress.state in ("placing", "loading", "idle")
-        told = [await read(call) for _ in range(2)][-1].progress
+        progress = [await read(call) for _ in range(2)][-1].progress
         learnt_s = at_zero.controller.scaler.standing("sim").cold_start_s
-        assert told.state == "loading"
-        assert (told.queue_position, 0 < told.fraction < 1) == (1, True)
-        assert 0 < told.eta_ms <= 1000 * max(learnt_s, 30.0)
+        assert progress.state == "loading"
+        assert (progress.queue_position, 0 < progress.fraction < 1) == (1, True)
+        assert 0 < progress.eta_ms <= 1000 * max(learnt_s, 30.0)
         ray.may_start.set()
         rest = await rest_of(call)
         assert rest[-1].usage.completion_tokens == 5
@@ -141,7 +142,7 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
 
 
 async def test_many_at_zero_are_all_served(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """gRPC and the stock openai client, streamed and whole: none fails, whatever face it came by."""
+    """Calls for a model at zero succeed over gRPC and with the openai client, streamed or not."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         cluster = at_zero.cluster
         async with client(cluster) as ai:
@@ -163,18 +164,18 @@ async def _streamed(ai: object, body: dict[str, object]) -> str:
 
 
 async def test_a_deadline_ends_a_held_call(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """It is not kept beyond what its caller waits for."""
+    """A call that waits for a model's start ends at its deadline."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         late = await refused(at_zero.cluster.stub.Chat(chat(), timeout=0.6))
         assert late.code.name == "DEADLINE_EXCEEDED"
-        # the caller's clock ends the call, and what it says is on its way for a moment
+        # the caller's clock ends the call, and its cancel takes a moment to arrive
         await until(
             lambda: at_zero.cluster.gateway.scheduler.queues.waiting("sim") == (0, 0), "it is held no longer", 5
         )
 
 
 async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The reason that Ray gives reaches the caller at once, not at a deadline."""
+    """The caller gets Ray's reason for a failed start at once, not at its deadline."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         call = asyncio.ensure_future(refused(at_zero.cluster.stub.Chat(chat(), timeout=60)))
         await until(lambda: at_zero.ray.apps[at_zero.ray.app_of("sim")].placed == 1, "it is being started")
@@ -185,7 +186,7 @@ async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bu
 
 
 async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """From its folder alone it tokenizes and holds calls, until a worker has come."""
+    """A restarted gateway tokenizes and holds calls with the state in its folder, until a worker has connected."""
     async with scaled(tmp_path / "first", checkpoint, bundle):
         pass
     async with running_cluster(tmp_path / "first") as later:
@@ -196,14 +197,14 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 
 
 def test_comments_of_event_streams() -> None:
-    """A sign of life, or how far a start is; one line, so that every client skips it."""
+    """A comment is a keep-alive or the progress of a start, in one line, so that every client skips it."""
     assert keep_alive(Progress("queued", 3)) == KEEP_ALIVE
-    told = keep_alive(Progress("loading", 1, 0.4, 18.0))
-    assert told == b": loading 40%, about 18 s to go\n\n"
+    comment = keep_alive(Progress("loading", 1, 0.4, 18.0))
+    assert comment == b": loading 40%, about 18 s to go\n\n"
 
 
 async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Cut, left and shown again when its model is at zero: what goes on is demand like what begins."""
+    """A stream that is resumed when its model is at zero counts as demand like a new call, and starts the model."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     async with scaled(tmp_path, checkpoint, bundle) as its:
         its.ray.may_start.set()

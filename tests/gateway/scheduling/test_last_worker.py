@@ -1,4 +1,4 @@
-"""The last worker of a model is lost: who asks meanwhile waits for the next, unless the catalog has let it go."""
+"""Loss of a model's last worker: calls wait for the next one, unless the catalog no longer has the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ QUICK = Timing(redial_min_s=0.05, redial_max_s=0.1)
 
 
 async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Without a controller's catalog the gateway knows the model by its workers alone, and still while none is there:
-    a call has the room and the tokenizer that the last one told, and is answered by the next."""
+    """Without a catalog the gateway knows a model from its workers, and keeps the context length and tokenizer of the
+    last one: a call is encoded, waits, and is answered by the next worker."""
     engine = sim_engine(checkpoint, decode_ms=1, max_model_len=64)
     await cluster.add_worker(engine, bundle, timing=QUICK)
     cluster.gateway.hub.links[0].close("as if it had been taken for silent")
@@ -29,7 +29,7 @@ async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, che
 
 
 async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A model that no catalog names any longer ends with its last worker: nobody waits for it."""
+    """A model that is no longer in the catalog ends with its last worker: calls for it are refused."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))).choices, "the tokenizer is here, too"
     cluster.gateway.worker_events.apply_catalog([])
@@ -43,10 +43,10 @@ async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, chec
 async def test_a_stream_that_lost_it_is_demand_from_then_on(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """It is held like a call that begins, has waited since it lost its worker and not since it came, and is demand no
-    more once it has gone on."""
+    """A stream without a worker counts as waiting demand like a new call, from the loss of its worker until it has
+    resumed."""
 
-    def told() -> ClassCounts:
+    def class_counts() -> ClassCounts:
         ((counts,),) = [model.classes for model in cluster.gateway.worker_events.demand()]
         return counts
 
@@ -57,10 +57,10 @@ async def test_a_stream_that_lost_it_is_demand_from_then_on(
         await stream.read()
     await worker.stop()
     lost = time.monotonic()
-    await until(lambda: told().held_requests == 1, "it is held")
-    assert told().queued_requests == 1
-    assert told().oldest_wait_s <= time.monotonic() - lost + (lost - began) / 2
-    assert told().arrived_requests == 1, "it came once"
+    await until(lambda: class_counts().held_requests == 1, "it is held")
+    assert class_counts().queued_requests == 1
+    assert class_counts().oldest_wait_s <= time.monotonic() - lost + (lost - began) / 2
+    assert class_counts().arrived_requests == 1, "it came once"
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.1), bundle)
-    await until(lambda: told().queued_requests == 0, "it goes on")
+    await until(lambda: class_counts().queued_requests == 0, "the sequence has resumed")
     stream.cancel()

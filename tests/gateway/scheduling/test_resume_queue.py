@@ -1,4 +1,4 @@
-"""The line of those who go on: whose turn it is, who has computed them, and for how long each waits for that worker."""
+"""Resume queue: its order, the workers that hold KV blocks, and the longest waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Call:
 
 @dataclass
 class _Sequence:
-    """What the line looks at of a gateway's Output."""
+    """The attributes of a sequence that the queue reads."""
 
     key: str
     cached_on: str = ""
@@ -25,68 +25,70 @@ class _Sequence:
     call: _Call = field(default_factory=_Call)
 
 
-def line(*sequences: Any, now: float = 0.0) -> ResumeQueue:
-    """A line with these."""
-    returning = ResumeQueue(30.0)
+def queue_of(*sequences: Any, now: float = 0.0) -> ResumeQueue:
+    """A queue with these sequences."""
+    queue = ResumeQueue(30.0)
     for one in sequences:
-        returning.add(one, now)
-    return returning
+        queue.add(one, now)
+    return queue
 
 
 def test_who_has_computed_them_is_counted() -> None:
-    """As many as wait now for each worker; who comes twice is there once, who has no worker is nobody's."""
+    """The queue counts the sequences cached on each worker; one that is added twice counts once."""
     a, b, c, d = (_Sequence(name, home) for name, home in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "")))
-    returning = line(a, b, c, d, a)
-    assert returning.cached_counts("m") == {"x": 2, "y": 1}
-    assert returning.waiting("m") == (4, 40)
-    assert returning.remove(c)  # type: ignore[arg-type]
-    assert not returning.remove(c)  # type: ignore[arg-type]
-    assert returning.cached_counts("m") == {"x": 2}
+    queue = queue_of(a, b, c, d, a)
+    assert queue.cached_counts("m") == {"x": 2, "y": 1}
+    assert queue.waiting("m") == (4, 40)
+    assert queue.remove(c)  # type: ignore[arg-type]
+    assert not queue.remove(c)  # type: ignore[arg-type]
+    assert queue.cached_counts("m") == {"x": 2}
     for one in (a, b, d):
-        returning.remove(one)  # type: ignore[arg-type]
-    assert (returning.cached_counts("m"), returning.models) == ({}, [])
+        queue.remove(one)  # type: ignore[arg-type]
+    assert (queue.cached_counts("m"), queue.models) == ({}, [])
 
 
 def test_each_waits_for_its_own_worker_for_a_moment() -> None:
-    """Then it may go anywhere; one that has no worker, or does not wait, may at once."""
+    """A sequence waits a moment for the worker that holds its KV blocks, then for any worker; without such a worker,
+    for any at once."""
     home, none, away = _Sequence("a", "x"), _Sequence("b"), _Sequence("c", "x")
-    returning = line(home, none, now=5.0)
+    queue = queue_of(home, none, now=5.0)
     asked: list[Any] = [home, none, away]
-    assert [returning.waits_for(one, 5.0 + 0.9 * HOME_S) for one in asked] == ["x", "", ""]
-    assert returning.waits_for(asked[0], 5.0 + HOME_S) == ""
+    assert [queue.waits_for(one, 5.0 + 0.9 * HOME_S) for one in asked] == ["x", "", ""]
+    assert queue.waits_for(asked[0], 5.0 + HOME_S) == ""
 
 
 def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
-    """First come, first served within a class; by its own deadline sooner, where its model starts later."""
+    """Order is by class, then first come first served. A sequence expires at the longest wait, sooner at its deadline,
+    later while its model starts."""
     low, high = _Sequence("a", call=_Call(rank=2)), _Sequence("b", call=_Call(rank=0))
     late = _Sequence("c", call=_Call(rank=2, deadline=10.0))
-    returning = line(low, late, high)
+    queue = queue_of(low, late, high)
     order: list[Any] = [high, low, late]
-    assert returning.in_order("m") == order
-    assert returning.in_order("other") == ()
-    assert returning.expired(10.0, lambda _: 100.0) == order[2:]
-    assert returning.expired(29.0) == []
-    assert set(map(id, returning.expired(30.0))) == set(map(id, order[:2]))
-    assert returning.waiting("m") == (0, 0)
+    assert queue.in_order("m") == order
+    assert queue.in_order("other") == ()
+    assert queue.expired(10.0, lambda _: 100.0) == order[2:]
+    assert queue.expired(29.0) == []
+    assert set(map(id, queue.expired(30.0))) == set(map(id, order[:2]))
+    assert queue.waiting("m") == (0, 0)
 
 
 def test_no_wait_is_longer_than_twice_the_bound() -> None:
-    """A stream waited 49 s where max_wait_s was 20: what a start takes was added, whatever that was."""
-    returning = ResumeQueue(20.0)
+    """No wait exceeds twice the bound. The whole start time was added: a stream waited 49 s with max_wait_s 20."""
+    queue = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
-    returning.add(waits, 0.0)
-    assert returning.expired(39.9, lambda _: 500.0) == []
-    assert returning.expired(40.0, lambda _: 500.0) == [waits]
-    returning.add(waits, 0.0)
-    assert returning.expired(20.0) == [waits], "nothing is added while a worker serves its model"
+    queue.add(waits, 0.0)
+    assert queue.expired(39.9, lambda _: 500.0) == []
+    assert queue.expired(40.0, lambda _: 500.0) == [waits]
+    queue.add(waits, 0.0)
+    assert queue.expired(20.0) == [waits], "nothing is added while a worker serves its model"
 
 
 def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
-    """Each worker that was lost before it had given a token began the wait anew."""
-    returning = ResumeQueue(20.0)
+    """A worker that is lost before its first token does not restart the wait."""
+    queue = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
-    returning.add(waits, 0.0)
-    assert returning.remove(waits)  # to a worker that is lost at once
-    returning.add(waits, 15.0, silent_since=0.0)
-    assert returning.expired(19.9) == []
-    assert returning.expired(20.0) == [waits]
+    queue.add(waits, 0.0)
+    assert queue.remove(waits)  # to a worker that is lost at once
+    queue.add(waits, 15.0, silent_since=0.0)
+    assert queue.expired(19.9) == []
+    assert queue.expired(20.0) == [waits]

@@ -1,4 +1,4 @@
-"""Room is used and the engine's own queue is short, with one, two and eight real gateways before a worker."""
+"""Slots are filled and the engine's own queue stays short, with one, two and eight real gateways before a worker."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PLACES, CALLS, TOKENS = 8, 24, 25
 
 
 class Watch:
-    """For how many of the engine's steps a place stood empty while a call waited in some gateway. Steps, since they
-    stand still with this process where a machine is busy with others."""
+    """Counter of the engine's steps in which a slot was free while a call waited at a gateway. Steps, not seconds,
+    since they stop with this process on a busy machine."""
 
     def __init__(self, clusters: list[TestCluster], end: WorkerSession, engine: SimEngine) -> None:
         self._clusters = clusters
@@ -29,7 +29,7 @@ class Watch:
         self.longest_steps = 0
 
     async def run(self) -> None:
-        """Look every few milliseconds, until cancelled."""
+        """Check every few milliseconds, until cancelled."""
         since, running = 0, 0
         while True:
             step, were = self._engine.statistics().steps, running
@@ -46,8 +46,8 @@ class Watch:
 async def test_places_are_filled_and_the_engines_queue_is_short(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateways: int
 ) -> None:
-    """Three times as many calls as places, first at the first half of the gateways, then at the others, so that room
-    must follow: at most two ever wait in the engine, and no place stands empty for 200 ms while one waits outside."""
+    """With three times as many calls as slots, first at one half of the gateways, then at the other, credit follows the
+    calls: at most two wait in the engine, and no slot is free for 200 ms while a call waits at a gateway."""
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(running_cluster(tmp_path / f"{i}")) for i in range(gateways)]
         engine = sim_engine(checkpoint, decode_ms=10, max_num_seqs=PLACES)

@@ -1,4 +1,4 @@
-"""Versions beside each other at a gateway, those that leave, and models that stand in for others."""
+"""Model versions at a gateway: canaries, versions that are removed, and fallback models."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TWO = (VersionShare("v1", 0.75), VersionShare("v2", 0.25, ttft_ratio=1.2))
 
 
 def entry(**fields: Any) -> CatalogEntry:
-    """The model as a controller tells it."""
+    """The model's catalog entry as a controller sends it."""
     return dataclasses.replace(CatalogEntry("sim", state=ModelState.READY), **fields)
 
 
-def told(cluster: TestCluster, *entries: CatalogEntry) -> None:
-    """The gateway hears a new catalog."""
+def apply_catalog(cluster: TestCluster, *entries: CatalogEntry) -> None:
+    """Apply a new catalog at the gateway."""
     cluster.gateway.worker_events.apply_catalog(entries)
 
 
 async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
-    """One call; the worker that it has run at."""
+    """Make one call; returns the id of the worker that ran it."""
     before = {worker.identity.worker_id: worker.engine.load().steps for worker in cluster.workers}
     fields = {"max_tokens": 4, "ignore_eos": True, **fields}
     await cluster.stub.Chat(chat(**fields), metadata=(("x-request-id", request_id),))
@@ -44,7 +44,7 @@ async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
 
 
 def of_version(version: str, shares: Sequence[VersionShare]) -> str:
-    """A request id whose calls are this version's."""
+    """A request id that is assigned to this version."""
     pairs = [(one.version, one.weight) for one in shares]
     return next(name for name in map("r{}".format, range(1000)) if choose_version(name, pairs) == version)
 
@@ -52,7 +52,7 @@ def of_version(version: str, shares: Sequence[VersionShare]) -> str:
 async def two_workers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, **engine: object
 ) -> tuple[Worker, Worker]:
-    """One of each version."""
+    """Start one worker of each version."""
     first = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g1", weight_digest="one"
     )
@@ -65,10 +65,10 @@ async def two_workers(
 async def test_calls_are_shared_out_by_weight_and_stay_so(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The same id meets the same version again; each version gets some, the one with more weight more; all are counted
-    for the controller."""
+    """The same request id always gets the same version; the calls are shared by weight; all are counted for the
+    controller."""
     first, second = await two_workers(cluster, checkpoint, bundle)
-    told(cluster, entry(versions=TWO))
+    apply_catalog(cluster, entry(versions=TWO))
     went = [await ask(cluster, f"r{i}") for i in range(40)]
     assert went == [await ask(cluster, f"r{i}") for i in range(40)]
     assert went.count(first.identity.worker_id) > went.count(second.identity.worker_id) > 0
@@ -76,17 +76,17 @@ async def test_calls_are_shared_out_by_weight_and_stay_so(
     assert tallies["v1"] == VersionTally("sim", "v1", "g1", calls=2 * went.count(first.identity.worker_id))
     assert tallies["v2"].calls == 2 * went.count(second.identity.worker_id)
     assert 0 < tallies["v2"].pairs <= tallies["v2"].calls
-    told(cluster, entry(versions=(TWO[0], dataclasses.replace(TWO[1], revision="another"))))
+    apply_catalog(cluster, entry(versions=(TWO[0], dataclasses.replace(TWO[1], revision="another"))))
     assert not cluster.gateway.scheduler.canaries.tallies(), "another trial begins at nothing"
 
 
 async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Pairs are lost by the version that takes longer, and a loss is counted though the call goes on elsewhere."""
+    """A slower first token counts against the canary, and so does a lost worker although its call is resumed."""
     _, second = await two_workers(cluster, checkpoint, bundle, prefill_tokens_per_s=300)
     even = (VersionShare("v1", 0.5), VersionShare("v2", 0.5, ttft_ratio=1.2))
-    told(cluster, entry(versions=even))
+    apply_catalog(cluster, entry(versions=even))
     for i in range(16):
         await ask(cluster, f"r{i}")
     (slow,) = [tally for tally in cluster.gateway.scheduler.canaries.tallies() if tally.version == "v2"]
@@ -104,9 +104,9 @@ async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
 async def test_a_version_without_room_or_workers_is_stood_in_for(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Calls of a version that cannot take them go to the other, since both read a prompt alike."""
+    """Calls of a version without capacity or workers go to the other one, since both have the same tokenizer."""
     first, second = await two_workers(cluster, checkpoint, bundle, max_num_seqs=1)
-    told(cluster, entry(versions=TWO))
+    apply_catalog(cluster, entry(versions=TWO))
     mine = of_version("v2", TWO)
     assert await ask(cluster, mine) == second.identity.worker_id
     full = cluster.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True), metadata=(("x-request-id", mine),))
@@ -123,9 +123,9 @@ async def test_a_version_without_room_or_workers_is_stood_in_for(
 async def test_several_outputs_of_a_call_come_from_one_version(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Where its version has room for some only, the others wait for that version."""
+    """If its version has capacity for some sequences only, the others wait for that version."""
     await two_workers(cluster, checkpoint, bundle, max_num_seqs=2)
-    told(cluster, entry(versions=TWO))
+    apply_catalog(cluster, entry(versions=TWO))
     for i in range(12):
         await ask(cluster, f"n{i}", n=4)
 
@@ -133,20 +133,20 @@ async def test_several_outputs_of_a_call_come_from_one_version(
 async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A retired generation ends its streams; the model is READY by the other."""
+    """A retired generation finishes its streams and gets no new ones; the other one keeps the model READY."""
     first, second = await two_workers(cluster, checkpoint, bundle)
-    told(cluster, entry())
+    apply_catalog(cluster, entry())
     streams = [cluster.stub.StreamChat(chat(max_tokens=300, ignore_eos=True)) for _ in range(8)]
     for stream in streams:
         await read(stream)
     assert first.engine.load().running
-    told(cluster, entry(retired=("g1",)))
+    apply_catalog(cluster, entry(retired=("g1",)))
     for i in range(8):
         assert await ask(cluster, f"r{i}") == second.identity.worker_id if not first.engine.load().running else True
     for stream in streams:
         assert (await rest_of(stream))[-1].choices[0].finish_reason == "length"
     assert {await ask(cluster, f"q{i}") for i in range(8)} == {second.identity.worker_id}
-    told(cluster, entry(retired=("g1", "g2")))
+    apply_catalog(cluster, entry(retired=("g1", "g2")))
     known = cluster.gateway.directory.find("sim")
     assert known is not None
     assert not known.served
@@ -155,9 +155,8 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
 async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Lost at a worker of a generation that others have taken the place of, it goes on at one like it, if there is one,
-    and else its caller is told at once: nobody like it will come. While none of those serves it waits, as ever, and so
-    it does when that generation was taken back."""
+    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is none and the new
+    generation serves, it fails at once. It waits while the new generation does not serve yet, or is rolled back."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
@@ -171,18 +170,18 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
 
     first, second = await two_workers(cluster, checkpoint, bundle)
     twin = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, generation="g3", weight_digest="one")
-    told(cluster, entry(retired=("g2", "g3")))
+    apply_catalog(cluster, entry(retired=("g2", "g3")))
     stream = await begun_at(first)
-    told(cluster, entry(retired=("g1", "g3")))
+    apply_catalog(cluster, entry(retired=("g1", "g3")))
     await first.stop()
-    await until(lambda: twin.engine.load().running > 0, "it goes on at its like")
+    await until(lambda: twin.engine.load().running > 0, "the stream has resumed on the compatible worker")
     await twin.stop()
     answer = await refused(rest_of(stream))
-    assert (answer.reason, "not like it" in answer.message) == ("WORKER_LOST", True)
+    assert (answer.reason, "cannot continue" in answer.message) == ("WORKER_LOST", True)
     assert second.engine.load().running == 0
 
     stream = await begun_at(second)
-    told(cluster, entry(retired=("g2",)))
+    apply_catalog(cluster, entry(retired=("g2",)))
     await second.stop()
     await waits()
     fourth = await cluster.add_worker(
@@ -191,8 +190,8 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     assert (await refused(rest_of(stream))).reason == "WORKER_LOST"
 
     stream = await begun_at(fourth)
-    told(cluster, entry(retired=("g4",)))
-    told(cluster, entry())
+    apply_catalog(cluster, entry(retired=("g4",)))
+    apply_catalog(cluster, entry())
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, generation="g5", weight_digest="four")
     await fourth.stop()
     await waits()
@@ -201,37 +200,38 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
 
 
 async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """No new call; a stream moves where another has the same weights; with all of them set apart calls are refused."""
+    """A quarantined version gets no new call, and its streams move to workers with the same weights. If all versions
+    are quarantined, calls are refused."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     twin = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g3", weight_digest="two"
     )
-    told(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0))))
+    apply_catalog(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0))))
     stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
     await read(stream)
     await until(lambda: second.engine.load().running > 0, "it runs at the second")
-    told(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0, quarantined=True))))
+    apply_catalog(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0, quarantined=True))))
     await until(lambda: twin.engine.load().running > 0, "it has moved to its twin")
     await until(lambda: second.engine.load().running == 0, "it has left the second")
     steps = second.engine.load().steps
     await cluster.stub.Chat(chat(max_tokens=4, ignore_eos=True))
     assert second.engine.load().steps <= steps + 1, "one may have been under way; a call takes four"
     stream.cancel()
-    told(cluster, entry(versions=(VersionShare("v1", 1.0, quarantined=True),)))
+    apply_catalog(cluster, entry(versions=(VersionShare("v1", 1.0, quarantined=True),)))
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.reason, "quarantined" in answer.message) == ("NO_WORKER", True)
     assert first.engine.load().running == 0
 
 
 async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream goes on to its end and a call that waits gets its turn; new ones are told that it is going."""
+    """A model that is removed finishes its streams and waiting calls; new calls are refused."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_num_seqs=1), bundle)
-    told(cluster, entry())
+    apply_catalog(cluster, entry())
     stream = cluster.stub.StreamChat(chat(max_tokens=200, ignore_eos=True))
     await read(stream)
     waits = cluster.stub.Chat(chat())
     await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] == 1, "it waits")
-    told(cluster, entry(state=ModelState.DRAINING))
+    apply_catalog(cluster, entry(state=ModelState.DRAINING))
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.reason, answer.message) == ("MODEL_NOT_FOUND", "model sim is being removed from this cluster")
     assert (await rest_of(stream))[-1].choices[0].finish_reason == "length"
@@ -239,8 +239,9 @@ async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, ch
 
 
 async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The first that has a worker answers, in its own name and in a header; the call still counts as wanted."""
-    told(
+    """The first fallback with a worker answers, and is named in the answer and a header; the call counts as demand for
+    the requested model."""
+    apply_catalog(
         cluster,
         CatalogEntry("big", state=ModelState.LOADING, fallback=("away", "sim"), bundle_digest=bundle.digest),
         CatalogEntry("away", state=ModelState.LOADING),
@@ -267,7 +268,7 @@ async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, che
 
 
 async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
-    """An HTTP answer's JSON, and the model that its header names."""
+    """The JSON of an HTTP answer, and the model named in its header."""
 
     def send() -> tuple[Any, str | None]:
         with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - of a loopback port
@@ -280,9 +281,9 @@ async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
 async def test_each_version_has_its_own_pin(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, digest: str, taken: bool
 ) -> None:
-    """The weights of one version do not let a worker of the other in."""
+    """A worker with the weights of one version is not admitted as the other version."""
     pinned = VersionShare("v1", weight_digests=("one",), weights_pinned=True), VersionShare("v2", 0.0)
-    told(cluster, entry(versions=pinned))
+    apply_catalog(cluster, entry(versions=pinned))
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = await cluster.add_worker(engine, bundle, version="v1", weight_digest=digest, wait=False)
     if taken:

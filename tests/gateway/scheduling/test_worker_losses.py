@@ -1,4 +1,4 @@
-"""A request that ends the engines it reaches takes two workers at most, and is no larger than a worker should read."""
+"""A request that crashes engines takes down two workers at most, and no oversized request is queued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEADLY = 13
 
 @dataclass
 class Mortal:
-    """A simulated engine that dies of a request with the seed DEADLY, when it has given it `tokens`."""
+    """A simulated engine that crashes on a request with the seed DEADLY after `tokens` tokens of it."""
 
     inner: SimEngine
     tokens: int = 0
@@ -62,7 +62,7 @@ class Mortal:
 async def test_a_query_of_death_takes_two_workers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tokens: int
 ) -> None:
-    """A request that kills its engine went from worker to worker until max_attempts, and all their streams with it."""
+    """A request that crashes its engine takes down two workers, not max_attempts of them with all their streams."""
     for _ in range(4):
         await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2), tokens)), bundle)
     request = complete(max_tokens=700, ignore_eos=True)
@@ -73,9 +73,9 @@ async def test_a_query_of_death_takes_two_workers(
     chunks: list[Any] = []
     answer = await refused(_kept(cluster.stub.StreamComplete(deadly), chunks))
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-    assert "2 workers were lost" in answer.message
+    assert "lost 2 workers" in answer.message
     assert sum(worker.task.done() for worker in cluster.workers) == MOST_SILENT
-    if tokens:  # its tokens take no third one, at whatever gateway
+    if tokens:  # no resume sends it to a third worker, at whatever gateway
         assert (await refused(cluster.stub.Resume(resume(deadly, chunks)))).reason == "RESUME_EXPIRED"
     assert [(await stream).choices[0].text for stream in streams] == [whole] * 6
     await cluster.until_idle()
@@ -88,7 +88,7 @@ async def _kept(call: Any, chunks: list[Any]) -> None:
 
 @pytest.mark.slow
 async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """When many workers are lost at once a stream that was on two of them, and on none between, still goes on."""
+    """If many workers are lost at once, a stream that was on two of them still resumes."""
     for _ in range(2):
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=400), bundle)
     call = cluster.stub.StreamComplete(complete(max_tokens=12, ignore_eos=True))
@@ -102,7 +102,7 @@ async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoin
                 cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
                 or any(w.end.statistics().running for w in cluster.workers if not w.task.done())
             ),
-            "it waits or runs elsewhere",
+            "the stream waits or runs on another worker",
         )
     for worker in others:
         await worker.stop()
@@ -113,7 +113,7 @@ async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoin
 
 
 def test_a_broken_connection_is_no_lost_worker() -> None:
-    """A worker that is back with the same process within the settling time has outlived the call."""
+    """A worker that reconnects with the same process within SETTLE_S does not count as lost."""
     for came_back, verdict in ((False, LossVerdict.END), (True, LossVerdict.RESUME)):
         losses = WorkerLosses()
         losses.lost("a", 0.0, "ia")
@@ -128,7 +128,7 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
     others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
-    """It waits until losses of one event are known; then it goes on only where most of them were not its own."""
+    """A suspect sequence waits until all losses of one event are known; it resumes only if most were not its own."""
     losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):
@@ -152,7 +152,7 @@ REQUESTS = st.builds(
 
 @given(sampling=REQUESTS, ids=st.lists(st.integers(0, 9), max_size=9), salt=st.sampled_from(["", "s" * 150_000]))
 def test_no_large_request_is_queued(sampling: Sampling, ids: list[int], salt: str) -> None:
-    """Sixteen million valid stop token ids blocked five workers in turn; the bound is of what goes over the link."""
+    """A request that is too large for a link is refused: 16 million stop token ids blocked five workers in turn."""
     request = EngineRequest("", ids, sampling, cache_salt=salt)
     size = submit_to_pb(1, 1, EngineRequest("", [], sampling, cache_salt=salt)).ByteSize()
     if size <= MAX_SUBMIT_BYTES:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """A SQLite ledger with its tables made."""
+    """A SQLite ledger with its tables created."""
     made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     made.upgrade()
     yield made
@@ -41,22 +41,24 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 async def linked(cluster: TestCluster) -> None:
-    """Wait until a worker's link is up at this gateway and has granted room."""
+    """Wait until a worker's link is up at this gateway and has granted credit."""
     await until(lambda: any(link.free.sequences for link in cluster.gateway.hub.links), "a worker is linked")
 
 
 async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
-    """Wait until every record is in the database and every worker was told so."""
+    """Wait until every record is in the database and acknowledged to its worker."""
     accounting = cluster.gateway.accounting
     assert accounting is not None
     await until(lambda: accounting.open_accounts == 0, "every account is closed")
     await until(lambda: accounting.statistics().pending == 0, "every record is in the database")
-    await until(lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers were told")
+    await until(
+        lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers have their acknowledgements"
+    )
 
 
 async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """Ok, by a stop string, n > 1, cancelled, past its deadline and failed in the engine: one record a sequence, with
-    what was delivered beside what was generated."""
+    """Every sequence has one record with its delivered and generated tokens: finished, stopped by a stop string, one of
+    several, cancelled, past its deadline, or failed in the engine."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=2)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]])
@@ -109,7 +111,7 @@ async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle
 async def test_what_no_worker_accepted_has_no_record(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Calls that are refused by the engine, end in the queue, or are wrong themselves cost nothing."""
+    """Calls that the engine refuses, that end in the queue, or that are invalid have no record."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         waiting = cluster.stub.Chat(chat(max_tokens=2), timeout=0.2)
         await refused(waiting)
@@ -126,7 +128,7 @@ async def test_what_no_worker_accepted_has_no_record(
 
 
 async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """A worker is lost before the first token, another takes over: one record, with what both have generated."""
+    """A call whose worker is lost before the first token has one record, with the generated tokens of both workers."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         first = await start_worker(sim_engine(checkpoint, decode_ms=2000), bundle, [cluster.gateway.endpoints["link"]])
         await linked(cluster)
@@ -151,7 +153,7 @@ async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, b
 async def test_counts_wait_while_the_database_is_away(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Without the database calls are served; the worker keeps their counts until it is back and has them."""
+    """Calls are served without the database; the worker keeps their counts until the database has them."""
     switch = Switch(ledger.usage.insert)
     async with accounting_cluster(tmp_path / "g", switch.insert) as cluster:
         worker = await start_worker(sim_engine(checkpoint, decode_ms=1), bundle, [cluster.gateway.endpoints["link"]])
@@ -178,8 +180,8 @@ async def test_counts_wait_while_the_database_is_away(
 async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """First its worker is lost, then its gateway: the second worker's word is all there is of it, and nothing that its
-    caller had read is missing."""
+    """After the loss of a call's worker and then of its gateway, the second worker's report includes every token that
+    the caller has read."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with (
@@ -190,10 +192,10 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         first = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links[:1])
         await linked(lost)
         call = lost.stub.StreamChat(chat("running", max_tokens=2000, ignore_eos=True))
-        told = [await read(call) for _ in range(40)]
+        chunks = [await read(call) for _ in range(40)]
         await first.stop(0)
         second = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links)
-        told += [await read(call) for _ in range(10)]
+        chunks += [await read(call) for _ in range(10)]
         await linked(other)
         lost.gateway.hub.links[0].close("as if its host were gone")
         await until(lambda: second.end.statistics().running == 0, "the worker has dropped it")
@@ -201,7 +203,7 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         await settled(other, second)
         (one,) = records(ledger)
         assert one.delivered_unknown
-        assert one.generated_tokens >= one.completion_tokens >= sum(bool(chunk.choices) for chunk in told) > 40
+        assert one.generated_tokens >= one.completion_tokens >= sum(bool(chunk.choices) for chunk in chunks) > 40
         await second.stop()
 
 
@@ -209,8 +211,8 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
 async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """What a gateway had not brought into the database goes to another one as an estimate; when the lost one's disk
-    turns up after all, its exact records replace that, and nothing is there twice."""
+    """Records that a lost gateway had not written to the database are written by another one as estimates. If the lost
+    gateway's disk returns, its exact records replace them; no record is there twice."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with accounting_cluster(tmp_path / "b", ledger.usage.insert) as other:
@@ -242,7 +244,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
         assert [one.record_id for one in exact] == [ended.record_id, running.record_id]
         assert not any(one.delivered_unknown for one in exact)
         assert exact[0].request_id == ended.request_id
-        assert exact[1].outcome == "cancelled", "its gateway was stopped while it waited to go on"
+        assert exact[1].outcome == "cancelled", "its gateway was stopped while it waited to be resumed"
         await worker.stop()
 
 
@@ -250,7 +252,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """With 4 GPUs a replica, what tenants and `_idle` are charged is its lifetime x 4 within 1 %."""
+    """With 4 GPUs a replica, the GPU seconds of tenants and `_idle` are 4 times the replica's lifetime within 1 %."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=4)
@@ -266,7 +268,7 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
         assert await worker.end.drain(5)
         lifetime_s = (
             worker.witness.told_at - began
-        )  # of its last idle time; after that it waits for its acknowledgement
+        )  # time of its last idle record, after which the worker waits for its acknowledgement
         await settled(cluster, worker)
         calls = sum(one.gpu_seconds for one in records(ledger))
         idle_s = idle_gpu_seconds(ledger)
@@ -281,16 +283,16 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
 async def test_a_short_call_is_charged_its_own_steps(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """One whose first token is its last owes the step that made it; and none owes the time before it came, in which the
-    engine rested or ran for nobody."""
+    """A call with a single token is charged the step that computed it, and no call is charged the idle time before
+    it."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=20)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=1)
         await linked(cluster)
         took = []
         for tokens in (1, 2, 1):
-            told = len(worker.witness.seen)
-            rested = lambda told=told: any(one.idle_id for one in worker.witness.seen[told:])  # noqa: E731
+            seen = len(worker.witness.seen)
+            rested = lambda seen=seen: any(usage.idle_id for usage in worker.witness.seen[seen:])  # noqa: E731
             await until(rested, "it has rested")
             began = time.monotonic()
             await cluster.stub.Chat(chat(f"with {tokens}", max_tokens=tokens, ignore_eos=True))
@@ -306,12 +308,14 @@ async def test_a_short_call_is_charged_its_own_steps(
 def test_a_gateway_without_a_ledger_imports_none() -> None:
     """Without `auth` neither accounts nor a database are imported."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"cluster.gateway.usage.accounting", "cluster.ledger.store", "sqlalchemy"} & set(told)
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"cluster.gateway.usage.accounting", "cluster.ledger.store", "sqlalchemy"} & set(imported)
 
 
 async def test_without_accounts_nothing_is_kept(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway that keeps no accounts seals nothing, and its workers keep nothing."""
+    """A gateway without accounts seals no records, and its workers keep none."""
     async with running_cluster(tmp_path) as cluster:
         worker = await start_worker(sim_engine(checkpoint), bundle, [cluster.gateway.endpoints["link"]], gpus=1)
         await linked(cluster)

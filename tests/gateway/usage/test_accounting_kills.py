@@ -1,5 +1,5 @@
-"""Gateways are killed at random points, their disks deleted, the database taken away: every admitted call is there
-exactly once."""
+"""Accounting under faults: gateways are killed at random points, their disks deleted, the database stopped; every
+admitted call is recorded exactly once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODEL = "sim"
 
 
 class Database:
-    """What the test takes away: a PostgreSQL that is killed, or a SQLite file that another process has locked."""
+    """Database that the test makes unavailable: it kills PostgreSQL, or locks the SQLite file."""
 
     def __init__(self, url: str, server: postgres.PostgresServer | None) -> None:
         self.url = url
@@ -49,7 +49,7 @@ class Database:
         self._lock: sqlite3.Connection | None = None
 
     def take_away(self) -> None:
-        """Until `bring_back` nobody can write."""
+        """Make the database unavailable until `bring_back`."""
         if self._server is not None:
             self._server.kill()
             return
@@ -59,7 +59,7 @@ class Database:
         self._lock.execute("BEGIN IMMEDIATE")
 
     def bring_back(self) -> None:
-        """The same data again."""
+        """Make the database available again, with the same data."""
         if self._server is not None:
             self._server.start()
         elif self._lock is not None:
@@ -68,7 +68,7 @@ class Database:
 
 
 class Site:
-    """Two gateway processes at fixed ports; each life has a folder of its own, which goes with it."""
+    """Two gateway processes at fixed ports; each incarnation has its own folder, which is deleted with it."""
 
     def __init__(self, children: Children, folder: Path, database_url: str) -> None:
         (folder / "secret").write_bytes(SECRET)
@@ -98,11 +98,11 @@ class Site:
         )
 
     def address(self, number: int, listener: str) -> str:
-        """Of a gateway, in each of its lives."""
+        """Address of a gateway's listener, the same in all its incarnations."""
         return str(yaml.safe_load(self._text[number])["gateway"]["listen"][listener])
 
     def config_file(self, number: int) -> Path:
-        """Of the life that runs now."""
+        """Configuration file of a gateway's current incarnation."""
         return self.running[number][1] / "cluster.yaml"
 
     def _start(self, number: int) -> tuple[Child, Path]:
@@ -111,12 +111,12 @@ class Site:
         return exec_gateway(self._children, self._folder, name, self._text[number]), self._folder / name
 
     async def knows_callers(self, number: int) -> None:
-        """Wait until a gateway has read who may call; it then goes on without the database."""
+        """Wait until a gateway has loaded its tenants and keys; it then serves without the database."""
         home = self.running[number][1]
         await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call", 30)
 
     async def kill(self, number: int) -> None:
-        """SIGKILL, and nothing of its disk is left; then the next life begins."""
+        """Kill a gateway with SIGKILL, delete its disk, and start its next incarnation."""
         child, home = self.running[number]
         await until(lambda: bool(child.commands()), "its process has begun")
         (process,) = child.commands()
@@ -127,8 +127,8 @@ class Site:
 
 
 async def call_for_ever(address: str, key: str, chance: random.Random, stop: asyncio.Event) -> None:
-    """One caller: plain, streamed, of several outputs, cut off midway or too slow for its deadline; whatever fails,
-    the next call follows."""
+    """Make calls of random kinds, one after the other: plain, streamed, with several outputs, cancelled, or past their
+    deadline. Failures are ignored."""
     metadata = (("authorization", f"Bearer {key}"),)
     async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -167,7 +167,7 @@ async def _pause(stop: asyncio.Event) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty database, of each kind."""
+    """An empty database of each kind."""
     if request.param == "sqlite":
         yield Database(f"sqlite:///{tmp_path / 'ledger.db'}", None)
         return
@@ -179,8 +179,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 async def test_every_admitted_call_is_there_once(
     database: Database, tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Five kills, two of them while the database is away and one after which no gateway is left that has ever had a
-    record: what workers have accepted is in the ledger, each once, and nothing else is."""
+    """After five kills, two of them without the database and one after which no gateway has any record on disk, the
+    ledger has every sequence that workers have accepted exactly once, and nothing else."""
     chance = random.Random(20261124)
     ledger = await asyncio.to_thread(Ledger, database.url, peppers=[PEPPER.encode()])
     await asyncio.to_thread(ledger.upgrade)
@@ -207,8 +207,8 @@ async def test_every_admitted_call_is_there_once(
         await asyncio.to_thread(database.take_away)
         await more("calls are accepted without a database")
         await site.kill(1)
-        await more("one gateway goes on without a database")
-        await site.kill(0)  # neither has ever had a record now, and the database is away: only the workers know
+        await more("one gateway serves without a database")
+        await site.kill(0)  # now only the workers have the records
         assert sum(worker.end.statistics().unacked_usage for worker in workers) > 0
         await asyncio.to_thread(database.bring_back)
         await more("calls are accepted when the database is back")
@@ -219,7 +219,11 @@ async def test_every_admitted_call_is_there_once(
         stop.set()
         await asyncio.gather(*callers)
         await until(lambda: all(w.end.statistics().running == 0 for w in workers), "nothing runs")
-        await until(lambda: all(w.end.statistics().unacked_usage == 0 for w in workers), "workers were told", 60)
+        await until(
+            lambda: all(w.end.statistics().unacked_usage == 0 for w in workers),
+            "workers have their acknowledgements",
+            60,
+        )
         accepted: dict[str, list[tuple[int, int]]] = {}
         sealer = Sealer([SECRET])
         for worker in workers:
@@ -235,14 +239,14 @@ async def test_every_admitted_call_is_there_once(
             if one.delivered_unknown:
                 assert one.completion_tokens in [w for _, w in accepted[one.record_id]]
         unknown = [one for one in found if one.delivered_unknown]
-        assert unknown, "calls of the killed gateways were told by workers"
-        assert len(unknown) < len(found), "calls of living gateways are told exactly"
+        assert unknown, "calls of the killed gateways were reported by workers"
+        assert len(unknown) < len(found), "calls of living gateways have exact records"
 
-        told = await asyncio.to_thread(
+        done = await asyncio.to_thread(
             headrace, "usage", "--group-by", "tenant,model", "--json", "-f", str(site.config_file(0))
         )
-        (row,) = json.loads(told.stdout)
-        calls = {one.request_id for one in found}  # each output of a call has a record
+        (row,) = json.loads(done.stdout)
+        calls = {record.request_id for record in found}  # each sequence of a call has a record
         assert (row["tenant"], row["requests"]) == ("acme", len(calls))
         assert row["completion_tokens"] == sum(one.completion_tokens for one in found)
         for worker in workers:
@@ -251,7 +255,7 @@ async def test_every_admitted_call_is_there_once(
 
 
 def _accepts(workers: list[AccountedWorker], chance: random.Random) -> Callable[[str], Any]:
-    """Wait for a random number of calls more to end at the workers."""
+    """Return a function that waits for a random number of further calls to end at the workers."""
 
     async def more(what: str) -> None:
         wanted = sum(len(worker.witness.seen) for worker in workers) + chance.randrange(15, 60)

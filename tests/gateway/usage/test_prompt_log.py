@@ -1,4 +1,4 @@
-"""Prompts rest on a disk of tenants whose policy says so, for as long as it says, and of nobody else."""
+"""Prompt log: only prompts of tenants whose policy asks for it are written, and kept as long as it says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 async def lines_of(keyed: Keyed, tenant: str, count: int) -> list[dict[str, Any]]:
-    """What was written of a tenant, once there is so much."""
+    """The log lines of a tenant, once `count` are written."""
     folder = keyed.file.parent / "gateway" / "prompts" / tenant
     found: list[dict[str, Any]] = []
 
@@ -49,7 +49,8 @@ async def lines_of(keyed: Keyed, tenant: str, count: int) -> list[dict[str, Any]
 
 
 async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None:
-    """Over both faces; with its request id and outcome, readable by the owner only, keys hidden."""
+    """Prompts and outputs are logged over gRPC and HTTP, with request id and outcome, readable by the owner only, with
+    keys hidden."""
     key = await keyed.key("wants-it", log_prompts=True)
     answer = await keyed.cluster.stub.Chat(chat(WORDS), metadata=bearer(key))
     await keyed.cluster.stub.Complete(complete(f"{WORDS} {key}"), metadata=bearer(key))
@@ -69,8 +70,8 @@ async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None
 
 
 async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.CaptureFixture[str]) -> None:
-    """Calls that succeed and calls that fail: neither a file of the gateway, its ledger and spool among them, nor a log
-    line holds their text."""
+    """The text of other tenants' calls, failed or not, is in no file of the gateway, its ledger or spool, and in no log
+    line."""
     key = await keyed.key("says-nothing")
     rare = "zanzibarquokka"
     await keyed.cluster.stub.Chat(chat(rare), metadata=bearer(key))
@@ -82,12 +83,13 @@ async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.
     written = [path for path in keyed.file.parent.rglob("*") if path.is_file()]
     assert len(written) > 3
     assert not [path for path in written if rare.encode() in path.read_bytes()]
-    told = capfd.readouterr()
-    assert rare not in told.out + told.err
+    printed = capfd.readouterr()
+    assert rare not in printed.out + printed.err
 
 
 def test_what_is_too_old_goes(tmp_path: Path) -> None:
-    """By the cluster's days, a tenant's own where it has them; of a tenant that is gone everything."""
+    """Files are removed after the cluster's retention, or the tenant's own; all files of an erased tenant are
+    removed."""
     policies = {
         "plain": TenantPolicy("plain", log_prompts=True),
         "short": TenantPolicy("short", log_prompts=True, retention=Retention(prompts_days=1)),
@@ -104,7 +106,7 @@ def test_what_is_too_old_goes(tmp_path: Path) -> None:
 
 
 async def test_a_disk_that_cannot_be_written_stops_no_call(keyed: Keyed) -> None:
-    """The call is answered, and the loss is counted."""
+    """If the disk cannot be written, calls are answered and the lost log entries counted."""
     key = await keyed.key("no-disk", log_prompts=True)
     folder = keyed.file.parent / "gateway" / "prompts"
     folder.mkdir(exist_ok=True)
