@@ -1,4 +1,4 @@
-"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0 whole, 1 partial or failed, 2 bad usage."""
+"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: complete, 1: partial or failed, 2: bad usage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLAIN_WIDTH = 160
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Parser of the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
     shared.add_argument("--plot", type=Path, metavar="DIR", help="write PNG plots")
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse an integer above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -84,7 +84,7 @@ def positive(text: str) -> int:
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> Report:
-    """Run a scenario to its report, which is partial where something broke."""
+    """Run a scenario and return its report, which is partial if something failed."""
     report = Report(arguments.scenario, {"seed": arguments.seed})
     if arguments.scenario == "endpoint":
         await endpoint.play(arguments, screen, report)
@@ -116,14 +116,14 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
 
 
 async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
-    """`play`, which SIGINT and SIGTERM end early."""
+    """`play`, ended early by SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="headrace-loadtest-") as folder:
         playing = asyncio.create_task(play(arguments, screen, Path(folder)))
         interrupted = False
 
         def interrupt() -> None:
             nonlocal interrupted
-            if not interrupted:  # a second signal must not keep the first from ending what was started
+            if not interrupted:  # a second signal must not interrupt the cleanup that the first has begun
                 interrupted = playing.cancel("interrupted")
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -132,7 +132,7 @@ async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code."""
+    """Entry point; returns the exit code."""
     arguments = parser().parse_args(argv)
     screen = Screen()
     try:

@@ -1,4 +1,4 @@
-"""Versions and hardware: without them a figure says nothing."""
+"""Versions and hardware of a run: a figure means nothing without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEER_PACKAGES = ("vllm-router", "smg", "litellm", "uvicorn")
 
 
 def hardware() -> dict[str, Any]:
-    """The machine as the kernel sees it, and its load right now."""
+    """The machine as the kernel reports it, and its current load."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(),
@@ -47,7 +47,7 @@ def _gpus() -> list[str]:
 
 
 def versions(peers: Path | None = None) -> dict[str, str]:
-    """Of what takes part; `peers` is the environment of the peers."""
+    """Versions of all software under test; `peers` is the environment of the peers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

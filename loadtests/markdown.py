@@ -1,4 +1,4 @@
-"""A report of `peers` as a page of Markdown: what ran where, the figures, the arms' medians, and what went wrong."""
+"""A report of `peers` as a page of Markdown: set-up, figures, medians of the arms, and problems."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What the page is about. No devices: a trial on CPU."""
+    """Subject of the page. No devices: a trial on CPU."""
 
     model: str
     architecture: str
@@ -113,7 +113,7 @@ def _arms(report: Report) -> list[str]:
 
 
 def _problems(report: Report) -> list[str]:
-    """Each once, with the end of its log."""
+    """Each problem once, with the end of its log."""
     by_text: dict[str, list[str]] = {}
     for arm in report.arms:
         if arm.problem:

@@ -1,4 +1,4 @@
-"""A scenario's result: the JSON that stays, and the table that is read."""
+"""Result of a scenario: the JSON report, and the table on the screen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARMS_A_TABLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run of one arm, with what its serving side spent."""
+    """One run of one arm, with the resource usage of its serving side."""
 
     number: int
     run: Run
@@ -55,12 +55,12 @@ class Arm:
     description: str
     rounds: list[Round] = field(default_factory=list)
     problem: str = ""
-    """Why there are no (more) rounds; with the end of the log where a process did not start."""
+    """Reason why there are no (more) rounds, with the end of the log if a process did not start."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What a scenario gives back."""
+    """Result of a scenario."""
 
     scenario: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Report:
     hardware: dict[str, Any] = field(default_factory=machine.hardware)
 
     def arm(self, name: str, description: str) -> Arm:
-        """A new arm."""
+        """Add an arm."""
         arm = Arm(name, description)
         self.arms.append(arm)
         return arm
@@ -110,12 +110,12 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the report as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
-        """The tables, then what went wrong."""
+        """Print the tables, then the problems."""
         shown = [arm for arm in self.arms if arm.rounds]
         for at in range(0, len(shown), ARMS_A_TABLE):
             console.print(_arms(shown[at : at + ARMS_A_TABLE]))
@@ -143,7 +143,7 @@ def _errors(rounds: Sequence[Round]) -> dict[str, int]:
 
 
 def middle(values: Sequence[float | None]) -> float | None:
-    """The median of those that are there."""
+    """Median of the values that are not None."""
     there = sorted(v for v in values if v is not None)
     return there[len(there) // 2] if there else None
 

@@ -1,10 +1,10 @@
-"""`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 when no call failed.
+"""`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 if no call failed.
 
-Three parts on one Ray. First rounds from zero: the start of the model by hand, and a call that finds it at zero, by
-turns. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again, streams are
+Three parts on one Ray. First cold starts from zero, alternating between a start by hand and a call to the model at
+zero. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again; streams are
 5 to 60 s long, and the controller's own loop scales. The same calls are played to the same policy in simulation, with
-the start's length and the engine's speed as they are. Last a day of changes (changes.py): the same demand with streams
-of 5 to 300 s, while a version is tried and taken back, the entry is changed, and a slow version takes itself back.
+the measured start time and engine speed. Last a day of changes (changes.py): the same demand with streams
+of 5 to 300 s, while a canary is tried and taken back, the entry is changed, and a slow canary rolls itself back.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ENGINE = Engine()
 REPLICAS = 4
 PROMPT_TOKENS = 30
 MOST_TOKENS = 8192
-"""Streams of 300 s have 6,000."""
+"""Upper bound on tokens: streams of 300 s have 6,000."""
 DAYS = 6
-"""Of changes, at most: a version whose streams end with it takes as long as the longest of them."""
+"""Most days of changes: a version whose streams end with it takes as long as the longest of them."""
 
 
 async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The whole of it; figures by name. A part of no length is left out."""
+    """Run all parts; figures by name. A part of zero length is left out."""
     checkpoint = build_checkpoint("llama", folder / "llama")
     spec = ModelSpec(
         MODEL,
@@ -73,7 +73,7 @@ async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder:
 
 
 def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_tokens_per_s) -> str:
-    """Of the simulated replica."""
+    """Model source of the simulated replica."""
     return (
         f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
         f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}&max_model_len={MOST_TOKENS}"
@@ -83,7 +83,7 @@ def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_
 async def _from_zero(live: Live, rounds: int) -> dict[str, Any]:
     colds, calls = [], []
     await live.at_zero()
-    await live.cold_start()  # the first one warms the machine's own caches
+    await live.cold_start()  # the first start warms the machine's caches
     for number in range(rounds):
         colds.append(await live.cold_start())
         calls.append(await live.from_zero(number))
@@ -167,7 +167,7 @@ def _good(one: Told) -> bool:
 
 
 def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> dict[str, Any]:
-    """The same calls and the same policy, decided as often."""
+    """Play the same calls to the same policy in simulation, with the same decision interval."""
     demand = Demand(
         at_s=np.array([one.at_s for one in calls]),
         count=np.ones(len(calls)),
@@ -197,7 +197,7 @@ def _quantiles(values: Sequence[float]) -> Mapping[str, float]:
 
 
 def main() -> int:
-    """Run and tell."""
+    """Run and report."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--changing", type=float, default=300.0, metavar="SECONDS", help="the day of changes (0: none)")

@@ -1,4 +1,4 @@
-"""Callers of a live run: the SDK and the stock openai client, and what became of each call."""
+"""Callers of a live run (the SDK and the stock openai client) and the results of their calls."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loadtests.autoscale_live.traffic import PlannedCall
 MODEL = "sim"
 TIMEOUT_S = 600.0
 CUT = "\N{REPLACEMENT CHARACTER}"
-"""What stands for a character of which only the first bytes have come."""
+"""Replacement for a character of which only the first bytes have arrived."""
 
 
 @dataclass(slots=True)
 class Told:
-    """One call as its caller saw it. Times in seconds from its beginning; `fault` says why it is not whole."""
+    """One call as its caller saw it. Times in seconds from its beginning; `fault` says why it is incomplete."""
 
     planned: PlannedCall
     face: str
@@ -34,14 +34,14 @@ class Told:
 
     @property
     def mean_gap_s(self) -> float:
-        """Between tokens."""
+        """Mean gap between tokens."""
         if self.first_s is None or self.planned.tokens < 2:
             return 0.0
         return (self.last_s - self.first_s) / (self.planned.tokens - 1)
 
 
 def prompt(number: int) -> str:
-    """One of a few, so that equal ones can be compared."""
+    """One of a few prompts, so that calls with equal prompts can be compared."""
     return f"Tell story number {number}, and take your time."
 
 
@@ -55,12 +55,12 @@ class Callers:
         )
 
     async def close(self) -> None:
-        """End both."""
+        """Close both clients."""
         await self._sdk.close()
         await self._openai.close()
 
     async def call(self, planned: PlannedCall) -> Told:
-        """One call to its end, however that is."""
+        """Make one call and return its result, whether it succeeds or fails."""
         told = Told(planned, "sdk" if planned.face == 0 else "openai")
         began = time.monotonic()
         try:
@@ -69,7 +69,7 @@ class Callers:
                 told.first_s = now if told.first_s is None else told.first_s
                 told.last_s = now
                 told.text += text
-        except Exception as error:  # whatever it was, this call failed
+        except Exception as error:  # any exception means that this call failed
             told.fault = f"{type(error).__name__}: {error}"
         if not told.fault and told.tokens != planned.tokens:
             told.fault = f"cut: {told.tokens} of {planned.tokens} tokens"
@@ -107,7 +107,7 @@ class Callers:
 
 
 async def play(callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task[None] | None = None) -> list[Told]:
-    """Every call at its time, but for those whose time has not come when `over` has ended."""
+    """Make every call at its time; calls that are not yet due when `over` ends are skipped."""
     began = time.monotonic()
 
     async def one(planned: PlannedCall) -> Told | None:
@@ -122,8 +122,9 @@ async def play(callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task
 
 
 def compare(calls: Sequence[Told]) -> None:
-    """Mark what is not what an undisturbed call of the same prompt says: the engine is deterministic, so of two answers
-    the shorter is the beginning of the longer, but for a last character that its end may have cut in two."""
+    """Mark calls that differ from an undisturbed call with the same prompt. The engine is deterministic: of two answers
+    the shorter is a prefix of the longer, except for a last character that its end may have cut in two.
+    """
     longest: dict[int, str] = {}
     for one in calls:
         if len(one.text) > len(longest.get(one.planned.prompt, "")):

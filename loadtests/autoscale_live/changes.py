@@ -1,4 +1,4 @@
-"""Changes of the model under load: a version on trial, its end by hand, another entry, a trial that is bad."""
+"""Changes of the model under load: a canary, its manual rollback, a changed entry, and a bad canary."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cluster.worker.settings import ReplicaSettings
 STREAM_S = (5.0, 300.0)
 TRIAL_WEIGHT = 0.3
 TRIED, TAKEN_BACK, CHANGED, BAD = 0.15, 0.4, 0.5, 0.7
-"""When each begins, as parts of the time."""
+"""Beginning of each change, as a fraction of the time."""
 LOOK_S = 0.25
 
 
 class Changes:
-    """Tells the controller what to want, and notes when that stood."""
+    """Changes the controller's target and records when each change was complete."""
 
     def __init__(self, controller: Controller, settings: ReplicaSettings, slow_source: str) -> None:
-        """`settings`: as the model runs now. `slow_source`: of a version whose first tokens are late."""
+        """`settings`: the model's current settings. `slow_source`: source of a version whose first tokens are late."""
         self._controller = controller
         self._settings = settings
         self._slow_source = slow_source
         self.seen: dict[str, Any] = {}
 
     async def play(self, seconds: float) -> None:
-        """All of them, at their parts of the time or when the one before has come to its end."""
+        """Play all changes, each at its fraction of the time or when the one before it has ended."""
         began = time.monotonic()
 
         async def at(part: float) -> None:
@@ -80,7 +80,7 @@ class Changes:
         return share is not None and "rolled back by itself" in share.state_reason
 
     def _replaced(self, settings: ReplicaSettings) -> bool:
-        """Whether every linked worker of the model is of these settings."""
+        """Whether every linked worker of the model has these settings."""
         fleet = [one for one in self._controller.gateways.fleet() if one.model == settings.spec.name]
         return bool(fleet) and all(one.generation == settings.digest for one in fleet)
 

@@ -1,8 +1,8 @@
-"""`python -m loadtests.autoscale_live.choice`: what it would save to choose the replica that leaves, by a small model.
+"""`python -m loadtests.autoscale_live.choice`: a small model of what choosing the replica to remove would save.
 
-Calls come at random, each to the replica with the fewest streams, and their lengths are exponential. Asked at random
-moments: how many streams has a replica that is chosen blindly, how many the one with the fewest, and how many of these
-outlast the time to stay (half of that to drain), so that they have to move. Prefix affinity is left out: it makes
+Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the model
+counts the streams of a replica chosen blindly and of the replica with the fewest, and how many of them
+outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left out: it makes
 replicas less alike.
 """
 
@@ -19,7 +19,7 @@ SPANS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Means over many moments. `moved`: of the streams, those that outlast the time to stay."""
+    """Means over many moments. `moved`: streams that outlast the time to stay."""
 
     blind: float
     fewest: float
@@ -28,7 +28,7 @@ class Choice:
 
 
 def choice(use: float, mean_s: float, stay_s: float, chance: random.Random) -> Choice:
-    """Where `use` of PLACES streams a replica is taken, and streams take `mean_s` in the mean."""
+    """Simulate replicas with `use` of their PLACES streams in use and a mean stream length of `mean_s`."""
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]
     while now_s < SPANS * mean_s:

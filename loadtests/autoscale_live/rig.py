@@ -1,4 +1,4 @@
-"""A gateway, a controller that scales, and a Ray of their own, with one model that begins at zero."""
+"""Test bed of a live run: a gateway, a controller that scales, and its own Ray, with one model that begins at zero."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
 DRAIN_S = 300.0
-"""The default; what a version has begun ends at that version within it."""
+"""The default drain time; streams that a version has begun end on that version within it."""
 SAMPLE_S = 0.25
 
 
 class Watch:
-    """The fleet over time: replicas that start or serve, and those that leave."""
+    """Replicas of the fleet over time: those starting or serving, and those leaving."""
 
     def __init__(self, scaler: Scaler) -> None:
         self._scaler = scaler
         self.samples: list[tuple[float, int, int, int]] = []
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Sample until cancelled."""
         while True:
             one = self._scaler.standing(MODEL)
             self.samples.append((time.monotonic(), one.running, one.starting, one.desired))
             await asyncio.sleep(SAMPLE_S)
 
     def gpu_seconds(self, since: float, until_: float) -> float:
-        """Of replicas that start or serve."""
+        """GPU-seconds of replicas that start or serve."""
         inside = [one for one in self.samples if since <= one[0] <= until_]
         return sum((b[0] - a[0]) * (a[1] + a[2]) for a, b in itertools.pairwise(inside))
 
@@ -71,12 +71,12 @@ class Live:
         self.settings, self.watch, self.ray = settings, watch, ray
 
     async def at_zero(self) -> None:
-        """Wait until nothing of the model is left but its name."""
+        """Wait until the model has no replicas, only its name."""
         await until(lambda: self.links() == 0, "no replica is linked", 120)
         await self.on_ray(lambda app: not (app.leaving or app.running or app.placed))
 
     async def on_ray(self, holds: Callable[[Observed], bool]) -> None:
-        """Wait until Ray says so of the model."""
+        """Wait until `holds` is true of Ray's observation of the model."""
         deadline = time.monotonic() + 120
         while not [one for one in (await self._apps()) if holds(one)]:
             if time.monotonic() > deadline:
@@ -88,7 +88,7 @@ class Live:
         return [one for one in snapshot.apps.values() if one.model == MODEL and not one.deleting]
 
     async def cold_start(self) -> float:
-        """By hand: from the word to a worker with room."""
+        """Start by hand: seconds from the command to a worker with capacity."""
         began = time.monotonic()
         self.desk.scale(MODEL, 1)
         await until(lambda: self.links() == 1, "it serves", 120)
@@ -99,7 +99,7 @@ class Live:
         return took_s
 
     async def from_zero(self, number: int) -> Told:
-        """A call that finds the model at zero; then back there."""
+        """Call the model at zero replicas; then scale back to zero."""
         told = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
         await self.at_zero()
@@ -109,7 +109,7 @@ class Live:
 
 @asynccontextmanager
 async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """All of it at work, till the end of the block, or of the process by SIGTERM."""
+    """Start all parts; they run until the end of the block, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)

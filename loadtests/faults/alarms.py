@@ -1,7 +1,7 @@
-"""Hangs that are to be found and long work that is not: an engine that stands still, and hours of long prefills.
+"""Hangs that must be detected and long work that must not be taken for one: a stopped engine, and hours of prefills.
 
-The time of the prefills is a sum over workers that run side by side: each of them is looked after by the same gateway
-on its own, and each could be taken for stuck.
+The prefill time is a sum over workers that run side by side: the same gateway watches each of them
+separately, and could take each of them for stuck.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0
 CREDIT_S = 0.2
-"""After which a worker whose link has come up has room granted, too."""
+"""Time after which a worker with a new link has also granted credit."""
 
 
 def hanging(model: Path, plain: str, seed: int) -> list[str]:
-    """A worker whose engine stands still after a few steps, and one that goes on with its calls."""
+    """Arguments of a worker whose engine hangs after a few steps, and of one that takes over its calls."""
     common = (
         f"sim://{model}?decode_ms={HANG_STEP_MS}&max_model_len=4096&prefill_tokens_per_s=100000&seed={seed}&{plain}"
     )
@@ -40,7 +40,7 @@ def hanging(model: Path, plain: str, seed: int) -> list[str]:
 
 
 def prefilling(model: Path, plain: str, seed: int) -> str:
-    """Steps of up to four seconds."""
+    """Source of a worker with steps of up to four seconds."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
 
@@ -55,7 +55,7 @@ class Hangs:
 
 
 async def hangs(fleet: Fleet, count: int) -> Hangs:
-    """Let the first worker's engine hang again and again."""
+    """Let the first worker's engine hang repeatedly."""
     out = Hangs()
     caller = Caller(fleet.grpc, fleet.metadata, "hangs")
     stuck = fleet.workers[0]
@@ -80,7 +80,7 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
 
 
 async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
-    """Wait for another process in its place, whose engine has not hung yet."""
+    """Wait for a new process of the worker, whose engine has not hung yet."""
     since, news = time.time(), fleet.news
     worker.signal(signal.SIGKILL)
     await news.downs(worker.id, since, NOTICED_S)
@@ -99,7 +99,7 @@ async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prefills:
-    """What came of them."""
+    """Results of the long prefills."""
 
     worker_s: float
     prefills: int
@@ -108,7 +108,7 @@ class Prefills:
 
 
 async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
-    """Keep every worker in long prefills for so long."""
+    """Keep every worker in long prefills for `run_s`."""
     rng = random.Random(seed)
     began, seen = time.monotonic(), len(fleet.news.events)
     done = failed = 0

@@ -1,4 +1,4 @@
-"""Calls of every kind that a fault may hit, what each has told, and how that differs from the undisturbed answer."""
+"""Calls of every kind that a fault may hit, what each received, and how that differs from the undisturbed answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
     "all": {"temperature": 0.6, "seed": 5, "n": 2, "logprobs": True, "repetition_penalty": 1.1, "stop": ["zqx"]},
 }
-"""By name, the fields beyond the prompt and the length."""
+"""Fields beyond the prompt and the length, by kind."""
 
 
 _Tokens = Mapping[int, Sequence[tuple[int, float]]]
@@ -45,7 +45,7 @@ class Ask:
 
 
 def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[Ask]:
-    """So many requests, all kinds in turn, each with a prompt and a length of its own."""
+    """`count` requests, all kinds in turn, each with its own prompt and length."""
     rng = random.Random(seed)
     out = []
     for number in range(count):
@@ -57,7 +57,7 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
 def ask(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
 ) -> Ask:
-    """A request of a kind, as long as asked for but where a stop string ends it. `fields` of a kind not in KINDS."""
+    """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind that is not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
@@ -69,33 +69,33 @@ def ask(
 
 @dataclass(slots=True)
 class Told:
-    """What a call has told its caller. Times are the wall clock's."""
+    """Everything that a call has sent to its caller. Times are wall-clock times."""
 
     ask: Ask
     request_id: str
     sent: float
     answer_id: str = ""
-    """The answer's own id."""
+    """Id of the answer."""
     ended: float = 0.0
     whole: int = 0
-    """Characters of the undisturbed answer, where it is known."""
+    """Characters of the undisturbed answer, if known."""
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    """Ids with their log probabilities, by index, where they are told."""
+    """Token ids with their log probabilities, by index, if they are sent."""
     chunks: list[float] = field(default_factory=list)
-    """When each chunk with text or tokens came."""
+    """Arrival time of each chunk with text or tokens."""
     offsets: list[int] = field(default_factory=list)
     usage: pb.Usage | None = None
     error: str = ""
     silence_s: float = 0.0
-    """The longest between two chunks."""
+    """The longest gap between two chunks."""
 
     def take(self, chunk: pb.ChatChunk, now: float) -> None:
-        """One more chunk."""
+        """Record a chunk."""
         self.answer_id = chunk.id
         if chunk.choices:
-            self.offsets.append(chunk.offset)  # chunks of mere progress repeat it
+            self.offsets.append(chunk.offset)  # progress-only chunks repeat it
             if self.chunks:
                 self.silence_s = max(self.silence_s, now - self.chunks[-1])
             self.chunks.append(now)
@@ -111,22 +111,22 @@ class Told:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the answer has come."""
+        """Whether anything of the answer has arrived."""
         return bool(self.chunks)
 
     @property
     def resumed(self) -> int:
-        """How often it went on elsewhere after its first token."""
+        """Number of resumes after its first token."""
         return self.usage.resumed if self.usage is not None else 0
 
     @property
     def last(self) -> bool:
-        """Whether all but a token or two of the undisturbed answer has come."""
+        """Whether all of the undisturbed answer but a token or two has arrived."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property
     def mid_character(self) -> bool:
-        """Whether the last text that came ends in a piece of a character, as far as its replacement shows it."""
+        """Whether the last text ends in part of a character, as far as its replacement character shows."""
         return any(text.endswith("�") for text in self.texts.values())
 
     @property
@@ -135,13 +135,14 @@ class Told:
         return self.silence_s > HIT_S
 
     def gaps(self) -> list[tuple[float, float]]:
-        """(when, how long) of each silence between two chunks."""
+        """(time, length) of each silence between two chunks."""
         return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
 def difference(one: Told, undisturbed: Told, logprob_tolerance: float = 0.0) -> str:
-    """How a call differs from its undisturbed self: "" for not at all, else failed, duplicate, gap or other. Log
-    probabilities of a real engine depend a little on who else is in the batch."""
+    """Difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or other. Log
+    probabilities of a real engine depend a little on the rest of the batch.
+    """
     if one.error:
         return f"failed: {one.error}"
     if one.offsets != sorted(set(one.offsets)):
@@ -159,7 +160,7 @@ def difference(one: Told, undisturbed: Told, logprob_tolerance: float = 0.0) -> 
 
 
 def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
-    """Whether ids are the same and log probabilities as near as asked."""
+    """Whether ids are equal and log probabilities within the tolerance."""
     if ours.keys() != whole.keys():
         return False
     for index, wanted in whole.items():
@@ -172,7 +173,7 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
 
 
 SEEN = 12
-"""So many equal characters beyond a difference tell a duplicate or a gap from another text."""
+"""Equal characters after a difference that make it a duplicate or a gap, and not another text."""
 
 
 def _texts_differ(ours: str, whole: str) -> str:
@@ -188,10 +189,10 @@ def _texts_differ(ours: str, whole: str) -> str:
 
 
 class Caller:
-    """Makes calls over a few connections and notes what comes, chunk by chunk."""
+    """Client that makes calls over a few connections and records every chunk."""
 
     def __init__(self, address: str, metadata: Sequence[tuple[str, str]], run: str) -> None:
-        """`run` begins every request id, so that the ledger's rows can be told apart."""
+        """`run` begins every request id, to identify the run's rows in the ledger."""
         self._metadata = tuple(metadata)
         self._run = run
         self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
@@ -204,7 +205,7 @@ class Caller:
         self._made = 0
 
     async def call(self, ask: Ask, on_chunk: Callable[[Told], None] = lambda told: None, whole: int = 0) -> Told:
-        """One call to its end. Never raises for the server: `error` says what happened."""
+        """Make one call to its end. Never raises for the server: `error` says what happened."""
         self._made += 1
         told = Told(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", told.request_id))
@@ -224,6 +225,6 @@ class Caller:
         return told
 
     async def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         for channel in self._channels:
             await channel.close()

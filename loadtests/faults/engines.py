@@ -1,13 +1,13 @@
-"""The proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
+"""Proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
 
-Sixteen calls begin together; when each of them has told a drawn number of pieces, the worker that runs most of them is
-cut off, stopped or killed; in half of the batches the other one follows, so that calls lose two workers. How many
-sequences went on elsewhere after a point is read from the gateway's metrics, and a point that has hit none, since all
-calls ended in the moment before, does not count. A killed engine needs half a minute to be back, meanwhile the other
-serves alone and what falls on it is a cut or a stop, after which its calls go on at itself.
+Sixteen calls begin together. When each of them has received a drawn number of pieces, the worker that runs most of them
+is cut off, stopped or killed; in half of the batches the other worker follows, so that calls lose two workers. The
+gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls had
+just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other serves alone: faults on
+it are cuts or stops, after which its calls resume on itself.
 
-Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in other company: what
-differs there is the engine's own and no fault's.
+Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in different batches:
+a difference between those two comes from the engine and not from a fault.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ JSON: Mapping[str, Any] = {
     "ignore_eos": False,
     "response_format": pb.ResponseFormat(type="json_schema", json_schema=json.dumps(_SCHEMA)),
 }
-"""So many items that the length ends it."""
+"""Schema with so many items that the length ends the answer."""
 STOP_STRING: Mapping[str, Any] = {"temperature": 0.0, "stop": ["!?", "zqx"]}
-"""So rare that it ends few answers, and late."""
+"""Stop strings so rare that they end few answers, and late."""
 MOST_MISSES = 60
 OWN = {"json": JSON, "stop": STOP_STRING}
-"""Kinds that are others here than elsewhere, or are only here."""
+"""Kinds that are defined only here, or differently from elsewhere."""
 LOGPROBS = 1e-4
-"""So far apart may log probabilities be: a prefill and steps round differently."""
+"""Tolerance of log probabilities: a prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""One point of so many is to be a SIGKILL, which waits until both engines are there; where two are due, all wait."""
+"""One fault in this many is to be a SIGKILL, which waits until both engines serve; where two are due, all wait."""
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -74,7 +74,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A model runner of vLLM's, and what is asked of it: `tokens` a call, faults after so many `pieces` of each."""
+    """A vLLM model runner and its load: `tokens` per call, faults after `pieces` pieces of each."""
 
     environment: Mapping[str, str]
     tokens: int
@@ -85,35 +85,35 @@ RUNNERS: Mapping[str, Runner] = {
     "v1": Runner({}, 320, (6, 90)),
     "v2": Runner(interpreted.environment(), 96, (4, 30)),
 }
-"""By name. The V2 runner's kernels are interpreted here, at a twentieth of the speed: its calls are shorter."""
+"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed: its calls are shorter."""
 NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One fault: what fell on which worker when each call had told so many pieces, and how many sequences were hit."""
+    """One fault: its kind, its worker, the pieces that each call had received, and the number of sequences hit."""
 
     kind: str
     worker: int
     pieces: int
     alone: bool
-    """Whether no other worker was there."""
+    """Whether no other worker was serving."""
     hit: int
 
 
 @dataclass(slots=True)
 class Proof:
-    """Calls under faults, and how they differ."""
+    """Calls under faults, and their differences."""
 
     points: list[Point] = field(default_factory=list)
-    """Those that have hit somebody."""
+    """Faults that hit at least one sequence."""
     misses: int = 0
-    """Points beside them that have hit nobody."""
+    """Number of faults that hit no sequence."""
     calls: list[Told] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """By request id, of all calls of all batches."""
+    """Differences by request id, of all calls of all batches."""
     noise: int = 0
-    """Undisturbed calls that differ from themselves in other company."""
+    """Undisturbed calls whose answers differ between two batches."""
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
@@ -122,7 +122,7 @@ class Proof:
         return sum(told.request_id not in self.differences for told in hit), len(hit)
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         hits = [point.hit for point in self.points]
         return {
             "points": dict(Counter(point.kind for point in self.points)),
@@ -140,7 +140,7 @@ class Proof:
 
 
 class Engines:
-    """A fleet of real workers, each started again by `kill`."""
+    """A fleet of real workers, each restarted after `kill`."""
 
     def __init__(self, fleet: Fleet, children: Children, commands: Sequence[Sequence[str]], runner: Runner) -> None:
         self.fleet = fleet
@@ -157,7 +157,7 @@ class Engines:
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
     async def standing(self) -> list[int]:
-        """Those that have links, once all have but one that starts anew."""
+        """Numbers of the workers that have links, once at most one is still restarting."""
         news, ids = self.fleet.news, [worker.id for worker in self.fleet.workers]
         self._starting = {number for number in self._starting if ids[number] not in news.up}
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
@@ -165,11 +165,11 @@ class Engines:
         return [number for number, worker in enumerate(ids) if worker in news.up]
 
     async def all_back(self) -> None:
-        """Wait until those that start anew have links, too."""
+        """Wait until restarting workers have links, too."""
         await self.fleet.all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
-        """Sequences that each of those that have links runs, as its last beat told."""
+        """Sequences that each linked worker runs, from its last beat."""
         told = await self._scrape()
         ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
         return {
@@ -179,18 +179,18 @@ class Engines:
         }
 
     async def resumes(self) -> int:
-        """Sequences that have gone on at another worker, or at the same one after its link broke."""
+        """Number of resumes, on another worker or on the same one after its link broke."""
         return int(sum(value for name, _, value in await self._scrape() if name == "headrace_resumes_total"))
 
     async def _scrape(self) -> list[tuple[str, dict[str, str], float]]:
         return await asyncio.to_thread(scrape, self.fleet.endpoints["metrics"]) or []
 
     async def stop(self) -> None:
-        """End all."""
+        """Stop everything."""
         await asyncio.gather(*(child.stop() for child in self._processes if child is not None))
 
     async def strike(self, kind: str, number: int) -> None:
-        """One fault, until the gateway has noticed it and the worker may be back."""
+        """Apply one fault; return when the gateway has noticed it and the worker may return."""
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
             await self._kill(number)
@@ -209,7 +209,7 @@ class Engines:
             process.send_signal(what)
 
     async def _kill(self, number: int) -> None:
-        """SIGKILL to the worker, its engine with it; another takes its place."""
+        """Send SIGKILL to the worker and its engine; another process replaces it."""
         child = self._processes[number]
         assert child is not None
         since = time.time()
@@ -224,7 +224,7 @@ class Engines:
 async def running(
     children: Children, folder: Path, model: Path, bundle: Path, runner: Runner
 ) -> AsyncIterator[Engines]:
-    """Gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
+    """Start a gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
     home = folder / "engines"
     async with AsyncExitStack() as stack:
         fleet = await begun_gateway(
@@ -246,7 +246,7 @@ async def running(
 
 
 def asks_of(model: str, seed: int, tokens: int) -> list[Ask]:
-    """Batches of all kinds, each call with a prompt of its own."""
+    """Batches of all kinds, each call with its own prompt."""
     rng = random.Random(seed)
     out = []
     for number in range(ASKS):
@@ -271,7 +271,7 @@ class Batch:
         self._more.set()
 
     async def until(self, pieces: int) -> int:
-        """Wait until every call that runs has told so many pieces; how many still run."""
+        """Wait until every running call has received `pieces` pieces; return how many still run."""
         async with asyncio.timeout(ENDS_S):
             while True:
                 self._more.clear()
@@ -281,19 +281,19 @@ class Batch:
                 await self._more.wait()
 
     async def ended(self) -> list[Told]:
-        """All of them, once they have ended."""
+        """Wait for the end of all calls and return them."""
         async with asyncio.timeout(ENDS_S):
             return list(await asyncio.gather(*self._tasks))
 
     async def cancel(self) -> None:
-        """End what still runs."""
+        """Cancel the running calls."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Prover:
-    """Batches over two engines, and the faults that fall into them."""
+    """Batches over two engines, and the faults that hit them."""
 
     def __init__(self, engines: Engines, seed: int) -> None:
         fleet = engines.fleet
@@ -305,15 +305,16 @@ class Prover:
         self.proof = Proof()
 
     async def prove(self, points: int) -> Proof:
-        """Batches until so many faults have hit somebody; each answer against its undisturbed self. Raises RuntimeError
-        where calls fail undisturbed, TimeoutError where a batch stands still."""
+        """Run batches until `points` faults have hit a sequence; compare each answer with its undisturbed one. Raises
+        RuntimeError if calls fail undisturbed, TimeoutError if a batch hangs.
+        """
         proof, began = self.proof, time.monotonic()
         try:
             undisturbed = await self._undisturbed()
             at = 0
             while len(proof.points) < points and proof.misses < MOST_MISSES:
                 asks = [self._asks[(at + number) % len(self._asks)] for number in range(len(BATCH))]
-                at += len(BATCH) + 5  # other company each time
+                at += len(BATCH) + 5  # a different batch each time
                 faults = min(1 + at % 2, points - len(proof.points))
                 await self._batch(asks, faults)
         finally:
@@ -368,13 +369,13 @@ class Prover:
                 proof.misses += 1
 
     async def _victim(self, batch: Batch, pieces: int) -> int | None:
-        """The worker that runs most once all calls have told so many pieces; None where they have ended before."""
+        """The worker that runs most sequences once all calls have received `pieces` pieces; None if they ended before."""
         while await batch.until(pieces):
             loads = await self._engines.running()
             number = max(loads, key=loads.__getitem__, default=None)
             if number is not None and loads[number]:
                 return number
-            await asyncio.sleep(BEAT_S)  # what runs is told in beats
+            await asyncio.sleep(BEAT_S)  # beats report what runs
         return None
 
     def _kind(self, standing: int) -> str:

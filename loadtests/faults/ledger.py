@@ -1,4 +1,4 @@
-"""Whether the ledger has every call exactly once."""
+"""Check that the ledger has every call exactly once."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 from loadtests.faults.calls import Told
 
 CAUGHT_UP_S = 25.0
-"""A record waits for the counts of a worker that is gone for ten seconds."""
+"""A record waits ten seconds for the counts of a lost worker."""
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """Sequences that were answered, and what the ledger has of them."""
+    """Answered sequences, and their rows in the ledger."""
 
     sequences: int
     missing: int
     doubled: int
     miscounted: int
-    """Calls whose rows hold other numbers of tokens than their callers were told."""
+    """Calls whose rows hold other token counts than their callers received."""
 
     @property
     def wrong(self) -> int:
-        """Missing or doubled."""
+        """Number of missing or doubled rows."""
         return self.missing + self.doubled
 
     def __add__(self, other: Books) -> Books:
@@ -40,7 +40,7 @@ class Books:
 
 
 async def audit(ledger: Path, calls: Sequence[Told]) -> Books:
-    """Compare, once the records of all calls have had time to come."""
+    """Compare calls and ledger, once the records of all calls have had time to arrive."""
     answered = [told for told in calls if not told.error]
     deadline = time.monotonic() + CAUGHT_UP_S
     while True:

@@ -1,7 +1,7 @@
-"""Kill points by the thousand: 64 streams of every kind on four simulated workers, of which some always fall.
+"""Thousands of faults: 64 streams of every kind on four simulated workers, of which some are always failing.
 
-Every call is compared with its undisturbed self, asked before of the same cluster: the simulated engine's tokens are a
-function of all tokens so far and of everything in the request that shapes content, so one token lost, doubled or
+Every call is compared with its undisturbed answer, obtained before from the same cluster. The simulated engine's tokens
+are a function of all tokens so far and of every field of the request that shapes content, so one token lost, doubled or
 computed under other parameters changes all that follow.
 """
 
@@ -21,41 +21,42 @@ from loadtests.faults.calls import Ask, Caller, Told, difference, mixed
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
-"""Streams at once, workers, places at each (fewer than all streams' sequences, so that some always wait)."""
+"""Streams at once, workers, sequences per worker (fewer than all streams need, so that some always wait)."""
 ASKS = 192
 TOKENS, WORDS = (24, 120), (8, 160)
 KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
 ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
-"""How often each; those that the gateway has to find out for itself take a worker away for longer."""
+"""Odds of each fault; those that the gateway has to detect by itself take a worker away for longer."""
 PHASES = ("in queue", "prefill", "first step", "mid-character", "last step", "twice", "any step")
 INTERVAL_S = (0.02, 0.12)
 MOMENT_S = 0.5
 BACK_S = (0.2, 1.6)
-"""How long what is stopped or cut stays so: now shorter, now longer than it takes to be noticed."""
+"""Range of times that a stop or cut lasts: some shorter, some longer than its detection."""
 PREFILL_S = 0.01
 LEAST_UP = 1
-"""A fault waits until so many others serve."""
+"""A fault waits until this many other workers serve."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
-"""Faults fall so densely that five losses are nothing unusual for a call, nor is another before its next token; so
-both bounds, max_attempts and max_silent_losses, are set to this."""
+"""Bound for both max_attempts and max_silent_losses: faults are so dense that five losses of one call are
+normal, as is another loss before its next token.
+"""
 NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """All four workers': tokens over the whole vocabulary, so that bytes of broken characters are among them."""
+    """Source of all four workers: tokens over the whole vocabulary, so that bytes of broken characters occur."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"
 
 
 class Moments:
-    """Lets the injector wait until some call is at a point of its life."""
+    """Lets the injector wait until some call is at a given phase."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
     def seen(self, told: Told) -> None:
-        """After each chunk of a call, and once before its first."""
+        """Record the phase of a call: after each of its chunks, and once before the first."""
         if not self._waiting:
             return
         for phase in _phases(told):
@@ -64,7 +65,7 @@ class Moments:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Until a call is there; False when none is in time."""
+        """Wait until a call is in this phase; False if none is in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -93,19 +94,19 @@ def _phases(told: Told) -> list[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What the part has found."""
+    """Results of this part."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (kind, phase)."""
+    """Faults by (kind, phase)."""
     calls: list[Told] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """By request id, of those that differ from their undisturbed selves."""
+    """Differences by request id, of calls that differ from their undisturbed answers."""
     stuck: int = 0
     """Calls that had not ended a minute after the last fault."""
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         kinds, phases = Counter[str](), Counter[str]()
         for (kind, phase), count in self.points.items():
             kinds[kind] += count
@@ -141,7 +142,7 @@ class Mass:
         self.outcome = Outcome()
 
     async def reference(self) -> dict[str, Told]:
-        """Every request once, undisturbed."""
+        """Make every request once, undisturbed."""
         gate = asyncio.Semaphore(STREAMS)
 
         async def one(ask: Ask) -> Told:
@@ -152,7 +153,7 @@ class Mass:
         return {one.ask.key: one for one in told}
 
     async def play(self, points: int, streams: int) -> Outcome:
-        """`streams` callers at once, until so many faults have fallen and every call has ended."""
+        """Run `streams` callers at once until `points` faults have happened and every call has ended."""
         undisturbed = await self.reference()
         failed = [told.error for told in undisturbed.values() if told.error]
         if failed:
@@ -183,7 +184,7 @@ class Mass:
         at = number
         while not self._over:
             ask = self._asks[at % len(self._asks)]
-            at += streams + 1  # all asks in other company each time
+            at += streams + 1  # every request in a different batch each time
             self.outcome.calls.append(await self._caller.call(ask, self._moments.seen, whole[ask.key]))
 
     # ---- faults
@@ -204,7 +205,7 @@ class Mass:
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
 
     async def _victim(self) -> SimWorker:
-        """One that serves, while enough others do."""
+        """A worker that serves, chosen while enough others do."""
         fleet, news = self._fleet, self._fleet.news
 
         def serving() -> list[SimWorker]:

@@ -1,8 +1,8 @@
-"""Overload: a sweep finds the best goodput, then twice and five times as many calls come.
+"""Overload: a sweep finds the best goodput, then two and five times that rate is offered.
 
-Goodput counts the calls whose answer met the SLO, which stands here, before anything is measured. The gateway's queue
-is as long as what can be served within the SLO's time to the first token; who does not fit is refused at once, and
-whoever has waited is shed for a higher class.
+Goodput counts the calls whose answer met the SLO, which is fixed here, before anything is measured. The gateway's queue
+is as long as what can be served within the SLO's time to first token. A call beyond that is refused at once;
+a waiting call may be shed for a higher class.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ WORKERS, SEQUENCES, STEP_MS, TOKENS, WORDS = 4, 8, 20, 32, 8
 QUEUE = {"max_requests": 16, "max_wait_s": 5.0}
 SLO = Slo(ttft_s=0.6, tpot_s=2 * STEP_MS / 1000)
 SHARES: Mapping[str, float] = {"interactive": 0.2, "standard": 0.4, "batch": 0.4}
-"""Of the calls, by class; the first is the top class."""
+"""Share of the calls by class; the first is the top class."""
 TOP = "interactive"
 SWEEP_PER_S = (24.0, 32.0, 40.0, 48.0, 56.0)
 SWEEP_S, OVER_S, WARM_S = 6.0, 12.0, 1.5
 OVERS = (2.0, 5.0)
 SHED = "short of room"
-"""In the message of a call that was shed."""
+"""Part of the error message of a shed call."""
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every worker's: places that a known number of calls a second can have."""
+    """Source of every worker: sequences for a known rate of calls."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=4096&max_model_len=2048"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=200000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One rate for a while: the calls that came after the first moments, by class."""
+    """Results at one rate: the calls after a warm-up, by class."""
 
     rate_per_s: float
     seconds: float
@@ -51,21 +51,21 @@ class Load:
 
     @property
     def goodput_per_s(self) -> float:
-        """Calls that met the SLO."""
+        """Calls per second that met the SLO."""
         return sum(met(told) for _, told in self.calls) / self.seconds
 
     def refused_s(self, shed: bool) -> list[float]:
-        """How long each waited for its refusal: at the door, or `shed` after a while in line."""
+        """Time to refusal of each call: refused at admission, or `shed` while waiting."""
         return [
             told.ended - told.sent for _, told in self.calls if told.error and ("short of room" in told.error) == shed
         ]
 
     def lost(self, cls: str) -> int:
-        """Calls of a class that were not answered."""
+        """Calls of a class without an answer."""
         return sum(1 for its, told in self.calls if its == cls and told.error)
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
@@ -87,7 +87,7 @@ def met(told: Told) -> bool:
 
 @dataclass(slots=True)
 class Found:
-    """The sweep and what came over it."""
+    """Results of the sweep and of the overload."""
 
     sweep: list[Load] = field(default_factory=list)
     overs: dict[float, Load] = field(default_factory=dict)
@@ -99,16 +99,16 @@ class Found:
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Over all of it."""
+        """Times to refusal over all rates above the sweep."""
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:
-        """NaN where nobody was."""
+        """99th percentile; NaN if no call was refused."""
         return percentile(self.refused_s(shed), 99) * 1000
 
 
 class Overload:
-    """The callers of all classes."""
+    """Callers of all classes."""
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -119,7 +119,7 @@ class Overload:
         self.found = Found()
 
     async def play(self, share: float) -> Found:
-        """`share` of the usual time for each rate."""
+        """Run the sweep and the overload; each rate takes `share` of the usual time."""
         try:
             await self._load(SWEEP_PER_S[0], WARM_S)
             for rate in SWEEP_PER_S:

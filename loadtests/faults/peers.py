@@ -1,9 +1,9 @@
-"""Begun streams that finish: ours, vllm-router and Ray Serve's gRPC proxy, each before two backends of which one falls.
+"""Streams that finish despite a lost backend: ours, vllm-router and Ray Serve's gRPC proxy, each with two backends.
 
-The backends are the same simulated engine each: our workers, plain OpenAI servers, and replicas of a plain deployment.
-In a round all streams begin together; when each has told some pieces, one backend gets SIGKILL. A stream finishes when
-it tells all its tokens, and the very text that the same arm told before, undisturbed. Each peer retries as it does by
-default. Rounds of vllm-router have engines and a router of their own; ours and Ray's backends come back by themselves.
+The backends all use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment.
+In a round all streams begin together; when each has received some pieces, one backend gets SIGKILL. A stream finishes
+when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as it does by
+default. Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every backend's."""
+    """Source of every backend."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(slots=True)
 class Stream:
-    """What one call has told."""
+    """Everything that one call received."""
 
     pieces: int = 0
     text: str = ""
     completion_tokens: int | None = None
     backend: str = ""
-    """Which backend it began at, where that can be seen."""
+    """Backend on which it began, if visible."""
     resumed: bool = False
     error: str = ""
 
 
 @dataclass(slots=True)
 class Finished:
-    """Of an arm, over its rounds."""
+    """Results of an arm, over its rounds."""
 
     begun: int = 0
     whole: int = 0
     hit: int = 0
-    """Streams that went on elsewhere, or did not finish."""
+    """Streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
     calls: list[Told] = field(default_factory=list)
-    """For the ledger, where there is one."""
+    """Calls to check against the ledger, if the arm has one."""
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         return {"begun": self.begun, "finished whole": self.whole, "hit": self.hit, "errors": self.errors}
 
     def __str__(self) -> str:
@@ -75,11 +75,11 @@ class Finished:
 
 
 Call = Callable[[Ask, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
-"""Makes a call, fills its stream and says so after each piece; never raises for the server."""
+"""Makes a call, fills its stream and calls back after each piece; never raises for the server."""
 
 
 async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[Stream]], None], into: Finished) -> None:
-    """All streams undisturbed, then again, and one backend falls. Raises RuntimeError where they fail undisturbed."""
+    """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
     undisturbed = [Stream() for _ in asks]
     await asyncio.gather(*(call(one, stream, _nothing) for one, stream in zip(asks, undisturbed, strict=True)))
     broken = [one.error or "it is not whole" for one in undisturbed if one.error or one.completion_tokens != TOKENS]
@@ -115,13 +115,13 @@ def _nothing() -> None:
 
 
 def asks_of(seed: int, number: int) -> list[Ask]:
-    """A round's."""
+    """Requests of a round."""
     rng = random.Random(f"{seed} {number}")
     return [ask(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
 
 def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
-    """Calls of our proto."""
+    """Calls over our proto."""
 
     async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
         def on_chunk(told: Told) -> None:
@@ -138,7 +138,7 @@ def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
 
 
 def over_http(face: OpenAiSse) -> Call:
-    """OpenAI's."""
+    """Calls over OpenAI's API."""
 
     async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
@@ -156,7 +156,7 @@ def over_http(face: OpenAiSse) -> Call:
 
 
 async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """A gateway and two workers, of which one is killed in each round. Raises DidNotStart."""
+    """A gateway and two workers, one of which is killed in each round. Raises DidNotStart."""
     out, rng = Finished(), random.Random(seed)
     sources = [engine] * BACKENDS
     async with fleet.running(children, folder, bundle=bundle, sources=sources, name="beside-peers") as running:
@@ -211,7 +211,7 @@ async def _server(children: Children, bundle: Path, engine: str) -> AsyncIterato
 
 
 async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """Two replicas behind Ray Serve's proxy; the one that has most streams is killed. Raises DidNotStart."""
+    """Two replicas behind Ray Serve's proxy; the one with most streams is killed. Raises DidNotStart."""
     out = Finished()
     simulated = ["--simulated", engine, "--bundle", str(bundle), "--replicas", str(BACKENDS)]
     async with ray_serve.running(

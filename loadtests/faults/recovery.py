@@ -1,10 +1,10 @@
-"""One fault at a time: how soon it is noticed, how long callers wait, and what those feel whom it did not hit.
+"""Single faults: detection time, waiting time of callers, and the effect on calls that were not hit.
 
-An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them all
-the time; when all have begun, one worker is killed or stopped. Streams that say that they went on elsewhere were hit,
+An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them
+throughout; when all have begun, one worker is killed or stopped. Streams that report a resume were hit;
 the others are the survivors. In calm episodes one worker is away from the beginning, the others have as many streams
-each as survivors have, and as many fresh calls come at once as a worker has streams: what a crowd of beginners waits at
-the same workers is what a crowd of continued calls may wait.
+each as survivors have, and as many fresh calls come at once as a worker has streams: the wait of such a crowd of new
+calls on the same workers is the allowed wait of a crowd of resumed calls.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""By so much the prompts of fresh calls are longer: what an interrupted call has emitted has to be computed, too."""
+"""Extra words in the prompts of fresh calls: the emitted tokens of an interrupted call must be computed, too."""
 BEGUN_CHUNKS = 12
 CALM = "calm"
 EPISODES = (KILL, STOP, CALM, KILL, LINK, CALM, STOP, KILL, CALM, LINK) * 3
 NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
 TRIAL_S = 1.2
-"""A worker that stood still gets a trial after a second; streams that begin before would go to the others."""
+"""A worker that hung gets a probe after a second; streams that begin before would go to the others."""
 BEFORE_S = 1.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every worker's; tokens with text of their own, so that each step is a chunk."""
+    """Source of every worker; each token has its own text, so that each step is a chunk."""
     room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
@@ -48,22 +48,22 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(slots=True)
 class Episode:
-    """What one of them has shown, seconds."""
+    """Measurements of one episode, seconds."""
 
     kind: str
     struck: float = 0.0
     noticed_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
-    """Of each stream that was hit: its longest silence."""
+    """Longest silence of each stream that was hit."""
     after_s: list[float] = field(default_factory=list)
-    """The same without what had passed of it before the fault: up to a step's length that no fault is to blame for."""
+    """The same less the part before the fault: up to one step, which the fault did not cause."""
     fresh_s: list[float] = field(default_factory=list)
-    """TTFT of fresh calls before the fault, in a calm one of a crowd of them."""
+    """TTFT of fresh calls before the fault; in a calm episode, of a crowd of them."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
-    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has gone on."""
+    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has resumed."""
     around: list[tuple[float, float]] = field(default_factory=list)
-    """(when after the fault, how long) of every gap, for the plot."""
+    """(time after the fault, length) of every gap, for the plot."""
     failed: int = 0
 
 
@@ -74,19 +74,21 @@ class Findings:
     episodes: list[Episode] = field(default_factory=list)
     calls: list[Told] = field(default_factory=list)
     alarms: int = 0
-    """Links that ended though nothing had been done to their workers."""
+    """Links that ended though their workers were not disturbed."""
 
     def of(self, *kinds: str) -> list[Episode]:
-        """Those of some kinds."""
+        """Episodes of these kinds."""
         return [one for one in self.episodes if one.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
-        """Times to the end of the link; infinite where it did not come."""
+        """Times to the end of the link; infinite if it did not end."""
         return [float("inf") if one.noticed_s is None else one.noticed_s for one in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Each silent gap over (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection). Not `whole`:
-        from the fault on."""
+        """Each silence relative to (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection time). Not
+        `whole`:
+        from the fault on.
+        """
         calm = self.of(CALM) if crowd else [one for one in self.episodes if one.kind != CALM]
         fresh = percentile([s for one in calm for s in one.fresh_s], 99)
         return [
@@ -97,7 +99,7 @@ class Findings:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """For the report, milliseconds."""
+        """Values for the report, milliseconds."""
         fresh = [s for one in self.episodes if one.kind != CALM for s in one.fresh_s]
         crowd = [s for one in self.of(CALM) for s in one.fresh_s]
         out: dict[str, Any] = {"fresh TTFT ms": quantiles(fresh), "TTFT ms in a crowd": quantiles(crowd)}
@@ -119,12 +121,12 @@ def _rounded(gap: tuple[float, float]) -> tuple[float, float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """NaN of nothing."""
+    """Percentile; NaN if there are no values."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
+    """Quantiles in milliseconds."""
     return {f"p{q}": round(percentile(values, q) * 1000, 1) for q in (50, 99, 100)} | {"count": len(values)}
 
 
@@ -139,9 +141,9 @@ class Recovery:
         self.findings = Findings()
 
     async def play(self, kinds: Sequence[str]) -> Findings:
-        """One episode of each."""
+        """Play one episode of each kind."""
         try:
-            await self._caller.call(self._ask(FRESH_TOKENS))  # the first waits for the tokenizer
+            await self._caller.call(self._ask(FRESH_TOKENS))  # the first call waits for the tokenizer
             for kind in kinds:
                 await self._all_serve()
                 seen = len(self._fleet.news.events)
@@ -205,7 +207,7 @@ class Recovery:
         return episode
 
     async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[Told]]) -> None:
-        """Wait until all streams are under way. Raises RuntimeError where some do not come to that."""
+        """Wait until all streams have begun. Raises RuntimeError if some do not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(all_begun.wait(), BEGUN_S)
             return
@@ -217,7 +219,7 @@ class Recovery:
             into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
 
     async def _strike(self, kind: str, episode: Episode) -> Sequence[Told]:
-        """Let the fault fall, or the crowd come."""
+        """Apply the fault, or start the crowd of calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)
@@ -240,7 +242,7 @@ def _fall(kind: str, worker: SimWorker) -> None:
 
 
 def _read(episode: Episode, streams: Sequence[Told], fresh: Sequence[Told]) -> None:
-    """Work an episode's calls out."""
+    """Evaluate an episode's calls."""
     struck = episode.struck
     episode.failed = sum(bool(told.error) for told in streams)
     episode.fresh_s = [told.chunks[0] - told.sent for told in fresh if told.chunks]

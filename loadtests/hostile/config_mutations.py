@@ -1,4 +1,4 @@
-"""Wrong configuration files made from good ones: one mistake each, of the kinds that people make. Seeded."""
+"""Wrong configuration files made from good ones, with one typical human mistake each. Seeded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A file's text with one mistake in it, and what the mistake is."""
+    """Text of a file with one mistake, and a description of the mistake."""
 
     text: str
     mistake: str
 
 
 def mutant(good: str, rng: random.Random) -> Mutant:
-    """One mistake in a good file."""
+    """Make one mistake in a good file."""
     while True:
         data = yaml.safe_load(good)
         mistake = rng.choice(MISTAKES)
@@ -34,7 +34,7 @@ def mutant(good: str, rng: random.Random) -> Mutant:
 
 
 def places(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value of a document with its path, the document itself left out."""
+    """Every value of a document with its path, without the document itself."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield (*path, key), value
@@ -57,7 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def misspell(data: Any, rng: random.Random) -> str:
-    """A key with a letter lost, doubled or swapped."""
+    """Drop, double or swap a letter of a key."""
     path = _pick(data, rng, lambda p, v: isinstance(p[-1], str) and len(p[-1]) > 3 and p[-1].islower())
     if path is None:
         return ""
@@ -72,7 +72,7 @@ def misspell(data: Any, rng: random.Random) -> str:
 
 
 def unit(data: Any, rng: random.Random) -> str:
-    """A number with a unit."""
+    """Add a unit to a number."""
     path = _pick(data, rng, lambda p, v: _is_number(v))
     if path is None:
         return ""
@@ -82,7 +82,7 @@ def unit(data: Any, rng: random.Random) -> str:
 
 
 def out_of_range(data: Any, rng: random.Random) -> str:
-    """A number that cannot be."""
+    """Put a number out of range."""
     path = _pick(data, rng, lambda p, v: _is_number(v))
     if path is None:
         return ""
@@ -92,7 +92,7 @@ def out_of_range(data: Any, rng: random.Random) -> str:
 
 
 def another_type(data: Any, rng: random.Random) -> str:
-    """A value of another type."""
+    """Change the type of a value."""
     path = _pick(data, rng, lambda p, v: True)
     if path is None:
         return ""
@@ -102,7 +102,7 @@ def another_type(data: Any, rng: random.Random) -> str:
 
 
 def lose(data: Any, rng: random.Random) -> str:
-    """A key that is not there."""
+    """Remove a key."""
     path = _pick(data, rng, lambda p, v: isinstance(p[-1], str))
     if path is None:
         return ""
@@ -120,7 +120,7 @@ def _model(data: Any, rng: random.Random) -> Any:
 
 
 def model_twice(data: Any, rng: random.Random) -> str:
-    """Two entries of one name."""
+    """Give two entries the same name."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -129,7 +129,7 @@ def model_twice(data: Any, rng: random.Random) -> str:
 
 
 def alias_clash(data: Any, rng: random.Random) -> str:
-    """A second model with the alias or name of the first."""
+    """Add a second model with the alias or name of the first."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -182,7 +182,7 @@ WRONG_KEYS: tuple[dict[str, Any], ...] = (
 
 
 def wrong_model(data: Any, rng: random.Random) -> str:
-    """A key of a model that cannot be."""
+    """Set a model's key to an invalid value."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -227,7 +227,7 @@ WRONG_SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def wrong_setting(data: Any, rng: random.Random) -> str:
-    """A setting that cannot be."""
+    """Set a setting to an invalid value."""
     keys = copy.deepcopy(rng.choice(WRONG_SETTINGS))
     _lay(_config(data), keys)
     return str(keys)
@@ -245,7 +245,7 @@ WRONG_VALUES: tuple[dict[str, Any], ...] = (
 
 
 def wrong_values(data: Any, rng: random.Random) -> str:
-    """Values of the chart that do not fit its other half."""
+    """Set chart values that contradict each other."""
     if "api_version" in data:
         return ""
     keys = copy.deepcopy(rng.choice(WRONG_VALUES))
@@ -254,7 +254,7 @@ def wrong_values(data: Any, rng: random.Random) -> str:
 
 
 def key_twice(data: Any, rng: random.Random) -> str:
-    """A key that stands twice in the text."""
+    """Write a key twice in the text."""
     return "text:" if "api_version" in data else ""
 
 

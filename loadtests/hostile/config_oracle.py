@@ -1,9 +1,9 @@
-"""What a restarted gateway, controller and replica refuse of a configuration: found by making what they make.
+"""Configurations that a restarted gateway, controller or replica refuses, found by constructing their real objects.
 
-Nothing here asks the rules of `headrace config check`. The gateway's object is made with files laid out as its pod has
-them and its ports are bound on an address of this host; the controller's settings and backend are made; a replica's
-source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM itself, in a
-process of its own (`python -m loadtests.hostile.config_oracle`), where vLLM is installed.
+Nothing here uses the rules of `headrace config check`. The gateway's object is constructed with files laid out as in
+its pod, and its ports are bound on an address of this host. The controller's settings and backend are constructed. A
+replica's source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM
+itself, in a separate process (`python -m loadtests.hostile.config_oracle`), if vLLM is installed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SHAPE = {
     "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16",
 }
-"""A checkpoint's configuration that every preset's models could have."""
+"""Checkpoint configuration that is valid for the models of every preset."""
 DEMO = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "num_hidden_layers": 30}
 DEMO_SOURCE = "demo://smollm2"
 ENGINE_S = 600.0
 
 
 class Oracle:
-    """Makes what processes make, in folders of its own. `close` removes them."""
+    """Constructs the processes' objects, in its own folders. `close` removes the folders."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -69,7 +69,7 @@ class Oracle:
         for name in ("clients", "links"):
             (file := self.folder / "revoked" / name).parent.mkdir(exist_ok=True)
             file.write_text("# none\n")
-        for name in ("cluster-secret", "key-pepper"):  # which `headrace up` makes
+        for name in ("cluster-secret", "key-pepper"):  # created by `headrace up`
             make_secret(self.folder / name)
         self._stack.callback(_put_back, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
         os.environ["HEADRACE_CACHE_DIR"] = str(self.folder)
@@ -81,8 +81,10 @@ class Oracle:
         self._stack.close()
 
     def refusals(self, text: str, nodes: Sequence[Mapping[str, float]] | None, *, pod: bool) -> list[str]:
-        """Why a process would not go on with this cluster.yaml; the engine is asked apart (`engine_cases`). `nodes`:
-        what Ray has, None where that is not known."""
+        """Reasons why a process would refuse this cluster.yaml; engines are checked separately (`engine_cases`).
+        `nodes`:
+        Ray's nodes, None if unknown.
+        """
         try:
             config = Config.model_validate(yaml.safe_load(self._laid(text)))
         except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -164,12 +166,12 @@ class Oracle:
                 yield f"replica: {spec.name}: {spec.min_replicas} replicas, room for {capacity(spec, nodes)}"
 
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
-        """Every replica's spec, for `engine_refusals`."""
+        """Spec of every replica, for `engine_refusals`."""
         config = Config.model_validate(yaml.safe_load(self._laid(text)))
         return [{"spec": specs.to_json(one.spec)} for one in self._settings(config) if not is_simulated(one.spec)]
 
     def engine_refusals(self, cases: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What vLLM says of each, "" where it takes it. Raises RuntimeError."""
+        """vLLM's error for each case, "" if it accepts it. Raises RuntimeError."""
         if not self.has_engine:
             return [""] * len(cases)
         done = subprocess.run(
@@ -190,7 +192,7 @@ def _put_back(name: str, value: str | None) -> None:
 
 
 def _may_be_fetched(source: str) -> bool:
-    """Whether only the network, or another node's disk, could say that a source is none."""
+    """Whether only the network, or another node's disk, could show that a source does not exist."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))
@@ -198,7 +200,7 @@ def _may_be_fetched(source: str) -> bool:
 
 
 def main() -> None:
-    """The engine's process: specs as JSON on standard input, a reason for each on standard output."""
+    """Process of the engine check: specs as JSON on standard input, an error for each on standard output."""
     from cluster.worker.engine.vllm.arguments import engine_arguments
 
     answers = []
@@ -209,13 +211,14 @@ def main() -> None:
             folder = _checkpoint(Path(scratch), spec)
             bare = _reason(engine_arguments, _bare(spec), folder, known)
             told = _reason(engine_arguments, spec, folder, known)
-            answers.append("" if told == bare else told)  # what this machine lacks, it lacks for a right entry too
+            answers.append("" if told == bare else told)  # same error for a valid entry
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
 
 
 def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
-    """A checkpoint's configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
-    what another checkpoint has is not known before it is fetched."""
+    """Checkpoint configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
+    another checkpoint's configuration is unknown before it is fetched.
+    """
     ranks = spec.tensor_parallel_size
     heads = 64 if 64 % ranks == 0 else 8 * ranks
     free = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 128 * heads}

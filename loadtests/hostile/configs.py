@@ -1,8 +1,8 @@
-"""Wrong files: none that a restarted process would refuse passes the checks that come before it.
+"""Wrong files: the checks before a restart must refuse every file that a restarted process would refuse.
 
 Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of them are wrong. A cluster.yaml
 goes through `headrace config check --files`; values go through `helm template`, and then through the command of the
-chart's hook on the merged file. What passes is made by the processes themselves (config_oracle).
+chart's hook on the merged file. Files that pass are given to the processes' own constructors (config_oracle).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VALUE_FILES = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 
 @dataclass(slots=True)
 class Count:
-    """What became of the mutants."""
+    """Counts of the mutants by result."""
 
     refused: int = 0
     harmless: int = 0
@@ -45,12 +45,12 @@ class Count:
 
     @property
     def wrong(self) -> int:
-        """Those that somebody refuses."""
+        """Mutants that a check or a process refuses."""
         return self.refused + len(self.through)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the mutants, check them, and ask the processes about what passes."""
+    """Make the mutants, check them, and try those that pass on the processes."""
     return await asyncio.to_thread(_measure, stage)
 
 
@@ -73,7 +73,7 @@ def _measure(stage: Stage) -> list[Figure]:
 
 
 def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
-    """Mutants until so many are wrong; the engine is asked in one go, since it starts for seconds."""
+    """Make mutants until `mutants` are wrong; all engine checks run in one process, since it takes seconds to start."""
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
     for _ in range(4 * mutants):
@@ -102,7 +102,7 @@ def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -
 
 
 def refused(text: str, file: Path) -> bool:
-    """Whether the checks before a restart refuse it."""
+    """Whether the checks before a restart refuse the text."""
     if file not in VALUE_FILES:
         return bool(check(text, file.name, files=True).errors)
     from tests.support import helm
@@ -115,7 +115,7 @@ def refused(text: str, file: Path) -> bool:
 
 
 def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
-    """The cluster.yaml that processes read, and the nodes that Ray will have; None where that is not known."""
+    """The cluster.yaml that processes read, and the nodes that Ray will have; None if unknown."""
     if file not in VALUE_FILES:
         return text, None
     values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))

@@ -1,11 +1,11 @@
-"""Program: connections with unfinished HTTP/1 requests, as much of each as the server reads.
+"""Program: connections with unfinished HTTP/1 requests; sends as much of each as the server reads.
 
-    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
-    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
+python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
+python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
 
-With a key every connection sends a body without its last byte, every other one in chunks. Without one they take turns:
-a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that does not
-end. Once the server reads no more, the number of bytes sent is written, and the connections stay.
+With a key every connection sends a body without its last byte, every second one chunked. Without a key the connections
+alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that
+does not end. Once the server reads no more, the number of bytes sent is written, and the connections stay open.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Upload:
         self.progress_at = asyncio.get_running_loop().time()
 
     async def run(self, host: str, port: int) -> None:
-        """Send all that the server takes, and read nothing."""
+        """Send all that the server accepts, and read nothing."""
         with suppress(OSError):
             reader, writer = await asyncio.open_connection(host, port, limit=1)
             try:
@@ -77,7 +77,7 @@ class Upload:
 
 
 def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
-    """What a connection sends."""
+    """Parts that a connection sends."""
     if wanted.key:
         return unfinished(wanted.bytes, wanted.key, number % 2 == 1)
     kinds = (lambda: unfinished(wanted.bytes, "", False), pipelined, half_head)
@@ -85,7 +85,7 @@ def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all, report, and stay."""
+    """Open all connections, report, and stay."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     made = [Upload(parts_of(number, wanted)) for number in range(wanted.first, wanted.first + wanted.connections)]
@@ -103,7 +103,7 @@ async def attack(wanted: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and attack."""
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
     parser.add_argument("--report", type=Path, required=True)

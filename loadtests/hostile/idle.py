@@ -1,6 +1,6 @@
-"""A thousand idle connections of strangers on all ports of a gateway with 256 descriptors: who still gets an answer.
+"""A thousand idle anonymous connections on all ports of a gateway with 256 descriptors: which callers are still served.
 
-Meanwhile each port is asked every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
+Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
 admin API, the metrics page, and the link port by a second worker, whose link must come up beside the first one's.
 """
 
@@ -36,7 +36,7 @@ from loadtests.serving import ours as serving
 DESCRIPTORS, STRANGERS = 256, 1000
 LASTS_S, EVERY_S, ANSWER_S, READY_S = 30.0, 1.0, 5.0, 60.0
 BOTH = 2
-"""Workers: one from before the attack, and one that came meanwhile."""
+"""Workers: one from before the attack, and one that starts during it."""
 UNANSWERED = "1,000 idle connections, 256 descriptors: questions to all ports without an answer"
 LOG = "the gateway's log meanwhile"
 ROWS: Mapping[str, Bound] = {UNANSWERED: Bound("<=", 0), LOG: Bound("<=", 1.0)}
@@ -45,7 +45,7 @@ Ask = Callable[[], Awaitable[None]]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Start all, attack, ask."""
+    """Start everything, attack, and make the calls."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=5&{serving.plain_tokens(model)}"
     ours = await serving.start(
@@ -72,7 +72,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def linked(ours: serving.Ours) -> float:
-    """How many workers the gateway says it has; 0 where it says nothing."""
+    """Number of workers that the gateway reports; 0 if it does not answer."""
     try:
         page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
     except (OSError, http.client.HTTPException):
@@ -82,7 +82,7 @@ async def linked(ours: serving.Ours) -> float:
 
 
 async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
-    """Strangers at all ports, each of which has come once."""
+    """Start idle clients on all ports; return when each has connected once."""
     ready = stage.folder / "strangers.ready"
     ports = [f"--port={name}={ours.endpoints[name]}" for name in serving.LISTENERS]
     command = [sys.executable, "-m", "loadtests.hostile.strangers", f"--count={STRANGERS}", f"--ready={ready}", *ports]
@@ -95,7 +95,7 @@ async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
 
 
 def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) -> Child:
-    """A second worker, which dials the link port while strangers hold it."""
+    """Start a second worker, which dials the link port while idle clients hold it."""
     command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.model, "--id", "second"]
     command += ["--link", ours.endpoints["link"], "--bundle", str(bundle), "--source", source]
     command += ["--ready", str(stage.folder / "second.ready"), "--engine", json.dumps({})]
@@ -103,7 +103,7 @@ def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) ->
 
 
 async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str], Counter[str]]:
-    """Ask all again and again; answers and failures by question."""
+    """Make all calls repeatedly; answers and failures by name of the call."""
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 
@@ -123,7 +123,7 @@ async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str]
 
 
 def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
-    """One question for each port and kind of caller, each on a connection of its own."""
+    """One call for each port and kind of caller, each on a new connection."""
     chat = pb.ChatRequest(model=ours.model, messages=[pb.Message(role="user", content="Hello")], max_tokens=4)
     body = json.dumps({"model": ours.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
 
@@ -160,7 +160,7 @@ def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
 
 
 def fetch(address: str, method: str, path: str, content: str, key: str) -> str:
-    """One request's answer. Raises OSError, HTTPException."""
+    """Body of one request's answer. Raises OSError, HTTPException."""
     host, port = address.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=ANSWER_S)
     try:

@@ -1,9 +1,9 @@
-"""Hostile calls of every kind over all APIs, while another tenant streams: does a worker's link, or a stream, notice?
+"""Hostile calls of every kind over all APIs while another tenant streams: is a worker's link, or a stream, affected?
 
 The calls come from a seeded generator (generator.py), over gRPC as single calls and in sessions, and over HTTP. On
-simulated engines half of them come while there is room, half while all places are taken, so that they wait and are
-sent from a link's reader. On the real engine all come while there is room. A stream of the other tenant is touched when
-it fails, has another text than alone, or had to go on at another worker.
+simulated engines half of them come while there is capacity, half while all of it is in use, so that they wait and are
+sent from a link's reader. On the real engine all come while there is capacity. A stream of the other tenant is affected
+if it fails, has another text than alone, or was resumed on another worker.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CALLS, ENGINE_CALLS = 10_000, 1_000
 WORKERS, PLACES, BYSTANDERS = 2, 16, 6
 TOKENS, ENGINE_TOKENS = 160, 64
 AT_ONCE, QUEUED_AT_ONCE, TOGETHER = 8, 96, 32
-"""Hostile calls at once while there is room, and while there is not; and in one session."""
+"""Concurrent hostile calls while there is capacity, and while there is none; and in one session."""
 CALL_S, STREAM_S = 10.0, 120.0
 ATTACKER = "batch"
 HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
@@ -52,21 +52,21 @@ HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\
 
 @dataclass(slots=True)
 class Told:
-    """What came of the calls."""
+    """Results of the calls."""
 
     answers: Counter[str] = field(default_factory=Counter)
     touched: list[str] = field(default_factory=list)
     streams: int = 0
 
     def note(self, downs: int) -> str:
-        """For the report."""
+        """Note for the report."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.answers.most_common(8))
         return f"{sum(self.answers.values())} answers ({kinds}); {self.streams} streams; {downs} links lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Volley:
-    """So many hostile calls from a seed on, of which some are under way at once."""
+    """A number of hostile calls from a seed on, with a limit on concurrency."""
 
     seed: int
     calls: int
@@ -74,7 +74,7 @@ class Volley:
 
 
 class Attack:
-    """A tenant's hostile calls."""
+    """Hostile calls of one tenant."""
 
     def __init__(self, address: str, http: str, key: str) -> None:
         self._key = key
@@ -84,11 +84,11 @@ class Attack:
         self.answers: Counter[str] = Counter()
 
     async def close(self) -> None:
-        """End its connection."""
+        """Close its connection."""
         await self._channel.close()
 
     async def run(self, volley: Volley) -> None:
-        """All of them, a third over each API."""
+        """Make all calls of the volley, a third over each API."""
         gate = asyncio.Semaphore(volley.at_once)
         calls = list(Generator(volley.seed, ours.MODEL).take(volley.calls))
 
@@ -111,7 +111,7 @@ class Attack:
             self.answers[error.code().name] += 1
 
     async def _session(self, some: Sequence[Hostile]) -> None:
-        """Calls of one session. What is no message of protobuf ends its own session, so that only others are sent."""
+        """Calls of one session. A call that is no valid protobuf message would end the session, so it is left out."""
         some = [one for one in some if _is_message(one)]
         call: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
             metadata=self._metadata, timeout=CALL_S
@@ -153,7 +153,7 @@ class Attack:
 
 
 def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
-    """A volley from a process of its own, so that generating it holds up nobody; its answers."""
+    """Run a volley in a separate process, so that generating it delays nothing else; return its answers."""
 
     async def run() -> Counter[str]:
         one = Attack(address, http, key)
@@ -167,7 +167,7 @@ def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
 
 
 async def attacked(running: Fleet, told: Told, volley: Volley) -> None:
-    """Wait for a volley's end."""
+    """Wait for the end of a volley."""
     arguments = (running.grpc, running.endpoints["http"], running.keys[ATTACKER], volley)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         told.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
@@ -182,7 +182,7 @@ def _is_message(one: Hostile) -> bool:
 
 
 class Bystanders:
-    """Another tenant's streams, one after the other on each of some lanes, compared with themselves alone."""
+    """Streams of another tenant, one after the other on each of some tasks, compared with the same streams undisturbed."""
 
     def __init__(self, running: Fleet, told: Told, tokens: int) -> None:
         self._running = running
@@ -216,7 +216,7 @@ class Bystanders:
 
     @asynccontextmanager
     async def beside(self) -> AsyncIterator[None]:
-        """Stream while the context lasts."""
+        """Stream while the context is entered."""
         async with grpc.aio.insecure_channel(self._running.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
             if not self._alone:
@@ -237,7 +237,7 @@ def downs(running: Fleet) -> int:
 
 @asynccontextmanager
 async def occupied(running: Fleet) -> AsyncIterator[None]:
-    """The attacker takes every place that is left with long calls of its own, so that its others wait."""
+    """Occupy all free capacity with long calls of the attacker, so that its other calls wait."""
     metadata = running.metadata_of(ATTACKER)
     long = pb.CompleteRequest(model=running.model, prompt="x", max_tokens=1500, temperature=0.0, ignore_eos=True)
     async with grpc.aio.insecure_channel(running.grpc) as channel:
@@ -277,7 +277,7 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
 
 
 async def simulated(stage: Stage, calls: int) -> tuple[Told, int]:
-    """On simulated engines, half of them queued."""
+    """Attack simulated engines; half of the calls are queued."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     room = f"max_num_seqs={PLACES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
@@ -291,7 +291,7 @@ async def simulated(stage: Stage, calls: int) -> tuple[Told, int]:
 
 
 async def real(stage: Stage, calls: int) -> tuple[Told, int]:
-    """On one vLLM worker."""
+    """Attack one vLLM worker."""
     model, bundle = await ours.prepare(stage.children, "llama", stage.folder)
     told = Told()
     async with serving(stage, "links-engine", bundle, str(model), 1) as running:
@@ -301,7 +301,7 @@ async def real(stage: Stage, calls: int) -> tuple[Told, int]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Simulated engines, then the real one."""
+    """Attack simulated engines, then the real one."""
     figures = []
     for part, calls, links, streams in (
         (simulated, CALLS, LINKS, STREAMS),

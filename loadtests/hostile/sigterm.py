@@ -1,8 +1,8 @@
-"""A deleted worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
+"""Deletion of a worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
 
-A real Ray of a head and two nodes, Serve, a gateway in a process of its own, and a simulated engine as replica. Half of
-the streams end by themselves in the first half of drain_timeout_s, the others last longer than all of it and have to go
-on at the replacement. A stream is broken that fails, or whose text is not that of an undisturbed call.
+A real Ray with a head and two nodes, Serve, a gateway in a separate process, and a simulated engine as replica. Half of
+the streams end by themselves in the first half of drain_timeout_s; the others last longer than all of it and must
+resume on the replacement. A stream is broken if it fails, or if its text differs from an undisturbed call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STREAMS = 20
 DRAIN_S = 12.0
 DECODE_MS = 20
 SHORT, LONG = 150, 1000
-"""Tokens: three seconds, and twenty."""
+"""Token counts: three seconds, and twenty."""
 BROKEN = "streams broken by SIGTERM to `ray start --block` with 20 running streams"
 ROWS: Mapping[str, Bound] = {BROKEN: Bound("<=", 0.0)}
 START_S, CALL_S = 60.0, 90.0
@@ -54,14 +54,14 @@ class Stream:
 
 
 def ask(number: int) -> pb.ChatRequest:
-    """A request of its own, short and long in turns."""
+    """Request of its own text, short and long in turn."""
     message = pb.Message(role="user", content=f"Tell story {number}")
     tokens = LONG if number % 2 else SHORT
     return pb.ChatRequest(model=MODEL, messages=[message], max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
 async def follow(stub: Any, number: int, stream: Stream) -> Stream:
-    """Read a stream to its end, whatever that is."""
+    """Read a stream to its end or its error."""
     try:
         async for chunk in stub.StreamChat(ask(number), timeout=CALL_S):
             stream.begun.set()
@@ -74,7 +74,7 @@ async def follow(stub: Any, number: int, stream: Stream) -> Stream:
 
 
 async def all_of(stub: Any) -> list[Stream]:
-    """Every call, undisturbed."""
+    """Make every call, undisturbed."""
     return await asyncio.gather(*(follow(stub, number, Stream()) for number in range(STREAMS)))
 
 
@@ -103,7 +103,7 @@ async def gateway(children: Children, folder: Path) -> AsyncIterator[tuple[str, 
 
 @contextlib.asynccontextmanager
 async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterator[ChildBackend]:
-    """A controller that keeps one replica of the model up."""
+    """A controller that keeps one replica of the model running."""
     spec = ModelSpec(MODEL, f"sim://{checkpoint}?decode_ms={DECODE_MS}&max_num_seqs=64")
     backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
     end = ControllerLinks(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
@@ -120,7 +120,7 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
 
 
 async def until_served(stub: Any) -> None:
-    """Wait until a call is answered. Raises RuntimeError with what was said last."""
+    """Wait until a call is answered. Raises RuntimeError with the last error."""
     until = time.monotonic() + START_S
     while (tried := await follow(stub, 0, Stream())).error:
         if time.monotonic() > until:
@@ -129,14 +129,14 @@ async def until_served(stub: Any) -> None:
 
 
 async def until_nodes(backend: ChildBackend, count: int) -> None:
-    """Wait until Ray has so many. Raises TimeoutError."""
+    """Wait until Ray has `count` nodes. Raises TimeoutError."""
     async with asyncio.timeout(START_S):
         while len((await backend.observe()).nodes) < count:  # noqa: ASYNC110 - another process's Ray
             await asyncio.sleep(0.2)
 
 
 def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
-    """Why streams are broken, one reason each. Raises RuntimeError where there is nothing to compare with."""
+    """Reasons why streams are broken, one each. Raises RuntimeError if there is nothing to compare with."""
     if lost := [one.error for one in undisturbed if one.error]:
         raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
     pairs = zip(disturbed, undisturbed, strict=True)
@@ -144,7 +144,7 @@ def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[s
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Streams, SIGTERM in their midst, and the same calls again."""
+    """Streams with SIGTERM while they run, and the same calls undisturbed."""
     from loadtests.scenarios.hostile import exact
 
     checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")

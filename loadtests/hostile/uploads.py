@@ -1,12 +1,12 @@
-"""Program: connections with unfinished gRPC requests, as much of each as the server lets in.
+"""Program: connections with unfinished gRPC requests; sends as much of each as the server accepts.
 
-    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
-    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
+python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
+python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
 
-A client that heeds flow control. Every request announces so many bytes, of which the last is never sent. `--strange`:
-calls of a method that asks for no credential and of one that does, with a header field of 3 KB each, and half a header
-block in the end. `--tls`: any certificate is accepted. Once the server lets in no more, the number of bytes sent is
-written, and the connections stay.
+The client respects flow control. Every request announces `--bytes` bytes, of which the last is never sent. `--strange`:
+calls of a method that needs no credential and of one that does, with a header field of 3 KB each, and finally half a
+header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
+written, and the connections stay open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHAT: Final = "/cluster.v1.Inference/Chat"
 QUIET_S: Final = 1.5
 OPENED_TOGETHER: Final = 50
 FIELD_BYTES: Final = 3000
-"""Fits the table of header fields: after its first time it costs a byte to send."""
+"""Fits the HPACK dynamic table: after the first time it costs one byte to send."""
 HALF_BLOCK_BYTES: Final = 16_000
 
 
@@ -46,7 +46,7 @@ class Uploads:
         self.progress_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Until the server ends the connection."""
+        """Run until the server closes the connection."""
         with suppress(OSError, H2Error):
             self._h2.initiate_connection()
             await self._flush()
@@ -58,7 +58,7 @@ class Uploads:
                 await self._push()
 
     async def strange_end(self) -> None:
-        """Half a header block."""
+        """Send half a header block."""
         with suppress(OSError):
             self._writer.write(HeadersFrame(2**20 + 1, bytes(HALF_BLOCK_BYTES)).serialize())
             await self._writer.drain()
@@ -88,7 +88,7 @@ class Uploads:
                     self._left[stream_id] -= size
                     self.sent_bytes += size
                     self.progress_at = asyncio.get_running_loop().time()
-            except H2Error:  # it was refused
+            except H2Error:  # the request was refused
                 del self._left[stream_id]
         await self._flush()
         if self._left and any(
@@ -102,7 +102,7 @@ class Uploads:
 
 
 def unchecked() -> ssl.SSLContext:
-    """TLS with whoever answers."""
+    """TLS context without certificate checks."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -111,7 +111,7 @@ def unchecked() -> ssl.SSLContext:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all, report, and stay."""
+    """Open all connections, report, and stay."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     context = unchecked() if wanted.tls else None
@@ -140,7 +140,7 @@ async def attack(wanted: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and attack."""
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
     parser.add_argument("--report", type=Path, required=True)

@@ -1,7 +1,7 @@
-"""The whole cluster: hosts, stores, Ray, gateways and controller, started in the order in which they need each other.
+"""The whole cluster: hosts, stores, Ray, gateways and controller, started in order of their dependencies.
 
 Four hosts: `a` and `b` have a Ray node and a gateway each, `c` has Ray's head, the controller, both stores and the
-names, `d` the callers. What the chart renders decides every program, argument, variable and file.
+DNS server, `d` the callers. The rendered chart decides every program, argument, variable and file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from loadtests.hosts.story import Story
 from loadtests.serving import ours as serving
 
 HOSTS = A, B, C, D = "a", "b", "c", "d"
-"""D is the callers'."""
+"""Hosts; D is the callers'."""
 VALUES = Path(__file__).parent / "values.yaml"
 MASS, TENANT = "mass", "load"
 BLUE, GREEN = "blue", "green"
 GROUP = "cpu"
-"""The values' only group of Ray's nodes, one on host a and one on host b."""
+"""The values' only group of Ray nodes: one node on host a and one on host b."""
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 UP_S, RAY_UP_S, FLEET_UP_S = 60.0, 120.0, 240.0
 API, DNS = "kube-api", "kube-dns"
@@ -45,22 +45,24 @@ API, DNS = "kube-api", "kube-dns"
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of the fleet of simulated workers."""
+    """Size of the fleet of simulated workers."""
 
     workers: int = 4
     seats: int = 64
-    """Of each worker: `max_num_seqs`, what its engine takes at most."""
+    """`max_num_seqs` of each worker: the most sequences its engine takes."""
 
     @property
     def capacity(self) -> int:
-        """Streams at once that count as all that the fleet can do. An engine takes more than it can do at full speed,
-        and a fleet that is to lose half of its nodes without waiting has to have that room."""
+        """Concurrent streams that count as full load. An engine takes more than it can run at full speed, and a fleet
+        that is
+        to lose half of its nodes without queueing needs that headroom.
+        """
         return self.workers * self.seats // 2
 
 
 @dataclass(eq=False, slots=True)
 class Cluster:
-    """All of it, running."""
+    """The running cluster."""
 
     fabric: Fabric
     kubelet: Kubelet
@@ -70,29 +72,30 @@ class Cluster:
     release: Release
     story: Story
     claims: Mapping[str, Path]
-    """Volumes that were there before, by name."""
+    """Existing volumes by name."""
     models: Sequence[Mapping[str, object]]
-    """Entries of the configuration."""
+    """Model entries of the configuration."""
     rays: Sequence[str] = (BLUE,)
     """Ray clusters of the release; entries that name none run on the first."""
     key: str = ""
 
     @property
     def processors(self) -> str:
-        """How hosts and pods share this machine's."""
+        """How hosts and pods share this machine's processors."""
         whose = f"those of host {C} last"
         return f"by process, {whose}" if self.kubelet.cgroup is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
-        """Of the release as it is."""
+        """Containers of the current release."""
         return Containers(self.release, self.home / "volumes", self.claims)
 
     async def upgrade(
         self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
     ) -> None:
-        """`helm upgrade` to other models or Ray clusters: the controller's pod is replaced, Ray clusters come and go.
+        """`helm upgrade` to other models or Ray clusters: replaces the controller's pod, adds and removes Ray clusters.
 
-        Raises RuntimeError where a gateway's pod would be replaced too, and DidNotStart."""
+        Raises RuntimeError if a gateway's pod would be replaced too, and DidNotStart.
+        """
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
@@ -111,7 +114,7 @@ class Cluster:
         await asyncio.gather(*(self.kubelet.end(pod) for pod in gone))
 
     async def start_ray(self, ray: str) -> None:
-        """A Ray cluster of the release, as KubeRay does it: its head, then its nodes. Raises DidNotStart."""
+        """Start a Ray cluster of the release as KubeRay does: its head, then its nodes. Raises DidNotStart."""
         containers, net = self.containers(), self.fabric
         head = self.kubelet.add(containers.ray(ray), net.place(f"{ray}-head", C))
         await self.kubelet.started(head, RAY_UP_S)
@@ -120,12 +123,12 @@ class Cluster:
             self.kubelet.start(self.kubelet.add(containers.ray(ray, GROUP, i), net.place(f"{ray}-node{i}", host)))
 
     def pod(self, name: str) -> Pod:
-        """By its name without the release's."""
+        """Pod by its name without the release's."""
         return self.kubelet.pods[f"{RELEASE}-{name}"]
 
     @property
     def gateways(self) -> list[Pod]:
-        """Both."""
+        """Both gateways."""
         return [self.pod(f"gateway-{i}") for i in range(2)]
 
     @property
@@ -134,29 +137,29 @@ class Cluster:
         return self.nodes_of(self.rays[0])
 
     def nodes_of(self, ray: str) -> list[Pod]:
-        """A Ray cluster's."""
+        """Nodes of a Ray cluster."""
         return [self.pod(f"{ray}-{GROUP}-{i}") for i in range(2)]
 
     @property
     def head(self) -> Pod:
-        """The first Ray cluster's."""
+        """Head of the first Ray cluster."""
         return self.head_of(self.rays[0])
 
     def head_of(self, ray: str) -> Pod:
-        """A Ray cluster's."""
+        """Head of a Ray cluster."""
         return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
-        """Whether every gateway has every simulated worker, not counting some that leave."""
+        """Whether every gateway has every simulated worker, not counting the leaving ones in `beside`."""
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
-        """So many workers of a model have their links to every gateway."""
+        """Number of workers of a model that have links to every gateway."""
         ups = [self.story.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
-        """Wait for it; whether it came."""
+        """Wait until `whole`; return whether it happened."""
         deadline = time.monotonic() + timeout_s
         while not self.whole(beside):
             if time.monotonic() > deadline:
@@ -165,17 +168,17 @@ class Cluster:
         return True
 
     def ray_runs(self) -> bool:
-        """Whether the first Ray's dashboard answers and has every application running. Blocks."""
+        """Whether the first Ray's dashboard answers and reports every application as running. Blocks."""
         applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
         return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
 
     def ray_nodes(self, ray: str) -> int:
-        """So many nodes, head and all, are alive by what a Ray's dashboard says. Blocks."""
+        """Number of living nodes, including the head, by a Ray's dashboard. Blocks."""
         told = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
         return sum(row.get("state") == "ALIVE" for row in told.get("data", {}).get("result", {}).get("result", []))
 
     def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
-        """{} while nobody answers."""
+        """JSON answer of a Ray's dashboard; {} if it does not answer."""
         token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
         request = urllib.request.Request(
             f"http://{self.head_of(ray).place.address}:8265{path}", headers={"Authorization": f"Bearer {token}"}
@@ -188,7 +191,9 @@ class Cluster:
         return told if isinstance(told, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
-        """As `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with what it said."""
+        """Run a command like `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with its
+        output.
+        """
         first = pod.first
         if first is None:
             raise RuntimeError(f"{pod.spec.name} does not run")
@@ -208,7 +213,7 @@ class Cluster:
     async def usage(self) -> list[tuple[str, int, str, int, str]]:
         """Every row of the ledger: request, segment, record, completion tokens, outcome."""
         query = "COPY (SELECT request_id, segment, record_id, completion_tokens, outcome FROM usage) TO STDOUT"
-        socket = "/var/run/postgresql"  # over TCP it asks for a password, there it trusts whoever is in the pod
+        socket = "/var/run/postgresql"  # TCP needs a password; this socket trusts every process in the pod
         out = await self.exec(
             self.pod("postgresql-0"), "psql", "-h", socket, "-U", "headrace", "-At", "-c", query, "headrace"
         )
@@ -217,7 +222,9 @@ class Cluster:
 
 
 def mass_source(model: Path, seed: int, size: Size) -> str:
-    """The simulated workers' source, as a path in the pods; tokens with text of their own, so each step is a chunk."""
+    """Source of the simulated workers, as a path in the pods; each token has its own text, so that each step is a
+    chunk.
+    """
     room = f"max_num_seqs={size.seats}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
@@ -226,7 +233,7 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
 def _release(
     home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
 ) -> Release:
-    """Every Ray cluster is as the values' only one, but for its name."""
+    """Render the release; every Ray cluster is like the one in the values, except for its name."""
     clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
     used = [
         {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}
@@ -246,7 +253,7 @@ def _release(
 
 @asynccontextmanager
 async def running(children: Children, folder: Path, *, size: Size, seed: int) -> AsyncIterator[Cluster]:
-    """The cluster with its fleet up and a key to call with; nothing of it is left afterwards. Raises DidNotStart."""
+    """The cluster with its fleet running and an API key; everything is removed afterwards. Raises DidNotStart."""
     model, _ = await serving.prepare(children, "tokenizer", folder)
     home = folder / "hosts"
     claims = {"models": home / "claims" / "models"}
@@ -279,7 +286,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
 
 
 async def _site(cluster: Cluster, dns: Any) -> None:
-    """What every Kubernetes cluster has: names, and an API."""
+    """Start what every Kubernetes cluster has: DNS and an API server."""
     kubelet, net = cluster.kubelet, cluster.fabric
     zone = Mount("/zone", cluster.kubelet.zone.parent, read_only=True)
     names = kubelet.add(

@@ -1,4 +1,4 @@
-"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, and cut in two."""
+"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, then cut in two."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
 
 @dataclass(slots=True)
 class Wide:
-    """What it has shown, seconds."""
+    """Measurements, seconds."""
 
     up_s: float = 0.0
     """From the upgrade to its links."""
     ranks: Sequence[int] = ()
-    """On each node."""
+    """Ranks on each node."""
     calls: Sequence[Call] = ()
-    """Before the cut."""
+    """Calls before the cut."""
     noticed_s: float | None = None
     again_s: float | None = None
-    """From the cable plugged in again to its links."""
+    """From the cable's return to its links."""
     after: Sequence[Call] = field(default_factory=list)
 
 

@@ -1,6 +1,6 @@
-"""What happens to the cluster while it serves, and what each event has shown.
+"""Events that happen to the cluster while it serves, and their measurements.
 
-Every event begins on a whole cluster that has been under load for a while, and is over when the cluster is whole again.
+Every event begins on a whole cluster that has been under load for a while, and ends when the cluster is whole again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loadtests.hosts.load import Call, Load
 from loadtests.hosts.pods import Pod
 
 LONGEST_GAPS = 12
-"""Of an event, in the report."""
+"""Longest gaps that the report lists for an event."""
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
@@ -44,51 +44,53 @@ class Episode:
     struck: float
     over: float = 0.0
     whole: bool = True
-    """Whether the cluster came back to itself in time."""
+    """Whether the cluster recovered in time."""
     detected_s: float = 0.0
-    """How soon the loss was noticed by those who must act: gateways by their links, callers by their connections."""
+    """Time to detection by those who must act: gateways by their links, callers by their connections."""
     capacity_s: float | None = None
     """From a node's loss until every gateway has every worker again."""
     engines_s: float | None = None
-    """From the same until the last engine had started: Ray's part."""
+    """From a node's loss until the last engine had started: Ray's part."""
     moved: float | None = None
-    """When the last worker was gone from where the model was moved away from."""
+    """When the last worker on the previous Ray cluster was gone."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """An episode with what its callers have felt."""
+    """An episode with what its callers measured."""
 
     episode: Episode
     calls: Sequence[Call]
     failed: Sequence[Call]
     resumed: int
     gaps: Sequence[tuple[float, float, str]]
-    """The longest: how long, when it began after the event, and whose it was."""
+    """The longest gaps: length, begin after the event, and stream."""
     prefill_s: float
     prefills: int
 
     @property
     def longest_gap_s(self) -> float:
-        """Of any stream."""
+        """The longest gap of any stream."""
         return self.gaps[0][0] if self.gaps else 0.0
 
     @property
     def ratio(self) -> float:
-        """The longest silence over detection and one prefill."""
+        """The longest silence relative to detection plus one prefill."""
         return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
 
     @property
     def beyond_s(self) -> float | None:
-        """What was added to Ray's restart and the engines' start."""
+        """Time beyond Ray's restart and the engines' start."""
         one = self.episode
         return None if one.capacity_s is None or one.engines_s is None else max(one.capacity_s - one.engines_s, 0.0)
 
     @property
     def moved(self) -> int:
-        """Streams that surely changed workers in this event: begun when all that was before it was over, or under way
-        both when it struck and when the last of the workers that they had begun on was gone."""
+        """Streams that certainly changed workers in this event: begun after all earlier events were over, and in
+        progress
+        both when it struck and when the last of their original workers was gone.
+        """
         one = self.episode
         return sum(
             bool(call.resumed)
@@ -97,7 +99,7 @@ class Shown:
         )
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         one = self.episode
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
@@ -112,7 +114,7 @@ class Shown:
 
 
 def shown(load: Load, episode: Episode) -> Shown:
-    """Work an episode out, once all its calls are at their end."""
+    """Evaluate an episode, once all its calls have ended."""
     hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
     gaps = [
         (s, at - s - episode.struck, call.id)
@@ -143,7 +145,7 @@ class Play:
         self.episodes: list[Episode] = []
 
     async def play(self, name: str) -> Episode:
-        """One event by its name. Raises NotWhole, and RuntimeError where the event itself cannot be played."""
+        """Play one event by its name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
         if not await self._load.steady(WHOLE_S):
@@ -161,39 +163,39 @@ class Play:
         return episode
 
     async def calm(self, episode: Episode) -> None:
-        """Nothing happens: what the others are to be compared with."""
+        """Let nothing happen: the baseline for the other events."""
         await asyncio.sleep(AWAY_S)
 
     async def gateway(self, episode: Episode) -> None:
-        """The process of the gateway that has most callers is killed."""
+        """Kill the process of the gateway with the most callers."""
         pod = max(self._cluster.gateways, key=connections)
         episode.struck = pod.kill()
         await self._restarted(pod, episode)
         self._broken(episode)
 
     async def node(self, episode: Episode) -> None:
-        """A Ray node dies with all that it holds, and comes back as KubeRay brings it."""
+        """Kill a Ray node with everything on it, and start it again as KubeRay does."""
         pod = self._cluster.nodes[1]
         episode.struck = pod.kill()
         await self._lost(episode)
         await self._capacity(episode)
 
     async def head(self, episode: Episode) -> None:
-        """Ray's head dies and is back after a while."""
+        """Kill Ray's head, and start it again after a while."""
         await self._away(self._cluster.head, episode)
         await self._ray_back(episode)
 
     async def valkey(self, episode: Episode) -> None:
-        """The store of the limits and of Ray's fault tolerance dies and is back after a while."""
+        """Kill the store of the limits and of Ray's fault tolerance, and start it again after a while."""
         await self._away(self._cluster.pod("valkey-0"), episode)
         await self._ray_back(episode)
 
     async def postgresql(self, episode: Episode) -> None:
-        """The ledger's database dies and is back after a while."""
+        """Kill the ledger's database, and start it again after a while."""
         await self._away(self._cluster.pod("postgresql-0"), episode)
 
     async def cut(self, episode: Episode) -> None:
-        """The cable of a host with a gateway and a Ray node is pulled and plugged in again."""
+        """Unplug the cable of a host with a gateway and a Ray node, and plug it in again."""
         episode.struck = time.time()
         self._cluster.fabric.cut(B)
         await self._lost(episode)
@@ -203,14 +205,14 @@ class Play:
         episode.notes["healed after s"] = round(time.time() - episode.struck, 1)
 
     async def roll_gateways(self, episode: Episode) -> None:
-        """Every gateway is replaced, one after the other, as a StatefulSet does it."""
+        """Replace every gateway, one after the other, as a StatefulSet does."""
         for pod in reversed(self._cluster.gateways):
             await self._cluster.kubelet.end(pod)
             await self._cluster.kubelet.started(pod, WHOLE_S)
             await asyncio.sleep(MIN_READY_S)
 
     async def roll_workers(self, episode: Episode) -> None:
-        """Every worker is drained and ended, one after the other; Ray Serve starts it anew."""
+        """Drain and end every worker, one after the other; Ray Serve restarts each."""
         rows = json.loads(await self._admin("workers", "--json"))
         ids = sorted(row["worker_id"] for row in rows)
         for one in ids:
@@ -224,8 +226,9 @@ class Play:
             episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
-        """The model's entry goes from one Ray cluster to another that was brought up beside it, and the first is taken
-        away: what Ray, Python, CUDA or vLLM are upgraded by. It strikes with the changed entry."""
+        """Move the model's entry from one Ray cluster to a new one started beside it, and remove the first: the way to
+        upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
+        """
         cluster, story = self._cluster, self._cluster.story
         began = time.time()
         await cluster.upgrade(rays=[BLUE, GREEN])
@@ -262,7 +265,7 @@ class Play:
         )
 
     async def _ray_back(self, episode: Episode) -> None:
-        """Wait until Ray's head tells again that the model's application runs."""
+        """Wait until Ray's head reports again that the model's application runs."""
         deadline = time.monotonic() + WHOLE_S
         while not await asyncio.to_thread(self._cluster.ray_runs):
             if time.monotonic() > deadline:
@@ -287,7 +290,9 @@ class Play:
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
     def _broken(self, episode: Episode) -> None:
-        """The last caller's end of its connection counts too, where that was sooner than the cable was back."""
+        """Wait until the callers' connections have ended; the last one counts too if it ended before the cable was
+        back.
+        """
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
@@ -300,7 +305,7 @@ class Play:
         while time.monotonic() < deadline:
             downs = story.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
-                await asyncio.sleep(0.5)  # all of its workers
+                await asyncio.sleep(0.5)  # waits for all of its workers
                 break
             await asyncio.sleep(0.05)
         downs = story.since(episode.struck, "worker_down")
@@ -321,7 +326,7 @@ class Play:
 
 
 def connections(gateway: Pod) -> int:
-    """Of clients, that are open."""
+    """Open client connections of a gateway."""
     if gateway.first is None:
         return 0
     tables = [Path(f"/proc/{gateway.first.pid}/net/{name}") for name in ("tcp", "tcp6")]
@@ -340,11 +345,11 @@ class Started:
     at: float
     pod: Pod
     pid: int
-    """In the pod."""
+    """Process id in the pod."""
 
 
 def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
-    """Those of some workers, by what Ray keeps of their output on each node."""
+    """Engine starts of these workers, from the output that Ray keeps on each node."""
     found: dict[str, Started] = {}
     for pod in nodes:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
@@ -357,7 +362,7 @@ def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
 
 
 def ups(output: bytes) -> list[tuple[str, float]]:
-    """(worker, when) of every worker that a replica's output says has come up."""
+    """(worker, time) of every worker start in a replica's output."""
     return [
         (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())
         for when, worker in _UP.findall(_COLOUR.sub(b"", output))
@@ -367,7 +372,7 @@ def ups(output: bytes) -> list[tuple[str, float]]:
 EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {
     "calm": Play.calm,
     "cut": Play.cut,
-    "node": Play.node,  # before those after which workers lie unevenly
+    "node": Play.node,  # before the events that leave workers unevenly spread
     "gateway": Play.gateway,
     "head": Play.head,
     "valkey": Play.valkey,

@@ -1,7 +1,7 @@
-"""From the rendered chart to pods: the programs, arguments, environment and files that Kubernetes would give each.
+"""Conversion of the rendered chart to pods: programs, arguments, environment and files as Kubernetes would set them.
 
-Deployments, StatefulSets and Jobs hold all of it themselves. Of a RayCluster the command line and a few variables are
-KubeRay's, which is not here: `_ray_pod` writes what its operator writes.
+Deployments, StatefulSets and Jobs contain all of it. For a RayCluster the command line and a few variables come from
+KubeRay, which does not run here: `_ray_pod` writes what its operator writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where a volume shows in the container. `source` None: memory, `size` of it."""
+    """Mount point of a volume in the container. `source` None: memory of `size`."""
 
     path: str
     source: Path | None
@@ -44,7 +44,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One container as it is to run."""
+    """One container to run."""
 
     name: str
     component: str
@@ -57,7 +57,7 @@ class Spec:
     pre_stop_s: float = 0.0
     ready_port: int = 0
     ready_service: str = ""
-    """What its readiness probe asks of grpc.health.v1; port 0 where there is none of that kind."""
+    """Service that its readiness probe checks with grpc.health.v1; port 0 if there is no such probe."""
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,18 +69,18 @@ class Release:
     objects: Sequence[Object]
 
     def of(self, kind: str) -> Iterator[Object]:
-        """Those of one kind."""
+        """Objects of a kind."""
         return (one for one in self.objects if one["kind"] == kind)
 
     def the(self, kind: str, name: str) -> Object:
-        """One of them. Raises LookupError."""
+        """Object of a kind with this name. Raises LookupError."""
         for one in self.of(kind):
             if one["metadata"]["name"] == name:
                 return one
         raise LookupError(f"the chart has no {kind} {name}")
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
-        """What a volume of a ConfigMap or Secret holds."""
+        """Files in a volume of a ConfigMap or Secret."""
         found = self.the(kind, name)
         data = dict(found.get("data", {}))
         if kind == "Secret":
@@ -89,7 +89,7 @@ class Release:
 
 
 def helm() -> str:
-    """The program: HEADRACE_HELM, one on PATH, or the one that the chart's tests unpack. Raises RuntimeError."""
+    """Path of Helm: HEADRACE_HELM, `helm` on PATH, or the one that the chart's tests unpack. Raises RuntimeError."""
     named = os.environ.get("HEADRACE_HELM") or shutil.which("helm")
     if named:
         return named
@@ -101,7 +101,7 @@ def helm() -> str:
 
 
 def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
-    """`helm template`. Raises RuntimeError with what Helm said."""
+    """Run `helm template`. Raises RuntimeError with Helm's output."""
     command = [helm(), "template", RELEASE, str(CHART), "--namespace", NAMESPACE]
     for path in values:
         command += ["--values", str(path)]
@@ -113,7 +113,7 @@ def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
 
 
 def make_secrets() -> list[Object]:
-    """What `headrace pod secrets` prints, parsed."""
+    """Parsed output of `headrace pod secrets`."""
     command = [sys.executable, "-m", "cluster.cli.main", "pod", "secrets", "--namespace", NAMESPACE, "--name", RELEASE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     if done.returncode:
@@ -123,14 +123,14 @@ def make_secrets() -> list[Object]:
 
 VALKEY = "valkey-server"
 HOST_OF_THE_POD = "<spec.nodeName>"
-"""In an environment: the pod's host, once it has one."""
+"""Placeholder in an environment for the pod's host."""
 
 
 class Containers:
-    """Makes the specs of a release's pods; volumes are folders below `home`, claims stay from one to the next."""
+    """Makes the specs of a release's pods. Volumes are folders below `home`; claims persist across releases."""
 
     def __init__(self, release: Release, home: Path, claims: Mapping[str, Path]) -> None:
-        """`claims`: folders of volume claims that exist already, by name."""
+        """`claims`: folders of existing volume claims, by name."""
         self._release = release
         self._home = home
         self._claims = dict(claims)
@@ -145,7 +145,7 @@ class Containers:
         spec = self._container(pod, template, container, claims)
         if not spec.command:
             spec = _entry_point(spec)
-        if spec.command[0] == VALKEY and shutil.which(VALKEY) is None:  # Redis will do
+        if spec.command[0] == VALKEY and shutil.which(VALKEY) is None:  # Redis replaces it
             spec = dataclasses.replace(spec, command=("redis-server", *spec.command[1:]))
         return spec
 
@@ -232,7 +232,7 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """What the image of PostgreSQL does before it serves: make the database, once."""
+    """Do what the entry point of the PostgreSQL image does before it serves: create the database, once."""
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '
@@ -246,7 +246,7 @@ def _entry_point(spec: Spec) -> Spec:
 
 
 def _ray_pod(spec: Spec, cluster: Object, part: Object, container: Object, release: Release, *, head: bool) -> Spec:
-    """As KubeRay completes it: its command line, and its variables."""
+    """Complete the spec as KubeRay does: with its command line and its variables."""
     service = f"{cluster['metadata']['name']}-head-svc.{DOMAIN}"
     parameters = {
         **part["rayStartParams"],
@@ -287,12 +287,12 @@ def _bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the cluster's DNS would answer, from the rendered Services: addresses by name, and SRV by port's name."""
+    """Answers of the cluster's DNS, from the rendered Services: addresses by name, and SRV records by port name."""
 
     services: Sequence[Object]
 
     def zone(self, pods: Sequence[tuple[Spec, Place, bool]]) -> dict[str, Any]:
-        """`pods`: each with its place, and whether it is ready."""
+        """DNS zone. `pods`: each with its place, and whether it is ready."""
         hosts: dict[str, list[str]] = {}
         served: dict[str, list[tuple[str, int]]] = {}
         for service in self.services:

@@ -1,7 +1,7 @@
 """The autoscaler in virtual time: against the clairvoyant optimum, Ray Serve's policy and the best static placement.
 
 The production policy drives simulated replicas on public traces at their own times; cold start 60 s. Optimum, policy
-and baselines face the same replicas and begin with the same number of them; the policy is told only what a controller
+and baselines run on the same replicas and begin with the same number; the policy sees only what a controller
 sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice of clients).
 """
 
@@ -26,7 +26,7 @@ AGAINST = {"azure-conv": 1.15, "mooncake": 1.15, "servegen-week": 1.15, "azure-c
 
 
 async def play(stage: Stage) -> None:
-    """All seeds through all cases. An `--only` names cases, or `shared`."""
+    """Run all cases with all seeds. `--only` names cases, or `shared`."""
     options = stage.options
     seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
     names = [name for name in (*TRACES, *HELD_OUT) if options.wants(name)]
@@ -60,7 +60,7 @@ async def play(stage: Stage) -> None:
 
 
 def told(result: Compared | Shared) -> str:
-    """One line."""
+    """Result as one line."""
     if isinstance(result, Shared):
         return f"shared: {result.ours_good:.0f} calls within the slo, static {result.static_good:.0f}"
     best = f"{result.optimum.cost_s:.0f}" if result.optimum is not None else "none"
@@ -69,7 +69,7 @@ def told(result: Compared | Shared) -> str:
 
 
 def plain(one: Compared) -> dict[str, Any]:
-    """For the report: without lines and plans."""
+    """Result for the report, without lines and plans."""
     ours = {k: v for k, v in asdict(one.ours).items() if k != "line"}
     optimum = one.optimum and {k: v for k, v in asdict(one.optimum).items() if k != "replicas"}
     ray = one.ray_best and {"settings": asdict(one.ray_best[0]), **asdict(one.ray_best[1])}
@@ -88,7 +88,7 @@ def plain(one: Compared) -> dict[str, Any]:
 def spread(
     name: str, values: Sequence[float], bound: Bound | None, note: str, unit: str = "ratio", holds: bool = True
 ) -> Figure:
-    """Over seeds: the mean, the least and the most; met when the worse of these is. Not met where not `holds`."""
+    """Mean, least and most over the seeds; met if the worst of them is, never if not `holds`."""
     if not values:
         return missing(name, bound, "not run")
     worst = max(values) if bound is None or bound.sense == "<=" else min(values)
@@ -103,7 +103,7 @@ def spread(
 
 
 def add_figures(stage: Stage, found: dict[str, list[Compared]], shared: Sequence[Shared]) -> None:
-    """The table of the scenario."""
+    """Add the scenario's table."""
     figures = stage.report.figures
     for name, some in found.items():
         known = [one for one in some if one.optimum is not None]
@@ -132,7 +132,7 @@ def add_figures(stage: Stage, found: dict[str, list[Compared]], shared: Sequence
 
 
 def add_ray(figures: list[Figure], name: str, some: Sequence[Compared]) -> None:
-    """Against Ray Serve's defaults and the best of its grid."""
+    """Add the comparison with Ray Serve's defaults and the best of its grid."""
     picks: tuple[tuple[str, Callable[[Compared], Any]], ...] = (
         ("defaults", lambda one: one.ray_default),
         ("best of the grid", lambda one: one.ray_best and one.ray_best[1]),
@@ -165,7 +165,7 @@ def add_ray(figures: list[Figure], name: str, some: Sequence[Compared]) -> None:
 
 
 def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
-    """Twenty models on sixteen GPUs."""
+    """Add the rows on twenty models on sixteen GPUs."""
     if not shared:
         return
     seconds = 12 * 3600.0

@@ -1,4 +1,4 @@
-"""Endpoint: load a server that runs already, over the face that its address names, in an open or a closed loop."""
+"""Endpoint: load a running server over the API that its address names, in an open or a closed loop."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SCHEMES = ("grpc", "session", "http", "ray")
 
 
 class BadEndpoint(ValueError):
-    """No such face, or nobody answers there; the message says what was tried."""
+    """Unknown API, or no server at the address; the message says what was tried."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this scenario."""
+    """Add the options of this scenario."""
     add = parser.add_argument
     add("--endpoint", required=True, help="grpc://HOST:PORT, session://HOST:PORT, http://HOST:PORT or ray://HOST:PORT")
     add("--model", default="default")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def face_of(arguments: argparse.Namespace) -> Face:
-    """The client of an address. Raises BadEndpoint."""
+    """Client for an address. Raises BadEndpoint."""
     scheme, separator, rest = arguments.endpoint.partition("://")
     host, colon, port = rest.rstrip("/").rpartition(":")
     if scheme not in SCHEMES or not separator:
@@ -101,7 +101,7 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
 
 
 def levels(text: str) -> Sequence[int]:
-    """`1,8,64` as numbers. Raises ValueError."""
+    """Parse `1,8,64` to numbers. Raises ValueError."""
     try:
         found = [int(part) for part in (text or "8").split(",")]
     except ValueError:
@@ -112,7 +112,7 @@ def levels(text: str) -> Sequence[int]:
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, report: Report) -> None:
-    """One run, or one for each concurrency. Raises BadEndpoint where the first call finds nobody."""
+    """One run, or one for each concurrency. Raises BadEndpoint if the first call finds no server."""
     if arguments.requests < 1 or arguments.tokens < 1:
         raise ValueError("--requests and --tokens must be 1 or more")
     requests, due_s = requests_of(arguments)
@@ -139,7 +139,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
 
 
 async def _greet(face: Face, first: Request, arguments: argparse.Namespace) -> None:
-    """One short call, so that a wrong address or model is one clear line and no run."""
+    """Make one short call, so that a wrong address or model gives one clear line and no run."""
     try:
         async with asyncio.timeout(arguments.call_timeout_s):
             await face.run(replace(first, max_tokens=1), lambda text: None)

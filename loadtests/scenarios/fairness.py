@@ -1,8 +1,8 @@
-"""Fair turns between tenants: gap, shares, a quiet tenant beside a loud one, and what fairness costs.
+"""Fairness between tenants: gap, shares, a quiet tenant beside a loud one, and the cost of fairness.
 
-Eight simulated workers and one, two or eight gateways in virtual time; waiting room, order of turns, credits, accounts
+Eight simulated workers and one, two or eight gateways in virtual time; waiting room, fair queue, credits, accounts
 and routing are those of production (loadtests/sim). Reports come 100 ms late. Tenants' lengths are from public traces
-where those are there. Only the cost of a turn is measured on the clock.
+if those are present. Only the cost of queueing is measured in real time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEERS = "the peers scenario with all of this on"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Always-backlogged tenants in one world, as seen from outside. `gap` in U."""
+    """Results of a world in which all tenants always have calls waiting. `gap` in U."""
 
     gap: float
     share: float
@@ -56,7 +56,7 @@ class Crowd:
 
 @dataclass(frozen=True, slots=True)
 class Quiet:
-    """A quiet tenant's p99 time to the first token, and what the cluster served in weighted tokens a second."""
+    """A quiet tenant's p99 time to first token, and the cluster's throughput in weighted tokens a second."""
 
     ttft_s: float
     throughput: float
@@ -64,14 +64,14 @@ class Quiet:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one enqueue and one pick, p99 in µs."""
+    """Cost of one enqueue and one pick, p99 in µs."""
 
     few_us: float
     many_us: float
 
 
 async def play(stage: Stage) -> None:
-    """As many seeds as rounds, each through all worlds."""
+    """Run all worlds with as many seeds as rounds."""
     rounds, seed = rounds_of(stage.options), stage.options.seed
     if not from_traces():
         stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: lengths are made up, like theirs")
@@ -115,7 +115,7 @@ def add_figures(
     ttfts: Sequence[tuple[Quiet, Quiet, Quiet]],
     costs: Sequence[Cost],
 ) -> None:
-    """The table of the scenario."""
+    """Add the scenario's table."""
     two, rounds = crowds[2], len(fifo)
     gap_of_fifo = sum(one.gap for one in fifo) / rounds
     share_of_fifo = sum(one.share for one in fifo) / rounds
@@ -149,7 +149,7 @@ def add_figures(
 
 
 def lengths(name: str, seed: int, longest: bool = False) -> list[Lengths]:
-    """A trace's, or made up ones like them where the traces are absent."""
+    """Lengths of a trace, or similar synthetic ones if the traces are absent."""
     try:
         pairs = [(t.prompt_tokens, t.output_tokens) for t in traces.load(name)]
     except traces.NoData:
@@ -168,7 +168,7 @@ def from_traces() -> bool:
 
 
 def tenants(seed: int) -> list[SimTenant]:
-    """Twelve: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
+    """Twelve tenants: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
     kinds = (
         ("code", lengths("azure-code", seed)),
         ("chat", lengths("azure-conv", seed)),
@@ -182,7 +182,7 @@ def tenants(seed: int) -> list[SimTenant]:
 
 
 def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
-    """Everybody always has calls waiting."""
+    """A world in which every tenant always has calls waiting."""
     them = tenants(seed)
     weights = {tenant.name: tenant.weight for tenant in them}
     world = World(WorldConfig(them, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
@@ -199,7 +199,7 @@ def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
 
 
 def quiet_ttft(seed: int) -> tuple[Quiet, Quiet, Quiet]:
-    """Alone, beside the loud one by fair turns, and beside it first come first served."""
+    """A quiet tenant alone, beside the loud one with fairness, and beside it first come first served."""
     quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
     out = []
@@ -211,11 +211,11 @@ def quiet_ttft(seed: int) -> tuple[Quiet, Quiet, Quiet]:
     return out[0], out[1], out[2]
 
 
-# ---- the clock
+# ---- real time
 
 
 def turn_us(count: int, seed: int) -> float:
-    """p99 of one enqueue and one pick with QUEUED waiting, for so many tenants."""
+    """p99 of one enqueue and one pick with QUEUED sequences waiting, for `count` tenants."""
     rng = random.Random(seed)
     turns = FairOrders()
     room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)
@@ -239,7 +239,7 @@ def turn_us(count: int, seed: int) -> float:
             times.append(time.perf_counter_ns() - began)
             if taken is not None:
                 live.append(taken.call_id)
-            if len(live) > LIVE:  # calls end, and what was predicted in vain is given back
+            if len(live) > LIVE:  # calls end, and their unused predicted service is given back
                 call_id = live.pop(rng.randrange(LIVE))
                 order.generated(call_id, rng.randrange(20, 500))
                 order.ended(call_id)

@@ -1,9 +1,9 @@
-"""Faults: what callers see while workers are killed, stopped and cut off, and what the gateway does under overload.
+"""Faults: the effect on callers when workers are killed, stopped and cut off, and the gateway under overload.
 
-Parts, each with its rows, in the order of the table: mass (kill points under every kind of call), engines (the same on
+Parts, each with its rows, in the order of the table: mass (faults under every kind of call), engines (the same on
 real vLLM), peers (streams that finish behind them and behind ours), recovery (silent gaps, detection, the survivors),
-alarms, overload, soak; the ledger is looked at after each. `--only PART` runs some of them; `--points`, `--soak-s` and
-`--rounds` size them, and `--runner` picks the model runner of engines.
+alarms, overload, soak; the ledger is checked after each. `--only PART` runs some of them; `--points`, `--soak-s` and
+`--rounds` size them, and `--runner` selects the model runner of engines.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class Field:
-    """What the parts share."""
+    """Test bed shared by the parts."""
 
     stage: Stage
     model: Path
@@ -64,13 +64,13 @@ class Field:
 
 
 def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> Figure:
-    """A row that is counted, not estimated: every case is in it."""
+    """A row that is counted, not estimated: it includes every case."""
     met = value >= bound.limit if bound.sense == ">=" else value <= bound.limit
     return Figure(name, value=value, bound=str(bound), met=met, unit=unit, note=note)
 
 
 async def play(stage: Stage) -> None:
-    """The parts that are wanted, and their rows in the table's order."""
+    """Run the selected parts, and add their rows in the table's order."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     field = Field(stage, model, bundle)
     for name, (part, rows) in PARTS.items():
@@ -219,7 +219,7 @@ def _recovery_rows(found: recovering.Findings, stuck: alarms.Hangs) -> list[Figu
 
 
 def at_worst(name: str, value: float | None, bound: Bound | None, unit: str, note: str, scale: float = 1.0) -> Figure:
-    """A row of one number that stands for the worst, or for a quantile near it."""
+    """A row with one number: the worst value, or a quantile near it."""
     if value is None:
         return missing(name, bound, "nothing of it came about")
     value *= scale

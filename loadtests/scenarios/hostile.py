@@ -1,4 +1,4 @@
-"""Attacks by strangers, tenants and routine procedures, and what everyone else notices of them.
+"""Attacks by anonymous clients, tenants and routine procedures, and their effect on everyone else.
 
 Parts, each a module of loadtests/hostile with its rows, in the order of the table. `--only PART` runs some of them.
 """
@@ -37,7 +37,7 @@ def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> F
 
 
 async def play(stage: Stage) -> None:
-    """Run the parts that are wanted, and report their rows in the table's order."""
+    """Run the selected parts, and report their rows in the table's order."""
     for name in PARTS:
         part = cast(Part, importlib.import_module(f"loadtests.hostile.{name}"))
         if not stage.options.wants(name):

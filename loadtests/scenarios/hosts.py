@@ -1,8 +1,8 @@
 """Hosts: the rendered chart on network namespaces as hosts, under load, while its parts die, are cut off and rolled.
 
-The cluster is brought up once; every event of hosts/events.py is played over the same streams, then `engine` adds a
-real one over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
-`--concurrency` is what each simulated worker takes.
+The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a
+real engine over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
+`--concurrency` is the number of sequences that each simulated worker takes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from loadtests.scenarios.common import Stage
 
 SHARE = 0.7
 BOOKS_S = 25.0
-"""A record waits for the counts of a worker that is gone for ten seconds."""
+"""A record waits ten seconds for the counts of a lost worker."""
 NOTHING_CAME_S = 1.0
-"""So long only a call waits for its first piece whose gateway was lost with it."""
+"""Only a call whose gateway was lost with it waits this long for its first piece."""
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"
 OF_EVENT = "the same at `{}`"
@@ -45,11 +45,11 @@ WAYS_OUT = "namespaces that reached an address outside"
 _NONE, _SILENCE, _CAPACITY, _ONE = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0), Bound(">=", 1.0)
 NODE_LOSSES = ("node",)
 ALLOWED = "STORE_UNAVAILABLE"
-"""While the database is away for longer than store.stale_after_s, which is a day: so here nothing is allowed."""
+"""Error allowed while the database is away for longer than store.stale_after_s. That is a day, so here none is."""
 
 
 async def play(stage: Stage) -> None:
-    """Bring the cluster up, play the events that are wanted, and tell what each has shown."""
+    """Start the cluster, play the selected events, and report what each has shown."""
     if os.geteuid():
         raise RuntimeError("network namespaces need root")
     options = stage.options
@@ -153,7 +153,7 @@ def _rows(load: Load, seen: dict[str, Shown]) -> list[Figure]:
 
 
 def lost_in_move(one: Shown | None) -> Figure:
-    """Of every stream that was under way in it: failed, or with another text than others."""
+    """Streams lost of those in progress during the move: failed, or with another text than others."""
     if one is None:
         return missing(MOVE, _NONE, "it was not played")
     if one.episode.moved is None:
@@ -198,7 +198,7 @@ async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
 
 
 async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
-    """Compare the ledger with what callers were told, once all records have had time to come."""
+    """Compare the ledger with what callers received, once all records have had time to arrive."""
     told = {call.id: call.completion for call in calls if not call.error}
     deadline = time.monotonic() + BOOKS_S
     while True:
@@ -216,8 +216,9 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
     fewer = {one: [told[one], *(row[1:] for row in rows if row[0] == one)] for one in lacking}
     more = {one: tokens[one] - told[one] for one in told if tokens[one] > told[one]}
     settings["ledger"] = {"rows": len(rows), "calls": len(told), "too few": fewer, "too many": more}
-    # What was written to a gateway that is killed or cut off, and never reached its client, is made and counted again:
-    # resume.md. Of a call that it had just been sent that is all: nobody waits so long whose gateway is there.
+    # Text written to a gateway that is killed or cut off, and that never reached its client, is computed and counted
+    # again: resume.md. That is the only reason for a call that was just sent; with a living gateway no call waits so
+    # long.
     whole = [call for call in calls if call.id in more and more[call.id] >= told[call.id]]
     gateways = {call.id: {row[2].partition(".")[0] for row in rows if row[0] == call.id} for call in whole}
     anew = [one.id for one in whole if one.first - one.sent > NOTHING_CAME_S and len(gateways[one.id]) > 1]

@@ -1,11 +1,12 @@
 """Long prompts: 220 KB of text a call at concurrency 50, 16 tokens out, over a simulated engine of 131,072 tokens.
 
-The engine's prefill takes no time, so what is seen is what stands before it: reading, tokenizing and handing on. Both
-sides tokenize, ours in the gateway, the peer in the server behind it, in threads. Nothing is bound to cores.
+The engine's prefill takes no time, so the measurement shows the work before it: reading, tokenizing and forwarding.
+Both
+sides tokenize in threads: ours in the gateway, the peer in the server behind it. Nothing is bound to cores.
 
-The prompts are drawn from a hundred words, as all of the load tests' are, and a tokenizer that encodes each distinct
-word once gains most on such. So the same is measured again with prose: Python's language reference, from a place of
-each prompt's own on. It is a tenth shorter, since the test's small vocabulary needs more tokens for it.
+The prompts are drawn from a hundred words, as in all load tests, which favours a tokenizer that encodes each distinct
+word once. So the measurement is repeated with prose: Python's language reference, from a different position for each
+prompt. It is a tenth shorter, since the test's small vocabulary needs more tokens for it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list
 
 
 def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
-    """Prose, each from a place of its own on."""
+    """Prose, each prompt from its own position on."""
     return [
         Request(
             f"prose-{seed}-{number}-{i}",
@@ -58,13 +59,13 @@ def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> l
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """An engine with room for every prompt at once, whose prefill takes a millisecond."""
+    """Source of an engine with capacity for every prompt at once, whose prefill takes a millisecond."""
     room = "max_model_len=131072&max_num_seqs=64&max_num_batched_tokens=16777216&kv_blocks=16384&block_size=1024"
     return f"sim://{model}?decode_ms=5&prefill_tokens_per_s=1e9&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, take turns, work out the rows."""
+    """Start both sides, alternate them, compute the rows."""
     options, report = stage.options, stage.report
     concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -91,7 +92,7 @@ async def play(stage: Stage) -> None:
         (short,) = requests_of(options.seed, 999, 1, 1)
         ready = [arm for arm in arms if await first_call(arm, short)]
         if arms[0] in ready:
-            await serving.ask_stalls(ours, stalls)  # the gateway's start counts for no round
+            await serving.ask_stalls(ours, stalls)  # discards the stalls of the gateway's start
         await take_turns(
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
@@ -110,7 +111,7 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """The same servers, for the other prompts."""
+    """The same servers, for the prose prompts."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 

@@ -1,7 +1,8 @@
-"""Peers: ours beside what others use, on one tiny model with one set of engine settings, in turns.
+"""Peers: ours beside other serving stacks, on one tiny model with one set of engine settings, alternating.
 
-vLLM's own OpenAI server stands alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
-proxy and its direct ingress (e) stand over a plain vLLM deployment; ours (f, g, h) is a gateway process and a worker
+vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
+proxy and its direct ingress (e) run in front of a plain vLLM deployment; ours (f, g, h) is a gateway process and a
+worker
 process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one core,
 all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt,
 startup and processes.
@@ -36,15 +37,15 @@ from loadtests.serving import ray_serve
 SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
-"""At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
+"""Arm for a single stream only: the peers' HTTP client runs on the driver's loop, grpcio's through its own threads."""
 SERVER_LONE = "vLLM server, its rank in its core"
-"""At one stream alone: as ours has a single rank on CPUs (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
+"""Arm for a single stream only: a single rank on CPUs as ours has (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
 NOT_ASKED = "it was not asked for, or time was up"
 SINGLES_SHARE = 0.35
-"""Of the time that is left, where it is bounded: for one stream, before 64."""
+"""Share of the remaining time, if it is bounded, for one stream, before 64."""
 COOLDOWN_S = 1.5
 """vLLM's rank processes poll at full speed for a second after their last step, on the core of the next arm's."""
 ENGINE_ARGUMENTS: dict[str, object] = {
@@ -83,7 +84,7 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """What a row compares, of one round."""
+    """Value of a round that a row compares."""
     if kind in ("p50", "p99"):
         return lambda one: one.run.quantile("ttft_s", float(kind[1:]))
 
@@ -97,14 +98,14 @@ def value_of(kind: str) -> Callable[[Round], float | None]:
 
 
 class Field:
-    """The arms of this scenario as they come up; what does not start is told by its arm."""
+    """Arms of this scenario as they start; an arm that does not start records its problem."""
 
     def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
         self.stage = stage
         self.stack = stack
         self.arms: list[Contestant] = []
         self.singles: list[Contestant] = []
-        """Of arms that run at one stream alone."""
+        """Arms that run with a single stream only."""
         setup = stage.options.setup
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
         self.gpus = 0 if setup is None else setup.gpus
@@ -119,7 +120,7 @@ class Field:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
 
     async def add(self, name: str, description: str, start: Start) -> None:
-        """Start an arm and see it answer, or say why not."""
+        """Start an arm and wait for its first answer, or record its problem."""
         if not self.stage.options.wants(name):
             return
         arm: Arm = self.stage.arm(name, description)
@@ -135,7 +136,7 @@ class Field:
             self.arms.append(contestant)
 
     def bind(self) -> str:
-        """Engines to a core, front ends and driver to another."""
+        """Bind engines to one core, front ends and driver to another."""
         plan = cores(self.stage.options.pin)
         if plan is None:
             return "nothing was bound to cores"
@@ -150,7 +151,7 @@ class Field:
 
 
 async def play(stage: Stage) -> None:
-    """The engines' rows first, then the parts that need none."""
+    """Measure the engines' rows first, then the parts that need none."""
     setup = stage.options.setup
     kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
     model, bundle = await serving.prepare(stage.children, kind, stage.folder)
@@ -271,7 +272,7 @@ async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, d
 
 
 async def _rounds(field: Field, part: str = "") -> None:
-    """One stream first, then 64, all arms in turns; the figures of the rows that these arms have."""
+    """One stream first, then 64, alternating all arms; adds the figures of the rows that these arms have."""
     stage, options = field.stage, field.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
     stage.report.settings[f"{part}cores"] = field.bind()
@@ -302,14 +303,14 @@ async def _rounds(field: Field, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Ours runs again beside the late arm, under a name of its own."""
+    """A second run of our arm beside the late arm, under its own name."""
     if contestant.arm.name != GRPC:
         return contestant.arm
     return stage.report.arm(part + contestant.arm.name, contestant.arm.description)
 
 
 def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
-    """The rows that need an engine, in their order."""
+    """Rows that need an engine, in their order."""
     told = {arm.name: arm.problem for arm in stage.report.arms}
     out = []
     for title, ours, theirs, kind, bound in ROWS:
@@ -325,7 +326,7 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
 
 
 async def _parts(stage: Stage) -> None:
-    """The rows without an engine: the other scenarios, as parts of this one."""
+    """Measure the rows without an engine: the other scenarios, as parts of this one."""
     for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup), ("processes", processes)):
         unbind()
         folder = stage.folder / name

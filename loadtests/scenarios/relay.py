@@ -1,7 +1,7 @@
-"""Relay: what a streamed token costs between engine and caller.
+"""Relay: cost of a streamed token between engine and caller.
 
 256 streams of a simulated engine at 20 ms a step, relayed by our gateway (link in; gRPC, HTTP or sessions out) and by
-vllm-router (SSE in, SSE out) in turns. What relays is bound to a core of its own, engines and driver to another.
+vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to another.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ CLIENT_BOUND = Bound("<=", 0.4)
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """The engine of both sides: room for every stream, prefill that takes no time beside a step."""
+    """Source of the engine of both sides: capacity for every stream, negligible prefill time."""
     room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
-    """Our faces by these names, as many as this build has and the options want."""
+    """Clients of our APIs by these names, limited to those that this build has and the options select."""
     roots, wanted = ours.roots, [name for name in names if stage.options.wants(name)]
     arms: list[Contestant] = []
     if GRPC in wanted:
@@ -73,7 +73,7 @@ def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTT
 
 
 async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Child, int]:
-    """The simulated engine behind an OpenAI face. Raises DidNotStart."""
+    """Start the simulated engine behind an OpenAI API. Raises DidNotStart."""
     port = free_port()
     command = [sys.executable, "-m", "loadtests.serving.sse_engine", "--port", str(port), "--model", serving.MODEL]
     command += ["--bundle", str(bundle), "--source", source]
@@ -83,7 +83,7 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
-    """vllm-router before the engine at `port`; None with the arm's problem told where it does not start."""
+    """vllm-router in front of the engine at `port`; None, with the arm's problem recorded, if it does not start."""
     arm = stage.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
@@ -94,7 +94,7 @@ async def start_router(stage: Stage, port: int) -> Contestant | None:
 
 
 async def play(stage: Stage) -> None:
-    """Start all, take turns, work out the rows."""
+    """Start everything, alternate the arms, compute the rows."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -128,7 +128,7 @@ def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request
 
 
 def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
-    """Bind what relays, engines and this process to cores of their own; returns where to."""
+    """Bind relaying processes, engines and this process to separate cores; return a description."""
     plan = cores(wanted)
     if plan is None:
         return "nothing was bound to cores"
@@ -142,12 +142,12 @@ def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
 
 
 def relay_cpu(one: Round) -> float | None:
-    """CPU seconds a token of what relays: no engine is in it, simulated or not."""
+    """CPU seconds per token of the relaying processes, without engines, simulated or not."""
     return one.usage.front_end_s() / one.run.tokens if one.run.tokens else None
 
 
 def figures(arms: dict[str, Contestant]) -> list[Figure]:
-    """The rows of this scenario, in their order."""
+    """Rows of this scenario, in their order."""
     out = []
     router = arms.get(ROUTER)
     for name in (GRPC, HTTP, SESSION):

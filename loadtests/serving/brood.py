@@ -24,7 +24,7 @@ from loadtests.serving import worker
 
 
 def be_worker(arguments: Sequence[str]) -> NoReturn:
-    """In the child: serve until the end."""
+    """Serve until the end, in the child process."""
     code = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,7 +47,7 @@ class Brood:
         self._living: dict[int, int] = {}
 
     def start(self, number: int) -> None:
-        """Fork one and tell its pid."""
+        """Fork a worker and write its pid."""
         pid = os.fork()
         if pid == 0:
             be_worker(self._workers[number])
@@ -57,7 +57,7 @@ class Brood:
         scratch.rename(self._folder / f"{number}.pid")
 
     def run(self) -> None:
-        """Until SIGTERM."""
+        """Restart workers until SIGTERM."""
         signal.signal(signal.SIGTERM, self._stop)
         for number in range(len(self._workers)):
             self.start(number)

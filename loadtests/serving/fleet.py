@@ -1,7 +1,7 @@
-"""One gateway and several simulated workers as processes of their own, each behind a relay that can be cut.
+"""One gateway and several simulated workers, each in its own process and behind a relay that can be cut.
 
-What a scenario of faults needs: it kills, stops and cuts workers, sees when the gateway has noticed, and they come
-back by themselves.
+Scenarios of faults use it to kill, stop and cut workers, and to see when the gateway has noticed; workers
+restart automatically.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REDIAL_MAX_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line of the gateway's log about a link. `at` is the wall clock's."""
+    """A line about a link in the gateway's log. `at` is wall-clock time."""
 
     at: float
     name: str
@@ -39,7 +39,7 @@ class Event:
 
 
 class News:
-    """What the gateway's log says of links, as it is written."""
+    """Link events of the gateway's log, as they are written."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -49,7 +49,7 @@ class News:
         self._more = asyncio.Event()
 
     async def follow(self) -> None:
-        """Until cancelled."""
+        """Follow the log until cancelled."""
         with self._log.open("rb") as lines:
             rest = b""
             while True:
@@ -72,11 +72,11 @@ class News:
         self._more.set()
 
     def nudge(self) -> None:
-        """Let those look who wait for something that the log does not tell."""
+        """Wake waiters whose condition does not depend on the log."""
         self._more.set()
 
     async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for news until it holds; False when it does not in time."""
+        """Wait for events until `holds` is true; False if it is not in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():
@@ -98,7 +98,7 @@ class News:
 
 @dataclass(eq=False, slots=True)
 class SimWorker:
-    """One simulated worker, whatever process it is at the moment."""
+    """One simulated worker, across restarts of its process."""
 
     id: str
     relay: Cuttable
@@ -107,25 +107,25 @@ class SimWorker:
 
     @property
     def pid(self) -> int:
-        """Of the process that lives now."""
+        """Pid of the current process."""
         return int(self.pid_file.read_text())
 
     def signal(self, number: signal.Signals) -> int:
-        """To the process that lives now; its pid."""
+        """Send a signal to the current process; return its pid."""
         pid = self.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return pid
 
     def cut_way(self, down: bool, *, beats: bool) -> None:
-        """Nothing passes one way any longer, on all connections, or without `beats` on the first alone, the calls'."""
+        """Block one direction on all connections or, without `beats`, only on the first, which carries the calls."""
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
         for way in self.cut:
             way.cut()
 
     def heal(self) -> None:
-        """What was cut passes again."""
+        """Unblock both directions."""
         for way in self.cut:
             way.heal()
         self.cut = []
@@ -133,12 +133,12 @@ class SimWorker:
 
 @dataclass(eq=False, slots=True)
 class Fleet:
-    """All of it, running."""
+    """The running fleet."""
 
     gateway: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
-    """By priority class, "" for the default."""
+    """API keys by priority class, "" for the default."""
     ledger: Path
     workers: list[SimWorker]
     news: News
@@ -146,25 +146,25 @@ class Fleet:
 
     @property
     def grpc(self) -> str:
-        """host:port."""
+        """host:port of the gRPC API."""
         return self.endpoints["grpc"]
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a gRPC call shows."""
+        """Credentials of a gRPC call."""
         return self.metadata_of("")
 
     def metadata_of(self, cls: str) -> tuple[tuple[str, str], ...]:
-        """The same of a tenant of a priority class."""
+        """Credentials of a tenant of a priority class."""
         return authorization(self.keys[cls])
 
     @property
     def gateway_pid(self) -> int:
-        """Of the gateway itself, not its guard."""
+        """Pid of the gateway itself, not of its guard."""
         return next(process.pid for process in self.gateway.commands())
 
     def relay(self) -> AbstractAsyncContextManager[Cuttable]:
-        """Between one worker and the gateway's link port."""
+        """Relay between one worker and the gateway's link port."""
         return cuttable(self.endpoints["link"])
 
     async def is_up(self) -> bool:
@@ -186,7 +186,7 @@ async def begun_gateway(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> Fleet:
-    """A gateway that serves, with its log followed, and no workers yet. Raises DidNotStart."""
+    """Start a gateway and follow its log, without workers. Raises DidNotStart."""
     keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
@@ -215,8 +215,10 @@ async def running(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
-    """A worker for each of `sources`; `gateway` more keys of its section; the processes end with the context. Raises
-    DidNotStart."""
+    """A fleet with a worker for each of `sources`; `gateway`: more keys of its section; the processes end with the
+    context.
+    Raises DidNotStart.
+    """
     home = folder / name
     async with AsyncExitStack() as stack:
         fleet = await begun_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)

@@ -1,7 +1,7 @@
-"""Program: callers that keep a number of streams under way, over the SDK. `python -m loadtests.hosts.inside.callers F`.
+"""Program: callers that keep a number of streams running, over the SDK. `python -m loadtests.hosts.inside.callers F`.
 
-F is a JSON file (`Plan`); what happens goes line by line into its `out`: every call at its end, every half second how
-much runs, and when connections end. SIGTERM: no new streams; those under way go to their end.
+F is a JSON file (`Plan`). Events are written line by line to its `out`: every call at its end, the number of running
+streams every half second, and the end of connections. On SIGTERM no new streams begin; running ones complete.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cluster.client.errors import HeadraceError
 
 LIVE_S = 0.5
 PAUSE_S = 0.5
-"""After a call that failed."""
+"""Pause after a failed call."""
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the callers do."""
+    """The callers' plan."""
 
     out: str
     endpoint: str
@@ -43,18 +43,18 @@ class Plan:
     streams: int
     clients: int
     tokens: tuple[int, int]
-    """The fewest and the most that a stream asks for; lengths are spread evenly over their logarithm."""
+    """Fewest and most tokens of a stream; lengths are log-uniform."""
     words: int = 100
     prompts: int = 16
     seed: int = 1
     ramp_s: float = 5.0
-    """Over which the streams begin, so that they do not end together."""
+    """Time over which the streams begin, so that they do not end together."""
     gap_s: float = 0.12
-    """Shorter silences are not written down."""
+    """Shorter silences are not recorded."""
 
 
 class Callers:
-    """All of them."""
+    """All callers."""
 
     def __init__(self, plan: Plan, out: TextIO) -> None:
         self._plan = plan
@@ -72,7 +72,7 @@ class Callers:
         self.over = asyncio.Event()
 
     async def run(self) -> None:
-        """Until `over`, and then until the last stream has ended."""
+        """Run until `over`, then until the last stream has ended."""
         plan = self._plan
         self._clients = [
             AsyncClient(plan.endpoint, api_key=plan.api_key, tls_ca_file=plan.ca_file, timeout_s=900.0)
@@ -135,7 +135,7 @@ class Callers:
         return not told["error"]
 
     def compare(self, prompt: int, text: str) -> str:
-        """Greedy answers to one prompt are beginnings of one another; "" when this one is."""
+        """Compare greedy answers to one prompt: one must be a prefix of the other; "" if so."""
         longest = self._longest[prompt]
         shorter, longer = sorted((text, longest), key=len)
         self._longest[prompt] = longer
@@ -151,7 +151,7 @@ class Callers:
             self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
 
     async def _watch(self, number: int, client: AsyncClient) -> None:
-        """Write down when a client's connection ends: when its streams know that they must go elsewhere."""
+        """Record when a client's connection ends, which is when its streams learn that they must resume elsewhere."""
         while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
             await asyncio.sleep(LIVE_S)
         channel = client._gateways.channels[0]
