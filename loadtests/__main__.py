@@ -1,4 +1,4 @@
-"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: complete, 1: partial or failed, 2: bad usage."""
+"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: complete; 1: partial or failed; 2: bad usage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The peers: how each is started, and in front of which server. They have their own environment (`make bench-peers`)."""
+"""The peers: how each is started, in front of which server. They have their own environment (`make bench-peers`)."""
 
 from __future__ import annotations
 

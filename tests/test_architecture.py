@@ -1,4 +1,4 @@
-"""Imports point one way, as docs/architecture.md says. Each rule's message names the rule and the remedy."""
+"""Imports follow docs/architecture.md in one direction. Each rule's message names the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def _table(page: str) -> dict[str, set[str]]:
-    """The packages of docs/architecture.md, each with what it may import of ours."""
+    """Packages of docs/architecture.md, each with those of ours that it may import."""
     rows = re.findall(r"^\| (\w+) \| [^|]+ \| ?([\w ]*?) ?\|$", page.split("## Packages")[1].split("\n## ")[0], re.M)
     return {name: set(imports.split()) for name, imports in rows if name != "package"}
 
@@ -28,10 +28,10 @@ def _table(page: str) -> dict[str, set[str]]:
 MAY_IMPORT = _table(PAGE.read_text())
 PURE = ("policy", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
-# module -> what it may import nevertheless, with the reason beside it
+# module -> imports allowed as exceptions, with the reason beside each
 PURE_EXCEPTIONS = {
-    "cluster.wire.bundle": {"os"},  # bundles rest in folders; reading and writing them is theirs
-    "cluster.process.private_files": {"os"},  # every package that keeps state makes it private alike
+    "cluster.wire.bundle": {"os"},  # bundles are stored in folders; this module reads and writes them
+    "cluster.process.private_files": {"os"},  # every package that keeps state makes it private in the same way
 }
 ONE_PLACE = {
     "ray": "ray",
@@ -71,7 +71,7 @@ MODULES = {
 
 
 def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
-    """The dotted names that a statement imports; of `from x import y` it is x.y where that is a module of ours."""
+    """Dotted names that a statement imports; of `from x import y` it is x.y if that is a module of ours."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -86,7 +86,7 @@ def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
 
 
 def imports_of(source: str, module: str, file: Path) -> list[Import]:
-    """Every import of a file, those inside functions and those for the type checker included."""
+    """Every import of a file, including those inside functions and for the type checker."""
     tree = ast.parse(source)
     return [
         Import(module, target, file, node.lineno)
@@ -100,7 +100,7 @@ ALL = [found for name, file in MODULES.items() for found in imports_of(file.read
 
 
 def package(module: str) -> str:
-    """The package of the table that a module of ours belongs to; empty for `cluster` itself."""
+    """The table's package that a module of ours belongs to; empty for `cluster` itself."""
     parts = module.split(".")
     if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"], ["link"]):
         return "pb"
@@ -113,7 +113,7 @@ def ours(target: str) -> bool:
 
 
 def against_table(found: Import) -> bool:
-    """Whether an import is not in the table."""
+    """Whether an import violates the table."""
     here, there = package(found.module), package(found.target)
     return ours(found.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
 
@@ -156,7 +156,7 @@ def test_no_module_imports_itself_indirectly() -> None:
 
 
 def test_pure_packages_are_pure() -> None:
-    """What decides knows no clock, no chance and no I/O."""
+    """Packages that decide use no clock, no randomness and no I/O."""
     wrong = [
         str(found)
         for found in ALL
@@ -214,6 +214,6 @@ def test_the_base_install_needs_no_engine(module: str) -> None:
     ],
 )
 def test_the_rule_itself_sees_what_it_should(module: str, line: str, wrong: bool) -> None:
-    """The reader of imports knows relative, lazy and type-only imports."""
+    """The reader of imports recognizes relative, lazy and type-only imports."""
     found = imports_of(line, module, ROOT / (module.replace(".", "/") + ".py"))
     assert any(against_table(one) for one in found) is wrong

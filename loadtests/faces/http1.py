@@ -1,4 +1,4 @@
-"""A lean HTTP/1.1 connection for one streamed answer at a time: the driver must cost less than the servers it measures."""
+"""Lean HTTP/1.1 connection for one streamed answer at a time: the driver must cost less than what it measures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing() and self._keep
 
     async def ask(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
-        """Send a request; return its status once the whole body has arrived. Raises CallFailed(BROKEN) if it does not."""
+        """Send a request; return its status once the whole body has arrived. Raises CallFailed(BROKEN) otherwise."""
         assert self._transport is not None
         self._on_body, self._state, self._status = on_body, self._head, 0
         self._done = asyncio.get_running_loop().create_future()

@@ -57,7 +57,7 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
 def ask(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
 ) -> Ask:
-    """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind that is not in KINDS."""
+    """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}

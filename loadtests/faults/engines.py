@@ -369,7 +369,7 @@ class Prover:
                 proof.misses += 1
 
     async def _victim(self, batch: Batch, pieces: int) -> int | None:
-        """The worker that runs most sequences once all calls have received `pieces` pieces; None if they ended before."""
+        """Worker that runs most sequences once all calls have received `pieces` pieces; None if they ended before."""
         while await batch.until(pieces):
             loads = await self._engines.running()
             number = max(loads, key=loads.__getitem__, default=None)

@@ -182,7 +182,7 @@ def _is_message(one: Hostile) -> bool:
 
 
 class Bystanders:
-    """Streams of another tenant, one after the other on each of some tasks, compared with the same streams undisturbed."""
+    """Streams of another tenant, one after the other in each of some tasks, compared with undisturbed ones."""
 
     def __init__(self, running: Fleet, told: Told, tokens: int) -> None:
         self._running = running

@@ -32,7 +32,7 @@ PREPARE_S = 120.0
 
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
-    """The model folder and the bundle folder of a kind (see serving.prepare), created if missing. Raises DidNotStart."""
+    """Model folder and bundle folder of a kind (see serving.prepare), created if missing. Raises DidNotStart."""
     name = Path(kind).name
     made = folder / name
     child = children.start(

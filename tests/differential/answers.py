@@ -1,4 +1,4 @@
-"""Answers of either side in one neutral form, and what is different between two of them."""
+"""Answers of both sides in one neutral form, and their differences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.differential.cases import Case
 from tests.support.calls import Answer as Refusal
 
 LOGPROB_TOLERANCE = 1e-4
-"""Of float32 log probabilities whose batches, chunks and cached blocks were different ones."""
+"""Tolerance of float32 log probabilities computed with different batches, chunks and cached blocks."""
 
 
 @dataclass
 class Choice:
-    """One of a call's outputs. `logprobs` in the side's own form; `token_ids` as far as the side tells them."""
+    """One output of a call. `logprobs`: in the side's own form; `token_ids`: if the side returns them."""
 
     text: str = ""
     finish_reason: str = ""
@@ -30,7 +30,7 @@ class Choice:
 
 @dataclass
 class Answer:
-    """What one side said. `refused`: the request was called a bad one, with these words."""
+    """Answer of one side. `refused`: the error message, if the request was rejected as invalid."""
 
     choices: list[Choice] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)
@@ -41,7 +41,7 @@ class Answer:
 
 
 async def ours(stub: Any, case: Case) -> Answer:
-    """Ask the gateway; a stream's pieces are put together."""
+    """Call the gateway; the pieces of a stream are joined."""
     method = f"{'Stream' if case.streamed else ''}{'Chat' if case.is_chat else 'Complete'}"
     answer = Answer(choices=[Choice(logprobs=[]) for _ in range(case.options.get("n", 1))])
     try:
@@ -82,7 +82,7 @@ def _add(to: Choice, choice: Any) -> None:
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """From the HTTP answer of vLLM's server."""
+    """Convert the HTTP answer of vLLM's server."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)
@@ -101,11 +101,11 @@ def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
     )
 
 
-# ---- compared
+# ---- comparison
 
 
 def differences(case: Case, peer: Answer, own: Answer) -> list[str]:
-    """What is not equal, in words; empty when all is."""
+    """Differences in words; empty if there are none."""
     if peer.refused or own.refused:
         return [] if peer.refused and own.refused else [f"refused: {peer.refused!r} against {own.refused!r}"]
     found = _unequal("usage", peer.usage, own.usage)
@@ -136,7 +136,7 @@ def _near(what: str, theirs: float, mine: float) -> list[str]:
 
 
 def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """`logprobs.content`: text or id, bytes and number of each token and of its alternatives, in order."""
+    """Compare `logprobs.content`: text or id, bytes and log probability of each token and alternative, in order."""
     found = _unequal("positions", len(theirs["content"]), len(mine))
     for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
         found += _token(case, f"position {i}", position, token, with_bytes=True)
@@ -156,7 +156,7 @@ def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_byte
 
 
 def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """`logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
+    """Compare `logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
     found = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
     for i, token in enumerate(mine[: len(theirs["tokens"])]):
         found += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
@@ -165,7 +165,7 @@ def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob])
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """A position's map, less what test_differential.EXCEPTIONS says that we leave out."""
+    """Compare a position's map, except for what test_differential.EXCEPTIONS says that we omit."""
     asked = case.top_logprobs or 0
     told = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)
@@ -185,5 +185,5 @@ def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
 
 
 def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
-    """As the peer makes its map: of two tokens with one text the later number stays."""
+    """Map as the peer makes it: of two tokens with the same text the later number stays."""
     return {_name(case, token): token.logprob for token in tokens}

@@ -1,4 +1,4 @@
-"""What a worker may send to a gateway, and a gateway to a worker, when it has gone mad. See test_public.py."""
+"""Messages that a faulty worker sends to a gateway, and a faulty gateway to a worker. See test_public.py."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ QUICK = Timing(silence_s=2.0, welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.0
 
 @pytest.fixture
 async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[TestCluster]:
-    """A gateway with one worker of `sim` that is well."""
+    """A gateway with one healthy worker of `sim`."""
     async with running_cluster(tmp_path, timing=QUICK) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
         yield cluster
 
 
 async def well(cluster: TestCluster) -> None:
-    """The worker that is well has its link, its calls are answered, and nothing is left of any other.
+    """Check that the healthy worker has its link, that its calls are answered, and that no other call remains.
 
-    The mad ones leave first: one may have joined the same model and told less room than the call needs.
+    The faulty workers leave first: one may have joined the same model with less capacity than the call needs.
     """
     await until(lambda: len(cluster.gateway.hub.links) == 1, "the mad ones have left")
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
@@ -46,12 +46,12 @@ async def well(cluster: TestCluster) -> None:
 
 
 def slots() -> st.SearchStrategy[int]:
-    """Of calls that run, or not."""
+    """Slots of calls, running or not."""
     return st.integers(1, 4) | st.integers(0, (1 << 32) - 1)
 
 
 def steps() -> st.SearchStrategy[pb.StepOutputs]:
-    """Columns that fit, or not."""
+    """Step outputs with consistent or inconsistent columns."""
     ids = st.integers(0, 300) | st.integers(0, (1 << 32) - 1)
     fitting = st.lists(st.tuples(slots(), ids), max_size=4).map(
         lambda pairs: pb.StepOutputs(slots=[slot for slot, _ in pairs], token_ids=[token for _, token in pairs])
@@ -60,7 +60,7 @@ def steps() -> st.SearchStrategy[pb.StepOutputs]:
 
 
 def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
-    """What follows a Hello."""
+    """Turns that follow a Hello."""
     room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
     one = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
     return st.lists(one, max_size=8).map(
@@ -69,7 +69,7 @@ def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
 
 
 async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None:
-    """Any turns of a worker that calls wait for: those calls end somehow, in time, and the gateway is as before."""
+    """Any turns of a worker with waiting calls: those calls end in time, and the gateway is as before."""
     number = 0
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
         for batch in batches(turns()):
@@ -106,7 +106,7 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
-    """Any Hello, blob, beat or controller's frame, and bytes that are none: the worker that is well keeps its place."""
+    """Any Hello, blob, beat, controller frame or invalid bytes: the healthy worker keeps its link."""
     kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
     frames = st.one_of(
         *(
@@ -131,7 +131,7 @@ async def test_any_first_messages(cluster: TestCluster) -> None:
 
 
 async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) -> None:
-    """A Hello of the same model without max_model_len: calls were UNAVAILABLE while it was linked."""
+    """A Hello of the same model without max_model_len does not make calls UNAVAILABLE."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="mad", incarnation="1", model="sim", epoch=1)
@@ -144,7 +144,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
 
 
 class MadGateway(Hub):
-    """Welcomes a worker and sends it what it is given."""
+    """Gateway that welcomes a worker and sends it the given turns."""
 
     def __init__(self) -> None:
         super().__init__("mad", Door())
@@ -154,7 +154,7 @@ class MadGateway(Hub):
         self.stays_s = 0.05
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """One sequence for each link."""
+        """Send one sequence for each link."""
         await read(context)
         await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="mad", incarnation="m")))
         turns = await self.turns.get()
@@ -170,10 +170,10 @@ class MadGateway(Hub):
 
 
 def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
-    """What a gateway may say, Submits above all."""
+    """Turns of a gateway, mostly Submits."""
     prompt = st.lists(st.integers(0, 300), max_size=5).map(lambda ids: b"".join(i.to_bytes(4, "little") for i in ids))
     submit = messages(pb.Submit, slot=slots(), prompt_ids=prompt | st.binary(max_size=9), prompt_blob=st.just(""))
-    # What would keep the good gateway's room or the worker's standing from it is not mad, but said.
+    # Legitimate commands that would take the good gateway's credit or drain the worker are left out.
     quiet: dict[str, Any] = {
         "backlog": messages(pb.Backlog, waiting=st.just(0), claim=st.just(0)),
         "commands": st.just([]),
@@ -183,7 +183,7 @@ def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
 
 
 async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Any turns of one gateway: the worker goes on serving the other, and holds nothing of the mad one's."""
+    """Any turns of one gateway: the worker keeps serving the other, and holds nothing of the faulty one's."""
     mad = MadGateway()
     server = hub_server(mad)
     port = await server.start("127.0.0.1", 0)
@@ -219,7 +219,7 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
 async def test_what_fuzzing_found(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
 ) -> None:
-    """A Submit that is none ends itself, or its link; the worker's process and its other links stay."""
+    """An invalid Submit fails itself or ends its link; the worker's process and its other links stay."""
     mad = MadGateway()
     server = hub_server(mad)
     port = await server.start("127.0.0.1", 0)

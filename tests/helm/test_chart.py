@@ -1,4 +1,4 @@
-"""The chart by Helm itself: lint, package, upgrade without a restart; and every object by the API's own schemas."""
+"""Chart checks by Helm itself (lint, package, upgrade without a restart), and of every object by the API's schemas."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ needs_definitions = pytest.mark.skipif(
 
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
-    """`helm lint --strict`, with each preset."""
+    """`helm lint --strict` passes, with each preset."""
     helm.run("lint", "--strict", helm.CHART, *(["-f", str(values)] if values else []))
 
 
 def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
-    """Rules and dashboards travel inside, and the package renders as the folder does."""
+    """The package contains rules and dashboards, and renders like the folder."""
     helm.run("package", helm.CHART, "-d", tmp_path)
     (package,) = tmp_path.glob("headrace-*.tgz")
     with tarfile.open(package) as whole:
@@ -43,7 +43,7 @@ def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", schemas.RELEASES)
 def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
-    """Strictly: an unknown field is refused. Custom resources are not the API's own."""
+    """The API accepts every object strictly: unknown fields would be refused. Custom resources are checked elsewhere."""
     for one in preset.objects:
         if schemas.is_built_in(one):
             schemas.check_built_in(one, release)
@@ -53,7 +53,7 @@ def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
 
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
-    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes, and nothing in them is cut off."""
+    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field in them is pruned."""
     kinds = set()
     for one in preset.objects:
         if not schemas.is_built_in(one):
@@ -64,7 +64,7 @@ def test_operators_take_every_object(preset: Rendered) -> None:
 
 @needs_definitions
 def test_the_schemas_see_what_is_wrong() -> None:
-    """A misspelt field, a wrong type and a missing one, in an object of each sort."""
+    """A misspelt field, a wrong type and a missing field are refused, in an object of each sort."""
     rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "multi-tenant"))
 
     def without(one: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -101,7 +101,9 @@ def template_of(rendered: Rendered, name: str) -> Any:
 
 
 def test_a_new_model_restarts_no_gateway() -> None:
-    """Gateways hear of models from the controller; what they read at their start restarts them."""
+    """A new model restarts no gateway, since the controller announces it; settings that are read at start restart
+    gateways.
+    """
     preset = next(one for one in helm.PRESETS if one.stem == "local-cpu")
     before = helm.template(preset)
     models = [{"name": "other", "source": "demo://smollm2"}]
@@ -114,7 +116,7 @@ def test_a_new_model_restarts_no_gateway() -> None:
 
 
 def test_images_come_from_the_site() -> None:
-    """With a registry of the site's own every image is pulled from it, those of stores too."""
+    """With a registry of the site's own every image is pulled from it, including those of stores."""
     name = "registry.inside:5000/team"
     airgapped = next(one for one in helm.PRESETS if one.stem == "local-cpu")
     rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})
@@ -139,7 +141,7 @@ def test_images_come_from_the_site() -> None:
 
 
 def test_a_digest_pins_an_image() -> None:
-    """And wins over the tag."""
+    """A digest pins an image and overrides the tag."""
     digest = "sha256:" + "0" * 64
     rendered = helm.template({"image": {"tag": "9", "gateway": {"repository": "x/y", "digest": digest}}})
     spec = template_of(rendered, "headrace-gateway")["spec"]
@@ -148,7 +150,7 @@ def test_a_digest_pins_an_image() -> None:
 
 
 def test_extra_objects_are_templates() -> None:
-    """They see the release."""
+    """Extra objects are templates that see the release."""
     extra = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -160,7 +162,7 @@ def test_extra_objects_are_templates() -> None:
 
 
 def test_revoked_certificates_reach_the_gateways() -> None:
-    """Else a stolen certificate is named in the values and let in: the pod's file is what the configuration names."""
+    """The configuration names the pod's file of revoked certificates, so that a stolen certificate is refused."""
     lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
     rendered = helm.template({"revoked": {"links": lines}})
     held = rendered.one("ConfigMap", "headrace-revoked")["data"]
@@ -178,7 +180,7 @@ def test_revoked_certificates_reach_the_gateways() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each with an image, a network and a storage namespace of its own; the configuration uses one of them."""
+    """Each Ray cluster has its own image, network and storage namespace; the configuration uses one of them."""
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
     group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
@@ -196,7 +198,7 @@ def test_two_clusters_side_by_side() -> None:
 
 
 def test_notes_tell_the_next_step() -> None:
-    """Words that `helm install` ends with: secrets, a key, the first call."""
+    """`helm install` ends with notes on secrets, a key and the first call."""
     text = helm.run(
         "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
     )
@@ -207,7 +209,7 @@ def test_notes_tell_the_next_step() -> None:
 
 
 def test_values_documented_are_the_schemas() -> None:
-    """values.yaml and the schema name the same keys at the top, and the defaults satisfy it."""
+    """values.yaml and the schema name the same top-level keys, and the defaults satisfy the schema."""
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())
     schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
     assert values.keys() == schema["properties"].keys()

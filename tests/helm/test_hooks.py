@@ -1,4 +1,4 @@
-"""Hooks: the configuration is checked before anything changes, by what exists before anything does."""
+"""Hooks: the configuration is checked before anything changes, using only objects that exist by then."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ BEFORE = {"pre-install", "pre-upgrade"}
 
 
 def hooks(one: dict[str, Any]) -> set[str]:
-    """The moments at which an object is made; empty for one of the release itself."""
+    """Hook phases in which an object is made; empty for an object of the release itself."""
     named = one["metadata"].get("annotations", {}).get(HELM, "")
     return set(filter(None, named.split(",")))
 
 
 def weight(one: dict[str, Any]) -> int:
-    """The place among the hooks of one moment."""
+    """Order among the hooks of a phase."""
     return int(one["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
 
 
 def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
-    """(kind, name) of what a Job's pod cannot start without."""
+    """(kind, name) of the objects that a Job's pod cannot start without."""
     spec = job["spec"]["template"]["spec"]
     found = {("ServiceAccount", spec["serviceAccountName"])}
     for volume in spec["volumes"]:
@@ -46,7 +46,7 @@ def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("url", ["", "redis://:password@valkey:6379/0"])
 def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
-    """A hook that waits for an object of the release waits for ever at the first install."""
+    """The check needs no object of the release: at the first install it would wait for ever."""
     rendered = helm.template({"config": {"store": {"limits_url": url}}, "priorityClasses": {"create": True}})
     job = rendered.one("Job", "headrace-check")
     assert hooks(job) == BEFORE
@@ -60,7 +60,7 @@ def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
 
 
 def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
-    """A check of other text, or by another image, says nothing of the release."""
+    """The check reads the same text with the same image as the release."""
     job = preset.one("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (gateway,) = (
@@ -78,7 +78,7 @@ def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
 
 
 def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_path: Path) -> None:
-    """The Job's own command, on the file that it mounts: exit code 0, or 2, with which the Job fails at once."""
+    """The Job's own command, on the file that it mounts, exits with 0, or with 2, which fails the Job at once."""
     job = preset.one("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (mount,) = (one["mountPath"] for one in container["volumeMounts"] if one["name"] == "config")
@@ -101,8 +101,11 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
 
 
 def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
-    """Argo CD maps post-install and pre-upgrade to both PreSync and PostSync, unless an object names its own hook:
-    before the first sync there is neither the Job's account nor a database."""
+    """Under Argo CD the Job of the tables runs with the release: Argo CD maps post-install and pre-upgrade to both
+    PreSync and
+    PostSync, unless an object names its own hook, and before the first sync there is neither the Job's account nor a
+    database.
+    """
     job = preset.one("Job", "headrace-database")
     assert job["metadata"]["annotations"][ARGO] == "Sync"
     assert "BeforeHookCreation" in job["metadata"]["annotations"][f"{ARGO}-delete-policy"]

@@ -1,4 +1,4 @@
-"""Rules, dashboards and queries by Prometheus' own tools, and every name in them by cluster/observe/metrics.py."""
+"""Rules, dashboards and queries, checked by Prometheus' own tools and the names in cluster/observe/metrics.py."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ RULES = helm.CHART / "files" / "alerts" / "headrace.yaml"
 DASHBOARDS = sorted((helm.CHART / "files" / "dashboards").glob("*.json"))
 MONITORED = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
 SCRAPED = {"cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
-"""Labels that every series may carry: ours, and those of whoever scrapes."""
+"""Labels that every series may carry: ours, and those added by scraping."""
 
 
 def program(name: str) -> str:
-    """Its path."""
+    """Path of a program."""
     if lack := doctor.missing_reason(name):
         pytest.skip(lack)
     found = doctor.find_tool(name)
@@ -44,7 +44,7 @@ RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 
 
 def panels() -> Iterator[tuple[str, str]]:
-    """(dashboard and panel, query), Grafana's variables replaced as Grafana would."""
+    """(dashboard and panel, query), with Grafana's variables replaced as Grafana would."""
     for file in DASHBOARDS:
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel["targets"]:
@@ -55,7 +55,7 @@ def panels() -> Iterator[tuple[str, str]]:
 
 
 def scaling() -> Iterator[tuple[str, str]]:
-    """The queries that KEDA asks."""
+    """Queries of KEDA."""
     for trigger in helm.template(MONITORED).one("ScaledObject")["spec"]["triggers"]:
         yield "keda", trigger["metadata"]["query"]
 
@@ -73,7 +73,7 @@ def selectors(expression: Any) -> Iterator[Any]:
 
 
 def labels_of(metric: str) -> set[str]:
-    """The labels of a metric of ours, by its name as Prometheus has it. Raises KeyError."""
+    """Labels of one of our metrics, by its name in Prometheus. Raises KeyError."""
     short = metric.removeprefix("headrace_")
     for suffix in ("", "_bucket", "_count", "_sum"):
         one = DEFINITIONS.get(short.removesuffix(suffix)) if short.endswith(suffix) else None
@@ -90,12 +90,12 @@ VALUES = {
 
 
 def queries() -> list[tuple[str, str]]:
-    """Of rules, dashboards and the autoscaler."""
+    """Queries of rules, dashboards and the autoscaler."""
     return [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()] + [*panels(), *scaling()]
 
 
 def test_every_query_is_promql_over_metrics_that_exist() -> None:
-    """Parsed by Prometheus' grammar; each metric, label and value of a label is one that the gateway tells."""
+    """Prometheus' grammar parses each query; each metric, label and label value in it exists in the gateway."""
     found = set()
     asked = queries()
     assert len(asked) > 60
@@ -115,7 +115,7 @@ def test_every_query_is_promql_over_metrics_that_exist() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """A metric that is none, a histogram without its suffix, a selector deep inside a query."""
+    """The check finds an unknown metric, a histogram without its suffix, and a selector deep inside a query."""
     with pytest.raises(KeyError):
         labels_of("headrace_request_total")
     with pytest.raises(KeyError):
@@ -125,7 +125,7 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 
 
 def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: Path) -> None:
-    """tests/helm/alerts.yaml plays series and says what fires; every alert of the file is played."""
+    """tests/helm/alerts.yaml has the series and the expected alerts; every alert of the rules file is covered."""
     promtool = program("promtool")
     rendered = helm.template(MONITORED).one("PrometheusRule")["spec"]
     file = tmp_path / "rules.yaml"
@@ -141,7 +141,7 @@ def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: P
 
 
 def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
-    """Over no series each has no value: a query that its engine cannot type is an error."""
+    """Over no series each query has no value: one that the engine cannot type would be an error."""
     asked = [query for where, query in queries() if "absent(" not in query]
     expressions = [{"expr": query, "eval_time": "5m", "exp_samples": []} for query in asked]
     tests = tmp_path / "tests.yaml"
@@ -156,7 +156,7 @@ def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
 
 
 def test_alerts_reach_somebody() -> None:
-    """The example's routes, asked by Alertmanager's own tool."""
+    """Alertmanager's own tool finds a receiver through the example's routes."""
     amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
     done = subprocess.run([amtool, "check-config", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -170,7 +170,7 @@ def test_alerts_reach_somebody() -> None:
 
 
 def test_dashboards_travel_whole() -> None:
-    """Each is a ConfigMap that Grafana's sidecar finds, its panels apart from each other, its file the same."""
+    """Each dashboard is a ConfigMap that Grafana's sidecar finds, with disjoint panels and unchanged content."""
     rendered = helm.template(MONITORED)
     for file in DASHBOARDS:
         found = rendered.one("ConfigMap", f"headrace-dashboard-{file.stem}")

@@ -1,4 +1,4 @@
-"""Policy on what is rendered: pod security, requests, probes, selectors, ports, rights, and who reaches whom."""
+"""Policy checks on rendered objects: pod security, requests, probes, selectors, ports, RBAC, and network access."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
 
 
 def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(pod and container, container), the autoscaler that KubeRay adds as far as the chart says how."""
+    """(pod and container, container), including the autoscaler container that KubeRay adds, as far as the chart sets
+    it.
+    """
     for name, _, spec in pods(rendered):
         for one in (*spec.get("initContainers", ()), *spec["containers"]):
             yield f"{name}/{one['name']}", one
@@ -47,7 +49,7 @@ def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_pods_are_restricted(preset: Rendered) -> None:
-    """As the pod security standard `restricted` demands, and a root folder that nobody writes to besides."""
+    """Pods meet the pod security standard `restricted`, and their root folder is read-only."""
     for name, _, spec in pods(preset):
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True, name
@@ -67,7 +69,7 @@ def test_pods_are_restricted(preset: Rendered) -> None:
 
 
 def test_every_container_says_what_it_needs(preset: Rendered) -> None:
-    """CPU and memory are requested, memory is bounded, and shared memory lies within that bound."""
+    """CPU and memory are requested, memory is limited, and shared memory fits in that limit."""
     for name, one in containers(preset):
         assert one["resources"]["requests"].keys() >= {"cpu", "memory"}, name
         assert "memory" in one["resources"]["limits"], name
@@ -87,7 +89,7 @@ def size(text: str) -> float:
 
 
 def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
-    """Where the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
+    """If the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
     for name, _, spec in pods(preset):
         for one in spec["containers"]:
             mounted = [mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")]
@@ -100,7 +102,7 @@ def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
 
 
 def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> None:
-    """Three probes each; readiness names the service that is SERVING from the start of serving to its end."""
+    """Each container has three probes; readiness names the service that is SERVING from start to end of serving."""
     workloads = [*preset.all("StatefulSet"), *preset.all("Deployment")]
     assert len(workloads) >= 2
     for one in workloads:
@@ -113,7 +115,7 @@ def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> Non
 
 
 def test_selectors_meet_exactly_their_pods(preset: Rendered) -> None:
-    """Services, budgets, monitors and workloads: each selects something, and nothing of another part."""
+    """Each selector of Services, budgets, monitors and workloads selects something, and nothing of another part."""
     running = list(pods(preset))
     for one in preset.objects:
         spec = one.get("spec", {})
@@ -153,7 +155,7 @@ def test_ports_are_the_programs(preset: Rendered) -> None:
 
 
 def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
-    """The headless Service publishes what is not ready, and its port gives the SRV name that is dialled."""
+    """The headless Service publishes pods that are not ready, and its port gives the SRV name that workers dial."""
     config = parse(preset.cluster_yaml)
     links = preset.one("Service", "headrace-links")["spec"]
     assert links["clusterIP"] == "None"
@@ -166,7 +168,7 @@ def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
 
 
 def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
-    """Kubernetes waits longer than the gateway, and long enough for the pause before."""
+    """Kubernetes waits longer than the gateway's drain, including the pause before it."""
     config = parse(preset.cluster_yaml)
     for name, labels, spec in pods(preset):
         if labels["app.kubernetes.io/component"] == "gateway" or labels.get("ray.io/node-type") == "worker":
@@ -177,7 +179,7 @@ def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
 
 
 def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
-    """A budget for whoever evicts, and an order for whoever updates."""
+    """Evictions are limited by a budget, updates by an order."""
     budget = preset.one("PodDisruptionBudget", "headrace-gateway")["spec"]
     assert budget["maxUnavailable"] == 1
     for kind in ("StatefulSet", "Deployment"):
@@ -187,7 +189,7 @@ def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
 
 
 def test_rights_are_the_least(preset: Rendered) -> None:
-    """One Role, for one Lease; nobody else carries a token, but Ray's head where its autoscaler runs."""
+    """There is one Role, for one Lease; only the controller and a Ray head with an autoscaler have a token."""
     assert not preset.all("ClusterRole")
     (role,) = preset.all("Role")
     assert [(rule["resources"], sorted(rule["verbs"])) for rule in role["rules"]] == [
@@ -206,7 +208,7 @@ def test_rights_are_the_least(preset: Rendered) -> None:
 
 
 def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> None:
-    """`headrace pod secrets` makes every Secret and key that a pod is not started without."""
+    """`headrace pod secrets` makes every Secret and key that a pod needs to start."""
     made = {
         str(one["metadata"]["name"]): set(one["stringData"])  # type: ignore[index,call-overload]
         for one in manifests(NAMESPACE, "headrace", (), None, 30).objects
@@ -232,11 +234,11 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
         assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
-# ---- who reaches whom
+# ---- network access
 
 
 def peers(rendered: Rendered) -> dict[str, Peer]:
-    """One pod of each part, by its part; Ray's by head and worker."""
+    """One pod of each part, by part; Ray's by head and worker."""
     found = {}
     for _, labels, _ in pods(rendered):
         part = labels["app.kubernetes.io/component"]
@@ -257,7 +259,9 @@ def network(rendered: Rendered) -> Network:
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """The links, Ray's dashboard, Ray among itself, names; and Prometheus what it scrapes."""
+    """Each part reaches what it dials: links, Ray's dashboard, Ray's own ports, DNS; Prometheus reaches what it
+    scrapes.
+    """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
     assert allows(worker, gateway, LINK)
@@ -275,7 +279,9 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """From this namespace, others, outside, and from parts of this release that have no business there."""
+    """Pods of this and other namespaces, outside addresses and unrelated parts of the release reach none of these
+    ports.
+    """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)
@@ -295,7 +301,7 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
 
 
 def test_callers_reach_the_two_client_ports() -> None:
-    """Everybody where nothing is said, else those who are named."""
+    """Without a setting every caller reaches them, otherwise only the named ones."""
     open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
     through = Peer("gateways", {"app": "envoy"})
     platform = Peer("platform", {"app": "shell"})
@@ -309,7 +315,7 @@ def test_callers_reach_the_two_client_ports() -> None:
 
 
 def test_stores_inside_are_reached_by_their_users_alone() -> None:
-    """PostgreSQL by gateways and the Job of its tables, Valkey by gateways and Ray heads."""
+    """Only gateways and the Job of the tables reach PostgreSQL, only gateways and Ray heads reach Valkey."""
     rendered = helm.template(INSIDE)
     there, allows = peers(rendered), network(rendered).allows
     may = {("gateway", "postgresql"), ("database", "postgresql"), ("gateway", "valkey"), ("head", "valkey")}
@@ -322,7 +328,7 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
 
 
 def test_without_a_way_out_there_is_none() -> None:
-    """Airgapped: no pod reaches an address outside the site, on any port that is used."""
+    """Airgapped: no pod reaches an address outside the site, on any port in use."""
     rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "airgapped"))
     allows = network(rendered).allows
     for name, one in peers(rendered).items():
@@ -334,7 +340,7 @@ def test_without_a_way_out_there_is_none() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """Without policies everything is allowed, so the refusals above are the policies'."""
+    """Without policies everything is allowed, so the refusals above come from the policies."""
     rendered = helm.template(INSIDE, {"networkPolicy": {"enabled": False}})
     assert not rendered.all("NetworkPolicy")
     assert network(rendered).allows(INTERNET, peers(rendered)["head"], 6379)
@@ -343,7 +349,7 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 @pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
 @pytest.mark.parametrize("scaling", ["none", "hpa", "keda"])
 def test_who_decides_the_number_of_gateways(kind: str, scaling: str) -> None:
-    """Exactly one does: the workload's own number, or an autoscaler that names it."""
+    """Either the workload's own number or an autoscaler that names it decides, never both."""
     metrics = {"kind": scaling, "customMetrics": True}
     rendered = helm.template({"gateway": {"kind": kind, "autoscaling": metrics}})
     (workload,) = (one for one in rendered.all(kind) if one["metadata"]["name"] == "headrace-gateway")

@@ -1,4 +1,4 @@
-"""Ray's pods: shared memory, the node's disk, and the time and help they get to drain."""
+"""Ray's pods: shared memory, the node's disk, and their drain time and preStop hooks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def shared_memory(spec: dict[str, Any]) -> float:
 
 
 def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
-    """By Ray's own reckoning it is not larger than /dev/shm, where it would fall to disk, and leaves engines half."""
+    """By Ray's own calculation the object store fits in /dev/shm, so it does not spill to disk, and leaves half for
+    engines.
+    """
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
         memory = int(size(spec["containers"][0]["resources"]["limits"]["memory"]))
@@ -45,7 +47,7 @@ def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
 
 @pytest.mark.parametrize("shm", ["256Mi", "3Gi"])
 def test_the_object_store_follows_shared_memory(shm: str) -> None:
-    """Any size that the schema allows gives a store that Ray takes."""
+    """Any size that the schema allows gives an object store that Ray accepts."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     rendered = helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
     (store,) = (int(one["rayStartParams"]["object-store-memory"]) for name, one in ray_groups(rendered) if name == "g")
@@ -54,14 +56,14 @@ def test_the_object_store_follows_shared_memory(shm: str) -> None:
 
 @pytest.mark.parametrize("shm", ["255Mi"])
 def test_too_little_shared_memory_is_refused(shm: str) -> None:
-    """Half of it would be less than Ray starts with."""
+    """Shared memory whose half is less than Ray's minimum is refused."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     with pytest.raises(helm.HelmFailed, match="shmSize"):
         helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
 
 
 def test_what_is_written_to_the_nodes_disk_is_requested(preset: Rendered) -> None:
-    """The scheduler knows of every emptyDir on disk, so that no node is filled until the kubelet evicts."""
+    """Every emptyDir on disk is requested, so that the scheduler fills no node until the kubelet evicts pods."""
     for name, _, spec in pods(preset):
         on_disk = [one["emptyDir"] for one in spec.get("volumes", ()) if "emptyDir" in one]
         sizes = [size(one["sizeLimit"]) for one in on_disk if one.get("medium") != "Memory"]
@@ -70,7 +72,7 @@ def test_what_is_written_to_the_nodes_disk_is_requested(preset: Rendered) -> Non
 
 
 def test_a_disk_request_that_is_given_stays() -> None:
-    """Operators who know what their pods write set it themselves."""
+    """A disk request set by the operator is kept."""
     resources = {"requests": {"cpu": "1", "memory": "1Gi", "ephemeral-storage": "7Gi"}, "limits": {"memory": "2Gi"}}
     limited = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi", "ephemeral-storage": "9Gi"}}
     rendered = helm.template({"gateway": {"resources": resources}, "controller": {"resources": limited}})
@@ -86,7 +88,8 @@ def variables(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> None:
     """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray; the head has
-    no replicas and waits for nothing."""
+    no replicas and does not wait.
+    """
     drain_timeout_s = parse(preset.cluster_yaml).gateway.drain_timeout_s
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
@@ -103,7 +106,7 @@ def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> No
 
 @pytest.mark.parametrize("drain_timeout_s", [0, 0.5, 1200])
 def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
-    """A longer drain is a longer drain everywhere."""
+    """A longer drain_timeout_s lengthens every wait."""
     rendered = helm.template({"config": {"gateway": {"drain_timeout_s": drain_timeout_s}}})
     spec = next(group["template"]["spec"] for name, group in ray_groups(rendered) if name != "head")
     waits_s = float(variables(spec["containers"][0])[TIMEOUT_ENV]["value"])
@@ -111,7 +114,7 @@ def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
 
 
 def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
-    """By the downward API: what workers and usage records are joined to Kubernetes with."""
+    """The downward API sets the names that join workers and usage records to Kubernetes."""
     for _, group in ray_groups(preset):
         found = variables(group["template"]["spec"]["containers"][0])
         assert found["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
@@ -122,7 +125,8 @@ def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
 
 def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rendered) -> None:
     """Each group and head has its own budget, in pods: Kubernetes cannot resolve a percentage or maxUnavailable for the
-    pods of a RayCluster, and would then refuse every eviction."""
+    pods of a RayCluster, and would then refuse every eviction.
+    """
     budgets = [one["spec"] for one in preset.all("PodDisruptionBudget")]
     for cluster in preset.all("RayCluster"):
         fault_tolerant = "gcsFaultToleranceOptions" in cluster["spec"]
@@ -138,7 +142,7 @@ def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rende
 
 
 def test_budgets_of_ray_can_be_set() -> None:
-    """Per group, and for a head that may go."""
+    """Budgets can be set per group, and for a head that may be evicted."""
     group = {"name": "g", "minReplicas": 3, "maxReplicas": 3, "podDisruptionBudget": {"minAvailable": 1}}
     cluster = {"name": "blue", "workerGroups": [group], "head": {"podDisruptionBudget": {"minAvailable": 0}}}
     rendered = helm.template({"ray": {"clusters": [cluster]}})

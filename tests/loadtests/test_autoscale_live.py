@@ -1,4 +1,4 @@
-"""The parts of the live run that need no Ray: its calls, and how its answers are compared."""
+"""Parts of the live run that need no Ray: its calls, and the comparison of its answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.cluster import until
 
 @given(st.integers(0, 99), st.floats(30, 300))
 def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
-    """In order, within the time, of both faces, and as long as streams are to be."""
+    """Calls are in order, within the time, for both clients, and have the planned stream lengths."""
     engine = Engine()
     calls = plan(seed, seconds, engine, 4)
     assert calls == plan(seed, seconds, engine, 4)
@@ -31,7 +31,7 @@ def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
 
 
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
-    """Over many seeds, the work that comes is the share of the most that the curve says."""
+    """Over many seeds, the offered work is the fraction of the peak that the curve gives."""
     engine, seconds, seeds = Engine(), 200.0, range(200)
     work = sum(one.tokens for seed in seeds for one in plan(seed, seconds, engine, 4)) / len(seeds)
     mean_share = sum(share_of_most(i / 1000) for i in range(1000)) / 1000
@@ -41,8 +41,10 @@ def test_the_most_is_seventy_percent_of_all_replicas() -> None:
 
 
 def test_answers_of_one_prompt_begin_alike() -> None:
-    """A shorter one is the beginning of a longer, but for a character that its end has cut in two; what is not is told
-    with its place, what failed already stays so."""
+    """A shorter answer is a prefix of a longer one, except for a character cut in two at its end. Differences are
+    reported
+    with their position; failed calls stay failed.
+    """
     texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut"), (0, "ab\ufffd", "")]
     calls = [Told(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
@@ -52,7 +54,7 @@ def test_answers_of_one_prompt_begin_alike() -> None:
 
 
 async def test_calls_end_with_what_they_are_made_for() -> None:
-    """What is planned for later is not begun once that has ended, and nobody waits for its time."""
+    """Calls planned for later are not begun once the changes have ended, and their time is not waited for."""
 
     class Answering(Callers):
         def __init__(self) -> None:
@@ -77,7 +79,7 @@ async def _until(done: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
-    """Calls go to the replica with the fewest, so that all have about as many; who stays for ever moves nothing."""
+    """Calls go to the replica with the fewest streams, so all have about as many; with an endless stay none moves."""
     found = choice(use, 20.0, 1.0, random.Random(2))
     assert 0 <= found.blind - found.fewest < 1.0
     assert 0 <= found.blind_moved - found.fewest_moved < 1.0

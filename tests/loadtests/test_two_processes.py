@@ -15,7 +15,7 @@ from loadtests.show import Screen
 
 @pytest.mark.slow
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
-    """Whole answers, equal texts, CPU time of gateways alone; one figure has a bound."""
+    """Complete answers, equal texts, CPU time of gateways alone; one figure has a bound."""
     report = Report("processes")
     options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
     async with Children(tmp_path / "logs", term_s=2.0) as children:

@@ -1,4 +1,4 @@
-"""A relay of TCP connections on loopback that can be cut one way or both, for a while: what a broken network does."""
+"""A relay of TCP connections on loopback that can be cut one way or both, to simulate a broken network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Way:
         self._open.set()
 
     def cut(self) -> None:
-        """Nothing passes from now on; nobody is told."""
+        """Block all data from now on, silently."""
         self._open.clear()
 
     def heal(self) -> None:
-        """What has waited passes, and all after it."""
+        """Pass on the blocked data and everything after it."""
         self._open.set()
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on until the end."""
+        """Relay until the end."""
         while data := await reader.read(CHUNK):
             await self._open.wait()
             writer.write(data)
@@ -34,8 +34,9 @@ class Way:
 
 
 class Cuttable:
-    """`up` carries from those who dial to `target`, `down` back; `ways` are those of the connections that are there, in
-    the order in which they came."""
+    """Relay. `up` carries data from clients to `target`, `down` back; `ways` are those of the current connections, in
+    the order in which they were opened.
+    """
 
     def __init__(self, target: str, listen: str = "127.0.0.1") -> None:
         host, port = target.rsplit(":", 1)
@@ -53,7 +54,7 @@ class Cuttable:
         self.address = f"{self._listen}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """End every connection."""
+        """Close every connection."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -61,7 +62,7 @@ class Cuttable:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def sever(self) -> None:
-        """Break every connection that is there, as a reset does: both sides are told at once."""
+        """Reset every current connection: both sides notice at once."""
         for writer in list(self._writers):
             writer.transport.abort()
 
@@ -86,7 +87,7 @@ class Cuttable:
                 for carrier in carriers:
                     carrier.cancel()
                 await asyncio.gather(*carriers, return_exceptions=True)
-        except (OSError, asyncio.CancelledError):  # cancelled by `stop`: the connection's end is this task's
+        except (OSError, asyncio.CancelledError):  # cancelled by `stop`: this task closes the connection
             pass
         finally:
             self._tasks.discard(task)

@@ -1,4 +1,4 @@
-"""Fuzzing: batches of what hypothesis makes, for a bounded time, and what must hold after each of them."""
+"""Fuzzing: batches of hypothesis examples for a bounded time, with checks after each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 20
 
 
 def batches(strategy: st.SearchStrategy[T]) -> Iterator[list[T]]:
-    """Lists of examples until FUZZ_S seconds are over; FUZZ_SEED says where they begin, else the time does."""
+    """Lists of examples until FUZZ_S seconds are over; the seed is FUZZ_SEED, else the time."""
     first = int(os.environ.get("FUZZ_SEED", time.time_ns() % 1_000_000))
     until = time.monotonic() + SECONDS
     number = first
@@ -52,7 +52,7 @@ def _batch(strategy: st.SearchStrategy[T], number: int) -> list[T]:
 
 @asynccontextmanager
 async def nothing_unexpected() -> AsyncIterator[None]:
-    """Fails when a handler fails as nobody foresaw, or a task with an exception that nobody takes."""
+    """Fail if a handler raises an unexpected exception, or a task one that is never retrieved."""
     loop = asyncio.get_running_loop()
     found: list[str] = []
     before = loop.get_exception_handler()
@@ -69,7 +69,7 @@ async def nothing_unexpected() -> AsyncIterator[None]:
 
 
 async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> None:
-    """All of a batch at once. An attack's own failure names its example."""
+    """Run all attacks of a batch at once. A failing attack names its example."""
 
     async def one(example: T) -> None:
         try:

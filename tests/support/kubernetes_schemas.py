@@ -24,7 +24,7 @@ CRDS = Path(os.environ.get("HEADRACE_CRDS", ROOT.parent / "shared" / "crds"))
 
 
 _taken: set[tuple[str, str]] = set()
-"""Objects that were found right: most are the same from preset to preset."""
+"""Objects already found valid: most are the same in all presets."""
 
 
 class Invalid(AssertionError):
@@ -82,14 +82,14 @@ def _custom(group: str, version: str, kind: str) -> Any:
 
 
 def check_custom(one: Mapping[str, Any]) -> None:
-    """Raises Invalid for a custom resource that its definition would refuse or cut."""
+    """Raises Invalid for a custom resource that its definition would refuse or prune."""
     group, version = one["apiVersion"].split("/")
     # File names are <operator's domain>_<plural>: keda.sh, ray.io, monitoring.coreos.com, gateway.networking.k8s.io.
     _raise(_custom(group, version, one["kind"]), one, "its definition")
 
 
 def _strict(schema: Any, *, root: bool = False) -> Any:
-    """A structural schema as JSON schema; what the API would silently cut off is refused."""
+    """A structural schema as JSON schema; fields that the API would silently prune are refused."""
     if not isinstance(schema, dict):
         return schema
     found = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}

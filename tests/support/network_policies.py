@@ -1,4 +1,4 @@
-"""Who reaches whom by a set of NetworkPolicies, as the API's documentation has it: allowed by both ends, or not."""
+"""Reachability under a set of NetworkPolicies, by the API's documentation: both ends must allow a connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod, or with `address` somebody outside the cluster."""
+    """A pod or, with `address`, a peer outside the cluster."""
 
     namespace: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -18,7 +18,7 @@ class Peer:
 
     @property
     def namespace_labels(self) -> Mapping[str, str]:
-        """The one that every namespace has."""
+        """The label that every namespace has."""
         return {"kubernetes.io/metadata.name": self.namespace}
 
 
@@ -40,21 +40,21 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 class Network:
-    """The policies of a namespace."""
+    """Policies of a namespace."""
 
     def __init__(self, namespace: str, policies: Sequence[Mapping[str, Any]]) -> None:
         self._namespace = namespace
         self._policies = [one["spec"] for one in policies]
 
     def allows(self, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-        """Whether a connection comes about."""
+        """Whether a connection is allowed."""
         return self._one_way("egress", source, target, port, protocol) and self._one_way(
             "ingress", target, source, port, protocol
         )
 
     def _one_way(self, way: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
         if pod.address or pod.namespace != self._namespace:
-            return True  # another's policies, or none
+            return True  # selected by no policy
         word = way.capitalize()
         mine = [one for one in self._policies if word in one["policyTypes"] and selects(one["podSelector"], pod.labels)]
         if not mine:
@@ -76,7 +76,7 @@ class Network:
 
     def _one_peer_fits(self, peer: Mapping[str, Any], other: Peer) -> bool:
         if "ipBlock" in peer:
-            # Of pods it is not defined whether their addresses count; here they do not, and tests ask about outsiders.
+            # The API does not define whether pods' addresses count; here they do not, and tests use outside peers.
             inside = ipaddress.ip_network(peer["ipBlock"]["cidr"])
             return bool(other.address) and ipaddress.ip_address(other.address) in inside
         if other.address:

@@ -1,4 +1,4 @@
-"""Changes that vLLM's processes need beside the interpreter: one kernel replaced, and asynchronous scheduling on CPUs."""
+"""Changes that vLLM's processes need beside the interpreter: a replaced kernel, and asynchronous scheduling on CPUs."""
 
 from __future__ import annotations
 
