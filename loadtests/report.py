@@ -134,11 +134,11 @@ class Report:
 
 def _errors(rounds: Sequence[Round]) -> dict[str, int]:
     out: dict[str, int] = {}
-    for one in rounds:
-        for kind, count in one.run.errors().items():
+    for round_ in rounds:
+        for kind, count in round_.run.errors().items():
             out[kind] = out.get(kind, 0) + count
-        if one.run.problem:
-            out[one.run.problem] = out.get(one.run.problem, 0) + 1
+        if round_.run.problem:
+            out[round_.run.problem] = out.get(round_.run.problem, 0) + 1
     return out
 
 

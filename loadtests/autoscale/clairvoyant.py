@@ -73,8 +73,8 @@ def slots_of(
 def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
     """Slack of each class in slots: the TTFT target less the prefill time in the middle of the class."""
     edges = (0.0, *CLASSES_S, 2 * ttft_s)
-    left = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
-    return tuple(value * share / slot_s if value > 0 else -1.0 for value in left)
+    slack_s = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
+    return tuple(value * share / slot_s if value > 0 else -1.0 for value in slack_s)
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
@@ -136,11 +136,11 @@ def clairvoyant(
                     break
             return False
 
-        found = optimum(slots, rules, 1.0 - slo.target, tries, holds)
-        if found is not None:
-            cost_s, attained, replicas = min(held, key=lambda one: one[0])
+        solution = optimum(slots, rules, 1.0 - slo.target, tries, holds)
+        if solution is not None:
+            cost_s, attained, replicas = min(held, key=lambda candidate: candidate[0])
             if best is None or cost_s < best.cost_s:
-                best = Clairvoyant(cost_s, found.bound_s, attained, replicas, slot_s, share)
+                best = Clairvoyant(cost_s, solution.bound_s, attained, replicas, slot_s, share)
     return best
 
 

@@ -96,7 +96,7 @@ def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[F
 
 def pooled_lengths(folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats]:
     """Length distributions of all clients whose data sets are present, each client with equal weight."""
-    parts = [found for n in range(CLIENTS) if (found := client_lengths(n, folder)) is not None]
+    parts = [lengths for n in range(CLIENTS) if (lengths := client_lengths(n, folder)) is not None]
     out = []
     for at in (0, 2):
         out += [np.concatenate([p[at] for p in parts]), np.concatenate([p[at + 1] for p in parts]) / len(parts)]

@@ -109,8 +109,8 @@ def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
     waiting, late = 0, 0.0
     for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):
         after = min(max(waiting + work - n * slots.quanta, 0), grid_end)
-        one = [np.array([float(value)]) for value in (n, waiting, after)]
-        late += float(late_calls(one[0], one[1], one[2], calls, rules.slacks, slots.quanta)[0])
+        state = [np.array([float(value)]) for value in (n, waiting, after)]
+        late += float(late_calls(state[0], state[1], state[2], calls, rules.slacks, slots.quanta)[0])
         waiting = after
     starts = float(np.maximum(np.diff(replicas), 0).sum())
     return Plan(replicas, float(replicas.sum()) * slots.slot_s + rules.cold_start_s * starts, late)
@@ -126,7 +126,7 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
     end = _grid_end(rules, slots)
     b = np.arange(end + 1)
     levels, count = len(b), len(n)
-    left = b[None, :] - n[:, None] * slots.quanta
+    unserved = b[None, :] - n[:, None] * slots.quanta
     n_s, cold = n * slots.slot_s, rules.cold_start_s * n.astype(float)
     rows = np.arange(count)[:, None]
     kind = np.int8 if count < 127 else np.int16
@@ -142,7 +142,7 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
         use_more = more < fewer
         onward = np.where(use_more, more, fewer)
         choice[t] = np.where(use_more, more_at, fewer_at)
-        after = np.clip(left + slots.work[t], 0, end)
+        after = np.clip(unserved + slots.work[t], 0, end)
         cost = onward[rows, after]
         if slots.calls[t].any():
             cost += price_s * late_calls(

@@ -56,7 +56,7 @@ class RayPolicy:
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
         """Return the wanted replicas."""
-        return {name: self._one(name, seen, now_s) for name, seen in observation.models.items()}
+        return {name: self._wanted_replicas(name, seen, now_s) for name, seen in observation.models.items()}
 
     def _config(self, least: int, most: int) -> Any:
         if (least, most) not in self._config_of:
@@ -71,7 +71,7 @@ class RayPolicy:
             )
         return self._config_of[least, most]
 
-    def _one(self, name: str, seen: ModelSeen, now_s: float) -> int:
+    def _wanted_replicas(self, name: str, seen: ModelSeen, now_s: float) -> int:
         from ray.serve import autoscaling_policy as ray_code
         from ray.serve.config import AutoscalingContext
 

@@ -70,7 +70,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class CaseResults:
     """Results of one case: our policy, the optimum, and Ray Serve's policy where requested."""
 
     name: str
@@ -86,7 +86,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Twenty models on sixteen GPUs: calls within the SLO and GPU-seconds held, by our policy and by static placement."""
+    """Twenty models on sixteen GPUs: calls within the SLO and GPU-seconds held, ours and static placement."""
 
     ours_good: float
     ours_gpu_s: float
@@ -150,34 +150,40 @@ def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Ou
     return Outcome(track.gpu_s, track.attainment, track.arrived, track.starts, track.downs, track.reversed_downs, line)
 
 
-def play(one: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
+def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
     """Run one case once."""
-    spec = SimModelSpec(one.demand, SETTINGS, one.plant, initial)
-    track = simulate({"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=one.every_s, tick_s=one.tick_s)[
-        "m"
-    ]
-    return outcome(track, one.demand, one.plant, keep)
+    spec = SimModelSpec(scenario.demand, SETTINGS, scenario.plant, initial)
+    track = simulate(
+        {"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=scenario.every_s, tick_s=scenario.tick_s
+    )["m"]
+    return outcome(track, scenario.demand, scenario.plant, keep)
 
 
-def compare(name: str, seed: int, with_ray: bool) -> Compared:
+def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
     """Compare the optimum, our policy and Ray Serve's policy, all from the same beginning."""
-    one = case(name, seed)
+    scenario = case(name, seed)
     best = clairvoyant(
-        one.demand, one.plant, SETTINGS, one.most, slot_s=one.slot_s, quanta=one.quanta, tick_s=one.tick_s
+        scenario.demand,
+        scenario.plant,
+        SETTINGS,
+        scenario.most,
+        slot_s=scenario.slot_s,
+        quanta=scenario.quanta,
+        tick_s=scenario.tick_s,
     )
-    load = float(np.mean(needed(one.demand, one.plant, SETTINGS.slo.itl_s, 60.0)))
+    load = float(np.mean(needed(scenario.demand, scenario.plant, SETTINGS.slo.itl_s, 60.0)))
     initial = best.initial if best is not None else max(round(1.2 * load), 1)
-    ours = play(one, OurPolicy(), initial, keep=True)
-    found = Compared(name, ours, best, load)
+    ours = play(scenario, OurPolicy(), initial, keep=True)
+    results = CaseResults(name, ours, best, load)
     if not with_ray:
-        return found
-    default = play(one, RayPolicy(RaySettings()), initial)
-    tried = [(settings, play(one, RayPolicy(settings), initial)) for settings in grid()]
+        return results
+    default = play(scenario, RayPolicy(RaySettings()), initial)
+    tried = [(settings, play(scenario, RayPolicy(settings), initial)) for settings in grid()]
     within = [t for t in tried if t[1].attainment >= SETTINGS.slo.target]
     chosen = min(within, key=lambda t: t[1].gpu_s) if within else max(tried, key=lambda t: t[1].attainment)
     affordable = [t for t in tried if t[1].gpu_s <= ours.gpu_s / EQUAL]
     equal = min(affordable, key=lambda t: t[1].violations) if affordable else None
-    return replace(found, ray_default=default, ray_best=chosen, ray_equal=equal)
+    return replace(results, ray_default=default, ray_best=chosen, ray_equal=equal)
 
 
 def shared_models(seed: int) -> dict[str, Demand]:

@@ -65,7 +65,7 @@ class Changes:
 
     def _share(self, version: str) -> Any:
         entries = {entry.name: entry for entry in self._controller.entries()}
-        return next((one for one in entries[self._settings.spec.name].versions if one.version == version), None)
+        return next((share for share in entries[self._settings.spec.name].versions if share.version == version), None)
 
     def _serves(self, version: str) -> bool:
         share = self._share(version)
@@ -81,8 +81,8 @@ class Changes:
 
     def _replaced(self, settings: ReplicaSettings) -> bool:
         """Whether every linked worker of the model has these settings."""
-        fleet = [one for one in self._controller.gateways.fleet() if one.model == settings.spec.name]
-        return bool(fleet) and all(one.generation == settings.digest for one in fleet)
+        fleet = [worker for worker in self._controller.gateways.fleet() if worker.model == settings.spec.name]
+        return bool(fleet) and all(worker.generation == settings.digest for worker in fleet)
 
 
 def _with(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:

@@ -18,7 +18,7 @@ SPANS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PolicySweep:
     """Means over many moments. `moved`: streams that outlast the time to stay."""
 
     blind: float
@@ -27,21 +27,24 @@ class Choice:
     fewest_moved: float
 
 
-def choice(use: float, mean_s: float, stay_s: float, chance: random.Random) -> Choice:
+def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Random) -> PolicySweep:
     """Simulate replicas with `use` of their PLACES streams in use and a mean stream length of `mean_s`."""
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]
     while now_s < SPANS * mean_s:
         now_s += chance.expovariate(use * REPLICAS * PLACES / mean_s)
-        ends = [[at for at in them if at > now_s] for them in ends]
+        ends = [[at for at in streams if at > now_s] for streams in ends]
         blind, fewest = chance.choice(ends), min(ends, key=len)
-        moved = [sum(at > now_s + stay_s for at in them) for them in (blind, fewest)]
+        moved = [sum(at > now_s + stay_s for at in streams) for streams in (blind, fewest)]
         looks.append((len(blind), len(fewest), *moved))
-        min(ends, key=lambda them: (len(them), chance.random())).append(now_s + chance.expovariate(1 / mean_s))
-    return Choice(*(statistics.fmean(column) for column in zip(*looks, strict=True)))
+        min(ends, key=lambda streams: (len(streams), chance.random())).append(now_s + chance.expovariate(1 / mean_s))
+    return PolicySweep(*(statistics.fmean(column) for column in zip(*looks, strict=True)))
 
 
 if __name__ == "__main__":
     for used in (0.1, 0.3, 0.6):
         for mean, stay in ((20.0, 1.0), (20.0, 150.0), (120.0, 150.0)):
-            print(f"{used:.0%} taken, streams of {mean:g} s, {stay:g} s:", choice(used, mean, stay, random.Random(1)))
+            print(
+                f"{used:.0%} taken, streams of {mean:g} s, {stay:g} s:",
+                sweep_policies(used, mean, stay, random.Random(1)),
+            )

@@ -76,36 +76,36 @@ async def _first_text(url: str, began: float) -> float:
                             return time.monotonic() - began
             except httpx.TransportError:
                 await asyncio.sleep(LOOK_S)
-    raise RuntimeError("vLLM's server has not answered in time")
+    raise RuntimeError("vLLM's server did not answer in time")
 
 
 async def from_zero(live: Live) -> dict[str, float]:
     """Call a model at zero replicas: total seconds and those of each part. Raises RuntimeError if the call fails."""
     before = len(_started(live))
     sent = time.time()
-    told = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
-    if told.fault or told.first_s is None:
-        raise RuntimeError(f"the call from zero failed: {told.fault}")
+    result = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
+    if result.fault or result.first_s is None:
+        raise RuntimeError(f"the call to a model at zero replicas failed: {result.fault}")
     rows = _started(live)[before:]
     live.desk.scale(MODEL, 0)
     await live.at_zero()
     live.desk.scale(MODEL, None)
-    found = {"all": told.first_s}
+    parts = {"all": result.first_s}
     if rows:
         began, engine_s, opened_s = rows[-1]
         placed_s = began - sent
-        rest_s = told.first_s - placed_s - opened_s - engine_s
-        found |= {"until the replica begins": placed_s, "files": opened_s, "engine": engine_s, "first text": rest_s}
-    return {name: round(value, 3) for name, value in found.items()}
+        rest_s = result.first_s - placed_s - opened_s - engine_s
+        parts |= {"until the replica begins": placed_s, "files": opened_s, "engine": engine_s, "first text": rest_s}
+    return {name: round(value, 3) for name, value in parts.items()}
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
     """(began, engine_s, opened_s) of all replicas, by time, from the output that Ray keeps."""
-    found: set[tuple[float, float, float]] = set()
+    starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
-        found |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
-    return sorted(found)
+        starts |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
+    return sorted(starts)
 
 
 async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
@@ -126,19 +126,20 @@ async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
         await live.at_zero()
         for number in range(rounds + 1):
             theirs_s = await vllm_alone(checkpoint, folder / "vllm.log")
-            found = await from_zero(live)
-            print(f"round {number}: vLLM alone {theirs_s:.2f} s, ours {found}", flush=True)
+            parts = await from_zero(live)
+            print(f"round {number}: vLLM alone {theirs_s:.2f} s, ours {parts}", flush=True)
             if number:
                 alone.append(theirs_s)
-                ours.append(found)
-    ratios = [one["all"] / theirs for one, theirs in zip(ours, alone, strict=True)]
+                ours.append(parts)
+    ratios = [parts_of_start["all"] / theirs for parts_of_start, theirs in zip(ours, alone, strict=True)]
     return {
         "machine": machine.hardware(),
         "model": model or "a tiny LLaMA",
         "vllm_alone_s": alone,
         "ours_s": ours,
         "ratios": ratios,
-        "ratio_of_medians": statistics.median(one["all"] for one in ours) / statistics.median(alone),
+        "ratio_of_medians": statistics.median(parts_of_start["all"] for parts_of_start in ours)
+        / statistics.median(alone),
         "worst_ratio": max(ratios),
     }
 
@@ -151,8 +152,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(given.rounds, given.model, Path(folder)))
-    text = json.dumps(found, indent=1)
+        figures = asyncio.run(run(given.rounds, given.model, Path(folder)))
+    text = json.dumps(figures, indent=1)
     if given.json is not None:
         given.json.write_text(text)
     print(text)

@@ -25,7 +25,7 @@ from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 from cluster.worker.settings import ReplicaSettings
-from loadtests.autoscale_live.calls import MODEL, Callers, Told
+from loadtests.autoscale_live.calls import MODEL, Callers, CallResult
 from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
@@ -44,13 +44,13 @@ class Watch:
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
-            one = self._scaler.standing(MODEL)
-            self.samples.append((time.monotonic(), one.running, one.starting, one.desired))
+            counts = self._scaler.standing(MODEL)
+            self.samples.append((time.monotonic(), counts.running, counts.starting, counts.desired))
             await asyncio.sleep(SAMPLE_S)
 
     def gpu_seconds(self, since: float, until_: float) -> float:
         """GPU-seconds of replicas that start or serve."""
-        inside = [one for one in self.samples if since <= one[0] <= until_]
+        inside = [sample for sample in self.samples if since <= sample[0] <= until_]
         return sum((b[0] - a[0]) * (a[1] + a[2]) for a, b in itertools.pairwise(inside))
 
 
@@ -78,14 +78,14 @@ class Live:
     async def on_ray(self, holds: Callable[[Observed], bool]) -> None:
         """Wait until `holds` is true of Ray's observation of the model."""
         deadline = time.monotonic() + 120
-        while not [one for one in (await self._apps()) if holds(one)]:
+        while not [app for app in (await self._apps()) if holds(app)]:
             if time.monotonic() > deadline:
-                raise TimeoutError("Ray does not come to rest")
+                raise TimeoutError("Ray's applications did not reach the expected state")
             await asyncio.sleep(0.2)
 
     async def _apps(self) -> Sequence[Observed]:
         snapshot = await self.controller.backend.observe()
-        return [one for one in snapshot.apps.values() if one.model == MODEL and not one.deleting]
+        return [app for app in snapshot.apps.values() if app.model == MODEL and not app.deleting]
 
     async def cold_start(self) -> float:
         """Start by hand: seconds from the command to a worker with capacity."""
@@ -98,13 +98,13 @@ class Live:
         self.desk.scale(MODEL, None)
         return took_s
 
-    async def from_zero(self, number: int) -> Told:
+    async def from_zero(self, number: int) -> CallResult:
         """Call the model at zero replicas; then scale back to zero."""
-        told = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
+        result = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
         await self.at_zero()
         self.desk.scale(MODEL, None)
-        return told
+        return result
 
 
 @asynccontextmanager
@@ -131,7 +131,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         controller.known[settings.app] = replace(describe(bundle), max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
         watch = Watch(scaler)
-        parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
+        parts = [asyncio.create_task(part) for part in (end.run(), controller.run(), watch.run())]
         callers = Callers(ends["grpc"], ends["http"])
         stack.push_async_callback(callers.close)
         desk = ScalingRequests(scaler, controller.wake)

@@ -42,9 +42,9 @@ class PlannedCall:
 def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, **more: Any) -> Sequence[PlannedCall]:
     """`count` days, each with its own calls; arguments as for `plan`."""
     return [
-        replace(one, at_s=one.at_s + day * seconds)
+        replace(call, at_s=call.at_s + day * seconds)
         for day in range(count)
-        for one in plan(seed + day, seconds, engine, replicas, **more)
+        for call in plan(seed + day, seconds, engine, replicas, **more)
     ]
 
 

@@ -19,7 +19,7 @@ import grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.faces.grpc_stream import OPTIONS
-from loadtests.faults.calls import Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, ask
 from loadtests.serving.fleet import Fleet, SimWorker
 
 HANGS, HANG_AFTER_STEPS, HANG_STEP_MS = 10, 40, 10
@@ -51,7 +51,7 @@ class Hangs:
 
     noticed_s: list[float] = field(default_factory=list)
     reasons: set[str] = field(default_factory=set)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
 
 
 async def hangs(fleet: Fleet, count: int) -> Hangs:
@@ -65,13 +65,15 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
             await asyncio.sleep(CREDIT_S)
             since, steps = time.time(), 3 * HANG_AFTER_STEPS
             asks = [ask(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
-            calls = [asyncio.create_task(caller.call(one)) for one in asks]
-            event = await fleet.news.downs(stuck.id, since, NOTICED_S)
-            told = await asyncio.gather(*calls)
-            out.calls += told
-            left = [max(at for at in one.chunks if event and at < event.at) for one in told if one.resumed]
-            if event is not None and left:
-                out.noticed_s.append(event.at - max(left))
+            calls = [asyncio.create_task(caller.call(request)) for request in asks]
+            event = await fleet.link_log.downs(stuck.id, since, NOTICED_S)
+            results = await asyncio.gather(*calls)
+            out.calls += results
+            last_chunks = [
+                max(at for at in result.chunks if event and at < event.at) for result in results if result.resumed
+            ]
+            if event is not None and last_chunks:
+                out.noticed_s.append(event.at - max(last_chunks))
                 out.reasons.add(event.reason)
             await _fresh(fleet, stuck)
     finally:
@@ -81,20 +83,20 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
 
 async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
     """Wait for a new process of the worker, whose engine has not hung yet."""
-    since, news = time.time(), fleet.news
+    since, link_log = time.time(), fleet.link_log
     worker.signal(signal.SIGKILL)
-    await news.downs(worker.id, since, NOTICED_S)
+    await link_log.downs(worker.id, since, NOTICED_S)
 
     def back() -> bool:
         gone = False
-        for event in news.events:
+        for event in link_log.events:
             if event.worker == worker.id and event.at >= since:
                 gone |= event.name == "worker_down"
                 if gone and event.name == "worker_up":
                     return True
         return False
 
-    await news.until(back, NOTICED_S)
+    await link_log.until(back, NOTICED_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Prefills:
 async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
     """Keep every worker in long prefills for `run_s`."""
     rng = random.Random(seed)
-    began, seen = time.monotonic(), len(fleet.news.events)
+    began, seen = time.monotonic(), len(fleet.link_log.events)
     done = failed = 0
     async with grpc.aio.insecure_channel(fleet.grpc, options=OPTIONS) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -127,5 +129,5 @@ async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
                     failed += 1
 
         await asyncio.gather(*(caller() for _ in range(2 * len(fleet.workers))))
-    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
     return Prefills((time.monotonic() - began) * len(fleet.workers), done, failed, downs)

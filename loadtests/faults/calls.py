@@ -68,7 +68,7 @@ def ask(
 
 
 @dataclass(slots=True)
-class Told:
+class CallResult:
     """Everything that a call has sent to its caller. Times are wall-clock times."""
 
     ask: Ask
@@ -91,7 +91,7 @@ class Told:
     silence_s: float = 0.0
     """The longest gap between two chunks."""
 
-    def take(self, chunk: pb.ChatChunk, now: float) -> None:
+    def record(self, chunk: pb.ChatChunk, now: float) -> None:
         """Record a chunk."""
         self.answer_id = chunk.id
         if chunk.choices:
@@ -105,7 +105,7 @@ class Told:
             if choice.finish_reason:
                 self.finishes[index] = choice.finish_reason
             if choice.logprobs:
-                self.tokens.setdefault(index, []).extend((one.token_id, one.logprob) for one in choice.logprobs)
+                self.tokens.setdefault(index, []).extend((token.token_id, token.logprob) for token in choice.logprobs)
         if chunk.HasField("usage"):
             self.usage = chunk.usage
 
@@ -139,24 +139,24 @@ class Told:
         return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
-def difference(one: Told, undisturbed: Told, logprob_tolerance: float = 0.0) -> str:
+def difference(call: CallResult, undisturbed: CallResult, logprob_tolerance: float = 0.0) -> str:
     """Difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or other. Log
     probabilities of a real engine depend a little on the rest of the batch.
     """
-    if one.error:
-        return f"failed: {one.error}"
-    if one.offsets != sorted(set(one.offsets)):
+    if call.error:
+        return f"failed: {call.error}"
+    if call.offsets != sorted(set(call.offsets)):
         return "duplicate"
     for index, text in undisturbed.texts.items():
-        found = _texts_differ(one.texts.get(index, ""), text)
-        if found:
-            return found
-    if not _tokens_equal(one.tokens, undisturbed.tokens, logprob_tolerance) or one.finishes != undisturbed.finishes:
+        mismatch = _texts_differ(call.texts.get(index, ""), text)
+        if mismatch:
+            return mismatch
+    if not _tokens_equal(call.tokens, undisturbed.tokens, logprob_tolerance) or call.finishes != undisturbed.finishes:
         return "other"
-    assert one.usage is not None
+    assert call.usage is not None
     assert undisturbed.usage is not None
-    counts = [(u.prompt_tokens, u.completion_tokens) for u in (one.usage, undisturbed.usage)]
-    return "" if counts[0] == counts[1] and one.texts.keys() == undisturbed.texts.keys() else "other"
+    counts = [(u.prompt_tokens, u.completion_tokens) for u in (call.usage, undisturbed.usage)]
+    return "" if counts[0] == counts[1] and call.texts.keys() == undisturbed.texts.keys() else "other"
 
 
 def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
@@ -164,10 +164,10 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
     if ours.keys() != whole.keys():
         return False
     for index, wanted in whole.items():
-        found = ours[index]
-        if [token for token, _ in found] != [token for token, _ in wanted]:
+        actual = ours[index]
+        if [token for token, _ in actual] != [token for token, _ in wanted]:
             return False
-        if any(abs(a - b) > tolerance for (_, a), (_, b) in zip(found, wanted, strict=True)):
+        if any(abs(a - b) > tolerance for (_, a), (_, b) in zip(actual, wanted, strict=True)):
             return False
     return True
 
@@ -204,25 +204,27 @@ class Caller:
         ]
         self._made = 0
 
-    async def call(self, ask: Ask, on_chunk: Callable[[Told], None] = lambda told: None, whole: int = 0) -> Told:
+    async def call(
+        self, ask: Ask, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
+    ) -> CallResult:
         """Make one call to its end. Never raises for the server: `error` says what happened."""
         self._made += 1
-        told = Told(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
-        metadata = (*self._metadata, ("x-request-id", told.request_id))
+        result = CallResult(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
+        metadata = (*self._metadata, ("x-request-id", result.request_id))
         call = self._methods[self._made % CHANNELS](ask.message, metadata=metadata, timeout=CALL_S)
         try:
-            on_chunk(told)
+            on_chunk(result)
             async for chunk in call:
-                told.take(chunk, time.time())
-                on_chunk(told)
+                result.record(chunk, time.time())
+                on_chunk(result)
         except grpc.aio.AioRpcError as error:
-            told.error = f"{error.code().name}: {error.details()}"
+            result.error = f"{error.code().name}: {error.details()}"
         finally:
-            told.ended = time.time()
+            result.ended = time.time()
             call.cancel()
-        if not told.error and told.usage is None:
-            told.error = "the stream ended without usage"
-        return told
+        if not result.error and result.usage is None:
+            result.error = "the stream ended without usage"
+        return result
 
     async def close(self) -> None:
         """Close the connections."""

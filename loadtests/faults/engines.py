@@ -29,7 +29,7 @@ from cluster.cli.local.gateway_metrics import scrape
 from cluster.v1 import inference_pb2 as pb
 from loadtests import interpreted
 from loadtests.children import Child, Children
-from loadtests.faults.calls import Ask, Caller, Told, ask, difference
+from loadtests.faults.calls import Ask, Caller, CallResult, ask, difference
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker, begun_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
@@ -109,7 +109,7 @@ class Proof:
     """Faults that hit at least one sequence."""
     misses: int = 0
     """Number of faults that hit no sequence."""
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
     """Differences by request id, of all calls of all batches."""
     noise: int = 0
@@ -118,8 +118,8 @@ class Proof:
 
     def exact(self, *kinds: str) -> tuple[int, int]:
         """(exact, all) of the calls of these kinds that lost a worker, or failed."""
-        hit = [told for told in self.calls if told.ask.kind in kinds and (told.resumed or told.error)]
-        return sum(told.request_id not in self.differences for told in hit), len(hit)
+        hit = [result for result in self.calls if result.ask.kind in kinds and (result.resumed or result.error)]
+        return sum(result.request_id not in self.differences for result in hit), len(hit)
 
     def settings(self) -> dict[str, Any]:
         """Values for the report."""
@@ -129,9 +129,9 @@ class Proof:
             "points that hit nobody and do not count": self.misses,
             "points without another worker": sum(point.alone for point in self.points),
             "sequences hit a point": {"least": min(hits, default=0), "most": max(hits, default=0), "all": sum(hits)},
-            "calls": dict(Counter(told.ask.kind for told in self.calls)),
-            "calls hit": dict(Counter(told.ask.kind for told in self.calls if told.resumed)),
-            "more than once": sum(told.resumed > max(told.ask.message.n, 1) for told in self.calls),
+            "calls": dict(Counter(result.ask.kind for result in self.calls)),
+            "calls hit": dict(Counter(result.ask.kind for result in self.calls if result.resumed)),
+            "more than once": sum(result.resumed > max(result.ask.message.n, 1) for result in self.calls),
             "different": self.differences,
             "undisturbed calls that differ from themselves": self.noise,
             "seconds": round(self.seconds, 1),
@@ -158,11 +158,11 @@ class Engines:
 
     async def standing(self) -> list[int]:
         """Numbers of the workers that have links, once at most one is still restarting."""
-        news, ids = self.fleet.news, [worker.id for worker in self.fleet.workers]
-        self._starting = {number for number in self._starting if ids[number] not in news.up}
+        link_log, ids = self.fleet.link_log, [worker.id for worker in self.fleet.workers]
+        self._starting = {number for number in self._starting if ids[number] not in link_log.up}
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
-        await news.until(lambda: news.up >= wanted, BACK_S)
-        return [number for number, worker in enumerate(ids) if worker in news.up]
+        await link_log.until(lambda: link_log.up >= wanted, BACK_S)
+        return [number for number, worker in enumerate(ids) if worker in link_log.up]
 
     async def all_back(self) -> None:
         """Wait until restarting workers have links, too."""
@@ -170,11 +170,11 @@ class Engines:
 
     async def running(self) -> dict[int, int]:
         """Sequences that each linked worker runs, from its last beat."""
-        told = await self._scrape()
+        samples = await self._scrape()
         ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
         return {
             ids[labels["worker"]]: int(value)
-            for name, labels, value in told
+            for name, labels, value in samples
             if name == "headrace_worker_running_requests"
         }
 
@@ -199,7 +199,7 @@ class Engines:
             worker.relay.sever()
         else:
             self._signal(number, signal.SIGSTOP)
-        await self.fleet.news.downs(worker.id, since, NOTICED_S)
+        await self.fleet.link_log.downs(worker.id, since, NOTICED_S)
         self._signal(number, signal.SIGCONT)
 
     def _signal(self, number: int, what: signal.Signals) -> None:
@@ -214,7 +214,7 @@ class Engines:
         assert child is not None
         since = time.time()
         self._signal(number, signal.SIGKILL)
-        await self.fleet.news.downs(self.fleet.workers[number].id, since, NOTICED_S)
+        await self.fleet.link_log.downs(self.fleet.workers[number].id, since, NOTICED_S)
         self._starting.add(number)
         await child.stop()
         self.start(number)
@@ -260,14 +260,14 @@ class Batch:
     """Calls that begin together."""
 
     def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
-        self._told: dict[str, Told] = {}
+        self._results: dict[str, CallResult] = {}
         self._more = asyncio.Event()
-        self._tasks = [asyncio.create_task(caller.call(one, self._seen)) for one in asks]
+        self._tasks = [asyncio.create_task(caller.call(request, self._seen)) for request in asks]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._more.set())
 
-    def _seen(self, told: Told) -> None:
-        self._told[told.request_id] = told
+    def _seen(self, result: CallResult) -> None:
+        self._results[result.request_id] = result
         self._more.set()
 
     async def until(self, pieces: int) -> int:
@@ -275,12 +275,12 @@ class Batch:
         async with asyncio.timeout(ENDS_S):
             while True:
                 self._more.clear()
-                running = [told for told in self._told.values() if not told.ended]
-                if len(self._told) == len(self._tasks) and all(len(told.chunks) >= pieces for told in running):
+                running = [result for result in self._results.values() if not result.ended]
+                if len(self._results) == len(self._tasks) and all(len(result.chunks) >= pieces for result in running):
                     return len(running)
                 await self._more.wait()
 
-    async def ended(self) -> list[Told]:
+    async def ended(self) -> list[CallResult]:
         """Wait for the end of all calls and return them."""
         async with asyncio.timeout(ENDS_S):
             return list(await asyncio.gather(*self._tasks))
@@ -319,24 +319,24 @@ class Prover:
                 await self._batch(asks, faults)
         finally:
             await self._caller.close()
-        for told in proof.calls:
-            found = difference(told, undisturbed[told.ask.key], LOGPROBS)
-            if found:
-                proof.differences[told.request_id] = f"{told.ask.kind}: {found}"
+        for result in proof.calls:
+            mismatch = difference(result, undisturbed[result.ask.key], LOGPROBS)
+            if mismatch:
+                proof.differences[result.request_id] = f"{result.ask.kind}: {mismatch}"
         proof.seconds = time.monotonic() - began
         return proof
 
-    async def _undisturbed(self) -> dict[str, Told]:
-        rounds: list[dict[str, Told]] = []
+    async def _undisturbed(self) -> dict[str, CallResult]:
+        rounds: list[dict[str, CallResult]] = []
         for shift in (0, 7):
             order = self._asks[shift:] + self._asks[:shift]
-            told: list[Told] = []
+            results: list[CallResult] = []
             for at in range(0, ASKS, len(BATCH)):
-                told += await Batch(self._caller, order[at : at + len(BATCH)]).ended()
-            failed = [one.error for one in told if one.error]
+                results += await Batch(self._caller, order[at : at + len(BATCH)]).ended()
+            failed = [result.error for result in results if result.error]
             if failed:
                 raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
-            rounds.append({one.ask.key: one for one in told})
+            rounds.append({result.ask.key: result for result in results})
         first, second = rounds
         self.proof.noise = sum(difference(second[key], first[key], LOGPROBS) != "" for key in first)
         return first

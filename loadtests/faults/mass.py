@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtests.faults.calls import Ask, Caller, Told, difference, mixed
+from loadtests.faults.calls import Ask, Caller, CallResult, difference, mixed
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
@@ -55,11 +55,11 @@ class Moments:
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
-    def seen(self, told: Told) -> None:
+    def seen(self, result: CallResult) -> None:
         """Record the phase of a call: after each of its chunks, and once before the first."""
         if not self._waiting:
             return
-        for phase in _phases(told):
+        for phase in _phases(result):
             event = self._waiting.pop(phase, None)
             if event is not None:
                 event.set()
@@ -77,17 +77,17 @@ class Moments:
         return True
 
 
-def _phases(told: Told) -> list[str]:
-    if not told.begun:
+def _phases(result: CallResult) -> list[str]:
+    if not result.begun:
         return ["in queue", "prefill"]
     out = ["any step"]
-    if len(told.chunks) == 1:
+    if len(result.chunks) == 1:
         out.append("first step")
-    if told.mid_character:
+    if result.mid_character:
         out.append("mid-character")
-    if told.last:
+    if result.last:
         out.append("last step")
-    if told.hit:
+    if result.hit:
         out.append("twice")
     return out
 
@@ -98,7 +98,7 @@ class Outcome:
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Faults by (kind, phase)."""
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
     """Differences by request id, of calls that differ from their undisturbed answers."""
     stuck: int = 0
@@ -111,7 +111,7 @@ class Outcome:
         for (kind, phase), count in self.points.items():
             kinds[kind] += count
             phases[phase] += count
-        resumed = [told.resumed for told in self.calls]
+        resumed = [result.resumed for result in self.calls]
         return {
             "points": sum(kinds.values()),
             "by kind": dict(kinds),
@@ -121,7 +121,7 @@ class Outcome:
             "more than once": sum(count > 1 for count in resumed),
             "resumes": sum(resumed),
             "seconds": round(self.seconds, 1),
-            "calls by kind": dict(Counter(told.ask.kind for told in self.calls)),
+            "calls by kind": dict(Counter(result.ask.kind for result in self.calls)),
             "stuck": self.stuck,
             "different": dict(Counter(self.differences.values())),
         }
@@ -141,25 +141,25 @@ class Mass:
         self._over = False
         self.outcome = Outcome()
 
-    async def reference(self) -> dict[str, Told]:
+    async def reference(self) -> dict[str, CallResult]:
         """Make every request once, undisturbed."""
         gate = asyncio.Semaphore(STREAMS)
 
-        async def one(ask: Ask) -> Told:
+        async def call_undisturbed(ask: Ask) -> CallResult:
             async with gate:
                 return await self._caller.call(ask)
 
-        told = await asyncio.gather(*(one(ask) for ask in self._asks))
-        return {one.ask.key: one for one in told}
+        results = await asyncio.gather(*(call_undisturbed(ask) for ask in self._asks))
+        return {result.ask.key: result for result in results}
 
     async def play(self, points: int, streams: int) -> Outcome:
         """Run `streams` callers at once until `points` faults have happened and every call has ended."""
         undisturbed = await self.reference()
-        failed = [told.error for told in undisturbed.values() if told.error]
+        failed = [result.error for result in undisturbed.values() if result.error]
         if failed:
             raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
         began = time.monotonic()
-        whole = {key: sum(map(len, told.texts.values())) for key, told in undisturbed.items()}
+        whole = {key: sum(map(len, result.texts.values())) for key, result in undisturbed.items()}
         callers = [asyncio.create_task(self._callers(number, streams, whole)) for number in range(streams)]
         try:
             await self._inject(points)
@@ -174,10 +174,10 @@ class Mass:
                 _bring_back(worker)
             await self._caller.close()
         self.outcome.seconds = time.monotonic() - began
-        for told in self.outcome.calls:
-            found = difference(told, undisturbed[told.ask.key])
-            if found:
-                self.outcome.differences[told.request_id] = found
+        for result in self.outcome.calls:
+            mismatch = difference(result, undisturbed[result.ask.key])
+            if mismatch:
+                self.outcome.differences[result.request_id] = mismatch
         return self.outcome
 
     async def _callers(self, number: int, streams: int, whole: Mapping[str, int]) -> None:
@@ -206,12 +206,12 @@ class Mass:
 
     async def _victim(self) -> SimWorker:
         """A worker that serves, chosen while enough others do."""
-        fleet, news = self._fleet, self._fleet.news
+        fleet, link_log = self._fleet, self._fleet.link_log
 
         def serving() -> list[SimWorker]:
-            return [worker for worker in fleet.workers if worker.id in news.up and worker.id not in self._busy]
+            return [worker for worker in fleet.workers if worker.id in link_log.up and worker.id not in self._busy]
 
-        while not await news.until(lambda: len(serving()) > LEAST_UP, END_S):
+        while not await link_log.until(lambda: len(serving()) > LEAST_UP, END_S):
             pass
         victim = self._rng.choice(serving())
         self._busy.add(victim.id)
@@ -225,7 +225,7 @@ class Mass:
                     worker.signal(signal.SIGKILL)
                 else:
                     worker.relay.sever()
-                await self._fleet.news.downs(worker.id, since, NOTICED_S)
+                await self._fleet.link_log.downs(worker.id, since, NOTICED_S)
             else:
                 if kind == STOP:
                     worker.signal(signal.SIGSTOP)
@@ -235,7 +235,7 @@ class Mass:
                 _bring_back(worker)
         finally:
             self._busy.discard(worker.id)
-            self._fleet.news.nudge()
+            self._fleet.link_log.nudge()
 
 
 def _bring_back(worker: SimWorker) -> None:

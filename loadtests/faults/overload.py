@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.arrivals import gamma
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Ask, Caller, CallResult, ask
 from loadtests.faults.recovery import percentile
 from loadtests.records import Slo
 from loadtests.serving.fleet import Fleet
@@ -47,22 +47,24 @@ class Load:
 
     rate_per_s: float
     seconds: float
-    calls: Sequence[tuple[str, Told]]
+    calls: Sequence[tuple[str, CallResult]]
 
     @property
     def goodput_per_s(self) -> float:
         """Calls per second that met the SLO."""
-        return sum(met(told) for _, told in self.calls) / self.seconds
+        return sum(met(result) for _, result in self.calls) / self.seconds
 
     def refused_s(self, shed: bool) -> list[float]:
         """Time to refusal of each call: refused at admission, or `shed` while waiting."""
         return [
-            told.ended - told.sent for _, told in self.calls if told.error and ("short of room" in told.error) == shed
+            result.ended - result.sent
+            for _, result in self.calls
+            if result.error and ("short of room" in result.error) == shed
         ]
 
     def lost(self, cls: str) -> int:
         """Calls of a class without an answer."""
-        return sum(1 for its, told in self.calls if its == cls and told.error)
+        return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
         """Values for the report."""
@@ -70,28 +72,28 @@ class Load:
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
             "calls": len(self.calls),
-            "answered": dict(Counter(cls for cls, told in self.calls if not told.error)),
-            "not answered": dict(Counter(cls for cls, told in self.calls if told.error)),
-            "errors": dict(Counter(told.error for _, told in self.calls if told.error)),
+            "answered": dict(Counter(cls for cls, result in self.calls if not result.error)),
+            "not answered": dict(Counter(cls for cls, result in self.calls if result.error)),
+            "errors": dict(Counter(result.error for _, result in self.calls if result.error)),
         }
 
 
-def met(told: Told) -> bool:
+def met(result: CallResult) -> bool:
     """Whether an answer met the SLO."""
-    if told.error or told.usage is None or SLO.ttft_s is None or SLO.tpot_s is None:
+    if result.error or result.usage is None or SLO.ttft_s is None or SLO.tpot_s is None:
         return False
-    tokens = max(told.usage.completion_tokens - 1, 1)
-    ttft, tpot = told.chunks[0] - told.sent, (told.chunks[-1] - told.chunks[0]) / tokens
+    tokens = max(result.usage.completion_tokens - 1, 1)
+    ttft, tpot = result.chunks[0] - result.sent, (result.chunks[-1] - result.chunks[0]) / tokens
     return ttft <= SLO.ttft_s and tpot <= SLO.tpot_s
 
 
 @dataclass(slots=True)
-class Found:
+class OverloadResults:
     """Results of the sweep and of the overload."""
 
     sweep: list[Load] = field(default_factory=list)
     overs: dict[float, Load] = field(default_factory=dict)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
 
     @property
     def capacity_per_s(self) -> float:
@@ -116,32 +118,32 @@ class Overload:
         self._model = fleet.model
         self._callers = {cls: Caller(fleet.grpc, fleet.metadata_of(cls), f"over-{cls}") for cls in SHARES}
         self._asked = 0
-        self.found = Found()
+        self.results = OverloadResults()
 
-    async def play(self, share: float) -> Found:
+    async def play(self, share: float) -> OverloadResults:
         """Run the sweep and the overload; each rate takes `share` of the usual time."""
         try:
             await self._load(SWEEP_PER_S[0], WARM_S)
             for rate in SWEEP_PER_S:
-                self.found.sweep.append(await self._load(rate, SWEEP_S * share))
+                self.results.sweep.append(await self._load(rate, SWEEP_S * share))
             for times in OVERS:
-                self.found.overs[times] = await self._load(self.found.capacity_per_s * times, OVER_S * share)
+                self.results.overs[times] = await self._load(self.results.capacity_per_s * times, OVER_S * share)
         finally:
             for caller in self._callers.values():
                 await caller.close()
-        return self.found
+        return self.results
 
     async def _load(self, rate_per_s: float, seconds: float) -> Load:
         count = int(rate_per_s * (seconds + WARM_S))
         began = time.time()
-        calls: list[tuple[str, float, asyncio.Task[Told]]] = []
+        calls: list[tuple[str, float, asyncio.Task[CallResult]]] = []
         for due_s in gamma(count, rate_per_s, 1.0, self._seed + self._asked):
             await asyncio.sleep(max(began + due_s - time.time(), 0.0))
             cls = self._rng.choices(list(SHARES), list(SHARES.values()))[0]
             calls.append((cls, due_s, asyncio.create_task(self._callers[cls].call(self._ask()))))
-        told = await asyncio.gather(*(task for _, _, task in calls))
-        self.found.calls += told
-        counted = [(cls, one) for (cls, due_s, _), one in zip(calls, told, strict=True) if due_s >= WARM_S]
+        results = await asyncio.gather(*(task for _, _, task in calls))
+        self.results.calls += results
+        counted = [(cls, result) for (cls, due_s, _), result in zip(calls, results, strict=True) if due_s >= WARM_S]
         return Load(rate_per_s, max(calls[-1][1] - WARM_S, 0.1), counted)
 
     def _ask(self) -> Ask:

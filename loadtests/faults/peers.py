@@ -24,7 +24,7 @@ from loadtests import peers
 from loadtests.children import Child, Children, free_port
 from loadtests.faces.base import CallFailed, Request
 from loadtests.faces.openai_sse import OpenAiSse
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Ask, Caller, CallResult, ask
 from loadtests.processes import SIMULATED
 from loadtests.serving import fleet, ray_serve
 from loadtests.serving.ours import MODEL
@@ -63,7 +63,7 @@ class Finished:
     hit: int = 0
     """Streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     """Calls to check against the ledger, if the arm has one."""
 
     def settings(self) -> dict[str, Any]:
@@ -81,17 +81,21 @@ Call = Callable[[Ask, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
 async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[Stream]], None], into: Finished) -> None:
     """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
     undisturbed = [Stream() for _ in asks]
-    await asyncio.gather(*(call(one, stream, _nothing) for one, stream in zip(asks, undisturbed, strict=True)))
-    broken = [one.error or "it is not whole" for one in undisturbed if one.error or one.completion_tokens != TOKENS]
+    await asyncio.gather(*(call(request, stream, _nothing) for request, stream in zip(asks, undisturbed, strict=True)))
+    broken = [
+        stream.error or "the answer is incomplete"
+        for stream in undisturbed
+        if stream.error or stream.completion_tokens != TOKENS
+    ]
     if broken:
         raise RuntimeError(f"{len(broken)} streams did not finish undisturbed: {broken[0]}")
     streams, begun = [Stream() for _ in asks], asyncio.Event()
 
     def seen() -> None:
-        if all(one.pieces >= BEGUN_PIECES for one in streams):
+        if all(stream.pieces >= BEGUN_PIECES for stream in streams):
             begun.set()
 
-    tasks = [asyncio.create_task(call(one, stream, seen)) for one, stream in zip(asks, streams, strict=True)]
+    tasks = [asyncio.create_task(call(request, stream, seen)) for request, stream in zip(asks, streams, strict=True)]
     try:
         await asyncio.wait_for(begun.wait(), BEGUN_S)
         kill(streams)
@@ -106,7 +110,7 @@ async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[S
         into.whole += whole
         into.hit += stream.resumed or not whole
         if not whole:
-            error = stream.error[:80] or "it ended without an error, but not whole"
+            error = stream.error[:80] or "the stream ended without an error, but is incomplete"
             into.errors[error] = into.errors.get(error, 0) + 1
 
 
@@ -120,19 +124,19 @@ def asks_of(seed: int, number: int) -> list[Ask]:
     return [ask(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
 
-def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
+def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
     """Calls over our proto."""
 
-    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
-        def on_chunk(told: Told) -> None:
-            stream.pieces = len(told.chunks)
+    async def call(request: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+        def on_chunk(result: CallResult) -> None:
+            stream.pieces = len(result.chunks)
             seen()
 
-        told = await caller.call(one, on_chunk)
-        told_of.append(told)
-        stream.text, stream.error, stream.backend = told.texts.get(0, ""), told.error, told.answer_id
-        stream.completion_tokens = told.usage.completion_tokens if told.usage is not None else None
-        stream.resumed = told.resumed > 0
+        result = await caller.call(request, on_chunk)
+        results.append(result)
+        stream.text, stream.error, stream.backend = result.texts.get(0, ""), result.error, result.answer_id
+        stream.completion_tokens = result.usage.completion_tokens if result.usage is not None else None
+        stream.resumed = result.resumed > 0
 
     return call
 
@@ -140,14 +144,14 @@ def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
 def over_http(face: OpenAiSse) -> Call:
     """Calls over OpenAI's API."""
 
-    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+    async def call(request: Ask, stream: Stream, seen: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
             stream.text += text
             stream.pieces += 1
             seen()
 
         try:
-            answer = await face.run(Request(one.key, one.message.messages[0].content, TOKENS), on_text)
+            answer = await face.run(Request(request.key, request.message.messages[0].content, TOKENS), on_text)
             stream.completion_tokens = answer.completion_tokens
         except CallFailed as error:
             stream.error = str(error)
@@ -218,15 +222,15 @@ async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str,
         children, "ray-faults", folder, {}, {"RAY_USAGE_STATS_ENABLED": "0"}, direct_ingress=False, simulated=simulated
     ) as serving:
         caller = Caller(serving.address, serving.metadata, "peers")
-        living: list[Told] = []
+        living: list[CallResult] = []
 
         def replicas() -> list[int]:
-            found = []
+            pids = []
             for root, _ in serving.roots:
                 for process in psutil.Process(root).children(recursive=True):
                     if "ServeReplica" in " ".join(process.cmdline()):
-                        found.append(process.pid)
-            return found
+                        pids.append(process.pid)
+            return pids
 
         def kill(streams: Sequence[Stream]) -> None:
             psutil.Process(random.Random(seed).choice(replicas())).kill()
@@ -244,8 +248,8 @@ async def _replicas_serve(caller: Caller, replicas: Callable[[], list[int]], see
     """Wait until both replicas answer. Raises TimeoutError."""
     async with asyncio.timeout(BACK_S):
         while True:
-            told = await asyncio.gather(*(caller.call(one) for one in asks_of(seed, 1000 + number)[:8]))
-            answering = {one.answer_id.split("-")[0] for one in told if not one.error}
+            results = await asyncio.gather(*(caller.call(request) for request in asks_of(seed, 1000 + number)[:8]))
+            answering = {result.answer_id.split("-")[0] for result in results if not result.error}
             if len(answering) == BACKENDS and answering == set(map(str, replicas())):
                 return
             await asyncio.sleep(0.5)

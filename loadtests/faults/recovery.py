@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Ask, Caller, CallResult, ask
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker
 
@@ -72,47 +72,49 @@ class Findings:
     """All episodes."""
 
     episodes: list[Episode] = field(default_factory=list)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     alarms: int = 0
     """Links that ended though their workers were not disturbed."""
 
     def of(self, *kinds: str) -> list[Episode]:
         """Episodes of these kinds."""
-        return [one for one in self.episodes if one.kind in kinds]
+        return [episode for episode in self.episodes if episode.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
         """Times to the end of the link; infinite if it did not end."""
-        return [float("inf") if one.noticed_s is None else one.noticed_s for one in self.of(*kinds)]
+        return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
         """Each silence relative to (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection time). Not
         `whole`:
         from the fault on.
         """
-        calm = self.of(CALM) if crowd else [one for one in self.episodes if one.kind != CALM]
-        fresh = percentile([s for one in calm for s in one.fresh_s], 99)
+        calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
+        fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)
         return [
-            gap / (fresh + one.noticed_s)
-            for one in self.of(KILL, STOP, LINK)
-            if one.noticed_s is not None
-            for gap in (one.gaps_s if whole else one.after_s)
+            gap / (fresh + episode.noticed_s)
+            for episode in self.of(KILL, STOP, LINK)
+            if episode.noticed_s is not None
+            for gap in (episode.gaps_s if whole else episode.after_s)
         ]
 
     def settings(self) -> dict[str, Any]:
         """Values for the report, milliseconds."""
-        fresh = [s for one in self.episodes if one.kind != CALM for s in one.fresh_s]
-        crowd = [s for one in self.of(CALM) for s in one.fresh_s]
+        fresh = [s for episode in self.episodes if episode.kind != CALM for s in episode.fresh_s]
+        crowd = [s for episode in self.of(CALM) for s in episode.fresh_s]
         out: dict[str, Any] = {"fresh TTFT ms": quantiles(fresh), "TTFT ms in a crowd": quantiles(crowd)}
         for kind in (KILL, STOP, LINK):
             episodes = self.of(kind)
             out[kind] = {
                 "episodes": len(episodes),
-                "noticed ms": quantiles([s for one in episodes if (s := one.noticed_s) is not None]),
-                "silent gap ms": quantiles([gap for one in episodes for gap in one.gaps_s]),
-                "survivors' ITL ms before": quantiles([gap for one in episodes for gap in one.before_s]),
-                "survivors' ITL ms during": quantiles([gap for one in episodes for gap in one.during_s]),
+                "noticed ms": quantiles([s for episode in episodes if (s := episode.noticed_s) is not None]),
+                "silent gap ms": quantiles([gap for episode in episodes for gap in episode.gaps_s]),
+                "survivors' ITL ms before": quantiles([gap for episode in episodes for gap in episode.before_s]),
+                "survivors' ITL ms during": quantiles([gap for episode in episodes for gap in episode.during_s]),
             }
-        around = {kind: [_rounded(gap) for one in self.of(kind) for gap in one.around] for kind in (KILL, STOP, LINK)}
+        around = {
+            kind: [_rounded(gap) for episode in self.of(kind) for gap in episode.around] for kind in (KILL, STOP, LINK)
+        }
         return out | {"gaps around faults": around}
 
 
@@ -146,9 +148,9 @@ class Recovery:
             await self._caller.call(self._ask(FRESH_TOKENS))  # the first call waits for the tokenizer
             for kind in kinds:
                 await self._all_serve()
-                seen = len(self._fleet.news.events)
+                seen = len(self._fleet.link_log.events)
                 self.findings.episodes.append(await self._episode(kind))
-                downs = [e for e in self._fleet.news.events[seen:] if e.name == "worker_down"]
+                downs = [e for e in self._fleet.link_log.events[seen:] if e.name == "worker_down"]
                 self.findings.alarms += max(len(downs) - 1, 0)
         finally:
             await self._caller.close()
@@ -166,7 +168,7 @@ class Recovery:
         for _ in range(2):
             await self._crowd(WORKERS)
 
-    async def _crowd(self, count: int) -> Sequence[Told]:
+    async def _crowd(self, count: int) -> Sequence[CallResult]:
         return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(count)))
 
     async def _episode(self, kind: str) -> Episode:
@@ -175,26 +177,26 @@ class Recovery:
         if away is not None:
             since = time.time()
             away.signal(signal.SIGSTOP)
-            await self._fleet.news.downs(away.id, since, NOTICED_S)
+            await self._fleet.link_log.downs(away.id, since, NOTICED_S)
         count = STREAMS if away is None else STREAMS - STREAMS // WORKERS
         begun: set[str] = set()
         all_begun = asyncio.Event()
 
-        def on_chunk(told: Told) -> None:
-            if len(told.chunks) == BEGUN_CHUNKS:
-                begun.add(told.request_id)
+        def on_chunk(result: CallResult) -> None:
+            if len(result.chunks) == BEGUN_CHUNKS:
+                begun.add(result.request_id)
                 if len(begun) == count:
                     all_begun.set()
 
         streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(count)]
         over = asyncio.Event()
-        fresh: list[Told] = []
+        fresh: list[CallResult] = []
         beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH)]
         try:
             await self._begin(all_begun, streams)
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
             crowd = await self._strike(kind, episode)
-            told = await asyncio.gather(*streams)
+            results = await asyncio.gather(*streams)
         finally:
             over.set()
             if away is not None:
@@ -202,30 +204,30 @@ class Recovery:
             for task in streams:
                 task.cancel()
             await asyncio.gather(*beside, *streams, return_exceptions=True)
-        self.findings.calls += [*told, *fresh, *crowd]
-        _read(episode, told, crowd or [one for one in fresh if 0 < episode.struck - one.sent < BEFORE_S])
+        self.findings.calls += [*results, *fresh, *crowd]
+        _read(episode, results, crowd or [call for call in fresh if 0 < episode.struck - call.sent < BEFORE_S])
         return episode
 
-    async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[Told]]) -> None:
+    async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[CallResult]]) -> None:
         """Wait until all streams have begun. Raises RuntimeError if some do not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(all_begun.wait(), BEGUN_S)
             return
-        errors = {one.result().error for one in streams if one.done()}
+        errors = {task.result().error for task in streams if task.done()}
         raise RuntimeError(f"the streams of an episode did not begin within {BEGUN_S:g} s: {errors}")
 
-    async def _fresh(self, into: list[Told], over: asyncio.Event) -> None:
+    async def _fresh(self, into: list[CallResult], over: asyncio.Event) -> None:
         while not over.is_set():
             into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
 
-    async def _strike(self, kind: str, episode: Episode) -> Sequence[Told]:
+    async def _strike(self, kind: str, episode: Episode) -> Sequence[CallResult]:
         """Apply the fault, or start the crowd of calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)
         worker = self._rng.choice(self._fleet.workers)
         _fall(kind, worker)
-        event = await self._fleet.news.downs(worker.id, episode.struck, NOTICED_S)
+        event = await self._fleet.link_log.downs(worker.id, episode.struck, NOTICED_S)
         if event is not None:
             episode.noticed_s = event.at - episode.struck
         if kind == STOP:
@@ -241,18 +243,20 @@ def _fall(kind: str, worker: SimWorker) -> None:
         worker.signal(signal.SIGKILL if kind == KILL else signal.SIGSTOP)
 
 
-def _read(episode: Episode, streams: Sequence[Told], fresh: Sequence[Told]) -> None:
+def _read(episode: Episode, streams: Sequence[CallResult], fresh: Sequence[CallResult]) -> None:
     """Evaluate an episode's calls."""
     struck = episode.struck
-    episode.failed = sum(bool(told.error) for told in streams)
-    episode.fresh_s = [told.chunks[0] - told.sent for told in fresh if told.chunks]
-    hit = [told for told in streams if told.resumed]
-    silences = [max(((s, at) for at, s in told.gaps() if at >= struck), default=(0.0, struck)) for told in hit]
+    episode.failed = sum(bool(result.error) for result in streams)
+    episode.fresh_s = [result.chunks[0] - result.sent for result in fresh if result.chunks]
+    hit = [result for result in streams if result.resumed]
+    silences = [max(((s, at) for at, s in result.gaps() if at >= struck), default=(0.0, struck)) for result in hit]
     episode.gaps_s = [silence for silence, _ in silences]
     episode.after_s = [min(silence, at - struck) for silence, at in silences]
     recovered = max((at for _, at in silences), default=struck)
-    survivors = [gap for told in streams if not told.resumed for gap in told.gaps()]
+    survivors = [gap for result in streams if not result.resumed for gap in result.gaps()]
     episode.before_s = [s for at, s in survivors if struck - BEFORE_S <= at < struck]
     episode.during_s = [s for at, s in survivors if struck <= at <= recovered]
     if episode.kind != CALM:
-        episode.around = [(at - struck, s) for told in streams for at, s in told.gaps() if -0.5 <= at - struck <= 1.5]
+        episode.around = [
+            (at - struck, s) for result in streams for at, s in result.gaps() if -0.5 <= at - struck <= 1.5
+        ]

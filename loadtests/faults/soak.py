@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from loadtests.faults.calls import Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, ask
 from loadtests.serving.fleet import Fleet
 
 WORKERS, RATE_PER_S, SOAK_S, WARM_S, REST_S = 2, 100.0, 300.0, 15.0, 14.0
@@ -34,7 +34,7 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldResources:
     """Resources that the gateway holds at rest."""
 
     sockets: int
@@ -56,8 +56,8 @@ class Soak:
     rate_per_s: float
     calls: int
     failed: int
-    before: Held
-    after: Held
+    before: HeldResources
+    after: HeldResources
     rss_bytes: Sequence[tuple[float, int]]
     slope: tuple[float, float, float]
     downs: Sequence[str]
@@ -91,32 +91,32 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
     return fit(np.flatnonzero(kept)), float(low), float(high)
 
 
-async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[Told]]:
+async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
     """Warm up, rest, count, run, rest, count. `told_file` is the file that the gateway's witness writes."""
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")
     rng = random.Random(seed)
     samples: list[tuple[float, int]] = []
-    calls: list[Told] = []
+    calls: list[CallResult] = []
 
     async def run(for_s: float) -> None:
         began, number = time.monotonic(), 0
         looked = 0.0
-        pending: set[asyncio.Task[Told]] = set()
+        pending: set[asyncio.Task[CallResult]] = set()
         while (now := time.monotonic() - began) < for_s:
             if now - looked >= 1.0:
                 looked = now
                 samples.append((time.monotonic(), process.memory_info().rss))
             number += 1
-            one = ask(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
-            task = asyncio.create_task(caller.call(one))
+            request = ask(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
+            task = asyncio.create_task(caller.call(request))
             pending.add(task)
             task.add_done_callback(pending.discard)
             task.add_done_callback(lambda done: calls.append(done.result()))
             await asyncio.sleep(max(began + number / RATE_PER_S - time.monotonic(), 0.0))
         await asyncio.gather(*pending)
 
-    seen = len(fleet.news.events)
+    seen = len(fleet.link_log.events)
     try:
         await run(WARM_S)
         await asyncio.sleep(REST_S)
@@ -130,13 +130,13 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
         after = await _held(process, told_file)
     finally:
         await caller.close()
-    failed = sum(bool(told.error) for told in calls)
-    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    failed = sum(bool(result.error) for result in calls)
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
     slopes = slope(samples, rate, seed)
     return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 
 
-async def _held(process: psutil.Process, told_file: Path) -> Held:
+async def _held(process: psutil.Process, told_file: Path) -> HeldResources:
     told_file.unlink(missing_ok=True)
     process.send_signal(signal.SIGUSR1)
     for _ in range(200):
@@ -145,5 +145,5 @@ async def _held(process: psutil.Process, told_file: Path) -> Held:
         await asyncio.sleep(0.02)
     tasks = json.loads(told_file.read_text())["tasks"]
     sockets = process.net_connections(kind="all")
-    ports = Counter(str(getattr(one.laddr, "port", "unix")) for one in sockets)
-    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))
+    ports = Counter(str(getattr(connection.laddr, "port", "unix")) for connection in sockets)
+    return HeldResources(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))

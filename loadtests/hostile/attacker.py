@@ -117,9 +117,9 @@ class Attacker:
         deadline = time.monotonic() + within_s
         while not holds():
             if self.ended:
-                raise ConnectionError("the server has ended the connection")
+                raise ConnectionError("the server closed the connection")
             if time.monotonic() > deadline:
-                raise TimeoutError("what the attack waits for has not come")
+                raise TimeoutError("the expected response did not arrive in time")
             self.read(0.2)
 
     def close(self) -> None:

@@ -26,11 +26,11 @@ def mutant(good: str, rng: random.Random) -> Mutant:
     while True:
         data = yaml.safe_load(good)
         mistake = rng.choice(MISTAKES)
-        told = mistake(data, rng)
-        if told.startswith("text:"):
+        description = mistake(data, rng)
+        if description.startswith("text:"):
             return Mutant(_twice(good, data, rng), "a key twice")
-        if told:
-            return Mutant(yaml.safe_dump(data, sort_keys=False), told)
+        if description:
+            return Mutant(yaml.safe_dump(data, sort_keys=False), description)
 
 
 def places(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -48,8 +48,8 @@ def _parent(data: Any, path: Path) -> Any:
 
 
 def _pick(data: Any, rng: random.Random, wanted: Callable[[Path, Any], bool]) -> Path | None:
-    found = [path for path, value in places(data) if wanted(path, value)]
-    return rng.choice(found) if found else None
+    paths = [path for path, value in places(data) if wanted(path, value)]
+    return rng.choice(paths) if paths else None
 
 
 def _is_number(value: Any) -> bool:

@@ -89,10 +89,10 @@ class Oracle:
             config = Config.model_validate(yaml.safe_load(self._laid(text)))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             return [f"every process: {str(error).splitlines()[0]}"]
-        found = [*self._gateway(config, pod), *self._controller(config, pod)]
+        reasons = [*self._gateway(config, pod), *self._controller(config, pod)]
         for settings in self._settings(config):
-            found += self._replica(settings, nodes)
-        return found
+            reasons += self._replica(settings, nodes)
+        return reasons
 
     def _laid(self, text: str) -> str:
         for mount, name in MOUNTS.items():
@@ -163,7 +163,7 @@ class Oracle:
             if why := why_unplaceable(spec, nodes):
                 yield f"replica: {spec.name}: {why}"
             elif capacity(spec, nodes) < spec.min_replicas:
-                yield f"replica: {spec.name}: {spec.min_replicas} replicas, room for {capacity(spec, nodes)}"
+                yield f"replica: {spec.name}: {spec.min_replicas} replicas, but capacity for {capacity(spec, nodes)}"
 
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
         """Spec of every replica, for `engine_refusals`."""
@@ -210,8 +210,8 @@ def main() -> None:
             spec = specs.from_json(case["spec"])
             folder = _checkpoint(Path(scratch), spec)
             bare = _reason(engine_arguments, _bare(spec), folder, known)
-            told = _reason(engine_arguments, spec, folder, known)
-            answers.append("" if told == bare else told)  # same error for a valid entry
+            reason = _reason(engine_arguments, spec, folder, known)
+            answers.append("" if reason == bare else reason)  # same error for a valid entry
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
 
 

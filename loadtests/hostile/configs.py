@@ -85,12 +85,12 @@ def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -
             count.refused += 1
             continue
         text, nodes = as_processes_see_it(made.text, file)
-        found = oracle.refusals(text, nodes, pod=nodes is not None)
-        if found:
-            count.through.append(f"{file.name}, {made.mistake}: {found[0]}")
+        reasons = oracle.refusals(text, nodes, pod=nodes is not None)
+        if reasons:
+            count.through.append(f"{file.name}, {made.mistake}: {reasons[0]}")
         else:
             asked.append((made, oracle.engine_cases(text)))
-    say(f"configs: {count.refused} refused, {len(count.through)} let through, {len(asked)} for the engine to judge")
+    say(f"configs: {count.refused} refused, {len(count.through)} let through, {len(asked)} for the engine to check")
     answers = iter(oracle.engine_refusals([case for _, cases in asked for case in cases]))
     for made, cases in asked:
         reasons = [reason for reason in [next(answers) for _ in cases] if reason]

@@ -49,8 +49,8 @@ async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key:
         await child.until(done, "the server reads no more", ATTACK_S)
     await child.stop()
     await gateway.gateway.stop()
-    told = json.loads(report.read_text())
-    return peak.mib, f"{told['sent_bytes'] / (1 << 20):.1f} MiB sent, {told['open']} connections stayed"
+    sent = json.loads(report.read_text())
+    return peak.mib, f"{sent['sent_bytes'] / (1 << 20):.1f} MiB sent, {sent['open']} connections stayed"
 
 
 async def measure(stage: Stage) -> list[Figure]:

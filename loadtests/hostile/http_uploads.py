@@ -31,11 +31,11 @@ def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
     length = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
     shown = f"authorization: Bearer {key}\r\n" if key else ""
     yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{shown}{length}\r\n\r\n".encode()
-    left = size - 1
-    while left:
-        part = min(left, PART_BYTES)
+    remaining = size - 1
+    while remaining:
+        part = min(remaining, PART_BYTES)
         yield b"%x\r\n%b\r\n" % (part, b" " * part) if chunked else b" " * part
-        left -= part
+        remaining -= part
 
 
 def pipelined() -> Iterator[bytes]:
@@ -91,13 +91,15 @@ async def attack(wanted: argparse.Namespace) -> None:
     made = [Upload(parts_of(number, wanted)) for number in range(wanted.first, wanted.first + wanted.connections)]
     running = []
     for first in range(0, len(made), OPENED_TOGETHER):
-        running += [asyncio.create_task(one.run(host, int(port))) for one in made[first : first + OPENED_TOGETHER]]
+        running += [
+            asyncio.create_task(upload.run(host, int(port))) for upload in made[first : first + OPENED_TOGETHER]
+        ]
         await asyncio.sleep(0.02)
-    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+    while loop.time() - max(upload.progress_at for upload in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
         await asyncio.sleep(0.05)
-    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(one.open for one in made)}
+    totals = {"sent_bytes": sum(upload.sent_bytes for upload in made), "open": sum(upload.open for upload in made)}
     scratch = wanted.report.with_suffix(".new")
-    scratch.write_text(json.dumps(told))
+    scratch.write_text(json.dumps(totals))
     scratch.rename(wanted.report)
     await asyncio.gather(*running)
 

@@ -51,7 +51,7 @@ HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\
 
 
 @dataclass(slots=True)
-class Told:
+class AttackResults:
     """Results of the calls."""
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -110,19 +110,19 @@ class Attack:
         except grpc.aio.AioRpcError as error:
             self.answers[error.code().name] += 1
 
-    async def _session(self, some: Sequence[Hostile]) -> None:
+    async def _session(self, calls: Sequence[Hostile]) -> None:
         """Calls of one session. A call that is no valid protobuf message would end the session, so it is left out."""
-        some = [one for one in some if _is_message(one)]
-        call: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
+        calls = [call for call in calls if _is_message(call)]
+        session: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
             metadata=self._metadata, timeout=CALL_S
         )
         try:
-            for number, one in enumerate(some, 1):
+            for number, call in enumerate(calls, 1):
                 start = pb.SessionStart(call_id=number, deadline_ms=int(1000 * CALL_S / 2)).SerializeToString()
-                start += length_delimited(2 if one.chat else 3, one.message)
-                await call.write(length_delimited(1, start))
-            await call.done_writing()
-            while (message := await call.read()) is not grpc.aio.EOF:
+                start += length_delimited(2 if call.chat else 3, call.message)
+                await session.write(length_delimited(1, start))
+            await session.done_writing()
+            while (message := await session.read()) is not grpc.aio.EOF:
                 self._count(pb.SessionEvents.FromString(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self.answers[f"session {type(error).__name__}"] += 1
@@ -134,15 +134,15 @@ class Attack:
             elif event.chat.HasField("usage") or event.complete.HasField("usage"):
                 self.answers["OK in a session"] += 1
 
-    async def _post(self, one: Hostile) -> None:
-        path = "/v1/chat/completions" if one.chat else "/v1/completions"
+    async def _post(self, call: Hostile) -> None:
+        path = "/v1/chat/completions" if call.chat else "/v1/completions"
         host, _, port = self._http.rpartition(":")
         try:
             async with asyncio.timeout(CALL_S):
                 reader, writer = await asyncio.open_connection(host, int(port))
                 try:
-                    head = HEAD.format(path=path, key=self._key) + f"content-length: {len(one.body)}\r\n"
-                    writer.write(f"{head}connection: close\r\n\r\n".encode() + one.body)
+                    head = HEAD.format(path=path, key=self._key) + f"content-length: {len(call.body)}\r\n"
+                    writer.write(f"{head}connection: close\r\n\r\n".encode() + call.body)
                     status = (await reader.readline()).split()
                     await reader.read()
                 finally:
@@ -156,26 +156,26 @@ def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
     """Run a volley in a separate process, so that generating it delays nothing else; return its answers."""
 
     async def run() -> Counter[str]:
-        one = Attack(address, http, key)
+        attacker = Attack(address, http, key)
         try:
-            await one.run(volley)
+            await attacker.run(volley)
         finally:
-            await one.close()
-        return one.answers
+            await attacker.close()
+        return attacker.answers
 
     return asyncio.run(run())
 
 
-async def attacked(running: Fleet, told: Told, volley: Volley) -> None:
+async def attacked(running: Fleet, results: AttackResults, volley: Volley) -> None:
     """Wait for the end of a volley."""
     arguments = (running.grpc, running.endpoints["http"], running.keys[ATTACKER], volley)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        told.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
+        results.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
 
 
-def _is_message(one: Hostile) -> bool:
+def _is_message(call: Hostile) -> bool:
     try:
-        (pb.ChatRequest if one.chat else pb.CompleteRequest).FromString(one.message)
+        (pb.ChatRequest if call.chat else pb.CompleteRequest).FromString(call.message)
     except DecodeError:
         return False
     return True
@@ -184,9 +184,9 @@ def _is_message(one: Hostile) -> bool:
 class Bystanders:
     """Streams of another tenant, one after the other in each of some tasks, compared with undisturbed ones."""
 
-    def __init__(self, running: Fleet, told: Told, tokens: int) -> None:
+    def __init__(self, running: Fleet, results: AttackResults, tokens: int) -> None:
         self._running = running
-        self._told = told
+        self._results = results
         self._requests = [
             pb.CompleteRequest(
                 model=running.model, prompt=f"Bystander {lane} tells", max_tokens=tokens, temperature=0.0,
@@ -208,11 +208,11 @@ class Bystanders:
             try:
                 text, resumed = await self._stream(stub, self._requests[lane])
             except grpc.aio.AioRpcError as error:
-                self._told.touched.append(f"{error.code().name}: {error.details()}")
+                self._results.touched.append(f"{error.code().name}: {error.details()}")
                 continue
-            self._told.streams += 1
+            self._results.streams += 1
             if text != self._alone[lane] or resumed:
-                self._told.touched.append(f"lane {lane}: {'resumed' if resumed else 'another text'}")
+                self._results.touched.append(f"lane {lane}: {'resumed' if resumed else 'another text'}")
 
     @asynccontextmanager
     async def beside(self) -> AsyncIterator[None]:
@@ -220,7 +220,7 @@ class Bystanders:
         async with grpc.aio.insecure_channel(self._running.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
             if not self._alone:
-                self._alone = [(await self._stream(stub, one))[0] for one in self._requests]
+                self._alone = [(await self._stream(stub, request))[0] for request in self._requests]
             lanes = [asyncio.create_task(self._lane(stub, lane)) for lane in range(BYSTANDERS)]
             try:
                 yield
@@ -232,7 +232,7 @@ class Bystanders:
 
 def downs(running: Fleet) -> int:
     """Links that the gateway has lost so far."""
-    return sum(event.name == "worker_down" for event in running.news.events)
+    return sum(event.name == "worker_down" for event in running.link_log.events)
 
 
 @asynccontextmanager
@@ -270,34 +270,34 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
             stack.push_async_callback(child.stop)
 
         async def linked() -> bool:
-            return len(running.news.up) == workers
+            return len(running.link_log.up) == workers
 
         await running.gateway.until(linked, "every worker has its link", ours.ENGINE_READY_S)
         yield running
 
 
-async def simulated(stage: Stage, calls: int) -> tuple[Told, int]:
+async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
     """Attack simulated engines; half of the calls are queued."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     room = f"max_num_seqs={PLACES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
-    told, seed = Told(), stage.options.seed
+    results, seed = AttackResults(), stage.options.seed
     async with serving(stage, "links", bundle, source, WORKERS) as running:
-        async with Bystanders(running, told, TOKENS).beside():
-            await attacked(running, told, Volley(seed, calls // 2, AT_ONCE))
+        async with Bystanders(running, results, TOKENS).beside():
+            await attacked(running, results, Volley(seed, calls // 2, AT_ONCE))
             async with occupied(running):
-                await attacked(running, told, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
-        return told, downs(running)
+                await attacked(running, results, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
+        return results, downs(running)
 
 
-async def real(stage: Stage, calls: int) -> tuple[Told, int]:
+async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
     """Attack one vLLM worker."""
     model, bundle = await ours.prepare(stage.children, "llama", stage.folder)
-    told = Told()
+    results = AttackResults()
     async with serving(stage, "links-engine", bundle, str(model), 1) as running:
-        async with Bystanders(running, told, ENGINE_TOKENS).beside():
-            await attacked(running, told, Volley(stage.options.seed + 2, calls, AT_ONCE))
-        return told, downs(running)
+        async with Bystanders(running, results, ENGINE_TOKENS).beside():
+            await attacked(running, results, Volley(stage.options.seed + 2, calls, AT_ONCE))
+        return results, downs(running)
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -307,8 +307,8 @@ async def measure(stage: Stage) -> list[Figure]:
         (simulated, CALLS, LINKS, STREAMS),
         (real, ENGINE_CALLS, ENGINE_LINKS, ENGINE_STREAMS),
     ):
-        told, lost = await part(stage, calls)
-        stage.report.problems += [f"links: {what}" for what in told.touched[:5]]
-        figures.append(exact(links, lost, _NONE, "links", told.note(lost)))
-        figures.append(exact(streams, len(told.touched), _NONE, "streams", f"of {told.streams}"))
+        results, lost = await part(stage, calls)
+        stage.report.problems += [f"links: {what}" for what in results.touched[:5]]
+        figures.append(exact(links, lost, _NONE, "links", results.note(lost)))
+        figures.append(exact(streams, len(results.touched), _NONE, "streams", f"of {results.streams}"))
     return figures

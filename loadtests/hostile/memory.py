@@ -42,8 +42,8 @@ async def attack(
         await child.until(done, "the server lets in no more", ATTACK_S)
     await child.stop()
     await gateway.gateway.stop()
-    told = json.loads(report.read_text())
-    sent = f"{told['sent_bytes'] / (1 << 20):.1f} MiB of bodies sent, {told['open']} connections stayed"
+    totals = json.loads(report.read_text())
+    sent = f"{totals['sent_bytes'] / (1 << 20):.1f} MiB of bodies sent, {totals['open']} connections stayed"
     return peak.mib, f"{peak.mib:.1f}{' with TLS' if tls else ''}: {sent}"
 
 

@@ -87,7 +87,7 @@ async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
 
 
 @dataclass(slots=True)
-class Quiet:
+class QuietCalls:
     """Calls of a quiet tenant, one after the other."""
 
     waits_s: list[float] = field(default_factory=list)
@@ -99,9 +99,9 @@ class Quiet:
 
 
 @asynccontextmanager
-async def quiet_calls(gateway: Attacked) -> AsyncIterator[Quiet]:
+async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
     """Make a call every few milliseconds while the context is entered."""
-    quiet = Quiet()
+    quiet = QuietCalls()
     async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels
         metadata = ours.authorization(gateway.keys[QUIET])

@@ -65,10 +65,10 @@ def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Calla
     """The same with parts that differ."""
 
     def body(size: int) -> bytes:
-        parts, left, number = [before], size - len(before) - len(after), 0
-        while left > 0:
+        parts, remaining, number = [before], size - len(before) - len(after), 0
+        while remaining > 0:
             parts.append(part(number))
-            left -= len(parts[-1])
+            remaining -= len(parts[-1])
             number += 1
         return b"".join(parts)[:-1] + after
 
@@ -253,10 +253,10 @@ async def cost_s(target: Target, attack: Attack, body: bytes, times: int, channe
     return (target.cpu_s() - before) / times
 
 
-Look = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]]
+Visit = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]]
 
 
-async def all_of(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, look: Look) -> None:
+async def all_of(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
     """Start a gateway and send it all attacks in all sizes, the small ones first. Raises TimeoutError."""
     stalls = ("--stalls", str(witness)) if witness is not None else ()
     gateway = await ours.start(stage.children, stage.folder, bundle=bundle, source=source, name=name, witness=stalls)
@@ -272,8 +272,8 @@ async def all_of(stage: Stage, name: str, source: str, bundle: Path, witness: Pa
         for size, times in SIZES.items():
             for attack in attacks:
                 if time.monotonic() > until:
-                    raise TimeoutError(f"{attack.name}, {size} bytes: was not reached in {TIME_S:g} s")
-                await look(target, attack, attack.body(size), times, channel)
+                    raise TimeoutError(f"{attack.name}, {size} bytes: was not sent within {TIME_S:g} s")
+                await visit(target, attack, attack.body(size), times, channel)
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -287,15 +287,15 @@ async def measure(stage: Stage) -> list[Figure]:
         nonlocal worst, small, ratio
         size = len(body)
         used_s = await cost_s(target, attack, body, times, channel)
-        told = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
+        note = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
         measured = costs.setdefault((attack.name, attack.method), {})
         if size >= MIB // 2:
-            worst = max(worst, (used_s / size * 1e9, told))
+            worst = max(worst, (used_s / size * 1e9, note))
             if measured and max(measured) >= MIB // 2:
                 smaller = max(measured)
-                ratio = max(ratio, (used_s / measured[smaller] * smaller / size, told))
+                ratio = max(ratio, (used_s / measured[smaller] * smaller / size, note))
         else:
-            small = max(small, (used_s * 1000, told))
+            small = max(small, (used_s * 1000, note))
         measured[size] = used_s
 
     async def longest(target: Target, attack: Attack, body: bytes, times: int, channel: grpc.aio.Channel) -> None:
@@ -303,8 +303,8 @@ async def measure(stage: Stage) -> list[Figure]:
         for _ in range(times):
             await target.send(attack, body, channel)
         await asyncio.sleep(SETTLE_S)
-        told = f"{attack.name} ({attack.method}), {len(body)} bytes"
-        piece = max(piece, (await target.piece_ms(), told))
+        note = f"{attack.name} ({attack.method}), {len(body)} bytes"
+        piece = max(piece, (await target.piece_ms(), note))
 
     await all_of(stage, "refusals", source, bundle, None, cost)
     await all_of(stage, "refusals-witnessed", source, bundle, stage.folder / "refusals.stalls", longest)

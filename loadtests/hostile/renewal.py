@@ -47,10 +47,10 @@ class Line:
 
 def documented_lines(text: str) -> list[Line]:
     """Documented command lines in the page's order: the first install, then the renewal."""
-    found = re.findall(
+    matches = re.findall(
         r"^ {4,}headrace (pod (?:secrets|certificates)[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE
     )
-    return [Line(shlex.split(words), verb) for words, verb in found]
+    return [Line(shlex.split(words), verb) for words, verb in matches]
 
 
 class Refused(Exception):
@@ -63,7 +63,7 @@ class SecretStore:
 
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def take(self, verb: str, manifests: str) -> None:
+    def apply(self, verb: str, manifests: str) -> None:
         """Apply `kubectl create` or `apply` to YAML; kinds other than Secret are ignored. Raises Refused."""
         for manifest in yaml.safe_load_all(manifests):
             if manifest["kind"] != "Secret":
@@ -81,8 +81,8 @@ class SecretStore:
 
     def data(self, name: str) -> dict[str, str]:
         """Values of one Secret."""
-        found: dict[str, str] = self.secrets[name]["stringData"]
-        return found
+        values: dict[str, str] = self.secrets[name]["stringData"]
+        return values
 
     def lay(self, folder: Path) -> None:
         """Write the Secrets as the files of pods: FOLDER/<name without the release's>/<key>."""
@@ -109,7 +109,7 @@ def run_line(line: Line, folder: Path, store: SecretStore) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"headrace {shlex.join(line.words)}: {done.stderr.strip()}")
-    store.take(line.verb, done.stdout)
+    store.apply(line.verb, done.stdout)
 
 
 class Release:

@@ -137,10 +137,10 @@ async def until_nodes(backend: ChildBackend, count: int) -> None:
 
 def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
     """Reasons why streams are broken, one each. Raises RuntimeError if there is nothing to compare with."""
-    if lost := [one.error for one in undisturbed if one.error]:
+    if lost := [stream.error for stream in undisturbed if stream.error]:
         raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
     pairs = zip(disturbed, undisturbed, strict=True)
-    return [one.error or "another text" for one, whole in pairs if one.error or one.text != whole.text]
+    return [stream.error or "another text" for stream, whole in pairs if stream.error or stream.text != whole.text]
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -160,16 +160,16 @@ async def measure(stage: Stage) -> list[Figure]:
             ray.add("second")
             await until_nodes(backend, 3)
             streams = [Stream() for _ in range(STREAMS)]
-            running = [asyncio.create_task(follow(stub, number, one)) for number, one in enumerate(streams)]
-            await asyncio.gather(*(one.begun.wait() for one in streams))
+            running = [asyncio.create_task(follow(stub, number, stream)) for number, stream in enumerate(streams)]
+            await asyncio.gather(*(stream.begun.wait() for stream in streams))
             process, began = ray.terminate("first"), time.monotonic()
             await asyncio.gather(*running)
             await asyncio.to_thread(process.wait, 60)
             took_s = time.monotonic() - began
             reasons = broken(streams, await all_of(stub))
-    moved = sum(bool(one.resumed) for one in streams)
-    stage.screen.say(f"{moved} of {STREAMS} streams went on elsewhere; the node ended {took_s:.1f} s after SIGTERM")
+    moved = sum(bool(stream.resumed) for stream in streams)
+    stage.screen.say(f"{moved} of {STREAMS} streams were resumed; the node ended {took_s:.1f} s after SIGTERM")
     if not reasons and not 0 < moved < STREAMS:
-        raise RuntimeError(f"{moved} streams went on elsewhere, and some but not all had to: nothing is shown")
-    note = f"{STREAMS - moved} ended where they were, {moved} went on elsewhere; drain_timeout_s {DRAIN_S:g}"
+        raise RuntimeError(f"{moved} streams were resumed, but some and not all should be: the run proves nothing")
+    note = f"{STREAMS - moved} ended on their replica, {moved} were resumed; drain_timeout_s {DRAIN_S:g}"
     return [exact(BROKEN, len(reasons), ROWS[BROKEN], "streams", "; ".join(reasons[:3]) or note)]

@@ -63,7 +63,7 @@ async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, ga
 
 def spread(ports: list[str], count: int) -> Iterator[tuple[str, str, str]]:
     """(port, address, habit) of each client."""
-    named = [one.split("=", 1) for one in ports]
+    named = [port.split("=", 1) for port in ports]
     for index, (port, address) in enumerate(islice(cycle(named), count)):
         yield port, address, ("silent", "half", "dribbled", "greeted")[index // len(named) % 4]
 
@@ -72,8 +72,8 @@ async def main(arguments: argparse.Namespace) -> None:
     """Hold all connections until killed."""
     tried, gate = asyncio.Semaphore(0), asyncio.Semaphore(AT_ONCE)
     async with asyncio.TaskGroup() as group:
-        for one in spread(arguments.port, arguments.count):
-            group.create_task(hold(*one, tried, gate))
+        for client in spread(arguments.port, arguments.count):
+            group.create_task(hold(*client, tried, gate))
         for _ in range(arguments.count):
             await tried.acquire()
         arguments.ready.write_text("tried")

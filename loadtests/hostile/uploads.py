@@ -40,7 +40,7 @@ class Uploads:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: argparse.Namespace) -> None:
         self._reader, self._writer, self._wanted = reader, writer, wanted
         self._h2 = H2Connection(H2Configuration(client_side=True))
-        self._left: dict[int, int] = {}
+        self._unsent: dict[int, int] = {}
         self._greeted = False
         self.sent_bytes = 0
         self.progress_at = asyncio.get_running_loop().time()
@@ -75,24 +75,25 @@ class Uploads:
             if wanted.strange:
                 head.append(("x-padding", "x" * FIELD_BYTES))
             self._h2.send_headers(stream_id, head)
-            self._left[stream_id] = wanted.bytes + 4
+            self._unsent[stream_id] = wanted.bytes + 4
             self._h2.send_data(stream_id, b"\x00" + wanted.bytes.to_bytes(4, "big"))
         await self._flush()
 
     async def _push(self) -> None:
-        for stream_id, left in list(self._left.items()):
+        for stream_id, unsent in list(self._unsent.items()):
             try:
-                size = min(left - 5, self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
+                size = min(unsent - 5, self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
                 if size > 0:
                     self._h2.send_data(stream_id, bytes(size))
-                    self._left[stream_id] -= size
+                    self._unsent[stream_id] -= size
                     self.sent_bytes += size
                     self.progress_at = asyncio.get_running_loop().time()
             except H2Error:  # the request was refused
-                del self._left[stream_id]
+                del self._unsent[stream_id]
         await self._flush()
-        if self._left and any(
-            left > 5 and self._h2.local_flow_control_window(stream_id) > 0 for stream_id, left in self._left.items()
+        if self._unsent and any(
+            unsent > 5 and self._h2.local_flow_control_window(stream_id) > 0
+            for stream_id, unsent in self._unsent.items()
         ):
             asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self._push()))
 
@@ -123,18 +124,18 @@ async def attack(wanted: argparse.Namespace) -> None:
             *(asyncio.open_connection(host, int(port), ssl=context) for _ in range(together))
         )
         opened = [Uploads(reader, writer, wanted) for reader, writer in streams]
-        running += [asyncio.create_task(one.run()) for one in opened]
+        running += [asyncio.create_task(upload.run()) for upload in opened]
         made += opened
         await asyncio.sleep(0.02)
-    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+    while loop.time() - max(upload.progress_at for upload in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
         await asyncio.sleep(0.05)
     if wanted.strange:
-        for one in made:
-            await one.strange_end()
+        for upload in made:
+            await upload.strange_end()
         await asyncio.sleep(QUIET_S)
-    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(not task.done() for task in running)}
+    totals = {"sent_bytes": sum(upload.sent_bytes for upload in made), "open": sum(not task.done() for task in running)}
     scratch = wanted.report.with_suffix(".new")
-    scratch.write_text(json.dumps(told))
+    scratch.write_text(json.dumps(totals))
     scratch.rename(wanted.report)
     await asyncio.Event().wait()
 

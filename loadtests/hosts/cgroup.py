@@ -27,7 +27,7 @@ def cgroup() -> Iterator[Path | None]:
     path = parent / f"headrace-{os.getpid()}"
     try:
         if parent == V2 and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
-            raise PermissionError("the cpu controller is not given to groups here")
+            raise PermissionError("the cpu controller is not enabled for cgroups here")
         path.mkdir(exist_ok=True)  # an earlier process with this pid may have been killed
     except OSError:
         yield None

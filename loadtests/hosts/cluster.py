@@ -28,7 +28,7 @@ from loadtests.hosts.cgroup import cgroup
 from loadtests.hosts.fabric import Fabric, fabric
 from loadtests.hosts.pods import Kubelet, Pod, own
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
-from loadtests.hosts.story import Story
+from loadtests.hosts.story import Timeline
 from loadtests.serving import ours as serving
 
 HOSTS = A, B, C, D = "a", "b", "c", "d"
@@ -70,7 +70,7 @@ class Cluster:
     home: Path
     secrets: Sequence[Object]
     release: Release
-    story: Story
+    timeline: Timeline
     claims: Mapping[str, Path]
     """Existing volumes by name."""
     models: Sequence[Mapping[str, object]]
@@ -100,7 +100,7 @@ class Cluster:
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
         if release.the("StatefulSet", name) != self.release.the("StatefulSet", name):
-            raise RuntimeError("another list of models or Ray clusters restarts the gateways")
+            raise RuntimeError("a change of models or Ray clusters would restart the gateways")
         before = self.rays
         self.release, self.models, self.rays = release, models, rays
         for ray in rays:
@@ -155,7 +155,7 @@ class Cluster:
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
         """Number of workers of a model that have links to every gateway."""
-        ups = [self.story.up(pod.spec.name) - set(beside) for pod in self.gateways]
+        ups = [self.timeline.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
@@ -170,12 +170,12 @@ class Cluster:
     def ray_runs(self) -> bool:
         """Whether the first Ray's dashboard answers and reports every application as running. Blocks."""
         applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
-        return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
+        return bool(applications) and all(application["status"] == "RUNNING" for application in applications.values())
 
     def ray_nodes(self, ray: str) -> int:
         """Number of living nodes, including the head, by a Ray's dashboard. Blocks."""
-        told = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
-        return sum(row.get("state") == "ALIVE" for row in told.get("data", {}).get("result", {}).get("result", []))
+        nodes = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
+        return sum(row.get("state") == "ALIVE" for row in nodes.get("data", {}).get("result", {}).get("result", []))
 
     def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
         """JSON answer of a Ray's dashboard; {} if it does not answer."""
@@ -185,10 +185,10 @@ class Cluster:
         )
         try:
             with urllib.request.urlopen(request, timeout=3.0) as answer:  # noqa: S310 - http, made above
-                told = json.load(answer)
+                parsed = json.load(answer)
         except (OSError, ValueError):
             return {}
-        return told if isinstance(told, dict) else {}
+        return parsed if isinstance(parsed, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
         """Run a command like `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with its
@@ -274,10 +274,10 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         dns = net.place("dns", C)
         together = stack.enter_context(cgroup())
         kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together, last=(C,))
-        story = Story(children.folder)
-        stack.enter_context(contextlib.closing(story))
+        timeline = Timeline(children.folder)
+        stack.enter_context(contextlib.closing(timeline))
         await stack.enter_async_context(kubelet.running())
-        cluster = Cluster(net, kubelet, size, home, made, release, story, claims, [entry])
+        cluster = Cluster(net, kubelet, size, home, made, release, timeline, claims, [entry])
         containers = cluster.containers()
         await _site(cluster, dns)
         await _stores(cluster, containers)
@@ -352,12 +352,12 @@ async def _connects(cluster: Cluster, pod: Pod, port: int) -> None:
 
 
 async def _serve(cluster: Cluster, containers: Containers) -> None:
-    kubelet, net, story = cluster.kubelet, cluster.fabric, cluster.story
+    kubelet, net, timeline = cluster.kubelet, cluster.fabric, cluster.timeline
     gateways = [
         kubelet.add(containers.of("StatefulSet", f"{RELEASE}-gateway", i), net.place(f"gateway{i}", host))
         for i, host in enumerate((A, B))
     ]
-    story.follow([pod.spec.name for pod in gateways])
+    timeline.follow([pod.spec.name for pod in gateways])
     await asyncio.gather(*(kubelet.started(pod, UP_S) for pod in gateways))
     await cluster.start_ray(BLUE)
     controller = kubelet.add(containers.of("Deployment", f"{RELEASE}-controller"), net.place("controller", C))
@@ -366,7 +366,7 @@ async def _serve(cluster: Cluster, containers: Containers) -> None:
     made = json.loads(await cluster.exec(gateways[0], "headrace", "keys", "create", TENANT, "--json"))
     cluster.key = made["key"]
     if not await cluster.until_whole(FLEET_UP_S):
-        up = {pod.spec.name: sorted(story.up(pod.spec.name)) for pod in gateways}
+        up = {pod.spec.name: sorted(timeline.up(pod.spec.name)) for pod in gateways}
         tail = controller.child.tail() if controller.child is not None else ""
         raise DidNotStart(f"not every worker has its links within {FLEET_UP_S:g} s: {up}\n{tail}")
 

@@ -57,7 +57,7 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class EpisodeResults:
     """An episode with what its callers measured."""
 
     episode: Episode
@@ -82,8 +82,12 @@ class Shown:
     @property
     def beyond_s(self) -> float | None:
         """Time beyond Ray's restart and the engines' start."""
-        one = self.episode
-        return None if one.capacity_s is None or one.engines_s is None else max(one.capacity_s - one.engines_s, 0.0)
+        episode = self.episode
+        return (
+            None
+            if episode.capacity_s is None or episode.engines_s is None
+            else max(episode.capacity_s - episode.engines_s, 0.0)
+        )
 
     @property
     def moved(self) -> int:
@@ -91,29 +95,29 @@ class Shown:
         progress
         both when it struck and when the last of their original workers was gone.
         """
-        one = self.episode
+        episode = self.episode
         return sum(
             bool(call.resumed)
-            and (call.sent >= one.struck - QUIET_S or (one.moved is not None and call.ended >= one.moved))
+            and (call.sent >= episode.struck - QUIET_S or (episode.moved is not None and call.ended >= episode.moved))
             for call in self.calls
         )
 
     def settings(self) -> dict[str, Any]:
         """Values for the report."""
-        one = self.episode
+        episode = self.episode
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
             "calls": len(self.calls), "resumed": self.resumed, "longest gap s": round(self.longest_gap_s, 3),
             "longest gaps": [f"{s:.3f} s from {at:.2f} s on, {who}" for s, at, who in self.gaps],
             "prefills": self.prefills,
-            "detected s": round(one.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
-            "ratio": round(self.ratio, 2), "seconds": round(one.over - one.struck, 1), "whole": one.whole,
-            "capacity back s": one.capacity_s and round(one.capacity_s, 2),
-            "engines started s": one.engines_s and round(one.engines_s, 2), **one.notes,
+            "detected s": round(episode.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
+            "ratio": round(self.ratio, 2), "seconds": round(episode.over - episode.struck, 1), "whole": episode.whole,
+            "capacity back s": episode.capacity_s and round(episode.capacity_s, 2),
+            "engines started s": episode.engines_s and round(episode.engines_s, 2), **episode.notes,
         }  # fmt: skip
 
 
-def shown(load: Load, episode: Episode) -> Shown:
+def evaluate(load: Load, episode: Episode) -> EpisodeResults:
     """Evaluate an episode, once all its calls have ended."""
     hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
     gaps = [
@@ -124,7 +128,7 @@ def shown(load: Load, episode: Episode) -> Shown:
     ]
     gaps.sort(reverse=True)
     prefill_s, prefills = load.prefill_s(episode.struck)
-    return Shown(
+    return EpisodeResults(
         episode,
         hit,
         [call for call in hit if call.error and episode.struck <= call.ended < episode.over],
@@ -149,7 +153,7 @@ class Play:
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
         if not await self._load.steady(WHOLE_S):
-            raise NotWhole(f"the streams were not all under way before this event: {self._load.live[-3:]}")
+            raise NotWhole(f"not all streams were running before this event: {self._load.live[-3:]}")
         await asyncio.sleep(QUIET_S)
         episode = Episode(name, time.time())
         self.episodes.append(episode)
@@ -215,36 +219,36 @@ class Play:
         """Drain and end every worker, one after the other; Ray Serve restarts each."""
         rows = json.loads(await self._admin("workers", "--json"))
         ids = sorted(row["worker_id"] for row in rows)
-        for one in ids:
-            place = engines(self._cluster.nodes, {one}).get(one)
+        for worker_id in ids:
+            place = engines(self._cluster.nodes, {worker_id}).get(worker_id)
             if place is None:
-                raise RuntimeError(f"no node's logs know the worker {one}")
-            await self._admin("drain", one, "--timeout-s", str(DRAIN_S))
+                raise RuntimeError(f"no node's logs mention the worker {worker_id}")
+            await self._admin("drain", worker_id, "--timeout-s", str(DRAIN_S))
             ended = time.time()
             await self._cluster.exec(place.pod, "kill", "-KILL", str(place.pid))
-            await self._cluster.until_whole(WHOLE_S, beside={one})
-            episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
+            await self._cluster.until_whole(WHOLE_S, beside={worker_id})
+            episode.notes[f"{worker_id} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
         """Move the model's entry from one Ray cluster to a new one started beside it, and remove the first: the way to
         upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
         """
-        cluster, story = self._cluster, self._cluster.story
+        cluster, timeline = self._cluster, self._cluster.timeline
         began = time.time()
         await cluster.upgrade(rays=[BLUE, GREEN])
         await self._nodes_of(GREEN)
         episode.notes["other Ray up after s"] = round(time.time() - began, 1)
         await asyncio.sleep(QUIET_S)
-        before = {worker for pod in cluster.gateways for worker in story.up(pod.spec.name)}
+        before = {worker for pod in cluster.gateways for worker in timeline.up(pod.spec.name)}
         episode.struck = time.time()
-        await cluster.upgrade(models=[{**one, "ray": GREEN} for one in cluster.models])
+        await cluster.upgrade(models=[{**entry, "ray": GREEN} for entry in cluster.models])
         if not await cluster.until_whole(WHOLE_S, beside=before):
             raise NotWhole("the model did not come up on the other Ray cluster")
         episode.notes["up on the other after s"] = round(time.time() - episode.struck, 1)
         deadline = time.monotonic() + WHOLE_S
-        while any(before & story.up(pod.spec.name) for pod in cluster.gateways):
+        while any(before & timeline.up(pod.spec.name) for pod in cluster.gateways):
             if time.monotonic() > deadline:
-                raise NotWhole("the model's workers on the first Ray cluster do not go")
+                raise NotWhole("the model's workers on the first Ray cluster did not leave")
             await asyncio.sleep(0.05)
         episode.moved = time.time()
         episode.notes["gone from the first after s"] = round(episode.moved - episode.struck, 1)
@@ -300,15 +304,15 @@ class Play:
 
     async def _lost(self, episode: Episode) -> None:
         """Wait until every gateway has noticed; the last one decides."""
-        story, gateways = self._cluster.story, {pod.spec.name for pod in self._cluster.gateways}
+        timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
-            downs = story.since(episode.struck, "worker_down")
+            downs = timeline.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
                 await asyncio.sleep(0.5)  # waits for all of its workers
                 break
             await asyncio.sleep(0.05)
-        downs = story.since(episode.struck, "worker_down")
+        downs = timeline.since(episode.struck, "worker_down")
         episode.detected_s = max((event.at for event in downs), default=episode.struck) - episode.struck
         episode.notes["links lost"] = sorted({event.worker for event in downs})
         episode.notes["reasons"] = sorted({event.reason for event in downs})
@@ -317,12 +321,14 @@ class Play:
         if not await self._cluster.until_whole(WHOLE_S):
             episode.whole = False
             return
-        ups = self._cluster.story.since(episode.struck, "worker_up")
+        ups = self._cluster.timeline.since(episode.struck, "worker_up")
         episode.capacity_s = max(event.at for event in ups) - episode.struck
         started = engines(self._cluster.nodes, {event.worker for event in ups})
         if started:
-            episode.engines_s = max(one.at for one in started.values()) - episode.struck
-        episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
+            episode.engines_s = max(start.at for start in started.values()) - episode.struck
+        episode.notes["started after s"] = {
+            name: round(start.at - episode.struck, 2) for name, start in started.items()
+        }
 
 
 def connections(gateway: Pod) -> int:
@@ -350,15 +356,15 @@ class Started:
 
 def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
     """Engine starts of these workers, from the output that Ray keeps on each node."""
-    found: dict[str, Started] = {}
+    starts: dict[str, Started] = {}
     for pod in nodes:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
             "ray/session_2*/logs/worker-*.out"
         ):
             for worker, at in ups(path.read_bytes()):
                 if worker in workers:
-                    found[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
-    return found
+                    starts[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
+    return starts
 
 
 def ups(output: bytes) -> list[tuple[str, float]]:

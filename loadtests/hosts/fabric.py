@@ -90,14 +90,14 @@ class Fabric:
             "        if not probe.connect_ex((address, 443)):\n"
             "            print(address)\n"
         )
-        found = {}
+        reached = {}
         for place in self.places:
             done = subprocess.run(
                 place.command("python3", "-c", script), capture_output=True, text=True, check=False, timeout=30
             )
             if done.returncode or done.stdout.strip():
-                found[place.namespace] = done.stdout.strip() or done.stderr.strip()[-200:]
-        return found
+                reached[place.namespace] = done.stdout.strip() or done.stderr.strip()[-200:]
+        return reached
 
 
 @contextlib.contextmanager

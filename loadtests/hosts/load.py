@@ -80,20 +80,20 @@ class Load:
                 self._read += len(line)
                 self._line(json.loads(line))
 
-    def _line(self, told: Mapping[str, Any]) -> None:
-        if told["t"] == "live":
-            self.live.append((told["at"], told["running"], told["chunks"]))
-        elif told["t"] == "broke":
-            self.broke.append(told["at"])
-        elif told["t"] == "begun":
-            self._open[told["id"]] = Call(told["id"], told["asked"], told["sent"], 0.0, math.inf, (), UNENDED, "")
+    def _line(self, event: Mapping[str, Any]) -> None:
+        if event["t"] == "live":
+            self.live.append((event["at"], event["running"], event["chunks"]))
+        elif event["t"] == "broke":
+            self.broke.append(event["at"])
+        elif event["t"] == "begun":
+            self._open[event["id"]] = Call(event["id"], event["asked"], event["sent"], 0.0, math.inf, (), UNENDED, "")
         else:
-            self._open.pop(told["id"], None)
+            self._open.pop(event["id"], None)
             self.calls.append(
                 Call(
-                    told["id"], told["asked"], told["sent"], told["first"], told["ended"],
-                    [(at, s) for at, s in told["gaps"]], told["error"], told["text"],
-                    told.get("completion", 0), told.get("resumed", 0),
+                    event["id"], event["asked"], event["sent"], event["first"], event["ended"],
+                    [(at, s) for at, s in event["gaps"]], event["error"], event["text"],
+                    event.get("completion", 0), event.get("resumed", 0),
                 )
             )  # fmt: skip
 
@@ -105,7 +105,7 @@ class Load:
         while time.monotonic() < deadline:
             self.read()
             if len(self.calls) >= self.plan.streams and all(call.error for call in self.calls):
-                raise RuntimeError(f"no call is answered: {self.calls[-1].error}")
+                raise RuntimeError(f"no call was answered: {self.calls[-1].error}")
             if self.live and self.live[-1][1] >= 0.95 * self.plan.streams and self.live[-1][2]:
                 return True
             await asyncio.sleep(0.2)
@@ -128,7 +128,7 @@ class Load:
         fresh = [
             call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
         ]
-        fresh = [one for one in fresh if one < BEFORE_S]
+        fresh = [wait_s for wait_s in fresh if wait_s < BEFORE_S]
         return percentile(fresh, 99), len(fresh)
 
 

@@ -224,9 +224,11 @@ class Kubelet:
                 period_s = pod.spec.ready_period_s if pod.ready else 0.2  # like a startup probe
                 if time.monotonic() - asked >= period_s:
                     asked = time.monotonic()
-                    found = pod.first is not None if channel is None else await _serves(channel, pod.spec.ready_service)
-                    missed = 0 if found else missed + 1
-                    pod.ready = not pod.leaving and (found or (pod.ready and missed < 2))
+                    healthy = (
+                        pod.first is not None if channel is None else await _serves(channel, pod.spec.ready_service)
+                    )
+                    missed = 0 if healthy else missed + 1
+                    pod.ready = not pod.leaving and (healthy or (pod.ready and missed < 2))
                     self.tell_names()
                 await asyncio.sleep(LOOK_S)
 
@@ -286,13 +288,13 @@ def search_path() -> str:
 
 def programs() -> Sequence[str]:
     """Folders that the images would contain: this project, its environment, and the Python below it."""
-    found: list[Path] = []
+    folders: list[Path] = []
     for folder in sorted(
         {ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}, key=lambda path: len(path.parts)
     ):
-        if not any(folder.is_relative_to(other) for other in (*found, Path("/usr"))):
-            found.append(folder)
-    return [os.fspath(folder) for folder in found]
+        if not any(folder.is_relative_to(other) for other in (*folders, Path("/usr"))):
+            folders.append(folder)
+    return [os.fspath(folder) for folder in folders]
 
 
 def _size(text: str) -> str:

@@ -70,22 +70,24 @@ class Release:
 
     def of(self, kind: str) -> Iterator[Object]:
         """Objects of a kind."""
-        return (one for one in self.objects if one["kind"] == kind)
+        return (item for item in self.objects if item["kind"] == kind)
 
     def the(self, kind: str, name: str) -> Object:
         """Object of a kind with this name. Raises LookupError."""
-        for one in self.of(kind):
-            if one["metadata"]["name"] == name:
-                return one
+        for item in self.of(kind):
+            if item["metadata"]["name"] == name:
+                return item
         raise LookupError(f"the chart has no {kind} {name}")
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
         """Files in a volume of a ConfigMap or Secret."""
-        found = self.the(kind, name)
-        data = dict(found.get("data", {}))
+        manifest = self.the(kind, name)
+        data = dict(manifest.get("data", {}))
         if kind == "Secret":
-            data = {key: base64.b64decode(value).decode() for key, value in data.items()} | found.get("stringData", {})
-        return {one["path"]: data[one["key"]] for one in items if one["key"] in data} if items else dict(data)
+            data = {key: base64.b64decode(value).decode() for key, value in data.items()} | manifest.get(
+                "stringData", {}
+            )
+        return {item["path"]: data[item["key"]] for item in items if item["key"] in data} if items else dict(data)
 
 
 def helm() -> str:
@@ -108,7 +110,7 @@ def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
         raise RuntimeError(f"helm template: {done.stderr.strip()[-2000:]}")
-    objects = [one for one in yaml.safe_load_all(done.stdout) if one]
+    objects = [item for item in yaml.safe_load_all(done.stdout) if item]
     return Release((*objects, *secrets))
 
 
@@ -118,7 +120,7 @@ def make_secrets() -> list[Object]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     if done.returncode:
         raise RuntimeError(f"headrace pod secrets: {done.stderr.strip()[-2000:]}")
-    return [one for one in yaml.safe_load_all(done.stdout) if one]
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
 
 
 VALKEY = "valkey-server"
@@ -137,10 +139,10 @@ class Containers:
 
     def of(self, kind: str, name: str, ordinal: int = 0) -> Spec:
         """The container of one pod of a Deployment, StatefulSet or Job."""
-        found = self._release.the(kind, name)
-        template = found["spec"]["template"]
+        manifest = self._release.the(kind, name)
+        template = manifest["spec"]["template"]
         pod = f"{name}-{ordinal}"
-        claims = [claim["metadata"]["name"] for claim in found["spec"].get("volumeClaimTemplates", ())]
+        claims = [claim["metadata"]["name"] for claim in manifest["spec"].get("volumeClaimTemplates", ())]
         container = template["spec"]["containers"][0]
         spec = self._container(pod, template, container, claims)
         if not spec.command:
@@ -151,22 +153,22 @@ class Containers:
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:
         """A RayCluster's head, or a node of one of its groups."""
-        found = self._release.the("RayCluster", f"{RELEASE}-{cluster}")
-        spec = found["spec"]
+        manifest = self._release.the("RayCluster", f"{RELEASE}-{cluster}")
+        spec = manifest["spec"]
         part = (
-            next(one for one in spec["workerGroupSpecs"] if one["groupName"] == group)
+            next(candidate for candidate in spec["workerGroupSpecs"] if candidate["groupName"] == group)
             if group
             else spec["headGroupSpec"]
         )
-        pod = f"{found['metadata']['name']}-{group or 'head'}-{ordinal}"
+        pod = f"{manifest['metadata']['name']}-{group or 'head'}-{ordinal}"
         container = part["template"]["spec"]["containers"][0]
         made = self._container(pod, part["template"], container, ())
-        return _ray_pod(made, found, part, container, self._release, head=not group)
+        return _ray_pod(made, manifest, part, container, self._release, head=not group)
 
     def _container(self, pod: str, template: Object, container: Object, claims: Sequence[str]) -> Spec:
         security = template["spec"].get("securityContext", {})
         user, group = int(security.get("runAsUser", 0)), int(security.get("runAsGroup", 0))
-        volumes = {one["name"]: one for one in template["spec"].get("volumes", ())}
+        volumes = {item["name"]: item for item in template["spec"].get("volumes", ())}
         mounts = []
         for mount in container.get("volumeMounts", ()):
             name = mount["name"]
@@ -181,7 +183,7 @@ class Containers:
             name=pod,
             component=template["metadata"]["labels"]["app.kubernetes.io/component"],
             command=(*map(str, container.get("command", ())), *map(str, container.get("args", ()))),
-            environment={one["name"]: self._value(one, pod) for one in container.get("env", ())},
+            environment={item["name"]: self._value(item, pod) for item in container.get("env", ())},
             mounts=tuple(mounts),
             user=user,
             group=group,

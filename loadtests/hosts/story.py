@@ -23,7 +23,7 @@ class Event:
     reason: str
 
 
-class Story:
+class Timeline:
     """Follows the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -75,13 +75,13 @@ class Story:
         if b'"worker_' not in line:
             return
         try:
-            told: dict[str, Any] = json.loads(line)
+            entry: dict[str, Any] = json.loads(line)
         except ValueError:
             return
-        if told.get("event") not in ("worker_up", "worker_down"):
+        if entry.get("event") not in ("worker_up", "worker_down"):
             return
-        at = datetime.fromisoformat(told["timestamp"]).timestamp()
-        event = Event(at, told["event"], pod, told["worker"], told.get("reason", ""))
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        event = Event(at, entry["event"], pod, entry["worker"], entry.get("reason", ""))
         self.events.append(event)
         if event.name == "worker_up":
             self._up[pod].add(event.worker)

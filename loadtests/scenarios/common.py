@@ -187,7 +187,7 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
         if short:
-            report.problems.append(f"{contestant.arm.name}: {short} answers had not the number of tokens asked for")
+            report.problems.append(f"{contestant.arm.name}: {short} answers do not have the requested number of tokens")
     ran = [contestant for contestant in contestants if contestant.runs]
     for other in ran[1:]:
         reference = ran[0]

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--endpoint", required=True, help="grpc://HOST:PORT, session://HOST:PORT, http://HOST:PORT or ray://HOST:PORT")
     add("--model", default="default")
-    add("--application", default="", help="of Ray Serve, for ray://")
+    add("--application", default="", help="application of Ray Serve, for ray://")
     add("--method", default="", help="full path of the streaming method, for grpc:// and ray://")
     add("--api-key", default="", help="for http://")
     add("--dataset", default="fixed", help=f"one of {', '.join(datasets.NAMES)}")
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=100)
     add("--prompt-words", type=int, default=64)
     add("--groups", type=int, default=8, help="shared prefixes, for the dataset `prefixes`")
-    add("--tokens", type=int, default=64, help="of each answer; traces say their own, at most this many if given")
-    add("--scale", type=float, default=1.0, help="of a trace's lengths")
+    add("--tokens", type=int, default=64, help="tokens of each answer; an upper bound for traces, which have their own")
+    add("--scale", type=float, default=1.0, help="factor for a trace's lengths")
     add("--complete", action="store_true", help="completion instead of chat")
-    add("--concurrency", default="", help="closed loop: calls at once; several, as 1,8,64, make a sweep")
+    add("--concurrency", default="", help="closed loop: concurrent calls; a list such as 1,8,64 makes a sweep")
     add("--rate", type=float, help="open loop: calls a second")
     add("--cv", type=float, default=1.0, help="open loop: burstiness of the gaps; 1 is Poisson")
-    add("--speed", type=float, help="open loop: replay the trace's own arrival times, so many times as fast")
+    add("--speed", type=float, help="open loop: replay the trace's own arrival times, this many times as fast")
     add("--slo-ttft-ms", type=float)
     add("--slo-tpot-ms", type=float)
     add("--slo-e2e-ms", type=float)
@@ -60,7 +60,7 @@ def face_of(arguments: argparse.Namespace) -> Face:
     host, colon, port = rest.rstrip("/").rpartition(":")
     if scheme not in SCHEMES or not separator:
         raise BadEndpoint(
-            f"endpoint {arguments.endpoint!r}: begins with none of {', '.join(s + '://' for s in SCHEMES)}"
+            f"endpoint {arguments.endpoint!r}: unknown scheme; expected one of {', '.join(s + '://' for s in SCHEMES)}"
         )
     if scheme == "http":
         return OpenAiSse(arguments.endpoint, arguments.model, api_key=arguments.api_key)
@@ -85,7 +85,7 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
         traced = traces.load(name, arguments.traces)[:count]
         requests = datasets.from_trace(traced, arguments.scale, seed, arguments.tokens)
         if arguments.speed is not None:
-            return requests, arrivals.replay([one.at_s for one in traced], arguments.speed)
+            return requests, arrivals.replay([request.at_s for request in traced], arguments.speed)
     elif arguments.speed is not None:
         raise ValueError(f"--speed replays a trace's arrivals: --dataset must be one of {', '.join(traces.TRACES)}")
     elif name == "mt-bench":
@@ -103,12 +103,12 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
 def levels(text: str) -> Sequence[int]:
     """Parse `1,8,64` to numbers. Raises ValueError."""
     try:
-        found = [int(part) for part in (text or "8").split(",")]
+        concurrencies = [int(part) for part in (text or "8").split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise ValueError(f"--concurrency {text!r}: expected numbers above 0, as 1,8,64")
-    return found
+        concurrencies = []
+    if not concurrencies or min(concurrencies) < 1:
+        raise ValueError(f"--concurrency {text!r}: expected integers above 0, such as 1,8,64")
+    return concurrencies
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, report: Report) -> None:

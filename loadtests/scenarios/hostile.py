@@ -18,7 +18,7 @@ PARTS: tuple[str, ...] = (
     "links",
 )
 """Modules of loadtests/hostile."""
-NOT_ASKED = "not asked for (--only)"
+NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
@@ -48,4 +48,4 @@ async def play(stage: Stage) -> None:
             stage.report.figures += await part.measure(stage)
         except (RuntimeError, DidNotStart, TimeoutError) as error:
             stage.report.problems.append(f"{name}: {error!r}")
-            stage.report.figures += [missing(row, bound, f"part {name} broke off") for row, bound in part.ROWS.items()]
+            stage.report.figures += [missing(row, bound, f"part {name} failed") for row, bound in part.ROWS.items()]

@@ -87,7 +87,7 @@ async def play(stage: Stage) -> None:
         if (router := await relay.start_router(stage, port)) is not None:
             arms.append(router)
     report.settings |= {f"{stage.part}prompt_bytes": PROMPT_BYTES, f"{stage.part}concurrency": concurrency}
-    again: list[Contestant] = []
+    prose_arms: list[Contestant] = []
     try:
         (short,) = requests_of(options.seed, 999, 1, 1)
         ready = [arm for arm in arms if await first_call(arm, short)]
@@ -97,15 +97,15 @@ async def play(stage: Stage) -> None:
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip
-        again = [_with_prose(stage, arm) for arm in ready]
+        prose_arms = [_with_prose(stage, arm) for arm in ready]
         await take_turns(
-            stage, again, lambda number: prose_requests(options.seed, number, tokens),
+            stage, prose_arms, lambda number: prose_requests(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip
     finally:
         for arm in arms:
             await arm.face.close()
-    by_name = {arm.arm.name: arm for arm in (*arms, *again)}
+    by_name = {arm.arm.name: arm for arm in (*arms, *prose_arms)}
     report.figures += figures(stage, by_name, "", RATE, STALL)
     report.figures += figures(stage, by_name, WITH_PROSE, PROSE_RATE, PROSE_STALL)
 
@@ -134,5 +134,5 @@ def figures(stage: Stage, arms: dict[str, Contestant], suffix: str, rate_name: s
     return [rate, plain_figure(stall_name, interval, "ms", STALL_BOUND, len(worst_ms), note=note)]
 
 
-def _rate(one: Round) -> float | None:
-    return len(one.run.good) / one.run.duration_s if one.run.good else None
+def _rate(round_: Round) -> float | None:
+    return len(round_.run.good) / round_.run.duration_s if round_.run.good else None

@@ -84,7 +84,7 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
     """vllm-router in front of the engine at `port`; None, with the arm's problem recorded, if it does not start."""
-    arm = stage.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
+    arm = stage.arm(ROUTER, "vllm-router in front of the simulated engine's OpenAI API, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
     except (DidNotStart, peers.NoPeers) as error:
@@ -138,12 +138,12 @@ def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
     for pid in engines:
         pin(pid, engine)
     pin_driver(driver)
-    return f"what relays on {relay}, engines on {engine}, driver on {driver}"
+    return f"relaying processes on {relay}, engines on {engine}, driver on {driver}"
 
 
-def relay_cpu(one: Round) -> float | None:
+def relay_cpu(round_: Round) -> float | None:
     """CPU seconds per token of the relaying processes, without engines, simulated or not."""
-    return one.usage.front_end_s() / one.run.tokens if one.run.tokens else None
+    return round_.usage.front_end_s() / round_.run.tokens if round_.run.tokens else None
 
 
 def figures(arms: dict[str, Contestant]) -> list[Figure]:
@@ -159,7 +159,7 @@ def figures(arms: dict[str, Contestant]) -> list[Figure]:
         else missing(TOKENS_COST, TOKENS_BOUND, "one of the two did not run")
     )
     ours, theirs = per_round(
-        arms.get(SESSION), arms.get(GRPC), lambda one: one.run.driver_cpu_s / max(one.run.tokens, 1)
+        arms.get(SESSION), arms.get(GRPC), lambda round_: round_.run.driver_cpu_s / max(round_.run.tokens, 1)
     )
     out.append(
         ratio_figure(CLIENT, ours, theirs, CLIENT_BOUND, scale=1e6, difference_unit="µs/token")
@@ -178,7 +178,7 @@ def _relay_figure(name: str, ours: Contestant | None, router: Contestant | None)
             return missing(title, bound, f"{what} did not run{': ' + arm.arm.problem if arm else ''}")
     assert ours is not None
     values = per_round(ours, router, relay_cpu)
-    shares = [one.run.one_token_share or 0.0 for one in ours.arm.rounds]
+    shares = [round_.run.one_token_share or 0.0 for round_ in ours.arm.rounds]
     if min(shares) < LEAST_ONE_TOKEN_SHARE:
         return missing(title, bound, f"only {min(shares):.0%} of the pieces surely held one token: not comparable")
     note = f"at least {min(shares):.1%} of the pieces held one token"

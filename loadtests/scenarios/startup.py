@@ -72,7 +72,7 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
         took = await _first_text(f"127.0.0.1:{clients}", key, began)
         await gateway.stop()
     if not modules.exists():
-        raise DidNotStart(f"the gateway did not tell its modules; its log ends:\n{gateway.tail()}")
+        raise DidNotStart(f"the gateway wrote no list of modules; its log ends:\n{gateway.tail()}")
     return took, json.loads(modules.read_text())
 
 

@@ -37,7 +37,7 @@ def be_worker(arguments: Sequence[str]) -> NoReturn:
         os._exit(code)
 
 
-class Brood:
+class WorkerPool:
     """Parent of the workers. Forks before any thread or channel exists in this process, and makes none."""
 
     def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--workers", type=Path, required=True)
     parser.add_argument("--restart-s", type=float, default=0.2)
     given = parser.parse_args()
-    Brood(given.folder, json.loads(given.workers.read_text()), given.restart_s).run()
+    WorkerPool(given.folder, json.loads(given.workers.read_text()), given.restart_s).run()
 
 
 if __name__ == "__main__":

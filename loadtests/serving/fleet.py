@@ -21,7 +21,7 @@ from pathlib import Path
 from loadtests.children import Child, Children
 from loadtests.serving import tenants
 from loadtests.serving.ours import MODEL, READY_FILE, READY_S, authorization, configuration, exec_gateway
-from tests.support.cuttable import Cuttable, Way, cuttable
+from tests.support.cuttable import Cuttable, Direction, cuttable
 
 LOOK_S = 0.01
 UP_S = 30.0
@@ -38,7 +38,7 @@ class Event:
     reason: str
 
 
-class News:
+class LinkLog:
     """Link events of the gateway's log, as they are written."""
 
     def __init__(self, log: Path) -> None:
@@ -61,9 +61,9 @@ class News:
     def _line(self, line: bytes) -> None:
         if b'"worker_' not in line:
             return
-        told = json.loads(line)
-        at = datetime.fromisoformat(told["timestamp"]).timestamp()
-        event = Event(at, told["event"], told["worker"], told.get("reason", ""))
+        entry = json.loads(line)
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        event = Event(at, entry["event"], entry["worker"], entry.get("reason", ""))
         self.events.append(event)
         if event.name == "worker_up":
             self.up.add(event.worker)
@@ -87,13 +87,13 @@ class News:
     async def downs(self, worker: str, since: float, timeout_s: float) -> Event | None:
         """The first loss of a worker's link after `since`."""
 
-        def found() -> Event | None:
+        def first_down() -> Event | None:
             return next(
                 (e for e in self.events if e.name == "worker_down" and e.worker == worker and e.at >= since), None
             )
 
-        await self.until(lambda: found() is not None, timeout_s)
-        return found()
+        await self.until(lambda: first_down() is not None, timeout_s)
+        return first_down()
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +103,7 @@ class SimWorker:
     id: str
     relay: Cuttable
     pid_file: Path
-    cut: list[Way] = field(default_factory=list)
+    cut: list[Direction] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -141,7 +141,7 @@ class Fleet:
     """API keys by priority class, "" for the default."""
     ledger: Path
     workers: list[SimWorker]
-    news: News
+    link_log: LinkLog
     model: str = MODEL
 
     @property
@@ -174,7 +174,7 @@ class Fleet:
     async def all_up(self, timeout_s: float = UP_S) -> bool:
         """Wait until every worker has its link."""
         ids = {worker.id for worker in self.workers}
-        return await self.news.until(lambda: self.news.up >= ids, timeout_s)
+        return await self.link_log.until(lambda: self.link_log.up >= ids, timeout_s)
 
 
 async def begun_gateway(
@@ -197,10 +197,10 @@ async def begun_gateway(
 
     stack.push_async_callback(child.stop)
     await child.until(there, "it serves", READY_S)
-    news = News(child.log)
-    following = asyncio.create_task(news.follow())
+    link_log = LinkLog(child.log)
+    following = asyncio.create_task(link_log.follow())
     stack.callback(following.cancel)
-    return Fleet(child, json.loads(ready.read_text())["endpoints"], keys, home / "tenants" / "ledger.db", [], news)
+    return Fleet(child, json.loads(ready.read_text())["endpoints"], keys, home / "tenants" / "ledger.db", [], link_log)
 
 
 @asynccontextmanager

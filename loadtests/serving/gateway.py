@@ -52,7 +52,7 @@ class Stalls:
 
     def _tell(self) -> None:
         ticks = sum(self._late)
-        told: dict[str, float] = {
+        figures: dict[str, float] = {
             "worst_s": self._worst[0],
             "cpu_s": self._worst[1],
             "busy_s": self._busy_s,
@@ -60,9 +60,9 @@ class Stalls:
             "tasks": len(asyncio.all_tasks()),
         }
         upto = itertools.accumulate(self._late)
-        told["p99_s"] = next((BIN_S * i for i, count in enumerate(upto) if count > 0.99 * ticks), 0.0)
+        figures["p99_s"] = next((BIN_S * i for i, count in enumerate(upto) if count > 0.99 * ticks), 0.0)
         scratch = self._path.with_suffix(".new")
-        scratch.write_text(json.dumps(told))
+        scratch.write_text(json.dumps(figures))
         scratch.rename(self._path)
         self._busy_s = 0.0
         self._worst, self._late = (0.0, 0.0), array("Q", bytes(8 * BINS))

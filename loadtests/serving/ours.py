@@ -252,7 +252,7 @@ async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:
         process.send_signal(signal.SIGUSR1)
     for _ in range(200):
         if path.exists():
-            told: dict[str, float] = json.loads(path.read_text())
-            return told
+            stalls: dict[str, float] = json.loads(path.read_text())
+            return stalls
         await asyncio.sleep(0.02)
-    raise RuntimeError("the gateway did not tell its stalls")
+    raise RuntimeError("the gateway wrote no stalls")

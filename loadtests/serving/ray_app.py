@@ -59,9 +59,9 @@ class Plain:
         )
         call, tokens = uuid.uuid4().hex, 0
         async for output in self._llm.generate({"prompt_token_ids": ids}, sampling, call):
-            (one,) = output.outputs
-            tokens += len(one.token_ids)
-            delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=one.text), finish_reason=one.finish_reason or "")
+            (out,) = output.outputs
+            tokens += len(out.token_ids)
+            delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=out.text), finish_reason=out.finish_reason or "")
             chunk = pb.ChatChunk(id=call, model=request.model, choices=[delta])
             if output.finished:
                 chunk.usage.CopyFrom(pb.Usage(prompt_tokens=len(ids), completion_tokens=tokens))
@@ -96,7 +96,7 @@ class Simulated:
             self._started = asyncio.Event()
             self._stepping = asyncio.create_task(self._run())
         await self._started.wait()
-        ids = self._text.encode_chat([{"role": one.role, "content": one.content} for one in request.messages])
+        ids = self._text.encode_chat([{"role": m.role, "content": m.content} for m in request.messages])
         call, tokens = f"{os.getpid()}-{uuid.uuid4().hex}", 0
         outputs = self._outputs[call] = asyncio.Queue()
         sampling = Sampling(

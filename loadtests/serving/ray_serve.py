@@ -77,8 +77,8 @@ async def running(
             str(free_port()),
             *simulated,
         ]
-        told = {"LOADTEST_ENGINE_ENVIRONMENT": json.dumps(dict(environment))}
-        app = children.start(name, DRIVER, command, {**variables, **local.environment(), **told})
+        engine_environment = {"LOADTEST_ENGINE_ENVIRONMENT": json.dumps(dict(environment))}
+        app = children.start(name, DRIVER, command, {**variables, **local.environment(), **engine_environment})
         await _until_ready(app, ready)
         address = f"127.0.0.1:{first if direct_ingress else grpc_port}"
         await _until_open(app, address)

@@ -87,7 +87,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--engine", default="{}")
     parser.add_argument("--redial-max-s", type=float, default=Timing().redial_max_s)
-    parser.add_argument("--id", default="", help="of the worker, where there are several")
+    parser.add_argument("--id", default="", help="number of the worker, if there are several")
     return parser.parse_args(words)
 
 

@@ -43,7 +43,7 @@ def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", schemas.RELEASES)
 def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
-    """The API accepts every object strictly: unknown fields would be refused. Custom resources are checked elsewhere."""
+    """The API accepts every object strictly: unknown fields would be refused. Custom resources are not checked here."""
     for one in preset.objects:
         if schemas.is_built_in(one):
             schemas.check_built_in(one, release)

@@ -163,7 +163,7 @@ print("ANSWER " + json.dumps(out))
 
 @pytest.mark.slow
 def test_ray_reads_every_cluster_and_places_every_model() -> None:
-    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their maximum can hold the models."""
+    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their maximum hold all models."""
     rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
     clusters = [one.one("RayCluster") for one in rendered.values()]
     done = subprocess.run(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.autoscale_live.calls import Callers, Told, compare, play
-from loadtests.autoscale_live.choice import choice
+from loadtests.autoscale_live.calls import Callers, CallResult, compare, play
+from loadtests.autoscale_live.choice import sweep_policies
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan, share_of_most
 from tests.support.cluster import until
 
@@ -46,10 +46,10 @@ def test_answers_of_one_prompt_begin_alike() -> None:
     with their position; failed calls stay failed.
     """
     texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut"), (0, "ab\ufffd", "")]
-    calls = [Told(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
+    calls = [CallResult(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
-    other = "other text than its like from character 2 of 3 on: 'x' instead of 'cdef' "
-    other += "(prompt 0 at 0.0 s by sdk, 0 times resumed)"
+    other = "differs from an undisturbed call at character 2 of 3: 'x' instead of 'cdef' "
+    other += "(prompt 0 at 0.0 s by sdk, 0 resumes)"
     assert [one.fault for one in calls] == ["", "", other, "", "cut", ""]
 
 
@@ -60,9 +60,9 @@ async def test_calls_end_with_what_they_are_made_for() -> None:
         def __init__(self) -> None:
             self.made: list[PlannedCall] = []
 
-        async def call(self, planned: PlannedCall) -> Told:
+        async def call(self, planned: PlannedCall) -> CallResult:
             self.made.append(planned)
-            return Told(planned, "sdk")
+            return CallResult(planned, "sdk")
 
     callers, done = Answering(), asyncio.Event()
     beside = asyncio.create_task(_until(done))
@@ -80,9 +80,9 @@ async def _until(done: asyncio.Event) -> None:
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
     """Calls go to the replica with the fewest streams, so all have about as many; with an endless stay none moves."""
-    found = choice(use, 20.0, 1.0, random.Random(2))
+    found = sweep_policies(use, 20.0, 1.0, random.Random(2))
     assert 0 <= found.blind - found.fewest < 1.0
     assert 0 <= found.blind_moved - found.fewest_moved < 1.0
     assert found.blind_moved <= found.blind
     assert found.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
-    assert choice(use, 20.0, 1e9, random.Random(2)).blind_moved == 0
+    assert sweep_policies(use, 20.0, 1e9, random.Random(2)).blind_moved == 0

@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 
 from cluster.v1 import inference_pb2 as pb
 from loadtests.children import ROOT
-from loadtests.faults.calls import Told, ask, difference
+from loadtests.faults.calls import CallResult, ask, difference
 from loadtests.faults.soak import slope
 
 WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max_size=30)
 
 
-def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> Told:
+def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
     """A call that received these pieces, one chunk each."""
-    out = Told(ask("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
+    out = CallResult(ask("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
     for offset, piece in enumerate(pieces):
         delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=piece))
-        out.take(pb.ChatChunk(choices=[delta], offset=first + offset), float(offset))
+        out.record(pb.ChatChunk(choices=[delta], offset=first + offset), float(offset))
     last = pb.ChoiceDelta(index=0, finish_reason="length")
     tokens = len(pieces) if usage is None else usage
-    out.take(pb.ChatChunk(choices=[last], offset=len(pieces), usage=pb.Usage(completion_tokens=tokens)), 99.0)
+    out.record(pb.ChatChunk(choices=[last], offset=len(pieces), usage=pb.Usage(completion_tokens=tokens)), 99.0)
     return out
 
 

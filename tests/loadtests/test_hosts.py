@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from loadtests.children import ROOT
 from loadtests.hosts.cgroup import cgroup
-from loadtests.hosts.events import Episode, Shown, shown, ups
+from loadtests.hosts.events import Episode, EpisodeResults, evaluate, ups
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
@@ -61,18 +61,18 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
         call(4, 60.0, 78.0, 99.0, []),
     ]
     episode = Episode("gateway", 100.0, over=103.5, detected_s=0.25)
-    seen = shown(load, episode)
+    seen = evaluate(load, episode)
     assert [one.id for one in seen.failed] == ["c3"]
     assert seen.longest_gap_s == 0.9
     assert seen.prefill_s == pytest.approx(0.2, abs=0.01)
     assert seen.ratio == pytest.approx(0.9 / 0.45, rel=0.05)
 
 
-def moving(calls: list[Call], moved: float | None = 120.0) -> Shown:
+def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
     """The event `move` with these calls: struck at 100, the first Ray's workers gone at 120."""
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
-    return shown(load, Episode("move", 100.0, over=150.0, moved=moved))
+    return evaluate(load, Episode("move", 100.0, over=150.0, moved=moved))
 
 
 def test_workers_are_found_in_what_replicas_print() -> None:

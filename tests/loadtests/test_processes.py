@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
-from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, pin, pin_driver, snapshot, used
+from loadtests.processes import ENGINE_CORE, ProcessSample, Usage, classify, pin, pin_driver, snapshot, used
 from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
@@ -165,6 +165,6 @@ def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
 
 def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
     """A process that began in between counts from its beginning, and a reused pid is another process."""
-    before = {(5, 100.0): Seen("gateway", 2.0, 10)}
-    after = {(5, 200.0): Seen("gateway", 0.5, 20), (6, 150.0): Seen("gateway", 0.25, 30)}
+    before = {(5, 100.0): ProcessSample("gateway", 2.0, 10)}
+    after = {(5, 200.0): ProcessSample("gateway", 0.5, 20), (6, 150.0): ProcessSample("gateway", 0.25, 30)}
     assert used(before, after).cpu_s == {"gateway": 0.75}

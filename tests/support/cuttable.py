@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 CHUNK = 65_536
 
 
-class Way:
+class Direction:
     """One direction of all connections."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Cuttable:
         self._target = (host, int(port))
         self._listen = listen
         self.address = ""
-        self.ways: list[tuple[Way, Way]] = []
+        self.ways: list[tuple[Direction, Direction]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -67,7 +67,7 @@ class Cuttable:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ways = up, down = Way(), Way()
+        ways = up, down = Direction(), Direction()
         self.ways.append(ways)
         pair = {writer}
         task = asyncio.current_task()

@@ -101,14 +101,14 @@ class Callers:
 
     async def _call(self, client: AsyncClient, tokens: int, prompt: int) -> bool:
         self._made += 1
-        told: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
-        told["sent"] = last = time.time()
-        self._write({"t": "begun", "id": told["id"], "asked": tokens, "sent": last})
+        record: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
+        record["sent"] = last = time.time()
+        self._write({"t": "begun", "id": record["id"], "asked": tokens, "sent": last})
         first, gaps, pieces = 0.0, [], 0
         self._running += 1
         stream = client.stream_chat(
             self._plan.model, self._prompts[prompt], max_tokens=tokens, temperature=0.0, ignore_eos=True,
-            request_id=told["id"],
+            request_id=record["id"],
         )  # fmt: skip
         try:
             async for _ in stream:
@@ -121,18 +121,18 @@ class Callers:
                     gaps.append((round(now, 3), round(now - last, 4)))
                 last = now
         except HeadraceError as error:
-            told["error"] = f"{error.code} {error.reason}: {error}"
+            record["error"] = f"{error.code} {error.reason}: {error}"
         finally:
             self._running -= 1
-        told |= {"first": first, "last": last, "ended": time.time(), "gaps": gaps, "pieces": pieces}
+        record |= {"first": first, "last": last, "ended": time.time(), "gaps": gaps, "pieces": pieces}
         usage = stream.usage
         if usage is not None:
-            told |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
-        elif not told["error"]:
-            told["error"] = "the stream ended without usage"
-        told["text"] = self.compare(prompt, stream.text)
-        self._write(told)
-        return not told["error"]
+            record |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
+        elif not record["error"]:
+            record["error"] = "the stream ended without usage"
+        record["text"] = self.compare(prompt, stream.text)
+        self._write(record)
+        return not record["error"]
 
     def compare(self, prompt: int, text: str) -> str:
         """Compare greedy answers to one prompt: one must be a prefix of the other; "" if so."""
