@@ -42,12 +42,12 @@ async def _each(
 ) -> dict[int, Answer]:
     places = asyncio.Semaphore(at_once)
 
-    async def one(case: Case) -> tuple[int, Answer]:
+    async def ask_case(case: Case) -> tuple[int, Answer]:
         async with places:
             return case.number, await ask(case)
 
     async with asyncio.TaskGroup() as group:  # a failure cancels the other calls on the engine
-        asked = [group.create_task(one(case)) for case in cases]
+        asked = [group.create_task(ask_case(case)) for case in cases]
     return dict(task.result() for task in asked)
 
 
@@ -58,9 +58,9 @@ async def _compare(
     theirs = await _each(cases, peer.ask, at_once)
     shuffled = random.Random(SEED).sample(cases, len(cases))
     mine = await _each(shuffled, lambda case: ours(cluster.stub, case), at_once)
-    wrong = {c.number: (c, found) for c in cases if (found := differences(c, theirs[c.number], mine[c.number]))}
-    told = "\n".join(f"{case}\n  " + "\n  ".join(found[:6]) for case, found in list(wrong.values())[:8])
-    assert not wrong, f"{len(wrong)} of {len(cases)} differ:\n{told}"
+    wrong = {c.number: (c, problems) for c in cases if (problems := differences(c, theirs[c.number], mine[c.number]))}
+    report = "\n".join(f"{case}\n  " + "\n  ".join(problems[:6]) for case, problems in list(wrong.values())[:8])
+    assert not wrong, f"{len(wrong)} of {len(cases)} differ:\n{report}"
     return theirs
 
 

@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Odd:
+class OddCall:
     """One call. `leave_after`: pieces of a stream, or milliseconds of a unary call, after which the caller leaves;
     None:
     it stays.
@@ -95,7 +95,7 @@ class Oddities:
         # Invalid Unicode cannot be put into a protobuf message at all.
         self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
-    def call(self, number: int, *, late: bool = False) -> Odd:
+    def call(self, number: int, *, late: bool = False) -> OddCall:
         """The next call. `late`: with a deadline that will pass."""
         chance = self._random
         fields: dict[str, Any] = {"max_tokens": chance.choice([4, 16, 48])}
@@ -110,13 +110,13 @@ class Oddities:
             fields[name] = chance.choice(WRONG[name])
             if name == "top_logprobs":
                 fields["logprobs"] = True
-        way = chance.random() * (0.15 if late else 1.0)
-        return Odd(
+        draw = chance.random() * (0.15 if late else 1.0)
+        return OddCall(
             number=number,
             request=self._request(fields),
             streamed=chance.random() < 0.6,
-            timeout_s=chance.uniform(0.001, 0.4) if way < 0.15 else LONGEST_S,
-            leave_after=chance.randint(0, 12) if 0.15 < way < 0.4 else None,
+            timeout_s=chance.uniform(0.001, 0.4) if draw < 0.15 else LONGEST_S,
+            leave_after=chance.randint(0, 12) if 0.15 < draw < 0.4 else None,
         )
 
     def _ids_and_bias(self, fields: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Oddities:
         return pb.ChatRequest(model=MODEL, messages=messages, continue_final_message=chance.random() < 0.2, **fields)
 
 
-async def _outcome(stub: Any, odd: Odd) -> str:
+async def _outcome(stub: Any, odd: OddCall) -> str:
     """Make the call. Returns its error reason or status, `OK` if answered; fails if an error is not well formed."""
     kind = "Chat" if isinstance(odd.request, pb.ChatRequest) else "Complete"
     call = getattr(stub, f"{'Stream' if odd.streamed else ''}{kind}")(odd.request, timeout=odd.timeout_s)
@@ -212,29 +212,29 @@ async def _plain(stub: Any) -> list[int]:
 
 def _engine_processes() -> set[tuple[int, float]]:
     """vLLM's processes below this one, each by pid and start."""
-    found = set()
+    processes = set()
     for process in psutil.Process().children(recursive=True):
         try:
             if any("VLLM::" in word for word in process.cmdline()):
-                found.add((process.pid, process.create_time()))
+                processes.add((process.pid, process.create_time()))
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 async def _search(
-    stub: Any, odd_calls: Sequence[Odd], reference: Sequence[int], at_once: int = AT_ONCE
+    stub: Any, odd_calls: Sequence[OddCall], reference: Sequence[int], at_once: int = AT_ONCE
 ) -> collections.Counter[str]:
     places = asyncio.Semaphore(at_once)
 
-    async def one(odd: Odd) -> str:
+    async def make_call(odd: OddCall) -> str:
         async with places:
             outcome = await _outcome(stub, odd)
             if odd.number % PLAIN_EVERY == 0:
                 assert await _plain(stub) == reference, f"a plain call beside {odd}"
             return outcome
 
-    return collections.Counter(await asyncio.gather(*map(one, odd_calls)))
+    return collections.Counter(await asyncio.gather(*map(make_call, odd_calls)))
 
 
 async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:

@@ -35,7 +35,7 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
         yield cluster
 
 
-async def well(cluster: TestCluster) -> None:
+async def check_healthy(cluster: TestCluster) -> None:
     """Check that the healthy worker has its link, that its calls are answered, and that no other call remains.
 
     The faulty workers leave first: one may have joined the same model with less capacity than the call needs.
@@ -62,8 +62,8 @@ def steps() -> st.SearchStrategy[pb.StepOutputs]:
 def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
     """Turns that follow a Hello."""
     room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
-    one = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
-    return st.lists(one, max_size=8).map(
+    turn = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
+    return st.lists(turn, max_size=8).map(
         lambda rest: [pb.WorkerTurn(credit=pb.Credit(grant_id=1, sequences=8, tokens=9999)), *rest]
     )
 
@@ -99,10 +99,10 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
                     await call.done_writing()
                     while await read(call) is not None:
                         pass
-                for one in waiting:
-                    one.cancel()
+                for task in waiting:
+                    task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
@@ -127,7 +127,7 @@ async def test_any_first_messages(cluster: TestCluster) -> None:
                     while await call.read() is not grpc.aio.EOF:
                         pass
                 call.cancel()
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) -> None:
@@ -143,7 +143,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
         call.cancel()
 
 
-class MadGateway(Hub):
+class FaultyGateway(Hub):
     """Gateway that welcomes a worker and sends it the given turns."""
 
     def __init__(self) -> None:
@@ -184,18 +184,18 @@ def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
 
 async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Any turns of one gateway: the worker keeps serving the other, and holds nothing of the faulty one's."""
-    mad = MadGateway()
-    server = hub_server(mad)
+    faulty = FaultyGateway()
+    server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
     links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
     engine = sim_engine(checkpoint, decode_ms=0.2)
     worker = await cluster.add_worker(engine, bundle, model="shared", gateways=links, timing=QUICK)
     async with nothing_unexpected():
         for batch in batches(commands()):
-            before = mad.done
+            before = faulty.done
             for sequence in batch:
-                mad.turns.put_nowait(sequence)
-            await until(lambda: mad.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
+                faulty.turns.put_nowait(sequence)
+            await until(lambda: faulty.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
             if worker.task.done():
                 await worker.task
             await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has room")
@@ -220,18 +220,18 @@ async def test_what_fuzzing_found(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
 ) -> None:
     """An invalid Submit fails itself or ends its link; the worker's process and its other links stay."""
-    mad = MadGateway()
-    server = hub_server(mad)
+    faulty = FaultyGateway()
+    server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
     links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle, model="shared", gateways=links, timing=QUICK)
-    mad.stays_s = 1.0
-    mad.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
-    await until(lambda: mad.done == 1, "it was sent, and its link has ended or its time is over")
-    mad.turns.put_nowait([])
-    await until(lambda: mad.done == 2, "the worker has dialed again")
+    faulty.stays_s = 1.0
+    faulty.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
+    await until(lambda: faulty.done == 1, "it was sent, and its link has ended or its time is over")
+    faulty.turns.put_nowait([])
+    await until(lambda: faulty.done == 2, "the worker has dialed again")
     assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)).choices
-    assert mad.refused == (0 if link_ends else 1)
+    assert faulty.refused == (0 if link_ends else 1)
     await until(lambda: worker.end.statistics().tokens == 0, "nothing of it is held")
     await worker.stop()
     await server.stop(0)

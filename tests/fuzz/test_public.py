@@ -35,7 +35,7 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
         yield cluster
 
 
-async def well(cluster: TestCluster) -> None:
+async def check_healthy(cluster: TestCluster) -> None:
     """Check that a normal call is answered by both APIs, and that no other call remains."""
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     wire = await Wire.open(cluster)
@@ -85,7 +85,7 @@ async def test_grpc_messages(cluster: TestCluster) -> None:
                 assert code.name != "UNKNOWN", await stream.details()
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 def frames() -> st.SearchStrategy[bytes]:
@@ -117,13 +117,13 @@ async def test_http2_frames(cluster: TestCluster) -> None:
 
             async def attack(sent: tuple[bool, list[bytes]]) -> None:
                 greets, parts = sent
-                await throw(address, [PREFACE, *parts] if greets else parts)
+                await send_and_disconnect(address, [PREFACE, *parts] if greets else parts)
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
-async def throw(address: str, parts: list[bytes]) -> None:
+async def send_and_disconnect(address: str, parts: list[bytes]) -> None:
     """Send the parts, read what arrives at once, and disconnect."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -193,8 +193,8 @@ async def test_http_requests(cluster: TestCluster) -> None:
     address = cluster.gateway.endpoints["http"]
     async with nothing_unexpected():
         for batch in batches(requests()):
-            await each(batch, lambda sent: throw(address, [sent]))
-            await well(cluster)
+            await each(batch, lambda sent: send_and_disconnect(address, [sent]))
+            await check_healthy(cluster)
 
 
 async def test_http_bodies(cluster: TestCluster) -> None:
@@ -215,4 +215,4 @@ async def test_http_bodies(cluster: TestCluster) -> None:
                     await wire.close()
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)

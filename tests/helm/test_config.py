@@ -51,19 +51,19 @@ def test_large_numbers_and_words_of_yaml_survive() -> None:
         "tenant_defaults": {"guards": [{"builtin": "sizes", "on": "output", "max_characters": 12345678}]},
         "models": [{"name": "m", "source": "sim://", "revision": "1605565", "version": "1.0", "engine": {"x": 0.1}}],
     }
-    found = parse(helm.template({"config": config}).cluster_yaml)
-    assert found.gateway.max_message_bytes == 1 << 30
-    assert found.gateway.queue.max_tokens == 123456789012
-    assert found.tenant_defaults.guards[0].on == "output"
-    assert (found.models[0].revision, found.models[0].version) == ("1605565", "1.0")
-    assert found.models[0].engine == {"x": 0.1}
+    parsed = parse(helm.template({"config": config}).cluster_yaml)
+    assert parsed.gateway.max_message_bytes == 1 << 30
+    assert parsed.gateway.queue.max_tokens == 123456789012
+    assert parsed.tenant_defaults.guards[0].on == "output"
+    assert (parsed.models[0].revision, parsed.models[0].version) == ("1605565", "1.0")
+    assert parsed.models[0].engine == {"x": 0.1}
 
 
 def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
     """With a password of the limits store the file is a Secret, otherwise a ConfigMap."""
     url = "rediss://:hidden@valkey:6379/0"
-    assert helm.template({"config": {"store": {"limits_url": url}}}).one("Secret", "headrace-config")
-    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).one(
+    assert helm.template({"config": {"store": {"limits_url": url}}}).only("Secret", "headrace-config")
+    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).only(
         "ConfigMap", "headrace-config"
     )
 
@@ -74,7 +74,7 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 def secrets_by_name() -> dict[str, Any]:
     """Secrets made by `headrace pod secrets`: name -> key -> value."""
     made: Any = manifests(NAMESPACE, "headrace", (), None, 30).objects
-    return {one["metadata"]["name"]: one["stringData"] for one in made}
+    return {item["metadata"]["name"]: item["stringData"] for item in made}
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
@@ -88,10 +88,10 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
     places = preset.lay_pod(spec, secrets_by_name(), tmp_path)
     file = Path(places["/etc/headrace"]) / "cluster.yaml"
     inside = re.compile("|".join(f"(?<= ){path}(?=/)" for path in places))
-    file.write_text(inside.sub(lambda found: places[found[0]], file.read_text()))
+    file.write_text(inside.sub(lambda match: places[match[0]], file.read_text()))
     (container,) = spec["containers"]
     assert container["command"] == ["headrace"]
-    arguments = [str(file) if one == "/etc/headrace/cluster.yaml" else one for one in container["args"]]
+    arguments = [str(file) if argument == "/etc/headrace/cluster.yaml" else argument for argument in container["args"]]
     done = CliRunner().invoke(app, [*arguments, "--check"])
     assert done.exit_code == 0, done.stderr
     Path(places["/link"], "tls.key").unlink()
@@ -102,7 +102,7 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
 
 def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
     """`db upgrade` accepts the Job's options."""
-    (container,) = preset.one("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
+    (container,) = preset.only("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["headrace"]
     done = CliRunner().invoke(app, [*container["args"], "--help"])
     assert done.exit_code == 0, done.stderr
@@ -115,9 +115,9 @@ def test_the_notes_command_lines_are_known() -> None:
         line.split("headrace ", 1)[1] for line in text.replace("-- env HEADRACE_API_KEY=$KEY ", "-- ").split("-- ")
     ]
     for words in (
-        one.splitlines()[0].split("|")[0].split("{{")[0]
-        for one in commands
-        if one.startswith(("keys", "tenants", "chat"))
+        command.splitlines()[0].split("|")[0].split("{{")[0]
+        for command in commands
+        if command.startswith(("keys", "tenants", "chat"))
     ):
         known = [word.rstrip(")") for word in shlex.split(words.replace("localhost:", "")) if word.startswith("--")]
         sub = [word for word in shlex.split(words) if not word.startswith("-")][:2]
@@ -165,13 +165,13 @@ print("ANSWER " + json.dumps(out))
 def test_ray_reads_every_cluster_and_places_every_model() -> None:
     """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their maximum hold all models."""
     rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
-    clusters = [one.one("RayCluster") for one in rendered.values()]
+    clusters = [release.only("RayCluster") for release in rendered.values()]
     done = subprocess.run(
         [sys.executable, "-c", RAY], input=json.dumps(clusters), capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.split("ANSWER ")[1])
-    for (name, one), cluster, answer in zip(rendered.items(), clusters, answers, strict=True):
+    for (name, release), cluster, answer in zip(rendered.items(), clusters, answers, strict=True):
         groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
         nodes: list[dict[str, float]] = []
         for group, known in answer["node_types"].items():
@@ -184,7 +184,7 @@ def test_ray_reads_every_cluster_and_places_every_model() -> None:
                 continue
             assert known["min_workers"] == groups[group]["minReplicas"]
             nodes += [resources] * known["max_workers"]
-        config = parse(one.cluster_yaml)
+        config = parse(release.cluster_yaml)
         for model in config.models:
             spec = model.spec()
             assert not is_simulated(spec)

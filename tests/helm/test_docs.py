@@ -26,28 +26,28 @@ def rows() -> list[list[str]]:
 
 def test_sizes_follow_the_formula() -> None:
     """Each row follows the formula, to the digits that it shows."""
-    found = rows()
-    assert len(found) >= 8
-    for name, parameters, width, weights, shape, a_token, gpus, room, tokens in found:
+    table = rows()
+    assert len(table) >= 8
+    for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:
         tensor, memory = re.fullmatch(r"(\d+) x \S+ (\d+)", gpus).groups()  # type: ignore[union-attr]
         layers, heads, dimension = map(int, shape.split(" x "))
         gib = float(parameters) * 1e9 * int(width) / 2**30
         kib = 2 * layers * heads * dimension * BYTES_A_VALUE / 1024
-        left = UTILIZATION * int(memory) * int(tensor) - gib - OVERHEAD_GIB * int(tensor)
+        kv_gib = UTILIZATION * int(memory) * int(tensor) - gib - OVERHEAD_GIB * int(tensor)
         assert weights == f"{gib:.1f}", name
         assert a_token == f"{kib:.0f}", name
-        assert room == f"{left:.0f}", name
-        assert tokens == f"{round(left * 2**20 / kib, -3):,.0f}", name
+        assert room == f"{kv_gib:.0f}", name
+        assert tokens == f"{round(kv_gib * 2**20 / kib, -3):,.0f}", name
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
     """(file, words) of every documented `headrace ...` command line."""
-    found = []
+    lines = []
     for file in (*DOCS, NOTES):
         for words in re.findall(r"(?:^|[\s`'>-])headrace ((?:[a-z-]+ ?)(?:[^`\n|'&]*))", file.read_text()):
-            found.append((file.name, words.split("{{")[0].split("...")[0].strip(" .,;:)")))
+            lines.append((file.name, words.split("{{")[0].split("...")[0].strip(" .,;:)")))
     known = []
-    for name, words in found:
+    for name, words in lines:
         try:
             split = shlex.split(words.replace('"', "").replace("$", ""))
         except ValueError:
@@ -61,7 +61,7 @@ GROUPS = {group.name for group in app.registered_groups} | {"status", "chat", "u
 
 
 @pytest.mark.parametrize(
-    ("file", "words"), command_lines(), ids=lambda one: one if isinstance(one, str) else " ".join(one)[:40]
+    ("file", "words"), command_lines(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40]
 )
 def test_command_lines_are_known(file: str, words: list[str]) -> None:
     """Each command and each of its options exist."""
@@ -76,8 +76,8 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 def test_enough_command_lines_were_seen() -> None:
     """The reader of command lines finds all of them: those of the five commands are there."""
-    told = {" ".join(words[:2]) for _, words in command_lines()}
-    assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= told
+    commands = {" ".join(words[:2]) for _, words in command_lines()}
+    assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)

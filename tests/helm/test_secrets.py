@@ -41,10 +41,10 @@ def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
-            found = DISCOVERY.get(path) or objects.get(path.removeprefix(f"/api/v1/namespaces/{helm.NAMESPACE}/"))
+            answer = DISCOVERY.get(path) or objects.get(path.removeprefix(f"/api/v1/namespaces/{helm.NAMESPACE}/"))
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            data = json.dumps(found or missing).encode()
-            self.send_response(200 if found else 404)
+            data = json.dumps(answer or missing).encode()
+            self.send_response(200 if answer else 404)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(data)))
             self.end_headers()
@@ -96,9 +96,9 @@ def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[s
     with api_server(objects) as url:
         asked = ("--set", "secrets.create=true", "--dry-run=server", "--kube-apiserver", url, *arguments)
         text = helm.run("template", "headrace", chart, "-n", helm.NAMESPACE, "--disable-openapi-validation", *asked)
-    (found,) = yaml.safe_load_all(text)
-    assert found["metadata"]["name"] == "headrace-secrets"
-    return dict(found)
+    (manifest,) = yaml.safe_load_all(text)
+    assert manifest["metadata"]["name"] == "headrace-secrets"
+    return dict(manifest)
 
 
 def test_the_first_install_makes_the_secret(chart: Path) -> None:

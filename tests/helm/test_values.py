@@ -203,16 +203,16 @@ def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     if kind == "array":
         return st.lists(from_schema(schema["items"]), min_size=schema.get("minItems", 0), max_size=2)
     assert kind == "object", schema
-    known = {key: from_schema(one) for key, one in schema.get("properties", {}).items()}
+    known = {key: from_schema(item) for key, item in schema.get("properties", {}).items()}
     required = {key: known.get(key, st.just("1")) for key in schema.get("required", ())}
     drawn = st.fixed_dictionaries(required, optional={k: v for k, v in known.items() if k not in required})
-    return drawn.filter(lambda one: len(one) <= schema.get("maxProperties", len(one)))
+    return drawn.filter(lambda item: len(item) <= schema.get("maxProperties", len(item)))
 
 
 PRINTED = st.characters(min_codepoint=33, max_codepoint=126)
 NOT_DRAWN = {"config", "extraObjects", "fullnameOverride"}
 """config is checked by the program; the others repeat names from config."""
-TOP = {key: one for key, one in SCHEMA["properties"].items() if key not in NOT_DRAWN}
+TOP = {key: item for key, item in SCHEMA["properties"].items() if key not in NOT_DRAWN}
 
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,15 +220,15 @@ def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
     if clusters is not None:
-        unique = {one["name"]: one for one in clusters}
+        unique = {item["name"]: item for item in clusters}
         made["ray"]["clusters"] = list(unique.values())
         made["config"] = {
-            "ray": [{"name": one, "dashboard_url": f"http://headrace-{one}-head-svc:8265"} for one in unique]
+            "ray": [{"name": item, "dashboard_url": f"http://headrace-{item}-head-svc:8265"} for item in unique]
         }
-        for one in unique.values():
-            one["workerGroups"] = list({group["name"]: group for group in one["workerGroups"]}.values())
-            one.get("head", {}).pop("gcsFaultTolerance", None)
-            for group in one["workerGroups"]:
+        for item in unique.values():
+            item["workerGroups"] = list({group["name"]: group for group in item["workerGroups"]}.values())
+            item.get("head", {}).pop("gcsFaultTolerance", None)
+            for group in item["workerGroups"]:
                 group["maxReplicas"] = max(group["maxReplicas"], group["minReplicas"])
                 if group.get("gpusPerNode"):
                     group.pop("logicalGpus", None)
@@ -254,15 +254,15 @@ EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
 @settings(
     max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )  # shrinking would take minutes and show little more
-@given(values=st.fixed_dictionaries({}, optional={key: from_schema(one) for key, one in TOP.items()}))
+@given(values=st.fixed_dictionaries({}, optional={key: from_schema(item) for key, item in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
     """Every object is valid by the newest API's schemas or its definition, the configuration by our parser."""
     rendered = helm.template(draws(values))
     parse(rendered.cluster_yaml)
-    names = [(one["kind"], one["metadata"]["name"]) for one in rendered.objects]
+    names = [(item["kind"], item["metadata"]["name"]) for item in rendered.objects]
     assert len(names) == len(set(names))
-    for one in rendered.objects:
-        if schemas.is_built_in(one):
-            schemas.check_built_in(one, schemas.RELEASES[-1])
+    for item in rendered.objects:
+        if schemas.is_built_in(item):
+            schemas.check_built_in(item, schemas.RELEASES[-1])
         elif schemas.CRDS.is_dir():
-            schemas.check_custom(one)
+            schemas.check_custom(item)

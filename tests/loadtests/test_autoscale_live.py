@@ -22,18 +22,18 @@ def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
     engine = Engine()
     calls = plan(seed, seconds, engine, 4)
     assert calls == plan(seed, seconds, engine, 4)
-    assert [one.at_s for one in calls] == sorted(one.at_s for one in calls)
-    assert all(0 <= one.at_s < seconds for one in calls)
+    assert [call.at_s for call in calls] == sorted(call.at_s for call in calls)
+    assert all(0 <= call.at_s < seconds for call in calls)
     assert all(
-        one.tokens * engine.decode_s + engine.decode_s >= 5 and one.tokens * engine.decode_s <= 60 for one in calls
+        call.tokens * engine.decode_s + engine.decode_s >= 5 and call.tokens * engine.decode_s <= 60 for call in calls
     )
-    assert abs(sum(one.face for one in calls) - len(calls) / 2) <= 1
+    assert abs(sum(call.face for call in calls) - len(calls) / 2) <= 1
 
 
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
     """Over many seeds, the offered work is the fraction of the peak that the curve gives."""
     engine, seconds, seeds = Engine(), 200.0, range(200)
-    work = sum(one.tokens for seed in seeds for one in plan(seed, seconds, engine, 4)) / len(seeds)
+    work = sum(call.tokens for seed in seeds for call in plan(seed, seconds, engine, 4)) / len(seeds)
     mean_share = sum(share_of_most(i / 1000) for i in range(1000)) / 1000
     assert work == pytest.approx(0.7 * 4 * engine.tokens_per_s * seconds * mean_share, rel=0.03)
     assert max(share_of_most(i / 1000) for i in range(1001)) == 1.0
@@ -50,7 +50,7 @@ def test_answers_of_one_prompt_begin_alike() -> None:
     compare(calls)
     other = "differs from an undisturbed call at character 2 of 3: 'x' instead of 'cdef' "
     other += "(prompt 0 at 0.0 s by sdk, 0 resumes)"
-    assert [one.fault for one in calls] == ["", "", other, "", "cut", ""]
+    assert [call.fault for call in calls] == ["", "", other, "", "cut", ""]
 
 
 async def test_calls_end_with_what_they_are_made_for() -> None:
@@ -70,7 +70,7 @@ async def test_calls_end_with_what_they_are_made_for() -> None:
     playing = asyncio.create_task(play(callers, planned, beside))
     await until(lambda: len(callers.made) == 2, "two are made")
     done.set()
-    assert [told.planned for told in await asyncio.wait_for(playing, 5)] == planned[:2]
+    assert [result.planned for result in await asyncio.wait_for(playing, 5)] == planned[:2]
 
 
 async def _until(done: asyncio.Event) -> None:
@@ -80,9 +80,9 @@ async def _until(done: asyncio.Event) -> None:
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
     """Calls go to the replica with the fewest streams, so all have about as many; with an endless stay none moves."""
-    found = sweep_policies(use, 20.0, 1.0, random.Random(2))
-    assert 0 <= found.blind - found.fewest < 1.0
-    assert 0 <= found.blind_moved - found.fewest_moved < 1.0
-    assert found.blind_moved <= found.blind
-    assert found.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
+    sweep = sweep_policies(use, 20.0, 1.0, random.Random(2))
+    assert 0 <= sweep.blind - sweep.fewest < 1.0
+    assert 0 <= sweep.blind_moved - sweep.fewest_moved < 1.0
+    assert sweep.blind_moved <= sweep.blind
+    assert sweep.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
     assert sweep_policies(use, 20.0, 1e9, random.Random(2)).blind_moved == 0

@@ -41,10 +41,10 @@ async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path)
     names = [arm["name"] for arm in report["arms"]]
     assert names == ["ours StreamChat", "ours HTTP", "ours Session"]
     for arm in report["arms"]:
-        for one in arm["rounds"]:
-            assert (one["whole_answers"], one["errors"], one["short_answers"]) == (24, {}, 0)
-            assert len(one["samples"]) == 24
-            assert one["cpu_s"].keys() == {"gateway", "worker replica"}
+        for round_ in arm["rounds"]:
+            assert (round_["whole_answers"], round_["errors"], round_["short_answers"]) == (24, {}, 0)
+            assert len(round_["samples"]) == 24
+            assert round_["cpu_s"].keys() == {"gateway", "worker replica"}
     assert report["settings"]["equal texts: ours HTTP and ours StreamChat"] == "48 of 48"
     assert all(figure["value"] > 0 and figure["bound"] is None for figure in report["figures"])
     assert {"cpu", "cores", "memory_gib"} <= report["hardware"].keys()
@@ -89,8 +89,8 @@ async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServe
     )  # fmt: skip
     assert code == 0, out + err
     (arm,) = json.loads((tmp_path / "o.json").read_text())["arms"]
-    assert [one["concurrency"] for one in arm["rounds"]] == [1, 4]
-    assert all(one["goodput_per_s"] == pytest.approx(one["requests_per_s"], rel=0.01) for one in arm["rounds"])
+    assert [round_["concurrency"] for round_ in arm["rounds"]] == [1, 4]
+    assert all(round_["goodput_per_s"] == pytest.approx(round_["requests_per_s"], rel=0.01) for round_ in arm["rounds"])
     assert (tmp_path / "endpoint-throughput.png").stat().st_size > 5000
 
 
@@ -120,11 +120,11 @@ async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_pa
     assert code == 1
     assert "this report is partial" in out
     report = json.loads((tmp_path / "o.json").read_text())
-    (one,) = report["arms"][0]["rounds"]
+    (round_,) = report["arms"][0]["rounds"]
     assert not report["complete"]
-    assert "the server died" in one["problem"]
-    assert one["whole_answers"] >= 80
-    assert one["calls"] < 5000
+    assert "the server died" in round_["problem"]
+    assert round_["whole_answers"] >= 80
+    assert round_["calls"] < 5000
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from loadtests.faults.soak import slope
 WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max_size=30)
 
 
-def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
+def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
     """A call that received these pieces, one chunk each."""
     out = CallResult(ask("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
     for offset, piece in enumerate(pieces):
@@ -37,12 +37,12 @@ def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> Call
 def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[str], data: st.DataObject) -> None:
     """A lost, doubled or miscounted token is always a difference; otherwise any gateway would pass."""
     at = data.draw(st.integers(0, len(pieces) - 1))
-    whole = told(pieces)
-    assert difference(told(pieces), whole) == ""
-    assert difference(told(pieces[:at] + pieces[at + 1 :]), whole) != ""
-    assert difference(told(pieces[: at + 1] + pieces[at:]), whole) != ""
-    assert difference(told(pieces, usage=len(pieces) + 1), whole) == "other"
-    failed = told(pieces)
+    whole = call_with(pieces)
+    assert difference(call_with(pieces), whole) == ""
+    assert difference(call_with(pieces[:at] + pieces[at + 1 :]), whole) != ""
+    assert difference(call_with(pieces[: at + 1] + pieces[at:]), whole) != ""
+    assert difference(call_with(pieces, usage=len(pieces) + 1), whole) == "other"
+    failed = call_with(pieces)
     failed.error = "UNAVAILABLE"
     assert difference(failed, whole).startswith("failed")
 
@@ -50,9 +50,9 @@ def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[st
 def test_what_is_missing_and_what_is_doubled_are_told_apart() -> None:
     """Missing and doubled text are distinguished, as in the rows of the report."""
     pieces = [f"word{i} " for i in range(20)]
-    assert difference(told(pieces[:5] + pieces[8:]), told(pieces)) == "gap"
-    assert difference(told(pieces[:-2]), told(pieces)) == "gap"
-    assert difference(told(pieces[:8] + pieces[5:]), told(pieces)) == "duplicate"
+    assert difference(call_with(pieces[:5] + pieces[8:]), call_with(pieces)) == "gap"
+    assert difference(call_with(pieces[:-2]), call_with(pieces)) == "gap"
+    assert difference(call_with(pieces[:8] + pieces[5:]), call_with(pieces)) == "duplicate"
 
 
 @settings(deadline=None, max_examples=10)

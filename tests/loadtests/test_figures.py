@@ -73,11 +73,11 @@ def test_the_difference_stands_beside_the_ratio_in_its_unit() -> None:
 
 def test_what_was_not_measured_has_no_value_but_its_bound_and_the_reason() -> None:
     """The row stays in the table."""
-    told = missing("x", Bound(">=", 1.5), "the peer did not start").as_json()
-    assert told["value"] is None
-    assert told["met"] is None
-    assert told["bound"] == ">= 1.5"
-    assert told["reason"] == "the peer did not start"
+    row = missing("x", Bound(">=", 1.5), "the peer did not start").as_json()
+    assert row["value"] is None
+    assert row["met"] is None
+    assert row["bound"] == ">= 1.5"
+    assert row["reason"] == "the peer did not start"
 
 
 @pytest.mark.parametrize("pairs", [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0])])

@@ -70,10 +70,10 @@ def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     """A missing GPU, missing peers and a missing model are reported together, each with its remedy."""
-    told = "\n".join(gpu_report.lacking([], tmp_path, ""))
-    assert "no GPU: torch sees none here" in told
-    assert "make bench-peers" in told
-    assert "Hugging Face id" in told
+    text = "\n".join(gpu_report.lacking([], tmp_path, ""))
+    assert "no GPU: torch sees none here" in text
+    assert "make bench-peers" in text
+    assert "Hugging Face id" in text
     assert not [line for line in gpu_report.lacking([CARD], tmp_path, "m") if "GPU: torch" in line or "id of" in line]
 
 

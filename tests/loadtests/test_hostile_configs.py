@@ -19,7 +19,7 @@ def test_a_seed_repeats_its_mutants() -> None:
     text = EXAMPLE.read_text()
     first, second = ([mutant(text, random.Random(seed)).text for seed in range(20)] for _ in range(2))
     assert first == second
-    assert sum(refused(one, EXAMPLE) for one in first) > 10
+    assert sum(refused(text, EXAMPLE) for text in first) > 10
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None
     oracle = Oracle()
     try:
         assert oracle.refusals(EXAMPLE.read_text(), None, pod=False) == []
-        (found, *_) = oracle.refusals(HEAD + text, None, pod=False)
-        assert found.startswith(words)
+        (reason, *_) = oracle.refusals(HEAD + text, None, pod=False)
+        assert reason.startswith(words)
     finally:
         oracle.close()
 
@@ -49,7 +49,9 @@ def test_the_engine_is_asked_itself() -> None:
     oracle = Oracle()
     try:
         engines = ("gpu_memory_utilization: 0.5", "kv_cache_dtype: auto", "enforce_eager: true, max_num_seqs: 8")
-        models = ", ".join(f"{{name: m{at}, source: hf://o/m, engine: {{{one}}}}}" for at, one in enumerate(engines))
+        models = ", ".join(
+            f"{{name: m{at}, source: hf://o/m, engine: {{{arguments}}}}}" for at, arguments in enumerate(engines)
+        )
         cases = oracle.engine_cases(f"{HEAD}models: [{models}]")
         wrong = [dict(case) for case in cases]
         for case, engine in zip(

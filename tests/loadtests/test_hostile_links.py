@@ -20,11 +20,11 @@ CALLS = 120
 def test_the_generator_covers_every_field() -> None:
     """Every field is hostile in some call, and equal seeds give equal calls."""
     calls = list(Generator(5, "m").take(400))
-    assert {name for one in calls for name in one.fields} == set(FIELDS)
-    assert [(one.message, one.body) for one in Generator(5, "m").take(20)] == [
-        (one.message, one.body) for one in calls[:20]
+    assert {name for call in calls for name in call.fields} == set(FIELDS)
+    assert [(call.message, call.body) for call in Generator(5, "m").take(20)] == [
+        (call.message, call.body) for call in calls[:20]
     ]
-    assert any(b"\xed\xa0\x80" in one.message for one in calls)
+    assert any(b"\xed\xa0\x80" in call.message for call in calls)
 
 
 @pytest.mark.slow

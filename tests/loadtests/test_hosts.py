@@ -62,7 +62,7 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
     ]
     episode = Episode("gateway", 100.0, over=103.5, detected_s=0.25)
     seen = evaluate(load, episode)
-    assert [one.id for one in seen.failed] == ["c3"]
+    assert [call.id for call in seen.failed] == ["c3"]
     assert seen.longest_gap_s == 0.9
     assert seen.prefill_s == pytest.approx(0.2, abs=0.01)
     assert seen.ratio == pytest.approx(0.9 / 0.45, rel=0.05)

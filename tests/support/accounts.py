@@ -43,7 +43,7 @@ class Witness(UsageKeeper):
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
         """Records sealed by gateways, with the engine's counts."""
-        return [(sealer.open(one.sealed), one) for one in self.seen if one.sealed]
+        return [(sealer.open(ended.sealed), ended) for ended in self.seen if ended.sealed]
 
 
 class AccountedWorker:
@@ -130,9 +130,9 @@ async def accounting_cluster(
 
 def records(ledger: Ledger) -> list[UsageRecord]:
     """All usage except idle time, by time."""
-    return [one for one in ledger.usage.records(UsageQuery(), limit=100_000) if one.tenant != "_idle"]
+    return [record for record in ledger.usage.records(UsageQuery(), limit=100_000) if record.tenant != "_idle"]
 
 
 def idle_gpu_seconds(ledger: Ledger) -> float:
     """GPU seconds of replicas that served no call."""
-    return sum(one.gpu_seconds for one in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))
+    return sum(record.gpu_seconds for record in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))

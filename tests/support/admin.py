@@ -70,7 +70,7 @@ async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
     """A key with a role; the tenant is created if missing."""
 
     def make() -> str:
-        if tenant not in {one.policy.name for one in ledger.tenants.list()}:
+        if tenant not in {entry.policy.name for entry in ledger.tenants.list()}:
             ledger.tenants.create(TenantPolicy(tenant))
         return ledger.keys.create(tenant, role, role=role).secret
 

@@ -25,7 +25,7 @@ class Direction:
         """Pass on the blocked data and everything after it."""
         self._open.set()
 
-    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay_data(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Relay until the end."""
         while data := await reader.read(CHUNK):
             await self._open.wait()
@@ -78,8 +78,8 @@ class Cuttable:
             pair.add(back)
             self._writers |= pair
             carriers = [
-                asyncio.create_task(up.carry(reader, back)),
-                asyncio.create_task(down.carry(there, writer)),
+                asyncio.create_task(up.relay_data(reader, back)),
+                asyncio.create_task(down.relay_data(there, writer)),
             ]
             try:
                 await asyncio.wait(carriers, return_when=asyncio.FIRST_COMPLETED)
@@ -93,9 +93,9 @@ class Cuttable:
             self._tasks.discard(task)
             self._writers -= pair
             self.ways.remove(ways)
-            for one in pair:
+            for end in pair:
                 with contextlib.suppress(OSError):
-                    one.close()
+                    end.close()
 
 
 @asynccontextmanager

@@ -50,7 +50,7 @@ def tool(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two concurrent test runs
-        if not all((folder / one).exists() for one in TOOLS):
+        if not all((folder / name).exists() for name in TOOLS):
             _unpack(folder)
     return folder / name
 
@@ -85,18 +85,18 @@ class Rendered:
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """The objects of a kind."""
-        return [one for one in self.objects if one["kind"] == kind]
+        return [item for item in self.objects if item["kind"] == kind]
 
-    def one(self, kind: str, name: str = "") -> dict[str, Any]:
+    def only(self, kind: str, name: str = "") -> dict[str, Any]:
         """The only object of a kind, or the one of that name."""
-        (found,) = (one for one in self.all(kind) if name in ("", one["metadata"]["name"]))
-        return found
+        (manifest,) = (item for item in self.all(kind) if name in ("", item["metadata"]["name"]))
+        return manifest
 
     @property
     def cluster_yaml(self) -> str:
         """The configuration as pods read it."""
-        (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
-        return str({**found.get("data", {}), **found.get("stringData", {})}["cluster.yaml"])
+        (manifest,) = (item for item in self.objects if item["metadata"]["name"].endswith("-config"))
+        return str({**manifest.get("data", {}), **manifest.get("stringData", {})}["cluster.yaml"])
 
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
@@ -105,7 +105,7 @@ class Rendered:
         returns mount path -> local path. A process can then be started with the pod's own arguments.
         """
         (container,) = spec["containers"]
-        volumes = {one["name"]: one for one in spec["volumes"]}
+        volumes = {item["name"]: item for item in spec["volumes"]}
         places = {}
         for mount in container["volumeMounts"]:
             here = folder / mount["mountPath"].lstrip("/")
@@ -113,7 +113,7 @@ class Rendered:
             places[mount["mountPath"]] = str(here)
             volume = volumes.get(mount["name"], {})
             if volume.get("configMap", {}).get("name", "").endswith("-revoked"):
-                for key, value in self.one("ConfigMap", volume["configMap"]["name"])["data"].items():
+                for key, value in self.only("ConfigMap", volume["configMap"]["name"])["data"].items():
                     (here / key).write_text(value)
             elif "configMap" in volume:
                 (here / "cluster.yaml").write_text(self.cluster_yaml)
@@ -143,13 +143,15 @@ def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -
     """Render the chart with values, files or mappings, later ones over earlier ones. Raises HelmFailed."""
     with tempfile.TemporaryDirectory() as scratch:
         files = []
-        for at, one in enumerate(values):
-            file = one if isinstance(one, Path) else Path(scratch) / f"{at}.yaml"
-            if not isinstance(one, Path):
-                file.write_text(json.dumps(dict(one)))  # JSON is valid YAML, and its strings are never read as booleans
+        for at, layer in enumerate(values):
+            file = layer if isinstance(layer, Path) else Path(scratch) / f"{at}.yaml"
+            if not isinstance(layer, Path):
+                file.write_text(
+                    json.dumps(dict(layer))
+                )  # JSON is valid YAML, and its strings are never read as booleans
             files += ["-f", str(file)]
         text = run("template", "headrace", CHART, "-n", NAMESPACE, *files, *arguments)
-    return Rendered(tuple(one for one in yaml.load_all(text, Loader) if one))
+    return Rendered(tuple(item for item in yaml.load_all(text, Loader) if item))
 
 
 if __name__ == "__main__":

@@ -67,18 +67,18 @@ class LiveReplicas:
 
     async def scale(self, app: str, replicas: int) -> None:
         """Change the number of replicas; the newest leave first."""
-        one = self._apps[app]
-        one.target = replicas
-        while len(one.replicas) > replicas:
-            self._leave(one, one.replicas.pop())
+        application = self._apps[app]
+        application.target = replicas
+        while len(application.replicas) > replicas:
+            self._leave(application, application.replicas.pop())
         self._fill()
 
     async def delete(self, app: str) -> None:
         """Drain every replica, then remove the application."""
-        one = self._apps[app]
-        one.deleting, one.target = True, 0
-        while one.replicas:
-            self._leave(one, one.replicas.pop())
+        application = self._apps[app]
+        application.deleting, application.target = True, 0
+        while application.replicas:
+            self._leave(application, application.replicas.pop())
         self._forget(app)
 
     async def shutdown(self) -> None:

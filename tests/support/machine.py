@@ -47,7 +47,7 @@ def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) 
 
 def packages(findings: Sequence[doctor.DoctorFinding]) -> list[str]:
     """Debian packages of missing tools."""
-    return sorted({one.apt for one in findings if one.missing and one.apt})
+    return sorted({finding.apt for finding in findings if finding.missing and finding.apt})
 
 
 def install(wanted: Sequence[str]) -> None:
@@ -58,8 +58,8 @@ def install(wanted: Sequence[str]) -> None:
     if _apt("install", "-y", "--no-install-recommends", *wanted):
         return
     for name in wanted:
-        names = [one for one in (name, OTHER_PACKAGES.get(name)) if one is not None]
-        if not any(_apt("install", "-y", "--no-install-recommends", one) for one in names):
+        names = [package for package in (name, OTHER_PACKAGES.get(name)) if package is not None]
+        if not any(_apt("install", "-y", "--no-install-recommends", package) for package in names):
             print(f"test: apt-get cannot install {' or '.join(names)}", flush=True)
 
 
@@ -94,13 +94,15 @@ def found_way() -> Way:
 
 def main() -> int:
     """Report, ask and install; never prevents the tests from running. `make setup` follows and brings the rest."""
-    lacking = [one for one in doctor.examine() if one.missing and not one.remedy.startswith(doctor.SETUP)]
+    lacking = [
+        finding for finding in doctor.examine() if finding.missing and not finding.remedy.startswith(doctor.SETUP)
+    ]
     if not lacking:
         print("test: this machine has all that the tests need")
         return 0
     print("test: this machine lacks, and skips what needs it:")
-    for one in lacking:
-        print(f"test:   {one.name} ({one.missing}), for {one.needed_for}: {one.remedy}")
+    for finding in lacking:
+        print(f"test:   {finding.name} ({finding.missing}), for {finding.needed_for}: {finding.remedy}")
     wanted = packages(lacking)
     if wanted:
         chosen = found_way()

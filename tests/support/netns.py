@@ -49,7 +49,7 @@ def _ip(*arguments: str) -> None:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def _without_names(host: Host, nobody: str, undo: contextlib.ExitStack) -> None:
+def _without_names(host: Host, unreachable: str, undo: contextlib.ExitStack) -> None:
     """Make name lookups on a host fail at once: this machine's resolver is unreachable from there, and each lookup
     would
     wait 10 s for it (PyTorch's ranks look up their peers' names as they meet).
@@ -57,7 +57,7 @@ def _without_names(host: Host, nobody: str, undo: contextlib.ExitStack) -> None:
     folder = RESOLVERS / host.namespace
     undo.callback(_forget, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "resolv.conf").write_text(f"nameserver {nobody}\n")
+    (folder / "resolv.conf").write_text(f"nameserver {unreachable}\n")
 
 
 def _forget(folder: Path) -> None:

@@ -44,7 +44,7 @@ class Network:
 
     def __init__(self, namespace: str, policies: Sequence[Mapping[str, Any]]) -> None:
         self._namespace = namespace
-        self._policies = [one["spec"] for one in policies]
+        self._policies = [policy["spec"] for policy in policies]
 
     def allows(self, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
         """Whether a connection is allowed."""
@@ -52,27 +52,31 @@ class Network:
             "ingress", target, source, port, protocol
         )
 
-    def _one_way(self, way: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
+    def _one_way(self, direction: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
         if pod.address or pod.namespace != self._namespace:
             return True  # selected by no policy
-        word = way.capitalize()
-        mine = [one for one in self._policies if word in one["policyTypes"] and selects(one["podSelector"], pod.labels)]
+        word = direction.capitalize()
+        mine = [
+            policy
+            for policy in self._policies
+            if word in policy["policyTypes"] and selects(policy["podSelector"], pod.labels)
+        ]
         if not mine:
             return True
-        peers = "to" if way == "egress" else "from"
+        peers = "to" if direction == "egress" else "from"
         return any(
             self._port_fits(rule, port, protocol) and self._peer_fits(rule.get(peers), other)
-            for one in mine
-            for rule in one.get(way) or ()
+            for policy in mine
+            for rule in policy.get(direction) or ()
         )
 
     @staticmethod
     def _port_fits(rule: Mapping[str, Any], port: int, protocol: str) -> bool:
         ports = rule.get("ports")
-        return not ports or any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in ports)
+        return not ports or any(entry["port"] == port and entry.get("protocol", "TCP") == protocol for entry in ports)
 
     def _peer_fits(self, peers: Sequence[Mapping[str, Any]] | None, other: Peer) -> bool:
-        return not peers or any(self._one_peer_fits(one, other) for one in peers)
+        return not peers or any(self._one_peer_fits(peer, other) for peer in peers)
 
     def _one_peer_fits(self, peer: Mapping[str, Any], other: Peer) -> bool:
         if "ipBlock" in peer:

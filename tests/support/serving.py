@@ -121,12 +121,12 @@ async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[in
     return await asyncio.wait_for(answer.done, 60.0)
 
 
-async def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
     """The first truthy result of `look`; fails with the name."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if found := look():
-            return found
+        if value := probe():
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"timed out after {timeout_s:g} s waiting until {what}")
         await asyncio.sleep(0.05)

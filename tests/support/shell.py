@@ -19,8 +19,8 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> 
     """Wait until a condition that other processes bring about is true; return its value."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
+        value = condition()
+        if value:
+            return value
         time.sleep(0.05)
     raise AssertionError(f"not within {deadline_s:g} s: {what}")
