@@ -8,7 +8,7 @@ from typing import Any
 
 from loadtests import machine
 from loadtests.figures import Figure
-from loadtests.report import Report, middle
+from loadtests.report import Report, median_of
 
 LOG_LINES = 12
 TRIAL = "**A trial on CPU with a tiny model of random weights. No GPU was used: nothing on this page is a GPU figure.**"
@@ -100,11 +100,11 @@ def _arms(report: Report) -> list[str]:
         runs = [round_.run for round_ in arm.rounds]
         cpu = [round_.usage.front_end_s() / round_.run.tokens * 1e6 for round_ in arm.rounds if round_.run.tokens]
         values: Mapping[str, float | None] = {
-            "tokens/s": middle([run.tokens / run.duration_s for run in runs if run.duration_s]),
-            "TTFT p50": _ms(middle([run.quantile("ttft_s", 50) for run in runs])),
-            "TTFT p99": _ms(middle([run.quantile("ttft_s", 99) for run in runs])),
-            "TPOT p50": _ms(middle([run.quantile("tpot_s", 50) for run in runs])),
-            "CPU": middle(cpu),
+            "tokens/s": median_of([run.tokens / run.duration_s for run in runs if run.duration_s]),
+            "TTFT p50": _ms(median_of([run.quantile("ttft_s", 50) for run in runs])),
+            "TTFT p99": _ms(median_of([run.quantile("ttft_s", 99) for run in runs])),
+            "TPOT p50": _ms(median_of([run.quantile("tpot_s", 50) for run in runs])),
+            "CPU": median_of(cpu),
         }
         failed = sum(len(run.records) - len(run.good) for run in runs)
         rows.append((arm.name, str(len(runs)), *map(_number, values.values()), str(failed)))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.report import Arm, Report, middle
+from loadtests.report import Arm, Report, median_of
 
 SIZE = (9, 4.5)
 QUANTITIES = (("ttft_s", "time to first token"), ("tpot_s", "time per token"), ("e2e_s", "end to end"))
@@ -122,7 +122,7 @@ def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
             if (concurrency := round_.extra.get("concurrency")) and round_.run.duration_s:
                 points.setdefault(int(concurrency), []).append(round_.run.tokens / round_.run.duration_s)
     return {
-        name: {level: middle(values) or 0.0 for level, values in sorted(points.items())}
+        name: {level: median_of(values) or 0.0 for level, values in sorted(points.items())}
         for name, points in rates.items()
     }
 

@@ -89,7 +89,7 @@ def classify(command: str, parents: str) -> str:
     return next((kind for pattern, kind in _BY_COMMAND if pattern.search(command)), parents)
 
 
-def used(before: Snapshot, after: Snapshot) -> Usage:
+def usage_between(before: Snapshot, after: Snapshot) -> Usage:
     """Usage between two snapshots. A process that began in between counts from its beginning."""
     cpu: dict[str, float] = {}
     rss: dict[str, int] = {}

@@ -142,7 +142,7 @@ def _errors(rounds: Sequence[Round]) -> dict[str, int]:
     return out
 
 
-def middle(values: Sequence[float | None]) -> float | None:
+def median_of(values: Sequence[float | None]) -> float | None:
     """Median of the values that are not None."""
     there = sorted(v for v in values if v is not None)
     return there[len(there) // 2] if there else None
@@ -165,28 +165,28 @@ def _column(arm: Arm) -> dict[str, str]:
     failed = sum(len(run.records) - len(run.good) for run in runs)
 
     def ms(name: str, percent: float) -> str:
-        value = middle([run.quantile(name, percent) for run in runs])
+        value = median_of([run.quantile(name, percent) for run in runs])
         return _cell(None if value is None else value * 1000)
 
     def us(of: Callable[[Usage], float]) -> str:
-        return _cell(middle([of(usage) / tokens * 1e6 for usage, tokens in per_token]))
+        return _cell(median_of([of(usage) / tokens * 1e6 for usage, tokens in per_token]))
 
     gap_s = max((record.longest_gap_s for run in runs for record in run.good), default=None)
     out = {
         "rounds": str(len(runs)),
         "calls (failed)": f"{sum(len(run.records) for run in runs)} ({failed})",
-        "requests/s": _cell(middle([len(run.good) / run.duration_s for run in runs if run.duration_s])),
-        "tokens/s": _cell(middle([run.tokens / run.duration_s for run in runs if run.duration_s])),
+        "requests/s": _cell(median_of([len(run.good) / run.duration_s for run in runs if run.duration_s])),
+        "tokens/s": _cell(median_of([run.tokens / run.duration_s for run in runs if run.duration_s])),
     }
     for title, name in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("end to end", "e2e_s")):
         out |= {f"{title} ms p{percent}": ms(name, percent) for percent in QUANTILES}
     return out | {
         "longest silent gap ms": _cell(None if gap_s is None else gap_s * 1000),
-        "pieces of one token, at least": _cell(middle([run.one_token_share for run in runs])),
+        "pieces of one token, at least": _cell(median_of([run.one_token_share for run in runs])),
         "front end CPU µs/token": us(Usage.front_end_s),
         "engine CPU µs/token": us(lambda usage: usage.whole_s() - usage.front_end_s()),
-        "memory MiB": _cell(middle([sum(usage.rss_bytes.values()) / 2**20 for usage, _ in per_token])),
-        "driver CPU µs/token": _cell(middle([run.driver_cpu_s / run.tokens * 1e6 for run in runs if run.tokens])),
+        "memory MiB": _cell(median_of([sum(usage.rss_bytes.values()) / 2**20 for usage, _ in per_token])),
+        "driver CPU µs/token": _cell(median_of([run.driver_cpu_s / run.tokens * 1e6 for run in runs if run.tokens])),
     }
 
 

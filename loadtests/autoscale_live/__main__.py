@@ -30,7 +30,7 @@ from cluster.policy.scaling.scaler import DECIDE_S
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, CallResult, compare, play
 from loadtests.autoscale_live.changes import STREAM_S, Changes
-from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, begun
+from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, running_test_bed
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, days, plan
 from loadtests.sim.plant import ReplicaModel
 from loadtests.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
@@ -61,7 +61,7 @@ async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder:
         slo_target=SLO.target,
     )
     changing: dict[str, Any] = {"failed_or_cut": 0}
-    async with begun(folder, checkpoint, spec) as live:
+    async with running_test_bed(folder, checkpoint, spec) as live:
         zero = await _from_zero(live, rounds) if rounds else {"failed": 0}
         day = await _day(live, live.watch, seconds, seed) if seconds else {"failed_or_cut": 0}
         explanation = live.desk.explain(MODEL, 60)
@@ -84,7 +84,7 @@ def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_
 
 async def _from_zero(live: Live, rounds: int) -> dict[str, Any]:
     colds, calls = [], []
-    await live.at_zero()
+    await live.until_at_zero()
     await live.cold_start()  # the first start warms the machine's caches
     for number in range(rounds):
         colds.append(await live.cold_start())

@@ -28,7 +28,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.engine.vllm.arguments import CPU_KV_CACHE_BYTES
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, prompt
-from loadtests.autoscale_live.rig import Live, begun
+from loadtests.autoscale_live.rig import Live, running_test_bed
 from loadtests.autoscale_live.traffic import PlannedCall
 from loadtests.children import free_port
 from tests.support.checkpoints import build_checkpoint
@@ -88,7 +88,7 @@ async def from_zero(live: Live) -> dict[str, float]:
         raise RuntimeError(f"the call to a model at zero replicas failed: {result.fault}")
     rows = _started(live)[before:]
     live.desk.scale(MODEL, 0)
-    await live.at_zero()
+    await live.until_at_zero()
     live.desk.scale(MODEL, None)
     parts = {"all": result.first_s}
     if rows:
@@ -122,8 +122,8 @@ async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
     )
     alone: list[float] = []
     ours: list[dict[str, float]] = []
-    async with begun(folder, checkpoint, spec) as live:
-        await live.at_zero()
+    async with running_test_bed(folder, checkpoint, spec) as live:
+        await live.until_at_zero()
         for number in range(rounds + 1):
             theirs_s = await vllm_alone(checkpoint, folder / "vllm.log")
             parts = await from_zero(live)

@@ -70,12 +70,12 @@ class Live:
         self.controller, self.desk, self.callers, self.links = controller, desk, callers, links
         self.settings, self.watch, self.ray = settings, watch, ray
 
-    async def at_zero(self) -> None:
+    async def until_at_zero(self) -> None:
         """Wait until the model has no replicas, only its name."""
         await until(lambda: self.links() == 0, "no replica is linked", 120)
-        await self.on_ray(lambda app: not (app.leaving or app.running or app.placed))
+        await self.until_on_ray(lambda app: not (app.leaving or app.running or app.placed))
 
-    async def on_ray(self, holds: Callable[[Observed], bool]) -> None:
+    async def until_on_ray(self, holds: Callable[[Observed], bool]) -> None:
         """Wait until `holds` is true of Ray's observation of the model."""
         deadline = time.monotonic() + 120
         while not [app for app in (await self._apps()) if holds(app)]:
@@ -94,7 +94,7 @@ class Live:
         await until(lambda: self.links() == 1, "it serves", 120)
         took_s = time.monotonic() - began
         self.desk.scale(MODEL, 0)
-        await self.at_zero()
+        await self.until_at_zero()
         self.desk.scale(MODEL, None)
         return took_s
 
@@ -102,13 +102,13 @@ class Live:
         """Call the model at zero replicas; then scale back to zero."""
         result = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
-        await self.at_zero()
+        await self.until_at_zero()
         self.desk.scale(MODEL, None)
         return result
 
 
 @asynccontextmanager
-async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
+async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
     """Start all parts; they run until the end of the block, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -137,7 +137,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         desk = ScalingRequests(scaler, controller.wake)
         live = Live(controller, desk, callers, lambda: len(cluster.gateway.hub.links), settings, watch, ray)
         try:
-            await live.on_ray(lambda app: bool(app.digest))
+            await live.until_on_ray(lambda app: bool(app.digest))
             yield live
         finally:
             for part in parts:

@@ -61,7 +61,7 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
     stuck = fleet.workers[0]
     try:
         for number in range(count):
-            await fleet.all_up()
+            await fleet.until_all_up()
             await asyncio.sleep(CREDIT_S)
             since, steps = time.time(), 3 * HANG_AFTER_STEPS
             asks = [ask(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
@@ -75,13 +75,13 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
             if event is not None and last_chunks:
                 out.noticed_s.append(event.at - max(last_chunks))
                 out.reasons.add(event.reason)
-            await _fresh(fleet, stuck)
+            await _until_restarted(fleet, stuck)
     finally:
         await caller.close()
     return out
 
 
-async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
+async def _until_restarted(fleet: Fleet, worker: SimWorker) -> None:
     """Wait for a new process of the worker, whose engine has not hung yet."""
     since, link_log = time.time(), fleet.link_log
     worker.signal(signal.SIGKILL)

@@ -31,7 +31,7 @@ from loadtests import interpreted
 from loadtests.children import Child, Children
 from loadtests.faults.calls import Ask, Caller, CallResult, ask, difference
 from loadtests.faults.mass import KILL, LINK, STOP
-from loadtests.serving.fleet import Fleet, SimWorker, begun_gateway
+from loadtests.serving.fleet import Fleet, SimWorker, started_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
 
 WORKERS, WORDS = 2, (40, 100)
@@ -156,7 +156,7 @@ class Engines:
         environment = {**ENVIRONMENT, **self.runner.environment}
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
-    async def standing(self) -> list[int]:
+    async def linked_workers(self) -> list[int]:
         """Numbers of the workers that have links, once at most one is still restarting."""
         link_log, ids = self.fleet.link_log, [worker.id for worker in self.fleet.workers]
         self._starting = {number for number in self._starting if ids[number] not in link_log.up}
@@ -166,7 +166,7 @@ class Engines:
 
     async def all_back(self) -> None:
         """Wait until restarting workers have links, too."""
-        await self.fleet.all_up(STARTS_S)
+        await self.fleet.until_all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
         """Sequences that each linked worker runs, from its last beat."""
@@ -189,7 +189,7 @@ class Engines:
         """Stop everything."""
         await asyncio.gather(*(child.stop() for child in self._processes if child is not None))
 
-    async def strike(self, kind: str, number: int) -> None:
+    async def apply_fault(self, kind: str, number: int) -> None:
         """Apply one fault; return when the gateway has noticed it and the worker may return."""
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
@@ -227,7 +227,7 @@ async def running(
     """Start a gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
     home = folder / "engines"
     async with AsyncExitStack() as stack:
-        fleet = await begun_gateway(
+        fleet = await started_gateway(
             stack, children, home, gateway={"resume": {"max_attempts": 16, "max_silent_losses": 16}}
         )
         shared = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--bundle", str(bundle)]
@@ -262,11 +262,11 @@ class Batch:
     def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
         self._results: dict[str, CallResult] = {}
         self._more = asyncio.Event()
-        self._tasks = [asyncio.create_task(caller.call(request, self._seen)) for request in asks]
+        self._tasks = [asyncio.create_task(caller.call(request, self._record)) for request in asks]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._more.set())
 
-    def _seen(self, result: CallResult) -> None:
+    def _record(self, result: CallResult) -> None:
         self._results[result.request_id] = result
         self._more.set()
 
@@ -280,7 +280,7 @@ class Batch:
                     return len(running)
                 await self._more.wait()
 
-    async def ended(self) -> list[CallResult]:
+    async def wait_for_results(self) -> list[CallResult]:
         """Wait for the end of all calls and return them."""
         async with asyncio.timeout(ENDS_S):
             return list(await asyncio.gather(*self._tasks))
@@ -332,7 +332,7 @@ class Prover:
             order = self._asks[shift:] + self._asks[:shift]
             results: list[CallResult] = []
             for at in range(0, ASKS, len(BATCH)):
-                results += await Batch(self._caller, order[at : at + len(BATCH)]).ended()
+                results += await Batch(self._caller, order[at : at + len(BATCH)]).wait_for_results()
             failed = [result.error for result in results if result.error]
             if failed:
                 raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
@@ -345,20 +345,20 @@ class Prover:
         engines, proof = self._engines, self.proof
         if self._kills_due >= 2:
             await engines.all_back()
-        await engines.standing()
+        await engines.linked_workers()
         batch = Batch(self._caller, asks)
         moments = sorted(self._rng.randint(*engines.runner.pieces) for _ in range(faults))
         struck: list[tuple[str, int, int, bool, int]] = []
         try:
             for pieces in moments:
-                standing = await engines.standing()
+                standing = await engines.linked_workers()
                 number = await self._victim(batch, pieces)
                 if number is None:
                     break
                 kind = self._kind(len(standing))
                 struck.append((kind, number, pieces, len(standing) == 1, await engines.resumes()))
-                await engines.strike(kind, number)
-            proof.calls += await batch.ended()
+                await engines.apply_fault(kind, number)
+            proof.calls += await batch.wait_for_results()
         finally:
             await batch.cancel()
         counts = [before for *_, before in struck] + [await engines.resumes()]

@@ -55,7 +55,7 @@ class Moments:
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
-    def seen(self, result: CallResult) -> None:
+    def record_phase(self, result: CallResult) -> None:
         """Record the phase of a call: after each of its chunks, and once before the first."""
         if not self._waiting:
             return
@@ -185,7 +185,7 @@ class Mass:
         while not self._over:
             ask = self._asks[at % len(self._asks)]
             at += streams + 1  # every request in a different batch each time
-            self.outcome.calls.append(await self._caller.call(ask, self._moments.seen, whole[ask.key]))
+            self.outcome.calls.append(await self._caller.call(ask, self._moments.record_phase, whole[ask.key]))
 
     # ---- faults
 
@@ -199,7 +199,7 @@ class Mass:
             if phase == "prefill":
                 await asyncio.sleep(PREFILL_S)
             self.outcome.points[kind, phase] += 1
-            task = asyncio.create_task(self._strike(kind, worker))
+            task = asyncio.create_task(self._apply_fault(kind, worker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
@@ -217,7 +217,7 @@ class Mass:
         self._busy.add(victim.id)
         return victim
 
-    async def _strike(self, kind: str, worker: SimWorker) -> None:
+    async def _apply_fault(self, kind: str, worker: SimWorker) -> None:
         try:
             since = time.time()
             if kind in (KILL, LINK):
@@ -230,12 +230,12 @@ class Mass:
                 if kind == STOP:
                     worker.signal(signal.SIGSTOP)
                 else:
-                    worker.cut_way(self._rng.random() < 0.5, beats=self._rng.random() < 0.5)
+                    worker.cut_direction(self._rng.random() < 0.5, beats=self._rng.random() < 0.5)
                 await asyncio.sleep(self._rng.uniform(*BACK_S))
                 _bring_back(worker)
         finally:
             self._busy.discard(worker.id)
-            self._fleet.link_log.nudge()
+            self._fleet.link_log.wake_waiters()
 
 
 def _bring_back(worker: SimWorker) -> None:

@@ -91,11 +91,13 @@ async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[S
         raise RuntimeError(f"{len(broken)} streams did not finish undisturbed: {broken[0]}")
     streams, begun = [Stream() for _ in asks], asyncio.Event()
 
-    def seen() -> None:
+    def on_piece() -> None:
         if all(stream.pieces >= BEGUN_PIECES for stream in streams):
             begun.set()
 
-    tasks = [asyncio.create_task(call(request, stream, seen)) for request, stream in zip(asks, streams, strict=True)]
+    tasks = [
+        asyncio.create_task(call(request, stream, on_piece)) for request, stream in zip(asks, streams, strict=True)
+    ]
     try:
         await asyncio.wait_for(begun.wait(), BEGUN_S)
         kill(streams)
@@ -127,10 +129,10 @@ def asks_of(seed: int, number: int) -> list[Ask]:
 def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
     """Calls over our proto."""
 
-    async def call(request: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+    async def call(request: Ask, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_chunk(result: CallResult) -> None:
             stream.pieces = len(result.chunks)
-            seen()
+            on_piece()
 
         result = await caller.call(request, on_chunk)
         results.append(result)
@@ -144,11 +146,11 @@ def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
 def over_http(face: OpenAiSse) -> Call:
     """Calls over OpenAI's API."""
 
-    async def call(request: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+    async def call(request: Ask, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
             stream.text += text
             stream.pieces += 1
-            seen()
+            on_piece()
 
         try:
             answer = await face.run(Request(request.key, request.message.messages[0].content, TOKENS), on_text)
@@ -171,7 +173,7 @@ async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed
 
         try:
             for number in range(rounds):
-                await running.all_up()
+                await running.until_all_up()
                 await play_round(over_grpc(caller, out.calls), asks_of(seed, number), kill, out)
         finally:
             await caller.close()

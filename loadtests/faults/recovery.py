@@ -163,7 +163,7 @@ class Recovery:
 
     async def _all_serve(self) -> None:
         """Wait until every worker is linked, and no breaker is open."""
-        await self._fleet.all_up()
+        await self._fleet.until_all_up()
         await asyncio.sleep(TRIAL_S)
         for _ in range(2):
             await self._crowd(WORKERS)
@@ -191,11 +191,11 @@ class Recovery:
         streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(count)]
         over = asyncio.Event()
         fresh: list[CallResult] = []
-        beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH)]
+        beside = [asyncio.create_task(self._make_fresh_calls(fresh, over)) for _ in range(FRESH)]
         try:
             await self._begin(all_begun, streams)
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
-            crowd = await self._strike(kind, episode)
+            crowd = await self._apply_fault(kind, episode)
             results = await asyncio.gather(*streams)
         finally:
             over.set()
@@ -205,7 +205,7 @@ class Recovery:
                 task.cancel()
             await asyncio.gather(*beside, *streams, return_exceptions=True)
         self.findings.calls += [*results, *fresh, *crowd]
-        _read(episode, results, crowd or [call for call in fresh if 0 < episode.struck - call.sent < BEFORE_S])
+        _evaluate(episode, results, crowd or [call for call in fresh if 0 < episode.struck - call.sent < BEFORE_S])
         return episode
 
     async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[CallResult]]) -> None:
@@ -216,17 +216,17 @@ class Recovery:
         errors = {task.result().error for task in streams if task.done()}
         raise RuntimeError(f"the streams of an episode did not begin within {BEGUN_S:g} s: {errors}")
 
-    async def _fresh(self, into: list[CallResult], over: asyncio.Event) -> None:
+    async def _make_fresh_calls(self, into: list[CallResult], over: asyncio.Event) -> None:
         while not over.is_set():
             into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
 
-    async def _strike(self, kind: str, episode: Episode) -> Sequence[CallResult]:
+    async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
         """Apply the fault, or start the crowd of calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)
         worker = self._rng.choice(self._fleet.workers)
-        _fall(kind, worker)
+        _disturb(kind, worker)
         event = await self._fleet.link_log.downs(worker.id, episode.struck, NOTICED_S)
         if event is not None:
             episode.noticed_s = event.at - episode.struck
@@ -236,14 +236,14 @@ class Recovery:
         return ()
 
 
-def _fall(kind: str, worker: SimWorker) -> None:
+def _disturb(kind: str, worker: SimWorker) -> None:
     if kind == LINK:
         worker.relay.sever()
     else:
         worker.signal(signal.SIGKILL if kind == KILL else signal.SIGSTOP)
 
 
-def _read(episode: Episode, streams: Sequence[CallResult], fresh: Sequence[CallResult]) -> None:
+def _evaluate(episode: Episode, streams: Sequence[CallResult], fresh: Sequence[CallResult]) -> None:
     """Evaluate an episode's calls."""
     struck = episode.struck
     episode.failed = sum(bool(result.error) for result in streams)

@@ -63,7 +63,7 @@ class Soak:
     downs: Sequence[str]
     """Reasons of links that ended meanwhile, although no worker was disturbed."""
 
-    def grown(self) -> dict[str, int]:
+    def growth(self) -> dict[str, int]:
         """Resources that have grown, and by how much."""
         before, after = asdict(self.before), asdict(self.after)
         names = ("sockets", "files", "threads", "tasks")
@@ -120,14 +120,14 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
     try:
         await run(WARM_S)
         await asyncio.sleep(REST_S)
-        before = await _held(process, told_file)
+        before = await _measure_resources(process, told_file)
         samples.clear()
         warm, began = len(calls), time.monotonic()
         await run(seconds)
         took = time.monotonic() - began
         rate = (len(calls) - warm) / took
         await asyncio.sleep(REST_S)
-        after = await _held(process, told_file)
+        after = await _measure_resources(process, told_file)
     finally:
         await caller.close()
     failed = sum(bool(result.error) for result in calls)
@@ -136,7 +136,7 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
     return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 
 
-async def _held(process: psutil.Process, told_file: Path) -> HeldResources:
+async def _measure_resources(process: psutil.Process, told_file: Path) -> HeldResources:
     told_file.unlink(missing_ok=True)
     process.send_signal(signal.SIGUSR1)
     for _ in range(200):

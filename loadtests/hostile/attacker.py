@@ -82,7 +82,7 @@ class Attacker:
             self.read(0.0)
         return not self.ended
 
-    def offer(self, data: bytes, within_s: float) -> int:
+    def send_within(self, data: bytes, within_s: float) -> int:
         """Send as much as the server accepts within `within_s`; return the number of bytes."""
         self.socket.settimeout(within_s)
         with suppress(OSError):

@@ -229,7 +229,7 @@ WRONG_SETTINGS: tuple[dict[str, Any], ...] = (
 def wrong_setting(data: Any, rng: random.Random) -> str:
     """Set a setting to an invalid value."""
     keys = copy.deepcopy(rng.choice(WRONG_SETTINGS))
-    _lay(_config(data), keys)
+    _merge_into(_config(data), keys)
     return str(keys)
 
 
@@ -249,7 +249,7 @@ def wrong_values(data: Any, rng: random.Random) -> str:
     if "api_version" in data:
         return ""
     keys = copy.deepcopy(rng.choice(WRONG_VALUES))
-    _lay(data, keys)
+    _merge_into(data, keys)
     return str(keys)
 
 
@@ -263,10 +263,10 @@ def _twice(good: str, data: Any, rng: random.Random) -> str:
     return good.rstrip() + "\n" + yaml.safe_dump({key: data[key]}, sort_keys=False)
 
 
-def _lay(under: Any, over: dict[str, Any]) -> None:
+def _merge_into(under: Any, over: dict[str, Any]) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _lay(under[key], value)
+            _merge_into(under[key], value)
         else:
             under[key] = value
 

@@ -58,7 +58,7 @@ def _measure(stage: Stage) -> list[Figure]:
     oracle = Oracle()
     try:
         good = [file for file in (*CLUSTER_FILES, *VALUE_FILES) if refused(file.read_text(), file)]
-        count = hunt(oracle, random.Random(stage.options.seed), stage.screen.say)
+        count = check_mutants(oracle, random.Random(stage.options.seed), stage.screen.say)
     finally:
         oracle.close()
     note = f"{count.wrong} wrong files of which {count.refused} refused, {count.harmless} more that change nothing"
@@ -72,7 +72,7 @@ def _measure(stage: Stage) -> list[Figure]:
     ]
 
 
-def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
+def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
     """Make mutants until `mutants` are wrong; all engine checks run in one process, since it takes seconds to start."""
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []

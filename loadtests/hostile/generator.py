@@ -59,7 +59,7 @@ class Generator:
         self._model = model
         self._vocabulary = vocabulary
 
-    def take(self, count: int) -> Iterator[Hostile]:
+    def generate(self, count: int) -> Iterator[Hostile]:
         """Generate `count` calls."""
         for _ in range(count):
             yield self._one()

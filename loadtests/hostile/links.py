@@ -90,7 +90,7 @@ class Attack:
     async def run(self, volley: Volley) -> None:
         """Make all calls of the volley, a third over each API."""
         gate = asyncio.Semaphore(volley.at_once)
-        calls = list(Generator(volley.seed, ours.MODEL).take(volley.calls))
+        calls = list(Generator(volley.seed, ours.MODEL).generate(volley.calls))
 
         async def gated(work: Any) -> None:
             async with gate:
@@ -236,7 +236,7 @@ def downs(running: Fleet) -> int:
 
 
 @asynccontextmanager
-async def occupied(running: Fleet) -> AsyncIterator[None]:
+async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
     """Occupy all free capacity with long calls of the attacker, so that its other calls wait."""
     metadata = running.metadata_of(ATTACKER)
     long = pb.CompleteRequest(model=running.model, prompt="x", max_tokens=1500, temperature=0.0, ignore_eos=True)
@@ -261,7 +261,7 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
     """A gateway and workers that dial it without a relay, which would share its delays with all of them."""
     home = stage.folder / name
     async with AsyncExitStack() as stack:
-        running = await fleet.begun_gateway(stack, stage.children, home, classes=(ATTACKER,))
+        running = await fleet.started_gateway(stack, stage.children, home, classes=(ATTACKER,))
         command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.MODEL, "--bundle", str(bundle)]
         command += ["--source", source, "--engine", json.dumps(dict(ENGINE)), "--link", running.endpoints["link"]]
         for number in range(workers):
@@ -285,7 +285,7 @@ async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
     async with serving(stage, "links", bundle, source, WORKERS) as running:
         async with Bystanders(running, results, TOKENS).beside():
             await attacked(running, results, Volley(seed, calls // 2, AT_ONCE))
-            async with occupied(running):
+            async with occupied_capacity(running):
                 await attacked(running, results, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
         return results, downs(running)
 

@@ -84,7 +84,7 @@ class SecretStore:
         values: dict[str, str] = self.secrets[name]["stringData"]
         return values
 
-    def lay(self, folder: Path) -> None:
+    def write_files(self, folder: Path) -> None:
         """Write the Secrets as the files of pods: FOLDER/<name without the release's>/<key>."""
         for name in self.secrets:
             for key, value in self.data(name).items():
@@ -168,7 +168,7 @@ class Release:
         self._gateway = self._children.start("gateway", "gateway", command, environment)
         await self._gateway.until(lambda: _serves(health), "its health port answers", START_S)
 
-    async def working(self, keys: Sequence[str], ca_file: Path) -> int:
+    async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
         """Number of keys that list the models over a new connection that trusts only `ca_file`."""
         return sum(await asyncio.gather(*(asyncio.to_thread(self._works, key, ca_file) for key in keys)))
 
@@ -200,22 +200,22 @@ async def renew(children: Children, folder: Path, keys: int, say: Callable[[str]
     store, files = SecretStore(), folder / "pod"
     folder.mkdir(parents=True, exist_ok=True)
     await asyncio.to_thread(run_line, install, folder, store)
-    store.lay(files)
+    store.write_files(files)
     pinned = folder / "pinned.crt"
     pinned.write_text(store.data("headrace-tls")["ca.crt"])
     release = Release(children, files)
     made = await asyncio.to_thread(release.make_keys, keys)
     await release.start()
-    lowest = await release.working(made, pinned)
+    lowest = await release.working_keys(made, pinned)
     for _ in range(RENEWALS):
         served = store.data("headrace-tls")["tls.crt"]
         await asyncio.to_thread(run_line, renewal, folder, store)
         if store.data("headrace-tls")["tls.crt"] == served:
             raise RuntimeError("the documented renewal issued no new certificate")
-        store.lay(files)
-        running = await release.working(made, pinned)
+        store.write_files(files)
+        running = await release.working_keys(made, pinned)
         await release.start()
-        restarted = await release.working(made, pinned)
+        restarted = await release.working_keys(made, pinned)
         say(f"{running} of {keys} keys work after a renewal, {restarted} after a restart")
         lowest = min(lowest, running, restarted)
     return lowest / keys

@@ -135,7 +135,7 @@ async def until_nodes(backend: ChildBackend, count: int) -> None:
             await asyncio.sleep(0.2)
 
 
-def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
+def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
     """Reasons why streams are broken, one each. Raises RuntimeError if there is nothing to compare with."""
     if lost := [stream.error for stream in undisturbed if stream.error]:
         raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
@@ -166,7 +166,7 @@ async def measure(stage: Stage) -> list[Figure]:
             await asyncio.gather(*running)
             await asyncio.to_thread(process.wait, 60)
             took_s = time.monotonic() - began
-            reasons = broken(streams, await all_of(stub))
+            reasons = broken_streams(streams, await all_of(stub))
     moved = sum(bool(stream.resumed) for stream in streams)
     stage.screen.say(f"{moved} of {STREAMS} streams were resumed; the node ended {took_s:.1f} s after SIGTERM")
     if not reasons and not 0 < moved < STREAMS:

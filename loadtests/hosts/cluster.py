@@ -99,7 +99,7 @@ class Cluster:
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
-        if release.the("StatefulSet", name) != self.release.the("StatefulSet", name):
+        if release.find("StatefulSet", name) != self.release.find("StatefulSet", name):
             raise RuntimeError("a change of models or Ray clusters would restart the gateways")
         before = self.rays
         self.release, self.models, self.rays = release, models, rays

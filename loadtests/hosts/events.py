@@ -24,9 +24,9 @@ LONGEST_GAPS = 12
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
+"""Time for which a head, a store or a cable is away."""
 GRPC_PORT = 50051
 _ESTABLISHED = "01"
-"""How long a head, a store or a cable is away."""
 DETECTED_S = 15.0
 MIN_READY_S = 5.0
 DRAIN_S = 20.0
@@ -174,38 +174,38 @@ class Play:
         """Kill the process of the gateway with the most callers."""
         pod = max(self._cluster.gateways, key=connections)
         episode.struck = pod.kill()
-        await self._restarted(pod, episode)
-        self._broken(episode)
+        await self._until_restarted(pod, episode)
+        self._record_ended_connections(episode)
 
     async def node(self, episode: Episode) -> None:
         """Kill a Ray node with everything on it, and start it again as KubeRay does."""
         pod = self._cluster.nodes[1]
         episode.struck = pod.kill()
-        await self._lost(episode)
-        await self._capacity(episode)
+        await self._until_links_lost(episode)
+        await self._record_capacity(episode)
 
     async def head(self, episode: Episode) -> None:
         """Kill Ray's head, and start it again after a while."""
-        await self._away(self._cluster.head, episode)
-        await self._ray_back(episode)
+        await self._restart_later(self._cluster.head, episode)
+        await self._until_ray_serves(episode)
 
     async def valkey(self, episode: Episode) -> None:
         """Kill the store of the limits and of Ray's fault tolerance, and start it again after a while."""
-        await self._away(self._cluster.pod("valkey-0"), episode)
-        await self._ray_back(episode)
+        await self._restart_later(self._cluster.pod("valkey-0"), episode)
+        await self._until_ray_serves(episode)
 
     async def postgresql(self, episode: Episode) -> None:
         """Kill the ledger's database, and start it again after a while."""
-        await self._away(self._cluster.pod("postgresql-0"), episode)
+        await self._restart_later(self._cluster.pod("postgresql-0"), episode)
 
     async def cut(self, episode: Episode) -> None:
         """Unplug the cable of a host with a gateway and a Ray node, and plug it in again."""
         episode.struck = time.time()
         self._cluster.fabric.cut(B)
-        await self._lost(episode)
+        await self._until_links_lost(episode)
         await asyncio.sleep(max(AWAY_S - (time.time() - episode.struck), 0.0))
         self._cluster.fabric.heal(B)
-        self._broken(episode)
+        self._record_ended_connections(episode)
         episode.notes["healed after s"] = round(time.time() - episode.struck, 1)
 
     async def roll_gateways(self, episode: Episode) -> None:
@@ -268,7 +268,7 @@ class Play:
             gateway, "env", f"HEADRACE_API_KEY={self._operator}", "headrace", *arguments, *how, timeout_s=DRAIN_S + 60
         )
 
-    async def _ray_back(self, episode: Episode) -> None:
+    async def _until_ray_serves(self, episode: Episode) -> None:
         """Wait until Ray's head reports again that the model's application runs."""
         deadline = time.monotonic() + WHOLE_S
         while not await asyncio.to_thread(self._cluster.ray_runs):
@@ -278,12 +278,12 @@ class Play:
             await asyncio.sleep(0.5)
         episode.notes["Ray Serve runs after s"] = round(time.time() - episode.struck, 1)
 
-    async def _away(self, pod: Pod, episode: Episode) -> None:
+    async def _restart_later(self, pod: Pod, episode: Episode) -> None:
         pod.pause_s = AWAY_S
         episode.struck = pod.kill()
-        await self._restarted(pod, episode)
+        await self._until_restarted(pod, episode)
 
-    async def _restarted(self, pod: Pod, episode: Episode) -> None:
+    async def _until_restarted(self, pod: Pod, episode: Episode) -> None:
         count = len(pod.starts)
         deadline = time.monotonic() + WHOLE_S
         while not (len(pod.starts) > count and pod.ready):
@@ -293,23 +293,21 @@ class Play:
             await asyncio.sleep(0.05)
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
-    def _broken(self, episode: Episode) -> None:
-        """Wait until the callers' connections have ended; the last one counts too if it ended before the cable was
-        back.
-        """
+    def _record_ended_connections(self, episode: Episode) -> None:
+        """Record when callers' connections ended. Those before the cable was back count as detection."""
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
         episode.detected_s = max([episode.detected_s, *broke])
 
-    async def _lost(self, episode: Episode) -> None:
+    async def _until_links_lost(self, episode: Episode) -> None:
         """Wait until every gateway has noticed; the last one decides."""
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
             downs = timeline.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
-                await asyncio.sleep(0.5)  # waits for all of its workers
+                await asyncio.sleep(0.5)  # for the last of its workers
                 break
             await asyncio.sleep(0.05)
         downs = timeline.since(episode.struck, "worker_down")
@@ -317,7 +315,7 @@ class Play:
         episode.notes["links lost"] = sorted({event.worker for event in downs})
         episode.notes["reasons"] = sorted({event.reason for event in downs})
 
-    async def _capacity(self, episode: Episode) -> None:
+    async def _record_capacity(self, episode: Episode) -> None:
         if not await self._cluster.until_whole(WHOLE_S):
             episode.whole = False
             return
@@ -361,13 +359,13 @@ def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
             "ray/session_2*/logs/worker-*.out"
         ):
-            for worker, at in ups(path.read_bytes()):
+            for worker, at in worker_starts(path.read_bytes()):
                 if worker in workers:
                     starts[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
     return starts
 
 
-def ups(output: bytes) -> list[tuple[str, float]]:
+def worker_starts(output: bytes) -> list[tuple[str, float]]:
     """(worker, time) of every worker start in a replica's output."""
     return [
         (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())

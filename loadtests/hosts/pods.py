@@ -127,14 +127,14 @@ class Kubelet:
         """Variables of every pod: the address of the API."""
         self.account: Path | None = None
         """Files of the service account, for pods that may use it."""
-        self.tell_names()
+        self.publish_names()
 
     @property
     def zone(self) -> Path:
         """Zone file of the DNS server."""
         return self._zone
 
-    def tell_names(self) -> None:
+    def publish_names(self) -> None:
         """Rewrite the zone if a pod came, went or changed its readiness."""
         zone = self._names.zone([(pod.spec, pod.place, pod.ready) for pod in self.pods.values() if not pod.leaving])
         if zone == self._told:
@@ -174,7 +174,7 @@ class Kubelet:
         SIGKILL.
         """
         pod.leaving, pod.ready = True, False
-        self.tell_names()
+        self.publish_names()
         await asyncio.sleep(pod.spec.pre_stop_s)
         pod.signal(signal.SIGTERM)
         deadline = time.monotonic() + pod.spec.grace_s
@@ -191,7 +191,7 @@ class Kubelet:
             await asyncio.gather(pod.keeping, return_exceptions=True)
         if pod.child is not None:
             await pod.child.stop()
-        self.tell_names()
+        self.publish_names()
 
     async def _keep(self, pod: Pod) -> None:
         back_off_s = FIRST_BACK_OFF_S
@@ -201,7 +201,7 @@ class Kubelet:
             await self._watch(pod)
             pod.ends.append(time.time())
             pod.ready = False
-            self.tell_names()
+            self.publish_names()
             await pod.child.stop()
             if pod.leaving:
                 return
@@ -229,7 +229,7 @@ class Kubelet:
                     )
                     missed = 0 if healthy else missed + 1
                     pod.ready = not pod.leaving and (healthy or (pod.ready and missed < 2))
-                    self.tell_names()
+                    self.publish_names()
                 await asyncio.sleep(LOOK_S)
 
     def _run(self, pod: Pod) -> Child:

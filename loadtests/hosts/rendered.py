@@ -72,7 +72,7 @@ class Release:
         """Objects of a kind."""
         return (item for item in self.objects if item["kind"] == kind)
 
-    def the(self, kind: str, name: str) -> Object:
+    def find(self, kind: str, name: str) -> Object:
         """Object of a kind with this name. Raises LookupError."""
         for item in self.of(kind):
             if item["metadata"]["name"] == name:
@@ -81,7 +81,7 @@ class Release:
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
         """Files in a volume of a ConfigMap or Secret."""
-        manifest = self.the(kind, name)
+        manifest = self.find(kind, name)
         data = dict(manifest.get("data", {}))
         if kind == "Secret":
             data = {key: base64.b64decode(value).decode() for key, value in data.items()} | manifest.get(
@@ -139,7 +139,7 @@ class Containers:
 
     def of(self, kind: str, name: str, ordinal: int = 0) -> Spec:
         """The container of one pod of a Deployment, StatefulSet or Job."""
-        manifest = self._release.the(kind, name)
+        manifest = self._release.find(kind, name)
         template = manifest["spec"]["template"]
         pod = f"{name}-{ordinal}"
         claims = [claim["metadata"]["name"] for claim in manifest["spec"].get("volumeClaimTemplates", ())]
@@ -153,7 +153,7 @@ class Containers:
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:
         """A RayCluster's head, or a node of one of its groups."""
-        manifest = self._release.the("RayCluster", f"{RELEASE}-{cluster}")
+        manifest = self._release.find("RayCluster", f"{RELEASE}-{cluster}")
         spec = manifest["spec"]
         part = (
             next(candidate for candidate in spec["workerGroupSpecs"] if candidate["groupName"] == group)

@@ -55,7 +55,9 @@ async def play(stage: Stage) -> None:
     stage.report.settings |= {
         "seeds": seeds,
         "cold_start_s": 60.0,
-        "cases": {name: [plain(result) for result in case_results] for name, case_results in results_by_case.items()},
+        "cases": {
+            name: [report_values(result) for result in case_results] for name, case_results in results_by_case.items()
+        },
         "shared": [asdict(result) for result in shared],
         "lines": {
             name: asdict(case_results[0].ours.line)
@@ -75,7 +77,7 @@ def summary_line(result: CaseResults | Shared) -> str:
     return f"{result.name}: {ours.gpu_s:.0f} GPU-seconds, {ours.attainment:.2%} within the slo; optimum {best}"
 
 
-def plain(result: CaseResults) -> dict[str, Any]:
+def report_values(result: CaseResults) -> dict[str, Any]:
     """Result for the report, without lines and plans."""
     ours = {k: v for k, v in asdict(result.ours).items() if k != "line"}
     optimum = result.optimum and {k: v for k, v in asdict(result.optimum).items() if k != "replicas"}
@@ -92,7 +94,7 @@ def plain(result: CaseResults) -> dict[str, Any]:
     }
 
 
-def spread(
+def spread_figure(
     name: str, values: Sequence[float], bound: Bound | None, note: str, unit: str = "ratio", holds: bool = True
 ) -> Figure:
     """Mean, least and most over the seeds; met if the worst of them is, never if not `holds`."""
@@ -121,7 +123,7 @@ def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], sha
         if known and known[0].optimum is not None:
             note += f"; optimum {known[0].optimum.attainment:.2%}, {known[0].optimum.cost_s:.0f} GPU-seconds"
         figures.append(
-            spread(f"GPU-seconds against the optimum, {name}", ratios, bound, note, holds=least >= 0.99)
+            spread_figure(f"GPU-seconds against the optimum, {name}", ratios, bound, note, holds=least >= 0.99)
             if ratios
             else missing(f"GPU-seconds against the optimum, {name}", bound, f"no optimum was found; {note}")
         )
@@ -136,7 +138,7 @@ def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], sha
     )
     if downs:
         figures.append(
-            spread(
+            spread_figure(
                 "scale-downs taken back within a cold start", [back / downs], Bound("<=", 0.01), f"{back} of {downs}"
             )
         )
@@ -154,9 +156,13 @@ def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults
             continue
         note = f"Ray Serve's: {pairs[0][1].attainment:.2%} within the slo, ours {pairs[0][0].attainment:.2%}"
         gpu = [ours.gpu_s / theirs.gpu_s for ours, theirs in pairs]
-        figures.append(spread(f"GPU-seconds against Ray Serve's policy, {label}, {name}", gpu, Bound("<=", 0.7), note))
+        figures.append(
+            spread_figure(f"GPU-seconds against Ray Serve's policy, {label}, {name}", gpu, Bound("<=", 0.7), note)
+        )
         late = [ours.violations / max(theirs.violations, 1.0) for ours, theirs in pairs]
-        figures.append(spread(f"violations against Ray Serve's policy, {label}, {name}", late, Bound("<=", 0.25), note))
+        figures.append(
+            spread_figure(f"violations against Ray Serve's policy, {label}, {name}", late, Bound("<=", 0.25), note)
+        )
     if not case_results:
         return
     title, bound = (
@@ -172,7 +178,7 @@ def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults
         f"Ray Serve's: {theirs.attainment:.2%} within the slo with {theirs.gpu_s / ours.gpu_s:.2f} of our GPU-seconds"
     )
     late = [ours.violations / max(theirs.violations, 1.0) for ours, theirs in fair]
-    figures.append(spread(title, late, bound, note))
+    figures.append(spread_figure(title, late, bound, note))
 
 
 def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
@@ -188,5 +194,5 @@ def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
         for s in shared
     )
     title = "20 models on 16 GPUs against the best static placement"
-    figures.append(spread(f"{title}: goodput per GPU-second held", per, Bound(">=", 1.5), note))
-    figures.append(spread(f"{title}: goodput", both, None, note))
+    figures.append(spread_figure(f"{title}: goodput per GPU-second held", per, Bound(">=", 1.5), note))
+    figures.append(spread_figure(f"{title}: goodput", both, None, note))

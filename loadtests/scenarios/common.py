@@ -14,7 +14,7 @@ from loadtests.children import Children
 from loadtests.driver import Limits, drive
 from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.figures import MIN_ROUNDS
-from loadtests.processes import pin_driver, snapshot, used
+from loadtests.processes import pin_driver, snapshot, usage_between
 from loadtests.records import Run, same_texts
 from loadtests.report import Arm, Report, Round
 from loadtests.show import Screen
@@ -86,7 +86,7 @@ class Stage:
         """Add an arm to the report."""
         return self.report.arm(self.part + name, description)
 
-    def hurried(self, share: float) -> Stage:
+    def with_share_of_time(self, share: float) -> Stage:
         """The same stage with `share` of the remaining time; itself if time is not bounded."""
         ends_at, now = self.options.ends_at, time.monotonic()
         if ends_at is None:
@@ -137,7 +137,7 @@ async def one_round(
         run = await drive(
             contestant.face, requests, concurrency=concurrency, due_s=due_s, limits=limits, on_start=on_start
         )
-    usage = used(before, snapshot(contestant.roots))
+    usage = usage_between(before, snapshot(contestant.roots))
     if keep:
         extra: dict[str, Any] = {"concurrency": concurrency} if concurrency else {}
         if contestant.after is not None:

@@ -124,7 +124,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
     face = face_of(arguments)
     arm = Contestant(report.arm(arguments.endpoint, f"{arguments.dataset} over {face.name}"), face, ())
     try:
-        await _greet(face, requests[0], arguments)
+        await _check_endpoint(face, requests[0], arguments)
         if due_s is not None:
             await one_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
         else:
@@ -138,7 +138,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
         report.figures.append(plain_figure("tokens/s", mean(rates), "tokens/s", None, len(rates)))
 
 
-async def _greet(face: Face, first: Request, arguments: argparse.Namespace) -> None:
+async def _check_endpoint(face: Face, first: Request, arguments: argparse.Namespace) -> None:
     """Make one short call, so that a wrong address or model gives one clear line and no run."""
     try:
         async with asyncio.timeout(arguments.call_timeout_s):

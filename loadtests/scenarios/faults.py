@@ -296,7 +296,7 @@ async def _soak(bed: TestBed) -> list[Figure]:
     note = f"{results.seconds:.0f} s at {results.rate_per_s:.0f} requests/s; {results.before} -> {results.after}"
     return [
         Figure(SLOPE, value, low, high, str(_SLOPE), _SLOPE.met(Interval(value, low, high)), unit="MB/h"),
-        exact(GROWN, sum(results.grown().values()), _NONE, "count", note),
+        exact(GROWN, sum(results.growth().values()), _NONE, "count", note),
     ]
 
 

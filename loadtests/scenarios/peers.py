@@ -284,7 +284,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
             singles.append(Contestant(single, arm.face, arm.roots))
         singles += bed.singles
         await take_turns(
-            stage.hurried(SINGLES_SHARE), singles,
+            stage.with_share_of_time(SINGLES_SHARE), singles,
             lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
             rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
         )  # fmt: skip

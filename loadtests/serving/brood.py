@@ -23,7 +23,7 @@ from typing import NoReturn
 from loadtests.serving import worker
 
 
-def be_worker(arguments: Sequence[str]) -> NoReturn:
+def run_worker(arguments: Sequence[str]) -> NoReturn:
     """Serve until the end, in the child process."""
     code = 1
     try:
@@ -50,7 +50,7 @@ class WorkerPool:
         """Fork a worker and write its pid."""
         pid = os.fork()
         if pid == 0:
-            be_worker(self._workers[number])
+            run_worker(self._workers[number])
         self._living[pid] = number
         scratch = self._folder / f"{number}.new"
         scratch.write_text(str(pid))

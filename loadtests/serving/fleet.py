@@ -71,7 +71,7 @@ class LinkLog:
             self.up.discard(event.worker)
         self._more.set()
 
-    def nudge(self) -> None:
+    def wake_waiters(self) -> None:
         """Wake waiters whose condition does not depend on the log."""
         self._more.set()
 
@@ -117,7 +117,7 @@ class SimWorker:
             os.kill(pid, number)
         return pid
 
-    def cut_way(self, down: bool, *, beats: bool) -> None:
+    def cut_direction(self, down: bool, *, beats: bool) -> None:
         """Block one direction on all connections or, without `beats`, only on the first, which carries the calls."""
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
@@ -169,15 +169,15 @@ class Fleet:
 
     async def is_up(self) -> bool:
         """Whether every worker has its link."""
-        return await self.all_up(LOOK_S)
+        return await self.until_all_up(LOOK_S)
 
-    async def all_up(self, timeout_s: float = UP_S) -> bool:
+    async def until_all_up(self, timeout_s: float = UP_S) -> bool:
         """Wait until every worker has its link."""
         ids = {worker.id for worker in self.workers}
         return await self.link_log.until(lambda: self.link_log.up >= ids, timeout_s)
 
 
-async def begun_gateway(
+async def started_gateway(
     stack: AsyncExitStack,
     children: Children,
     home: Path,
@@ -221,7 +221,7 @@ async def running(
     """
     home = folder / name
     async with AsyncExitStack() as stack:
-        fleet = await begun_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)
+        fleet = await started_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)
         shared = ["--name", MODEL, "--bundle", str(bundle), "--redial-max-s", str(REDIAL_MAX_S)]
         lines = []
         for i, source in enumerate(sources):

@@ -40,7 +40,7 @@ class Stalls:
 
     async def watch(self) -> None:
         """Sample until cancelled."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._write_report)
         while True:
             due, cpu, used = time.perf_counter() + TICK_S, time.thread_time(), time.process_time()
             await asyncio.sleep(TICK_S)
@@ -50,7 +50,7 @@ class Stalls:
             if late > self._worst[0]:
                 self._worst = (late, time.thread_time() - cpu)
 
-    def _tell(self) -> None:
+    def _write_report(self) -> None:
         ticks = sum(self._late)
         figures: dict[str, float] = {
             "worst_s": self._worst[0],

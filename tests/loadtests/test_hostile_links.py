@@ -19,9 +19,9 @@ CALLS = 120
 
 def test_the_generator_covers_every_field() -> None:
     """Every field is hostile in some call, and equal seeds give equal calls."""
-    calls = list(Generator(5, "m").take(400))
+    calls = list(Generator(5, "m").generate(400))
     assert {name for call in calls for name in call.fields} == set(FIELDS)
-    assert [(call.message, call.body) for call in Generator(5, "m").take(20)] == [
+    assert [(call.message, call.body) for call in Generator(5, "m").generate(20)] == [
         (call.message, call.body) for call in calls[:20]
     ]
     assert any(b"\xed\xa0\x80" in call.message for call in calls)

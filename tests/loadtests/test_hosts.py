@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from loadtests.children import ROOT
 from loadtests.hosts.cgroup import cgroup
-from loadtests.hosts.events import Episode, EpisodeResults, evaluate, ups
+from loadtests.hosts.events import Episode, EpisodeResults, evaluate, worker_starts
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
@@ -81,7 +81,7 @@ def test_workers_are_found_in_what_replicas_print() -> None:
     bright = (
         b"\x1b[2m2026-11-25 22:48:05\x1b[0m [info] \x1b[1mworker.up\x1b[0m  \x1b[36mworker\x1b[0m=\x1b[35mm-1\x1b[0m\n"
     )
-    (first, at), (second, later) = ups(b":job_id:03\n" + plain + b"worker.started\n" + bright)
+    (first, at), (second, later) = worker_starts(b":job_id:03\n" + plain + b"worker.started\n" + bright)
     assert (first, second, later - at) == ("mass-a54", "m-1", 1.0)
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
-from loadtests.processes import ENGINE_CORE, ProcessSample, Usage, classify, pin, pin_driver, snapshot, used
+from loadtests.processes import ENGINE_CORE, ProcessSample, Usage, classify, pin, pin_driver, snapshot, usage_between
 from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
@@ -139,7 +139,7 @@ async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> No
         child = children.start("busy", "gateway", [sys.executable, "-c", BUSY])
         before = snapshot([(child.pid, child.kind)])
         await _says_up(child)
-        usage = used(before, snapshot([(child.pid, child.kind)]))
+        usage = usage_between(before, snapshot([(child.pid, child.kind)]))
     assert set(usage.cpu_s) == {"gateway"}
     assert 0.25 <= usage.cpu_s["gateway"] <= 0.8
     assert usage.rss_bytes["gateway"] > 1 << 20
@@ -167,4 +167,4 @@ def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
     """A process that began in between counts from its beginning, and a reused pid is another process."""
     before = {(5, 100.0): ProcessSample("gateway", 2.0, 10)}
     after = {(5, 200.0): ProcessSample("gateway", 0.5, 20), (6, 150.0): ProcessSample("gateway", 0.25, 30)}
-    assert used(before, after).cpu_s == {"gateway": 0.75}
+    assert usage_between(before, after).cpu_s == {"gateway": 0.75}
