@@ -59,9 +59,9 @@ class Oracle:
         self._stack = ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.has_engine = importlib.util.find_spec("vllm") is not None
-        for one in manifests("ns", "headrace", (), None, 30).objects:
-            held: Any = one["stringData"]
-            metadata: Any = one["metadata"]
+        for manifest in manifests("ns", "headrace", (), None, 30).objects:
+            held: Any = manifest["stringData"]
+            metadata: Any = manifest["metadata"]
             for key, value in held.items():
                 file = self.folder / metadata["name"].removeprefix("headrace-") / key
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class Oracle:
         from cluster.gateway.server import Gateway
         from cluster.ledger.database.connect import make_engine
 
-        yield from (f"gateway: {one}" for one in gateway_problems(config, pod=pod, files=pod))
+        yield from (f"gateway: {problem}" for problem in gateway_problems(config, pod=pod, files=pod))
         try:
             if config.store.database_url:
                 make_engine(config.store.database_url, "")
@@ -134,10 +134,10 @@ class Oracle:
         from cluster.ray.jobs import JobBackend
 
         if pod:
-            yield from (f"controller: {one}" for one in controller_problems(config))
+            yield from (f"controller: {problem}" for problem in controller_problems(config))
         try:
-            for one in config.ray:
-                JobBackend(config.name, one.dashboard_url, None)
+            for ray in config.ray:
+                JobBackend(config.name, ray.dashboard_url, None)
             self._settings(config)
         except Exception as error:
             yield f"controller: {error}"
@@ -168,7 +168,11 @@ class Oracle:
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
         """Spec of every replica, for `engine_refusals`."""
         config = Config.model_validate(yaml.safe_load(self._laid(text)))
-        return [{"spec": specs.to_json(one.spec)} for one in self._settings(config) if not is_simulated(one.spec)]
+        return [
+            {"spec": specs.to_json(settings.spec)}
+            for settings in self._settings(config)
+            if not is_simulated(settings.spec)
+        ]
 
     def engine_refusals(self, cases: Sequence[Mapping[str, Any]]) -> list[str]:
         """vLLM's error for each case, "" if it accepts it. Raises RuntimeError."""

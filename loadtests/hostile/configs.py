@@ -64,8 +64,8 @@ def _measure(stage: Stage) -> list[Figure]:
     note = f"{count.wrong} wrong files of which {count.refused} refused, {count.harmless} more that change nothing"
     if not oracle.has_engine:
         note += "; engine arguments not compared: vLLM is not installed"
-    for one in count.through[:5]:
-        note += f"; passed: {one}"
+    for passed in count.through[:5]:
+        note += f"; passed: {passed}"
     return [
         exact(LET_THROUGH, len(count.through) + max(MUTANTS - count.wrong, 0), ROWS[LET_THROUGH], "files", note),
         exact(GOOD_REFUSED, len(good), ROWS[GOOD_REFUSED], "files", ", ".join(file.name for file in good)),

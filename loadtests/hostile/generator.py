@@ -205,7 +205,7 @@ _DEEP: Final = b'{"messages": ' + b"[" * 20_000
 _JSON: Final = {"prompt_token_ids": "prompt", "chat_template_kwargs_json": "chat_template_kwargs"}
 FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "model": Generator.text,
-    "messages": lambda one: [(one.text(), one.text()), ("user", one.text())],
+    "messages": lambda values: [(values.text(), values.text()), ("user", values.text())],
     "prompt": Generator.text,
     "prompt_token_ids": Generator.ids,
     "max_tokens": Generator.integer,
@@ -214,8 +214,8 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "top_p": Generator.number,
     "top_k": Generator.integer,
     "min_p": Generator.number,
-    "seed": lambda one: one.integer(INT64),
-    "stop": lambda one: [one.text() for _ in range(3)],
+    "seed": lambda values: values.integer(INT64),
+    "stop": lambda values: [values.text() for _ in range(3)],
     "stop_token_ids": Generator.ids,
     "n": Generator.integer,
     "frequency_penalty": Generator.number,
@@ -228,6 +228,6 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "chat_template_kwargs_json": Generator.text,
     "cache_salt": Generator.text,
     "priority": Generator.text,
-    "metadata": lambda one: {one.text(): one.text()},
+    "metadata": lambda values: {values.text(): values.text()},
 }
 """Generators by the field names of inference.proto; requests without such a field skip it."""

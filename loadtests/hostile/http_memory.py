@@ -58,9 +58,9 @@ async def measure(stage: Stage) -> list[Figure]:
     alone = {kind: await attack(stage, kind, ["--first", first]) for kind, first in KINDS.items()}
     many = await attack(stage, "many", ["--connections", "1000"])
     tenant = await attack(stage, "tenant", ["--connections", "20"], with_key=True)
-    one = max(mib for mib, _ in alone.values())
+    worst_alone = max(mib for mib, _ in alone.values())
     return [
-        exact(ONE, one, ROWS[ONE], "MiB", "; ".join(f"{kind}: {note}" for kind, (_, note) in alone.items())),
+        exact(ONE, worst_alone, ROWS[ONE], "MiB", "; ".join(f"{kind}: {note}" for kind, (_, note) in alone.items())),
         exact(MANY, many[0], ROWS[MANY], "MiB", many[1]),
         exact(TENANT, tenant[0], ROWS[TENANT], "MiB", tenant[1]),
     ]

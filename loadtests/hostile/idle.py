@@ -107,7 +107,7 @@ async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str]
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 
-    async def one(name: str, ask: Ask) -> None:
+    async def ask_repeatedly(name: str, ask: Ask) -> None:
         while time.monotonic() < ends:
             begun = time.monotonic()
             try:
@@ -118,7 +118,7 @@ async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str]
                 missed[name] += 1
             await asyncio.sleep(max(EVERY_S - (time.monotonic() - begun), 0))
 
-    await asyncio.gather(*(one(name, ask) for name, ask in asks.items()))
+    await asyncio.gather(*(ask_repeatedly(name, ask) for name, ask in asks.items()))
     return answered, missed
 
 

@@ -97,15 +97,15 @@ class Attack:
                 await work
 
         single, http, sessions = calls[::3], calls[1::3], calls[2::3]
-        work = [self._single(one) for one in single] + [self._post(one) for one in http]
+        work = [self._single(call) for call in single] + [self._post(call) for call in http]
         work += [self._session(sessions[at : at + TOGETHER]) for at in range(0, len(sessions), TOGETHER)]
-        await asyncio.gather(*(gated(one) for one in work))
+        await asyncio.gather(*(gated(call) for call in work))
 
-    async def _single(self, one: Hostile) -> None:
-        method = "Chat" if one.chat else "Complete"
+    async def _single(self, hostile: Hostile) -> None:
+        method = "Chat" if hostile.chat else "Complete"
         call: Any = self._channel.unary_unary(f"/cluster.v1.Inference/{method}")
         try:
-            await call(one.message, metadata=self._metadata, timeout=CALL_S)
+            await call(hostile.message, metadata=self._metadata, timeout=CALL_S)
             self.answers["OK"] += 1
         except grpc.aio.AioRpcError as error:
             self.answers[error.code().name] += 1
@@ -189,10 +189,10 @@ class Bystanders:
         self._results = results
         self._requests = [
             pb.CompleteRequest(
-                model=running.model, prompt=f"Bystander {lane} tells", max_tokens=tokens, temperature=0.0,
+                model=running.model, prompt=f"Bystander {number} tells", max_tokens=tokens, temperature=0.0,
                 ignore_eos=True,
             )
-            for lane in range(BYSTANDERS)
+            for number in range(BYSTANDERS)
         ]  # fmt: skip
         self._alone: list[str] = []
 
@@ -203,16 +203,16 @@ class Bystanders:
             resumed = max(resumed, chunk.usage.resumed)
         return text, resumed
 
-    async def _lane(self, stub: Any, lane: int) -> None:
+    async def _stream_repeatedly(self, stub: Any, number: int) -> None:
         while True:
             try:
-                text, resumed = await self._stream(stub, self._requests[lane])
+                text, resumed = await self._stream(stub, self._requests[number])
             except grpc.aio.AioRpcError as error:
                 self._results.touched.append(f"{error.code().name}: {error.details()}")
                 continue
             self._results.streams += 1
-            if text != self._alone[lane] or resumed:
-                self._results.touched.append(f"lane {lane}: {'resumed' if resumed else 'another text'}")
+            if text != self._alone[number] or resumed:
+                self._results.touched.append(f"lane {number}: {'resumed' if resumed else 'another text'}")
 
     @asynccontextmanager
     async def beside(self) -> AsyncIterator[None]:
@@ -221,13 +221,13 @@ class Bystanders:
             stub = pb_grpc.InferenceStub(channel)
             if not self._alone:
                 self._alone = [(await self._stream(stub, request))[0] for request in self._requests]
-            lanes = [asyncio.create_task(self._lane(stub, lane)) for lane in range(BYSTANDERS)]
+            tasks = [asyncio.create_task(self._stream_repeatedly(stub, number)) for number in range(BYSTANDERS)]
             try:
                 yield
             finally:
-                for lane in lanes:
-                    lane.cancel()
-                await asyncio.gather(*lanes, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def downs(running: Fleet) -> int:
@@ -251,8 +251,8 @@ async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for one in holds:
-                one.cancel()
+            for task in holds:
+                task.cancel()
             await asyncio.gather(*holds, return_exceptions=True)
 
 

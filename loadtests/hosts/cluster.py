@@ -48,7 +48,7 @@ class Size:
     """Size of the fleet of simulated workers."""
 
     workers: int = 4
-    seats: int = 64
+    max_num_seqs: int = 64
     """`max_num_seqs` of each worker: the most sequences its engine takes."""
 
     @property
@@ -57,7 +57,7 @@ class Size:
         that is
         to lose half of its nodes without queueing needs that headroom.
         """
-        return self.workers * self.seats // 2
+        return self.workers * self.max_num_seqs // 2
 
 
 @dataclass(eq=False, slots=True)
@@ -225,7 +225,7 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
     """Source of the simulated workers, as a path in the pods; each token has its own text, so that each step is a
     chunk.
     """
-    room = f"max_num_seqs={size.seats}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
+    room = f"max_num_seqs={size.max_num_seqs}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
 

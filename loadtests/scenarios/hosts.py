@@ -53,11 +53,11 @@ async def play(stage: Stage) -> None:
     if os.geteuid():
         raise RuntimeError("network namespaces need root")
     options = stage.options
-    size = Size(seats=options.concurrency) if options.concurrency else Size()
+    size = Size(max_num_seqs=options.concurrency) if options.concurrency else Size()
     speed = options.speed or 1.0
     wanted = [name for name in EVENTS if options.wants(name)]
     stage.report.settings["hosts"] = {
-        "workers": size.workers, "seats of each": size.seats, "capacity of each": size.capacity // size.workers,
+        "workers": size.workers, "seats of each": size.max_num_seqs, "capacity of each": size.capacity // size.workers,
         "share": SHARE, "speed": speed, "streams s": [loads.SHORTEST_S / speed, loads.LONGEST_S / speed],
         "stand-ins": "KubeRay's command lines, the kubelet's restarts and probes, the DNS, the API's Leases",
     }  # fmt: skip

@@ -1,10 +1,10 @@
-"""Program: simulated workers as processes of their own, each started again when it dies.
+"""Program: simulated workers, each in its own process and restarted when it dies.
 
     python -m loadtests.serving.brood --folder DIR --workers FILE [--restart-s 0.2]
 
-FILE holds a JSON list of command lines for loadtests.serving.worker. Everything is imported once and each worker is a
-fork of that, so that a worker that was killed is back in a moment, as real ones with a warm page cache are not. The
-pid of worker i that lives now is in DIR/i.pid.
+FILE holds a JSON list of command lines for loadtests.serving.worker. The program imports everything once and forks each
+worker, so that a killed worker is back at once, which real ones are not even with a warm page cache. DIR/i.pid has the
+pid of the current process of worker i.
 """
 
 from __future__ import annotations

@@ -239,11 +239,11 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
 
 def peers(rendered: Rendered) -> dict[str, Peer]:
     """One pod of each part, by part; Ray's by head and worker."""
-    found = {}
+    by_part = {}
     for _, labels, _ in pods(rendered):
         part = labels["app.kubernetes.io/component"]
-        found[labels.get("ray.io/node-type", part)] = Peer(NAMESPACE, labels)
-    return found
+        by_part[labels.get("ray.io/node-type", part)] = Peer(NAMESPACE, labels)
+    return by_part
 
 
 STRANGER = Peer(NAMESPACE, {"app": "of another release"})

@@ -133,10 +133,10 @@ def test_names_follow_readiness_but_for_the_links() -> None:
     assert zone["hosts"][f"g-1.headrace-links.{DOMAIN}"] == ["10.0.0.2"]
 
 
-def reaches(one: Place, other: Place) -> bool:
+def reaches(place: Place, other: Place) -> bool:
     """Whether a packet gets there and back."""
     command = ["ping", "-c", "1", "-W", "1", other.address]
-    return subprocess.run(one.command(*command), capture_output=True, check=False).returncode == 0
+    return subprocess.run(place.command(*command), capture_output=True, check=False).returncode == 0
 
 
 def left_of(pid: int) -> list[str]:
@@ -152,13 +152,13 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 
     def break_off() -> None:
         with fabric(("a", "b")) as net:
-            one, beside, other = net.place("one", "a"), net.place("beside", "a"), net.place("other", "b")
-            assert reaches(one, other)
+            place, beside, other = net.place("one", "a"), net.place("beside", "a"), net.place("other", "b")
+            assert reaches(place, other)
             net.cut("a")
-            assert not reaches(one, other)
-            assert reaches(one, beside)
+            assert not reaches(place, other)
+            assert reaches(place, beside)
             net.heal("a")
-            assert reaches(other, one)
+            assert reaches(other, place)
             assert net.ways_out() == {}
             raise KeyError("on purpose")
 

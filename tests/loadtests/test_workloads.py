@@ -46,7 +46,7 @@ def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
     for request in requests:
         heads[request.group].add(" ".join(request.prompt.split()[:50]))
     assert len(heads) == 3
-    assert all(len(found) == 1 for found in heads.values())
+    assert all(len(heads_of_group) == 1 for heads_of_group in heads.values())
     assert len({" ".join(head.split()[:5]) for (head,) in heads.values()}) == 3
 
 
