@@ -29,7 +29,7 @@ class Connection(asyncio.Protocol):
         """Whether another request may be sent on it."""
         return self._transport is not None and not self._transport.is_closing() and self._keep
 
-    async def ask(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
+    async def request(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
         """Send a request; return its status once the whole body has arrived. Raises CallFailed(BROKEN) otherwise."""
         assert self._transport is not None
         self._on_body, self._state, self._status = on_body, self._head, 0

@@ -73,7 +73,7 @@ class OpenAiSse:
         connection = await self._connection()
         whole = False
         try:
-            status = await connection.ask(self._bytes(request), events.feed)
+            status = await connection.request(self._bytes(request), events.feed)
             whole = True
         finally:
             if whole and connection.usable:

@@ -19,7 +19,7 @@ import grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.faces.grpc_stream import OPTIONS
-from loadtests.faults.calls import Caller, CallResult, ask
+from loadtests.faults.calls import Caller, CallResult, make_request
 from loadtests.serving.fleet import Fleet, SimWorker
 
 HANGS, HANG_AFTER_STEPS, HANG_STEP_MS = 10, 40, 10
@@ -64,8 +64,8 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
             await fleet.until_all_up()
             await asyncio.sleep(CREDIT_S)
             since, steps = time.time(), 3 * HANG_AFTER_STEPS
-            asks = [ask(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
-            calls = [asyncio.create_task(caller.call(request)) for request in asks]
+            requests = [make_request(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
+            calls = [asyncio.create_task(caller.call(request)) for request in requests]
             event = await fleet.link_log.downs(stuck.id, since, NOTICED_S)
             results = await asyncio.gather(*calls)
             out.calls += results

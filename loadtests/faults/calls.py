@@ -36,7 +36,7 @@ _Tokens = Mapping[int, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class FaultRequest:
     """One request."""
 
     key: str
@@ -44,19 +44,21 @@ class Ask:
     message: pb.ChatRequest
 
 
-def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[Ask]:
+def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[FaultRequest]:
     """`count` requests, all kinds in turn, each with its own prompt and length."""
     rng = random.Random(seed)
     out = []
     for number in range(count):
         kind = list(KINDS)[number % len(KINDS)]
-        out.append(ask(f"{seed}-{number}", kind, model, rng.randint(*tokens), rng.randint(*words), rng.random()))
+        out.append(
+            make_request(f"{seed}-{number}", kind, model, rng.randint(*tokens), rng.randint(*words), rng.random())
+        )
     return out
 
 
-def ask(
+def make_request(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
-) -> Ask:
+) -> FaultRequest:
     """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
@@ -64,14 +66,14 @@ def ask(
     message = pb.ChatRequest(
         model=model, messages=[pb.Message(role="user", content=prompt)], max_tokens=tokens, **given
     )
-    return Ask(key, kind, message)
+    return FaultRequest(key, kind, message)
 
 
 @dataclass(slots=True)
 class CallResult:
     """Everything that a call has sent to its caller. Times are wall-clock times."""
 
-    ask: Ask
+    request: FaultRequest
     request_id: str
     sent: float
     answer_id: str = ""
@@ -205,13 +207,13 @@ class Caller:
         self._made = 0
 
     async def call(
-        self, ask: Ask, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
+        self, request: FaultRequest, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
     ) -> CallResult:
         """Make one call to its end. Never raises for the server: `error` says what happened."""
         self._made += 1
-        result = CallResult(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
+        result = CallResult(request, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", result.request_id))
-        call = self._methods[self._made % CHANNELS](ask.message, metadata=metadata, timeout=CALL_S)
+        call = self._methods[self._made % CHANNELS](request.message, metadata=metadata, timeout=CALL_S)
         try:
             on_chunk(result)
             async for chunk in call:

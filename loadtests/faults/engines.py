@@ -29,7 +29,7 @@ from cluster.cli.local.gateway_metrics import scrape
 from cluster.v1 import inference_pb2 as pb
 from loadtests import interpreted
 from loadtests.children import Child, Children
-from loadtests.faults.calls import Ask, Caller, CallResult, ask, difference
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference, make_request
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker, started_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
@@ -37,7 +37,7 @@ from loadtests.serving.ours import ENGINE_READY_S, MODEL
 WORKERS, WORDS = 2, (40, 100)
 GREEDY, OTHERS = ("greedy", "logprobs"), ("seeded", "penalties", "n", "stop", "json")
 BATCH = ("greedy",) * 6 + ("logprobs",) * 2 + ("seeded", "penalties", "json") * 2 + ("n", "stop")
-ASKS = 4 * len(BATCH)
+REQUESTS = 4 * len(BATCH)
 _SCHEMA = {"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 100}
 JSON: Mapping[str, Any] = {
     "temperature": 0.8,
@@ -118,7 +118,7 @@ class Proof:
 
     def exact(self, *kinds: str) -> tuple[int, int]:
         """(exact, all) of the calls of these kinds that lost a worker, or failed."""
-        hit = [result for result in self.calls if result.ask.kind in kinds and (result.resumed or result.error)]
+        hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 
     def settings(self) -> dict[str, Any]:
@@ -129,9 +129,9 @@ class Proof:
             "points that hit nobody and do not count": self.misses,
             "points without another worker": sum(point.alone for point in self.points),
             "sequences hit a point": {"least": min(hits, default=0), "most": max(hits, default=0), "all": sum(hits)},
-            "calls": dict(Counter(result.ask.kind for result in self.calls)),
-            "calls hit": dict(Counter(result.ask.kind for result in self.calls if result.resumed)),
-            "more than once": sum(result.resumed > max(result.ask.message.n, 1) for result in self.calls),
+            "calls": dict(Counter(result.request.kind for result in self.calls)),
+            "calls hit": dict(Counter(result.request.kind for result in self.calls if result.resumed)),
+            "more than once": sum(result.resumed > max(result.request.message.n, 1) for result in self.calls),
             "different": self.differences,
             "undisturbed calls that differ from themselves": self.noise,
             "seconds": round(self.seconds, 1),
@@ -245,24 +245,24 @@ async def running(
         yield engines
 
 
-def asks_of(model: str, seed: int, tokens: int) -> list[Ask]:
+def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
     """Batches of all kinds, each call with its own prompt."""
     rng = random.Random(seed)
     out = []
-    for number in range(ASKS):
+    for number in range(REQUESTS):
         kind = BATCH[number % len(BATCH)]
         fields = OWN.get(kind)
-        out.append(ask(f"e{number}", kind, model, tokens, rng.randint(*WORDS), rng.random(), fields))
+        out.append(make_request(f"e{number}", kind, model, tokens, rng.randint(*WORDS), rng.random(), fields))
     return out
 
 
 class Batch:
     """Calls that begin together."""
 
-    def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
+    def __init__(self, caller: Caller, requests: Sequence[FaultRequest]) -> None:
         self._results: dict[str, CallResult] = {}
         self._more = asyncio.Event()
-        self._tasks = [asyncio.create_task(caller.call(request, self._record)) for request in asks]
+        self._tasks = [asyncio.create_task(caller.call(request, self._record)) for request in requests]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._more.set())
 
@@ -300,7 +300,7 @@ class Prover:
         self._engines = engines
         self._rng = random.Random(seed)
         self._caller = Caller(fleet.grpc, fleet.metadata, "engines")
-        self._asks = asks_of(fleet.model, seed, engines.runner.tokens)
+        self._requests = requests_of(fleet.model, seed, engines.runner.tokens)
         self._kills_due = 0.0
         self.proof = Proof()
 
@@ -313,40 +313,40 @@ class Prover:
             undisturbed = await self._undisturbed()
             at = 0
             while len(proof.points) < points and proof.misses < MOST_MISSES:
-                asks = [self._asks[(at + number) % len(self._asks)] for number in range(len(BATCH))]
+                requests = [self._requests[(at + number) % len(self._requests)] for number in range(len(BATCH))]
                 at += len(BATCH) + 5  # a different batch each time
                 faults = min(1 + at % 2, points - len(proof.points))
-                await self._batch(asks, faults)
+                await self._batch(requests, faults)
         finally:
             await self._caller.close()
         for result in proof.calls:
-            mismatch = difference(result, undisturbed[result.ask.key], LOGPROBS)
+            mismatch = difference(result, undisturbed[result.request.key], LOGPROBS)
             if mismatch:
-                proof.differences[result.request_id] = f"{result.ask.kind}: {mismatch}"
+                proof.differences[result.request_id] = f"{result.request.kind}: {mismatch}"
         proof.seconds = time.monotonic() - began
         return proof
 
     async def _undisturbed(self) -> dict[str, CallResult]:
         rounds: list[dict[str, CallResult]] = []
         for shift in (0, 7):
-            order = self._asks[shift:] + self._asks[:shift]
+            order = self._requests[shift:] + self._requests[:shift]
             results: list[CallResult] = []
-            for at in range(0, ASKS, len(BATCH)):
+            for at in range(0, REQUESTS, len(BATCH)):
                 results += await Batch(self._caller, order[at : at + len(BATCH)]).wait_for_results()
             failed = [result.error for result in results if result.error]
             if failed:
                 raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
-            rounds.append({result.ask.key: result for result in results})
+            rounds.append({result.request.key: result for result in results})
         first, second = rounds
         self.proof.noise = sum(difference(second[key], first[key], LOGPROBS) != "" for key in first)
         return first
 
-    async def _batch(self, asks: Sequence[Ask], faults: int) -> None:
+    async def _batch(self, requests: Sequence[FaultRequest], faults: int) -> None:
         engines, proof = self._engines, self.proof
         if self._kills_due >= 2:
             await engines.all_back()
         await engines.linked_workers()
-        batch = Batch(self._caller, asks)
+        batch = Batch(self._caller, requests)
         moments = sorted(self._rng.randint(*engines.runner.pieces) for _ in range(faults))
         struck: list[tuple[str, int, int, bool, int]] = []
         try:

@@ -59,7 +59,7 @@ def _compare(ledger: Path, calls: Sequence[CallResult]) -> LedgerAudit:
         ):
             rows[request_id, segment] += 1
             tokens[request_id] += completion
-    wanted = [(result.request_id, segment) for result in calls for segment in range(max(result.ask.message.n, 1))]
+    wanted = [(result.request_id, segment) for result in calls for segment in range(max(result.request.message.n, 1))]
     return LedgerAudit(
         sequences=len(wanted),
         missing=sum(not rows[sequence] for sequence in wanted),

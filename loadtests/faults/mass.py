@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtests.faults.calls import Ask, Caller, CallResult, difference, mixed
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference, mixed
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
 """Streams at once, workers, sequences per worker (fewer than all streams need, so that some always wait)."""
-ASKS = 192
+REQUESTS = 192
 TOKENS, WORDS = (24, 120), (8, 160)
 KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
 ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
@@ -121,7 +121,7 @@ class Outcome:
             "more than once": sum(count > 1 for count in resumed),
             "resumes": sum(resumed),
             "seconds": round(self.seconds, 1),
-            "calls by kind": dict(Counter(result.ask.kind for result in self.calls)),
+            "calls by kind": dict(Counter(result.request.kind for result in self.calls)),
             "stuck": self.stuck,
             "different": dict(Counter(self.differences.values())),
         }
@@ -130,10 +130,10 @@ class Outcome:
 class Mass:
     """The callers and the injector over a running fleet."""
 
-    def __init__(self, fleet: Fleet, seed: int, asks: Sequence[Ask], run: str = "mass") -> None:
+    def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet
         self._rng = random.Random(seed)
-        self._asks = asks
+        self._requests = requests
         self._caller = Caller(fleet.grpc, fleet.metadata, run)
         self._moments = Moments()
         self._busy: set[str] = set()
@@ -145,12 +145,12 @@ class Mass:
         """Make every request once, undisturbed."""
         gate = asyncio.Semaphore(STREAMS)
 
-        async def call_undisturbed(ask: Ask) -> CallResult:
+        async def call_undisturbed(request: FaultRequest) -> CallResult:
             async with gate:
-                return await self._caller.call(ask)
+                return await self._caller.call(request)
 
-        results = await asyncio.gather(*(call_undisturbed(ask) for ask in self._asks))
-        return {result.ask.key: result for result in results}
+        results = await asyncio.gather(*(call_undisturbed(request) for request in self._requests))
+        return {result.request.key: result for result in results}
 
     async def play(self, points: int, streams: int) -> Outcome:
         """Run `streams` callers at once until `points` faults have happened and every call has ended."""
@@ -175,7 +175,7 @@ class Mass:
             await self._caller.close()
         self.outcome.seconds = time.monotonic() - began
         for result in self.outcome.calls:
-            mismatch = difference(result, undisturbed[result.ask.key])
+            mismatch = difference(result, undisturbed[result.request.key])
             if mismatch:
                 self.outcome.differences[result.request_id] = mismatch
         return self.outcome
@@ -183,9 +183,9 @@ class Mass:
     async def _callers(self, number: int, streams: int, whole: Mapping[str, int]) -> None:
         at = number
         while not self._over:
-            ask = self._asks[at % len(self._asks)]
+            request = self._requests[at % len(self._requests)]
             at += streams + 1  # every request in a different batch each time
-            self.outcome.calls.append(await self._caller.call(ask, self._moments.record_phase, whole[ask.key]))
+            self.outcome.calls.append(await self._caller.call(request, self._moments.record_phase, whole[request.key]))
 
     # ---- faults
 
@@ -243,6 +243,6 @@ def _bring_back(worker: SimWorker) -> None:
     worker.signal(signal.SIGCONT)
 
 
-def asks_of(model: str, seed: int) -> list[Ask]:
+def requests_of(model: str, seed: int) -> list[FaultRequest]:
     """The requests of this part."""
-    return mixed(ASKS, model, seed, tokens=TOKENS, words=WORDS)
+    return mixed(REQUESTS, model, seed, tokens=TOKENS, words=WORDS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.arrivals import gamma
-from loadtests.faults.calls import Ask, Caller, CallResult, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.faults.recovery import percentile
 from loadtests.records import Slo
 from loadtests.serving.fleet import Fleet
@@ -117,7 +117,7 @@ class Overload:
         self._seed = seed
         self._model = fleet.model
         self._callers = {cls: Caller(fleet.grpc, fleet.metadata_of(cls), f"over-{cls}") for cls in SHARES}
-        self._asked = 0
+        self._made = 0
         self.results = OverloadResults()
 
     async def play(self, share: float) -> OverloadResults:
@@ -137,15 +137,15 @@ class Overload:
         count = int(rate_per_s * (seconds + WARM_S))
         began = time.time()
         calls: list[tuple[str, float, asyncio.Task[CallResult]]] = []
-        for due_s in gamma(count, rate_per_s, 1.0, self._seed + self._asked):
+        for due_s in gamma(count, rate_per_s, 1.0, self._seed + self._made):
             await asyncio.sleep(max(began + due_s - time.time(), 0.0))
             cls = self._rng.choices(list(SHARES), list(SHARES.values()))[0]
-            calls.append((cls, due_s, asyncio.create_task(self._callers[cls].call(self._ask()))))
+            calls.append((cls, due_s, asyncio.create_task(self._callers[cls].call(self._make_request()))))
         results = await asyncio.gather(*(task for _, _, task in calls))
         self.results.calls += results
         counted = [(cls, result) for (cls, due_s, _), result in zip(calls, results, strict=True) if due_s >= WARM_S]
         return Load(rate_per_s, max(calls[-1][1] - WARM_S, 0.1), counted)
 
-    def _ask(self) -> Ask:
-        self._asked += 1
-        return ask(f"o{self._asked}", "greedy", self._model, TOKENS, WORDS, self._rng.random())
+    def _make_request(self) -> FaultRequest:
+        self._made += 1
+        return make_request(f"o{self._made}", "greedy", self._model, TOKENS, WORDS, self._rng.random())

@@ -24,7 +24,7 @@ from loadtests import peers
 from loadtests.children import Child, Children, free_port
 from loadtests.faces.base import CallFailed, Request
 from loadtests.faces.openai_sse import OpenAiSse
-from loadtests.faults.calls import Ask, Caller, CallResult, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.processes import SIMULATED
 from loadtests.serving import fleet, ray_serve
 from loadtests.serving.ours import MODEL
@@ -74,14 +74,18 @@ class Finished:
         return f"{self.whole} of {self.begun} ({self.whole + self.hit - self.begun} of {self.hit} that were hit)"
 
 
-Call = Callable[[Ask, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
+Call = Callable[[FaultRequest, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
 """Makes a call, fills its stream and calls back after each piece; never raises for the server."""
 
 
-async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[Stream]], None], into: Finished) -> None:
+async def play_round(
+    call: Call, requests: Sequence[FaultRequest], kill: Callable[[Sequence[Stream]], None], into: Finished
+) -> None:
     """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
-    undisturbed = [Stream() for _ in asks]
-    await asyncio.gather(*(call(request, stream, _nothing) for request, stream in zip(asks, undisturbed, strict=True)))
+    undisturbed = [Stream() for _ in requests]
+    await asyncio.gather(
+        *(call(request, stream, _nothing) for request, stream in zip(requests, undisturbed, strict=True))
+    )
     broken = [
         stream.error or "the answer is incomplete"
         for stream in undisturbed
@@ -89,14 +93,14 @@ async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[S
     ]
     if broken:
         raise RuntimeError(f"{len(broken)} streams did not finish undisturbed: {broken[0]}")
-    streams, begun = [Stream() for _ in asks], asyncio.Event()
+    streams, begun = [Stream() for _ in requests], asyncio.Event()
 
     def on_piece() -> None:
         if all(stream.pieces >= BEGUN_PIECES for stream in streams):
             begun.set()
 
     tasks = [
-        asyncio.create_task(call(request, stream, on_piece)) for request, stream in zip(asks, streams, strict=True)
+        asyncio.create_task(call(request, stream, on_piece)) for request, stream in zip(requests, streams, strict=True)
     ]
     try:
         await asyncio.wait_for(begun.wait(), BEGUN_S)
@@ -120,16 +124,16 @@ def _nothing() -> None:
     pass
 
 
-def asks_of(seed: int, number: int) -> list[Ask]:
+def requests_of(seed: int, number: int) -> list[FaultRequest]:
     """Requests of a round."""
     rng = random.Random(f"{seed} {number}")
-    return [ask(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
+    return [make_request(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
 
 def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
     """Calls over our proto."""
 
-    async def call(request: Ask, stream: Stream, on_piece: Callable[[], None]) -> None:
+    async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_chunk(result: CallResult) -> None:
             stream.pieces = len(result.chunks)
             on_piece()
@@ -146,7 +150,7 @@ def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
 def over_http(face: OpenAiSse) -> Call:
     """Calls over OpenAI's API."""
 
-    async def call(request: Ask, stream: Stream, on_piece: Callable[[], None]) -> None:
+    async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
             stream.text += text
             stream.pieces += 1
@@ -174,7 +178,7 @@ async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed
         try:
             for number in range(rounds):
                 await running.until_all_up()
-                await play_round(over_grpc(caller, out.calls), asks_of(seed, number), kill, out)
+                await play_round(over_grpc(caller, out.calls), requests_of(seed, number), kill, out)
         finally:
             await caller.close()
     return out
@@ -200,7 +204,7 @@ async def vllm_router(
                 for process in rng.choice(servers)[0].commands():
                     process.send_signal(signal.SIGKILL)
 
-            await play_round(over_http(face), asks_of(seed, number), kill, out)
+            await play_round(over_http(face), requests_of(seed, number), kill, out)
     return out
 
 
@@ -240,7 +244,7 @@ async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str,
         try:
             for number in range(rounds):
                 await _replicas_serve(caller, replicas, seed, number)
-                await play_round(over_grpc(caller, living), asks_of(seed, number), kill, out)
+                await play_round(over_grpc(caller, living), requests_of(seed, number), kill, out)
         finally:
             await caller.close()
     return out
@@ -250,7 +254,7 @@ async def _replicas_serve(caller: Caller, replicas: Callable[[], list[int]], see
     """Wait until both replicas answer. Raises TimeoutError."""
     async with asyncio.timeout(BACK_S):
         while True:
-            results = await asyncio.gather(*(caller.call(request) for request in asks_of(seed, 1000 + number)[:8]))
+            results = await asyncio.gather(*(caller.call(request) for request in requests_of(seed, 1000 + number)[:8]))
             answering = {result.answer_id.split("-")[0] for result in results if not result.error}
             if len(answering) == BACKENDS and answering == set(map(str, replicas())):
                 return

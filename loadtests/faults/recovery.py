@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.faults.calls import Ask, Caller, CallResult, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker
 
@@ -139,13 +139,13 @@ class Recovery:
         self._fleet = fleet
         self._rng = random.Random(seed)
         self._caller = Caller(fleet.grpc, fleet.metadata, "recovery")
-        self._asked = 0
+        self._made = 0
         self.findings = Findings()
 
     async def play(self, kinds: Sequence[str]) -> Findings:
         """Play one episode of each kind."""
         try:
-            await self._caller.call(self._ask(FRESH_TOKENS))  # the first call waits for the tokenizer
+            await self._caller.call(self._make_request(FRESH_TOKENS))  # the first call waits for the tokenizer
             for kind in kinds:
                 await self._all_serve()
                 seen = len(self._fleet.link_log.events)
@@ -156,10 +156,10 @@ class Recovery:
             await self._caller.close()
         return self.findings
 
-    def _ask(self, tokens: int) -> Ask:
-        self._asked += 1
+    def _make_request(self, tokens: int) -> FaultRequest:
+        self._made += 1
         words = WORDS + GROWN_WORDS if tokens == FRESH_TOKENS else WORDS
-        return ask(f"r{self._asked}", "greedy", self._fleet.model, tokens, words, self._rng.random())
+        return make_request(f"r{self._made}", "greedy", self._fleet.model, tokens, words, self._rng.random())
 
     async def _all_serve(self) -> None:
         """Wait until every worker is linked, and no breaker is open."""
@@ -169,7 +169,7 @@ class Recovery:
             await self._crowd(WORKERS)
 
     async def _crowd(self, count: int) -> Sequence[CallResult]:
-        return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(count)))
+        return await asyncio.gather(*(self._caller.call(self._make_request(FRESH_TOKENS)) for _ in range(count)))
 
     async def _episode(self, kind: str) -> Episode:
         episode = Episode(kind)
@@ -188,7 +188,7 @@ class Recovery:
                 if len(begun) == count:
                     all_begun.set()
 
-        streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(count)]
+        streams = [asyncio.create_task(self._caller.call(self._make_request(TOKENS), on_chunk)) for _ in range(count)]
         over = asyncio.Event()
         fresh: list[CallResult] = []
         beside = [asyncio.create_task(self._make_fresh_calls(fresh, over)) for _ in range(FRESH)]
@@ -218,7 +218,7 @@ class Recovery:
 
     async def _make_fresh_calls(self, into: list[CallResult], over: asyncio.Event) -> None:
         while not over.is_set():
-            into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
+            into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
     async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
         """Apply the fault, or start the crowd of calls."""

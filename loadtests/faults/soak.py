@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from loadtests.faults.calls import Caller, CallResult, ask
+from loadtests.faults.calls import Caller, CallResult, make_request
 from loadtests.serving.fleet import Fleet
 
 WORKERS, RATE_PER_S, SOAK_S, WARM_S, REST_S = 2, 100.0, 300.0, 15.0, 14.0
@@ -108,7 +108,7 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
                 looked = now
                 samples.append((time.monotonic(), process.memory_info().rss))
             number += 1
-            request = ask(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
+            request = make_request(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
             task = asyncio.create_task(caller.call(request))
             pending.add(task)
             task.add_done_callback(pending.discard)

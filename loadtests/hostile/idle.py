@@ -41,7 +41,7 @@ UNANSWERED = "1,000 idle connections, 256 descriptors: questions to all ports wi
 LOG = "the gateway's log meanwhile"
 ROWS: Mapping[str, Bound] = {UNANSWERED: Bound("<=", 0), LOG: Bound("<=", 1.0)}
 OWN = (("grpc.use_local_subchannel_pool", 1),)
-Ask = Callable[[], Awaitable[None]]
+Probe = Callable[[], Awaitable[None]]
 
 
 async def measure(stage: Stage) -> list[Figure]:
@@ -53,11 +53,11 @@ async def measure(stage: Stage) -> list[Figure]:
         descriptors=DESCRIPTORS,
     )  # fmt: skip
     secret = read_secrets(stage.folder / "idle-tenants" / "cluster-secret", "cluster-secret")[0]
-    asks = questions(ours, admin_token(secret))
+    probes = probes_of(ours, admin_token(secret))
     logged = ours.gateway.log.stat().st_size
     await begin_attack(stage, ours)
     second = start_worker(stage, ours, bundle, source)
-    answered, missed = await ask_for(asks, LASTS_S)
+    answered, missed = await run_probes(probes, LASTS_S)
     (answered if await linked(ours) == BOTH else missed)["link"] += 1
     written = (ours.gateway.log.stat().st_size - logged) / (1 << 20)
     for child in (second, ours.worker, ours.gateway):
@@ -102,27 +102,27 @@ def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) ->
     return stage.children.start("second-worker", SIMULATED, command)
 
 
-async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str], Counter[str]]:
+async def run_probes(probes: Mapping[str, Probe], seconds: float) -> tuple[Counter[str], Counter[str]]:
     """Make all calls repeatedly; answers and failures by name of the call."""
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 
-    async def ask_repeatedly(name: str, ask: Ask) -> None:
+    async def probe_repeatedly(name: str, probe: Probe) -> None:
         while time.monotonic() < ends:
             begun = time.monotonic()
             try:
                 async with asyncio.timeout(ANSWER_S):
-                    await ask()
+                    await probe()
                 answered[name] += 1
             except (grpc.aio.AioRpcError, OSError, TimeoutError, http.client.HTTPException):
                 missed[name] += 1
             await asyncio.sleep(max(EVERY_S - (time.monotonic() - begun), 0))
 
-    await asyncio.gather(*(ask_repeatedly(name, ask) for name, ask in asks.items()))
+    await asyncio.gather(*(probe_repeatedly(name, probe) for name, probe in probes.items()))
     return answered, missed
 
 
-def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
+def probes_of(ours: serving.Ours, token: str) -> dict[str, Probe]:
     """One call for each port and kind of caller, each on a new connection."""
     chat = pb.ChatRequest(model=ours.model, messages=[pb.Message(role="user", content="Hello")], max_tokens=4)
     body = json.dumps({"model": ours.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
@@ -143,11 +143,11 @@ def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
                 admin_pb2.ListWorkersRequest(), timeout=ANSWER_S, metadata=serving.authorization(token)
             )
 
-    def over_http(listener: str, method: str, path: str, content: str = "") -> Ask:
-        async def ask() -> None:
+    def over_http(listener: str, method: str, path: str, content: str = "") -> Probe:
+        async def probe() -> None:
             await asyncio.to_thread(fetch, ours.endpoints[listener], method, path, content, ours.key)
 
-        return ask
+        return probe
 
     return {
         "gRPC health": health,

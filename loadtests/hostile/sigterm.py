@@ -53,7 +53,7 @@ class Stream:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def ask(number: int) -> pb.ChatRequest:
+def request_of(number: int) -> pb.ChatRequest:
     """Request of its own text, short and long in turn."""
     message = pb.Message(role="user", content=f"Tell story {number}")
     tokens = LONG if number % 2 else SHORT
@@ -63,7 +63,7 @@ def ask(number: int) -> pb.ChatRequest:
 async def follow(stub: Any, number: int, stream: Stream) -> Stream:
     """Read a stream to its end or its error."""
     try:
-        async for chunk in stub.StreamChat(ask(number), timeout=CALL_S):
+        async for chunk in stub.StreamChat(request_of(number), timeout=CALL_S):
             stream.begun.set()
             stream.text += "".join(choice.delta.content for choice in chunk.choices)
             stream.resumed = max(stream.resumed, chunk.usage.resumed)

@@ -99,7 +99,7 @@ async def _mass(bed: TestBed) -> list[Figure]:
         stage.children, stage.folder, bundle=bed.bundle, sources=[source] * mass.WORKERS, name="mass",
         gateway={"resume": {"max_attempts": mass.MAX_ATTEMPTS, "max_silent_losses": mass.MAX_ATTEMPTS}},
     ) as running:  # fmt: skip
-        calls = mass.Mass(running, options.seed, mass.asks_of(running.model, options.seed))
+        calls = mass.Mass(running, options.seed, mass.requests_of(running.model, options.seed))
         outcome = await calls.play(options.points or POINTS, options.concurrency or mass.STREAMS)
         bed.books += await audit(running.ledger, outcome.calls)
     out = outcome.settings()

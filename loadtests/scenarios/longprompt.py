@@ -78,7 +78,7 @@ async def play(stage: Stage) -> None:
     arms = relay.our_arms(stage, ours, (relay.GRPC,))
 
     async def stall(_: Run) -> dict[str, Any]:
-        return {"event_loop": await serving.ask_stalls(ours, stalls)}
+        return {"event_loop": await serving.read_stalls(ours, stalls)}
 
     for arm in arms:
         arm.after = stall
@@ -92,7 +92,7 @@ async def play(stage: Stage) -> None:
         (short,) = requests_of(options.seed, 999, 1, 1)
         ready = [arm for arm in arms if await first_call(arm, short)]
         if arms[0] in ready:
-            await serving.ask_stalls(ours, stalls)  # discards the stalls of the gateway's start
+            await serving.read_stalls(ours, stalls)  # discards the stalls of the gateway's start
         await take_turns(
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,

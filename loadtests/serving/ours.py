@@ -245,7 +245,7 @@ async def start(
     return Ours(gateway, worker, endpoints, key, siblings=siblings)
 
 
-async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:
+async def read_stalls(ours: Ours, path: Path) -> dict[str, float]:
     """Stalls of the gateway's event loop since the last call; needs the witness `--stalls path`."""
     path.unlink(missing_ok=True)
     for process in ours.gateway.commands():

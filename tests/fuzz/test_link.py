@@ -40,7 +40,7 @@ async def check_healthy(cluster: TestCluster) -> None:
 
     The faulty workers leave first: one may have joined the same model with less capacity than the call needs.
     """
-    await until(lambda: len(cluster.gateway.hub.links) == 1, "the mad ones have left")
+    await until(lambda: len(cluster.gateway.hub.links) == 1, "the faulty workers have left")
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     await cluster.until_idle()
 
@@ -139,7 +139,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
         await read(call)
         await until(lambda: len(cluster.gateway.hub.links) == 2, "it is linked")
         assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
-        assert len(cluster.gateway.hub.links) == 2, "it has left before it was tried"
+        assert len(cluster.gateway.hub.links) == 2, "the worker left before it was tried"
         call.cancel()
 
 
@@ -198,10 +198,10 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
             await until(lambda: faulty.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
             if worker.task.done():
                 await worker.task
-            await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has room")
+            await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has credit")
             answer = await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)
             assert answer.usage.completion_tokens == 3
-            await until(lambda: worker.end.statistics().running == 0, "nothing of the mad one's runs")
+            await until(lambda: worker.end.statistics().running == 0, "no call of the faulty gateway runs")
             assert worker.end.statistics().tokens == 0
     await worker.stop()
     await server.stop(0)
@@ -227,11 +227,11 @@ async def test_what_fuzzing_found(
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle, model="shared", gateways=links, timing=QUICK)
     faulty.stays_s = 1.0
     faulty.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
-    await until(lambda: faulty.done == 1, "it was sent, and its link has ended or its time is over")
+    await until(lambda: faulty.done == 1, "the Submit was sent, and its link has ended or its time is over")
     faulty.turns.put_nowait([])
     await until(lambda: faulty.done == 2, "the worker has dialed again")
     assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)).choices
     assert faulty.refused == (0 if link_ends else 1)
-    await until(lambda: worker.end.statistics().tokens == 0, "nothing of it is held")
+    await until(lambda: worker.end.statistics().tokens == 0, "no call of the faulty gateway is held")
     await worker.stop()
     await server.stop(0)

@@ -55,11 +55,11 @@ async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--endpoint", "127.0.0.1:1"], "begins with none of grpc://"),
+        (["--endpoint", "127.0.0.1:1"], "unknown scheme; expected one of grpc://"),
         (["--endpoint", "grpc://nowhere"], "expected grpc://HOST:PORT"),
         (["--endpoint", "http://127.0.0.1:1", "--dataset", "sharegpt"], "unknown dataset 'sharegpt'"),
         (["--endpoint", "http://127.0.0.1:1", "--speed", "2"], "--dataset must be one of"),
-        (["--endpoint", "http://127.0.0.1:1", "--concurrency", "1,x"], "expected numbers above 0"),
+        (["--endpoint", "http://127.0.0.1:1", "--concurrency", "1,x"], "expected integers above 0"),
         (["--endpoint", "http://127.0.0.1:1", "--dataset", "mooncake", "--traces", "/nowhere"], "is absent"),
     ],
 )

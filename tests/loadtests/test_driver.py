@@ -86,7 +86,7 @@ async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
         yield Answer(1)
 
     run = await drive(Scripted(hangs), REQUESTS[:4], concurrency=4, limits=Limits(call_s=60, run_s=0.2))
-    assert "not over after 0.2 s" in run.problem
+    assert "did not end within 0.2 s" in run.problem
     assert run.errors() == {"not ended": 4}
     assert all(record.pieces == 1 for record in run.records)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.v1 import inference_pb2 as pb
 from loadtests.children import ROOT
-from loadtests.faults.calls import CallResult, ask, difference
+from loadtests.faults.calls import CallResult, difference, make_request
 from loadtests.faults.soak import slope
 
 WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max_size=30)
@@ -22,7 +22,7 @@ WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max
 
 def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
     """A call that received these pieces, one chunk each."""
-    out = CallResult(ask("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
+    out = CallResult(make_request("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
     for offset, piece in enumerate(pieces):
         delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=piece))
         out.record(pb.ChatChunk(choices=[delta], offset=first + offset), float(offset))
