@@ -33,7 +33,7 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
     return Demand(at[order], np.ones(len(at)), prompt, np.maximum(output, 1.0), float(np.ceil(at.max())) + 1.0)
 
 
-def made_up(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
+def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
     """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal with these means."""
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)

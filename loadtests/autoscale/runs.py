@@ -120,7 +120,7 @@ def case(name: str, seed: int) -> Case:
     }
     if name in made:
         rate, step_s, cv = made[name]
-        return Case(name, demands.made_up(rate.tolist(), step_s, cv, (1000.0, 200.0), seed), SMALL, 36, held_out=True)
+        return Case(name, demands.synthetic(rate.tolist(), step_s, cv, (1000.0, 200.0), seed), SMALL, 36, held_out=True)
     if name == "azure-conv, copies within 60 s":
         return Case(name, demands.from_trace("azure-conv", seed=seed, within_s=60.0), SMALL, 30, held_out=True)
     if name == "vtc":

@@ -159,7 +159,7 @@ async def _changing(live: Live, track: Changes, seconds: float, seed: int) -> di
         "by_face": {face: sum(result.face == face for result in results) for face in ("sdk", "openai")},
         "resumed_streams": sum(bool(result.resumed) for result in results if result.face == "sdk"),
         "ttft_s": _quantiles([result.first_s for result in results if result.first_s is not None]),
-        "changes": track.seen,
+        "changes": track.completed,
     }
 
 

@@ -26,7 +26,7 @@ class Changes:
         self._controller = controller
         self._settings = settings
         self._slow_source = slow_source
-        self.seen: dict[str, Any] = {}
+        self.completed: dict[str, Any] = {}
 
     async def play(self, seconds: float) -> None:
         """Play all changes, each at its fraction of the time or when the one before it has ended."""
@@ -39,44 +39,44 @@ class Changes:
         spec = own.spec
         await at(TRIED)
         trial = replace(spec, version="v2", weight=TRIAL_WEIGHT)
-        self._controller.want([_with(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
+        self._controller.want([_with_spec_fields(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
         await self._until("a trial serves", lambda: self._serves("v2"), seconds)
         await at(TAKEN_BACK)
         self._controller.mark(spec.name, "v2", gone="by hand")
-        await self._until("the trial is gone", lambda: not self._there("v2"), 2 * seconds)
+        await self._until("the trial is gone", lambda: not self._exists("v2"), 2 * seconds)
         await at(CHANGED)
-        changed = _with(own, source=spec.source + "&seed=0", weight=1.0)
+        changed = _with_spec_fields(own, source=spec.source + "&seed=0", weight=1.0)
         self._controller.want([changed])
         await self._until("the entry is replaced", lambda: self._replaced(changed), 2 * seconds)
         await at(BAD)
         bad = replace(changed.spec, version="v3", source=self._slow_source, weight=TRIAL_WEIGHT, ttft_ratio=1.2)
-        self._controller.want([_with(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
+        self._controller.want([_with_spec_fields(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
         await self._until("the bad trial took itself back", lambda: self._taken_back("v3"), 2 * seconds)
 
     async def _until(self, what: str, holds: Callable[[], bool], most_s: float) -> None:
         began = time.monotonic()
         while not holds():
             if time.monotonic() - began > most_s:
-                self.seen[what] = None
+                self.completed[what] = None
                 return
             await asyncio.sleep(LOOK_S)
-        self.seen[what] = f"after {time.monotonic() - began:.1f} s"
-        print(what, self.seen[what], flush=True)
+        self.completed[what] = f"after {time.monotonic() - began:.1f} s"
+        print(what, self.completed[what], flush=True)
 
-    def _share(self, version: str) -> Any:
+    def _version_share(self, version: str) -> Any:
         entries = {entry.name: entry for entry in self._controller.entries()}
         return next((share for share in entries[self._settings.spec.name].versions if share.version == version), None)
 
     def _serves(self, version: str) -> bool:
-        share = self._share(version)
+        share = self._version_share(version)
         return share is not None and share.replicas > 0
 
-    def _there(self, version: str) -> bool:
-        share = self._share(version)
+    def _exists(self, version: str) -> bool:
+        share = self._version_share(version)
         return share is not None and share.replicas > 0
 
     def _taken_back(self, version: str) -> bool:
-        share = self._share(version)
+        share = self._version_share(version)
         return share is not None and "rolled back by itself" in share.state_reason
 
     def _replaced(self, settings: ReplicaSettings) -> bool:
@@ -85,5 +85,5 @@ class Changes:
         return bool(fleet) and all(worker.generation == settings.digest for worker in fleet)
 
 
-def _with(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:
+def _with_spec_fields(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:
     return replace(settings, spec=replace(settings.spec, **fields))

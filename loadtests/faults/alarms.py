@@ -31,7 +31,7 @@ CREDIT_S = 0.2
 """Time after which a worker with a new link has also granted credit."""
 
 
-def hanging(model: Path, plain: str, seed: int) -> list[str]:
+def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
     """Arguments of a worker whose engine hangs after a few steps, and of one that takes over its calls."""
     common = (
         f"sim://{model}?decode_ms={HANG_STEP_MS}&max_model_len=4096&prefill_tokens_per_s=100000&seed={seed}&{plain}"
@@ -39,7 +39,7 @@ def hanging(model: Path, plain: str, seed: int) -> list[str]:
     return [f"{common}&fault=hang@step:{HANG_AFTER_STEPS}", common]
 
 
-def prefilling(model: Path, plain: str, seed: int) -> str:
+def prefilling_source(model: Path, plain: str, seed: int) -> str:
     """Source of a worker with steps of up to four seconds."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
@@ -54,7 +54,7 @@ class Hangs:
     calls: list[CallResult] = field(default_factory=list)
 
 
-async def hangs(fleet: Fleet, count: int) -> Hangs:
+async def measure_hangs(fleet: Fleet, count: int) -> Hangs:
     """Let the first worker's engine hang repeatedly."""
     out = Hangs()
     caller = Caller(fleet.grpc, fleet.metadata, "hangs")

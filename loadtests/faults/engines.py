@@ -164,7 +164,7 @@ class Engines:
         await link_log.until(lambda: link_log.up >= wanted, BACK_S)
         return [number for number, worker in enumerate(ids) if worker in link_log.up]
 
-    async def all_back(self) -> None:
+    async def until_all_linked(self) -> None:
         """Wait until restarting workers have links, too."""
         await self.fleet.until_all_up(STARTS_S)
 
@@ -344,7 +344,7 @@ class Prover:
     async def _batch(self, requests: Sequence[FaultRequest], faults: int) -> None:
         engines, proof = self._engines, self.proof
         if self._kills_due >= 2:
-            await engines.all_back()
+            await engines.until_all_linked()
         await engines.linked_workers()
         batch = Batch(self._caller, requests)
         moments = sorted(self._rng.randint(*engines.runner.pieces) for _ in range(faults))

@@ -84,7 +84,7 @@ async def play_round(
     """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
     undisturbed = [Stream() for _ in requests]
     await asyncio.gather(
-        *(call(request, stream, _nothing) for request, stream in zip(requests, undisturbed, strict=True))
+        *(call(request, stream, _ignore_piece) for request, stream in zip(requests, undisturbed, strict=True))
     )
     broken = [
         stream.error or "the answer is incomplete"
@@ -120,7 +120,7 @@ async def play_round(
             into.errors[error] = into.errors.get(error, 0) + 1
 
 
-def _nothing() -> None:
+def _ignore_piece() -> None:
     pass
 
 

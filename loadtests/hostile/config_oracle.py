@@ -71,7 +71,7 @@ class Oracle:
             file.write_text("# none\n")
         for name in ("cluster-secret", "key-pepper"):  # created by `headrace up`
             make_secret(self.folder / name)
-        self._stack.callback(_put_back, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
+        self._stack.callback(_restore_variable, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
         os.environ["HEADRACE_CACHE_DIR"] = str(self.folder)
         (self.folder / "secrets" / "ray-token").write_text("x" * 48)
         (self.folder / "secrets" / "hf-token").write_text("hf_x")
@@ -86,7 +86,7 @@ class Oracle:
         Ray's nodes, None if unknown.
         """
         try:
-            config = Config.model_validate(yaml.safe_load(self._laid(text)))
+            config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             return [f"every process: {str(error).splitlines()[0]}"]
         reasons = [*self._gateway(config, pod), *self._controller(config, pod)]
@@ -94,7 +94,7 @@ class Oracle:
             reasons += self._replica(settings, nodes)
         return reasons
 
-    def _laid(self, text: str) -> str:
+    def _with_local_paths(self, text: str) -> str:
         for mount, name in MOUNTS.items():
             text = text.replace(mount, f"{self.folder}/{name}/")
         return text
@@ -167,7 +167,7 @@ class Oracle:
 
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
         """Spec of every replica, for `engine_refusals`."""
-        config = Config.model_validate(yaml.safe_load(self._laid(text)))
+        config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
         return [
             {"spec": specs.to_json(settings.spec)}
             for settings in self._settings(config)
@@ -188,7 +188,7 @@ class Oracle:
         return answers
 
 
-def _put_back(name: str, value: str | None) -> None:
+def _restore_variable(name: str, value: str | None) -> None:
     if value is None:
         del os.environ[name]
     else:
@@ -213,7 +213,7 @@ def main() -> None:
         for case in json.load(sys.stdin):
             spec = specs.from_json(case["spec"])
             folder = _checkpoint(Path(scratch), spec)
-            bare = _reason(engine_arguments, _bare(spec), folder, known)
+            bare = _reason(engine_arguments, _without_engine_settings(spec), folder, known)
             reason = _reason(engine_arguments, spec, folder, known)
             answers.append("" if reason == bare else reason)  # same error for a valid entry
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
@@ -233,7 +233,7 @@ def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
     return folder
 
 
-def _bare(spec: ModelSpec) -> ModelSpec:
+def _without_engine_settings(spec: ModelSpec) -> ModelSpec:
     from dataclasses import replace
 
     return replace(spec, engine={}, tensor_parallel_size=1, pipeline_parallel_size=1, max_model_len=None)

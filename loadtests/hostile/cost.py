@@ -13,7 +13,7 @@ from loadtests.children import ROOT
 from loadtests.datasets import fixed
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED
-from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, first_call, per_round
 from loadtests.scenarios.relay import (
     GRPC,
     HTTP,
@@ -60,7 +60,7 @@ async def measure(stage: Stage) -> list[Figure]:
     try:
         first = fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]
         ready = [arm for arm in arms.values() if await first_call(arm, first)]
-        await take_turns(
+        await alternate(
             stage, _interleaved(ready), lambda number: fixed(STREAMS, PROMPT_WORDS, TOKENS, number),
             rounds=rounds, concurrency=STREAMS, limits=LIMITS,
         )  # fmt: skip

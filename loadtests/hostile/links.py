@@ -215,7 +215,7 @@ class Bystanders:
                 self._results.touched.append(f"lane {number}: {'resumed' if resumed else 'another text'}")
 
     @asynccontextmanager
-    async def beside(self) -> AsyncIterator[None]:
+    async def streaming(self) -> AsyncIterator[None]:
         """Stream while the context is entered."""
         async with grpc.aio.insecure_channel(self._running.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
@@ -283,7 +283,7 @@ async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
     results, seed = AttackResults(), stage.options.seed
     async with serving(stage, "links", bundle, source, WORKERS) as running:
-        async with Bystanders(running, results, TOKENS).beside():
+        async with Bystanders(running, results, TOKENS).streaming():
             await attacked(running, results, Volley(seed, calls // 2, AT_ONCE))
             async with occupied_capacity(running):
                 await attacked(running, results, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
@@ -295,7 +295,7 @@ async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
     model, bundle = await ours.prepare(stage.children, "llama", stage.folder)
     results = AttackResults()
     async with serving(stage, "links-engine", bundle, str(model), 1) as running:
-        async with Bystanders(running, results, ENGINE_TOKENS).beside():
+        async with Bystanders(running, results, ENGINE_TOKENS).streaming():
             await attacked(running, results, Volley(stage.options.seed + 2, calls, AT_ONCE))
         return results, downs(running)
 

@@ -256,7 +256,7 @@ async def cost_s(target: Target, attack: Attack, body: bytes, times: int, channe
 Visit = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]]
 
 
-async def all_of(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
+async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
     """Start a gateway and send it all attacks in all sizes, the small ones first. Raises TimeoutError."""
     stalls = ("--stalls", str(witness)) if witness is not None else ()
     gateway = await ours.start(stage.children, stage.folder, bundle=bundle, source=source, name=name, witness=stalls)
@@ -306,8 +306,8 @@ async def measure(stage: Stage) -> list[Figure]:
         note = f"{attack.name} ({attack.method}), {len(body)} bytes"
         piece = max(piece, (await target.piece_ms(), note))
 
-    await all_of(stage, "refusals", source, bundle, None, cost)
-    await all_of(stage, "refusals-witnessed", source, bundle, stage.folder / "refusals.stalls", longest)
+    await attack_all(stage, "refusals", source, bundle, None, cost)
+    await attack_all(stage, "refusals-witnessed", source, bundle, stage.folder / "refusals.stalls", longest)
     stage.report.settings["refused requests, CPU ms by bytes"] = {
         f"{name} ({method})": [round(used_s * 1000, 3) for used_s in by_size.values()]
         for (name, method), by_size in costs.items()

@@ -170,9 +170,9 @@ class Release:
 
     async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
         """Number of keys that list the models over a new connection that trusts only `ca_file`."""
-        return sum(await asyncio.gather(*(asyncio.to_thread(self._works, key, ca_file) for key in keys)))
+        return sum(await asyncio.gather(*(asyncio.to_thread(self._key_works, key, ca_file) for key in keys)))
 
-    def _works(self, key: str, ca_file: Path) -> bool:
+    def _key_works(self, key: str, ca_file: Path) -> bool:
         address = f"localhost:{self._ports['grpc']}"
         try:
             with Client(address, api_key=key, tls_ca_file=ca_file, timeout_s=CALL_S) as client:

@@ -73,7 +73,7 @@ async def follow(stub: Any, number: int, stream: Stream) -> Stream:
     return stream
 
 
-async def all_of(stub: Any) -> list[Stream]:
+async def call_all(stub: Any) -> list[Stream]:
     """Make every call, undisturbed."""
     return await asyncio.gather(*(follow(stub, number, Stream()) for number in range(STREAMS)))
 
@@ -119,7 +119,7 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
         await backend.close()
 
 
-async def until_served(stub: Any) -> None:
+async def until_answered(stub: Any) -> None:
     """Wait until a call is answered. Raises RuntimeError with the last error."""
     until = time.monotonic() + START_S
     while (tried := await follow(stub, 0, Stream())).error:
@@ -156,7 +156,7 @@ async def measure(stage: Stage) -> list[Figure]:
             grpc.aio.insecure_channel(address) as channel,
         ):
             stub = pb_grpc.InferenceStub(channel)
-            await until_served(stub)
+            await until_answered(stub)
             ray.add("second")
             await until_nodes(backend, 3)
             streams = [Stream() for _ in range(STREAMS)]
@@ -166,7 +166,7 @@ async def measure(stage: Stage) -> list[Figure]:
             await asyncio.gather(*running)
             await asyncio.to_thread(process.wait, 60)
             took_s = time.monotonic() - began
-            reasons = broken_streams(streams, await all_of(stub))
+            reasons = broken_streams(streams, await call_all(stub))
     moved = sum(bool(stream.resumed) for stream in streams)
     stage.screen.say(f"{moved} of {STREAMS} streams were resumed; the node ended {took_s:.1f} s after SIGTERM")
     if not reasons and not 0 < moved < STREAMS:

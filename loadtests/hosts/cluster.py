@@ -26,7 +26,7 @@ from loadtests.children import Children, DidNotStart
 from loadtests.hosts import rendered
 from loadtests.hosts.cgroup import cgroup
 from loadtests.hosts.fabric import Fabric, fabric
-from loadtests.hosts.pods import Kubelet, Pod, own
+from loadtests.hosts.pods import Kubelet, Pod, harness_pod
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
 from loadtests.hosts.story import Timeline
 from loadtests.serving import ours as serving
@@ -279,18 +279,18 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         await stack.enter_async_context(kubelet.running())
         cluster = Cluster(net, kubelet, size, home, made, release, timeline, claims, [entry])
         containers = cluster.containers()
-        await _site(cluster, dns)
+        await _start_site(cluster, dns)
         await _stores(cluster, containers)
         await _serve(cluster, containers)
         yield cluster
 
 
-async def _site(cluster: Cluster, dns: Any) -> None:
+async def _start_site(cluster: Cluster, dns: Any) -> None:
     """Start what every Kubernetes cluster has: DNS and an API server."""
     kubelet, net = cluster.kubelet, cluster.fabric
     zone = Mount("/zone", cluster.kubelet.zone.parent, read_only=True)
     names = kubelet.add(
-        own(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns
+        harness_pod(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns
     )
     place = net.place("api", C)
     folder = cluster.home / "api"
@@ -307,7 +307,7 @@ async def _site(cluster: Cluster, dns: Any) -> None:
         (account / name).chmod(0o644)
     account.chmod(0o755)
     api = kubelet.add(
-        own(
+        harness_pod(
             API, "api", "-m", "loadtests.hosts.inside.kube_api", "/api", mounts=[Mount("/api", folder, read_only=True)]
         ),
         place,
@@ -330,7 +330,7 @@ async def _stores(cluster: Cluster, containers: Containers) -> None:
     kubelet.start(job)
     await kubelet.until(lambda: bool(job.ends), "the ledger's tables are made", UP_S, job)
     code = job.child.process.poll() if job.child is not None else None
-    await kubelet.drop(job)
+    await kubelet.kill_for_good(job)
     if code and len(job.ends) == 1:
         raise DidNotStart(
             f"the Job that makes the ledger's tables ended with {code}:\n{job.child.tail() if job.child else ''}"

@@ -51,10 +51,10 @@ async def play(cluster: Cluster, children: Children, folder: Path, seed: int) ->
     }  # fmt: skip
     results, began = WideEngineResults(), time.monotonic()
     await cluster.upgrade(models=[*cluster.models, entry])
-    await _up(cluster)
+    await _until_linked(cluster)
     results.up_s = time.monotonic() - began
     results.ranks = [ranks(pod.first) for pod in cluster.nodes]
-    results.calls = await _called(cluster, seed + 100)
+    results.calls = await _make_calls(cluster, seed + 100)
     struck = time.time()
     cluster.fabric.cut(B)
     await asyncio.sleep(CUT_S)
@@ -64,13 +64,13 @@ async def play(cluster: Cluster, children: Children, folder: Path, seed: int) ->
         event.at for event in cluster.timeline.since(struck, "worker_down") if event.worker.startswith(f"{MODEL}-")
     ]
     results.noticed_s = min(downs) - struck if downs else None
-    await _up(cluster)
+    await _until_linked(cluster)
     results.again_s = time.monotonic() - healed
-    results.after = await _called(cluster, seed + 101)
+    results.after = await _make_calls(cluster, seed + 101)
     return results
 
 
-async def _up(cluster: Cluster) -> None:
+async def _until_linked(cluster: Cluster) -> None:
     deadline = time.monotonic() + UP_S
     while not cluster.linked(MODEL):
         if time.monotonic() > deadline:
@@ -78,9 +78,9 @@ async def _up(cluster: Cluster) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _called(cluster: Cluster, seed: int) -> Sequence[Call]:
+async def _make_calls(cluster: Cluster, seed: int) -> Sequence[Call]:
     load = await loads.begin(cluster, streams=STREAMS, tokens=TOKENS, seed=seed, ramp_s=0.5, model=MODEL)
-    await load.steady(SERVED_S)
+    await load.until_steady(SERVED_S)
     await asyncio.sleep(SERVED_S)
     await load.end()
     return load.calls

@@ -152,7 +152,7 @@ class Play:
         """Play one event by its name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
-        if not await self._load.steady(WHOLE_S):
+        if not await self._load.until_steady(WHOLE_S):
             raise NotWhole(f"not all streams were running before this event: {self._load.live[-3:]}")
         await asyncio.sleep(QUIET_S)
         episode = Episode(name, time.time())

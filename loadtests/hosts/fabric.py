@@ -80,7 +80,7 @@ class Fabric:
         """Plug a host in again."""
         ip("-n", self.core, "link", "set", f"up-{host}", "up")
 
-    def ways_out(self) -> Mapping[str, str]:
+    def reachable_outside(self) -> Mapping[str, str]:
         """Destinations outside the network that a namespace reached, by namespace; empty if it is isolated."""
         script = (
             "import socket\n"

@@ -15,7 +15,7 @@ from typing import Any
 from loadtests.faults.recovery import percentile
 from loadtests.hosts.cluster import MASS, STEP_MS, Cluster, D
 from loadtests.hosts.inside.callers import Plan
-from loadtests.hosts.pods import Pod, own
+from loadtests.hosts.pods import Pod, harness_pod
 from loadtests.hosts.rendered import NAMESPACE, RELEASE, Mount
 
 SHORTEST_S, LONGEST_S = 5.0, 120.0
@@ -78,9 +78,9 @@ class Load:
                 if not line.endswith(b"\n"):
                     break
                 self._read += len(line)
-                self._line(json.loads(line))
+                self._handle_record(json.loads(line))
 
-    def _line(self, event: Mapping[str, Any]) -> None:
+    def _handle_record(self, event: Mapping[str, Any]) -> None:
         if event["t"] == "live":
             self.live.append((event["at"], event["running"], event["chunks"]))
         elif event["t"] == "broke":
@@ -97,7 +97,7 @@ class Load:
                 )
             )  # fmt: skip
 
-    async def steady(self, timeout_s: float) -> bool:
+    async def until_steady(self, timeout_s: float) -> bool:
         """Wait until the planned number of streams run and receive chunks; return whether it happened. Raises
         RuntimeError.
         """
@@ -119,7 +119,7 @@ class Load:
         deadline = time.monotonic() + 1.5 * longest_s + END_S
         while self.pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(0.1)
-        await self.cluster.kubelet.drop(self.pod)
+        await self.cluster.kubelet.kill_for_good(self.pod)
         self.read()
         self.calls += self._open.values()
 
@@ -153,7 +153,7 @@ async def begin(
         ramp_s=ramp_s,
     )
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    spec = own(
+    spec = harness_pod(
         f"callers-{seed}", "callers", "-m", "loadtests.hosts.inside.callers", "/run-of-callers/plan.json",
         mounts=[Mount("/run-of-callers", folder)],
     )  # fmt: skip

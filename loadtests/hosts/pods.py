@@ -96,7 +96,7 @@ class Pod:
         return now
 
 
-def joined(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
+def in_cgroup(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
     """Command line that runs another one in a cgroup; `last`: with lower priority than all others there."""
     return ["bash", "-c", JOIN, "join", str(cgroup), *(("nice", "-n", str(LAST)) if last else ()), *command]
 
@@ -153,7 +153,7 @@ class Kubelet:
     def start(self, pod: Pod) -> None:
         """Run a pod and keep it running."""
         pod.leaving = False
-        pod.keeping = asyncio.create_task(self._keep(pod))
+        pod.keeping = asyncio.create_task(self._keep_running(pod))
 
     async def started(self, pod: Pod, timeout_s: float) -> None:
         """Run a pod and wait until it is ready. Raises DidNotStart."""
@@ -180,9 +180,9 @@ class Kubelet:
         deadline = time.monotonic() + pod.spec.grace_s
         while pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(LOOK_S)
-        await self.drop(pod)
+        await self.kill_for_good(pod)
 
-    async def drop(self, pod: Pod) -> None:
+    async def kill_for_good(self, pod: Pod) -> None:
         """Kill a pod at once, without a restart."""
         pod.leaving, pod.ready = True, False
         pod.kill()
@@ -193,7 +193,7 @@ class Kubelet:
             await pod.child.stop()
         self.publish_names()
 
-    async def _keep(self, pod: Pod) -> None:
+    async def _keep_running(self, pod: Pod) -> None:
         back_off_s = FIRST_BACK_OFF_S
         while True:
             pod.starts.append(time.time())
@@ -236,8 +236,8 @@ class Kubelet:
         spec, home = pod.spec, pod.home
         (home / "root").mkdir(parents=True, exist_ok=True)
         mounts = [f"{m.path}|{m.source or ''}|{'ro' if m.read_only else 'rw'}|{_size(m.size)}" for m in spec.mounts]
-        own = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
-        environment = {"PATH": search_path(), "LANG": "C.UTF-8", **self.environment, **own}
+        harness_pod = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
+        environment = {"PATH": search_path(), "LANG": "C.UTF-8", **self.environment, **harness_pod}
         if self.account is not None and spec.component == "controller":
             mounts.append(f"/var/run/secrets/kubernetes.io/serviceaccount|{self.account}|ro|")
         nested = sorted(mounts, key=lambda line: line.split("|")[0].count("/"))
@@ -256,7 +256,7 @@ class Kubelet:
             "bash", str(SANDBOX), str(home), *spec.command,
         )  # fmt: skip
         if self.cgroup is not None:
-            command = joined(command, self.cgroup, last=pod.place.host in self._last)
+            command = in_cgroup(command, self.cgroup, last=pod.place.host in self._last)
         return self._children.start(spec.name, spec.component, command)
 
     @contextlib.asynccontextmanager
@@ -265,7 +265,7 @@ class Kubelet:
         try:
             yield
         finally:
-            await asyncio.gather(*(self.drop(pod) for pod in self.pods.values()), return_exceptions=True)
+            await asyncio.gather(*(self.kill_for_good(pod) for pod in self.pods.values()), return_exceptions=True)
 
 
 async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
@@ -301,7 +301,7 @@ def _size(text: str) -> str:
     return text.removesuffix("i").lower()
 
 
-def own(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
+def harness_pod(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
     """A pod of the harness itself: a program of this project."""
     return Spec(
         name=name, component=component, command=(sys.executable, *command),

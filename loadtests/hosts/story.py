@@ -65,13 +65,13 @@ class Timeline:
                     last = after.exists()
                     *whole, rest = (rest + lines.read()).split(b"\n")
                     for line in whole:
-                        self._line(pod, line)
+                        self._handle_line(pod, line)
                     if last:
                         break
                     await asyncio.sleep(LOOK_S)
             number += 1
 
-    def _line(self, pod: str, line: bytes) -> None:
+    def _handle_line(self, pod: str, line: bytes) -> None:
         if b'"worker_' not in line:
             return
         try:

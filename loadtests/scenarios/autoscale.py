@@ -29,7 +29,7 @@ async def play(stage: Stage) -> None:
     """Run all cases with all seeds. `--only` names cases, or `shared`."""
     options = stage.options
     seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
-    names = [name for name in (*TRACES, *HELD_OUT) if options.wants(name)]
+    names = [name for name in (*TRACES, *HELD_OUT) if options.selects(name)]
     try:
         traces.load("azure-conv")
     except traces.NoData as error:
@@ -42,7 +42,7 @@ async def play(stage: Stage) -> None:
             name: [loop.run_in_executor(pool, compare, name, seed, name in WITH_RAY) for seed in seeds]
             for name in names
         }
-        sharing = [loop.run_in_executor(pool, share, seed) for seed in seeds] if options.wants("shared") else []
+        sharing = [loop.run_in_executor(pool, share, seed) for seed in seeds] if options.selects("shared") else []
         waiting: list[asyncio.Future[Any]] = [
             *sharing,
             *(run for case_results in runs.values() for run in case_results),

@@ -65,7 +65,7 @@ class Options:
     ends_at: float | None = None
     """No round begins after this time.monotonic."""
 
-    def wants(self, arm: str) -> bool:
+    def selects(self, arm: str) -> bool:
         """Whether an arm is to run."""
         return not self.only or arm in self.only
 
@@ -119,7 +119,7 @@ async def first_call(contestant: Contestant, request: Request, timeout_s: float 
             await asyncio.sleep(0.2)
 
 
-async def one_round(
+async def run_round(
     contestant: Contestant,
     screen: Screen,
     number: int,
@@ -149,7 +149,7 @@ async def one_round(
     return run
 
 
-async def take_turns(
+async def alternate(
     stage: Stage,
     contestants: Sequence[Contestant],
     requests_of: Callable[[int], Sequence[Request]],
@@ -164,7 +164,7 @@ async def take_turns(
     `cooldown_s`: pause between two arms, for work that an arm's processes still do after its last call.
     """
     for contestant in contestants:
-        await one_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
+        await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
     for number in range(1, rounds + 1):
         if stage.options.ends_at is not None and time.monotonic() > stage.options.ends_at:
             stage.report.settings.setdefault("rounds cut short", []).append(f"{number - 1} of {rounds}: time was up")
@@ -172,7 +172,7 @@ async def take_turns(
         requests = requests_of(number)
         for contestant in contestants:
             if not contestant.arm.problem:
-                await one_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
+                await run_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
                 await asyncio.sleep(cooldown_s)
     setup = stage.options.setup
     check_answers(stage.report, contestants, exact=setup is None or setup.exact)

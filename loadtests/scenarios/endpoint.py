@@ -17,7 +17,7 @@ from loadtests.faces.session import Sessions
 from loadtests.figures import mean, plain_figure
 from loadtests.records import Slo
 from loadtests.report import Report
-from loadtests.scenarios.common import Contestant, one_round
+from loadtests.scenarios.common import Contestant, run_round
 from loadtests.show import Screen
 
 SCHEMES = ("grpc", "session", "http", "ray")
@@ -126,11 +126,11 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
     try:
         await _check_endpoint(face, requests[0], arguments)
         if due_s is not None:
-            await one_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
+            await run_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
         else:
             for number, concurrency in enumerate(concurrencies, 1):
                 if not arm.arm.problem:
-                    await one_round(arm, screen, number, requests, concurrency=concurrency, limits=limits)
+                    await run_round(arm, screen, number, requests, concurrency=concurrency, limits=limits)
     finally:
         await face.close()
     rates = [run.tokens / run.duration_s for run in arm.runs if run.tokens]

@@ -74,7 +74,7 @@ async def play(stage: Stage) -> None:
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     bed = TestBed(stage, model, bundle)
     for name, (part, rows) in PARTS.items():
-        if stage.options.wants(name):
+        if stage.options.selects(name):
             stage.screen.say(f"part {name}")
             try:
                 stage.report.figures += await part(bed)
@@ -177,9 +177,9 @@ async def _recovery(bed: TestBed) -> list[Figure]:
         kinds = recovering.EPISODES[: options.rounds]
         findings = await recovering.Recovery(running, options.seed).play(kinds)
         bed.books += await audit(running.ledger, findings.calls)
-    sources = alarms.hanging(bed.model, plain, options.seed)
+    sources = alarms.hanging_sources(bed.model, plain, options.seed)
     async with fleet.running(stage.children, stage.folder, bundle=bed.bundle, sources=sources, name="hangs") as running:
-        stuck = await alarms.hangs(running, min(options.rounds or alarms.HANGS, alarms.HANGS))
+        stuck = await alarms.measure_hangs(running, min(options.rounds or alarms.HANGS, alarms.HANGS))
         bed.books += await audit(running.ledger, stuck.calls)
     stage.report.settings["recovery"] = findings.settings()
     stage.report.settings["hangs"] = {
@@ -227,7 +227,7 @@ def at_worst(name: str, value: float | None, bound: Bound | None, unit: str, not
 
 async def _alarms(bed: TestBed) -> list[Figure]:
     stage, options = bed.stage, bed.stage.options
-    source = alarms.prefilling(bed.model, serving.plain_tokens(bed.model), options.seed)
+    source = alarms.prefilling_source(bed.model, serving.plain_tokens(bed.model), options.seed)
     count = min(alarms.PREFILL_WORKERS, 4 * (options.rounds or alarms.PREFILL_WORKERS))
     async with fleet.running(
         stage.children, stage.folder, bundle=bed.bundle, sources=[source] * count, name="prefills"

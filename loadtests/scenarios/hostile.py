@@ -40,7 +40,7 @@ async def play(stage: Stage) -> None:
     """Run the selected parts, and report their rows in the table's order."""
     for name in PARTS:
         part = cast(Part, importlib.import_module(f"loadtests.hostile.{name}"))
-        if not stage.options.wants(name):
+        if not stage.options.selects(name):
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in part.ROWS.items()]
             continue
         stage.screen.say(f"part {name}")

@@ -55,7 +55,7 @@ async def play(stage: Stage) -> None:
     options = stage.options
     size = Size(max_num_seqs=options.concurrency) if options.concurrency else Size()
     speed = options.speed or 1.0
-    wanted = [name for name in EVENTS if options.wants(name)]
+    wanted = [name for name in EVENTS if options.selects(name)]
     stage.report.settings["hosts"] = {
         "workers": size.workers, "seats of each": size.max_num_seqs, "capacity of each": size.capacity // size.workers,
         "share": SHARE, "speed": speed, "streams s": [loads.SHORTEST_S / speed, loads.LONGEST_S / speed],
@@ -68,10 +68,10 @@ async def play(stage: Stage) -> None:
             stage.screen.say(f"the cluster is up after {time.monotonic() - began:.0f} s")
             stage.report.settings["hosts"]["processors"] = cluster.processors
             stage.report.settings["hosts"]["up after s"] = round(time.monotonic() - began, 1)
-            ways_out = dict(await asyncio.to_thread(cluster.fabric.ways_out))
+            ways_out = dict(await asyncio.to_thread(cluster.fabric.reachable_outside))
             if wanted:
                 await _events(stage, cluster, wanted, speed)
-            if options.wants(ENGINE):
+            if options.selects(ENGINE):
                 stage.screen.say("part engine")
                 stage.report.figures += await _engine(stage, cluster)
     except (RuntimeError, DidNotStart) as error:
@@ -111,14 +111,14 @@ async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: 
         await load.end()
     except asyncio.CancelledError as error:
         interrupted = error
-        await cluster.kubelet.drop(load.pod)
+        await cluster.kubelet.kill_for_good(load.pod)
         load.read()
     results = {episode.name: evaluate(load, episode) for episode in player.episodes}
     stage.report.settings["events"] = {name: result.settings() for name, result in results.items()}
     stage.report.settings["calls"] = len(load.calls)
     stage.report.figures += _rows(load, results)
     if interrupted is None:
-        stage.report.figures.append(await _books(cluster, load.calls, stage.report.settings))
+        stage.report.figures.append(await _ledger_figure(cluster, load.calls, stage.report.settings))
     for call in [call for call in load.calls if call.error][:10]:
         stage.report.problems.append(f"call {call.id} failed after {call.ended - call.sent:.1f} s: {call.error[:300]}")
     for result in results.values():
@@ -200,7 +200,7 @@ async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
     ]
 
 
-async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
+async def _ledger_figure(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
     """Compare the ledger with what callers received, once all records have had time to arrive."""
     reported = {call.id: call.completion for call in calls if not call.error}
     deadline = time.monotonic() + BOOKS_S

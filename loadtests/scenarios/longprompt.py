@@ -22,7 +22,7 @@ from loadtests.processes import SIMULATED
 from loadtests.records import Run
 from loadtests.report import Round
 from loadtests.scenarios import relay
-from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, first_call, per_round, rounds_of
 from loadtests.serving import ours as serving
 
 PROMPT_BYTES, CONCURRENCY, CALLS, TOKENS = 220_000, 50, 100, 16
@@ -82,7 +82,7 @@ async def play(stage: Stage) -> None:
 
     for arm in arms:
         arm.after = stall
-    if options.wants(relay.ROUTER):
+    if options.selects(relay.ROUTER):
         _, port = await relay.start_sse_engine(stage, bundle, source)
         if (router := await relay.start_router(stage, port)) is not None:
             arms.append(router)
@@ -93,12 +93,12 @@ async def play(stage: Stage) -> None:
         ready = [arm for arm in arms if await first_call(arm, short)]
         if arms[0] in ready:
             await serving.read_stalls(ours, stalls)  # discards the stalls of the gateway's start
-        await take_turns(
+        await alternate(
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip
         prose_arms = [_with_prose(stage, arm) for arm in ready]
-        await take_turns(
+        await alternate(
             stage, prose_arms, lambda number: prose_requests(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip

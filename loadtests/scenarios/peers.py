@@ -29,7 +29,7 @@ from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import ENGINE, classify, pin, pin_driver
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, processes, relay, startup
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
+from loadtests.scenarios.common import Contestant, Stage, alternate, cores, first_call, per_round, rounds_of, unbind
 from loadtests.scenarios.relay import GRPC, HTTP, SESSION
 from loadtests.serving import ours as serving
 from loadtests.serving import ray_serve
@@ -121,7 +121,7 @@ class TestBed:
 
     async def add(self, name: str, description: str, start: Start) -> None:
         """Start an arm and wait for its first answer, or record its problem."""
-        if not self.stage.options.wants(name):
+        if not self.stage.options.selects(name):
             return
         arm: Arm = self.stage.arm(name, description)
         self.stage.screen.say(f"starting {name}")
@@ -165,7 +165,7 @@ async def play(stage: Stage) -> None:
             await _ray(bed, proxy, RAY_PROXY, model, direct_ingress=False)
             await _rounds(bed)
         bed.arms = [arm for arm in bed.arms if arm.arm.name == GRPC]
-        if stage.options.wants(RAY_DIRECT):
+        if stage.options.selects(RAY_DIRECT):
             unbind()
             await _ray(bed, stack, RAY_DIRECT, model, direct_ingress=True)
             await _rounds(bed, part="beside direct ingress: ")
@@ -178,7 +178,7 @@ async def play(stage: Stage) -> None:
 async def _with_vllm_server(bed: TestBed, model: Path) -> None:
     stage, name = bed.stage, serving.MODEL
     environment = stage.options.peers
-    if not any(stage.options.wants(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
+    if not any(stage.options.selects(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
         return
     try:
         server, port = await peers.vllm_server(stage.children, name, model, bed.engine, bed.environment)
@@ -217,7 +217,7 @@ async def _with_vllm_server(bed: TestBed, model: Path) -> None:
 
 async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
     stage = bed.stage
-    if not any(stage.options.wants(arm) for arm in (GRPC, HTTP, SESSION)):
+    if not any(stage.options.selects(arm) for arm in (GRPC, HTTP, SESSION)):
         return
     arguments = {name: value for name, value in bed.engine.items() if name != "enforce_eager"}
     try:
@@ -233,7 +233,7 @@ async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
         bed.stack.push_async_callback(contestant.face.close)
         if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]):
             bed.arms.append(contestant)
-    if stage.options.wants(GRPC):
+    if stage.options.selects(GRPC):
         lean = GrpcLean(ours.grpc, ours.model, metadata=ours.metadata)
         bed.stack.push_async_callback(lean.close)
         single = stage.report.arm(ONE + LEAN, "the same over the same port, without grpcio in the driver")
@@ -242,7 +242,7 @@ async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
 
 async def _lone_server(bed: TestBed, model: Path) -> None:
     stage = bed.stage
-    if not stage.options.wants(SERVER_LONE):
+    if not stage.options.selects(SERVER_LONE):
         return
     stage.screen.say(f"starting {SERVER_LONE}")
     single = stage.report.arm(ONE + SERVER_LONE, "VLLM_ENABLE_V1_MULTIPROCESSING=0, which CpuPlatform reads")
@@ -283,7 +283,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
             single = stage.report.arm(ONE + arm.arm.name, arm.arm.description)
             singles.append(Contestant(single, arm.face, arm.roots))
         singles += bed.singles
-        await take_turns(
+        await alternate(
             stage.with_share_of_time(SINGLES_SHARE), singles,
             lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
             rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
@@ -295,9 +295,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
     def requests_of(number: int) -> list[Request]:
         return fixed(CALLS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
 
-    await take_turns(
-        stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S
-    )
+    await alternate(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S)
     if not part:
         stage.report.figures += figures({arm.arm.name: arm for arm in (*bed.arms, *singles)}, stage)
 

@@ -19,9 +19,9 @@ from loadtests.scenarios.common import (
     check_answers,
     cores,
     first_call,
-    one_round,
     per_round,
     rounds_of,
+    run_round,
 )
 from loadtests.scenarios.relay import LIMITS, PROMPT_WORDS, STEP_MS, STREAMS, TOKENS, relay_cpu, sim_source
 from loadtests.serving import ours as serving
@@ -39,7 +39,7 @@ async def play(stage: Stage) -> None:
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     sides: dict[str, serving.Ours] = {}
-    for name in filter(options.wants, COUNTS):
+    for name in filter(options.selects, COUNTS):
         sides[name] = await serving.start(
             stage.children, stage.folder, bundle=bundle, source=sim_source(model, options.seed), kind=SIMULATED,
             name=name.replace(" ", "-"), processes=COUNTS[name],
@@ -58,7 +58,7 @@ async def play(stage: Stage) -> None:
             for name, arm in ready.items():
                 own = requests[: max(streams // share[name], 1)]
                 if not arm.arm.problem:
-                    await one_round(
+                    await run_round(
                         arm, stage.screen, number, own, concurrency=len(own), limits=LIMITS, keep=number > 0
                     )
         check_answers(report, list(ready.values()))

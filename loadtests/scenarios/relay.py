@@ -22,7 +22,7 @@ from loadtests.faces.session import Sessions
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED, pin, pin_driver
 from loadtests.report import Round
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, cores, first_call, per_round, rounds_of
 from loadtests.serving import ours as serving
 
 STREAMS, TOKENS, PROMPT_WORDS, STEP_MS = 256, 128, 24, 20
@@ -53,7 +53,7 @@ def sim_source(model: Path, seed: int) -> str:
 
 def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
     """Clients of our APIs by these names, limited to those that this build has and the options select."""
-    roots, wanted = ours.roots, [name for name in names if stage.options.wants(name)]
+    roots, wanted = ours.roots, [name for name in names if stage.options.selects(name)]
     arms: list[Contestant] = []
     if GRPC in wanted:
         arm = stage.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
@@ -103,7 +103,7 @@ async def play(stage: Stage) -> None:
     arms = our_arms(stage, ours, (GRPC, RESUMABLE, HTTP, SESSION))
     router: Contestant | None = None
     engines = [ours.worker.pid]
-    if options.wants(ROUTER):
+    if options.selects(ROUTER):
         engine, port = await start_sse_engine(stage, bundle, source)
         engines.append(engine.pid)
         router = await start_router(stage, port)
@@ -113,7 +113,7 @@ async def play(stage: Stage) -> None:
     report.settings[f"{stage.part}cores"] = bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
     try:
         ready = [arm for arm in arms if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
-        await take_turns(
+        await alternate(
             stage, ready, lambda number: _requests(streams, tokens, options.seed, number),
             rounds=rounds, concurrency=streams, limits=LIMITS,
         )  # fmt: skip

@@ -55,10 +55,10 @@ class LinkLog:
             while True:
                 *whole, rest = (rest + lines.read()).split(b"\n")
                 for line in whole:
-                    self._line(line)
+                    self._handle_line(line)
                 await asyncio.sleep(LOOK_S)
 
-    def _line(self, line: bytes) -> None:
+    def _handle_line(self, line: bytes) -> None:
         if b'"worker_' not in line:
             return
         entry = json.loads(line)

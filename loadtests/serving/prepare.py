@@ -36,7 +36,7 @@ def main(kind: str, folder: Path) -> None:
     elif kind == "big":
         checkpoints.big_tokenizer(model)
     elif Path(kind).is_dir():
-        _borrow(Path(kind), model)
+        _link_files(Path(kind), model)
     else:
         raise SystemExit(f"unknown kind {kind!r}")
     build_bundle(model).save(bundle)
@@ -47,7 +47,7 @@ def _greedy(model: Path) -> None:
     (model / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}) + "\n")
 
 
-def _borrow(there: Path, model: Path) -> None:
+def _link_files(there: Path, model: Path) -> None:
     """Make a folder of links to a checkpoint's files, without its sampling defaults."""
     model.mkdir(parents=True, exist_ok=True)
     for file in there.iterdir():

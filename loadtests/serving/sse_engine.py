@@ -177,15 +177,15 @@ class Connection(asyncio.Protocol):
             try:
                 self._key = await self._server.start(json.loads(body), path.endswith("chat/completions"), self)
             except (ValueError, KeyError, TypeError, EngineRefused) as error:
-                self._whole(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
+                self._send_response(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
         elif path == "/v1/models":
-            self._whole(200, {"object": "list", "data": [{"id": self._server.model, "object": "model"}]})
+            self._send_response(200, {"object": "list", "data": [{"id": self._server.model, "object": "model"}]})
         elif path in ("/health", "/ping", "/ready"):
-            self._whole(200, {})
+            self._send_response(200, {})
         else:
-            self._whole(404, {"error": {"message": f"no {path} here", "type": "not_found"}})
+            self._send_response(404, {"error": {"message": f"no {path} here", "type": "not_found"}})
 
-    def _whole(self, status: int, value: object) -> None:
+    def _send_response(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
         head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         if self._transport is not None:

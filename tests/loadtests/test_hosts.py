@@ -23,7 +23,7 @@ from loadtests.hosts.events import Episode, EpisodeResults, evaluate, worker_sta
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
-from loadtests.hosts.pods import LAST, joined
+from loadtests.hosts.pods import LAST, in_cgroup
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
 from loadtests.scenarios.hosts import lost_in_move
 
@@ -159,7 +159,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
             assert reaches(place, beside)
             net.heal("a")
             assert reaches(other, place)
-            assert net.ways_out() == {}
+            assert net.reachable_outside() == {}
             raise KeyError("on purpose")
 
     with pytest.raises(KeyError, match="on purpose"):
@@ -210,7 +210,7 @@ def test_pods_share_processors_by_process(last: bool) -> None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")
         weights = [int(file.read_text()) for name in ("cpu.shares", "cpu.weight") if (file := path / name).exists()]
         assert weights in ([1024], [100])
-        process = subprocess.Popen(joined(["sleep", "60"], path, last=last))
+        process = subprocess.Popen(in_cgroup(["sleep", "60"], path, last=last))
         try:
             deadline = time.monotonic() + 10
             while f"/{path.name}\n" not in Path(f"/proc/{process.pid}/cgroup").read_text():
