@@ -161,9 +161,8 @@ class Maker:
         if chance.random() < 0.95:
             options["max_tokens"] = chance.choice([1, 2, 7, 16, 24, 40])
         elif not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            options["logit_bias"] = {
-                chance.choice(END_IDS): 16.0
-            }  # makes an end token likely, or the call runs until the context is full
+            # an end token is made likely: otherwise the call runs until the context is full
+            options["logit_bias"] = {chance.choice(END_IDS): 16.0}
         grammar = chance.choice(GRAMMARS) if chance.random() < 0.15 else None
         if grammar is None:
             self._shape(options)

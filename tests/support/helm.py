@@ -146,9 +146,8 @@ def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -
         for at, layer in enumerate(values):
             file = layer if isinstance(layer, Path) else Path(scratch) / f"{at}.yaml"
             if not isinstance(layer, Path):
-                file.write_text(
-                    json.dumps(dict(layer))
-                )  # JSON is valid YAML, and its strings are never read as booleans
+                # JSON is valid YAML, and its strings are never read as booleans
+                file.write_text(json.dumps(dict(layer)))
             files += ["-f", str(file)]
         text = run("template", "headrace", CHART, "-n", NAMESPACE, *files, *arguments)
     return Rendered(tuple(item for item in yaml.load_all(text, Loader) if item))

@@ -54,7 +54,7 @@ class Network:
 
     def _one_way(self, direction: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
         if pod.address or pod.namespace != self._namespace:
-            return True  # selected by no policy
+            return True  # no policy of this namespace selects it
         word = direction.capitalize()
         mine = [
             policy
