@@ -1,6 +1,4 @@
-"""Load tests: one driver, several APIs, and peer servers measured in the same run as ours. `python -m loadtests
---help`.
-"""
+"""Load tests: one driver, several APIs, and peer servers measured in the same run. `python -m loadtests --help`."""
 
 import os
 

@@ -82,9 +82,7 @@ def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLD
 
 
 def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: int = 0) -> list[Request]:
-    """A trace's requests with lengths times `scale`; equal blocks give equal text, so prefixes are shared as in the
-    trace.
-    """
+    """A trace's requests with lengths times `scale`; equal blocks give equal text, so that prefixes are shared."""
     out = []
     for i, traced in enumerate(requests):
         if traced.blocks:

@@ -113,9 +113,7 @@ def servegen(
     bin_s: float = 1.0,
     folder: Path = traces.DEFAULT_FOLDER,
 ) -> Demand:
-    """Demand of clients of m-small at `scale` times their own rates; the calls of a bin come together, with mean
-    lengths.
-    """
+    """Demand of clients of m-small at `scale` times their own rates; calls of a bin come together at mean lengths."""
     rng = np.random.default_rng(seed)
     first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)
     bins = round(duration_s / bin_s)

@@ -29,9 +29,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One planned call. `at_s`: from the beginning; `face`: 0 is the SDK, 1 the stock openai client; `prompt`: which
-    prompt.
-    """
+    """One planned call. `at_s`: from the beginning; `face`: 0 is the SDK, 1 the stock openai client."""
 
     at_s: float
     tokens: int

@@ -61,9 +61,7 @@ def strangers(address: str, pid: int) -> float:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the cases while a quiet tenant calls. The attacker runs in a separate process, so that it delays no
-    caller.
-    """
+    """Alternate the cases while a quiet tenant calls. The attacker is a separate process, so it delays no caller."""
     gateway = await attacked(stage, "streams-gateway")
     loop, pid = asyncio.get_running_loop(), gateway.process.pid
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as attackers:

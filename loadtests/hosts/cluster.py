@@ -191,7 +191,7 @@ class Cluster:
         return parsed if isinstance(parsed, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
-        """Run a command like `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with its
+        """Run a command in a pod's namespaces and environment, like `kubectl exec`. Raises RuntimeError with its
         output.
         """
         first = pod.first
@@ -222,9 +222,7 @@ class Cluster:
 
 
 def mass_source(model: Path, seed: int, size: Size) -> str:
-    """Source of the simulated workers, as a path in the pods; each token has its own text, so that each step is a
-    chunk.
-    """
+    """Source of the simulated workers, as a path in the pods; each token has its own text, so each step is a chunk."""
     room = f"max_num_seqs={size.max_num_seqs}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"

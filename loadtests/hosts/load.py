@@ -98,9 +98,7 @@ class Load:
             )  # fmt: skip
 
     async def until_steady(self, timeout_s: float) -> bool:
-        """Wait until the planned number of streams run and receive chunks; return whether it happened. Raises
-        RuntimeError.
-        """
+        """Wait until the planned number of streams run; return whether it happened. Raises RuntimeError."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.read()

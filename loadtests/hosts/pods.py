@@ -170,9 +170,7 @@ class Kubelet:
             await asyncio.sleep(LOOK_S)
 
     async def end(self, pod: Pod) -> None:
-        """Delete a pod: remove it from DNS, run its preStop hook, send SIGTERM, wait for its grace period, send
-        SIGKILL.
-        """
+        """Delete a pod: remove it from DNS, run its preStop hook, send SIGTERM, wait its grace period, send SIGKILL."""
         pod.leaving, pod.ready = True, False
         self.publish_names()
         await asyncio.sleep(pod.spec.pre_stop_s)

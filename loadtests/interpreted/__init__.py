@@ -13,9 +13,7 @@ TRITON = ROOT / ".triton"
 
 
 def environment(*, v2: bool = True) -> Mapping[str, str]:
-    """Return variables for a process and its descendants: asynchronous scheduling, on the V2 model runner or
-    the V1 one.
-    """
+    """Return variables for a process and its descendants: asynchronous scheduling, V2 model runner or V1."""
     path = [str(TRITON), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
     runner = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, path if v2 else path[1:])), "HEADRACE_TEST_ASYNC": "1", **runner}

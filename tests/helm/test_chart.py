@@ -101,9 +101,7 @@ def template_of(rendered: Rendered, name: str) -> Any:
 
 
 def test_a_new_model_restarts_no_gateway() -> None:
-    """A new model restarts no gateway, since the controller announces it; settings that are read at start restart
-    gateways.
-    """
+    """A new model restarts no gateway, since the controller announces it; settings read at start do."""
     preset = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     before = helm.template(preset)
     models = [{"name": "other", "source": "demo://smollm2"}]

@@ -37,9 +37,7 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
 
 
 def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(pod and container, container), including the autoscaler container that KubeRay adds, as far as the chart sets
-    it.
-    """
+    """(pod and container, container), including KubeRay's autoscaler container, as far as the chart sets it."""
     for name, _, spec in pods(rendered):
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             yield f"{name}/{container['name']}", container
@@ -259,9 +257,7 @@ def network(rendered: Rendered) -> Network:
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """Each part reaches what it dials: links, Ray's dashboard, Ray's own ports, DNS; Prometheus reaches what it
-    scrapes.
-    """
+    """Each part reaches what it dials: links, Ray's dashboard, Ray's ports, DNS; Prometheus reaches its targets."""
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     assert allows(worker, gateway, LINK)
@@ -279,9 +275,7 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """Pods of this and other namespaces, outside addresses and unrelated parts of the release reach none of these
-    ports.
-    """
+    """Pods of this and other namespaces, outside addresses and unrelated parts of the release reach none of them."""
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)

@@ -34,9 +34,7 @@ def shared_memory(spec: dict[str, Any]) -> float:
 
 
 def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
-    """By Ray's own calculation the object store fits in /dev/shm, so it does not spill to disk, and leaves half for
-    engines.
-    """
+    """By Ray's own calculation the object store fits in /dev/shm without spilling, and leaves half for engines."""
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
         memory = int(size(spec["containers"][0]["resources"]["limits"]["memory"]))

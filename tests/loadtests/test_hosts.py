@@ -175,9 +175,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
-    """The whole cluster with one event: no call fails, texts and ledger are exact, the network is closed, all is
-    removed.
-    """
+    """The whole cluster with one event: no call fails, texts and ledger are exact, no way out, all is removed."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
@@ -202,9 +200,7 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_pods_share_processors_by_process(last: bool) -> None:
-    """The kernel reports the cgroup's weight, its processes and their niceness as set; the cgroup is removed
-    afterwards.
-    """
+    """The kernel reports the cgroup's weight, processes and their niceness as set; the cgroup is removed afterwards."""
     with cgroup() as path:
         if path is None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")

@@ -17,9 +17,7 @@ TOKEN = "token of a service account"
 
 
 class FakeApi:
-    """Fake API. `leases`: by name, as the API holds them; `away`: answer every call with 503; `seen`: (method, path) of
-    each.
-    """
+    """Fake API. `leases`: by name; `away`: answer every call with 503; `seen`: (method, path) of each call."""
 
     def __init__(self, folder: Path) -> None:
         self.leases: dict[str, dict[str, Any]] = {}

@@ -51,9 +51,7 @@ def packages(findings: Sequence[doctor.DoctorFinding]) -> list[str]:
 
 
 def install(wanted: Sequence[str]) -> None:
-    """Install with apt-get: all at once, and if that fails one by one, so that an unavailable one does not block
-    others.
-    """
+    """Install with apt-get: all at once, or one by one if that fails, so that one failure does not block others."""
     _apt("update")
     if _apt("install", "-y", "--no-install-recommends", *wanted):
         return
