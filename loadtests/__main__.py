@@ -1,4 +1,4 @@
-"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0 whole, 1 partial or failed, 2 bad usage."""
+"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: complete; 1: partial; 2: bad usage."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from loadtests.traces import NoData
 
 SCENARIOS = {
     "endpoint": "load any server that runs already: gRPC, OpenAI-compatible HTTP, Ray Serve's gRPC proxy",
-    "smoke": "every face of ours over a simulated engine, in seconds; no threshold on time",
+    "smoke": "each of our APIs over a simulated engine, in seconds; no threshold on time",
     "relay": "CPU per relayed token at 256 streams of a simulated engine, beside vllm-router",
     "longprompt": "220 KB prompts at concurrency 50 over a simulated engine, beside vllm-router",
     "processes": "CPU per token of two gateway processes on one port against one, 256 streams",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
-    "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
+    "fairness": "fairness between tenants over eight simulated workers, in virtual time, beside FIFO",
     "autoscale": "the autoscaler in virtual time, beside the optimum, Ray Serve's policy and static placement",
-    "faults": "kill points by the thousand, recovery, overload and a soak: what callers see of each",
+    "faults": "thousands of faults, recovery, overload and a soak: the effect on callers",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
-    "hostile": "attacks by strangers, tenants and routine procedures: what everyone else notices of them",
+    "hostile": "attacks by anonymous clients, tenants and routine procedures: the effect on everyone else",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
@@ -39,44 +39,49 @@ PLAIN_WIDTH = 160
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Parser of the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
     shared.add_argument("--plot", type=Path, metavar="DIR", help="write PNG plots")
-    shared.add_argument("--seed", type=int, default=1, help="of prompts, arrivals and engines (default 1)")
+    shared.add_argument("--seed", type=int, default=1, help="seed of prompts, arrivals and engines (default 1)")
     played = argparse.ArgumentParser(add_help=False)
-    played.add_argument("--rounds", type=positive, help="of each arm; below 10 no bound counts as met")
-    played.add_argument("--concurrency", type=positive, help="calls at once, in place of the scenario's")
-    played.add_argument("--tokens", type=positive, help="a call, in place of the scenario's")
-    played.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be repeated")
-    played.add_argument("--no-pin", action="store_true", help="bind nothing to cores")
-    played.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment (`make bench-peers`)")
-    played.add_argument("--logs", type=Path, metavar="DIR", help="keep the logs of all processes there")
+    played.add_argument("--rounds", type=positive, help="rounds of each arm; below 10 no bound counts as met")
+    played.add_argument("--concurrency", type=positive, help="concurrent calls, in place of the scenario's")
+    played.add_argument("--tokens", type=positive, help="tokens per call, in place of the scenario's")
+    played.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; may be repeated")
+    played.add_argument("--no-pin", action="store_true", help="do not bind processes to cores")
+    played.add_argument("--peers", type=Path, default=PEERS, help="environment of the peers (`make bench-peers`)")
+    played.add_argument("--logs", type=Path, metavar="DIR", help="folder for the logs of all processes")
     out = argparse.ArgumentParser(prog="python -m loadtests", description="Load tests, beside the peers in one run.")
     scenarios = out.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
     for name, text in SCENARIOS.items():
-        one = scenarios.add_parser(
+        subparser = scenarios.add_parser(
             name, help=text, description=text, parents=[shared] + [played] * (name != "endpoint")
         )
         if name == "endpoint":
-            endpoint.add_arguments(one)
+            endpoint.add_arguments(subparser)
         if name == "faults":
-            one.add_argument("--points", type=positive, help="faults of the part mass (default 1000)")
-            one.add_argument(
-                "--runner", choices=("v1", "v2"), default="v1", help="of the part engines: vLLM's model runner"
+            subparser.add_argument("--points", type=positive, help="number of faults in the part mass (default 1000)")
+            subparser.add_argument(
+                "--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner in the part engines"
             )
-            one.add_argument("--soak-s", type=positive, help="length of the part soak in seconds (default 300)")
+            subparser.add_argument("--soak-s", type=positive, help="duration of the part soak in seconds (default 300)")
         if name == "hostile":
-            one.add_argument(
-                "--against", type=Path, metavar="CHECKOUT", help="another checkout, for the part cost (CPU a token)"
+            subparser.add_argument(
+                "--against",
+                type=Path,
+                metavar="CHECKOUT",
+                help="checkout to compare with in the part cost (CPU per token)",
             )
         if name == "hosts":
-            one.add_argument("--speed", type=positive, help="streams so many times as short (default 1: 5 to 120 s)")
+            subparser.add_argument(
+                "--speed", type=positive, help="factor by which streams are shorter (default 1: 5 to 120 s)"
+            )
     return out
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse an integer above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -84,7 +89,7 @@ def positive(text: str) -> int:
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> Report:
-    """Run a scenario to its report, which is partial where something broke."""
+    """Run a scenario and return its report, which is partial if something failed."""
     report = Report(arguments.scenario, {"seed": arguments.seed})
     if arguments.scenario == "endpoint":
         await endpoint.play(arguments, screen, report)
@@ -116,14 +121,14 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
 
 
 async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
-    """`play`, which SIGINT and SIGTERM end early."""
+    """`play`, ended early by SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="headrace-loadtest-") as folder:
         playing = asyncio.create_task(play(arguments, screen, Path(folder)))
         interrupted = False
 
         def interrupt() -> None:
             nonlocal interrupted
-            if not interrupted:  # a second signal must not keep the first from ending what was started
+            if not interrupted:  # a second signal must not interrupt the cleanup that the first has begun
                 interrupted = playing.cancel("interrupted")
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -132,7 +137,7 @@ async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code."""
+    """Entry point; returns the exit code."""
     arguments = parser().parse_args(argv)
     screen = Screen()
     try:

@@ -1,4 +1,4 @@
-"""When calls are due, seconds from the begin of a run. Seeded; nothing here waits."""
+"""Arrival times of calls, in seconds from the beginning of a run. Seeded; nothing here waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gamma(count: int, rate_per_s: float, cv: float, seed: int) -> list[float]:
 
 
 def replay(times_s: Sequence[float], speed: float) -> list[float]:
-    """A trace's own arrival times from 0 on, `speed` times as fast."""
+    """Scale a trace's own arrival times: they begin at 0 and run `speed` times as fast."""
     if speed <= 0:
         raise ValueError(f"the speed must be above 0, got {speed:g}")
     if not times_s:

@@ -1,6 +1,6 @@
-"""Processes that a scenario starts: on loopback, in groups of their own, with a log, and gone at its end.
+"""Child processes of a scenario: on loopback, each in its own group with a log, ended with the scenario.
 
-A child ends its whole group when its standard input does: so nothing stays even if the harness is killed.
+A child ends its whole group when its standard input closes, so nothing remains even if the harness is killed.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ exit $code
 TERM_S = 10.0
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_S = 5.0
-"""How long a killed process may take to be gone."""
+"""Time that a killed process may take to disappear."""
 
 
 class DidNotStart(Exception):
-    """A child ended, or was not ready in time; the message holds its last words."""
+    """A child that ended, or was not ready in time; the message holds the end of its log."""
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has right now."""
+    """A loopback port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 @dataclass(eq=False)
 class Child:
-    """One started process with all that it starts."""
+    """One started process with all its descendants."""
 
     name: str
     kind: str
@@ -60,11 +60,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the guard, the root of the tree."""
+        """Process id of the guard, the root of the tree."""
         return self.process.pid
 
     def tail(self, lines: int = 25) -> str:
-        """The last words of its log."""
+        """Last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     @property
@@ -73,30 +73,30 @@ class Child:
         return self.process.poll() is None
 
     def commands(self) -> list[psutil.Process]:
-        """The command's own process, without the guard's."""
+        """The command's own processes, without the guard's."""
         try:
             return [p for p in psutil.Process(self.pid).children() if _GUARD not in p.cmdline()]
         except psutil.NoSuchProcess:
             return []
 
     async def until(self, ready: Callable[[], Awaitable[bool]], what: str, timeout_s: float) -> None:
-        """Wait until it is ready. Raises DidNotStart."""
+        """Wait until `ready` is true. Raises DidNotStart."""
         deadline = time.monotonic() + timeout_s
         while not await ready():
             why = "ended" if not self.alive else "was not ready in time" if time.monotonic() > deadline else ""
-            if why and not await ready():  # a program may be done between the two looks
+            if why and not await ready():  # a program may have become ready and ended between the two checks
                 raise DidNotStart(f"{self.name} {why} ({what}); its log ends:\n{self.tail()}")
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        """End it and its descendants: in order first, then by force. Idempotent, and whole even when cancelled."""
+        """End it and its descendants: by SIGTERM first, then by SIGKILL. Idempotent; completes even when cancelled."""
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
         self._remember()
-        for command in self.commands():  # not the guard, whose end would take the whole group at once
+        for command in self.commands():  # not the guard: its end would end the whole group at once
             with contextlib.suppress(psutil.NoSuchProcess):
                 command.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.term_s
@@ -110,7 +110,7 @@ class Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
         await asyncio.to_thread(self.process.wait)
-        deadline = time.monotonic() + KILLED_S  # SIGKILL is sent, not yet delivered, when kill returns
+        deadline = time.monotonic() + KILLED_S  # SIGKILL is sent but not yet delivered when kill returns
         while self._living() and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(0.01)
 
@@ -138,7 +138,7 @@ class Children:
     """All children of a scenario; leaving the context ends them."""
 
     def __init__(self, folder: Path, term_s: float = TERM_S) -> None:
-        """`folder` gets their logs. At the end each has `term_s` to go by itself."""
+        """`folder` gets their logs. At the end each has `term_s` to exit by itself."""
         self.folder = folder
         self.term_s = term_s
         self.started: list[Child] = []
@@ -158,8 +158,10 @@ class Children:
         environment: Mapping[str, str] | None = None,
         checkout: Path = ROOT,
     ) -> Child:
-        """Start `command` with its output in `<name>.log`. `kind` is the class its CPU time counts in; `checkout` the
-        source tree whose `cluster` and `loadtests` the command imports."""
+        """Start `command` with its output in `<name>.log`. `kind`: class under which its CPU time is counted;
+        `checkout`:
+        source tree whose `cluster` and `loadtests` the command imports.
+        """
         taken = sum(1 for child in self.started if child.name == name)
         log = self.folder / (f"{name}-{taken + 1}.log" if taken else f"{name}.log")
         with log.open("wb") as output:

@@ -1,7 +1,7 @@
-"""What is asked: seeded prompts of given lengths, with shared prefixes, from MT-bench, or in a trace's blocks.
+"""Prompts: seeded, of given lengths, with shared prefixes, from MT-bench, or in a trace's blocks.
 
-The driver has no tokenizer: lengths are in words of `WORDS`, each a token or a few of any English tokenizer, and the
-report states the true counts, which the server tells.
+The driver has no tokenizer: lengths are in words of `WORDS`, each one token or a few in any English tokenizer. The
+report states the true counts, which the server reports.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def words(seed: str, count: int) -> str:
 
 @functools.cache
 def _reference() -> str:
-    """The language reference that every Python brings along for its help(): real prose with some code in it."""
+    """Python's language reference from its help(): real prose with some code in it."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def prose(seed: str, size_bytes: int) -> str:
-    """So many bytes of Python's language reference, from a seeded place on."""
+    """`size_bytes` bytes of Python's language reference, from a seeded position on."""
     text = _reference()
     at = random.Random(seed).randrange(len(text))
     return (text[at:] + text)[:size_bytes].encode()[:size_bytes].decode("utf-8", "ignore")
@@ -70,7 +70,7 @@ def prefixes(
 
 
 def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLDER) -> list[Request]:
-    """MT-bench's first questions in a seeded order, again from the begin when there are too few."""
+    """MT-bench's first questions in a seeded order, repeated from the beginning when there are too few."""
     path = traces.data_file(folder, "fastchat/mt_bench_question.jsonl")
     questions = [json.loads(line) for line in path.read_text().splitlines()]
     random.Random(seed).shuffle(questions)
@@ -82,7 +82,7 @@ def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLD
 
 
 def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: int = 0) -> list[Request]:
-    """A trace's requests with lengths times `scale`; equal blocks are equal text, so prefixes are shared as traced."""
+    """A trace's requests with lengths times `scale`; equal blocks give equal text, so that prefixes are shared."""
     out = []
     for i, traced in enumerate(requests):
         if traced.blocks:
@@ -97,7 +97,7 @@ def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: 
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises NoData for an unknown one."""
+    """Return the name itself. Raises NoData for an unknown name."""
     if name not in NAMES:
         raise NoData(f"unknown dataset {name!r}: there are {', '.join(NAMES)}")
     return name

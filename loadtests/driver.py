@@ -1,8 +1,7 @@
-"""The driver: makes the calls of a plan over a face, at their times or so many at once, and never hangs.
+"""The driver: makes the calls of a plan through a client, at their times or with fixed concurrency, and never hangs.
 
-Open loop: a call goes out when it is due, however many are under way. Closed loop: `concurrency` callers, each of
-which makes the next call when its last has ended. A server that dies ends the run early with an honest record of
-what came before.
+Open loop: a call is sent when it is due, however many are running. Closed loop: `concurrency` callers each
+make the next call when their last has ended. A server that dies ends the run early; the results until then are kept.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.records import Record, Run, digest
 
 DEAD_AFTER_FAILURES = 8
-"""So many calls in a row that found the server gone, and none that did not, mean that it is gone."""
+"""Consecutive calls that fail as if the server were gone, after which the server counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on time, seconds: a call's, and the whole run's."""
+    """Time limits in seconds: of a call, and of the whole run."""
 
     call_s: float = 120.0
     run_s: float = 600.0
@@ -30,7 +29,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Progress:
-    """What a watcher may show while a run is under way."""
+    """Progress that can be shown during a run."""
 
     total: int
     sent: int = 0
@@ -40,7 +39,7 @@ class Progress:
 
     @property
     def running(self) -> int:
-        """Calls under way."""
+        """Calls in progress."""
         return self.sent - self.ended
 
 
@@ -48,7 +47,7 @@ OnStart = Callable[[Progress], None]
 
 
 class _Ended(Exception):
-    """The run is over before its plan is; the message says why."""
+    """Raised when a run ends before its plan does; the message says why."""
 
 
 class _Run:
@@ -93,7 +92,7 @@ class _Run:
         except TimeoutError:
             self._failed(record, CallFailed(CallFailed.TIMEOUT, f"no end within {self.limits.call_s:g} s"))
         except asyncio.CancelledError:
-            record.error, record.message = "not ended", "the run was ended before this call"
+            record.error, record.message = "not ended", "the run ended before this call"
             raise
         else:
             record.tokens = answer.completion_tokens if answer.completion_tokens is not None else len(pieces)
@@ -123,10 +122,10 @@ class _Run:
                 group.create_task(self.call(request, due_s))
 
     async def closed_loop(self, requests: Sequence[Request], concurrency: int) -> None:
-        left: Iterator[Request] = iter(requests)
+        remaining: Iterator[Request] = iter(requests)
 
         async def caller() -> None:
-            for request in left:
+            for request in remaining:
                 await self.call(request, self.now())
                 if self.over.done():
                     return
@@ -136,7 +135,7 @@ class _Run:
                 group.create_task(caller())
 
     async def bounded(self, work: asyncio.Task[None]) -> str:
-        """Wait for the plan's end, or for why it cannot come."""
+        """Wait for the plan's end, or for the reason why it cannot come."""
         try:
             await asyncio.wait((work, self.over), timeout=self.limits.run_s, return_when=asyncio.FIRST_COMPLETED)
             if self.over.done():
@@ -144,7 +143,7 @@ class _Run:
             if work.done():
                 work.result()
                 return ""
-            return f"the run was not over after {self.limits.run_s:g} s"
+            return f"the run did not end within {self.limits.run_s:g} s"
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
@@ -169,7 +168,7 @@ async def drive(
     if on_start is not None:
         on_start(progress)
     gc.collect()
-    gc.freeze()  # what is there stays; collections then walk over the run's own objects only
+    gc.freeze()  # existing objects stay; collections then traverse the run's own objects only
     cpu_s = time.process_time()
     run = _Run(face, limits or Limits(), progress)
     plan = (

@@ -1,8 +1,8 @@
-"""Figures: paired ratios over interleaved rounds, with a 95 % bootstrap interval and the absolute difference beside.
+"""Figures: paired ratios over interleaved rounds, with a 95 % bootstrap interval and the absolute difference.
 
-Problem: on a shared machine two runs differ by more than two servers do. So the servers take turns (A-B-A-B), each
-round gives one ratio of neighbours in time, and the rounds are drawn again with replacement. Met means that the
-worse end of the interval is inside the bound.
+Problem: on a shared machine two runs differ by more than two servers do. So the servers alternate (A-B-A-B), each
+round gives one ratio of runs close in time, and the rounds are resampled with replacement. A bound is met if the
+worse end of the interval is inside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What is to be reached: `<= limit` or `>= limit`."""
+    """Required bound: `<= limit` or `>= limit`."""
 
     sense: str
     limit: float
@@ -39,7 +39,7 @@ class Bound:
             raise ValueError(f"a bound is <= or >=, not {self.sense!r}")
 
     def met(self, interval: Interval) -> bool:
-        """Whether the worse end is inside."""
+        """Whether the worse end of the interval is inside."""
         return interval.high <= self.limit if self.sense == "<=" else interval.low >= self.limit
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of a scenario's table. `value` None comes with the reason; `met` None where nothing is asked."""
+    """One row of a scenario's table. A `value` of None comes with the reason; `met` is None if there is no bound."""
 
     name: str
     value: float | None = None
@@ -66,12 +66,12 @@ class Figure:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The row as plain values."""
         return asdict(self)
 
 
 def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interval:
-    """`estimate` maps indices (draws, count) to one estimate a draw."""
+    """Bootstrap interval. `estimate` maps indices (draws, count) to one estimate a draw."""
     drawn = np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
     low, high = np.percentile(estimate(drawn), LEVEL)
     return Interval(float(estimate(np.arange(count)[None, :])[0]), float(low), float(high))
@@ -83,7 +83,7 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs values above 0")
     logs = np.log(np.asarray(ours) / np.asarray(theirs))
-    # Quantiles are taken of the logarithms: between ratios they would interpolate, and theirs/ours tell another story.
+    # Quantiles are taken of the logarithms: interpolation between ratios would give theirs/ours another interval.
     log = _bootstrap(lambda index: logs[index].mean(axis=1), len(logs), seed)
     return Interval(float(np.exp(log.value)), float(np.exp(log.low)), float(np.exp(log.high)))
 
@@ -108,7 +108,7 @@ def _check_pairs(ours: Sequence[float], theirs: Sequence[float]) -> None:
 
 
 def too_few(rounds: int) -> str | None:
-    """Why a bound cannot count as met; None when there are enough rounds."""
+    """Reason why a bound cannot count as met; None if there are enough rounds."""
     return None if rounds >= MIN_ROUNDS else f"{rounds} rounds; a bound counts as met from {MIN_ROUNDS} on"
 
 
@@ -147,7 +147,7 @@ def ratio_figure(
 def plain_figure(
     name: str, interval: Interval, unit: str, bound: Bound | None, rounds: int, *, note: str = ""
 ) -> Figure:
-    """A value that is no ratio. Too few rounds are never met."""
+    """A row whose value is no ratio. Too few rounds are never met."""
     reason = too_few(rounds) if bound else None
     return Figure(
         name=name,
@@ -164,5 +164,5 @@ def plain_figure(
 
 
 def missing(name: str, bound: Bound | None, reason: str) -> Figure:
-    """A row that was not measured, and why."""
+    """A row that was not measured, with the reason."""
     return Figure(name, bound=str(bound) if bound else None, reason=reason)

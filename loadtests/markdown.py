@@ -1,4 +1,4 @@
-"""A report of `peers` as a page of Markdown: what ran where, the figures, the arms' medians, and what went wrong."""
+"""A report of `peers` as a page of Markdown: set-up, figures, medians of the arms, and problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from loadtests import machine
 from loadtests.figures import Figure
-from loadtests.report import Report, middle
+from loadtests.report import Report, median_of
 
 LOG_LINES = 12
 TRIAL = "**A trial on CPU with a tiny model of random weights. No GPU was used: nothing on this page is a GPU figure.**"
@@ -25,7 +25,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What the page is about. No devices: a trial on CPU."""
+    """Subject of the page. No devices: a trial on CPU."""
 
     model: str
     architecture: str
@@ -73,9 +73,9 @@ def _facts(subject: Subject, report: Report) -> dict[str, str]:
 
 def _settings(report: Report) -> list[str]:
     names = ("engine", "streams", "rounds", "cores", "rounds cut short")
-    told = [f"- {name}: {report.settings[name]}" for name in names if name in report.settings]
-    told += [f"- {name}: {value}" for name, value in report.settings.items() if name.startswith("equal texts")]
-    return [*told, ""] if told else []
+    lines = [f"- {name}: {report.settings[name]}" for name in names if name in report.settings]
+    lines += [f"- {name}: {value}" for name, value in report.settings.items() if name.startswith("equal texts")]
+    return [*lines, ""] if lines else []
 
 
 def _figures(figures: Sequence[Figure]) -> list[str]:
@@ -97,14 +97,14 @@ def _arms(report: Report) -> list[str]:
     for arm in report.arms:
         if not arm.rounds:
             continue
-        runs = [one.run for one in arm.rounds]
-        cpu = [one.usage.front_end_s() / one.run.tokens * 1e6 for one in arm.rounds if one.run.tokens]
+        runs = [round_.run for round_ in arm.rounds]
+        cpu = [round_.usage.front_end_s() / round_.run.tokens * 1e6 for round_ in arm.rounds if round_.run.tokens]
         values: Mapping[str, float | None] = {
-            "tokens/s": middle([run.tokens / run.duration_s for run in runs if run.duration_s]),
-            "TTFT p50": _ms(middle([run.quantile("ttft_s", 50) for run in runs])),
-            "TTFT p99": _ms(middle([run.quantile("ttft_s", 99) for run in runs])),
-            "TPOT p50": _ms(middle([run.quantile("tpot_s", 50) for run in runs])),
-            "CPU": middle(cpu),
+            "tokens/s": median_of([run.tokens / run.duration_s for run in runs if run.duration_s]),
+            "TTFT p50": _ms(median_of([run.quantile("ttft_s", 50) for run in runs])),
+            "TTFT p99": _ms(median_of([run.quantile("ttft_s", 99) for run in runs])),
+            "TPOT p50": _ms(median_of([run.quantile("tpot_s", 50) for run in runs])),
+            "CPU": median_of(cpu),
         }
         failed = sum(len(run.records) - len(run.good) for run in runs)
         rows.append((arm.name, str(len(runs)), *map(_number, values.values()), str(failed)))
@@ -113,7 +113,7 @@ def _arms(report: Report) -> list[str]:
 
 
 def _problems(report: Report) -> list[str]:
-    """Each once, with the end of its log."""
+    """Each problem once, with the end of its log."""
     by_text: dict[str, list[str]] = {}
     for arm in report.arms:
         if arm.problem:

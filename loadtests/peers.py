@@ -1,4 +1,4 @@
-"""The peers: how each is started, and before what. They have an environment of their own (`make bench-peers`)."""
+"""The peers: how each is started, in front of which server. They have their own environment (`make bench-peers`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Peer:
 
 
 def program(environment: Path, name: str) -> str:
-    """A peer's command. Raises NoPeers."""
+    """Path of a peer's command. Raises NoPeers."""
     path = environment / "bin" / name
     if not path.exists():
         raise NoPeers(f"{path} is missing: `make bench-peers` makes the peers' environment")
@@ -57,7 +57,7 @@ async def _ready(child: Child, port: int, timeout_s: float, path: str = "/health
 
 
 async def vllm_router(children: Children, environment: Path, *engine_ports: int, policy: str = "cache_aware") -> Peer:
-    """vllm-router before one server or several. Raises DidNotStart or NoPeers."""
+    """vllm-router in front of one server or several. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", *(f"http://127.0.0.1:{engine}" for engine in engine_ports), "--policy", policy]
@@ -67,7 +67,7 @@ async def vllm_router(children: Children, environment: Path, *engine_ports: int,
 
 
 async def smg(children: Children, environment: Path, engine_port: int, tokenizer: Path) -> Peer:
-    """SMG, cache aware, before one server over HTTP. Raises DidNotStart or NoPeers."""
+    """SMG, cache aware, in front of one server over HTTP. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "smg"), "launch", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
@@ -78,7 +78,7 @@ async def smg(children: Children, environment: Path, engine_port: int, tokenizer
 
 
 async def litellm(children: Children, environment: Path, engine_port: int, model: str, folder: Path) -> Peer:
-    """LiteLLM's proxy, one worker, before one server. Raises DidNotStart or NoPeers."""
+    """LiteLLM's proxy, one worker, in front of one server. Raises DidNotStart or NoPeers."""
     port = free_port()
     entry = {"model": f"hosted_vllm/{model}", "api_base": f"http://127.0.0.1:{engine_port}/v1", "api_key": "none"}
     configuration = folder / "litellm.yaml"
@@ -87,8 +87,8 @@ async def litellm(children: Children, environment: Path, engine_port: int, model
     command += ["--port", str(port), "--num_workers", "1", "--telemetry", "False"]
     variables = {
         "LITELLM_LOG": "ERROR",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks the internet
-        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # on loopback, and no other peer checks a key
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise it downloads a file
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # loopback only, and no other peer checks a key
     }
     child = children.start("litellm", "litellm", command, variables)
     return await _ready(child, port, READY_S, "/health/liveliness")
@@ -97,7 +97,7 @@ async def litellm(children: Children, environment: Path, engine_port: int, model
 async def vllm_server(
     children: Children, model: str, folder: Path, engine: Mapping[str, object], environment: Mapping[str, str]
 ) -> tuple[Peer, int]:
-    """vLLM's own OpenAI server, stock, with the engine arguments that ours has. Raises DidNotStart."""
+    """vLLM's own OpenAI server, unmodified, with the same engine arguments as ours. Raises DidNotStart."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
@@ -107,7 +107,7 @@ async def vllm_server(
 
 
 def flags(arguments: Mapping[str, object]) -> Sequence[str]:
-    """Engine arguments as the command line of vLLM takes them."""
+    """Engine arguments as options of vLLM's command line."""
     out: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.report import Arm, Report, middle
+from loadtests.report import Arm, Report, median_of
 
 SIZE = (9, 4.5)
 QUANTITIES = (("ttft_s", "time to first token"), ("tpot_s", "time per token"), ("e2e_s", "end to end"))
@@ -18,7 +18,7 @@ class NoPlots(ValueError):
 
 
 def check() -> None:
-    """Raises NoPlots before anything is measured, rather than after."""
+    """Check that matplotlib is present. Raises NoPlots before anything is measured."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -26,7 +26,7 @@ def check() -> None:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """All plots that the report has data for; their paths."""
+    """Write all plots that the report has data for; return their paths."""
     check()
     import matplotlib
 
@@ -60,7 +60,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequence[float]]) -> None:
-    """Demand and replicas above, calls outside the slo below, over time."""
+    """Draw demand and replicas above, calls outside the SLO below, over time."""
     figure, (above, below) = pyplot.subplots(
         2, 1, sharex=True, figsize=SIZE, layout="constrained", height_ratios=(3, 1)
     )
@@ -74,7 +74,7 @@ def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequen
 
 
 def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Each gap between two chunks of any stream, at the time after the fault at which it ended."""
+    """Draw each gap between two chunks of any stream, at the time after the fault at which it ended."""
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     for kind, gaps in around.items():
         axes.plot([at for at, _ in gaps], [gap * 1000 for _, gap in gaps], ".", markersize=2, label=kind)
@@ -86,7 +86,7 @@ def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequ
 
 
 def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
-    """Arms by what stands before the colon in their names: one picture each."""
+    """Arms by the part of their name before the colon: one picture each."""
     parts: dict[str, list[tuple[str, Arm]]] = {}
     for arm in report.arms:
         part, colon, label = arm.name.partition(": ")
@@ -96,7 +96,7 @@ def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
 
 
 def _values(arm: Arm, name: str) -> list[float]:
-    values = [getattr(record, name) for one in arm.rounds for record in one.run.good]
+    values = [getattr(record, name) for round_ in arm.rounds for record in round_.run.good]
     return sorted(value * 1000 for value in values if value is not None)
 
 
@@ -114,15 +114,15 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
 
 
 def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
-    """Tokens a second by arm and concurrency; the arms of a single stream are their namesakes' first point."""
+    """Tokens a second by arm and concurrency; the single-stream arm of the same name gives the first point."""
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})
-        for one in arm.rounds:
-            if (concurrency := one.extra.get("concurrency")) and one.run.duration_s:
-                points.setdefault(int(concurrency), []).append(one.run.tokens / one.run.duration_s)
+        for round_ in arm.rounds:
+            if (concurrency := round_.extra.get("concurrency")) and round_.run.duration_s:
+                points.setdefault(int(concurrency), []).append(round_.run.tokens / round_.run.duration_s)
     return {
-        name: {level: middle(values) or 0.0 for level, values in sorted(points.items())}
+        name: {level: median_of(values) or 0.0 for level, values in sorted(points.items())}
         for name, points in rates.items()
     }
 

@@ -1,9 +1,9 @@
-"""CPU time and memory of the serving side, process by process, each in a class.
+"""CPU time and memory of the serving side, by process, each in a class.
 
-A root is a process that the harness has started, with the class it stands for; its descendants have the class that
-their command line says, else their parent's. An engine core that is a thread of its worker's process counts as one by
-itself, by the CPU time that the kernel keeps for the thread. The kernel keeps CPU time in steps of 10 ms a process:
-rounds are made long enough for that not to matter.
+A root is a process that the harness has started, with its class; a descendant's class follows from its command line,
+else it is its parent's. An engine core that is a thread of its worker's process counts as one process, by the CPU time
+that the kernel keeps for the thread. The kernel keeps CPU time in steps of 10 ms a process: rounds are long enough for
+that not to matter.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _BY_COMMAND = (
 )
 ENGINE = frozenset((ENGINE_CORE, ENGINE_RANK))
 NOBODY = frozenset((SIMULATED,))
-"""What stands in for an engine behind a peer counts for nobody."""
+"""Classes that are not counted: the stand-in for an engine behind a peer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ProcessSample:
     """One process at one moment."""
 
     kind: str
@@ -41,13 +41,13 @@ class Seen:
     rss_bytes: int
 
 
-Snapshot = Mapping[tuple[int, float], Seen]
-"""By (pid, time of creation), so that a pid that is used again is another process."""
+Snapshot = Mapping[tuple[int, float], ProcessSample]
+"""Processes by (pid, creation time), so that a reused pid is another process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the serving side spent between two snapshots, by class of process."""
+    """CPU time and memory of the serving side between two snapshots, by class of process."""
 
     cpu_s: Mapping[str, float]
     rss_bytes: Mapping[str, int]
@@ -62,35 +62,35 @@ class Usage:
 
 
 def snapshot(roots: Iterable[tuple[int, str]]) -> Snapshot:
-    """All processes under `roots`, each (pid, class). Ended ones are missing."""
-    found: dict[tuple[int, float], Seen] = {}
+    """All living processes under `roots`, each (pid, class)."""
+    samples: dict[tuple[int, float], ProcessSample] = {}
     for pid, kind in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
-            _look(psutil.Process(pid), kind, found)
-    return found
+            _sample_tree(psutil.Process(pid), kind, samples)
+    return samples
 
 
-def _look(process: psutil.Process, kind: str, found: dict[tuple[int, float], Seen]) -> None:
+def _sample_tree(process: psutil.Process, kind: str, samples: dict[tuple[int, float], ProcessSample]) -> None:
     try:
         with process.oneshot():
             times, rss = process.cpu_times(), process.memory_info().rss
             kind = classify(" ".join(process.cmdline()), kind)
             cpu_s, created = times.user + times.system, process.create_time()
-            found[(process.pid, created)] = Seen(kind, cpu_s, rss)
+            samples[(process.pid, created)] = ProcessSample(kind, cpu_s, rss)
         children = process.children()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
     for child in children:
-        _look(child, kind, found)
+        _sample_tree(child, kind, samples)
 
 
 def classify(command: str, parents: str) -> str:
-    """The class of a process by its command line, else its parent's."""
+    """Class of a process by its command line, else its parent's."""
     return next((kind for pattern, kind in _BY_COMMAND if pattern.search(command)), parents)
 
 
-def used(before: Snapshot, after: Snapshot) -> Usage:
-    """What was spent between two snapshots. A process that began in between counts from its begin."""
+def usage_between(before: Snapshot, after: Snapshot) -> Usage:
+    """Usage between two snapshots. A process that began in between counts from its beginning."""
     cpu: dict[str, float] = {}
     rss: dict[str, int] = {}
     for key, now in after.items():
@@ -101,7 +101,7 @@ def used(before: Snapshot, after: Snapshot) -> Usage:
 
 
 def pin(pid: int, cpus: Iterable[int]) -> None:
-    """Bind a process, its threads and all its descendants to `cpus`; those that have ended are passed over."""
+    """Bind a process, its threads and all its descendants to `cpus`; ended ones are skipped."""
     try:
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
@@ -111,7 +111,7 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 def pin_driver(cpus: Iterable[int]) -> None:
-    """Bind this process and its threads; its descendants are the servers, which stay where they are bound."""
+    """Bind this process and its threads; its descendants are the servers, which keep their binding."""
     _pin_threads([psutil.Process()], list(cpus))
 
 

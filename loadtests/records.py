@@ -1,8 +1,8 @@
-"""What a run leaves behind: one record a call, and what is computed of them.
+"""Results of a run: one record per call, and the figures computed from them.
 
-TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count: coalescing several tokens into
-a piece cannot flatter it. ITL is the gap between two pieces of text, which coalescing makes longer, never shorter;
-beside it stand the share of pieces that held one token and the longest silent gap.
+TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into
+a piece cannot improve it. ITL is the gap between two pieces of text, which coalescing makes longer, never shorter.
+Reported beside it: the share of pieces with one token, and the longest silent gap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUANTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Record:
-    """One call. Times are seconds from the run's begin; None where it did not come to that."""
+    """One call. Times are seconds from the beginning of the run; None if the call did not get that far."""
 
     key: str
     group: str
@@ -42,24 +42,24 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the complete answer arrived."""
         return not self.error
 
     @property
     def ttft_s(self) -> float | None:
-        """From sending to the first piece of text."""
+        """Time from sending to the first piece of text."""
         return None if self.first_s is None else self.first_s - self.sent_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds a token after the first; None below two tokens."""
+        """Seconds per token after the first; None below two tokens."""
         if self.first_s is None or self.last_s is None or self.tokens < 2:
             return None
         return (self.last_s - self.first_s) / (self.tokens - 1)
 
     @property
     def e2e_s(self) -> float:
-        """From sending to the end."""
+        """Time from sending to the end."""
         return self.ended_s - self.sent_s
 
     @property
@@ -84,47 +84,47 @@ class Record:
 
 
 def digest(pieces: Sequence[str]) -> str:
-    """A short name of a text."""
+    """Short digest of a text."""
     return hashlib.blake2b("".join(pieces).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Goodput counts the calls that meet every bound that is given, seconds."""
+    """Bounds in seconds; goodput counts the calls that meet every bound given."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
 
     def met_by(self, record: Record) -> bool:
-        """Whether a call meets it."""
+        """Whether a call meets the SLO."""
         pairs = ((self.ttft_s, record.ttft_s), (self.tpot_s, record.tpot_s), (self.e2e_s, record.e2e_s))
         return record.ok and all(bound is None or (value or 0.0) <= bound for bound, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The calls of one run in the order in which they were due, and how long it took."""
+    """Calls of one run in the order in which they were due, and its duration."""
 
     records: Sequence[Record]
     duration_s: float
     driver_cpu_s: float
     problem: str = ""
-    """Why it ended early; empty when every call was made."""
+    """Reason of an early end; empty if every call was made."""
 
     @property
     def good(self) -> Sequence[Record]:
-        """Calls with a whole answer."""
+        """Calls with a complete answer."""
         return [record for record in self.records if record.ok]
 
     @property
     def tokens(self) -> int:
-        """Tokens of all whole answers."""
+        """Tokens of all complete answers."""
         return sum(record.tokens for record in self.good)
 
     @property
     def one_token_share(self) -> float | None:
-        """At least this share of the pieces held one token (if the others held two each, it is exactly that)."""
+        """Lower bound on the share of pieces with one token (exact if all others held two)."""
         pieces = sum(record.pieces for record in self.good)
         return None if not pieces else max(0.0, 1.0 - (self.tokens - pieces) / pieces)
 
@@ -133,7 +133,7 @@ class Run:
         return dict(Counter(record.error for record in self.records if record.error))
 
     def quantile(self, name: str, percent: float) -> float | None:
-        """A quantile of `ttft_s`, `tpot_s`, `e2e_s`, `itl_s` or `lateness_s` over the whole answers, seconds."""
+        """Quantile of `ttft_s`, `tpot_s`, `e2e_s`, `itl_s` or `lateness_s` over the complete answers, seconds."""
         values = self._values(name)
         return float(np.percentile(values, percent)) if values else None
 
@@ -145,7 +145,7 @@ class Run:
         return [value for record in self.good if (value := getattr(record, name)) is not None]
 
     def summary(self, slo: Slo | None = None) -> dict[str, Any]:
-        """Counts, rates and quantiles; the names carry their units."""
+        """Counts, rates and quantiles; the names include their units."""
         out: dict[str, Any] = {
             "calls": len(self.records),
             "whole_answers": len(self.good),

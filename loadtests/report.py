@@ -1,4 +1,4 @@
-"""A scenario's result: the JSON that stays, and the table that is read."""
+"""Result of a scenario: the JSON report, and the table on the screen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARMS_A_TABLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run of one arm, with what its serving side spent."""
+    """One run of one arm, with the resource usage of its serving side."""
 
     number: int
     run: Run
@@ -55,12 +55,12 @@ class Arm:
     description: str
     rounds: list[Round] = field(default_factory=list)
     problem: str = ""
-    """Why there are no (more) rounds; with the end of the log where a process did not start."""
+    """Reason why there are no (more) rounds, with the end of the log if a process did not start."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What a scenario gives back."""
+    """Result of a scenario."""
 
     scenario: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Report:
     hardware: dict[str, Any] = field(default_factory=machine.hardware)
 
     def arm(self, name: str, description: str) -> Arm:
-        """A new arm."""
+        """Add an arm."""
         arm = Arm(name, description)
         self.arms.append(arm)
         return arm
@@ -110,12 +110,12 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the report as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
-        """The tables, then what went wrong."""
+        """Print the tables, then the problems."""
         shown = [arm for arm in self.arms if arm.rounds]
         for at in range(0, len(shown), ARMS_A_TABLE):
             console.print(_arms(shown[at : at + ARMS_A_TABLE]))
@@ -134,16 +134,16 @@ class Report:
 
 def _errors(rounds: Sequence[Round]) -> dict[str, int]:
     out: dict[str, int] = {}
-    for one in rounds:
-        for kind, count in one.run.errors().items():
+    for round_ in rounds:
+        for kind, count in round_.run.errors().items():
             out[kind] = out.get(kind, 0) + count
-        if one.run.problem:
-            out[one.run.problem] = out.get(one.run.problem, 0) + 1
+        if round_.run.problem:
+            out[round_.run.problem] = out.get(round_.run.problem, 0) + 1
     return out
 
 
-def middle(values: Sequence[float | None]) -> float | None:
-    """The median of those that are there."""
+def median_of(values: Sequence[float | None]) -> float | None:
+    """Median of the values that are not None."""
     there = sorted(v for v in values if v is not None)
     return there[len(there) // 2] if there else None
 
@@ -165,28 +165,28 @@ def _column(arm: Arm) -> dict[str, str]:
     failed = sum(len(run.records) - len(run.good) for run in runs)
 
     def ms(name: str, percent: float) -> str:
-        value = middle([run.quantile(name, percent) for run in runs])
+        value = median_of([run.quantile(name, percent) for run in runs])
         return _cell(None if value is None else value * 1000)
 
     def us(of: Callable[[Usage], float]) -> str:
-        return _cell(middle([of(usage) / tokens * 1e6 for usage, tokens in per_token]))
+        return _cell(median_of([of(usage) / tokens * 1e6 for usage, tokens in per_token]))
 
     gap_s = max((record.longest_gap_s for run in runs for record in run.good), default=None)
     out = {
         "rounds": str(len(runs)),
         "calls (failed)": f"{sum(len(run.records) for run in runs)} ({failed})",
-        "requests/s": _cell(middle([len(run.good) / run.duration_s for run in runs if run.duration_s])),
-        "tokens/s": _cell(middle([run.tokens / run.duration_s for run in runs if run.duration_s])),
+        "requests/s": _cell(median_of([len(run.good) / run.duration_s for run in runs if run.duration_s])),
+        "tokens/s": _cell(median_of([run.tokens / run.duration_s for run in runs if run.duration_s])),
     }
     for title, name in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("end to end", "e2e_s")):
         out |= {f"{title} ms p{percent}": ms(name, percent) for percent in QUANTILES}
     return out | {
         "longest silent gap ms": _cell(None if gap_s is None else gap_s * 1000),
-        "pieces of one token, at least": _cell(middle([run.one_token_share for run in runs])),
+        "pieces of one token, at least": _cell(median_of([run.one_token_share for run in runs])),
         "front end CPU µs/token": us(Usage.front_end_s),
         "engine CPU µs/token": us(lambda usage: usage.whole_s() - usage.front_end_s()),
-        "memory MiB": _cell(middle([sum(usage.rss_bytes.values()) / 2**20 for usage, _ in per_token])),
-        "driver CPU µs/token": _cell(middle([run.driver_cpu_s / run.tokens * 1e6 for run in runs if run.tokens])),
+        "memory MiB": _cell(median_of([sum(usage.rss_bytes.values()) / 2**20 for usage, _ in per_token])),
+        "driver CPU µs/token": _cell(median_of([run.driver_cpu_s / run.tokens * 1e6 for run in runs if run.tokens])),
     }
 
 

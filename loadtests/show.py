@@ -1,4 +1,4 @@
-"""Progress while a run is under way: one line, redrawn a few times a second on a terminal, plain lines elsewhere."""
+"""Progress of a run: on a terminal one line, redrawn a few times a second; elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ REDRAW_S = 0.5
 
 
 class Screen:
-    """Where progress and tables go."""
+    """Output for progress and tables."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(text, markup=False, highlight=False)
 
     @asynccontextmanager
     async def running(self, title: str) -> AsyncIterator[Callable[[Progress], None]]:
-        """Give the result to `drive` as `on_start`; the line lives until the context is left."""
+        """Progress line until the context is left. Pass the result to `drive` as `on_start`."""
         columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[now]}"))
         with Bar(*columns, TimeElapsedColumn(), console=self.console, transient=True, auto_refresh=False) as bar:
             redraw: list[asyncio.Task[None]] = []

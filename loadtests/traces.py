@@ -13,12 +13,12 @@ DEFAULT_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "tra
 
 
 class NoData(ValueError):
-    """A trace or a dataset is not there, or its name is unknown; the message says what to do."""
+    """A missing trace or dataset, or an unknown name; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """One request of a trace: when, how long, for whom, and which blocks of 512 tokens its prompt is made of."""
+    """One request of a trace: time, lengths, tenant, and the blocks of 512 tokens of its prompt."""
 
     at_s: float
     prompt_tokens: int
@@ -70,7 +70,7 @@ def load(name: str, folder: Path = DEFAULT_FOLDER) -> list[Traced]:
 
 
 def data_file(folder: Path, file: str) -> Path:
-    """A file of the traces' folder. Raises NoData where it is absent."""
+    """Path of a file in the traces' folder. Raises NoData if it is absent."""
     if not folder.is_dir():
         raise NoData(f"the folder of traces is absent ({folder}): name another with --traces, or use another dataset")
     if not (path := folder / file).is_file():

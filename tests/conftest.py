@@ -1,4 +1,4 @@
-"""What every test shares: what this machine cannot run is skipped by name, and the names are the run's last line."""
+"""Hooks for all tests: skip by name what this machine cannot run, and list the skipped tests at the end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from cluster.cli.commands import doctor
 if TYPE_CHECKING:
     from tests.support.parallel import Scheduler
 
-settings.register_profile("patient", deadline=None)  # how long an example takes tells of the machine's other work
+settings.register_profile("patient", deadline=None)  # the duration of an example depends on the machine's other work
 settings.load_profile("patient")
 
 _SKIPPED: dict[str, str] = {}
 SHOWN = 1
-"""Names of tests with one reason to skip; pytest's own summary has the others."""
+"""Number of test names shown per skip reason; pytest's own summary has the others."""
 
 
 NAMESPACES = ("ip", "namespaces")
-"""What tests marked `root` need."""
+"""Required by tests marked `root`."""
 
 
 @functools.cache
 def _lack(name: str) -> str:
-    """Why what the doctor calls so cannot be used here, with the line that helps; empty when it can."""
+    """Reason why a requirement (by its name in the doctor) is missing here, with the remedy; empty if it is met."""
     return doctor.missing_reason(name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a right or a tool that this machine lacks (markers `root` and `needs`)."""
+    """Skip tests that need a privilege or a tool that this machine lacks (markers `root` and `needs`)."""
     names = [name for mark in item.iter_markers("needs") for name in mark.args]
     for name in (*(NAMESPACES if item.get_closest_marker("root") else ()), *names):
         if lack := _lack(name):
@@ -42,14 +42,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember what was skipped and why."""
+    """Record skipped tests and their reasons."""
     if report.skipped and isinstance(report.longrepr, tuple):
         _SKIPPED[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Count the skipped tests by reason after pytest's own closing line, and name them in the last one."""
+    """Count the skipped tests by reason after pytest's own closing line, and name them in the last line."""
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 def _summary(skipped: Mapping[str, str]) -> Iterator[str]:
-    """Skipped tests by reason, the most frequent first, and then all by name."""
+    """Skipped tests by reason, the most frequent first, then all by name."""
     reasons = Counter(skipped.values())
     yield f"{len(skipped)} {'test was' if len(skipped) == 1 else 'tests were'} skipped:"
     yield from (f"{count:5}  {reason}" for reason, count in reasons.most_common())

@@ -1,4 +1,4 @@
-"""Imports point one way, as docs/architecture.md says. Each rule's message names the rule and the remedy."""
+"""Imports follow docs/architecture.md in one direction. Each rule's message names the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def _table(page: str) -> dict[str, set[str]]:
-    """The packages of docs/architecture.md, each with what it may import of ours."""
+    """Packages of docs/architecture.md, each with those of ours that it may import."""
     rows = re.findall(r"^\| (\w+) \| [^|]+ \| ?([\w ]*?) ?\|$", page.split("## Packages")[1].split("\n## ")[0], re.M)
     return {name: set(imports.split()) for name, imports in rows if name != "package"}
 
@@ -28,10 +28,10 @@ def _table(page: str) -> dict[str, set[str]]:
 MAY_IMPORT = _table(PAGE.read_text())
 PURE = ("policy", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
-# module -> what it may import nevertheless, with the reason beside it
+# module -> imports allowed as exceptions, with the reason beside each
 PURE_EXCEPTIONS = {
-    "cluster.wire.bundle": {"os"},  # bundles rest in folders; reading and writing them is theirs
-    "cluster.process.private_files": {"os"},  # every package that keeps state makes it private alike
+    "cluster.wire.bundle": {"os"},  # bundles are stored in folders; this module reads and writes them
+    "cluster.process.private_files": {"os"},  # every package that keeps state makes it private in the same way
 }
 ONE_PLACE = {
     "ray": "ray",
@@ -71,7 +71,7 @@ MODULES = {
 
 
 def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
-    """The dotted names that a statement imports; of `from x import y` it is x.y where that is a module of ours."""
+    """Dotted names that a statement imports; of `from x import y` it is x.y if that is a module of ours."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -86,7 +86,7 @@ def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
 
 
 def imports_of(source: str, module: str, file: Path) -> list[Import]:
-    """Every import of a file, those inside functions and those for the type checker included."""
+    """Every import of a file, including those inside functions and for the type checker."""
     tree = ast.parse(source)
     return [
         Import(module, target, file, node.lineno)
@@ -96,11 +96,11 @@ def imports_of(source: str, module: str, file: Path) -> list[Import]:
     ]
 
 
-ALL = [found for name, file in MODULES.items() for found in imports_of(file.read_text(), name, file)]
+ALL = [imported for name, file in MODULES.items() for imported in imports_of(file.read_text(), name, file)]
 
 
 def package(module: str) -> str:
-    """The package of the table that a module of ours belongs to; empty for `cluster` itself."""
+    """The table's package that a module of ours belongs to; empty for `cluster` itself."""
     parts = module.split(".")
     if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"], ["link"]):
         return "pb"
@@ -112,10 +112,10 @@ def ours(target: str) -> bool:
     return target == "cluster" or target.startswith("cluster.")
 
 
-def against_table(found: Import) -> bool:
-    """Whether an import is not in the table."""
-    here, there = package(found.module), package(found.target)
-    return ours(found.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
+def against_table(imported: Import) -> bool:
+    """Whether an import violates the table."""
+    here, there = package(imported.module), package(imported.target)
+    return ours(imported.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
 
 
 def test_every_package_has_its_row() -> None:
@@ -126,7 +126,7 @@ def test_every_package_has_its_row() -> None:
 
 def test_imports_follow_the_table() -> None:
     """Packages import only what their row allows."""
-    wrong = [str(found) for found in ALL if against_table(found)]
+    wrong = [str(imported) for imported in ALL if against_table(imported)]
     assert not wrong, (
         "\n".join(wrong) + "\nRule: imports follow the table of docs/architecture.md. Remedy: put the type that both "
         "need into cluster/api, take the object as an argument, or compose the two in gateway/server.py, ray or cli."
@@ -136,9 +136,9 @@ def test_imports_follow_the_table() -> None:
 def test_no_module_imports_itself_indirectly() -> None:
     """There is no cycle between modules, lazy and type-only imports included."""
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
-    for found in ALL:
-        if found.target in MODULES and found.target != found.module:
-            graph[found.module].add(found.target)
+    for imported in ALL:
+        if imported.target in MODULES and imported.target != imported.module:
+            graph[imported.module].add(imported.target)
     done: set[str] = set()
 
     def walk(name: str, path: tuple[str, ...]) -> None:
@@ -156,12 +156,12 @@ def test_no_module_imports_itself_indirectly() -> None:
 
 
 def test_pure_packages_are_pure() -> None:
-    """What decides knows no clock, no chance and no I/O."""
+    """Packages that decide use no clock, no randomness and no I/O."""
     wrong = [
-        str(found)
-        for found in ALL
-        if package(found.module) in PURE
-        and found.target.split(".")[0] in NOT_IN_PURE - PURE_EXCEPTIONS.get(found.module, set())
+        str(imported)
+        for imported in ALL
+        if package(imported.module) in PURE
+        and imported.target.split(".")[0] in NOT_IN_PURE - PURE_EXCEPTIONS.get(imported.module, set())
     ]
     assert not wrong, (
         "\n".join(wrong) + "\nRule: policy and api are pure. "
@@ -173,7 +173,11 @@ def test_pure_packages_are_pure() -> None:
 def test_one_technology_has_one_place(technology: str) -> None:
     """Ray, vLLM, the Prometheus client and others are each imported by one package."""
     home = ONE_PLACE[technology]
-    wrong = [str(found) for found in ALL if found.target.split(".")[0] == technology and package(found.module) != home]
+    wrong = [
+        str(imported)
+        for imported in ALL
+        if imported.target.split(".")[0] == technology and package(imported.module) != home
+    ]
     assert not wrong, (
         "\n".join(wrong) + f"\nRule: only cluster/{home} imports {technology}. "
         f"Remedy: add what you need to cluster/{home} and use it through a port of cluster/api or a plain function."
@@ -214,6 +218,6 @@ def test_the_base_install_needs_no_engine(module: str) -> None:
     ],
 )
 def test_the_rule_itself_sees_what_it_should(module: str, line: str, wrong: bool) -> None:
-    """The reader of imports knows relative, lazy and type-only imports."""
-    found = imports_of(line, module, ROOT / (module.replace(".", "/") + ".py"))
-    assert any(against_table(one) for one in found) is wrong
+    """The reader of imports recognizes relative, lazy and type-only imports."""
+    imports = imports_of(line, module, ROOT / (module.replace(".", "/") + ".py"))
+    assert any(against_table(item) for item in imports) is wrong

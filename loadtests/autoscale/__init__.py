@@ -1,1 +1,1 @@
-"""What the autoscaler is held against: demand from traces, the clairvoyant optimum, Ray Serve's policy, static."""
+"""Baselines for the autoscaler: demand from traces, the clairvoyant optimum, Ray Serve's policy, static placement."""

@@ -1,11 +1,11 @@
-"""The optimum of optimum.py for a demand and a plant, and its plan played in the simulation that everybody faces.
+"""The clairvoyant optimum (optimum.py) for a demand and a plant, and its plan replayed in the common simulation.
 
-A call may wait for the time to the first token less what its own prompt takes. What the fluid of the recursion still
-leaves out (decoding that gives way to prompts, calls that do not come evenly within a slot) is made up for by judging
-plans in the simulation: each is replayed call by call, and the cheapest that holds the slo there is the optimum that
-is compared with. The recursion takes somewhat less slack and more work than there is, and spreads decoding in two
-ways (`TRIED`), since a plan without late calls in the fluid may have some there. `bound_s` is the recursion's own
-lower bound, which is one of the fluid.
+A call may wait for the target time to first token less the time of its own prefill. The fluid model of the recursion
+leaves out that decoding yields to prefills and that calls arrive unevenly within a slot. To correct for that, plans are
+replayed call by call in the simulation; the cheapest plan that meets the SLO there is the optimum used for comparison.
+The recursion assumes slightly less slack and more work than there is, and spreads decoding in two ways (`TRIED`), since
+a plan without late calls in the fluid model may have some in the simulation. `bound_s` is the recursion's own lower
+bound, which holds for the fluid model.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from loadtests.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 
 TRIED = ((0.8, 1.05, 0.03), (0.8, 1.12, 0.03), (0.5, 1.05, 0.03), (0.5, 1.02, 0.08), (0.2, 1.02, 0.08))
 CLASSES_S = (0.2, 0.5, 1.0, 1.5)
-"""Calls are classed by what their own prompt takes: up to each of these, and the rest."""
+"""Upper bounds of the call classes, by seconds of prefill; the last class holds the rest."""
 LINGERS = (0, 1, 2)
-"""Slots that a replica stays beyond what the recursion gives it, where the slo does not hold without: the recursion
-does not know that streams of replicas that leave are computed again elsewhere."""
+"""Slots that a replica stays beyond the recursion's plan, tried in order until the SLO holds. The recursion
+does not know that streams of leaving replicas are computed again on others.
+"""
 NEAR = 0.1
-"""A plan that misses the target by more is not mended by lingering."""
+"""A plan that misses the target by more than this is not retried with lingering replicas."""
 BESIDE = 30.0
-"""Running sequences beside a prompt, for what it takes."""
+"""Running sequences assumed beside a prompt when its prefill time is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clairvoyant:
-    """`cost_s`: GPU-seconds of the replayed plan, its starts with it."""
+    """The cheapest replayed plan that meets the SLO. `cost_s`: its GPU-seconds, including starts."""
 
     cost_s: float
     bound_s: float
@@ -46,14 +47,14 @@ class Clairvoyant:
 
     @property
     def initial(self) -> int:
-        """What it has when the demand begins, which costs no start."""
+        """Replicas that exist when the demand begins; they cost no start."""
         return int(self.replicas[0])
 
 
 def slots_of(
     demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float, pace_s: float
 ) -> Slots:
-    """Prompts where they arrive, output spread over the time of its stream, which runs at `pace_s` a token."""
+    """Demand in slots: prompts where they arrive, output spread over its stream, which runs at `pace_s` a token."""
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
     prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
@@ -70,14 +71,14 @@ def slots_of(
 
 
 def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
-    """By class, in slots: what the middle of the class leaves of the time to the first token."""
+    """Slack of each class in slots: the TTFT target less the prefill time in the middle of the class."""
     edges = (0.0, *CLASSES_S, 2 * ttft_s)
-    left = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
-    return tuple(value * share / slot_s if value > 0 else -1.0 for value in left)
+    slack_s = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
+    return tuple(value * share / slot_s if value > 0 else -1.0 for value in slack_s)
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
-    """How much falls into each slot of what comes at `rate` a slot from begin to end."""
+    """Amount that falls into each slot, for items that come at `rate` a slot from `begin` to `end`."""
     edges = np.arange(count + 1)
     total = np.zeros(count + 1)
     for times, sign in ((begin, 1.0), (end, -1.0)):
@@ -93,7 +94,7 @@ def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
 def replay(
     demand: Demand, plant: ReplicaModel, settings: ModelSettings, replicas: Floats, slot_s: float, tick_s: float
 ) -> Track:
-    """A plan played as it is: starts were begun in time, so replicas are ready when the plan has them."""
+    """Replay a plan unchanged: starts were begun in time, so replicas are ready when the plan needs them."""
     counts = [int(n) for n in replicas]
 
     def planned(_: Observation, now_s: float) -> dict[str, int]:
@@ -115,7 +116,7 @@ def clairvoyant(
     tried: Sequence[tuple[float, float, float]] = TRIED,
     tries: int = 8,
 ) -> Clairvoyant | None:
-    """The cheapest replayed plan that holds the slo; None where none does."""
+    """The cheapest replayed plan that meets the SLO; None if no plan does."""
     slo, best = settings.slo, None
     for share, more, pace_s in tried:
         slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta, more, pace_s)
@@ -135,16 +136,16 @@ def clairvoyant(
                     break
             return False
 
-        found = optimum(slots, rules, 1.0 - slo.target, tries, holds)
-        if found is not None:
-            cost_s, attained, replicas = min(held, key=lambda one: one[0])
+        solution = optimum(slots, rules, 1.0 - slo.target, tries, holds)
+        if solution is not None:
+            cost_s, attained, replicas = min(held, key=lambda candidate: candidate[0])
             if best is None or cost_s < best.cost_s:
-                best = Clairvoyant(cost_s, found.bound_s, attained, replicas, slot_s, share)
+                best = Clairvoyant(cost_s, solution.bound_s, attained, replicas, slot_s, share)
     return best
 
 
 def lingering(replicas: Floats, slots: int) -> Floats:
-    """A plan whose replicas leave so many slots later: the streams on them end instead of being moved."""
+    """A plan whose replicas leave `slots` slots later: streams on them end instead of being moved."""
     padded = np.concatenate([np.full(slots, replicas[0]), replicas])
     out: Floats = np.lib.stride_tricks.sliding_window_view(padded, slots + 1).max(axis=1)
     return out

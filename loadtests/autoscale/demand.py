@@ -1,4 +1,4 @@
-"""Demand for simulations: public traces at their own times, ServeGen's clients, and made up shapes."""
+"""Demand for simulations: public traces at their own times, ServeGen's clients, and synthetic shapes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loadtests import traces
 from loadtests.sim.scaling import Demand, Floats
 
 TIMES = 8
-"""How many clients like the trace's call: one hour of it is then worth about ten replicas."""
+"""Copies of each trace call: one hour of the trace then needs about ten replicas."""
 WINDOW_S = 600.0
 WEEK_S = 7 * 86_400.0
 CLIENTS = 43
 
 
 def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1.0) -> Demand:
-    """Each call of the trace comes `times` times within `within_s`, so that its bursts stay bursts."""
+    """Demand with `times` copies of each trace call within `within_s`, so that its bursts remain bursts."""
     calls = traces.load(name)
     rng = np.random.default_rng(seed)
     at = np.repeat([c.at_s for c in calls], times)
@@ -33,8 +33,8 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
     return Demand(at[order], np.ones(len(at)), prompt, np.maximum(output, 1.0), float(np.ceil(at.max())) + 1.0)
 
 
-def made_up(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
-    """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal about these means."""
+def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
+    """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal with these means."""
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
 
@@ -46,7 +46,7 @@ def made_up(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tupl
 
 
 def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Arrival times: in every window rate x window calls with Gamma gaps of this variation."""
+    """Arrival times: each window has rate x window calls, with Gamma gaps of coefficient of variation `cv`."""
     out = []
     for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
         count = int(per_s * window_s + rng.random())
@@ -59,7 +59,7 @@ def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator)
 
 
 def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Calls by bin: as many on average, with the dispersion (cv squared) that a renewal process of that cv has."""
+    """Calls by bin: `mean` on average, with the dispersion (cv squared) of a renewal process with that cv."""
     dispersion = np.maximum(cv**2, 0.05)
     drawn = rng.gamma(np.maximum(mean / dispersion, 1e-12)) * dispersion
     counts: Floats = np.floor(np.where(mean > 0, drawn, 0.0) + rng.random(len(mean)))
@@ -67,7 +67,7 @@ def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
 
 
 def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
-    """Calls a second and variation of one client of m-small, by window of 600 s."""
+    """Calls a second and coefficient of variation of one client of m-small, by window of 600 s."""
     path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
     rows = [line.split(",") for line in path.read_text().split()]
     return np.array([float(r[1]) for r in rows]), np.array([float(r[2]) for r in rows])
@@ -95,8 +95,8 @@ def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[F
 
 
 def pooled_lengths(folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats]:
-    """Of all clients whose data sets are there, each with equal weight."""
-    parts = [found for n in range(CLIENTS) if (found := client_lengths(n, folder)) is not None]
+    """Length distributions of all clients whose data sets are present, each client with equal weight."""
+    parts = [lengths for n in range(CLIENTS) if (lengths := client_lengths(n, folder)) is not None]
     out = []
     for at in (0, 2):
         out += [np.concatenate([p[at] for p in parts]), np.concatenate([p[at + 1] for p in parts]) / len(parts)]
@@ -113,7 +113,7 @@ def servegen(
     bin_s: float = 1.0,
     folder: Path = traces.DEFAULT_FOLDER,
 ) -> Demand:
-    """Clients of m-small at `scale` times their own rates; the calls of a bin come together, with mean lengths."""
+    """Demand of clients of m-small at `scale` times their own rates; calls of a bin come together at mean lengths."""
     rng = np.random.default_rng(seed)
     first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)
     bins = round(duration_s / bin_s)
@@ -130,7 +130,7 @@ def servegen(
         for total, values, weights in ((prompt, lengths[0], lengths[1]), (output, lengths[2], lengths[3])):
             mean = float(values @ weights)
             spread = math.sqrt(max(float((values**2) @ weights) - mean**2, 0.0))
-            # the sum of many lengths: its mean, and a Gamma about it as wide as the sum's
+            # the sum of many lengths: its mean, and a Gamma around it with the variance of the sum
             shape = here * (mean / spread) ** 2 if spread > 0 else here
             drawn: Floats = rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean)
             total += np.where(here > 0, drawn, 0.0)

@@ -1,20 +1,20 @@
-"""The clairvoyant optimum of one model: how few GPU-seconds serve a demand that is known from its first second on.
+"""The clairvoyant optimum of one model: the fewest GPU-seconds that serve a demand known in advance.
 
-The plant here is the fluid of loadtests/sim/fleet.py in slots: in slot t work w[t] (replica-seconds) and c[t] calls
-come evenly, n[t] replicas serve at most n[t] x slot of it, first come first served, and what is left waits. A call is
-late when what waits before it takes n[t] replicas longer than its class of calls may wait (a long prompt may wait less
-than a short one: computing it takes of the same time to the first token). Who knows the future begins each start a
-cold start before it is needed, so a start is nothing but its price: `cold_start_s` GPU-seconds for each replica that
-n[t] has more than n[t-1], and n may be anything in any slot. The first slot's replicas are there (so are those of
-whom it is compared with).
+The plant here is the fluid of loadtests/sim/fleet.py in slots: in slot t, work w[t] (replica-seconds) and c[t] calls
+arrive evenly; n[t] replicas serve at most n[t] x slot of it, first come first served; the rest waits. A call is late
+when n[t] replicas need longer for the work ahead of it than its class of calls may wait (a long prompt may wait less
+than a short one, since its prefill takes part of the same time to first token). With a known future each start begins
+one cold start before it is needed, so a start only has a price: `cold_start_s` GPU-seconds for each replica that
+n[t] has more than n[t-1], and n may take any value in any slot. The first slot's replicas already exist (as they do
+for the policies compared).
 
-Sought: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
+Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
 
-`solve` finds for one price of a late call (GPU-seconds) the cheapest plan, exactly:
+`solve` finds, for one price of a late call (GPU-seconds), the exact cheapest plan:
 
-    J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ],  b' = (b + w - n slot)+
+J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ],  b' = (b + w - n slot)+
 
-Proof sketch. (1) What a plan costs from slot t on depends on the past through n[t] and the waiting work b alone:
+Proof sketch. (1) The cost of a plan from slot t on depends on the past through n[t] and the waiting work b alone:
 lateness and b' in a slot are functions of (n, b, w, c), the price of starts of (n, m). So Bellman's principle holds
 and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta of slot /
 `quanta`, and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is rounded
@@ -25,7 +25,7 @@ J, and m > n, the running minimum of J + cold m from above, less cold n: O(1) fo
 For every price, J less price x allowed late calls is at most the constrained optimum (weak duality: the constrained
 optimum's plan is one of those over which J is the minimum, and its late calls are at most the allowed). The largest
 of these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is
-`Optimum.plan`; what lies between the two is told, never assumed.
+`Optimum.plan`; the gap between the two is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Demand in slots. `work` in quanta (whole numbers), `calls` by slot and class of calls."""
+    """Demand in slots. `work`: quanta (whole numbers); `calls`: by slot and class of calls."""
 
     work: NDArray[np.int64]
     calls: Floats
@@ -51,7 +51,7 @@ class Slots:
 
     @classmethod
     def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
-        """From replica-seconds; the rounding error is carried on."""
+        """Convert replica-seconds to slots; the rounding error is carried on."""
         total = np.rint(np.cumsum(np.asarray(work_s)) * quanta / slot_s)
         work = np.diff(total, prepend=0.0).astype(np.int64)
         return cls(work, calls, slot_s, quanta)
@@ -59,20 +59,20 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is asked of a plan. `slacks`: how many slots a call of each class may wait in line; below 0 it is late."""
+    """Constraints on a plan. `slacks`: slots that a call of each class may wait; a call with slack below 0 is late."""
 
     slacks: tuple[float, ...]
     cold_start_s: float
     most: int
-    """Replicas."""
+    """Upper bound on replicas."""
     least: int = 0
     deepest: float = 4.0
-    """Waiting work beyond so many slots of `most` replicas is forgotten."""
+    """Waiting work beyond this many slots of `most` replicas is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Replicas by slot, what they cost in GPU-seconds with their starts, and how many calls are late."""
+    """Replicas by slot, their cost in GPU-seconds including starts, and the number of late calls."""
 
     replicas: NDArray[np.int64]
     cost_s: float
@@ -81,16 +81,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """`bound` is at most the optimum, `plan.cost_s` at least."""
+    """Bounds on the optimum: `bound` from below, `plan.cost_s` from above."""
 
     bound_s: float
     plan: Plan
 
 
 def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: Sequence[float], quanta: int) -> Floats:
-    """Of a slot's calls by class, those that wait too long; waiting work `before` and `after` the slot, in quanta.
+    """Number of late calls in a slot, over all classes; waiting work `before` and `after` the slot, in quanta.
 
-    The wait grows (or falls) evenly over the slot from before / n to after / n, in slots.
+    The wait changes linearly over the slot from before / n to after / n, in slots.
     """
     low, high = np.minimum(before, after), np.maximum(before, after)
     span = np.maximum(high - low, 1e-12)
@@ -104,13 +104,13 @@ def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: 
 
 
 def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
-    """What a plan costs, slot by slot: the definition that `solve` is checked against."""
+    """Cost of a plan, slot by slot: the definition that `solve` is checked against."""
     grid_end = _grid_end(rules, slots)
     waiting, late = 0, 0.0
     for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):
         after = min(max(waiting + work - n * slots.quanta, 0), grid_end)
-        one = [np.array([float(value)]) for value in (n, waiting, after)]
-        late += float(late_calls(one[0], one[1], one[2], calls, rules.slacks, slots.quanta)[0])
+        state = [np.array([float(value)]) for value in (n, waiting, after)]
+        late += float(late_calls(state[0], state[1], state[2], calls, rules.slacks, slots.quanta)[0])
         waiting = after
     starts = float(np.maximum(np.diff(replicas), 0).sum())
     return Plan(replicas, float(replicas.sum()) * slots.slot_s + rules.cold_start_s * starts, late)
@@ -121,12 +121,12 @@ def _grid_end(rules: Rules, slots: Slots) -> int:
 
 
 def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
-    """The cheapest plan where a late call costs `price_s` GPU-seconds."""
+    """The cheapest plan when a late call costs `price_s` GPU-seconds."""
     n = np.arange(rules.least, rules.most + 1)
     end = _grid_end(rules, slots)
     b = np.arange(end + 1)
     levels, count = len(b), len(n)
-    left = b[None, :] - n[:, None] * slots.quanta
+    unserved = b[None, :] - n[:, None] * slots.quanta
     n_s, cold = n * slots.slot_s, rules.cold_start_s * n.astype(float)
     rows = np.arange(count)[:, None]
     kind = np.int8 if count < 127 else np.int16
@@ -135,14 +135,14 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
     before = np.broadcast_to(b.astype(float)[None, :], (count, levels))
     n_column = n.astype(float)[:, None]
     for t in range(len(slots.work) - 1, -1, -1):
-        # the cheapest way on from having n replicas, for each waiting work at the begin of the next slot
+        # the cheapest continuation from n replicas, for each waiting work at the beginning of the next slot
         fewer, fewer_at = _running_min(later)
         more, more_at = _running_min((later + cold[:, None])[::-1])
         more, more_at = more[::-1] - cold[:, None], count - 1 - more_at[::-1]
         use_more = more < fewer
         onward = np.where(use_more, more, fewer)
         choice[t] = np.where(use_more, more_at, fewer_at)
-        after = np.clip(left + slots.work[t], 0, end)
+        after = np.clip(unserved + slots.work[t], 0, end)
         cost = onward[rows, after]
         if slots.calls[t].any():
             cost += price_s * late_calls(
@@ -159,7 +159,7 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
 
 
 def _running_min(values: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Along the first axis, the least so far and where it is."""
+    """Running minimum along the first axis, and its position."""
     least = np.minimum.accumulate(values, axis=0)
     rows = np.arange(len(values))[:, None]
     at = np.maximum.accumulate(np.where(values == least, rows, 0), axis=0)
@@ -173,10 +173,11 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Bisect the price of a late call (in its logarithm) till the budget is just kept.
+    """Bisect the price of a late call (in its logarithm) until the budget is just kept.
 
-    `holds` says whether a plan keeps it, for those who judge plans by more than this fluid; by default its own late
-    calls do. None where even the dearest price gives no such plan.
+    `holds` says whether a plan keeps the budget, for callers that judge plans beyond this fluid model; by default the
+    plan's
+    own late calls are counted. None if even the highest price gives no such plan.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

@@ -1,7 +1,7 @@
-"""Ray Serve's own autoscaling policy, by its code, in virtual time.
+"""Ray Serve's own autoscaling policy, run from its own code in virtual time.
 
-What is taken from Ray Serve is all that decides: the policy on ongoing requests, its scaling factors, its delays (with
-Ray's own argument for the time) and its start from zero. What is ours is what Ray Serve's controller does around them:
+Everything that decides is Ray Serve's: the policy on ongoing requests, its scaling factors, its delays (through
+Ray's own time argument) and its start from zero. The surroundings that Ray Serve's controller provides are ours:
 the mean of running and queued requests over the look-back period, sampled at every decision, and the bounds.
 """
 
@@ -22,7 +22,7 @@ DOWNSCALE_S = (60.0, 300.0, 600.0)
 
 @dataclass(frozen=True, slots=True)
 class RaySettings:
-    """As in Ray Serve's autoscaling_config; the values here are its defaults."""
+    """Settings of Ray Serve's autoscaling_config, with its defaults."""
 
     target_ongoing_requests: float = 2.0
     look_back_period_s: float = 30.0
@@ -31,7 +31,7 @@ class RaySettings:
 
 
 def grid() -> Iterator[RaySettings]:
-    """All that are tried."""
+    """All settings that are tried."""
     for target, up_s, down_s in product(TARGETS, UPSCALE_S, DOWNSCALE_S):
         yield RaySettings(float(target), 30.0, up_s, down_s)
 
@@ -44,7 +44,7 @@ class _Model:
 
 
 class RayPolicy:
-    """A scaler for loadtests/sim/scaling.py. Needs ray."""
+    """Scaler for loadtests/sim/scaling.py. Needs ray."""
 
     def __init__(self, settings: RaySettings) -> None:
         from ray.serve.config import AutoscalingConfig
@@ -55,8 +55,8 @@ class RayPolicy:
         self._make = AutoscalingConfig
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
-        """Wanted replicas."""
-        return {name: self._one(name, seen, now_s) for name, seen in observation.models.items()}
+        """Return the wanted replicas."""
+        return {name: self._wanted_replicas(name, seen, now_s) for name, seen in observation.models.items()}
 
     def _config(self, least: int, most: int) -> Any:
         if (least, most) not in self._config_of:
@@ -71,7 +71,7 @@ class RayPolicy:
             )
         return self._config_of[least, most]
 
-    def _one(self, name: str, seen: ModelSeen, now_s: float) -> int:
+    def _wanted_replicas(self, name: str, seen: ModelSeen, now_s: float) -> int:
         from ray.serve import autoscaling_policy as ray_code
         from ray.serve.config import AutoscalingContext
 

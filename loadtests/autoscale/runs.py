@@ -1,4 +1,4 @@
-"""The runs of the scenario `autoscale`, each a function of plain values so that it can go to another process."""
+"""The runs of the scenario `autoscale`: each is a function of plain values, so that it can run in another process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from loadtests.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track
 
 SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
 EQUAL = 0.7
-"""Where violations are compared at like cost, Ray Serve's policy may have ours / this in GPU-seconds: cost's bound."""
+"""Bound on cost when violations are compared: Ray Serve's policy may use our GPU-seconds / this."""
 WITHIN_S = 10.0
-"""The copies of a trace's call come within the window in which its peaks are counted."""
+"""Window in which the copies of a trace's call arrive and in which its peaks are counted."""
 MOST_WEEK = 200
-"""Replicas: the sum of all clients peaks at 125 over 30 s, and its bursts within a second at several times that."""
+"""Most replicas: the sum of all clients peaks at 125 over 30 s, and its bursts within a second at several times that.
+"""
 GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model's demand on one plant. `most`: replicas that the optimum may use."""
+    """Demand of one model on one plant. `most`: replicas that the optimum may use."""
 
     name: str
     demand: Demand
@@ -42,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """For a plot: values at times."""
+    """A line of a plot: values at times."""
 
     at_s: list[float]
     load: list[float]
@@ -52,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one case and one scaler."""
+    """Result of one case and one scaler."""
 
     gpu_s: float
     attainment: float
@@ -64,13 +65,13 @@ class Outcome:
 
     @property
     def violations(self) -> float:
-        """Calls outside the slo."""
+        """Calls outside the SLO."""
         return self.arrived * (1.0 - self.attainment)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One case: the policy, the optimum, and Ray Serve's policy where it was asked for."""
+class CaseResults:
+    """Results of one case: our policy, the optimum, and Ray Serve's policy where requested."""
 
     name: str
     ours: Outcome
@@ -78,14 +79,14 @@ class Compared:
     load: float
     ray_default: Outcome | None = None
     ray_best: tuple[RaySettings, Outcome] | None = None
-    """The cheapest of the grid that holds the slo, else the one with the fewest violations."""
+    """The cheapest of the grid that meets the SLO, else the one with the fewest violations."""
     ray_equal: tuple[RaySettings, Outcome] | None = None
-    """The fewest violations of the grid among those with at most ours / `EQUAL` in GPU-seconds; None: there is none."""
+    """The fewest violations in the grid among settings within our GPU-seconds / `EQUAL`; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Twenty models on sixteen GPUs: calls within the slo and GPU-seconds held, ours and static."""
+    """Twenty models on sixteen GPUs: calls within the SLO and GPU-seconds held, ours and static placement."""
 
     ours_good: float
     ours_gpu_s: float
@@ -98,7 +99,7 @@ class Shared:
 
 
 def case(name: str, seed: int) -> Case:
-    """By name. Raises NoData where its trace is absent, KeyError for an unknown name."""
+    """Case of this name. Raises NoData if its trace is absent, KeyError for an unknown name."""
     hour = 3600.0
     steady = np.full(360, 50.0)
     wave = 60.0 + 35.0 * np.sin(2 * np.pi * np.arange(720) / 360)
@@ -119,7 +120,7 @@ def case(name: str, seed: int) -> Case:
     }
     if name in made:
         rate, step_s, cv = made[name]
-        return Case(name, demands.made_up(rate.tolist(), step_s, cv, (1000.0, 200.0), seed), SMALL, 36, held_out=True)
+        return Case(name, demands.synthetic(rate.tolist(), step_s, cv, (1000.0, 200.0), seed), SMALL, 36, held_out=True)
     if name == "azure-conv, copies within 60 s":
         return Case(name, demands.from_trace("azure-conv", seed=seed, within_s=60.0), SMALL, 30, held_out=True)
     if name == "vtc":
@@ -137,7 +138,7 @@ HELD_OUT = (
 
 
 def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Outcome:
-    """Numbers of a run, with its line in steps of 30 s or longer where it is kept."""
+    """Figures of a run; with `keep`, its line in steps of 30 s or longer."""
     line = None
     if keep and track.at_s:
         step = max(int(np.ceil(len(track.at_s) / 600)), 1)
@@ -149,38 +150,44 @@ def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Ou
     return Outcome(track.gpu_s, track.attainment, track.arrived, track.starts, track.downs, track.reversed_downs, line)
 
 
-def play(one: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
-    """One run of one case."""
-    spec = SimModelSpec(one.demand, SETTINGS, one.plant, initial)
-    track = simulate({"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=one.every_s, tick_s=one.tick_s)[
-        "m"
-    ]
-    return outcome(track, one.demand, one.plant, keep)
+def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
+    """Run one case once."""
+    spec = SimModelSpec(scenario.demand, SETTINGS, scenario.plant, initial)
+    track = simulate(
+        {"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=scenario.every_s, tick_s=scenario.tick_s
+    )["m"]
+    return outcome(track, scenario.demand, scenario.plant, keep)
 
 
-def compare(name: str, seed: int, with_ray: bool) -> Compared:
-    """Optimum, policy from the same beginning, and Ray Serve's policy from there too."""
-    one = case(name, seed)
+def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
+    """Compare the optimum, our policy and Ray Serve's policy, all from the same beginning."""
+    scenario = case(name, seed)
     best = clairvoyant(
-        one.demand, one.plant, SETTINGS, one.most, slot_s=one.slot_s, quanta=one.quanta, tick_s=one.tick_s
+        scenario.demand,
+        scenario.plant,
+        SETTINGS,
+        scenario.most,
+        slot_s=scenario.slot_s,
+        quanta=scenario.quanta,
+        tick_s=scenario.tick_s,
     )
-    load = float(np.mean(needed(one.demand, one.plant, SETTINGS.slo.itl_s, 60.0)))
+    load = float(np.mean(needed(scenario.demand, scenario.plant, SETTINGS.slo.itl_s, 60.0)))
     initial = best.initial if best is not None else max(round(1.2 * load), 1)
-    ours = play(one, OurPolicy(), initial, keep=True)
-    found = Compared(name, ours, best, load)
+    ours = play(scenario, OurPolicy(), initial, keep=True)
+    results = CaseResults(name, ours, best, load)
     if not with_ray:
-        return found
-    default = play(one, RayPolicy(RaySettings()), initial)
-    tried = [(settings, play(one, RayPolicy(settings), initial)) for settings in grid()]
+        return results
+    default = play(scenario, RayPolicy(RaySettings()), initial)
+    tried = [(settings, play(scenario, RayPolicy(settings), initial)) for settings in grid()]
     within = [t for t in tried if t[1].attainment >= SETTINGS.slo.target]
     chosen = min(within, key=lambda t: t[1].gpu_s) if within else max(tried, key=lambda t: t[1].attainment)
     affordable = [t for t in tried if t[1].gpu_s <= ours.gpu_s / EQUAL]
     equal = min(affordable, key=lambda t: t[1].violations) if affordable else None
-    return replace(found, ray_default=default, ray_best=chosen, ray_equal=equal)
+    return replace(results, ray_default=default, ray_best=chosen, ray_equal=equal)
 
 
 def shared_models(seed: int) -> dict[str, Demand]:
-    """Twenty clients of m-small over half a day, at one scale: at the peak of their sum they take all GPUs."""
+    """Twenty clients of m-small over half a day, at one scale: the peak of their sum takes all GPUs."""
     rng = np.random.default_rng(seed)
     begin_s = 86_400.0 * int(rng.integers(1, 12)) + 6 * 3600.0
     first = round(begin_s / demands.WINDOW_S)
@@ -200,7 +207,7 @@ def shared_models(seed: int) -> dict[str, Demand]:
 
 
 def share(seed: int) -> Shared:
-    """The policy with a budget, against the best static placement of the same demand."""
+    """Compare the policy with a budget against the best static placement of the same demand."""
     models = shared_models(seed)
     settings = ModelSettings(min_replicas=0, max_replicas=GPUS, idle_s=120.0)
     specs = {name: SimModelSpec(demand, settings, SMALL, 0) for name, demand in models.items()}
@@ -220,7 +227,7 @@ def share(seed: int) -> Shared:
 
 
 def _static_goodput(demand: Demand) -> Sequence[float]:
-    """With 1, 2, ... replicas, till more gain nothing."""
+    """Goodput with 1, 2, ... replicas, until more gain nothing."""
     out: list[float] = []
     for count in range(1, GPUS + 1):
         spec = SimModelSpec(demand, SETTINGS, SMALL, count)

@@ -1,1 +1,1 @@
-"""Scaling on a real Ray and Serve under streams, with simulated engines: `python -m loadtests.autoscale_live`."""
+"""Scaling on a real Ray with Serve under streams, with simulated engines: `python -m loadtests.autoscale_live`."""

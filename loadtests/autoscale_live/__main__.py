@@ -1,10 +1,10 @@
-"""`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 when no call failed.
+"""`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 if no call failed.
 
-Three parts on one Ray. First rounds from zero: the start of the model by hand, and a call that finds it at zero, by
-turns. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again, streams are
+Three parts on one Ray. First cold starts from zero, alternating between a start by hand and a call to the model at
+zero. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again; streams are
 5 to 60 s long, and the controller's own loop scales. The same calls are played to the same policy in simulation, with
-the start's length and the engine's speed as they are. Last a day of changes (changes.py): the same demand with streams
-of 5 to 300 s, while a version is tried and taken back, the entry is changed, and a slow version takes itself back.
+the measured start time and engine speed. Last a day of changes (changes.py): the same demand with streams
+of 5 to 300 s, while a canary is tried and taken back, the entry is changed, and a slow canary rolls itself back.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from cluster.api.types import ModelSpec
 from cluster.policy.scaling.portfolio import ModelSettings, Slo
 from cluster.policy.scaling.scaler import DECIDE_S
 from loadtests import machine
-from loadtests.autoscale_live.calls import MODEL, Told, compare, play
+from loadtests.autoscale_live.calls import MODEL, CallResult, compare, play
 from loadtests.autoscale_live.changes import STREAM_S, Changes
-from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, begun
+from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, running_test_bed
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, days, plan
 from loadtests.sim.plant import ReplicaModel
 from loadtests.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
@@ -41,13 +41,13 @@ ENGINE = Engine()
 REPLICAS = 4
 PROMPT_TOKENS = 30
 MOST_TOKENS = 8192
-"""Streams of 300 s have 6,000."""
+"""Upper bound on tokens: streams of 300 s have 6,000."""
 DAYS = 6
-"""Of changes, at most: a version whose streams end with it takes as long as the longest of them."""
+"""Most days of changes: a version whose streams end with it takes as long as the longest of them."""
 
 
 async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The whole of it; figures by name. A part of no length is left out."""
+    """Run all parts; figures by name. A part of zero length is left out."""
     checkpoint = build_checkpoint("llama", folder / "llama")
     spec = ModelSpec(
         MODEL,
@@ -61,19 +61,21 @@ async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder:
         slo_target=SLO.target,
     )
     changing: dict[str, Any] = {"failed_or_cut": 0}
-    async with begun(folder, checkpoint, spec) as live:
+    async with running_test_bed(folder, checkpoint, spec) as live:
         zero = await _from_zero(live, rounds) if rounds else {"failed": 0}
         day = await _day(live, live.watch, seconds, seed) if seconds else {"failed_or_cut": 0}
-        story = live.desk.explain(MODEL, 60)
+        explanation = live.desk.explain(MODEL, 60)
         if changing_s:
             slow = source_of(checkpoint, prefill_tokens_per_s=ENGINE.prefill_tokens_per_s / 40)
             changing = await _changing(live, Changes(live.controller, live.settings, slow), changing_s, seed)
-    decisions = [dataclasses.asdict(one) | {"numbers": dict(one.numbers)} for one in story.decisions]
+    decisions = [
+        dataclasses.asdict(decision) | {"numbers": dict(decision.numbers)} for decision in explanation.decisions
+    ]
     return {"machine": machine.hardware(), "from_zero": zero, "day": day, "changing": changing, "decisions": decisions}
 
 
 def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_tokens_per_s) -> str:
-    """Of the simulated replica."""
+    """Model source of the simulated replica."""
     return (
         f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
         f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}&max_model_len={MOST_TOKENS}"
@@ -82,47 +84,47 @@ def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_
 
 async def _from_zero(live: Live, rounds: int) -> dict[str, Any]:
     colds, calls = [], []
-    await live.at_zero()
-    await live.cold_start()  # the first one warms the machine's own caches
+    await live.until_at_zero()
+    await live.cold_start()  # the first start warms the machine's caches
     for number in range(rounds):
         colds.append(await live.cold_start())
         calls.append(await live.from_zero(number))
         print(
             f"round {number}: cold start {colds[-1]:.2f} s, from zero {calls[-1].first_s} {calls[-1].fault}", flush=True
         )
-    firsts = [one.first_s for one in calls if one.first_s is not None]
-    found: dict[str, Any] = {
+    firsts = [call.first_s for call in calls if call.first_s is not None]
+    figures: dict[str, Any] = {
         "cold_starts_s": colds,
         "ttft_s": firsts,
-        "failed": sum(bool(one.fault) for one in calls),
-        "faults": [one.fault for one in calls if one.fault],
-        "told_progress": sum(bool(one.progress) for one in calls),
+        "failed": sum(bool(call.fault) for call in calls),
+        "faults": [call.fault for call in calls if call.fault],
+        "told_progress": sum(bool(call.progress) for call in calls),
     }
     if firsts:
-        found["ratio_of_medians"] = statistics.median(firsts) / statistics.median(colds)
-    return found
+        figures["ratio_of_medians"] = statistics.median(firsts) / statistics.median(colds)
+    return figures
 
 
 async def _day(live: Live, watch: Watch, seconds: float, seed: int) -> dict[str, Any]:
     calls = plan(seed, seconds, ENGINE, REPLICAS)
     print(f"{len(calls)} calls in {seconds:g} s", flush=True)
     began, load_before = time.monotonic(), os.getloadavg()
-    told = await play(live.callers, calls)
-    compare(told)
+    results = await play(live.callers, calls)
+    compare(results)
     ended = began + seconds
-    faults = [one for one in told if one.fault]
-    good = [_good(one) for one in told]
+    faults = [result for result in results if result.fault]
+    good = [_good(result) for result in results]
     cold_s = live.controller.scaler.standing(MODEL).cold_start_s
     simulated = _simulated(calls, seconds, cold_s)
     gpu_s = watch.gpu_seconds(began, ended)
     return {
         "seconds": seconds,
-        "calls": len(told),
+        "calls": len(results),
         "failed_or_cut": len(faults),
-        "faults": sorted({one.fault for one in faults}),
-        "by_face": {face: sum(one.face == face for one in told) for face in ("sdk", "openai")},
-        "resumed_streams": sum(bool(one.resumed) for one in told if one.face == "sdk"),
-        "ttft_s": _quantiles([one.first_s for one in told if one.first_s is not None]),
+        "faults": sorted({result.fault for result in faults}),
+        "by_face": {face: sum(result.face == face for result in results) for face in ("sdk", "openai")},
+        "resumed_streams": sum(bool(result.resumed) for result in results if result.face == "sdk"),
+        "ttft_s": _quantiles([result.first_s for result in results if result.first_s is not None]),
         "attainment": sum(good) / len(good),
         "gpu_seconds": gpu_s,
         "simulated": simulated,
@@ -139,40 +141,40 @@ async def _day(live: Live, watch: Watch, seconds: float, seed: int) -> dict[str,
 
 async def _changing(live: Live, track: Changes, seconds: float, seed: int) -> dict[str, Any]:
     calls = days(seed + 1, DAYS, seconds, ENGINE, REPLICAS, stream_s=STREAM_S)
-    print(f"changes, and calls until they are through, at most {DAYS * seconds:g} s", flush=True)
+    print(f"changes, with calls until they are complete, at most {DAYS * seconds:g} s", flush=True)
     beside = asyncio.create_task(track.play(seconds))
     try:
-        told = await play(live.callers, calls, beside)
+        results = await play(live.callers, calls, beside)
         await beside
     finally:
         beside.cancel()
-    compare(told)
-    faults = [one for one in told if one.fault]
+    compare(results)
+    faults = [result for result in results if result.fault]
     return {
         "seconds": seconds,
         "streams_s": list(STREAM_S),
-        "calls": len(told),
+        "calls": len(results),
         "failed_or_cut": len(faults),
-        "faults": sorted({one.fault for one in faults})[:10],
-        "by_face": {face: sum(one.face == face for one in told) for face in ("sdk", "openai")},
-        "resumed_streams": sum(bool(one.resumed) for one in told if one.face == "sdk"),
-        "ttft_s": _quantiles([one.first_s for one in told if one.first_s is not None]),
-        "changes": track.seen,
+        "faults": sorted({result.fault for result in faults})[:10],
+        "by_face": {face: sum(result.face == face for result in results) for face in ("sdk", "openai")},
+        "resumed_streams": sum(bool(result.resumed) for result in results if result.face == "sdk"),
+        "ttft_s": _quantiles([result.first_s for result in results if result.first_s is not None]),
+        "changes": track.completed,
     }
 
 
-def _good(one: Told) -> bool:
-    late = one.first_s is None or one.first_s > SLO.ttft_s
-    return not one.fault and not late and one.mean_gap_s <= SLO.itl_s
+def _good(result: CallResult) -> bool:
+    late = result.first_s is None or result.first_s > SLO.ttft_s
+    return not result.fault and not late and result.mean_gap_s <= SLO.itl_s
 
 
 def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> dict[str, Any]:
-    """The same calls and the same policy, decided as often."""
+    """Play the same calls to the same policy in simulation, with the same decision interval."""
     demand = Demand(
-        at_s=np.array([one.at_s for one in calls]),
+        at_s=np.array([call.at_s for call in calls]),
         count=np.ones(len(calls)),
         prompt_tokens=np.full(len(calls), float(PROMPT_TOKENS)),
-        output_tokens=np.array([float(one.tokens) for one in calls]),
+        output_tokens=np.array([float(call.tokens) for call in calls]),
         duration_s=seconds,
         runs_to_most=True,
     )
@@ -197,7 +199,7 @@ def _quantiles(values: Sequence[float]) -> Mapping[str, float]:
 
 
 def main() -> int:
-    """Run and tell."""
+    """Run and report."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--changing", type=float, default=300.0, metavar="SECONDS", help="the day of changes (0: none)")
@@ -206,13 +208,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(given.seconds, given.changing, given.rounds, given.seed, Path(folder)))
-    text = json.dumps(found, indent=1)
+        figures = asyncio.run(run(given.seconds, given.changing, given.rounds, given.seed, Path(folder)))
+    text = json.dumps(figures, indent=1)
     if given.json is not None:
         given.json.write_text(text)
-    day = {key: value for key, value in found["day"].items() if key != "replicas"}
-    print(json.dumps({"from_zero": found["from_zero"], "day": day, "changing": found["changing"]}, indent=1))
-    bad = found["from_zero"]["failed"] or found["day"]["failed_or_cut"] or found["changing"]["failed_or_cut"]
+    day = {key: value for key, value in figures["day"].items() if key != "replicas"}
+    print(json.dumps({"from_zero": figures["from_zero"], "day": day, "changing": figures["changing"]}, indent=1))
+    bad = figures["from_zero"]["failed"] or figures["day"]["failed_or_cut"] or figures["changing"]["failed_or_cut"]
     return int(bool(bad))
 
 

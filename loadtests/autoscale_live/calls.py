@@ -1,4 +1,4 @@
-"""Callers of a live run: the SDK and the stock openai client, and what became of each call."""
+"""Callers of a live run (the SDK and the stock openai client) and the results of their calls."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loadtests.autoscale_live.traffic import PlannedCall
 MODEL = "sim"
 TIMEOUT_S = 600.0
 CUT = "\N{REPLACEMENT CHARACTER}"
-"""What stands for a character of which only the first bytes have come."""
+"""Replacement for a character of which only the first bytes have arrived."""
 
 
 @dataclass(slots=True)
-class Told:
-    """One call as its caller saw it. Times in seconds from its beginning; `fault` says why it is not whole."""
+class CallResult:
+    """One call as its caller saw it. Times in seconds from its beginning; `fault` says why it is incomplete."""
 
     planned: PlannedCall
     face: str
@@ -34,14 +34,14 @@ class Told:
 
     @property
     def mean_gap_s(self) -> float:
-        """Between tokens."""
+        """Mean gap between tokens."""
         if self.first_s is None or self.planned.tokens < 2:
             return 0.0
         return (self.last_s - self.first_s) / (self.planned.tokens - 1)
 
 
 def prompt(number: int) -> str:
-    """One of a few, so that equal ones can be compared."""
+    """One of a few prompts, so that calls with equal prompts can be compared."""
     return f"Tell story number {number}, and take your time."
 
 
@@ -55,41 +55,41 @@ class Callers:
         )
 
     async def close(self) -> None:
-        """End both."""
+        """Close both clients."""
         await self._sdk.close()
         await self._openai.close()
 
-    async def call(self, planned: PlannedCall) -> Told:
-        """One call to its end, however that is."""
-        told = Told(planned, "sdk" if planned.face == 0 else "openai")
+    async def call(self, planned: PlannedCall) -> CallResult:
+        """Make one call and return its result, whether it succeeds or fails."""
+        result = CallResult(planned, "sdk" if planned.face == 0 else "openai")
         began = time.monotonic()
         try:
-            async for text in self._by_sdk(planned, told) if planned.face == 0 else self._by_openai(planned, told):
+            async for text in self._by_sdk(planned, result) if planned.face == 0 else self._by_openai(planned, result):
                 now = time.monotonic() - began
-                told.first_s = now if told.first_s is None else told.first_s
-                told.last_s = now
-                told.text += text
-        except Exception as error:  # whatever it was, this call failed
-            told.fault = f"{type(error).__name__}: {error}"
-        if not told.fault and told.tokens != planned.tokens:
-            told.fault = f"cut: {told.tokens} of {planned.tokens} tokens"
-        return told
+                result.first_s = now if result.first_s is None else result.first_s
+                result.last_s = now
+                result.text += text
+        except Exception as error:  # any exception means that this call failed
+            result.fault = f"{type(error).__name__}: {error}"
+        if not result.fault and result.tokens != planned.tokens:
+            result.fault = f"cut: {result.tokens} of {planned.tokens} tokens"
+        return result
 
-    async def _by_sdk(self, planned: PlannedCall, told: Told) -> AsyncIterator[str]:
+    async def _by_sdk(self, planned: PlannedCall, result: CallResult) -> AsyncIterator[str]:
         stream = self._sdk.stream_chat(
             MODEL, prompt(planned.prompt), max_tokens=planned.tokens, temperature=0.0, ignore_eos=True
         )
         async with stream:
             async for chunk in stream.chunks():
                 if chunk.HasField("progress"):
-                    told.progress.append(chunk.progress.state)
+                    result.progress.append(chunk.progress.state)
                 if text := "".join(choice.delta.content for choice in chunk.choices):
                     yield text
         usage = stream.usage
         assert usage is not None, "it comes with the end"
-        told.tokens, told.resumed = usage.completion_tokens, usage.resumed
+        result.tokens, result.resumed = usage.completion_tokens, usage.resumed
 
-    async def _by_openai(self, planned: PlannedCall, told: Told) -> AsyncIterator[str]:
+    async def _by_openai(self, planned: PlannedCall, result: CallResult) -> AsyncIterator[str]:
         stream = await self._openai.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": prompt(planned.prompt)}],
@@ -101,16 +101,18 @@ class Callers:
         )
         async for chunk in stream:
             if chunk.usage is not None:
-                told.tokens = chunk.usage.completion_tokens
+                result.tokens = chunk.usage.completion_tokens
             if chunk.choices and chunk.choices[0].delta.content:
                 yield chunk.choices[0].delta.content
 
 
-async def play(callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task[None] | None = None) -> list[Told]:
-    """Every call at its time, but for those whose time has not come when `over` has ended."""
+async def play(
+    callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task[None] | None = None
+) -> list[CallResult]:
+    """Make every call at its time; calls that are not yet due when `over` ends are skipped."""
     began = time.monotonic()
 
-    async def one(planned: PlannedCall) -> Told | None:
+    async def call_when_due(planned: PlannedCall) -> CallResult | None:
         left_s = max(planned.at_s - (time.monotonic() - began), 0.0)
         if over is None:
             await asyncio.sleep(left_s)
@@ -118,22 +120,21 @@ async def play(callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task
             return None
         return await callers.call(planned)
 
-    return [told for told in await asyncio.gather(*map(one, plan)) if told is not None]
+    return [result for result in await asyncio.gather(*map(call_when_due, plan)) if result is not None]
 
 
-def compare(calls: Sequence[Told]) -> None:
-    """Mark what is not what an undisturbed call of the same prompt says: the engine is deterministic, so of two answers
-    the shorter is the beginning of the longer, but for a last character that its end may have cut in two."""
+def compare(calls: Sequence[CallResult]) -> None:
+    """Mark calls that differ from an undisturbed call with the same prompt. The engine is deterministic: of two answers
+    the shorter is a prefix of the longer, except for a last character that its end may have cut in two.
+    """
     longest: dict[int, str] = {}
-    for one in calls:
-        if len(one.text) > len(longest.get(one.planned.prompt, "")):
-            longest[one.planned.prompt] = one.text
-    for one in calls:
-        text, like = one.text.rstrip(CUT), longest[one.planned.prompt]
-        if not one.fault and not like.startswith(text):
+    for call in calls:
+        if len(call.text) > len(longest.get(call.planned.prompt, "")):
+            longest[call.planned.prompt] = call.text
+    for call in calls:
+        text, like = call.text.rstrip(CUT), longest[call.planned.prompt]
+        if not call.fault and not like.startswith(text):
             same = next(i for i, (a, b) in enumerate(zip(text, like, strict=False)) if a != b)
             what = f"{text[same : same + 40]!r} instead of {like[same : same + 40]!r}"
-            where = (
-                f"prompt {one.planned.prompt} at {one.planned.at_s:.1f} s by {one.face}, {one.resumed} times resumed"
-            )
-            one.fault = f"other text than its like from character {same} of {len(text)} on: {what} ({where})"
+            where = f"prompt {call.planned.prompt} at {call.planned.at_s:.1f} s by {call.face}, {call.resumed} resumes"
+            call.fault = f"differs from an undisturbed call at character {same} of {len(text)}: {what} ({where})"

@@ -1,4 +1,4 @@
-"""Changes of the model under load: a version on trial, its end by hand, another entry, a trial that is bad."""
+"""Changes of the model under load: a canary, its manual rollback, a changed entry, and a bad canary."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cluster.worker.settings import ReplicaSettings
 STREAM_S = (5.0, 300.0)
 TRIAL_WEIGHT = 0.3
 TRIED, TAKEN_BACK, CHANGED, BAD = 0.15, 0.4, 0.5, 0.7
-"""When each begins, as parts of the time."""
+"""Beginning of each change, as a fraction of the time."""
 LOOK_S = 0.25
 
 
 class Changes:
-    """Tells the controller what to want, and notes when that stood."""
+    """Changes the controller's target and records when each change was complete."""
 
     def __init__(self, controller: Controller, settings: ReplicaSettings, slow_source: str) -> None:
-        """`settings`: as the model runs now. `slow_source`: of a version whose first tokens are late."""
+        """`settings`: the model's current settings. `slow_source`: source of a version whose first tokens are late."""
         self._controller = controller
         self._settings = settings
         self._slow_source = slow_source
-        self.seen: dict[str, Any] = {}
+        self.completed: dict[str, Any] = {}
 
     async def play(self, seconds: float) -> None:
-        """All of them, at their parts of the time or when the one before has come to its end."""
+        """Play all changes, each at its fraction of the time or when the one before it has ended."""
         began = time.monotonic()
 
         async def at(part: float) -> None:
@@ -39,51 +39,51 @@ class Changes:
         spec = own.spec
         await at(TRIED)
         trial = replace(spec, version="v2", weight=TRIAL_WEIGHT)
-        self._controller.want([_with(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
+        self._controller.want([_with_spec_fields(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
         await self._until("a trial serves", lambda: self._serves("v2"), seconds)
         await at(TAKEN_BACK)
         self._controller.mark(spec.name, "v2", gone="by hand")
-        await self._until("the trial is gone", lambda: not self._there("v2"), 2 * seconds)
+        await self._until("the trial is gone", lambda: not self._exists("v2"), 2 * seconds)
         await at(CHANGED)
-        changed = _with(own, source=spec.source + "&seed=0", weight=1.0)
+        changed = _with_spec_fields(own, source=spec.source + "&seed=0", weight=1.0)
         self._controller.want([changed])
         await self._until("the entry is replaced", lambda: self._replaced(changed), 2 * seconds)
         await at(BAD)
         bad = replace(changed.spec, version="v3", source=self._slow_source, weight=TRIAL_WEIGHT, ttft_ratio=1.2)
-        self._controller.want([_with(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
+        self._controller.want([_with_spec_fields(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
         await self._until("the bad trial took itself back", lambda: self._taken_back("v3"), 2 * seconds)
 
     async def _until(self, what: str, holds: Callable[[], bool], most_s: float) -> None:
         began = time.monotonic()
         while not holds():
             if time.monotonic() - began > most_s:
-                self.seen[what] = None
+                self.completed[what] = None
                 return
             await asyncio.sleep(LOOK_S)
-        self.seen[what] = f"after {time.monotonic() - began:.1f} s"
-        print(what, self.seen[what], flush=True)
+        self.completed[what] = f"after {time.monotonic() - began:.1f} s"
+        print(what, self.completed[what], flush=True)
 
-    def _share(self, version: str) -> Any:
+    def _version_share(self, version: str) -> Any:
         entries = {entry.name: entry for entry in self._controller.entries()}
-        return next((one for one in entries[self._settings.spec.name].versions if one.version == version), None)
+        return next((share for share in entries[self._settings.spec.name].versions if share.version == version), None)
 
     def _serves(self, version: str) -> bool:
-        share = self._share(version)
+        share = self._version_share(version)
         return share is not None and share.replicas > 0
 
-    def _there(self, version: str) -> bool:
-        share = self._share(version)
+    def _exists(self, version: str) -> bool:
+        share = self._version_share(version)
         return share is not None and share.replicas > 0
 
     def _taken_back(self, version: str) -> bool:
-        share = self._share(version)
+        share = self._version_share(version)
         return share is not None and "rolled back by itself" in share.state_reason
 
     def _replaced(self, settings: ReplicaSettings) -> bool:
-        """Whether every linked worker of the model is of these settings."""
-        fleet = [one for one in self._controller.gateways.fleet() if one.model == settings.spec.name]
-        return bool(fleet) and all(one.generation == settings.digest for one in fleet)
+        """Whether every linked worker of the model has these settings."""
+        fleet = [worker for worker in self._controller.gateways.fleet() if worker.model == settings.spec.name]
+        return bool(fleet) and all(worker.generation == settings.digest for worker in fleet)
 
 
-def _with(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:
+def _with_spec_fields(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:
     return replace(settings, spec=replace(settings.spec, **fields))

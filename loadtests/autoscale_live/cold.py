@@ -1,10 +1,10 @@
-"""`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: from nothing to a first token.
+"""`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: cold start to first token.
 
-By turns: vLLM's own server, from exec to the first text of a call that is repeated until it is answered; and a call of
-ours that finds its model at zero, from its sending to its first text. The same real engine with the same arguments;
-gateway, controller and Ray of ours stand already, as they do when a model grows. Ours is told in parts: until the
+Two cases alternate. vLLM's own server: from exec to the first text of a call that is repeated until it is answered.
+Ours: a call to a model at zero replicas, from sending to first text. Both use the same real engine with the same
+arguments; our gateway, controller and Ray already run, as they do when a model scales up. Our time is split: until the
 replica begins (the decision, Ray Serve, Ray), until its files are found and digested, until the engine is up (imports,
-load, golden prompt), and until the first text.
+load, golden check), and until the first text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cluster.api.types import ModelSpec
 from cluster.worker.engine.vllm.arguments import CPU_KV_CACHE_BYTES
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, prompt
-from loadtests.autoscale_live.rig import Live, begun
+from loadtests.autoscale_live.rig import Live, running_test_bed
 from loadtests.autoscale_live.traffic import PlannedCall
 from loadtests.children import free_port
 from tests.support.checkpoints import build_checkpoint
@@ -39,7 +39,7 @@ _STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?o
 
 
 async def vllm_alone(folder: Path, log: Path) -> float:
-    """Seconds from exec to first text. Raises RuntimeError where there is none in time."""
+    """Seconds from exec to first text. Raises RuntimeError if there is none in time."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
@@ -76,40 +76,40 @@ async def _first_text(url: str, began: float) -> float:
                             return time.monotonic() - began
             except httpx.TransportError:
                 await asyncio.sleep(LOOK_S)
-    raise RuntimeError("vLLM's server has not answered in time")
+    raise RuntimeError("vLLM's server did not answer in time")
 
 
 async def from_zero(live: Live) -> dict[str, float]:
-    """A call that finds its model at zero: seconds in all, and of its parts. Raises RuntimeError where it fails."""
+    """Call a model at zero replicas: total seconds and those of each part. Raises RuntimeError if the call fails."""
     before = len(_started(live))
     sent = time.time()
-    told = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
-    if told.fault or told.first_s is None:
-        raise RuntimeError(f"the call from zero failed: {told.fault}")
+    result = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
+    if result.fault or result.first_s is None:
+        raise RuntimeError(f"the call to a model at zero replicas failed: {result.fault}")
     rows = _started(live)[before:]
     live.desk.scale(MODEL, 0)
-    await live.at_zero()
+    await live.until_at_zero()
     live.desk.scale(MODEL, None)
-    found = {"all": told.first_s}
+    parts = {"all": result.first_s}
     if rows:
         began, engine_s, opened_s = rows[-1]
         placed_s = began - sent
-        rest_s = told.first_s - placed_s - opened_s - engine_s
-        found |= {"until the replica begins": placed_s, "files": opened_s, "engine": engine_s, "first text": rest_s}
-    return {name: round(value, 3) for name, value in found.items()}
+        rest_s = result.first_s - placed_s - opened_s - engine_s
+        parts |= {"until the replica begins": placed_s, "files": opened_s, "engine": engine_s, "first text": rest_s}
+    return {name: round(value, 3) for name, value in parts.items()}
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
-    """(began, engine_s, opened_s) of all replicas, by time, as Ray keeps their output."""
-    found: set[tuple[float, float, float]] = set()
+    """(began, engine_s, opened_s) of all replicas, by time, from the output that Ray keeps."""
+    starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
-        found |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
-    return sorted(found)
+        starts |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
+    return sorted(starts)
 
 
 async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
-    """All rounds, after one of each that is not counted."""
+    """Run all rounds, after one warm-up of each case that is not counted."""
     checkpoint = Path(model) if model else build_checkpoint("llama", folder / "llama")
     spec = ModelSpec(
         MODEL,
@@ -122,37 +122,38 @@ async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
     )
     alone: list[float] = []
     ours: list[dict[str, float]] = []
-    async with begun(folder, checkpoint, spec) as live:
-        await live.at_zero()
+    async with running_test_bed(folder, checkpoint, spec) as live:
+        await live.until_at_zero()
         for number in range(rounds + 1):
             theirs_s = await vllm_alone(checkpoint, folder / "vllm.log")
-            found = await from_zero(live)
-            print(f"round {number}: vLLM alone {theirs_s:.2f} s, ours {found}", flush=True)
+            parts = await from_zero(live)
+            print(f"round {number}: vLLM alone {theirs_s:.2f} s, ours {parts}", flush=True)
             if number:
                 alone.append(theirs_s)
-                ours.append(found)
-    ratios = [one["all"] / theirs for one, theirs in zip(ours, alone, strict=True)]
+                ours.append(parts)
+    ratios = [parts_of_start["all"] / theirs for parts_of_start, theirs in zip(ours, alone, strict=True)]
     return {
         "machine": machine.hardware(),
         "model": model or "a tiny LLaMA",
         "vllm_alone_s": alone,
         "ours_s": ours,
         "ratios": ratios,
-        "ratio_of_medians": statistics.median(one["all"] for one in ours) / statistics.median(alone),
+        "ratio_of_medians": statistics.median(parts_of_start["all"] for parts_of_start in ours)
+        / statistics.median(alone),
         "worst_ratio": max(ratios),
     }
 
 
 def main() -> int:
-    """Run and tell."""
+    """Run and report."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live.cold")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="", help="a checkpoint (default: a tiny random LLaMA)")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(given.rounds, given.model, Path(folder)))
-    text = json.dumps(found, indent=1)
+        figures = asyncio.run(run(given.rounds, given.model, Path(folder)))
+    text = json.dumps(figures, indent=1)
     if given.json is not None:
         given.json.write_text(text)
     print(text)

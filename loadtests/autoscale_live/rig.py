@@ -1,4 +1,4 @@
-"""A gateway, a controller that scales, and a Ray of their own, with one model that begins at zero."""
+"""Test bed of a live run: a gateway, a controller that scales, and its own Ray, with one model that begins at zero."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 from cluster.worker.settings import ReplicaSettings
-from loadtests.autoscale_live.calls import MODEL, Callers, Told
+from loadtests.autoscale_live.calls import MODEL, Callers, CallResult
 from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
 DRAIN_S = 300.0
-"""The default; what a version has begun ends at that version within it."""
+"""The default drain time; streams that a version has begun end on that version within it."""
 SAMPLE_S = 0.25
 
 
 class Watch:
-    """The fleet over time: replicas that start or serve, and those that leave."""
+    """Replicas of the fleet over time: those starting or serving, and those leaving."""
 
     def __init__(self, scaler: Scaler) -> None:
         self._scaler = scaler
         self.samples: list[tuple[float, int, int, int]] = []
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Sample until cancelled."""
         while True:
-            one = self._scaler.standing(MODEL)
-            self.samples.append((time.monotonic(), one.running, one.starting, one.desired))
+            counts = self._scaler.standing(MODEL)
+            self.samples.append((time.monotonic(), counts.running, counts.starting, counts.desired))
             await asyncio.sleep(SAMPLE_S)
 
     def gpu_seconds(self, since: float, until_: float) -> float:
-        """Of replicas that start or serve."""
-        inside = [one for one in self.samples if since <= one[0] <= until_]
+        """GPU-seconds of replicas that start or serve."""
+        inside = [sample for sample in self.samples if since <= sample[0] <= until_]
         return sum((b[0] - a[0]) * (a[1] + a[2]) for a, b in itertools.pairwise(inside))
 
 
@@ -70,46 +70,46 @@ class Live:
         self.controller, self.desk, self.callers, self.links = controller, desk, callers, links
         self.settings, self.watch, self.ray = settings, watch, ray
 
-    async def at_zero(self) -> None:
-        """Wait until nothing of the model is left but its name."""
+    async def until_at_zero(self) -> None:
+        """Wait until the model has no replicas, only its name."""
         await until(lambda: self.links() == 0, "no replica is linked", 120)
-        await self.on_ray(lambda app: not (app.leaving or app.running or app.placed))
+        await self.until_on_ray(lambda app: not (app.leaving or app.running or app.placed))
 
-    async def on_ray(self, holds: Callable[[Observed], bool]) -> None:
-        """Wait until Ray says so of the model."""
+    async def until_on_ray(self, holds: Callable[[Observed], bool]) -> None:
+        """Wait until `holds` is true of Ray's observation of the model."""
         deadline = time.monotonic() + 120
-        while not [one for one in (await self._apps()) if holds(one)]:
+        while not [app for app in (await self._apps()) if holds(app)]:
             if time.monotonic() > deadline:
-                raise TimeoutError("Ray does not come to rest")
+                raise TimeoutError("Ray's applications did not reach the expected state")
             await asyncio.sleep(0.2)
 
     async def _apps(self) -> Sequence[Observed]:
         snapshot = await self.controller.backend.observe()
-        return [one for one in snapshot.apps.values() if one.model == MODEL and not one.deleting]
+        return [app for app in snapshot.apps.values() if app.model == MODEL and not app.deleting]
 
     async def cold_start(self) -> float:
-        """By hand: from the word to a worker with room."""
+        """Start by hand: seconds from the command to a worker with capacity."""
         began = time.monotonic()
         self.desk.scale(MODEL, 1)
         await until(lambda: self.links() == 1, "it serves", 120)
         took_s = time.monotonic() - began
         self.desk.scale(MODEL, 0)
-        await self.at_zero()
+        await self.until_at_zero()
         self.desk.scale(MODEL, None)
         return took_s
 
-    async def from_zero(self, number: int) -> Told:
-        """A call that finds the model at zero; then back there."""
-        told = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
+    async def from_zero(self, number: int) -> CallResult:
+        """Call the model at zero replicas; then scale back to zero."""
+        result = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
-        await self.at_zero()
+        await self.until_at_zero()
         self.desk.scale(MODEL, None)
-        return told
+        return result
 
 
 @asynccontextmanager
-async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """All of it at work, till the end of the block, or of the process by SIGTERM."""
+async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
+    """Start all parts; they run until the end of the block, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)
@@ -131,13 +131,13 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         controller.known[settings.app] = replace(describe(bundle), max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
         watch = Watch(scaler)
-        parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
+        parts = [asyncio.create_task(part) for part in (end.run(), controller.run(), watch.run())]
         callers = Callers(ends["grpc"], ends["http"])
         stack.push_async_callback(callers.close)
         desk = ScalingRequests(scaler, controller.wake)
         live = Live(controller, desk, callers, lambda: len(cluster.gateway.hub.links), settings, watch, ray)
         try:
-            await live.on_ray(lambda app: bool(app.digest))
+            await live.until_on_ray(lambda app: bool(app.digest))
             yield live
         finally:
             for part in parts:

@@ -1,4 +1,4 @@
-"""Ways to ask a server for a stream of text; each file is one protocol behind the same small port."""
+"""Clients that request a stream of text; each file is one protocol behind the same interface."""
 
 from loadtests.faces.base import Answer, CallFailed, Face, OnText, Request
 

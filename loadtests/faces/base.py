@@ -1,4 +1,4 @@
-"""The port between the driver and a protocol: a request goes out, pieces of text come back, counts end it."""
+"""The interface between the driver and a protocol: a request is sent, pieces of text arrive, counts end it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 OnText = Callable[[str], None]
-"""Called at once for every piece of text that is not empty, in order."""
+"""Called immediately for every non-empty piece of text, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,14 @@ class Request:
     prompt: str
     max_tokens: int
     chat: bool = True
-    """The prompt is a user's message; else it is plain text to be continued."""
+    """Whether the prompt is a user's message; otherwise it is plain text to be continued."""
     group: str = ""
-    """Whatever the dataset groups by (a tenant, a shared prefix), for the report."""
+    """The dataset's group (a tenant, a shared prefix), for the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a call ended. Token counts are the server's own (usage); None where it told none."""
+    """End of a call. Token counts are the server's own (usage); None if it reported none."""
 
     completion_tokens: int | None
     prompt_tokens: int | None = None
@@ -34,7 +34,7 @@ class Answer:
 
 
 class CallFailed(Exception):
-    """A call that brought no whole answer. `kind` is a word to count by, `message` what happened."""
+    """A call without a complete answer. `kind` is a word to count by, `message` the error."""
 
     UNREACHABLE = "unreachable"
     BROKEN = "broken"
@@ -48,17 +48,17 @@ class CallFailed(Exception):
 
     @property
     def fatal(self) -> bool:
-        """Whether the server itself seems to be gone, rather than this call refused."""
+        """Whether the server itself seems to be gone, as opposed to refusing this call."""
         return self.kind in (self.UNREACHABLE, self.BROKEN)
 
 
 class Face(Protocol):
-    """A protocol's client. One object serves any number of calls at once, on one event loop."""
+    """Client of a protocol. One object serves any number of calls at once, on one event loop."""
 
     name: str
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """Make the call to its end. Raises CallFailed. A cancelled call is cancelled at the server too."""
+        """Make the call to its end. Raises CallFailed. Cancelling it cancels the call at the server too."""
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""

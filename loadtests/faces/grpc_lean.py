@@ -1,7 +1,7 @@
-"""cluster.v1's StreamChat and StreamComplete by a client on the driver's own loop, kept-alive connections, one a call.
+"""Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop: one call per kept-alive connection.
 
-What http1.py is for HTTP: grpc.aio's client takes a call through threads and its completion queue, which at one stream
-is a part of what is measured that belongs to no server. Callers who use grpcio see that time too, at any server.
+Like http1.py for HTTP: grpc.aio's client passes a call through threads and its completion queue. At one stream that is
+a measurable time that belongs to no server. Callers that use grpcio see that time too, with any server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loadtests.faces.grpc_stream import CHAT, COMPLETE, answer, failed, message_
 
 
 class GrpcLean:
-    """One call, one stream; the connection that was used last is used next."""
+    """One stream per call; the most recently used connection is used next."""
 
     name = "grpc"
 

@@ -20,7 +20,7 @@ OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # it bounds each try to connect, too: a busy server is no dead one
+    ("grpc.min_reconnect_backoff_ms", 1000),  # also bounds each connection attempt: a busy server is not a dead one
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 CHAT = "/cluster.v1.Inference/StreamChat"
@@ -28,7 +28,7 @@ COMPLETE = "/cluster.v1.Inference/StreamComplete"
 
 
 def message_of(request: Request, model: str, resumable: bool = False) -> pb.ChatRequest | pb.CompleteRequest:
-    """Greedy, and exactly `max_tokens` long."""
+    """The request's message: greedy, and exactly `max_tokens` long."""
     options: dict[str, Any] = {
         "model": model,
         "max_tokens": request.max_tokens,
@@ -43,12 +43,12 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
 
 
 def failure(error: grpc.RpcError, started: bool) -> CallFailed:
-    """A status as the driver counts it. UNAVAILABLE with nothing received means that nobody is there."""
+    """A gRPC status as the driver counts it. UNAVAILABLE before anything was received means that no server is there."""
     return failed(error.code(), str(error.details() or "").strip(), started)
 
 
 def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
-    """The same of a code and what was said with it."""
+    """The same for a code and its detail message."""
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallFailed(CallFailed.BROKEN if started else CallFailed.UNREACHABLE, detail)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -57,7 +57,7 @@ def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
 
 
 class GrpcStream:
-    """One call, one stream; the calls are spread over a few connections in turn."""
+    """One stream per call; calls are spread over a few connections in turn."""
 
     name = "grpc"
 
@@ -111,7 +111,7 @@ class GrpcStream:
 
 
 def answer(usage: pb.Usage | None, finish: str) -> Answer:
-    """The end of a stream. Raises CallFailed for one that ended without its usage."""
+    """End of a stream. Raises CallFailed if it ended without its usage."""
     if usage is None:
         raise CallFailed(CallFailed.PROTOCOL, "the stream ended without usage")
     return Answer(usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens, finish)

@@ -1,4 +1,4 @@
-"""A lean HTTP/1.1 connection for one streamed answer at a time: the driver must cost less than what it measures."""
+"""Lean HTTP/1.1 connection for one streamed answer at a time: the driver must cost less than what it measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_HEAD_BYTES = 65_536
 
 
 class Connection(asyncio.Protocol):
-    """Kept alive between answers. `on_body` gets the decoded body as it comes."""
+    """Connection kept alive between answers. `on_body` gets the decoded body as it arrives."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -26,11 +26,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether another request may go out on it."""
+        """Whether another request may be sent on it."""
         return self._transport is not None and not self._transport.is_closing() and self._keep
 
-    async def ask(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
-        """Send a request; its status once the whole body has come. Raises CallFailed(BROKEN) where it does not."""
+    async def request(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
+        """Send a request; return its status once the whole body has arrived. Raises CallFailed(BROKEN) otherwise."""
         assert self._transport is not None
         self._on_body, self._state, self._status = on_body, self._head, 0
         self._done = asyncio.get_running_loop().create_future()
@@ -41,19 +41,19 @@ class Connection(asyncio.Protocol):
             self._done = None
 
     def close(self) -> None:
-        """Hang up; the server sees it as a cancel."""
+        """Close the connection; the server sees a cancel."""
         if self._transport is not None:
             self._transport.abort()
 
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Decode as much as there is."""
+        """Decode all complete parts."""
         self._buffer += data
         try:
             while self._done is not None and self._state():
@@ -63,11 +63,11 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def eof_received(self) -> bool:
-        """The server hung up: the end of a body without a length, an error otherwise."""
+        """Handle the server's close: the end of a body without a length, otherwise an error."""
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Gone."""
+        """Fail a running request."""
         self._transport = None
         if self._state == self._until_closed and error is None:
             self._finish()
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0:
             if len(self._buffer) > MAX_HEAD_BYTES:
-                raise ValueError("a head without an end")
+                raise ValueError("the response head has no end")
             return False
         lines = bytes(self._buffer[:end]).split(b"\r\n")
         del self._buffer[: end + 4]

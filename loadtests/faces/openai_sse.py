@@ -14,7 +14,7 @@ MAX_ERROR_BYTES = 4096
 
 
 class _Events:
-    """One answer: bytes in, pieces of text out, counts kept."""
+    """Parser of one answer: bytes in, pieces of text out, counts kept."""
 
     def __init__(self, chat: bool, on_text: OnText) -> None:
         self._chat = chat
@@ -52,12 +52,12 @@ class _Events:
 
 
 class OpenAiSse:
-    """Calls over a pool of kept-alive connections, one a call."""
+    """One call per connection, from a pool of kept-alive connections."""
 
     name = "http"
 
     def __init__(self, url: str, model: str, *, api_key: str = "") -> None:
-        """`url` is the server's root, e.g. http://127.0.0.1:8000. Raises ValueError for what is not http://host:port."""
+        """`url` is the server's root, e.g. http://127.0.0.1:8000. Raises ValueError unless it is http://host:port."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"endpoint {url!r}: expected http://HOST:PORT (plain HTTP, the driver speaks no TLS)")
@@ -73,7 +73,7 @@ class OpenAiSse:
         connection = await self._connection()
         whole = False
         try:
-            status = await connection.ask(self._bytes(request), events.feed)
+            status = await connection.request(self._bytes(request), events.feed)
             whole = True
         finally:
             if whole and connection.usable:

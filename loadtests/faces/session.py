@@ -1,4 +1,4 @@
-"""Inference.Session: a few streams carry all calls; every message holds whatever came since the one before."""
+"""Client of Inference.Session: a few streams carry all calls; each message holds everything since the one before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Call:
         self.on_text(text)
 
     def chunk(self, chunk: Any) -> bool:
-        """Take a chunk; whether it was the last."""
+        """Handle a chunk; return whether it was the last."""
         for choice in chunk.choices:
             piece = choice.delta.content if self.chat else choice.text
             if piece:
@@ -53,7 +53,7 @@ class _Call:
 
 
 class _Stream:
-    """One session. It opens with its first call and is opened anew after it has broken."""
+    """One session. The first call opens it; it is reopened after it has broken."""
 
     def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata

@@ -1,7 +1,7 @@
-"""Hangs that are to be found and long work that is not: an engine that stands still, and hours of long prefills.
+"""Hangs that must be detected and long work that must not be taken for one: a stopped engine, and hours of prefills.
 
-The time of the prefills is a sum over workers that run side by side: each of them is looked after by the same gateway
-on its own, and each could be taken for stuck.
+The prefill time is a sum over workers that run side by side: the same gateway watches each of them
+separately, and could take each of them for stuck.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.faces.grpc_stream import OPTIONS
-from loadtests.faults.calls import Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, make_request
 from loadtests.serving.fleet import Fleet, SimWorker
 
 HANGS, HANG_AFTER_STEPS, HANG_STEP_MS = 10, 40, 10
@@ -28,19 +28,19 @@ PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0
 CREDIT_S = 0.2
-"""After which a worker whose link has come up has room granted, too."""
+"""Time after which a worker with a new link has also granted credit."""
 
 
-def hanging(model: Path, plain: str, seed: int) -> list[str]:
-    """A worker whose engine stands still after a few steps, and one that goes on with its calls."""
+def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
+    """Arguments of a worker whose engine hangs after a few steps, and of one that takes over its calls."""
     common = (
         f"sim://{model}?decode_ms={HANG_STEP_MS}&max_model_len=4096&prefill_tokens_per_s=100000&seed={seed}&{plain}"
     )
     return [f"{common}&fault=hang@step:{HANG_AFTER_STEPS}", common]
 
 
-def prefilling(model: Path, plain: str, seed: int) -> str:
-    """Steps of up to four seconds."""
+def prefilling_source(model: Path, plain: str, seed: int) -> str:
+    """Source of a worker with steps of up to four seconds."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
 
@@ -51,55 +51,57 @@ class Hangs:
 
     noticed_s: list[float] = field(default_factory=list)
     reasons: set[str] = field(default_factory=set)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
 
 
-async def hangs(fleet: Fleet, count: int) -> Hangs:
-    """Let the first worker's engine hang again and again."""
+async def measure_hangs(fleet: Fleet, count: int) -> Hangs:
+    """Let the first worker's engine hang repeatedly."""
     out = Hangs()
     caller = Caller(fleet.grpc, fleet.metadata, "hangs")
     stuck = fleet.workers[0]
     try:
         for number in range(count):
-            await fleet.all_up()
+            await fleet.until_all_up()
             await asyncio.sleep(CREDIT_S)
             since, steps = time.time(), 3 * HANG_AFTER_STEPS
-            asks = [ask(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
-            calls = [asyncio.create_task(caller.call(one)) for one in asks]
-            event = await fleet.news.downs(stuck.id, since, NOTICED_S)
-            told = await asyncio.gather(*calls)
-            out.calls += told
-            left = [max(at for at in one.chunks if event and at < event.at) for one in told if one.resumed]
-            if event is not None and left:
-                out.noticed_s.append(event.at - max(left))
+            requests = [make_request(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
+            calls = [asyncio.create_task(caller.call(request)) for request in requests]
+            event = await fleet.link_log.downs(stuck.id, since, NOTICED_S)
+            results = await asyncio.gather(*calls)
+            out.calls += results
+            last_chunks = [
+                max(at for at in result.chunks if event and at < event.at) for result in results if result.resumed
+            ]
+            if event is not None and last_chunks:
+                out.noticed_s.append(event.at - max(last_chunks))
                 out.reasons.add(event.reason)
-            await _fresh(fleet, stuck)
+            await _until_restarted(fleet, stuck)
     finally:
         await caller.close()
     return out
 
 
-async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
-    """Wait for another process in its place, whose engine has not hung yet."""
-    since, news = time.time(), fleet.news
+async def _until_restarted(fleet: Fleet, worker: SimWorker) -> None:
+    """Wait for a new process of the worker, whose engine has not hung yet."""
+    since, link_log = time.time(), fleet.link_log
     worker.signal(signal.SIGKILL)
-    await news.downs(worker.id, since, NOTICED_S)
+    await link_log.downs(worker.id, since, NOTICED_S)
 
     def back() -> bool:
         gone = False
-        for event in news.events:
+        for event in link_log.events:
             if event.worker == worker.id and event.at >= since:
                 gone |= event.name == "worker_down"
                 if gone and event.name == "worker_up":
                     return True
         return False
 
-    await news.until(back, NOTICED_S)
+    await link_log.until(back, NOTICED_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Prefills:
-    """What came of them."""
+    """Results of the long prefills."""
 
     worker_s: float
     prefills: int
@@ -108,9 +110,9 @@ class Prefills:
 
 
 async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
-    """Keep every worker in long prefills for so long."""
+    """Keep every worker in long prefills for `run_s`."""
     rng = random.Random(seed)
-    began, seen = time.monotonic(), len(fleet.news.events)
+    began, seen = time.monotonic(), len(fleet.link_log.events)
     done = failed = 0
     async with grpc.aio.insecure_channel(fleet.grpc, options=OPTIONS) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -127,5 +129,5 @@ async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
                     failed += 1
 
         await asyncio.gather(*(caller() for _ in range(2 * len(fleet.workers))))
-    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
     return Prefills((time.monotonic() - began) * len(fleet.workers), done, failed, downs)

@@ -1,4 +1,4 @@
-"""Calls of every kind that a fault may hit, what each has told, and how that differs from the undisturbed answer."""
+"""Calls of every kind that a fault may hit, what each received, and how that differs from the undisturbed answer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
     "all": {"temperature": 0.6, "seed": 5, "n": 2, "logprobs": True, "repetition_penalty": 1.1, "stop": ["zqx"]},
 }
-"""By name, the fields beyond the prompt and the length."""
+"""Fields beyond the prompt and the length, by kind."""
 
 
 _Tokens = Mapping[int, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class FaultRequest:
     """One request."""
 
     key: str
@@ -44,58 +44,60 @@ class Ask:
     message: pb.ChatRequest
 
 
-def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[Ask]:
-    """So many requests, all kinds in turn, each with a prompt and a length of its own."""
+def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[FaultRequest]:
+    """`count` requests, all kinds in turn, each with its own prompt and length."""
     rng = random.Random(seed)
     out = []
     for number in range(count):
         kind = list(KINDS)[number % len(KINDS)]
-        out.append(ask(f"{seed}-{number}", kind, model, rng.randint(*tokens), rng.randint(*words), rng.random()))
+        out.append(
+            make_request(f"{seed}-{number}", kind, model, rng.randint(*tokens), rng.randint(*words), rng.random())
+        )
     return out
 
 
-def ask(
+def make_request(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
-) -> Ask:
-    """A request of a kind, as long as asked for but where a stop string ends it. `fields` of a kind not in KINDS."""
+) -> FaultRequest:
+    """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
     message = pb.ChatRequest(
         model=model, messages=[pb.Message(role="user", content=prompt)], max_tokens=tokens, **given
     )
-    return Ask(key, kind, message)
+    return FaultRequest(key, kind, message)
 
 
 @dataclass(slots=True)
-class Told:
-    """What a call has told its caller. Times are the wall clock's."""
+class CallResult:
+    """Everything that a call has sent to its caller. Times are wall-clock times."""
 
-    ask: Ask
+    request: FaultRequest
     request_id: str
     sent: float
     answer_id: str = ""
-    """The answer's own id."""
+    """Id of the answer."""
     ended: float = 0.0
     whole: int = 0
-    """Characters of the undisturbed answer, where it is known."""
+    """Characters of the undisturbed answer, if known."""
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    """Ids with their log probabilities, by index, where they are told."""
+    """Token ids with their log probabilities, by index, if they are sent."""
     chunks: list[float] = field(default_factory=list)
-    """When each chunk with text or tokens came."""
+    """Arrival time of each chunk with text or tokens."""
     offsets: list[int] = field(default_factory=list)
     usage: pb.Usage | None = None
     error: str = ""
     silence_s: float = 0.0
-    """The longest between two chunks."""
+    """The longest gap between two chunks."""
 
-    def take(self, chunk: pb.ChatChunk, now: float) -> None:
-        """One more chunk."""
+    def record(self, chunk: pb.ChatChunk, now: float) -> None:
+        """Record a chunk."""
         self.answer_id = chunk.id
         if chunk.choices:
-            self.offsets.append(chunk.offset)  # chunks of mere progress repeat it
+            self.offsets.append(chunk.offset)  # progress-only chunks repeat it
             if self.chunks:
                 self.silence_s = max(self.silence_s, now - self.chunks[-1])
             self.chunks.append(now)
@@ -105,28 +107,28 @@ class Told:
             if choice.finish_reason:
                 self.finishes[index] = choice.finish_reason
             if choice.logprobs:
-                self.tokens.setdefault(index, []).extend((one.token_id, one.logprob) for one in choice.logprobs)
+                self.tokens.setdefault(index, []).extend((token.token_id, token.logprob) for token in choice.logprobs)
         if chunk.HasField("usage"):
             self.usage = chunk.usage
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the answer has come."""
+        """Whether anything of the answer has arrived."""
         return bool(self.chunks)
 
     @property
     def resumed(self) -> int:
-        """How often it went on elsewhere after its first token."""
+        """Number of resumes after its first token."""
         return self.usage.resumed if self.usage is not None else 0
 
     @property
     def last(self) -> bool:
-        """Whether all but a token or two of the undisturbed answer has come."""
+        """Whether all of the undisturbed answer but a token or two has arrived."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property
     def mid_character(self) -> bool:
-        """Whether the last text that came ends in a piece of a character, as far as its replacement shows it."""
+        """Whether the last text ends in part of a character, as far as its replacement character shows."""
         return any(text.endswith("�") for text in self.texts.values())
 
     @property
@@ -135,44 +137,45 @@ class Told:
         return self.silence_s > HIT_S
 
     def gaps(self) -> list[tuple[float, float]]:
-        """(when, how long) of each silence between two chunks."""
+        """(time, length) of each silence between two chunks."""
         return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
-def difference(one: Told, undisturbed: Told, logprob_tolerance: float = 0.0) -> str:
-    """How a call differs from its undisturbed self: "" for not at all, else failed, duplicate, gap or other. Log
-    probabilities of a real engine depend a little on who else is in the batch."""
-    if one.error:
-        return f"failed: {one.error}"
-    if one.offsets != sorted(set(one.offsets)):
+def difference(call: CallResult, undisturbed: CallResult, logprob_tolerance: float = 0.0) -> str:
+    """Difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or other. Log
+    probabilities of a real engine depend a little on the rest of the batch.
+    """
+    if call.error:
+        return f"failed: {call.error}"
+    if call.offsets != sorted(set(call.offsets)):
         return "duplicate"
     for index, text in undisturbed.texts.items():
-        found = _texts_differ(one.texts.get(index, ""), text)
-        if found:
-            return found
-    if not _tokens_equal(one.tokens, undisturbed.tokens, logprob_tolerance) or one.finishes != undisturbed.finishes:
+        mismatch = _texts_differ(call.texts.get(index, ""), text)
+        if mismatch:
+            return mismatch
+    if not _tokens_equal(call.tokens, undisturbed.tokens, logprob_tolerance) or call.finishes != undisturbed.finishes:
         return "other"
-    assert one.usage is not None
+    assert call.usage is not None
     assert undisturbed.usage is not None
-    counts = [(u.prompt_tokens, u.completion_tokens) for u in (one.usage, undisturbed.usage)]
-    return "" if counts[0] == counts[1] and one.texts.keys() == undisturbed.texts.keys() else "other"
+    counts = [(u.prompt_tokens, u.completion_tokens) for u in (call.usage, undisturbed.usage)]
+    return "" if counts[0] == counts[1] and call.texts.keys() == undisturbed.texts.keys() else "other"
 
 
 def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
-    """Whether ids are the same and log probabilities as near as asked."""
+    """Whether ids are equal and log probabilities within the tolerance."""
     if ours.keys() != whole.keys():
         return False
     for index, wanted in whole.items():
-        found = ours[index]
-        if [token for token, _ in found] != [token for token, _ in wanted]:
+        actual = ours[index]
+        if [token for token, _ in actual] != [token for token, _ in wanted]:
             return False
-        if any(abs(a - b) > tolerance for (_, a), (_, b) in zip(found, wanted, strict=True)):
+        if any(abs(a - b) > tolerance for (_, a), (_, b) in zip(actual, wanted, strict=True)):
             return False
     return True
 
 
 SEEN = 12
-"""So many equal characters beyond a difference tell a duplicate or a gap from another text."""
+"""Equal characters after a difference that make it a duplicate or a gap, and not another text."""
 
 
 def _texts_differ(ours: str, whole: str) -> str:
@@ -188,10 +191,10 @@ def _texts_differ(ours: str, whole: str) -> str:
 
 
 class Caller:
-    """Makes calls over a few connections and notes what comes, chunk by chunk."""
+    """Client that makes calls over a few connections and records every chunk."""
 
     def __init__(self, address: str, metadata: Sequence[tuple[str, str]], run: str) -> None:
-        """`run` begins every request id, so that the ledger's rows can be told apart."""
+        """`run` begins every request id, to identify the run's rows in the ledger."""
         self._metadata = tuple(metadata)
         self._run = run
         self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
@@ -203,27 +206,29 @@ class Caller:
         ]
         self._made = 0
 
-    async def call(self, ask: Ask, on_chunk: Callable[[Told], None] = lambda told: None, whole: int = 0) -> Told:
-        """One call to its end. Never raises for the server: `error` says what happened."""
+    async def call(
+        self, request: FaultRequest, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
+    ) -> CallResult:
+        """Make one call to its end. Never raises for the server: `error` says what happened."""
         self._made += 1
-        told = Told(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
-        metadata = (*self._metadata, ("x-request-id", told.request_id))
-        call = self._methods[self._made % CHANNELS](ask.message, metadata=metadata, timeout=CALL_S)
+        result = CallResult(request, f"{self._run}-{self._made}", time.time(), whole=whole)
+        metadata = (*self._metadata, ("x-request-id", result.request_id))
+        call = self._methods[self._made % CHANNELS](request.message, metadata=metadata, timeout=CALL_S)
         try:
-            on_chunk(told)
+            on_chunk(result)
             async for chunk in call:
-                told.take(chunk, time.time())
-                on_chunk(told)
+                result.record(chunk, time.time())
+                on_chunk(result)
         except grpc.aio.AioRpcError as error:
-            told.error = f"{error.code().name}: {error.details()}"
+            result.error = f"{error.code().name}: {error.details()}"
         finally:
-            told.ended = time.time()
+            result.ended = time.time()
             call.cancel()
-        if not told.error and told.usage is None:
-            told.error = "the stream ended without usage"
-        return told
+        if not result.error and result.usage is None:
+            result.error = "the stream ended without usage"
+        return result
 
     async def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         for channel in self._channels:
             await channel.close()

@@ -1,13 +1,13 @@
-"""The proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
+"""Proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
 
-Sixteen calls begin together; when each of them has told a drawn number of pieces, the worker that runs most of them is
-cut off, stopped or killed; in half of the batches the other one follows, so that calls lose two workers. How many
-sequences went on elsewhere after a point is read from the gateway's metrics, and a point that has hit none, since all
-calls ended in the moment before, does not count. A killed engine needs half a minute to be back, meanwhile the other
-serves alone and what falls on it is a cut or a stop, after which its calls go on at itself.
+Sixteen calls begin together. When each of them has received a drawn number of pieces, the worker that runs most of them
+is cut off, stopped or killed; in half of the batches the other worker follows, so that calls lose two workers. The
+gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls had
+just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other serves alone: faults on
+it are cuts or stops, after which its calls resume on itself.
 
-Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in other company: what
-differs there is the engine's own and no fault's.
+Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in different batches:
+a difference between those two comes from the engine and not from a fault.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from cluster.cli.local.gateway_metrics import scrape
 from cluster.v1 import inference_pb2 as pb
 from loadtests import interpreted
 from loadtests.children import Child, Children
-from loadtests.faults.calls import Ask, Caller, Told, ask, difference
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference, make_request
 from loadtests.faults.mass import KILL, LINK, STOP
-from loadtests.serving.fleet import Fleet, SimWorker, begun_gateway
+from loadtests.serving.fleet import Fleet, SimWorker, started_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
 
 WORKERS, WORDS = 2, (40, 100)
 GREEDY, OTHERS = ("greedy", "logprobs"), ("seeded", "penalties", "n", "stop", "json")
 BATCH = ("greedy",) * 6 + ("logprobs",) * 2 + ("seeded", "penalties", "json") * 2 + ("n", "stop")
-ASKS = 4 * len(BATCH)
+REQUESTS = 4 * len(BATCH)
 _SCHEMA = {"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 100}
 JSON: Mapping[str, Any] = {
     "temperature": 0.8,
@@ -45,17 +45,17 @@ JSON: Mapping[str, Any] = {
     "ignore_eos": False,
     "response_format": pb.ResponseFormat(type="json_schema", json_schema=json.dumps(_SCHEMA)),
 }
-"""So many items that the length ends it."""
+"""Schema with so many items that the length ends the answer."""
 STOP_STRING: Mapping[str, Any] = {"temperature": 0.0, "stop": ["!?", "zqx"]}
-"""So rare that it ends few answers, and late."""
+"""Stop strings so rare that they end few answers, and late."""
 MOST_MISSES = 60
 OWN = {"json": JSON, "stop": STOP_STRING}
-"""Kinds that are others here than elsewhere, or are only here."""
+"""Kinds that are defined only here, or differently from elsewhere."""
 LOGPROBS = 1e-4
-"""So far apart may log probabilities be: a prefill and steps round differently."""
+"""Tolerance of log probabilities: a prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""One point of so many is to be a SIGKILL, which waits until both engines are there; where two are due, all wait."""
+"""One fault in this many is to be a SIGKILL, which waits until both engines serve; where two are due, all wait."""
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -74,7 +74,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A model runner of vLLM's, and what is asked of it: `tokens` a call, faults after so many `pieces` of each."""
+    """A vLLM model runner and its load: `tokens` per call, faults after `pieces` pieces of each."""
 
     environment: Mapping[str, str]
     tokens: int
@@ -85,53 +85,53 @@ RUNNERS: Mapping[str, Runner] = {
     "v1": Runner({}, 320, (6, 90)),
     "v2": Runner(interpreted.environment(), 96, (4, 30)),
 }
-"""By name. The V2 runner's kernels are interpreted here, at a twentieth of the speed: its calls are shorter."""
+"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed: its calls are shorter."""
 NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One fault: what fell on which worker when each call had told so many pieces, and how many sequences were hit."""
+    """One fault: its kind, its worker, the pieces that each call had received, and the number of sequences hit."""
 
     kind: str
     worker: int
     pieces: int
     alone: bool
-    """Whether no other worker was there."""
+    """Whether no other worker was serving."""
     hit: int
 
 
 @dataclass(slots=True)
 class Proof:
-    """Calls under faults, and how they differ."""
+    """Calls under faults, and their differences."""
 
     points: list[Point] = field(default_factory=list)
-    """Those that have hit somebody."""
+    """Faults that hit at least one sequence."""
     misses: int = 0
-    """Points beside them that have hit nobody."""
-    calls: list[Told] = field(default_factory=list)
+    """Number of faults that hit no sequence."""
+    calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """By request id, of all calls of all batches."""
+    """Differences by request id, of all calls of all batches."""
     noise: int = 0
-    """Undisturbed calls that differ from themselves in other company."""
+    """Undisturbed calls whose answers differ between two batches."""
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
         """(exact, all) of the calls of these kinds that lost a worker, or failed."""
-        hit = [told for told in self.calls if told.ask.kind in kinds and (told.resumed or told.error)]
-        return sum(told.request_id not in self.differences for told in hit), len(hit)
+        hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
+        return sum(result.request_id not in self.differences for result in hit), len(hit)
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         hits = [point.hit for point in self.points]
         return {
             "points": dict(Counter(point.kind for point in self.points)),
             "points that hit nobody and do not count": self.misses,
             "points without another worker": sum(point.alone for point in self.points),
             "sequences hit a point": {"least": min(hits, default=0), "most": max(hits, default=0), "all": sum(hits)},
-            "calls": dict(Counter(told.ask.kind for told in self.calls)),
-            "calls hit": dict(Counter(told.ask.kind for told in self.calls if told.resumed)),
-            "more than once": sum(told.resumed > max(told.ask.message.n, 1) for told in self.calls),
+            "calls": dict(Counter(result.request.kind for result in self.calls)),
+            "calls hit": dict(Counter(result.request.kind for result in self.calls if result.resumed)),
+            "more than once": sum(result.resumed > max(result.request.message.n, 1) for result in self.calls),
             "different": self.differences,
             "undisturbed calls that differ from themselves": self.noise,
             "seconds": round(self.seconds, 1),
@@ -140,7 +140,7 @@ class Proof:
 
 
 class Engines:
-    """A fleet of real workers, each started again by `kill`."""
+    """A fleet of real workers, each restarted after `kill`."""
 
     def __init__(self, fleet: Fleet, children: Children, commands: Sequence[Sequence[str]], runner: Runner) -> None:
         self.fleet = fleet
@@ -156,41 +156,41 @@ class Engines:
         environment = {**ENVIRONMENT, **self.runner.environment}
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
-    async def standing(self) -> list[int]:
-        """Those that have links, once all have but one that starts anew."""
-        news, ids = self.fleet.news, [worker.id for worker in self.fleet.workers]
-        self._starting = {number for number in self._starting if ids[number] not in news.up}
+    async def linked_workers(self) -> list[int]:
+        """Numbers of the workers that have links, once at most one is still restarting."""
+        link_log, ids = self.fleet.link_log, [worker.id for worker in self.fleet.workers]
+        self._starting = {number for number in self._starting if ids[number] not in link_log.up}
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
-        await news.until(lambda: news.up >= wanted, BACK_S)
-        return [number for number, worker in enumerate(ids) if worker in news.up]
+        await link_log.until(lambda: link_log.up >= wanted, BACK_S)
+        return [number for number, worker in enumerate(ids) if worker in link_log.up]
 
-    async def all_back(self) -> None:
-        """Wait until those that start anew have links, too."""
-        await self.fleet.all_up(STARTS_S)
+    async def until_all_linked(self) -> None:
+        """Wait until restarting workers have links, too."""
+        await self.fleet.until_all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
-        """Sequences that each of those that have links runs, as its last beat told."""
-        told = await self._scrape()
+        """Sequences that each linked worker runs, from its last beat."""
+        samples = await self._scrape()
         ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
         return {
             ids[labels["worker"]]: int(value)
-            for name, labels, value in told
+            for name, labels, value in samples
             if name == "headrace_worker_running_requests"
         }
 
     async def resumes(self) -> int:
-        """Sequences that have gone on at another worker, or at the same one after its link broke."""
+        """Number of resumes, on another worker or on the same one after its link broke."""
         return int(sum(value for name, _, value in await self._scrape() if name == "headrace_resumes_total"))
 
     async def _scrape(self) -> list[tuple[str, dict[str, str], float]]:
         return await asyncio.to_thread(scrape, self.fleet.endpoints["metrics"]) or []
 
     async def stop(self) -> None:
-        """End all."""
+        """Stop everything."""
         await asyncio.gather(*(child.stop() for child in self._processes if child is not None))
 
-    async def strike(self, kind: str, number: int) -> None:
-        """One fault, until the gateway has noticed it and the worker may be back."""
+    async def apply_fault(self, kind: str, number: int) -> None:
+        """Apply one fault; return when the gateway has noticed it and the worker may return."""
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
             await self._kill(number)
@@ -199,7 +199,7 @@ class Engines:
             worker.relay.sever()
         else:
             self._signal(number, signal.SIGSTOP)
-        await self.fleet.news.downs(worker.id, since, NOTICED_S)
+        await self.fleet.link_log.downs(worker.id, since, NOTICED_S)
         self._signal(number, signal.SIGCONT)
 
     def _signal(self, number: int, what: signal.Signals) -> None:
@@ -209,12 +209,12 @@ class Engines:
             process.send_signal(what)
 
     async def _kill(self, number: int) -> None:
-        """SIGKILL to the worker, its engine with it; another takes its place."""
+        """Send SIGKILL to the worker and its engine; another process replaces it."""
         child = self._processes[number]
         assert child is not None
         since = time.time()
         self._signal(number, signal.SIGKILL)
-        await self.fleet.news.downs(self.fleet.workers[number].id, since, NOTICED_S)
+        await self.fleet.link_log.downs(self.fleet.workers[number].id, since, NOTICED_S)
         self._starting.add(number)
         await child.stop()
         self.start(number)
@@ -224,10 +224,10 @@ class Engines:
 async def running(
     children: Children, folder: Path, model: Path, bundle: Path, runner: Runner
 ) -> AsyncIterator[Engines]:
-    """Gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
+    """Start a gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
     home = folder / "engines"
     async with AsyncExitStack() as stack:
-        fleet = await begun_gateway(
+        fleet = await started_gateway(
             stack, children, home, gateway={"resume": {"max_attempts": 16, "max_silent_losses": 16}}
         )
         shared = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--bundle", str(bundle)]
@@ -245,119 +245,120 @@ async def running(
         yield engines
 
 
-def asks_of(model: str, seed: int, tokens: int) -> list[Ask]:
-    """Batches of all kinds, each call with a prompt of its own."""
+def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
+    """Batches of all kinds, each call with its own prompt."""
     rng = random.Random(seed)
     out = []
-    for number in range(ASKS):
+    for number in range(REQUESTS):
         kind = BATCH[number % len(BATCH)]
         fields = OWN.get(kind)
-        out.append(ask(f"e{number}", kind, model, tokens, rng.randint(*WORDS), rng.random(), fields))
+        out.append(make_request(f"e{number}", kind, model, tokens, rng.randint(*WORDS), rng.random(), fields))
     return out
 
 
 class Batch:
     """Calls that begin together."""
 
-    def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
-        self._told: dict[str, Told] = {}
+    def __init__(self, caller: Caller, requests: Sequence[FaultRequest]) -> None:
+        self._results: dict[str, CallResult] = {}
         self._more = asyncio.Event()
-        self._tasks = [asyncio.create_task(caller.call(one, self._seen)) for one in asks]
+        self._tasks = [asyncio.create_task(caller.call(request, self._record)) for request in requests]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._more.set())
 
-    def _seen(self, told: Told) -> None:
-        self._told[told.request_id] = told
+    def _record(self, result: CallResult) -> None:
+        self._results[result.request_id] = result
         self._more.set()
 
     async def until(self, pieces: int) -> int:
-        """Wait until every call that runs has told so many pieces; how many still run."""
+        """Wait until every running call has received `pieces` pieces; return how many still run."""
         async with asyncio.timeout(ENDS_S):
             while True:
                 self._more.clear()
-                running = [told for told in self._told.values() if not told.ended]
-                if len(self._told) == len(self._tasks) and all(len(told.chunks) >= pieces for told in running):
+                running = [result for result in self._results.values() if not result.ended]
+                if len(self._results) == len(self._tasks) and all(len(result.chunks) >= pieces for result in running):
                     return len(running)
                 await self._more.wait()
 
-    async def ended(self) -> list[Told]:
-        """All of them, once they have ended."""
+    async def wait_for_results(self) -> list[CallResult]:
+        """Wait for the end of all calls and return them."""
         async with asyncio.timeout(ENDS_S):
             return list(await asyncio.gather(*self._tasks))
 
     async def cancel(self) -> None:
-        """End what still runs."""
+        """Cancel the running calls."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Prover:
-    """Batches over two engines, and the faults that fall into them."""
+    """Batches over two engines, and the faults that hit them."""
 
     def __init__(self, engines: Engines, seed: int) -> None:
         fleet = engines.fleet
         self._engines = engines
         self._rng = random.Random(seed)
         self._caller = Caller(fleet.grpc, fleet.metadata, "engines")
-        self._asks = asks_of(fleet.model, seed, engines.runner.tokens)
+        self._requests = requests_of(fleet.model, seed, engines.runner.tokens)
         self._kills_due = 0.0
         self.proof = Proof()
 
     async def prove(self, points: int) -> Proof:
-        """Batches until so many faults have hit somebody; each answer against its undisturbed self. Raises RuntimeError
-        where calls fail undisturbed, TimeoutError where a batch stands still."""
+        """Run batches until `points` faults have hit a sequence; compare each answer with its undisturbed one. Raises
+        RuntimeError if calls fail undisturbed, TimeoutError if a batch hangs.
+        """
         proof, began = self.proof, time.monotonic()
         try:
             undisturbed = await self._undisturbed()
             at = 0
             while len(proof.points) < points and proof.misses < MOST_MISSES:
-                asks = [self._asks[(at + number) % len(self._asks)] for number in range(len(BATCH))]
-                at += len(BATCH) + 5  # other company each time
+                requests = [self._requests[(at + number) % len(self._requests)] for number in range(len(BATCH))]
+                at += len(BATCH) + 5  # a different batch each time
                 faults = min(1 + at % 2, points - len(proof.points))
-                await self._batch(asks, faults)
+                await self._batch(requests, faults)
         finally:
             await self._caller.close()
-        for told in proof.calls:
-            found = difference(told, undisturbed[told.ask.key], LOGPROBS)
-            if found:
-                proof.differences[told.request_id] = f"{told.ask.kind}: {found}"
+        for result in proof.calls:
+            mismatch = difference(result, undisturbed[result.request.key], LOGPROBS)
+            if mismatch:
+                proof.differences[result.request_id] = f"{result.request.kind}: {mismatch}"
         proof.seconds = time.monotonic() - began
         return proof
 
-    async def _undisturbed(self) -> dict[str, Told]:
-        rounds: list[dict[str, Told]] = []
+    async def _undisturbed(self) -> dict[str, CallResult]:
+        rounds: list[dict[str, CallResult]] = []
         for shift in (0, 7):
-            order = self._asks[shift:] + self._asks[:shift]
-            told: list[Told] = []
-            for at in range(0, ASKS, len(BATCH)):
-                told += await Batch(self._caller, order[at : at + len(BATCH)]).ended()
-            failed = [one.error for one in told if one.error]
+            order = self._requests[shift:] + self._requests[:shift]
+            results: list[CallResult] = []
+            for at in range(0, REQUESTS, len(BATCH)):
+                results += await Batch(self._caller, order[at : at + len(BATCH)]).wait_for_results()
+            failed = [result.error for result in results if result.error]
             if failed:
                 raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
-            rounds.append({one.ask.key: one for one in told})
+            rounds.append({result.request.key: result for result in results})
         first, second = rounds
         self.proof.noise = sum(difference(second[key], first[key], LOGPROBS) != "" for key in first)
         return first
 
-    async def _batch(self, asks: Sequence[Ask], faults: int) -> None:
+    async def _batch(self, requests: Sequence[FaultRequest], faults: int) -> None:
         engines, proof = self._engines, self.proof
         if self._kills_due >= 2:
-            await engines.all_back()
-        await engines.standing()
-        batch = Batch(self._caller, asks)
+            await engines.until_all_linked()
+        await engines.linked_workers()
+        batch = Batch(self._caller, requests)
         moments = sorted(self._rng.randint(*engines.runner.pieces) for _ in range(faults))
         struck: list[tuple[str, int, int, bool, int]] = []
         try:
             for pieces in moments:
-                standing = await engines.standing()
+                standing = await engines.linked_workers()
                 number = await self._victim(batch, pieces)
                 if number is None:
                     break
                 kind = self._kind(len(standing))
                 struck.append((kind, number, pieces, len(standing) == 1, await engines.resumes()))
-                await engines.strike(kind, number)
-            proof.calls += await batch.ended()
+                await engines.apply_fault(kind, number)
+            proof.calls += await batch.wait_for_results()
         finally:
             await batch.cancel()
         counts = [before for *_, before in struck] + [await engines.resumes()]
@@ -368,13 +369,13 @@ class Prover:
                 proof.misses += 1
 
     async def _victim(self, batch: Batch, pieces: int) -> int | None:
-        """The worker that runs most once all calls have told so many pieces; None where they have ended before."""
+        """Worker that runs most sequences once all calls have received `pieces` pieces; None if they ended before."""
         while await batch.until(pieces):
             loads = await self._engines.running()
             number = max(loads, key=loads.__getitem__, default=None)
             if number is not None and loads[number]:
                 return number
-            await asyncio.sleep(BEAT_S)  # what runs is told in beats
+            await asyncio.sleep(BEAT_S)  # beats report what runs
         return None
 
     def _kind(self, standing: int) -> str:

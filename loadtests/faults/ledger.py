@@ -1,4 +1,4 @@
-"""Whether the ledger has every call exactly once."""
+"""Check that the ledger has every call exactly once."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.faults.calls import Told
+from loadtests.faults.calls import CallResult
 
 CAUGHT_UP_S = 25.0
-"""A record waits for the counts of a worker that is gone for ten seconds."""
+"""A record waits ten seconds for the counts of a lost worker."""
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
-    """Sequences that were answered, and what the ledger has of them."""
+class LedgerAudit:
+    """Answered sequences, and their rows in the ledger."""
 
     sequences: int
     missing: int
     doubled: int
     miscounted: int
-    """Calls whose rows hold other numbers of tokens than their callers were told."""
+    """Calls whose rows hold other token counts than their callers received."""
 
     @property
     def wrong(self) -> int:
-        """Missing or doubled."""
+        """Number of missing or doubled rows."""
         return self.missing + self.doubled
 
-    def __add__(self, other: Books) -> Books:
-        return Books(
+    def __add__(self, other: LedgerAudit) -> LedgerAudit:
+        return LedgerAudit(
             self.sequences + other.sequences, self.missing + other.missing, self.doubled + other.doubled,
             self.miscounted + other.miscounted,
         )  # fmt: skip
 
 
-async def audit(ledger: Path, calls: Sequence[Told]) -> Books:
-    """Compare, once the records of all calls have had time to come."""
-    answered = [told for told in calls if not told.error]
+async def audit(ledger: Path, calls: Sequence[CallResult]) -> LedgerAudit:
+    """Compare calls and ledger, once the records of all calls have had time to arrive."""
+    answered = [result for result in calls if not result.error]
     deadline = time.monotonic() + CAUGHT_UP_S
     while True:
         books = await asyncio.to_thread(_compare, ledger, answered)
@@ -50,7 +50,7 @@ async def audit(ledger: Path, calls: Sequence[Told]) -> Books:
         await asyncio.sleep(LOOK_S)
 
 
-def _compare(ledger: Path, calls: Sequence[Told]) -> Books:
+def _compare(ledger: Path, calls: Sequence[CallResult]) -> LedgerAudit:
     rows = Counter[tuple[str, int]]()
     tokens = Counter[str]()
     with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10) as database:
@@ -59,12 +59,12 @@ def _compare(ledger: Path, calls: Sequence[Told]) -> Books:
         ):
             rows[request_id, segment] += 1
             tokens[request_id] += completion
-    wanted = [(told.request_id, segment) for told in calls for segment in range(max(told.ask.message.n, 1))]
-    return Books(
+    wanted = [(result.request_id, segment) for result in calls for segment in range(max(result.request.message.n, 1))]
+    return LedgerAudit(
         sequences=len(wanted),
-        missing=sum(not rows[one] for one in wanted),
+        missing=sum(not rows[sequence] for sequence in wanted),
         doubled=sum(count - 1 for count in rows.values()),
         miscounted=sum(
-            told.usage is not None and tokens[told.request_id] != told.usage.completion_tokens for told in calls
+            result.usage is not None and tokens[result.request_id] != result.usage.completion_tokens for result in calls
         ),
     )

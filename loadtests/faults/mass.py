@@ -1,7 +1,7 @@
-"""Kill points by the thousand: 64 streams of every kind on four simulated workers, of which some always fall.
+"""Thousands of faults: 64 streams of every kind on four simulated workers, of which some are always failing.
 
-Every call is compared with its undisturbed self, asked before of the same cluster: the simulated engine's tokens are a
-function of all tokens so far and of everything in the request that shapes content, so one token lost, doubled or
+Every call is compared with its undisturbed answer, obtained before from the same cluster. The simulated engine's tokens
+are a function of all tokens so far and of every field of the request that shapes content, so one token lost, doubled or
 computed under other parameters changes all that follow.
 """
 
@@ -17,54 +17,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtests.faults.calls import Ask, Caller, Told, difference, mixed
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference, mixed
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
-"""Streams at once, workers, places at each (fewer than all streams' sequences, so that some always wait)."""
-ASKS = 192
+"""Streams at once, workers, sequences per worker (fewer than all streams need, so that some always wait)."""
+REQUESTS = 192
 TOKENS, WORDS = (24, 120), (8, 160)
 KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
 ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
-"""How often each; those that the gateway has to find out for itself take a worker away for longer."""
+"""Odds of each fault; those that the gateway has to detect by itself take a worker away for longer."""
 PHASES = ("in queue", "prefill", "first step", "mid-character", "last step", "twice", "any step")
 INTERVAL_S = (0.02, 0.12)
 MOMENT_S = 0.5
 BACK_S = (0.2, 1.6)
-"""How long what is stopped or cut stays so: now shorter, now longer than it takes to be noticed."""
+"""Range of times that a stop or cut lasts: some shorter, some longer than its detection."""
 PREFILL_S = 0.01
 LEAST_UP = 1
-"""A fault waits until so many others serve."""
+"""A fault waits until this many other workers serve."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
-"""Faults fall so densely that five losses are nothing unusual for a call, nor is another before its next token; so
-both bounds, max_attempts and max_silent_losses, are set to this."""
+"""Bound for both max_attempts and max_silent_losses: faults are so dense that five losses of one call are
+normal, as is another loss before its next token.
+"""
 NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """All four workers': tokens over the whole vocabulary, so that bytes of broken characters are among them."""
+    """Source of all four workers: tokens over the whole vocabulary, so that bytes of broken characters occur."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"
 
 
 class Moments:
-    """Lets the injector wait until some call is at a point of its life."""
+    """Lets the injector wait until some call is at a given phase."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
-    def seen(self, told: Told) -> None:
-        """After each chunk of a call, and once before its first."""
+    def record_phase(self, result: CallResult) -> None:
+        """Record the phase of a call: after each of its chunks, and once before the first."""
         if not self._waiting:
             return
-        for phase in _phases(told):
+        for phase in _phases(result):
             event = self._waiting.pop(phase, None)
             if event is not None:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Until a call is there; False when none is in time."""
+        """Wait until a call is in this phase; False if none is in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -76,41 +77,41 @@ class Moments:
         return True
 
 
-def _phases(told: Told) -> list[str]:
-    if not told.begun:
+def _phases(result: CallResult) -> list[str]:
+    if not result.begun:
         return ["in queue", "prefill"]
     out = ["any step"]
-    if len(told.chunks) == 1:
+    if len(result.chunks) == 1:
         out.append("first step")
-    if told.mid_character:
+    if result.mid_character:
         out.append("mid-character")
-    if told.last:
+    if result.last:
         out.append("last step")
-    if told.hit:
+    if result.hit:
         out.append("twice")
     return out
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What the part has found."""
+    """Results of this part."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (kind, phase)."""
-    calls: list[Told] = field(default_factory=list)
+    """Faults by (kind, phase)."""
+    calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """By request id, of those that differ from their undisturbed selves."""
+    """Differences by request id, of calls that differ from their undisturbed answers."""
     stuck: int = 0
     """Calls that had not ended a minute after the last fault."""
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         kinds, phases = Counter[str](), Counter[str]()
         for (kind, phase), count in self.points.items():
             kinds[kind] += count
             phases[phase] += count
-        resumed = [told.resumed for told in self.calls]
+        resumed = [result.resumed for result in self.calls]
         return {
             "points": sum(kinds.values()),
             "by kind": dict(kinds),
@@ -120,7 +121,7 @@ class Outcome:
             "more than once": sum(count > 1 for count in resumed),
             "resumes": sum(resumed),
             "seconds": round(self.seconds, 1),
-            "calls by kind": dict(Counter(told.ask.kind for told in self.calls)),
+            "calls by kind": dict(Counter(result.request.kind for result in self.calls)),
             "stuck": self.stuck,
             "different": dict(Counter(self.differences.values())),
         }
@@ -129,10 +130,10 @@ class Outcome:
 class Mass:
     """The callers and the injector over a running fleet."""
 
-    def __init__(self, fleet: Fleet, seed: int, asks: Sequence[Ask], run: str = "mass") -> None:
+    def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet
         self._rng = random.Random(seed)
-        self._asks = asks
+        self._requests = requests
         self._caller = Caller(fleet.grpc, fleet.metadata, run)
         self._moments = Moments()
         self._busy: set[str] = set()
@@ -140,25 +141,25 @@ class Mass:
         self._over = False
         self.outcome = Outcome()
 
-    async def reference(self) -> dict[str, Told]:
-        """Every request once, undisturbed."""
+    async def reference(self) -> dict[str, CallResult]:
+        """Make every request once, undisturbed."""
         gate = asyncio.Semaphore(STREAMS)
 
-        async def one(ask: Ask) -> Told:
+        async def call_undisturbed(request: FaultRequest) -> CallResult:
             async with gate:
-                return await self._caller.call(ask)
+                return await self._caller.call(request)
 
-        told = await asyncio.gather(*(one(ask) for ask in self._asks))
-        return {one.ask.key: one for one in told}
+        results = await asyncio.gather(*(call_undisturbed(request) for request in self._requests))
+        return {result.request.key: result for result in results}
 
     async def play(self, points: int, streams: int) -> Outcome:
-        """`streams` callers at once, until so many faults have fallen and every call has ended."""
+        """Run `streams` callers at once until `points` faults have happened and every call has ended."""
         undisturbed = await self.reference()
-        failed = [told.error for told in undisturbed.values() if told.error]
+        failed = [result.error for result in undisturbed.values() if result.error]
         if failed:
             raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
         began = time.monotonic()
-        whole = {key: sum(map(len, told.texts.values())) for key, told in undisturbed.items()}
+        whole = {key: sum(map(len, result.texts.values())) for key, result in undisturbed.items()}
         callers = [asyncio.create_task(self._callers(number, streams, whole)) for number in range(streams)]
         try:
             await self._inject(points)
@@ -173,18 +174,18 @@ class Mass:
                 _bring_back(worker)
             await self._caller.close()
         self.outcome.seconds = time.monotonic() - began
-        for told in self.outcome.calls:
-            found = difference(told, undisturbed[told.ask.key])
-            if found:
-                self.outcome.differences[told.request_id] = found
+        for result in self.outcome.calls:
+            mismatch = difference(result, undisturbed[result.request.key])
+            if mismatch:
+                self.outcome.differences[result.request_id] = mismatch
         return self.outcome
 
     async def _callers(self, number: int, streams: int, whole: Mapping[str, int]) -> None:
         at = number
         while not self._over:
-            ask = self._asks[at % len(self._asks)]
-            at += streams + 1  # all asks in other company each time
-            self.outcome.calls.append(await self._caller.call(ask, self._moments.seen, whole[ask.key]))
+            request = self._requests[at % len(self._requests)]
+            at += streams + 1  # every request in a different batch each time
+            self.outcome.calls.append(await self._caller.call(request, self._moments.record_phase, whole[request.key]))
 
     # ---- faults
 
@@ -198,25 +199,25 @@ class Mass:
             if phase == "prefill":
                 await asyncio.sleep(PREFILL_S)
             self.outcome.points[kind, phase] += 1
-            task = asyncio.create_task(self._strike(kind, worker))
+            task = asyncio.create_task(self._apply_fault(kind, worker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
 
     async def _victim(self) -> SimWorker:
-        """One that serves, while enough others do."""
-        fleet, news = self._fleet, self._fleet.news
+        """A worker that serves, chosen while enough others do."""
+        fleet, link_log = self._fleet, self._fleet.link_log
 
         def serving() -> list[SimWorker]:
-            return [worker for worker in fleet.workers if worker.id in news.up and worker.id not in self._busy]
+            return [worker for worker in fleet.workers if worker.id in link_log.up and worker.id not in self._busy]
 
-        while not await news.until(lambda: len(serving()) > LEAST_UP, END_S):
+        while not await link_log.until(lambda: len(serving()) > LEAST_UP, END_S):
             pass
         victim = self._rng.choice(serving())
         self._busy.add(victim.id)
         return victim
 
-    async def _strike(self, kind: str, worker: SimWorker) -> None:
+    async def _apply_fault(self, kind: str, worker: SimWorker) -> None:
         try:
             since = time.time()
             if kind in (KILL, LINK):
@@ -224,17 +225,17 @@ class Mass:
                     worker.signal(signal.SIGKILL)
                 else:
                     worker.relay.sever()
-                await self._fleet.news.downs(worker.id, since, NOTICED_S)
+                await self._fleet.link_log.downs(worker.id, since, NOTICED_S)
             else:
                 if kind == STOP:
                     worker.signal(signal.SIGSTOP)
                 else:
-                    worker.cut_way(self._rng.random() < 0.5, beats=self._rng.random() < 0.5)
+                    worker.cut_direction(self._rng.random() < 0.5, beats=self._rng.random() < 0.5)
                 await asyncio.sleep(self._rng.uniform(*BACK_S))
                 _bring_back(worker)
         finally:
             self._busy.discard(worker.id)
-            self._fleet.news.nudge()
+            self._fleet.link_log.wake_waiters()
 
 
 def _bring_back(worker: SimWorker) -> None:
@@ -242,6 +243,6 @@ def _bring_back(worker: SimWorker) -> None:
     worker.signal(signal.SIGCONT)
 
 
-def asks_of(model: str, seed: int) -> list[Ask]:
+def requests_of(model: str, seed: int) -> list[FaultRequest]:
     """The requests of this part."""
-    return mixed(ASKS, model, seed, tokens=TOKENS, words=WORDS)
+    return mixed(REQUESTS, model, seed, tokens=TOKENS, words=WORDS)

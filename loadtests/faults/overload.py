@@ -1,8 +1,8 @@
-"""Overload: a sweep finds the best goodput, then twice and five times as many calls come.
+"""Overload: a sweep finds the best goodput, then two and five times that rate is offered.
 
-Goodput counts the calls whose answer met the SLO, which stands here, before anything is measured. The gateway's queue
-is as long as what can be served within the SLO's time to the first token; who does not fit is refused at once, and
-whoever has waited is shed for a higher class.
+Goodput counts the calls whose answer met the SLO, which is fixed here, before anything is measured. The gateway's queue
+is as long as what can be served within the SLO's time to first token. A call beyond that is refused at once;
+a waiting call may be shed for a higher class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.arrivals import gamma
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.faults.recovery import percentile
 from loadtests.records import Slo
 from loadtests.serving.fleet import Fleet
@@ -26,72 +26,74 @@ WORKERS, SEQUENCES, STEP_MS, TOKENS, WORDS = 4, 8, 20, 32, 8
 QUEUE = {"max_requests": 16, "max_wait_s": 5.0}
 SLO = Slo(ttft_s=0.6, tpot_s=2 * STEP_MS / 1000)
 SHARES: Mapping[str, float] = {"interactive": 0.2, "standard": 0.4, "batch": 0.4}
-"""Of the calls, by class; the first is the top class."""
+"""Share of the calls by class; the first is the top class."""
 TOP = "interactive"
 SWEEP_PER_S = (24.0, 32.0, 40.0, 48.0, 56.0)
 SWEEP_S, OVER_S, WARM_S = 6.0, 12.0, 1.5
 OVERS = (2.0, 5.0)
 SHED = "short of room"
-"""In the message of a call that was shed."""
+"""Part of the error message of a shed call."""
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every worker's: places that a known number of calls a second can have."""
+    """Source of every worker: sequences for a known rate of calls."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=4096&max_model_len=2048"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=200000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One rate for a while: the calls that came after the first moments, by class."""
+    """Results at one rate: the calls after a warm-up, by class."""
 
     rate_per_s: float
     seconds: float
-    calls: Sequence[tuple[str, Told]]
+    calls: Sequence[tuple[str, CallResult]]
 
     @property
     def goodput_per_s(self) -> float:
-        """Calls that met the SLO."""
-        return sum(met(told) for _, told in self.calls) / self.seconds
+        """Calls per second that met the SLO."""
+        return sum(met(result) for _, result in self.calls) / self.seconds
 
     def refused_s(self, shed: bool) -> list[float]:
-        """How long each waited for its refusal: at the door, or `shed` after a while in line."""
+        """Time to refusal of each call: refused at admission, or `shed` while waiting."""
         return [
-            told.ended - told.sent for _, told in self.calls if told.error and ("short of room" in told.error) == shed
+            result.ended - result.sent
+            for _, result in self.calls
+            if result.error and ("short of room" in result.error) == shed
         ]
 
     def lost(self, cls: str) -> int:
-        """Calls of a class that were not answered."""
-        return sum(1 for its, told in self.calls if its == cls and told.error)
+        """Calls of a class without an answer."""
+        return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
             "calls": len(self.calls),
-            "answered": dict(Counter(cls for cls, told in self.calls if not told.error)),
-            "not answered": dict(Counter(cls for cls, told in self.calls if told.error)),
-            "errors": dict(Counter(told.error for _, told in self.calls if told.error)),
+            "answered": dict(Counter(cls for cls, result in self.calls if not result.error)),
+            "not answered": dict(Counter(cls for cls, result in self.calls if result.error)),
+            "errors": dict(Counter(result.error for _, result in self.calls if result.error)),
         }
 
 
-def met(told: Told) -> bool:
+def met(result: CallResult) -> bool:
     """Whether an answer met the SLO."""
-    if told.error or told.usage is None or SLO.ttft_s is None or SLO.tpot_s is None:
+    if result.error or result.usage is None or SLO.ttft_s is None or SLO.tpot_s is None:
         return False
-    tokens = max(told.usage.completion_tokens - 1, 1)
-    ttft, tpot = told.chunks[0] - told.sent, (told.chunks[-1] - told.chunks[0]) / tokens
+    tokens = max(result.usage.completion_tokens - 1, 1)
+    ttft, tpot = result.chunks[0] - result.sent, (result.chunks[-1] - result.chunks[0]) / tokens
     return ttft <= SLO.ttft_s and tpot <= SLO.tpot_s
 
 
 @dataclass(slots=True)
-class Found:
-    """The sweep and what came over it."""
+class OverloadResults:
+    """Results of the sweep and of the overload."""
 
     sweep: list[Load] = field(default_factory=list)
     overs: dict[float, Load] = field(default_factory=dict)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
 
     @property
     def capacity_per_s(self) -> float:
@@ -99,51 +101,51 @@ class Found:
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Over all of it."""
+        """Times to refusal over all rates above the sweep."""
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:
-        """NaN where nobody was."""
+        """99th percentile; NaN if no call was refused."""
         return percentile(self.refused_s(shed), 99) * 1000
 
 
 class Overload:
-    """The callers of all classes."""
+    """Callers of all classes."""
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self._rng = random.Random(seed)
         self._seed = seed
         self._model = fleet.model
         self._callers = {cls: Caller(fleet.grpc, fleet.metadata_of(cls), f"over-{cls}") for cls in SHARES}
-        self._asked = 0
-        self.found = Found()
+        self._made = 0
+        self.results = OverloadResults()
 
-    async def play(self, share: float) -> Found:
-        """`share` of the usual time for each rate."""
+    async def play(self, share: float) -> OverloadResults:
+        """Run the sweep and the overload; each rate takes `share` of the usual time."""
         try:
             await self._load(SWEEP_PER_S[0], WARM_S)
             for rate in SWEEP_PER_S:
-                self.found.sweep.append(await self._load(rate, SWEEP_S * share))
+                self.results.sweep.append(await self._load(rate, SWEEP_S * share))
             for times in OVERS:
-                self.found.overs[times] = await self._load(self.found.capacity_per_s * times, OVER_S * share)
+                self.results.overs[times] = await self._load(self.results.capacity_per_s * times, OVER_S * share)
         finally:
             for caller in self._callers.values():
                 await caller.close()
-        return self.found
+        return self.results
 
     async def _load(self, rate_per_s: float, seconds: float) -> Load:
         count = int(rate_per_s * (seconds + WARM_S))
         began = time.time()
-        calls: list[tuple[str, float, asyncio.Task[Told]]] = []
-        for due_s in gamma(count, rate_per_s, 1.0, self._seed + self._asked):
+        calls: list[tuple[str, float, asyncio.Task[CallResult]]] = []
+        for due_s in gamma(count, rate_per_s, 1.0, self._seed + self._made):
             await asyncio.sleep(max(began + due_s - time.time(), 0.0))
             cls = self._rng.choices(list(SHARES), list(SHARES.values()))[0]
-            calls.append((cls, due_s, asyncio.create_task(self._callers[cls].call(self._ask()))))
-        told = await asyncio.gather(*(task for _, _, task in calls))
-        self.found.calls += told
-        counted = [(cls, one) for (cls, due_s, _), one in zip(calls, told, strict=True) if due_s >= WARM_S]
+            calls.append((cls, due_s, asyncio.create_task(self._callers[cls].call(self._make_request()))))
+        results = await asyncio.gather(*(task for _, _, task in calls))
+        self.results.calls += results
+        counted = [(cls, result) for (cls, due_s, _), result in zip(calls, results, strict=True) if due_s >= WARM_S]
         return Load(rate_per_s, max(calls[-1][1] - WARM_S, 0.1), counted)
 
-    def _ask(self) -> Ask:
-        self._asked += 1
-        return ask(f"o{self._asked}", "greedy", self._model, TOKENS, WORDS, self._rng.random())
+    def _make_request(self) -> FaultRequest:
+        self._made += 1
+        return make_request(f"o{self._made}", "greedy", self._model, TOKENS, WORDS, self._rng.random())

@@ -1,9 +1,9 @@
-"""Begun streams that finish: ours, vllm-router and Ray Serve's gRPC proxy, each before two backends of which one falls.
+"""Streams that finish despite a lost backend: ours, vllm-router and Ray Serve's gRPC proxy, each with two backends.
 
-The backends are the same simulated engine each: our workers, plain OpenAI servers, and replicas of a plain deployment.
-In a round all streams begin together; when each has told some pieces, one backend gets SIGKILL. A stream finishes when
-it tells all its tokens, and the very text that the same arm told before, undisturbed. Each peer retries as it does by
-default. Rounds of vllm-router have engines and a router of their own; ours and Ray's backends come back by themselves.
+The backends all use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment.
+In a round all streams begin together; when each has received some pieces, one backend gets SIGKILL. A stream finishes
+when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as it does by
+default. Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loadtests import peers
 from loadtests.children import Child, Children, free_port
 from loadtests.faces.base import CallFailed, Request
 from loadtests.faces.openai_sse import OpenAiSse
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.processes import SIMULATED
 from loadtests.serving import fleet, ray_serve
 from loadtests.serving.ours import MODEL
@@ -36,62 +36,72 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every backend's."""
+    """Source of every backend."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(slots=True)
 class Stream:
-    """What one call has told."""
+    """Everything that one call received."""
 
     pieces: int = 0
     text: str = ""
     completion_tokens: int | None = None
     backend: str = ""
-    """Which backend it began at, where that can be seen."""
+    """Backend on which it began, if visible."""
     resumed: bool = False
     error: str = ""
 
 
 @dataclass(slots=True)
 class Finished:
-    """Of an arm, over its rounds."""
+    """Results of an arm, over its rounds."""
 
     begun: int = 0
     whole: int = 0
     hit: int = 0
-    """Streams that went on elsewhere, or did not finish."""
+    """Streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
-    calls: list[Told] = field(default_factory=list)
-    """For the ledger, where there is one."""
+    calls: list[CallResult] = field(default_factory=list)
+    """Calls to check against the ledger, if the arm has one."""
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
+        """Values for the report."""
         return {"begun": self.begun, "finished whole": self.whole, "hit": self.hit, "errors": self.errors}
 
     def __str__(self) -> str:
         return f"{self.whole} of {self.begun} ({self.whole + self.hit - self.begun} of {self.hit} that were hit)"
 
 
-Call = Callable[[Ask, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
-"""Makes a call, fills its stream and says so after each piece; never raises for the server."""
+Call = Callable[[FaultRequest, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
+"""Makes a call, fills its stream and calls back after each piece; never raises for the server."""
 
 
-async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[Stream]], None], into: Finished) -> None:
-    """All streams undisturbed, then again, and one backend falls. Raises RuntimeError where they fail undisturbed."""
-    undisturbed = [Stream() for _ in asks]
-    await asyncio.gather(*(call(one, stream, _nothing) for one, stream in zip(asks, undisturbed, strict=True)))
-    broken = [one.error or "it is not whole" for one in undisturbed if one.error or one.completion_tokens != TOKENS]
+async def play_round(
+    call: Call, requests: Sequence[FaultRequest], kill: Callable[[Sequence[Stream]], None], into: Finished
+) -> None:
+    """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
+    undisturbed = [Stream() for _ in requests]
+    await asyncio.gather(
+        *(call(request, stream, _ignore_piece) for request, stream in zip(requests, undisturbed, strict=True))
+    )
+    broken = [
+        stream.error or "the answer is incomplete"
+        for stream in undisturbed
+        if stream.error or stream.completion_tokens != TOKENS
+    ]
     if broken:
         raise RuntimeError(f"{len(broken)} streams did not finish undisturbed: {broken[0]}")
-    streams, begun = [Stream() for _ in asks], asyncio.Event()
+    streams, begun = [Stream() for _ in requests], asyncio.Event()
 
-    def seen() -> None:
-        if all(one.pieces >= BEGUN_PIECES for one in streams):
+    def on_piece() -> None:
+        if all(stream.pieces >= BEGUN_PIECES for stream in streams):
             begun.set()
 
-    tasks = [asyncio.create_task(call(one, stream, seen)) for one, stream in zip(asks, streams, strict=True)]
+    tasks = [
+        asyncio.create_task(call(request, stream, on_piece)) for request, stream in zip(requests, streams, strict=True)
+    ]
     try:
         await asyncio.wait_for(begun.wait(), BEGUN_S)
         kill(streams)
@@ -106,48 +116,48 @@ async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[S
         into.whole += whole
         into.hit += stream.resumed or not whole
         if not whole:
-            error = stream.error[:80] or "it ended without an error, but not whole"
+            error = stream.error[:80] or "the stream ended without an error, but is incomplete"
             into.errors[error] = into.errors.get(error, 0) + 1
 
 
-def _nothing() -> None:
+def _ignore_piece() -> None:
     pass
 
 
-def asks_of(seed: int, number: int) -> list[Ask]:
-    """A round's."""
+def requests_of(seed: int, number: int) -> list[FaultRequest]:
+    """Requests of a round."""
     rng = random.Random(f"{seed} {number}")
-    return [ask(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
+    return [make_request(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
 
-def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
-    """Calls of our proto."""
+def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
+    """Calls over our proto."""
 
-    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
-        def on_chunk(told: Told) -> None:
-            stream.pieces = len(told.chunks)
-            seen()
+    async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
+        def on_chunk(result: CallResult) -> None:
+            stream.pieces = len(result.chunks)
+            on_piece()
 
-        told = await caller.call(one, on_chunk)
-        told_of.append(told)
-        stream.text, stream.error, stream.backend = told.texts.get(0, ""), told.error, told.answer_id
-        stream.completion_tokens = told.usage.completion_tokens if told.usage is not None else None
-        stream.resumed = told.resumed > 0
+        result = await caller.call(request, on_chunk)
+        results.append(result)
+        stream.text, stream.error, stream.backend = result.texts.get(0, ""), result.error, result.answer_id
+        stream.completion_tokens = result.usage.completion_tokens if result.usage is not None else None
+        stream.resumed = result.resumed > 0
 
     return call
 
 
 def over_http(face: OpenAiSse) -> Call:
-    """OpenAI's."""
+    """Calls over OpenAI's API."""
 
-    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+    async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
             stream.text += text
             stream.pieces += 1
-            seen()
+            on_piece()
 
         try:
-            answer = await face.run(Request(one.key, one.message.messages[0].content, TOKENS), on_text)
+            answer = await face.run(Request(request.key, request.message.messages[0].content, TOKENS), on_text)
             stream.completion_tokens = answer.completion_tokens
         except CallFailed as error:
             stream.error = str(error)
@@ -156,7 +166,7 @@ def over_http(face: OpenAiSse) -> Call:
 
 
 async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """A gateway and two workers, of which one is killed in each round. Raises DidNotStart."""
+    """A gateway and two workers, one of which is killed in each round. Raises DidNotStart."""
     out, rng = Finished(), random.Random(seed)
     sources = [engine] * BACKENDS
     async with fleet.running(children, folder, bundle=bundle, sources=sources, name="beside-peers") as running:
@@ -167,8 +177,8 @@ async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed
 
         try:
             for number in range(rounds):
-                await running.all_up()
-                await play_round(over_grpc(caller, out.calls), asks_of(seed, number), kill, out)
+                await running.until_all_up()
+                await play_round(over_grpc(caller, out.calls), requests_of(seed, number), kill, out)
         finally:
             await caller.close()
     return out
@@ -194,7 +204,7 @@ async def vllm_router(
                 for process in rng.choice(servers)[0].commands():
                     process.send_signal(signal.SIGKILL)
 
-            await play_round(over_http(face), asks_of(seed, number), kill, out)
+            await play_round(over_http(face), requests_of(seed, number), kill, out)
     return out
 
 
@@ -211,22 +221,22 @@ async def _server(children: Children, bundle: Path, engine: str) -> AsyncIterato
 
 
 async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """Two replicas behind Ray Serve's proxy; the one that has most streams is killed. Raises DidNotStart."""
+    """Two replicas behind Ray Serve's proxy; the one with most streams is killed. Raises DidNotStart."""
     out = Finished()
     simulated = ["--simulated", engine, "--bundle", str(bundle), "--replicas", str(BACKENDS)]
     async with ray_serve.running(
         children, "ray-faults", folder, {}, {"RAY_USAGE_STATS_ENABLED": "0"}, direct_ingress=False, simulated=simulated
     ) as serving:
         caller = Caller(serving.address, serving.metadata, "peers")
-        living: list[Told] = []
+        living: list[CallResult] = []
 
         def replicas() -> list[int]:
-            found = []
+            pids = []
             for root, _ in serving.roots:
                 for process in psutil.Process(root).children(recursive=True):
                     if "ServeReplica" in " ".join(process.cmdline()):
-                        found.append(process.pid)
-            return found
+                        pids.append(process.pid)
+            return pids
 
         def kill(streams: Sequence[Stream]) -> None:
             psutil.Process(random.Random(seed).choice(replicas())).kill()
@@ -234,7 +244,7 @@ async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str,
         try:
             for number in range(rounds):
                 await _replicas_serve(caller, replicas, seed, number)
-                await play_round(over_grpc(caller, living), asks_of(seed, number), kill, out)
+                await play_round(over_grpc(caller, living), requests_of(seed, number), kill, out)
         finally:
             await caller.close()
     return out
@@ -244,8 +254,8 @@ async def _replicas_serve(caller: Caller, replicas: Callable[[], list[int]], see
     """Wait until both replicas answer. Raises TimeoutError."""
     async with asyncio.timeout(BACK_S):
         while True:
-            told = await asyncio.gather(*(caller.call(one) for one in asks_of(seed, 1000 + number)[:8]))
-            answering = {one.answer_id.split("-")[0] for one in told if not one.error}
+            results = await asyncio.gather(*(caller.call(request) for request in requests_of(seed, 1000 + number)[:8]))
+            answering = {result.answer_id.split("-")[0] for result in results if not result.error}
             if len(answering) == BACKENDS and answering == set(map(str, replicas())):
                 return
             await asyncio.sleep(0.5)

@@ -1,10 +1,10 @@
-"""One fault at a time: how soon it is noticed, how long callers wait, and what those feel whom it did not hit.
+"""Single faults: detection time, waiting time of callers, and the effect on calls that were not hit.
 
-An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them all
-the time; when all have begun, one worker is killed or stopped. Streams that say that they went on elsewhere were hit,
+An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them
+throughout; when all have begun, one worker is killed or stopped. Streams that report a resume were hit;
 the others are the survivors. In calm episodes one worker is away from the beginning, the others have as many streams
-each as survivors have, and as many fresh calls come at once as a worker has streams: what a crowd of beginners waits at
-the same workers is what a crowd of continued calls may wait.
+each as survivors have, and as many fresh calls come at once as a worker has streams: the wait of such a crowd of new
+calls on the same workers is the allowed wait of a crowd of resumed calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker
 
@@ -29,18 +29,18 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""By so much the prompts of fresh calls are longer: what an interrupted call has emitted has to be computed, too."""
+"""Extra words in the prompts of fresh calls: the emitted tokens of an interrupted call must be computed, too."""
 BEGUN_CHUNKS = 12
 CALM = "calm"
 EPISODES = (KILL, STOP, CALM, KILL, LINK, CALM, STOP, KILL, CALM, LINK) * 3
 NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
 TRIAL_S = 1.2
-"""A worker that stood still gets a trial after a second; streams that begin before would go to the others."""
+"""A worker that hung gets a probe after a second; streams that begin before would go to the others."""
 BEFORE_S = 1.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every worker's; tokens with text of their own, so that each step is a chunk."""
+    """Source of every worker; each token has its own text, so that each step is a chunk."""
     room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
@@ -48,22 +48,22 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(slots=True)
 class Episode:
-    """What one of them has shown, seconds."""
+    """Measurements of one episode, seconds."""
 
     kind: str
     struck: float = 0.0
     noticed_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
-    """Of each stream that was hit: its longest silence."""
+    """Longest silence of each stream that was hit."""
     after_s: list[float] = field(default_factory=list)
-    """The same without what had passed of it before the fault: up to a step's length that no fault is to blame for."""
+    """The same less the part before the fault: up to one step, which the fault did not cause."""
     fresh_s: list[float] = field(default_factory=list)
-    """TTFT of fresh calls before the fault, in a calm one of a crowd of them."""
+    """TTFT of fresh calls before the fault; in a calm episode, of a crowd of them."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
-    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has gone on."""
+    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has resumed."""
     around: list[tuple[float, float]] = field(default_factory=list)
-    """(when after the fault, how long) of every gap, for the plot."""
+    """(time after the fault, length) of every gap, for the plot."""
     failed: int = 0
 
 
@@ -72,45 +72,49 @@ class Findings:
     """All episodes."""
 
     episodes: list[Episode] = field(default_factory=list)
-    calls: list[Told] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     alarms: int = 0
-    """Links that ended though nothing had been done to their workers."""
+    """Links that ended though their workers were not disturbed."""
 
     def of(self, *kinds: str) -> list[Episode]:
-        """Those of some kinds."""
-        return [one for one in self.episodes if one.kind in kinds]
+        """Episodes of these kinds."""
+        return [episode for episode in self.episodes if episode.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
-        """Times to the end of the link; infinite where it did not come."""
-        return [float("inf") if one.noticed_s is None else one.noticed_s for one in self.of(*kinds)]
+        """Times to the end of the link; infinite if it did not end."""
+        return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Each silent gap over (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection). Not `whole`:
-        from the fault on."""
-        calm = self.of(CALM) if crowd else [one for one in self.episodes if one.kind != CALM]
-        fresh = percentile([s for one in calm for s in one.fresh_s], 99)
+        """Each silence relative to (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection time). Not
+        `whole`:
+        from the fault on.
+        """
+        calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
+        fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)
         return [
-            gap / (fresh + one.noticed_s)
-            for one in self.of(KILL, STOP, LINK)
-            if one.noticed_s is not None
-            for gap in (one.gaps_s if whole else one.after_s)
+            gap / (fresh + episode.noticed_s)
+            for episode in self.of(KILL, STOP, LINK)
+            if episode.noticed_s is not None
+            for gap in (episode.gaps_s if whole else episode.after_s)
         ]
 
     def settings(self) -> dict[str, Any]:
-        """For the report, milliseconds."""
-        fresh = [s for one in self.episodes if one.kind != CALM for s in one.fresh_s]
-        crowd = [s for one in self.of(CALM) for s in one.fresh_s]
+        """Values for the report, milliseconds."""
+        fresh = [s for episode in self.episodes if episode.kind != CALM for s in episode.fresh_s]
+        crowd = [s for episode in self.of(CALM) for s in episode.fresh_s]
         out: dict[str, Any] = {"fresh TTFT ms": quantiles(fresh), "TTFT ms in a crowd": quantiles(crowd)}
         for kind in (KILL, STOP, LINK):
             episodes = self.of(kind)
             out[kind] = {
                 "episodes": len(episodes),
-                "noticed ms": quantiles([s for one in episodes if (s := one.noticed_s) is not None]),
-                "silent gap ms": quantiles([gap for one in episodes for gap in one.gaps_s]),
-                "survivors' ITL ms before": quantiles([gap for one in episodes for gap in one.before_s]),
-                "survivors' ITL ms during": quantiles([gap for one in episodes for gap in one.during_s]),
+                "noticed ms": quantiles([s for episode in episodes if (s := episode.noticed_s) is not None]),
+                "silent gap ms": quantiles([gap for episode in episodes for gap in episode.gaps_s]),
+                "survivors' ITL ms before": quantiles([gap for episode in episodes for gap in episode.before_s]),
+                "survivors' ITL ms during": quantiles([gap for episode in episodes for gap in episode.during_s]),
             }
-        around = {kind: [_rounded(gap) for one in self.of(kind) for gap in one.around] for kind in (KILL, STOP, LINK)}
+        around = {
+            kind: [_rounded(gap) for episode in self.of(kind) for gap in episode.around] for kind in (KILL, STOP, LINK)
+        }
         return out | {"gaps around faults": around}
 
 
@@ -119,12 +123,12 @@ def _rounded(gap: tuple[float, float]) -> tuple[float, float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """NaN of nothing."""
+    """Percentile; NaN if there are no values."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
+    """Quantiles in milliseconds."""
     return {f"p{q}": round(percentile(values, q) * 1000, 1) for q in (50, 99, 100)} | {"count": len(values)}
 
 
@@ -135,37 +139,37 @@ class Recovery:
         self._fleet = fleet
         self._rng = random.Random(seed)
         self._caller = Caller(fleet.grpc, fleet.metadata, "recovery")
-        self._asked = 0
+        self._made = 0
         self.findings = Findings()
 
     async def play(self, kinds: Sequence[str]) -> Findings:
-        """One episode of each."""
+        """Play one episode of each kind."""
         try:
-            await self._caller.call(self._ask(FRESH_TOKENS))  # the first waits for the tokenizer
+            await self._caller.call(self._make_request(FRESH_TOKENS))  # the first call waits for the tokenizer
             for kind in kinds:
                 await self._all_serve()
-                seen = len(self._fleet.news.events)
+                seen = len(self._fleet.link_log.events)
                 self.findings.episodes.append(await self._episode(kind))
-                downs = [e for e in self._fleet.news.events[seen:] if e.name == "worker_down"]
+                downs = [e for e in self._fleet.link_log.events[seen:] if e.name == "worker_down"]
                 self.findings.alarms += max(len(downs) - 1, 0)
         finally:
             await self._caller.close()
         return self.findings
 
-    def _ask(self, tokens: int) -> Ask:
-        self._asked += 1
+    def _make_request(self, tokens: int) -> FaultRequest:
+        self._made += 1
         words = WORDS + GROWN_WORDS if tokens == FRESH_TOKENS else WORDS
-        return ask(f"r{self._asked}", "greedy", self._fleet.model, tokens, words, self._rng.random())
+        return make_request(f"r{self._made}", "greedy", self._fleet.model, tokens, words, self._rng.random())
 
     async def _all_serve(self) -> None:
         """Wait until every worker is linked, and no breaker is open."""
-        await self._fleet.all_up()
+        await self._fleet.until_all_up()
         await asyncio.sleep(TRIAL_S)
         for _ in range(2):
             await self._crowd(WORKERS)
 
-    async def _crowd(self, count: int) -> Sequence[Told]:
-        return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(count)))
+    async def _crowd(self, count: int) -> Sequence[CallResult]:
+        return await asyncio.gather(*(self._caller.call(self._make_request(FRESH_TOKENS)) for _ in range(count)))
 
     async def _episode(self, kind: str) -> Episode:
         episode = Episode(kind)
@@ -173,26 +177,26 @@ class Recovery:
         if away is not None:
             since = time.time()
             away.signal(signal.SIGSTOP)
-            await self._fleet.news.downs(away.id, since, NOTICED_S)
+            await self._fleet.link_log.downs(away.id, since, NOTICED_S)
         count = STREAMS if away is None else STREAMS - STREAMS // WORKERS
         begun: set[str] = set()
         all_begun = asyncio.Event()
 
-        def on_chunk(told: Told) -> None:
-            if len(told.chunks) == BEGUN_CHUNKS:
-                begun.add(told.request_id)
+        def on_chunk(result: CallResult) -> None:
+            if len(result.chunks) == BEGUN_CHUNKS:
+                begun.add(result.request_id)
                 if len(begun) == count:
                     all_begun.set()
 
-        streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(count)]
+        streams = [asyncio.create_task(self._caller.call(self._make_request(TOKENS), on_chunk)) for _ in range(count)]
         over = asyncio.Event()
-        fresh: list[Told] = []
-        beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH)]
+        fresh: list[CallResult] = []
+        beside = [asyncio.create_task(self._make_fresh_calls(fresh, over)) for _ in range(FRESH)]
         try:
             await self._begin(all_begun, streams)
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
-            crowd = await self._strike(kind, episode)
-            told = await asyncio.gather(*streams)
+            crowd = await self._apply_fault(kind, episode)
+            results = await asyncio.gather(*streams)
         finally:
             over.set()
             if away is not None:
@@ -200,30 +204,30 @@ class Recovery:
             for task in streams:
                 task.cancel()
             await asyncio.gather(*beside, *streams, return_exceptions=True)
-        self.findings.calls += [*told, *fresh, *crowd]
-        _read(episode, told, crowd or [one for one in fresh if 0 < episode.struck - one.sent < BEFORE_S])
+        self.findings.calls += [*results, *fresh, *crowd]
+        _evaluate(episode, results, crowd or [call for call in fresh if 0 < episode.struck - call.sent < BEFORE_S])
         return episode
 
-    async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[Told]]) -> None:
-        """Wait until all streams are under way. Raises RuntimeError where some do not come to that."""
+    async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[CallResult]]) -> None:
+        """Wait until all streams have begun. Raises RuntimeError if some do not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(all_begun.wait(), BEGUN_S)
             return
-        errors = {one.result().error for one in streams if one.done()}
+        errors = {task.result().error for task in streams if task.done()}
         raise RuntimeError(f"the streams of an episode did not begin within {BEGUN_S:g} s: {errors}")
 
-    async def _fresh(self, into: list[Told], over: asyncio.Event) -> None:
+    async def _make_fresh_calls(self, into: list[CallResult], over: asyncio.Event) -> None:
         while not over.is_set():
-            into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
+            into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
-    async def _strike(self, kind: str, episode: Episode) -> Sequence[Told]:
-        """Let the fault fall, or the crowd come."""
+    async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
+        """Apply the fault, or start the crowd of calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)
         worker = self._rng.choice(self._fleet.workers)
-        _fall(kind, worker)
-        event = await self._fleet.news.downs(worker.id, episode.struck, NOTICED_S)
+        _disturb(kind, worker)
+        event = await self._fleet.link_log.downs(worker.id, episode.struck, NOTICED_S)
         if event is not None:
             episode.noticed_s = event.at - episode.struck
         if kind == STOP:
@@ -232,25 +236,27 @@ class Recovery:
         return ()
 
 
-def _fall(kind: str, worker: SimWorker) -> None:
+def _disturb(kind: str, worker: SimWorker) -> None:
     if kind == LINK:
         worker.relay.sever()
     else:
         worker.signal(signal.SIGKILL if kind == KILL else signal.SIGSTOP)
 
 
-def _read(episode: Episode, streams: Sequence[Told], fresh: Sequence[Told]) -> None:
-    """Work an episode's calls out."""
+def _evaluate(episode: Episode, streams: Sequence[CallResult], fresh: Sequence[CallResult]) -> None:
+    """Evaluate an episode's calls."""
     struck = episode.struck
-    episode.failed = sum(bool(told.error) for told in streams)
-    episode.fresh_s = [told.chunks[0] - told.sent for told in fresh if told.chunks]
-    hit = [told for told in streams if told.resumed]
-    silences = [max(((s, at) for at, s in told.gaps() if at >= struck), default=(0.0, struck)) for told in hit]
+    episode.failed = sum(bool(result.error) for result in streams)
+    episode.fresh_s = [result.chunks[0] - result.sent for result in fresh if result.chunks]
+    hit = [result for result in streams if result.resumed]
+    silences = [max(((s, at) for at, s in result.gaps() if at >= struck), default=(0.0, struck)) for result in hit]
     episode.gaps_s = [silence for silence, _ in silences]
     episode.after_s = [min(silence, at - struck) for silence, at in silences]
     recovered = max((at for _, at in silences), default=struck)
-    survivors = [gap for told in streams if not told.resumed for gap in told.gaps()]
+    survivors = [gap for result in streams if not result.resumed for gap in result.gaps()]
     episode.before_s = [s for at, s in survivors if struck - BEFORE_S <= at < struck]
     episode.during_s = [s for at, s in survivors if struck <= at <= recovered]
     if episode.kind != CALM:
-        episode.around = [(at - struck, s) for told in streams for at, s in told.gaps() if -0.5 <= at - struck <= 1.5]
+        episode.around = [
+            (at - struck, s) for result in streams for at, s in result.gaps() if -0.5 <= at - struck <= 1.5
+        ]

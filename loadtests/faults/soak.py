@@ -1,7 +1,7 @@
-"""Soak: short calls at a high rate for a while, and what of the gateway has grown by then.
+"""Soak: short calls at a high rate for a while, and which of the gateway's resources have grown.
 
 Counted at rest, before and after, with the callers' connections open: sockets and other open files, threads, tasks of
-the event loop. Memory is looked at every second; its slope is that of the last three quarters of the time.
+the event loop. Memory is sampled every second; its slope is that of the last three quarters of the time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from loadtests.faults.calls import Caller, Told, ask
+from loadtests.faults.calls import Caller, CallResult, make_request
 from loadtests.serving.fleet import Fleet
 
 WORKERS, RATE_PER_S, SOAK_S, WARM_S, REST_S = 2, 100.0, 300.0, 15.0, 14.0
@@ -29,20 +29,20 @@ DRAWS, BLOCKS = 500, 15
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Every worker's: answers as fast as a caller can read."""
+    """Source of every worker: answers as fast as a caller can read."""
     return f"sim://{model}?decode_ms=2&prefill_tokens_per_s=1000000&max_model_len=2048&seed={seed}&{plain}"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What the gateway holds at rest."""
+class HeldResources:
+    """Resources that the gateway holds at rest."""
 
     sockets: int
     files: int
     threads: int
     tasks: int
     peers: Mapping[str, int]
-    """Sockets by their own port, so that what has grown has a name."""
+    """Sockets by their local port, to identify growth."""
 
     def __str__(self) -> str:
         return f"{self.sockets} sockets, {self.files} other files, {self.threads} threads, {self.tasks} tasks"
@@ -50,28 +50,28 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """What came of it. The slope is in MB an hour for each thousand requests a second, with its 95 % interval."""
+    """Results of the soak. The slope is in MB an hour for each thousand requests a second, with its 95 % interval."""
 
     seconds: float
     rate_per_s: float
     calls: int
     failed: int
-    before: Held
-    after: Held
+    before: HeldResources
+    after: HeldResources
     rss_bytes: Sequence[tuple[float, int]]
     slope: tuple[float, float, float]
     downs: Sequence[str]
-    """Why links ended meanwhile, and none was struck."""
+    """Reasons of links that ended meanwhile, although no worker was disturbed."""
 
-    def grown(self) -> dict[str, int]:
-        """What is more than before."""
+    def growth(self) -> dict[str, int]:
+        """Resources that have grown, and by how much."""
         before, after = asdict(self.before), asdict(self.after)
         names = ("sockets", "files", "threads", "tasks")
         return {name: after[name] - before[name] for name in names if after[name] > before[name]}
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
-    """Least squares over the last part; the interval by drawing blocks of neighbours anew."""
+    """Least-squares slope over the last part; the interval comes from a block bootstrap."""
     at = np.array([when for when, _ in samples])
     mb = np.array([rss for _, rss in samples]) / 1e6
     kept = at >= at[0] + (at[-1] - at[0]) * (1 - LAST_PART)
@@ -91,52 +91,52 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
     return fit(np.flatnonzero(kept)), float(low), float(high)
 
 
-async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[Told]]:
-    """Warm up, rest, count, run, rest, count. `told_file` is where the gateway's witness tells."""
+async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
+    """Warm up, rest, count, run, rest, count. `told_file` is the file that the gateway's witness writes."""
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")
     rng = random.Random(seed)
     samples: list[tuple[float, int]] = []
-    calls: list[Told] = []
+    calls: list[CallResult] = []
 
     async def run(for_s: float) -> None:
         began, number = time.monotonic(), 0
         looked = 0.0
-        pending: set[asyncio.Task[Told]] = set()
+        pending: set[asyncio.Task[CallResult]] = set()
         while (now := time.monotonic() - began) < for_s:
             if now - looked >= 1.0:
                 looked = now
                 samples.append((time.monotonic(), process.memory_info().rss))
             number += 1
-            one = ask(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
-            task = asyncio.create_task(caller.call(one))
+            request = make_request(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
+            task = asyncio.create_task(caller.call(request))
             pending.add(task)
             task.add_done_callback(pending.discard)
             task.add_done_callback(lambda done: calls.append(done.result()))
             await asyncio.sleep(max(began + number / RATE_PER_S - time.monotonic(), 0.0))
         await asyncio.gather(*pending)
 
-    seen = len(fleet.news.events)
+    seen = len(fleet.link_log.events)
     try:
         await run(WARM_S)
         await asyncio.sleep(REST_S)
-        before = await _held(process, told_file)
+        before = await _measure_resources(process, told_file)
         samples.clear()
         warm, began = len(calls), time.monotonic()
         await run(seconds)
         took = time.monotonic() - began
         rate = (len(calls) - warm) / took
         await asyncio.sleep(REST_S)
-        after = await _held(process, told_file)
+        after = await _measure_resources(process, told_file)
     finally:
         await caller.close()
-    failed = sum(bool(told.error) for told in calls)
-    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    failed = sum(bool(result.error) for result in calls)
+    downs = [e.reason for e in fleet.link_log.events[seen:] if e.name == "worker_down"]
     slopes = slope(samples, rate, seed)
     return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 
 
-async def _held(process: psutil.Process, told_file: Path) -> Held:
+async def _measure_resources(process: psutil.Process, told_file: Path) -> HeldResources:
     told_file.unlink(missing_ok=True)
     process.send_signal(signal.SIGUSR1)
     for _ in range(200):
@@ -145,5 +145,5 @@ async def _held(process: psutil.Process, told_file: Path) -> Held:
         await asyncio.sleep(0.02)
     tasks = json.loads(told_file.read_text())["tasks"]
     sockets = process.net_connections(kind="all")
-    ports = Counter(str(getattr(one.laddr, "port", "unix")) for one in sockets)
-    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))
+    ports = Counter(str(getattr(connection.laddr, "port", "unix")) for connection in sockets)
+    return HeldResources(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))

@@ -1,4 +1,4 @@
-"""An HTTP/2 client for attacks: blocking, sends any bytes, and sees which frames come back."""
+"""HTTP/2 client for attacks: blocking, sends any bytes, and records the frames that come back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attacker:
     """One connection. `received` counts frames by type."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Introduces itself; with a key a call is made that succeeds, so that the connection is a tenant's."""
+        """Connect; with a key, make a call that succeeds, so that the connection is a tenant's."""
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), CONNECT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -44,13 +44,13 @@ class Attacker:
 
     @property
     def last(self) -> int:
-        """The stream that was opened last."""
+        """Id of the stream that was opened last."""
         return self._next - 2
 
     def open(
         self, method: str, more: Sequence[tuple[str, str]] = (), *, end: bool = False, verb: str = "POST"
     ) -> bytes:
-        """The HEADERS of a new call, to be sent; a method of ours, or a whole path."""
+        """HEADERS of a new call, to be sent; `method` is one of our methods, or a whole path."""
         path = method if method.startswith("/") else SERVICE + method
         fields = [(":method", verb), (":scheme", "http"), (":path", path), (":authority", "a")]
         fields += [("content-type", "application/grpc"), ("te", "trailers"), *more]
@@ -59,7 +59,7 @@ class Attacker:
         return self.head(self._encoder.encode(fields), end=end)
 
     def head(self, block: bytes, *, end: bool = False) -> bytes:
-        """HEADERS of a new stream with this block."""
+        """HEADERS of a new stream with this header block."""
         flags = ("END_HEADERS", "END_STREAM") if end else ("END_HEADERS",)
         frame = HeadersFrame(self._next, block, flags=flags)
         self._next += 2
@@ -67,12 +67,12 @@ class Attacker:
 
     @staticmethod
     def message(stream_id: int, data: bytes, *, end: bool = False) -> bytes:
-        """A whole message on a stream."""
+        """A complete message on a stream."""
         framed = b"\x00" + len(data).to_bytes(4, "big") + data
         return DataFrame(stream_id, framed, flags=("END_STREAM",) if end else ()).serialize()
 
     def send(self, data: bytes) -> bool:
-        """Send all of it, and read what comes meanwhile; False once the server has ended the connection."""
+        """Send all of it, and read what arrives meanwhile; False once the server has closed the connection."""
         view = memoryview(data)
         while view and not self.ended:
             try:
@@ -82,8 +82,8 @@ class Attacker:
             self.read(0.0)
         return not self.ended
 
-    def offer(self, data: bytes, within_s: float) -> int:
-        """Send as much as the server takes within a time; how much that was."""
+    def send_within(self, data: bytes, within_s: float) -> int:
+        """Send as much as the server accepts within `within_s`; return the number of bytes."""
         self.socket.settimeout(within_s)
         with suppress(OSError):
             return self.socket.send(data)
@@ -113,15 +113,15 @@ class Attacker:
             del self._buffer[:end]
 
     def wait(self, holds: Callable[[], bool], within_s: float = CONNECT_S) -> None:
-        """Read until it holds. Raises TimeoutError, ConnectionError."""
+        """Read until `holds` is true. Raises TimeoutError, ConnectionError."""
         deadline = time.monotonic() + within_s
         while not holds():
             if self.ended:
-                raise ConnectionError("the server has ended the connection")
+                raise ConnectionError("the server closed the connection")
             if time.monotonic() > deadline:
-                raise TimeoutError("what the attack waits for has not come")
+                raise TimeoutError("the expected response did not arrive in time")
             self.read(0.2)
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection."""
         self.socket.close()

@@ -1,4 +1,4 @@
-"""Wrong configuration files made from good ones: one mistake each, of the kinds that people make. Seeded."""
+"""Wrong configuration files made from good ones, with one typical human mistake each. Seeded."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A file's text with one mistake in it, and what the mistake is."""
+    """Text of a file with one mistake, and a description of the mistake."""
 
     text: str
     mistake: str
 
 
 def mutant(good: str, rng: random.Random) -> Mutant:
-    """One mistake in a good file."""
+    """Make one mistake in a good file."""
     while True:
         data = yaml.safe_load(good)
         mistake = rng.choice(MISTAKES)
-        told = mistake(data, rng)
-        if told.startswith("text:"):
+        description = mistake(data, rng)
+        if description.startswith("text:"):
             return Mutant(_twice(good, data, rng), "a key twice")
-        if told:
-            return Mutant(yaml.safe_dump(data, sort_keys=False), told)
+        if description:
+            return Mutant(yaml.safe_dump(data, sort_keys=False), description)
 
 
 def places(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value of a document with its path, the document itself left out."""
+    """Every value of a document with its path, without the document itself."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield (*path, key), value
@@ -48,8 +48,8 @@ def _parent(data: Any, path: Path) -> Any:
 
 
 def _pick(data: Any, rng: random.Random, wanted: Callable[[Path, Any], bool]) -> Path | None:
-    found = [path for path, value in places(data) if wanted(path, value)]
-    return rng.choice(found) if found else None
+    paths = [path for path, value in places(data) if wanted(path, value)]
+    return rng.choice(paths) if paths else None
 
 
 def _is_number(value: Any) -> bool:
@@ -57,7 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def misspell(data: Any, rng: random.Random) -> str:
-    """A key with a letter lost, doubled or swapped."""
+    """Drop, double or swap a letter of a key."""
     path = _pick(data, rng, lambda p, v: isinstance(p[-1], str) and len(p[-1]) > 3 and p[-1].islower())
     if path is None:
         return ""
@@ -72,7 +72,7 @@ def misspell(data: Any, rng: random.Random) -> str:
 
 
 def unit(data: Any, rng: random.Random) -> str:
-    """A number with a unit."""
+    """Add a unit to a number."""
     path = _pick(data, rng, lambda p, v: _is_number(v))
     if path is None:
         return ""
@@ -82,7 +82,7 @@ def unit(data: Any, rng: random.Random) -> str:
 
 
 def out_of_range(data: Any, rng: random.Random) -> str:
-    """A number that cannot be."""
+    """Put a number out of range."""
     path = _pick(data, rng, lambda p, v: _is_number(v))
     if path is None:
         return ""
@@ -92,7 +92,7 @@ def out_of_range(data: Any, rng: random.Random) -> str:
 
 
 def another_type(data: Any, rng: random.Random) -> str:
-    """A value of another type."""
+    """Change the type of a value."""
     path = _pick(data, rng, lambda p, v: True)
     if path is None:
         return ""
@@ -102,7 +102,7 @@ def another_type(data: Any, rng: random.Random) -> str:
 
 
 def lose(data: Any, rng: random.Random) -> str:
-    """A key that is not there."""
+    """Remove a key."""
     path = _pick(data, rng, lambda p, v: isinstance(p[-1], str))
     if path is None:
         return ""
@@ -120,7 +120,7 @@ def _model(data: Any, rng: random.Random) -> Any:
 
 
 def model_twice(data: Any, rng: random.Random) -> str:
-    """Two entries of one name."""
+    """Give two entries the same name."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -129,7 +129,7 @@ def model_twice(data: Any, rng: random.Random) -> str:
 
 
 def alias_clash(data: Any, rng: random.Random) -> str:
-    """A second model with the alias or name of the first."""
+    """Add a second model with the alias or name of the first."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -182,7 +182,7 @@ WRONG_KEYS: tuple[dict[str, Any], ...] = (
 
 
 def wrong_model(data: Any, rng: random.Random) -> str:
-    """A key of a model that cannot be."""
+    """Set a model's key to an invalid value."""
     entry = _model(data, rng)
     if entry is None:
         return ""
@@ -227,9 +227,9 @@ WRONG_SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def wrong_setting(data: Any, rng: random.Random) -> str:
-    """A setting that cannot be."""
+    """Set a setting to an invalid value."""
     keys = copy.deepcopy(rng.choice(WRONG_SETTINGS))
-    _lay(_config(data), keys)
+    _merge_into(_config(data), keys)
     return str(keys)
 
 
@@ -245,16 +245,16 @@ WRONG_VALUES: tuple[dict[str, Any], ...] = (
 
 
 def wrong_values(data: Any, rng: random.Random) -> str:
-    """Values of the chart that do not fit its other half."""
+    """Set chart values that contradict each other."""
     if "api_version" in data:
         return ""
     keys = copy.deepcopy(rng.choice(WRONG_VALUES))
-    _lay(data, keys)
+    _merge_into(data, keys)
     return str(keys)
 
 
 def key_twice(data: Any, rng: random.Random) -> str:
-    """A key that stands twice in the text."""
+    """Write a key twice in the text."""
     return "text:" if "api_version" in data else ""
 
 
@@ -263,10 +263,10 @@ def _twice(good: str, data: Any, rng: random.Random) -> str:
     return good.rstrip() + "\n" + yaml.safe_dump({key: data[key]}, sort_keys=False)
 
 
-def _lay(under: Any, over: dict[str, Any]) -> None:
+def _merge_into(under: Any, over: dict[str, Any]) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _lay(under[key], value)
+            _merge_into(under[key], value)
         else:
             under[key] = value
 

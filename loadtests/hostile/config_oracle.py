@@ -1,9 +1,9 @@
-"""What a restarted gateway, controller and replica refuse of a configuration: found by making what they make.
+"""Configurations that a restarted gateway, controller or replica refuses, found by constructing their real objects.
 
-Nothing here asks the rules of `headrace config check`. The gateway's object is made with files laid out as its pod has
-them and its ports are bound on an address of this host; the controller's settings and backend are made; a replica's
-source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM itself, in a
-process of its own (`python -m loadtests.hostile.config_oracle`), where vLLM is installed.
+Nothing here uses the rules of `headrace config check`. The gateway's object is constructed with files laid out as in
+its pod, and its ports are bound on an address of this host. The controller's settings and backend are constructed. A
+replica's source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM
+itself, in a separate process (`python -m loadtests.hostile.config_oracle`), if vLLM is installed.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ SHAPE = {
     "max_position_embeddings": 131072,
     "torch_dtype": "bfloat16",
 }
-"""A checkpoint's configuration that every preset's models could have."""
+"""Checkpoint configuration that is valid for the models of every preset."""
 DEMO = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "num_hidden_layers": 30}
 DEMO_SOURCE = "demo://smollm2"
 ENGINE_S = 600.0
 
 
 class Oracle:
-    """Makes what processes make, in folders of its own. `close` removes them."""
+    """Constructs the processes' objects, in its own folders. `close` removes the folders."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.has_engine = importlib.util.find_spec("vllm") is not None
-        for one in manifests("ns", "headrace", (), None, 30).objects:
-            held: Any = one["stringData"]
-            metadata: Any = one["metadata"]
+        for manifest in manifests("ns", "headrace", (), None, 30).objects:
+            held: Any = manifest["stringData"]
+            metadata: Any = manifest["metadata"]
             for key, value in held.items():
                 file = self.folder / metadata["name"].removeprefix("headrace-") / key
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +69,9 @@ class Oracle:
         for name in ("clients", "links"):
             (file := self.folder / "revoked" / name).parent.mkdir(exist_ok=True)
             file.write_text("# none\n")
-        for name in ("cluster-secret", "key-pepper"):  # which `headrace up` makes
+        for name in ("cluster-secret", "key-pepper"):  # created by `headrace up`
             make_secret(self.folder / name)
-        self._stack.callback(_put_back, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
+        self._stack.callback(_restore_variable, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
         os.environ["HEADRACE_CACHE_DIR"] = str(self.folder)
         (self.folder / "secrets" / "ray-token").write_text("x" * 48)
         (self.folder / "secrets" / "hf-token").write_text("hf_x")
@@ -81,18 +81,20 @@ class Oracle:
         self._stack.close()
 
     def refusals(self, text: str, nodes: Sequence[Mapping[str, float]] | None, *, pod: bool) -> list[str]:
-        """Why a process would not go on with this cluster.yaml; the engine is asked apart (`engine_cases`). `nodes`:
-        what Ray has, None where that is not known."""
+        """Reasons why a process would refuse this cluster.yaml; engines are checked separately (`engine_cases`).
+        `nodes`:
+        Ray's nodes, None if unknown.
+        """
         try:
-            config = Config.model_validate(yaml.safe_load(self._laid(text)))
+            config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             return [f"every process: {str(error).splitlines()[0]}"]
-        found = [*self._gateway(config, pod), *self._controller(config, pod)]
+        reasons = [*self._gateway(config, pod), *self._controller(config, pod)]
         for settings in self._settings(config):
-            found += self._replica(settings, nodes)
-        return found
+            reasons += self._replica(settings, nodes)
+        return reasons
 
-    def _laid(self, text: str) -> str:
+    def _with_local_paths(self, text: str) -> str:
         for mount, name in MOUNTS.items():
             text = text.replace(mount, f"{self.folder}/{name}/")
         return text
@@ -101,7 +103,7 @@ class Oracle:
         from cluster.gateway.server import Gateway
         from cluster.ledger.database.connect import make_engine
 
-        yield from (f"gateway: {one}" for one in gateway_problems(config, pod=pod, files=pod))
+        yield from (f"gateway: {problem}" for problem in gateway_problems(config, pod=pod, files=pod))
         try:
             if config.store.database_url:
                 make_engine(config.store.database_url, "")
@@ -132,10 +134,10 @@ class Oracle:
         from cluster.ray.jobs import JobBackend
 
         if pod:
-            yield from (f"controller: {one}" for one in controller_problems(config))
+            yield from (f"controller: {problem}" for problem in controller_problems(config))
         try:
-            for one in config.ray:
-                JobBackend(config.name, one.dashboard_url, None)
+            for ray in config.ray:
+                JobBackend(config.name, ray.dashboard_url, None)
             self._settings(config)
         except Exception as error:
             yield f"controller: {error}"
@@ -161,15 +163,19 @@ class Oracle:
             if why := why_unplaceable(spec, nodes):
                 yield f"replica: {spec.name}: {why}"
             elif capacity(spec, nodes) < spec.min_replicas:
-                yield f"replica: {spec.name}: {spec.min_replicas} replicas, room for {capacity(spec, nodes)}"
+                yield f"replica: {spec.name}: {spec.min_replicas} replicas, but capacity for {capacity(spec, nodes)}"
 
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
-        """Every replica's spec, for `engine_refusals`."""
-        config = Config.model_validate(yaml.safe_load(self._laid(text)))
-        return [{"spec": specs.to_json(one.spec)} for one in self._settings(config) if not is_simulated(one.spec)]
+        """Spec of every replica, for `engine_refusals`."""
+        config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
+        return [
+            {"spec": specs.to_json(settings.spec)}
+            for settings in self._settings(config)
+            if not is_simulated(settings.spec)
+        ]
 
     def engine_refusals(self, cases: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What vLLM says of each, "" where it takes it. Raises RuntimeError."""
+        """vLLM's error for each case, "" if it accepts it. Raises RuntimeError."""
         if not self.has_engine:
             return [""] * len(cases)
         done = subprocess.run(
@@ -182,7 +188,7 @@ class Oracle:
         return answers
 
 
-def _put_back(name: str, value: str | None) -> None:
+def _restore_variable(name: str, value: str | None) -> None:
     if value is None:
         del os.environ[name]
     else:
@@ -190,7 +196,7 @@ def _put_back(name: str, value: str | None) -> None:
 
 
 def _may_be_fetched(source: str) -> bool:
-    """Whether only the network, or another node's disk, could say that a source is none."""
+    """Whether only the network, or another node's disk, could show that a source does not exist."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))
@@ -198,7 +204,7 @@ def _may_be_fetched(source: str) -> bool:
 
 
 def main() -> None:
-    """The engine's process: specs as JSON on standard input, a reason for each on standard output."""
+    """Process of the engine check: specs as JSON on standard input, an error for each on standard output."""
     from cluster.worker.engine.vllm.arguments import engine_arguments
 
     answers = []
@@ -207,15 +213,16 @@ def main() -> None:
         for case in json.load(sys.stdin):
             spec = specs.from_json(case["spec"])
             folder = _checkpoint(Path(scratch), spec)
-            bare = _reason(engine_arguments, _bare(spec), folder, known)
-            told = _reason(engine_arguments, spec, folder, known)
-            answers.append("" if told == bare else told)  # what this machine lacks, it lacks for a right entry too
+            bare = _reason(engine_arguments, _without_engine_settings(spec), folder, known)
+            reason = _reason(engine_arguments, spec, folder, known)
+            answers.append("" if reason == bare else reason)  # same error for a valid entry
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
 
 
 def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
-    """A checkpoint's configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
-    what another checkpoint has is not known before it is fetched."""
+    """Checkpoint configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
+    another checkpoint's configuration is unknown before it is fetched.
+    """
     ranks = spec.tensor_parallel_size
     heads = 64 if 64 % ranks == 0 else 8 * ranks
     free = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 128 * heads}
@@ -226,7 +233,7 @@ def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
     return folder
 
 
-def _bare(spec: ModelSpec) -> ModelSpec:
+def _without_engine_settings(spec: ModelSpec) -> ModelSpec:
     from dataclasses import replace
 
     return replace(spec, engine={}, tensor_parallel_size=1, pipeline_parallel_size=1, max_model_len=None)

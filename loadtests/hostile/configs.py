@@ -1,8 +1,8 @@
-"""Wrong files: none that a restarted process would refuse passes the checks that come before it.
+"""Wrong files: the checks before a restart must refuse every file that a restarted process would refuse.
 
 Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of them are wrong. A cluster.yaml
 goes through `headrace config check --files`; values go through `helm template`, and then through the command of the
-chart's hook on the merged file. What passes is made by the processes themselves (config_oracle).
+chart's hook on the merged file. Files that pass are given to the processes' own constructors (config_oracle).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VALUE_FILES = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 
 @dataclass(slots=True)
 class Count:
-    """What became of the mutants."""
+    """Counts of the mutants by result."""
 
     refused: int = 0
     harmless: int = 0
@@ -45,12 +45,12 @@ class Count:
 
     @property
     def wrong(self) -> int:
-        """Those that somebody refuses."""
+        """Mutants that a check or a process refuses."""
         return self.refused + len(self.through)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the mutants, check them, and ask the processes about what passes."""
+    """Make the mutants, check them, and try those that pass on the processes."""
     return await asyncio.to_thread(_measure, stage)
 
 
@@ -58,22 +58,22 @@ def _measure(stage: Stage) -> list[Figure]:
     oracle = Oracle()
     try:
         good = [file for file in (*CLUSTER_FILES, *VALUE_FILES) if refused(file.read_text(), file)]
-        count = hunt(oracle, random.Random(stage.options.seed), stage.screen.say)
+        count = check_mutants(oracle, random.Random(stage.options.seed), stage.screen.say)
     finally:
         oracle.close()
     note = f"{count.wrong} wrong files of which {count.refused} refused, {count.harmless} more that change nothing"
     if not oracle.has_engine:
         note += "; engine arguments not compared: vLLM is not installed"
-    for one in count.through[:5]:
-        note += f"; passed: {one}"
+    for passed in count.through[:5]:
+        note += f"; passed: {passed}"
     return [
         exact(LET_THROUGH, len(count.through) + max(MUTANTS - count.wrong, 0), ROWS[LET_THROUGH], "files", note),
         exact(GOOD_REFUSED, len(good), ROWS[GOOD_REFUSED], "files", ", ".join(file.name for file in good)),
     ]
 
 
-def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
-    """Mutants until so many are wrong; the engine is asked in one go, since it starts for seconds."""
+def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
+    """Make mutants until `mutants` are wrong; all engine checks run in one process, since it takes seconds to start."""
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
     for _ in range(4 * mutants):
@@ -85,12 +85,12 @@ def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -
             count.refused += 1
             continue
         text, nodes = as_processes_see_it(made.text, file)
-        found = oracle.refusals(text, nodes, pod=nodes is not None)
-        if found:
-            count.through.append(f"{file.name}, {made.mistake}: {found[0]}")
+        reasons = oracle.refusals(text, nodes, pod=nodes is not None)
+        if reasons:
+            count.through.append(f"{file.name}, {made.mistake}: {reasons[0]}")
         else:
             asked.append((made, oracle.engine_cases(text)))
-    say(f"configs: {count.refused} refused, {len(count.through)} let through, {len(asked)} for the engine to judge")
+    say(f"configs: {count.refused} refused, {len(count.through)} let through, {len(asked)} for the engine to check")
     answers = iter(oracle.engine_refusals([case for _, cases in asked for case in cases]))
     for made, cases in asked:
         reasons = [reason for reason in [next(answers) for _ in cases] if reason]
@@ -102,7 +102,7 @@ def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -
 
 
 def refused(text: str, file: Path) -> bool:
-    """Whether the checks before a restart refuse it."""
+    """Whether the checks before a restart refuse the text."""
     if file not in VALUE_FILES:
         return bool(check(text, file.name, files=True).errors)
     from tests.support import helm
@@ -115,7 +115,7 @@ def refused(text: str, file: Path) -> bool:
 
 
 def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
-    """The cluster.yaml that processes read, and the nodes that Ray will have; None where that is not known."""
+    """The cluster.yaml that processes read, and the nodes that Ray will have; None if unknown."""
     if file not in VALUE_FILES:
         return text, None
     values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))

@@ -1,7 +1,7 @@
-"""What the defences cost where nobody attacks: front-end CPU a streamed token, this checkout against another one.
+"""Cost of the defences without an attack: front-end CPU per streamed token, this checkout against another one.
 
-Both checkouts serve the same requests over a simulated engine, in turns (`relay` has the set-up). The value is the
-geometric mean of the rounds' ratios: the bound is on the mean, and the interval is given beside it.
+Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). The value is the
+geometric mean of the rounds' ratios: the bound is on the mean, and the interval is reported beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from loadtests.children import ROOT
 from loadtests.datasets import fixed
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED
-from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, first_call, per_round
 from loadtests.scenarios.relay import (
     GRPC,
     HTTP,
@@ -37,7 +37,7 @@ ROWS: Mapping[str, Bound] = {TITLE.format(api): BOUND for api in (GRPC, HTTP, SE
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run both checkouts in turns."""
+    """Run both checkouts alternately."""
     against = stage.options.against
     if against is None:
         return [missing(row, bound, "no other checkout was named (--against)") for row, bound in ROWS.items()]
@@ -45,7 +45,7 @@ async def measure(stage: Stage) -> list[Figure]:
     source = sim_source(model, stage.options.seed)
     arms: dict[str, Contestant] = {}
     workers = []
-    # Named arms are chosen by the scenario's parts, so the faces are not filtered by `--only` again.
+    # The scenario's parts choose the arms by name, so `--only` must not filter them again.
     whole = replace(stage, options=replace(stage.options, only=()))
     for prefix, checkout in ((THIS, ROOT), (OTHER, against.resolve())):
         ours = await serving.start(
@@ -60,7 +60,7 @@ async def measure(stage: Stage) -> list[Figure]:
     try:
         first = fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]
         ready = [arm for arm in arms.values() if await first_call(arm, first)]
-        await take_turns(
+        await alternate(
             stage, _interleaved(ready), lambda number: fixed(STREAMS, PROMPT_WORDS, TOKENS, number),
             rounds=rounds, concurrency=STREAMS, limits=LIMITS,
         )  # fmt: skip
@@ -71,7 +71,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:
-    """The arms so ordered that the two checkouts of one API follow each other."""
+    """Arms in an order in which the two checkouts of one API follow each other."""
     return sorted(arms, key=lambda arm: arm.arm.name.removeprefix(THIS).removeprefix(OTHER))
 
 

@@ -1,4 +1,4 @@
-"""Floods of each kind of frame, by a stranger and by a tenant: whether the connection is cut, and at what cost."""
+"""Floods of each kind of frame, without and with a tenant's key: whether the connection is cut, and at what cost."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ ROW = "kinds of frame floods not cut within 1 s of the gateway's CPU"
 ROWS: Mapping[str, Bound] = {ROW: Bound("<=", 0)}
 CPU_S, WALL_S, WRITE_BYTES = 1.0, 15.0, 65_536
 RUNNING, ENDED = 1001, 3
-"""Streams in the frames below: a call of a tenant's that runs, and one that has ended."""
+"""Streams in the frames below: a running call of a tenant, and one that has ended."""
 
 
 def repeated(frame: Frame | bytes) -> Callable[[Attacker], bytes]:
-    """The same frame again and again."""
+    """Repeat the same frame."""
     data = frame if isinstance(frame, bytes) else frame.serialize()
     return lambda attacker: data * (WRITE_BYTES // len(data) + 1)
 
 
 def calls(make: Callable[[Attacker], bytes], count: int = 300) -> Callable[[Attacker], bytes]:
-    """New calls."""
+    """Make `count` new calls."""
     return lambda attacker: b"".join(make(attacker) for _ in range(count))
 
 
 def reset(attacker: Attacker) -> bytes:
-    """A call that is opened and reset (rapid reset)."""
+    """Open a call and reset it (rapid reset)."""
     return attacker.open("Chat") + RstStreamFrame(attacker.last).serialize()
 
 
 def made_to_reset(attacker: Attacker) -> bytes:
-    """A call that the server must reset (MadeYouReset)."""
+    """Open a call that the server must reset (MadeYouReset)."""
     return attacker.open("Chat", end=True) + WindowUpdateFrame(attacker.last, 2**31 - 1).serialize()
 
 
 def endless_block(part: bytes) -> Callable[[Attacker], bytes]:
-    """A header block that does not end."""
+    """Send a header block that does not end."""
     return lambda attacker: (
         HeadersFrame(attacker.last + 2, b"").serialize()
         + repeated(ContinuationFrame(attacker.last + 2, part))(attacker)
@@ -91,12 +91,12 @@ KINDS: Mapping[str, Callable[[Attacker], bytes]] = {
 
 
 def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
-    """Whether the connection was cut, and the CPU time until then."""
+    """Flood the gateway; return whether the connection was cut, and the CPU time until then."""
     attacker = Attacker(gateway.address, key)
     try:
         attacker.send(attacker.open("/grpc.health.v1.Health/Check") + attacker.message(attacker.last, b"", end=True))
         while attacker.last + 2 < RUNNING:
-            attacker.head(b"")  # skips numbers
+            attacker.head(b"")  # skips stream numbers
         attacker.send(attacker.open("Session" if key else "/grpc.health.v1.Health/Watch"))
         before, deadline = gateway.cpu_s(), time.monotonic() + WALL_S
         while attacker.send(KINDS[kind](attacker)):
@@ -108,7 +108,7 @@ def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Each kind, once without and once with a key."""
+    """Each kind of flood, once without and once with a key."""
     gateway = await attacked(stage, "floods-gateway")
     missed, costs = [], []
     for kind in KINDS:

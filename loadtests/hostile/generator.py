@@ -1,4 +1,4 @@
-"""Hostile calls over all fields, seeded: what no caller should send, and what is valid but extreme.
+"""Hostile calls over all fields, seeded: invalid values, and values that are valid but extreme.
 
 Each call is a request of inference.proto as bytes, which need not be valid, and the same for OpenAI's HTTP API as JSON.
 One to four of its fields are hostile and the rest ordinary, so that most get past the checks of the others.
@@ -16,12 +16,12 @@ from cluster.v1 import inference_pb2 as pb
 
 INT32, INT64, UINT32 = 2**31 - 1, 2**63 - 1, 2**32 - 1
 VOCABULARY: Final = 760
-"""Of the models that the scenarios serve: ids below it are valid."""
+"""Vocabulary size of the scenarios' models: ids below it are valid."""
 LONG, HUGE = 5_000, 300_000
 HUGE_ODDS: Final = 0.02
-"""How often a value may be huge: such calls cost the attacker most of its time."""
+"""Probability of a huge value: such calls cost the attacker most of its time."""
 NOT_TEXT: Final = (b"\xed\xa0\x80", b"\xff\xfe", b"a\xed\xbf\xbfb", b"\xc0\x80", b"\xf5\x80\x80\x80")
-"""Lone surrogates and other bytes that are no UTF-8."""
+"""Lone surrogates and other bytes that are not UTF-8."""
 SURROGATES: Final = ("\ud800", "\udfff", "a\ud83d", "\udc00b")
 PATTERNS: Final = (
     "(a+)+$",
@@ -43,7 +43,7 @@ SCHEMAS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """One call. `chat`: which request the bytes are. `fields` are the hostile ones, for a report."""
+    """One call. `chat`: which request the bytes are. `fields`: names of the hostile fields, for a report."""
 
     chat: bool
     message: bytes
@@ -52,15 +52,15 @@ class Hostile:
 
 
 class Generator:
-    """An endless number of them."""
+    """Endless source of hostile calls."""
 
     def __init__(self, seed: int, model: str, vocabulary: int = VOCABULARY) -> None:
         self._rng = random.Random(seed)
         self._model = model
         self._vocabulary = vocabulary
 
-    def take(self, count: int) -> Iterator[Hostile]:
-        """So many."""
+    def generate(self, count: int) -> Iterator[Hostile]:
+        """Generate `count` calls."""
         for _ in range(count):
             yield self._one()
 
@@ -83,7 +83,7 @@ class Generator:
         )
 
     def number(self) -> float:
-        """Any float, and such as are none."""
+        """Any float, including NaN and infinity."""
         return self._rng.choice(
             [0.0, -0.0, 1e-45, -1e-45, 1.0, 2.0, 2.0000002, -2.0, 1e6, 1e38, -1e38, float("nan"), float("inf"), -0.5]
         )
@@ -93,7 +93,7 @@ class Generator:
         return self._rng.choice([0, 1, -1, 2, 64, 65, 128, 1024, most, most - 1, -most - 1, 2**15])
 
     def ids(self) -> list[int]:
-        """Token ids, few or as many as there may be, or more; some of no token."""
+        """Token ids: few, as many as allowed, or more; some outside the vocabulary."""
         rng = self._rng
         count = rng.choice([0, 1, 128, 129, 1024, 1025])
         if rng.random() < HUGE_ODDS:
@@ -102,7 +102,7 @@ class Generator:
         return [rng.randrange(high) for _ in range(count)] + rng.choice([[], [-1]])
 
     def bias(self) -> dict[int, float]:
-        """A bias for as many tokens as there may be, or more."""
+        """Logit bias for as many tokens as allowed, or more."""
         count = self._rng.choice([1, 300, 1024, 1025, 3000])
         return {number % INT32: self._rng.choice([-100.0, 100.0, 0.0, self.number()]) for number in range(count)}
 
@@ -120,7 +120,7 @@ class Generator:
         }
         return {"type": kind, **({kind: values[kind]} if kind in values else {})}
 
-    # ---- as they are sent
+    # ---- encoding
 
     def _bytes(self, chat: bool, fields: Mapping[str, Any]) -> bytes:
         request: Any = pb.ChatRequest if chat else pb.CompleteRequest
@@ -150,7 +150,7 @@ class Generator:
             setattr(message, name, value)
 
     def _not_text(self, message: Any) -> bytes:
-        """A further text field that is no text; a later value of a field replaces the one before."""
+        """Text field that is not valid UTF-8, appended: a later value of a field replaces the earlier one."""
         rng = self._rng
         texts = [field for field in message.DESCRIPTOR.fields if field.type == field.TYPE_STRING]
         bad = rng.choice(NOT_TEXT)
@@ -176,7 +176,7 @@ class Generator:
         return encoded.encode("utf-8", "surrogatepass")[: rng.randrange(len(encoded))] if way < 0.95 else _DEEP
 
     def _twisted(self, name: str, value: Any) -> Any:
-        """The value, or one of another type, or with a lone surrogate in it."""
+        """The value, or one of another type, or one with a lone surrogate."""
         rng = self._rng
         if name == "messages":
             value = [{"role": role, "content": text} for role, text in value]
@@ -189,7 +189,7 @@ class Generator:
 
 
 def length_delimited(number: int, data: bytes) -> bytes:
-    """A length-delimited field as it is sent."""
+    """Encode a length-delimited field."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
@@ -205,7 +205,7 @@ _DEEP: Final = b'{"messages": ' + b"[" * 20_000
 _JSON: Final = {"prompt_token_ids": "prompt", "chat_template_kwargs_json": "chat_template_kwargs"}
 FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "model": Generator.text,
-    "messages": lambda one: [(one.text(), one.text()), ("user", one.text())],
+    "messages": lambda values: [(values.text(), values.text()), ("user", values.text())],
     "prompt": Generator.text,
     "prompt_token_ids": Generator.ids,
     "max_tokens": Generator.integer,
@@ -214,8 +214,8 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "top_p": Generator.number,
     "top_k": Generator.integer,
     "min_p": Generator.number,
-    "seed": lambda one: one.integer(INT64),
-    "stop": lambda one: [one.text() for _ in range(3)],
+    "seed": lambda values: values.integer(INT64),
+    "stop": lambda values: [values.text() for _ in range(3)],
     "stop_token_ids": Generator.ids,
     "n": Generator.integer,
     "frequency_penalty": Generator.number,
@@ -228,6 +228,6 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "chat_template_kwargs_json": Generator.text,
     "cache_salt": Generator.text,
     "priority": Generator.text,
-    "metadata": lambda one: {one.text(): one.text()},
+    "metadata": lambda values: {values.text(): values.text()},
 }
-"""By the names of inference.proto; a request that has no such field goes without."""
+"""Generators by the field names of inference.proto; requests without such a field skip it."""

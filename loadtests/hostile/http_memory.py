@@ -1,6 +1,6 @@
-"""Memory that unfinished requests take over HTTP/1: of one stranger, of a thousand, and of a tenant with a key.
+"""Memory held by unfinished HTTP/1 requests: of one anonymous client, of a thousand, and of a tenant with a key.
 
-The attacks are a program of its own (loadtests/hostile/http_uploads.py), each against a gateway that has just started.
+The attacks are a separate program (loadtests/hostile/http_uploads.py); each attacks a gateway that has just started.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ KINDS = {"body": "0", "pipelined": "1", "head": "2"}
 
 
 def first_request(gateway: Attacked) -> None:
-    """What a first request imports is no attacker's."""
+    """Make a first request, so that its imports are not counted as the attack's memory."""
     with urllib.request.urlopen(f"http://{gateway.endpoints['http']}/health", timeout=10) as answer:
         answer.read()
 
 
 async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key: bool = False) -> tuple[float, str]:
-    """The most MiB that a gateway took, and what was sent."""
+    """Peak memory growth of the gateway in MiB, and what was sent."""
     gateway = await attacked(stage, f"http-memory-{name}-gateway")
     async with quiet_calls(gateway):
         await asyncio.to_thread(first_request, gateway)
@@ -49,18 +49,18 @@ async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key:
         await child.until(done, "the server reads no more", ATTACK_S)
     await child.stop()
     await gateway.gateway.stop()
-    told = json.loads(report.read_text())
-    return peak.mib, f"{told['sent_bytes'] / (1 << 20):.1f} MiB sent, {told['open']} connections stayed"
+    sent = json.loads(report.read_text())
+    return peak.mib, f"{sent['sent_bytes'] / (1 << 20):.1f} MiB sent, {sent['open']} connections stayed"
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Each kind of stranger alone, all together, and the tenant."""
+    """Measure each anonymous attack alone, all together, and the tenant's."""
     alone = {kind: await attack(stage, kind, ["--first", first]) for kind, first in KINDS.items()}
     many = await attack(stage, "many", ["--connections", "1000"])
     tenant = await attack(stage, "tenant", ["--connections", "20"], with_key=True)
-    one = max(mib for mib, _ in alone.values())
+    worst_alone = max(mib for mib, _ in alone.values())
     return [
-        exact(ONE, one, ROWS[ONE], "MiB", "; ".join(f"{kind}: {note}" for kind, (_, note) in alone.items())),
+        exact(ONE, worst_alone, ROWS[ONE], "MiB", "; ".join(f"{kind}: {note}" for kind, (_, note) in alone.items())),
         exact(MANY, many[0], ROWS[MANY], "MiB", many[1]),
         exact(TENANT, tenant[0], ROWS[TENANT], "MiB", tenant[1]),
     ]

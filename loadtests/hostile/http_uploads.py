@@ -1,11 +1,11 @@
-"""Program: connections with unfinished HTTP/1 requests, as much of each as the server reads.
+"""Program: connections with unfinished HTTP/1 requests; sends as much of each as the server reads.
 
-    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
-    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
+python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
+python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
 
-With a key every connection sends a body without its last byte, every other one in chunks. Without one they take turns:
-a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that does not
-end. Once the server reads no more, the number of bytes sent is written, and the connections stay.
+With a key every connection sends a body without its last byte, every second one chunked. Without a key the connections
+alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that
+does not end. Once the server reads no more, the number of bytes sent is written, and the connections stay open.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
     length = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
     shown = f"authorization: Bearer {key}\r\n" if key else ""
     yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{shown}{length}\r\n\r\n".encode()
-    left = size - 1
-    while left:
-        part = min(left, PART_BYTES)
+    remaining = size - 1
+    while remaining:
+        part = min(remaining, PART_BYTES)
         yield b"%x\r\n%b\r\n" % (part, b" " * part) if chunked else b" " * part
-        left -= part
+        remaining -= part
 
 
 def pipelined() -> Iterator[bytes]:
@@ -60,7 +60,7 @@ class Upload:
         self.progress_at = asyncio.get_running_loop().time()
 
     async def run(self, host: str, port: int) -> None:
-        """Send all that the server takes, and read nothing."""
+        """Send all that the server accepts, and read nothing."""
         with suppress(OSError):
             reader, writer = await asyncio.open_connection(host, port, limit=1)
             try:
@@ -77,7 +77,7 @@ class Upload:
 
 
 def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
-    """What a connection sends."""
+    """Parts that a connection sends."""
     if wanted.key:
         return unfinished(wanted.bytes, wanted.key, number % 2 == 1)
     kinds = (lambda: unfinished(wanted.bytes, "", False), pipelined, half_head)
@@ -85,25 +85,27 @@ def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all, report, and stay."""
+    """Open all connections, report, and stay."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     made = [Upload(parts_of(number, wanted)) for number in range(wanted.first, wanted.first + wanted.connections)]
     running = []
     for first in range(0, len(made), OPENED_TOGETHER):
-        running += [asyncio.create_task(one.run(host, int(port))) for one in made[first : first + OPENED_TOGETHER]]
+        running += [
+            asyncio.create_task(upload.run(host, int(port))) for upload in made[first : first + OPENED_TOGETHER]
+        ]
         await asyncio.sleep(0.02)
-    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+    while loop.time() - max(upload.progress_at for upload in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
         await asyncio.sleep(0.05)
-    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(one.open for one in made)}
+    totals = {"sent_bytes": sum(upload.sent_bytes for upload in made), "open": sum(upload.open for upload in made)}
     scratch = wanted.report.with_suffix(".new")
-    scratch.write_text(json.dumps(told))
+    scratch.write_text(json.dumps(totals))
     scratch.rename(wanted.report)
     await asyncio.gather(*running)
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and attack."""
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
     parser.add_argument("--report", type=Path, required=True)

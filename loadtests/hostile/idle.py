@@ -1,6 +1,6 @@
-"""A thousand idle connections of strangers on all ports of a gateway with 256 descriptors: who still gets an answer.
+"""A thousand idle anonymous connections on all ports of a gateway with 256 descriptors: which callers are still served.
 
-Meanwhile each port is asked every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
+Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
 admin API, the metrics page, and the link port by a second worker, whose link must come up beside the first one's.
 """
 
@@ -36,16 +36,16 @@ from loadtests.serving import ours as serving
 DESCRIPTORS, STRANGERS = 256, 1000
 LASTS_S, EVERY_S, ANSWER_S, READY_S = 30.0, 1.0, 5.0, 60.0
 BOTH = 2
-"""Workers: one from before the attack, and one that came meanwhile."""
+"""Workers: one from before the attack, and one that starts during it."""
 UNANSWERED = "1,000 idle connections, 256 descriptors: questions to all ports without an answer"
 LOG = "the gateway's log meanwhile"
 ROWS: Mapping[str, Bound] = {UNANSWERED: Bound("<=", 0), LOG: Bound("<=", 1.0)}
 OWN = (("grpc.use_local_subchannel_pool", 1),)
-Ask = Callable[[], Awaitable[None]]
+Probe = Callable[[], Awaitable[None]]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Start all, attack, ask."""
+    """Start everything, attack, and make the calls."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=5&{serving.plain_tokens(model)}"
     ours = await serving.start(
@@ -53,11 +53,11 @@ async def measure(stage: Stage) -> list[Figure]:
         descriptors=DESCRIPTORS,
     )  # fmt: skip
     secret = read_secrets(stage.folder / "idle-tenants" / "cluster-secret", "cluster-secret")[0]
-    asks = questions(ours, admin_token(secret))
+    probes = probes_of(ours, admin_token(secret))
     logged = ours.gateway.log.stat().st_size
     await begin_attack(stage, ours)
     second = start_worker(stage, ours, bundle, source)
-    answered, missed = await ask_for(asks, LASTS_S)
+    answered, missed = await run_probes(probes, LASTS_S)
     (answered if await linked(ours) == BOTH else missed)["link"] += 1
     written = (ours.gateway.log.stat().st_size - logged) / (1 << 20)
     for child in (second, ours.worker, ours.gateway):
@@ -72,7 +72,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def linked(ours: serving.Ours) -> float:
-    """How many workers the gateway says it has; 0 where it says nothing."""
+    """Number of workers that the gateway reports; 0 if it does not answer."""
     try:
         page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
     except (OSError, http.client.HTTPException):
@@ -82,7 +82,7 @@ async def linked(ours: serving.Ours) -> float:
 
 
 async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
-    """Strangers at all ports, each of which has come once."""
+    """Start idle clients on all ports; return when each has connected once."""
     ready = stage.folder / "strangers.ready"
     ports = [f"--port={name}={ours.endpoints[name]}" for name in serving.LISTENERS]
     command = [sys.executable, "-m", "loadtests.hostile.strangers", f"--count={STRANGERS}", f"--ready={ready}", *ports]
@@ -95,35 +95,35 @@ async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
 
 
 def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) -> Child:
-    """A second worker, which dials the link port while strangers hold it."""
+    """Start a second worker, which dials the link port while idle clients hold it."""
     command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.model, "--id", "second"]
     command += ["--link", ours.endpoints["link"], "--bundle", str(bundle), "--source", source]
     command += ["--ready", str(stage.folder / "second.ready"), "--engine", json.dumps({})]
     return stage.children.start("second-worker", SIMULATED, command)
 
 
-async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str], Counter[str]]:
-    """Ask all again and again; answers and failures by question."""
+async def run_probes(probes: Mapping[str, Probe], seconds: float) -> tuple[Counter[str], Counter[str]]:
+    """Make all calls repeatedly; answers and failures by name of the call."""
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 
-    async def one(name: str, ask: Ask) -> None:
+    async def probe_repeatedly(name: str, probe: Probe) -> None:
         while time.monotonic() < ends:
             begun = time.monotonic()
             try:
                 async with asyncio.timeout(ANSWER_S):
-                    await ask()
+                    await probe()
                 answered[name] += 1
             except (grpc.aio.AioRpcError, OSError, TimeoutError, http.client.HTTPException):
                 missed[name] += 1
             await asyncio.sleep(max(EVERY_S - (time.monotonic() - begun), 0))
 
-    await asyncio.gather(*(one(name, ask) for name, ask in asks.items()))
+    await asyncio.gather(*(probe_repeatedly(name, probe) for name, probe in probes.items()))
     return answered, missed
 
 
-def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
-    """One question for each port and kind of caller, each on a connection of its own."""
+def probes_of(ours: serving.Ours, token: str) -> dict[str, Probe]:
+    """One call for each port and kind of caller, each on a new connection."""
     chat = pb.ChatRequest(model=ours.model, messages=[pb.Message(role="user", content="Hello")], max_tokens=4)
     body = json.dumps({"model": ours.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
 
@@ -143,11 +143,11 @@ def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
                 admin_pb2.ListWorkersRequest(), timeout=ANSWER_S, metadata=serving.authorization(token)
             )
 
-    def over_http(listener: str, method: str, path: str, content: str = "") -> Ask:
-        async def ask() -> None:
+    def over_http(listener: str, method: str, path: str, content: str = "") -> Probe:
+        async def probe() -> None:
             await asyncio.to_thread(fetch, ours.endpoints[listener], method, path, content, ours.key)
 
-        return ask
+        return probe
 
     return {
         "gRPC health": health,
@@ -160,7 +160,7 @@ def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
 
 
 def fetch(address: str, method: str, path: str, content: str, key: str) -> str:
-    """One request's answer. Raises OSError, HTTPException."""
+    """Body of one request's answer. Raises OSError, HTTPException."""
     host, port = address.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=ANSWER_S)
     try:

@@ -1,9 +1,9 @@
-"""Hostile calls of every kind over all APIs, while another tenant streams: does a worker's link, or a stream, notice?
+"""Hostile calls of every kind over all APIs while another tenant streams: is a worker's link, or a stream, affected?
 
 The calls come from a seeded generator (generator.py), over gRPC as single calls and in sessions, and over HTTP. On
-simulated engines half of them come while there is room, half while all places are taken, so that they wait and are
-sent from a link's reader. On the real engine all come while there is room. A stream of the other tenant is touched when
-it fails, has another text than alone, or had to go on at another worker.
+simulated engines half of them come while there is capacity, half while all of it is in use, so that they wait and are
+sent from a link's reader. On the real engine all come while there is capacity. A stream of the other tenant is affected
+if it fails, has another text than alone, or was resumed on another worker.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ CALLS, ENGINE_CALLS = 10_000, 1_000
 WORKERS, PLACES, BYSTANDERS = 2, 16, 6
 TOKENS, ENGINE_TOKENS = 160, 64
 AT_ONCE, QUEUED_AT_ONCE, TOGETHER = 8, 96, 32
-"""Hostile calls at once while there is room, and while there is not; and in one session."""
+"""Concurrent hostile calls while there is capacity, and while there is none; and in one session."""
 CALL_S, STREAM_S = 10.0, 120.0
 ATTACKER = "batch"
 HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
 
 
 @dataclass(slots=True)
-class Told:
-    """What came of the calls."""
+class AttackResults:
+    """Results of the calls."""
 
     answers: Counter[str] = field(default_factory=Counter)
     touched: list[str] = field(default_factory=list)
     streams: int = 0
 
     def note(self, downs: int) -> str:
-        """For the report."""
+        """Note for the report."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.answers.most_common(8))
         return f"{sum(self.answers.values())} answers ({kinds}); {self.streams} streams; {downs} links lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Volley:
-    """So many hostile calls from a seed on, of which some are under way at once."""
+    """A number of hostile calls from a seed on, with a limit on concurrency."""
 
     seed: int
     calls: int
@@ -74,7 +74,7 @@ class Volley:
 
 
 class Attack:
-    """A tenant's hostile calls."""
+    """Hostile calls of one tenant."""
 
     def __init__(self, address: str, http: str, key: str) -> None:
         self._key = key
@@ -84,45 +84,45 @@ class Attack:
         self.answers: Counter[str] = Counter()
 
     async def close(self) -> None:
-        """End its connection."""
+        """Close its connection."""
         await self._channel.close()
 
     async def run(self, volley: Volley) -> None:
-        """All of them, a third over each API."""
+        """Make all calls of the volley, a third over each API."""
         gate = asyncio.Semaphore(volley.at_once)
-        calls = list(Generator(volley.seed, ours.MODEL).take(volley.calls))
+        calls = list(Generator(volley.seed, ours.MODEL).generate(volley.calls))
 
         async def gated(work: Any) -> None:
             async with gate:
                 await work
 
         single, http, sessions = calls[::3], calls[1::3], calls[2::3]
-        work = [self._single(one) for one in single] + [self._post(one) for one in http]
+        work = [self._single(call) for call in single] + [self._post(call) for call in http]
         work += [self._session(sessions[at : at + TOGETHER]) for at in range(0, len(sessions), TOGETHER)]
-        await asyncio.gather(*(gated(one) for one in work))
+        await asyncio.gather(*(gated(call) for call in work))
 
-    async def _single(self, one: Hostile) -> None:
-        method = "Chat" if one.chat else "Complete"
+    async def _single(self, hostile: Hostile) -> None:
+        method = "Chat" if hostile.chat else "Complete"
         call: Any = self._channel.unary_unary(f"/cluster.v1.Inference/{method}")
         try:
-            await call(one.message, metadata=self._metadata, timeout=CALL_S)
+            await call(hostile.message, metadata=self._metadata, timeout=CALL_S)
             self.answers["OK"] += 1
         except grpc.aio.AioRpcError as error:
             self.answers[error.code().name] += 1
 
-    async def _session(self, some: Sequence[Hostile]) -> None:
-        """Calls of one session. What is no message of protobuf ends its own session, so that only others are sent."""
-        some = [one for one in some if _is_message(one)]
-        call: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
+    async def _session(self, calls: Sequence[Hostile]) -> None:
+        """Calls of one session. A call that is no valid protobuf message would end the session, so it is left out."""
+        calls = [call for call in calls if _is_message(call)]
+        session: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
             metadata=self._metadata, timeout=CALL_S
         )
         try:
-            for number, one in enumerate(some, 1):
+            for number, call in enumerate(calls, 1):
                 start = pb.SessionStart(call_id=number, deadline_ms=int(1000 * CALL_S / 2)).SerializeToString()
-                start += length_delimited(2 if one.chat else 3, one.message)
-                await call.write(length_delimited(1, start))
-            await call.done_writing()
-            while (message := await call.read()) is not grpc.aio.EOF:
+                start += length_delimited(2 if call.chat else 3, call.message)
+                await session.write(length_delimited(1, start))
+            await session.done_writing()
+            while (message := await session.read()) is not grpc.aio.EOF:
                 self._count(pb.SessionEvents.FromString(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self.answers[f"session {type(error).__name__}"] += 1
@@ -134,15 +134,15 @@ class Attack:
             elif event.chat.HasField("usage") or event.complete.HasField("usage"):
                 self.answers["OK in a session"] += 1
 
-    async def _post(self, one: Hostile) -> None:
-        path = "/v1/chat/completions" if one.chat else "/v1/completions"
+    async def _post(self, call: Hostile) -> None:
+        path = "/v1/chat/completions" if call.chat else "/v1/completions"
         host, _, port = self._http.rpartition(":")
         try:
             async with asyncio.timeout(CALL_S):
                 reader, writer = await asyncio.open_connection(host, int(port))
                 try:
-                    head = HEAD.format(path=path, key=self._key) + f"content-length: {len(one.body)}\r\n"
-                    writer.write(f"{head}connection: close\r\n\r\n".encode() + one.body)
+                    head = HEAD.format(path=path, key=self._key) + f"content-length: {len(call.body)}\r\n"
+                    writer.write(f"{head}connection: close\r\n\r\n".encode() + call.body)
                     status = (await reader.readline()).split()
                     await reader.read()
                 finally:
@@ -153,46 +153,46 @@ class Attack:
 
 
 def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
-    """A volley from a process of its own, so that generating it holds up nobody; its answers."""
+    """Run a volley in a separate process, so that generating it delays nothing else; return its answers."""
 
     async def run() -> Counter[str]:
-        one = Attack(address, http, key)
+        attacker = Attack(address, http, key)
         try:
-            await one.run(volley)
+            await attacker.run(volley)
         finally:
-            await one.close()
-        return one.answers
+            await attacker.close()
+        return attacker.answers
 
     return asyncio.run(run())
 
 
-async def attacked(running: Fleet, told: Told, volley: Volley) -> None:
-    """Wait for a volley's end."""
+async def attacked(running: Fleet, results: AttackResults, volley: Volley) -> None:
+    """Wait for the end of a volley."""
     arguments = (running.grpc, running.endpoints["http"], running.keys[ATTACKER], volley)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        told.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
+        results.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
 
 
-def _is_message(one: Hostile) -> bool:
+def _is_message(call: Hostile) -> bool:
     try:
-        (pb.ChatRequest if one.chat else pb.CompleteRequest).FromString(one.message)
+        (pb.ChatRequest if call.chat else pb.CompleteRequest).FromString(call.message)
     except DecodeError:
         return False
     return True
 
 
 class Bystanders:
-    """Another tenant's streams, one after the other on each of some lanes, compared with themselves alone."""
+    """Streams of another tenant, one after the other in each of some tasks, compared with undisturbed ones."""
 
-    def __init__(self, running: Fleet, told: Told, tokens: int) -> None:
+    def __init__(self, running: Fleet, results: AttackResults, tokens: int) -> None:
         self._running = running
-        self._told = told
+        self._results = results
         self._requests = [
             pb.CompleteRequest(
-                model=running.model, prompt=f"Bystander {lane} tells", max_tokens=tokens, temperature=0.0,
+                model=running.model, prompt=f"Bystander {number} tells", max_tokens=tokens, temperature=0.0,
                 ignore_eos=True,
             )
-            for lane in range(BYSTANDERS)
+            for number in range(BYSTANDERS)
         ]  # fmt: skip
         self._alone: list[str] = []
 
@@ -203,41 +203,41 @@ class Bystanders:
             resumed = max(resumed, chunk.usage.resumed)
         return text, resumed
 
-    async def _lane(self, stub: Any, lane: int) -> None:
+    async def _stream_repeatedly(self, stub: Any, number: int) -> None:
         while True:
             try:
-                text, resumed = await self._stream(stub, self._requests[lane])
+                text, resumed = await self._stream(stub, self._requests[number])
             except grpc.aio.AioRpcError as error:
-                self._told.touched.append(f"{error.code().name}: {error.details()}")
+                self._results.touched.append(f"{error.code().name}: {error.details()}")
                 continue
-            self._told.streams += 1
-            if text != self._alone[lane] or resumed:
-                self._told.touched.append(f"lane {lane}: {'resumed' if resumed else 'another text'}")
+            self._results.streams += 1
+            if text != self._alone[number] or resumed:
+                self._results.touched.append(f"lane {number}: {'resumed' if resumed else 'another text'}")
 
     @asynccontextmanager
-    async def beside(self) -> AsyncIterator[None]:
-        """Stream while the context lasts."""
+    async def streaming(self) -> AsyncIterator[None]:
+        """Stream while the context is entered."""
         async with grpc.aio.insecure_channel(self._running.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
             if not self._alone:
-                self._alone = [(await self._stream(stub, one))[0] for one in self._requests]
-            lanes = [asyncio.create_task(self._lane(stub, lane)) for lane in range(BYSTANDERS)]
+                self._alone = [(await self._stream(stub, request))[0] for request in self._requests]
+            tasks = [asyncio.create_task(self._stream_repeatedly(stub, number)) for number in range(BYSTANDERS)]
             try:
                 yield
             finally:
-                for lane in lanes:
-                    lane.cancel()
-                await asyncio.gather(*lanes, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def downs(running: Fleet) -> int:
     """Links that the gateway has lost so far."""
-    return sum(event.name == "worker_down" for event in running.news.events)
+    return sum(event.name == "worker_down" for event in running.link_log.events)
 
 
 @asynccontextmanager
-async def occupied(running: Fleet) -> AsyncIterator[None]:
-    """The attacker takes every place that is left with long calls of its own, so that its others wait."""
+async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
+    """Occupy all free capacity with long calls of the attacker, so that its other calls wait."""
     metadata = running.metadata_of(ATTACKER)
     long = pb.CompleteRequest(model=running.model, prompt="x", max_tokens=1500, temperature=0.0, ignore_eos=True)
     async with grpc.aio.insecure_channel(running.grpc) as channel:
@@ -251,8 +251,8 @@ async def occupied(running: Fleet) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            for one in holds:
-                one.cancel()
+            for task in holds:
+                task.cancel()
             await asyncio.gather(*holds, return_exceptions=True)
 
 
@@ -261,7 +261,7 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
     """A gateway and workers that dial it without a relay, which would share its delays with all of them."""
     home = stage.folder / name
     async with AsyncExitStack() as stack:
-        running = await fleet.begun_gateway(stack, stage.children, home, classes=(ATTACKER,))
+        running = await fleet.started_gateway(stack, stage.children, home, classes=(ATTACKER,))
         command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.MODEL, "--bundle", str(bundle)]
         command += ["--source", source, "--engine", json.dumps(dict(ENGINE)), "--link", running.endpoints["link"]]
         for number in range(workers):
@@ -270,45 +270,45 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
             stack.push_async_callback(child.stop)
 
         async def linked() -> bool:
-            return len(running.news.up) == workers
+            return len(running.link_log.up) == workers
 
         await running.gateway.until(linked, "every worker has its link", ours.ENGINE_READY_S)
         yield running
 
 
-async def simulated(stage: Stage, calls: int) -> tuple[Told, int]:
-    """On simulated engines, half of them queued."""
+async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
+    """Attack simulated engines; half of the calls are queued."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     room = f"max_num_seqs={PLACES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
-    told, seed = Told(), stage.options.seed
+    results, seed = AttackResults(), stage.options.seed
     async with serving(stage, "links", bundle, source, WORKERS) as running:
-        async with Bystanders(running, told, TOKENS).beside():
-            await attacked(running, told, Volley(seed, calls // 2, AT_ONCE))
-            async with occupied(running):
-                await attacked(running, told, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
-        return told, downs(running)
+        async with Bystanders(running, results, TOKENS).streaming():
+            await attacked(running, results, Volley(seed, calls // 2, AT_ONCE))
+            async with occupied_capacity(running):
+                await attacked(running, results, Volley(seed + 1, calls - calls // 2, QUEUED_AT_ONCE))
+        return results, downs(running)
 
 
-async def real(stage: Stage, calls: int) -> tuple[Told, int]:
-    """On one vLLM worker."""
+async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
+    """Attack one vLLM worker."""
     model, bundle = await ours.prepare(stage.children, "llama", stage.folder)
-    told = Told()
+    results = AttackResults()
     async with serving(stage, "links-engine", bundle, str(model), 1) as running:
-        async with Bystanders(running, told, ENGINE_TOKENS).beside():
-            await attacked(running, told, Volley(stage.options.seed + 2, calls, AT_ONCE))
-        return told, downs(running)
+        async with Bystanders(running, results, ENGINE_TOKENS).streaming():
+            await attacked(running, results, Volley(stage.options.seed + 2, calls, AT_ONCE))
+        return results, downs(running)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Simulated engines, then the real one."""
+    """Attack simulated engines, then the real one."""
     figures = []
     for part, calls, links, streams in (
         (simulated, CALLS, LINKS, STREAMS),
         (real, ENGINE_CALLS, ENGINE_LINKS, ENGINE_STREAMS),
     ):
-        told, lost = await part(stage, calls)
-        stage.report.problems += [f"links: {what}" for what in told.touched[:5]]
-        figures.append(exact(links, lost, _NONE, "links", told.note(lost)))
-        figures.append(exact(streams, len(told.touched), _NONE, "streams", f"of {told.streams}"))
+        results, lost = await part(stage, calls)
+        stage.report.problems += [f"links: {what}" for what in results.touched[:5]]
+        figures.append(exact(links, lost, _NONE, "links", results.note(lost)))
+        figures.append(exact(streams, len(results.touched), _NONE, "streams", f"of {results.streams}"))
     return figures

@@ -1,6 +1,6 @@
-"""Memory that unfinished requests take over gRPC: of one stranger, of a thousand, and of a tenant with a key.
+"""Memory held by unfinished gRPC requests: of one anonymous client, of a thousand, and of a tenant with a key.
 
-The attacks are a program of its own (loadtests/hostile/uploads.py), each against a gateway that has just started.
+The attacks are a separate program (loadtests/hostile/uploads.py); each attacks a gateway that has just started.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STRANGE = ("--strange", "--calls", "40")
 async def attack(
     stage: Stage, name: str, arguments: Sequence[str], *, with_key: bool = False, tls: bool = False
 ) -> tuple[float, str]:
-    """The most MiB that a gateway took, and what was sent."""
+    """Peak memory growth of the gateway in MiB, and what was sent."""
     gateway = await attacked(stage, f"memory-{name}-gateway", tls=tls)
-    async with quiet_calls(gateway):  # what a first call imports is no attacker's
+    async with quiet_calls(gateway):  # imports of a first call do not count as the attack's memory
         pass
     report = stage.folder / f"memory-{name}.json"
     key = ("--key", gateway.keys[ATTACKER]) if with_key else ()
@@ -42,13 +42,13 @@ async def attack(
         await child.until(done, "the server lets in no more", ATTACK_S)
     await child.stop()
     await gateway.gateway.stop()
-    told = json.loads(report.read_text())
-    sent = f"{told['sent_bytes'] / (1 << 20):.1f} MiB of bodies sent, {told['open']} connections stayed"
+    totals = json.loads(report.read_text())
+    sent = f"{totals['sent_bytes'] / (1 << 20):.1f} MiB of bodies sent, {totals['open']} connections stayed"
     return peak.mib, f"{peak.mib:.1f}{' with TLS' if tls else ''}: {sent}"
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """A stranger's whole bodies and a stranger's many small ones; the tenant over one connection and over twenty."""
+    """Measure anonymous full bodies, many small anonymous ones, and the tenant over one connection and over twenty."""
     large = await attack(stage, "one-large", ["--calls", "40"])
     strange = await attack(stage, "one-strange", [*STRANGE, "--bytes", "60000"])
     many = await attack(stage, "many", [*STRANGE, "--bytes", "60000", "--connections", "1000"])

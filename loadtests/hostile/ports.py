@@ -1,4 +1,4 @@
-"""A gateway of its own for attacks on its gRPC port, and what it uses."""
+"""Separate gateway for attacks on its gRPC port, and its resource use."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Attacked:
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
     ca_file: Path | None = None
-    """Of the authority of its certificate, where it speaks TLS."""
+    """Certificate of its CA, if it uses TLS."""
 
     def channel(self) -> grpc.aio.Channel:
-        """To its gRPC port."""
+        """Channel to its gRPC port."""
         if self.ca_file is None:
             return grpc.aio.insecure_channel(self.address)
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca_file.read_bytes()))
@@ -53,12 +53,12 @@ class Attacked:
         return self.gateway.commands()[0]
 
     def cpu_s(self) -> float:
-        """CPU time that it has used."""
+        """CPU time used so far."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
     def resident_bytes(self) -> int:
-        """Memory that it occupies."""
+        """Resident memory."""
         return int(self.process.memory_info().rss)
 
 
@@ -66,7 +66,7 @@ ATTACKER, QUIET = "attacker", "quiet"
 
 
 async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
-    """Start it. Raises DidNotStart."""
+    """Start the gateway. Raises DidNotStart."""
     more: dict[str, object] = {"max_message_bytes": MAX_MESSAGE_BYTES}
     files = Authority(stage.folder / f"{name}-tls").issue("gateway") if tls else None
     if files is not None:
@@ -87,7 +87,7 @@ async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
 
 
 @dataclass(slots=True)
-class Quiet:
+class QuietCalls:
     """Calls of a quiet tenant, one after the other."""
 
     waits_s: list[float] = field(default_factory=list)
@@ -99,9 +99,9 @@ class Quiet:
 
 
 @asynccontextmanager
-async def quiet_calls(gateway: Attacked) -> AsyncIterator[Quiet]:
-    """A call every few milliseconds while the context lasts."""
-    quiet = Quiet()
+async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
+    """Make a call every few milliseconds while the context is entered."""
+    quiet = QuietCalls()
     async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels
         metadata = ours.authorization(gateway.keys[QUIET])
@@ -125,20 +125,20 @@ async def quiet_calls(gateway: Attacked) -> AsyncIterator[Quiet]:
 
 @dataclass(slots=True)
 class Peak:
-    """The most memory that was seen, above what there was before."""
+    """Peak memory above the memory before."""
 
     before: int
     most: int
 
     @property
     def mib(self) -> float:
-        """Above what there was before."""
+        """Growth in MiB."""
         return (self.most - self.before) / (1 << 20)
 
 
 @asynccontextmanager
 async def peak_memory(gateway: Attacked) -> AsyncIterator[Peak]:
-    """Watches the gateway while the context lasts."""
+    """Sample the gateway's memory while the context is entered."""
     before = gateway.resident_bytes()
     peak = Peak(before, before)
 

@@ -1,8 +1,8 @@
-"""What refused requests cost by their size, over HTTP and gRPC, for every field that can hold much.
+"""Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much.
 
-CPU is that of the gateway and its helper processes. A piece of work of the event loop is as long as the loop was late
-while the gateway's process used CPU; that is seen in a second gateway, since the witness of it uses a twentieth of a
-core itself.
+CPU is that of the gateway and its helper processes. The length of one piece of event-loop work is the time by which the
+loop was late while the gateway's process used CPU. It is measured on a second gateway, since its witness itself uses
+a twentieth of a core.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ ROWS: Mapping[str, Bound] = {
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES: Final = {KIB: 5, 64 * KIB: 4, MIB: 3, 16 * MIB - 4096: 1}
-"""Bytes of a body, and how many are sent."""
+"""Requests to send, by bytes of the body."""
 SERVICE: Final = "/cluster.v1.Inference/"
 ANSWER_S: Final = 60.0
 SETTLE_S: Final = 0.05
 TIME_S: Final = 110.0
-"""No further body is begun later."""
+"""No body is begun after this time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """Bodies of one shape; `body` makes one of a size. `method`: an HTTP path or a gRPC method."""
+    """Bodies of one shape; `body` makes one of a given size. `method`: an HTTP path or a gRPC method."""
 
     name: str
     method: str
@@ -57,18 +57,18 @@ class Attack:
 
 
 def repeated(before: bytes, part: bytes, after: bytes) -> Callable[[int], bytes]:
-    """A body of so many parts as fit."""
+    """A body of as many copies of `part` as fit."""
     return lambda size: before + part * ((size - len(before) - len(after)) // len(part)) + after
 
 
 def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Callable[[int], bytes]:
-    """The same of parts that differ."""
+    """The same with parts that differ."""
 
     def body(size: int) -> bytes:
-        parts, left, number = [before], size - len(before) - len(after), 0
-        while left > 0:
+        parts, remaining, number = [before], size - len(before) - len(after), 0
+        while remaining > 0:
             parts.append(part(number))
-            left -= len(parts[-1])
+            remaining -= len(parts[-1])
             number += 1
         return b"".join(parts)[:-1] + after
 
@@ -82,19 +82,19 @@ TEXT = b'{"model":"%s","prompt":"' % ours.MODEL.encode()
 
 
 def field(name: str, opening: bytes, part: bytes, closing: bytes) -> Attack:
-    """A chat with one field that holds much, and another that is wrong."""
+    """A chat request with one field that holds much, and another that is wrong."""
     before = b"{" + GOOD + b',"' + name.encode() + b'":' + opening
     return Attack(f"{name} {part.decode('latin-1')[:12]}", CHAT, repeated(before, part, closing + WRONG))
 
 
 def members(name: str, part: Callable[[int], bytes]) -> Attack:
-    """The same for an object's members."""
+    """The same for the members of an object."""
     before = b"{" + GOOD + b',"' + name.encode() + b'":{'
     return Attack(f"{name} members", CHAT, numbered(before, part, b"}" + WRONG))
 
 
 def attacks_over_http() -> Sequence[Attack]:
-    """Every field of a body that can hold much."""
+    """Attacks on every field of an HTTP body that can hold much."""
     ids = b'{"model":"%s","prompt":[' % ours.MODEL.encode()
     return (
         field("stop", b"[", b'"",', b'""]'),
@@ -132,12 +132,12 @@ def attacks_over_http() -> Sequence[Attack]:
 
 
 def wire(before: Any, part: bytes) -> Callable[[int], bytes]:
-    """A serialized message and so many parts behind it."""
+    """A serialized message followed by as many copies of `part` as fit."""
     return repeated(before.SerializeToString(), part, b"")
 
 
 def attacks_over_grpc() -> Sequence[Attack]:
-    """The same of messages."""
+    """The same attacks on gRPC messages."""
     wrong = pb.ChatRequest(model=ours.MODEL, temperature=9, messages=[pb.Message(role="user", content="x")])
     user = b"\x12\x13\x0a\x04user\x12\x0bhello there"
     biases = b"\x82\x01\x07\x08\x05\x15\x00\x00\x80\x7f"
@@ -191,11 +191,11 @@ class Target:
         return child.commands()[0]
 
     def cpu_s(self) -> float:
-        """CPU of the gateway and its helpers so far, in nanoseconds' resolution where the kernel tells it."""
+        """CPU of the gateway and its helpers so far, with nanosecond resolution where the kernel provides it."""
         return sum(map(_cpu_s, [self._process, *self._process.children(recursive=True)]))
 
     async def piece_ms(self) -> float:
-        """The longest piece of work since the last time it was asked."""
+        """The longest piece of event-loop work since the last call."""
         self._witness.unlink(missing_ok=True)
         self._process.send_signal(signal.SIGUSR1)
         while not self._witness.exists():  # noqa: ASYNC110 - another process's file is no event
@@ -203,7 +203,7 @@ class Target:
         return float(json.loads(self._witness.read_text())["busy_s"]) * 1000
 
     async def send(self, attack: Attack, body: bytes, channel: grpc.aio.Channel) -> None:
-        """One request, which must be refused. Raises RuntimeError."""
+        """Send one request, which must be refused. Raises RuntimeError."""
         if attack.method.startswith("/"):
             await self._post(attack, body)
             return
@@ -245,39 +245,39 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 async def cost_s(target: Target, attack: Attack, body: bytes, times: int, channel: grpc.aio.Channel) -> float:
-    """CPU of one such request, the mean of some."""
+    """Mean CPU time of one such request."""
     before = target.cpu_s()
     for _ in range(times):
         await target.send(attack, body, channel)
-    await asyncio.sleep(SETTLE_S)  # a helper may still put away what it has read
+    await asyncio.sleep(SETTLE_S)  # a helper may still release what it has read
     return (target.cpu_s() - before) / times
 
 
-Look = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]]
+Visit = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]]
 
 
-async def all_of(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, look: Look) -> None:
-    """Start a gateway and show it all attacks in all sizes, the small ones first. Raises TimeoutError."""
+async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
+    """Start a gateway and send it all attacks in all sizes, the small ones first. Raises TimeoutError."""
     stalls = ("--stalls", str(witness)) if witness is not None else ()
     gateway = await ours.start(stage.children, stage.folder, bundle=bundle, source=source, name=name, witness=stalls)
     target = Target(gateway, witness or stage.folder)
     attacks = [*attacks_over_http(), *attacks_over_grpc()]
     async with grpc.aio.insecure_channel(gateway.grpc, options=(("grpc.max_send_message_length", -1),)) as channel:
-        for attack in attacks[:1] + attacks[-1:]:  # helpers start, and all is imported
+        for attack in attacks[:1] + attacks[-1:]:  # starts the helpers and imports everything
             await target.send(attack, attack.body(2 * MIB), channel)
         await asyncio.sleep(2.0)
         if witness is not None:
-            await target.piece_ms()  # what came before does not count
+            await target.piece_ms()  # discards earlier work
         until = time.monotonic() + TIME_S
         for size, times in SIZES.items():
             for attack in attacks:
                 if time.monotonic() > until:
-                    raise TimeoutError(f"{attack.name}, {size} bytes: was not reached in {TIME_S:g} s")
-                await look(target, attack, attack.body(size), times, channel)
+                    raise TimeoutError(f"{attack.name}, {size} bytes: was not sent within {TIME_S:g} s")
+                await visit(target, attack, attack.body(size), times, channel)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """CPU by one gateway, pieces of work by another."""
+    """Measure CPU on one gateway, pieces of event-loop work on another."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}"
     costs: dict[tuple[str, str], dict[int, float]] = {}
@@ -287,15 +287,15 @@ async def measure(stage: Stage) -> list[Figure]:
         nonlocal worst, small, ratio
         size = len(body)
         used_s = await cost_s(target, attack, body, times, channel)
-        told = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
+        note = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
         measured = costs.setdefault((attack.name, attack.method), {})
         if size >= MIB // 2:
-            worst = max(worst, (used_s / size * 1e9, told))
+            worst = max(worst, (used_s / size * 1e9, note))
             if measured and max(measured) >= MIB // 2:
                 smaller = max(measured)
-                ratio = max(ratio, (used_s / measured[smaller] * smaller / size, told))
+                ratio = max(ratio, (used_s / measured[smaller] * smaller / size, note))
         else:
-            small = max(small, (used_s * 1000, told))
+            small = max(small, (used_s * 1000, note))
         measured[size] = used_s
 
     async def longest(target: Target, attack: Attack, body: bytes, times: int, channel: grpc.aio.Channel) -> None:
@@ -303,11 +303,11 @@ async def measure(stage: Stage) -> list[Figure]:
         for _ in range(times):
             await target.send(attack, body, channel)
         await asyncio.sleep(SETTLE_S)
-        told = f"{attack.name} ({attack.method}), {len(body)} bytes"
-        piece = max(piece, (await target.piece_ms(), told))
+        note = f"{attack.name} ({attack.method}), {len(body)} bytes"
+        piece = max(piece, (await target.piece_ms(), note))
 
-    await all_of(stage, "refusals", source, bundle, None, cost)
-    await all_of(stage, "refusals-witnessed", source, bundle, stage.folder / "refusals.stalls", longest)
+    await attack_all(stage, "refusals", source, bundle, None, cost)
+    await attack_all(stage, "refusals-witnessed", source, bundle, stage.folder / "refusals.stalls", longest)
     stage.report.settings["refused requests, CPU ms by bytes"] = {
         f"{name} ({method})": [round(used_s * 1000, 3) for used_s in by_size.values()]
         for (name, method), by_size in costs.items()

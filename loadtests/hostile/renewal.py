@@ -1,8 +1,8 @@
-"""The documented renewal of certificates, done twice: API keys and clients of the first install go on working.
+"""The documented renewal of certificates, done twice: API keys and clients of the first install keep working.
 
-The command lines are read from docs/kubernetes.md and run as they stand there. `kubectl` is a dictionary of Secrets
-that refuses what Kubernetes refuses: a second `create`, and any change of an immutable Secret. A gateway in a process
-of its own reads the Secrets as its pod's files.
+The command lines are read from docs/kubernetes.md and run unchanged. `kubectl` is a dictionary of Secrets
+that refuses what Kubernetes refuses: a second `create`, and any change of an immutable Secret. A gateway in a separate
+process reads the Secrets as its pod's files.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ class Line:
 
 
 def documented_lines(text: str) -> list[Line]:
-    """Those of a page, in its order: the first install, then the renewal."""
-    found = re.findall(
+    """Documented command lines in the page's order: the first install, then the renewal."""
+    matches = re.findall(
         r"^ {4,}headrace (pod (?:secrets|certificates)[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE
     )
-    return [Line(shlex.split(words), verb) for words, verb in found]
+    return [Line(shlex.split(words), verb) for words, verb in matches]
 
 
 class Refused(Exception):
-    """The API server does not do it; the message says why."""
+    """Request refused by the API server; the message says why."""
 
 
 @dataclass
 class SecretStore:
-    """Secrets of one namespace by name, as an API server keeps them."""
+    """Secrets of one namespace by name, with an API server's rules."""
 
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def take(self, verb: str, manifests: str) -> None:
-        """`kubectl create` or `apply` of some YAML; other kinds than Secrets are not kept. Raises Refused."""
+    def apply(self, verb: str, manifests: str) -> None:
+        """Apply `kubectl create` or `apply` to YAML; kinds other than Secret are ignored. Raises Refused."""
         for manifest in yaml.safe_load_all(manifests):
             if manifest["kind"] != "Secret":
                 continue
@@ -80,12 +80,12 @@ class SecretStore:
             self.secrets[name] = manifest
 
     def data(self, name: str) -> dict[str, str]:
-        """The values of one Secret."""
-        found: dict[str, str] = self.secrets[name]["stringData"]
-        return found
+        """Values of one Secret."""
+        values: dict[str, str] = self.secrets[name]["stringData"]
+        return values
 
-    def lay(self, folder: Path) -> None:
-        """Write them as the files of pods: FOLDER/<name without the release's>/<key>."""
+    def write_files(self, folder: Path) -> None:
+        """Write the Secrets as the files of pods: FOLDER/<name without the release's>/<key>."""
         for name in self.secrets:
             for key, value in self.data(name).items():
                 file = folder / name.removeprefix("headrace-") / key
@@ -96,7 +96,7 @@ class SecretStore:
 
 
 def run_line(line: Line, folder: Path, store: SecretStore) -> None:
-    """Run one in `folder`. Raises RuntimeError with what the command said, Refused."""
+    """Run a documented line in `folder`. Raises RuntimeError with the command's output, Refused."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", *line.words],
         capture_output=True,
@@ -109,11 +109,11 @@ def run_line(line: Line, folder: Path, store: SecretStore) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"headrace {shlex.join(line.words)}: {done.stderr.strip()}")
-    store.take(line.verb, done.stdout)
+    store.apply(line.verb, done.stdout)
 
 
 class Release:
-    """One gateway of an installed chart, over files that a SecretStore has laid in `files`."""
+    """One gateway of an installed chart, with the files that a SecretStore has written to `files`."""
 
     def __init__(self, children: Children, files: Path) -> None:
         self._children = children
@@ -158,7 +158,7 @@ class Release:
             ledger.close()
 
     async def start(self) -> None:
-        """Start the gateway, after ending the one that runs. Raises DidNotStart."""
+        """Start the gateway, after stopping the running one. Raises DidNotStart."""
         if self._gateway is not None:
             await self._gateway.stop()
         health = f"127.0.0.1:{free_port()}"
@@ -168,16 +168,16 @@ class Release:
         self._gateway = self._children.start("gateway", "gateway", command, environment)
         await self._gateway.until(lambda: _serves(health), "its health port answers", START_S)
 
-    async def working(self, keys: Sequence[str], ca_file: Path) -> int:
-        """How many of the keys list the models over a new connection that trusts `ca_file` alone."""
-        return sum(await asyncio.gather(*(asyncio.to_thread(self._works, key, ca_file) for key in keys)))
+    async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
+        """Number of keys that list the models over a new connection that trusts only `ca_file`."""
+        return sum(await asyncio.gather(*(asyncio.to_thread(self._key_works, key, ca_file) for key in keys)))
 
-    def _works(self, key: str, ca_file: Path) -> bool:
+    def _key_works(self, key: str, ca_file: Path) -> bool:
         address = f"localhost:{self._ports['grpc']}"
         try:
             with Client(address, api_key=key, tls_ca_file=ca_file, timeout_s=CALL_S) as client:
                 return client.models() == []
-        except Exception:  # whatever ends a call, this key does not work
+        except Exception:  # any exception means that this key does not work
             return False
 
 
@@ -192,35 +192,37 @@ async def _serves(address: str) -> bool:
 
 
 async def renew(children: Children, folder: Path, keys: int, say: Callable[[str], None]) -> float:
-    """Install, renew twice, and call after each renewal with the gateway that ran meanwhile and with one that started
-    since. Returns the lowest share of keys that work. Raises RuntimeError, Refused, DidNotStart."""
+    """Install, renew twice, and call after each renewal both the gateway that kept running and a restarted one. Returns
+    the
+    lowest share of keys that work. Raises RuntimeError, Refused, DidNotStart.
+    """
     install, renewal = documented_lines(DOCS.read_text())
     store, files = SecretStore(), folder / "pod"
     folder.mkdir(parents=True, exist_ok=True)
     await asyncio.to_thread(run_line, install, folder, store)
-    store.lay(files)
+    store.write_files(files)
     pinned = folder / "pinned.crt"
     pinned.write_text(store.data("headrace-tls")["ca.crt"])
     release = Release(children, files)
     made = await asyncio.to_thread(release.make_keys, keys)
     await release.start()
-    lowest = await release.working(made, pinned)
+    lowest = await release.working_keys(made, pinned)
     for _ in range(RENEWALS):
         served = store.data("headrace-tls")["tls.crt"]
         await asyncio.to_thread(run_line, renewal, folder, store)
         if store.data("headrace-tls")["tls.crt"] == served:
             raise RuntimeError("the documented renewal issued no new certificate")
-        store.lay(files)
-        running = await release.working(made, pinned)
+        store.write_files(files)
+        running = await release.working_keys(made, pinned)
         await release.start()
-        restarted = await release.working(made, pinned)
+        restarted = await release.working_keys(made, pinned)
         say(f"{running} of {keys} keys work after a renewal, {restarted} after a restart")
         lowest = min(lowest, running, restarted)
     return lowest / keys
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """The share of keys that survive."""
+    """Share of keys that survive."""
     from loadtests.scenarios.hostile import exact
 
     try:

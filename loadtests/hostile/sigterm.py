@@ -1,8 +1,8 @@
-"""A deleted worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
+"""Deletion of a worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
 
-A real Ray of a head and two nodes, Serve, a gateway in a process of its own, and a simulated engine as replica. Half of
-the streams end by themselves in the first half of drain_timeout_s, the others last longer than all of it and have to go
-on at the replacement. A stream is broken that fails, or whose text is not that of an undisturbed call.
+A real Ray with a head and two nodes, Serve, a gateway in a separate process, and a simulated engine as replica. Half of
+the streams end by themselves in the first half of drain_timeout_s; the others last longer than all of it and must
+resume on the replacement. A stream is broken if it fails, or if its text differs from an undisturbed call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STREAMS = 20
 DRAIN_S = 12.0
 DECODE_MS = 20
 SHORT, LONG = 150, 1000
-"""Tokens: three seconds, and twenty."""
+"""Token counts: three seconds, and twenty."""
 BROKEN = "streams broken by SIGTERM to `ray start --block` with 20 running streams"
 ROWS: Mapping[str, Bound] = {BROKEN: Bound("<=", 0.0)}
 START_S, CALL_S = 60.0, 90.0
@@ -53,17 +53,17 @@ class Stream:
     begun: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def ask(number: int) -> pb.ChatRequest:
-    """A request of its own, short and long in turns."""
+def request_of(number: int) -> pb.ChatRequest:
+    """Request of its own text, short and long in turn."""
     message = pb.Message(role="user", content=f"Tell story {number}")
     tokens = LONG if number % 2 else SHORT
     return pb.ChatRequest(model=MODEL, messages=[message], max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
 async def follow(stub: Any, number: int, stream: Stream) -> Stream:
-    """Read a stream to its end, whatever that is."""
+    """Read a stream to its end or its error."""
     try:
-        async for chunk in stub.StreamChat(ask(number), timeout=CALL_S):
+        async for chunk in stub.StreamChat(request_of(number), timeout=CALL_S):
             stream.begun.set()
             stream.text += "".join(choice.delta.content for choice in chunk.choices)
             stream.resumed = max(stream.resumed, chunk.usage.resumed)
@@ -73,8 +73,8 @@ async def follow(stub: Any, number: int, stream: Stream) -> Stream:
     return stream
 
 
-async def all_of(stub: Any) -> list[Stream]:
-    """Every call, undisturbed."""
+async def call_all(stub: Any) -> list[Stream]:
+    """Make every call, undisturbed."""
     return await asyncio.gather(*(follow(stub, number, Stream()) for number in range(STREAMS)))
 
 
@@ -103,7 +103,7 @@ async def gateway(children: Children, folder: Path) -> AsyncIterator[tuple[str, 
 
 @contextlib.asynccontextmanager
 async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterator[ChildBackend]:
-    """A controller that keeps one replica of the model up."""
+    """A controller that keeps one replica of the model running."""
     spec = ModelSpec(MODEL, f"sim://{checkpoint}?decode_ms={DECODE_MS}&max_num_seqs=64")
     backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
     end = ControllerLinks(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
@@ -119,8 +119,8 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
         await backend.close()
 
 
-async def until_served(stub: Any) -> None:
-    """Wait until a call is answered. Raises RuntimeError with what was said last."""
+async def until_answered(stub: Any) -> None:
+    """Wait until a call is answered. Raises RuntimeError with the last error."""
     until = time.monotonic() + START_S
     while (tried := await follow(stub, 0, Stream())).error:
         if time.monotonic() > until:
@@ -129,22 +129,22 @@ async def until_served(stub: Any) -> None:
 
 
 async def until_nodes(backend: ChildBackend, count: int) -> None:
-    """Wait until Ray has so many. Raises TimeoutError."""
+    """Wait until Ray has `count` nodes. Raises TimeoutError."""
     async with asyncio.timeout(START_S):
         while len((await backend.observe()).nodes) < count:  # noqa: ASYNC110 - another process's Ray
             await asyncio.sleep(0.2)
 
 
-def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
-    """Why streams are broken, one reason each. Raises RuntimeError where there is nothing to compare with."""
-    if lost := [one.error for one in undisturbed if one.error]:
+def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
+    """Reasons why streams are broken, one each. Raises RuntimeError if there is nothing to compare with."""
+    if lost := [stream.error for stream in undisturbed if stream.error]:
         raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
     pairs = zip(disturbed, undisturbed, strict=True)
-    return [one.error or "another text" for one, whole in pairs if one.error or one.text != whole.text]
+    return [stream.error or "another text" for stream, whole in pairs if stream.error or stream.text != whole.text]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Streams, SIGTERM in their midst, and the same calls again."""
+    """Streams with SIGTERM while they run, and the same calls undisturbed."""
     from loadtests.scenarios.hostile import exact
 
     checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")
@@ -156,20 +156,20 @@ async def measure(stage: Stage) -> list[Figure]:
             grpc.aio.insecure_channel(address) as channel,
         ):
             stub = pb_grpc.InferenceStub(channel)
-            await until_served(stub)
+            await until_answered(stub)
             ray.add("second")
             await until_nodes(backend, 3)
             streams = [Stream() for _ in range(STREAMS)]
-            running = [asyncio.create_task(follow(stub, number, one)) for number, one in enumerate(streams)]
-            await asyncio.gather(*(one.begun.wait() for one in streams))
+            running = [asyncio.create_task(follow(stub, number, stream)) for number, stream in enumerate(streams)]
+            await asyncio.gather(*(stream.begun.wait() for stream in streams))
             process, began = ray.terminate("first"), time.monotonic()
             await asyncio.gather(*running)
             await asyncio.to_thread(process.wait, 60)
             took_s = time.monotonic() - began
-            reasons = broken(streams, await all_of(stub))
-    moved = sum(bool(one.resumed) for one in streams)
-    stage.screen.say(f"{moved} of {STREAMS} streams went on elsewhere; the node ended {took_s:.1f} s after SIGTERM")
+            reasons = broken_streams(streams, await call_all(stub))
+    moved = sum(bool(stream.resumed) for stream in streams)
+    stage.screen.say(f"{moved} of {STREAMS} streams were resumed; the node ended {took_s:.1f} s after SIGTERM")
     if not reasons and not 0 < moved < STREAMS:
-        raise RuntimeError(f"{moved} streams went on elsewhere, and some but not all had to: nothing is shown")
-    note = f"{STREAMS - moved} ended where they were, {moved} went on elsewhere; drain_timeout_s {DRAIN_S:g}"
+        raise RuntimeError(f"{moved} streams were resumed, but some and not all should be: the run proves nothing")
+    note = f"{STREAMS - moved} ended on their replica, {moved} were resumed; drain_timeout_s {DRAIN_S:g}"
     return [exact(BROKEN, len(reasons), ROWS[BROKEN], "streams", "; ".join(reasons[:3]) or note)]

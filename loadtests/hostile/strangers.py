@@ -1,8 +1,8 @@
-"""Program: strangers that hold connections to all ports of a gateway, say little, and come again when they are cut.
+"""Program: anonymous clients that hold connections to all ports of a gateway, send little, and reconnect when cut.
 
-    python -m loadtests.hostile.strangers --count 1000 --ready FILE --port http=127.0.0.1:8000 --port grpc=...
+python -m loadtests.hostile.strangers --count 1000 --ready FILE --port http=127.0.0.1:8000 --port grpc=...
 
-The connections are spread evenly over the ports and over four habits: silent, half a head, a head of one byte each two
+The connections are spread evenly over the ports and over four habits: silent, half a head, one byte of a head every two
 seconds, and greeted (HTTP/2's preface and settings, or half of an HTTP/1 head). FILE is written when each connection
 has been tried once.
 """
@@ -22,13 +22,13 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 DRIBBLE_S = 2.0
 AGAIN_S = 0.5
-"""Between the end of a connection and the next."""
+"""Pause between the end of a connection and the next."""
 AT_ONCE = 50
 CONNECT_S = 5.0
 
 
 def opening(port: str, habit: str) -> bytes:
-    """What a stranger sends first."""
+    """First bytes that a client sends."""
     if habit == "silent":
         return b""
     if port in HTTP1:
@@ -37,7 +37,7 @@ def opening(port: str, habit: str) -> bytes:
 
 
 async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, gate: asyncio.Semaphore) -> None:
-    """Keep one connection for ever."""
+    """Keep one connection open for ever."""
     host, number = address.rsplit(":", 1)
     first = True
     while True:
@@ -62,18 +62,18 @@ async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, ga
 
 
 def spread(ports: list[str], count: int) -> Iterator[tuple[str, str, str]]:
-    """(port, address, habit) of each stranger."""
-    named = [one.split("=", 1) for one in ports]
+    """(port, address, habit) of each client."""
+    named = [port.split("=", 1) for port in ports]
     for index, (port, address) in enumerate(islice(cycle(named), count)):
         yield port, address, ("silent", "half", "dribbled", "greeted")[index // len(named) % 4]
 
 
 async def main(arguments: argparse.Namespace) -> None:
-    """Until killed."""
+    """Hold all connections until killed."""
     tried, gate = asyncio.Semaphore(0), asyncio.Semaphore(AT_ONCE)
     async with asyncio.TaskGroup() as group:
-        for one in spread(arguments.port, arguments.count):
-            group.create_task(hold(*one, tried, gate))
+        for client in spread(arguments.port, arguments.count):
+            group.create_task(hold(*client, tried, gate))
         for _ in range(arguments.count):
             await tried.acquire()
         arguments.ready.write_text("tried")

@@ -1,7 +1,7 @@
-"""Thousands of requests in one read: what they cost against the same number in small reads, and who waits meanwhile.
+"""Thousands of requests in one read: their cost compared with the same number in small reads, and who waits meanwhile.
 
-Both kinds of requests are refused: calls of an unknown method by a tenant's connection, and by a stranger's. The
-stranger's connections are cut long before the end, so only the tenant's are compared.
+All requests are refused: calls of an unknown method, on a tenant's connection and on an anonymous one. The
+anonymous connections are cut long before the end, so only the tenant's are compared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def cpu_s(pid: int) -> float:
 
 
 def requests(address: str, key: str, pid: int, size: int, times: int) -> float:
-    """CPU time of so many requests together, so many times, over one connection."""
+    """CPU time of `times` bursts of `size` requests each, over one connection."""
     attacker = Attacker(address, key)
     try:
         before, answered = cpu_s(pid), attacker.received.get(HEADERS, 0)
@@ -61,7 +61,7 @@ def strangers(address: str, pid: int) -> float:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """In turns, while a quiet tenant calls. The attacker is a process of its own, so that it holds up no caller."""
+    """Alternate the cases while a quiet tenant calls. The attacker is a separate process, so it delays no caller."""
     gateway = await attacked(stage, "streams-gateway")
     loop, pid = asyncio.get_running_loop(), gateway.process.pid
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as attackers:

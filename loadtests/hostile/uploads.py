@@ -1,12 +1,12 @@
-"""Program: connections with unfinished gRPC requests, as much of each as the server lets in.
+"""Program: connections with unfinished gRPC requests; sends as much of each as the server accepts.
 
-    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
-    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
+python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
+python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
 
-A client that heeds flow control. Every request announces so many bytes, of which the last is never sent. `--strange`:
-calls of a method that asks for no credential and of one that does, with a header field of 3 KB each, and half a header
-block in the end. `--tls`: any certificate is accepted. Once the server lets in no more, the number of bytes sent is
-written, and the connections stay.
+The client respects flow control. Every request announces `--bytes` bytes, of which the last is never sent. `--strange`:
+calls of a method that needs no credential and of one that does, with a header field of 3 KB each, and finally half a
+header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
+written, and the connections stay open.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHAT: Final = "/cluster.v1.Inference/Chat"
 QUIET_S: Final = 1.5
 OPENED_TOGETHER: Final = 50
 FIELD_BYTES: Final = 3000
-"""Fits the table of header fields: after its first time it costs a byte to send."""
+"""Fits the HPACK dynamic table: after the first time it costs one byte to send."""
 HALF_BLOCK_BYTES: Final = 16_000
 
 
@@ -40,13 +40,13 @@ class Uploads:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: argparse.Namespace) -> None:
         self._reader, self._writer, self._wanted = reader, writer, wanted
         self._h2 = H2Connection(H2Configuration(client_side=True))
-        self._left: dict[int, int] = {}
+        self._unsent: dict[int, int] = {}
         self._greeted = False
         self.sent_bytes = 0
         self.progress_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Until the server ends the connection."""
+        """Run until the server closes the connection."""
         with suppress(OSError, H2Error):
             self._h2.initiate_connection()
             await self._flush()
@@ -58,7 +58,7 @@ class Uploads:
                 await self._push()
 
     async def strange_end(self) -> None:
-        """Half a header block."""
+        """Send half a header block."""
         with suppress(OSError):
             self._writer.write(HeadersFrame(2**20 + 1, bytes(HALF_BLOCK_BYTES)).serialize())
             await self._writer.drain()
@@ -75,24 +75,25 @@ class Uploads:
             if wanted.strange:
                 head.append(("x-padding", "x" * FIELD_BYTES))
             self._h2.send_headers(stream_id, head)
-            self._left[stream_id] = wanted.bytes + 4
+            self._unsent[stream_id] = wanted.bytes + 4
             self._h2.send_data(stream_id, b"\x00" + wanted.bytes.to_bytes(4, "big"))
         await self._flush()
 
     async def _push(self) -> None:
-        for stream_id, left in list(self._left.items()):
+        for stream_id, unsent in list(self._unsent.items()):
             try:
-                size = min(left - 5, self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
+                size = min(unsent - 5, self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
                 if size > 0:
                     self._h2.send_data(stream_id, bytes(size))
-                    self._left[stream_id] -= size
+                    self._unsent[stream_id] -= size
                     self.sent_bytes += size
                     self.progress_at = asyncio.get_running_loop().time()
-            except H2Error:  # it was refused
-                del self._left[stream_id]
+            except H2Error:  # the request was refused
+                del self._unsent[stream_id]
         await self._flush()
-        if self._left and any(
-            left > 5 and self._h2.local_flow_control_window(stream_id) > 0 for stream_id, left in self._left.items()
+        if self._unsent and any(
+            unsent > 5 and self._h2.local_flow_control_window(stream_id) > 0
+            for stream_id, unsent in self._unsent.items()
         ):
             asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self._push()))
 
@@ -102,7 +103,7 @@ class Uploads:
 
 
 def unchecked() -> ssl.SSLContext:
-    """TLS with whoever answers."""
+    """TLS context without certificate checks."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -111,7 +112,7 @@ def unchecked() -> ssl.SSLContext:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all, report, and stay."""
+    """Open all connections, report, and stay."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     context = unchecked() if wanted.tls else None
@@ -123,24 +124,24 @@ async def attack(wanted: argparse.Namespace) -> None:
             *(asyncio.open_connection(host, int(port), ssl=context) for _ in range(together))
         )
         opened = [Uploads(reader, writer, wanted) for reader, writer in streams]
-        running += [asyncio.create_task(one.run()) for one in opened]
+        running += [asyncio.create_task(upload.run()) for upload in opened]
         made += opened
         await asyncio.sleep(0.02)
-    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+    while loop.time() - max(upload.progress_at for upload in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
         await asyncio.sleep(0.05)
     if wanted.strange:
-        for one in made:
-            await one.strange_end()
+        for upload in made:
+            await upload.strange_end()
         await asyncio.sleep(QUIET_S)
-    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(not task.done() for task in running)}
+    totals = {"sent_bytes": sum(upload.sent_bytes for upload in made), "open": sum(not task.done() for task in running)}
     scratch = wanted.report.with_suffix(".new")
-    scratch.write_text(json.dumps(told))
+    scratch.write_text(json.dumps(totals))
     scratch.rename(wanted.report)
     await asyncio.Event().wait()
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and attack."""
     parser = argparse.ArgumentParser()
     parser.add_argument("address")
     parser.add_argument("--report", type=Path, required=True)

@@ -1,10 +1,10 @@
-"""All pods' processes in one cgroup of the cpu controller, where each waits for a processor as any other does, but for
-those that are nice (pods.py).
+"""One cgroup of the cpu controller for all pods' processes, so that all compete equally for processors except those
+with a nice value (pods.py).
 
 Without it the kernel shares this machine's processors by session, and a pod that starts a session for each of its
 processes, as Ray's does, takes them from the pods of other hosts: real hosts have their own. Groups by host and request
 are no better: a group that sleeps has hardly any weight as it wakes, and on Linux 6.18 pods in groups of hosts waited
-for up to 0.8 s. In one group whoever uses little comes within 20 ms, beside any number that use all they get.
+for up to 0.8 s. In one group a process that uses little runs within 20 ms, beside any number that use all they get.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path | None]:
-    """A group while it is entered; None where this machine lets nobody make any. Its weight is one session's: a heavier
-    one kept all outside from the processors for over a second."""
+    """Create a group while the context is entered; None if this machine does not permit it. Its weight is one
+    session's: a
+    heavier one kept all other processes from the processors for over a second.
+    """
     parent = V1 if (V1 / "cpu.shares").exists() else V2
     path = parent / f"headrace-{os.getpid()}"
     try:
         if parent == V2 and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
-            raise PermissionError("the cpu controller is not given to groups here")
-        path.mkdir(exist_ok=True)  # one of this pid may have been killed before
+            raise PermissionError("the cpu controller is not enabled for cgroups here")
+        path.mkdir(exist_ok=True)  # an earlier process with this pid may have been killed
     except OSError:
         yield None
         return

@@ -1,7 +1,7 @@
-"""The whole cluster: hosts, stores, Ray, gateways and controller, started in the order in which they need each other.
+"""The whole cluster: hosts, stores, Ray, gateways and controller, started in order of their dependencies.
 
 Four hosts: `a` and `b` have a Ray node and a gateway each, `c` has Ray's head, the controller, both stores and the
-names, `d` the callers. What the chart renders decides every program, argument, variable and file.
+DNS server, `d` the callers. The rendered chart decides every program, argument, variable and file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from loadtests.children import Children, DidNotStart
 from loadtests.hosts import rendered
 from loadtests.hosts.cgroup import cgroup
 from loadtests.hosts.fabric import Fabric, fabric
-from loadtests.hosts.pods import Kubelet, Pod, own
+from loadtests.hosts.pods import Kubelet, Pod, harness_pod
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
-from loadtests.hosts.story import Story
+from loadtests.hosts.story import Timeline
 from loadtests.serving import ours as serving
 
 HOSTS = A, B, C, D = "a", "b", "c", "d"
-"""D is the callers'."""
+"""Hosts; D is the callers'."""
 VALUES = Path(__file__).parent / "values.yaml"
 MASS, TENANT = "mass", "load"
 BLUE, GREEN = "blue", "green"
 GROUP = "cpu"
-"""The values' only group of Ray's nodes, one on host a and one on host b."""
+"""The values' only group of Ray nodes: one node on host a and one on host b."""
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 UP_S, RAY_UP_S, FLEET_UP_S = 60.0, 120.0, 240.0
 API, DNS = "kube-api", "kube-dns"
@@ -45,22 +45,24 @@ API, DNS = "kube-api", "kube-dns"
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of the fleet of simulated workers."""
+    """Size of the fleet of simulated workers."""
 
     workers: int = 4
-    seats: int = 64
-    """Of each worker: `max_num_seqs`, what its engine takes at most."""
+    max_num_seqs: int = 64
+    """`max_num_seqs` of each worker: the most sequences its engine takes."""
 
     @property
     def capacity(self) -> int:
-        """Streams at once that count as all that the fleet can do. An engine takes more than it can do at full speed,
-        and a fleet that is to lose half of its nodes without waiting has to have that room."""
-        return self.workers * self.seats // 2
+        """Concurrent streams that count as full load. An engine takes more than it can run at full speed, and a fleet
+        that is
+        to lose half of its nodes without queueing needs that headroom.
+        """
+        return self.workers * self.max_num_seqs // 2
 
 
 @dataclass(eq=False, slots=True)
 class Cluster:
-    """All of it, running."""
+    """The running cluster."""
 
     fabric: Fabric
     kubelet: Kubelet
@@ -68,36 +70,37 @@ class Cluster:
     home: Path
     secrets: Sequence[Object]
     release: Release
-    story: Story
+    timeline: Timeline
     claims: Mapping[str, Path]
-    """Volumes that were there before, by name."""
+    """Existing volumes by name."""
     models: Sequence[Mapping[str, object]]
-    """Entries of the configuration."""
+    """Model entries of the configuration."""
     rays: Sequence[str] = (BLUE,)
     """Ray clusters of the release; entries that name none run on the first."""
     key: str = ""
 
     @property
     def processors(self) -> str:
-        """How hosts and pods share this machine's."""
+        """How hosts and pods share this machine's processors."""
         whose = f"those of host {C} last"
         return f"by process, {whose}" if self.kubelet.cgroup is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
-        """Of the release as it is."""
+        """Containers of the current release."""
         return Containers(self.release, self.home / "volumes", self.claims)
 
     async def upgrade(
         self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
     ) -> None:
-        """`helm upgrade` to other models or Ray clusters: the controller's pod is replaced, Ray clusters come and go.
+        """`helm upgrade` to other models or Ray clusters: replaces the controller's pod, adds and removes Ray clusters.
 
-        Raises RuntimeError where a gateway's pod would be replaced too, and DidNotStart."""
+        Raises RuntimeError if a gateway's pod would be replaced too, and DidNotStart.
+        """
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
-        if release.the("StatefulSet", name) != self.release.the("StatefulSet", name):
-            raise RuntimeError("another list of models or Ray clusters restarts the gateways")
+        if release.find("StatefulSet", name) != self.release.find("StatefulSet", name):
+            raise RuntimeError("a change of models or Ray clusters would restart the gateways")
         before = self.rays
         self.release, self.models, self.rays = release, models, rays
         for ray in rays:
@@ -111,7 +114,7 @@ class Cluster:
         await asyncio.gather(*(self.kubelet.end(pod) for pod in gone))
 
     async def start_ray(self, ray: str) -> None:
-        """A Ray cluster of the release, as KubeRay does it: its head, then its nodes. Raises DidNotStart."""
+        """Start a Ray cluster of the release as KubeRay does: its head, then its nodes. Raises DidNotStart."""
         containers, net = self.containers(), self.fabric
         head = self.kubelet.add(containers.ray(ray), net.place(f"{ray}-head", C))
         await self.kubelet.started(head, RAY_UP_S)
@@ -120,12 +123,12 @@ class Cluster:
             self.kubelet.start(self.kubelet.add(containers.ray(ray, GROUP, i), net.place(f"{ray}-node{i}", host)))
 
     def pod(self, name: str) -> Pod:
-        """By its name without the release's."""
+        """Pod by its name without the release's."""
         return self.kubelet.pods[f"{RELEASE}-{name}"]
 
     @property
     def gateways(self) -> list[Pod]:
-        """Both."""
+        """Both gateways."""
         return [self.pod(f"gateway-{i}") for i in range(2)]
 
     @property
@@ -134,29 +137,29 @@ class Cluster:
         return self.nodes_of(self.rays[0])
 
     def nodes_of(self, ray: str) -> list[Pod]:
-        """A Ray cluster's."""
+        """Nodes of a Ray cluster."""
         return [self.pod(f"{ray}-{GROUP}-{i}") for i in range(2)]
 
     @property
     def head(self) -> Pod:
-        """The first Ray cluster's."""
+        """Head of the first Ray cluster."""
         return self.head_of(self.rays[0])
 
     def head_of(self, ray: str) -> Pod:
-        """A Ray cluster's."""
+        """Head of a Ray cluster."""
         return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
-        """Whether every gateway has every simulated worker, not counting some that leave."""
+        """Whether every gateway has every simulated worker, not counting the leaving ones in `beside`."""
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
-        """So many workers of a model have their links to every gateway."""
-        ups = [self.story.up(pod.spec.name) - set(beside) for pod in self.gateways]
+        """Number of workers of a model that have links to every gateway."""
+        ups = [self.timeline.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
-        """Wait for it; whether it came."""
+        """Wait until `whole`; return whether it happened."""
         deadline = time.monotonic() + timeout_s
         while not self.whole(beside):
             if time.monotonic() > deadline:
@@ -165,30 +168,32 @@ class Cluster:
         return True
 
     def ray_runs(self) -> bool:
-        """Whether the first Ray's dashboard answers and has every application running. Blocks."""
+        """Whether the first Ray's dashboard answers and reports every application as running. Blocks."""
         applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
-        return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
+        return bool(applications) and all(application["status"] == "RUNNING" for application in applications.values())
 
     def ray_nodes(self, ray: str) -> int:
-        """So many nodes, head and all, are alive by what a Ray's dashboard says. Blocks."""
-        told = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
-        return sum(row.get("state") == "ALIVE" for row in told.get("data", {}).get("result", {}).get("result", []))
+        """Number of living nodes, including the head, by a Ray's dashboard. Blocks."""
+        nodes = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
+        return sum(row.get("state") == "ALIVE" for row in nodes.get("data", {}).get("result", {}).get("result", []))
 
     def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
-        """{} while nobody answers."""
+        """JSON answer of a Ray's dashboard; {} if it does not answer."""
         token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
         request = urllib.request.Request(
             f"http://{self.head_of(ray).place.address}:8265{path}", headers={"Authorization": f"Bearer {token}"}
         )
         try:
             with urllib.request.urlopen(request, timeout=3.0) as answer:  # noqa: S310 - http, made above
-                told = json.load(answer)
+                parsed = json.load(answer)
         except (OSError, ValueError):
             return {}
-        return told if isinstance(told, dict) else {}
+        return parsed if isinstance(parsed, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
-        """As `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with what it said."""
+        """Run a command in a pod's namespaces and environment, like `kubectl exec`. Raises RuntimeError with its
+        output.
+        """
         first = pod.first
         if first is None:
             raise RuntimeError(f"{pod.spec.name} does not run")
@@ -208,7 +213,7 @@ class Cluster:
     async def usage(self) -> list[tuple[str, int, str, int, str]]:
         """Every row of the ledger: request, segment, record, completion tokens, outcome."""
         query = "COPY (SELECT request_id, segment, record_id, completion_tokens, outcome FROM usage) TO STDOUT"
-        socket = "/var/run/postgresql"  # over TCP it asks for a password, there it trusts whoever is in the pod
+        socket = "/var/run/postgresql"  # TCP needs a password; this socket trusts every process in the pod
         out = await self.exec(
             self.pod("postgresql-0"), "psql", "-h", socket, "-U", "headrace", "-At", "-c", query, "headrace"
         )
@@ -217,8 +222,8 @@ class Cluster:
 
 
 def mass_source(model: Path, seed: int, size: Size) -> str:
-    """The simulated workers' source, as a path in the pods; tokens with text of their own, so each step is a chunk."""
-    room = f"max_num_seqs={size.seats}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
+    """Source of the simulated workers, as a path in the pods; each token has its own text, so each step is a chunk."""
+    room = f"max_num_seqs={size.max_num_seqs}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
@@ -226,7 +231,7 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
 def _release(
     home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
 ) -> Release:
-    """Every Ray cluster is as the values' only one, but for its name."""
+    """Render the release; every Ray cluster is like the one in the values, except for its name."""
     clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
     used = [
         {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}
@@ -246,7 +251,7 @@ def _release(
 
 @asynccontextmanager
 async def running(children: Children, folder: Path, *, size: Size, seed: int) -> AsyncIterator[Cluster]:
-    """The cluster with its fleet up and a key to call with; nothing of it is left afterwards. Raises DidNotStart."""
+    """The cluster with its fleet running and an API key; everything is removed afterwards. Raises DidNotStart."""
     model, _ = await serving.prepare(children, "tokenizer", folder)
     home = folder / "hosts"
     claims = {"models": home / "claims" / "models"}
@@ -267,23 +272,23 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         dns = net.place("dns", C)
         together = stack.enter_context(cgroup())
         kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together, last=(C,))
-        story = Story(children.folder)
-        stack.enter_context(contextlib.closing(story))
+        timeline = Timeline(children.folder)
+        stack.enter_context(contextlib.closing(timeline))
         await stack.enter_async_context(kubelet.running())
-        cluster = Cluster(net, kubelet, size, home, made, release, story, claims, [entry])
+        cluster = Cluster(net, kubelet, size, home, made, release, timeline, claims, [entry])
         containers = cluster.containers()
-        await _site(cluster, dns)
+        await _start_site(cluster, dns)
         await _stores(cluster, containers)
         await _serve(cluster, containers)
         yield cluster
 
 
-async def _site(cluster: Cluster, dns: Any) -> None:
-    """What every Kubernetes cluster has: names, and an API."""
+async def _start_site(cluster: Cluster, dns: Any) -> None:
+    """Start what every Kubernetes cluster has: DNS and an API server."""
     kubelet, net = cluster.kubelet, cluster.fabric
     zone = Mount("/zone", cluster.kubelet.zone.parent, read_only=True)
     names = kubelet.add(
-        own(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns
+        harness_pod(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns
     )
     place = net.place("api", C)
     folder = cluster.home / "api"
@@ -300,7 +305,7 @@ async def _site(cluster: Cluster, dns: Any) -> None:
         (account / name).chmod(0o644)
     account.chmod(0o755)
     api = kubelet.add(
-        own(
+        harness_pod(
             API, "api", "-m", "loadtests.hosts.inside.kube_api", "/api", mounts=[Mount("/api", folder, read_only=True)]
         ),
         place,
@@ -323,7 +328,7 @@ async def _stores(cluster: Cluster, containers: Containers) -> None:
     kubelet.start(job)
     await kubelet.until(lambda: bool(job.ends), "the ledger's tables are made", UP_S, job)
     code = job.child.process.poll() if job.child is not None else None
-    await kubelet.drop(job)
+    await kubelet.kill_for_good(job)
     if code and len(job.ends) == 1:
         raise DidNotStart(
             f"the Job that makes the ledger's tables ended with {code}:\n{job.child.tail() if job.child else ''}"
@@ -345,12 +350,12 @@ async def _connects(cluster: Cluster, pod: Pod, port: int) -> None:
 
 
 async def _serve(cluster: Cluster, containers: Containers) -> None:
-    kubelet, net, story = cluster.kubelet, cluster.fabric, cluster.story
+    kubelet, net, timeline = cluster.kubelet, cluster.fabric, cluster.timeline
     gateways = [
         kubelet.add(containers.of("StatefulSet", f"{RELEASE}-gateway", i), net.place(f"gateway{i}", host))
         for i, host in enumerate((A, B))
     ]
-    story.follow([pod.spec.name for pod in gateways])
+    timeline.follow([pod.spec.name for pod in gateways])
     await asyncio.gather(*(kubelet.started(pod, UP_S) for pod in gateways))
     await cluster.start_ray(BLUE)
     controller = kubelet.add(containers.of("Deployment", f"{RELEASE}-controller"), net.place("controller", C))
@@ -359,7 +364,7 @@ async def _serve(cluster: Cluster, containers: Containers) -> None:
     made = json.loads(await cluster.exec(gateways[0], "headrace", "keys", "create", TENANT, "--json"))
     cluster.key = made["key"]
     if not await cluster.until_whole(FLEET_UP_S):
-        up = {pod.spec.name: sorted(story.up(pod.spec.name)) for pod in gateways}
+        up = {pod.spec.name: sorted(timeline.up(pod.spec.name)) for pod in gateways}
         tail = controller.child.tail() if controller.child is not None else ""
         raise DidNotStart(f"not every worker has its links within {FLEET_UP_S:g} s: {up}\n{tail}")
 

@@ -1,4 +1,4 @@
-"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, and cut in two."""
+"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, then cut in two."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
 
 
 @dataclass(slots=True)
-class Wide:
-    """What it has shown, seconds."""
+class WideEngineResults:
+    """Measurements, seconds."""
 
     up_s: float = 0.0
     """From the upgrade to its links."""
     ranks: Sequence[int] = ()
-    """On each node."""
+    """Ranks on each node."""
     calls: Sequence[Call] = ()
-    """Before the cut."""
+    """Calls before the cut."""
     noticed_s: float | None = None
     again_s: float | None = None
-    """From the cable plugged in again to its links."""
+    """From the cable's return to its links."""
     after: Sequence[Call] = field(default_factory=list)
 
 
-async def play(cluster: Cluster, children: Children, folder: Path, seed: int) -> Wide:
+async def play(cluster: Cluster, children: Children, folder: Path, seed: int) -> WideEngineResults:
     """Add it, call it, cut the hosts apart, heal them, call it again. Raises RuntimeError and DidNotStart."""
     model, _ = await serving.prepare(children, "llama", folder)
     checkpoint = cluster.claims["models"] / "llama"
@@ -49,36 +49,38 @@ async def play(cluster: Cluster, children: Children, folder: Path, seed: int) ->
         "name": MODEL, "source": "/models/llama", "dtype": "float32", "tensor_parallel_size": 2,
         "allow_cross_node_tensor_parallel": True, "max_model_len": 512, "engine": ENGINE,
     }  # fmt: skip
-    found, began = Wide(), time.monotonic()
+    results, began = WideEngineResults(), time.monotonic()
     await cluster.upgrade(models=[*cluster.models, entry])
-    await _up(cluster)
-    found.up_s = time.monotonic() - began
-    found.ranks = [ranks(pod.first) for pod in cluster.nodes]
-    found.calls = await _called(cluster, seed + 100)
+    await _until_linked(cluster)
+    results.up_s = time.monotonic() - began
+    results.ranks = [ranks(pod.first) for pod in cluster.nodes]
+    results.calls = await _make_calls(cluster, seed + 100)
     struck = time.time()
     cluster.fabric.cut(B)
     await asyncio.sleep(CUT_S)
     cluster.fabric.heal(B)
     healed = time.monotonic()
-    downs = [event.at for event in cluster.story.since(struck, "worker_down") if event.worker.startswith(f"{MODEL}-")]
-    found.noticed_s = min(downs) - struck if downs else None
-    await _up(cluster)
-    found.again_s = time.monotonic() - healed
-    found.after = await _called(cluster, seed + 101)
-    return found
+    downs = [
+        event.at for event in cluster.timeline.since(struck, "worker_down") if event.worker.startswith(f"{MODEL}-")
+    ]
+    results.noticed_s = min(downs) - struck if downs else None
+    await _until_linked(cluster)
+    results.again_s = time.monotonic() - healed
+    results.after = await _make_calls(cluster, seed + 101)
+    return results
 
 
-async def _up(cluster: Cluster) -> None:
+async def _until_linked(cluster: Cluster) -> None:
     deadline = time.monotonic() + UP_S
     while not cluster.linked(MODEL):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the engine over both hosts has no link within {UP_S:g} s")
+            raise RuntimeError(f"the engine over both hosts had no link within {UP_S:g} s")
         await asyncio.sleep(0.1)
 
 
-async def _called(cluster: Cluster, seed: int) -> Sequence[Call]:
+async def _make_calls(cluster: Cluster, seed: int) -> Sequence[Call]:
     load = await loads.begin(cluster, streams=STREAMS, tokens=TOKENS, seed=seed, ramp_s=0.5, model=MODEL)
-    await load.steady(SERVED_S)
+    await load.until_steady(SERVED_S)
     await asyncio.sleep(SERVED_S)
     await load.end()
     return load.calls
@@ -87,9 +89,9 @@ async def _called(cluster: Cluster, seed: int) -> Sequence[Call]:
 def ranks(first: psutil.Process | None) -> int:
     """vLLM's rank processes below a pod's first process."""
     count = 0
-    for one in first.children(recursive=True) if first is not None else ():
+    for process in first.children(recursive=True) if first is not None else ():
         try:
-            count += "RayWorker" in " ".join(one.cmdline())
+            count += "RayWorker" in " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
     return count

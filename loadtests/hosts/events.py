@@ -1,6 +1,6 @@
-"""What happens to the cluster while it serves, and what each event has shown.
+"""Events that happen to the cluster while it serves, and their measurements.
 
-Every event begins on a whole cluster that has been under load for a while, and is over when the cluster is whole again.
+Every event begins on a whole cluster that has been under load for a while, and ends when the cluster is whole again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from loadtests.hosts.load import Call, Load
 from loadtests.hosts.pods import Pod
 
 LONGEST_GAPS = 12
-"""Of an event, in the report."""
+"""Longest gaps that the report lists for an event."""
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
+"""Time for which a head, a store or a cable is away."""
 GRPC_PORT = 50051
 _ESTABLISHED = "01"
-"""How long a head, a store or a cable is away."""
 DETECTED_S = 15.0
 MIN_READY_S = 5.0
 DRAIN_S = 20.0
@@ -44,75 +44,81 @@ class Episode:
     struck: float
     over: float = 0.0
     whole: bool = True
-    """Whether the cluster came back to itself in time."""
+    """Whether the cluster recovered in time."""
     detected_s: float = 0.0
-    """How soon the loss was noticed by those who must act: gateways by their links, callers by their connections."""
+    """Time to detection by those who must act: gateways by their links, callers by their connections."""
     capacity_s: float | None = None
     """From a node's loss until every gateway has every worker again."""
     engines_s: float | None = None
-    """From the same until the last engine had started: Ray's part."""
+    """From a node's loss until the last engine had started: Ray's part."""
     moved: float | None = None
-    """When the last worker was gone from where the model was moved away from."""
+    """When the last worker on the previous Ray cluster was gone."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """An episode with what its callers have felt."""
+class EpisodeResults:
+    """An episode with what its callers measured."""
 
     episode: Episode
     calls: Sequence[Call]
     failed: Sequence[Call]
     resumed: int
     gaps: Sequence[tuple[float, float, str]]
-    """The longest: how long, when it began after the event, and whose it was."""
+    """The longest gaps: length, begin after the event, and stream."""
     prefill_s: float
     prefills: int
 
     @property
     def longest_gap_s(self) -> float:
-        """Of any stream."""
+        """The longest gap of any stream."""
         return self.gaps[0][0] if self.gaps else 0.0
 
     @property
     def ratio(self) -> float:
-        """The longest silence over detection and one prefill."""
+        """The longest silence relative to detection plus one prefill."""
         return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
 
     @property
     def beyond_s(self) -> float | None:
-        """What was added to Ray's restart and the engines' start."""
-        one = self.episode
-        return None if one.capacity_s is None or one.engines_s is None else max(one.capacity_s - one.engines_s, 0.0)
+        """Time beyond Ray's restart and the engines' start."""
+        episode = self.episode
+        return (
+            None
+            if episode.capacity_s is None or episode.engines_s is None
+            else max(episode.capacity_s - episode.engines_s, 0.0)
+        )
 
     @property
     def moved(self) -> int:
-        """Streams that surely changed workers in this event: begun when all that was before it was over, or under way
-        both when it struck and when the last of the workers that they had begun on was gone."""
-        one = self.episode
+        """Streams that certainly changed workers in this event: begun after all earlier events were over, and in
+        progress
+        both when it struck and when the last of their original workers was gone.
+        """
+        episode = self.episode
         return sum(
             bool(call.resumed)
-            and (call.sent >= one.struck - QUIET_S or (one.moved is not None and call.ended >= one.moved))
+            and (call.sent >= episode.struck - QUIET_S or (episode.moved is not None and call.ended >= episode.moved))
             for call in self.calls
         )
 
     def settings(self) -> dict[str, Any]:
-        """For the report."""
-        one = self.episode
+        """Values for the report."""
+        episode = self.episode
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
             "calls": len(self.calls), "resumed": self.resumed, "longest gap s": round(self.longest_gap_s, 3),
             "longest gaps": [f"{s:.3f} s from {at:.2f} s on, {who}" for s, at, who in self.gaps],
             "prefills": self.prefills,
-            "detected s": round(one.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
-            "ratio": round(self.ratio, 2), "seconds": round(one.over - one.struck, 1), "whole": one.whole,
-            "capacity back s": one.capacity_s and round(one.capacity_s, 2),
-            "engines started s": one.engines_s and round(one.engines_s, 2), **one.notes,
+            "detected s": round(episode.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
+            "ratio": round(self.ratio, 2), "seconds": round(episode.over - episode.struck, 1), "whole": episode.whole,
+            "capacity back s": episode.capacity_s and round(episode.capacity_s, 2),
+            "engines started s": episode.engines_s and round(episode.engines_s, 2), **episode.notes,
         }  # fmt: skip
 
 
-def shown(load: Load, episode: Episode) -> Shown:
-    """Work an episode out, once all its calls are at their end."""
+def evaluate(load: Load, episode: Episode) -> EpisodeResults:
+    """Evaluate an episode, once all its calls have ended."""
     hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
     gaps = [
         (s, at - s - episode.struck, call.id)
@@ -122,7 +128,7 @@ def shown(load: Load, episode: Episode) -> Shown:
     ]
     gaps.sort(reverse=True)
     prefill_s, prefills = load.prefill_s(episode.struck)
-    return Shown(
+    return EpisodeResults(
         episode,
         hit,
         [call for call in hit if call.error and episode.struck <= call.ended < episode.over],
@@ -143,11 +149,11 @@ class Play:
         self.episodes: list[Episode] = []
 
     async def play(self, name: str) -> Episode:
-        """One event by its name. Raises NotWhole, and RuntimeError where the event itself cannot be played."""
+        """Play one event by its name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
-        if not await self._load.steady(WHOLE_S):
-            raise NotWhole(f"the streams were not all under way before this event: {self._load.live[-3:]}")
+        if not await self._load.until_steady(WHOLE_S):
+            raise NotWhole(f"not all streams were running before this event: {self._load.live[-3:]}")
         await asyncio.sleep(QUIET_S)
         episode = Episode(name, time.time())
         self.episodes.append(episode)
@@ -161,87 +167,88 @@ class Play:
         return episode
 
     async def calm(self, episode: Episode) -> None:
-        """Nothing happens: what the others are to be compared with."""
+        """Let nothing happen: the baseline for the other events."""
         await asyncio.sleep(AWAY_S)
 
     async def gateway(self, episode: Episode) -> None:
-        """The process of the gateway that has most callers is killed."""
+        """Kill the process of the gateway with the most callers."""
         pod = max(self._cluster.gateways, key=connections)
         episode.struck = pod.kill()
-        await self._restarted(pod, episode)
-        self._broken(episode)
+        await self._until_restarted(pod, episode)
+        self._record_ended_connections(episode)
 
     async def node(self, episode: Episode) -> None:
-        """A Ray node dies with all that it holds, and comes back as KubeRay brings it."""
+        """Kill a Ray node with everything on it, and start it again as KubeRay does."""
         pod = self._cluster.nodes[1]
         episode.struck = pod.kill()
-        await self._lost(episode)
-        await self._capacity(episode)
+        await self._until_links_lost(episode)
+        await self._record_capacity(episode)
 
     async def head(self, episode: Episode) -> None:
-        """Ray's head dies and is back after a while."""
-        await self._away(self._cluster.head, episode)
-        await self._ray_back(episode)
+        """Kill Ray's head, and start it again after a while."""
+        await self._restart_later(self._cluster.head, episode)
+        await self._until_ray_serves(episode)
 
     async def valkey(self, episode: Episode) -> None:
-        """The store of the limits and of Ray's fault tolerance dies and is back after a while."""
-        await self._away(self._cluster.pod("valkey-0"), episode)
-        await self._ray_back(episode)
+        """Kill the store of the limits and of Ray's fault tolerance, and start it again after a while."""
+        await self._restart_later(self._cluster.pod("valkey-0"), episode)
+        await self._until_ray_serves(episode)
 
     async def postgresql(self, episode: Episode) -> None:
-        """The ledger's database dies and is back after a while."""
-        await self._away(self._cluster.pod("postgresql-0"), episode)
+        """Kill the ledger's database, and start it again after a while."""
+        await self._restart_later(self._cluster.pod("postgresql-0"), episode)
 
     async def cut(self, episode: Episode) -> None:
-        """The cable of a host with a gateway and a Ray node is pulled and plugged in again."""
+        """Unplug the cable of a host with a gateway and a Ray node, and plug it in again."""
         episode.struck = time.time()
         self._cluster.fabric.cut(B)
-        await self._lost(episode)
+        await self._until_links_lost(episode)
         await asyncio.sleep(max(AWAY_S - (time.time() - episode.struck), 0.0))
         self._cluster.fabric.heal(B)
-        self._broken(episode)
+        self._record_ended_connections(episode)
         episode.notes["healed after s"] = round(time.time() - episode.struck, 1)
 
     async def roll_gateways(self, episode: Episode) -> None:
-        """Every gateway is replaced, one after the other, as a StatefulSet does it."""
+        """Replace every gateway, one after the other, as a StatefulSet does."""
         for pod in reversed(self._cluster.gateways):
             await self._cluster.kubelet.end(pod)
             await self._cluster.kubelet.started(pod, WHOLE_S)
             await asyncio.sleep(MIN_READY_S)
 
     async def roll_workers(self, episode: Episode) -> None:
-        """Every worker is drained and ended, one after the other; Ray Serve starts it anew."""
+        """Drain and end every worker, one after the other; Ray Serve restarts each."""
         rows = json.loads(await self._admin("workers", "--json"))
         ids = sorted(row["worker_id"] for row in rows)
-        for one in ids:
-            place = engines(self._cluster.nodes, {one}).get(one)
+        for worker_id in ids:
+            place = engines(self._cluster.nodes, {worker_id}).get(worker_id)
             if place is None:
-                raise RuntimeError(f"no node's logs know the worker {one}")
-            await self._admin("drain", one, "--timeout-s", str(DRAIN_S))
+                raise RuntimeError(f"no node's logs mention the worker {worker_id}")
+            await self._admin("drain", worker_id, "--timeout-s", str(DRAIN_S))
             ended = time.time()
             await self._cluster.exec(place.pod, "kill", "-KILL", str(place.pid))
-            await self._cluster.until_whole(WHOLE_S, beside={one})
-            episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
+            await self._cluster.until_whole(WHOLE_S, beside={worker_id})
+            episode.notes[f"{worker_id} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
-        """The model's entry goes from one Ray cluster to another that was brought up beside it, and the first is taken
-        away: what Ray, Python, CUDA or vLLM are upgraded by. It strikes with the changed entry."""
-        cluster, story = self._cluster, self._cluster.story
+        """Move the model's entry from one Ray cluster to a new one started beside it, and remove the first: the way to
+        upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
+        """
+        cluster, timeline = self._cluster, self._cluster.timeline
         began = time.time()
         await cluster.upgrade(rays=[BLUE, GREEN])
         await self._nodes_of(GREEN)
         episode.notes["other Ray up after s"] = round(time.time() - began, 1)
         await asyncio.sleep(QUIET_S)
-        before = {worker for pod in cluster.gateways for worker in story.up(pod.spec.name)}
+        before = {worker for pod in cluster.gateways for worker in timeline.up(pod.spec.name)}
         episode.struck = time.time()
-        await cluster.upgrade(models=[{**one, "ray": GREEN} for one in cluster.models])
+        await cluster.upgrade(models=[{**entry, "ray": GREEN} for entry in cluster.models])
         if not await cluster.until_whole(WHOLE_S, beside=before):
             raise NotWhole("the model did not come up on the other Ray cluster")
         episode.notes["up on the other after s"] = round(time.time() - episode.struck, 1)
         deadline = time.monotonic() + WHOLE_S
-        while any(before & story.up(pod.spec.name) for pod in cluster.gateways):
+        while any(before & timeline.up(pod.spec.name) for pod in cluster.gateways):
             if time.monotonic() > deadline:
-                raise NotWhole("the model's workers on the first Ray cluster do not go")
+                raise NotWhole("the model's workers on the first Ray cluster did not leave")
             await asyncio.sleep(0.05)
         episode.moved = time.time()
         episode.notes["gone from the first after s"] = round(episode.moved - episode.struck, 1)
@@ -261,8 +268,8 @@ class Play:
             gateway, "env", f"HEADRACE_API_KEY={self._operator}", "headrace", *arguments, *how, timeout_s=DRAIN_S + 60
         )
 
-    async def _ray_back(self, episode: Episode) -> None:
-        """Wait until Ray's head tells again that the model's application runs."""
+    async def _until_ray_serves(self, episode: Episode) -> None:
+        """Wait until Ray's head reports again that the model's application runs."""
         deadline = time.monotonic() + WHOLE_S
         while not await asyncio.to_thread(self._cluster.ray_runs):
             if time.monotonic() > deadline:
@@ -271,12 +278,12 @@ class Play:
             await asyncio.sleep(0.5)
         episode.notes["Ray Serve runs after s"] = round(time.time() - episode.struck, 1)
 
-    async def _away(self, pod: Pod, episode: Episode) -> None:
+    async def _restart_later(self, pod: Pod, episode: Episode) -> None:
         pod.pause_s = AWAY_S
         episode.struck = pod.kill()
-        await self._restarted(pod, episode)
+        await self._until_restarted(pod, episode)
 
-    async def _restarted(self, pod: Pod, episode: Episode) -> None:
+    async def _until_restarted(self, pod: Pod, episode: Episode) -> None:
         count = len(pod.starts)
         deadline = time.monotonic() + WHOLE_S
         while not (len(pod.starts) > count and pod.ready):
@@ -286,42 +293,44 @@ class Play:
             await asyncio.sleep(0.05)
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
-    def _broken(self, episode: Episode) -> None:
-        """The last caller's end of its connection counts too, where that was sooner than the cable was back."""
+    def _record_ended_connections(self, episode: Episode) -> None:
+        """Record when callers' connections ended. Those before the cable was back count as detection."""
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
         episode.detected_s = max([episode.detected_s, *broke])
 
-    async def _lost(self, episode: Episode) -> None:
+    async def _until_links_lost(self, episode: Episode) -> None:
         """Wait until every gateway has noticed; the last one decides."""
-        story, gateways = self._cluster.story, {pod.spec.name for pod in self._cluster.gateways}
+        timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
-            downs = story.since(episode.struck, "worker_down")
+            downs = timeline.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
-                await asyncio.sleep(0.5)  # all of its workers
+                await asyncio.sleep(0.5)  # for the last of its workers
                 break
             await asyncio.sleep(0.05)
-        downs = story.since(episode.struck, "worker_down")
+        downs = timeline.since(episode.struck, "worker_down")
         episode.detected_s = max((event.at for event in downs), default=episode.struck) - episode.struck
         episode.notes["links lost"] = sorted({event.worker for event in downs})
         episode.notes["reasons"] = sorted({event.reason for event in downs})
 
-    async def _capacity(self, episode: Episode) -> None:
+    async def _record_capacity(self, episode: Episode) -> None:
         if not await self._cluster.until_whole(WHOLE_S):
             episode.whole = False
             return
-        ups = self._cluster.story.since(episode.struck, "worker_up")
+        ups = self._cluster.timeline.since(episode.struck, "worker_up")
         episode.capacity_s = max(event.at for event in ups) - episode.struck
         started = engines(self._cluster.nodes, {event.worker for event in ups})
         if started:
-            episode.engines_s = max(one.at for one in started.values()) - episode.struck
-        episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
+            episode.engines_s = max(start.at for start in started.values()) - episode.struck
+        episode.notes["started after s"] = {
+            name: round(start.at - episode.struck, 2) for name, start in started.items()
+        }
 
 
 def connections(gateway: Pod) -> int:
-    """Of clients, that are open."""
+    """Open client connections of a gateway."""
     if gateway.first is None:
         return 0
     tables = [Path(f"/proc/{gateway.first.pid}/net/{name}") for name in ("tcp", "tcp6")]
@@ -340,24 +349,24 @@ class Started:
     at: float
     pod: Pod
     pid: int
-    """In the pod."""
+    """Process id in the pod."""
 
 
 def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
-    """Those of some workers, by what Ray keeps of their output on each node."""
-    found: dict[str, Started] = {}
+    """Engine starts of these workers, from the output that Ray keeps on each node."""
+    starts: dict[str, Started] = {}
     for pod in nodes:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
             "ray/session_2*/logs/worker-*.out"
         ):
-            for worker, at in ups(path.read_bytes()):
+            for worker, at in worker_starts(path.read_bytes()):
                 if worker in workers:
-                    found[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
-    return found
+                    starts[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
+    return starts
 
 
-def ups(output: bytes) -> list[tuple[str, float]]:
-    """(worker, when) of every worker that a replica's output says has come up."""
+def worker_starts(output: bytes) -> list[tuple[str, float]]:
+    """(worker, time) of every worker start in a replica's output."""
     return [
         (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())
         for when, worker in _UP.findall(_COLOUR.sub(b"", output))
@@ -367,7 +376,7 @@ def ups(output: bytes) -> list[tuple[str, float]]:
 EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {
     "calm": Play.calm,
     "cut": Play.cut,
-    "node": Play.node,  # before those after which workers lie unevenly
+    "node": Play.node,  # before the events that leave workers unevenly spread
     "gateway": Play.gateway,
     "head": Play.head,
     "valkey": Play.valkey,

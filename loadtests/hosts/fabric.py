@@ -1,8 +1,8 @@
-"""Hosts and pods as network namespaces: a bridge a host, a switch between the hosts, and no way out of it.
+"""Hosts and pods as network namespaces: one bridge per host, a switch between the hosts, and no route out.
 
-All bridges lie in a namespace of their own, so this machine's own network sees nothing but one end of one cable: the
-leg on which the harness asks pods how they are, as a kubelet does. A pod's default route leads to the switch, which
-passes nothing on: programs that look for their own address find it, and no packet leaves.
+All bridges are in a namespace of their own, so this machine's network has only one end of one cable: the
+leg on which the harness probes pods, as a kubelet does. A pod's default route leads to the switch, which
+forwards nothing: programs that look up their own address find it, and no packet leaves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PREFIX = "hrh"
-"""Of every namespace and interface; the process's id follows."""
+"""Name prefix of every namespace and interface; the process id follows."""
 NETWORK = "10.201.{}.{}"
 SWITCH, KUBELET, FIRST = 1, 254, 10
 
@@ -29,12 +29,12 @@ class Place:
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """The command line that runs `arguments` in it."""
+        """Command line that runs `arguments` in the namespace."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
 
 
 def ip(*arguments: str) -> None:
-    """Raises RuntimeError with what it said."""
+    """Run `ip`. Raises RuntimeError with its output."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
@@ -42,7 +42,7 @@ def ip(*arguments: str) -> None:
 
 @dataclass(eq=False, slots=True)
 class Fabric:
-    """The network while it stands. Addresses are handed out in order."""
+    """The running network. Addresses are assigned in order."""
 
     core: str
     number: int
@@ -56,7 +56,7 @@ class Fabric:
         return NETWORK.format(self.number, KUBELET)
 
     def place(self, name: str, host: str) -> Place:
-        """A pod's namespace on a host."""
+        """Create a pod's namespace on a host."""
         index = len(self.places)
         namespace, port = f"{self.tag}-{name}", f"v{index}"
         place = Place(namespace, host, NETWORK.format(self.number, FIRST + index))
@@ -73,15 +73,15 @@ class Fabric:
         return place
 
     def cut(self, host: str) -> None:
-        """Unplug a host from the switch: what is on it still reaches one another."""
+        """Unplug a host from the switch; pods on it still reach one another."""
         ip("-n", self.core, "link", "set", f"up-{host}", "down")
 
     def heal(self, host: str) -> None:
-        """Plug it in again."""
+        """Plug a host in again."""
         ip("-n", self.core, "link", "set", f"up-{host}", "up")
 
-    def ways_out(self) -> Mapping[str, str]:
-        """By namespace, what it reached outside the network though nothing should; empty when nothing did."""
+    def reachable_outside(self) -> Mapping[str, str]:
+        """Destinations outside the network that a namespace reached, by namespace; empty if it is isolated."""
         script = (
             "import socket\n"
             "for address in ('1.1.1.1', '8.8.8.8', '192.0.2.1'):\n"
@@ -90,19 +90,19 @@ class Fabric:
             "        if not probe.connect_ex((address, 443)):\n"
             "            print(address)\n"
         )
-        found = {}
+        reached = {}
         for place in self.places:
             done = subprocess.run(
                 place.command("python3", "-c", script), capture_output=True, text=True, check=False, timeout=30
             )
             if done.returncode or done.stdout.strip():
-                found[place.namespace] = done.stdout.strip() or done.stderr.strip()[-200:]
-        return found
+                reached[place.namespace] = done.stdout.strip() or done.stderr.strip()[-200:]
+        return reached
 
 
 @contextlib.contextmanager
 def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
-    """The network of `hosts`; all of it goes with the context. Needs root."""
+    """The network of `hosts`, removed with the context. Needs root."""
     sweep()
     number, tag = os.getpid() % 250 + 1, f"{PREFIX}{os.getpid()}"
     core, leg = f"{tag}-core", f"{tag}k"[:15]
@@ -124,14 +124,14 @@ def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
         yield made
     finally:
         with contextlib.suppress(RuntimeError):
-            ip("link", "del", leg)  # at once; with its namespace the kernel takes its time
-        for namespace in (core, *(place.namespace for place in made.places)):  # its ends of cables go with it
+            ip("link", "del", leg)  # immediately; with its namespace the kernel delays it
+        for namespace in (core, *(place.namespace for place in made.places)):  # removes its ends of cables too
             with contextlib.suppress(RuntimeError):
                 ip("netns", "del", namespace)
 
 
 def sweep() -> None:
-    """Remove what runs that were killed have left: namespaces whose maker lives no longer."""
+    """Remove the remains of killed runs: namespaces whose creator no longer lives."""
     for path in Path("/run/netns").glob(f"{PREFIX}[0-9]*-*"):
         maker = path.name.removeprefix(PREFIX).split("-")[0]
         if maker.isdigit() and not Path(f"/proc/{maker}").exists():

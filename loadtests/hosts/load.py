@@ -1,4 +1,4 @@
-"""The callers of the scenario, seen from outside: started, read while they run, and worked out at their end."""
+"""Callers of the scenario `hosts`: started, read while they run, and evaluated at their end."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from typing import Any
 from loadtests.faults.recovery import percentile
 from loadtests.hosts.cluster import MASS, STEP_MS, Cluster, D
 from loadtests.hosts.inside.callers import Plan
-from loadtests.hosts.pods import Pod, own
+from loadtests.hosts.pods import Pod, harness_pod
 from loadtests.hosts.rendered import NAMESPACE, RELEASE, Mount
 
 SHORTEST_S, LONGEST_S = 5.0, 120.0
-"""Of a stream at speed 1."""
+"""Shortest and longest stream at speed 1."""
 CLIENTS = 8
 END_S = 60.0
 UNENDED = "it has not come to an end"
-"""Of a call that its caller still waits for when all others have long ended: nobody has been told anything."""
+"""Error of a call whose caller still waits when all others have long ended: the caller got no error at all."""
 BEFORE_S = 20.0
 
 
 def tokens_of(speed: float) -> tuple[int, int]:
-    """Of the shortest and the longest stream of the simulated workers, `speed` times as short as the scenario's."""
+    """Tokens of the shortest and the longest stream of the simulated workers, shortened by the factor `speed`."""
     low, high = (max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
     return low, high
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One stream at its end. Times are the wall clock's."""
+    """One stream at its end. Times are wall-clock times."""
 
     id: str
     asked: int
     sent: float
     first: float
-    """0 where nothing came."""
+    """0 if nothing arrived."""
     ended: float
     gaps: Sequence[tuple[float, float]]
-    """(when it ended, how long) of each silence that was long enough to be noted."""
+    """(end, length) of each silence long enough to be recorded."""
     error: str
     text: str
     completion: int = 0
@@ -53,23 +53,23 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """Streams under way on the cluster."""
+    """Streams running on the cluster."""
 
     cluster: Cluster
     pod: Pod
     out: Path
     plan: Plan
     live: list[tuple[float, int, int]] = field(default_factory=list)
-    """(when, streams under way, chunks since the one before)."""
+    """(time, running streams, chunks since the previous entry)."""
     calls: list[Call] = field(default_factory=list)
     broke: list[float] = field(default_factory=list)
-    """When a client's connection ended."""
+    """Times at which a client's connection ended."""
     _read: int = 0
     _open: dict[str, Call] = field(default_factory=dict)
-    """What has begun and has not ended."""
+    """Calls that have begun and not ended."""
 
     def read(self) -> None:
-        """What has come since."""
+        """Read new output."""
         if not self.out.exists():
             return
         with self.out.open("rb") as lines:
@@ -78,62 +78,62 @@ class Load:
                 if not line.endswith(b"\n"):
                     break
                 self._read += len(line)
-                self._line(json.loads(line))
+                self._handle_record(json.loads(line))
 
-    def _line(self, told: Mapping[str, Any]) -> None:
-        if told["t"] == "live":
-            self.live.append((told["at"], told["running"], told["chunks"]))
-        elif told["t"] == "broke":
-            self.broke.append(told["at"])
-        elif told["t"] == "begun":
-            self._open[told["id"]] = Call(told["id"], told["asked"], told["sent"], 0.0, math.inf, (), UNENDED, "")
+    def _handle_record(self, event: Mapping[str, Any]) -> None:
+        if event["t"] == "live":
+            self.live.append((event["at"], event["running"], event["chunks"]))
+        elif event["t"] == "broke":
+            self.broke.append(event["at"])
+        elif event["t"] == "begun":
+            self._open[event["id"]] = Call(event["id"], event["asked"], event["sent"], 0.0, math.inf, (), UNENDED, "")
         else:
-            self._open.pop(told["id"], None)
+            self._open.pop(event["id"], None)
             self.calls.append(
                 Call(
-                    told["id"], told["asked"], told["sent"], told["first"], told["ended"],
-                    [(at, s) for at, s in told["gaps"]], told["error"], told["text"],
-                    told.get("completion", 0), told.get("resumed", 0),
+                    event["id"], event["asked"], event["sent"], event["first"], event["ended"],
+                    [(at, s) for at, s in event["gaps"]], event["error"], event["text"],
+                    event.get("completion", 0), event.get("resumed", 0),
                 )
             )  # fmt: skip
 
-    async def steady(self, timeout_s: float) -> bool:
-        """Wait until as many streams as planned are under way and speak; whether that came. Raises RuntimeError."""
+    async def until_steady(self, timeout_s: float) -> bool:
+        """Wait until the planned number of streams run; return whether it happened. Raises RuntimeError."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.read()
             if len(self.calls) >= self.plan.streams and all(call.error for call in self.calls):
-                raise RuntimeError(f"no call is answered: {self.calls[-1].error}")
+                raise RuntimeError(f"no call was answered: {self.calls[-1].error}")
             if self.live and self.live[-1][1] >= 0.95 * self.plan.streams and self.live[-1][2]:
                 return True
             await asyncio.sleep(0.2)
         return False
 
     async def end(self) -> None:
-        """No new streams; wait until those under way are at their end, and read all."""
+        """Start no new streams; wait until running ones have ended, and read everything."""
         self.pod.leaving = True
         self.pod.signal(signal.SIGTERM)
         longest_s = self.plan.tokens[1] * STEP_MS / 1000
         deadline = time.monotonic() + 1.5 * longest_s + END_S
         while self.pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(0.1)
-        await self.cluster.kubelet.drop(self.pod)
+        await self.cluster.kubelet.kill_for_good(self.pod)
         self.read()
         self.calls += self._open.values()
 
     def prefill_s(self, before: float) -> tuple[float, int]:
-        """p99 of the time to the first piece of streams that began shortly before, and how many they were."""
+        """p99 of the time to the first piece of streams that began shortly before `before`, and their number."""
         fresh = [
             call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
         ]
-        fresh = [one for one in fresh if one < BEFORE_S]
+        fresh = [wait_s for wait_s in fresh if wait_s < BEFORE_S]
         return percentile(fresh, 99), len(fresh)
 
 
 async def begin(
     cluster: Cluster, *, streams: int, tokens: tuple[int, int], seed: int, ramp_s: float, model: str = MASS
 ) -> Load:
-    """Callers that keep so many streams under way, each of so many tokens at least and at most."""
+    """Start callers that keep `streams` streams running; `tokens`: fewest and most tokens of each."""
     folder = cluster.home / f"callers-{seed}"
     folder.mkdir()
     ca = cluster.release.files("Secret", f"{RELEASE}-tls")["ca.crt"]
@@ -151,7 +151,7 @@ async def begin(
         ramp_s=ramp_s,
     )
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-    spec = own(
+    spec = harness_pod(
         f"callers-{seed}", "callers", "-m", "loadtests.hosts.inside.callers", "/run-of-callers/plan.json",
         mounts=[Mount("/run-of-callers", folder)],
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Pods that run: each a process tree in namespaces of its own, started again when it ends, asked whether it is ready.
+"""Running pods: each a process tree in its own namespaces, restarted when it ends, with a readiness probe.
 
-`Kubelet` does what a kubelet, its controllers and the cluster's DNS do for a pod's life: no more is played here.
+`Kubelet` does what a kubelet, its controllers and the cluster's DNS do for a pod's life, and nothing more.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from loadtests.hosts.rendered import DOMAIN, HOST_OF_THE_POD, Names, Spec
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 POSTGRESQL = "/usr/lib/postgresql/*/bin"
-"""Where Debian keeps PostgreSQL's programs, which images have on PATH."""
+"""Folder of PostgreSQL's programs on Debian; images have them on PATH."""
 JOIN = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
-"""0 is whoever writes it."""
+"""0 stands for the writing process."""
 LAST = 10
-"""Niceness of pods on hosts that serve no stream: they have processors of their own, and here take what is left."""
+"""Niceness of pods on hosts that serve no stream: real ones have their own processors, here they use what is left."""
 LOOK_S = 0.05
 PROBE_S = 1.0
 CHECK = "/grpc.health.v1.Health/Check"
 FIRST_BACK_OFF_S, BACK_OFF_S, MAX_BACK_OFF_S = 0.5, 10.0, 60.0
-"""A kubelet starts a container that ended again at once, then after 10 s and twice as long each time."""
+"""Restart delays: a kubelet restarts a container at once, then after 10 s, then each time after twice as long."""
 CALM_S = 600.0
 
 
 @dataclass(eq=False, slots=True)
 class Pod:
-    """One pod, whatever process it is at the moment."""
+    """One pod, across restarts of its process."""
 
     spec: Spec
     place: Place
@@ -52,16 +52,16 @@ class Pod:
     child: Child | None = None
     ready: bool = False
     leaving: bool = False
-    """Told to end: nobody is sent to it, and it is not started again."""
+    """Being deleted: not in DNS any more, and not restarted."""
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     pause_s: float | None = None
-    """How long it stays away after its next end, in place of the kubelet's own pause."""
+    """Delay of its next restart, in place of the kubelet's back-off."""
     keeping: asyncio.Task[None] | None = None
 
     @property
     def log(self) -> Path:
-        """Of the process that lives now, or lived last. Raises RuntimeError before the first."""
+        """Log of the current or last process. Raises RuntimeError before the first."""
         if self.child is None:
             raise RuntimeError(f"{self.spec.name} was never started")
         return self.child.log
@@ -83,26 +83,26 @@ class Pod:
         return self.child is not None and self.child.alive
 
     def signal(self, number: signal.Signals) -> None:
-        """To its first process."""
+        """Send a signal to its first process."""
         first = self.first
         if first is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 first.send_signal(number)
 
     def kill(self) -> float:
-        """All of its processes at once; when, by the wall clock."""
+        """Kill all of its processes at once; return the wall-clock time."""
         now = time.time()
         self.signal(signal.SIGKILL)
         return now
 
 
-def joined(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
-    """The command line that runs another in a cgroup; `last`: after all others there."""
+def in_cgroup(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
+    """Command line that runs another one in a cgroup; `last`: with lower priority than all others there."""
     return ["bash", "-c", JOIN, "join", str(cgroup), *(("nice", "-n", str(LAST)) if last else ()), *command]
 
 
 class Kubelet:
-    """Starts pods, keeps them, and tells the names where the ready ones are."""
+    """Starts pods, keeps them running, and publishes the addresses of ready ones in DNS."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Kubelet:
         cgroup: Path | None = None,
         last: Collection[str] = (),
     ) -> None:
-        """`cgroup`: of the cpu controller, for all pods. `last`: hosts whose pods let others have the processors."""
+        """`cgroup`: of the cpu controller, for all pods. `last`: hosts whose pods get low CPU priority."""
         self._children = children
         self.cgroup = cgroup
         self._last = last
@@ -124,18 +124,18 @@ class Kubelet:
         self._told: Mapping[str, Any] | None = None
         self.pods: dict[str, Pod] = {}
         self.environment: dict[str, str] = {}
-        """Of every pod: where the API is."""
+        """Variables of every pod: the address of the API."""
         self.account: Path | None = None
-        """The service account's files, for pods that may use it."""
-        self.tell_names()
+        """Files of the service account, for pods that may use it."""
+        self.publish_names()
 
     @property
     def zone(self) -> Path:
-        """What the DNS answers."""
+        """Zone file of the DNS server."""
         return self._zone
 
-    def tell_names(self) -> None:
-        """Write the zone anew if somebody came, went or became ready."""
+    def publish_names(self) -> None:
+        """Rewrite the zone if a pod came, went or changed its readiness."""
         zone = self._names.zone([(pod.spec, pod.place, pod.ready) for pod in self.pods.values() if not pod.leaving])
         if zone == self._told:
             return
@@ -146,22 +146,22 @@ class Kubelet:
         self._told = zone
 
     def add(self, spec: Spec, place: Place) -> Pod:
-        """A pod that is to run; `start` runs it."""
+        """Add a pod; `start` runs it."""
         pod = self.pods[spec.name] = Pod(spec, place, self._home / "pods" / spec.name)
         return pod
 
     def start(self, pod: Pod) -> None:
-        """Run it and keep it running."""
+        """Run a pod and keep it running."""
         pod.leaving = False
-        pod.keeping = asyncio.create_task(self._keep(pod))
+        pod.keeping = asyncio.create_task(self._keep_running(pod))
 
     async def started(self, pod: Pod, timeout_s: float) -> None:
-        """Run it and wait until it is ready. Raises DidNotStart."""
+        """Run a pod and wait until it is ready. Raises DidNotStart."""
         self.start(pod)
         await self.until(lambda: pod.ready, f"{pod.spec.name} is ready", timeout_s, pod)
 
     async def until(self, holds: Callable[[], bool], what: str, timeout_s: float, pod: Pod | None = None) -> None:
-        """Raises DidNotStart with the last words of `pod`."""
+        """Wait until `holds` is true. Raises DidNotStart with the end of the log of `pod`."""
         deadline = time.monotonic() + timeout_s
         while not holds():
             if time.monotonic() > deadline:
@@ -170,18 +170,18 @@ class Kubelet:
             await asyncio.sleep(LOOK_S)
 
     async def end(self, pod: Pod) -> None:
-        """As a deletion does: out of the names, its last moments, SIGTERM, its grace, SIGKILL."""
+        """Delete a pod: remove it from DNS, run its preStop hook, send SIGTERM, wait its grace period, send SIGKILL."""
         pod.leaving, pod.ready = True, False
-        self.tell_names()
+        self.publish_names()
         await asyncio.sleep(pod.spec.pre_stop_s)
         pod.signal(signal.SIGTERM)
         deadline = time.monotonic() + pod.spec.grace_s
         while pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(LOOK_S)
-        await self.drop(pod)
+        await self.kill_for_good(pod)
 
-    async def drop(self, pod: Pod) -> None:
-        """At once, and not started again."""
+    async def kill_for_good(self, pod: Pod) -> None:
+        """Kill a pod at once, without a restart."""
         pod.leaving, pod.ready = True, False
         pod.kill()
         if pod.keeping is not None:
@@ -189,9 +189,9 @@ class Kubelet:
             await asyncio.gather(pod.keeping, return_exceptions=True)
         if pod.child is not None:
             await pod.child.stop()
-        self.tell_names()
+        self.publish_names()
 
-    async def _keep(self, pod: Pod) -> None:
+    async def _keep_running(self, pod: Pod) -> None:
         back_off_s = FIRST_BACK_OFF_S
         while True:
             pod.starts.append(time.time())
@@ -199,7 +199,7 @@ class Kubelet:
             await self._watch(pod)
             pod.ends.append(time.time())
             pod.ready = False
-            self.tell_names()
+            self.publish_names()
             await pod.child.stop()
             if pod.leaving:
                 return
@@ -219,21 +219,23 @@ class Kubelet:
                 stack.push_async_callback(channel.close)
             missed = 0
             while pod.child.alive:
-                period_s = pod.spec.ready_period_s if pod.ready else 0.2  # a startup probe's haste
+                period_s = pod.spec.ready_period_s if pod.ready else 0.2  # like a startup probe
                 if time.monotonic() - asked >= period_s:
                     asked = time.monotonic()
-                    found = pod.first is not None if channel is None else await _serves(channel, pod.spec.ready_service)
-                    missed = 0 if found else missed + 1
-                    pod.ready = not pod.leaving and (found or (pod.ready and missed < 2))
-                    self.tell_names()
+                    healthy = (
+                        pod.first is not None if channel is None else await _serves(channel, pod.spec.ready_service)
+                    )
+                    missed = 0 if healthy else missed + 1
+                    pod.ready = not pod.leaving and (healthy or (pod.ready and missed < 2))
+                    self.publish_names()
                 await asyncio.sleep(LOOK_S)
 
     def _run(self, pod: Pod) -> Child:
         spec, home = pod.spec, pod.home
         (home / "root").mkdir(parents=True, exist_ok=True)
         mounts = [f"{m.path}|{m.source or ''}|{'ro' if m.read_only else 'rw'}|{_size(m.size)}" for m in spec.mounts]
-        own = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
-        environment = {"PATH": search_path(), "LANG": "C.UTF-8", **self.environment, **own}
+        harness_pod = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
+        environment = {"PATH": search_path(), "LANG": "C.UTF-8", **self.environment, **harness_pod}
         if self.account is not None and spec.component == "controller":
             mounts.append(f"/var/run/secrets/kubernetes.io/serviceaccount|{self.account}|ro|")
         nested = sorted(mounts, key=lambda line: line.split("|")[0].count("/"))
@@ -252,16 +254,16 @@ class Kubelet:
             "bash", str(SANDBOX), str(home), *spec.command,
         )  # fmt: skip
         if self.cgroup is not None:
-            command = joined(command, self.cgroup, last=pod.place.host in self._last)
+            command = in_cgroup(command, self.cgroup, last=pod.place.host in self._last)
         return self._children.start(spec.name, spec.component, command)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """All pods end with the context."""
+        """Run the kubelet; all pods end with the context."""
         try:
             yield
         finally:
-            await asyncio.gather(*(self.drop(pod) for pod in self.pods.values()), return_exceptions=True)
+            await asyncio.gather(*(self.kill_for_good(pod) for pod in self.pods.values()), return_exceptions=True)
 
 
 async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
@@ -283,21 +285,21 @@ def search_path() -> str:
 
 
 def programs() -> Sequence[str]:
-    """Folders that the images would hold: this project, its environment, and the Python below it."""
-    found: list[Path] = []
+    """Folders that the images would contain: this project, its environment, and the Python below it."""
+    folders: list[Path] = []
     for folder in sorted(
         {ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}, key=lambda path: len(path.parts)
     ):
-        if not any(folder.is_relative_to(other) for other in (*found, Path("/usr"))):
-            found.append(folder)
-    return [os.fspath(folder) for folder in found]
+        if not any(folder.is_relative_to(other) for other in (*folders, Path("/usr"))):
+            folders.append(folder)
+    return [os.fspath(folder) for folder in folders]
 
 
 def _size(text: str) -> str:
     return text.removesuffix("i").lower()
 
 
-def own(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
+def harness_pod(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
     """A pod of the harness itself: a program of this project."""
     return Spec(
         name=name, component=component, command=(sys.executable, *command),

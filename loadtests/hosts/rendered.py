@@ -1,7 +1,7 @@
-"""From the rendered chart to pods: the programs, arguments, environment and files that Kubernetes would give each.
+"""Conversion of the rendered chart to pods: programs, arguments, environment and files as Kubernetes would set them.
 
-Deployments, StatefulSets and Jobs hold all of it themselves. Of a RayCluster the command line and a few variables are
-KubeRay's, which is not here: `_ray_pod` writes what its operator writes.
+Deployments, StatefulSets and Jobs contain all of it. For a RayCluster the command line and a few variables come from
+KubeRay, which does not run here: `_ray_pod` writes what its operator writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Where a volume shows in the container. `source` None: memory, `size` of it."""
+    """Mount point of a volume in the container. `source` None: memory of `size`."""
 
     path: str
     source: Path | None
@@ -44,7 +44,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One container as it is to run."""
+    """One container to run."""
 
     name: str
     component: str
@@ -57,7 +57,7 @@ class Spec:
     pre_stop_s: float = 0.0
     ready_port: int = 0
     ready_service: str = ""
-    """What its readiness probe asks of grpc.health.v1; port 0 where there is none of that kind."""
+    """Service that its readiness probe checks with grpc.health.v1; port 0 if there is no such probe."""
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,27 +69,29 @@ class Release:
     objects: Sequence[Object]
 
     def of(self, kind: str) -> Iterator[Object]:
-        """Those of one kind."""
-        return (one for one in self.objects if one["kind"] == kind)
+        """Objects of a kind."""
+        return (item for item in self.objects if item["kind"] == kind)
 
-    def the(self, kind: str, name: str) -> Object:
-        """One of them. Raises LookupError."""
-        for one in self.of(kind):
-            if one["metadata"]["name"] == name:
-                return one
+    def find(self, kind: str, name: str) -> Object:
+        """Object of a kind with this name. Raises LookupError."""
+        for item in self.of(kind):
+            if item["metadata"]["name"] == name:
+                return item
         raise LookupError(f"the chart has no {kind} {name}")
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
-        """What a volume of a ConfigMap or Secret holds."""
-        found = self.the(kind, name)
-        data = dict(found.get("data", {}))
+        """Files in a volume of a ConfigMap or Secret."""
+        manifest = self.find(kind, name)
+        data = dict(manifest.get("data", {}))
         if kind == "Secret":
-            data = {key: base64.b64decode(value).decode() for key, value in data.items()} | found.get("stringData", {})
-        return {one["path"]: data[one["key"]] for one in items if one["key"] in data} if items else dict(data)
+            data = {key: base64.b64decode(value).decode() for key, value in data.items()} | manifest.get(
+                "stringData", {}
+            )
+        return {item["path"]: data[item["key"]] for item in items if item["key"] in data} if items else dict(data)
 
 
 def helm() -> str:
-    """The program: HEADRACE_HELM, one on PATH, or the one that the chart's tests unpack. Raises RuntimeError."""
+    """Path of Helm: HEADRACE_HELM, `helm` on PATH, or the one that the chart's tests unpack. Raises RuntimeError."""
     named = os.environ.get("HEADRACE_HELM") or shutil.which("helm")
     if named:
         return named
@@ -101,72 +103,72 @@ def helm() -> str:
 
 
 def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
-    """`helm template`. Raises RuntimeError with what Helm said."""
+    """Run `helm template`. Raises RuntimeError with Helm's output."""
     command = [helm(), "template", RELEASE, str(CHART), "--namespace", NAMESPACE]
     for path in values:
         command += ["--values", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
         raise RuntimeError(f"helm template: {done.stderr.strip()[-2000:]}")
-    objects = [one for one in yaml.safe_load_all(done.stdout) if one]
+    objects = [item for item in yaml.safe_load_all(done.stdout) if item]
     return Release((*objects, *secrets))
 
 
 def make_secrets() -> list[Object]:
-    """What `headrace pod secrets` prints, parsed."""
+    """Parsed output of `headrace pod secrets`."""
     command = [sys.executable, "-m", "cluster.cli.main", "pod", "secrets", "--namespace", NAMESPACE, "--name", RELEASE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     if done.returncode:
         raise RuntimeError(f"headrace pod secrets: {done.stderr.strip()[-2000:]}")
-    return [one for one in yaml.safe_load_all(done.stdout) if one]
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
 
 
 VALKEY = "valkey-server"
 HOST_OF_THE_POD = "<spec.nodeName>"
-"""In an environment: the pod's host, once it has one."""
+"""Placeholder in an environment for the pod's host."""
 
 
 class Containers:
-    """Makes the specs of a release's pods; volumes are folders below `home`, claims stay from one to the next."""
+    """Makes the specs of a release's pods. Volumes are folders below `home`; claims persist across releases."""
 
     def __init__(self, release: Release, home: Path, claims: Mapping[str, Path]) -> None:
-        """`claims`: folders of volume claims that exist already, by name."""
+        """`claims`: folders of existing volume claims, by name."""
         self._release = release
         self._home = home
         self._claims = dict(claims)
 
     def of(self, kind: str, name: str, ordinal: int = 0) -> Spec:
         """The container of one pod of a Deployment, StatefulSet or Job."""
-        found = self._release.the(kind, name)
-        template = found["spec"]["template"]
+        manifest = self._release.find(kind, name)
+        template = manifest["spec"]["template"]
         pod = f"{name}-{ordinal}"
-        claims = [claim["metadata"]["name"] for claim in found["spec"].get("volumeClaimTemplates", ())]
+        claims = [claim["metadata"]["name"] for claim in manifest["spec"].get("volumeClaimTemplates", ())]
         container = template["spec"]["containers"][0]
         spec = self._container(pod, template, container, claims)
         if not spec.command:
             spec = _entry_point(spec)
-        if spec.command[0] == VALKEY and shutil.which(VALKEY) is None:  # Redis will do
+        if spec.command[0] == VALKEY and shutil.which(VALKEY) is None:  # Redis replaces it
             spec = dataclasses.replace(spec, command=("redis-server", *spec.command[1:]))
         return spec
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:
         """A RayCluster's head, or a node of one of its groups."""
-        found = self._release.the("RayCluster", f"{RELEASE}-{cluster}")
-        spec = found["spec"]
+        manifest = self._release.find("RayCluster", f"{RELEASE}-{cluster}")
+        spec = manifest["spec"]
         part = (
-            next(one for one in spec["workerGroupSpecs"] if one["groupName"] == group)
+            next(candidate for candidate in spec["workerGroupSpecs"] if candidate["groupName"] == group)
             if group
             else spec["headGroupSpec"]
         )
-        pod = f"{found['metadata']['name']}-{group or 'head'}-{ordinal}"
+        pod = f"{manifest['metadata']['name']}-{group or 'head'}-{ordinal}"
         container = part["template"]["spec"]["containers"][0]
         made = self._container(pod, part["template"], container, ())
-        return _ray_pod(made, found, part, container, self._release, head=not group)
+        return _ray_pod(made, manifest, part, container, self._release, head=not group)
 
     def _container(self, pod: str, template: Object, container: Object, claims: Sequence[str]) -> Spec:
         security = template["spec"].get("securityContext", {})
         user, group = int(security.get("runAsUser", 0)), int(security.get("runAsGroup", 0))
-        volumes = {one["name"]: one for one in template["spec"].get("volumes", ())}
+        volumes = {item["name"]: item for item in template["spec"].get("volumes", ())}
         mounts = []
         for mount in container.get("volumeMounts", ()):
             name = mount["name"]
@@ -181,7 +183,7 @@ class Containers:
             name=pod,
             component=template["metadata"]["labels"]["app.kubernetes.io/component"],
             command=(*map(str, container.get("command", ())), *map(str, container.get("args", ()))),
-            environment={one["name"]: self._value(one, pod) for one in container.get("env", ())},
+            environment={item["name"]: self._value(item, pod) for item in container.get("env", ())},
             mounts=tuple(mounts),
             user=user,
             group=group,
@@ -232,7 +234,7 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """What the image of PostgreSQL does before it serves: make the database, once."""
+    """Do what the entry point of the PostgreSQL image does before it serves: create the database, once."""
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '
@@ -246,7 +248,7 @@ def _entry_point(spec: Spec) -> Spec:
 
 
 def _ray_pod(spec: Spec, cluster: Object, part: Object, container: Object, release: Release, *, head: bool) -> Spec:
-    """As KubeRay completes it: its command line, and its variables."""
+    """Complete the spec as KubeRay does: with its command line and its variables."""
     service = f"{cluster['metadata']['name']}-head-svc.{DOMAIN}"
     parameters = {
         **part["rayStartParams"],
@@ -287,12 +289,12 @@ def _bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the cluster's DNS would answer, from the rendered Services: addresses by name, and SRV by port's name."""
+    """Answers of the cluster's DNS, from the rendered Services: addresses by name, and SRV records by port name."""
 
     services: Sequence[Object]
 
     def zone(self, pods: Sequence[tuple[Spec, Place, bool]]) -> dict[str, Any]:
-        """`pods`: each with its place, and whether it is ready."""
+        """DNS zone. `pods`: each with its place, and whether it is ready."""
         hosts: dict[str, list[str]] = {}
         served: dict[str, list[tuple[str, int]]] = {}
         for service in self.services:

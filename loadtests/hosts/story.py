@@ -1,4 +1,4 @@
-"""What the gateways' logs say of their workers, across restarts of the gateways."""
+"""Link events from the gateways' logs, across restarts of the gateways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line about a link. `at` is the wall clock's."""
+    """A log line about a link. `at` is wall-clock time."""
 
     at: float
     name: str
@@ -23,7 +23,7 @@ class Event:
     reason: str
 
 
-class Story:
+class Timeline:
     """Follows the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -33,22 +33,22 @@ class Story:
         self.events: list[Event] = []
 
     def follow(self, pods: list[str]) -> None:
-        """From now on, until closed."""
+        """Follow the logs from now on, until closed."""
         for pod in pods:
             self._up[pod] = set()
             self._tasks.append(asyncio.create_task(self._follow(pod)))
 
     def up(self, pod: str) -> set[str]:
-        """The workers that the pod's present process has links to."""
+        """Workers that the pod's current process has links to."""
         return self._up[pod]
 
     def close(self) -> None:
-        """Follow no longer."""
+        """Stop following."""
         for task in self._tasks:
             task.cancel()
 
     def since(self, at: float, name: str) -> list[Event]:
-        """Events of a name, in their order."""
+        """Events of a name since `at`, in order."""
         return [event for event in self.events if event.name == name and event.at >= at]
 
     async def _follow(self, pod: str) -> None:
@@ -65,23 +65,23 @@ class Story:
                     last = after.exists()
                     *whole, rest = (rest + lines.read()).split(b"\n")
                     for line in whole:
-                        self._line(pod, line)
+                        self._handle_line(pod, line)
                     if last:
                         break
                     await asyncio.sleep(LOOK_S)
             number += 1
 
-    def _line(self, pod: str, line: bytes) -> None:
+    def _handle_line(self, pod: str, line: bytes) -> None:
         if b'"worker_' not in line:
             return
         try:
-            told: dict[str, Any] = json.loads(line)
+            entry: dict[str, Any] = json.loads(line)
         except ValueError:
             return
-        if told.get("event") not in ("worker_up", "worker_down"):
+        if entry.get("event") not in ("worker_up", "worker_down"):
             return
-        at = datetime.fromisoformat(told["timestamp"]).timestamp()
-        event = Event(at, told["event"], pod, told["worker"], told.get("reason", ""))
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        event = Event(at, entry["event"], pod, entry["worker"], entry.get("reason", ""))
         self.events.append(event)
         if event.name == "worker_up":
             self._up[pod].add(event.worker)

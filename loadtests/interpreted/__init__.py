@@ -9,12 +9,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TRITON = ROOT / ".triton"
-"""Where `make triton` puts Triton, which is kept out of the engine's environment: with it there, vLLM would try it."""
+"""Folder in which `make triton` installs Triton. It is not in the engine's environment, where vLLM would try it."""
 
 
 def environment(*, v2: bool = True) -> Mapping[str, str]:
-    """Return variables for a process and all that it starts: it schedules asynchronously, on the V2 model runner or
-    the V1 one."""
+    """Return variables for a process and its descendants: asynchronous scheduling, V2 model runner or V1."""
     path = [str(TRITON), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
     runner = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, path if v2 else path[1:])), "HEADRACE_TEST_ASYNC": "1", **runner}

@@ -1,9 +1,9 @@
 """Run tests on vLLM's V2 model runner, interpreted, with asynchronous scheduling.
 
-    python -m loadtests.interpreted tests/worker/engine/v2_contract.py
-    python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py
+python -m loadtests.interpreted tests/worker/engine/v2_contract.py
+python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py
 
-`--v1`: the V1 model runner with asynchronous scheduling. All else goes to pytest.
+`--v1`: the V1 model runner with asynchronous scheduling. All other arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loadtests.interpreted import environment
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Become pytest in that environment."""
+    """Replace this process by pytest in that environment."""
     v1 = arguments[:1] == ["--v1"]
     command = [sys.executable, "-m", "pytest", *arguments[v1:]]
     os.execve(sys.executable, command, {**os.environ, **environment(v2=not v1)})  # noqa: S606

@@ -1,1 +1,1 @@
-"""The scenarios by name; each file is one."""
+"""The scenarios by name, one file each."""

@@ -1,7 +1,7 @@
 """The autoscaler in virtual time: against the clairvoyant optimum, Ray Serve's policy and the best static placement.
 
 The production policy drives simulated replicas on public traces at their own times; cold start 60 s. Optimum, policy
-and baselines face the same replicas and begin with the same number of them; the policy is told only what a controller
+and baselines run on the same replicas and begin with the same number; the policy sees only what a controller
 sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice of clients).
 """
 
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from loadtests import traces
-from loadtests.autoscale.runs import HELD_OUT, TRACES, Compared, Shared, compare, share
+from loadtests.autoscale.runs import HELD_OUT, TRACES, CaseResults, Shared, compare, share
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
 
@@ -26,10 +26,10 @@ AGAINST = {"azure-conv": 1.15, "mooncake": 1.15, "servegen-week": 1.15, "azure-c
 
 
 async def play(stage: Stage) -> None:
-    """All seeds through all cases. An `--only` names cases, or `shared`."""
+    """Run all cases with all seeds. `--only` names cases, or `shared`."""
     options = stage.options
     seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
-    names = [name for name in (*TRACES, *HELD_OUT) if options.wants(name)]
+    names = [name for name in (*TRACES, *HELD_OUT) if options.selects(name)]
     try:
         traces.load("azure-conv")
     except traces.NoData as error:
@@ -42,25 +42,34 @@ async def play(stage: Stage) -> None:
             name: [loop.run_in_executor(pool, compare, name, seed, name in WITH_RAY) for seed in seeds]
             for name in names
         }
-        sharing = [loop.run_in_executor(pool, share, seed) for seed in seeds] if options.wants("shared") else []
-        waiting: list[asyncio.Future[Any]] = [*sharing, *(run for some in runs.values() for run in some)]
+        sharing = [loop.run_in_executor(pool, share, seed) for seed in seeds] if options.selects("shared") else []
+        waiting: list[asyncio.Future[Any]] = [
+            *sharing,
+            *(run for case_results in runs.values() for run in case_results),
+        ]
         for number, done in enumerate(asyncio.as_completed(waiting), 1):
             result = await done
-            stage.screen.say(f"{number} of {len(waiting)}: {told(result)}")
-        found = {name: list(await asyncio.gather(*some)) for name, some in runs.items()}
+            stage.screen.say(f"{number} of {len(waiting)}: {summary_line(result)}")
+        results_by_case = {name: list(await asyncio.gather(*case_results)) for name, case_results in runs.items()}
         shared = list(await asyncio.gather(*sharing))
     stage.report.settings |= {
         "seeds": seeds,
         "cold_start_s": 60.0,
-        "cases": {name: [plain(one) for one in some] for name, some in found.items()},
-        "shared": [asdict(one) for one in shared],
-        "lines": {name: asdict(some[0].ours.line) for name, some in found.items() if some[0].ours.line is not None},
+        "cases": {
+            name: [report_values(result) for result in case_results] for name, case_results in results_by_case.items()
+        },
+        "shared": [asdict(result) for result in shared],
+        "lines": {
+            name: asdict(case_results[0].ours.line)
+            for name, case_results in results_by_case.items()
+            if case_results[0].ours.line is not None
+        },
     }
-    add_figures(stage, found, shared)
+    add_figures(stage, results_by_case, shared)
 
 
-def told(result: Compared | Shared) -> str:
-    """One line."""
+def summary_line(result: CaseResults | Shared) -> str:
+    """Result as one line."""
     if isinstance(result, Shared):
         return f"shared: {result.ours_good:.0f} calls within the slo, static {result.static_good:.0f}"
     best = f"{result.optimum.cost_s:.0f}" if result.optimum is not None else "none"
@@ -68,15 +77,15 @@ def told(result: Compared | Shared) -> str:
     return f"{result.name}: {ours.gpu_s:.0f} GPU-seconds, {ours.attainment:.2%} within the slo; optimum {best}"
 
 
-def plain(one: Compared) -> dict[str, Any]:
-    """For the report: without lines and plans."""
-    ours = {k: v for k, v in asdict(one.ours).items() if k != "line"}
-    optimum = one.optimum and {k: v for k, v in asdict(one.optimum).items() if k != "replicas"}
-    ray = one.ray_best and {"settings": asdict(one.ray_best[0]), **asdict(one.ray_best[1])}
-    equal = one.ray_equal and {"settings": asdict(one.ray_equal[0]), **asdict(one.ray_equal[1])}
-    default = one.ray_default and asdict(one.ray_default)
+def report_values(result: CaseResults) -> dict[str, Any]:
+    """Result for the report, without lines and plans."""
+    ours = {k: v for k, v in asdict(result.ours).items() if k != "line"}
+    optimum = result.optimum and {k: v for k, v in asdict(result.optimum).items() if k != "replicas"}
+    ray = result.ray_best and {"settings": asdict(result.ray_best[0]), **asdict(result.ray_best[1])}
+    equal = result.ray_equal and {"settings": asdict(result.ray_equal[0]), **asdict(result.ray_equal[1])}
+    default = result.ray_default and asdict(result.ray_default)
     return {
-        "load": one.load,
+        "load": result.load,
         "ours": ours,
         "optimum": optimum,
         "ray default": default,
@@ -85,10 +94,10 @@ def plain(one: Compared) -> dict[str, Any]:
     }
 
 
-def spread(
+def spread_figure(
     name: str, values: Sequence[float], bound: Bound | None, note: str, unit: str = "ratio", holds: bool = True
 ) -> Figure:
-    """Over seeds: the mean, the least and the most; met when the worse of these is. Not met where not `holds`."""
+    """Mean, least and most over the seeds; met if the worst of them is, never if not `holds`."""
     if not values:
         return missing(name, bound, "not run")
     worst = max(values) if bound is None or bound.sense == "<=" else min(values)
@@ -102,57 +111,65 @@ def spread(
     )  # fmt: skip
 
 
-def add_figures(stage: Stage, found: dict[str, list[Compared]], shared: Sequence[Shared]) -> None:
-    """The table of the scenario."""
+def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], shared: Sequence[Shared]) -> None:
+    """Add the scenario's table."""
     figures = stage.report.figures
-    for name, some in found.items():
-        known = [one for one in some if one.optimum is not None]
-        ratios = [one.ours.gpu_s / one.optimum.cost_s for one in known if one.optimum is not None]
-        least = min(one.ours.attainment for one in some)
+    for name, case_results in results_by_case.items():
+        known = [result for result in case_results if result.optimum is not None]
+        ratios = [result.ours.gpu_s / result.optimum.cost_s for result in known if result.optimum is not None]
+        least = min(result.ours.attainment for result in case_results)
         bound = Bound("<=", AGAINST[name]) if name in AGAINST else None
         note = f"within the slo: {least:.2%}" + (", held out" if name in HELD_OUT else "")
         if known and known[0].optimum is not None:
             note += f"; optimum {known[0].optimum.attainment:.2%}, {known[0].optimum.cost_s:.0f} GPU-seconds"
         figures.append(
-            spread(f"GPU-seconds against the optimum, {name}", ratios, bound, note, holds=least >= 0.99)
+            spread_figure(f"GPU-seconds against the optimum, {name}", ratios, bound, note, holds=least >= 0.99)
             if ratios
             else missing(f"GPU-seconds against the optimum, {name}", bound, f"no optimum was found; {note}")
         )
     for name in WITH_RAY:
-        add_ray(figures, name, found.get(name, []))
+        add_ray(figures, name, results_by_case.get(name, []))
     add_shared(figures, shared)
-    downs = sum(one.ours.downs for some in found.values() for one in some) + sum(s.downs for s in shared)
-    back = sum(one.ours.taken_back for some in found.values() for one in some) + sum(s.taken_back for s in shared)
+    downs = sum(result.ours.downs for case_results in results_by_case.values() for result in case_results) + sum(
+        s.downs for s in shared
+    )
+    back = sum(result.ours.taken_back for case_results in results_by_case.values() for result in case_results) + sum(
+        s.taken_back for s in shared
+    )
     if downs:
         figures.append(
-            spread(
+            spread_figure(
                 "scale-downs taken back within a cold start", [back / downs], Bound("<=", 0.01), f"{back} of {downs}"
             )
         )
 
 
-def add_ray(figures: list[Figure], name: str, some: Sequence[Compared]) -> None:
-    """Against Ray Serve's defaults and the best of its grid."""
-    picks: tuple[tuple[str, Callable[[Compared], Any]], ...] = (
-        ("defaults", lambda one: one.ray_default),
-        ("best of the grid", lambda one: one.ray_best and one.ray_best[1]),
+def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults]) -> None:
+    """Add the comparison with Ray Serve's defaults and the best of its grid."""
+    picks: tuple[tuple[str, Callable[[CaseResults], Any]], ...] = (
+        ("defaults", lambda result: result.ray_default),
+        ("best of the grid", lambda result: result.ray_best and result.ray_best[1]),
     )
     for label, pick in picks:
-        pairs = [(one.ours, theirs) for one in some if (theirs := pick(one)) is not None]
+        pairs = [(result.ours, theirs) for result in case_results if (theirs := pick(result)) is not None]
         if not pairs:
             continue
         note = f"Ray Serve's: {pairs[0][1].attainment:.2%} within the slo, ours {pairs[0][0].attainment:.2%}"
         gpu = [ours.gpu_s / theirs.gpu_s for ours, theirs in pairs]
-        figures.append(spread(f"GPU-seconds against Ray Serve's policy, {label}, {name}", gpu, Bound("<=", 0.7), note))
+        figures.append(
+            spread_figure(f"GPU-seconds against Ray Serve's policy, {label}, {name}", gpu, Bound("<=", 0.7), note)
+        )
         late = [ours.violations / max(theirs.violations, 1.0) for ours, theirs in pairs]
-        figures.append(spread(f"violations against Ray Serve's policy, {label}, {name}", late, Bound("<=", 0.25), note))
-    if not some:
+        figures.append(
+            spread_figure(f"violations against Ray Serve's policy, {label}, {name}", late, Bound("<=", 0.25), note)
+        )
+    if not case_results:
         return
     title, bound = (
         f"violations against Ray Serve's policy, at most ours / 0.7 in GPU-seconds, {name}",
         Bound("<=", 0.25),
     )
-    fair = [(one.ours, one.ray_equal[1]) for one in some if one.ray_equal is not None]
+    fair = [(result.ours, result.ray_equal[1]) for result in case_results if result.ray_equal is not None]
     if not fair:
         figures.append(missing(title, bound, "nothing in the grid is that cheap"))
         return
@@ -161,11 +178,11 @@ def add_ray(figures: list[Figure], name: str, some: Sequence[Compared]) -> None:
         f"Ray Serve's: {theirs.attainment:.2%} within the slo with {theirs.gpu_s / ours.gpu_s:.2f} of our GPU-seconds"
     )
     late = [ours.violations / max(theirs.violations, 1.0) for ours, theirs in fair]
-    figures.append(spread(title, late, bound, note))
+    figures.append(spread_figure(title, late, bound, note))
 
 
 def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
-    """Twenty models on sixteen GPUs."""
+    """Add the rows on twenty models on sixteen GPUs."""
     if not shared:
         return
     seconds = 12 * 3600.0
@@ -177,5 +194,5 @@ def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
         for s in shared
     )
     title = "20 models on 16 GPUs against the best static placement"
-    figures.append(spread(f"{title}: goodput per GPU-second held", per, Bound(">=", 1.5), note))
-    figures.append(spread(f"{title}: goodput", both, None, note))
+    figures.append(spread_figure(f"{title}: goodput per GPU-second held", per, Bound(">=", 1.5), note))
+    figures.append(spread_figure(f"{title}: goodput", both, None, note))

@@ -1,4 +1,4 @@
-"""What scenarios share: their options, arms that take turns, and cores to bind them to."""
+"""Parts shared by scenarios: options, alternating arms, and cores to bind them to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadtests.children import Children
 from loadtests.driver import Limits, drive
 from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.figures import MIN_ROUNDS
-from loadtests.processes import pin_driver, snapshot, used
+from loadtests.processes import pin_driver, snapshot, usage_between
 from loadtests.records import Run, same_texts
 from loadtests.report import Arm, Report, Round
 from loadtests.show import Screen
@@ -27,20 +27,20 @@ AVAILABLE = sorted(os.sched_getaffinity(0))
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What `peers` serves in place of its tiny model, and on what."""
+    """Model that `peers` serves in place of its tiny one, and its hardware."""
 
     model: Path | None
-    """A checkpoint's folder; None for the tiny model."""
+    """Folder of a checkpoint; None for the tiny model."""
     engine: Mapping[str, object]
     gpus: int
-    """Of one engine."""
+    """GPUs of one engine."""
     exact: bool = False
-    """Whether the arithmetic is the same in every batch, so that equal requests must have equal texts."""
+    """Whether the arithmetic is the same in every batch, so that equal requests must give equal texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """From the command line. `rounds` and `tokens` None: the scenario's own."""
+    """Options from the command line. `rounds` and `tokens` None: the scenario's own."""
 
     rounds: int | None = None
     tokens: int | None = None
@@ -51,28 +51,28 @@ class Options:
     """Names of arms; empty for all."""
     peers: Path = PEERS
     setup: Setup | None = None
-    """Of `peers`: None for the tiny model, and the rows without an engine after it."""
+    """For `peers`: None for the tiny model, followed by the rows without an engine."""
     points: int | None = None
-    """Of `faults`: how many faults fall."""
+    """For `faults`: number of faults."""
     runner: str = "v1"
-    """Of `faults`: the model runner of the real engines."""
+    """For `faults`: the model runner of the real engines."""
     soak_s: float | None = None
-    """Of `faults`: how long the soak is."""
+    """For `faults`: duration of the soak."""
     speed: float | None = None
-    """Of `hosts`: by how much its streams are shorter."""
+    """For `hosts`: factor by which its streams are shorter."""
     against: Path | None = None
-    """Of `hostile`: the checkout whose cost a token is compared."""
+    """For `hostile`: the checkout whose cost per token is compared."""
     ends_at: float | None = None
-    """By time.monotonic: no round begins later."""
+    """No round begins after this time.monotonic."""
 
-    def wants(self, arm: str) -> bool:
+    def selects(self, arm: str) -> bool:
         """Whether an arm is to run."""
         return not self.only or arm in self.only
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where a scenario plays."""
+    """Context in which a scenario runs."""
 
     options: Options
     screen: Screen
@@ -80,14 +80,14 @@ class Stage:
     folder: Path
     report: Report
     part: str = ""
-    """Stands before the names of arms, where a scenario plays as a part of another."""
+    """Prefix of arm names when a scenario runs as a part of another."""
 
     def arm(self, name: str, description: str) -> Arm:
-        """A new arm of the report."""
+        """Add an arm to the report."""
         return self.report.arm(self.part + name, description)
 
-    def hurried(self, share: float) -> Stage:
-        """The same stage with `share` of the time that is left; itself where time is not bounded."""
+    def with_share_of_time(self, share: float) -> Stage:
+        """The same stage with `share` of the remaining time; itself if time is not bounded."""
         ends_at, now = self.options.ends_at, time.monotonic()
         if ends_at is None:
             return self
@@ -96,7 +96,7 @@ class Stage:
 
 @dataclass(eq=False, slots=True)
 class Contestant:
-    """An arm with its client and its processes. `after` adds to a round what only the server can tell."""
+    """An arm with its client and its processes. `after` adds values to a round that only the server knows."""
 
     arm: Arm
     face: Face
@@ -106,7 +106,7 @@ class Contestant:
 
 
 async def first_call(contestant: Contestant, request: Request, timeout_s: float = FIRST_CALL_S) -> bool:
-    """Wait until the arm answers one call; False, with the arm's problem told, where it does not in time."""
+    """Wait until the arm answers one call; False, with the arm's problem recorded, if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -119,7 +119,7 @@ async def first_call(contestant: Contestant, request: Request, timeout_s: float 
             await asyncio.sleep(0.2)
 
 
-async def one_round(
+async def run_round(
     contestant: Contestant,
     screen: Screen,
     number: int,
@@ -137,7 +137,7 @@ async def one_round(
         run = await drive(
             contestant.face, requests, concurrency=concurrency, due_s=due_s, limits=limits, on_start=on_start
         )
-    usage = used(before, snapshot(contestant.roots))
+    usage = usage_between(before, snapshot(contestant.roots))
     if keep:
         extra: dict[str, Any] = {"concurrency": concurrency} if concurrency else {}
         if contestant.after is not None:
@@ -149,7 +149,7 @@ async def one_round(
     return run
 
 
-async def take_turns(
+async def alternate(
     stage: Stage,
     contestants: Sequence[Contestant],
     requests_of: Callable[[int], Sequence[Request]],
@@ -159,12 +159,12 @@ async def take_turns(
     limits: Limits | None = None,
     cooldown_s: float = 0.0,
 ) -> None:
-    """A warm-up each, then `rounds` times every arm in turn, with the same requests. An arm that broke sits out.
+    """Warm up each arm, then run every arm in turn `rounds` times, with the same requests. A broken arm is skipped.
 
-    `cooldown_s`: rest between two arms, for what an arm's processes still do after its last call.
+    `cooldown_s`: pause between two arms, for work that an arm's processes still do after its last call.
     """
     for contestant in contestants:
-        await one_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
+        await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
     for number in range(1, rounds + 1):
         if stage.options.ends_at is not None and time.monotonic() > stage.options.ends_at:
             stage.report.settings.setdefault("rounds cut short", []).append(f"{number - 1} of {rounds}: time was up")
@@ -172,21 +172,22 @@ async def take_turns(
         requests = requests_of(number)
         for contestant in contestants:
             if not contestant.arm.problem:
-                await one_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
+                await run_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
                 await asyncio.sleep(cooldown_s)
     setup = stage.options.setup
     check_answers(stage.report, contestants, exact=setup is None or setup.exact)
 
 
 def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: bool = True) -> None:
-    """Every answer has the tokens that were asked for, and equal requests had equal texts on every arm.
+    """Check that every answer has the requested number of tokens, and that equal requests gave equal texts on every
+    arm.
 
-    Not `exact`: the texts are counted, but differences are no problem.
+    Not `exact`: texts are counted, but differences are not a problem.
     """
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
         if short:
-            report.problems.append(f"{contestant.arm.name}: {short} answers had not the number of tokens asked for")
+            report.problems.append(f"{contestant.arm.name}: {short} answers do not have the requested number of tokens")
     ran = [contestant for contestant in contestants if contestant.runs]
     for other in ran[1:]:
         reference = ran[0]
@@ -202,7 +203,7 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
 def per_round(
     one: Contestant | None, other: Contestant | None, value: Callable[[Round], float | None]
 ) -> tuple[list[float], list[float]]:
-    """The values of both arms in the rounds in which both have one."""
+    """Values of both arms, for the rounds in which both have one."""
     if one is None or other is None:
         return [], []
     theirs = {r.number: value(r) for r in other.arm.rounds}
@@ -212,17 +213,17 @@ def per_round(
 
 
 def rounds_of(options: Options) -> int:
-    """As many as asked for, else as many as a bound needs."""
+    """The requested number of rounds, else the number that a bound needs."""
     return options.rounds or MIN_ROUNDS
 
 
 def unbind() -> None:
-    """Give this process all its cores back: what it starts inherits them."""
+    """Bind this process to all its cores again: processes that it starts inherit them."""
     pin_driver(AVAILABLE)
 
 
 def cores(bound: bool) -> tuple[list[int], list[int], list[int]] | None:
-    """Cores for what is measured, for engines, and for the driver; None where nothing is to be bound."""
+    """Cores for the measured processes, for engines, and for the driver; None if nothing is to be bound."""
     there = AVAILABLE
     if not bound or len(there) < 2:
         return None

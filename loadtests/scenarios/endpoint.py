@@ -1,4 +1,4 @@
-"""Endpoint: load a server that runs already, over the face that its address names, in an open or a closed loop."""
+"""Endpoint: load a running server over the API that its address names, in an open or a closed loop."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from loadtests.faces.session import Sessions
 from loadtests.figures import mean, plain_figure
 from loadtests.records import Slo
 from loadtests.report import Report
-from loadtests.scenarios.common import Contestant, one_round
+from loadtests.scenarios.common import Contestant, run_round
 from loadtests.show import Screen
 
 SCHEMES = ("grpc", "session", "http", "ray")
 
 
 class BadEndpoint(ValueError):
-    """No such face, or nobody answers there; the message says what was tried."""
+    """Unknown API, or no server at the address; the message says what was tried."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this scenario."""
+    """Add the options of this scenario."""
     add = parser.add_argument
     add("--endpoint", required=True, help="grpc://HOST:PORT, session://HOST:PORT, http://HOST:PORT or ray://HOST:PORT")
     add("--model", default="default")
-    add("--application", default="", help="of Ray Serve, for ray://")
+    add("--application", default="", help="application of Ray Serve, for ray://")
     add("--method", default="", help="full path of the streaming method, for grpc:// and ray://")
     add("--api-key", default="", help="for http://")
     add("--dataset", default="fixed", help=f"one of {', '.join(datasets.NAMES)}")
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=100)
     add("--prompt-words", type=int, default=64)
     add("--groups", type=int, default=8, help="shared prefixes, for the dataset `prefixes`")
-    add("--tokens", type=int, default=64, help="of each answer; traces say their own, at most this many if given")
-    add("--scale", type=float, default=1.0, help="of a trace's lengths")
+    add("--tokens", type=int, default=64, help="tokens of each answer; an upper bound for traces, which have their own")
+    add("--scale", type=float, default=1.0, help="factor for a trace's lengths")
     add("--complete", action="store_true", help="completion instead of chat")
-    add("--concurrency", default="", help="closed loop: calls at once; several, as 1,8,64, make a sweep")
+    add("--concurrency", default="", help="closed loop: concurrent calls; a list such as 1,8,64 makes a sweep")
     add("--rate", type=float, help="open loop: calls a second")
     add("--cv", type=float, default=1.0, help="open loop: burstiness of the gaps; 1 is Poisson")
-    add("--speed", type=float, help="open loop: replay the trace's own arrival times, so many times as fast")
+    add("--speed", type=float, help="open loop: replay the trace's own arrival times, this many times as fast")
     add("--slo-ttft-ms", type=float)
     add("--slo-tpot-ms", type=float)
     add("--slo-e2e-ms", type=float)
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def face_of(arguments: argparse.Namespace) -> Face:
-    """The client of an address. Raises BadEndpoint."""
+    """Client for an address. Raises BadEndpoint."""
     scheme, separator, rest = arguments.endpoint.partition("://")
     host, colon, port = rest.rstrip("/").rpartition(":")
     if scheme not in SCHEMES or not separator:
         raise BadEndpoint(
-            f"endpoint {arguments.endpoint!r}: begins with none of {', '.join(s + '://' for s in SCHEMES)}"
+            f"endpoint {arguments.endpoint!r}: unknown scheme; expected one of {', '.join(s + '://' for s in SCHEMES)}"
         )
     if scheme == "http":
         return OpenAiSse(arguments.endpoint, arguments.model, api_key=arguments.api_key)
@@ -85,7 +85,7 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
         traced = traces.load(name, arguments.traces)[:count]
         requests = datasets.from_trace(traced, arguments.scale, seed, arguments.tokens)
         if arguments.speed is not None:
-            return requests, arrivals.replay([one.at_s for one in traced], arguments.speed)
+            return requests, arrivals.replay([request.at_s for request in traced], arguments.speed)
     elif arguments.speed is not None:
         raise ValueError(f"--speed replays a trace's arrivals: --dataset must be one of {', '.join(traces.TRACES)}")
     elif name == "mt-bench":
@@ -101,18 +101,18 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
 
 
 def levels(text: str) -> Sequence[int]:
-    """`1,8,64` as numbers. Raises ValueError."""
+    """Parse `1,8,64` to numbers. Raises ValueError."""
     try:
-        found = [int(part) for part in (text or "8").split(",")]
+        concurrencies = [int(part) for part in (text or "8").split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise ValueError(f"--concurrency {text!r}: expected numbers above 0, as 1,8,64")
-    return found
+        concurrencies = []
+    if not concurrencies or min(concurrencies) < 1:
+        raise ValueError(f"--concurrency {text!r}: expected integers above 0, such as 1,8,64")
+    return concurrencies
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, report: Report) -> None:
-    """One run, or one for each concurrency. Raises BadEndpoint where the first call finds nobody."""
+    """One run, or one for each concurrency. Raises BadEndpoint if the first call finds no server."""
     if arguments.requests < 1 or arguments.tokens < 1:
         raise ValueError("--requests and --tokens must be 1 or more")
     requests, due_s = requests_of(arguments)
@@ -124,13 +124,13 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
     face = face_of(arguments)
     arm = Contestant(report.arm(arguments.endpoint, f"{arguments.dataset} over {face.name}"), face, ())
     try:
-        await _greet(face, requests[0], arguments)
+        await _check_endpoint(face, requests[0], arguments)
         if due_s is not None:
-            await one_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
+            await run_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
         else:
             for number, concurrency in enumerate(concurrencies, 1):
                 if not arm.arm.problem:
-                    await one_round(arm, screen, number, requests, concurrency=concurrency, limits=limits)
+                    await run_round(arm, screen, number, requests, concurrency=concurrency, limits=limits)
     finally:
         await face.close()
     rates = [run.tokens / run.duration_s for run in arm.runs if run.tokens]
@@ -138,8 +138,8 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
         report.figures.append(plain_figure("tokens/s", mean(rates), "tokens/s", None, len(rates)))
 
 
-async def _greet(face: Face, first: Request, arguments: argparse.Namespace) -> None:
-    """One short call, so that a wrong address or model is one clear line and no run."""
+async def _check_endpoint(face: Face, first: Request, arguments: argparse.Namespace) -> None:
+    """Make one short call, so that a wrong address or model gives one clear line and no run."""
     try:
         async with asyncio.timeout(arguments.call_timeout_s):
             await face.run(replace(first, max_tokens=1), lambda text: None)

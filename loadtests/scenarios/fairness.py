@@ -1,8 +1,8 @@
-"""Fair turns between tenants: gap, shares, a quiet tenant beside a loud one, and what fairness costs.
+"""Fairness between tenants: gap, shares, a quiet tenant beside a loud one, and the cost of fairness.
 
-Eight simulated workers and one, two or eight gateways in virtual time; waiting room, order of turns, credits, accounts
+Eight simulated workers and one, two or eight gateways in virtual time; waiting room, fair queue, credits, accounts
 and routing are those of production (loadtests/sim). Reports come 100 ms late. Tenants' lengths are from public traces
-where those are there. Only the cost of a turn is measured on the clock.
+if those are present. Only the cost of queueing is measured in real time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEERS = "the peers scenario with all of this on"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Always-backlogged tenants in one world, as seen from outside. `gap` in U."""
+    """Results of a world in which all tenants always have calls waiting. `gap` in U."""
 
     gap: float
     share: float
@@ -55,8 +55,8 @@ class Crowd:
 
 
 @dataclass(frozen=True, slots=True)
-class Quiet:
-    """A quiet tenant's p99 time to the first token, and what the cluster served in weighted tokens a second."""
+class QuietTenant:
+    """A quiet tenant's p99 time to first token, and the cluster's throughput in weighted tokens a second."""
 
     ttft_s: float
     throughput: float
@@ -64,17 +64,17 @@ class Quiet:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one enqueue and one pick, p99 in µs."""
+    """Cost of one enqueue and one pick, p99 in µs."""
 
     few_us: float
     many_us: float
 
 
 async def play(stage: Stage) -> None:
-    """As many seeds as rounds, each through all worlds."""
+    """Run all worlds with as many seeds as rounds."""
     rounds, seed = rounds_of(stage.options), stage.options.seed
     if not from_traces():
-        stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: lengths are made up, like theirs")
+        stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: using similar synthetic lengths")
     costs = []
     for number in range(1, rounds + 1):
         costs.append(Cost(turn_us(FEW, seed + number), turn_us(MANY, seed + number)))
@@ -98,12 +98,12 @@ async def play(stage: Stage) -> None:
         "workers": 8,
         "seeds": seeds,
         "traces": from_traces(),
-        "crowds": {str(g): [repr(one) for one in runs] for g, runs in crowds.items()},
-        "fifo": [repr(one) for one in others],
-        "quiet (alone, fair, fifo)": [repr(one) for one in ttfts],
+        "crowds": {str(g): [repr(result) for result in runs] for g, runs in crowds.items()},
+        "fifo": [repr(result) for result in others],
+        "quiet (alone, fair, fifo)": [repr(result) for result in ttfts],
         "turn_us (10 tenants, 10,000)": [(c.few_us, c.many_us) for c in costs],
     }
-    if any(one.promised_over_room > 0 for runs in crowds.values() for one in runs):
+    if any(result.promised_over_room > 0 for runs in crowds.values() for result in runs):
         stage.report.problems.append("credits exceeded a worker's room")
     add_figures(stage, crowds, others, ttfts, costs)
 
@@ -112,13 +112,13 @@ def add_figures(
     stage: Stage,
     crowds: dict[int, list[Crowd]],
     fifo: Sequence[Crowd],
-    ttfts: Sequence[tuple[Quiet, Quiet, Quiet]],
+    ttfts: Sequence[tuple[QuietTenant, QuietTenant, QuietTenant]],
     costs: Sequence[Cost],
 ) -> None:
-    """The table of the scenario."""
+    """Add the scenario's table."""
     two, rounds = crowds[2], len(fifo)
-    gap_of_fifo = sum(one.gap for one in fifo) / rounds
-    share_of_fifo = sum(one.share for one in fifo) / rounds
+    gap_of_fifo = sum(result.gap for result in fifo) / rounds
+    share_of_fifo = sum(result.share for result in fifo) / rounds
     figures = stage.report.figures
 
     def plain(name: str, values: Sequence[float], unit: str, bound: Bound, note: str = "") -> None:
@@ -149,7 +149,7 @@ def add_figures(
 
 
 def lengths(name: str, seed: int, longest: bool = False) -> list[Lengths]:
-    """A trace's, or made up ones like them where the traces are absent."""
+    """Lengths of a trace, or similar synthetic ones if the traces are absent."""
     try:
         pairs = [(t.prompt_tokens, t.output_tokens) for t in traces.load(name)]
     except traces.NoData:
@@ -168,66 +168,66 @@ def from_traces() -> bool:
 
 
 def tenants(seed: int) -> list[SimTenant]:
-    """Twelve: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
+    """Twelve tenants: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
     kinds = (
         ("code", lengths("azure-code", seed)),
         ("chat", lengths("azure-conv", seed)),
         ("long", lengths("azure-conv", seed, longest=True)),
     )
     return [
-        SimTenant(f"{name}-{i}", some, backlog=20, weight=1 + i % 2, gateways=None if i < 2 else (i,))
-        for name, some in kinds
+        SimTenant(f"{name}-{i}", kind_lengths, backlog=20, weight=1 + i % 2, gateways=None if i < 2 else (i,))
+        for name, kind_lengths in kinds
         for i in range(4)
     ]
 
 
 def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
-    """Everybody always has calls waiting."""
-    them = tenants(seed)
-    weights = {tenant.name: tenant.weight for tenant in them}
-    world = World(WorldConfig(them, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
-    seen = world.observer
+    """A world in which every tenant always has calls waiting."""
+    population = tenants(seed)
+    weights = {tenant.name: tenant.weight for tenant in population}
+    world = World(WorldConfig(population, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
+    observer = world.observer
     return Crowd(
-        gap=seen.largest_gap(list(weights), weights, 0.0) / seen.unit(),
-        share=seen.smallest_share(list(weights), weights, 0.0),
-        throughput=seen.throughput(SETTLE_S),
-        hit_rate=seen.hit_rate(),
+        gap=observer.largest_gap(list(weights), weights, 0.0) / observer.unit(),
+        share=observer.smallest_share(list(weights), weights, 0.0),
+        throughput=observer.throughput(SETTLE_S),
+        hit_rate=observer.hit_rate(),
         engine_waiting=max(worker.most_waiting for worker in world.workers),
-        beside_room_s=seen.longest_beside_room_s,
-        promised_over_room=seen.most_promised_over_room,
+        beside_room_s=observer.longest_beside_room_s,
+        promised_over_room=observer.most_promised_over_room,
     )
 
 
-def quiet_ttft(seed: int) -> tuple[Quiet, Quiet, Quiet]:
-    """Alone, beside the loud one by fair turns, and beside it first come first served."""
+def quiet_ttft(seed: int) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
+    """A quiet tenant alone, beside the loud one with fairness, and beside it first come first served."""
     quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
     out = []
-    for them, fair in (([quiet], True), ([quiet, loud], True), ([quiet, loud], False)):
-        config = WorldConfig(them, fair=fair, seed=seed)
+    for population, fair in (([quiet], True), ([quiet, loud], True), ([quiet, loud], False)):
+        config = WorldConfig(population, fair=fair, seed=seed)
         config = replace(config, engine=replace(config.engine, max_num_seqs=64))
-        seen = World(config).run(QUIET_S).observer
-        out.append(Quiet(seen.ttft("quiet", 0.99, SETTLE_S), seen.throughput(SETTLE_S)))
+        observer = World(config).run(QUIET_S).observer
+        out.append(QuietTenant(observer.ttft("quiet", 0.99, SETTLE_S), observer.throughput(SETTLE_S)))
     return out[0], out[1], out[2]
 
 
-# ---- the clock
+# ---- real time
 
 
 def turn_us(count: int, seed: int) -> float:
-    """p99 of one enqueue and one pick with QUEUED waiting, for so many tenants."""
+    """p99 of one enqueue and one pick with QUEUED sequences waiting, for `count` tenants."""
     rng = random.Random(seed)
     turns = FairOrders()
     room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)
     names = [f"tenant-{number}" for number in range(count)]
 
-    def one(number: int) -> WaitingSequence:
+    def waiting_sequence(number: int) -> WaitingSequence:
         tokens, output = rng.randrange(100, 2000), rng.randrange(20, 500)
         return WaitingSequence(str(number), "m", rng.choice(names), tokens, None, "standard", 0.0, 0, 0, output)
 
     for number in range(QUEUED):
-        room.admit(one(number), 0.0)
-    newcomers = [one(QUEUED + number) for number in range(OPERATIONS)]
+        room.admit(waiting_sequence(number), 0.0)
+    newcomers = [waiting_sequence(QUEUED + number) for number in range(OPERATIONS)]
     order, live, times = turns.order("m"), list[str](), list[int]()
     gc.collect()
     gc.disable()
@@ -239,7 +239,7 @@ def turn_us(count: int, seed: int) -> float:
             times.append(time.perf_counter_ns() - began)
             if taken is not None:
                 live.append(taken.call_id)
-            if len(live) > LIVE:  # calls end, and what was predicted in vain is given back
+            if len(live) > LIVE:  # calls end, and their unused predicted service is given back
                 call_id = live.pop(rng.randrange(LIVE))
                 order.generated(call_id, rng.randrange(20, 500))
                 order.ended(call_id)

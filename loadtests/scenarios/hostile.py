@@ -1,4 +1,4 @@
-"""Attacks by strangers, tenants and routine procedures, and what everyone else notices of them.
+"""Attacks by anonymous clients, tenants and routine procedures, and their effect on everyone else.
 
 Parts, each a module of loadtests/hostile with its rows, in the order of the table. `--only PART` runs some of them.
 """
@@ -18,7 +18,7 @@ PARTS: tuple[str, ...] = (
     "links",
 )
 """Modules of loadtests/hostile."""
-NOT_ASKED = "not asked for (--only)"
+NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
@@ -37,10 +37,10 @@ def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> F
 
 
 async def play(stage: Stage) -> None:
-    """Run the parts that are wanted, and report their rows in the table's order."""
+    """Run the selected parts, and report their rows in the table's order."""
     for name in PARTS:
         part = cast(Part, importlib.import_module(f"loadtests.hostile.{name}"))
-        if not stage.options.wants(name):
+        if not stage.options.selects(name):
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in part.ROWS.items()]
             continue
         stage.screen.say(f"part {name}")
@@ -48,4 +48,4 @@ async def play(stage: Stage) -> None:
             stage.report.figures += await part.measure(stage)
         except (RuntimeError, DidNotStart, TimeoutError) as error:
             stage.report.problems.append(f"{name}: {error!r}")
-            stage.report.figures += [missing(row, bound, f"part {name} broke off") for row, bound in part.ROWS.items()]
+            stage.report.figures += [missing(row, bound, f"part {name} failed") for row, bound in part.ROWS.items()]

@@ -1,8 +1,8 @@
 """Hosts: the rendered chart on network namespaces as hosts, under load, while its parts die, are cut off and rolled.
 
-The cluster is brought up once; every event of hosts/events.py is played over the same streams, then `engine` adds a
-real one over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
-`--concurrency` is what each simulated worker takes.
+The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a
+real engine over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
+`--concurrency` is the number of sequences that each simulated worker takes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from loadtests.hosts import cluster as clusters
 from loadtests.hosts import engine as engines
 from loadtests.hosts import load as loads
 from loadtests.hosts.cluster import TENANT, Cluster, Size
-from loadtests.hosts.events import EVENTS, NotWhole, Play, Shown, shown
+from loadtests.hosts.events import EVENTS, EpisodeResults, NotWhole, Play, evaluate
 from loadtests.hosts.load import Call, Load
 from loadtests.scenarios.common import Stage
 
 SHARE = 0.7
 BOOKS_S = 25.0
-"""A record waits for the counts of a worker that is gone for ten seconds."""
+"""A record waits ten seconds for the counts of a lost worker."""
 NOTHING_CAME_S = 1.0
-"""So long only a call waits for its first piece whose gateway was lost with it."""
+"""Only a call whose gateway was lost with it waits this long for its first piece."""
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"
 OF_EVENT = "the same at `{}`"
@@ -45,19 +45,19 @@ WAYS_OUT = "namespaces that reached an address outside"
 _NONE, _SILENCE, _CAPACITY, _ONE = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0), Bound(">=", 1.0)
 NODE_LOSSES = ("node",)
 ALLOWED = "STORE_UNAVAILABLE"
-"""While the database is away for longer than store.stale_after_s, which is a day: so here nothing is allowed."""
+"""Error allowed while the database is away for longer than store.stale_after_s. That is a day, so here none is."""
 
 
 async def play(stage: Stage) -> None:
-    """Bring the cluster up, play the events that are wanted, and tell what each has shown."""
+    """Start the cluster, play the selected events, and report what each has shown."""
     if os.geteuid():
         raise RuntimeError("network namespaces need root")
     options = stage.options
-    size = Size(seats=options.concurrency) if options.concurrency else Size()
+    size = Size(max_num_seqs=options.concurrency) if options.concurrency else Size()
     speed = options.speed or 1.0
-    wanted = [name for name in EVENTS if options.wants(name)]
+    wanted = [name for name in EVENTS if options.selects(name)]
     stage.report.settings["hosts"] = {
-        "workers": size.workers, "seats of each": size.seats, "capacity of each": size.capacity // size.workers,
+        "workers": size.workers, "seats of each": size.max_num_seqs, "capacity of each": size.capacity // size.workers,
         "share": SHARE, "speed": speed, "streams s": [loads.SHORTEST_S / speed, loads.LONGEST_S / speed],
         "stand-ins": "KubeRay's command lines, the kubelet's restarts and probes, the DNS, the API's Leases",
     }  # fmt: skip
@@ -68,19 +68,19 @@ async def play(stage: Stage) -> None:
             stage.screen.say(f"the cluster is up after {time.monotonic() - began:.0f} s")
             stage.report.settings["hosts"]["processors"] = cluster.processors
             stage.report.settings["hosts"]["up after s"] = round(time.monotonic() - began, 1)
-            ways_out = dict(await asyncio.to_thread(cluster.fabric.ways_out))
+            ways_out = dict(await asyncio.to_thread(cluster.fabric.reachable_outside))
             if wanted:
                 await _events(stage, cluster, wanted, speed)
-            if options.wants(ENGINE):
+            if options.selects(ENGINE):
                 stage.screen.say("part engine")
                 stage.report.figures += await _engine(stage, cluster)
     except (RuntimeError, DidNotStart) as error:
         stage.report.problems.append(str(error))
         if not stage.report.figures:
             rows = {FAILED: _NONE, SILENCE: _SILENCE, CAPACITY: _CAPACITY, BOOKS: _NONE, TEXTS: _NONE, MOVE: _NONE}
-            stage.report.figures += [missing(row, bound, "the run broke off") for row, bound in rows.items()]
+            stage.report.figures += [missing(row, bound, "the run failed") for row, bound in rows.items()]
     if ways_out is None:
-        stage.report.figures.append(missing(WAYS_OUT, _NONE, "the cluster did not come up"))
+        stage.report.figures.append(missing(WAYS_OUT, _NONE, "the cluster did not start"))
     else:
         stage.report.figures.append(_counted(WAYS_OUT, len(ways_out), _NONE, "namespaces", ", ".join(ways_out)))
 
@@ -111,68 +111,71 @@ async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: 
         await load.end()
     except asyncio.CancelledError as error:
         interrupted = error
-        await cluster.kubelet.drop(load.pod)
+        await cluster.kubelet.kill_for_good(load.pod)
         load.read()
-    seen = {episode.name: shown(load, episode) for episode in player.episodes}
-    stage.report.settings["events"] = {name: one.settings() for name, one in seen.items()}
+    results = {episode.name: evaluate(load, episode) for episode in player.episodes}
+    stage.report.settings["events"] = {name: result.settings() for name, result in results.items()}
     stage.report.settings["calls"] = len(load.calls)
-    stage.report.figures += _rows(load, seen)
+    stage.report.figures += _rows(load, results)
     if interrupted is None:
-        stage.report.figures.append(await _books(cluster, load.calls, stage.report.settings))
+        stage.report.figures.append(await _ledger_figure(cluster, load.calls, stage.report.settings))
     for call in [call for call in load.calls if call.error][:10]:
         stage.report.problems.append(f"call {call.id} failed after {call.ended - call.sent:.1f} s: {call.error[:300]}")
-    for one in seen.values():
-        if not one.episode.whole:
-            stage.report.problems.append(f"{one.episode.name}: the cluster was not whole again in time")
+    for result in results.values():
+        if not result.episode.whole:
+            stage.report.problems.append(f"{result.episode.name}: the cluster was not whole again in time")
     if interrupted is not None:
         raise interrupted
 
 
-def _rows(load: Load, seen: dict[str, Shown]) -> list[Figure]:
+def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
     failed = [call for call in load.calls if call.error]
     note = f"of {len(load.calls)} streams; {dict(Counter(call.error.split(':')[0] for call in failed))}"
     out = [_counted(FAILED, len(failed), _NONE, "calls", note)]
-    struck = {name: one for name, one in seen.items() if name != "calm" and one.calls}
-    worst = max(struck.values(), key=lambda one: one.ratio, default=None)
+    struck = {name: result for name, result in results.items() if name != "calm" and result.calls}
+    worst = max(struck.values(), key=lambda result: result.ratio, default=None)
     out.append(_worst(SILENCE, worst, _SILENCE) if worst else missing(SILENCE, _SILENCE, "no event was played"))
-    out += [_worst(OF_EVENT.format(name), one, None) for name, one in seen.items()]
-    beyond = [(s, name) for name, one in seen.items() if name in NODE_LOSSES and (s := one.beyond_s) is not None]
+    out += [_worst(OF_EVENT.format(name), result, None) for name, result in results.items()]
+    beyond = [
+        (s, name) for name, result in results.items() if name in NODE_LOSSES and (s := result.beyond_s) is not None
+    ]
     if beyond:
-        told = "; ".join(
-            f"{name}: {one.episode.capacity_s:.1f} s in all, engines started after {one.episode.engines_s:.1f} s"
-            for name, one in seen.items()
-            if name in NODE_LOSSES and one.episode.capacity_s and one.episode.engines_s
+        per_event = "; ".join(
+            f"{name}: {result.episode.capacity_s:.1f} s in all, engines started after {result.episode.engines_s:.1f} s"
+            for name, result in results.items()
+            if name in NODE_LOSSES and result.episode.capacity_s and result.episode.engines_s
         )
-        out.append(_counted(CAPACITY, max(beyond)[0], _CAPACITY, "s", told))
+        out.append(_counted(CAPACITY, max(beyond)[0], _CAPACITY, "s", per_event))
     else:
         out.append(missing(CAPACITY, _CAPACITY, "no node was lost, or its engines' start was not found"))
     differing = [call for call in load.calls if call.text]
     out.append(_counted(TEXTS, len(differing), _NONE, "streams", differing[0].text[:120] if differing else ""))
-    out.append(lost_in_move(seen.get(MOVING)))
+    out.append(lost_in_move(results.get(MOVING)))
     return out
 
 
-def lost_in_move(one: Shown | None) -> Figure:
-    """Of every stream that was under way in it: failed, or with another text than others."""
-    if one is None:
-        return missing(MOVE, _NONE, "it was not played")
-    if one.episode.moved is None:
+def lost_in_move(result: EpisodeResults | None) -> Figure:
+    """Streams lost of those in progress during the move: failed, or with another text than others."""
+    if result is None:
+        return missing(MOVE, _NONE, "the event was not played")
+    if result.episode.moved is None:
         return missing(MOVE, _NONE, "the model did not move")
-    if not one.moved:
-        return missing(MOVE, _NONE, "no stream had to go on elsewhere, which shows nothing")
-    lost = [call for call in one.calls if call.error or call.text]
-    note = f"of {len(one.calls)} streams, {one.moved} of which went on at the other one's workers"
+    if not result.moved:
+        return missing(MOVE, _NONE, "no stream had to be resumed, so nothing was measured")
+    lost = [call for call in result.calls if call.error or call.text]
+    note = f"of {len(result.calls)} streams, {result.moved} of which went on at the other one's workers"
     return _counted(MOVE, len(lost), _NONE, "streams", note)
 
 
-def _worst(name: str, one: Shown, bound: Bound | None) -> Figure:
+def _worst(name: str, result: EpisodeResults, bound: Bound | None) -> Figure:
     note = (
-        f"{one.episode.name}: {one.longest_gap_s * 1000:.0f} ms, detected in {one.episode.detected_s * 1000:.0f} ms, "
-        f"a prefill takes {one.prefill_s * 1000:.0f} ms (p99 of {one.prefills}); {len(one.failed)} failed, "
-        f"{one.resumed} of {len(one.calls)} went on elsewhere"
+        f"{result.episode.name}: {result.longest_gap_s * 1000:.0f} ms, "
+        f"detected in {result.episode.detected_s * 1000:.0f} ms, "
+        f"a prefill takes {result.prefill_s * 1000:.0f} ms (p99 of {result.prefills}); {len(result.failed)} failed, "
+        f"{result.resumed} of {len(result.calls)} resumed on another worker"
     )
-    met = None if bound is None else one.ratio <= bound.limit
-    return Figure(name, value=one.ratio, bound=str(bound) if bound else None, met=met, note=note)
+    met = None if bound is None else result.ratio <= bound.limit
+    return Figure(name, value=result.ratio, bound=str(bound) if bound else None, met=met, note=note)
 
 
 def _counted(name: str, value: float, bound: Bound, unit: str, note: str) -> Figure:
@@ -180,26 +183,26 @@ def _counted(name: str, value: float, bound: Bound, unit: str, note: str) -> Fig
 
 
 async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
-    found = await engines.play(cluster, stage.children, stage.folder, stage.options.seed)
-    calls = [*found.calls, *found.after]
+    results = await engines.play(cluster, stage.children, stage.folder, stage.options.seed)
+    calls = [*results.calls, *results.after]
     bad = [call for call in calls if call.error or call.text]
-    again_s, noticed_s = found.again_s, found.noticed_s
+    again_s, noticed_s = results.again_s, results.noticed_s
     stage.report.settings["engine"] = {
-        "up after s": round(found.up_s, 1), "ranks": list(found.ranks),
-        "calls": [len(found.calls), len(found.after)], "errors": sorted({call.error[:200] for call in bad}),
+        "up after s": round(results.up_s, 1), "ranks": list(results.ranks),
+        "calls": [len(results.calls), len(results.after)], "errors": sorted({call.error[:200] for call in bad}),
         "noticed s": noticed_s and round(noticed_s, 2), "again after heal s": again_s and round(again_s, 1),
     }  # fmt: skip
-    note = f"up {found.up_s:.0f} s after the upgrade; the cut was noticed after {noticed_s or float('nan'):.1f} s"
-    fewest = float(min(found.ranks))
+    note = f"up {results.up_s:.0f} s after the upgrade; the cut was noticed after {noticed_s or float('nan'):.1f} s"
+    fewest = float(min(results.ranks))
     return [
         Figure(RANKS, value=fewest, bound=str(_ONE), met=fewest >= 1.0, unit="ranks", note=note),
         _counted(RANKS_FAILED, len(bad), _NONE, "calls", f"of {len(calls)}"),
     ]
 
 
-async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
-    """Compare the ledger with what callers were told, once all records have had time to come."""
-    told = {call.id: call.completion for call in calls if not call.error}
+async def _ledger_figure(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
+    """Compare the ledger with what callers received, once all records have had time to arrive."""
+    reported = {call.id: call.completion for call in calls if not call.error}
     deadline = time.monotonic() + BOOKS_S
     while True:
         try:
@@ -209,18 +212,19 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
         tokens: dict[str, int] = defaultdict(int)
         for request_id, _, _, completion, _ in rows:
             tokens[request_id] += completion
-        lacking = [one for one in told if tokens[one] < told[one]]
+        lacking = [call_id for call_id in reported if tokens[call_id] < reported[call_id]]
         if not lacking or time.monotonic() > deadline:
             break
         await asyncio.sleep(1.0)
-    fewer = {one: [told[one], *(row[1:] for row in rows if row[0] == one)] for one in lacking}
-    more = {one: tokens[one] - told[one] for one in told if tokens[one] > told[one]}
-    settings["ledger"] = {"rows": len(rows), "calls": len(told), "too few": fewer, "too many": more}
-    # What was written to a gateway that is killed or cut off, and never reached its client, is made and counted again:
-    # resume.md. Of a call that it had just been sent that is all: nobody waits so long whose gateway is there.
-    whole = [call for call in calls if call.id in more and more[call.id] >= told[call.id]]
+    fewer = {call_id: [reported[call_id], *(row[1:] for row in rows if row[0] == call_id)] for call_id in lacking}
+    more = {call_id: tokens[call_id] - reported[call_id] for call_id in reported if tokens[call_id] > reported[call_id]}
+    settings["ledger"] = {"rows": len(rows), "calls": len(reported), "too few": fewer, "too many": more}
+    # Text written to a gateway that is killed or cut off, and that never reached its client, is computed and counted
+    # again: resume.md. That is the only reason for a call that was just sent; with a living gateway no call waits so
+    # long.
+    whole = [call for call in calls if call.id in more and more[call.id] >= reported[call.id]]
     gateways = {call.id: {row[2].partition(".")[0] for row in rows if row[0] == call.id} for call in whole}
-    anew = [one.id for one in whole if one.first - one.sent > NOTHING_CAME_S and len(gateways[one.id]) > 1]
+    anew = [call.id for call in whole if call.first - call.sent > NOTHING_CAME_S and len(gateways[call.id]) > 1]
     doubled = [call.id for call in whole if call.id not in anew]
     settings["ledger"]["whole"] = {
         call.id: {
@@ -232,6 +236,6 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
     }
     twice = f"{sum(more.values())} tokens of {len(more)} calls were made twice"
     if anew:
-        twice += f", {len(anew)} of which were begun anew, since nothing had come of them"
-    note = f"{len(told)} answered calls, {len(rows)} records; {twice}"
+        twice += f", {len(anew)} of which were begun again, since none of their text had arrived"
+    note = f"{len(reported)} answered calls, {len(rows)} records; {twice}"
     return _counted(BOOKS, len(lacking) + len(doubled), _NONE, "calls", note)

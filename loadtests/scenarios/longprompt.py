@@ -1,11 +1,12 @@
 """Long prompts: 220 KB of text a call at concurrency 50, 16 tokens out, over a simulated engine of 131,072 tokens.
 
-The engine's prefill takes no time, so what is seen is what stands before it: reading, tokenizing and handing on. Both
-sides tokenize, ours in the gateway, the peer in the server behind it, in threads. Nothing is bound to cores.
+The engine's prefill takes no time, so the measurement shows the work before it: reading, tokenizing and forwarding.
+Both
+sides tokenize in threads: ours in the gateway, the peer in the server behind it. Nothing is bound to cores.
 
-The prompts are drawn from a hundred words, as all of the load tests' are, and a tokenizer that encodes each distinct
-word once gains most on such. So the same is measured again with prose: Python's language reference, from a place of
-each prompt's own on. It is a tenth shorter, since the test's small vocabulary needs more tokens for it.
+The prompts are drawn from a hundred words, as in all load tests, which favours a tokenizer that encodes each distinct
+word once. So the measurement is repeated with prose: Python's language reference, from a different position for each
+prompt. It is a tenth shorter, since the test's small vocabulary needs more tokens for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from loadtests.processes import SIMULATED
 from loadtests.records import Run
 from loadtests.report import Round
 from loadtests.scenarios import relay
-from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, first_call, per_round, rounds_of
 from loadtests.serving import ours as serving
 
 PROMPT_BYTES, CONCURRENCY, CALLS, TOKENS = 220_000, 50, 100, 16
@@ -46,7 +47,7 @@ def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list
 
 
 def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
-    """Prose, each from a place of its own on."""
+    """Prose, each prompt from its own position on."""
     return [
         Request(
             f"prose-{seed}-{number}-{i}",
@@ -58,13 +59,13 @@ def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> l
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """An engine with room for every prompt at once, whose prefill takes a millisecond."""
+    """Source of an engine with capacity for every prompt at once, whose prefill takes a millisecond."""
     room = "max_model_len=131072&max_num_seqs=64&max_num_batched_tokens=16777216&kv_blocks=16384&block_size=1024"
     return f"sim://{model}?decode_ms=5&prefill_tokens_per_s=1e9&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, take turns, work out the rows."""
+    """Start both sides, alternate them, compute the rows."""
     options, report = stage.options, stage.report
     concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -77,40 +78,40 @@ async def play(stage: Stage) -> None:
     arms = relay.our_arms(stage, ours, (relay.GRPC,))
 
     async def stall(_: Run) -> dict[str, Any]:
-        return {"event_loop": await serving.ask_stalls(ours, stalls)}
+        return {"event_loop": await serving.read_stalls(ours, stalls)}
 
     for arm in arms:
         arm.after = stall
-    if options.wants(relay.ROUTER):
+    if options.selects(relay.ROUTER):
         _, port = await relay.start_sse_engine(stage, bundle, source)
         if (router := await relay.start_router(stage, port)) is not None:
             arms.append(router)
     report.settings |= {f"{stage.part}prompt_bytes": PROMPT_BYTES, f"{stage.part}concurrency": concurrency}
-    again: list[Contestant] = []
+    prose_arms: list[Contestant] = []
     try:
         (short,) = requests_of(options.seed, 999, 1, 1)
         ready = [arm for arm in arms if await first_call(arm, short)]
         if arms[0] in ready:
-            await serving.ask_stalls(ours, stalls)  # the gateway's start counts for no round
-        await take_turns(
+            await serving.read_stalls(ours, stalls)  # discards the stalls of the gateway's start
+        await alternate(
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip
-        again = [_with_prose(stage, arm) for arm in ready]
-        await take_turns(
-            stage, again, lambda number: prose_requests(options.seed, number, tokens),
+        prose_arms = [_with_prose(stage, arm) for arm in ready]
+        await alternate(
+            stage, prose_arms, lambda number: prose_requests(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,
         )  # fmt: skip
     finally:
         for arm in arms:
             await arm.face.close()
-    by_name = {arm.arm.name: arm for arm in (*arms, *again)}
+    by_name = {arm.arm.name: arm for arm in (*arms, *prose_arms)}
     report.figures += figures(stage, by_name, "", RATE, STALL)
     report.figures += figures(stage, by_name, WITH_PROSE, PROSE_RATE, PROSE_STALL)
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """The same servers, for the other prompts."""
+    """The same servers, for the prose prompts."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 
@@ -133,5 +134,5 @@ def figures(stage: Stage, arms: dict[str, Contestant], suffix: str, rate_name: s
     return [rate, plain_figure(stall_name, interval, "ms", STALL_BOUND, len(worst_ms), note=note)]
 
 
-def _rate(one: Round) -> float | None:
-    return len(one.run.good) / one.run.duration_s if one.run.good else None
+def _rate(round_: Round) -> float | None:
+    return len(round_.run.good) / round_.run.duration_s if round_.run.good else None

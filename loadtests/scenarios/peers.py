@@ -1,7 +1,8 @@
-"""Peers: ours beside what others use, on one tiny model with one set of engine settings, in turns.
+"""Peers: ours beside other serving stacks, on one tiny model with one set of engine settings, alternating.
 
-vLLM's own OpenAI server stands alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
-proxy and its direct ingress (e) stand over a plain vLLM deployment; ours (f, g, h) is a gateway process and a worker
+vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
+proxy and its direct ingress (e) run in front of a plain vLLM deployment; ours (f, g, h) is a gateway process and a
+worker
 process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one core,
 all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt,
 startup and processes.
@@ -28,7 +29,7 @@ from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import ENGINE, classify, pin, pin_driver
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, processes, relay, startup
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
+from loadtests.scenarios.common import Contestant, Stage, alternate, cores, first_call, per_round, rounds_of, unbind
 from loadtests.scenarios.relay import GRPC, HTTP, SESSION
 from loadtests.serving import ours as serving
 from loadtests.serving import ray_serve
@@ -36,15 +37,15 @@ from loadtests.serving import ray_serve
 SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
-"""At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
+"""Arm for a single stream only: the peers' HTTP client runs on the driver's loop, grpcio's through its own threads."""
 SERVER_LONE = "vLLM server, its rank in its core"
-"""At one stream alone: as ours has a single rank on CPUs (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
+"""Arm for a single stream only: a single rank on CPUs as ours has (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
-NOT_ASKED = "it was not asked for, or time was up"
+NOT_ASKED = "not selected, or out of time"
 SINGLES_SHARE = 0.35
-"""Of the time that is left, where it is bounded: for one stream, before 64."""
+"""Share of the remaining time, if it is bounded, for one stream, before 64."""
 COOLDOWN_S = 1.5
 """vLLM's rank processes poll at full speed for a second after their last step, on the core of the next arm's."""
 ENGINE_ARGUMENTS: dict[str, object] = {
@@ -83,28 +84,28 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """What a row compares, of one round."""
+    """Value of a round that a row compares."""
     if kind in ("p50", "p99"):
-        return lambda one: one.run.quantile("ttft_s", float(kind[1:]))
+        return lambda round_: round_.run.quantile("ttft_s", float(kind[1:]))
 
-    def cpu(one: Round) -> float | None:
-        seconds = one.usage.front_end_s() if kind == "front" else one.usage.whole_s()
-        if not one.run.tokens or not seconds:
+    def cpu(round_: Round) -> float | None:
+        seconds = round_.usage.front_end_s() if kind == "front" else round_.usage.whole_s()
+        if not round_.run.tokens or not seconds:
             return None
-        return one.run.tokens / seconds if kind == "yield" else seconds / one.run.tokens
+        return round_.run.tokens / seconds if kind == "yield" else seconds / round_.run.tokens
 
     return cpu
 
 
-class Field:
-    """The arms of this scenario as they come up; what does not start is told by its arm."""
+class TestBed:
+    """Arms of this scenario as they start; an arm that does not start records its problem."""
 
     def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
         self.stage = stage
         self.stack = stack
         self.arms: list[Contestant] = []
         self.singles: list[Contestant] = []
-        """Of arms that run at one stream alone."""
+        """Arms that run with a single stream only."""
         setup = stage.options.setup
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
         self.gpus = 0 if setup is None else setup.gpus
@@ -119,8 +120,8 @@ class Field:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
 
     async def add(self, name: str, description: str, start: Start) -> None:
-        """Start an arm and see it answer, or say why not."""
-        if not self.stage.options.wants(name):
+        """Start an arm and wait for its first answer, or record its problem."""
+        if not self.stage.options.selects(name):
             return
         arm: Arm = self.stage.arm(name, description)
         self.stage.screen.say(f"starting {name}")
@@ -135,7 +136,7 @@ class Field:
             self.arms.append(contestant)
 
     def bind(self) -> str:
-        """Engines to a core, front ends and driver to another."""
+        """Bind engines to one core, front ends and driver to another."""
         plan = cores(self.stage.options.pin)
         if plan is None:
             return "nothing was bound to cores"
@@ -150,40 +151,40 @@ class Field:
 
 
 async def play(stage: Stage) -> None:
-    """The engines' rows first, then the parts that need none."""
+    """Measure the engines' rows first, then the parts that need none."""
     setup = stage.options.setup
     kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
     model, bundle = await serving.prepare(stage.children, kind, stage.folder)
     async with AsyncExitStack() as stack:
-        field = Field(stage, stack)
-        await _with_vllm_server(field, model)
-        if not field.gpus:
-            await _lone_server(field, model)
-        await _ours(field, model, bundle)
+        bed = TestBed(stage, stack)
+        await _with_vllm_server(bed, model)
+        if not bed.gpus:
+            await _lone_server(bed, model)
+        await _ours(bed, model, bundle)
         async with AsyncExitStack() as proxy:
-            await _ray(field, proxy, RAY_PROXY, model, direct_ingress=False)
-            await _rounds(field)
-        field.arms = [arm for arm in field.arms if arm.arm.name == GRPC]
-        if stage.options.wants(RAY_DIRECT):
+            await _ray(bed, proxy, RAY_PROXY, model, direct_ingress=False)
+            await _rounds(bed)
+        bed.arms = [arm for arm in bed.arms if arm.arm.name == GRPC]
+        if stage.options.selects(RAY_DIRECT):
             unbind()
-            await _ray(field, stack, RAY_DIRECT, model, direct_ingress=True)
-            await _rounds(field, part="beside direct ingress: ")
+            await _ray(bed, stack, RAY_DIRECT, model, direct_ingress=True)
+            await _rounds(bed, part="beside direct ingress: ")
         for child in stage.children.started:
             await child.stop()
     if setup is None:
         await _parts(stage)
 
 
-async def _with_vllm_server(field: Field, model: Path) -> None:
-    stage, name = field.stage, serving.MODEL
+async def _with_vllm_server(bed: TestBed, model: Path) -> None:
+    stage, name = bed.stage, serving.MODEL
     environment = stage.options.peers
-    if not any(stage.options.wants(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
+    if not any(stage.options.selects(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
         return
     try:
-        server, port = await peers.vllm_server(stage.children, name, model, field.engine, field.environment)
+        server, port = await peers.vllm_server(stage.children, name, model, bed.engine, bed.environment)
     except DidNotStart as error:
         for arm in (SERVER, ROUTER, SMG, LITELLM):
-            stage.arm(arm, "vLLM's own server, or a router before it").problem = str(error)
+            stage.arm(arm, "vLLM's own server, or a router in front of it").problem = str(error)
         return
     behind = (server.child.pid, server.child.kind)
 
@@ -199,118 +200,116 @@ async def _with_vllm_server(field: Field, model: Path) -> None:
     async def alone() -> tuple[Face, list[tuple[int, str]]]:
         return OpenAiSse(server.url, name), [behind]
 
-    await field.add(SERVER, "vLLM's own OpenAI server, no gateway", alone)
-    await field.add(
-        ROUTER, "vllm-router, cache aware, before that server",
+    await bed.add(SERVER, "vLLM's own OpenAI server, no gateway", alone)
+    await bed.add(
+        ROUTER, "vllm-router, cache aware, in front of that server",
         before(lambda: peers.vllm_router(stage.children, environment, port)),
     )  # fmt: skip
-    await field.add(
-        SMG, "SMG, cache aware, before that server",
+    await bed.add(
+        SMG, "SMG, cache aware, in front of that server",
         before(lambda: peers.smg(stage.children, environment, port, model)),
     )  # fmt: skip
-    await field.add(
-        LITELLM, "LiteLLM's proxy, one worker, before that server",
+    await bed.add(
+        LITELLM, "LiteLLM's proxy, one worker, in front of that server",
         before(lambda: peers.litellm(stage.children, environment, port, name, stage.folder)),
     )  # fmt: skip
 
 
-async def _ours(field: Field, model: Path, bundle: Path) -> None:
-    stage = field.stage
-    if not any(stage.options.wants(arm) for arm in (GRPC, HTTP, SESSION)):
+async def _ours(bed: TestBed, model: Path, bundle: Path) -> None:
+    stage = bed.stage
+    if not any(stage.options.selects(arm) for arm in (GRPC, HTTP, SESSION)):
         return
-    arguments = {name: value for name, value in field.engine.items() if name != "enforce_eager"}
+    arguments = {name: value for name, value in bed.engine.items() if name != "enforce_eager"}
     try:
         ours = await serving.start(
             stage.children, stage.folder, bundle=bundle, source=str(model), engine=arguments,
-            environment=field.environment,
+            environment=bed.environment,
         )  # fmt: skip
     except DidNotStart as error:
         for arm in (GRPC, HTTP, SESSION):
             stage.arm(arm, "ours").problem = str(error)
         return
     for contestant in relay.our_arms(stage, ours):
-        field.stack.push_async_callback(contestant.face.close)
+        bed.stack.push_async_callback(contestant.face.close)
         if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]):
-            field.arms.append(contestant)
-    if stage.options.wants(GRPC):
+            bed.arms.append(contestant)
+    if stage.options.selects(GRPC):
         lean = GrpcLean(ours.grpc, ours.model, metadata=ours.metadata)
-        field.stack.push_async_callback(lean.close)
+        bed.stack.push_async_callback(lean.close)
         single = stage.report.arm(ONE + LEAN, "the same over the same port, without grpcio in the driver")
-        field.singles.append(Contestant(single, lean, ours.roots))
+        bed.singles.append(Contestant(single, lean, ours.roots))
 
 
-async def _lone_server(field: Field, model: Path) -> None:
-    stage = field.stage
-    if not stage.options.wants(SERVER_LONE):
+async def _lone_server(bed: TestBed, model: Path) -> None:
+    stage = bed.stage
+    if not stage.options.selects(SERVER_LONE):
         return
     stage.screen.say(f"starting {SERVER_LONE}")
     single = stage.report.arm(ONE + SERVER_LONE, "VLLM_ENABLE_V1_MULTIPROCESSING=0, which CpuPlatform reads")
-    environment = {**field.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**bed.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     try:
-        server, _ = await peers.vllm_server(stage.children, serving.MODEL, model, field.engine, environment)
+        server, _ = await peers.vllm_server(stage.children, serving.MODEL, model, bed.engine, environment)
     except DidNotStart as error:
         single.problem = str(error)
         return
     face = OpenAiSse(server.url, serving.MODEL)
-    field.stack.push_async_callback(face.close)
-    field.singles.append(Contestant(single, face, [(server.child.pid, server.child.kind)]))
+    bed.stack.push_async_callback(face.close)
+    bed.singles.append(Contestant(single, face, [(server.child.pid, server.child.kind)]))
 
 
-async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:
+async def _ray(bed: TestBed, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:
     async def start() -> tuple[Face, list[tuple[int, str]]]:
         serving_ray = await stack.enter_async_context(
             ray_serve.running(
-                field.stage.children, name.lower().replace(" ", "-"), model, field.engine, field.environment,
-                direct_ingress=direct_ingress, gpus=field.gpus,
+                bed.stage.children, name.lower().replace(" ", "-"), model, bed.engine, bed.environment,
+                direct_ingress=direct_ingress, gpus=bed.gpus,
             )
         )  # fmt: skip
         face = GrpcStream(serving_ray.address, serving.MODEL, metadata=serving_ray.metadata)
         return face, serving_ray.roots
 
-    await field.add(name, "Ray Serve over a plain AsyncLLM deployment, messages of the same proto over its gRPC", start)
+    await bed.add(name, "Ray Serve over a plain AsyncLLM deployment, messages of the same proto over its gRPC", start)
 
 
-async def _rounds(field: Field, part: str = "") -> None:
-    """One stream first, then 64, all arms in turns; the figures of the rows that these arms have."""
-    stage, options = field.stage, field.stage.options
+async def _rounds(bed: TestBed, part: str = "") -> None:
+    """One stream first, then 64, alternating all arms; adds the figures of the rows that these arms have."""
+    stage, options = bed.stage, bed.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
-    stage.report.settings[f"{part}cores"] = field.bind()
+    stage.report.settings[f"{part}cores"] = bed.bind()
     singles: list[Contestant] = []
     if not part:
-        stage.report.settings |= {"engine": dict(field.engine), "streams": streams, "rounds": rounds}
-        for arm in field.arms:
+        stage.report.settings |= {"engine": dict(bed.engine), "streams": streams, "rounds": rounds}
+        for arm in bed.arms:
             single = stage.report.arm(ONE + arm.arm.name, arm.arm.description)
             singles.append(Contestant(single, arm.face, arm.roots))
-        singles += field.singles
-        await take_turns(
-            stage.hurried(SINGLES_SHARE), singles,
+        singles += bed.singles
+        await alternate(
+            stage.with_share_of_time(SINGLES_SHARE), singles,
             lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
             rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
         )  # fmt: skip
-    turns = field.arms
+    turns = bed.arms
     if part:
-        turns = [dataclasses.replace(arm, arm=_renamed(stage, arm, part), runs=[]) for arm in field.arms]
+        turns = [dataclasses.replace(arm, arm=_renamed(stage, arm, part), runs=[]) for arm in bed.arms]
 
     def requests_of(number: int) -> list[Request]:
         return fixed(CALLS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
 
-    await take_turns(
-        stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S
-    )
+    await alternate(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S)
     if not part:
-        stage.report.figures += figures({arm.arm.name: arm for arm in (*field.arms, *singles)}, stage)
+        stage.report.figures += figures({arm.arm.name: arm for arm in (*bed.arms, *singles)}, stage)
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Ours runs again beside the late arm, under a name of its own."""
+    """A second run of our arm beside the late arm, under its own name."""
     if contestant.arm.name != GRPC:
         return contestant.arm
     return stage.report.arm(part + contestant.arm.name, contestant.arm.description)
 
 
 def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
-    """The rows that need an engine, in their order."""
-    told = {arm.name: arm.problem for arm in stage.report.arms}
+    """Rows that need an engine, in their order."""
+    problems = {arm.name: arm.problem for arm in stage.report.arms}
     out = []
     for title, ours, theirs, kind, bound in ROWS:
         pairs = per_round(arms.get(ours), arms.get(theirs), value_of(kind))
@@ -319,13 +318,13 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
             out.append(ratio_figure(title, *pairs, bound, scale=scale, difference_unit=unit))
         else:
             lacking = next((name for name in (ours, theirs) if name not in arms), ours)
-            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or NOT_ASKED
+            why = problems.get(lacking) or problems.get(lacking.removeprefix(ONE)) or NOT_ASKED
             out.append(missing(title, bound, f"{lacking} did not run: {why.splitlines()[0]}"))
     return out
 
 
 async def _parts(stage: Stage) -> None:
-    """The rows without an engine: the other scenarios, as parts of this one."""
+    """Measure the rows without an engine: the other scenarios, as parts of this one."""
     for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup), ("processes", processes)):
         unbind()
         folder = stage.folder / name

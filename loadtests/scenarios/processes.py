@@ -1,10 +1,10 @@
-"""Processes: whether a second gateway process on the same ports leaves the CPU time of a token what it was.
+"""Processes: does a second gateway process on the same ports change the CPU time per token?
 
-256 streams of a simulated engine at 20 ms a step over gRPC, by one gateway process and by two that share the port, in
-turns. Gateways are bound to one core, engines and driver to another. Each has a worker of its own, which links to
-every process: with two the same step goes out as two messages of half the tokens. What a process spends on a step, a
-beat and the wake-up of a sleeping client is the same for one token as for a hundred, so the one process also takes
-turns with half the streams: then each process has the same load, which is what a second one is started for.
+256 streams of a simulated engine at 20 ms a step over gRPC, by one gateway process and by two that share the port,
+alternating. Gateways are bound to one core, engines and driver to another. Each arm has its own worker, which links to
+every process: with two the same step is sent as two messages of half the tokens. A process spends the same on a step, a
+beat and the wake-up of a sleeping client for one token as for a hundred, so the one process is also measured
+with half the streams: then each process has the same load, which is the purpose of a second process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from loadtests.scenarios.common import (
     check_answers,
     cores,
     first_call,
-    one_round,
     per_round,
     rounds_of,
+    run_round,
 )
 from loadtests.scenarios.relay import LIMITS, PROMPT_WORDS, STEP_MS, STREAMS, TOKENS, relay_cpu, sim_source
 from loadtests.serving import ours as serving
@@ -34,12 +34,12 @@ BOUND = Bound("<=", 1.1)
 
 
 async def play(stage: Stage) -> None:
-    """Start both, take turns, work out the row."""
+    """Start both arms, alternate them, compute the row."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     sides: dict[str, serving.Ours] = {}
-    for name in filter(options.wants, COUNTS):
+    for name in filter(options.selects, COUNTS):
         sides[name] = await serving.start(
             stage.children, stage.folder, bundle=bundle, source=sim_source(model, options.seed), kind=SIMULATED,
             name=name.replace(" ", "-"), processes=COUNTS[name],
@@ -58,7 +58,7 @@ async def play(stage: Stage) -> None:
             for name, arm in ready.items():
                 own = requests[: max(streams // share[name], 1)]
                 if not arm.arm.problem:
-                    await one_round(
+                    await run_round(
                         arm, stage.screen, number, own, concurrency=len(own), limits=LIMITS, keep=number > 0
                     )
         check_answers(report, list(ready.values()))

@@ -1,7 +1,7 @@
-"""Relay: what a streamed token costs between engine and caller.
+"""Relay: cost of a streamed token between engine and caller.
 
 256 streams of a simulated engine at 20 ms a step, relayed by our gateway (link in; gRPC, HTTP or sessions out) and by
-vllm-router (SSE in, SSE out) in turns. What relays is bound to a core of its own, engines and driver to another.
+vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loadtests.faces.session import Sessions
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED, pin, pin_driver
 from loadtests.report import Round
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import Contestant, Stage, alternate, cores, first_call, per_round, rounds_of
 from loadtests.serving import ours as serving
 
 STREAMS, TOKENS, PROMPT_WORDS, STEP_MS = 256, 128, 24, 20
@@ -45,15 +45,15 @@ CLIENT_BOUND = Bound("<=", 0.4)
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """The engine of both sides: room for every stream, prefill that takes no time beside a step."""
+    """Source of the engine of both sides: capacity for every stream, negligible prefill time."""
     room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
-    """Our faces by these names, as many as this build has and the options want."""
-    roots, wanted = ours.roots, [name for name in names if stage.options.wants(name)]
+    """Clients of our APIs by these names, limited to those that this build has and the options select."""
+    roots, wanted = ours.roots, [name for name in names if stage.options.selects(name)]
     arms: list[Contestant] = []
     if GRPC in wanted:
         arm = stage.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
@@ -73,7 +73,7 @@ def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTT
 
 
 async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Child, int]:
-    """The simulated engine behind an OpenAI face. Raises DidNotStart."""
+    """Start the simulated engine behind an OpenAI API. Raises DidNotStart."""
     port = free_port()
     command = [sys.executable, "-m", "loadtests.serving.sse_engine", "--port", str(port), "--model", serving.MODEL]
     command += ["--bundle", str(bundle), "--source", source]
@@ -83,8 +83,8 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
-    """vllm-router before the engine at `port`; None with the arm's problem told where it does not start."""
-    arm = stage.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
+    """vllm-router in front of the engine at `port`; None, with the arm's problem recorded, if it does not start."""
+    arm = stage.arm(ROUTER, "vllm-router in front of the simulated engine's OpenAI API, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
     except (DidNotStart, peers.NoPeers) as error:
@@ -94,7 +94,7 @@ async def start_router(stage: Stage, port: int) -> Contestant | None:
 
 
 async def play(stage: Stage) -> None:
-    """Start all, take turns, work out the rows."""
+    """Start everything, alternate the arms, compute the rows."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -103,7 +103,7 @@ async def play(stage: Stage) -> None:
     arms = our_arms(stage, ours, (GRPC, RESUMABLE, HTTP, SESSION))
     router: Contestant | None = None
     engines = [ours.worker.pid]
-    if options.wants(ROUTER):
+    if options.selects(ROUTER):
         engine, port = await start_sse_engine(stage, bundle, source)
         engines.append(engine.pid)
         router = await start_router(stage, port)
@@ -113,7 +113,7 @@ async def play(stage: Stage) -> None:
     report.settings[f"{stage.part}cores"] = bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
     try:
         ready = [arm for arm in arms if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
-        await take_turns(
+        await alternate(
             stage, ready, lambda number: _requests(streams, tokens, options.seed, number),
             rounds=rounds, concurrency=streams, limits=LIMITS,
         )  # fmt: skip
@@ -128,7 +128,7 @@ def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request
 
 
 def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
-    """Bind what relays, engines and this process to cores of their own; returns where to."""
+    """Bind relaying processes, engines and this process to separate cores; return a description."""
     plan = cores(wanted)
     if plan is None:
         return "nothing was bound to cores"
@@ -138,16 +138,16 @@ def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
     for pid in engines:
         pin(pid, engine)
     pin_driver(driver)
-    return f"what relays on {relay}, engines on {engine}, driver on {driver}"
+    return f"relaying processes on {relay}, engines on {engine}, driver on {driver}"
 
 
-def relay_cpu(one: Round) -> float | None:
-    """CPU seconds a token of what relays: no engine is in it, simulated or not."""
-    return one.usage.front_end_s() / one.run.tokens if one.run.tokens else None
+def relay_cpu(round_: Round) -> float | None:
+    """CPU seconds per token of the relaying processes, without engines, simulated or not."""
+    return round_.usage.front_end_s() / round_.run.tokens if round_.run.tokens else None
 
 
 def figures(arms: dict[str, Contestant]) -> list[Figure]:
-    """The rows of this scenario, in their order."""
+    """Rows of this scenario, in their order."""
     out = []
     router = arms.get(ROUTER)
     for name in (GRPC, HTTP, SESSION):
@@ -159,7 +159,7 @@ def figures(arms: dict[str, Contestant]) -> list[Figure]:
         else missing(TOKENS_COST, TOKENS_BOUND, "one of the two did not run")
     )
     ours, theirs = per_round(
-        arms.get(SESSION), arms.get(GRPC), lambda one: one.run.driver_cpu_s / max(one.run.tokens, 1)
+        arms.get(SESSION), arms.get(GRPC), lambda round_: round_.run.driver_cpu_s / max(round_.run.tokens, 1)
     )
     out.append(
         ratio_figure(CLIENT, ours, theirs, CLIENT_BOUND, scale=1e6, difference_unit="µs/token")
@@ -178,7 +178,7 @@ def _relay_figure(name: str, ours: Contestant | None, router: Contestant | None)
             return missing(title, bound, f"{what} did not run{': ' + arm.arm.problem if arm else ''}")
     assert ours is not None
     values = per_round(ours, router, relay_cpu)
-    shares = [one.run.one_token_share or 0.0 for one in ours.arm.rounds]
+    shares = [round_.run.one_token_share or 0.0 for round_ in ours.arm.rounds]
     if min(shares) < LEAST_ONE_TOKEN_SHARE:
         return missing(title, bound, f"only {min(shares):.0%} of the pieces surely held one token: not comparable")
     note = f"at least {min(shares):.1%} of the pieces held one token"

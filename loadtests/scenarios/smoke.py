@@ -1,4 +1,4 @@
-"""Smoke: every face of ours once over a simulated engine, in seconds; no threshold on time. For CI."""
+"""Smoke: each of our APIs once over a simulated engine, in seconds; no threshold on time. For CI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loadtests.driver import Limits
 from loadtests.figures import Figure, missing, plain_figure
 from loadtests.figures import mean as mean_of
 from loadtests.records import Slo
-from loadtests.scenarios.common import Contestant, Stage, check_answers, first_call, one_round
+from loadtests.scenarios.common import Contestant, Stage, check_answers, first_call, run_round
 from loadtests.scenarios.relay import our_arms
 from loadtests.serving import ours as serving
 
@@ -18,7 +18,7 @@ SLO = Slo(ttft_s=2.0, tpot_s=0.5)
 
 
 async def play(stage: Stage) -> None:
-    """A closed loop and a bursty open loop on every face."""
+    """A closed loop and a bursty open loop on every API."""
     options = stage.options
     tokens, concurrency = options.tokens or TOKENS, options.concurrency or CONCURRENCY
     stage.report.slo = SLO
@@ -32,8 +32,8 @@ async def play(stage: Stage) -> None:
     try:
         for arm in arms:
             if await first_call(arm, closed[0]):
-                await one_round(arm, stage.screen, 1, closed, concurrency=concurrency, limits=LIMITS)
-                await one_round(arm, stage.screen, 2, bursty, due_s=due_s, limits=LIMITS)
+                await run_round(arm, stage.screen, 1, closed, concurrency=concurrency, limits=LIMITS)
+                await run_round(arm, stage.screen, 2, bursty, due_s=due_s, limits=LIMITS)
     finally:
         for arm in arms:
             await arm.face.close()

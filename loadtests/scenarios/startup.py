@@ -1,8 +1,8 @@
 """Start-up: from the gateway's exec to the first routed request, with a tokenizer of 128,000 pieces.
 
-A worker is there already and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker,
-load it, and route. The caller tries the port every few milliseconds, and asks again and again until the first text
-comes; a gRPC channel opened before the port is would wait a tenth of a second and more between its tries.
+A worker already runs and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker,
+load it, and route. The caller tries the port every few milliseconds, and repeats its call until the first text
+arrives; a gRPC channel opened before the port is would wait a tenth of a second and more between its attempts.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
         took = await _first_text(f"127.0.0.1:{clients}", key, began)
         await gateway.stop()
     if not modules.exists():
-        raise DidNotStart(f"the gateway did not tell its modules; its log ends:\n{gateway.tail()}")
+        raise DidNotStart(f"the gateway wrote no list of modules; its log ends:\n{gateway.tail()}")
     return took, json.loads(modules.read_text())
 
 
 async def _until_open(address: str, until: float) -> None:
-    """The port takes connections."""
+    """Wait until the port accepts connections."""
     host, port = address.rsplit(":", 1)
     while time.perf_counter() < until:
         with suppress(OSError):

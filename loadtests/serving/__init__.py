@@ -1,1 +1,1 @@
-"""The serving sides: what a scenario starts, and the programs it starts them with."""
+"""The serving sides: processes that a scenario starts, and their programs."""

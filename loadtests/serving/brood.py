@@ -1,10 +1,10 @@
-"""Program: simulated workers as processes of their own, each started again when it dies.
+"""Program: simulated workers, each in its own process and restarted when it dies.
 
     python -m loadtests.serving.brood --folder DIR --workers FILE [--restart-s 0.2]
 
-FILE holds a JSON list of command lines for loadtests.serving.worker. Everything is imported once and each worker is a
-fork of that, so that a worker that was killed is back in a moment, as real ones with a warm page cache are not. The
-pid of worker i that lives now is in DIR/i.pid.
+FILE holds a JSON list of command lines for loadtests.serving.worker. The program imports everything once and forks each
+worker, so that a killed worker is back at once, which real ones are not even with a warm page cache. DIR/i.pid has the
+pid of the current process of worker i.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import NoReturn
 from loadtests.serving import worker
 
 
-def be_worker(arguments: Sequence[str]) -> NoReturn:
-    """In the child: serve until the end."""
+def run_worker(arguments: Sequence[str]) -> NoReturn:
+    """Serve until the end, in the child process."""
     code = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,7 +37,7 @@ def be_worker(arguments: Sequence[str]) -> NoReturn:
         os._exit(code)
 
 
-class Brood:
+class WorkerPool:
     """Parent of the workers. Forks before any thread or channel exists in this process, and makes none."""
 
     def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
@@ -47,17 +47,17 @@ class Brood:
         self._living: dict[int, int] = {}
 
     def start(self, number: int) -> None:
-        """Fork one and tell its pid."""
+        """Fork a worker and write its pid."""
         pid = os.fork()
         if pid == 0:
-            be_worker(self._workers[number])
+            run_worker(self._workers[number])
         self._living[pid] = number
         scratch = self._folder / f"{number}.new"
         scratch.write_text(str(pid))
         scratch.rename(self._folder / f"{number}.pid")
 
     def run(self) -> None:
-        """Until SIGTERM."""
+        """Restart workers until SIGTERM."""
         signal.signal(signal.SIGTERM, self._stop)
         for number in range(len(self._workers)):
             self.start(number)
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--workers", type=Path, required=True)
     parser.add_argument("--restart-s", type=float, default=0.2)
     given = parser.parse_args()
-    Brood(given.folder, json.loads(given.workers.read_text()), given.restart_s).run()
+    WorkerPool(given.folder, json.loads(given.workers.read_text()), given.restart_s).run()
 
 
 if __name__ == "__main__":

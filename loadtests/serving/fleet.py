@@ -1,7 +1,7 @@
-"""One gateway and several simulated workers as processes of their own, each behind a relay that can be cut.
+"""One gateway and several simulated workers, each in its own process and behind a relay that can be cut.
 
-What a scenario of faults needs: it kills, stops and cuts workers, sees when the gateway has noticed, and they come
-back by themselves.
+Scenarios of faults use it to kill, stop and cut workers, and to see when the gateway has noticed; workers
+restart automatically.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from loadtests.children import Child, Children
 from loadtests.serving import tenants
 from loadtests.serving.ours import MODEL, READY_FILE, READY_S, authorization, configuration, exec_gateway
-from tests.support.cuttable import Cuttable, Way, cuttable
+from tests.support.cuttable import Cuttable, Direction, cuttable
 
 LOOK_S = 0.01
 UP_S = 30.0
@@ -30,7 +30,7 @@ REDIAL_MAX_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line of the gateway's log about a link. `at` is the wall clock's."""
+    """A line about a link in the gateway's log. `at` is wall-clock time."""
 
     at: float
     name: str
@@ -38,8 +38,8 @@ class Event:
     reason: str
 
 
-class News:
-    """What the gateway's log says of links, as it is written."""
+class LinkLog:
+    """Link events of the gateway's log, as they are written."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -49,21 +49,21 @@ class News:
         self._more = asyncio.Event()
 
     async def follow(self) -> None:
-        """Until cancelled."""
+        """Follow the log until cancelled."""
         with self._log.open("rb") as lines:
             rest = b""
             while True:
                 *whole, rest = (rest + lines.read()).split(b"\n")
                 for line in whole:
-                    self._line(line)
+                    self._handle_line(line)
                 await asyncio.sleep(LOOK_S)
 
-    def _line(self, line: bytes) -> None:
+    def _handle_line(self, line: bytes) -> None:
         if b'"worker_' not in line:
             return
-        told = json.loads(line)
-        at = datetime.fromisoformat(told["timestamp"]).timestamp()
-        event = Event(at, told["event"], told["worker"], told.get("reason", ""))
+        entry = json.loads(line)
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        event = Event(at, entry["event"], entry["worker"], entry.get("reason", ""))
         self.events.append(event)
         if event.name == "worker_up":
             self.up.add(event.worker)
@@ -71,12 +71,12 @@ class News:
             self.up.discard(event.worker)
         self._more.set()
 
-    def nudge(self) -> None:
-        """Let those look who wait for something that the log does not tell."""
+    def wake_waiters(self) -> None:
+        """Wake waiters whose condition does not depend on the log."""
         self._more.set()
 
     async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for news until it holds; False when it does not in time."""
+        """Wait for events until `holds` is true; False if it is not in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():
@@ -87,45 +87,45 @@ class News:
     async def downs(self, worker: str, since: float, timeout_s: float) -> Event | None:
         """The first loss of a worker's link after `since`."""
 
-        def found() -> Event | None:
+        def first_down() -> Event | None:
             return next(
                 (e for e in self.events if e.name == "worker_down" and e.worker == worker and e.at >= since), None
             )
 
-        await self.until(lambda: found() is not None, timeout_s)
-        return found()
+        await self.until(lambda: first_down() is not None, timeout_s)
+        return first_down()
 
 
 @dataclass(eq=False, slots=True)
 class SimWorker:
-    """One simulated worker, whatever process it is at the moment."""
+    """One simulated worker, across restarts of its process."""
 
     id: str
     relay: Cuttable
     pid_file: Path
-    cut: list[Way] = field(default_factory=list)
+    cut: list[Direction] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
-        """Of the process that lives now."""
+        """Pid of the current process."""
         return int(self.pid_file.read_text())
 
     def signal(self, number: signal.Signals) -> int:
-        """To the process that lives now; its pid."""
+        """Send a signal to the current process; return its pid."""
         pid = self.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return pid
 
-    def cut_way(self, down: bool, *, beats: bool) -> None:
-        """Nothing passes one way any longer, on all connections, or without `beats` on the first alone, the calls'."""
+    def cut_direction(self, down: bool, *, beats: bool) -> None:
+        """Block one direction on all connections or, without `beats`, only on the first, which carries the calls."""
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
         for way in self.cut:
             way.cut()
 
     def heal(self) -> None:
-        """What was cut passes again."""
+        """Unblock both directions."""
         for way in self.cut:
             way.heal()
         self.cut = []
@@ -133,51 +133,51 @@ class SimWorker:
 
 @dataclass(eq=False, slots=True)
 class Fleet:
-    """All of it, running."""
+    """The running fleet."""
 
     gateway: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
-    """By priority class, "" for the default."""
+    """API keys by priority class, "" for the default."""
     ledger: Path
     workers: list[SimWorker]
-    news: News
+    link_log: LinkLog
     model: str = MODEL
 
     @property
     def grpc(self) -> str:
-        """host:port."""
+        """host:port of the gRPC API."""
         return self.endpoints["grpc"]
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a gRPC call shows."""
+        """Credentials of a gRPC call."""
         return self.metadata_of("")
 
     def metadata_of(self, cls: str) -> tuple[tuple[str, str], ...]:
-        """The same of a tenant of a priority class."""
+        """Credentials of a tenant of a priority class."""
         return authorization(self.keys[cls])
 
     @property
     def gateway_pid(self) -> int:
-        """Of the gateway itself, not its guard."""
+        """Pid of the gateway itself, not of its guard."""
         return next(process.pid for process in self.gateway.commands())
 
     def relay(self) -> AbstractAsyncContextManager[Cuttable]:
-        """Between one worker and the gateway's link port."""
+        """Relay between one worker and the gateway's link port."""
         return cuttable(self.endpoints["link"])
 
     async def is_up(self) -> bool:
         """Whether every worker has its link."""
-        return await self.all_up(LOOK_S)
+        return await self.until_all_up(LOOK_S)
 
-    async def all_up(self, timeout_s: float = UP_S) -> bool:
+    async def until_all_up(self, timeout_s: float = UP_S) -> bool:
         """Wait until every worker has its link."""
         ids = {worker.id for worker in self.workers}
-        return await self.news.until(lambda: self.news.up >= ids, timeout_s)
+        return await self.link_log.until(lambda: self.link_log.up >= ids, timeout_s)
 
 
-async def begun_gateway(
+async def started_gateway(
     stack: AsyncExitStack,
     children: Children,
     home: Path,
@@ -186,7 +186,7 @@ async def begun_gateway(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> Fleet:
-    """A gateway that serves, with its log followed, and no workers yet. Raises DidNotStart."""
+    """Start a gateway and follow its log, without workers. Raises DidNotStart."""
     keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
@@ -197,10 +197,10 @@ async def begun_gateway(
 
     stack.push_async_callback(child.stop)
     await child.until(there, "it serves", READY_S)
-    news = News(child.log)
-    following = asyncio.create_task(news.follow())
+    link_log = LinkLog(child.log)
+    following = asyncio.create_task(link_log.follow())
     stack.callback(following.cancel)
-    return Fleet(child, json.loads(ready.read_text())["endpoints"], keys, home / "tenants" / "ledger.db", [], news)
+    return Fleet(child, json.loads(ready.read_text())["endpoints"], keys, home / "tenants" / "ledger.db", [], link_log)
 
 
 @asynccontextmanager
@@ -215,11 +215,13 @@ async def running(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
-    """A worker for each of `sources`; `gateway` more keys of its section; the processes end with the context. Raises
-    DidNotStart."""
+    """A fleet with a worker for each of `sources`; `gateway`: more keys of its section; the processes end with the
+    context.
+    Raises DidNotStart.
+    """
     home = folder / name
     async with AsyncExitStack() as stack:
-        fleet = await begun_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)
+        fleet = await started_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)
         shared = ["--name", MODEL, "--bundle", str(bundle), "--redial-max-s", str(REDIAL_MAX_S)]
         lines = []
         for i, source in enumerate(sources):

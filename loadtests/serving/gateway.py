@@ -1,11 +1,11 @@
 """Program: a gateway with a witness inside.
 
-    python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
-    python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
+python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
+python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
 
-`--modules` runs the command line as it is and writes the names of all imported modules at the end. `--stalls` runs
-the same gateway and watches its event loop every few milliseconds: how late it came at worst is written at every
-SIGUSR1, and how many tasks it has.
+`--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs
+the same gateway and samples its event loop every few milliseconds; at every SIGUSR1 it writes the worst lateness
+and the number of tasks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pathlib import Path
 
 TICK_S = 0.004
 BIN_S, BINS = 0.00005, 20_000
-"""How late is counted in bins, the last for a second and more: a witness that kept each tick would grow by itself."""
+"""Lateness is counted in bins, the last for a second and more: memory of single ticks would itself grow."""
 
 
 class Stalls:
-    """How late the loop runs what is due. `cpu_s`: the loop thread's own CPU time within the worst stall; where it is
+    """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall; if it is
     much shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the most
-    lateness that the process's own CPU time accounts for."""
+    lateness that the process's own CPU time accounts for.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,8 +39,8 @@ class Stalls:
         self._late = array("Q", bytes(8 * BINS))
 
     async def watch(self) -> None:
-        """Until cancelled."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
+        """Sample until cancelled."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._write_report)
         while True:
             due, cpu, used = time.perf_counter() + TICK_S, time.thread_time(), time.process_time()
             await asyncio.sleep(TICK_S)
@@ -49,9 +50,9 @@ class Stalls:
             if late > self._worst[0]:
                 self._worst = (late, time.thread_time() - cpu)
 
-    def _tell(self) -> None:
+    def _write_report(self) -> None:
         ticks = sum(self._late)
-        told: dict[str, float] = {
+        figures: dict[str, float] = {
             "worst_s": self._worst[0],
             "cpu_s": self._worst[1],
             "busy_s": self._busy_s,
@@ -59,16 +60,16 @@ class Stalls:
             "tasks": len(asyncio.all_tasks()),
         }
         upto = itertools.accumulate(self._late)
-        told["p99_s"] = next((BIN_S * i for i, count in enumerate(upto) if count > 0.99 * ticks), 0.0)
+        figures["p99_s"] = next((BIN_S * i for i, count in enumerate(upto) if count > 0.99 * ticks), 0.0)
         scratch = self._path.with_suffix(".new")
-        scratch.write_text(json.dumps(told))
+        scratch.write_text(json.dumps(figures))
         scratch.rename(self._path)
         self._busy_s = 0.0
         self._worst, self._late = (0.0, 0.0), array("Q", bytes(8 * BINS))
 
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
-    """What `headrace gateway` runs, and the watch in the same loop."""
+    """Run the gateway as `headrace gateway` does, with the witness in the same loop."""
     from cluster.cli.commands.processes import stop_on_signal
     from cluster.cli.common import read_config
     from cluster.gateway.server import run_gateway
@@ -92,7 +93,7 @@ async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: St
 
 
 def main() -> None:
-    """Read what stands before `--`, and hand on the rest."""
+    """Parse the options before `--`, and forward the rest."""
     at = sys.argv.index("--")
     parser = argparse.ArgumentParser()
     parser.add_argument("--modules", type=Path)

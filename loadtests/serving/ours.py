@@ -32,7 +32,7 @@ PREPARE_S = 120.0
 
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
-    """The model folder and the bundle folder of a kind (see serving.prepare), made when missing. Raises DidNotStart."""
+    """Model folder and bundle folder of a kind (see serving.prepare), created if missing. Raises DidNotStart."""
     name = Path(kind).name
     made = folder / name
     child = children.start(
@@ -48,9 +48,11 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Source parameters that let a simulated engine draw only tokens with text of their own: the longest run of
-    pieces of ASCII letters. With others a server rightly holds text back, and pieces hold two tokens on any of them.
-    And the salt, which only our side has, shapes no text, so that both sides' can be compared."""
+    """Source parameters that limit a simulated engine to tokens with their own text: the longest run of
+    pieces of ASCII letters. With other tokens a server rightly holds text back, so that pieces hold two tokens on
+    either
+    side. Also a salt, which only our side has, that shapes no text, so that both sides can be compared.
+    """
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
     longest = range(0)
@@ -71,8 +73,9 @@ def configuration(
     more: Mapping[str, object] | None = None,
     **addresses: str,
 ) -> str:
-    """A cluster.yaml for gateways on free ports of loopback, but for the listeners in `addresses`. Keys, limits and
-    ledger are those that tenants.make_key makes in `home`. `more` keys of the section gateway."""
+    """A cluster.yaml for gateways on free loopback ports, except for the listeners in `addresses`. Keys, limits and
+    ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway.
+    """
     gateway: dict[str, Any] = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
         "processes": processes,
@@ -95,7 +98,7 @@ def configuration(
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """A running gateway with its worker; `siblings` are further processes of it and their endpoints."""
+    """A running gateway with its worker; `siblings` are its further processes and their endpoints."""
 
     gateway: Child
     worker: Child
@@ -106,22 +109,22 @@ class Ours:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a gRPC call shows."""
+        """Credentials of a gRPC call."""
         return authorization(self.key)
 
     @property
     def grpc(self) -> str:
-        """host:port."""
+        """host:port of the gRPC API."""
         return self.endpoints["grpc"]
 
     @property
     def http(self) -> str:
-        """The root of the HTTP face, empty where this build has none."""
+        """Root URL of the HTTP API, empty if this build has none."""
         return f"http://{self.endpoints['http']}" if "http" in self.endpoints else ""
 
     @property
     def roots(self) -> list[tuple[int, str]]:
-        """For processes.snapshot."""
+        """Roots for processes.snapshot."""
         return [
             (child.pid, child.kind) for child in (self.gateway, *(child for child, _ in self.siblings), self.worker)
         ]
@@ -142,8 +145,9 @@ def exec_gateway(
     checkout: Path = ROOT,
     descriptors: int = 0,
 ) -> Child:
-    """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves.
-    `descriptors`: its hard limit of them, where it is not to be ours."""
+    """Start a gateway with its own empty folder; READY_FILE in `folder/name` is written once it serves.
+    `descriptors`: its hard limit of file descriptors, 0 for this process's own.
+    """
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
     (home / "cluster.yaml").write_text(text)
@@ -167,7 +171,7 @@ async def start_gateways(
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
 
-    `home` is where tenants.make_key has been. `witness`: options of serving.gateway.
+    `home`: the folder that tenants.make_key has filled. `witness`: options of serving.gateway.
     """
     text, out = configuration(MODEL, home, processes), []
     for process in range(processes):
@@ -198,8 +202,10 @@ async def start(
     checkout: Path = ROOT,
     descriptors: int = 0,
 ) -> Ours:
-    """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them; `checkout` is the source
-    tree that both run; `descriptors` is the gateway's hard limit of them. Raises DidNotStart."""
+    """Start gateway and worker, with the model ready. `source` and `engine`: as for serving.worker; `checkout`: the
+    source
+    tree that both run; `descriptors`: the gateway's hard limit of file descriptors. Raises DidNotStart.
+    """
     home = folder / f"{name}-tenants"
     key = await tenants.make_key(home)
     first, *siblings = await start_gateways(
@@ -239,14 +245,14 @@ async def start(
     return Ours(gateway, worker, endpoints, key, siblings=siblings)
 
 
-async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:
-    """The worst stall of the gateway's event loop since the last ask; needs the witness `--stalls path`."""
+async def read_stalls(ours: Ours, path: Path) -> dict[str, float]:
+    """Stalls of the gateway's event loop since the last call; needs the witness `--stalls path`."""
     path.unlink(missing_ok=True)
     for process in ours.gateway.commands():
         process.send_signal(signal.SIGUSR1)
     for _ in range(200):
         if path.exists():
-            told: dict[str, float] = json.loads(path.read_text())
-            return told
+            stalls: dict[str, float] = json.loads(path.read_text())
+            return stalls
         await asyncio.sleep(0.02)
-    raise RuntimeError("the gateway did not tell its stalls")
+    raise RuntimeError("the gateway wrote no stalls")

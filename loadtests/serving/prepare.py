@@ -1,6 +1,6 @@
-"""Program: make a checkpoint (or only a tokenizer) and its bundle. In a process of its own: it imports transformers.
+"""Program: make a checkpoint (or only a tokenizer) and its bundle. A separate process, since it imports transformers.
 
-    python -m loadtests.serving.prepare KIND FOLDER
+python -m loadtests.serving.prepare KIND FOLDER
 
 writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer` (the same
 without weights), `big` (a tokenizer of 128,000 pieces) or the folder of a checkpoint, which is used in place.
@@ -16,17 +16,17 @@ from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.support import checkpoints
 
 MAX_POSITION_TOKENS = 262_144
-"""Of tokenizers without weights: a simulated engine's context is not bounded by any model's."""
+"""Context of tokenizers without weights: a simulated engine's context has no bound from a model."""
 
 
 def main(kind: str, folder: Path) -> None:
-    """Write model and bundle; what is there stays."""
+    """Write model and bundle; existing ones stay."""
     model, bundle = folder / "model", folder / "bundle"
     if bundle.exists():
         return
     if kind == "llama":
         checkpoints.build_checkpoint("llama", model)
-        # Greedy and nothing else, on every face: the published models' sampling defaults are not what is measured.
+        # Greedy only, on every API: the published sampling defaults of models are not measured.
         _greedy(model)
     elif kind == "tokenizer":
         checkpoints.build_tokenizer("llama", model)
@@ -36,7 +36,7 @@ def main(kind: str, folder: Path) -> None:
     elif kind == "big":
         checkpoints.big_tokenizer(model)
     elif Path(kind).is_dir():
-        _borrow(Path(kind), model)
+        _link_files(Path(kind), model)
     else:
         raise SystemExit(f"unknown kind {kind!r}")
     build_bundle(model).save(bundle)
@@ -47,8 +47,8 @@ def _greedy(model: Path) -> None:
     (model / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}) + "\n")
 
 
-def _borrow(there: Path, model: Path) -> None:
-    """A folder of links to a checkpoint's files, but with no sampling defaults of its own."""
+def _link_files(there: Path, model: Path) -> None:
+    """Make a folder of links to a checkpoint's files, without its sampling defaults."""
     model.mkdir(parents=True, exist_ok=True)
     for file in there.iterdir():
         if file.name != "generation_config.json":

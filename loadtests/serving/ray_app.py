@@ -1,9 +1,9 @@
-"""Program: a plain vLLM deployment on a Ray that runs, behind Ray Serve's own gRPC proxy or its direct ingress.
+"""Program: a plain vLLM deployment on a running Ray, behind Ray Serve's own gRPC proxy or its direct ingress.
 
-    python -m loadtests.serving.ray_app --folder MODEL --engine JSON --grpc-port PORT --ready FILE
+python -m loadtests.serving.ray_app --folder MODEL --engine JSON --grpc-port PORT --ready FILE
 
-What a user of Ray Serve would write: AsyncLLM in a deployment whose method is a generator of messages. The messages
-are ours (cluster.v1), so that one driver speaks to both. Joins the Ray of RAY_ADDRESS, ends on SIGTERM.
+The deployment that a user of Ray Serve would write: AsyncLLM in a deployment whose method is a generator of messages.
+The messages are ours (cluster.v1), so that one driver serves both. Joins the Ray of RAY_ADDRESS, ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Plain:
         )
         call, tokens = uuid.uuid4().hex, 0
         async for output in self._llm.generate({"prompt_token_ids": ids}, sampling, call):
-            (one,) = output.outputs
-            tokens += len(one.token_ids)
-            delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=one.text), finish_reason=one.finish_reason or "")
+            (out,) = output.outputs
+            tokens += len(out.token_ids)
+            delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=out.text), finish_reason=out.finish_reason or "")
             chunk = pb.ChatChunk(id=call, model=request.model, choices=[delta])
             if output.finished:
                 chunk.usage.CopyFrom(pb.Usage(prompt_tokens=len(ids), completion_tokens=tokens))
@@ -69,7 +69,7 @@ class Plain:
 
 
 class Simulated:
-    """The simulated engine in its place. An answer's id begins with the pid of its replica."""
+    """The simulated engine in place of vLLM. An answer's id begins with the pid of its replica."""
 
     def __init__(self, source: str, bundle: str) -> None:
         from cluster.gateway.text.tokenizer import TextModel
@@ -96,7 +96,7 @@ class Simulated:
             self._started = asyncio.Event()
             self._stepping = asyncio.create_task(self._run())
         await self._started.wait()
-        ids = self._text.encode_chat([{"role": one.role, "content": one.content} for one in request.messages])
+        ids = self._text.encode_chat([{"role": m.role, "content": m.content} for m in request.messages])
         call, tokens = f"{os.getpid()}-{uuid.uuid4().hex}", 0
         outputs = self._outputs[call] = asyncio.Queue()
         sampling = Sampling(
@@ -124,7 +124,7 @@ class Simulated:
 
 
 def main() -> None:
-    """Deploy, say so, and stay until the end is asked for."""
+    """Deploy, write the ready file, and stay until SIGTERM."""
     parser = argparse.ArgumentParser()
     for name in ("folder", "engine", "ready"):
         parser.add_argument(f"--{name}", required=True)

@@ -1,4 +1,4 @@
-"""Ray Serve's own ingress over a plain vLLM deployment: a Ray of the load test's own, and the program on it."""
+"""Ray Serve's own ingress over a plain vLLM deployment, on a separate Ray."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ async def running(
     gpus: int = 0,
     simulated: Sequence[str] = (),
 ) -> AsyncIterator[RayServe]:
-    """Ray and the application, ended with the context. `simulated`: options of ray_app for simulated engines in place
-    of the real one. Raises DidNotStart."""
+    """Ray and the application, ended with the context. `simulated`: options of ray_app for simulated engines instead
+    of the real one. Raises DidNotStart.
+    """
     grpc_port, first = free_port(), free_port()
     variables = dict(environment)
     if direct_ingress:
@@ -76,8 +77,8 @@ async def running(
             str(free_port()),
             *simulated,
         ]
-        told = {"LOADTEST_ENGINE_ENVIRONMENT": json.dumps(dict(environment))}
-        app = children.start(name, DRIVER, command, {**variables, **local.environment(), **told})
+        engine_environment = {"LOADTEST_ENGINE_ENVIRONMENT": json.dumps(dict(environment))}
+        app = children.start(name, DRIVER, command, {**variables, **local.environment(), **engine_environment})
         await _until_ready(app, ready)
         address = f"127.0.0.1:{first if direct_ingress else grpc_port}"
         await _until_open(app, address)
@@ -111,7 +112,7 @@ async def _until_open(app: Child, address: str) -> None:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]):  # type: ignore[no-untyped-def]
-    """Ray's processes inherit this process's variables."""
+    """Set variables of this process, which Ray's processes inherit."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,9 +1,9 @@
-"""Program: the simulated engine as a plain OpenAI server, to stand behind the peers' routers.
+"""Program: the simulated engine as a plain OpenAI server, behind the peers' routers.
 
-    python -m loadtests.serving.sse_engine --port PORT --model NAME --bundle DIR --source sim:///folder?...
+python -m loadtests.serving.sse_engine --port PORT --model NAME --bundle DIR --source sim:///folder?...
 
-The same engine, seed, steps, tokenizer and detokenizer as behind our own gateway, so the texts must be equal; chunks
-are vLLM's, one a token. One process on a bare asyncio protocol; its CPU time counts for nobody.
+Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal; chunks
+are vLLM's, one per token. One process on a bare asyncio protocol; its CPU time is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _numbers = itertools.count(1)
 
 
 async def _encoded(encode: Callable[[Any], list[int]], what: Any, chars: int) -> list[int]:
-    """A long text in one of the loop's own threads, as vLLM's server does."""
+    """Tokenize a long text in one of the loop's threads, as vLLM's server does."""
     return await asyncio.to_thread(encode, what) if chars > ENCODE_OFFLOAD_CHARS else encode(what)
 
 
@@ -58,7 +58,7 @@ class Server:
         self._streams: dict[str, _Stream] = {}
 
     async def run(self) -> None:
-        """Step until cancelled; every step's tokens go out at once, a chunk each."""
+        """Step until cancelled; send every step's tokens at once, one chunk each."""
         while True:
             for output in await self.engine.step():
                 stream = self._streams.get(output.request_id)
@@ -89,7 +89,7 @@ class Server:
         stream.connection.chunk(event.encode(), last=ended)
 
     async def start(self, body: dict[str, Any], chat: bool, connection: Connection) -> str:
-        """Begin a call; its id in the engine. Raises ValueError or EngineRefused."""
+        """Begin a call; return its id in the engine. Raises ValueError or EngineRefused."""
         if chat:
             messages = body["messages"]
             ids = await _encoded(self.text.encode_chat, messages, sum(len(m["content"]) for m in messages))
@@ -120,7 +120,7 @@ class Server:
         return key
 
     async def abort(self, key: str) -> None:
-        """The caller has gone."""
+        """End the call of a caller that has gone."""
         if self._streams.pop(key, None) is not None:
             await self.engine.abort([key])
 
@@ -137,27 +137,27 @@ class Connection(asyncio.Protocol):
 
     @property
     def streaming(self) -> bool:
-        """Whether an answer is under way."""
+        """Whether an answer is in progress."""
         return bool(self._key)
 
     def cut(self) -> None:
-        """End the connection as a killed process does."""
+        """Abort the connection as a killed process does."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The caller has gone; its call is dropped."""
+        """Drop the call of a caller that has gone."""
         self._transport = None
         if self._key:
             self._task = asyncio.create_task(self._server.abort(self._key))
 
     def data_received(self, data: bytes) -> None:
-        """A request, or a part of one."""
+        """Handle a request, or a part of one."""
         self._buffer += data
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0:
@@ -177,15 +177,15 @@ class Connection(asyncio.Protocol):
             try:
                 self._key = await self._server.start(json.loads(body), path.endswith("chat/completions"), self)
             except (ValueError, KeyError, TypeError, EngineRefused) as error:
-                self._whole(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
+                self._send_response(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
         elif path == "/v1/models":
-            self._whole(200, {"object": "list", "data": [{"id": self._server.model, "object": "model"}]})
+            self._send_response(200, {"object": "list", "data": [{"id": self._server.model, "object": "model"}]})
         elif path in ("/health", "/ping", "/ready"):
-            self._whole(200, {})
+            self._send_response(200, {})
         else:
-            self._whole(404, {"error": {"message": f"no {path} here", "type": "not_found"}})
+            self._send_response(404, {"error": {"message": f"no {path} here", "type": "not_found"}})
 
-    def _whole(self, status: int, value: object) -> None:
+    def _send_response(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
         head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         if self._transport is not None:
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(arguments: argparse.Namespace) -> None:
-    """Until SIGTERM."""
+    """Serve until SIGTERM."""
     engine = SimEngine(SimConfig.from_source(arguments.source))
     await engine.start()
     server = Server(engine, TextModel.from_bundle(Bundle.load(Path(arguments.bundle))), arguments.model)
@@ -221,7 +221,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line and serve."""
+    """Parse the command line and serve."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     for name in ("model", "bundle", "source"):

@@ -1,7 +1,7 @@
-"""A tenant with a key and limits for our side of a load test, so that what a caller costs is measured whole.
+"""Tenant with a key and limits for our side of a load test, so that the full cost of a caller is measured.
 
-The peers check no keys; ours checks one at every call, asks limits that are never reached, takes turns, and writes a
-usage record into SQLite.
+The peers check no keys. Ours checks a key at every call, checks limits that are never reached, uses the fair queue, and
+writes a usage record into SQLite.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def sections(home: Path) -> dict[str, Any]:
 
 
 async def make_key(home: Path) -> str:
-    """Secrets, a ledger, a tenant that may use all, and its key."""
+    """Create secrets, a ledger and a tenant without limits on models; return its key."""
     return (await make_keys(home, ("",)))[""]
 
 

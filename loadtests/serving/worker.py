@@ -1,6 +1,6 @@
-"""Program: one worker without Ray, on the simulated engine or on vLLM, by the replica's own parts.
+"""Program: one worker without Ray, on the simulated engine or on vLLM, from the replica's own parts.
 
-    python -m loadtests.serving.worker --name MODEL --link HOST:PORT --bundle DIR --ready FILE --source SOURCE
+python -m loadtests.serving.worker --name MODEL --link HOST:PORT --bundle DIR --ready FILE --source SOURCE
 
 SOURCE is `sim:///folder?...`, or a model folder that vLLM loads with the arguments of --engine (JSON). The file
 --ready is written when the engine runs.
@@ -27,7 +27,7 @@ from cluster.worker.session import WorkerSession
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:
-    """The engine that the source names. vLLM is imported only for a model of its own."""
+    """Engine that the source names. vLLM is imported only for a model folder."""
     if arguments.source.startswith(SCHEME):
         return SimEngine(SimConfig.from_source(arguments.source))
     from cluster.worker.engine.vllm.engine import VllmEngine
@@ -45,7 +45,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
 
 
 async def serve(arguments: argparse.Namespace) -> None:
-    """Until SIGTERM, or the engine's end."""
+    """Serve until SIGTERM, or the engine's end."""
     engine = engine_of(arguments)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,13 +81,13 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser()
     for name in ("name", "link", "bundle", "ready", "source"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--engine", default="{}")
     parser.add_argument("--redial-max-s", type=float, default=Timing().redial_max_s)
-    parser.add_argument("--id", default="", help="of the worker, where there are several")
+    parser.add_argument("--id", default="", help="number of the worker, if there are several")
     return parser.parse_args(words)
 
 

@@ -1,4 +1,4 @@
-"""Answers of either side in one neutral form, and what is different between two of them."""
+"""Answers of both sides in one neutral form, and their differences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.differential.cases import Case
 from tests.support.calls import Answer as Refusal
 
 LOGPROB_TOLERANCE = 1e-4
-"""Of float32 log probabilities whose batches, chunks and cached blocks were different ones."""
+"""Tolerance of float32 log probabilities computed with different batches, chunks and cached blocks."""
 
 
 @dataclass
 class Choice:
-    """One of a call's outputs. `logprobs` in the side's own form; `token_ids` as far as the side tells them."""
+    """One output of a call. `logprobs`: in the side's own form; `token_ids`: if the side returns them."""
 
     text: str = ""
     finish_reason: str = ""
@@ -30,7 +30,7 @@ class Choice:
 
 @dataclass
 class Answer:
-    """What one side said. `refused`: the request was called a bad one, with these words."""
+    """Answer of one side. `refused`: the error message, if the request was rejected as invalid."""
 
     choices: list[Choice] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)
@@ -41,7 +41,7 @@ class Answer:
 
 
 async def ours(stub: Any, case: Case) -> Answer:
-    """Ask the gateway; a stream's pieces are put together."""
+    """Call the gateway; the pieces of a stream are joined."""
     method = f"{'Stream' if case.streamed else ''}{'Chat' if case.is_chat else 'Complete'}"
     answer = Answer(choices=[Choice(logprobs=[]) for _ in range(case.options.get("n", 1))])
     try:
@@ -82,7 +82,7 @@ def _add(to: Choice, choice: Any) -> None:
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """From the HTTP answer of vLLM's server."""
+    """Convert the HTTP answer of vLLM's server."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)
@@ -101,25 +101,25 @@ def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
     )
 
 
-# ---- compared
+# ---- comparison
 
 
 def differences(case: Case, peer: Answer, own: Answer) -> list[str]:
-    """What is not equal, in words; empty when all is."""
+    """Differences in words; empty if there are none."""
     if peer.refused or own.refused:
         return [] if peer.refused and own.refused else [f"refused: {peer.refused!r} against {own.refused!r}"]
-    found = _unequal("usage", peer.usage, own.usage)
-    found += _unequal("number of choices", len(peer.choices), len(own.choices))
+    problems = _unequal("usage", peer.usage, own.usage)
+    problems += _unequal("number of choices", len(peer.choices), len(own.choices))
     for i, (theirs, mine) in enumerate(zip(peer.choices, own.choices, strict=False)):
-        found += _unequal(f"choice {i} text", theirs.text, mine.text)
-        found += _unequal(f"choice {i} finish_reason", theirs.finish_reason, mine.finish_reason)
+        problems += _unequal(f"choice {i} text", theirs.text, mine.text)
+        problems += _unequal(f"choice {i} finish_reason", theirs.finish_reason, mine.finish_reason)
         if case.top_logprobs is None:
-            found += _unequal(f"choice {i} has log probabilities", False, bool(mine.logprobs))
+            problems += _unequal(f"choice {i} has log probabilities", False, bool(mine.logprobs))
         else:
-            found += _unequal(f"choice {i} token ids", theirs.token_ids, mine.token_ids)
+            problems += _unequal(f"choice {i} token ids", theirs.token_ids, mine.token_ids)
             compare = _chat_logprobs if case.is_chat else _complete_logprobs
-            found += [f"choice {i} {what}" for what in compare(case, theirs.logprobs, mine.logprobs)]
-    return found
+            problems += [f"choice {i} {what}" for what in compare(case, theirs.logprobs, mine.logprobs)]
+    return problems
 
 
 def _unequal(what: str, theirs: Any, mine: Any) -> list[str]:
@@ -136,48 +136,50 @@ def _near(what: str, theirs: float, mine: float) -> list[str]:
 
 
 def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """`logprobs.content`: text or id, bytes and number of each token and of its alternatives, in order."""
-    found = _unequal("positions", len(theirs["content"]), len(mine))
+    """Compare `logprobs.content`: text or id, bytes and log probability of each token and alternative, in order."""
+    problems = _unequal("positions", len(theirs["content"]), len(mine))
     for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
-        found += _token(case, f"position {i}", position, token, with_bytes=True)
-        found += _unequal(f"position {i} alternatives", len(position["top_logprobs"]), len(token.top_logprobs))
+        problems += _token(case, f"position {i}", position, token, with_bytes=True)
+        problems += _unequal(f"position {i} alternatives", len(position["top_logprobs"]), len(token.top_logprobs))
         for rank, (other, alternative) in enumerate(zip(position["top_logprobs"], token.top_logprobs, strict=False)):
-            found += _token(case, f"position {i} rank {rank}", other, alternative, with_bytes=not case.as_ids)
-    return found
+            problems += _token(case, f"position {i} rank {rank}", other, alternative, with_bytes=not case.as_ids)
+    return problems
 
 
 def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_bytes: bool) -> list[str]:
     if theirs["logprob"] == mine.logprob == LEAST_LOGPROB:
         return []  # exception: impossible-alternatives
-    found = _unequal(f"{at} token", theirs["token"], _name(case, mine))
+    problems = _unequal(f"{at} token", theirs["token"], _name(case, mine))
     if with_bytes:
-        found += _unequal(f"{at} bytes", bytes(theirs["bytes"]), mine.token_bytes)
-    return found + _near(f"{at} logprob", theirs["logprob"], mine.logprob)
+        problems += _unequal(f"{at} bytes", bytes(theirs["bytes"]), mine.token_bytes)
+    return problems + _near(f"{at} logprob", theirs["logprob"], mine.logprob)
 
 
 def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """`logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
-    found = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
+    """Compare `logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
+    problems = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
     for i, token in enumerate(mine[: len(theirs["tokens"])]):
-        found += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
-        found += _alternatives(case, f"position {i}", theirs["top_logprobs"][i], token)
-    return found
+        problems += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
+        problems += _alternatives(case, f"position {i}", theirs["top_logprobs"][i], token)
+    return problems
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """A position's map, less what test_differential.EXCEPTIONS says that we leave out."""
+    """Compare a position's map, except for what test_differential.EXCEPTIONS says that we omit."""
     asked = case.top_logprobs or 0
-    told = _by_name(case, token.top_logprobs or [token])
+    listed = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)
     if case.grammar is not None:  # exception: impossible-alternatives
-        found = _unequal(f"{at} impossible", *(sum(v == LEAST_LOGPROB for v in x.values()) for x in (theirs, told)))
-        if found:
-            return found
-        allowed, told = _possible(allowed), _possible(told)
-    if asked and case.as_ids and len(theirs) == asked + 1 and len(told) == asked:
+        problems = _unequal(
+            f"{at} impossible", *(sum(v == LEAST_LOGPROB for v in x.values()) for x in (theirs, listed))
+        )
+        if problems:
+            return problems
+        allowed, listed = _possible(allowed), _possible(listed)
+    if asked and case.as_ids and len(theirs) == asked + 1 and len(listed) == asked:
         allowed.popitem()  # exception: completion-k-plus-one
-    found = _unequal(f"{at} alternatives", list(allowed), list(told))
-    return found or [what for name in told for what in _near(f"{at} {name!r}", allowed[name], told[name])]
+    problems = _unequal(f"{at} alternatives", list(allowed), list(listed))
+    return problems or [what for name in listed for what in _near(f"{at} {name!r}", allowed[name], listed[name])]
 
 
 def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
@@ -185,5 +187,5 @@ def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
 
 
 def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
-    """As the peer makes its map: of two tokens with one text the later number stays."""
+    """Map as the peer makes it: of two tokens with the same text the later number stays."""
     return {_name(case, token): token.logprob for token in tokens}

@@ -1,4 +1,4 @@
-"""Random requests, made from a seed: one neutral form, which becomes a gRPC message for us and JSON for the peer."""
+"""Random requests, made from a seed, in a neutral form that converts to gRPC for us and to JSON for the peer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.corpus import SAMPLES
 MODEL = "tiny"
 VOCAB_SIZE = 768
 END_IDS = (761, 764)
-"""The tiny LLaMA's two end tokens; conftest checks that they are."""
+"""The tiny LLaMA's two end tokens; conftest checks them."""
 SPECIAL_TEXTS = ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>system<|end_header_id|>")
 ODD_TEXTS = ("\u200d", "e\u0301\u0301", "\t\r\n", "\x00\x01", "𝔘𝔫𝔦", "ﷺ", "🏳️‍🌈", "   ", "\ufffd", "İ", "ß" * 20)
 LOGIT_CHANGES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "min_tokens")
@@ -57,17 +57,17 @@ class Case:
     streamed: bool = False
     continues: bool = False
     as_ids: bool = False
-    """The peer names tokens of log probabilities by id in place of their text."""
+    """Whether the peer names tokens of log probabilities by id instead of text."""
     parts: bool = False
-    """Message contents go as lists of text parts, one a line."""
+    """Whether message contents are sent as lists of text parts, one per line."""
 
     @property
     def is_chat(self) -> bool:
-        """Messages, else a plain prompt or ids."""
+        """Whether it has messages instead of a plain prompt or ids."""
         return not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
 
     def proto(self) -> pb.ChatRequest | pb.CompleteRequest:
-        """As our gateway takes it."""
+        """Request for our gateway."""
         fields: dict[str, Any] = dict(self.options)
         if self.top_logprobs is not None:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
@@ -90,7 +90,7 @@ class Case:
         return pb.Message(role=message["role"], parts=[pb.ContentPart(text=line) for line in lines])
 
     def http(self) -> tuple[str, dict[str, Any]]:
-        """Path and body as vLLM's OpenAI server takes it."""
+        """Path and body for vLLM's OpenAI server."""
         body: dict[str, Any] = {"model": MODEL, "return_token_ids": True, **self.options}
         if self.as_ids:
             body["return_tokens_as_token_ids"] = True
@@ -113,7 +113,7 @@ class Case:
 
 
 def format_pb(kind: str, value: Any) -> pb.ResponseFormat:
-    """A constraint on the output, for us."""
+    """A constraint on the output, for our API."""
     if kind == "json_object":
         return pb.ResponseFormat(type=kind)
     if kind == "json_schema" and not isinstance(value, str):
@@ -132,7 +132,7 @@ def _format_http(kind: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An answer that was given before: its prompt gives it again, so its parts are stop strings that really occur."""
+    """An earlier answer: its prompt gives it again, so its parts are stop strings that really occur."""
 
     prompt: Prompt
     continues: bool
@@ -141,14 +141,14 @@ class Earlier:
 
 
 class Maker:
-    """Makes cases; equal seeds make equal ones."""
+    """Maker of cases; equal seeds make equal ones."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._number = 0
 
     def plain(self) -> Case:
-        """A prompt with a length alone, whose answer others can build upon."""
+        """A prompt with only a length, whose answer other cases can use."""
         prompt, continues = self.prompt()
         return self._case(prompt, {"max_tokens": self._random.randint(24, 40)}, continues)
 
@@ -161,7 +161,8 @@ class Maker:
         if chance.random() < 0.95:
             options["max_tokens"] = chance.choice([1, 2, 7, 16, 24, 40])
         elif not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            options["logit_bias"] = {chance.choice(END_IDS): 16.0}  # an end, or it runs until the context is full
+            # an end token is made likely: otherwise the call runs until the context is full
+            options["logit_bias"] = {chance.choice(END_IDS): 16.0}
         grammar = chance.choice(GRAMMARS) if chance.random() < 0.15 else None
         if grammar is None:
             self._shape(options)
@@ -181,10 +182,10 @@ class Maker:
     ) -> Case:
         self._number += 1
         chance = self._random
-        # Temperature 0 as asked; or the checkpoint's own temperature with one candidate, which is greedy too.
+        # Temperature 0; or the checkpoint's own temperature with one candidate, which is greedy too.
         greedy = {"temperature": 0.0} if chance.random() < 0.9 else {"top_k": 1}
         chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
-        # Where the sampled token may not be the likeliest, texts could hide one of two equal names in the peer's map.
+        # Where the sampled token may not be the likeliest, the peer's map could lose one of two tokens with equal text.
         as_ids = chance.random() < 0.3 or (
             not chat and (grammar is not None or any(x in options for x in LOGIT_CHANGES))
         )
@@ -216,10 +217,10 @@ class Maker:
             bias = {chance.randrange(VOCAB_SIZE): chance.uniform(-8, 8) for _ in range(chance.randint(1, 12))}
             if chance.random() < 0.6:
                 bias[chance.choice(END_IDS)] = chance.choice([4.0, 7.0, 10.0, -100.0])
-            # A float of 32 bits on the wire: the same number on both sides.
+            # A float of 32 bits in both protocols: the same number on both sides.
             options["logit_bias"] = {token: round(value * 64) / 64 for token, value in bias.items()}
         if chance.random() < 0.1:
-            options |= {"top_p": 0.5, "min_p": 0.125}  # of no effect on a greedy choice
+            options |= {"top_p": 0.5, "min_p": 0.125}  # no effect on greedy decoding
 
     def _stops(self, options: dict[str, Any], known: Earlier | None) -> None:
         chance = self._random
@@ -254,7 +255,7 @@ class Maker:
         return tuple(messages), continues
 
     def prompt_ids(self, length: int) -> tuple[int, ...]:
-        """Any ids, those of special tokens among them."""
+        """Any ids, including special tokens."""
         return tuple(self._random.randrange(VOCAB_SIZE) for _ in range(length))
 
     def _text(self, most_lines: int = 4) -> str:

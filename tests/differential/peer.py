@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server as a child process: started on a free port of loopback, ended with all it started."""
+"""vLLM's own OpenAI server as a child process: on a free loopback port, ended with its descendants."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from tests.differential.cases import MODEL, Case
 START_S = 120.0
 END_S = 15.0
 ANSWER_S = 240.0
-"""A busy machine may take long for one that runs until the context is full."""
+"""A call that runs until the context is full may take long on a busy machine."""
 IDLE_S = 1.0
-"""A connection that has rested so long is not used again: the server closes one at 5 s, and a request sent just then
-is lost."""
+"""Connections idle for longer are not reused: the server closes them after 5 s, and a request sent just then
+is lost.
+"""
 
-# Ends its whole process group when its standard input does: so the server goes even if the tests are killed.
+# Ends its whole process group when its standard input closes: the server ends even if the tests are killed.
 _GUARD = '"$@" </dev/null & read -r _; kill -KILL 0'
 
 
 class Peer:
-    """The server, which may still be starting, and the client of its callers."""
+    """The server, which may still be starting, and its HTTP client."""
 
     def __init__(self, client: httpx.AsyncClient, process: subprocess.Popen[bytes], log: Path) -> None:
         self._client = client
@@ -41,7 +42,7 @@ class Peer:
         self._log = log
 
     async def ready(self) -> None:
-        """Wait until it serves; fail with its last words when it does not."""
+        """Wait until it serves; fail with the end of its log if it does not."""
         deadline = time.monotonic() + START_S
         while not await self._healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -64,7 +65,7 @@ class Peer:
         return of_peer(response.status_code, response.json())
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """Asked once more where the connection ends without an answer: how the server keeps those is not compared."""
+        """Post a request, and once more if the connection ends without an answer: keep-alive is not compared."""
         try:
             return await self._client.post(path, json=body)
         except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
@@ -74,7 +75,7 @@ class Peer:
 
 @asynccontextmanager
 async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path) -> AsyncIterator[Peer]:
-    """A starting server of the model in `folder`; `arguments` are vLLM's, by their names in Python."""
+    """Start a server of the model in `folder`; `arguments` are vLLM's, by their names in Python."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +84,7 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [flag, str(value)]
-    # Ranks meet by a file of vLLM's, which stays where it was made.
+    # Ranks meet through a file of vLLM's, which is not removed.
     with tempfile.TemporaryDirectory(prefix="hr-") as meeting, log.open("wb") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - forks a small process, does not wait for it
             command,
@@ -103,7 +104,7 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what our own engine has put there: the peer is to be stock vLLM."""
+    """Environment of this process without the settings of our own engine: the peer must be unmodified vLLM."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     return inherited | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
@@ -113,7 +114,7 @@ def _tail(log: Path) -> str:
 
 
 async def _end(process: subprocess.Popen[bytes]) -> None:
-    """In order first, then by force; nothing of its process group is left."""
+    """End the process group, by SIGTERM first, then by SIGKILL."""
     deadline = time.monotonic() + END_S
     for number in (signal.SIGTERM, signal.SIGKILL):
         _signal(process.pid, number)

@@ -1,16 +1,16 @@
-"""The same answers as vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and usage.
+"""Our answers equal those of vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and usage.
 
-EXCEPTIONS, where the two differ on purpose (a test below holds each, so that none is wider than it says):
+EXCEPTIONS, where the two differ on purpose (a test below checks each, so that none is wider than stated):
 
-- completion-k-plus-one: asked for k alternatives, /v1/completions tells k + 1 where the chosen token is not among the
-  k likeliest (OpenAI's old format has no other place for it), and one for k = 0. Our CompleteChoice has the chosen
-  token beside its alternatives, so that k are k, as in chat.
-- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives asked for; the rest all have a
-  log probability of minus infinity, and which of them are named is the sort's chance, on either side. Compared is how
-  many there are.
-- greedy-n: several outputs at temperature 0 are a 400 there, since they are all the same; we give them.
+- completion-k-plus-one: for k alternatives, /v1/completions returns k + 1 if the chosen token is not among the
+k likeliest (OpenAI's old format has no other place for it), and one for k = 0. Our CompleteChoice has the chosen
+token beside its alternatives, so that k are k, as in chat.
+- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives requested. The rest all have a
+log probability of minus infinity, and the sort decides at random which of them are named, on either side. Only their
+number is compared.
+- greedy-n: several outputs at temperature 0 are a 400 there, since they are all the same; we return them.
 - more-than-the-context: max_tokens above the model's context is a 400 there, however short the prompt is; a prompt and
-  max_tokens that are too much only together are cut to the room. We cut in both cases.
+max_tokens that exceed the context only together are cut to it. We cut in both cases.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ async def _each(
 ) -> dict[int, Answer]:
     places = asyncio.Semaphore(at_once)
 
-    async def one(case: Case) -> tuple[int, Answer]:
+    async def ask_case(case: Case) -> tuple[int, Answer]:
         async with places:
             return case.number, await ask(case)
 
-    async with asyncio.TaskGroup() as group:  # one that fails leaves none behind at the engine of the next test
-        asked = [group.create_task(one(case)) for case in cases]
+    async with asyncio.TaskGroup() as group:  # a failure cancels the other calls on the engine
+        asked = [group.create_task(ask_case(case)) for case in cases]
     return dict(task.result() for task in asked)
 
 
 async def _compare(
     cases: Sequence[Case], peer: Peer, cluster: TestCluster, at_once: int = AT_ONCE
 ) -> dict[int, Answer]:
-    """Ask both sides, ours in another order and so in other batches. Returns the peer's answers."""
+    """Send the cases to both sides, to ours in another order and so in other batches. Returns the peer's answers."""
     theirs = await _each(cases, peer.ask, at_once)
     shuffled = random.Random(SEED).sample(cases, len(cases))
     mine = await _each(shuffled, lambda case: ours(cluster.stub, case), at_once)
-    wrong = {c.number: (c, found) for c in cases if (found := differences(c, theirs[c.number], mine[c.number]))}
-    told = "\n".join(f"{case}\n  " + "\n  ".join(found[:6]) for case, found in list(wrong.values())[:8])
-    assert not wrong, f"{len(wrong)} of {len(cases)} differ:\n{told}"
+    wrong = {c.number: (c, problems) for c in cases if (problems := differences(c, theirs[c.number], mine[c.number]))}
+    report = "\n".join(f"{case}\n  " + "\n  ".join(problems[:6]) for case, problems in list(wrong.values())[:8])
+    assert not wrong, f"{len(wrong)} of {len(cases)} differ:\n{report}"
     return theirs
 
 
 @pytest.fixture
 async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
-    """The peer, which has started beside our engine, and our gateway."""
+    """The peer, started beside our engine, and our gateway."""
     await peer.ready()
     return peer, cluster
 
@@ -89,7 +89,7 @@ async def test_500_greedy_requests_are_answered_alike(both: tuple[Peer, TestClus
 
 
 def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
-    """The requests were not all of one kind: a comparison of nothing would pass."""
+    """Check that the requests were of many kinds: a comparison of nothing would pass."""
     answered = [case for case in cases if not answers[case.number].refused]
     choices = [choice for case in answered for choice in answers[case.number].choices]
     cut_by_stop = [
@@ -117,10 +117,11 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
 
 
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Seeded calls that leave temperature and top_p to the generation config draw the same tokens, n of them too.
+    """Seeded calls that leave temperature and top_p to the generation config sample the same tokens, also for n > 1.
 
-    One at a time, and with prompts of which all outputs' fit into one step: a seed with a chunked prefill ends a stock
-    vLLM on CPU.
+    One call at a time, with prompts short enough for all outputs to fit into one step: a seed with a chunked prefill
+    ends
+    an unmodified vLLM on CPU.
     """
     maker = Maker(SEED + 1)
     options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]
@@ -141,7 +142,7 @@ async def _both_ways(case: Case, both: tuple[Peer, TestCluster]) -> tuple[Answer
 
 
 async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -> None:
-    """The peer's map has one entry more for completions exactly where the chosen token is not among the k likeliest."""
+    """The peer's map for completions has one more entry exactly where the chosen token is not among the k likeliest."""
     prompt, forced = Maker(SEED).prompt_ids(20), {300: 100.0}
     for asked, bias, extra in ((2, forced, 1), (2, {}, 0), (0, forced, 1), (0, {}, 1)):
         case = Case(1, prompt, {"temperature": 0.0, "max_tokens": 1, "logit_bias": bias}, asked, as_ids=True)
@@ -152,7 +153,7 @@ async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -
 
 
 async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
-    """Several outputs at temperature 0: refused there, and the one answer several times here."""
+    """Several outputs at temperature 0 are refused there; here the same answer is returned several times."""
     prompt = Maker(SEED).prompt_ids(20)
     theirs, mine = await _both_ways(Case(1, prompt, {"temperature": 0.0, "n": 3}), both)
     assert "n must be 1" in theirs.refused
@@ -162,7 +163,7 @@ async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
 
 
 async def test_exception_more_than_the_context(both: tuple[Peer, TestCluster]) -> None:
-    """max_tokens above the context alone: refused there, cut to the room here as both do with a long prompt."""
+    """max_tokens above the context is refused there; here it is cut to the context, as both do with a long prompt."""
     prompt = Maker(SEED).prompt_ids(MAX_MODEL_LEN - 8)
     options = {"temperature": 0.0, "ignore_eos": True}
     theirs, cut = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN}), both)

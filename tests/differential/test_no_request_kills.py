@@ -1,8 +1,8 @@
-"""No request may kill the engine, as a caller sees it: odd, extreme, cut off and random calls over the public API.
+"""No request kills the engine, as seen by a caller: odd, extreme, cut off and random calls over the public API.
 
-tests/worker/engine/vllm/test_killers.py searches at the engine's port; here everything between lies in the way as well,
-and callers leave at random points. What is answered is not judged, except for plain calls beside and after the odd
-ones.
+tests/worker/engine/vllm/test_killers.py searches at the engine's interface; here the gateway and the link are included,
+and callers leave at random points. The content of answers is not checked, except for plain calls beside and after the
+odd ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MORE = 60
 AT_ONCE = 12
 PLAIN_EVERY = 20
 LONGEST_S = 60.0
-"""No call may take this long, whatever it asks for."""
+"""Upper bound on the duration of any call."""
 
 LATE = ("CANCELLED", "DEADLINE_EXCEEDED")
 MUST_NOT_BE = ("", Outcome.INTERNAL.name, Outcome.WORKER_LOST.name, Outcome.NO_WORKER.name)
@@ -73,8 +73,11 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Odd:
-    """One call. `leave_after`: after so many pieces of a stream, or milliseconds of a whole call; None: not at all."""
+class OddCall:
+    """One call. `leave_after`: pieces of a stream, or milliseconds of a unary call, after which the caller leaves;
+    None:
+    it stays.
+    """
 
     number: int
     request: Any
@@ -89,11 +92,11 @@ class Oddities:
     def __init__(self, seed: int, max_model_len: int) -> None:
         self._random = random.Random(seed)
         self._max_model_len = max_model_len
-        # Text that is no text cannot be put into a message of protobuf at all.
+        # Invalid Unicode cannot be put into a protobuf message at all.
         self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
-    def call(self, number: int, *, late: bool = False) -> Odd:
-        """The next one. `late`: with a deadline that is to pass."""
+    def call(self, number: int, *, late: bool = False) -> OddCall:
+        """The next call. `late`: with a deadline that will pass."""
         chance = self._random
         fields: dict[str, Any] = {"max_tokens": chance.choice([4, 16, 48])}
         for name, values in EXTREMES.items():
@@ -107,13 +110,13 @@ class Oddities:
             fields[name] = chance.choice(WRONG[name])
             if name == "top_logprobs":
                 fields["logprobs"] = True
-        way = chance.random() * (0.15 if late else 1.0)
-        return Odd(
+        draw = chance.random() * (0.15 if late else 1.0)
+        return OddCall(
             number=number,
             request=self._request(fields),
             streamed=chance.random() < 0.6,
-            timeout_s=chance.uniform(0.001, 0.4) if way < 0.15 else LONGEST_S,
-            leave_after=chance.randint(0, 12) if 0.15 < way < 0.4 else None,
+            timeout_s=chance.uniform(0.001, 0.4) if draw < 0.15 else LONGEST_S,
+            leave_after=chance.randint(0, 12) if 0.15 < draw < 0.4 else None,
         )
 
     def _ids_and_bias(self, fields: dict[str, Any]) -> None:
@@ -152,7 +155,7 @@ class Oddities:
         chance = self._random
         kind = chance.random()
         if kind < 0.4:
-            # Chunked prefill begins at 129 tokens; the last of these leave no room, or are too long.
+            # Chunked prefill begins at 129 tokens; the last of these leave no room for output, or are too long.
             length = chance.choice([1, 127, 128, 129, 257, 900, self._max_model_len - 1, self._max_model_len])
             ids = [chance.randrange(VOCAB_SIZE) for _ in range(length)]
             if chance.random() < 0.05:
@@ -165,8 +168,8 @@ class Oddities:
         return pb.ChatRequest(model=MODEL, messages=messages, continue_final_message=chance.random() < 0.2, **fields)
 
 
-async def _outcome(stub: Any, odd: Odd) -> str:
-    """Make the call. Its reason or status, `OK` when answered; fails where an error is not told as it should be."""
+async def _outcome(stub: Any, odd: OddCall) -> str:
+    """Make the call. Returns its error reason or status, `OK` if answered; fails if an error is not well formed."""
     kind = "Chat" if isinstance(odd.request, pb.ChatRequest) else "Complete"
     call = getattr(stub, f"{'Stream' if odd.streamed else ''}{kind}")(odd.request, timeout=odd.timeout_s)
     try:
@@ -209,33 +212,33 @@ async def _plain(stub: Any) -> list[int]:
 
 def _engine_processes() -> set[tuple[int, float]]:
     """vLLM's processes below this one, each by pid and start."""
-    found = set()
+    processes = set()
     for process in psutil.Process().children(recursive=True):
         try:
             if any("VLLM::" in word for word in process.cmdline()):
-                found.add((process.pid, process.create_time()))
+                processes.add((process.pid, process.create_time()))
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 async def _search(
-    stub: Any, odd_calls: Sequence[Odd], reference: Sequence[int], at_once: int = AT_ONCE
+    stub: Any, odd_calls: Sequence[OddCall], reference: Sequence[int], at_once: int = AT_ONCE
 ) -> collections.Counter[str]:
     places = asyncio.Semaphore(at_once)
 
-    async def one(odd: Odd) -> str:
+    async def make_call(odd: OddCall) -> str:
         async with places:
             outcome = await _outcome(stub, odd)
             if odd.number % PLAIN_EVERY == 0:
                 assert await _plain(stub) == reference, f"a plain call beside {odd}"
             return outcome
 
-    return collections.Counter(await asyncio.gather(*map(one, odd_calls)))
+    return collections.Counter(await asyncio.gather(*map(make_call, odd_calls)))
 
 
 async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
-    """300 odd calls end as they should, plain ones beside them have their own tokens, and the engine lives on idle."""
+    """300 odd calls end properly, plain ones beside them get their own tokens, and the engine is idle afterwards."""
     reference = await _plain(cluster.stub)
     assert len(reference) == 24
     before = _engine_processes()
@@ -246,7 +249,8 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
     for more in range(CALLS, 2 * CALLS, MORE):
         if counts["DEADLINE_EXCEEDED"] >= least["DEADLINE_EXCEEDED"]:
             break
-        # A busy machine refuses most deadlines before the engine sees their calls. With nobody waiting it lets them in.
+        # A busy machine rejects most deadlines before the engine sees their calls. With an empty queue they are
+        # admitted.
         late = [oddities.call(number, late=True) for number in range(more, more + MORE)]
         counts += await _search(cluster.stub, late, reference, at_once=2)
     assert all(counts[name] >= number for name, number in least.items()), counts
@@ -269,14 +273,14 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
 async def test_a_format_that_nothing_fits_is_the_callers_fault(
     cluster: TestCluster, kind: str, value: Any, more: dict[str, Any]
 ) -> None:
-    """Where the engine finds no token that fits, the call is told so under response_format, not as an inner failure."""
+    """If no token fits the format, the call fails with an error on response_format, not with an internal one."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, response_format=format_pb(kind, value), **more)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["response_format"])
     await cluster.until_idle()
 
 
 async def test_the_last_outputs_seed_must_fit_too(cluster: TestCluster) -> None:
-    """Each of n outputs takes the next seed: one that would not fit into 64 bits is refused before anything is sent."""
+    """Each of n outputs takes the next seed: a seed that would exceed 64 bits is refused before anything is sent."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=3)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["seed"])
     fits = await cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=2), timeout=LONGEST_S)

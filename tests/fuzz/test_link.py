@@ -1,4 +1,4 @@
-"""What a worker may send to a gateway, and a gateway to a worker, when it has gone mad. See test_public.py."""
+"""Messages that a faulty worker sends to a gateway, and a faulty gateway to a worker. See test_public.py."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ QUICK = Timing(silence_s=2.0, welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.0
 
 @pytest.fixture
 async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[TestCluster]:
-    """A gateway with one worker of `sim` that is well."""
+    """A gateway with one healthy worker of `sim`."""
     async with running_cluster(tmp_path, timing=QUICK) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
         yield cluster
 
 
-async def well(cluster: TestCluster) -> None:
-    """The worker that is well has its link, its calls are answered, and nothing is left of any other.
+async def check_healthy(cluster: TestCluster) -> None:
+    """Check that the healthy worker has its link, that its calls are answered, and that no other call remains.
 
-    The mad ones leave first: one may have joined the same model and told less room than the call needs.
+    The faulty workers leave first: one may have joined the same model with less capacity than the call needs.
     """
-    await until(lambda: len(cluster.gateway.hub.links) == 1, "the mad ones have left")
+    await until(lambda: len(cluster.gateway.hub.links) == 1, "the faulty workers have left")
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     await cluster.until_idle()
 
 
 def slots() -> st.SearchStrategy[int]:
-    """Of calls that run, or not."""
+    """Slots of calls, running or not."""
     return st.integers(1, 4) | st.integers(0, (1 << 32) - 1)
 
 
 def steps() -> st.SearchStrategy[pb.StepOutputs]:
-    """Columns that fit, or not."""
+    """Step outputs with consistent or inconsistent columns."""
     ids = st.integers(0, 300) | st.integers(0, (1 << 32) - 1)
     fitting = st.lists(st.tuples(slots(), ids), max_size=4).map(
         lambda pairs: pb.StepOutputs(slots=[slot for slot, _ in pairs], token_ids=[token for _, token in pairs])
@@ -60,16 +60,16 @@ def steps() -> st.SearchStrategy[pb.StepOutputs]:
 
 
 def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
-    """What follows a Hello."""
+    """Turns that follow a Hello."""
     room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
-    one = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
-    return st.lists(one, max_size=8).map(
+    turn = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
+    return st.lists(turn, max_size=8).map(
         lambda rest: [pb.WorkerTurn(credit=pb.Credit(grant_id=1, sequences=8, tokens=9999)), *rest]
     )
 
 
 async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None:
-    """Any turns of a worker that calls wait for: those calls end somehow, in time, and the gateway is as before."""
+    """Any turns of a worker with waiting calls: those calls end in time, and the gateway is as before."""
     number = 0
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
         for batch in batches(turns()):
@@ -99,14 +99,14 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
                     await call.done_writing()
                     while await read(call) is not None:
                         pass
-                for one in waiting:
-                    one.cancel()
+                for task in waiting:
+                    task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
-    """Any Hello, blob, beat or controller's frame, and bytes that are none: the worker that is well keeps its place."""
+    """Any Hello, blob, beat, controller frame or invalid bytes: the healthy worker keeps its link."""
     kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
     frames = st.one_of(
         *(
@@ -127,11 +127,11 @@ async def test_any_first_messages(cluster: TestCluster) -> None:
                     while await call.read() is not grpc.aio.EOF:
                         pass
                 call.cancel()
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) -> None:
-    """A Hello of the same model without max_model_len: calls were UNAVAILABLE while it was linked."""
+    """A Hello of the same model without max_model_len does not make calls UNAVAILABLE."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="mad", incarnation="1", model="sim", epoch=1)
@@ -139,12 +139,12 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
         await read(call)
         await until(lambda: len(cluster.gateway.hub.links) == 2, "it is linked")
         assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
-        assert len(cluster.gateway.hub.links) == 2, "it has left before it was tried"
+        assert len(cluster.gateway.hub.links) == 2, "the worker left before it was tried"
         call.cancel()
 
 
-class MadGateway(Hub):
-    """Welcomes a worker and sends it what it is given."""
+class FaultyGateway(Hub):
+    """Gateway that welcomes a worker and sends it the given turns."""
 
     def __init__(self) -> None:
         super().__init__("mad", Door())
@@ -154,7 +154,7 @@ class MadGateway(Hub):
         self.stays_s = 0.05
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """One sequence for each link."""
+        """Send one sequence for each link."""
         await read(context)
         await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="mad", incarnation="m")))
         turns = await self.turns.get()
@@ -170,10 +170,10 @@ class MadGateway(Hub):
 
 
 def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
-    """What a gateway may say, Submits above all."""
+    """Turns of a gateway, mostly Submits."""
     prompt = st.lists(st.integers(0, 300), max_size=5).map(lambda ids: b"".join(i.to_bytes(4, "little") for i in ids))
     submit = messages(pb.Submit, slot=slots(), prompt_ids=prompt | st.binary(max_size=9), prompt_blob=st.just(""))
-    # What would keep the good gateway's room or the worker's standing from it is not mad, but said.
+    # Legitimate commands that would take the good gateway's credit or drain the worker are left out.
     quiet: dict[str, Any] = {
         "backlog": messages(pb.Backlog, waiting=st.just(0), claim=st.just(0)),
         "commands": st.just([]),
@@ -183,25 +183,25 @@ def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
 
 
 async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Any turns of one gateway: the worker goes on serving the other, and holds nothing of the mad one's."""
-    mad = MadGateway()
-    server = hub_server(mad)
+    """Any turns of one gateway: the worker keeps serving the other, and holds nothing of the faulty one's."""
+    faulty = FaultyGateway()
+    server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
     links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
     engine = sim_engine(checkpoint, decode_ms=0.2)
     worker = await cluster.add_worker(engine, bundle, model="shared", gateways=links, timing=QUICK)
     async with nothing_unexpected():
         for batch in batches(commands()):
-            before = mad.done
+            before = faulty.done
             for sequence in batch:
-                mad.turns.put_nowait(sequence)
-            await until(lambda: mad.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
+                faulty.turns.put_nowait(sequence)
+            await until(lambda: faulty.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
             if worker.task.done():
                 await worker.task
-            await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has room")
+            await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has credit")
             answer = await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)
             assert answer.usage.completion_tokens == 3
-            await until(lambda: worker.end.statistics().running == 0, "nothing of the mad one's runs")
+            await until(lambda: worker.end.statistics().running == 0, "no call of the faulty gateway runs")
             assert worker.end.statistics().tokens == 0
     await worker.stop()
     await server.stop(0)
@@ -219,19 +219,19 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
 async def test_what_fuzzing_found(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
 ) -> None:
-    """A Submit that is none ends itself, or its link; the worker's process and its other links stay."""
-    mad = MadGateway()
-    server = hub_server(mad)
+    """An invalid Submit fails itself or ends its link; the worker's process and its other links stay."""
+    faulty = FaultyGateway()
+    server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
     links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle, model="shared", gateways=links, timing=QUICK)
-    mad.stays_s = 1.0
-    mad.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
-    await until(lambda: mad.done == 1, "it was sent, and its link has ended or its time is over")
-    mad.turns.put_nowait([])
-    await until(lambda: mad.done == 2, "the worker has dialed again")
+    faulty.stays_s = 1.0
+    faulty.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
+    await until(lambda: faulty.done == 1, "the Submit was sent, and its link has ended or its time is over")
+    faulty.turns.put_nowait([])
+    await until(lambda: faulty.done == 2, "the worker has dialed again")
     assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)).choices
-    assert mad.refused == (0 if link_ends else 1)
-    await until(lambda: worker.end.statistics().tokens == 0, "nothing of it is held")
+    assert faulty.refused == (0 if link_ends else 1)
+    await until(lambda: worker.end.statistics().tokens == 0, "no call of the faulty gateway is held")
     await worker.stop()
     await server.stop(0)

@@ -1,4 +1,4 @@
-"""What callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` goes on for longer."""
+"""Anything that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
         yield cluster
 
 
-async def well(cluster: TestCluster) -> None:
-    """A normal call is answered by both faces, and nothing is left of any other."""
+async def check_healthy(cluster: TestCluster) -> None:
+    """Check that a normal call is answered by both APIs, and that no other call remains."""
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     wire = await Wire.open(cluster)
     wire.ask("/v1/chat/completions", chat_body(max_tokens=3))
@@ -46,7 +46,7 @@ async def well(cluster: TestCluster) -> None:
 
 
 def calls() -> st.SearchStrategy[tuple[str, bytes]]:
-    """A method, and bytes or a message of its own or of another."""
+    """A method, and bytes, its own message or another method's."""
     kinds = [pb.DESCRIPTOR.message_types_by_name[method.input_type.name] for method in SERVICE.methods]
     classes: list[type[Message]] = [getattr(pb, kind.name) for kind in kinds]
     said = st.sampled_from(["sim", "sim", "sim", "default", "", "x"])
@@ -68,7 +68,7 @@ def _model(kind: type[Message], said: st.SearchStrategy[str]) -> dict[str, st.Se
 
 
 async def test_grpc_messages(cluster: TestCluster) -> None:
-    """Any bytes and any message to any method: a status, in time, that somebody foresaw."""
+    """Any bytes and any message to any method get an expected status in time."""
     async with nothing_unexpected():
         for batch in batches(calls()):
 
@@ -85,11 +85,11 @@ async def test_grpc_messages(cluster: TestCluster) -> None:
                 assert code.name != "UNKNOWN", await stream.details()
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
 def frames() -> st.SearchStrategy[bytes]:
-    """One frame of HTTP/2, by hand, so that every field may be wrong; or no frame at all."""
+    """One HTTP/2 frame built by hand, so that every field may be wrong; or invalid bytes."""
     # :method POST, :scheme http, :path /x/Chat, content-type application/grpc
     head = b"\x83\x86\x44\x07/x/Chat\x5f\x10application/grpc"
     chosen = st.sampled_from([head, head, head.replace(b"/x/Chat", b"/x/\xff\x00\r\n"), b"\x82\x86\x84", b"\x00" * 8])
@@ -102,7 +102,7 @@ def frames() -> st.SearchStrategy[bytes]:
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Any frame."""
+    """Encode a frame."""
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
@@ -110,21 +110,21 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 
 
 async def test_http2_frames(cluster: TestCluster) -> None:
-    """Any frames in any order on the gRPC port: at most their own connection ends."""
+    """Any frames in any order on the gRPC port end at most their own connection."""
     address = cluster.gateway.endpoints["grpc"]
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.booleans(), st.lists(frames(), max_size=12))):
 
             async def attack(sent: tuple[bool, list[bytes]]) -> None:
                 greets, parts = sent
-                await throw(address, [PREFACE, *parts] if greets else parts)
+                await send_and_disconnect(address, [PREFACE, *parts] if greets else parts)
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)
 
 
-async def throw(address: str, parts: list[bytes]) -> None:
-    """Send, read what comes at once, and go."""
+async def send_and_disconnect(address: str, parts: list[bytes]) -> None:
+    """Send the parts, read what arrives at once, and disconnect."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     with contextlib.suppress(ConnectionError):
@@ -167,7 +167,7 @@ def messages_json() -> st.SearchStrategy[Any]:
 
 
 def requests() -> st.SearchStrategy[bytes]:
-    """A whole HTTP request; its head is right more often than not."""
+    """A complete HTTP request; its head is usually correct."""
     paths = ["/v1/chat/completions"] * 4 + ["/v1/completions"] * 2 + ["/v1/models", "/v1/models/x", "/health", "/ready"]
     path = st.sampled_from([*paths, "/", "//", "/v1/%00", "*"])
     method = st.sampled_from(["POST"] * 6 + ["GET", "PUT", "", "OPTIONS", "\x00"])
@@ -189,16 +189,16 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 async def test_http_requests(cluster: TestCluster) -> None:
-    """Any request to the HTTP face: an answer below 500, or none, and only its own connection ends."""
+    """Any request to the HTTP API gets an answer below 500, or none, and ends at most its own connection."""
     address = cluster.gateway.endpoints["http"]
     async with nothing_unexpected():
         for batch in batches(requests()):
-            await each(batch, lambda sent: throw(address, [sent]))
-            await well(cluster)
+            await each(batch, lambda sent: send_and_disconnect(address, [sent]))
+            await check_healthy(cluster)
 
 
 async def test_http_bodies(cluster: TestCluster) -> None:
-    """Any body in a right request is answered, as the caller's fault or as a call; never as the gateway's."""
+    """Any body in a correct request gets an answer or a client error, never a server error."""
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.sampled_from(["/v1/chat/completions", "/v1/completions"]), bodies())):
 
@@ -210,9 +210,9 @@ async def test_http_bodies(cluster: TestCluster) -> None:
                         reply = await wire.reply()
                     assert reply.status < 500, reply.body
                 except TimeoutError:
-                    pass  # it asked for many tokens
+                    pass  # a call for many tokens
                 finally:
                     await wire.close()
 
             await each(batch, attack)
-            await well(cluster)
+            await check_healthy(cluster)

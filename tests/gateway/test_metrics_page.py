@@ -30,9 +30,11 @@ async def test_scrapers_get_the_form_that_they_ask_for() -> None:
     async with metrics_served(metrics, "127.0.0.1", 0) as port:
         head, body = await scrape(port)
         assert "content-type: text/plain" in head
-        assert ("headrace_rejected_total", {"headrace_cluster": "c", "model": "m", "reason": "queue_full"}, 3.0) in samples(
-            body.decode()
-        )
+        assert (
+            "headrace_rejected_total",
+            {"headrace_cluster": "c", "model": "m", "reason": "queue_full"},
+            3.0,
+        ) in samples(body.decode())
         head, body = await scrape(
             port, "accept: application/openmetrics-text;version=1.0.0\r\naccept-encoding: gzip\r\n"
         )

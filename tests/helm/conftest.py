@@ -13,7 +13,7 @@ from tests.support.helm import Rendered
 
 @pytest.fixture(scope="session", autouse=True)
 def needs_helm() -> None:
-    """All of these render."""
+    """Skip all tests here without Helm."""
     try:
         helm.tool("helm")
     except helm.NoHelm as error:

@@ -1,4 +1,4 @@
-"""The chart by Helm itself: lint, package, upgrade without a restart; and every object by the API's own schemas."""
+"""Chart checks by Helm itself (lint, package, upgrade without a restart), and of every object by the API's schemas."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ needs_definitions = pytest.mark.skipif(
 
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
-    """`helm lint --strict`, with each preset."""
+    """`helm lint --strict` passes, with each preset."""
     helm.run("lint", "--strict", helm.CHART, *(["-f", str(values)] if values else []))
 
 
 def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
-    """Rules and dashboards travel inside, and the package renders as the folder does."""
+    """The package contains rules and dashboards, and renders like the folder."""
     helm.run("package", helm.CHART, "-d", tmp_path)
     (package,) = tmp_path.glob("headrace-*.tgz")
     with tarfile.open(package) as whole:
@@ -43,43 +43,43 @@ def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", schemas.RELEASES)
 def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
-    """Strictly: an unknown field is refused. Custom resources are not the API's own."""
-    for one in preset.objects:
-        if schemas.is_built_in(one):
-            schemas.check_built_in(one, release)
+    """The API accepts every object strictly: unknown fields would be refused. Custom resources are not checked here."""
+    for item in preset.objects:
+        if schemas.is_built_in(item):
+            schemas.check_built_in(item, release)
         else:
-            assert "." in one["apiVersion"].split("/")[0], one["kind"]
+            assert "." in item["apiVersion"].split("/")[0], item["kind"]
 
 
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
-    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes, and nothing in them is cut off."""
+    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field in them is pruned."""
     kinds = set()
-    for one in preset.objects:
-        if not schemas.is_built_in(one):
-            schemas.check_custom(one)
-            kinds.add(one["kind"])
+    for item in preset.objects:
+        if not schemas.is_built_in(item):
+            schemas.check_custom(item)
+            kinds.add(item["kind"])
     assert "RayCluster" in kinds
 
 
 @needs_definitions
 def test_the_schemas_see_what_is_wrong() -> None:
-    """A misspelt field, a wrong type and a missing one, in an object of each sort."""
-    rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "multi-tenant"))
+    """A misspelt field, a wrong type and a missing field are refused, in an object of each sort."""
+    rendered = helm.template(next(path for path in helm.PRESETS if path.stem == "multi-tenant"))
 
-    def without(one: dict[str, Any], *path: str) -> dict[str, Any]:
-        changed = copy.deepcopy(one)
+    def without(item: dict[str, Any], *path: str) -> dict[str, Any]:
+        changed = copy.deepcopy(item)
         at = changed
         for key in path[:-1]:
             at = at[key]
         at[path[-1] + "s"] = at.pop(path[-1])
         return changed
 
-    service = rendered.one("Service", "headrace-links")
+    service = rendered.only("Service", "headrace-links")
     for release in schemas.RELEASES:
         with pytest.raises(schemas.Invalid, match="publishNotReadyAddressess"):
             schemas.check_built_in(without(service, "spec", "publishNotReadyAddresses"), release)
-    cluster = rendered.one("RayCluster")
+    cluster = rendered.only("RayCluster")
     with pytest.raises(schemas.Invalid, match="rayStartParamss"):
         schemas.check_custom(without(cluster, "spec", "headGroupSpec", "rayStartParams"))
     misspelt, mistyped = copy.deepcopy(cluster), copy.deepcopy(cluster)
@@ -94,15 +94,15 @@ def test_the_schemas_see_what_is_wrong() -> None:
 
 def template_of(rendered: Rendered, name: str) -> Any:
     """A workload's pod template."""
-    (found,) = (
-        one for one in rendered.objects if one["metadata"]["name"] == name and "template" in one.get("spec", ())
+    (manifest,) = (
+        item for item in rendered.objects if item["metadata"]["name"] == name and "template" in item.get("spec", ())
     )
-    return found["spec"]["template"]
+    return manifest["spec"]["template"]
 
 
 def test_a_new_model_restarts_no_gateway() -> None:
-    """Gateways hear of models from the controller; what they read at their start restarts them."""
-    preset = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+    """A new model restarts no gateway, since the controller announces it; settings read at start do."""
+    preset = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     before = helm.template(preset)
     models = [{"name": "other", "source": "demo://smollm2"}]
     new_model = helm.template(preset, {"config": {"models": models}})
@@ -110,13 +110,13 @@ def test_a_new_model_restarts_no_gateway() -> None:
     assert template_of(new_model, "headrace-gateway") == template_of(before, "headrace-gateway")
     assert template_of(new_model, "headrace-controller") != template_of(before, "headrace-controller")
     assert template_of(new_queue, "headrace-gateway") != template_of(before, "headrace-gateway")
-    assert new_model.one("RayCluster") == before.one("RayCluster"), "workers stay too"
+    assert new_model.only("RayCluster") == before.only("RayCluster"), "workers stay too"
 
 
 def test_images_come_from_the_site() -> None:
-    """With a registry of the site's own every image is pulled from it, those of stores too."""
+    """With a registry of the site's own every image is pulled from it, including those of stores."""
     name = "registry.inside:5000/team"
-    airgapped = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+    airgapped = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})
     images: list[str] = []
     unsigned: list[str] = []
@@ -125,21 +125,21 @@ def test_images_come_from_the_site() -> None:
         if isinstance(value, dict):
             if "containers" in value and value.get("imagePullSecrets") != [{"name": "pull"}]:
                 unsigned.append(str(value["containers"][0]["name"]))
-            images.extend(one for key, one in value.items() if key == "image" and isinstance(one, str))
-            for one in value.values():
-                walk(one)
+            images.extend(item for key, item in value.items() if key == "image" and isinstance(item, str))
+            for item in value.values():
+                walk(item)
         elif isinstance(value, list):
-            for one in value:
-                walk(one)
+            for item in value:
+                walk(item)
 
     walk(list(rendered.objects))
     assert len(images) >= 7
-    assert [one for one in images if not one.startswith(f"{name}/")] == []
+    assert [item for item in images if not item.startswith(f"{name}/")] == []
     assert unsigned == []
 
 
 def test_a_digest_pins_an_image() -> None:
-    """And wins over the tag."""
+    """A digest pins an image and overrides the tag."""
     digest = "sha256:" + "0" * 64
     rendered = helm.template({"image": {"tag": "9", "gateway": {"repository": "x/y", "digest": digest}}})
     spec = template_of(rendered, "headrace-gateway")["spec"]
@@ -148,37 +148,37 @@ def test_a_digest_pins_an_image() -> None:
 
 
 def test_extra_objects_are_templates() -> None:
-    """They see the release."""
+    """Extra objects are templates that see the release."""
     extra = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": '{{ include "headrace.name" . }}-more'},
         "data": {"in": "{{ .Release.Namespace }}"},
     }
-    found = helm.template({"extraObjects": [extra]}).one("ConfigMap", "headrace-more")
-    assert found["data"] == {"in": helm.NAMESPACE}
+    manifest = helm.template({"extraObjects": [extra]}).only("ConfigMap", "headrace-more")
+    assert manifest["data"] == {"in": helm.NAMESPACE}
 
 
 def test_revoked_certificates_reach_the_gateways() -> None:
-    """Else a stolen certificate is named in the values and let in: the pod's file is what the configuration names."""
+    """The configuration names the pod's file of revoked certificates, so that a stolen certificate is refused."""
     lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
     rendered = helm.template({"revoked": {"links": lines}})
-    held = rendered.one("ConfigMap", "headrace-revoked")["data"]
-    assert [one.line() for one in RevocationList.parse(held["links"]).entries] == [
+    held = rendered.only("ConfigMap", "headrace-revoked")["data"]
+    assert [item.line() for item in RevocationList.parse(held["links"]).entries] == [
         "A1B",
         "C\tCN=headrace link authority\tstolen",
     ]
     assert not RevocationList.parse(held["clients"])
     spec = template_of(rendered, "headrace-gateway")["spec"]
-    (volume,) = (one for one in spec["volumes"] if one.get("configMap", {}).get("name") == "headrace-revoked")
-    mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
+    (volume,) = (item for item in spec["volumes"] if item.get("configMap", {}).get("name") == "headrace-revoked")
+    mounts = {item["name"]: item["mountPath"] for item in spec["containers"][0]["volumeMounts"]}
     gateway = yaml.safe_load(rendered.cluster_yaml)["gateway"]
     for section, name in (("link_tls", "links"), ("tls", "clients")):
         assert gateway[section]["revoked_serials_file"] == f"{mounts[volume['name']]}/{name}"
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each with an image, a network and a storage namespace of its own; the configuration uses one of them."""
+    """Each Ray cluster has its own image, network and storage namespace; the configuration uses one of them."""
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
     group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
@@ -188,15 +188,15 @@ def test_two_clusters_side_by_side() -> None:
     ]
     values = {"config": {"ray": used}, "ray": {"clusters": clusters}, "valkey": {"address": "valkey:6379"}}
     rendered = helm.template(values)
-    blue, green = (rendered.one("RayCluster", f"headrace-{name}") for name in ("blue", "green"))
+    blue, green = (rendered.only("RayCluster", f"headrace-{name}") for name in ("blue", "green"))
     assert green["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] == "headrace/worker-cuda:next"
-    spaces = [one["spec"]["gcsFaultToleranceOptions"]["externalStorageNamespace"] for one in (blue, green)]
+    spaces = [item["spec"]["gcsFaultToleranceOptions"]["externalStorageNamespace"] for item in (blue, green)]
     assert len(set(spaces)) == 2
-    assert {one["metadata"]["name"] for one in rendered.all("NetworkPolicy")} >= {"headrace-blue", "headrace-green"}
+    assert {item["metadata"]["name"] for item in rendered.all("NetworkPolicy")} >= {"headrace-blue", "headrace-green"}
 
 
 def test_notes_tell_the_next_step() -> None:
-    """Words that `helm install` ends with: secrets, a key, the first call."""
+    """`helm install` ends with notes on secrets, a key and the first call."""
     text = helm.run(
         "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
     )
@@ -207,7 +207,7 @@ def test_notes_tell_the_next_step() -> None:
 
 
 def test_values_documented_are_the_schemas() -> None:
-    """values.yaml and the schema name the same keys at the top, and the defaults satisfy it."""
+    """values.yaml and the schema name the same top-level keys, and the defaults satisfy the schema."""
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())
     schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
     assert values.keys() == schema["properties"].keys()

@@ -1,4 +1,4 @@
-"""What pods are started with, by the programs that read it: the configuration, command lines, Ray's own parsers."""
+"""Inputs of pods, checked by the programs that read them: the configuration, command lines, Ray's own parsers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODELS = "{api_version: headrace/v1, name: x, models: []}"
 
 
 def merged(under: Any, over: Any) -> Any:
-    """As Helm lays values over a chart's own."""
+    """Merge values over a chart's own, as Helm does."""
     if isinstance(under, dict) and isinstance(over, dict):
         return {key: merged(under.get(key), over.get(key, under.get(key))) for key in {**under, **over}}
     return over
@@ -36,7 +36,7 @@ def merged(under: Any, over: Any) -> Any:
 
 @pytest.mark.parametrize("file", helm.PRESETS, ids=lambda file: file.stem)
 def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
-    """Nothing is renamed, dropped, or rounded on its way into cluster.yaml, and the program's parser takes it."""
+    """Nothing is renamed, dropped, or rounded on its way into cluster.yaml, and the program's parser accepts it."""
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())["config"]
     wanted = merged(values, yaml.safe_load(file.read_text()).get("config", {}))
     text = helm.template(file).cluster_yaml
@@ -45,25 +45,25 @@ def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
 
 
 def test_large_numbers_and_words_of_yaml_survive() -> None:
-    """Helm reads numbers as floats, and YAML 1.1 reads `on` as a truth: neither may show."""
+    """Helm reads numbers as floats, and YAML 1.1 reads `on` as a boolean: neither changes the configuration."""
     config = {
         "gateway": {"max_message_bytes": 1 << 30, "queue": {"max_tokens": 123456789012}},
         "tenant_defaults": {"guards": [{"builtin": "sizes", "on": "output", "max_characters": 12345678}]},
         "models": [{"name": "m", "source": "sim://", "revision": "1605565", "version": "1.0", "engine": {"x": 0.1}}],
     }
-    found = parse(helm.template({"config": config}).cluster_yaml)
-    assert found.gateway.max_message_bytes == 1 << 30
-    assert found.gateway.queue.max_tokens == 123456789012
-    assert found.tenant_defaults.guards[0].on == "output"
-    assert (found.models[0].revision, found.models[0].version) == ("1605565", "1.0")
-    assert found.models[0].engine == {"x": 0.1}
+    parsed = parse(helm.template({"config": config}).cluster_yaml)
+    assert parsed.gateway.max_message_bytes == 1 << 30
+    assert parsed.gateway.queue.max_tokens == 123456789012
+    assert parsed.tenant_defaults.guards[0].on == "output"
+    assert (parsed.models[0].revision, parsed.models[0].version) == ("1605565", "1.0")
+    assert parsed.models[0].engine == {"x": 0.1}
 
 
 def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
-    """Else it is a ConfigMap."""
+    """With a password of the limits store the file is a Secret, otherwise a ConfigMap."""
     url = "rediss://:hidden@valkey:6379/0"
-    assert helm.template({"config": {"store": {"limits_url": url}}}).one("Secret", "headrace-config")
-    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).one(
+    assert helm.template({"config": {"store": {"limits_url": url}}}).only("Secret", "headrace-config")
+    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).only(
         "ConfigMap", "headrace-config"
     )
 
@@ -72,14 +72,14 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 
 
 def secrets_by_name() -> dict[str, Any]:
-    """What `headrace pod secrets` makes: name -> key -> value."""
+    """Secrets made by `headrace pod secrets`: name -> key -> value."""
     made: Any = manifests(NAMESPACE, "headrace", (), None, 30).objects
-    return {one["metadata"]["name"]: one["stringData"] for one in made}
+    return {item["metadata"]["name"]: item["stringData"] for item in made}
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
 def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) -> None:
-    """Each pod's own arguments with `--check`, over the files that its mounts and `pod secrets` give it."""
+    """Each pod's own arguments pass `--check`, with the files from its mounts and `pod secrets`."""
     name = f"headrace-{part}"
     (workload,) = (
         o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name
@@ -88,10 +88,10 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
     places = preset.lay_pod(spec, secrets_by_name(), tmp_path)
     file = Path(places["/etc/headrace"]) / "cluster.yaml"
     inside = re.compile("|".join(f"(?<= ){path}(?=/)" for path in places))
-    file.write_text(inside.sub(lambda found: places[found[0]], file.read_text()))
+    file.write_text(inside.sub(lambda match: places[match[0]], file.read_text()))
     (container,) = spec["containers"]
     assert container["command"] == ["headrace"]
-    arguments = [str(file) if one == "/etc/headrace/cluster.yaml" else one for one in container["args"]]
+    arguments = [str(file) if argument == "/etc/headrace/cluster.yaml" else argument for argument in container["args"]]
     done = CliRunner().invoke(app, [*arguments, "--check"])
     assert done.exit_code == 0, done.stderr
     Path(places["/link"], "tls.key").unlink()
@@ -101,23 +101,23 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
 
 
 def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
-    """`db upgrade` takes these options."""
-    (container,) = preset.one("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
+    """`db upgrade` accepts the Job's options."""
+    (container,) = preset.only("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["headrace"]
     done = CliRunner().invoke(app, [*container["args"], "--help"])
     assert done.exit_code == 0, done.stderr
 
 
 def test_the_notes_command_lines_are_known() -> None:
-    """What the notes tell to type: each option exists."""
+    """Each option on the command lines of the notes exists."""
     text = (helm.CHART / "templates" / "NOTES.txt").read_text()
     commands = [
         line.split("headrace ", 1)[1] for line in text.replace("-- env HEADRACE_API_KEY=$KEY ", "-- ").split("-- ")
     ]
     for words in (
-        one.splitlines()[0].split("|")[0].split("{{")[0]
-        for one in commands
-        if one.startswith(("keys", "tenants", "chat"))
+        command.splitlines()[0].split("|")[0].split("{{")[0]
+        for command in commands
+        if command.startswith(("keys", "tenants", "chat"))
     ):
         known = [word.rstrip(")") for word in shlex.split(words.replace("localhost:", "")) if word.startswith("--")]
         sub = [word for word in shlex.split(words) if not word.startswith("-")][:2]
@@ -128,7 +128,7 @@ def test_the_notes_command_lines_are_known() -> None:
 
 
 def test_the_schema_of_config_is_the_programs() -> None:
-    """Run scripts/chart_schema.py after a change of cluster/config/schema.py."""
+    """The chart's schema of config equals the program's (scripts/chart_schema.py, from cluster/config/schema.py)."""
     command = [sys.executable, "scripts/chart_schema.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -163,15 +163,15 @@ print("ANSWER " + json.dumps(out))
 
 @pytest.mark.slow
 def test_ray_reads_every_cluster_and_places_every_model() -> None:
-    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their most can hold the models."""
+    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their maximum hold all models."""
     rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
-    clusters = [one.one("RayCluster") for one in rendered.values()]
+    clusters = [release.only("RayCluster") for release in rendered.values()]
     done = subprocess.run(
         [sys.executable, "-c", RAY], input=json.dumps(clusters), capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.split("ANSWER ")[1])
-    for (name, one), cluster, answer in zip(rendered.items(), clusters, answers, strict=True):
+    for (name, release), cluster, answer in zip(rendered.items(), clusters, answers, strict=True):
         groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
         nodes: list[dict[str, float]] = []
         for group, known in answer["node_types"].items():
@@ -184,7 +184,7 @@ def test_ray_reads_every_cluster_and_places_every_model() -> None:
                 continue
             assert known["min_workers"] == groups[group]["minReplicas"]
             nodes += [resources] * known["max_workers"]
-        config = parse(one.cluster_yaml)
+        config = parse(release.cluster_yaml)
         for model in config.models:
             spec = model.spec()
             assert not is_simulated(spec)

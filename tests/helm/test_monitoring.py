@@ -1,4 +1,4 @@
-"""Rules, dashboards and queries by Prometheus' own tools, and every name in them by cluster/observe/metrics.py."""
+"""Rules, dashboards and queries, checked by Prometheus' own tools and the names in cluster/observe/metrics.py."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.support.helm import ROOT
 
 RULES = helm.CHART / "files" / "alerts" / "headrace.yaml"
 DASHBOARDS = sorted((helm.CHART / "files" / "dashboards").glob("*.json"))
-MONITORED = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
+MONITORED = next(path for path in helm.PRESETS if path.stem == "multi-tenant")
 SCRAPED = {"headrace_cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
-"""Labels that every series may carry: ours, and those of whoever scrapes."""
+"""Labels that every series may carry: ours, and those added by scraping."""
 
 
 def program(name: str) -> str:
-    """Its path."""
+    """Path of a program."""
     if lack := doctor.missing_reason(name):
         pytest.skip(lack)
-    found = doctor.find_tool(name)
-    assert found is not None
-    return found
+    path = doctor.find_tool(name)
+    assert path is not None
+    return path
 
 
 def rules() -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 
 
 def panels() -> Iterator[tuple[str, str]]:
-    """(dashboard and panel, query), Grafana's variables replaced as Grafana would."""
+    """(dashboard and panel, query), with Grafana's variables replaced as Grafana would."""
     for file in DASHBOARDS:
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel["targets"]:
@@ -55,8 +55,8 @@ def panels() -> Iterator[tuple[str, str]]:
 
 
 def scaling() -> Iterator[tuple[str, str]]:
-    """The queries that KEDA asks."""
-    for trigger in helm.template(MONITORED).one("ScaledObject")["spec"]["triggers"]:
+    """Queries of KEDA."""
+    for trigger in helm.template(MONITORED).only("ScaledObject")["spec"]["triggers"]:
         yield "keda", trigger["metadata"]["query"]
 
 
@@ -73,30 +73,30 @@ def selectors(expression: Any) -> Iterator[Any]:
 
 
 def labels_of(metric: str) -> set[str]:
-    """The labels of a metric of ours, by its name as Prometheus has it. Raises KeyError."""
+    """Labels of one of our metrics, by its name in Prometheus. Raises KeyError."""
     short = metric.removeprefix("headrace_")
     for suffix in ("", "_bucket", "_count", "_sum"):
-        one = DEFINITIONS.get(short.removesuffix(suffix)) if short.endswith(suffix) else None
-        if one is not None and (one.kind == "histogram") == bool(suffix):
-            return set(one.labels) | SCRAPED
+        definition = DEFINITIONS.get(short.removesuffix(suffix)) if short.endswith(suffix) else None
+        if definition is not None and (definition.kind == "histogram") == bool(suffix):
+            return set(definition.labels) | SCRAPED
     raise KeyError(metric)
 
 
 VALUES = {
-    "outcome": {one.value for one in Outcome} | {"delivered", "failed", "failed_open", "failed_closed"},
-    "state": {one.value.lower() for one in ModelState},
+    "outcome": {member.value for member in Outcome} | {"delivered", "failed", "failed_open", "failed_closed"},
+    "state": {member.value.lower() for member in ModelState},
     "api": {"worker", "controller", "grpc", "http"},
 }
 
 
 def queries() -> list[tuple[str, str]]:
-    """Of rules, dashboards and the autoscaler."""
+    """Queries of rules, dashboards and the autoscaler."""
     return [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()] + [*panels(), *scaling()]
 
 
 def test_every_query_is_promql_over_metrics_that_exist() -> None:
-    """Parsed by Prometheus' grammar; each metric, label and value of a label is one that the gateway tells."""
-    found = set()
+    """Prometheus' grammar parses each query; each metric, label and label value in it exists in the gateway."""
+    names = set()
     asked = queries()
     assert len(asked) > 60
     for where, query in asked:
@@ -105,29 +105,29 @@ def test_every_query_is_promql_over_metrics_that_exist() -> None:
             if name in RECORDED:
                 continue
             labels = labels_of(name)
-            found.add(name)
+            names.add(name)
             for matcher in selector.matchers.matchers:
                 assert matcher.name in labels, f"{where}: {name} has no label {matcher.name}"
                 if matcher.name in VALUES and matcher.value != ".*":
                     assert set(matcher.value.split("|")) <= VALUES[matcher.name], f"{where}: {matcher.value}"
-    shown = {name.removeprefix("headrace_").removesuffix("_bucket") for name in found}
+    shown = {name.removeprefix("headrace_").removesuffix("_bucket") for name in names}
     assert DEFINITIONS.keys() - shown == set(), "a metric that no panel and no alert looks at"
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """A metric that is none, a histogram without its suffix, a selector deep inside a query."""
+    """The check finds an unknown metric, a histogram without its suffix, and a selector deep inside a query."""
     with pytest.raises(KeyError):
         labels_of("headrace_request_total")
     with pytest.raises(KeyError):
         labels_of("headrace_time_to_first_token_seconds")
     nested = promql.parse('1 - sum by (a) (rate(x{b="c"}[5m])) / (y or histogram_quantile(0.9, z))')
-    assert {one.name for one in selectors(nested)} == {"x", "y", "z"}
+    assert {selector.name for selector in selectors(nested)} == {"x", "y", "z"}
 
 
 def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: Path) -> None:
-    """tests/helm/alerts.yaml plays series and says what fires; every alert of the file is played."""
+    """tests/helm/alerts.yaml has the series and the expected alerts; every alert of the rules file is covered."""
     promtool = program("promtool")
-    rendered = helm.template(MONITORED).one("PrometheusRule")["spec"]
+    rendered = helm.template(MONITORED).only("PrometheusRule")["spec"]
     file = tmp_path / "rules.yaml"
     file.write_text(yaml.safe_dump(rendered))
     done = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
@@ -137,11 +137,11 @@ def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: P
     tests.write_text(played.replace("rule_files: [RULES]", f"rule_files: [{file}]"))
     done = subprocess.run([promtool, "test", "rules", str(tests)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [one["alert"] for one in rules() if "alert" in one and one["alert"] not in played] == []
+    assert [rule["alert"] for rule in rules() if "alert" in rule and rule["alert"] not in played] == []
 
 
 def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
-    """Over no series each has no value: a query that its engine cannot type is an error."""
+    """Over no series each query has no value: one that the engine cannot type would be an error."""
     asked = [query for where, query in queries() if "absent(" not in query]
     expressions = [{"expr": query, "eval_time": "5m", "exp_samples": []} for query in asked]
     tests = tmp_path / "tests.yaml"
@@ -156,7 +156,7 @@ def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
 
 
 def test_alerts_reach_somebody() -> None:
-    """The example's routes, asked by Alertmanager's own tool."""
+    """Alertmanager's own tool finds a receiver through the example's routes."""
     amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
     done = subprocess.run([amtool, "check-config", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -170,13 +170,13 @@ def test_alerts_reach_somebody() -> None:
 
 
 def test_dashboards_travel_whole() -> None:
-    """Each is a ConfigMap that Grafana's sidecar finds, its panels apart from each other, its file the same."""
+    """Each dashboard is a ConfigMap that Grafana's sidecar finds, with disjoint panels and unchanged content."""
     rendered = helm.template(MONITORED)
     for file in DASHBOARDS:
-        found = rendered.one("ConfigMap", f"headrace-dashboard-{file.stem}")
-        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
-        dashboard = json.loads(found["data"][file.name])
+        manifest = rendered.only("ConfigMap", f"headrace-dashboard-{file.stem}")
+        assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
+        dashboard = json.loads(manifest["data"][file.name])
         assert dashboard == json.loads(file.read_text())
-        places = [(one["gridPos"]["x"], one["gridPos"]["y"]) for one in dashboard["panels"]]
+        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
         assert len(set(places)) == len(places)
         assert (ROOT / "deploy" / "dashboards" / file.name).read_text() == file.read_text()

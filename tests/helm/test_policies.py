@@ -1,4 +1,4 @@
-"""Policy on what is rendered: pod security, requests, probes, selectors, ports, rights, and who reaches whom."""
+"""Policy checks on rendered objects: pod security, requests, probes, selectors, ports, RBAC, and network access."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.support.helm import NAMESPACE, Rendered
 from tests.support.network_policies import Network, Peer, selects
 
 CLIENTS, LINK, ADMIN, HTTP, METRICS, PROBES = 50051, 50052, 50053, 8000, 9400, 50054
-EVERYTHING = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
-INSIDE = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+EVERYTHING = next(path for path in helm.PRESETS if path.stem == "multi-tenant")
+INSIDE = next(path for path in helm.PRESETS if path.stem == "local-cpu")
 
 
 def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """(name, labels, spec) of every pod that would run, with the labels that KubeRay adds."""
-    for one in rendered.objects:
-        name = one["metadata"]["name"]
-        if one["kind"] in ("StatefulSet", "Deployment", "Job"):
-            template = one["spec"]["template"]
+    for item in rendered.objects:
+        name = item["metadata"]["name"]
+        if item["kind"] in ("StatefulSet", "Deployment", "Job"):
+            template = item["spec"]["template"]
             yield name, template["metadata"]["labels"], template["spec"]
-        if one["kind"] == "RayCluster":
-            groups = [("head", one["spec"]["headGroupSpec"])]
-            groups += [("worker", group) for group in one["spec"]["workerGroupSpecs"]]
+        if item["kind"] == "RayCluster":
+            groups = [("head", item["spec"]["headGroupSpec"])]
+            groups += [("worker", group) for group in item["spec"]["workerGroupSpecs"]]
             for role, group in groups:
                 added = {"ray.io/cluster": name, "ray.io/node-type": role}
                 labels = {**group["template"]["metadata"]["labels"], **added}
@@ -37,17 +37,17 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
 
 
 def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(pod and container, container), the autoscaler that KubeRay adds as far as the chart says how."""
+    """(pod and container, container), including KubeRay's autoscaler container, as far as the chart sets it."""
     for name, _, spec in pods(rendered):
-        for one in (*spec.get("initContainers", ()), *spec["containers"]):
-            yield f"{name}/{one['name']}", one
+        for container in (*spec.get("initContainers", ()), *spec["containers"]):
+            yield f"{name}/{container['name']}", container
     for cluster in rendered.all("RayCluster"):
         if cluster["spec"]["enableInTreeAutoscaling"]:
             yield f"{cluster['metadata']['name']}/autoscaler", cluster["spec"]["autoscalerOptions"]
 
 
 def test_pods_are_restricted(preset: Rendered) -> None:
-    """As the pod security standard `restricted` demands, and a root folder that nobody writes to besides."""
+    """Pods meet the pod security standard `restricted`, and their root folder is read-only."""
     for name, _, spec in pods(preset):
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True, name
@@ -57,27 +57,27 @@ def test_pods_are_restricted(preset: Rendered) -> None:
         allowed = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "secret", "projected"}
         for volume in spec.get("volumes", ()):
             assert volume.keys() - {"name"} <= allowed, f"{name}: {volume}"
-    for name, one in containers(preset):
-        security = one["securityContext"]
+    for name, container in containers(preset):
+        security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False, name
         assert security["capabilities"] == {"drop": ["ALL"]}, name
         assert security["readOnlyRootFilesystem"] is True, name
         assert security["privileged"] is False, name
-        assert not any("hostPort" in port for port in one.get("ports", ())), name
+        assert not any("hostPort" in port for port in container.get("ports", ())), name
 
 
 def test_every_container_says_what_it_needs(preset: Rendered) -> None:
-    """CPU and memory are requested, memory is bounded, and shared memory lies within that bound."""
-    for name, one in containers(preset):
-        assert one["resources"]["requests"].keys() >= {"cpu", "memory"}, name
-        assert "memory" in one["resources"]["limits"], name
+    """CPU and memory are requested, memory is limited, and shared memory fits in that limit."""
+    for name, container in containers(preset):
+        assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
+        assert "memory" in container["resources"]["limits"], name
     for name, _, spec in pods(preset):
         shared = sum(
             size(volume["emptyDir"]["sizeLimit"])
             for volume in spec.get("volumes", ())
             if volume.get("emptyDir", {}).get("medium") == "Memory"
         )
-        assert shared < sum(size(one["resources"]["limits"]["memory"]) for one in spec["containers"]), name
+        assert shared < sum(size(container["resources"]["limits"]["memory"]) for container in spec["containers"]), name
 
 
 def size(text: str) -> float:
@@ -87,51 +87,51 @@ def size(text: str) -> float:
 
 
 def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
-    """Where the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
+    """If the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
     for name, _, spec in pods(preset):
-        for one in spec["containers"]:
-            mounted = [mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")]
-            values = {env["name"]: env.get("value", "") for env in one.get("env", ())}
+        for container in spec["containers"]:
+            mounted = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+            values = {env["name"]: env.get("value", "") for env in container.get("env", ())}
             written = [values[key] for key in ("HOME", "HEADRACE_CACHE_DIR", "PGDATA") if key in values]
-            arguments = one.get("args", [])
+            arguments = container.get("args", [])
             written += [arguments[at + 1] for at, word in enumerate(arguments) if word == "--folder"]
             for path in ("/tmp", *written):
                 assert any(Path(path).is_relative_to(mount) for mount in mounted), f"{name}: {path}"
 
 
 def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> None:
-    """Three probes each; readiness names the service that is SERVING from the start of serving to its end."""
+    """Each container has three probes; readiness names the service that is SERVING from start to end of serving."""
     workloads = [*preset.all("StatefulSet"), *preset.all("Deployment")]
     assert len(workloads) >= 2
-    for one in workloads:
-        for container in one["spec"]["template"]["spec"]["containers"]:
+    for item in workloads:
+        for container in item["spec"]["template"]["spec"]["containers"]:
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-                assert probe in container, f"{one['metadata']['name']}: {probe}"
-    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+                assert probe in container, f"{item['metadata']['name']}: {probe}"
+    gateway = next(item for name, item in containers(preset) if name == "headrace-gateway/gateway")
     assert gateway["readinessProbe"]["grpc"] == {"port": PROBES, "service": SERVICE}
     assert gateway["livenessProbe"]["grpc"] == {"port": PROBES}
 
 
 def test_selectors_meet_exactly_their_pods(preset: Rendered) -> None:
-    """Services, budgets, monitors and workloads: each selects something, and nothing of another part."""
+    """Each selector of Services, budgets, monitors and workloads selects something, and nothing of another part."""
     running = list(pods(preset))
-    for one in preset.objects:
-        spec = one.get("spec", {})
-        if one["kind"] == "Service":
+    for item in preset.objects:
+        spec = item.get("spec", {})
+        if item["kind"] == "Service":
             selector: Mapping[str, Any] = {"matchLabels": spec["selector"]}
-        elif one["kind"] in ("PodDisruptionBudget", "PodMonitor", "StatefulSet", "Deployment"):
+        elif item["kind"] in ("PodDisruptionBudget", "PodMonitor", "StatefulSet", "Deployment"):
             selector = spec["selector"]
         else:
             continue
         parts = {labels["app.kubernetes.io/component"] for _, labels, _ in running if selects(selector, labels)}
-        assert len(parts) == 1, f"{one['kind']} {one['metadata']['name']} selects {parts}"
+        assert len(parts) == 1, f"{item['kind']} {item['metadata']['name']} selects {parts}"
 
 
 def test_ports_are_the_programs(preset: Rendered) -> None:
     """Containers and Services name the ports that the configuration listens on; each Service's target exists."""
     listen = parse(preset.cluster_yaml).gateway.listen
-    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
-    ports = {one["name"]: one["containerPort"] for one in gateway["ports"]}
+    gateway = next(item for name, item in containers(preset) if name == "headrace-gateway/gateway")
+    ports = {item["name"]: item["containerPort"] for item in gateway["ports"]}
     for name, address in listen.model_dump().items():
         assert address.endswith(f":{ports[name]}"), name
     assert f"0.0.0.0:{ports['health']}" in gateway["args"]
@@ -148,57 +148,57 @@ def test_ports_are_the_programs(preset: Rendered) -> None:
     for monitor in preset.all("PodMonitor"):
         for name, labels, spec in pods(preset):
             if selects(monitor["spec"]["selector"], labels):
-                found = {port["name"] for port in spec["containers"][0]["ports"]}
-                assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} <= found, name
+                names = {port["name"] for port in spec["containers"][0]["ports"]}
+                assert {item["port"] for item in monitor["spec"]["podMetricsEndpoints"]} <= names, name
 
 
 def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
-    """The headless Service publishes what is not ready, and its port gives the SRV name that is dialled."""
+    """The headless Service publishes pods that are not ready, and its port gives the SRV name that workers dial."""
     config = parse(preset.cluster_yaml)
-    links = preset.one("Service", "headrace-links")["spec"]
+    links = preset.only("Service", "headrace-links")["spec"]
     assert links["clusterIP"] == "None"
     assert links["publishNotReadyAddresses"] is True
     (port,) = links["ports"]
     assert f"srv://_{port['name']}._tcp.headrace-links" in config.link.gateways
-    for one in preset.all("StatefulSet"):
-        if one["metadata"]["name"] == "headrace-gateway":
-            assert one["spec"]["serviceName"] == "headrace-links"
+    for item in preset.all("StatefulSet"):
+        if item["metadata"]["name"] == "headrace-gateway":
+            assert item["spec"]["serviceName"] == "headrace-links"
 
 
 def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
-    """Kubernetes waits longer than the gateway, and long enough for the pause before."""
+    """Kubernetes waits longer than the gateway's drain, including the pause before it."""
     config = parse(preset.cluster_yaml)
     for name, labels, spec in pods(preset):
         if labels["app.kubernetes.io/component"] == "gateway" or labels.get("ray.io/node-type") == "worker":
             grace_s = spec["terminationGracePeriodSeconds"]
             assert grace_s == config.gateway.drain_timeout_s + 30, name
-    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+    gateway = next(item for name, item in containers(preset) if name == "headrace-gateway/gateway")
     assert gateway["lifecycle"]["preStop"]["sleep"]["seconds"] < 30
 
 
 def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
-    """A budget for whoever evicts, and an order for whoever updates."""
-    budget = preset.one("PodDisruptionBudget", "headrace-gateway")["spec"]
+    """Evictions are limited by a budget, updates by an order."""
+    budget = preset.only("PodDisruptionBudget", "headrace-gateway")["spec"]
     assert budget["maxUnavailable"] == 1
     for kind in ("StatefulSet", "Deployment"):
-        for one in preset.all(kind):
-            if one["metadata"]["name"] == "headrace-gateway" and kind == "Deployment":
-                assert one["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+        for item in preset.all(kind):
+            if item["metadata"]["name"] == "headrace-gateway" and kind == "Deployment":
+                assert item["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
 def test_rights_are_the_least(preset: Rendered) -> None:
-    """One Role, for one Lease; nobody else carries a token, but Ray's head where its autoscaler runs."""
+    """There is one Role, for one Lease; only the controller and a Ray head with an autoscaler have a token."""
     assert not preset.all("ClusterRole")
     (role,) = preset.all("Role")
     assert [(rule["resources"], sorted(rule["verbs"])) for rule in role["rules"]] == [
         (["leases"], ["create"]),
         (["leases"], ["get", "update"]),
     ]
-    controller = next(one for name, one in containers(preset) if name == "headrace-controller/controller")
+    controller = next(item for name, item in containers(preset) if name == "headrace-controller/controller")
     lease = controller["args"][controller["args"].index("--lease") + 1]
     assert role["rules"][1]["resourceNames"] == [lease]
     (binding,) = preset.all("RoleBinding")
-    assert [one["name"] for one in binding["subjects"]] == ["headrace-controller"]
+    assert [item["name"] for item in binding["subjects"]] == ["headrace-controller"]
     for name, labels, spec in pods(preset):
         scaled = labels.get("ray.io/node-type") == "head" and "serviceAccountName" not in spec
         carries = labels["app.kubernetes.io/component"] == "controller"
@@ -206,10 +206,10 @@ def test_rights_are_the_least(preset: Rendered) -> None:
 
 
 def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> None:
-    """`headrace pod secrets` makes every Secret and key that a pod is not started without."""
+    """`headrace pod secrets` makes every Secret and key that a pod needs to start."""
     made = {
-        str(one["metadata"]["name"]): set(one["stringData"])  # type: ignore[index,call-overload]
-        for one in manifests(NAMESPACE, "headrace", (), None, 30).objects
+        str(item["metadata"]["name"]): set(item["stringData"])  # type: ignore[index,call-overload]
+        for item in manifests(NAMESPACE, "headrace", (), None, 30).objects
     }
     wanted: list[tuple[str, str]] = []
     modes = []
@@ -221,27 +221,27 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
                 keys = [item["key"] for item in secret.get("items", ())] or ["tls.crt", "tls.key", "ca.crt"]
                 wanted += [(secret["secretName"], key) for key in keys]
         for container in spec["containers"]:
-            for one in container.get("env", ()):
-                if reference := one.get("valueFrom", {}).get("secretKeyRef"):
+            for item in container.get("env", ()):
+                if reference := item.get("valueFrom", {}).get("secretKeyRef"):
                     wanted.append((reference["name"], reference["key"]))
     assert len(wanted) > 10
     assert set(modes) == {0o440}, "others on the node cannot read them; the pod's group can"
-    assert [one for one in wanted if one[1] not in made.get(one[0], ())] == []
+    assert [item for item in wanted if item[1] not in made.get(item[0], ())] == []
     for cluster in preset.all("RayCluster"):
         assert "auth_token" in made[cluster["spec"]["authOptions"]["secretName"]], "the key that KubeRay reads"
         assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
-# ---- who reaches whom
+# ---- network access
 
 
 def peers(rendered: Rendered) -> dict[str, Peer]:
-    """One pod of each part, by its part; Ray's by head and worker."""
-    found = {}
+    """One pod of each part, by part; Ray's by head and worker."""
+    by_part = {}
     for _, labels, _ in pods(rendered):
         part = labels["app.kubernetes.io/component"]
-        found[labels.get("ray.io/node-type", part)] = Peer(NAMESPACE, labels)
-    return found
+        by_part[labels.get("ray.io/node-type", part)] = Peer(NAMESPACE, labels)
+    return by_part
 
 
 STRANGER = Peer(NAMESPACE, {"app": "of another release"})
@@ -257,9 +257,9 @@ def network(rendered: Rendered) -> Network:
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """The links, Ray's dashboard, Ray among itself, names; and Prometheus what it scrapes."""
+    """Each part reaches what it dials: links, Ray's dashboard, Ray's ports, DNS; Prometheus reaches its targets."""
     there, allows = peers(preset), network(preset).allows
-    gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
+    gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     assert allows(worker, gateway, LINK)
     assert allows(controller, gateway, LINK)
     assert allows(controller, head, 8265)
@@ -275,9 +275,9 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """From this namespace, others, outside, and from parts of this release that have no business there."""
+    """Pods of this and other namespaces, outside addresses and unrelated parts of the release reach none of them."""
     there, allows = peers(preset), network(preset).allows
-    gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
+    gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)
     for who in strangers:
         for port in (6379, 8265, 10001, 8000, 52365, 8080, 31234):
@@ -295,7 +295,7 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
 
 
 def test_callers_reach_the_two_client_ports() -> None:
-    """Everybody where nothing is said, else those who are named."""
+    """Without a setting every caller reaches them, otherwise only the named ones."""
     open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
     through = Peer("gateways", {"app": "envoy"})
     platform = Peer("platform", {"app": "shell"})
@@ -309,7 +309,7 @@ def test_callers_reach_the_two_client_ports() -> None:
 
 
 def test_stores_inside_are_reached_by_their_users_alone() -> None:
-    """PostgreSQL by gateways and the Job of its tables, Valkey by gateways and Ray heads."""
+    """Only gateways and the Job of the tables reach PostgreSQL, only gateways and Ray heads reach Valkey."""
     rendered = helm.template(INSIDE)
     there, allows = peers(rendered), network(rendered).allows
     may = {("gateway", "postgresql"), ("database", "postgresql"), ("gateway", "valkey"), ("head", "valkey")}
@@ -322,19 +322,19 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
 
 
 def test_without_a_way_out_there_is_none() -> None:
-    """Airgapped: no pod reaches an address outside the site, on any port that is used."""
-    rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "airgapped"))
+    """Airgapped: no pod reaches an address outside the site, on any port in use."""
+    rendered = helm.template(next(item for item in helm.PRESETS if item.stem == "airgapped"))
     allows = network(rendered).allows
-    for name, one in peers(rendered).items():
+    for name, item in peers(rendered).items():
         for port in (53, 80, 443, 5432, 6379, 6443):
-            assert not allows(one, INTERNET, port), (name, port)
+            assert not allows(item, INTERNET, port), (name, port)
     assert allows(peers(rendered)["gateway"], Peer(address="10.0.1.7"), 5432)
     assert allows(peers(rendered)["controller"], Peer(address="10.0.0.1"), 6443)
     assert not allows(peers(rendered)["worker"], Peer(address="10.0.1.7"), 443)
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """Without policies everything is allowed, so the refusals above are the policies'."""
+    """Without policies everything is allowed, so the refusals above come from the policies."""
     rendered = helm.template(INSIDE, {"networkPolicy": {"enabled": False}})
     assert not rendered.all("NetworkPolicy")
     assert network(rendered).allows(INTERNET, peers(rendered)["head"], 6379)
@@ -343,16 +343,16 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 @pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
 @pytest.mark.parametrize("scaling", ["none", "hpa", "keda"])
 def test_who_decides_the_number_of_gateways(kind: str, scaling: str) -> None:
-    """Exactly one does: the workload's own number, or an autoscaler that names it."""
+    """Either the workload's own number or an autoscaler that names it decides, never both."""
     metrics = {"kind": scaling, "customMetrics": True}
     rendered = helm.template({"gateway": {"kind": kind, "autoscaling": metrics}})
-    (workload,) = (one for one in rendered.all(kind) if one["metadata"]["name"] == "headrace-gateway")
+    (workload,) = (item for item in rendered.all(kind) if item["metadata"]["name"] == "headrace-gateway")
     assert ("replicas" in workload["spec"]) is (scaling == "none")
     scalers = [*rendered.all("HorizontalPodAutoscaler"), *rendered.all("ScaledObject")]
     assert len(scalers) == (scaling != "none")
-    for one in scalers:
-        target = one["spec"]["scaleTargetRef"]
+    for item in scalers:
+        target = item["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) == (kind, "headrace-gateway")
-    volumes = {one["name"] for one in workload["spec"]["template"]["spec"]["volumes"]}
+    volumes = {item["name"] for item in workload["spec"]["template"]["spec"]["volumes"]}
     assert ("data" in volumes) is (kind == "Deployment")
     assert ("volumeClaimTemplates" in workload["spec"]) is (kind == "StatefulSet")

@@ -1,4 +1,4 @@
-"""Ray's pods: shared memory, the node's disk, and the time and help they get to drain."""
+"""Ray's pods: shared memory, the node's disk, and their drain time and preStop hooks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def ray_groups(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def shared_memory(spec: dict[str, Any]) -> float:
     """Bytes of a pod's /dev/shm."""
-    (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["mountPath"] == "/dev/shm")
-    (volume,) = (one for one in spec["volumes"] if one["name"] == mount["name"])
+    (mount,) = (item for item in spec["containers"][0]["volumeMounts"] if item["mountPath"] == "/dev/shm")
+    (volume,) = (item for item in spec["volumes"] if item["name"] == mount["name"])
     assert volume["emptyDir"]["medium"] == "Memory"
     return size(volume["emptyDir"]["sizeLimit"])
 
 
 def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
-    """By Ray's own reckoning it is not larger than /dev/shm, where it would fall to disk, and leaves engines half."""
+    """By Ray's own calculation the object store fits in /dev/shm without spilling, and leaves half for engines."""
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
         memory = int(size(spec["containers"][0]["resources"]["limits"]["memory"]))
@@ -45,48 +45,51 @@ def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
 
 @pytest.mark.parametrize("shm", ["256Mi", "3Gi"])
 def test_the_object_store_follows_shared_memory(shm: str) -> None:
-    """Any size that the schema allows gives a store that Ray takes."""
+    """Any size that the schema allows gives an object store that Ray accepts."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     rendered = helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
-    (store,) = (int(one["rayStartParams"]["object-store-memory"]) for name, one in ray_groups(rendered) if name == "g")
+    (store,) = (
+        int(item["rayStartParams"]["object-store-memory"]) for name, item in ray_groups(rendered) if name == "g"
+    )
     assert store == min(int(size(shm)) // 2, 10**9)
 
 
 @pytest.mark.parametrize("shm", ["255Mi"])
 def test_too_little_shared_memory_is_refused(shm: str) -> None:
-    """Half of it would be less than Ray starts with."""
+    """Shared memory whose half is less than Ray's minimum is refused."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     with pytest.raises(helm.HelmFailed, match="shmSize"):
         helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
 
 
 def test_what_is_written_to_the_nodes_disk_is_requested(preset: Rendered) -> None:
-    """The scheduler knows of every emptyDir on disk, so that no node is filled until the kubelet evicts."""
+    """Every emptyDir on disk is requested, so that the scheduler fills no node until the kubelet evicts pods."""
     for name, _, spec in pods(preset):
-        on_disk = [one["emptyDir"] for one in spec.get("volumes", ()) if "emptyDir" in one]
-        sizes = [size(one["sizeLimit"]) for one in on_disk if one.get("medium") != "Memory"]
-        wanted = sum(size(one["resources"]["requests"]["ephemeral-storage"]) for one in spec["containers"])
+        on_disk = [item["emptyDir"] for item in spec.get("volumes", ()) if "emptyDir" in item]
+        sizes = [size(item["sizeLimit"]) for item in on_disk if item.get("medium") != "Memory"]
+        wanted = sum(size(item["resources"]["requests"]["ephemeral-storage"]) for item in spec["containers"])
         assert wanted >= sum(sizes), name
 
 
 def test_a_disk_request_that_is_given_stays() -> None:
-    """Operators who know what their pods write set it themselves."""
+    """A disk request set by the operator is kept."""
     resources = {"requests": {"cpu": "1", "memory": "1Gi", "ephemeral-storage": "7Gi"}, "limits": {"memory": "2Gi"}}
     limited = {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi", "ephemeral-storage": "9Gi"}}
     rendered = helm.template({"gateway": {"resources": resources}, "controller": {"resources": limited}})
-    found = {name.split("/")[1]: one["resources"] for name, one in containers(rendered)}
-    assert found["gateway"] == resources
-    assert found["controller"] == limited
+    by_name = {name.split("/")[1]: item["resources"] for name, item in containers(rendered)}
+    assert by_name["gateway"] == resources
+    assert by_name["controller"] == limited
 
 
 def variables(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A container's environment by name."""
-    return {one["name"]: one for one in container["env"]}
+    return {item["name"]: item for item in container["env"]}
 
 
 def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> None:
     """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray; the head has
-    no replicas and waits for nothing."""
+    no replicas and does not wait.
+    """
     drain_timeout_s = parse(preset.cluster_yaml).gateway.drain_timeout_s
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
@@ -103,7 +106,7 @@ def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> No
 
 @pytest.mark.parametrize("drain_timeout_s", [0, 0.5, 1200])
 def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
-    """A longer drain is a longer drain everywhere."""
+    """A longer drain_timeout_s lengthens every wait."""
     rendered = helm.template({"config": {"gateway": {"drain_timeout_s": drain_timeout_s}}})
     spec = next(group["template"]["spec"] for name, group in ray_groups(rendered) if name != "head")
     waits_s = float(variables(spec["containers"][0])[TIMEOUT_ENV]["value"])
@@ -111,26 +114,27 @@ def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
 
 
 def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
-    """By the downward API: what workers and usage records are joined to Kubernetes with."""
+    """The downward API sets the names that join workers and usage records to Kubernetes."""
     for _, group in ray_groups(preset):
-        found = variables(group["template"]["spec"]["containers"][0])
-        assert found["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
-        assert found["NODE_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
-    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+        by_name = variables(group["template"]["spec"]["containers"][0])
+        assert by_name["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+        assert by_name["NODE_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
+    gateway = next(item for name, item in containers(preset) if name == "headrace-gateway/gateway")
     assert variables(gateway)["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
 
 
 def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rendered) -> None:
     """Each group and head has its own budget, in pods: Kubernetes cannot resolve a percentage or maxUnavailable for the
-    pods of a RayCluster, and would then refuse every eviction."""
-    budgets = [one["spec"] for one in preset.all("PodDisruptionBudget")]
+    pods of a RayCluster, and would then refuse every eviction.
+    """
+    budgets = [item["spec"] for item in preset.all("PodDisruptionBudget")]
     for cluster in preset.all("RayCluster"):
         fault_tolerant = "gcsFaultToleranceOptions" in cluster["spec"]
         least = {group["groupName"]: group["minReplicas"] for group in cluster["spec"]["workerGroupSpecs"]}
         for name, labels, _ in pods(preset):
             if labels.get("ray.io/cluster") != cluster["metadata"]["name"]:
                 continue
-            (mine,) = (one for one in budgets if selects(one["selector"], labels))
+            (mine,) = (item for item in budgets if selects(item["selector"], labels))
             assert "maxUnavailable" not in mine, name
             group = labels.get("headrace/worker-group", "")
             wanted = max(least[group] - 1, 0) if group else 0 if fault_tolerant else 1
@@ -138,10 +142,10 @@ def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rende
 
 
 def test_budgets_of_ray_can_be_set() -> None:
-    """Per group, and for a head that may go."""
+    """Budgets can be set per group, and for a head that may be evicted."""
     group = {"name": "g", "minReplicas": 3, "maxReplicas": 3, "podDisruptionBudget": {"minAvailable": 1}}
     cluster = {"name": "blue", "workerGroups": [group], "head": {"podDisruptionBudget": {"minAvailable": 0}}}
     rendered = helm.template({"ray": {"clusters": [cluster]}})
-    found = {one["metadata"]["name"]: one["spec"] for one in rendered.all("PodDisruptionBudget")}
-    assert found["headrace-blue-workers-g"]["minAvailable"] == 1
-    assert found["headrace-blue-ray-head"]["minAvailable"] == 0
+    by_name = {item["metadata"]["name"]: item["spec"] for item in rendered.all("PodDisruptionBudget")}
+    assert by_name["headrace-blue-workers-g"]["minAvailable"] == 1
+    assert by_name["headrace-blue-ray-head"]["minAvailable"] == 0

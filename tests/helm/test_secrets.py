@@ -1,4 +1,4 @@
-"""`secrets.create`: the chart makes its Secret where it sees the cluster, once, and keeps what is there."""
+"""`secrets.create`: the chart makes its Secret once, when it can see the cluster, and keeps an existing one."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ DISCOVERY: Mapping[str, Any] = {
 
 @contextlib.contextmanager
 def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
-    """The URL of an API server with these objects, by `secrets/NAME` or `serviceaccounts/NAME`."""
+    """URL of an API server with these objects, by `secrets/NAME` or `serviceaccounts/NAME`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
-            found = DISCOVERY.get(path) or objects.get(path.removeprefix(f"/api/v1/namespaces/{helm.NAMESPACE}/"))
+            answer = DISCOVERY.get(path) or objects.get(path.removeprefix(f"/api/v1/namespaces/{helm.NAMESPACE}/"))
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            data = json.dumps(found or missing).encode()
-            self.send_response(200 if found else 404)
+            data = json.dumps(answer or missing).encode()
+            self.send_response(200 if answer else 404)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -75,7 +75,7 @@ OWNED = {
 
 
 def secret(*keys: str) -> dict[str, Any]:
-    """The Secret as an earlier install of the release has made it."""
+    """The Secret as made by an earlier install of the release."""
     data = dict.fromkeys(keys, "b2xk")
     return {"secrets/headrace-secrets": {"apiVersion": "v1", "kind": "Secret", "metadata": OWNED, "data": data}}
 
@@ -92,17 +92,17 @@ def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[str, Any]:
-    """The chart's Secret, where the cluster has these objects. Raises HelmFailed."""
+    """The chart's Secret on a cluster with these objects. Raises HelmFailed."""
     with api_server(objects) as url:
         asked = ("--set", "secrets.create=true", "--dry-run=server", "--kube-apiserver", url, *arguments)
         text = helm.run("template", "headrace", chart, "-n", helm.NAMESPACE, "--disable-openapi-validation", *asked)
-    (found,) = yaml.safe_load_all(text)
-    assert found["metadata"]["name"] == "headrace-secrets"
-    return dict(found)
+    (manifest,) = yaml.safe_load_all(text)
+    assert manifest["metadata"]["name"] == "headrace-secrets"
+    return dict(manifest)
 
 
 def test_the_first_install_makes_the_secret(chart: Path) -> None:
-    """Else no pod starts; it is immutable and outlives the release."""
+    """The Secret is immutable and outlives the release; without it no pod starts."""
     made = rendered(chart, ACCOUNT)
     assert made["immutable"] is True
     assert made["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
@@ -112,7 +112,7 @@ def test_the_first_install_makes_the_secret(chart: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--is-upgrade",)])
 def test_what_is_there_is_kept(chart: Path, arguments: tuple[str, ...]) -> None:
-    """Else an upgrade takes every API key."""
+    """An existing Secret is kept, since a new one would invalidate every API key."""
     made = rendered(chart, {**ACCOUNT, **secret(*KEYS)}, *arguments)
     assert made["data"] == dict.fromkeys(KEYS, "b2xk")
 
@@ -128,6 +128,6 @@ def test_what_is_there_is_kept(chart: Path, arguments: tuple[str, ...]) -> None:
 def test_no_second_pepper_is_made(
     chart: Path, objects: Mapping[str, Any], arguments: tuple[str, ...], words: str
 ) -> None:
-    """Else every API key is lost without a word."""
+    """A second pepper is refused, since it would silently invalidate every API key."""
     with pytest.raises(helm.HelmFailed, match=words):
         rendered(chart, objects, *arguments)

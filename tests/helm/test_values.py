@@ -1,4 +1,4 @@
-"""Values that are wrong are refused with a word that helps; those that the schema allows render to valid objects."""
+"""Wrong values are refused with a helpful message; values that the schema allows render to valid objects."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GROUP = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
 
 
 def cluster(**changed: Any) -> dict[str, Any]:
-    """Values with one Ray cluster, changed in its only group."""
+    """Values with one Ray cluster and changes in its only group."""
     return {"ray": {"clusters": [{"name": "blue", "workerGroups": [{**GROUP, **changed}]}]}}
 
 
 def models(*entries: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    """Values with these models over one group of two nodes with four H100 each, changed."""
+    """Values with these models over one group of two nodes with four H100 each, with changes."""
     group = {"gpuType": "H100", "gpusPerNode": 4, "maxReplicas": 2, **changed}
     named = [{"name": f"m{at}", "source": "hf://o/m", **entry} for at, entry in enumerate(entries)]
     return {**cluster(**group), "config": {"models": named}}
@@ -84,12 +84,12 @@ WRONG_TOGETHER = [
     ),
     ({"config": {"link": {"tls": {"ca_file": "/tls/ca.crt"}}}}, "config.link.tls.ca_file is /tls/ca.crt"),
 ]
-"""What each half of the values has alone, and both cannot have together."""
+"""Values that are valid in each half alone, but not together."""
 
 
 @pytest.mark.parametrize(("values", "words"), WRONG_TOGETHER)
 def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: str) -> None:
-    """A release of such values is installed whole, and ends at the first restart or places no replica ever."""
+    """Such values are refused: they would install, and fail at the first restart or never place a replica."""
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
     assert words in str(caught.value)
@@ -114,7 +114,7 @@ def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: st
     ],
 )
 def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
-    """A check that refuses what works is worse than none."""
+    """Values that work are not refused."""
     assert helm.template(values).cluster_yaml
 
 
@@ -166,17 +166,17 @@ def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
     ],
 )
 def test_wrong_values_are_refused_in_words(values: Mapping[str, Any], words: str) -> None:
-    """The message names the value and what to do."""
+    """The message names the value and the remedy."""
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
     assert words in str(caught.value)
 
 
-# ---- whatever the schema allows
+# ---- all values that the schema allows
 
 
 def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Values of a schema of ours: the words of JSON schema that helm/values.schema.json uses, and no others."""
+    """Values of one of our schemas. Supports only the JSON schema keywords that helm/values.schema.json uses."""
     if "$ref" in schema:
         return from_schema(SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]])
     if "const" in schema:
@@ -203,32 +203,32 @@ def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     if kind == "array":
         return st.lists(from_schema(schema["items"]), min_size=schema.get("minItems", 0), max_size=2)
     assert kind == "object", schema
-    known = {key: from_schema(one) for key, one in schema.get("properties", {}).items()}
+    known = {key: from_schema(item) for key, item in schema.get("properties", {}).items()}
     required = {key: known.get(key, st.just("1")) for key in schema.get("required", ())}
     drawn = st.fixed_dictionaries(required, optional={k: v for k, v in known.items() if k not in required})
-    return drawn.filter(lambda one: len(one) <= schema.get("maxProperties", len(one)))
+    return drawn.filter(lambda item: len(item) <= schema.get("maxProperties", len(item)))
 
 
 PRINTED = st.characters(min_codepoint=33, max_codepoint=126)
 NOT_DRAWN = {"config", "extraObjects", "fullnameOverride"}
-"""config is the program's own; the others are names that config repeats."""
-TOP = {key: one for key, one in SCHEMA["properties"].items() if key not in NOT_DRAWN}
+"""config is checked by the program; the others repeat names from config."""
+TOP = {key: item for key, item in SCHEMA["properties"].items() if key not in NOT_DRAWN}
 
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where it is needed."""
+    """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where needed."""
     made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
     if clusters is not None:
-        unique = {one["name"]: one for one in clusters}
+        unique = {item["name"]: item for item in clusters}
         made["ray"]["clusters"] = list(unique.values())
         made["config"] = {
-            "ray": [{"name": one, "dashboard_url": f"http://headrace-{one}-head-svc:8265"} for one in unique]
+            "ray": [{"name": item, "dashboard_url": f"http://headrace-{item}-head-svc:8265"} for item in unique]
         }
-        for one in unique.values():
-            one["workerGroups"] = list({group["name"]: group for group in one["workerGroups"]}.values())
-            one.get("head", {}).pop("gcsFaultTolerance", None)
-            for group in one["workerGroups"]:
+        for item in unique.values():
+            item["workerGroups"] = list({group["name"]: group for group in item["workerGroups"]}.values())
+            item.get("head", {}).pop("gcsFaultTolerance", None)
+            for group in item["workerGroups"]:
                 group["maxReplicas"] = max(group["maxReplicas"], group["minReplicas"])
                 if group.get("gpusPerNode"):
                     group.pop("logicalGpus", None)
@@ -241,28 +241,28 @@ def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     if gateway.get("ingress", {}).get("enabled"):
         gateway["ingress"]["host"] = "llm.example.com"
     if not made.get("existingSecret"):
-        made.pop("secrets", None)  # the chart makes its Secret only where it sees the cluster
+        made.pop("secrets", None)  # the chart makes its Secret only when it can see the cluster
     for name in ("tolerations", "extraVolumes", "extraVolumeMounts"):
         gateway.pop(name, None)
     return made
 
 
 EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
-"""About a second each; `make chart-test EXAMPLES=200` looks further."""
+"""About a second each; `make chart-test EXAMPLES=200` tries more."""
 
 
 @settings(
     max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)  # a shrunk example would say little more, after minutes
-@given(values=st.fixed_dictionaries({}, optional={key: from_schema(one) for key, one in TOP.items()}))
+)  # shrinking would take minutes and show little more
+@given(values=st.fixed_dictionaries({}, optional={key: from_schema(item) for key, item in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
-    """Every object by the newest API's schemas or its definition, the configuration by the program's parser."""
+    """Every object is valid by the newest API's schemas or its definition, the configuration by our parser."""
     rendered = helm.template(draws(values))
     parse(rendered.cluster_yaml)
-    names = [(one["kind"], one["metadata"]["name"]) for one in rendered.objects]
+    names = [(item["kind"], item["metadata"]["name"]) for item in rendered.objects]
     assert len(names) == len(set(names))
-    for one in rendered.objects:
-        if schemas.is_built_in(one):
-            schemas.check_built_in(one, schemas.RELEASES[-1])
+    for item in rendered.objects:
+        if schemas.is_built_in(item):
+            schemas.check_built_in(item, schemas.RELEASES[-1])
         elif schemas.CRDS.is_dir():
-            schemas.check_custom(one)
+            schemas.check_custom(item)

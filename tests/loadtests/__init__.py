@@ -1,1 +1,1 @@
-"""The load tests themselves: driver, metrics, harness."""
+"""Tests of the load tests: driver, metrics, harness."""

@@ -1,4 +1,4 @@
-"""Servers for the driver to meet: the simulated engine's SSE face in this process, and faces that do as told."""
+"""Servers for the driver: the simulated engine's SSE API in this process, and a scripted client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = "bench"
 
 @dataclass
 class Scripted:
-    """A face that answers as `script` says; the driver's tests need no server then."""
+    """A client that answers as `script` says; the driver's tests need no server then."""
 
     script: Callable[[Request, OnText, int], AsyncIterator[Answer]]
     name: str = "scripted"
@@ -32,7 +32,7 @@ class Scripted:
     sent: list[str] = field(default_factory=list)
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """One turn of the script."""
+        """Run one step of the script."""
         number, self.calls = self.calls, self.calls + 1
         self.running += 1
         self.most = max(self.most, self.running)
@@ -43,12 +43,12 @@ class Scripted:
             self.running -= 1
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 @dataclass
 class SseServer:
-    """The simulated engine as a plain OpenAI server on a port of loopback."""
+    """The simulated engine as a plain OpenAI server on a loopback port."""
 
     url: str
     server: Server
@@ -56,7 +56,7 @@ class SseServer:
     connections: list[Connection]
 
     def die(self) -> None:
-        """As a killed process does: no more accepting, and every connection cut."""
+        """Stop accepting and abort every connection, as a killed process does."""
         self.listening.close()
         for connection in self.connections:
             connection.cut()
@@ -64,14 +64,14 @@ class SseServer:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
-    """A tiny tokenizer's bundle, and the source parameters that keep to tokens with text of their own."""
+    """A tiny tokenizer's bundle, and source parameters that limit the engine to tokens with their own text."""
     folder = build_tokenizer("llama", tmp_path_factory.mktemp("loadtests"))
     return build_bundle(folder), plain_tokens(folder)
 
 
 @pytest.fixture
 async def sse(bundle: tuple[Bundle, str]) -> AsyncIterator[SseServer]:
-    """A server of steps of 2 ms."""
+    """A server with steps of 2 ms."""
     files, tokens = bundle
     engine = SimEngine(SimConfig.from_source(f"sim://?decode_ms=2&vocab=768&max_model_len=2048&{tokens}"))
     await engine.start()

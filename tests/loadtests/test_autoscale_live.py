@@ -1,4 +1,4 @@
-"""The parts of the live run that need no Ray: its calls, and how its answers are compared."""
+"""Parts of the live run that need no Ray: its calls, and the comparison of its answers."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.autoscale_live.calls import Callers, Told, compare, play
-from loadtests.autoscale_live.choice import choice
+from loadtests.autoscale_live.calls import Callers, CallResult, compare, play
+from loadtests.autoscale_live.choice import sweep_policies
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan, share_of_most
 from tests.support.cluster import until
 
 
 @given(st.integers(0, 99), st.floats(30, 300))
 def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
-    """In order, within the time, of both faces, and as long as streams are to be."""
+    """Calls are in order, within the time, for both clients, and have the planned stream lengths."""
     engine = Engine()
     calls = plan(seed, seconds, engine, 4)
     assert calls == plan(seed, seconds, engine, 4)
-    assert [one.at_s for one in calls] == sorted(one.at_s for one in calls)
-    assert all(0 <= one.at_s < seconds for one in calls)
+    assert [call.at_s for call in calls] == sorted(call.at_s for call in calls)
+    assert all(0 <= call.at_s < seconds for call in calls)
     assert all(
-        one.tokens * engine.decode_s + engine.decode_s >= 5 and one.tokens * engine.decode_s <= 60 for one in calls
+        call.tokens * engine.decode_s + engine.decode_s >= 5 and call.tokens * engine.decode_s <= 60 for call in calls
     )
-    assert abs(sum(one.face for one in calls) - len(calls) / 2) <= 1
+    assert abs(sum(call.face for call in calls) - len(calls) / 2) <= 1
 
 
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
-    """Over many seeds, the work that comes is the share of the most that the curve says."""
+    """Over many seeds, the offered work is the fraction of the peak that the curve gives."""
     engine, seconds, seeds = Engine(), 200.0, range(200)
-    work = sum(one.tokens for seed in seeds for one in plan(seed, seconds, engine, 4)) / len(seeds)
+    work = sum(call.tokens for seed in seeds for call in plan(seed, seconds, engine, 4)) / len(seeds)
     mean_share = sum(share_of_most(i / 1000) for i in range(1000)) / 1000
     assert work == pytest.approx(0.7 * 4 * engine.tokens_per_s * seconds * mean_share, rel=0.03)
     assert max(share_of_most(i / 1000) for i in range(1001)) == 1.0
@@ -41,26 +41,28 @@ def test_the_most_is_seventy_percent_of_all_replicas() -> None:
 
 
 def test_answers_of_one_prompt_begin_alike() -> None:
-    """A shorter one is the beginning of a longer, but for a character that its end has cut in two; what is not is told
-    with its place, what failed already stays so."""
+    """A shorter answer is a prefix of a longer one, except for a character cut in two at its end. Differences are
+    reported
+    with their position; failed calls stay failed.
+    """
     texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut"), (0, "ab\ufffd", "")]
-    calls = [Told(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
+    calls = [CallResult(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
-    other = "other text than its like from character 2 of 3 on: 'x' instead of 'cdef' "
-    other += "(prompt 0 at 0.0 s by sdk, 0 times resumed)"
-    assert [one.fault for one in calls] == ["", "", other, "", "cut", ""]
+    other = "differs from an undisturbed call at character 2 of 3: 'x' instead of 'cdef' "
+    other += "(prompt 0 at 0.0 s by sdk, 0 resumes)"
+    assert [call.fault for call in calls] == ["", "", other, "", "cut", ""]
 
 
 async def test_calls_end_with_what_they_are_made_for() -> None:
-    """What is planned for later is not begun once that has ended, and nobody waits for its time."""
+    """Calls planned for later are not begun once the changes have ended, and their time is not waited for."""
 
     class Answering(Callers):
         def __init__(self) -> None:
             self.made: list[PlannedCall] = []
 
-        async def call(self, planned: PlannedCall) -> Told:
+        async def call(self, planned: PlannedCall) -> CallResult:
             self.made.append(planned)
-            return Told(planned, "sdk")
+            return CallResult(planned, "sdk")
 
     callers, done = Answering(), asyncio.Event()
     beside = asyncio.create_task(_until(done))
@@ -68,7 +70,7 @@ async def test_calls_end_with_what_they_are_made_for() -> None:
     playing = asyncio.create_task(play(callers, planned, beside))
     await until(lambda: len(callers.made) == 2, "two are made")
     done.set()
-    assert [told.planned for told in await asyncio.wait_for(playing, 5)] == planned[:2]
+    assert [result.planned for result in await asyncio.wait_for(playing, 5)] == planned[:2]
 
 
 async def _until(done: asyncio.Event) -> None:
@@ -77,10 +79,10 @@ async def _until(done: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
-    """Calls go to the replica with the fewest, so that all have about as many; who stays for ever moves nothing."""
-    found = choice(use, 20.0, 1.0, random.Random(2))
-    assert 0 <= found.blind - found.fewest < 1.0
-    assert 0 <= found.blind_moved - found.fewest_moved < 1.0
-    assert found.blind_moved <= found.blind
-    assert found.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
-    assert choice(use, 20.0, 1e9, random.Random(2)).blind_moved == 0
+    """Calls go to the replica with the fewest streams, so all have about as many; with an endless stay none moves."""
+    sweep = sweep_policies(use, 20.0, 1.0, random.Random(2))
+    assert 0 <= sweep.blind - sweep.fewest < 1.0
+    assert 0 <= sweep.blind_moved - sweep.fewest_moved < 1.0
+    assert sweep.blind_moved <= sweep.blind
+    assert sweep.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
+    assert sweep_policies(use, 20.0, 1e9, random.Random(2)).blind_moved == 0

@@ -1,4 +1,4 @@
-"""`python -m loadtests` as a user meets it: a smoke run, wrong words, nobody there, a server that dies."""
+"""`python -m loadtests` from the command line: a smoke run, wrong arguments, no server, a server that dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path) -> None:
-    """All calls answered on each, equal texts, figures in the JSON, PNG files."""
+    """All calls of each API are answered with equal texts; there are figures in the JSON and PNG files."""
     code, out, err = await _run("smoke", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots"))
     assert code == 0, out + err
     report = json.loads((tmp_path / "out.json").read_text())
@@ -41,10 +41,10 @@ async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path)
     names = [arm["name"] for arm in report["arms"]]
     assert names == ["ours StreamChat", "ours HTTP", "ours Session"]
     for arm in report["arms"]:
-        for one in arm["rounds"]:
-            assert (one["whole_answers"], one["errors"], one["short_answers"]) == (24, {}, 0)
-            assert len(one["samples"]) == 24
-            assert one["cpu_s"].keys() == {"gateway", "worker replica"}
+        for round_ in arm["rounds"]:
+            assert (round_["whole_answers"], round_["errors"], round_["short_answers"]) == (24, {}, 0)
+            assert len(round_["samples"]) == 24
+            assert round_["cpu_s"].keys() == {"gateway", "worker replica"}
     assert report["settings"]["equal texts: ours HTTP and ours StreamChat"] == "48 of 48"
     assert all(figure["value"] > 0 and figure["bound"] is None for figure in report["figures"])
     assert {"cpu", "cores", "memory_gib"} <= report["hardware"].keys()
@@ -55,16 +55,16 @@ async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--endpoint", "127.0.0.1:1"], "begins with none of grpc://"),
+        (["--endpoint", "127.0.0.1:1"], "unknown scheme; expected one of grpc://"),
         (["--endpoint", "grpc://nowhere"], "expected grpc://HOST:PORT"),
         (["--endpoint", "http://127.0.0.1:1", "--dataset", "sharegpt"], "unknown dataset 'sharegpt'"),
         (["--endpoint", "http://127.0.0.1:1", "--speed", "2"], "--dataset must be one of"),
-        (["--endpoint", "http://127.0.0.1:1", "--concurrency", "1,x"], "expected numbers above 0"),
+        (["--endpoint", "http://127.0.0.1:1", "--concurrency", "1,x"], "expected integers above 0"),
         (["--endpoint", "http://127.0.0.1:1", "--dataset", "mooncake", "--traces", "/nowhere"], "is absent"),
     ],
 )
 async def test_wrong_words_are_one_clear_line(arguments: list[str], message: str) -> None:
-    """Exit code 2, the remedy, no traceback."""
+    """Wrong arguments give exit code 2 and the remedy, without a traceback."""
     code, out, err = await _run("endpoint", *arguments)
     assert code == 2
     assert message in " ".join(err.split())
@@ -73,7 +73,7 @@ async def test_wrong_words_are_one_clear_line(arguments: list[str], message: str
 
 @pytest.mark.parametrize("scheme", ["grpc", "session", "http", "ray"])
 async def test_nobody_at_the_endpoint_is_said_at_once(scheme: str) -> None:
-    """Before any run, with the address."""
+    """A missing server is reported before any run, with its address."""
     address = f"{scheme}://127.0.0.1:{free_port()}"
     code, _, err = await _run("endpoint", "--endpoint", address)
     assert code == 2
@@ -82,21 +82,21 @@ async def test_nobody_at_the_endpoint_is_said_at_once(scheme: str) -> None:
 
 @pytest.mark.slow
 async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServer, tmp_path: Path) -> None:
-    """Throughput against concurrency is drawn."""
+    """The plot shows throughput against concurrency."""
     code, out, err = await _run(
         "endpoint", "--endpoint", sse.url, "--model", MODEL, "--requests", "12", "--tokens", "8",
         "--concurrency", "1,4", "--slo-ttft-ms", "5000", "--json", str(tmp_path / "o.json"), "--plot", str(tmp_path),
     )  # fmt: skip
     assert code == 0, out + err
     (arm,) = json.loads((tmp_path / "o.json").read_text())["arms"]
-    assert [one["concurrency"] for one in arm["rounds"]] == [1, 4]
-    assert all(one["goodput_per_s"] == pytest.approx(one["requests_per_s"], rel=0.01) for one in arm["rounds"])
+    assert [round_["concurrency"] for round_ in arm["rounds"]] == [1, 4]
+    assert all(round_["goodput_per_s"] == pytest.approx(round_["requests_per_s"], rel=0.01) for round_ in arm["rounds"])
     assert (tmp_path / "endpoint-throughput.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
 async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_path: Path) -> None:
-    """What came before stays, the report says what happened, and the exit code is 1."""
+    """Earlier results stay, the report says what happened, and the exit code is 1."""
     running = asyncio.create_task(
         _run(
             "endpoint",
@@ -120,16 +120,16 @@ async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_pa
     assert code == 1
     assert "this report is partial" in out
     report = json.loads((tmp_path / "o.json").read_text())
-    (one,) = report["arms"][0]["rounds"]
+    (round_,) = report["arms"][0]["rounds"]
     assert not report["complete"]
-    assert "the server died" in one["problem"]
-    assert one["whole_answers"] >= 80
-    assert one["calls"] < 5000
+    assert "the server died" in round_["problem"]
+    assert round_["whole_answers"] >= 80
+    assert round_["calls"] < 5000
 
 
 @pytest.mark.slow
 async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a scenario: its gateway and worker are gone, and the JSON says so."""
+    """After Ctrl-C in the middle of a scenario its gateway and worker are gone, and the JSON records the interrupt."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "relay", "--only", "ours StreamChat", "--json", str(tmp_path / "o.json"),
         "--logs", str(tmp_path / "logs"), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""The driver keeps its plan, counts what came, and never hangs."""
+"""The driver follows its plan, counts the results, and never hangs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def _answers(request: Request, on_text: OnText, number: int) -> AsyncItera
 
 
 async def test_a_closed_loop_makes_every_call_and_keeps_to_its_concurrency() -> None:
-    """Forty calls by six callers: each once, never more than six at a time."""
+    """Six callers make each of forty calls once, never more than six at a time."""
     face = Scripted(_answers)
     run = await drive(face, REQUESTS, concurrency=6)
     assert sorted(face.sent) == sorted(request.key for request in REQUESTS)
@@ -36,7 +36,7 @@ async def test_a_closed_loop_makes_every_call_and_keeps_to_its_concurrency() -> 
 
 
 async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> None:
-    """Calls that do not end do not hold the later ones up, and none goes out before it is due."""
+    """Calls that do not end do not delay later ones, and none is sent before it is due."""
     release = asyncio.Event()
 
     async def waits(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
@@ -54,7 +54,7 @@ async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> No
 
 
 async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> None:
-    """Five tokens in three pieces have four gaps' worth of time a token."""
+    """Five tokens in three pieces give a time per token of a fourth of the duration."""
     run = await drive(Scripted(_answers), REQUESTS[:1], concurrency=1)
     (record,) = run.records
     assert (record.tokens, record.pieces, len(record.gaps_s)) == (5, 3, 2)
@@ -63,7 +63,7 @@ async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> N
 
 
 async def test_a_call_without_end_is_a_timeout_and_the_others_go_on() -> None:
-    """One call hangs; it is counted by its kind, and the rest have whole answers."""
+    """One call hangs and is counted by its kind; the rest have complete answers."""
 
     async def one_hangs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number == 3:
@@ -78,7 +78,7 @@ async def test_a_call_without_end_is_a_timeout_and_the_others_go_on() -> None:
 
 
 async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
-    """The calls under way are recorded as not ended."""
+    """The running calls are recorded as not ended."""
 
     async def hangs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         on_text("begun")
@@ -86,13 +86,13 @@ async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
         yield Answer(1)
 
     run = await drive(Scripted(hangs), REQUESTS[:4], concurrency=4, limits=Limits(call_s=60, run_s=0.2))
-    assert "not over after 0.2 s" in run.problem
+    assert "did not end within 0.2 s" in run.problem
     assert run.errors() == {"not ended": 4}
     assert all(record.pieces == 1 for record in run.records)
 
 
 async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
-    """Not every call of a long plan is tried against a dead server, and the answers before its death are kept."""
+    """A long plan stops early on a dead server, and the answers before its death are kept."""
 
     async def dies(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number >= 10:
@@ -109,7 +109,7 @@ async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
 
 
 async def test_refusals_do_not_look_like_a_death() -> None:
-    """A server that refuses every call is there: all calls are made, and counted by their status."""
+    """A server that refuses every call is alive: all calls are made, and counted by their status."""
 
     async def refuses(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number >= 0:
@@ -122,7 +122,7 @@ async def test_refusals_do_not_look_like_a_death() -> None:
 
 
 async def test_equal_texts_are_told_from_different_ones() -> None:
-    """Two runs of the same requests are compared request by request, in whatever order they were made."""
+    """Two runs of the same requests are compared request by request, in any order."""
 
     async def differs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         on_text("other" if request.key == REQUESTS[2].key else f"{request.key}/0 {request.key}/1 {request.key}/2 ")

@@ -1,4 +1,4 @@
-"""Every face against a real server: the gateway's own, and the simulated engine behind an OpenAI face."""
+"""Every client against a real server: the gateway's own APIs, and the simulated engine behind an OpenAI API."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[Test
 @pytest.mark.parametrize("kind", ["grpc", "session"])
 @pytest.mark.slow
 async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestCluster, sse: SseServer) -> None:
-    """The same requests over ours and over SSE: all tokens, equal texts, for chats and completions."""
+    """The same requests over our APIs and over SSE give all tokens and equal texts, for chats and completions."""
     address = ours.gateway.endpoints["grpc"]
     mine: Face = GrpcStream(address, MODEL, channels=2) if kind == "grpc" else Sessions(address, MODEL, sessions=2)
     plain = OpenAiSse(sse.url, MODEL)
@@ -57,7 +57,7 @@ async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestC
 
 
 async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
-    """On a kept-alive connection the later calls' first token comes without the 40 ms of a delayed ACK."""
+    """On a kept-alive connection the first token of later calls comes without the 40 ms of a delayed ACK."""
     face = OpenAiSse(f"http://{ours.gateway.endpoints['http']}", MODEL)
     try:
         run = await drive(face, fixed(10, 8, 4, seed=5), concurrency=1, limits=LIMITS)
@@ -68,7 +68,7 @@ async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
 
 @pytest.mark.parametrize("kind", ["grpc", "session", "http"])
 async def test_an_unknown_model_is_a_refusal_with_its_status(kind: str, ours: TestCluster) -> None:
-    """The call fails by the server's own status, not as a dead server."""
+    """The call fails with the server's own status, not as if the server were dead."""
     endpoints = ours.gateway.endpoints
     faces: dict[str, Face] = {
         "grpc": GrpcStream(endpoints["grpc"], "nobody", channels=1),
@@ -87,7 +87,7 @@ async def test_an_unknown_model_is_a_refusal_with_its_status(kind: str, ours: Te
 
 @pytest.mark.parametrize("kind", ["grpc", "session", "http"])
 async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
-    """A closed port is named as such at once."""
+    """A closed port is reported at once."""
     address = f"127.0.0.1:{free_port()}"
     faces: dict[str, Face] = {
         "grpc": GrpcStream(address, MODEL, channels=1),
@@ -105,7 +105,7 @@ async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
 
 
 async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -> None:
-    """Streams under way break, the next calls find nobody, and the run ends saying that the server died."""
+    """Running streams break, the next calls find no server, and the run ends with the server's death as its problem."""
     face = OpenAiSse(sse.url, MODEL)
     requests = [*fixed(4, 8, 4, seed=1), *fixed(200, 8, 500, seed=2)]
     running = asyncio.create_task(drive(face, requests, concurrency=4, limits=LIMITS))
@@ -120,7 +120,7 @@ async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -
 
 
 async def test_a_server_that_speaks_something_else_is_named() -> None:
-    """What answers without HTTP is a protocol error with its first words."""
+    """A server that does not speak HTTP gives a protocol error with its first bytes."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n\r\n")

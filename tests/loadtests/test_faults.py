@@ -1,4 +1,4 @@
-"""The scenario `faults`: its judgement on answers that differ, and a small run of its parts."""
+"""The scenario `faults`: its comparison of answers, and a small run of its parts."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from hypothesis import strategies as st
 
 from cluster.v1 import inference_pb2 as pb
 from loadtests.children import ROOT
-from loadtests.faults.calls import Told, ask, difference
+from loadtests.faults.calls import CallResult, difference, make_request
 from loadtests.faults.soak import slope
 
 WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max_size=30)
 
 
-def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> Told:
-    """A call that was told these pieces, a chunk each."""
-    out = Told(ask("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
+def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
+    """A call that received these pieces, one chunk each."""
+    out = CallResult(make_request("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
     for offset, piece in enumerate(pieces):
         delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=piece))
-        out.take(pb.ChatChunk(choices=[delta], offset=first + offset), float(offset))
+        out.record(pb.ChatChunk(choices=[delta], offset=first + offset), float(offset))
     last = pb.ChoiceDelta(index=0, finish_reason="length")
     tokens = len(pieces) if usage is None else usage
-    out.take(pb.ChatChunk(choices=[last], offset=len(pieces), usage=pb.Usage(completion_tokens=tokens)), 99.0)
+    out.record(pb.ChatChunk(choices=[last], offset=len(pieces), usage=pb.Usage(completion_tokens=tokens)), 99.0)
     return out
 
 
 @settings(deadline=None)
 @given(WORDS, st.data())
 def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[str], data: st.DataObject) -> None:
-    """A judge that lets a lost, doubled or miscounted token pass would call any gateway exact."""
+    """A lost, doubled or miscounted token is always a difference; otherwise any gateway would pass."""
     at = data.draw(st.integers(0, len(pieces) - 1))
-    whole = told(pieces)
-    assert difference(told(pieces), whole) == ""
-    assert difference(told(pieces[:at] + pieces[at + 1 :]), whole) != ""
-    assert difference(told(pieces[: at + 1] + pieces[at:]), whole) != ""
-    assert difference(told(pieces, usage=len(pieces) + 1), whole) == "other"
-    failed = told(pieces)
+    whole = call_with(pieces)
+    assert difference(call_with(pieces), whole) == ""
+    assert difference(call_with(pieces[:at] + pieces[at + 1 :]), whole) != ""
+    assert difference(call_with(pieces[: at + 1] + pieces[at:]), whole) != ""
+    assert difference(call_with(pieces, usage=len(pieces) + 1), whole) == "other"
+    failed = call_with(pieces)
     failed.error = "UNAVAILABLE"
     assert difference(failed, whole).startswith("failed")
 
 
 def test_what_is_missing_and_what_is_doubled_are_told_apart() -> None:
-    """The report's rows name them."""
+    """Missing and doubled text are distinguished, as in the rows of the report."""
     pieces = [f"word{i} " for i in range(20)]
-    assert difference(told(pieces[:5] + pieces[8:]), told(pieces)) == "gap"
-    assert difference(told(pieces[:-2]), told(pieces)) == "gap"
-    assert difference(told(pieces[:8] + pieces[5:]), told(pieces)) == "duplicate"
+    assert difference(call_with(pieces[:5] + pieces[8:]), call_with(pieces)) == "gap"
+    assert difference(call_with(pieces[:-2]), call_with(pieces)) == "gap"
+    assert difference(call_with(pieces[:8] + pieces[5:]), call_with(pieces)) == "duplicate"
 
 
 @settings(deadline=None, max_examples=10)
 @given(st.floats(0.5, 50.0), st.integers(0, 2**16))
 def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:
-    """A gateway that grows steadily must not pass for one that does not."""
+    """Steady growth of a gateway gives a positive slope."""
     samples = [(float(second), int(1e8 + mb_per_h * 1e6 * second / 3600)) for second in range(240)]
     value, low, high = slope(samples, 1000.0, seed)
     assert low <= value <= high
@@ -67,7 +67,7 @@ def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:
 
 @pytest.mark.slow
 async def test_kill_points_leave_every_answer_as_it_was(tmp_path: Path) -> None:
-    """A dozen faults under all kinds of calls, seen from outside: answers and ledger exact, every row in its place."""
+    """A dozen faults under all kinds of calls: answers and ledger are exact, and every row is in its place."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "faults", "--only", "mass", "--points", "12", "--concurrency", "24",

@@ -1,4 +1,4 @@
-"""`make gpu-report`: what is missing is said, memory is shared or refused, and a trial on CPU claims nothing."""
+"""`make gpu-report`: missing parts are reported, memory is shared or refused, and a trial on CPU claims nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CARD = Device("NVIDIA Example", 80 * GIB, 79 * GIB)
 
 
 def report() -> Report:
-    """One measured row, one that was not."""
+    """A report with one measured row and one unmeasured."""
     made = Report("gpu-report", started_at=datetime(2026, 1, 2, tzinfo=UTC))
     rows = [1.0, 1.1] * 5, [2.0, 2.1] * 5
     made.figures.append(ratio_figure("CPU | per token", *rows, Bound("<=", 0.6), scale=1e6, difference_unit="µs/token"))
@@ -35,7 +35,7 @@ def report() -> Report:
 
 
 def test_a_page_names_what_ran_where() -> None:
-    """GPUs counted by kind, driver, commit and command; a row with its interval, and one with why it is missing."""
+    """It has GPUs counted by kind, driver, commit and command; a row with its interval, and one with its reason."""
     subject = Subject("org/model-8b", "LlamaForCausalLM", 16 * GIB, "bfloat16", "python -m x", [CARD, CARD], "NVIDIA 1")
     text = page(subject, [("One GPU", report()), ("Two", report())], ["A note."])
     assert text.startswith("# Load test on GPUs, 2026-01-02\n")
@@ -51,7 +51,7 @@ def test_a_page_names_what_ran_where() -> None:
 
 
 def test_a_trial_says_so_first() -> None:
-    """Nobody can take it for a measurement."""
+    """A trial cannot be mistaken for a measurement."""
     text = page(Subject("tiny", "X", 0, "float32", "c"), [("peers", report())])
     assert text.splitlines()[0] == "# Trial of the GPU load test, on CPU, 2026-01-02"
     assert text.splitlines()[2] == TRIAL
@@ -69,16 +69,16 @@ def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
-    """A GPU, the peers and a model, each with what to do."""
-    told = "\n".join(gpu_report.lacking([], tmp_path, ""))
-    assert "no GPU: torch sees none here" in told
-    assert "make bench-peers" in told
-    assert "Hugging Face id" in told
+    """A missing GPU, missing peers and a missing model are reported together, each with its remedy."""
+    text = "\n".join(gpu_report.lacking([], tmp_path, ""))
+    assert "no GPU: torch sees none here" in text
+    assert "make bench-peers" in text
+    assert "Hugging Face id" in text
     assert not [line for line in gpu_report.lacking([CARD], tmp_path, "m") if "GPU: torch" in line or "id of" in line]
 
 
 def test_engines_share_the_memory_of_one_gpu() -> None:
-    """Three where they fit, two without Ray Serve's where not, and a clear refusal for less."""
+    """Three engines if they fit, two without Ray Serve's otherwise, and a clear refusal for less memory."""
     arms, share, notes = gpu_report.share_memory(CARD, 16 * GIB, gpu_report.ARMS)
     assert (RAY_PROXY in arms, share, notes) == (True, 0.3, [])
     assert 3 * share * CARD.total_bytes <= CARD.free_bytes
@@ -90,7 +90,7 @@ def test_engines_share_the_memory_of_one_gpu() -> None:
 
 
 def test_engines_have_one_set_of_settings() -> None:
-    """bfloat16; no longer context than the model's; ranks only where asked for."""
+    """All use bfloat16 and no longer context than the model's; ranks only if requested."""
     settings = gpu_report.engine_settings(0.3, 1024)
     assert (settings["dtype"], settings["max_model_len"]) == ("bfloat16", 1024)
     assert "tensor_parallel_size" not in settings
@@ -99,13 +99,13 @@ def test_engines_have_one_set_of_settings() -> None:
 
 @pytest.mark.parametrize("model", ["nothing-here", "/nowhere/at/all", "a/b/c"])
 def test_a_model_that_is_none_is_refused(model: str) -> None:
-    """Neither a folder nor an id."""
+    """A name that is neither a folder nor an id is refused."""
     with pytest.raises(gpu_report.Missing, match="neither a folder nor a Hugging Face id"):
         gpu_report.checkpoint(model)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    """The file that is missing is named."""
+    """The missing file is named."""
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(gpu_report.Missing, match=r"holds no \*\.safetensors"):
         gpu_report.checkpoint(str(tmp_path))
@@ -113,7 +113,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_path: Path) -> None:
-    """Its files are used in place; greedy and nothing else on every face."""
+    """Its files are used in place; decoding is greedy on every API."""
     there = build_tokenizer("llama", tmp_path / "there" / "real-model")
     config = {"model_type": "llama", "vocab_size": 768, "max_position_embeddings": 4096, "eos_token_id": 7}
     (there / "config.json").write_text(json.dumps(config))
@@ -127,7 +127,7 @@ async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_pat
 
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-"""No GPU is seen, whatever this machine has."""
+"""Hides all GPUs of this machine."""
 
 
 async def _run(*arguments: str) -> tuple[int, str, str]:
@@ -151,7 +151,7 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 
 @pytest.mark.engine
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
-    """The real engine and our gateway, one tiny round: rows without a peer say so, and none is met."""
+    """The real engine and our gateway run one tiny round: rows without a peer say so, and none is met."""
     where = tmp_path / "deep" / "page.md"
     code, out, err = await _run(
         "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)

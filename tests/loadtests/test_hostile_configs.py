@@ -1,4 +1,4 @@
-"""The hostile part about configuration files: its mutants are wrong, its oracle knows it, and it repeats itself."""
+"""The hostile part about configuration files: its mutants are wrong, its oracle refuses them, and it is repeatable."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HEAD = "api_version: headrace/v1\nname: c\n"
 
 
 def test_a_seed_repeats_its_mutants() -> None:
-    """A figure that cannot be had again proves nothing."""
+    """Equal seeds give equal mutants, so that a figure can be reproduced."""
     text = EXAMPLE.read_text()
     first, second = ([mutant(text, random.Random(seed)).text for seed in range(20)] for _ in range(2))
     assert first == second
-    assert sum(refused(one, EXAMPLE) for one in first) > 10
+    assert sum(refused(text, EXAMPLE) for text in first) > 10
 
 
 @pytest.mark.parametrize(
@@ -33,23 +33,25 @@ def test_a_seed_repeats_its_mutants() -> None:
     ],
 )
 def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None:
-    """An oracle that lets all pass finds no gap in the checks."""
+    """An oracle that accepts everything would find no gap in the checks."""
     oracle = Oracle()
     try:
         assert oracle.refusals(EXAMPLE.read_text(), None, pod=False) == []
-        (found, *_) = oracle.refusals(HEAD + text, None, pod=False)
-        assert found.startswith(words)
+        (reason, *_) = oracle.refusals(HEAD + text, None, pod=False)
+        assert reason.startswith(words)
     finally:
         oracle.close()
 
 
 @pytest.mark.engine
 def test_the_engine_is_asked_itself() -> None:
-    """What the table calls wrong, vLLM refuses; what it calls right for this model, vLLM takes."""
+    """vLLM itself refuses what the table calls wrong, and accepts what it calls right for this model."""
     oracle = Oracle()
     try:
         engines = ("gpu_memory_utilization: 0.5", "kv_cache_dtype: auto", "enforce_eager: true, max_num_seqs: 8")
-        models = ", ".join(f"{{name: m{at}, source: hf://o/m, engine: {{{one}}}}}" for at, one in enumerate(engines))
+        models = ", ".join(
+            f"{{name: m{at}, source: hf://o/m, engine: {{{arguments}}}}}" for at, arguments in enumerate(engines)
+        )
         cases = oracle.engine_cases(f"{HEAD}models: [{models}]")
         wrong = [dict(case) for case in cases]
         for case, engine in zip(

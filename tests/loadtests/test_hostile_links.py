@@ -1,4 +1,4 @@
-"""Hostile calls over all APIs: no link is lost, no stream of another caller is touched, and nothing is left of them."""
+"""Hostile calls over all APIs: no link is lost, no stream of another caller is affected, and no call remains."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ CALLS = 120
 
 
 def test_the_generator_covers_every_field() -> None:
-    """A field that is never hostile, or calls that differ from run to run, would prove nothing."""
-    calls = list(Generator(5, "m").take(400))
-    assert {name for one in calls for name in one.fields} == set(FIELDS)
-    assert [(one.message, one.body) for one in Generator(5, "m").take(20)] == [
-        (one.message, one.body) for one in calls[:20]
+    """Every field is hostile in some call, and equal seeds give equal calls."""
+    calls = list(Generator(5, "m").generate(400))
+    assert {name for call in calls for name in call.fields} == set(FIELDS)
+    assert [(call.message, call.body) for call in Generator(5, "m").generate(20)] == [
+        (call.message, call.body) for call in calls[:20]
     ]
-    assert any(b"\xed\xa0\x80" in one.message for one in calls)
+    assert any(b"\xed\xa0\x80" in call.message for call in calls)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
 async def test_hostile_calls_touch_nobody(tmp_path: Path, places: int) -> None:
-    """A surrogate in a queued call's regex ended the link of its worker, and with it all streams there."""
+    """A surrogate in a queued call's regex once ended the link of its worker, and with it all streams there."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)

@@ -1,4 +1,4 @@
-"""The scenario `hosts`: its judgement, its network, its names, and a small run of it."""
+"""The scenario `hosts`: its comparison of texts, its network, its DNS, and a small run of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from loadtests.children import ROOT
 from loadtests.hosts.cgroup import cgroup
-from loadtests.hosts.events import Episode, Shown, shown, ups
+from loadtests.hosts.events import Episode, EpisodeResults, evaluate, worker_starts
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
-from loadtests.hosts.pods import LAST, joined
+from loadtests.hosts.pods import LAST, in_cgroup
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
 from loadtests.scenarios.hosts import lost_in_move
 
@@ -32,7 +32,7 @@ PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
 
 @given(st.lists(st.text("abcdefg ", min_size=1, max_size=4), min_size=6, max_size=30), st.data())
 def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st.DataObject) -> None:
-    """Answers to one prompt are beginnings of one another; a gateway that drops or repeats must not pass."""
+    """Of two answers to one prompt one is a prefix of the other; a gateway that drops or repeats text must not pass."""
     pieces = [f"{number}{piece}" for number, piece in enumerate(pieces)]
     at = data.draw(st.integers(1, len(pieces) - 2))
     judge = Callers(PLAN, io.StringIO())
@@ -46,12 +46,12 @@ def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st
 def call(
     number: int, sent: float, first: float, ended: float, gaps: list[tuple[float, float]], error: str = ""
 ) -> Call:
-    """One that was told."""
+    """A call as recorded."""
     return Call(f"c{number}", 10, sent, first, ended, gaps, error, "", 10)
 
 
 def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
-    """What was silent before it struck, or failed before or after, is another event's."""
+    """Silences before the event, and failures before or after it, belong to another event."""
     load = Load.__new__(Load)
     load.calls = [
         call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
@@ -61,32 +61,32 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
         call(4, 60.0, 78.0, 99.0, []),
     ]
     episode = Episode("gateway", 100.0, over=103.5, detected_s=0.25)
-    seen = shown(load, episode)
-    assert [one.id for one in seen.failed] == ["c3"]
+    seen = evaluate(load, episode)
+    assert [call.id for call in seen.failed] == ["c3"]
     assert seen.longest_gap_s == 0.9
     assert seen.prefill_s == pytest.approx(0.2, abs=0.01)
     assert seen.ratio == pytest.approx(0.9 / 0.45, rel=0.05)
 
 
-def moving(calls: list[Call], moved: float | None = 120.0) -> Shown:
+def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
     """The event `move` with these calls: struck at 100, the first Ray's workers gone at 120."""
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
-    return shown(load, Episode("move", 100.0, over=150.0, moved=moved))
+    return evaluate(load, Episode("move", 100.0, over=150.0, moved=moved))
 
 
 def test_workers_are_found_in_what_replicas_print() -> None:
-    """In colours or without, whatever letter a name begins with."""
+    """Workers are found with and without colours in the output, whatever letter a name begins with."""
     plain = b"2026-11-25 22:48:04 [info     ] worker.up    engine=sim path=sim worker=mass-a54\n"
     bright = (
         b"\x1b[2m2026-11-25 22:48:05\x1b[0m [info] \x1b[1mworker.up\x1b[0m  \x1b[36mworker\x1b[0m=\x1b[35mm-1\x1b[0m\n"
     )
-    (first, at), (second, later) = ups(b":job_id:03\n" + plain + b"worker.started\n" + bright)
+    (first, at), (second, later) = worker_starts(b":job_id:03\n" + plain + b"worker.started\n" + bright)
     assert (first, second, later - at) == ("mass-a54", "m-1", 1.0)
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
-    """Failed at any time before its end, or with another text: the row must not pass."""
+    """A call that failed at any time before its end, or has another text, fails the row."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")
@@ -96,7 +96,7 @@ def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
 
 
 def test_a_move_that_moved_nothing_is_not_measured() -> None:
-    """Without a stream that had to change workers, or without the move, there is no value to meet the bound with."""
+    """Without a stream that had to change workers, or without the move, there is no value to meet the bound."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(None).value is None
     assert lost_in_move(moving([goes_on], moved=None)).value is None
@@ -106,7 +106,7 @@ def test_a_move_that_moved_nothing_is_not_measured() -> None:
 
 
 def test_names_follow_readiness_but_for_the_links() -> None:
-    """Callers are sent to ready gateways only; workers dial those too that are only starting, by their own names."""
+    """Callers get only the addresses of ready gateways; workers also dial starting ones, by their own names."""
     link = {
         "metadata": {"name": "headrace-links"},
         "spec": {
@@ -133,10 +133,10 @@ def test_names_follow_readiness_but_for_the_links() -> None:
     assert zone["hosts"][f"g-1.headrace-links.{DOMAIN}"] == ["10.0.0.2"]
 
 
-def reaches(one: Place, other: Place) -> bool:
-    """Whether a packet comes there and back."""
+def reaches(place: Place, other: Place) -> bool:
+    """Whether a packet gets there and back."""
     command = ["ping", "-c", "1", "-W", "1", other.address]
-    return subprocess.run(one.command(*command), capture_output=True, check=False).returncode == 0
+    return subprocess.run(place.command(*command), capture_output=True, check=False).returncode == 0
 
 
 def left_of(pid: int) -> list[str]:
@@ -148,18 +148,18 @@ def left_of(pid: int) -> list[str]:
 @pytest.mark.needs("ping")
 @pytest.mark.slow
 def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
-    """Two on a host reach one another while it is cut off, nobody reaches this machine's world, all is removed."""
+    """Pods on one host reach one another while it is cut off, no pod reaches this machine's network, all is removed."""
 
     def break_off() -> None:
         with fabric(("a", "b")) as net:
-            one, beside, other = net.place("one", "a"), net.place("beside", "a"), net.place("other", "b")
-            assert reaches(one, other)
+            place, beside, other = net.place("one", "a"), net.place("beside", "a"), net.place("other", "b")
+            assert reaches(place, other)
             net.cut("a")
-            assert not reaches(one, other)
-            assert reaches(one, beside)
+            assert not reaches(place, other)
+            assert reaches(place, beside)
             net.heal("a")
-            assert reaches(other, one)
-            assert net.ways_out() == {}
+            assert reaches(other, place)
+            assert net.reachable_outside() == {}
             raise KeyError("on purpose")
 
     with pytest.raises(KeyError, match="on purpose"):
@@ -175,7 +175,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
-    """The whole cluster, one event: no call fails, texts and ledger are whole, nothing leads out, nothing stays."""
+    """The whole cluster with one event: no call fails, texts and ledger are exact, no way out, all is removed."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
@@ -200,13 +200,13 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_pods_share_processors_by_process(last: bool) -> None:
-    """What the kernel says of the cgroup's weight, who is in it and how nice; nothing is left of it."""
+    """The kernel reports the cgroup's weight, processes and their niceness as set; the cgroup is removed afterwards."""
     with cgroup() as path:
         if path is None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")
         weights = [int(file.read_text()) for name in ("cpu.shares", "cpu.weight") if (file := path / name).exists()]
         assert weights in ([1024], [100])
-        process = subprocess.Popen(joined(["sleep", "60"], path, last=last))
+        process = subprocess.Popen(in_cgroup(["sleep", "60"], path, last=last))
         try:
             deadline = time.monotonic() + 10
             while f"/{path.name}\n" not in Path(f"/proc/{process.pid}/cgroup").read_text():

@@ -1,4 +1,4 @@
-"""Children are ended with all that they started, and their CPU time is counted in the right class."""
+"""Child processes end with all their descendants, and their CPU time is counted in the right class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
-from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, pin, pin_driver, snapshot, used
+from loadtests.processes import ENGINE_CORE, ProcessSample, Usage, classify, pin, pin_driver, snapshot, usage_between
 from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
 
-# A program with a child of its own that does not end when asked to.
+# A program with a child, both of which ignore SIGTERM.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def _family(child: Child) -> list[psutil.Process]:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it is there, and not only waits to be reaped by whoever inherited it."""
+    """Whether it runs, as opposed to being a zombie that waits to be reaped."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -62,7 +62,7 @@ async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
 
 
 async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Path) -> None:
-    """They are its descendants: bound with it, all that is measured would share one core."""
+    """Servers are descendants of the driver: bound with it, all measured processes would share one core."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("one core: nothing can be bound apart")
@@ -79,7 +79,7 @@ async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Pa
 
 
 async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
-    """The guard ends the group when its standard input closes, as it does with the harness's death."""
+    """The guard ends the group when its standard input closes, which happens when the harness dies."""
     harness = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom loadtests.children import Children\n"
         "async def main():\n"
@@ -108,7 +108,7 @@ async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
-    """Not waited for until the time is up."""
+    """The failure comes at once, with the end of the log, not after the timeout."""
     async with Children(tmp_path) as children:
         child = children.start("broken", "x", [sys.executable, "-c", "raise SystemExit('no such model')"])
 
@@ -120,7 +120,7 @@ async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path:
 
 
 async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
-    """An interrupt in the middle of the end leaves nothing."""
+    """An interrupt during the stop leaves no process."""
     async with Children(tmp_path, term_s=0.3) as children:
         child = children.start("stubborn", "x", [sys.executable, "-c", STUBBORN])
         await _says_up(child)
@@ -134,19 +134,19 @@ async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
 
 
 async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> None:
-    """A child that burns 0.3 s does so in its own class and no other."""
+    """A child that uses 0.3 s of CPU time has them in its own class and no other."""
     async with Children(tmp_path) as children:
         child = children.start("busy", "gateway", [sys.executable, "-c", BUSY])
         before = snapshot([(child.pid, child.kind)])
         await _says_up(child)
-        usage = used(before, snapshot([(child.pid, child.kind)]))
+        usage = usage_between(before, snapshot([(child.pid, child.kind)]))
     assert set(usage.cpu_s) == {"gateway"}
     assert 0.25 <= usage.cpu_s["gateway"] <= 0.8
     assert usage.rss_bytes["gateway"] > 1 << 20
 
 
 def test_processes_are_told_apart_by_their_command_lines() -> None:
-    """vLLM's titles and Ray's, and the parent's class for everything else."""
+    """vLLM's and Ray's process titles give their classes; everything else has its parent's class."""
     assert classify("VLLM::EngineCore", "vllm server") == ENGINE_CORE
     assert classify("VLLM::Worker_TP0", "vllm server") == "engine rank"
     assert classify("ray::ProxyActor", "ray system") == "ray proxy"
@@ -155,7 +155,7 @@ def test_processes_are_told_apart_by_their_command_lines() -> None:
 
 
 def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
-    """The sums that the figures are made of."""
+    """The sums behind the figures exclude engines and uncounted classes."""
     usage = Usage(
         {"gateway": 1.0, "worker replica": 2.0, "engine core": 4.0, "engine rank": 8.0, "simulated engine": 16.0}, {}
     )
@@ -164,7 +164,7 @@ def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
 
 
 def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
-    """And a pid that was used again is another process."""
-    before = {(5, 100.0): Seen("gateway", 2.0, 10)}
-    after = {(5, 200.0): Seen("gateway", 0.5, 20), (6, 150.0): Seen("gateway", 0.25, 30)}
-    assert used(before, after).cpu_s == {"gateway": 0.75}
+    """A process that began in between counts from its beginning, and a reused pid is another process."""
+    before = {(5, 100.0): ProcessSample("gateway", 2.0, 10)}
+    after = {(5, 200.0): ProcessSample("gateway", 0.5, 20), (6, 150.0): ProcessSample("gateway", 0.25, 30)}
+    assert usage_between(before, after).cpu_s == {"gateway": 0.75}

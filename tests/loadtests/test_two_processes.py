@@ -15,16 +15,16 @@ from loadtests.show import Screen
 
 @pytest.mark.slow
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
-    """Whole answers, equal texts, CPU time of gateways alone; one figure has a bound."""
+    """Complete answers, equal texts, CPU time of gateways alone; one figure has a bound."""
     report = Report("processes")
     options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
     async with Children(tmp_path / "logs", term_s=2.0) as children:
         await processes.play(Stage(options, Screen(), children, tmp_path, report))
     assert report.complete, report.problems
     for arm, calls in zip(report.arms, (32, 32, 16), strict=True):
-        ((one,),) = (arm.rounds,)
-        assert [record.tokens for record in one.run.good] == [8] * calls
-        assert "gateway" in one.usage.cpu_s
+        ((round_,),) = (arm.rounds,)
+        assert [record.tokens for record in round_.run.good] == [8] * calls
+        assert "gateway" in round_.usage.cpu_s
     figure, same_load = report.figures
     assert (figure.name, same_load.name, same_load.bound) == (processes.FLAT, processes.SAME_LOAD, None)
     assert figure.bound == "<= 1.1"

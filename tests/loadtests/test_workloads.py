@@ -1,4 +1,4 @@
-"""Arrivals, datasets and traces: seeded, of the lengths asked for, and clear about what is absent."""
+"""Arrivals, datasets and traces: seeded, of the requested lengths, with clear errors for absent data."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ def test_gaps_have_the_rate_and_the_burstiness_asked_for(cv: float) -> None:
 
 
 def test_equal_seeds_give_equal_workloads_and_others_differ() -> None:
-    """Of arrivals and of prompts."""
+    """Equal seeds give equal arrivals and prompts; other seeds differ."""
     assert arrivals.poisson(50, 10, 1) == arrivals.poisson(50, 10, 1) != arrivals.poisson(50, 10, 2)
     assert datasets.fixed(5, 20, 8, 1) == datasets.fixed(5, 20, 8, 1) != datasets.fixed(5, 20, 8, 2)
 
 
 def test_a_replay_begins_at_once_and_keeps_its_proportions() -> None:
-    """Twice as fast halves every gap."""
+    """Twice the speed halves every gap."""
     assert arrivals.replay([100.0, 101.0, 105.0], 2.0) == [0.0, 0.5, 2.5]
 
 
 @pytest.mark.parametrize("wrong", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)])
 def test_impossible_arrivals_are_refused(wrong: tuple[float, float]) -> None:
-    """A rate or a variation of zero has no gaps."""
+    """A rate or a variation of zero is refused, since it has no gaps."""
     with pytest.raises(ValueError, match="must be above 0"):
         arrivals.gamma(3, *wrong, seed=1)
 
 
 def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
-    """Fifty words in common within a group, and no first five words between groups."""
+    """A group has fifty words in common; two groups differ in the first five words."""
     requests = datasets.prefixes(30, 3, prefix_words=50, own_words=5, max_tokens=4, seed=1)
     heads = {request.group: set[str]() for request in requests}
     for request in requests:
         heads[request.group].add(" ".join(request.prompt.split()[:50]))
     assert len(heads) == 3
-    assert all(len(found) == 1 for found in heads.values())
+    assert all(len(heads_of_group) == 1 for heads_of_group in heads.values())
     assert len({" ".join(head.split()[:5]) for (head,) in heads.values()}) == 3
 
 
 def test_equal_blocks_of_a_trace_are_equal_text() -> None:
-    """So a prefix cache finds what it would have found in the traced system."""
+    """A prefix cache finds the same hits as in the traced system."""
     one, other = datasets.from_trace([Traced(0, 1024, 10, "", (7, 8)), Traced(1, 1024, 10, "", (7, 9))], 0.125, seed=1)
     assert one.prompt.split()[:64] == other.prompt.split()[:64]
     assert one.prompt.split()[64:] != other.prompt.split()[64:]
@@ -59,7 +59,7 @@ def test_equal_blocks_of_a_trace_are_equal_text() -> None:
 
 
 def test_traces_are_read_in_each_of_their_formats(tmp_path: Path) -> None:
-    """Azure's CSV, Mooncake's JSON lines and VTC's CSV, in order of arrival."""
+    """Azure's CSV, Mooncake's JSON lines and VTC's CSV are read in order of arrival."""
     for name, lines in {
         "azure/AzureLLMInferenceTrace_conv.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
@@ -79,7 +79,7 @@ def test_traces_are_read_in_each_of_their_formats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(traces.TRACES))
 def test_the_real_traces_can_be_read_whole(name: str) -> None:
-    """Where they lie beside the checkout."""
+    """Traces beside the checkout can be read completely."""
     if not traces.DEFAULT_FOLDER.is_dir():
         pytest.skip("optional data: the folder of traces is absent")
     requests = traces.load(name)
@@ -89,7 +89,7 @@ def test_the_real_traces_can_be_read_whole(name: str) -> None:
 
 
 def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
-    """Again from the begin where there are too few, under keys of their own."""
+    """Questions repeat from the beginning when there are too few, with their own keys."""
     (tmp_path / "fastchat").mkdir()
     questions = [{"question_id": i, "category": "c", "turns": [f"question {i}", "more"]} for i in range(3)]
     (tmp_path / "fastchat/mt_bench_question.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -99,7 +99,7 @@ def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
 
 
 def test_an_absent_folder_and_an_unknown_name_say_what_to_do(tmp_path: Path) -> None:
-    """Each message names what was looked for."""
+    """Each message names what is missing."""
     with pytest.raises(NoData, match=r"folder of traces is absent .*--traces"):
         traces.load("mooncake", tmp_path / "nowhere")
     with pytest.raises(NoData, match=r"unknown trace 'moon': there are azure-code"):

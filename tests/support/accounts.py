@@ -1,4 +1,4 @@
-"""Gateways that keep accounts, and workers that remember what they have accepted."""
+"""Gateways with accounts, and workers that remember the requests they have accepted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = itertools.count(1)
 
 
 class Witness(UsageKeeper):
-    """A keeper that also notes every request that the worker had accepted, for ever."""
+    """A usage keeper that also records every request ever accepted by the worker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Witness(UsageKeeper):
         return super().keep(usage, home, slot)
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
-        """What gateways had sealed, with the engine's counts."""
-        return [(sealer.open(one.sealed), one) for one in self.seen if one.sealed]
+        """Records sealed by gateways, with the engine's counts."""
+        return [(sealer.open(ended.sealed), ended) for ended in self.seen if ended.sealed]
 
 
 class AccountedWorker:
@@ -56,7 +56,7 @@ class AccountedWorker:
         self.task = asyncio.create_task(end.run())
 
     async def stop(self, drain_s: float = 5.0) -> None:
-        """Drain and end it."""
+        """Drain and stop it."""
         await self.end.drain(drain_s)
         await self.end.close()
         await asyncio.gather(self.task, return_exceptions=True)
@@ -71,7 +71,7 @@ async def start_worker(
     model: str = "sim",
     timing: Timing | None = None,
 ) -> AccountedWorker:
-    """Start an engine and dial."""
+    """Start an engine and link it."""
     info = await engine.start()
     number, witness = next(_numbers), Witness()
     identity = WorkerIdentity(
@@ -99,14 +99,14 @@ async def start_worker(
 
 
 class Switch:
-    """A database that can be taken away."""
+    """A database that can be switched off."""
 
     def __init__(self, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         self._insert = insert
         self.away = False
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Raises StoreUnavailable while it is away."""
+        """Insert records. Raises StoreUnavailable while it is off."""
         if self.away:
             raise StoreUnavailable("taken away by the test")
         self._insert(records)
@@ -116,7 +116,7 @@ class Switch:
 async def accounting_cluster(
     folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
-    """A gateway that keeps accounts, without workers."""
+    """A gateway with accounts, without workers."""
     gateway = Gateway(parse(text), folder)
     gateway.keep_accounts([SECRET], insert)
     await gateway.start()
@@ -129,10 +129,10 @@ async def accounting_cluster(
 
 
 def records(ledger: Ledger) -> list[UsageRecord]:
-    """All usage but idle time, in order of time."""
-    return [one for one in ledger.usage.records(UsageQuery(), limit=100_000) if one.tenant != "_idle"]
+    """All usage except idle time, by time."""
+    return [record for record in ledger.usage.records(UsageQuery(), limit=100_000) if record.tenant != "_idle"]
 
 
 def idle_gpu_seconds(ledger: Ledger) -> float:
-    """What of the replicas' time was nobody's."""
-    return sum(one.gpu_seconds for one in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))
+    """GPU seconds of replicas that served no call."""
+    return sum(record.gpu_seconds for record in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))

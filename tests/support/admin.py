@@ -1,4 +1,4 @@
-"""The admin port as a client sees it, for tests."""
+"""Client of the admin port, for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.keyed import bearer, eventually
 
 
 class AdminClient:
-    """Stubs of every service, with one credential. `metadata` in place of `key` for what is none."""
+    """Stubs of every service, with one credential. `metadata` replaces `key` for credentials that are not a key."""
 
     def __init__(
         self, address: str, key: str = "", *, metadata: Sequence[tuple[str, str]] = (), tls: Any = None
@@ -44,13 +44,13 @@ class AdminClient:
         await self.channel.close()
 
     async def ask(self, verb: str, request: Any, timeout_s: float = 20.0) -> Any:
-        """The answer to `Service.Method`; a stream's as a list. Raises AioRpcError."""
+        """Answer of `Service.Method`; a stream's as a list. Raises AioRpcError."""
         service, method = verb.split(".")
         call = getattr(self._stubs[service], method)(request, metadata=self._metadata, timeout=timeout_s)
         return [message async for message in call] if hasattr(call, "__aiter__") else await call
 
     async def refused(self, verb: str, request: Any, timeout_s: float = 20.0) -> Answer:
-        """The error of a call that must fail."""
+        """Error of a call that must fail."""
         try:
             answer = await self.ask(verb, request, timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -58,7 +58,7 @@ class AdminClient:
         raise AssertionError(f"{verb} was granted: {answer}")
 
     async def code(self, verb: str, request: Any) -> str:
-        """The status of a call, OK too."""
+        """Status of a call, including OK."""
         try:
             await self.ask(verb, request)
         except grpc.aio.AioRpcError as error:
@@ -67,10 +67,10 @@ class AdminClient:
 
 
 async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
-    """A key of a role; the tenant is made if it is not there."""
+    """A key with a role; the tenant is created if missing."""
 
     def make() -> str:
-        if tenant not in {one.policy.name for one in ledger.tenants.list()}:
+        if tenant not in {entry.policy.name for entry in ledger.tenants.list()}:
             ledger.tenants.create(TenantPolicy(tenant))
         return ledger.keys.create(tenant, role, role=role).secret
 
@@ -78,7 +78,7 @@ async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
 
 
 async def until_known(client: AdminClient, verb: str, request: Any) -> None:
-    """Wait until a credential is one."""
+    """Wait until a credential is accepted."""
 
     async def known() -> bool:
         return await client.code(verb, request) != "UNAUTHENTICATED"

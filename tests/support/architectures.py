@@ -80,7 +80,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     },
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "attn_layer_indices": [1]},
 }
-"""By transformers' model type: what its configuration has beside the common fields."""
+"""Extra configuration fields beside the common ones, by transformers' model type."""
 
 
 def save(model_type: str, folder: Path, **save_options: Any) -> Path:

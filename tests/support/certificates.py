@@ -1,4 +1,4 @@
-"""A certificate authority of the test's own, valid for loopback."""
+"""A certificate authority for tests, valid for loopback."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Authority:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(self, name: str, uris: Sequence[str] = (ANY_MODEL, CONTROLLER)) -> TlsFiles:
-        """A certificate for `name` on localhost and 127.0.0.1, whose holder may be what `uris` say."""
+        """A certificate for `name` on localhost and 127.0.0.1; `uris` are the identities of its holder."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = x509.SubjectAlternativeName(

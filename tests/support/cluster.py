@@ -1,4 +1,4 @@
-"""A whole cluster in one process for tests: a real gateway on loopback, real links, any engine behind them."""
+"""A cluster in one process for tests: a real gateway on loopback, real links, any engine behind them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ models:
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-    """Wait for a condition that other tasks bring about; fail with its name."""
+    """Wait for a condition that other tasks make true; fail with its name."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
@@ -58,13 +58,13 @@ class Worker:
     task: asyncio.Task[None]
 
     async def stop(self) -> None:
-        """End its links, as an orderly exit does."""
+        """End its links, as an orderly shutdown does."""
         await self.end.close()
         await asyncio.gather(self.task, return_exceptions=True)
 
 
 class TestCluster:
-    """A gateway and the workers that were added to it."""
+    """A gateway and its added workers."""
 
     __test__ = False
 
@@ -124,12 +124,12 @@ class TestCluster:
         return worker
 
     def linked(self, worker_id: str) -> bool:
-        """Whether a worker's link is up and has granted room."""
+        """Whether a worker's link is up and has granted credit."""
         return any(link.identity.worker_id == worker_id and link.free.sequences > 0 for link in self.gateway.hub.links)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left of any call, in gateway, links and engines."""
+        """Whether no call remains in gateway, links and engines."""
         return (
             not self.gateway.service.statistics()
             and self.gateway.hub.statistics().running == 0
@@ -154,7 +154,7 @@ async def _run(end: WorkerSession) -> None:
 async def running_cluster(
     folder: Path, text: str = LOOPBACK, timing: Timing | None = None
 ) -> AsyncIterator[TestCluster]:
-    """A gateway without workers; whatever was added is stopped at the end."""
+    """A gateway without workers; added ones are stopped at the end."""
     config: Config = parse(text)
     gateway = Gateway(config, folder, timing)
     await gateway.start()
@@ -169,7 +169,7 @@ async def running_cluster(
 
 
 def sim_engine(folder: Path, **parameters: object) -> SimEngine:
-    """A simulated engine that speaks the tokens of a checkpoint folder."""
+    """A simulated engine with the tokens of a checkpoint folder."""
     query = "&".join(f"{name}={value}" for name, value in parameters.items())
     return SimEngine(SimConfig.from_source(f"sim://{folder}?{query}"))
 

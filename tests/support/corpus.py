@@ -38,7 +38,7 @@ OTHER = """Москва - столица России, а река течёт ч
 SENTENCES: tuple[str, ...] = tuple(
     line for block, weight in ((ENGLISH, 8), (LATIN, 3), (OTHER, 1)) for line in block.splitlines() * weight
 )
-"""What the tokenizers are trained on: English most often, other scripts seldom."""
+"""Training text of the tokenizers: mostly English, other scripts seldom."""
 
 SAMPLES: tuple[str, ...] = tuple((ENGLISH + LATIN + OTHER).splitlines())
 """Every line once, for tests that want text in all scripts."""

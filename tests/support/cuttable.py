@@ -1,4 +1,4 @@
-"""A relay of TCP connections on loopback that can be cut one way or both, for a while: what a broken network does."""
+"""A relay of TCP connections on loopback that can be cut one way or both, to simulate a broken network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 CHUNK = 65_536
 
 
-class Way:
+class Direction:
     """One direction of all connections."""
 
     def __init__(self) -> None:
@@ -18,15 +18,15 @@ class Way:
         self._open.set()
 
     def cut(self) -> None:
-        """Nothing passes from now on; nobody is told."""
+        """Block all data from now on, silently."""
         self._open.clear()
 
     def heal(self) -> None:
-        """What has waited passes, and all after it."""
+        """Pass on the blocked data and everything after it."""
         self._open.set()
 
-    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass on until the end."""
+    async def relay_data(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Relay until the end."""
         while data := await reader.read(CHUNK):
             await self._open.wait()
             writer.write(data)
@@ -34,15 +34,16 @@ class Way:
 
 
 class Cuttable:
-    """`up` carries from those who dial to `target`, `down` back; `ways` are those of the connections that are there, in
-    the order in which they came."""
+    """Relay. `up` carries data from clients to `target`, `down` back; `ways` are those of the current connections, in
+    the order in which they were opened.
+    """
 
     def __init__(self, target: str, listen: str = "127.0.0.1") -> None:
         host, port = target.rsplit(":", 1)
         self._target = (host, int(port))
         self._listen = listen
         self.address = ""
-        self.ways: list[tuple[Way, Way]] = []
+        self.ways: list[tuple[Direction, Direction]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -53,7 +54,7 @@ class Cuttable:
         self.address = f"{self._listen}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """End every connection."""
+        """Close every connection."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -61,12 +62,12 @@ class Cuttable:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def sever(self) -> None:
-        """Break every connection that is there, as a reset does: both sides are told at once."""
+        """Reset every current connection: both sides notice at once."""
         for writer in list(self._writers):
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ways = up, down = Way(), Way()
+        ways = up, down = Direction(), Direction()
         self.ways.append(ways)
         pair = {writer}
         task = asyncio.current_task()
@@ -77,8 +78,8 @@ class Cuttable:
             pair.add(back)
             self._writers |= pair
             carriers = [
-                asyncio.create_task(up.carry(reader, back)),
-                asyncio.create_task(down.carry(there, writer)),
+                asyncio.create_task(up.relay_data(reader, back)),
+                asyncio.create_task(down.relay_data(there, writer)),
             ]
             try:
                 await asyncio.wait(carriers, return_when=asyncio.FIRST_COMPLETED)
@@ -86,15 +87,15 @@ class Cuttable:
                 for carrier in carriers:
                     carrier.cancel()
                 await asyncio.gather(*carriers, return_exceptions=True)
-        except (OSError, asyncio.CancelledError):  # cancelled by `stop`: the connection's end is this task's
+        except (OSError, asyncio.CancelledError):  # cancelled by `stop`: this task closes the connection
             pass
         finally:
             self._tasks.discard(task)
             self._writers -= pair
             self.ways.remove(ways)
-            for one in pair:
+            for end in pair:
                 with contextlib.suppress(OSError):
-                    one.close()
+                    end.close()
 
 
 @asynccontextmanager

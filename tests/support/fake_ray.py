@@ -1,4 +1,4 @@
-"""A Ray that is as quick as its caller: the fake of rayserve's Backend port."""
+"""An instant Ray: the fake of rayserve's Backend port."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from cluster.worker.settings import ReplicaSettings
 
 @dataclass
 class FakeRay:
-    """Keeps applications in memory and a journal of what was asked; `away` makes every call fail."""
+    """Applications in memory and a journal of requests; `away` makes every call fail."""
 
     nodes: tuple[Mapping[str, float], ...] = ({"CPU": 8.0, "GPU": 8.0},)
     apps: dict[str, Observed] = field(default_factory=dict)
     journal: list[str] = field(default_factory=list)
     away: str = ""
     now_s: float = 0.0
-    """When applications are deployed."""
+    """Deployment time of applications."""
 
     def change(self, which: str, **fields: object) -> None:
-        """What Ray does by itself to an application, or to the only one of a model."""
+        """Change an application, or the only one of a model, as Ray does by itself."""
         app = which if which in self.apps else self.app_of(which)
         self.apps[app] = dataclasses.replace(self.apps[app], **fields)  # type: ignore[arg-type]
 
     def app_of(self, model: str, version: str = "v1") -> str:
-        """The name of a version's only application."""
+        """Name of a version's only application."""
         (app,) = [app for app, seen in self.apps.items() if (seen.model, seen.version) == (model, version)]
         return app
 
     async def observe(self) -> RaySnapshot:
-        """Look."""
+        """Return the current snapshot."""
         self._answer()
         return RaySnapshot(dict(self.apps), self.nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Take an application; no replica has a process yet."""
+        """Add an application; no replica has a process yet."""
         self._answer(f"deploy {_short(settings.app)}")
         replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
         made = Observed(
@@ -53,22 +53,22 @@ class FakeRay:
         self.apps[settings.app] = made
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Another count."""
+        """Change the number of replicas."""
         self._answer(f"scale {_short(app)} {replicas}")
         self.change(app, target=replicas)
 
     async def delete(self, app: str) -> None:
-        """Gone at once."""
+        """Remove an application at once."""
         self._answer(f"delete {_short(app)}")
         del self.apps[app]
 
     async def shutdown(self) -> None:
-        """All gone."""
+        """Remove all applications."""
         self._answer("shutdown")
         self.apps.clear()
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
     def _answer(self, what: str = "") -> None:
         if self.away:
@@ -78,6 +78,6 @@ class FakeRay:
 
 
 def _short(app: str) -> str:
-    """`m`, or `m@v2` of another version than the first, since what it was started with is long."""
+    """`m`, or `m@v2` for a version other than the first, since application names are long."""
     model, version, _ = app_parts(app)
     return model if version in ("", "v1") else f"{model}@{version}"

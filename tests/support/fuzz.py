@@ -1,4 +1,4 @@
-"""Fuzzing: batches of what hypothesis makes, for a bounded time, and what must hold after each of them."""
+"""Fuzzing: batches of hypothesis examples for a bounded time, with checks after each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 20
 
 
 def batches(strategy: st.SearchStrategy[T]) -> Iterator[list[T]]:
-    """Lists of examples until FUZZ_S seconds are over; FUZZ_SEED says where they begin, else the time does."""
+    """Lists of examples until FUZZ_S seconds are over; the seed is FUZZ_SEED, else the time."""
     first = int(os.environ.get("FUZZ_SEED", time.time_ns() % 1_000_000))
     until = time.monotonic() + SECONDS
     number = first
@@ -52,11 +52,11 @@ def _batch(strategy: st.SearchStrategy[T], number: int) -> list[T]:
 
 @asynccontextmanager
 async def nothing_unexpected() -> AsyncIterator[None]:
-    """Fails when a handler fails as nobody foresaw, or a task with an exception that nobody takes."""
+    """Fail if a handler raises an unexpected exception, or a task one that is never retrieved."""
     loop = asyncio.get_running_loop()
-    found: list[str] = []
+    failures: list[str] = []
     before = loop.get_exception_handler()
-    loop.set_exception_handler(lambda _, context: found.append(repr(context)))
+    loop.set_exception_handler(lambda _, context: failures.append(repr(context)))
     try:
         with structlog.testing.capture_logs() as logs:
             yield
@@ -64,20 +64,22 @@ async def nothing_unexpected() -> AsyncIterator[None]:
             await asyncio.sleep(0)
     finally:
         loop.set_exception_handler(before)
-    found += [repr(one) for one in logs if one["event"] == "unexpected" or one["log_level"] in ("error", "critical")]
-    assert not found, "\n".join(found)
+    failures += [
+        repr(entry) for entry in logs if entry["event"] == "unexpected" or entry["log_level"] in ("error", "critical")
+    ]
+    assert not failures, "\n".join(failures)
 
 
 async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> None:
-    """All of a batch at once. An attack's own failure names its example."""
+    """Run all attacks of a batch at once. A failing attack names its example."""
 
-    async def one(example: T) -> None:
+    async def run_attack(example: T) -> None:
         try:
             await attack(example)
         except Exception as error:
             raise AssertionError(f"{example!r}: {error!r}") from error
 
-    await asyncio.gather(*map(one, examples))
+    await asyncio.gather(*map(run_attack, examples))
 
 
 def messages(kind: type[Message], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -107,8 +109,8 @@ def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
     if nested is not None and nested.GetOptions().map_entry:
         key, value = nested.fields_by_name["key"], nested.fields_by_name["value"]
         return st.dictionaries(_scalars(key), _values(value, depth - 1), max_size=3)
-    one = _scalars(field) if nested is None else _fields(nested, depth - 1, {})
-    return st.lists(one, max_size=4) if field.is_repeated else one
+    element = _scalars(field) if nested is None else _fields(nested, depth - 1, {})
+    return st.lists(element, max_size=4) if field.is_repeated else element
 
 
 INTERESTING = st.sampled_from(

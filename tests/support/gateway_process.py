@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, to be stopped or killed beside the test's."""
+"""A gateway in a separate process, which tests can stop or kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.cluster import LOOPBACK, until
 
 @dataclass
 class GatewayProcess:
-    """Where it listens for workers, and a stub to call it."""
+    """Its address for workers, and a stub to call it."""
 
     pid: int
     link: str
@@ -29,7 +29,7 @@ class GatewayProcess:
 
 @asynccontextmanager
 async def gateway_process(folder: Path, text: str = LOOPBACK) -> AsyncIterator[GatewayProcess]:
-    """Started on loopback with this configuration, its files in and beside `folder`; killed at the end."""
+    """Gateway on loopback with this configuration, its files in and beside `folder`; killed at the end."""
     config, ready = folder.with_suffix(".yaml"), folder.with_suffix(".json")
     config.write_text(text)
     arguments = ["-f", str(config), "--folder", str(folder), "--ready-file", str(ready)]

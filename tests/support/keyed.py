@@ -1,4 +1,4 @@
-"""A gateway with `auth` over a ledger of its own, and callers with keys, over both faces."""
+"""A gateway with `auth` over its own ledger, and callers with keys, over both APIs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Keyed:
         self.cluster = cluster
         self.file = file
         self.ledger = Ledger(f"sqlite:///{file.parent / 'ledger.db'}", peppers=(PEPPER.encode(),))
-        """The same database, as the command line opens it."""
+        """The same database, opened like the command line does."""
 
     @property
     def gateway(self) -> Gateway:
@@ -55,31 +55,31 @@ class Keyed:
 
     @property
     def door(self) -> TenantAuthenticator:
-        """Its door."""
+        """Its authenticator."""
         assert self.gateway.tenants is not None
         return self.gateway.tenants
 
     async def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """A command over the same file, as an operator types it."""
+        """Run a command with the same configuration, as an operator does."""
         return await asyncio.to_thread(headrace, *arguments, "-f", str(self.file))
 
     async def suspend(self, tenant: str, suspended: bool = True) -> None:
-        """As `tenants suspend` and `resume`."""
+        """Run `tenants suspend` or `resume`."""
         await asyncio.to_thread(self.ledger.tenants.suspend, tenant, suspended)
 
     async def key(self, tenant: str, **fields: Any) -> str:
-        """A new tenant's key, which works; `fields` are those of its policy."""
+        """A new tenant's key, already accepted; `fields` are those of its policy."""
         await asyncio.to_thread(self.ledger.tenants.create, TenantPolicy.from_json({"name": tenant, **fields}))
         key = await self.another_key(tenant)
         await self.until_known(tenant, key)
         return key
 
     async def another_key(self, tenant: str) -> str:
-        """One more, which works soon."""
+        """Another key of a tenant, accepted soon."""
         return (await asyncio.to_thread(self.ledger.keys.create, tenant, "")).secret
 
     async def until_known(self, tenant: str, key: str) -> None:
-        """Wait until the gateway lets a key in as a tenant, as the database has that now."""
+        """Wait until the gateway accepts a key with the tenant's current state in the database."""
         wanted = (await asyncio.to_thread(self.ledger.tenants.get, tenant)).policy
         await eventually(lambda: self._knows(wanted, key), f"{tenant} is known")
 
@@ -93,13 +93,13 @@ class Keyed:
         return entry is not None and entry.policy == wanted
 
     async def fetch(self, path: str, body: Any = None, *, key: str = "", **options: Any) -> Reply:
-        """One HTTP request on a connection of its own."""
+        """One HTTP request on a new connection."""
         named = {"authorization": f"Bearer {key}"} if key else {}
         return await fetch_raw(self.cluster, path, body, **named, **options)
 
 
 async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 10.0) -> None:
-    """Ask until it is true; fail with its name."""
+    """Repeat until it is true; fail with its name."""
     deadline = time.monotonic() + timeout_s
     while not await holds():
         if time.monotonic() > deadline:
@@ -108,7 +108,7 @@ async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: 
 
 
 async def fetch_raw(cluster: TestCluster, path: str, body: Any, **options: Any) -> Reply:
-    """As http.fetch, for any headers."""
+    """Like http.fetch, for any headers."""
     wire = await Wire.open(cluster)
     try:
         wire.ask(path, body, **options)
@@ -126,7 +126,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 async def keyed_cluster(
     folder: Path, more: str = "", gateway: str = "", timing: Timing | None = None
 ) -> AsyncIterator[Keyed]:
-    """A gateway without workers that asks for keys."""
+    """A gateway without workers that requires keys."""
     text = keyed_text(folder, more, gateway)
     file = folder / "cluster.yaml"
     file.write_text(text)
@@ -139,7 +139,7 @@ async def keyed_cluster(
 
 
 async def session_end(stream: Any, call_id: int) -> str:
-    """Read a session until one of its calls has ended; the reason, "" for a good end."""
+    """Read a session until one of its calls has ended; return its reason, "" for a normal end."""
     while True:
         message = await asyncio.wait_for(read(stream), 20)
         assert message is not None, "the session ended early"
@@ -153,7 +153,7 @@ async def session_end(stream: Any, call_id: int) -> str:
 
 
 def reason_of(raw: bytes) -> str:
-    """ErrorInfo's reason of a packed status."""
+    """ErrorInfo's reason in a serialized status."""
     for part in status_pb2.Status.FromString(raw).details:
         info = error_details_pb2.ErrorInfo()
         if part.Unpack(info):

@@ -1,4 +1,4 @@
-"""A Kubernetes API that knows Leases only, over real HTTP(S): versions, conflicts, and a switch that turns it off."""
+"""A Kubernetes API with Leases only, over real HTTP(S): versions, conflicts, and a switch that turns it off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = "token of a service account"
 
 
 class FakeApi:
-    """`leases` by name as the API holds them; `away` answers every call with 503; `seen` is (method, path) of each."""
+    """Fake API. `leases`: by name; `away`: answer every call with 503; `seen`: (method, path) of each call."""
 
     def __init__(self, folder: Path) -> None:
         self.leases: dict[str, dict[str, Any]] = {}
@@ -30,11 +30,11 @@ class FakeApi:
         self._token_file.write_text(TOKEN + "\n")
 
     def lease(self, name: str = "headrace-controller", lease_s: float = 15.0) -> KubeLease:
-        """A client of it."""
+        """A client of this API."""
         return KubeLease(self.url, "ns", name, lease_s, self._token_file)
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
-        """One call, as the API answers it."""
+        """Answer one call."""
         with self._lock:
             self.seen.append((method, path))
             folder = "/apis/coordination.k8s.io/v1/namespaces/ns/leases"
@@ -71,7 +71,7 @@ class FakeApi:
 
 @contextlib.contextmanager
 def kube_api(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[FakeApi]:
-    """A running one, of whose service accounts the token lies in `folder`."""
+    """A running API; the service account's token is in `folder`."""
     api = FakeApi(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ def kube_api(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[FakeAp
         do_GET = do_POST = do_PUT = _do
 
         def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     if tls is not None:

@@ -24,7 +24,7 @@ CRDS = Path(os.environ.get("HEADRACE_CRDS", ROOT.parent / "shared" / "crds"))
 
 
 _taken: set[tuple[str, str]] = set()
-"""Objects that were found right: most are the same from preset to preset."""
+"""Objects already found valid: most are the same in all presets."""
 
 
 class Invalid(AssertionError):
@@ -54,19 +54,19 @@ def _validator(release: str, api_version: str, kind: str) -> Any:
     return jsonschema.Draft202012Validator(schema, registry=_registry(release))
 
 
-def is_built_in(one: Mapping[str, Any]) -> bool:
+def is_built_in(manifest: Mapping[str, Any]) -> bool:
     """Whether the API itself knows this kind."""
-    return _validator(RELEASES[-1], one["apiVersion"], one["kind"]) is not None
+    return _validator(RELEASES[-1], manifest["apiVersion"], manifest["kind"]) is not None
 
 
-def check_built_in(one: Mapping[str, Any], release: str) -> None:
+def check_built_in(manifest: Mapping[str, Any], release: str) -> None:
     """Raises Invalid for an object that a release of the API would refuse, an unknown field included."""
-    validator = _validator(release, one["apiVersion"], one["kind"])
+    validator = _validator(release, manifest["apiVersion"], manifest["kind"])
     if validator is None:
-        raise Invalid(f"{release} has no {one['apiVersion']} {one['kind']}")
-    written = (release, json.dumps(one, sort_keys=True))
+        raise Invalid(f"{release} has no {manifest['apiVersion']} {manifest['kind']}")
+    written = (release, json.dumps(manifest, sort_keys=True))
     if written not in _taken:
-        _raise(validator, one, release)
+        _raise(validator, manifest, release)
         _taken.add(written)
 
 
@@ -75,43 +75,43 @@ def _custom(group: str, version: str, kind: str) -> Any:
     for file in sorted(CRDS.glob(f"{group}_*.yaml")):
         definition = yaml.load(file.read_text(), Loader)  # noqa: S506 - a safe loader, in C
         if definition["spec"]["names"]["kind"] == kind:
-            for one in definition["spec"]["versions"]:
-                if one["name"] == version and one["served"]:
-                    return jsonschema.Draft202012Validator(_strict(one["schema"]["openAPIV3Schema"], root=True))
+            for entry in definition["spec"]["versions"]:
+                if entry["name"] == version and entry["served"]:
+                    return jsonschema.Draft202012Validator(_strict(entry["schema"]["openAPIV3Schema"], root=True))
     raise Invalid(f"{CRDS} has no {group}/{version} {kind}")
 
 
-def check_custom(one: Mapping[str, Any]) -> None:
-    """Raises Invalid for a custom resource that its definition would refuse or cut."""
-    group, version = one["apiVersion"].split("/")
+def check_custom(manifest: Mapping[str, Any]) -> None:
+    """Raises Invalid for a custom resource that its definition would refuse or prune."""
+    group, version = manifest["apiVersion"].split("/")
     # File names are <operator's domain>_<plural>: keda.sh, ray.io, monitoring.coreos.com, gateway.networking.k8s.io.
-    _raise(_custom(group, version, one["kind"]), one, "its definition")
+    _raise(_custom(group, version, manifest["kind"]), manifest, "its definition")
 
 
 def _strict(schema: Any, *, root: bool = False) -> Any:
-    """A structural schema as JSON schema; what the API would silently cut off is refused."""
+    """A structural schema as JSON schema; fields that the API would silently prune are refused."""
     if not isinstance(schema, dict):
         return schema
-    found = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}
+    strict = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}
     if schema.get("x-kubernetes-int-or-string"):
-        found.pop("type", None)
-        found.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
+        strict.pop("type", None)
+        strict.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
     if "properties" in schema:
-        found["properties"] = {key: _strict(value) for key, value in schema["properties"].items()}
+        strict["properties"] = {key: _strict(value) for key, value in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
-            found["additionalProperties"] = False
+            strict["additionalProperties"] = False
     if root:
-        found["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {}}
+        strict["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {}}
     for key in ("items", "additionalProperties"):
         if isinstance(schema.get(key), dict):
-            found[key] = _strict(schema[key])
-    if found.pop("nullable", False) and isinstance(found.get("type"), str):
-        found["type"] = [found["type"], "null"]
-    return found
+            strict[key] = _strict(schema[key])
+    if strict.pop("nullable", False) and isinstance(strict.get("type"), str):
+        strict["type"] = [strict["type"], "null"]
+    return strict
 
 
-def _raise(validator: Any, one: Mapping[str, Any], by: str) -> None:
-    problem = jsonschema.exceptions.best_match(validator.iter_errors(one))
+def _raise(validator: Any, manifest: Mapping[str, Any], by: str) -> None:
+    problem = jsonschema.exceptions.best_match(validator.iter_errors(manifest))
     if problem is not None:
         where = ".".join(map(str, problem.absolute_path))
-        raise Invalid(f"{one['kind']} {one['metadata']['name']}: {where}: {problem.message[:300]} (by {by})")
+        raise Invalid(f"{manifest['kind']} {manifest['metadata']['name']}: {where}: {problem.message[:300]} (by {by})")

@@ -1,4 +1,4 @@
-"""A Backend whose applications are real replicas in this process: what Ray does, without Ray."""
+"""A Backend whose applications are real replicas in this process: Ray's behaviour without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _App:
 
 
 class LiveReplicas:
-    """`gpus` replicas fit in all; those that leave keep theirs until they have drained."""
+    """At most `gpus` replicas fit; leaving ones keep their GPUs until they have drained."""
 
     def __init__(self, gpus: int = 100) -> None:
         self._gpus = gpus
@@ -37,7 +37,7 @@ class LiveReplicas:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def observe(self) -> RaySnapshot:
-        """Look."""
+        """Return the current snapshot."""
         apps = {
             name: Observed(
                 model=app.settings.spec.name,
@@ -60,34 +60,34 @@ class LiveReplicas:
         return RaySnapshot(apps, nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make an application."""
+        """Create an application."""
         replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
         self._apps[settings.app] = _App(settings, replicas, time.time())
         self._fill()
 
     async def scale(self, app: str, replicas: int) -> None:
-        """The newest leave."""
-        one = self._apps[app]
-        one.target = replicas
-        while len(one.replicas) > replicas:
-            self._leave(one, one.replicas.pop())
+        """Change the number of replicas; the newest leave first."""
+        application = self._apps[app]
+        application.target = replicas
+        while len(application.replicas) > replicas:
+            self._leave(application, application.replicas.pop())
         self._fill()
 
     async def delete(self, app: str) -> None:
-        """Each drains; then it is gone."""
-        one = self._apps[app]
-        one.deleting, one.target = True, 0
-        while one.replicas:
-            self._leave(one, one.replicas.pop())
+        """Drain every replica, then remove the application."""
+        application = self._apps[app]
+        application.deleting, application.target = True, 0
+        while application.replicas:
+            self._leave(application, application.replicas.pop())
         self._forget(app)
 
     async def shutdown(self) -> None:
-        """All of them."""
+        """Delete all applications."""
         for app in list(self._apps):
             await self.delete(app)
 
     async def close(self) -> None:
-        """Wait until what leaves has left."""
+        """Wait until all leaving replicas have gone."""
         await asyncio.gather(*self._tasks)
 
     def _fill(self) -> None:

@@ -1,7 +1,7 @@
-"""Say what this machine lacks for the tests, and install it where that is possible and wanted: how `make test` begins.
+"""Report which test tools this machine lacks, and install them if possible and wanted: the first step of `make test`.
 
-Root on Debian is asked on a terminal, and not asked where CI is set. NO_INSTALL=1 forbids it. Without a terminal,
-without root or on another system nothing is installed: the tests concerned are skipped, each with the line that helps.
+On Debian, root is asked on a terminal, and not asked if CI is set. NO_INSTALL=1 forbids installing. Without a terminal,
+without root or on another system nothing is installed: the tests concerned are skipped, each with its remedy.
 Standard library only: it runs before the environment is made.
 """
 
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from cluster.cli.commands import doctor
 
 OTHER_PACKAGES = {"valkey-server": "redis-server"}
-"""What older Debian releases have in place of a package."""
+"""Replacements for packages that older Debian releases do not have."""
 APT = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
 
 
 class Way(enum.Enum):
-    """What is done about missing packages; the value is what is said."""
+    """Handling of missing packages; the value is the message."""
 
     INSTALL = "installing them"
     ASK = "install them now?"
@@ -33,7 +33,7 @@ class Way(enum.Enum):
 
 
 def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) -> Way:
-    """What is done about missing packages."""
+    """Choose the handling of missing packages."""
     if forbidden:
         return Way.FORBIDDEN
     if not debian:
@@ -46,18 +46,18 @@ def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) 
 
 
 def packages(findings: Sequence[doctor.DoctorFinding]) -> list[str]:
-    """Debian packages of what is missing."""
-    return sorted({one.apt for one in findings if one.missing and one.apt})
+    """Debian packages of missing tools."""
+    return sorted({finding.apt for finding in findings if finding.missing and finding.apt})
 
 
 def install(wanted: Sequence[str]) -> None:
-    """With apt-get: all at once, and where that fails one by one, so that one that cannot be had costs no other."""
+    """Install with apt-get: all at once, or one by one if that fails, so that one failure does not block others."""
     _apt("update")
     if _apt("install", "-y", "--no-install-recommends", *wanted):
         return
     for name in wanted:
-        names = [one for one in (name, OTHER_PACKAGES.get(name)) if one is not None]
-        if not any(_apt("install", "-y", "--no-install-recommends", one) for one in names):
+        names = [package for package in (name, OTHER_PACKAGES.get(name)) if package is not None]
+        if not any(_apt("install", "-y", "--no-install-recommends", package) for package in names):
             print(f"test: apt-get cannot install {' or '.join(names)}", flush=True)
 
 
@@ -72,7 +72,7 @@ def _apt(*arguments: str) -> bool:
 
 
 def agreed() -> bool:
-    """What the person at the terminal answers; nothing is yes."""
+    """Answer of the person at the terminal; an empty answer means yes."""
     try:
         return input(f"test: {Way.ASK.value} [Y/n] ").strip().lower() in ("", "y", "yes")
     except EOFError:
@@ -80,7 +80,7 @@ def agreed() -> bool:
 
 
 def found_way() -> Way:
-    """What is done about missing packages here."""
+    """Handling of missing packages on this machine."""
     return way(
         root=os.geteuid() == 0,
         debian=os.path.exists("/etc/debian_version") and shutil.which("apt-get") is not None,
@@ -91,14 +91,16 @@ def found_way() -> Way:
 
 
 def main() -> int:
-    """Say, ask and install; never a reason for the tests not to run. What `make setup` brings comes after this."""
-    lacking = [one for one in doctor.examine() if one.missing and not one.remedy.startswith(doctor.SETUP)]
+    """Report, ask and install; never prevents the tests from running. `make setup` follows and brings the rest."""
+    lacking = [
+        finding for finding in doctor.examine() if finding.missing and not finding.remedy.startswith(doctor.SETUP)
+    ]
     if not lacking:
         print("test: this machine has all that the tests need")
         return 0
     print("test: this machine lacks, and skips what needs it:")
-    for one in lacking:
-        print(f"test:   {one.name} ({one.missing}), for {one.needed_for}: {one.remedy}")
+    for finding in lacking:
+        print(f"test:   {finding.name} ({finding.missing}), for {finding.needed_for}: {finding.remedy}")
     wanted = packages(lacking)
     if wanted:
         chosen = found_way()

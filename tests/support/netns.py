@@ -1,4 +1,4 @@
-"""Network namespaces joined by a bridge: several hosts on one machine. Made and removed by the test; needs root."""
+"""Network namespaces joined by a bridge: several hosts on one machine. Created and removed by the test; needs root."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESOLVERS = Path("/etc/netns")
-"""`ip netns exec` shows a namespace the files of its own folder here as those of /etc."""
+"""Files of a namespace's folder here replace those of /etc under `ip netns exec`."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Host:
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """The command line that runs `arguments` on this host."""
+        """Command line that runs `arguments` on this host."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
 
     @property
     def inode(self) -> int:
-        """What /proc/<pid>/ns/net points to for the processes on this host."""
+        """Target of /proc/<pid>/ns/net for the processes on this host."""
         return os.stat(f"/run/netns/{self.namespace}").st_ino
 
     def holds(self, pid: int) -> bool:
@@ -49,24 +49,26 @@ def _ip(*arguments: str) -> None:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def _without_names(host: Host, nobody: str, undo: contextlib.ExitStack) -> None:
-    """Have who asks for a name refused at once: this machine's own resolver is not reached from there, and would be
-    waited for 10 s each time (PyTorch's ranks ask for their peers' names as they meet)."""
+def _without_names(host: Host, unreachable: str, undo: contextlib.ExitStack) -> None:
+    """Make name lookups on a host fail at once: this machine's resolver is unreachable from there, and each lookup
+    would
+    wait 10 s for it (PyTorch's ranks look up their peers' names as they meet).
+    """
     folder = RESOLVERS / host.namespace
     undo.callback(_forget, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "resolv.conf").write_text(f"nameserver {nobody}\n")
+    (folder / "resolv.conf").write_text(f"nameserver {unreachable}\n")
 
 
 def _forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # somebody else's are there
+    with contextlib.suppress(OSError):  # other files are there
         RESOLVERS.rmdir()
 
 
 @contextlib.contextmanager
 def network(count: int) -> Iterator[Network]:
-    """`count` hosts on a bridge of their own; names and the /24 are derived from this process's id."""
+    """`count` hosts on their own bridge; names and the /24 are derived from this process's id."""
     number = os.getpid() % 200 + 20
     prefix, bridge = f"10.199.{number}", f"hrb{number}"
     hosts = tuple(Host(f"hr{number}-{i}", f"{prefix}.{i}") for i in range(1, count + 1))
@@ -80,11 +82,11 @@ def network(count: int) -> Iterator[Network]:
             undo.callback(_ip, "netns", "del", host.namespace)
             _without_names(host, f"{prefix}.254", undo)
             _ip("link", "add", f"{bridge}v{i}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-            undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # the kernel takes its time with a namespace's own
+            undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # else the kernel delays its removal
             _ip("link", "set", f"{bridge}v{i}", "master", bridge, "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.namespace, "link", "set", "eth0", "up")
             _ip("-n", host.namespace, "link", "set", "lo", "up")
-            # Programs find their own address by asking for the route to somewhere far.
+            # Programs find their own address by looking up the route to a distant address.
             _ip("-n", host.namespace, "route", "add", "default", "via", f"{prefix}.254")
         yield Network(hosts, f"{prefix}.254")

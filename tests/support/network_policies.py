@@ -1,4 +1,4 @@
-"""Who reaches whom by a set of NetworkPolicies, as the API's documentation has it: allowed by both ends, or not."""
+"""Reachability under a set of NetworkPolicies, by the API's documentation: both ends must allow a connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod, or with `address` somebody outside the cluster."""
+    """A pod or, with `address`, a peer outside the cluster."""
 
     namespace: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -18,7 +18,7 @@ class Peer:
 
     @property
     def namespace_labels(self) -> Mapping[str, str]:
-        """The one that every namespace has."""
+        """The label that every namespace has."""
         return {"kubernetes.io/metadata.name": self.namespace}
 
 
@@ -40,43 +40,47 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 class Network:
-    """The policies of a namespace."""
+    """Policies of a namespace."""
 
     def __init__(self, namespace: str, policies: Sequence[Mapping[str, Any]]) -> None:
         self._namespace = namespace
-        self._policies = [one["spec"] for one in policies]
+        self._policies = [policy["spec"] for policy in policies]
 
     def allows(self, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-        """Whether a connection comes about."""
+        """Whether a connection is allowed."""
         return self._one_way("egress", source, target, port, protocol) and self._one_way(
             "ingress", target, source, port, protocol
         )
 
-    def _one_way(self, way: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
+    def _one_way(self, direction: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
         if pod.address or pod.namespace != self._namespace:
-            return True  # another's policies, or none
-        word = way.capitalize()
-        mine = [one for one in self._policies if word in one["policyTypes"] and selects(one["podSelector"], pod.labels)]
+            return True  # no policy of this namespace selects it
+        word = direction.capitalize()
+        mine = [
+            policy
+            for policy in self._policies
+            if word in policy["policyTypes"] and selects(policy["podSelector"], pod.labels)
+        ]
         if not mine:
             return True
-        peers = "to" if way == "egress" else "from"
+        peers = "to" if direction == "egress" else "from"
         return any(
             self._port_fits(rule, port, protocol) and self._peer_fits(rule.get(peers), other)
-            for one in mine
-            for rule in one.get(way) or ()
+            for policy in mine
+            for rule in policy.get(direction) or ()
         )
 
     @staticmethod
     def _port_fits(rule: Mapping[str, Any], port: int, protocol: str) -> bool:
         ports = rule.get("ports")
-        return not ports or any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in ports)
+        return not ports or any(entry["port"] == port and entry.get("protocol", "TCP") == protocol for entry in ports)
 
     def _peer_fits(self, peers: Sequence[Mapping[str, Any]] | None, other: Peer) -> bool:
-        return not peers or any(self._one_peer_fits(one, other) for one in peers)
+        return not peers or any(self._one_peer_fits(peer, other) for peer in peers)
 
     def _one_peer_fits(self, peer: Mapping[str, Any], other: Peer) -> bool:
         if "ipBlock" in peer:
-            # Of pods it is not defined whether their addresses count; here they do not, and tests ask about outsiders.
+            # The API does not define whether pods' addresses count; here they do not, and tests use outside peers.
             inside = ipaddress.ip_network(peer["ipBlock"]["cidr"])
             return bool(other.address) and ipaddress.ip_address(other.address) in inside
         if other.address:

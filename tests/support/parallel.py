@@ -1,6 +1,6 @@
 """Order of tests in parallel processes: those with engines, Ray or namespaces in one, the others file by file.
 
-Two engines at a time are all that a small machine holds, and a file's tests share its fixtures.
+A small machine holds at most two engines at a time, and a file's tests share its fixtures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real PostgreSQL of the test's own: loopback only, a free port, a temporary folder, an unprivileged user."""
+"""A real PostgreSQL for tests: loopback only, a free port, a temporary folder, an unprivileged user."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ START_S = 60.0
 
 
 def binaries() -> Path | None:
-    """The folder of the newest PostgreSQL's programs: Debian keeps them off PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
-    if found:
-        return found[-1].parent
+    """Folder of the newest PostgreSQL's programs: Debian keeps them off PATH."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
+    if installed:
+        return installed[-1].parent
     on_path = shutil.which("initdb")
     return Path(on_path).parent if on_path else None
 
 
 def free_port() -> int:
-    """A port nobody listens on at the moment."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class PostgresServer:
-    """Starts, stops, kills and freezes. `url` is that of one database of it."""
+    """Server that can be started, stopped, killed and frozen. `url` is that of one of its databases."""
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
@@ -71,7 +71,7 @@ class PostgresServer:
         return f"postgresql+psycopg://headrace{secret}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Start it, the same data and port each time, and wait until it answers."""
+        """Start it, with the same data and port each time, and wait until it answers."""
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -110,21 +110,21 @@ class PostgresServer:
         return self.url(name)
 
     def kill(self) -> None:
-        """End it at once, as a crash would; `start` brings it back."""
+        """Kill it, as a crash would; `start` brings it back."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)
             self._process = None
 
     def remove(self) -> None:
-        """End it and remove its folder."""
+        """Stop it and remove its folder."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def running() -> Iterator[PostgresServer]:
-    """A server for the duration of the context; the test is skipped by name where PostgreSQL is not installed."""
+    """A server for the duration of the context; skips the test if PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
         pytest.skip(doctor.missing_reason("postgresql"))

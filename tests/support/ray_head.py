@@ -1,7 +1,7 @@
-"""A Ray whose head can be lost and come back: Valkey keeps its tables, the GPUs are on a host of their own.
+"""A Ray whose head can be lost and come back: Valkey keeps its tables, the GPUs are on another host.
 
-Two hosts in network namespaces (so: root), and Valkey beside the gateway. Everything on the head's host ends with it,
-Serve's controller too.
+Two hosts in network namespaces (which needs root), and Valkey beside the gateway. Everything on the head's host ends
+with it, including Serve's controller.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from cluster.cli.commands import doctor
 from cluster.ray.local_cluster import free_ports
 from tests.support.netns import Host, Network, network
 
-GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own
+GCS_PORT, DASHBOARD_PORT = 6379, 8265  # default ports, since the namespaces are separate
 UP_S = 60.0
 OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""As pods have them: an engine looks for its Ray node among the processes it sees, and would take the head; a head that
-sees another node's processes takes itself to run already."""
+"""PID namespaces as in pods: an engine looks for its Ray node among the visible processes, and would find the head; a
+head that sees another node's processes assumes that it already runs.
+"""
 GCS_AWAY_S = 900
-"""How long the node, and all that runs there, wait for a head that is away (Ray's own default is 60 s)."""
+"""Time for which the node and its processes wait for a head that is away (Ray's own default is 60 s)."""
 
 
 @dataclass
@@ -50,27 +51,27 @@ class HeadAndNode:
 
     @property
     def head(self) -> Host:
-        """Where the head is, or was."""
+        """Host of the head."""
         return self.net.hosts[0]
 
     @property
     def node(self) -> Host:
-        """Where the replicas are."""
+        """Host of the replicas."""
         return self.net.hosts[1]
 
     @property
     def dashboard_url(self) -> str:
-        """The head's dashboard, reached over the bridge."""
+        """URL of the head's dashboard, reached over the bridge."""
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
 
     def start(self) -> None:
-        """All three, each once the one before it listens."""
+        """Start all three, each once the one before it listens."""
         self.start_valkey()
         self.find_head()
         self._ray(self.node, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=16", "--num-gpus=16")
 
     def start_valkey(self) -> None:
-        """An empty one. Skips the test where there is no Valkey."""
+        """Start an empty Valkey. Skips the test if it is not installed."""
         server = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
         if server is None:
             pytest.skip(doctor.missing_reason("valkey-server"))
@@ -82,30 +83,30 @@ class HeadAndNode:
         _until_open(self.net.address, self._valkey_port, "Valkey")
 
     def lose_valkey(self) -> None:
-        """SIGKILL: what it held is lost."""
+        """Kill Valkey; its data is lost."""
         if self._valkey is not None:
             self._valkey.kill()
             self._valkey.wait()
             self._valkey = None
 
     def lose_head(self) -> None:
-        """SIGKILL to every process on its host."""
+        """Kill every process on the head's host."""
         _end(self.head)
 
     def find_head(self) -> None:
-        """Start it, where it was before and with what Valkey has of it."""
+        """Restart the head on the same host, with its data in Valkey."""
         words = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--include-dashboard=true"]
         self._ray(self.head, *words, f"--dashboard-port={DASHBOARD_PORT}", "--num-cpus=8", "--num-gpus=0")
         _until_open(self.head.address, GCS_PORT, "the head")
 
     def end(self) -> None:
-        """Every process."""
+        """End every process."""
         for host in self.net.hosts:
             _end(host)
         self.lose_valkey()
 
     def _ray(self, host: Host, *arguments: str) -> None:
-        """`ray start --block` on a host."""
+        """Run `ray start --block` on a host."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
         if host is self.head:
@@ -118,7 +119,7 @@ class HeadAndNode:
             "RAY_AUTH_TOKEN": self.token_file.read_text(),
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(self.gcs_away_s),
             "GLOO_SOCKET_IFNAME": "eth0",
-            "TMPDIR": str(self.folder),  # Ray's dashboard forks from a server, whose folder stays where that is killed
+            "TMPDIR": str(self.folder),  # Ray's dashboard forks from a server whose folder remains when it is killed
         }
         if host is self.head:
             environment["RAY_REDIS_ADDRESS"] = f"{self.net.address}:{self._valkey_port}"
@@ -134,7 +135,7 @@ class HeadAndNode:
 
 
 def _end(host: Host) -> None:
-    """SIGKILL to all on a host, until nobody is there."""
+    """Kill all processes on a host, and wait until none is left."""
     deadline = time.monotonic() + 10.0
     while pids := [pid for pid in _pids() if _on(host, pid)]:
         for pid in pids:
@@ -150,7 +151,7 @@ def _pids() -> list[int]:
 
 
 def _on(host: Host, pid: int) -> bool:
-    """Whether it lives there; a zombie has no namespace any longer."""
+    """Whether a process runs on a host; a zombie has no namespace any longer."""
     try:
         return host.holds(pid)
     except OSError:
@@ -170,7 +171,7 @@ def _until_open(address: str, port: int, what: str) -> None:
 
 @contextmanager
 def head_and_node(environment: Mapping[str, str], gcs_away_s: int = GCS_AWAY_S) -> Iterator[HeadAndNode]:
-    """All of it started; nothing of it is left at the end. `environment`: what the replicas need beside Ray's."""
+    """Start everything, and remove it at the end. `environment`: variables for the replicas beside Ray's."""
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     (folder / "token").write_text(secrets.token_hex(32))
     try:

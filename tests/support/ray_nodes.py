@@ -1,4 +1,4 @@
-"""A Ray of several nodes on this host: a head on which no replica is placed, and nodes that may be ended one by one."""
+"""A Ray of several nodes on this host: a head without replicas, and nodes that can be ended one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 
 @dataclass
 class RayNodes:
-    """`add` starts a node; `terminate` sends it what Kubernetes sends to a pod's main process."""
+    """Ray nodes. `add` starts one; `terminate` sends it the signal that Kubernetes sends to a pod's main process."""
 
     head: LocalRay
     folder: Path
@@ -28,12 +28,14 @@ class RayNodes:
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def log_of(self, name: str) -> str:
-        """What `ray start` of a node has printed."""
+        """Output of a node's `ray start`."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def add(self, name: str, *inside: str) -> None:
-        """`ray start --block`, with places for replicas; returns before the node has joined. `inside`: a program that
-        runs it, such as unshare."""
+        """Run `ray start --block`, with resources for replicas; returns before the node has joined. `inside`: a
+        wrapping
+        program, such as unshare.
+        """
         command = [
             *inside,
             sys.executable,
@@ -57,14 +59,14 @@ class RayNodes:
             )
 
     def terminate(self, name: str) -> subprocess.Popen[bytes]:
-        """SIGTERM to a node's `ray start --block`."""
+        """Send SIGTERM to a node's `ray start --block`."""
         self.nodes[name].send_signal(signal.SIGTERM)
         return self.nodes[name]
 
 
 @contextlib.contextmanager
 def ray_nodes(drain_timeout_s: float) -> Iterator[RayNodes]:
-    """The head, started; all of it is ended with the context."""
+    """A running head; everything ends with the context."""
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     head = LocalRay(LocalRaySettings(f"nodes-{uuid.uuid4().hex[:8]}", folder, cpus=0, gpus=0))
     made = RayNodes(head, folder, drain_timeout_s)

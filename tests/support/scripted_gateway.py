@@ -1,4 +1,4 @@
-"""A small real gRPC server that speaks the public and the admin API from a script: for tests of what calls it."""
+"""A small real gRPC server with a scripted public and admin API, for tests of its clients."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ MODEL_NOT_FOUND = refusal(code_pb2.NOT_FOUND, "MODEL_NOT_FOUND", "no model is ca
 
 @dataclass
 class Script:
-    """What the server does and what it has seen."""
+    """Behaviour of the server, and the requests it has received."""
 
     models: list[pb.Model] = field(default_factory=list)
     page_size: int = 100
     refusals: list[status_pb2.Status] = field(default_factory=list)
-    """Given to the next calls, one each, before any of their answer."""
+    """Errors for the next calls, one each, before any answer."""
     pushback_ms: int | None = None
     break_after: int | None = None
-    """Pieces of a stream after which it ends with WORKER_LOST."""
+    """Pieces of a stream after which it fails with WORKER_LOST."""
     hold: threading.Event | None = None
-    """Streams wait for it after their first piece."""
+    """Event that streams wait for after their first piece."""
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     deadlines_s: list[float | None] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
-    """Set when a stream's call has ended at the server, for whatever reason."""
+    """Set when a stream's call has ended at the server, for any reason."""
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
     changes: list[catalog_pb2.Change] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Script:
 
 
 class ScriptedInference(inference_pb2_grpc.InferenceServicer):
-    """The public API, by the script."""
+    """Scripted public API."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -126,12 +126,12 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
 
     def Resume(self, request: pb.ResumeRequest, context: Any) -> Iterator[pb.ResumeChunk]:
-        """As a gateway of a release before resumption answers."""
+        """Answer like a gateway of a release without resume."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         raise AssertionError("abort raises")
 
     def Session(self, request_iterator: object, context: Any) -> Iterator[pb.SessionEvents]:
-        """As a gateway of a release before sessions answers."""
+        """Answer like a gateway of a release without sessions."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         raise AssertionError("abort raises")
 
@@ -161,7 +161,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
 
 class ScriptedFleet(admin_pb2_grpc.FleetServicer):
-    """Workers, by the script."""
+    """Scripted workers."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -190,7 +190,7 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
 
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
-    """The catalog, by the script."""
+    """Scripted catalog."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -258,7 +258,7 @@ class ScriptedGateway:
     endpoint: str
 
     def stop(self) -> None:
-        """End it and every call."""
+        """Stop it and every call."""
         if self.script.hold is not None:
             self.script.hold.set()
         self.server.stop(None).wait(10)

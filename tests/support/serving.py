@@ -1,4 +1,4 @@
-"""What the tests over a real Ray share: a gateway's end of the links, and tokens asked for over it."""
+"""Helpers of tests over a real Ray: a gateway's end of the links, and generation over it."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ T = TypeVar("T")
 
 @dataclass
 class Door:
-    """A hub on a port; the newest catalog and the links, as a gateway would hold them."""
+    """A hub on a port, with the newest catalog and the links, as a gateway holds them."""
 
     hub: Hub = field(init=False)
     address: str = ""
     entries: dict[str, CatalogEntry] = field(default_factory=dict)
 
     def link_up(self, link: WorkerLink) -> None:
-        """Nothing to do: `hub.links` has it."""
+        """Do nothing: `hub.links` has it."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Nothing to do: `hub.links` has it."""
+        """Do nothing: `hub.links` has it."""
 
     def link_changed(self, link: WorkerLink) -> None:
-        """Nothing to do: `hub.links` has it."""
+        """Do nothing: `hub.links` has it."""
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Keep the newest."""
+        """Store the newest catalog."""
         self.entries = {entry.name: entry for entry in entries}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Nobody is refused."""
+        """Refuse no worker."""
         return ""
 
     def demand(self) -> Sequence[ModelDemand]:
-        """None: nobody waits here."""
+        """Report no demand: nothing waits here."""
         return ()
 
     def link_of(self, model: str) -> WorkerLink | None:
-        """A link of the model that has granted room."""
+        """A link of the model that has granted credit."""
         return next((x for x in self.hub.links if x.identity.model == model and x.free.sequences), None)
 
     async def worker(self, model: str, timeout_s: float = 120.0, but: str = "") -> WorkerLink:
@@ -86,29 +86,29 @@ class _Answer:
     heard_at: float = 0.0
 
     def accepted(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """The request is at fault."""
+        """Fail: the request is invalid."""
         self.done.set_exception(AssertionError(f"refused: {reason} {field} {message}"))
 
     def token(self, token_id: int) -> None:
-        """One token."""
+        """Collect one token."""
         self.output(TokenOutput("", (token_id,)))
 
     def output(self, output: TokenOutput) -> None:
-        """Collect."""
+        """Collect an output."""
         self.tokens.extend(output.token_ids)
         if output.finish is not None and not self.done.done():
             self.done.set_result(self.tokens)
 
     def lost(self, why: str) -> None:
-        """The link is gone."""
+        """Fail: the link is gone."""
         if not self.done.done():
             self.done.set_exception(AssertionError(f"lost: {why}"))
 
     def failed(self, error: BaseException) -> None:
-        """A token could not be kept."""
+        """Fail: a token could not be stored."""
         if not self.done.done():
             self.done.set_exception(error)
 
@@ -121,12 +121,12 @@ async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[in
     return await asyncio.wait_for(answer.done, 60.0)
 
 
-async def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
-    """The first thing that `look` finds; fails by name."""
+async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+    """The first truthy result of `look`; fails with the name."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if found := look():
-            return found
+        if value := probe():
+            return value
         if time.monotonic() > deadline:
             raise AssertionError(f"timed out after {timeout_s:g} s waiting until {what}")
         await asyncio.sleep(0.05)
@@ -135,7 +135,7 @@ async def eventually(look: Callable[[], T | None], what: str, timeout_s: float =
 async def settled(
     backend: Backend, holds: Callable[[RaySnapshot], bool], what: str, timeout_s: float = 60.0
 ) -> RaySnapshot:
-    """The first snapshot of Ray for which `holds`; fails with what was last seen."""
+    """The first snapshot of Ray for which `holds` is true; fails with the last snapshot."""
     deadline = time.monotonic() + timeout_s
     while True:
         snapshot = await backend.observe()

@@ -1,4 +1,4 @@
-"""The command line as a user runs it, in a process of its own."""
+"""The command line as a user runs it, in a separate process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
-    """Wait until something that other processes bring about is true; what it was."""
+    """Wait until a condition that other processes bring about is true; return its value."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
+        value = condition()
+        if value:
+            return value
         time.sleep(0.05)
     raise AssertionError(f"not within {deadline_s:g} s: {what}")

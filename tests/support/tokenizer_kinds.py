@@ -108,7 +108,7 @@ def mistral(vocab_size: int) -> TokenizerAndConfig:
 
 
 def _finish_sentencepiece(tokenizer: Tokenizer, config: dict[str, Any]) -> TokenizerAndConfig:
-    """The decoder, special tokens and BOS post-processor that all sentencepiece conversions share."""
+    """Add the decoder, special tokens and BOS post-processor that all sentencepiece conversions share."""
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -156,7 +156,7 @@ def _byte_fallback_model(vocab_size: int, controls: Sequence[str] = ()) -> BPE:
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(head),
         initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),  # the trainer's own choice among equally rare characters is by chance
+        limit_alphabet=len(alphabet),  # the trainer chooses at random among equally rare characters
         show_progress=False,
     )
     trained.train_from_iterator(SENTENCES, trainer)
@@ -179,7 +179,7 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def synthetic(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer of `vocab_size` whose merges join earlier pieces in a fixed pattern; not trained."""
+    """An untrained byte-level tokenizer of `vocab_size` whose merges join earlier pieces in a fixed pattern."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(letters)}
     pieces, merges = list(letters), []

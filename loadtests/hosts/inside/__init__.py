@@ -1,1 +1,1 @@
-"""Programs that run within the namespaces: callers, and stand-ins for what every Kubernetes cluster has."""
+"""Programs that run within the namespaces: callers, and stand-ins for the services of every Kubernetes cluster."""

@@ -1,7 +1,7 @@
-"""Program: callers that keep a number of streams under way, over the SDK. `python -m loadtests.hosts.inside.callers F`.
+"""Program: callers that keep a number of streams running, over the SDK. `python -m loadtests.hosts.inside.callers F`.
 
-F is a JSON file (`Plan`); what happens goes line by line into its `out`: every call at its end, every half second how
-much runs, and when connections end. SIGTERM: no new streams; those under way go to their end.
+F is a JSON file (`Plan`). Events are written line by line to its `out`: every call at its end, the number of running
+streams every half second, and the end of connections. On SIGTERM no new streams begin; running ones complete.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cluster.client.errors import HeadraceError
 
 LIVE_S = 0.5
 PAUSE_S = 0.5
-"""After a call that failed."""
+"""Pause after a failed call."""
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the callers do."""
+    """The callers' plan."""
 
     out: str
     endpoint: str
@@ -43,18 +43,18 @@ class Plan:
     streams: int
     clients: int
     tokens: tuple[int, int]
-    """The fewest and the most that a stream asks for; lengths are spread evenly over their logarithm."""
+    """Fewest and most tokens of a stream; lengths are log-uniform."""
     words: int = 100
     prompts: int = 16
     seed: int = 1
     ramp_s: float = 5.0
-    """Over which the streams begin, so that they do not end together."""
+    """Time over which the streams begin, so that they do not end together."""
     gap_s: float = 0.12
-    """Shorter silences are not written down."""
+    """Shorter silences are not recorded."""
 
 
 class Callers:
-    """All of them."""
+    """All callers."""
 
     def __init__(self, plan: Plan, out: TextIO) -> None:
         self._plan = plan
@@ -72,7 +72,7 @@ class Callers:
         self.over = asyncio.Event()
 
     async def run(self) -> None:
-        """Until `over`, and then until the last stream has ended."""
+        """Run until `over`, then until the last stream has ended."""
         plan = self._plan
         self._clients = [
             AsyncClient(plan.endpoint, api_key=plan.api_key, tls_ca_file=plan.ca_file, timeout_s=900.0)
@@ -101,14 +101,14 @@ class Callers:
 
     async def _call(self, client: AsyncClient, tokens: int, prompt: int) -> bool:
         self._made += 1
-        told: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
-        told["sent"] = last = time.time()
-        self._write({"t": "begun", "id": told["id"], "asked": tokens, "sent": last})
+        record: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
+        record["sent"] = last = time.time()
+        self._write({"t": "begun", "id": record["id"], "asked": tokens, "sent": last})
         first, gaps, pieces = 0.0, [], 0
         self._running += 1
         stream = client.stream_chat(
             self._plan.model, self._prompts[prompt], max_tokens=tokens, temperature=0.0, ignore_eos=True,
-            request_id=told["id"],
+            request_id=record["id"],
         )  # fmt: skip
         try:
             async for _ in stream:
@@ -121,21 +121,21 @@ class Callers:
                     gaps.append((round(now, 3), round(now - last, 4)))
                 last = now
         except HeadraceError as error:
-            told["error"] = f"{error.code} {error.reason}: {error}"
+            record["error"] = f"{error.code} {error.reason}: {error}"
         finally:
             self._running -= 1
-        told |= {"first": first, "last": last, "ended": time.time(), "gaps": gaps, "pieces": pieces}
+        record |= {"first": first, "last": last, "ended": time.time(), "gaps": gaps, "pieces": pieces}
         usage = stream.usage
         if usage is not None:
-            told |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
-        elif not told["error"]:
-            told["error"] = "the stream ended without usage"
-        told["text"] = self.compare(prompt, stream.text)
-        self._write(told)
-        return not told["error"]
+            record |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
+        elif not record["error"]:
+            record["error"] = "the stream ended without usage"
+        record["text"] = self.compare(prompt, stream.text)
+        self._write(record)
+        return not record["error"]
 
     def compare(self, prompt: int, text: str) -> str:
-        """Greedy answers to one prompt are beginnings of one another; "" when this one is."""
+        """Compare greedy answers to one prompt: one must be a prefix of the other; "" if so."""
         longest = self._longest[prompt]
         shorter, longer = sorted((text, longest), key=len)
         self._longest[prompt] = longer
@@ -151,7 +151,7 @@ class Callers:
             self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
 
     async def _watch(self, number: int, client: AsyncClient) -> None:
-        """Write down when a client's connection ends: when its streams know that they must go elsewhere."""
+        """Record when a client's connection ends, which is when its streams learn that they must resume elsewhere."""
         while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
             await asyncio.sleep(LIVE_S)
         channel = client._gateways.channels[0]

@@ -1,7 +1,7 @@
-"""Program: the cluster's DNS as far as it is asked here. `python -m loadtests.hosts.inside.dns_server ZONE`.
+"""Program: the part of a cluster's DNS that the pods here need. `python -m loadtests.hosts.inside.dns_server ZONE`.
 
 ZONE is a JSON file {"hosts": {name: [address]}, "srv": {name: [[target, port]]}}, read again whenever it changes.
-Addresses come in an order drawn anew for each question, which spreads callers as a Service does.
+Addresses are shuffled for each question, which spreads callers as a Service does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PORT = 53
 
 
 class Zone:
-    """The file, as it is now."""
+    """The current content of the zone file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -34,7 +34,7 @@ class Zone:
         self._data: dict[str, Any] = {"hosts": {}, "srv": {}}
 
     def answer(self, wire: bytes) -> bytes:
-        """The answer to one question."""
+        """Answer one DNS question."""
         query = dns.message.from_wire(wire)
         response = dns.message.make_response(query)
         response.flags |= dns.flags.AA | dns.flags.RA
@@ -59,24 +59,24 @@ class Zone:
 
 
 class Listener(asyncio.DatagramProtocol):
-    """Answers over UDP."""
+    """DNS answers over UDP."""
 
     def __init__(self, zone: Zone) -> None:
         self._zone = zone
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep it."""
+        """Store the transport."""
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
-        """One question."""
+        """Answer one question."""
         if self._transport is not None:
             self._transport.sendto(self._zone.answer(data), addr)
 
 
 async def main(file: Path) -> None:
-    """Until it is ended."""
+    """Serve until killed."""
     loop = asyncio.get_running_loop()
     await loop.create_datagram_endpoint(lambda: Listener(Zone(file)), local_addr=("0.0.0.0", PORT))  # noqa: S104
     await asyncio.Event().wait()

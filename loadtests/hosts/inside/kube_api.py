@@ -1,6 +1,6 @@
-"""Program: a Kubernetes API that knows Leases and nothing else. `python -m loadtests.hosts.inside.kube_api FOLDER`.
+"""Program: a Kubernetes API with Leases only. `python -m loadtests.hosts.inside.kube_api FOLDER`.
 
-FOLDER holds tls.crt, tls.key and token, the one of the service account that may write them.
+FOLDER holds tls.crt, tls.key and token, the token of the service account that may write them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PORT = 6443
 
 
 class Leases:
-    """By path, with versions as the API keeps them."""
+    """Leases by path, with resource versions as the API keeps them."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -26,7 +26,7 @@ class Leases:
         self._lock = threading.Lock()
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
-        """One call."""
+        """Answer one request."""
         with self._lock:
             if token != f"Bearer {self._token}":
                 return 401, {"message": "Unauthorized"}
@@ -51,7 +51,7 @@ class Leases:
 
 
 def main(folder: Path) -> None:
-    """Until it is ended."""
+    """Serve until killed."""
     leases = Leases((folder / "token").read_text().strip())
 
     class Handler(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
         do_GET = do_POST = do_PUT = _do
 
         def log_message(self, format: str, *args: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("0.0.0.0", PORT), Handler)  # noqa: S104 - a namespace of its own
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

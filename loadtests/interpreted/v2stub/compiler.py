@@ -6,7 +6,7 @@ from triton.backends.compiler import BaseBackend
 
 
 class CpuStubCompiler(BaseBackend):  # type: ignore[misc] # Triton is not there where types are checked
-    """Never asked in the interpreter."""
+    """Compiler that the interpreter never calls."""
 
 
 CpuStubCompiler.__abstractmethods__ = frozenset()

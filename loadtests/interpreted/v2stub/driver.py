@@ -8,30 +8,30 @@ from triton.backends.driver import DriverBase
 
 
 class CpuStub(DriverBase):  # type: ignore[misc] # Triton is not there where types are checked
-    """Is there, and not active."""
+    """Driver that is present and not active."""
 
     def __init__(self) -> None:
         pass
 
     @classmethod
     def is_active(cls) -> bool:
-        """For vLLM, which asks whether Triton has a driver."""
+        """False: vLLM checks whether Triton has an active driver."""
         return True
 
     def map_python_to_cpp_type(self, ty: Any) -> Any:
-        """Not reached in the interpreter."""
+        """Unreachable in the interpreter."""
         raise NotImplementedError
 
     def get_current_target(self) -> Any:
-        """Not reached in the interpreter."""
+        """Unreachable in the interpreter."""
         raise NotImplementedError
 
     def get_active_torch_device(self) -> Any:
-        """Where tensors are."""
+        """Device of the tensors."""
         import torch
 
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        """Not reached in the interpreter."""
+        """Unreachable in the interpreter."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What vLLM's processes need beside the interpreter: one kernel replaced, and asynchronous scheduling on CPUs."""
+"""Changes that vLLM's processes need beside the interpreter: a replaced kernel, and asynchronous scheduling on CPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 ASYNC = "HEADRACE_TEST_ASYNC"
-"""Environment: 1 for asynchronous scheduling, which vLLM's CPU platform otherwise switches off."""
+"""Environment variable: 1 enables asynchronous scheduling, which vLLM's CPU platform otherwise switches off."""
 
 
 def apply() -> None:
@@ -18,8 +18,10 @@ def apply() -> None:
 
 
 def _replace_top_k_top_p() -> None:
-    """The interpreter cannot run this kernel (`to` of a Python int); it keeps no state, and its PyTorch form is the
-    same function."""
+    """Replace a kernel that the interpreter cannot run (`to` of a Python int); it keeps no state, and its PyTorch form
+    is
+    the same function.
+    """
     from vllm.v1.sample.ops import topk_topp_sampler
 
     def apply_top_k_top_p_triton(logits: Any, k: Any, p: Any, **_: Any) -> Any:
