@@ -66,8 +66,8 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
 def test_every_label_is_of_the_vocabulary() -> None:
     """No metric has a label outside the common vocabulary, except build_info."""
     allowed = {
-        "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit", "state",
-        "gpu", "pod", "node", "file", "path",
+        "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit",
+        "state", "gpu", "pod", "node", "file", "path",
     }  # fmt: skip
     for name, definition in DEFINITIONS.items():
         if name != "build_info":
