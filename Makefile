@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos reference requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast test-changed chart-test fuzz check format protos reference requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -34,6 +34,10 @@ test: ## all tests, those with the real engine included (NO_INSTALL=1: install n
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
 	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow" $(ARGS)
+
+test-changed: setup ## the fast tests of what differs from BASE=HEAD, by the modules that they import
+	@tests="$$(PYTHONPATH=. $(VENV)/python scripts/changed_tests.py $(or $(BASE),HEAD))"; [ -z "$$tests" ] && echo "no test concerns what has changed" \
+		|| $(VENV)/python -m pytest -m "not engine and not ray and not root" $$tests $(ARGS)
 
 chart-test: setup ## the chart, presets, images, rules and dashboards by their own tools (EXAMPLES=200 random values)
 	CHART_EXAMPLES=$(or $(EXAMPLES),8) $(VENV)/python -m pytest tests/helm $(ARGS)

@@ -124,7 +124,6 @@ class Gateway:
             siblings,
             config.gateway.link_tls is not None,
         )
-        self.hub.tallies = self.scheduler.canaries.tallies
         self.directory: ModelDirectory = ModelDirectory(folder, self.hub.fetch_bundle)
         authenticator = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
@@ -138,17 +137,19 @@ class Gateway:
         )
         self.request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self.guards = _guards(config, self.metrics, self.tenants)
+        self._resume_service = self._resumes()
         self.service = CallService(
             self.directory,
             self.scheduler,
             self.reservations,
             self.metrics,
-            door=authenticator,
+            authenticator=authenticator,
             guards=self.guards,
             max_attempts=resume.max_attempts,
             max_silent_losses=resume.max_silent_losses,
+            resumes=self._resume_service,
+            prompts=None if self.tenants is None else self.tenants.prompts,
         )
-        self._resume_service = self.service.resumes = self._resumes()
         self.connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
         self._notices = http2.LimitedLog()
         openai = OpenAiApi(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
@@ -191,9 +192,8 @@ class Gateway:
         if shared is not None:
             claims = StoreFirstClaims(shared.first, claims)
         secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
-        resumes = ResumeService(secrets, claims, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
-        resumes.on_taken_over = self.scheduler.take_over
-        return resumes
+        expires_s = self.config.gateway.resume.token_expires_s
+        return ResumeService(secrets, claims, self.scheduler.take_over, expires_s, self.hub.incarnation)
 
     # ---- scheduling.scheduler.SchedulerHost
 
@@ -227,7 +227,6 @@ class Gateway:
         if self.tenants is not None:
             await self.tenants.start()
             self.keep_accounts(self.tenants.secrets, self.tenants.ledger.usage.insert)
-            self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
         if self._probes:
@@ -273,7 +272,6 @@ class Gateway:
         )
         accounting.start()
         self.accounting = accounting
-        self.hub.on_usage = accounting.usage
 
     async def _bind(self, name: str, address: str, serve: Callable[[str, int], Awaitable[int]]) -> None:
         host, port = address.rsplit(":", 1)

@@ -111,18 +111,21 @@ class CallService:
         reservations: QuotaReservations,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
-        door: Authenticator | None = None,
+        authenticator: Authenticator | None = None,
         max_attempts: int = 3,
         guards: Guards | None = None,
         max_silent_losses: int = MOST_SILENT,
+        resumes: ResumeService | None = None,
+        prompts: PromptLog | None = None,
     ) -> None:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
-        of workers that may be lost in a row without a token between. `guards`: required if policies name guards."""
+        of workers that may be lost in a row without a token between. `guards`: required if policies name guards.
+        `resumes`: None if streams cannot be resumed. `prompts`: log for tenants whose policy asks for one."""
         self.max_attempts = max_attempts
         self.max_silent_losses = max_silent_losses
         self._guards = guards
         self._reservations = reservations
-        self.authenticator: Authenticator = door if door is not None else NoAuthentication()
+        self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.authenticator.on_change.add(self._end_suspended)
         self.directory = directory
         self.bodies = Bodies()
@@ -130,13 +133,11 @@ class CallService:
         self.metrics = metrics
         self.clock = clock
         self.wall_s: Callable[[], float] = time.time
-        self.resumes: ResumeService | None = None
-        """Resume service, set before the first call; None if streams cannot be resumed."""
+        self.resumes = resumes
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
-        self.prompts: PromptLog | None = None
-        """Log of prompts for tenants whose policy asks for it; None if there is none."""
+        self.prompts = prompts
 
     def statistics(self) -> dict[str, int]:
         """Number of open calls by model; empty when idle."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from cluster.api.types import EngineRequest, TokenOutput
 from cluster.policy.fairness.fair_queue import FairOrders
-from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.order import Order, WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, pick
 from cluster.wire.credit import CreditBalance, Grant
+from loadtests.sim.fifo import FifoOrder
 from loadtests.sim.worker import SimSubmit, SimWorker
 
 MODEL = "m"
@@ -60,7 +61,7 @@ class SimGateway:
         self.calls: dict[str, SimCall] = {}
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntOutputs(default_tokens=0)
-        order_of = None if fair is None else fair.order
+        order_of: Callable[[str], Order] = (lambda model: FifoOrder()) if fair is None else fair.order
         self.room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
         self._workers = workers
         self._service = service

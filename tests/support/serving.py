@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cluster.api.demand import ModelDemand
-from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, VersionTally, WorkerIdentity
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import NoListener, WorkerLink
 from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.backend import Backend, RaySnapshot
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Door:
+class Door(NoListener):
     """A hub on a port, with the newest catalog and the links, as a gateway holds them."""
 
     hub: Hub = field(init=False)
@@ -46,6 +46,12 @@ class Door:
 
     def demand(self) -> Sequence[ModelDemand]:
         """Report no demand: nothing waits here."""
+        return ()
+
+    keeps_accounts: bool = False
+
+    def version_tallies(self) -> Sequence[VersionTally]:
+        """Report no canary statistics."""
         return ()
 
     def link_of(self, model: str) -> WorkerLink | None:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness, Waking
 from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, model_uri
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.process import ticks
@@ -29,7 +29,6 @@ from cluster.wire.admin_forwarding import ANSWER_S, NO_CONTROLLER_LINK, AdminReq
 from cluster.wire.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.wire.demand_codec import demand_to_pb, work_to_pb
 from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
-from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.lost_engines import LostEngine, LostEngines
 
 log = structlog.get_logger("hub")
@@ -45,8 +44,12 @@ NOTICING_S = 0.02
 """Part of the time in which an inactive worker must be detected that the detection itself may take."""
 
 
-class HubListener(Protocol):
+class HubListener(LinkListener, Protocol):
     """The receiver of the hub's events. Methods are called on the event loop and must not block."""
+
+    @property
+    def keeps_accounts(self) -> bool:
+        """Whether the usage of ended requests is recorded."""
 
     def link_up(self, link: WorkerLink) -> None:
         """A worker's link is up."""
@@ -62,6 +65,9 @@ class HubListener(Protocol):
 
     def demand(self) -> Sequence[ModelDemand]:
         """The demand to report to the controller."""
+
+    def version_tallies(self) -> Sequence[VersionTally]:
+        """The canary statistics to report to the controller."""
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model; "" if it may."""
@@ -114,10 +120,6 @@ class Hub(pb_grpc.LinkServicer):
         self.catalog_at: float | None = None
         self.gateways = 0
         """Number of gateways that the controller has links to, including this one; 0 until it reports."""
-        self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
-        """Called with the usage of ended requests. Set before the first link, if accounts are kept."""
-        self.tallies: Callable[[], Sequence[VersionTally]] = tuple
-        """Returns the canary statistics to report to the controller."""
 
     def statistics(self) -> HubStatistics:
         """A snapshot of the counts."""
@@ -154,10 +156,8 @@ class Hub(pb_grpc.LinkServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
         await self._admit(context, identity, info, hello.epoch)
-        link = WorkerLink(identity, info, hello.epoch)
+        link = WorkerLink(identity, info, hello.epoch, self._listener)
         link.liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
-        if self.on_usage is not None:
-            link.on_usage = self.on_usage
         self._attach(link)  # before the Welcome, because the worker may open Bulk as soon as it reads that
         parts = [
             asyncio.create_task(self._write(link, context, protocol)),
@@ -231,7 +231,7 @@ class Hub(pb_grpc.LinkServicer):
             gateway_id=self.gateway_id,
             incarnation=self.incarnation,
             siblings=self._siblings,
-            accounts=self.on_usage is not None,
+            accounts=self._listener.keeps_accounts,
         )
 
     def _attach(self, link: WorkerLink) -> None:
@@ -464,7 +464,7 @@ class Hub(pb_grpc.LinkServicer):
                     pairs=tally.pairs,
                     slower=tally.slower,
                 )
-                for tally in self.tallies()
+                for tally in self._listener.version_tallies()
             ]
         )
 

@@ -83,18 +83,63 @@ class LinkStream(NamedTuple):
     begun_at: str = ""
 
 
+class LinkListener(Protocol):
+    """The receiver of what workers report. Methods are called by a link's reader; they must not block."""
+
+    def token_gaps(self, model: str) -> Callable[[float, int], None]:
+        """A function that takes a gap between tokens (s) and the number of tokens that came after that gap."""
+
+    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
+        """A step has begun with requests that were sent for it; `resumed`: resumed ones were among them."""
+
+    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
+        """The usage of ended requests."""
+
+    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+        """Each tenant's service that the worker has counted."""
+
+    def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+        """Another gateway's backlog for the worker's model."""
+
+    def drain_state_changed(self, link: WorkerLink) -> None:
+        """The worker's drain state has changed."""
+
+
+class NoListener:
+    """A LinkListener that ignores all reports."""
+
+    def token_gaps(self, model: str) -> Callable[[float, int], None]:
+        """See LinkListener."""
+        return lambda gap_s, count: None
+
+    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
+        """See LinkListener."""
+
+    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
+        """See LinkListener."""
+
+    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+        """See LinkListener."""
+
+    def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+        """See LinkListener."""
+
+    def drain_state_changed(self, link: WorkerLink) -> None:
+        """See LinkListener."""
+
+
 class WorkerLink:
     """The gateway's state of one epoch of one worker."""
 
-    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
+    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int, listener: LinkListener) -> None:
+        self._listener = listener
+        self._count_gaps = listener.token_gaps(identity.model)
         self.identity = identity
         self.info = info
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.pacing = PrefillPacing(info.max_num_batched_tokens)
         """Requests that this gateway has sent and that no step is known to have begun with."""
-        self.on_step_begun: Callable[[bool], None] = lambda continued: None
-        """Called when a step has begun with some of these requests; True if resumed ones were among them."""
         self.load = EngineLoad()
         self.work = ComputedWork()
         """What the engine has computed since its start."""
@@ -106,18 +151,6 @@ class WorkerLink:
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
-        self.on_token_gaps: Callable[[float, int], None] = lambda gap_s, count: None
-        """Called with a gap between tokens, and the number of tokens that came after that gap."""
-        self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
-        """Called with the usage of ended requests."""
-        self.on_served: Callable[[WorkerLink, Sequence[WeightedValue[ServedTotal]]], None] = lambda link, totals: None
-        """Called with each tenant's service that the worker has counted."""
-        self.on_peer_backlog: Callable[[str, Sequence[WeightedValue[FlowBacklog]]], None] = lambda gateway, waiting: (
-            None
-        )
-        """Called with another gateway's backlog for the worker's model."""
-        self.on_drain_state: Callable[[], None] = lambda: None
-        """Called when the worker's drain state has changed."""
         self._step_at = 0.0
         self._credit = CreditBalance()
         self._sinks: dict[int, Sink] = {}
@@ -280,13 +313,13 @@ class WorkerLink:
             self._apply_step(message.step)
             before = self.pacing.resumed_tokens
             if self.pacing.begin_step():
-                self.on_step_begun(self.pacing.resumed_tokens < before)
+                self._listener.step_begun(self, self.pacing.resumed_tokens < before)
         if message.HasField("served"):
-            self.on_served(self, served_from_pb(message.served))
+            self._listener.served(self, served_from_pb(message.served))
         for gateway, waiting in peer_backlogs_from_pb(message.elsewhere):
-            self.on_peer_backlog(gateway, waiting)
+            self._listener.peer_backlog(self, gateway, waiting)
         if message.usage:
-            self.on_usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
+            self._listener.usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
@@ -305,7 +338,7 @@ class WorkerLink:
             self.move_requests_at = (
                 self.last_heard + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
             )
-            self.on_drain_state()
+            self._listener.drain_state_changed(self)
             changed = True
         return changed
 
@@ -350,7 +383,7 @@ class WorkerLink:
             if sink.heard_at == before:
                 in_step += 1
             else:
-                self.on_token_gaps(now - sink.heard_at, 1)
+                self._count_gaps(now - sink.heard_at, 1)
             sink.heard_at = now
             try:
                 sink.token(token_id)
@@ -358,7 +391,7 @@ class WorkerLink:
                 self._sink_failed(slot, sink, error)
         if not in_step:
             return 0.0
-        self.on_token_gaps(now - before, in_step)
+        self._count_gaps(now - before, in_step)
         return now - before
 
     def end(self, why: str) -> None:

@@ -62,19 +62,20 @@ class ResumeService:
         self,
         secrets: Callable[[], Sequence[bytes]],
         first_claims: FirstClaims,
+        on_taken_over: Callable[[Call, int], None],
         expires_s: float,
         gateway: str = "",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`secrets` returns the cluster's secrets, of which the first seals and all open; it may raise ValueError.
-        Tokens expire after `expires_s`. `gateway`: incarnation of this gateway."""
+        `on_taken_over` is called when a call was resumed here, so that every worker ends what it runs for earlier
+        readers. Tokens expire after `expires_s`. `gateway`: incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
         self._claims = ResumeClaims(first_claims, gateway)
         self._live: dict[str, Call] = {}
-        self.on_taken_over: Callable[[Call, int], None] = lambda call, generation: None
-        """Called when a call was resumed here, so that every worker ends what it runs for earlier readers."""
+        self._on_taken_over = on_taken_over
         self._expires_s = expires_s
         self._clock = clock
         self._wall = wall
@@ -200,7 +201,7 @@ class ResumeService:
         call.claim(claim.terms)
         for sequence in call.sequences:
             sequence.restore_losses((CARRIED,) * claim.silent)
-        self.on_taken_over(call, claim.generation)
+        self._on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
         """Ids of a model's calls that were resumed here and are still open, with their generations."""

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from cluster.api.demand import ModelDemand
-from cluster.api.types import CatalogEntry, WorkerIdentity
+from cluster.api.types import CatalogEntry, VersionTally, WorkerIdentity
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.observe.metrics import Metrics
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 STALLED = ("silent", "hung", "deaf", "mute")
 """Link-end reasons after which a reconnecting worker must pass a half-open probe."""
@@ -32,17 +35,10 @@ class WorkerEvents:
     def link_up(self, link: WorkerLink) -> None:
         """Add a worker whose link is up, and send it waiting sequences."""
         identity, scheduler = link.identity, self._scheduler
-        link.on_served = lambda link, totals: self._charges.served(link.identity, totals, self._clock())
-        link.on_peer_backlog = lambda gateway, waiting: self._charges.replace_peer_backlog(
-            identity.model, gateway, waiting, self._clock()
-        )
-        link.on_drain_state = self._host.state_changed
-        link.on_step_begun = lambda resumed: scheduler.step_begun(identity.model, resumed)
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
         self._charges.joined(identity)
         scheduler.losses.returned(identity.incarnation)
-        link.on_token_gaps = self._metrics.histogram("inter_token_latency_seconds", identity.model).observe
         self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
         scheduler.pump(identity.model)
@@ -98,3 +94,39 @@ class WorkerEvents:
             )
             for model in self._host.directory.models
         ]
+
+    @property
+    def keeps_accounts(self) -> bool:
+        """Whether the usage of ended requests is recorded."""
+        return self._host.accounting is not None
+
+    def version_tallies(self) -> Sequence[VersionTally]:
+        """The canary statistics, for the controller."""
+        return self._scheduler.canaries.tallies()
+
+    # ---- links.worker_link.LinkListener
+
+    def token_gaps(self, model: str) -> Callable[[float, int], None]:
+        """The model's histogram of times between tokens."""
+        return self._metrics.histogram("inter_token_latency_seconds", model).observe
+
+    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
+        """A worker's step has begun with sequences that were sent for it."""
+        self._scheduler.step_begun(link.identity.model, resumed)
+
+    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
+        """A worker reports the usage of ended requests."""
+        if self._host.accounting is not None:
+            self._host.accounting.usage(link, ended)
+
+    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+        """A worker reports the service of each tenant that it has counted."""
+        self._charges.served(link.identity, totals, self._clock())
+
+    def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+        """A worker forwards another gateway's backlog."""
+        self._charges.replace_peer_backlog(link.identity.model, gateway, waiting, self._clock())
+
+    def drain_state_changed(self, link: WorkerLink) -> None:
+        """A worker's drain state has changed."""
+        self._host.state_changed()

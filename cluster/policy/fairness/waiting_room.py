@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.fairness.order import FifoOrder, Order, WaitingSequence
+from cluster.policy.fairness.order import Order, WaitingSequence
 from cluster.policy.fairness.tenant_queues import TenantQueues
 
-__all__ = ["FifoOrder", "Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSequence"]
+__all__ = ["Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSequence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,13 @@ class WaitingRoom:
         max_requests: int,
         max_tokens: int,
         max_wait_s: float,
-        order: Callable[[], Order] = FifoOrder,
-        order_of: Callable[[str], Order] | None = None,
+        order_of: Callable[[str], Order],
         tenant_max_requests: int | None = None,
         tenant_max_tokens: int | None = None,
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
         longer_s: Callable[[str], float] = lambda model: 0.0,
     ) -> None:
-        """`order_of` returns a model's order, if orders must persist while nothing waits; otherwise each queue gets a
-        new `order`.
+        """`order_of` returns a model's order when the first sequence of that model waits.
 
         `longer_s`: extra seconds beyond `max_wait_s` for sequences that now arrive for a model.
         """
@@ -88,7 +86,7 @@ class WaitingRoom:
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
         self._longer_s = longer_s
-        self._order_of = order_of if order_of is not None else lambda model: order()
+        self._order_of = order_of
         self._tenant_bounds: tuple[float, float] | None = None
         if tenant_max_requests is not None or tenant_max_tokens is not None:
             self._tenant_bounds = (

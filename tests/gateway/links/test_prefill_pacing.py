@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
-from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import LinkListener, NoListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 
 STEP_TOKENS = 64
@@ -34,9 +34,20 @@ class Silent:
     def failed(self, error: BaseException) -> None: ...
 
 
-def linked() -> WorkerLink:
+class StepCounts(NoListener):
+    """Notes how many resumed tokens are left at each begun step."""
+
+    def __init__(self) -> None:
+        self.resumed_tokens: list[int] = []
+
+    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
+        """Note it."""
+        self.resumed_tokens.append(link.pacing.resumed_tokens)
+
+
+def linked(listener: LinkListener | None = None) -> WorkerLink:
     """A link whose worker has granted ample credit."""
-    link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1)
+    link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1, listener or NoListener())
     link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
     return link
 
@@ -57,8 +68,8 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
     """Requests stop counting when a step has begun with them. Waiting for their first tokens would leave every other
     step without prefill, and counting time alone would overfill one."""
-    link, counts_at_begin = linked(), []
-    link.on_step_begun = lambda continued: counts_at_begin.append(link.pacing.resumed_tokens)
+    listener = StepCounts()
+    link, counts_at_begin = linked(listener), listener.resumed_tokens
     submit(link, 10, 0)
     assert (link.pacing.resumed_tokens, link.pacing.new_tokens) == (0, 10), "one that begins is counted apart"
     first, second = submit(link, 10, 5), submit(link, 20, 5)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from cluster.api.outcomes import Outcome
-from cluster.policy.fairness.waiting_room import FifoOrder, WaitingRoom, WaitingSequence
+from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
+from loadtests.sim.fifo import FifoOrder
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,9 @@ def waiting(
 
 def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
     """A large room, unless other bounds are given."""
-    return WaitingRoom(max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s)
+    return WaitingRoom(
+        max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s, order_of=lambda model: FifoOrder()
+    )
 
 
 def fits(_: WaitingSequence) -> bool:
@@ -131,7 +134,7 @@ def test_leave_of_a_stranger_is_false() -> None:
 
 def test_a_hundred_thousand_cost_microseconds_each() -> None:
     """Enter, position, cancel and bind of 100,000 take some µs each (bounded loosely: 40 µs for the four)."""
-    r = WaitingRoom(max_requests=100_000, max_tokens=10**9, max_wait_s=60.0)
+    r = WaitingRoom(max_requests=100_000, max_tokens=10**9, max_wait_s=60.0, order_of=lambda model: FifoOrder())
     ids = [str(i) for i in range(100_000)]
     before = time.process_time()
     for call_id in ids:
@@ -153,7 +156,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.room = WaitingRoom(max_requests=90, max_tokens=600, max_wait_s=10.0)
+        self.room = WaitingRoom(max_requests=90, max_tokens=600, max_wait_s=10.0, order_of=lambda model: FifoOrder())
         self.lines: dict[str, list[WaitingSequence]] = {"x": [], "y": []}
         self.returned: set[str] = set()
         self.expires: dict[str, float] = {}
@@ -248,18 +251,3 @@ class RoomMachine(RuleBasedStateMachine):
 
 RoomMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestRoom = RoomMachine.TestCase
-
-
-def test_order_forgets_those_who_left() -> None:
-    """A queue with many removals does not grow: its slots are compacted, and the order stays."""
-    order = FifoOrder()
-    order.push(waiting("first"))
-    for number in range(10_000):
-        order.push(waiting(str(number)))
-        if number:
-            order.remove(str(number - 1))
-    assert order.position("9999") == 1
-    head = order.head()
-    assert head is not None
-    assert head.call_id == "first"
-    assert order.slots < 200

@@ -1,0 +1,36 @@
+"""Which tests `make test-changed` runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.changed_tests import imported_by, module_of, select_tests
+
+TESTS = {
+    "tests/wire/test_codec.py": {"cluster.wire.codec", "cluster.wire.codec.submit_to_pb"},
+    "tests/gateway/test_calls.py": {"cluster.gateway.calls", "cluster.gateway.calls.call"},
+    "tests/policy/routing/test_router.py": set[str](),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "picked"),
+    [
+        ("cluster/wire/codec.py", ["tests/wire/test_codec.py"]),
+        ("cluster/gateway/calls/call.py", ["tests/gateway/test_calls.py"]),
+        ("cluster/policy/routing/router.py", ["tests/policy/routing/test_router.py"]),
+        ("tests/wire/test_codec.py", ["tests/wire/test_codec.py"]),
+        ("docs/README.md", []),
+        ("cluster/ledger/store.py", []),
+    ],
+)
+def test_importers_and_mirrors_are_picked(changed: str, picked: list[str]) -> None:
+    """A module has the tests that import it or mirror it; a test file has itself."""
+    assert select_tests([changed], TESTS) == picked
+
+
+def test_both_forms_of_import_are_read() -> None:
+    """`import a.b` and `from a import b` name the same module, in functions too."""
+    source = "import a.b\ndef f():\n    from c.d import e\n"
+    assert {"a.b", "c.d", "c.d.e"} <= imported_by(source)
+    assert module_of("cluster/wire/__init__.py") == "cluster.wire"
