@@ -143,7 +143,7 @@ def open_ledger(settings: Settings, *, keys: bool = False, check: bool = True) -
         ledger = Ledger(settings.database_url, peppers=peppers)
         try:
             if check:
-                if settings.made_here and ledger.check().state is migrate.State.EMPTY:
+                if settings.made_here and ledger.check().state is migrate.SchemaState.EMPTY:
                     ledger.upgrade()
                 ledger.require_usable()
             yield ledger

@@ -483,8 +483,8 @@ class Controller:
         changing: bool,
     ) -> lifecycle.Version:
         sight = lifecycle.observe(wanted, seen, unplaceable)
-        if sight is lifecycle.Observation.SERVING and not workers and self.gateways.linked:
-            sight = lifecycle.Observation.STARTING  # replicas run, but no gateway is linked to one yet
+        if sight is lifecycle.ModelObservation.SERVING and not workers and self.gateways.linked:
+            sight = lifecycle.ModelObservation.STARTING  # replicas run, but no gateway is linked to one yet
         key = (spec.name, part.version)
         before = self._states.get(key, ModelState.DECLARED)
         state = lifecycle.next_state(ModelState.DECLARED if before is ModelState.GONE else before, sight)

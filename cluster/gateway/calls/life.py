@@ -72,7 +72,7 @@ WAITING = (State.QUEUED, State.RESUMING)
 ENDED = (State.DONE, State.FAILED)
 
 
-class IllegalMove(RuntimeError):
+class IllegalSequenceMove(RuntimeError):
     """An event that `MOVES` does not allow in this state."""
 
 
@@ -126,11 +126,11 @@ class Life:
     """Whether a worker has accepted the sequence or emitted tokens for it."""
 
     def apply(self, event: Event) -> State:
-        """Move to the next state. Raises IllegalMove."""
+        """Move to the next state. Raises IllegalSequenceMove."""
         try:
             self.state = MOVES[self.state, event]
         except KeyError:
-            raise IllegalMove(f"a sequence that is {self.state.value} cannot be {event.value}") from None
+            raise IllegalSequenceMove(f"a sequence that is {self.state.value} cannot be {event.value}") from None
         return self.state
 
     @property

@@ -15,7 +15,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class QueueAdmission:
     """Result of an admission: the sequences that were shed for the new one, and the refusal of the new one, if any."""
 
     shed: Sequence[CallSequence]
@@ -45,7 +45,7 @@ class Queues:
         self.arrived[model] += len(sequences)
         self.arrived_tokens[model] += sum(len(sequence.request.prompt_token_ids) for sequence in sequences)
 
-    def admit(self, sequence: CallSequence, starts_in_s: float) -> Admitted:
+    def admit(self, sequence: CallSequence, starts_in_s: float) -> QueueAdmission:
         """Queue a new sequence, unless the room refuses it. `starts_in_s`: earliest start, 0 if unknown."""
         waiting = self._charges.waiting(sequence)
         self.tally.arrived(waiting)
@@ -54,7 +54,7 @@ class Queues:
         if admission.outcome is None:
             self._queued[sequence.key] = sequence
             self.tally.enqueue(waiting)
-        return Admitted(shed, admission.outcome)
+        return QueueAdmission(shed, admission.outcome)
 
     def put_back(self, sequence: CallSequence) -> None:
         """Queue a sequence that starts over, at the head of its tenant's queue."""

@@ -97,9 +97,9 @@ def restore(engine: Engine, file: Path) -> Counts:
     """Restore a backup into an empty database. Returns the number of rows by table. Raises LedgerError, OSError."""
     expected = verify(file)
     check = migrate.check(engine)
-    if check.state is not migrate.State.EMPTY and not check.usable:
+    if check.state is not migrate.SchemaState.EMPTY and not check.usable:
         raise LedgerError(f"the database is {check.message()}")
-    if check.state is migrate.State.EMPTY:
+    if check.state is migrate.SchemaState.EMPTY:
         migrate.upgrade(engine)
     with writing(engine) as connection:
         for table in TABLES:

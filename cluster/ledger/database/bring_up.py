@@ -21,14 +21,14 @@ TIMEOUT_S: Final = 600.0
 
 def prepare_database(database_url: str) -> None:
     """Create and migrate the tables on SQLite; only check them on PostgreSQL. Raises LedgerError."""
-    from cluster.ledger.database.migrate import State
+    from cluster.ledger.database.migrate import SchemaState
     from cluster.ledger.store import Ledger
 
     ledger = Ledger(database_url)
     try:
         check = ledger.check()
         # Only if needed: an upgrade takes SQLite's only write lock, which is needed to store the usage of calls.
-        if database_url.startswith("sqlite") and check.state in (State.EMPTY, State.BEHIND):
+        if database_url.startswith("sqlite") and check.state in (SchemaState.EMPTY, SchemaState.BEHIND):
             ledger.upgrade()
             check = ledger.check()
         if not check.usable:

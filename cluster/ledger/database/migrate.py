@@ -31,7 +31,7 @@ REVISION_TABLE = "schema_revision"
 _LOCK = 0x4845_4144  # key of the PostgreSQL advisory lock that serializes migrations
 
 
-class State(enum.StrEnum):
+class SchemaState(enum.StrEnum):
     """State of a database's tables relative to this release."""
 
     CURRENT = "current"
@@ -43,14 +43,14 @@ class State(enum.StrEnum):
     DRIFTED = "drifted"
 
 
-USABLE = frozenset({State.CURRENT, State.TO_CONTRACT, State.AHEAD})
+USABLE = frozenset({SchemaState.CURRENT, SchemaState.TO_CONTRACT, SchemaState.AHEAD})
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
     """Result of `check`. `database` and `release` are migration numbers, 0 for none; `pending` are those to apply."""
 
-    state: State
+    state: SchemaState
     database: int
     release: int
     pending: tuple[str, ...] = ()
@@ -65,13 +65,13 @@ class Check:
         """The state in one line, with the remedy."""
         numbers = f"the database is at migration {self.database}, this release at {self.release}"
         return {
-            State.CURRENT: f"current: {numbers}",
-            State.EMPTY: "empty: no tables yet; run `headrace db upgrade` with the same -f or --database-url",
-            State.BEHIND: f"behind: {numbers}; run `headrace db upgrade` with the same -f or --database-url",
-            State.TO_CONTRACT: f"usable: {numbers}; once no older release runs: `headrace db upgrade --contract`",
-            State.AHEAD: f"usable: {numbers}, and the newer migrations only add",
-            State.TOO_NEW: f"too new: {numbers}, and a newer migration removed something; use the newer release",
-            State.DRIFTED: f"drifted: {numbers}, but the tables differ: {'; '.join(self.differences)}",
+            SchemaState.CURRENT: f"current: {numbers}",
+            SchemaState.EMPTY: "empty: no tables yet; run `headrace db upgrade` with the same -f or --database-url",
+            SchemaState.BEHIND: f"behind: {numbers}; run `headrace db upgrade` with the same -f or --database-url",
+            SchemaState.TO_CONTRACT: f"usable: {numbers}; once no older release runs: `headrace db upgrade --contract`",
+            SchemaState.AHEAD: f"usable: {numbers}, and the newer migrations only add",
+            SchemaState.TOO_NEW: f"too new: {numbers}, and a newer migration removed something; use the newer release",
+            SchemaState.DRIFTED: f"drifted: {numbers}, but the tables differ: {'; '.join(self.differences)}",
         }[self.state]
 
 
@@ -122,18 +122,18 @@ def check(engine: Engine, migrations: Migrations | None = None) -> Check:
     with reading(engine) as connection:
         database = migration_number(_revision(connection))
         if not database:
-            return Check(State.EMPTY, 0, release, tuple(s.revision for s in scripts))
+            return Check(SchemaState.EMPTY, 0, release, tuple(s.revision for s in scripts))
         if database > release:
             newer = select(schema_history.c.kind).where(schema_history.c.number > release)
             contracted = "contract" in connection.scalars(newer).all()
-            return Check(State.TOO_NEW if contracted else State.AHEAD, database, release)
+            return Check(SchemaState.TOO_NEW if contracted else SchemaState.AHEAD, database, release)
         pending = [script for script in scripts if migration_number(script.revision) > database]
         if pending:
             only_contracts = all(migration_kind(script) == "contract" for script in pending)
             names = tuple(script.revision for script in pending)
-            return Check(State.TO_CONTRACT if only_contracts else State.BEHIND, database, release, names)
+            return Check(SchemaState.TO_CONTRACT if only_contracts else SchemaState.BEHIND, database, release, names)
         differences = tuple(_differences(connection))
-    return Check(State.DRIFTED if differences else State.CURRENT, database, release, (), differences)
+    return Check(SchemaState.DRIFTED if differences else SchemaState.CURRENT, database, release, (), differences)
 
 
 def _differences(connection: Connection) -> list[str]:

@@ -32,8 +32,8 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Wor
     for at, version in enumerate(order):
         whole = lifecycle.merge_applications(by_version[version], ())
         sight = lifecycle.observe(True, whole)
-        if sight is lifecycle.Observation.SERVING and not reported:
-            sight = lifecycle.Observation.STARTING  # its replicas run, but no gateway has a link to them yet
+        if sight is lifecycle.ModelObservation.SERVING and not reported:
+            sight = lifecycle.ModelObservation.STARTING  # its replicas run, but no gateway has a link to them yet
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),

@@ -17,7 +17,7 @@ from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import ReplicaShare
 
 
-class Observation(enum.StrEnum):
+class ModelObservation(enum.StrEnum):
     """Observation of a model in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
@@ -34,50 +34,50 @@ class IllegalMove(Exception):
     """An observation that cannot follow a state."""
 
 
-_FROM_ANY: dict[Observation, ModelState] = {
-    Observation.ABSENT: ModelState.DECLARED,
-    Observation.RESTING: ModelState.IDLE,
-    Observation.UNPLACED: ModelState.PLACING,
-    Observation.STARTING: ModelState.LOADING,
-    Observation.SERVING: ModelState.READY,
-    Observation.BROKEN: ModelState.FAILED,
-    Observation.WITHDRAWN: ModelState.DRAINING,
-    Observation.ENDED: ModelState.GONE,
+_FROM_ANY: dict[ModelObservation, ModelState] = {
+    ModelObservation.ABSENT: ModelState.DECLARED,
+    ModelObservation.RESTING: ModelState.IDLE,
+    ModelObservation.UNPLACED: ModelState.PLACING,
+    ModelObservation.STARTING: ModelState.LOADING,
+    ModelObservation.SERVING: ModelState.READY,
+    ModelObservation.BROKEN: ModelState.FAILED,
+    ModelObservation.WITHDRAWN: ModelState.DRAINING,
+    ModelObservation.ENDED: ModelState.GONE,
 }
 
 # Ray and the file change between passes, so any observation may follow any state. The exception: a model that is GONE
 # must be declared again before anything else of it is observed.
-MOVES: dict[tuple[ModelState, Observation], ModelState] = {
+MOVES: dict[tuple[ModelState, ModelObservation], ModelState] = {
     (state, observe): after
     for state in ModelState
     for observe, after in _FROM_ANY.items()
-    if state is not ModelState.GONE or observe in (Observation.ABSENT, Observation.ENDED)
+    if state is not ModelState.GONE or observe in (ModelObservation.ABSENT, ModelObservation.ENDED)
 }
 
 
-def next_state(state: ModelState, observation: Observation) -> ModelState:
-    """The next state. Raises IllegalMove."""
+def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
+    """The next state. Raises IllegalSequenceMove."""
     try:
         return MOVES[state, observation]
     except KeyError:
         raise IllegalMove(f"{state.name}: {observation.name} ({observation.value}) cannot follow") from None
 
 
-def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Observation:
+def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> ModelObservation:
     """Observation of one model in this pass. `unplaceable` says why no node can hold it; "" if one can."""
     if not wanted:
-        return Observation.ENDED if seen is None else Observation.WITHDRAWN
+        return ModelObservation.ENDED if seen is None else ModelObservation.WITHDRAWN
     if seen is None or seen.deleting:
-        return Observation.ABSENT
+        return ModelObservation.ABSENT
     if seen.running:
-        return Observation.SERVING
+        return ModelObservation.SERVING
     if seen.target == 0 and seen.digest:
-        return Observation.RESTING
+        return ModelObservation.RESTING
     if seen.refused or seen.gave_up or (seen.trouble and not seen.placed):
-        return Observation.BROKEN
+        return ModelObservation.BROKEN
     if seen.placed:
-        return Observation.STARTING
-    return Observation.BROKEN if unplaceable else Observation.UNPLACED
+        return ModelObservation.STARTING
+    return ModelObservation.BROKEN if unplaceable else ModelObservation.UNPLACED
 
 
 def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.calls.life import ENDED, MOVES, WAITING, Event, IllegalMove, Life, Next, State
+from cluster.gateway.calls.life import ENDED, MOVES, WAITING, Event, IllegalSequenceMove, Life, Next, State
 
 PAIRS = list(itertools.product(State, Event))
 NOW = 100.0
@@ -21,7 +21,7 @@ def test_every_pair_moves_or_is_illegal(state: State, event: Event) -> None:
     if (state, event) in MOVES:
         assert life.apply(event) is MOVES[state, event] is life.state
         return
-    with pytest.raises(IllegalMove, match=f"{state.value} cannot be {event.value}"):
+    with pytest.raises(IllegalSequenceMove, match=f"{state.value} cannot be {event.value}"):
         life.apply(event)
     assert life.state is state
 

@@ -44,13 +44,13 @@ def newer(folder: Path, *kinds: str) -> migrate.Migrations:
 def test_migrations_make_what_the_tables_say(database_url: str) -> None:
     """An upgrade takes a database from EMPTY to CURRENT, without differences; a second upgrade applies nothing."""
     engine = make_engine(database_url)
-    assert migrate.check(engine).state is migrate.State.EMPTY
+    assert migrate.check(engine).state is migrate.SchemaState.EMPTY
     with pytest.raises(StoreUnavailable, match="db upgrade"):
         migrate.require_usable(engine)
     assert migrate.upgrade(engine)
     assert migrate.upgrade(engine) == ()
     check = migrate.check(engine)
-    assert (check.state, check.differences) == (migrate.State.CURRENT, ())
+    assert (check.state, check.differences) == (migrate.SchemaState.CURRENT, ())
     migrate.require_usable(engine)
     engine.dispose()
 
@@ -62,7 +62,7 @@ def test_a_drifted_table_is_told(database_url: str) -> None:
     with engine.begin() as connection:
         connection.execute(text("ALTER TABLE tenants DROP COLUMN updated_at"))
     check = migrate.check(engine)
-    assert check.state is migrate.State.DRIFTED
+    assert check.state is migrate.SchemaState.DRIFTED
     assert "updated_at" in check.message()
     engine.dispose()
 
@@ -73,14 +73,14 @@ def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> No
     migrate.upgrade(engine)
     ahead = newer(tmp_path, "expand", "contract")
     expand, contract = (script.revision for script in ahead.scripts()[-2:])
-    assert migrate.check(engine, ahead).state is migrate.State.BEHIND
+    assert migrate.check(engine, ahead).state is migrate.SchemaState.BEHIND
     assert migrate.upgrade(engine, migrations=ahead) == (expand,)
-    assert migrate.check(engine, ahead).state is migrate.State.TO_CONTRACT
+    assert migrate.check(engine, ahead).state is migrate.SchemaState.TO_CONTRACT
     old = migrate.check(engine)
-    assert (old.state, old.usable) == (migrate.State.AHEAD, True)
+    assert (old.state, old.usable) == (migrate.SchemaState.AHEAD, True)
     assert migrate.upgrade(engine, contract=True, migrations=ahead) == (contract,)
     old = migrate.check(engine)
-    assert (old.state, old.usable) == (migrate.State.TOO_NEW, False)
+    assert (old.state, old.usable) == (migrate.SchemaState.TOO_NEW, False)
     assert "newer release" in old.message()
     engine.dispose()
 
@@ -126,7 +126,7 @@ def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) ->
     engine = make_engine(database_url)
     with pytest.raises(ValueError, match="boom"):
         migrate.upgrade(engine, migrations=ahead)
-    assert migrate.check(engine).state is migrate.State.EMPTY
+    assert migrate.check(engine).state is migrate.SchemaState.EMPTY
     assert migrate.table_names(engine) == []
     engine.dispose()
 

@@ -11,7 +11,7 @@ from cluster.api.types import ModelSpec, ModelState
 from cluster.policy.catalog.lifecycle import (
     MOVES,
     IllegalMove,
-    Observation,
+    ModelObservation,
     SourceFacts,
     WorkerReport,
     entry,
@@ -25,21 +25,21 @@ SPEC = ModelSpec(name="m", source="/m", aliases=("a",), version="v3")
 SERVING = Observed("m", "d", target=2, running=1)
 
 AFTER = {
-    Observation.ABSENT: ModelState.DECLARED,
-    Observation.RESTING: ModelState.IDLE,
-    Observation.UNPLACED: ModelState.PLACING,
-    Observation.STARTING: ModelState.LOADING,
-    Observation.SERVING: ModelState.READY,
-    Observation.BROKEN: ModelState.FAILED,
-    Observation.WITHDRAWN: ModelState.DRAINING,
-    Observation.ENDED: ModelState.GONE,
+    ModelObservation.ABSENT: ModelState.DECLARED,
+    ModelObservation.RESTING: ModelState.IDLE,
+    ModelObservation.UNPLACED: ModelState.PLACING,
+    ModelObservation.STARTING: ModelState.LOADING,
+    ModelObservation.SERVING: ModelState.READY,
+    ModelObservation.BROKEN: ModelState.FAILED,
+    ModelObservation.WITHDRAWN: ModelState.DRAINING,
+    ModelObservation.ENDED: ModelState.GONE,
 }
 
 
-@pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, Observation)))
-def test_every_pair(state: ModelState, seen: Observation) -> None:
+@pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, ModelObservation)))
+def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
     """Each observation leads to its own state from any other; a GONE model must be declared again first."""
-    if state is ModelState.GONE and seen not in (Observation.ABSENT, Observation.ENDED):
+    if state is ModelState.GONE and seen not in (ModelObservation.ABSENT, ModelObservation.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
             next_state(state, seen)
@@ -50,23 +50,23 @@ def test_every_pair(state: ModelState, seen: Observation) -> None:
 @pytest.mark.parametrize(
     ("wanted", "seen", "unplaceable", "expected"),
     [
-        (True, None, "", Observation.ABSENT),
-        (True, Observed("m", "", 0, deleting=True), "", Observation.ABSENT),
-        (True, Observed("m", "", 0), "", Observation.UNPLACED),
-        (True, Observed("m", "d", 0), "", Observation.RESTING),
-        (True, Observed("m", "d", 1), "", Observation.UNPLACED),
-        (True, Observed("m", "d", 1), "no node", Observation.BROKEN),
-        (True, Observed("m", "d", 1, placed=1), "", Observation.STARTING),
-        (True, Observed("m", "d", 1, placed=1, trouble="died before"), "", Observation.STARTING),
-        (True, Observed("m", "d", 1, trouble="died"), "", Observation.BROKEN),
-        (True, Observed("m", "d", 1, placed=1, refused=True, trouble="no"), "", Observation.BROKEN),
-        (True, Observed("m", "d", 1, gave_up=True), "", Observation.BROKEN),
-        (True, Observed("m", "d", 2, running=1, placed=1), "no node", Observation.SERVING),
-        (False, SERVING, "", Observation.WITHDRAWN),
-        (False, None, "", Observation.ENDED),
+        (True, None, "", ModelObservation.ABSENT),
+        (True, Observed("m", "", 0, deleting=True), "", ModelObservation.ABSENT),
+        (True, Observed("m", "", 0), "", ModelObservation.UNPLACED),
+        (True, Observed("m", "d", 0), "", ModelObservation.RESTING),
+        (True, Observed("m", "d", 1), "", ModelObservation.UNPLACED),
+        (True, Observed("m", "d", 1), "no node", ModelObservation.BROKEN),
+        (True, Observed("m", "d", 1, placed=1), "", ModelObservation.STARTING),
+        (True, Observed("m", "d", 1, placed=1, trouble="died before"), "", ModelObservation.STARTING),
+        (True, Observed("m", "d", 1, trouble="died"), "", ModelObservation.BROKEN),
+        (True, Observed("m", "d", 1, placed=1, refused=True, trouble="no"), "", ModelObservation.BROKEN),
+        (True, Observed("m", "d", 1, gave_up=True), "", ModelObservation.BROKEN),
+        (True, Observed("m", "d", 2, running=1, placed=1), "no node", ModelObservation.SERVING),
+        (False, SERVING, "", ModelObservation.WITHDRAWN),
+        (False, None, "", ModelObservation.ENDED),
     ],
 )
-def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: Observation) -> None:
+def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: ModelObservation) -> None:
     """A serving replica counts first, then failures, then progress."""
     assert observe(wanted, seen, unplaceable) is expected
 

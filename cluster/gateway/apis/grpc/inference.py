@@ -37,7 +37,7 @@ RECHECK_S = 1.0
 Also done when the snapshot of callers has changed meanwhile."""
 
 
-class Admitted(NamedTuple):
+class AdmittedCaller(NamedTuple):
     """A caller that was authenticated at the time `at` against a snapshot of callers (`Authenticator.knows`)."""
 
     principal: Principal
@@ -101,7 +101,7 @@ class InferenceApi:
         except CallError as error:
             await self._abort(call, self._meta(call), error)
             raise
-        call.caller = Admitted(principal, snapshot, now)
+        call.caller = AdmittedCaller(principal, snapshot, now)
         if principal is not DEFAULT_PRINCIPAL:
             call.connection.mark_authenticated()
         return str(principal.tenant.name)

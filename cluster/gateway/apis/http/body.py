@@ -29,7 +29,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-class BodyConnection(Protocol):
+class HttpBodyConnection(Protocol):
     """The connection on which a body arrives."""
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class RequestBodies:
 
     @asynccontextmanager
     async def read(
-        self, receive: Receive, connection: BodyConnection, declared: bytes, tenant: str
+        self, receive: Receive, connection: HttpBodyConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
         """Read a whole body; its bytes count against the budget within the context. `declared`: its content-length, or
         empty. Raises Refused, and ConnectionResetError if the client disconnects before the body ends."""
@@ -88,7 +88,7 @@ class RequestBodies:
     def _too_large(self) -> Refused:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
 
-    async def _reserved(self, connection: BodyConnection, size: int, tenant: str) -> Reservation:
+    async def _reserved(self, connection: HttpBodyConnection, size: int, tenant: str) -> Reservation:
         """Wait for a reservation. Raises Refused if too many bodies wait or this one has waited too long."""
         if self._budget.full(tenant):
             raise _busy()
