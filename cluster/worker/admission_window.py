@@ -1,13 +1,14 @@
-"""The number of sequences that a worker may be sent now: its free slots, limited by the prompts its engine can start.
+"""Admission window: the number of sequences that a worker may be sent now.
 
-Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies; one sent too
-late leaves a slot empty for a round trip. So capacity is granted for the prompts that are likely to start in the step
-after the running one. Invariants: with a free slot and no prompt left to start, capacity is always granted; at most
-LOOKAHEAD_SEQUENCES more sequences than slots are admitted, and only where about as many end in each step.
-Source: the remaining work is a fluid model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
+The number is the worker's free slots, limited by the prompts that its engine can start. Problem: a sequence sent too
+early waits in the engine's own queue, where fair order no longer applies; a sequence sent too late leaves a slot empty
+for a round trip. So capacity is granted for the prompts that are likely to start in the step after the running step.
+Invariants: with a free slot and no prompt left to start, capacity is always granted; at most LOOKAHEAD_SEQUENCES more
+sequences than slots are admitted, and only where about as many end in each step. Source: the remaining work is a fluid
+model of chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
 
-The engine does not report the progress of a prompt, so it is estimated: each step computes as many tokens as it can,
-and a request's first output means that all prompts before it are done. Pure: no clock.
+The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
+it can, and a request's first output means that all prompts before this request are done. Pure: no clock.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections import deque
 LOOKAHEAD_SEQUENCES = 2
 RECENT_PROMPTS = 64
 UNKNOWN_PROMPTS = 8
-"""Number of assumed prompts of one full step each, with which the mean prompt length begins."""
+"""Number of prompts assumed at the start, each of one full step; they give the first mean prompt length."""
 
 
 class AdmissionWindow:
-    """Admission window of one engine, updated for every sequence and step."""
+    """The admission window of one engine, updated for every sequence and step."""
 
     def __init__(self, max_num_seqs: int, step_tokens: int) -> None:
-        """`step_tokens`: the most tokens that the engine computes in a step."""
+        """Create the window. `step_tokens`: the most tokens that the engine computes in a step."""
         self._max_num_seqs = max_num_seqs
         self._step_tokens = max(step_tokens, 1)
         self._live = 0
@@ -39,12 +40,14 @@ class AdmissionWindow:
 
     @property
     def free_slots(self) -> int:
-        """Free slots: sequences that the engine could still hold. Those in its queue are counted; may be negative."""
+        """Number of sequences that the engine could still hold; its queue counts as held. May be negative."""
         return self._max_num_seqs + min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES) - self._live
 
     @property
     def admissible_sequences(self) -> int:
-        """Sequences that all links together may send now. If no prompt is pending, the first one starts at once."""
+        """Number of sequences that all links together may send now. If no prompt is pending, a first prompt starts at
+        once.
+        """
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
         mean = max(self._recent_tokens // len(self._recent), 1)
@@ -55,7 +58,7 @@ class AdmissionWindow:
     def record_submit(self, request_id: str, tokens: int, begins: bool = True) -> None:
         """Record a sequence sent to the engine, with `tokens` to compute.
 
-        `begins` is False for a resumed sequence: its length says nothing about the next prompt's.
+        `begins` is False for a resumed sequence, whose length says nothing about the length of the next prompt.
         """
         if self._live:
             self._late += tokens
@@ -82,7 +85,9 @@ class AdmissionWindow:
         self._ends += 1
 
     def record_step(self) -> None:
-        """Record the end of a step, after its `began` and `ended`. The next step begins at once."""
+        """Record the end of a step, after all sequences that began or ended in it are recorded. The next step begins at
+        once.
+        """
         self._ends_a_step += (self._ends - self._ends_a_step) / 64
         self._ends = 0
         computed = max(self._step_tokens - self._live, 1)

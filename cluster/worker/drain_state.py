@@ -1,8 +1,9 @@
-"""The drain state of a worker: whether it takes new sequences, as set by operators or by the end of its process.
+"""Drain state of a worker: whether the worker takes new sequences.
 
-Every gateway is sent the state. A cordoned worker takes no new sequences and keeps those that run. A draining worker
-lets running sequences end by themselves for part of the drain time; then the gateways resume them on other workers,
-and none is cut off. Uncordon undoes both, unless the process is about to end.
+Operators set the state, and so does the end of the worker's process. Every gateway is sent the state. A cordoned worker
+takes no new sequences and keeps the running sequences. A draining worker lets running sequences end by themselves for
+part of the drain time; then the gateways resume the remaining sequences on other workers, and no sequence is cut off.
+Uncordon undoes both, unless the process is about to end.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.outbox import Outbox
 
 STAY_PART = 0.5
-"""Part of the drain time in which running sequences may end by themselves; then they resume on other workers."""
+"""Fraction of the drain time in which running sequences may end by themselves; then they resume on other workers."""
 
 
 class DrainStates:
-    """The drain state of one worker. `outboxes` returns the outboxes of all its links."""
+    """The drain state of one worker. `outboxes` returns the outboxes of all links of the worker."""
 
     def __init__(self, outboxes: Callable[[], Iterable[Outbox]]) -> None:
         self._outboxes = outboxes
         self._stays_until = 0.0
         self.state = DrainState.SERVING
         self.leaving = False
-        """Set by a drain before the end of the process: nothing undoes it."""
+        """Whether a drain before the end of the process has begun; such a drain cannot be undone."""
 
     @property
     def serves(self) -> bool:
@@ -33,7 +34,7 @@ class DrainStates:
         return self.state is DrainState.SERVING
 
     def cordon(self, now: float) -> None:
-        """Take no new sequences and keep those that run. Changes nothing if the worker drains already."""
+        """Take no new sequences and keep the running sequences. Changes nothing if the worker drains already."""
         if self.serves:
             self._set_state(DrainState.CORDONED, now)
 
@@ -45,9 +46,9 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Take no new sequences; running ones end or move. A second drain sets the time anew.
+        """Take no new sequences; running sequences end or move to other workers. A second drain sets the end time anew.
 
-        If the process is about to end, the earlier of both times counts.
+        If the process is about to end, the earlier end time counts.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
@@ -55,12 +56,16 @@ class DrainStates:
         self._set_state(DrainState.DRAINING, now)
 
     def mark_drained(self, now: float) -> None:
-        """Mark the worker as drained: nothing runs any more. Changes nothing if it was uncordoned meanwhile."""
+        """Mark the worker as drained, because no sequence runs any more. Changes nothing if the worker was uncordoned
+        meanwhile.
+        """
         if self.state is DrainState.DRAINING:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Send the state to a new link, unless the worker serves: gateways assume that until they are sent a state."""
+        """Send the state to a new link, unless the worker serves: a gateway without a state assumes that the worker
+        serves.
+        """
         if not self.serves:
             outbox.drain_state(self._message(now))
 

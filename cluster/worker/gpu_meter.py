@@ -1,17 +1,17 @@
-"""Attribution of GPU time to requests: each step's time times the replica's GPUs, divided among the step's tokens.
+"""Attribution of GPU time to requests: the GPU time of each step is divided among the tokens of the step.
 
-Problem: the price of a token is time x GPUs / tokens of its step. A step has hundreds of requests; charging each one
-in every step would cost as much as the step's own bookkeeping. So only the sum C of all steps' prices is kept. A
-request that got one token in each step between two times owes the difference of C between them; a request that got
-more or fewer owes that difference times its tokens per step. A step costs O(1), a request O(1) at its first token and
-its end.
+The GPU time of a step is its duration times the replica's GPUs. Problem: the price of a token is time x GPUs / tokens
+of its step. A step has hundreds of requests; charging each request in every step would cost as much as the step's own
+bookkeeping. So only the sum C of all steps' prices is kept. A request that got one token in each step between two times
+owes the difference of C between these times; a request that got more or fewer owes that difference times its tokens per
+step. A step costs O(1), a request O(1) at its first token and O(1) at its end.
 
-A prompt is charged when its first token arrives, because only then does the engine report how much of it was cached. A
-prompt that needed several steps is divided evenly over the last ceil(tokens / max_num_batched_tokens) steps; what the
-other requests were charged too much for those steps is subtracted from C.
+A prompt is charged when its first token arrives, because only then does the engine report how many prompt tokens were
+cached. A prompt that needed several steps is divided evenly over the last ceil(tokens / max_num_batched_tokens) steps.
+The amount by which the other requests were overcharged for those steps is subtracted from C.
 
-Idle time is lifetime x GPUs minus all charges. So the sum of requests and idle time is exact, whatever was
-approximated. A request aborted before its first token owes nothing.
+Idle time is lifetime x GPUs minus all charges. So the sum of requests and idle time is exact, although single charges
+are approximate. A request aborted before its first token owes nothing.
 
 Pure: no clock; `now` is monotonic seconds.
 """
@@ -43,7 +43,7 @@ class _MeteredStep:
 
 
 class GpuMeter:
-    """The GPU time of one replica since `now`. `max_step_tokens`: most tokens that the engine computes in a step."""
+    """The GPU time of one replica since `now`. `max_step_tokens`: the most tokens that the engine computes in a step."""
 
     def __init__(self, gpus: float, max_step_tokens: int, now: float) -> None:
         self.gpus = gpus
@@ -101,7 +101,9 @@ class GpuMeter:
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
-        """Add `tokens` to an earlier step, since more were computed in it than was known; return what they owe."""
+        """Add newly known `tokens` to an earlier step and lower that step's price; return the GPU-seconds that these
+        tokens owe.
+        """
         before = step.gpu_s / step.tokens
         step.tokens += tokens
         after = step.gpu_s / step.tokens
@@ -123,7 +125,9 @@ class GpuMeter:
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """Return the idle GPU-seconds since the last call. `running`: requests charged later, with their tokens."""
+        """Return the idle GPU-seconds since the last call. `running`: share and generated tokens of requests not yet
+        charged.
+        """
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding
         idle = max(whole - self._idle_reported, 0.0)

@@ -1,4 +1,4 @@
-"""Opening of a model: from its catalog entry to a folder on this disk, its tokenizer bundle and its engine.
+"""Opening of a model: catalog entry to a folder on this disk, a tokenizer bundle and an engine.
 
 Used by replicas and by the controller.
 """
@@ -17,7 +17,7 @@ from cluster.worker.weights.model_card import Card, read_card
 
 
 def open_model(settings: ReplicaSettings) -> OpenedModel:
-    """Find or fetch the model, build its bundle, create its engine (not started). Blocks. Raises ValueError."""
+    """Find or fetch the model, build its bundle and create its engine without starting it. Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
@@ -33,7 +33,7 @@ def open_model(settings: ReplicaSettings) -> OpenedModel:
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
-    """Raise ValueError for engine arguments that name code to load, unless the settings allow remote code."""
+    """Raise ValueError if engine arguments name code to load, unless the settings allow remote code."""
     if settings.allow_remote_code:
         return
     for path, text in code_arguments(settings.spec.engine):

@@ -1,13 +1,13 @@
 """One engine replica: open the model, start the engine, serve it over the links.
 
-Ray does not appear here; its part is cluster/ray/replica_actor.py.
+Ray does not appear here; the Ray part is cluster/ray/replica_actor.py.
 A replica ends in one of four ways:
-- `stop`: it drains and closes.
-- Its node is about to end: it drains within the time left, then lets Ray Serve replace it.
-- Its settings cannot work: `start` raises ModelRefused, and the start is not retried.
-- Its engine dies, or fails the golden check (worker/engine/golden_check.py): it closes its links and ends its own
-  process at once, so that the gateways and Ray see it within milliseconds. Ray and the engine's watchdog then end the
-  engine's remaining processes, and Ray Serve starts a new replica.
+- `stop` is called: the replica drains and closes.
+- The node of the replica is about to end: the replica drains within the time left, then Ray Serve replaces it.
+- The settings of the replica cannot work: `start` raises ModelRefused, and the start is not retried.
+- The engine dies or fails the golden check (worker/engine/golden_check.py): the replica closes its links and ends its
+  own process at once, so that the gateways and Ray see the end within milliseconds. Ray and the engine's watchdog then
+  end the engine's remaining processes, and Ray Serve starts a new replica.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from cluster.worker.settings import ModelRefused, ReplicaSettings
 log = structlog.get_logger("replica")
 
 CHECK_S = 0.25
-"""Seconds between checks whether the engine is dead, for the time in which no step reports it."""
+"""Seconds between two checks for a dead engine, which find a death that no step reports."""
 _CLOSE_LINKS_S = 0.2
 _EXIT_ENGINE_DEAD = 70
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlacement:
-    """Ray's placement of the replica: its node, and the node of each GPU bundle in order; `gpus` of them are real.
+    """Ray's placement of the replica: the replica's node, and the node of each GPU bundle in order.
 
-    `pod` and `host` are the Kubernetes names of pod and node; outside Kubernetes "" and the host's name.
+    `gpus` is the number of real GPUs among the bundles. `pod` and `host` are the Kubernetes names of pod and node;
+    outside Kubernetes they are "" and the host's name.
     """
 
     replica_id: str
@@ -62,7 +63,7 @@ class ReplicaPlacement:
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model on this node's disk, and the engine to run it with."""
+    """A model on this node's disk, and the engine that runs it."""
 
     engine: Engine
     bundle: Bundle
@@ -70,7 +71,7 @@ class OpenedModel:
 
 
 class ModelOpener(Protocol):
-    """Function that fetches a model to this node. Raises ValueError for an invalid source, OSError if out of reach."""
+    """Function that fetches a model to this node. Raises ValueError for a bad source, OSError if it is out of reach."""
 
     def __call__(self, settings: ReplicaSettings) -> OpenedModel: ...
 
@@ -82,7 +83,9 @@ def end_process(code: int) -> None:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """A replica: call `start` once, then `check` until `stop`. It dials the gateways once the engine has started."""
+    """A replica: call `start` once, then `check` until `stop`. The replica dials the gateways once its engine has
+    started.
+    """
 
     settings: ReplicaSettings
     place: ReplicaPlacement
@@ -105,9 +108,9 @@ class Replica:
         return f"{self.settings.spec.name}-{self.place.replica_id}"
 
     async def start(self) -> None:
-        """Open the model, start the engine and serve it.
+        """Open the model, start the engine and serve the model.
 
-        Raises ModelRefused when a retry would fail alike, any other exception when a retry may work.
+        Raises ModelRefused if a retry would fail in the same way, and any other exception if a retry may work.
         """
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
@@ -216,7 +219,7 @@ class Replica:
     async def leave(self, timeout_s: float) -> None:
         """Drain within `timeout_s` because the node is about to end.
 
-        `check` raises afterwards, so that Ray Serve starts another replica elsewhere.
+        `check` raises afterwards, so that Ray Serve starts another replica on another node.
         """
         self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
@@ -226,9 +229,10 @@ class Replica:
         self._drained = True
 
     async def stop(self, within_s: float = math.inf) -> None:
-        """Drain, close the links, end the engine. Idempotent.
+        """Drain, close the links and end the engine. Idempotent.
 
-        The drain takes at most `within_s`, the settings' drain time, and what is left of the time given to `leave`.
+        The drain takes at most `within_s`, the settings' drain time, and the time left of the `timeout_s` given to
+        `leave`.
         """
         end, self.end = self.end, None
         serving, self._serving = self._serving, None

@@ -1,11 +1,10 @@
-"""The newest generation of each resumed call that a worker knows of; requests of older generations are not run.
+"""The newest known generation of each resumed call; a worker does not run requests of older generations.
 
-Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves it. One
-atomic write gives each resume a higher generation, but gateways have no connections to each other. Workers are linked
-to all gateways: a gateway that resumes a call reports it to every worker, and each worker ends the call's older
-requests.
-Invariant: after the report has arrived, no request of a lower generation of that call runs or starts here.
-Beyond MOST calls the oldest are forgotten. Pure: no clock, no I/O.
+Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves the
+stream. One atomic write gives each resume a higher generation, but gateways have no connections to each other. Workers
+are linked to all gateways: a gateway that resumes a call reports the resume to every worker, and each worker ends the
+call's older requests. Invariant: after the report has arrived, no request of a lower generation of that call runs or
+starts on this worker. Beyond MOST calls the oldest calls are forgotten. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ MOST = 20_000
 
 
 def call_of(stream: str) -> str:
-    """Return the call part of a stream's name, which is the call, `#` and the number of one of its outputs."""
+    """Return the call id in a stream's name, which consists of the call id, `#` and the number of the output."""
     return stream.rpartition("#")[0]
 
 
 class ResumeGenerations:
-    """The newest generation of each call, at one worker."""
+    """The newest generation of each call that one worker knows."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -29,7 +28,7 @@ class ResumeGenerations:
         return len(self._newest)
 
     def record(self, call: str, generation: int) -> bool:
-        """Record a call's resume; return whether its generation is newer than the known one."""
+        """Record a call's resume; return whether its generation is newer than the known generation."""
         if generation <= self._newest.get(call, 0):
             return False
         self._newest.pop(call, None)
@@ -39,5 +38,5 @@ class ResumeGenerations:
         return True
 
     def is_outdated(self, stream: str, generation: int) -> bool:
-        """Whether a newer generation of the request's call is known."""
+        """Return whether a newer generation of the request's call is known."""
         return bool(stream) and generation < self._newest.get(call_of(stream), 0)

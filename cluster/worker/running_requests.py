@@ -1,8 +1,8 @@
-"""The requests that run in a worker's engine, from the Submit to the end, and everything counted about them.
+"""The requests that run in a worker's engine, from Submit to end, and everything counted about them.
 
-Outputs of the engine go to the link that each request belongs to. A request whose link has ended runs on for a moment
-(detached_requests.py); a Submit of the same stream takes it over. No method awaits. Methods return the engine request
-ids that the caller must abort.
+Outputs of the engine go to the link of their request. A request whose link has ended runs on for a moment
+(detached_requests.py); a Submit of the same stream takes the request over. No method awaits. Methods return the engine
+request ids that the caller must abort.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.C
 
 
 def credit_used(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
-    """Return the credit that a Submit uses, even one that cannot be read: tokens, and whether some are cached here."""
+    """Return the credit that a Submit uses, even an unreadable Submit: its tokens, and whether some are cached here."""
     tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
     return tokens, 0 < submit.fresh_tokens < tokens
 
@@ -49,7 +49,7 @@ class RunningRequests:
         usage: WorkerUsage,
         is_lost: Callable[[str], bool] = lambda incarnation: True,
     ) -> None:
-        """`is_lost` returns whether there is no working link to the gateway with that incarnation."""
+        """Create an empty set. `is_lost`: returns whether no working link leads to the gateway with an incarnation."""
         self._info = info
         self._is_lost = is_lost
         self.generations = ResumeGenerations()
@@ -59,11 +59,11 @@ class RunningRequests:
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._reattached: dict[str, RunningRequest] = {}
-        """Reattached requests that have had no output since, by engine request id."""
+        """Reattached requests without an output since they reattached, by engine request id."""
         self._pending_step = StepState()
         """Outputs sent since the last step."""
         self._caches_kv = True
-        """Whether resumed calls have lately found their KV blocks here; not every engine caches."""
+        """Whether resumed calls have lately found their KV blocks here. Not every engine caches them."""
         self.detached = DetachedRequests()
         self.tokens = 0
         """Tokens of all running requests, prompts included."""
@@ -77,11 +77,11 @@ class RunningRequests:
         return len(self._running)
 
     def output_tokens(self) -> Iterator[tuple[str, int]]:
-        """Yield each request id with the tokens generated for it, on whichever worker."""
+        """Yield each request id with the number of tokens generated for the request on all workers."""
         return ((request_id, running.output_tokens) for request_id, running in self._running.items())
 
     def shares(self) -> Iterator[tuple[GpuShare, int]]:
-        """Yield each request's share of GPU time and the tokens generated for it here."""
+        """Yield each request's share of GPU time and the number of tokens generated for the request on this worker."""
         return ((running.share, running.generated) for running in self._running.values())
 
     def capacity(self) -> tuple[Capacity, int]:
@@ -90,13 +90,13 @@ class RunningRequests:
         return Capacity(begins, self._info.kv_tokens - self.tokens), self._window.free_slots
 
     def count_cached(self, expected: int) -> int:
-        """Return how many of the `expected` cached calls of a gateway this worker can resume at almost no cost."""
+        """Return how many of a gateway's `expected` cached calls this worker can resume at almost no cost."""
         return expected if self._caches_kv else min(expected, len(self.detached))
 
     # ---- start of a request
 
     def new_request(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
-        """Return the record of a new request. It is counted from `reattach` or `start` on."""
+        """Return the record of a new request. The request is counted once `reattach` or `start` gets the record."""
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens, now = prompt + emitted, time.monotonic()
         running = RunningRequest(
@@ -123,7 +123,7 @@ class RunningRequests:
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
         """Reattach a resumed request to its detached request, if there is one, and send the tokens generated meanwhile.
 
-        Nothing is computed again. Return whether it was reattached, and the engine request ids to abort.
+        Nothing is computed again. Return whether the request was reattached, and the engine request ids to abort.
         """
         if running.token_ids is None:
             return False, []
@@ -147,9 +147,10 @@ class RunningRequests:
         return True, to_abort
 
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
-        """Count a request that goes to the engine, and drop detached requests that are in its way.
+        """Count a request that goes to the engine, and drop the detached requests that are in its way.
 
-        They are dropped where the KV cache lacks space for it, or where a resumed request lacks a slot.
+        Detached requests are dropped if the KV cache lacks space for the new request, or if a resumed request lacks a
+        slot.
         """
         self._add_running(running, request_id, submit, running.fresh_tokens if self._caches_kv else running.tokens)
         if not self.detached:
@@ -168,7 +169,7 @@ class RunningRequests:
     def take_over(self, call: str, generation: int) -> list[tuple[LinkState, int, str]]:
         """Record a call's resume; return (link, slot, engine request id) of each request of an older generation.
 
-        The caller must end them.
+        The caller must end these requests.
         """
         if not self.generations.record(call, generation):
             return []
@@ -228,11 +229,11 @@ class RunningRequests:
         step.tokens += emitted
 
     def _record_first_output(self, running: RunningRequest, output: TokenOutput) -> int:
-        """Count a request's first output here; return the number of tokens computed for it."""
+        """Record a request's first output on this worker; return the number of tokens computed for the request."""
         running.accepted = True
         running.cached_tokens = output.cached_tokens or 0
         self._window.record_first_output(output.request_id)
-        if not running.emitted_tokens:  # the first worker has reported those of a resumed request
+        if not running.emitted_tokens:  # the first worker has reported the cached tokens of a resumed request
             self._served.cached(output.request_id, running.cached_tokens)
         if self._reattached.pop(output.request_id, None) is not None:
             running.cached_tokens = min(running.cached_tokens, running.prompt_tokens)
@@ -248,7 +249,8 @@ class RunningRequests:
     def _forget_finished(self, step: StepState) -> list[str]:
         """Forget finished requests, once the step is accounted for; return the engine request ids to abort.
 
-        They stay resumable for a moment as detached requests: a gateway may be lost before it delivers the last output.
+        The requests stay resumable for a moment as detached requests, since a gateway may be lost before it delivers
+        the last output.
         """
         to_abort: list[str] = []
         finished, step.finished = step.finished, []
@@ -264,7 +266,7 @@ class RunningRequests:
     def detach_link(self, link: LinkState, stays: bool) -> list[str]:
         """Detach the requests of a link that has ended; return the engine request ids to abort.
 
-        `stays`: this worker keeps serving. Otherwise no request is detached.
+        `stays`: whether this worker keeps serving. If it does not, no request is detached.
         """
         resumed = {running.stream for running in self._running.values() if running.link is not link}
         to_abort, count = [], 0
@@ -289,7 +291,10 @@ class RunningRequests:
         )
 
     def forget(self, request_id: str, outcome: Outcome) -> None:
-        """Remove a request that has ended. Its usage is kept if the engine accepted it and it came with a record."""
+        """Remove an ended request.
+
+        Its usage is kept if the engine accepted the request and the Submit had a sealed record.
+        """
         running = self._running.pop(request_id, None)
         if running is None:
             return

@@ -1,7 +1,8 @@
-"""A worker's reports to the gateways for fair queueing: the service it has given, and the other gateways' backlogs.
+"""A worker's reports to gateways for fair queueing: the service it has given, and the other gateways' backlogs.
 
-Gateways have no connections to each other, but a worker is linked to all of them. So it forwards each gateway's
-backlog to the others and reports to all of them what it has served. Nothing here is done for each token.
+Gateways have no connections to each other, but a worker is linked to all gateways. So the worker forwards each
+gateway's backlog to the other gateways and reports to all gateways the service that it has given. Nothing here is done
+for each token.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ServedReports:
         self._links: dict[int, tuple[str, Outbox]] = {}
 
     def attach(self, number: int, gateway: str, outbox: Outbox) -> None:
-        """Add a link and send it the current totals at once, even if they are empty."""
+        """Add a link and send it the current totals at once, even if there are none."""
         self._links[number] = (gateway, outbox)
         self._meter.attach(number)
         outbox.served(self._report(number))
@@ -52,7 +53,7 @@ class ServedReports:
         self._meter.revoked(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """Record how much of a request's prompt was cached, which its first output reports."""
+        """Record the number of cached tokens in a request's prompt, which the request's first output reports."""
         self._meter.cached(request_id, cached_tokens)
 
     def ended(self, request_id: str, generated_tokens: int) -> None:
@@ -61,7 +62,9 @@ class ServedReports:
         self._meter.ended(request_id)
 
     def report(self, running: Iterable[tuple[str, int]]) -> None:
-        """Send every gateway the totals that have changed. `running`: request ids and tokens generated so far."""
+        """Send every gateway its changed totals. `running`: request ids, each with the number of tokens generated so
+        far.
+        """
         for request_id, generated_tokens in running:
             self._meter.generated(request_id, generated_tokens)
         for number, (_, outbox) in self._links.items():

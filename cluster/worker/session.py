@@ -2,8 +2,8 @@
 
 The engine loop never awaits a link (outbox.py). When a link ends, its requests are aborted in the engine and the
 gateway decides what happens to the calls. Requests that another gateway may resume run on for a moment
-(detached_requests.py). A request id inside the engine consists of gateway incarnation, epoch, slot and attempt,
-since a repeated id is fatal inside vLLM's engine core.
+(detached_requests.py). A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, since a
+repeated id is fatal inside vLLM's engine core.
 """
 
 from __future__ import annotations
@@ -49,18 +49,23 @@ INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
 GATEWAY_SILENT_S = 1.0
-"""Silence after which a gateway counts as lost for the calls resumed from it. Beats come ten times a second."""
+"""Seconds of silence after which a gateway counts as lost for the calls resumed from it. Ten beats come each second."""
 TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 TURN_METHOD = "/cluster.link.v1.Link/Turn"
 USAGE_ACK_S = 5.0
 """Seconds that a drained worker waits for the acknowledgement of its last usage records."""
 END_REASON_S = 0.5
-"""Seconds that a worker whose engine has ended waits for its gateways to read the reason and close their links. If the
-worker closed a link first, the reset would overtake the reason."""
+"""Seconds that a worker with an ended engine waits for its gateways to read the reason and close their links.
+
+If the worker closed a link first, the reset would overtake the reason.
+"""
 
 
 class WorkerSession:
-    """Serve one started engine to every gateway in `gateways` (`host:port`) and their siblings until closed."""
+    """A session that serves one started engine to every gateway in `gateways` and the gateways' siblings.
+
+    `gateways` are `host:port` addresses. The session lasts until it is closed.
+    """
 
     def __init__(
         self,
@@ -78,11 +83,11 @@ class WorkerSession:
         keeper: UsageKeeper | None = None,
         idle_report_s: float = 60.0,
     ) -> None:
-        """Create a session; `run` serves it.
+        """Create a session; `run` serves the engine.
 
-        `outbox_tokens`: token ids that may wait for one gateway before its link is closed.
+        `outbox_tokens`: number of token ids that may wait for one gateway before its link is closed.
         `gpus`, `gpu`: number and type of the replica's GPUs, for the ledger.
-        `idle_report_s`: seconds between reports of their idle time.
+        `idle_report_s`: seconds between two reports of the idle time of the GPUs.
         """
         self._identity = identity
         self._engine = engine
@@ -127,7 +132,7 @@ class WorkerSession:
         )
 
     async def run(self) -> None:
-        """Serve until `close`. Raises EngineDead once the engine is lost; every link is closed by then."""
+        """Serve until `close`. Raises EngineDead once the engine is lost, after every link is closed."""
         self._failed = asyncio.get_running_loop().create_future()
         work: list[asyncio.Future[None]] = [
             self._failed,
@@ -157,7 +162,7 @@ class WorkerSession:
     async def drain(self, timeout_s: float, leaving: bool = True) -> bool:
         """Take no new work and wait for the running requests; return False if some still run after `timeout_s`.
 
-        `leaving`: the process ends afterwards, so uncordon cannot undo the drain.
+        `leaving`: whether the process ends afterwards, so that uncordon cannot undo the drain.
         """
         self._drain_state.drain(time.monotonic(), timeout_s, leaving)
         try:
@@ -170,12 +175,12 @@ class WorkerSession:
         return True
 
     async def close(self, engine_ended: str = "") -> None:
-        """End every link; `run` returns. `engine_ended`: why the engine has ended, sent to the gateways."""
+        """End every link, so that `run` returns. `engine_ended`: why the engine has ended, sent to the gateways."""
         self._engine_ended = self._engine_ended or engine_ended
         self._closed.set()
 
     async def _report_end(self, why: str) -> None:
-        """Send every gateway the reason why the engine has ended, if it has, and let it close its link."""
+        """If the engine has ended, send every gateway the reason and wait for the gateways to close their links."""
         self._engine_ended = self._engine_ended or why
         if not self._engine_ended or not self._links:
             return
@@ -202,7 +207,7 @@ class WorkerSession:
                 link.outbox.flush()
 
     async def _report_served(self) -> None:
-        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S.
+        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S seconds.
 
         Neither is done for each token.
         """
@@ -280,7 +285,7 @@ class WorkerSession:
         return (("x-headrace-worker", self._identity.worker_id),)
 
     def _credit_order(self, epoch: int, gateway: str) -> int:
-        """Return the link's place in the order in which gateways share capacity, different at each worker.
+        """Return the link's place in the order in which gateways share capacity. Each worker has another order.
 
         A gateway that was last at every worker would get no credit while no call waits and fewer slots are free than
         there are gateways.
@@ -320,7 +325,10 @@ class WorkerSession:
         self._regrant()
 
     async def _watch_link(self, link: LinkState, beater: HeartbeatSender) -> None:
-        """Check the link every beat: raise LinkEnded for a silent or stuck gateway; send the load if no step did."""
+        """Check the link every beat.
+
+        Raises LinkEnded for a silent or stuck gateway; sends the load if no step has sent it.
+        """
         sent = 0
         while True:
             await asyncio.sleep(self._timing.beat_s)
@@ -377,12 +385,12 @@ class WorkerSession:
             self._regrant()
 
     def _is_gateway_lost(self, incarnation: str) -> bool:
-        """Whether no link to a gateway works: none is up, or its beats have stopped."""
+        """Return whether no link to a gateway works: no link is up, or the gateway's beats have stopped."""
         links = (link for link in self._links.values() if link.incarnation == incarnation)
         return all(link.silent_s() > GATEWAY_SILENT_S for link in links)
 
     async def _take_over(self, call: str, generation: int) -> None:
-        """Abort this call's requests of older generations."""
+        """Abort the requests of older generations of this call."""
         to_abort = []
         for link, slot, request_id in self._requests.take_over(call, generation):
             if slot in link.submitting:
@@ -397,7 +405,7 @@ class WorkerSession:
     # ---- commands
 
     async def _accept_submit(self, link: LinkState, submit: pb.Submit) -> None:
-        """Submit a small request at once, and one with a long prompt or a grammar in a task beside the reader."""
+        """Submit a small request at once, and submit a request with a long prompt or a grammar in a task of its own."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
@@ -406,7 +414,10 @@ class WorkerSession:
             await self._submit(link, submit)
 
     async def _submit(self, link: LinkState, submit: pb.Submit) -> None:
-        """Run a request or refuse it. A failure that it causes never reaches the link or its other requests."""
+        """Run a request or refuse it.
+
+        A failure that the request causes never reaches the link or the link's other requests.
+        """
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
@@ -468,7 +479,7 @@ class WorkerSession:
             await self._abort(link, [slot])
 
     def _abort_in_background(self, request_ids: Sequence[str]) -> None:
-        """Abort requests in the engine in a task of the session, so that the end of a link does not cancel it."""
+        """Abort requests in the engine in a task of the session, which the end of a link does not cancel."""
         if request_ids:
             task = asyncio.create_task(self._abort_requests(request_ids))
             self._abort_tasks.add(task)
@@ -476,7 +487,7 @@ class WorkerSession:
 
     @staticmethod
     def _refuse_failed(link: LinkState, slot: int, why: str) -> None:
-        """Refuse a Submit that cannot be read or on which the worker failed; other calls are not affected."""
+        """Refuse a Submit that cannot be read or on which the worker failed. Other calls are not affected."""
         link.requests.pop(slot, None)
         link.submitting.discard(slot)
         link.aborted.discard(slot)

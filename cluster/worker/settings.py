@@ -1,4 +1,4 @@
-"""The settings that a replica is started with: frozen values that can be converted to JSON or pickled. No Ray here."""
+"""The settings that start a replica: frozen values that can be converted to JSON or pickled. No Ray here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REFUSAL = re.compile(_REFUSED + r'("(?:[^"\\]|\\.)*")')
 
 
 class ModelRefused(Exception):
-    """The catalog entry cannot work as it stands: a retry would fail alike. The reason is shown to the user.
+    """A catalog entry that cannot work as it stands, so that a retry would fail too. The reason is shown to the user.
 
-    The exception's text has the reason as a JSON string after a marker, so that `refusal_in` can find it in the text
-    that Ray wraps around it on the way to the controller.
+    The exception's text has the reason as a JSON string after a marker, so that `find_refusal` can find the reason in
+    the text that Ray wraps around it on the way to the controller.
     """
 
     def __init__(self, reason: str) -> None:
@@ -56,11 +56,11 @@ class ReplicaSettings:
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
     replicas: int | None = None
-    """Number of replicas to start with; None: as in the spec."""
+    """Number of replicas to start with; None for the number in the spec."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """Return all settings except the spec whose change requires a new replica, as JSON values."""
+        """Return as JSON values all settings whose change requires a new replica, except the spec."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -79,7 +79,7 @@ class ReplicaSettings:
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """Return the settings that are read only when replicas start; a change does not require a new replica."""
+        """Return the settings that are read only when replicas start. A change of them requires no new replica."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),
@@ -89,12 +89,12 @@ class ReplicaSettings:
 
     @property
     def digest(self) -> str:
-        """Digest of spec and surroundings; it changes when a new replica is required."""
+        """Digest of spec and surroundings. The digest changes when a new replica is required."""
         return specs.digest(self.spec, self.surroundings())
 
     @property
     def app(self) -> str:
-        """Name of the replica's Ray Serve application, without the cluster's name."""
+        """Name of the replica's Ray Serve application, without the name of the Ray cluster."""
         return app_name(self.spec.name, self.spec.version, self.digest)
 
 

@@ -1,4 +1,4 @@
-"""A worker's usage accounts: its replica's GPU time, and ended requests' counts until a gateway acknowledges them.
+"""A worker's usage accounts: its replica's GPU time, and counts of ended requests until a gateway acknowledges them.
 
 The rules are in ended_requests.py and gpu_meter.py; this module adds the clock, the links and the times of reports.
 """
@@ -34,8 +34,8 @@ class WorkerUsage:
     ) -> None:
         """Create the accounts.
 
-        `running` returns share and generated tokens of each running request. `gpu` is the type of the replica's GPUs;
-        their idle time is reported every `idle_report_s` seconds.
+        `running` returns the share and the number of generated tokens of each running request. `gpu` is the type of the
+        replica's GPUs; the idle time of the GPUs is reported every `idle_report_s` seconds.
         """
         self.meter = meter
         self.gpu = gpu
@@ -49,7 +49,7 @@ class WorkerUsage:
         self._acked = asyncio.Event()
 
     def statistics(self) -> KeeperStatistics:
-        """Return how many records are kept and how many were dropped."""
+        """Return the number of records that are kept and the number that were dropped."""
         return self._keeper.statistics()
 
     def attach(self, link: int, outbox: Outbox) -> None:
@@ -60,7 +60,7 @@ class WorkerUsage:
         outbox.flush()
 
     def detach(self, link: int, outbox: Outbox) -> None:
-        """Remove a link that has ended. Records that it has not acknowledged go to another link.
+        """Remove a link that has ended. Records that the link has not acknowledged go to another link.
 
         Tokens that were never written to the ended link are subtracted from the records' written tokens.
         """
@@ -69,7 +69,7 @@ class WorkerUsage:
         self._flush_due()
 
     def keep(self, usage: EndedUsage, link: int, slot: int) -> None:
-        """Keep the usage record of a request of this link that has ended, until a gateway acknowledges it."""
+        """Keep the usage record of an ended request of this link until a gateway acknowledges the record."""
         self._keeper.keep(usage, link, slot)
         if (outbox := self._outboxes.get(link)) is not None:
             outbox.flush()
@@ -80,7 +80,7 @@ class WorkerUsage:
         self._acked.set()
 
     async def run(self) -> None:
-        """Report idle time, and send records that one gateway does not acknowledge to others; until cancelled."""
+        """Report idle time, and send records that a gateway does not acknowledge to other gateways, until cancelled."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)
@@ -105,7 +105,7 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """Record the GPU time since the last report that is charged to no request."""
+        """Record the GPU time since the last report that no request is charged for."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:
