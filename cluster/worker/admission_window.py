@@ -45,9 +45,7 @@ class AdmissionWindow:
 
     @property
     def admissible_sequences(self) -> int:
-        """Number of sequences that all links together may send now. If no prompt is pending, a first prompt starts at
-        once.
-        """
+        """Number of sequences that all links together may send now; at least one starts if no prompt is pending."""
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
         mean = max(self._recent_tokens // len(self._recent), 1)

@@ -83,8 +83,9 @@ def end_process(code: int) -> None:
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """A replica: call `start` once, then `check` until `stop`. The replica dials the gateways once its engine has
-    started.
+    """A replica: call `start` once, then `check` until `stop`.
+
+    The replica dials the gateways once its engine has started.
     """
 
     settings: ReplicaSettings

@@ -62,9 +62,7 @@ class ServedReports:
         self._meter.ended(request_id)
 
     def report(self, running: Iterable[tuple[str, int]]) -> None:
-        """Send every gateway its changed totals. `running`: request ids, each with the number of tokens generated so
-        far.
-        """
+        """Send every gateway its changed totals. `running`: request ids, each with the tokens generated so far."""
         for request_id, generated_tokens in running:
             self._meter.generated(request_id, generated_tokens)
         for number, (_, outbox) in self._links.items():

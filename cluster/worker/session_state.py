@@ -100,7 +100,7 @@ class StepState:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """The counts of a worker session. All counts but `links` and `steps` are zero once the session's calls have ended."""
+    """The counts of a worker session. All but `links` and `steps` are zero once the session's calls have ended."""
 
     links: int
     running: int

@@ -3,14 +3,15 @@
 Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
 `CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
 engine reports that it takes emitted tokens as output, the wrapper also cuts the answer at a few positions and requests
-the rest, so that a rank without the plugin is found before any call. An engine with `resume:exact` must return the
-same tokens there, also for a seeded request; if it does not, it is healthy but its capability becomes `resume:state`.
-From then on every request that ends in ERROR (as with NaN logits) starts another check beside the running requests.
-A wrong answer raises EngineCorrupt from `step`, which ends the worker like a dead engine.
+the rest, so that a rank without the plugin is found before any call. An engine with `resume:exact` must return the same
+tokens for the rest, also for a seeded request. An engine that returns other tokens is healthy, but its capability
+becomes `resume:state`. After the start, every request that ends in ERROR (as with NaN logits) starts another check
+beside the running requests. A wrong answer raises EngineCorrupt from `step`, which ends the worker as a dead engine
+does.
 
-An error alone does not end a worker, because a caller can provoke one. A correct answer need not be bit-identical:
-batches differ, and in 16-bit numbers the most likely token may swap with the next. So log probabilities are compared,
-within the precision of such numbers. An answer that this cannot decide proves nothing.
+An error alone does not end a worker, because a caller can provoke an error. A correct answer need not be bit-identical:
+batches differ, and in 16-bit numbers the two most likely tokens may swap. So log probabilities are compared, within the
+precision of such numbers. An answer that this comparison cannot decide proves nothing.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from cluster.api.types import (
 
 PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
-"""Tokens of the answer. Prompt and answer together are shorter than a KV block, so each answer is computed anew."""
+"""Number of tokens in the answer. Prompt and answer are shorter than a KV block, so each answer is computed anew."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
-"""Log probabilities requested for each position: the first number that the engine's max_logprobs allows."""
+"""Numbers of log probabilities to request for each position. The first number that the engine allows is used."""
 PREFIX = "headrace-golden-"
 FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
-"""Tolerance of a log probability, by the first word of the engine class."""
+"""Tolerance of a log probability, by the first part of the engine class."""
 TOLERANCE_16_BIT = 0.5
 CUTS = (0.25, 0.5, 0.75)
-"""Fractions of the answer at which it is cut and continued."""
+"""Fractions of the answer at which the answer is cut and continued."""
 SEED = 7
 """Seed of the seeded request, which is sampled at temperature 1."""
 
@@ -64,21 +65,22 @@ class GoldenAnswer:
             self.error = output.message or "it ended in an error"
 
     def tail(self, start: int) -> GoldenAnswer:
-        """Return the answer from token `start` on."""
+        """Return the part of the answer that begins at token `start`."""
         return GoldenAnswer(self.positions[start:])
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The sampled tokens."""
+        """Ids of the sampled tokens."""
         return tuple(position.token_ids[0] for position in self.positions)
 
 
 def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
-    """Return the reason why an answer is wrong; empty when nothing proves it.
+    """Return the reason why an answer is wrong; empty when nothing proves that it is wrong.
 
     A healthy engine gives each token a log probability within `tolerance` of the reference. An answer is wrong when no
-    such values explain both. A token that is not listed among the most likely ones has an unknown value, at most the
-    smallest one listed, and counts only by that bound. After the first different token the answers are not compared.
+    such values explain both the reference and the answer. A token that is not listed among the most likely tokens has
+    an unknown log probability of at most the smallest listed value, and counts only by that bound. Positions after the
+    first different token are not compared.
     """
     if answer.error:
         return answer.error
@@ -93,7 +95,7 @@ def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -
 
 
 def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance: float) -> str:
-    """Return the difference in one position that noise within `tolerance` cannot explain; empty when there is none."""
+    """Return the difference at one position that noise within `tolerance` cannot explain; empty when there is none."""
     sampled, likeliest, value = actual.token_ids[0], expected.token_ids[0], actual.logprobs[0]
     if any(map(math.isnan, actual.logprobs)) or not math.isfinite(value):
         return f"has the log probability {value}"
@@ -110,7 +112,7 @@ def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance:
 
 
 def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
-    """Return the smallest and largest log probability of a token that are consistent with one position's values."""
+    """Return the smallest and the largest log probability that a token can have, given the values of one position."""
     for candidate, value in zip(position.token_ids, position.logprobs, strict=True):
         if candidate == token:
             return value, value
@@ -122,7 +124,7 @@ def golden_request(
 ) -> EngineRequest:
     """Return the request for the golden prompt, greedy or sampled with `seed`.
 
-    The prompt's ids are from the middle of the vocabulary, where every tokenizer has ordinary text.
+    The ids of the prompt are from the middle of the vocabulary, where every tokenizer has ordinary text.
     """
     room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
     prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
@@ -144,7 +146,7 @@ def golden_request(
 
 
 class CheckedEngine:
-    """An engine (cluster.api.ports) that wraps another one and checks its answers. `node` is named in errors."""
+    """An engine (cluster.api.ports) that wraps another engine and checks its answers. Errors name `node`."""
 
     def __init__(self, engine: Engine, *, node: str = "") -> None:
         self._engine = engine
@@ -156,13 +158,16 @@ class CheckedEngine:
         self._check_again = False
         self._tops = TOPS
         self.downgrade_reason = ""
-        """Reason for which the capability `resume:exact` became `resume:state`; empty if it did not."""
+        """Reason why the capability `resume:exact` became `resume:state`; empty if it did not."""
 
     def __repr__(self) -> str:
         return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start and record the reference. Raises EngineCorrupt if there is none or a continued answer is wrong."""
+        """Start and record the reference.
+
+        Raises EngineCorrupt if there is no reference answer or a continued answer is wrong.
+        """
         self._info = info = await self._engine.start()
         continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
         seeds = [SEED] if RESUME_EXACT in info.capabilities else []
@@ -177,10 +182,10 @@ class CheckedEngine:
         return info
 
     async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
-        """Cut each answer, let the engine continue it, and return the first difference in tokens; empty if none.
+        """Cut each answer, let the engine continue it, and return the first difference in tokens.
 
-        `wholes`: answers with their seeds. Refused continuations do not count. Raises EngineCorrupt for a greedy
-        continuation that is wrong.
+        The result is empty if there is no difference. `wholes`: answers with their seeds. Refused continuations do not
+        count. Raises EngineCorrupt if a greedy continuation is wrong.
         """
         cuts = [
             (whole, seed, cut)
@@ -198,7 +203,7 @@ class CheckedEngine:
         return next(iter(differences), "")
 
     async def _run_golden(self, variants: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
-        """Run the golden prompt at once for all pairs of emitted tokens and seed; return the answers in their order."""
+        """Run the golden prompt for all pairs of emitted tokens and seed at once; return the answers in the same order."""
         answers, waiting = [], dict[str, GoldenAnswer]()
         for emitted, seed in variants:
             answers.append(answer := GoldenAnswer())
@@ -215,10 +220,10 @@ class CheckedEngine:
         return answers
 
     async def _submit_golden(self, emitted: Sequence[int], seed: int | None) -> str:
-        """Submit a golden request with as many log probabilities as the engine allows; return its id.
+        """Submit a golden request with as many log probabilities as the engine allows; return the request's id.
 
-        Empty if the engine refuses a seeded request: it may not support seeds, or not resume with them. Raises
-        EngineCorrupt if it refuses another.
+        The id is empty if the engine refuses a seeded request, since it may not support seeds, or not resume with
+        seeds. Raises EngineCorrupt if the engine refuses any other golden request.
         """
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
@@ -234,7 +239,7 @@ class CheckedEngine:
         return golden.request_id
 
     async def _repeat_golden(self) -> None:
-        """Submit the greedy golden request again, beside the running requests."""
+        """Submit the greedy golden request again while other requests run."""
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
         self._answer, self._check_again = GoldenAnswer(), False
@@ -245,7 +250,7 @@ class CheckedEngine:
             raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next step's outputs for callers, not empty. Raises EngineDead and its subclass EngineCorrupt."""
+        """Return the next step's outputs for callers, at least one. Raises EngineDead or its subclass EngineCorrupt."""
         while True:
             golden_id = self._golden_id
             outputs = self._remove_golden_output(await self._engine.step())
@@ -257,7 +262,7 @@ class CheckedEngine:
                 return outputs
 
     def _remove_golden_output(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
-        """Keep the golden request's output and note errors; return the outputs of the other requests."""
+        """Keep the golden request's output, record errors of other requests, and return the other requests' outputs."""
         golden_output = None
         for output in outputs:
             if output.request_id == self._golden_id:
@@ -290,7 +295,7 @@ class CheckedEngine:
         await self._engine.abort(request_ids)
 
     def load(self) -> EngineLoad:
-        """Return the wrapped engine's load, the golden request included."""
+        """Return the wrapped engine's load, which includes the golden request."""
         return self._engine.load()
 
     async def check(self) -> None:

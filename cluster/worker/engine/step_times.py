@@ -1,11 +1,12 @@
-"""Durations of an engine's steps, by which a hung step is distinguished from one with much work.
+"""Durations of an engine's steps, which distinguish a hung step from a step with much work.
 
 Problem: a caller that waits for a step sees the same silence in both cases. Invariant: a step that takes longer than
-its reported work explains is reported as having no work at all, so that no queue of prompts can hide a hang. The work
-is measured in prompt tokens; their cost is learned from the slowest steps so far and assumed high until then.
+its reported work explains is reported as a step without work, so that no queue of prompts can hide a hang. The work is
+measured in prompt tokens; the time per prompt token is learned from the slowest steps so far and assumed high until
+then.
 
 The quantile comes from a histogram whose buckets grow by a tenth and whose counts are halved now and then, so that old
-durations lose weight; an addition costs a logarithm. One thread adds; any thread may read.
+durations lose weight; an addition costs a logarithm. One thread adds durations; any thread may read.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import math
 SHORTEST_S = 1e-6
 GROWTH = 1.1
 BUCKETS = 240
-"""Number of buckets; the last one is at about two hours."""
+"""Number of buckets. The last bucket is at about two hours."""
 FORGET_AFTER = 4096
-"""Samples in the histogram when all counts are halved."""
+"""Number of samples in the histogram at which all counts are halved."""
 QUANTILE_EVERY = 16
 
 FIRST_TOKEN_S = 0.05
-"""Assumed seconds per prompt token before any has been measured."""
+"""Assumed seconds per prompt token before any time has been measured."""
 PATIENCE = 5.0
-"""Factor of the 0.9 quantile of a prompt token's time up to which prompt tokens explain a step's duration."""
+"""Multiple of the 0.9 quantile of the time per prompt token, up to which prompt tokens explain a step's duration."""
 LEAST_S = 0.5
-"""Seconds that any number of prompt tokens explains."""
+"""Seconds that prompt tokens explain, however few they are."""
 SAMPLE_TOKENS = 8
-"""Least prompt tokens in a step from which the time per token is learned."""
+"""Smallest number of prompt tokens in a step from which the time per token is learned."""
 
 
 class Quantile:
@@ -54,7 +55,7 @@ class Quantile:
 
     @property
     def value_s(self) -> float:
-        """The quantile in seconds, at most a tenth too long; 0 before the first duration."""
+        """The quantile in seconds, overestimated by at most a tenth; 0 before the first duration."""
         return self._value
 
     def _compute(self) -> float:
@@ -68,15 +69,15 @@ class Quantile:
 
 
 class StepTimes:
-    """Step durations of one engine.
+    """The step durations of one engine.
 
-    One thread calls `began`, `step`, `prefilled` and `mark_idle` as these happen; any thread may read the rest.
+    One thread calls `began`, `step`, `prefilled` and `mark_idle` as these events happen; any thread may read the rest.
     """
 
     __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")
 
     def __init__(self, most_tokens: int = 1 << 30) -> None:
-        """`most_tokens`: the most tokens that one step computes."""
+        """Create empty step times. `most_tokens`: the most tokens that one step computes."""
         self._most_tokens = most_tokens
         self._per_token = Quantile(0.9)  # not the maximum: a step delayed for another reason must not count for ever
         self._since: float | None = None
@@ -84,7 +85,7 @@ class StepTimes:
         self.times = Quantile()
 
     def set_limit(self, most_tokens: int) -> None:
-        """Set the most tokens that one step computes, where it is known only after construction."""
+        """Set the most tokens that one step computes, if the number is known only after construction."""
         self._most_tokens = most_tokens
 
     def began(self, now: float) -> None:
@@ -92,14 +93,14 @@ class StepTimes:
         self._since = now
 
     def step(self, now: float, *, goes_on: bool = True) -> None:
-        """Record the end of a step; `goes_on`: the next step begins at once."""
+        """Record the end of a step. `goes_on`: whether the next step begins at once."""
         if self._since is not None:
             self.last_s = now - self._since
             self.times.add(self.last_s)
         self._since = now if goes_on else None
 
     def prefilled(self, tokens: int) -> None:
-        """Record that the last step completed prompts of `tokens` tokens in all."""
+        """Record that the last step completed prompts with `tokens` tokens in all."""
         tokens = min(tokens, self._most_tokens)
         if tokens >= SAMPLE_TOKENS:
             self._per_token.add(self.last_s / tokens)
@@ -109,12 +110,12 @@ class StepTimes:
         self._since = None
 
     def age_s(self, now: float) -> float:
-        """Return the seconds for which the current step has run; 0 if the engine is idle."""
+        """Return the age of the current step in seconds; 0 if the engine is idle."""
         since = self._since
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Whether `prompt_tokens` explain that the current step has not ended yet."""
+        """Return whether `prompt_tokens` prompt tokens explain that the current step has not ended yet."""
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)

@@ -1,9 +1,9 @@
-"""Checks of a checkpoint's weight files before an engine is built, by their headers, without reading the weights.
+"""Checks of a checkpoint's weight files before an engine is built. They read the headers, not the weights.
 
-Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason, and some not at all: it serves
-a model without one of its tensors with whatever the memory contains. Each check here compares the files with their
-headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM decides.
-Errors name the file and the remedy.
+Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason. Other damage it does not find
+at all: in place of a missing tensor it serves whatever the memory contains. Each check here compares the files with
+their headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM
+decides. Errors name the file and the remedy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 READS_SAFETENSORS = ("safetensors", "auto", "fastsafetensors", "instanttensor", "runai_streamer")
 """Load formats that read safetensors files."""
 LONGEST_HEADER = 100 << 20
-"""Most bytes of a header; the limit of safetensors itself."""
+"""Greatest number of bytes in a header, which is the limit of safetensors itself."""
 MOST_NAMED = 3
-"""Most tensors that an error names."""
+"""Greatest number of tensors that an error names."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _QUANTIZED = ("quantization_config", "compression_config")
@@ -35,11 +35,11 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 AGAIN = "fetch or copy the checkpoint again"
 
 MOST_LAYERS = 1000
-"""Most layers of a model that is built for comparison with its files; more than any model has, and built quickly."""
+"""Greatest number of layers in a model built for comparison. No model has more, and such a model is built quickly."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's files are damaged or incomplete; the message names the file, the fault and the remedy."""
+    """An error for damaged or incomplete checkpoint files. The message names the file, the fault and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Headers:
 
 
 def check_weights(spec: ModelSpec, folder: Path) -> None:
-    """Raise CheckpointError if weight files are damaged, incomplete, or their shapes do not match config.json."""
+    """Raise CheckpointError if weight files are damaged or incomplete, or if their shapes do not match config.json."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if spec.load_format not in READS_SAFETENSORS or not names:
         return
@@ -74,7 +74,7 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
 
 
 def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
-    """Return the file of each tensor by the index; None if there is no index."""
+    """Return the file name of each tensor according to the index; None if there is no index."""
     try:
         content = (folder / INDEX).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Seque
 
 
 def _check_shards(where: str, names: Sequence[str]) -> None:
-    """Raise CheckpointError for missing files if there is no index: the files' names contain their number."""
+    """Raise CheckpointError for missing files if there is no index. Each file name contains the number of files."""
     for name in names:
         if shard := _SHARD.fullmatch(name):
             stem, _, total = shard.groups()
@@ -136,7 +136,7 @@ def _read_headers(where: str, folder: Path, names: Sequence[str]) -> Headers:
 
 
 def _file_fault(file: Path, error: str) -> str:
-    """Return what is wrong with a file that safetensors cannot read; most are truncated."""
+    """Return what is wrong with a file that safetensors cannot read. Most such files are truncated."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(200)
@@ -154,7 +154,7 @@ def _file_fault(file: Path, error: str) -> str:
 
 
 def _content_fault(content: bytes, otherwise: str) -> str:
-    """Return what is wrong with a file's content, with the remedy."""
+    """Return what is wrong with a file's content, and the remedy."""
     if not content.strip():
         return f"is empty; {AGAIN}"
     if b"git-lfs" in content[:200]:
@@ -163,7 +163,10 @@ def _content_fault(content: bytes, otherwise: str) -> str:
 
 
 def _is_quantized(folder: Path) -> bool:
-    """Whether the checkpoint is quantized: its tensors can differ from the architecture in name, type and shape."""
+    """Return whether the checkpoint is quantized.
+
+    Tensors of a quantized checkpoint can differ from the architecture in name, type and shape.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return any(part.get(name) for part in parts for name in _QUANTIZED) or any(
@@ -172,7 +175,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _overrides_config(spec: ModelSpec) -> bool:
-    """Whether the entry overrides config.json, or lets vLLM start without all tensors."""
+    """Return whether the entry overrides config.json, or lets vLLM start without all tensors."""
     loader = spec.engine.get("model_loader_extra_config")
     return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)
 

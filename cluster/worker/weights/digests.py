@@ -1,6 +1,6 @@
-"""Digest of a model's weights, by which replicas are known to have the same model.
+"""Digest of a model's weights. Replicas with equal digests have the same model.
 
-All weights are read for it, once per node, and checked for NaN at the same time (finite.py).
+To compute the digest, all weights are read once per node, and checked for NaN at the same time (finite.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.worker.weights import finite
 
 _HASHED = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "generation_config.json")
 PIECE_BYTES = 4 << 20
-"""Bytes read at a time; a multiple of the size of every number type."""
+"""Number of bytes read at a time; a multiple of the size of every number type."""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -25,14 +25,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
-    """Return the SHA-256 of a file; add a text to `problems` for each tensor that is not finite."""
+    """Return the SHA-256 of a file. For each tensor that is not finite, add a text to `problems`."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(piece_bytes))
     with file.open("rb", buffering=0) as stream:
         at = 0
         for span in finite.spans(file):
             if span.start < at:
-                continue  # it shares its bytes with the previous tensor
+                continue  # the tensor shares its bytes with the previous tensor
             for piece in _pieces(stream, span.start - at, buffer):
                 digest.update(piece)
             problem = ""
@@ -48,7 +48,7 @@ def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
 
 
 def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Read `length` bytes, one buffer at a time, into the same memory. Raises OSError if the file has fewer."""
+    """Yield `length` bytes piece by piece in the same buffer. Raises OSError if the file has fewer bytes."""
     while length > 0:
         piece = buffer[: min(length, len(buffer))]
         have = 0
@@ -64,8 +64,8 @@ def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryv
 def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYTES) -> str:
     """Return `sha256:<hex>` over the names and contents of weights and configuration.
 
-    Reads every byte once; later calls compare sizes and modification times with the record in `cache_dir`. Raises
-    ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot be read.
+    The first call reads every byte; later calls compare sizes and modification times with the record in `cache_dir`.
+    Raises ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot be read.
     """
     files = _files(folder)
     if not files:
@@ -106,7 +106,7 @@ def _read_record(record: Path, stamps: dict[str, list[int]]) -> str:
 
 
 def _write_record(record: Path, content: dict[str, object]) -> None:
-    """Write the record atomically. Errors are ignored: without it only the next call takes longer."""
+    """Write the record atomically. Errors are ignored, since without the record only the next call takes longer."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:

@@ -1,6 +1,6 @@
-"""Comparison of a checkpoint's tensors with those of its architecture, by name and shape, without reading weights.
+"""Comparison of a checkpoint's tensors with its architecture's tensors, by name and shape, without reading weights.
 
-transformers builds the model without memory (on torch's device `meta`) and loads tensors that are only shapes, so its
+transformers builds the model without memory (on torch's device `meta`) and loads tensors that are only shapes. So its
 own renamings and conversions of older and newer checkpoints apply. A model of 70 billion parameters takes 0.3 s.
 """
 
@@ -17,7 +17,7 @@ import structlog
 
 Shape = tuple[int, ...]
 MOST_MISSING = 0.9
-"""Fraction of missing tensors above which the checkpoint uses other names and cannot be compared."""
+"""Fraction of missing tensors above which the checkpoint is assumed to use other names and cannot be compared."""
 
 log = structlog.get_logger("checkpoint")
 _quiet_lock = threading.Lock()
@@ -25,7 +25,7 @@ _quiet_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Result of a comparison. `misshapen`: name, shape in the checkpoint and shape in the architecture."""
+    """The result of a comparison. `misshapen` has name, shape in the checkpoint and shape in the architecture."""
 
     expected: int = 0
     missing: tuple[str, ...] = ()
@@ -33,7 +33,10 @@ class Differences:
 
 
 def differences(folder: Path, shapes: Mapping[str, Shape]) -> Differences:
-    """Return how tensors with these shapes differ from the architecture's; empty if transformers does not know it."""
+    """Return how tensors with these shapes differ from the architecture's tensors.
+
+    The result is empty if transformers does not know the architecture.
+    """
     try:
         return _differences(folder, shapes)
     except Exception as error:  # another release or an unknown configuration: vLLM decides

@@ -1,9 +1,9 @@
 """Download of weights from object stores and web servers (s3://, gs://, https://, http://), once per node.
 
 Problem: several replicas of a node start at once, a process is killed in the middle of forty gigabytes, or the disk is
-full. Invariants: one process of a node fetches a model and the others wait for it. Bytes that have arrived are not
-fetched again if the server supports ranges. A folder is complete only when every file has the size that the server
-reported; a complete folder is used without network access.
+full. Invariants: one process of a node fetches a model, and the other processes wait for it. Bytes that have arrived
+are not fetched again if the server supports ranges. A folder is complete only when every file has the size that the
+server reported; a complete folder is used without network access.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ WEB_NAMES = (
     "README.md",
     INDEX,
 )
-"""Files tried on a web server, which cannot be listed; the weights are the files of the index, or a single file."""
+"""Files to try on a web server, which cannot be listed. Weights are the files in the index, or a single file."""
 TRIES = 3
 
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes fetched, bytes in all, file name)."""
+"""Callback with the arguments (bytes fetched, bytes in all, file name)."""
 
 
 class FetchError(ValueError):
-    """A model cannot be fetched; the message has the reason and the remedy."""
+    """An error for a model that cannot be fetched. The message has the reason and the remedy."""
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk that has `folder`."""
+    """Return the number of free bytes on the disk of `folder`."""
     return shutil.disk_usage(folder).free
 
 
@@ -86,7 +86,7 @@ def fetch(
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold the folder's lock; other processes wait. The kernel releases it if this process dies."""
+    """Hold the folder's lock, for which other processes wait. If this process dies, the kernel releases the lock."""
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -101,7 +101,7 @@ def _complete(target: Path) -> bool:
 
 
 def _files_of(source: str, patterns: Sequence[str]) -> Mapping[str, tuple[Any, str, int]]:
-    """Return the matching files by name, each with its file system, path and size. Raises FetchError."""
+    """Return the matching files by name; each value is (file system, path, size). Raises FetchError."""
     scheme = source.partition("://")[0]
     try:
         import fsspec
@@ -207,7 +207,7 @@ def _copy(system: Any, path: str, part: Path, size: int, chunk_bytes: int, repor
 
 
 def _range(system: Any, path: str, start: int, end: int) -> bytes:
-    """Return the bytes in [start, end), cut out of the whole file if the server returns that instead."""
+    """Return the bytes in [start, end), also if the server ignores the range and returns the whole file."""
     data: bytes = system.cat_file(path, start=start, end=end)
     return data if len(data) <= end - start else data[start:end]
 

@@ -1,7 +1,8 @@
-"""Detection of NaN and infinite numbers in weights, while their bytes are read for the digest.
+"""Detection of NaN and infinite numbers in weights, while the bytes of the weights are read for the digest.
 
-An IEEE number is NaN or infinite if all bits of its exponent are set. As an integer it is then larger than every finite
-number of its sign, so two maxima over a piece of memory suffice (8 GB/s on one core; the digest itself 1.6 GB/s).
+An IEEE number is NaN or infinite if all bits of its exponent are set. As an integer such a number is then larger than
+every finite number of the same sign, so two maxima over a piece of memory suffice (8 GB/s on one core; the digest
+itself takes 1.6 GB/s).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ INFINITE: Mapping[str, tuple[str, int]] = {
     "F8_E5M2": ("1", 0x7C),
     "F8_E4M3": ("1", 0x7E),
 }
-"""Size in bytes, and infinity as an integer, by safetensors type; for F8_E4M3, which has none, its largest number."""
+"""Size in bytes and infinity as an integer, by safetensors type.
+
+F8_E4M3 has no infinity; its entry is its largest number.
+"""
 WITHOUT_INFINITY = ("F8_E4M3",)
 
 
@@ -38,7 +42,7 @@ class Span:
 
 
 def spans(file: Path) -> list[Span]:
-    """Return the floating-point tensors of a safetensors file in the order of their bytes; none for other files."""
+    """Return the floating-point tensors of a safetensors file in the order of their bytes; empty for other files."""
     if file.suffix != ".safetensors":
         return []
     try:
@@ -63,7 +67,7 @@ def spans(file: Path) -> list[Span]:
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """Return `NaN` or `infinite numbers` if a piece of a tensor has them and must not; otherwise ""."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor has such numbers and must not; otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

@@ -16,14 +16,17 @@ MAX_TEXT = 256
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A model card. `license`: the hub's name for it, in lower case. `fields`: those of FIELDS present, shortened."""
+    """A model card. `license` is the hub's name of the licence, in lower case.
+
+    `fields` has those FIELDS that the card has, with shortened values.
+    """
 
     license: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_card(folder: Path) -> Card:
-    """Return the folder's card; an empty one if there is none or it cannot be parsed."""
+    """Return the folder's model card; an empty card if there is none or it cannot be parsed."""
     try:
         with (folder / "README.md").open("rb") as file:
             text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
@@ -51,9 +54,10 @@ def _text(value: Any) -> str:
 
 
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
-    """Return why a model's licence forbids loading it; "" if it is allowed.
+    """Return why a model's licence forbids loading the model; "" if loading is allowed.
 
-    `named`: the licence in the catalog entry, used if the card names none; it must not differ from the card's.
+    `named`: the licence in the catalog entry. It is used if the card names no licence; it must not differ from the
+    card's licence.
     """
     if not allowed:
         return ""

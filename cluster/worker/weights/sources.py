@@ -1,7 +1,8 @@
-"""Sources of weights (a folder, the Hugging Face hub, object stores, the web, the default model), and their rules.
+"""Sources of weights, and the rules for them.
 
-Only safetensors and no code are allowed, unless both the model's entry and `weights.allow` allow more: other formats
-can run code when they are read.
+A source is a folder, the Hugging Face hub, an object store, a web server or the default model. Only safetensors and no
+code are allowed, unless both the model's entry and `weights.allow` allow more: other formats can run code when they are
+read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
 from cluster.worker.weights.model_card import read_card, why_refused
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
-"""Files fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
+"""Files to fetch from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
 
 WEIGHT_PATTERNS = {
     "safetensors": ("*.safetensors",),
@@ -28,19 +29,19 @@ WEIGHT_PATTERNS = {
     "npcache": ("*.bin", "*.pt"),
     "dummy": (),
 }
-"""Patterns of which a load format needs at least one file; formats not listed here are not checked."""
+"""File patterns by load format. A folder needs at least one matching file; formats not listed here are not checked."""
 
 NO_GGUF = "gguf files are not served yet; use the model's safetensors form"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class SourceError(ValueError):
-    """A model's source cannot be used; the message names the entry, the reason and the remedy."""
+    """An error for a source that cannot be used. The message names the entry, the reason and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRules:
-    """The settings of the configuration's `weights` that apply to sources."""
+    """The settings in the configuration's `weights` section that apply to sources."""
 
     cache_dir: Path
     hub_endpoint: str = ""
@@ -52,7 +53,7 @@ class SourceRules:
 
 
 def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
-    """Return the local folder of a model, after fetching or creating it if needed. Blocks. Raises SourceError."""
+    """Return the local folder of a model, which is fetched or created if needed. Blocks. Raises SourceError."""
     where = f"models[{spec.name}].source"
     if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in rules.allowed_sources):
         raise SourceError(f"{where}: {spec.source!r} is not among weights.allow.sources")
@@ -125,14 +126,14 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
 
 
 def revision_of(spec: ModelSpec, folder: Path) -> str:
-    """Return the commit of a folder in the hub's cache; "" for other sources."""
+    """Return the commit of a model folder in the hub's cache; "" for other sources."""
     if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
         return ""
     return folder.name
 
 
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
-    """Raise SourceError unless the folder is a checkpoint that the entry is allowed to load."""
+    """Raise SourceError unless the folder has a checkpoint that the entry is allowed to load."""
     where = f"models[{spec.name}].source"
     try:
         config = json.loads((folder / "config.json").read_text())

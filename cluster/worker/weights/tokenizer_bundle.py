@@ -1,8 +1,8 @@
 """Construction of a tokenizer bundle from a model's folder: the files that a gateway needs for the model's tokens.
 
-The tokenizer is loaded as in the engine (transformers' AutoTokenizer), and its Rust backend is written out. So the
-bundle includes everything that a tokenizer class changes after reading tokenizer.json (BOS post-processor, prefix
-space, special tokens), and the gateway needs neither transformers nor the folder.
+The tokenizer is loaded as in the engine (transformers' AutoTokenizer), and the tokenizer's Rust backend is written out.
+So the bundle includes everything that a tokenizer class changes after reading tokenizer.json (BOS post-processor,
+prefix space, special tokens), and the gateway needs neither transformers nor the folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
     """Return the bundle of the model in `folder`. Equal folders give equal digests.
 
-    Raises ValueError if the folder has no tokenizer, one without a fast (tokenizer.json) form, one with ids that the
-    model does not have, or a chat template whose name is not a valid file name.
+    Raises ValueError if the folder has no tokenizer, a tokenizer without a fast (tokenizer.json) form, a tokenizer with
+    ids that the model does not have, or a chat template whose name is not a valid file name.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     beyond = check_vocabulary(folder, tokenizer)
@@ -41,7 +41,7 @@ def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
 
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
-    """Return the Rust tokenizer's JSON without truncation, padding and the added tokens with ids in `beyond`."""
+    """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -54,7 +54,7 @@ def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
 
 
 def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
-    """Return tokenizer settings under transformers' names, with special tokens as strings, as templates use them."""
+    """Return tokenizer settings under transformers' names. Special tokens are strings, as templates use them."""
     left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
     roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
     extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]
@@ -68,7 +68,7 @@ def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of config.json that concern tokens; a multimodal model has them in its text_config."""
+    """Return the fields of config.json that concern tokens. A multimodal model has these fields in its text_config."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     merged = {**(text if isinstance(text, dict) else {}), **config}
@@ -76,7 +76,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
 
 
 def _templates(tokenizer: Any) -> Mapping[str, str]:
-    """Return the source of each chat template by its name; a single template is named `default`."""
+    """Return the source of each chat template by name. A single template is named `default`."""
     template = tokenizer.chat_template
     if template is None:
         return {}

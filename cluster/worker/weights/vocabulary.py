@@ -5,7 +5,7 @@ with ids that the model lacks; calls then fail with errors that blame the caller
 opened, with an error that names the file and the remedy.
 
 Some published models have special tokens beyond their vocabulary that text never needs: an image placeholder in a
-tokenizer shared with a multimodal model, or a padding token. The gateway's tokenizer omits them and treats their
+tokenizer shared with a multimodal model, or a padding token. The gateway's tokenizer omits such tokens and treats their
 strings as ordinary text.
 """
 
@@ -19,15 +19,15 @@ from typing import Any
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 NEEDED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
 TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
-"""Roles of special tokens that occur in the ids of a text or end them."""
+"""Roles of special tokens that occur in the ids of a text or end the ids."""
 UNUSED_IN_TEXT = ("pad_token", "mask_token")
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Fields of a multimodal model's config.json that have the configuration of its text model."""
+"""Fields of a multimodal model's config.json that contain the configuration of the text model."""
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "embedding")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
+    """Return the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
     from transformers import AutoTokenizer, TokenizersBackend
 
     if why := _why_no_tokenizer(folder, trust_remote_code):
@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
-    """Return why a folder has no tokenizer; empty if it may have one."""
+    """Return why a folder has no tokenizer; empty if the folder may have a tokenizer."""
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""
     if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
@@ -92,7 +92,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _lacks_merges(folder: Path) -> bool:
-    """Whether byte pair encoding has a vocabulary but no merges, so that each letter would be a token."""
+    """Return whether byte pair encoding has a vocabulary but no merges, so that each letter would be a token."""
     here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
     return here == {"vocab.json"}
 
@@ -100,7 +100,7 @@ def _lacks_merges(folder: Path) -> bool:
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
     """Return the tokenizer's ids that are outside the model's vocabulary and that no text needs.
 
-    Raises ValueError for other ids outside it, and for configured EOS ids outside it.
+    Raises ValueError for other ids outside the vocabulary, and for configured EOS ids outside the vocabulary.
     """
     size = vocab_size(folder)
     if not size:
@@ -122,7 +122,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def _unneeded(folder: Path, tokenizer: Any, beyond: Mapping[str, int]) -> set[str]:
-    """Return those of the tokens in `beyond` that are special and occur in no text."""
+    """Return the tokens in `beyond` that are special and occur in no text."""
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     in_text = {token for role in TEXT_ROLES for token in _texts(getattr(tokenizer, role, None))}
     in_text |= set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
@@ -155,7 +155,7 @@ def _check_eos(folder: Path, size: int) -> None:
 
 
 def vocab_size(folder: Path) -> int:
-    """Return the size of the model's vocabulary, as the engine determines it; 0 if unknown."""
+    """Return the size of the model's vocabulary, determined as in the engine; 0 if unknown."""
     written = text_config(read_json(folder / "config.json")).get("vocab_size")
     try:
         from transformers import AutoConfig
@@ -168,7 +168,7 @@ def vocab_size(folder: Path) -> int:
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return the rows of the input embedding, from the headers of the safetensors files; 0 if it is not found."""
+    """Return the number of rows of the input embedding, from the headers of the safetensors files; 0 if not found."""
     from safetensors import SafetensorError, safe_open
 
     rows = 0

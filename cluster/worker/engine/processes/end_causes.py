@@ -1,12 +1,12 @@
-"""Causes of an engine's end: the process that failed first, how it failed, and where its log is.
+"""Causes of an engine's end: the process that failed first, how the process failed, and where its log is.
 
 Problem: vLLM reports to an engine's owner only that some process has ended. So each vLLM process (watchdog.watch)
-registers in the folder of the engine's sockets and writes the errors that it logs to a notes file there. The engine
-core watches the ranks on this host (exit_status.py) and adds how they end. The owner reads the file.
+registers in the folder of the engine's sockets and writes the errors that it logs to a notes file in that folder. The
+engine core watches the ranks on this host (exit_status.py) and adds how they end. The owner reads the notes file.
 
 The first entry counts: when a rank fails, its core fails after it and reports less. A killed rank counts before errors
-of the same second, since the other ranks fail as soon as one is missing. A rank on another host does not have this
-folder; its error is part of the core's error.
+of the same second, since the other ranks fail as soon as one rank is missing. A rank on another host does not have this
+folder; the error of such a rank is part of the core's error.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from typing import Any
 from cluster.worker.engine.processes import exit_status, sockets
 
 ENGINE = "HEADRACE_ENGINE"
-"""Environment variable: name of the engine, among its owner's engines, that a process belongs to."""
+"""Environment variable: name of the engine to which a process belongs, among the engines of the same owner."""
 NOTES = "notes"
 MEMBER = "member"
 LONGEST = 500
-"""Most characters kept of an error."""
+"""Greatest number of characters kept of an error."""
 MOST_BYTES = 1 << 18
-"""Size of the notes file from which on nothing is added."""
+"""Size of the notes file in bytes, from which on no note is added."""
 RECENT_S = 30.0
-"""Age from which notes do not explain the end of a running engine: errors caused by one request, for example."""
+"""Age in seconds from which notes do not explain the end of a running engine: they are errors of single requests."""
 TOGETHER_S = 1.0
-"""Seconds after an error within which the earlier death of a rank may be noticed."""
+"""Seconds after an error within which the note of a rank's earlier death still counts as its cause."""
 ENDING_S, LOOK_S = 5.0, 0.05
-"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two looks."""
+"""Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two checks."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that report the failure of a core or a rank."""
@@ -59,7 +59,7 @@ _SEEN_BEFORE = "Some common causes include"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One entry of the notes file. `kind`: `error` (logged by a process), `killed`, or `ended`."""
+    """One entry of the notes file. `kind` is `error` (an error that a process logged), `killed` or `ended`."""
 
     at: float
     kind: str
@@ -69,7 +69,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of an engine: its name, and the files of its stdout and stderr."""
+    """One process of an engine: the name of the process, and the files of its stdout and stderr."""
 
     name: str
     log: str = ""
@@ -78,10 +78,10 @@ class Member:
 
 @contextlib.contextmanager
 def name_engine() -> Iterator[str]:
-    """Set the engine's name in the environment while the owner starts it, and yield it for `find_cause`.
+    """Set the engine's name in the environment while the owner starts the engine, and yield the name for `find_cause`.
 
-    The name is removed afterwards: ranks keep a name that they find in their node's environment, so a Ray that this
-    process starts later must not inherit it.
+    The name is removed afterwards: ranks keep a name that they find in the environment of their node, so a Ray that
+    this process starts later must not inherit it.
     """
     name, before = uuid.uuid4().hex[:8], os.environ.get(ENGINE)
     os.environ[ENGINE] = name
@@ -94,16 +94,16 @@ def name_engine() -> Iterator[str]:
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
-    """Return the path of an engine's notes file, or the common start of its member files; None without a folder here.
+    """Return the path of an engine's notes file, or the common prefix of its member files; None without a folder here.
 
-    `engine`: the engine's name; by default the one that this process belongs to.
+    `engine`: name of the engine; by default the engine to which this process belongs.
     """
     folder = sockets.folder()
     return None if folder is None else folder / f"{kind}-{engine or os.environ.get(ENGINE, '')}"
 
 
 def note(kind: str, text: str, log: str = "") -> None:
-    """Append a note for this process's engine; does nothing where the engine has no folder."""
+    """Append a note for this process's engine. Does nothing if the engine has no folder."""
     notes = _file(NOTES)
     if notes is None:
         return
@@ -114,7 +114,7 @@ def note(kind: str, text: str, log: str = "") -> None:
 
 
 class _NotesHandler(logging.Handler):
-    """A log handler that notes errors with exceptions, and the ranks that an executor reports as ended."""
+    """A log handler that notes logged exceptions, and the ranks that an executor reports as ended."""
 
     def __init__(self, name: str, members: Members | None = None) -> None:
         super().__init__(logging.ERROR)
@@ -143,7 +143,7 @@ def _note_death(arguments: tuple[object, ...]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error on one line. If it contains another process's traceback, return that process's error."""
+    """Return an error on one line. If the error contains another process's traceback, return that process's error."""
     message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
     if match := _RAY_ACTOR.search(message):
         return f"a rank (process {match[1]}) died while it started"
@@ -155,9 +155,9 @@ def one_line(error: BaseException) -> str:
 
 
 def register(members: Members | None = None) -> None:
-    """Register this vLLM process, and note its errors from now on. Idempotent; not for the owner.
+    """Register this vLLM process, and note its errors from now on. Idempotent; the owner must not call it.
 
-    `members`: in a core, the other processes of its engine; their ends are noted before its own.
+    `members`: given in a core, the other processes of the core's engine. Their ends are noted before the core's end.
     """
     name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
@@ -171,7 +171,7 @@ def register(members: Members | None = None) -> None:
 
 
 def process_name() -> str:
-    """Return this process's name in its engine (the core or a rank); empty if it is not a vLLM process."""
+    """Return this process's name in its engine (the core or a rank); empty if this process is not a vLLM process."""
     process = current_process().name
     if process.startswith("EngineCore"):
         return CORE
@@ -184,7 +184,7 @@ def process_name() -> str:
 
 
 def _rank(name: str) -> str:
-    """Return a rank's name from that of its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
+    """Return a rank's name, given the name of its process (`VllmWorker-1`) or actor (`vllm_Worker_abc_TP1_PP0`)."""
     if match := re.fullmatch(r"VllmWorker-(\d+)", name):
         return f"rank {match[1]}"
     parts = re.findall(r"_((?:PCP|TP|PP)\d+)", name)
@@ -194,7 +194,7 @@ def _rank(name: str) -> str:
 
 
 def log_of(stream: str) -> str:
-    """Return the file that a stream of this process is written to; empty if it is not a file."""
+    """Return the file to which a stream of this process is written; empty if the target is not a file."""
     try:
         target = os.readlink(f"/proc/self/fd/{1 if stream == 'stdout' else 2}")
     except OSError:
@@ -203,10 +203,10 @@ def log_of(stream: str) -> str:
 
 
 class Members:
-    """The other processes of an engine core's engine on this host; their ends are noted.
+    """The other processes of an engine core's engine on this host, whose ends the core notes.
 
-    Problem: a core also notices a rank's death by its connections, which close before the process has ended, and the
-    owner reads the notes once the core has sent its own error. So the core delays its error (`settle`) until the
+    Problem: a core also notices a rank's death by the rank's connections, which close before the process has ended, and
+    the owner reads the notes once the core has sent its own error. So the core delays its error (`settle`) until the
     rank's end is noted.
     """
 
@@ -216,9 +216,10 @@ class Members:
         self._noted = threading.Event()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until the end of a member is noted: at most `timeout_s`, and up to ENDING_S more while one is ending.
+        """Wait until the end of a member is noted.
 
-        Returns at once without members.
+        The wait takes at most `timeout_s`, and up to ENDING_S more while a member is ending. Returns at once without
+        members.
         """
         if not self._members or self._noted.wait(timeout_s):
             return
@@ -228,7 +229,7 @@ class Members:
                 return
 
     def wait(self, timeout_s: float) -> None:
-        """Find new members, then wait at most `timeout_s` for the end of one."""
+        """Find new members, then wait at most `timeout_s` for a member to end."""
         self._members |= _members(self._members)
         gone = [(pid, exit_status.UNKNOWN) for pid in self._watched.add(self._members)]
         for pid, how in gone or self._watched.wait(timeout_s):
@@ -241,7 +242,7 @@ class Members:
 
 
 def note_early_ends() -> None:
-    """Make an engine core note the exit codes of ranks that end before they are ready, which vLLM ignores."""
+    """Make an engine core note the exit codes of ranks that end before they are ready; vLLM ignores these codes."""
     from multiprocessing.connection import wait
 
     from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -276,7 +277,7 @@ def _members(known: Mapping[int, Member]) -> dict[int, Member]:
 
 
 def _crash_cause(member: Member) -> str:
-    """Return how a process ended, from a crash handler's message at the end of its log; empty if there is none."""
+    """Return how a process ended, from a crash handler's message at the end of its log; empty without a message."""
     for log in filter(None, (member.error_log, member.log)):
         with contextlib.suppress(OSError), open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - (64 << 10)))
@@ -289,7 +290,7 @@ def _crash_cause(member: Member) -> str:
 def find_cause(engine: str, *, recent: bool = False) -> str:
     """Return why an engine of this process has ended, with the log of the process that failed; empty without notes.
 
-    `engine`: the name from `name_engine`. `recent`: ignore old notes, for an engine that was up.
+    `engine`: the name from `name_engine`. `recent`: whether to ignore old notes, for an engine that was up.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

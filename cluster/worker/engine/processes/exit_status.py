@@ -1,8 +1,8 @@
-"""Exit statuses of processes on this host, read from the kernel by a process that is not their parent.
+"""Exit statuses of processes on this host, which the kernel gives also to a process that is not their parent.
 
 A process learns the exit status of its children only, and an engine's ranks can be Ray's children. A file descriptor of
-a process (pidfd) becomes readable when it ends; Linux 6.15 and later then give its exit status to any holder. While
-a process is a zombie, /proc has its status on any kernel.
+a process (pidfd) becomes readable when the process ends; Linux 6.15 and later then give the exit status to any holder
+of the descriptor. While a process is a zombie, /proc has its status on any kernel.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
-"""ioctl PIDFD_GET_INFO with the first form of struct pidfd_info, 64 bytes."""
+"""Request number of ioctl PIDFD_GET_INFO for the first form of struct pidfd_info, 64 bytes."""
 _INFO_EXIT = 1 << 3
 _EXIT_CODE_AT = 60
 STATUS_WITHIN_S = 0.5
-"""Seconds to wait for the status of an ended process before it counts as unknown."""
+"""Seconds to wait for the status of an ended process. After that the status counts as unknown."""
 _POLL_S = 0.005
 _EXITING = 0x4
-"""PF_EXITING of the kernel's flags of a process."""
+"""Flag PF_EXITING among the kernel's flags of a process."""
 UNKNOWN = "ended without a word, as by SIGKILL"
 OUT_OF_MEMORY = "the kernel's out-of-memory killer"
 
 
 def describe(code: int | None) -> str:
-    """Return in words how a process ended. `code`: Python's exit code, negative for a signal; None if unknown."""
+    """Return in words how a process ended.
+
+    `code`: Python's exit code, negative for a signal; None if unknown.
+    """
     if code is None:
         return UNKNOWN
     if code >= 0:
@@ -43,7 +46,7 @@ def describe(code: int | None) -> str:
 
 
 def out_of_memory_kills() -> int:
-    """Return how many processes of this control group the out-of-memory killer has killed; 0 if unknown."""
+    """Return the number of processes of this control group that the out-of-memory killer has killed; 0 if unknown."""
     try:
         group = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0].strip("/")
         for folder in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
@@ -56,7 +59,7 @@ def out_of_memory_kills() -> int:
 
 
 class Watched:
-    """A set of processes; `wait` reports the end of each once."""
+    """A set of processes; `wait` reports the end of each process once."""
 
     def __init__(self) -> None:
         self._pidfds: dict[int, int] = {}
@@ -64,7 +67,7 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch more processes; return those that are gone already. Watches nothing on a kernel without pidfds."""
+        """Watch more processes; return those already gone. On a kernel without pidfds no process is watched."""
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)
@@ -77,7 +80,7 @@ class Watched:
         return gone
 
     def wait(self, timeout_s: float) -> list[tuple[int, str]]:
-        """Wait at most `timeout_s` for the end of a process; return those that have ended, each with how it ended."""
+        """Wait at most `timeout_s` for a process to end; return each ended process with how it ended."""
         if not self._pidfds:
             time.sleep(timeout_s)
             return []
@@ -104,7 +107,7 @@ class Watched:
 
 
 def is_ending(pid: int) -> bool:
-    """Whether a process is gone, has ended, or is ending: the kernel releases its memory and files."""
+    """Return whether a process is gone, has ended, or is ending (the kernel releases its memory and files)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -113,7 +116,7 @@ def is_ending(pid: int) -> bool:
 
 
 def _status(pidfd: int, pid: int) -> int | None:
-    """Return the exit code of a process that has ended; None where it cannot be read."""
+    """Return the exit code of a process that has ended; None if the code cannot be read."""
     deadline = time.monotonic() + STATUS_WITHIN_S
     while True:
         code = _zombie_status(pid)

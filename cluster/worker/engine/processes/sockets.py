@@ -1,7 +1,8 @@
 """A private folder for the sockets of vLLM's processes, which vLLM would create in /tmp and never remove.
 
 The folder is removed with the last engine of the process. The folder of a killed process is removed by the next engine
-of the same user on the host. Ranks that Ray places on other hosts do not have the folder and keep vLLM's default.
+of the same user on the host. Ranks that Ray places on other hosts do not have the folder and keep vLLM's default
+folder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 ENV = "VLLM_RPC_BASE_PATH"
 PREFIX = "headrace-ipc-"
 FORKS = "headrace-fork-"
-"""Prefix of the folder for the socket of the fork server (fork_server.py)."""
+"""Prefix of the folder that has the socket of the fork server (fork_server.py)."""
 
 
 class SocketFolder:
-    """The folder of this process, shared by its engines."""
+    """The socket folder of this process, shared by the engines of the process."""
 
     def __init__(self, base: Path | None = None) -> None:
         self._base = base
@@ -28,7 +29,10 @@ class SocketFolder:
         self._engines = 0
 
     def acquire(self) -> bool:
-        """Count one more engine, and create the folder for the first; return False if the environment names another."""
+        """Count one more engine, and create the folder for the first engine.
+
+        Returns False if the environment names another folder.
+        """
         if os.environ.get(ENV) != (str(self._own.path) if self._own else None):
             return False
         if self._own is None:
@@ -38,7 +42,7 @@ class SocketFolder:
         return True
 
     def release(self) -> None:
-        """Count the end of an engine for which `acquire` returned True; remove the folder after the last."""
+        """Count the end of an engine for which `acquire` returned True. The folder is removed after the last engine."""
         self._engines -= 1
         if self._engines == 0 and self._own is not None:
             os.environ.pop(ENV, None)
@@ -49,8 +53,8 @@ class SocketFolder:
 class OwnFolder:
     """A new folder that exists until `remove`, or until another process sweeps it after this process has ended.
 
-    A lock on it shows that the process is alive. A pid would not: containers that share a folder of temporary files
-    have different processes with the same pids.
+    A lock on the folder shows that the process is alive. A pid would not: containers that share a folder of temporary
+    files have different processes with the same pids.
     """
 
     def __init__(self, prefix: str, base: Path | None = None) -> None:
@@ -92,13 +96,13 @@ def _sweep_folder(path: Path) -> bool:
 
 
 def folder() -> Path | None:
-    """Return the folder of the engine that this process owns or belongs to, if it exists on this host."""
+    """Return the folder of the engine that this process owns or belongs to; None if it does not exist on this host."""
     named = Path(os.environ.get(ENV, ""))
     return named if named.name.startswith(PREFIX) and named.is_dir() else None
 
 
 def restore_default_elsewhere() -> None:
-    """Restore vLLM's default in a process on a host without the folder: a rank to which the environment was copied.
+    """Restore vLLM's default folder in a rank on a host without our folder, to which the environment was copied.
 
     Called in each vLLM process (watchdog.watch).
     """

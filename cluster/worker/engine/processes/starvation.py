@@ -1,11 +1,11 @@
 """CPU starvation: whether an engine whose step makes no progress waits for a core rather than hangs.
 
-Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can tell them apart: a
-hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. Linux adds a
-thread's waiting time to its run delay when it runs again; until then it is runnable and uses no CPU time.
+Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can distinguish the
+two: a hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. When a thread
+runs again, Linux adds its waiting time to its run delay; until then the thread is runnable and uses no CPU time.
 Invariant: time counts as lost only while a thread of the engine waited for a core, and only once. A step is excused
-while it would be within its bound without that time. So a hang on a busy machine is detected later, in proportion to
-the CPU share that the engine does not get, and on an idle machine as early as before.
+while it would be within its bound without the lost time. So a hang on a busy machine is detected later, in proportion
+to the CPU share that the engine does not get, and a hang on an idle machine is detected as early as before.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import NamedTuple
 BUSY = "cpu"
 """Value of `busy` in the load of an engine that gets no core."""
 LOOK_AFTER_S = 0.15
-"""Age of a step from which /proc is read."""
+"""Age of a step in seconds from which /proc is read."""
 LEAST_WINDOW_S = 0.04
 LEAST_S, STEPS = 0.5, 5
-"""Seconds, or number of its longest steps, after which a gateway suspects an engine (gateway/links/liveness.py)."""
+"""Seconds, and number of longest steps, after which a gateway suspects an engine (gateway/links/liveness.py)."""
 SHARE = 0.3
 """Fraction of a step's age that must be lost before starvation explains it."""
 IDLE_SHARE = 0.2
-"""Fraction of a window below which a runnable thread's running time means that it waited for the rest."""
+"""Fraction of a window. A runnable thread that ran for less than this fraction waited for the rest of the window."""
 
 
 class Task(NamedTuple):
-    """One thread: seconds that it ran, seconds that it waited for a core before it ran, and whether it is runnable."""
+    """One thread: the seconds that it ran, the seconds that it waited for a core, and whether it is runnable now."""
 
     ran_s: float
     waited_s: float
@@ -39,11 +39,11 @@ class Task(NamedTuple):
 
 
 Tasks = Mapping[tuple[int, int], Task]
-"""Threads by (process id, thread id)."""
+"""Threads, by (process id, thread id)."""
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
-    """Return the longest time, in seconds, that one thread has waited for a core in a window."""
+    """Return the longest time, in seconds, for which a single thread waited for a core in a window."""
     most = 0.0
     for key, now in after.items():
         then = before.get(key)
@@ -59,9 +59,9 @@ def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
 
 
 def read_tasks(pids: Iterable[int]) -> Tasks:
-    """Return the threads of these processes; none where /proc cannot be read.
+    """Return the threads of these processes; none if /proc cannot be read.
 
-    The state of this process's own threads is not used, since they run in order to read it.
+    The state of this process's own threads is not used, since they run in order to read /proc.
     """
     own = os.getpid()
     return {
@@ -90,7 +90,7 @@ def _read(folder: Path, with_state: bool) -> Task | None:
 
 @dataclass(slots=True)
 class _WatchedStep:
-    """The time lost so far by the current step, and the last reading."""
+    """The time that the current step has lost so far, and the last reading."""
 
     read_at: float
     tasks: Tasks
@@ -98,7 +98,7 @@ class _WatchedStep:
 
 
 class Starvation:
-    """CPU starvation of one engine. `explains` may be called by any thread."""
+    """The CPU starvation of one engine. Any thread may call `explains`."""
 
     def __init__(self, read: Callable[[], Tasks]) -> None:
         self._read = read
@@ -106,7 +106,7 @@ class Starvation:
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
-        """Whether the age of the current step is explained by the engine not getting a core."""
+        """Return whether CPU starvation of the engine explains the age of the current step."""
         if age_s < LOOK_AFTER_S:
             self._step = None
             return False

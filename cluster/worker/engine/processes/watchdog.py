@@ -1,16 +1,16 @@
-"""Watchdog without orphans: each process of an engine ends itself soon after the engine's owner process is gone.
+"""Watchdog: each process of an engine ends itself soon after the engine's owner process is gone.
 
 vLLM's engine core outlives a killed parent (and spins), and its ranks keep their memory. A process cannot be made to
 watch from outside. So the owner sets a mark in the environment, which its children inherit, and a vLLM plugin (entry
 point group vllm.general_plugins, loaded in every vLLM process) starts a thread that watches the owner. The mark names
 the owner by pid, start time, boot and pid namespace, since a pid alone is reused and is meaningless on the other nodes
-to which Ray copies the environment. On those nodes the thread is not started; the ranks end as Ray actors whose owner
-has died.
+to which Ray copies the environment. On those nodes the thread is not started; the ranks there end as Ray actors whose
+owner has died.
 
 A killed process leaves its shared memory behind, and all processes of an engine may be killed at the same moment. So
-the names of the shared memory are unlinked as soon as the engine is up: all processes have it mapped by then, and the
-kernel frees it with the last of them. While an engine starts the names still exist: core and ranks unlink them as they
-end, and so does the reaper (reaper.py), which ends all of them.
+the names of the shared memory are unlinked as soon as the engine is up: all processes have mapped the memory by then,
+and the kernel frees it with the last of these processes. While an engine starts the names still exist: core and ranks
+unlink them as they end, and so does the reaper (reaper.py), which ends all of these processes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from cluster.worker.engine.processes import end_causes, sockets
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
 SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm(-[\w-]+)?_\d+")
-"""Names of an engine's shared memory under /dev/shm: from multiprocessing and vLLM's communicator for CPU ranks."""
+"""Pattern of an engine's shared memory names in /dev/shm, from multiprocessing and vLLM's communicator for CPU ranks.
+"""
 
 _started = threading.Event()
 
 
 def _start_time(pid: int) -> str:
-    """Return a process's start time in clock ticks since boot; empty if it is gone or a zombie."""
+    """Return a process's start time in clock ticks since boot; empty if the process is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -55,20 +56,20 @@ def _pid_scope() -> str:
 
 
 def mark(pid: int) -> str:
-    """Return a globally unique name of a process; empty where there is no /proc."""
+    """Return a name of a process that is unique across hosts; empty if there is no /proc."""
     start, here = _start_time(pid), _pid_scope()
     return f"{pid}@{start}@{here}" if start and here else ""
 
 
 def arm() -> None:
-    """Make this process the owner that children started from now on watch."""
+    """Make this process the owner: children that it starts from now on watch it."""
     own = mark(os.getpid())
     if own:
         os.environ[MARK] = own
 
 
 def alive(owner: str) -> bool | None:
-    """Whether the marked process is alive; None for a mark of another host or pid namespace."""
+    """Return whether the marked process is alive; None for a mark of another host or pid namespace."""
     pid, _, rest = owner.partition("@")
     start, _, here = rest.partition("@")
     if not pid.isdigit() or not start or here != _pid_scope():
@@ -77,17 +78,17 @@ def alive(owner: str) -> bool | None:
 
 
 def shared_memory_files(maps: str) -> set[str]:
-    """Return the names of an engine's shared memory in the text of /proc/<pid>/maps."""
+    """Return the names of an engine's shared memory in `maps`, the text of /proc/<pid>/maps."""
     names = set()
     for line in maps.splitlines():
         path = line.partition("/dev/shm/")[2]  # noqa: S108
-        if SHARED_MEMORY.fullmatch(path):  # an unlinked one ends with " (deleted)"
+        if SHARED_MEMORY.fullmatch(path):  # an unlinked file ends with " (deleted)"
             names.add(path)
     return names
 
 
 def mapped_shared_memory(pid: int | str) -> set[str]:
-    """Return the names of the shared memory that a process has mapped; empty once it has ended."""
+    """Return the names of the shared memory that a process has mapped; empty once the process has ended."""
     try:
         return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
     except OSError:  # it has ended, or belongs to another user
@@ -108,16 +109,16 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 
 
 def sharers(names: set[str]) -> dict[int, set[str]]:
-    """Return the processes on this host that have one of these names mapped, each with all names it has mapped.
+    """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
 
-    Ranks placed by Ray are not descendants of this process, and are killed before they can unlink their own.
+    Ranks placed by Ray are not descendants of this process, and are killed before they can unlink their own names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}
 
 
 def unlink(names: Iterable[str]) -> None:
-    """Unlink shared memory. A process that has it mapped keeps it until it ends."""
+    """Unlink shared memory by name. A process that has mapped the memory keeps it until the process ends."""
     for name in names:
         try:
             os.unlink(f"/dev/shm/{name}")  # noqa: S108
@@ -126,15 +127,19 @@ def unlink(names: Iterable[str]) -> None:
 
 
 def own_processes(others: Set[int]) -> set[int]:
-    """Return this process and those of its engine on this host. `others`: children that it had before the engine."""
+    """Return this process and the processes of its engine on this host.
+
+    `others`: children that this process had before the engine.
+    """
     return {os.getpid(), *_with_descendants(children() - others)}
 
 
 def forget_names(others: Set[int]) -> None:
-    """Unlink the shared memory of this process's engine, also that of ranks which are not its descendants.
+    """Unlink the shared memory of this process's engine, also the memory of ranks that are not its descendants.
 
     Only for an engine that is up: vLLM's queues and communicators open shared memory when they are created, never
-    later. `others`: children that this process had before the engine; they and their children may still need names.
+    later. `others`: children that this process had before the engine; these children and their own children may still
+    need names.
     """
     mapped = sharers(set().union(*map(mapped_shared_memory, own_processes(others))))
     unlink(set().union(*mapped.values()))
@@ -155,7 +160,10 @@ def _watch(gone: Callable[[], bool], pause: Callable[[float], object] = time.sle
 
 
 def watch() -> None:
-    """Plugin for vllm.general_plugins: start the thread that watches the owner; nothing in the owner or without one."""
+    """Plugin for vllm.general_plugins: start the thread that watches the owner.
+
+    Does nothing in the owner or without an owner.
+    """
     sockets.restore_default_elsewhere()
     owner = os.environ.get(MARK, "")
     if not owner or owner == mark(os.getpid()) or alive(owner) is None or _started.is_set():
