@@ -203,7 +203,7 @@ class CheckedEngine:
         return next(iter(differences), "")
 
     async def _run_golden(self, variants: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
-        """Run the golden prompt for all pairs of emitted tokens and seed at once; return the answers in the same order."""
+        """Run the golden prompt for all pairs of emitted tokens and seed at once; return the answers in this order."""
         answers, waiting = [], dict[str, GoldenAnswer]()
         for emitted, seed in variants:
             answers.append(answer := GoldenAnswer())

@@ -77,7 +77,10 @@ class OwnFolder:
 
 
 def sweep(base: Path | None = None) -> int:
-    """Remove the folders of this user's killed processes; return their number. `base`: the temporary folder."""
+    """Remove the folders of this user's killed processes; return their number.
+
+    `base`: the folder for temporary files.
+    """
     base = base or Path(tempfile.gettempdir())
     return sum(map(_sweep_folder, (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*"))))
 

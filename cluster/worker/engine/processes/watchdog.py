@@ -31,8 +31,7 @@ from cluster.worker.engine.processes import end_causes, sockets
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
 SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm(-[\w-]+)?_\d+")
-"""Pattern of an engine's shared memory names in /dev/shm, from multiprocessing and vLLM's communicator for CPU ranks.
-"""
+"""Pattern of an engine's shared memory names in /dev/shm, from multiprocessing and vLLM's CPU communicator."""
 
 _started = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Clocks of the simulated engine: wall-clock time, or virtual time that jumps."""
+"""Clocks of the simulated engine: a clock of real time, and a clock of virtual time that jumps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ class Clock(Protocol):
         """Return the current time."""
 
     async def sleep_until(self, when: float) -> None:
-        """Return at `when` or later; at once if it is past."""
+        """Return at `when` or later; return at once if `when` is in the past."""
 
 
 class WallClock:
-    """Real time. Deadlines are absolute, so that late wake-ups do not add up to a drift."""
+    """A clock of real time. Deadlines are absolute, so that late wake-ups do not add up to a drift."""
 
     def now(self) -> float:
         """Return the current time."""
         return time.monotonic()
 
     async def sleep_until(self, when: float) -> None:
-        """Sleep until `when`; yields once even if it is past, so that a fast engine cannot starve the event loop."""
+        """Sleep until `when`.
+
+        The call yields once even if `when` is in the past, so that a fast engine cannot starve the event loop.
+        """
         await asyncio.sleep(max(0.0, when - time.monotonic()))
 
 
 class VirtualClock:
-    """Virtual time that jumps to each deadline, so that an hour of steps takes only its computation. For one engine."""
+    """A clock that jumps to each deadline, for one engine. An hour of steps takes only their computation."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

@@ -1,4 +1,4 @@
-"""Configuration of a simulated engine, from a URL and, for missing parts, from the files of a model folder."""
+"""Configuration of a simulated engine: a URL, completed from the files of a model folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SCHEME = "sim://"
 
 @dataclass(frozen=True, slots=True)
 class SimConfig:
-    """Speed, capacity and tokens of a simulated engine; the fields' names are the URL's parameters.
+    """Speed, capacity and tokens of a simulated engine. The fields' names are the parameters of the URL.
 
     `folder` has the tokenizer and the configuration; "" for none. For `vocab` 0, `eos` -1, `token_hi` 0 and
-    `max_model_len` 0 the folder's values are used (`resolved`). Output tokens are drawn from [token_lo, token_hi).
-    `salted` 0: the cache salt does not change the tokens, as in a real engine; 1: it does, so that a test detects a
-    lost salt.
+    `max_model_len` 0 the folder's values are used (`resolved`). Output tokens are drawn from [token_lo, token_hi). With
+    `salted` 0 the cache salt does not change the tokens, as in a real engine; with `salted` 1 it changes them, so that
+    a test detects a lost salt.
     """
 
     folder: str = ""
@@ -72,7 +72,7 @@ class SimConfig:
 
     @property
     def weight_digest(self) -> str:
-        """Digest of the fields that decide the tokens, like a model's weights; speed is not part of it."""
+        """Digest of the fields that determine the tokens, in place of a digest of weights. Speed is not part of it."""
         shapes = (
             self.folder,
             self.vocab,
@@ -87,9 +87,9 @@ class SimConfig:
 
     @classmethod
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
-        """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; `overrides` are parameters that take precedence.
+        """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; parameters in `overrides` take precedence.
 
-        `fault` may be repeated. Raises ValueError that names the parameter.
+        `fault` may be repeated. Raises ValueError that names the wrong parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
@@ -107,7 +107,7 @@ class SimConfig:
         return cls(folder=unquote(url.path), faults=SimFaults(tuple(faults)), **values)
 
     def resolved(self) -> SimConfig:
-        """Return a copy completed from the folder's files. Raises ValueError for a value that they lack."""
+        """Return a copy completed from the folder's files. Raises ValueError for a value that the files lack."""
         if not self.folder:
             return self._complete({}, {}, {})
         folder = Path(self.folder)
@@ -189,7 +189,10 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _ordinary_range(ids: dict[str, int], tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """Return the longest range of ids that are words or parts of words: no added tokens, bytes or single characters."""
+    """Return the longest range of ids that are words or parts of words.
+
+    Added tokens, bytes and single characters are not in the range.
+    """
     added = {int(token["id"]) for token in tokenizer.get("added_tokens", ())}
     ordinary = sorted(
         i for piece, i in ids.items() if i not in added and len(piece) > 1 and not piece.startswith("<0x")

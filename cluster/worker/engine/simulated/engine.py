@@ -1,7 +1,7 @@
-"""The simulated engine: SimModel's steps in real or virtual time, with the same Engine interface as vLLM's.
+"""The simulated engine: SimModel's steps in real or virtual time, with the same Engine interface as the vLLM engine.
 
-It is not for production. Tests and a laptop can run any number of workers with it, and make them fail on command
-(`fail`, `kill`, or `fault=` in the source).
+The engine is not for production. Tests and a laptop can run any number of workers with it, and make them fail on
+command (`fail`, `kill`, or `fault=` in the source).
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class SimEngine:
             self._pace.mark_idle()
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Wait for the next step with outputs. A cancelled wait loses nothing: the next call continues that step."""
+        """Wait for the next step with outputs.
+
+        A cancelled wait loses nothing: the next call continues the same step.
+        """
         model = self._require_model()
         while True:
             self._raise_if_dead()
@@ -114,7 +117,7 @@ class SimEngine:
                 return outputs
 
     def load(self) -> EngineLoad:
-        """Return the load; during a hang, the load at its start with the step's age so far. For any thread."""
+        """Return the load, in any thread. During a hang: the load when the hang began, with the step's current age."""
         if self._model is None:
             return EngineLoad(busy="start")
         now, plan = self._clock.now(), self._plan
@@ -125,7 +128,7 @@ class SimEngine:
         return self._model.load(busy, age_s, p99_s)
 
     async def check(self) -> None:
-        """Raise EngineDead if the engine is dead. As in a real engine, a hang is not noticed here."""
+        """Raise EngineDead if the engine is dead. As in a real engine, this check does not detect a hang."""
         self._raise_if_dead()
 
     async def close(self) -> None:
@@ -135,11 +138,11 @@ class SimEngine:
     # -- faults ---------------------------------------------------------------------------------------------------
 
     def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
-        """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at the point."""
+        """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at `point`."""
         self._armed.arm(SimFault(action, point, at, seconds))
 
     def heal(self) -> None:
-        """Disarm all faults, end a hang and return correct tokens again; a dead engine stays dead."""
+        """Disarm all faults, end a hang and return correct tokens again. A dead engine stays dead."""
         self._armed.clear()
         self._frozen = None
         if self._model is not None:
@@ -147,7 +150,7 @@ class SimEngine:
         self._wake.set()
 
     def kill(self, reason: str = "killed") -> None:
-        """Die at once, even within a step or a hang."""
+        """End the engine at once, even within a step or a hang."""
         self._dead = self._dead or reason
         self._wake.set()
 
@@ -170,7 +173,7 @@ class SimEngine:
             raise EngineDead(self._dead)
 
     async def _begin_step(self, model: SimModel) -> StepPlan:
-        """Wait for work, then schedule the next step, apply its faults and set its end."""
+        """Wait for work, schedule the next step, apply the faults due in that step and set the time when it ends."""
         while not model.has_work():
             self._idle = True
             self._wake.clear()
@@ -181,7 +184,7 @@ class SimEngine:
         slowed = self._visit_points(model, plan) if self._armed else []
         self._raise_if_dead()
         now = self._clock.now()
-        # A step begins where the last one ended, unless the caller was more than a step late: that time is lost.
+        # A step begins where the last step ended. If the caller was more than a step late, the step begins now.
         late = self._idle or now - self._ends_at > plan.step_s
         begins_at = now if late else self._ends_at
         self._ends_at = begins_at + plan.step_s + sum(fault.seconds for fault in slowed)
@@ -191,7 +194,7 @@ class SimEngine:
         return plan
 
     def _visit_points(self, model: SimModel, plan: StepPlan) -> list[SimFault]:
-        """Apply this step's faults; return those that make it take longer."""
+        """Apply the faults of this step; return those faults that make the step take longer."""
         points = ["step"]
         if plan.prefill_tokens:
             points.append("prefill")

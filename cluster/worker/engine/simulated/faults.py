@@ -1,7 +1,7 @@
-"""Injected faults at named points of the simulated engine.
+"""Faults that are injected at named points of the simulated engine.
 
-A fault is `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5`, `slow@step:0:0.5`. It fires at the AT-th visit of its
-point after it was armed (1: the next visit; 0: every visit).
+A fault is written `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5` or `slow@step:0:0.5`. The fault fires at the AT-th
+visit of its point after it was armed (1: the next visit; 0: every visit).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ POINTS: dict[str, tuple[str, ...]] = {
     "step": _IN_A_STEP,
     "last_token": _IN_A_STEP,
 }
-"""Actions possible at each point.
+"""Actions that are possible at each point.
 
-Points: `submit`, when a request is accepted; at the start of a step: `prefill`, if it has prompt tokens; `step`, any;
-`last_token`, if a request reaches max_tokens in it.
-Actions: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while everything else continues. slow: the
-step takes SECONDS longer (at prefill: as reported work). block: the event loop is blocked for SECONDS. nan: one
-request of the step ends with finish ERROR. wrong: all tokens from then on are wrong. refuse: EngineRefused.
+The points are: `submit`, when a request is accepted; `prefill`, at the start of a step with prompt tokens; `step`, at
+the start of any step; `last_token`, at the start of a step in which a request reaches max_tokens.
+The actions are: die: EngineDead. kill: SIGKILL to the own process. hang: steps stop while everything else continues.
+slow: the step takes SECONDS longer (at prefill: as reported work). block: the event loop is blocked for SECONDS. nan:
+one request of the step ends with finish ERROR. wrong: all tokens from then on are wrong. refuse: EngineRefused.
 """
 
 _TIMED = ("slow", "block")
@@ -30,7 +30,7 @@ _TIMED = ("slow", "block")
 
 @dataclass(frozen=True, slots=True)
 class SimFault:
-    """One fault to inject. Raises ValueError for an action that is not possible at the point."""
+    """One fault to inject. The constructor raises ValueError for an action that is not possible at the point."""
 
     action: str
     point: str
@@ -53,7 +53,7 @@ class SimFault:
 
     @classmethod
     def parse(cls, text: str) -> SimFault:
-        """Parse the form that `str` returns. Raises ValueError that shows the expected form."""
+        """Parse a fault in the form that `str` returns. Raises ValueError that shows the expected form."""
         action, _, rest = text.partition("@")
         point, *numbers = rest.split(":")
         if not point or len(numbers) > 2:
@@ -68,13 +68,13 @@ class SimFault:
 
 @dataclass(frozen=True, slots=True)
 class SimFaults:
-    """The faults armed from the start."""
+    """The faults that are armed from the start."""
 
     faults: tuple[SimFault, ...] = ()
 
 
 class ArmedFaults:
-    """The armed faults, and how often their points were visited."""
+    """The armed faults, and the number of visits to the point of each fault."""
 
     def __init__(self, initial: SimFaults) -> None:
         self._visits: list[tuple[SimFault, int]] = [(fault, 0) for fault in initial.faults]
@@ -83,15 +83,15 @@ class ArmedFaults:
         return bool(self._visits)
 
     def arm(self, fault: SimFault) -> None:
-        """Arm a fault; its count of visits starts now."""
+        """Arm a fault. Visits to its point are counted from now on."""
         self._visits.append((fault, 0))
 
     def clear(self) -> None:
-        """Disarm all."""
+        """Disarm all faults."""
         self._visits.clear()
 
     def visit(self, point: str) -> list[SimFault]:
-        """Return the faults that fire at this visit, and disarm those that fire only once."""
+        """Return the faults that fire at this visit, and disarm the faults that fire only once."""
         firing: list[SimFault] = []
         remaining: list[tuple[SimFault, int]] = []
         for fault, visits in self._visits:

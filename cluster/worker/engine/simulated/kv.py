@@ -1,10 +1,11 @@
 """KV blocks with prefix caching, modelled by counts and hashes only.
 
 Problem: space for tokens is finite, and full blocks are shared by all requests with the same prefix and salt.
-Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. After that it is *idle*:
-free, but still found by its hash until it is evicted, oldest first. *Private* blocks are a request's unfilled tail.
-Source: vLLM's KVCacheManager (automatic prefix caching: chained hashes with the salt in the first; the tail is freed
-first, so that it is evicted before the head). Unlike vLLM, equal blocks that were filled twice are kept once.
+Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. After that the block is
+*idle*: free, but still found by its hash until it is evicted, oldest first. *Private* blocks are a request's unfilled
+tail. Source: vLLM's KVCacheManager (automatic prefix caching: hashes are chained, with the salt in the first hash; the
+tail is freed first, so that it is evicted before the head). Unlike in vLLM, two full blocks with equal content are kept
+as one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Iterable, Sequence
 
 
 def chain(parent: int, token_ids: Sequence[int]) -> int:
-    """Return the hash of a full block and all before it. `parent`: the previous block's hash, or the salt's root.
+    """Return the hash of a full block and all blocks before it.
 
-    Python's hash of a tuple of ints is the same in every process, and runs in C.
+    `parent`: the hash of the previous block, or the root hash of the salt. Python's hash of a tuple of ints is the same
+    in every process, and runs in C.
     """
     return hash((parent, *token_ids))
 
@@ -36,7 +38,7 @@ class KvCache:
 
     @property
     def free(self) -> int:
-        """Number of blocks that can be allocated, idle ones included."""
+        """Number of blocks that can be allocated, idle blocks included."""
         return self.blocks - self.used
 
     @property
@@ -45,7 +47,7 @@ class KvCache:
         return len(self._idle)
 
     def match(self, hashes: Iterable[int]) -> int:
-        """Return how many leading blocks are cached."""
+        """Return the number of leading blocks that are cached."""
         cached = 0
         for block in hashes:
             if block not in self._shared and block not in self._idle:
@@ -54,7 +56,7 @@ class KvCache:
         return cached
 
     def acquire(self, hashes: Iterable[int]) -> None:
-        """Hold blocks, all of which must be cached (see `match`)."""
+        """Hold blocks. All of them must be cached (see `match`)."""
         for block in hashes:
             if block in self._idle:
                 del self._idle[block]
@@ -63,7 +65,10 @@ class KvCache:
                 self._shared[block] += 1
 
     def allocate(self, count: int) -> bool:
-        """Allocate `count` private blocks, evicting idle ones; return False, with nothing allocated, if too few."""
+        """Allocate `count` private blocks, evicting idle blocks.
+
+        Returns False and allocates nothing if there are too few blocks.
+        """
         if count > self.free:
             return False
         self._private += count
@@ -72,7 +77,7 @@ class KvCache:
         return True
 
     def commit(self, block: int) -> None:
-        """Turn a private block, which is now full, into a shared one with this hash."""
+        """Turn a private block that is now full into a shared block with this hash."""
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
@@ -81,7 +86,7 @@ class KvCache:
             self._shared[block] = 1
 
     def release(self, hashes: Sequence[int], private: int) -> None:
-        """Release held blocks: shared ones by their hashes, and a number of private ones."""
+        """Release held blocks: shared blocks, named by their hashes, and a number of private blocks."""
         self._private -= private
         for block in reversed(hashes):
             holders = self._shared[block] - 1

@@ -1,12 +1,12 @@
 """A continuous-batching scheduler over counted KV blocks: the simulated engine without its clock.
 
-Problem: everything around an engine (queues, credits, routing, resume) must be tested against an engine that fills
-up, chunks prefills, shares prefixes and preempts like the real one, but in microseconds and deterministically.
-Invariants: running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is free or held by a
-running request; a request's tokens depend only on the request itself (tokens.py).
-Source: vLLM's V1 scheduler (running requests first, then the head of the queue while it fits; recompute after
-preemption) and Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill. Unlike in vLLM, running requests are
-served in order of (priority, arrival), so that a preempted request was never scheduled in the same step.
+Problem: everything around an engine (queues, credits, routing, resume) must be tested against an engine that fills up,
+chunks prefills, shares prefixes and preempts like a real engine, but in microseconds and deterministically. Invariants:
+running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is free or held by a running request; a
+request's tokens depend only on the request itself (tokens.py). Source: vLLM's V1 scheduler (running requests first,
+then the head of the queue while it fits; recompute after preemption) and Sarathi-Serve (Agrawal et al., OSDI 2024) for
+chunked prefill. Unlike in vLLM, running requests are served in order of (priority, arrival), so that a preempted
+request was never scheduled in the same step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SimStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One scheduled step: the tokens to compute for each sequence, and its duration."""
+    """One scheduled step: the number of tokens to compute for each sequence, and the duration of the step."""
 
     work: Sequence[tuple[SimSequence, int]]
     prefill_tokens: int
@@ -57,14 +57,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One step computed at once: its outputs are due at `ends_at`."""
+    """One step that was computed at once. Its outputs are due at `ends_at`."""
 
     ends_at: float
     outputs: Sequence[TokenOutput]
 
 
 class SimSequence:
-    """A request in the engine: its tokens so far and the blocks it holds."""
+    """A request in the engine: the tokens so far and the blocks that the request holds."""
 
     __slots__ = (
         "alive", "blocks", "cached_tokens", "computed", "content", "first", "held", "key", "logprobs", "output_from",
@@ -92,7 +92,7 @@ class SimSequence:
 
     @property
     def outputs(self) -> int:
-        """Tokens emitted so far, those of earlier attempts included."""
+        """Number of tokens emitted so far, including the tokens of earlier attempts."""
         return len(self.tokens) - self.output_from
 
     def __repr__(self) -> str:
@@ -100,10 +100,10 @@ class SimSequence:
 
 
 class SimModel:
-    """The simulated engine's scheduler. `schedule`, then `complete`, make one step; `step` does both."""
+    """The simulated engine's scheduler. `schedule` and then `complete` make one step; `step` calls both."""
 
     def __init__(self, config: SimConfig) -> None:
-        """`config` must be resolved: vocabulary, token range and max_model_len known."""
+        """Create the scheduler. `config` must be resolved: vocabulary, token range and max_model_len are known."""
         self.config = config
         self.kv = KvCache(config.kv_blocks)
         self._source = TokenSource(
@@ -123,7 +123,7 @@ class SimModel:
     # -- requests -------------------------------------------------------------------------------------------------
 
     def submit(self, request: EngineRequest) -> None:
-        """Put a request into the queue. Raises EngineRefused."""
+        """Put a request into the queue. Raises EngineRefused for an invalid request."""
         self._check_request(request)
         sequence = SimSequence(request, self._arrivals, self.config)
         self._arrivals += 1
@@ -166,7 +166,10 @@ class SimModel:
                 )
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request and its blocks; False for an unknown id. The current step has no output for it."""
+        """Drop a request and free its blocks; return False for an unknown id.
+
+        The current step then has no output for the request.
+        """
         sequence = self._live.get(request_id)
         if sequence is None:
             return False
@@ -175,11 +178,11 @@ class SimModel:
         return True
 
     def is_live(self, request_id: str) -> bool:
-        """Whether the request is still running or waiting."""
+        """Return whether the request is still running or waiting."""
         return request_id in self._live
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Return whether any request is running or waiting, so that a step has work."""
         return bool(self._live)
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -234,7 +237,10 @@ class SimModel:
         return StepPlan(work, prefill, decode, step_s)
 
     def complete(self, plan: StepPlan, nan: bool = False) -> list[TokenOutput]:
-        """Finish the planned step and return its outputs. With `nan` the first request with an output ends in ERROR."""
+        """Finish the planned step and return its outputs.
+
+        If `nan` is true, the first request with an output ends in ERROR.
+        """
         self._steps += 1
         self._step_s = plan.step_s
         self._prefill_tokens += plan.prefill_tokens
@@ -258,7 +264,7 @@ class SimModel:
         return outputs
 
     def reaches_max_tokens(self, plan: StepPlan) -> bool:
-        """Whether the planned step gives some request its last allowed token."""
+        """Return whether the planned step gives some request its last allowed token."""
         return any(
             s.alive and s.computed + n == len(s.tokens) and s.outputs + 1 == s.request.sampling.max_tokens
             for s, n in plan.work
@@ -292,7 +298,7 @@ class SimModel:
         return output
 
     def _finish_prompt(self, sequence: SimSequence) -> None:
-        """Subtract the sequence's prompt from the remaining work, once."""
+        """Subtract the sequence's prompt from the remaining prefill work. Idempotent."""
         if sequence.first:
             sequence.first = False
             self._prompt_tokens_left -= sequence.output_from + len(sequence.request.emitted_token_ids)
@@ -300,7 +306,10 @@ class SimModel:
     # -- blocks ---------------------------------------------------------------------------------------------------
 
     def _acquire_prefix(self, sequence: SimSequence) -> int:
-        """Hold the leading cached blocks; return the tokens in them. The last token is always computed (its logits)."""
+        """Hold the leading cached blocks; return the number of tokens in these blocks.
+
+        The last token is always computed, because its logits are needed.
+        """
         size = self.config.block_size
         self._hash_blocks(sequence, len(sequence.tokens))
         cached = self.kv.match(sequence.blocks[: (len(sequence.tokens) - 1) // size])
@@ -316,7 +325,10 @@ class SimModel:
             blocks.append(chain(parent, sequence.tokens[at * size : (at + 1) * size]))
 
     def _grow(self, sequence: SimSequence, tokens: int) -> bool:
-        """Allocate blocks for `tokens` more and share those that become full; False, with no change, if too few."""
+        """Allocate blocks for `tokens` more tokens and share the blocks that become full.
+
+        Returns False and changes nothing if there are too few blocks.
+        """
         size = self.config.block_size
         end = sequence.computed + tokens
         missing = -(-end // size) - sequence.held - sequence.private
@@ -365,7 +377,7 @@ class SimModel:
         return len(self._live) - len(self._running)
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """Return the current load. `busy`, `age_s` and `p99_s` describe the current step, which SimEngine knows."""
+        """Return the current load. `busy`, `age_s` and `p99_s` describe the current step, known only to SimEngine."""
         return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,

@@ -4,10 +4,10 @@ Problem: a fault test must not pass by luck. If a resumed request loses one toke
 all later tokens must differ. Invariant: equal engine seed, request content and tokens so far give equal next tokens on
 any engine, whatever the batch, the KV cache or preemptions. The salt counts only if `salted` is set.
 
-The tokens so far are one large number in base 2^32, modulo a prime P: a polynomial hash that C computes for a whole
-prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime, for which
-the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then spreads
-the hash over all bits.
+The tokens so far are one large number in base 2^32, modulo a prime P. This is a polynomial hash that C computes for a
+whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime, for
+which the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then
+spreads the hash over all bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MASK = 2**64 - 1
 
 
 def mix(x: int) -> int:
-    """Return 64 well-mixed bits of a 64-bit number (splitmix64's finaliser)."""
+    """Return 64 well-mixed bits of a 64-bit number (the finaliser of splitmix64)."""
     x = (x + 0x9E3779B97F4A7C15) & MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -32,7 +32,7 @@ def mix(x: int) -> int:
 
 
 def digest64(*parts: object) -> int:
-    """Return a 64-bit hash of the parts' repr; unlike Python's string hash, it is the same in every process."""
+    """Return a 64-bit hash of the parts' repr. Unlike Python's string hash, this hash is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
@@ -45,16 +45,16 @@ def fold(state: int, token_ids: Sequence[int]) -> int:
 
 
 def extend(state: int, token_id: int) -> int:
-    """Return the hash state after one more token, as `fold` does."""
+    """Return the hash state after one more token, equal to the result of `fold`."""
     return ((state << 32) | token_id) % P
 
 
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
-    """Return a hash of everything but the tokens that decides the content, without limits (max_tokens, stops, ...).
+    """Return a hash of everything besides the tokens that determines the content.
 
-    As in a real engine, the position at which the output begins matters only for features that depend on the output
-    tokens: frequency and presence penalties, a seeded generator, a grammar. Otherwise prompt and emitted ids together
-    have the effect of a prompt.
+    Limits (max_tokens, stops, ...) are not part of the hash. As in a real engine, the position at which the output
+    begins matters only for features that depend on the output tokens: frequency and presence penalties, a seeded
+    generator, a grammar. Without these features, prompt and emitted ids together have the effect of a prompt.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))
@@ -67,7 +67,7 @@ def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
 
 
 class TokenSource:
-    """Source of token ids in [lo, hi), and of EOS with probability `eos_ratio` per token."""
+    """A source of token ids in [lo, hi), which gives EOS with probability `eos_ratio` per token."""
 
     def __init__(self, lo: int, hi: int, eos_token_id: int | None, eos_ratio: float) -> None:
         self._lo = lo
@@ -76,7 +76,10 @@ class TokenSource:
         self._eos_below = int(eos_ratio * 2**64) if eos_token_id is not None else 0
 
     def draw(self, state: int, *, may_end: bool, ignore_eos: bool, forbidden: frozenset[int]) -> int:
-        """Return the token after `state`. While `may_end` is false it is not in `forbidden` (EOS and stop ids)."""
+        """Return the token after `state`.
+
+        While `may_end` is false, no token in `forbidden` (EOS and stop ids) is drawn.
+        """
         bits = mix(state)
         if self._eos is not None and may_end and not ignore_eos and mix(bits) < self._eos_below:
             return self._eos
@@ -90,13 +93,13 @@ class TokenSource:
         return self._lo + offset
 
     def different(self, token_id: int) -> int:
-        """Return a different token, if there is one."""
+        """Return a token other than `token_id`, if there is one."""
         return self._lo + (token_id - self._lo + 1) % self._span
 
     def logprobs(self, state: int, token_id: int, k: int, greedy: bool) -> PositionLogprobs:
         """Return made-up log probabilities in vLLM's shape: the sampled token, then the k most likely tokens.
 
-        The sampled token may be one of the k.
+        The sampled token may be one of the k most likely tokens.
         """
         bits = mix(state ^ MASK)
         rank = 0 if greedy else bits % 4

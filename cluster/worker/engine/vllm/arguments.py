@@ -1,4 +1,4 @@
-"""Conversion of a catalog entry to vLLM's engine arguments, and the environment for vLLM's processes."""
+"""Conversion of a catalog entry to vLLM's engine arguments, and the environment of vLLM's processes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from cluster.api.types import ModelSpec
 from cluster.worker.engine.vllm import repairs, resume
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""Size of the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` is set."""
+"""Size of the KV cache in bytes on machines without GPUs, unless `engine.kv_cache_memory_bytes` is set."""
 
 EXECUTORS = ("ray", "mp")
 
 
 def on_cpu() -> bool:
-    """Whether vLLM runs on its CPU platform here."""
+    """Return whether vLLM runs on its CPU platform here."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
 
 
 def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. Raises ValueError naming `engine.<name>` for an unknown name."""
+    """Return vLLM's AsyncEngineArgs for the entry.
+
+    Raises ValueError that names `engine.<name>` for an unknown argument name.
+    """
     from vllm import AsyncEngineArgs
 
     if executor not in EXECUTORS:
@@ -87,24 +90,24 @@ def _platform_defaults(spec: ModelSpec) -> dict[str, Any]:
 
 
 def prepare_environment(spec: ModelSpec, executor: str) -> None:
-    """Set the environment variables for vLLM's child processes; existing values are kept.
+    """Set the environment variables for vLLM's child processes. Existing values are kept.
 
     Children are spawned, not forked: a fork would copy the links' sockets and thread locks into the engine core.
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # Without it a new process title overwrites the environment, by which an instance's processes are found.
+    # Without SPT_NOENV a new process title overwrites the environment, by which an instance's processes are found.
     os.environ.setdefault("SPT_NOENV", "1")
     os.environ[repairs.ACTIVE] = "1"
     _carry_to_ray_ranks("HEADRACE_")
     if world_size(spec) > 1 and executor == "ray":
         os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
     if not on_cpu():
-        # On a GPU the count is copied with the tokens; on CPUs it would cost a tenth of a step with many streams.
+        # On a GPU the NaN count is copied with the tokens; on CPUs it would cost a tenth of a step with many streams.
         os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
         return
     if "kv_cache_memory_bytes" in spec.engine or not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "unset"):
-        # If set, it would override kv_cache_memory_bytes; if empty, it ends the worker.
+        # If the variable is set, it would override kv_cache_memory_bytes; if it is empty, it ends the worker.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if world_size(spec) > 1:
         # vLLM's automatic binding refuses several ranks on one NUMA node.
@@ -121,8 +124,8 @@ def _carry_to_ray_ranks(prefix: str) -> None:
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
     """Return the class of engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
 
-    Its parts are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted, since the
-    class names of older releases did not have that part.
+    The parts of the name are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted,
+    since the class names of older releases did not have a noise scheme.
     """
     quantized = f"-{quantization}" if quantization else ""
     drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
@@ -130,10 +133,13 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
 
 
 def is_batch_invariant(dtype: str) -> bool:
-    """Whether results do not depend on how tokens are batched: float32 on CPUs, or VLLM_BATCH_INVARIANT=1."""
+    """Return whether results do not depend on how tokens are batched.
+
+    They do not with float32 on CPUs, or with VLLM_BATCH_INVARIANT=1.
+    """
     return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the sampling defaults that are numbers and so can be sent to the gateways."""
+    """Return the sampling defaults that are numbers, which can be sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

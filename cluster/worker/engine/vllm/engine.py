@@ -1,4 +1,4 @@
-"""The vLLM engine, driven over the fast path if this vLLM has the private names it needs, else over AsyncLLM."""
+"""The vLLM engine, driven over the fast path if this vLLM has the private names for it, otherwise over AsyncLLM."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ from cluster.worker.engine.vllm.requests import (
 )
 
 REMEMBERED_IDS = 65_536
-"""Number of ended request ids that are still refused as duplicates; those of live requests always are."""
+"""Number of ended request ids that are still refused as duplicates. The ids of live requests are always refused."""
 
 GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
-"""Age of a step up to which the compilation of a grammar explains it, with other running requests and without.
+"""Age of a step in seconds up to which the compilation of a grammar explains the age.
 
-A thread of the engine core compiles it: that slows the steps of other requests, and its own request waits for it.
-grammar_size.py bounds its size.
+The first bound applies while other requests run, the second while none runs. A thread of the engine core compiles the
+grammar, which slows the steps of other requests; the request with the grammar waits for it. grammar_size.py bounds the
+size of grammars.
 """
 
 
@@ -65,8 +66,8 @@ class VllmEngine:
         """Create an engine; `start` loads the model.
 
         `executor` places the ranks of a world larger than one: "ray" on the placement group of this process's Ray
-        actor, "mp" as processes on this host. `exact_resume` False: resume requests as an engine that cannot do it
-        exactly.
+        actor, "mp" as processes on this host. If `exact_resume` is False, requests are resumed as in an engine that
+        cannot resume exactly.
         """
         self._spec = spec
         self._folder = model_folder
@@ -93,7 +94,7 @@ class VllmEngine:
         """Load the model. Raises ValueError for an invalid entry, EngineDead if the core does not start."""
         try:
             return await self._start()
-        except BaseException:  # a cancelled start must not leave its folder behind either
+        except BaseException:  # a cancelled start must not leave its sockets' folder behind either
             self._release_sockets()
             raise
 
@@ -146,7 +147,7 @@ class VllmEngine:
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
         if self._closed:
             path.close()
-            self._release_sockets()  # the cancelled start may have released before they were acquired
+            self._release_sockets()  # the cancelled start may have released the sockets before they were acquired
             raise EngineDead("the engine was closed while it started")
         return config, path
 
@@ -195,7 +196,7 @@ class VllmEngine:
         self._add_live(key, request)
         try:
             prepared = await self._prepare(path, request)
-            if key in self._live:  # otherwise aborted while a thread validated it
+            if key in self._live:  # otherwise the request was aborted while a thread validated it
                 try:
                     await path.add(prepared)
                 except EngineDead as dead:
@@ -294,7 +295,10 @@ class VllmEngine:
             del self._ended[next(iter(self._ended))]
 
     def load(self) -> EngineLoad:
-        """Return the scheduler's counts of the last step; requests it has not seen count as waiting. For any thread."""
+        """Return the scheduler's counts of the last step, in any thread.
+
+        Requests that the scheduler has not seen count as waiting.
+        """
         path = self._path
         if path is None:
             return EngineLoad(busy="start")
@@ -328,7 +332,7 @@ class VllmEngine:
             raise self._with_reason(EngineDead("the engine core is dead"))
 
     def _with_reason(self, dead: EngineDead) -> EngineDead:
-        """Return the error with the reason why the engine ended; the reason is the same for every caller."""
+        """Return the error with the reason why the engine ended. The reason is the same for every caller."""
         self._death_reason = self._death_reason or self._end_reason(dead)
         return EngineDead(self._death_reason)
 
@@ -366,13 +370,13 @@ class VllmEngine:
 
 
 def _start_error(error: str) -> str:
-    """Return vLLM's error at start, or how its processes ended if the error gives their exit codes."""
+    """Return vLLM's error at start, or how vLLM's processes ended if the error gives their exit codes."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
     return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """Return the ids that end a request that does not ignore EOS, collected as in vLLM."""
+    """Return the ids that end a request, unless the request ignores EOS. The ids are collected as in vLLM."""
     configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()

@@ -1,9 +1,9 @@
 """The fast path: vLLM's engine core without AsyncLLM, with one call per step for all requests.
 
-AsyncLLM costs each request a generator, an output processor and a task switch per token. Here the engine core's own
-message of a step is read directly, which takes about a fifth of the CPU time per token at 64 streams. The cost is the
-use of private names, which change between releases. All of them are listed in SYMBOLS, which is checked at start; if
-one is missing, the engine uses the public AsyncLLM instead (public_path.py).
+AsyncLLM costs each request a generator, an output processor and a task switch per token. Here the message that the
+engine core sends for a step is read directly, which takes about a fifth of the CPU time per token at 64 streams. The
+cost is the use of private names, which change between releases. All of these names are listed in SYMBOLS, which is
+checked at start; if a name is missing, the engine uses the public AsyncLLM instead (public_path.py).
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 class FastPath:
-    """Engine core client and input processor, built as AsyncLLM's constructor builds them."""
+    """An engine core client and an input processor, built as AsyncLLM's constructor builds them."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Start the engine core; blocks until the model is loaded.
+        """Start the engine core. Blocks until the model is loaded.
 
-        Call it in a thread, so that the client's sockets and tasks bind later, to the event loop that reads them.
+        Call the constructor in a thread, so that the client's sockets and tasks bind later, to the event loop that
+        reads them.
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
@@ -98,14 +99,14 @@ class FastPath:
         )
 
     async def ready(self) -> None:
-        """Fetch the tasks that the core supports, which also starts the task that reads its outputs."""
+        """Fetch the tasks that the core supports. This also starts the asyncio task that reads the core's outputs."""
         try:
             self._tasks = await self._core.get_supported_tasks_async()
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
     def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
-        """Validate and build the engine core's request. Raises vLLM's validation errors."""
+        """Validate a request and build the engine core's form of it. Raises vLLM's validation errors."""
         request = self._processor.process_inputs(
             request_id, prompt, params, supported_tasks=self._tasks, priority=priority
         )
@@ -127,7 +128,7 @@ class FastPath:
             raise EngineDead(str(error)) from error
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """Wait for one message of the engine core and return its outputs. Raises EngineDead."""
+        """Wait for one message of the engine core and return the outputs in it. Raises EngineDead."""
         try:
             step = await self._core.get_output_async()
         except self._dead_error as error:
@@ -156,7 +157,7 @@ class FastPath:
         return None if eos is None else int(eos)
 
     def dead(self) -> bool:
-        """Whether the client's monitor thread has reported the core's end."""
+        """Return whether the client's monitor thread has reported the core's end."""
         return bool(self._core.resources.engine_dead)
 
     def core_exit(self) -> int | None:
@@ -170,7 +171,7 @@ class FastPath:
 
 
 def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
-    """Fill in the fields that most outputs lack: those of first and last outputs, and log probabilities."""
+    """Fill in the fields that most outputs lack: the fields of first and last outputs, and log probabilities."""
     first, record.first = record.first, False
     if first:
         output.prompt_tokens = record.prompt_tokens

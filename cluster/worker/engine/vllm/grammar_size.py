@@ -1,9 +1,10 @@
-"""Estimated size of a compiled grammar, by which a grammar is refused before an engine spends minutes on it.
+"""Estimate of a compiled grammar's size, by which a grammar is refused before an engine spends minutes on it.
 
 vLLM compiles grammars on a thread of its engine core, beside the scheduler of all requests. Measured with a vocabulary
 of 49,000: each string of a JSON schema that has a length bound or a pattern costs 0.5 to 1 s of a core, whatever the
-bound; everything else in a schema is cheap. In a regular expression counted repetitions are unrolled, and nested ones
-multiply: `(a{1,1000}){1,1000}` is a million positions in 20 characters; 45,000 positions took 12 s and 400 MB.
+bound; everything else in a schema is cheap. In a regular expression counted repetitions are unrolled, and nested
+repetitions multiply: `(a{1,1000}){1,1000}` is a million positions in 20 characters; 45,000 positions took 12 s and 400
+MB.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Return the positions of a regular expression after its counted repetitions are unrolled.
+    """Return the number of positions in a regular expression after its counted repetitions are unrolled.
 
     Never raises: the grammar compiler reports bad syntax.
     """
@@ -49,7 +50,10 @@ def regex_positions(pattern: str) -> int:
 
 
 def _end_of_atom(pattern: str, at: int) -> int:
-    """Return the index of the last character of the atom at `at`: an escape, a class, or one character."""
+    """Return the index of the last character of the atom at `at`.
+
+    An atom is an escape, a class, or one character.
+    """
     if pattern[at] == "\\":
         return min(at + 1, len(pattern) - 1)
     if pattern[at] != "[":
@@ -62,7 +66,10 @@ def _end_of_atom(pattern: str, at: int) -> int:
 
 
 def bounded_strings(schema: Any) -> list[str]:
-    """Return the patterns of the schema's strings with a length bound or a pattern; "" for a length bound only."""
+    """Return the patterns of all strings in a schema that have a length bound or a pattern.
+
+    A string with only a length bound gives "".
+    """
     if isinstance(schema, list):
         return [pattern for part in schema for pattern in bounded_strings(part)]
     if not isinstance(schema, Mapping):

@@ -1,4 +1,4 @@
-"""Grammars that constrain the output: checks of what an engine accepts, and conversion to vLLM's form."""
+"""Grammars that constrain the output: checks of the grammars that an engine accepts, and conversion to vLLM's form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _refused(kind: str, description: str) -> EngineRefused:
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Raise EngineRefused for an unknown kind, a wrong value, or one too large to compile on an engine."""
+    """Raise EngineRefused for an unknown kind, a wrong value, or a grammar too large to compile on an engine."""
     kind, value = grammar.kind, grammar.value
     if kind == "choice":
         _check_choice(value)
@@ -78,7 +78,7 @@ _UNSUPPORTED = {
     **dict.fromkeys(("\\A", "\\Z", "\\z", "\\G"), "anchors other than ^ and $"),
     **dict.fromkeys(("(?P=", "\\k", *(f"\\{digit}" for digit in range(1, 10))), "back references"),
 }
-"""Syntax that no backend of vLLM compiles; some would read an escape as its letter."""
+"""Syntax that no backend of vLLM compiles. Some backends would read an escape as its letter."""
 
 
 def _check_regex(kind: str, pattern: str) -> None:

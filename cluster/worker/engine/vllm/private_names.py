@@ -1,7 +1,7 @@
 """Checks whether the installed vLLM has the private names that this code uses.
 
 A table maps a dotted path to the names used on it: parameters of a function or method, fields of a class. Names change
-between releases; checking the tables at start gives a clear reason instead of a failure within a request.
+between releases; the check of the tables at start gives a clear reason instead of a failure within a request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 
 
 def resolve(path: str) -> Any:
-    """Return the object at a dotted path: a module's attribute, or deeper. Raises ImportError, AttributeError."""
+    """Return the object at a dotted path. Raises ImportError, AttributeError.
+
+    The object is an attribute of a module, or an attribute of such an attribute.
+    """
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -41,14 +44,14 @@ def _names(symbol: Any) -> set[str]:
 def digest(path: str) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a function's source.
 
-    For a wrapped function (functools.wraps) the source is the innermost one's. Raises ImportError, AttributeError,
-    OSError.
+    For a wrapped function (functools.wraps) the source of the innermost function counts. Raises ImportError,
+    AttributeError, OSError.
     """
     return hashlib.sha256(inspect.getsource(resolve(path)).encode()).hexdigest()[:16]
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the entries of the table that this vLLM lacks, as `path` or `path: name`; empty if it has all."""
+    """Return the table's entries that this vLLM lacks, as `path` or `path: name`; empty if it lacks none."""
     lacking = []
     for path, fields in symbols.items():
         try:

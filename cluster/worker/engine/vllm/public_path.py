@@ -38,10 +38,10 @@ def _stat_logger(stats: StepStats) -> Any:
 
 
 class PublicPath:
-    """AsyncLLM with one task for each request and one queue for all outputs."""
+    """An AsyncLLM with one task for each request and one queue for all outputs."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Start the engine; blocks until the model is loaded."""
+        """Start the engine. Blocks until the model is loaded."""
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
         from vllm.v1.executor import Executor
@@ -51,7 +51,7 @@ class PublicPath:
         self._llm: Any = AsyncLLM(
             vllm_config=vllm_config,
             executor_class=Executor.get_class(vllm_config),
-            log_stats=False,  # no loggers of vLLM's; our own one turns the statistics on
+            log_stats=False,  # no loggers of vLLM's; the logger below turns the statistics on
             log_requests=False,
             stat_loggers=[_stat_logger(self.stats)],
         )
@@ -63,7 +63,7 @@ class PublicPath:
         await self._llm.get_supported_tasks()
 
     def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
-        """Validate as AsyncLLM will, so that `submit` raises the refusal rather than a later task."""
+        """Validate a request as AsyncLLM will, so that `submit` raises the refusal and no later task does."""
         params.verify(
             self._llm.vllm_config.model_config,
             self._llm.vllm_config.speculative_config,
@@ -97,7 +97,7 @@ class PublicPath:
         await asyncio.gather(*readers, return_exceptions=True)
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """Wait for one output, then return all that are queued. Raises EngineDead."""
+        """Wait for one output, then return all outputs that are queued. Raises EngineDead."""
         items = [await self._queue.get()]
         while not self._queue.empty():
             items.append(self._queue.get_nowait())
@@ -117,7 +117,7 @@ class PublicPath:
         return None if tokenizer is None else tokenizer.eos_token_id
 
     def dead(self) -> bool:
-        """Whether AsyncLLM reports an error of the core."""
+        """Return whether AsyncLLM reports an error of the core."""
         return bool(self._llm.errored)
 
     def core_exit(self) -> int | None:
@@ -149,7 +149,7 @@ def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
 
 
 def _flat(given: Any, width: int) -> list[PositionLogprobs]:
-    """Cut vLLM's FlatLogprobs into positions of `width` entries: the sampled token, then the most likely ones."""
+    """Cut vLLM's FlatLogprobs into positions of `width` entries: the sampled token, then the most likely tokens."""
     return [
         _position(given.token_ids[start:end], given.logprobs[start:end], given.ranks[start], width)
         for start, end in zip(given.start_indices, given.end_indices, strict=True)
@@ -157,10 +157,10 @@ def _flat(given: Any, width: int) -> list[PositionLogprobs]:
 
 
 def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
-    """Return one position, with the entry that AsyncLLM loses restored.
+    """Return one position, and restore the entry that AsyncLLM loses.
 
-    When AsyncLLM merges unread outputs it drops duplicates within a position: the sampled token among the most likely
-    ones. Its place there is `rank`, from 1.
+    When AsyncLLM merges unread outputs, it drops duplicates within a position: the sampled token is missing among the
+    most likely tokens. `rank` is the place of the sampled token among the most likely tokens, from 1.
     """
     if len(token_ids) == width - 1:
         token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]

@@ -1,21 +1,22 @@
-"""Repairs of faults in vLLM that end an engine or leave files behind, applied at run time.
+"""Repairs of faults in vLLM that end an engine or leave files behind. The repairs are applied at run time.
 
 **Seeds on CPU (vLLM 0.32.0).** When the prompt of a request with a seed is prefilled in chunks, a token is sampled
 after each chunk and discarded; the V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
-generators have no offset, so this raises in the engine core and ends it. The repair gives requests a generator that
-saves its state before the last draw and can restore it.
+generators have no offset, so the call raises in the engine core and ends it. The repair gives requests a generator that
+saves its state before the last draw and can restore that state.
 
-**Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all have the same name
-for it. The name consists only of a port, so ranks on hosts without common memory try it, too, and the engine does not
-start. The repair adds an id of the shared memory to the name; ranks without common memory then use the network.
+**Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all ranks have the same
+name for it. The name consists only of a port, so ranks on hosts without common memory try shared memory, too, and the
+engine does not start. The repair adds an id of the shared memory to the name; ranks without common memory then use the
+network.
 
 **Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
-prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The repair ignores
-that.
+prints a traceback if the name is already unlinked, as in every engine that is up (watchdog.py). The repair ignores a
+missing name.
 
 **Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
-and a killed engine leaves it behind. The repair creates it in the folder of the engine's sockets, which is removed
-with the engine or swept later.
+and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is
+removed with the engine or swept later.
 
 **Core beside several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
 node among all processes that it sees, the head first. Where nodes with different addresses share a process table (pods
@@ -23,8 +24,8 @@ with hostPID), Ray may find another node than the replica's, and the core then l
 own. The repair passes the address of the replica's node to Ray.
 
 **Pipeline parallelism on CPU (vLLM 0.32.0).** A rank other than the first copies its input into tensors that only a
-profiling run creates. Without compilation the CPU runner creates none, so the first step ends the engine. The repair
-creates them in the first step.
+profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
+The repair creates the tensors in the first step.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ from cluster.worker.engine.vllm.private_names import missing
 VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
 """Releases that have these faults; see docs/support.md."""
 ACTIVE = "HEADRACE_REPAIRS"
-"""Environment variable, set by an engine for its processes; any other vLLM in this environment is not changed."""
+"""Environment variable that an engine sets for its processes. Any other vLLM in this environment is not changed."""
 
 PLUGIN = "headrace_repairs"
-"""Name of the entry point."""
+"""Name of the entry point that vLLM loads as a plugin."""
 
 NODE = "HEADRACE_NODE_ADDRESS"
 """Environment variable: the address of the replica's Ray node; unset if Ray has not placed the replica."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DRAW = 4
-"""Offset that the runner subtracts for one draw (as counted by CUDA's Philox)."""
+"""Offset that the runner subtracts for one draw (counted as in CUDA's Philox)."""
 
 _applied: set[str] = set()
 not_applied: dict[str, str] = {}
@@ -118,7 +119,7 @@ def _repair_seeds() -> None:
 
 
 def shared_memory() -> str:
-    """Return an id of the shared memory that this process uses: its host's, or its container's own."""
+    """Return an id of the shared memory that this process uses, which its host or its container provides."""
     return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
 
 
@@ -186,10 +187,10 @@ def _repair_pipeline() -> None:
 
 
 def _has_node() -> bool:
-    """Whether the replica has a Ray node with an address that is not loopback.
+    """Return whether the replica has a Ray node with an address that is not loopback.
 
-    Nodes at a loopback address have no others beside them, and Ray would replace that address by the machine's outer
-    one.
+    A node at a loopback address has no other nodes beside it, and Ray would replace its address by an external address
+    of the machine.
     """
     address = os.environ.get(NODE, "")
     return bool(address) and not ipaddress.ip_address(address).is_loopback
@@ -210,7 +211,10 @@ def _repair_node() -> None:
 
 
 def loaded_in_ranks() -> bool:
-    """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS allows it."""
+    """Return whether vLLM's processes load these repairs.
+
+    They do if the entry point is installed and VLLM_PLUGINS allows it.
+    """
     import vllm.envs
 
     allowed = vllm.envs.VLLM_PLUGINS
@@ -219,7 +223,7 @@ def loaded_in_ranks() -> bool:
 
 
 def seeds_are_safe() -> bool:
-    """Whether seeds are repaired for this vLLM; if not, the engine refuses seeds on CPU."""
+    """Return whether seeds are repaired for this vLLM. If they are not, the engine refuses seeds on CPU."""
     return _version() in VERSIONS and loaded_in_ranks() and "seeds" not in not_applied
 
 
@@ -255,14 +259,15 @@ REPAIRS = (
     Repair("meeting", _repair_rendezvous, lambda: True),
     Repair("node", _repair_node, lambda: _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1"),
 )
-"""Repairs in the order of their application: "resume" builds on the repaired generators."""
+"""Repairs in the order in which they are applied: "resume" builds on the repaired generators."""
 
 
 def apply() -> None:
-    """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines.
+    """Plugin for vllm.general_plugins, loaded in every vLLM process: apply the repairs.
 
-    Repairs are independent of each other. One that fails on this vLLM is recorded in `not_applied` and raises nothing,
-    since vLLM would report a plugin's exception as an unknown model.
+    Idempotent; does nothing outside our engines. Repairs are independent of each other. A repair that fails on this
+    vLLM is recorded in `not_applied` and raises nothing, since vLLM would report a plugin's exception as an unknown
+    model.
     """
     if not os.environ.get(ACTIVE) or _applied:
         return
@@ -273,7 +278,7 @@ def apply() -> None:
         try:
             if repair.needed():
                 repair.make()
-        except Exception as error:  # the names differ in another release, whose absence can raise anything
+        except Exception as error:  # the names differ in another release, and a missing name can raise anything
             not_applied[repair.name] = f"{type(error).__name__}: {error}"
     _applied.add("all")
 

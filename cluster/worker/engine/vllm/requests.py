@@ -1,7 +1,7 @@
 """Conversion of an EngineRequest to vLLM's SamplingParams. Every value that could harm the engine is refused here.
 
-vLLM checks much of this too, but not everything, and a bad value that reaches the engine core ends it and with it all
-streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
+vLLM checks many of these values too, but not all, and a bad value that reaches the engine core ends the core and with
+it all streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from cluster.worker.engine.vllm.resume import extra_args
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
-"""Limit with min_tokens, EOS ids included: with one more, vLLM's V2 runner ends its engine core."""
+"""Greatest number of stop ids with min_tokens, EOS ids included. One more id ends the core of vLLM's V2 runner."""
 MAX_LOGIT_BIAS = 1024
-"""Limit for entries of logit_bias: with one more, the V2 runner ends its engine core, too."""
+"""Greatest number of logit_bias entries. With one more, vLLM's V2 runner ends its engine core, too."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500
-"""Most characters kept of vLLM's error messages, which can repeat the whole grammar."""
+"""Greatest number of characters kept of vLLM's error messages, which can repeat the whole grammar."""
 MAX_TEXT_CHARACTERS = 1024
 _INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """The bounds of requests that the started engine accepts."""
+    """The bounds of the requests that a started engine accepts."""
 
     max_model_len: int
     vocab_size: int
@@ -50,7 +50,7 @@ def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIE
 
 
 def check(request: EngineRequest, limits: RequestBounds) -> None:
-    """Raise EngineRefused for values on which vLLM would fail or which it would silently misread."""
+    """Raise EngineRefused for values on which vLLM would fail, and for values that vLLM would silently misread."""
     if not request.request_id:
         raise refused("request_id", "must not be empty")
     for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
@@ -167,14 +167,17 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
 
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
-    """Whether validation takes too long for the event loop (more than about a millisecond)."""
+    """Return whether validation takes too long for the event loop (more than about a millisecond)."""
     return request.sampling.grammar is not None or (
         len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
     )
 
 
 def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
-    """Return vLLM's token prompt with the cache salt; it includes emitted ids that cannot be installed as output."""
+    """Return vLLM's token prompt with the cache salt.
+
+    The prompt includes the emitted ids if they cannot be installed as output.
+    """
     emitted = () if limits.installs else request.emitted_token_ids
     prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
     if request.cache_salt:
@@ -216,13 +219,13 @@ def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
 
 
 def _clamped(sampling: Sampling) -> dict[int, float] | None:
-    """Return the logit biases, clamped as in vLLM's own server; None if there are none."""
+    """Return the logit biases, clamped as in vLLM's own server; None if there are no biases."""
     limit = LOGIT_BIAS_LIMIT
     return {token: min(limit, max(-limit, bias)) for token, bias in sampling.logit_bias.items()} or None
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """Return the refusal for an error of vLLM's own validation; the error's parameter is the field."""
+    """Return the refusal for an error of vLLM's own validation. The parameter that the error names is the field."""
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

@@ -2,17 +2,19 @@
 
 Problem: prompt + emitted ids as a new prompt would restart everything that depends on the output: frequency and
 presence penalties, min_tokens, a seeded generator, the matcher of a grammar. vLLM itself resumes a preempted request
-with its output in place, and computes prompt and output again as one prefill. Invariant: scheduler, runner, sampler
-and matcher treat a request with emitted ids as if this engine had emitted them and then preempted it.
+with its output in place, and computes prompt and output again as one prefill. Invariant: scheduler, runner, sampler and
+matcher treat a request with emitted ids as if this engine had emitted the ids and then preempted the request.
 
-The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core they are added
-to the Request (and so to its block hashes, so that the prefix cache is used), and its grammar's matcher accepts them
-one by one. The V2 model runner needs no more: the scheduler sends it prompt and output separately, it builds all state
-from them as for a preempted request, and its random numbers are a function of seed, position and token. In a rank of
-the V1 runner they are added to the cached state, and a seeded generator makes one draw for each; that is verified for
-the CPU build only. The cost is the use of private names, listed in the tables below. If one is missing, or the engine
-is of a kind that was not verified (why_plain), a request is resumed as a new prompt, or refused if that would change
-its output (requests.py).
+The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core the ids are added
+to the Request (and so to its block hashes, so that the prefix cache is used), and the matcher of the request's grammar
+accepts them one by one. The V2 model runner needs no more: the scheduler sends it prompt and output separately, the
+runner builds all state from them as for a preempted request, and its random numbers are a function of seed, position
+and token. In a rank of the V1 runner the ids are added to the cached state, and a seeded generator makes one draw for
+each id; this is verified for the CPU build only.
+
+The cost is the use of private names, listed in the tables below. If a name is missing, or the engine is of a kind that
+was not verified (why_plain), a request is resumed as a new prompt, or refused if a new prompt would change its output
+(requests.py).
 """
 
 from __future__ import annotations
@@ -48,19 +50,19 @@ V1_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_input_batch.CachedRequestState.__post_init__": (),
     "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu": ("logits", "generators", "k", "p"),
 }
-"""Names used in ranks of the V1 model runner."""
+"""Private names that ranks of the V1 model runner use."""
 V2_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output.NewRequestData.from_request": ("prefill_token_ids",),
     "vllm.v1.worker.gpu.states.RequestState.add_request": ("prompt_len", "all_token_ids"),
 }
-"""Names used in ranks of the V2 model runner."""
+"""Private names that ranks of the V2 model runner use."""
 SYMBOLS = CORE_SYMBOLS | V1_SYMBOLS | V2_SYMBOLS
 
 
 def why_plain(config: Any) -> str:
-    """Return why an engine of this VllmConfig cannot resume exactly; empty if it can.
+    """Return why an engine of this VllmConfig cannot resume exactly; empty if the engine can.
 
-    Its processes must also load the plugin (repairs.loaded_in_ranks).
+    The engine's processes must also load the plugin (repairs.loaded_in_ranks).
     """
     from vllm.platforms import current_platform
 
@@ -82,11 +84,11 @@ def why_plain(config: Any) -> str:
 
 
 def resumes_seeds(config: Any, installed: bool) -> bool:
-    """Whether a resumed request with a seed gets the random numbers of the uninterrupted request.
+    """Return whether a resumed request with a seed gets the random numbers of the uninterrupted request.
 
-    `installed`: its emitted tokens are installed as output. With a draft model it does not: the windows start at other
-    positions, and the draws depend on the proposed tokens. The V2 runner does not need installed tokens. The draws of
-    the V1 runner in 0.31 are not known.
+    `installed`: whether the emitted tokens of the request are installed as output. With a draft model the random
+    numbers differ: the windows start at other positions, and the draws depend on the proposed tokens. The V2 runner
+    does not need installed tokens. The draws of the V1 runner in 0.31 are not known.
     """
     if config.speculative_config is not None:
         return False
@@ -94,13 +96,16 @@ def resumes_seeds(config: Any, installed: bool) -> bool:
 
 
 V1, V2, CPU_31, CPU_32 = "v1", "v2", "cpu31", "cpu32"
-"""Noise schemes: which random numbers a seed gives. See `noise`."""
+"""Noise schemes. A scheme determines which random numbers a seed gives; see `noise`."""
 DRAWS = {"863f32f93b242303": CPU_31, "6d05adf47d121861": CPU_32}
-"""The V1 runner's scheme on CPUs by the digest of TopKTopPSampler.forward_cpu, whose body changed but not its names."""
+"""Noise scheme of the V1 runner on CPUs, by digest of TopKTopPSampler.forward_cpu.
+
+The body of that function changed between releases, but not the names in it.
+"""
 
 
 def noise(config: Any) -> str:
-    """Return the noise scheme of such an engine. With the same seed, two schemes give different tokens.
+    """Return the noise scheme of an engine of this VllmConfig. With the same seed, two schemes give different tokens.
 
     V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. V1 on CPUs: 0.31 draws exponentials over the
     vocabulary, 0.32 one number per token, and each unknown sampler is a scheme of its own. V1 on other devices: the
@@ -125,15 +130,15 @@ def extra_args(emitted_token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def emitted_of(params: Any) -> list[int]:
-    """Return the emitted ids in `params`, which are SamplingParams or None; empty if there are none."""
+    """Return the emitted ids in `params`, which are SamplingParams or None; empty if there are no emitted ids."""
     extra = params.extra_args if params is not None else None
     return extra.get(EXTRA_ARG) or [] if extra else []
 
 
 def install(*, v1_ranks: bool) -> None:
-    """Patch vLLM's classes in this process, an engine core or a rank. Call once.
+    """Patch vLLM's classes in this process, which is an engine core or a rank. Call once.
 
-    `v1_ranks`: also patch the V1 runner's, which has no effect on the V2 runner.
+    `v1_ranks`: whether to patch the classes of the V1 runner too, which has no effect on the V2 runner.
     """
     _install_in_core()
     _install_in_grammars()
@@ -149,7 +154,8 @@ def _install_in_core() -> None:
     class ContinuedStats(PrefillStats):  # type: ignore[misc]
         """Prefill statistics over prompt and emitted tokens.
 
-        They are false, so that the scheduler does not fill them in: it would assert that only prompt tokens are cached.
+        The statistics are false as a condition, so that the scheduler does not fill them in: the scheduler would assert
+        that only prompt tokens are cached.
         """
 
         def __bool__(self) -> bool:
@@ -166,7 +172,7 @@ def _install_in_core() -> None:
 
     def record_prefix_cache_stats(self: Any, request: Any, num_hits: int) -> None:
         stats = request.prefill_stats
-        if isinstance(stats, ContinuedStats) and not stats.num_prompt_tokens:  # at its first admission
+        if isinstance(stats, ContinuedStats) and not stats.num_prompt_tokens:  # at the request's first admission
             stats.set(request.num_tokens, num_hits, 0)
         record(self, request, num_hits)
 
@@ -192,9 +198,9 @@ def _install_in_grammars() -> None:
 def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) -> None:
     """Let a grammar's matcher accept the emitted tokens one by one.
 
-    Each is passed with those before it, since a grammar may begin only after reasoning. Raises ValueError, which ends
-    only this request. The call runs in a thread while the request waits for the grammar. So it uses a copy of the
-    request's record, and sets in the original at the end whether reasoning is over.
+    Each token is passed with the tokens before it, since a grammar may begin only after reasoning. Raises ValueError,
+    which ends only this request. The call runs in a thread while the request waits for the grammar. So it uses a copy
+    of the request's record, and sets in the original record at the end whether reasoning is over.
     """
     own = request.structured_output_request
     record = copy.copy(own)

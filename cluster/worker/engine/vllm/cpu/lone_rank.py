@@ -1,12 +1,13 @@
-"""A single rank on CPUs runs in the engine core's process, as vLLM does it on GPUs.
+"""A single rank on CPUs runs in the engine core's process, as a single rank on GPUs does in vLLM.
 
-Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs
-by environment variables that libgomp reads when a program starts. That costs a process of some hundred megabytes, its
-start, and in each step a round trip over shared memory on which the rank spins. Here the core's process starts with
-those variables instead. Where threads are bound it is therefore a new interpreter, not a fork (fork_server.py).
+Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs by
+environment variables that libgomp reads when a program starts. The extra process costs some hundred megabytes, the time
+of its start, and in each step a round trip over shared memory on which the rank spins. Here the core's process starts
+with those variables instead. Where threads are bound, the core is therefore a new interpreter, not a fork
+(fork_server.py).
 
-`HEADRACE_ENGINE_RANK=process` keeps vLLM's behaviour.
-Source: vLLM's CpuPlatform.check_and_update_config and MultiprocExecutor.
+`HEADRACE_ENGINE_RANK=process` keeps vLLM's behaviour. Source: vLLM's CpuPlatform.check_and_update_config and
+MultiprocExecutor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 def settle(config: Any) -> bool:
-    """Put the rank into the core's process if this engine allows it; return whether it does.
+    """Put the rank into the core's process if this engine allows it; return whether the rank is there.
 
     Raises ValueError for an invalid value of HEADRACE_ENGINE_RANK.
     """
@@ -42,7 +43,10 @@ def settle(config: Any) -> bool:
 
 
 def environment(config: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which processes start with the variables that bind the threads of the engine's kernels."""
+    """Return a context manager that sets the environment variables for binding the threads of the engine's kernels.
+
+    Processes that start in the context have these variables.
+    """
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     bound: contextlib.AbstractContextManager[None] = OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0)

@@ -1,4 +1,7 @@
-"""The platform class named by platform.plugin; in its own module, since importing vLLM's resolves the platform."""
+"""The platform class that platform.plugin names.
+
+The class has its own module, since importing vLLM's platform class resolves the platform.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,6 @@ from vllm.platforms.cpu import CpuPlatform
 
 
 class LogicalGpuCpuPlatform(CpuPlatform):  # type: ignore[misc]
-    """vLLM's CPU platform, whose devices Ray counts as GPUs."""
+    """vLLM's CPU platform with devices that Ray counts as GPUs."""
 
     ray_device_key: str = "GPU"
