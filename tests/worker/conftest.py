@@ -14,6 +14,6 @@ __all__ = ["bundle", "checkpoint", "cluster"]
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
-    """A gateway's side of the links, on loopback."""
+    """A gateway's side of the links, on a loopback port."""
     async with open_door() as opened:
         yield opened

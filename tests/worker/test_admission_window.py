@@ -1,4 +1,4 @@
-"""The admission window follows the prompts that an engine can start: no idle slot, and a short engine queue."""
+"""The admission window follows the prompts that an engine can start, so no slot is idle and few sequences queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
-    """A window admits what one step can start: over a hundred prompts of 20 tokens, but three that fill two steps."""
+    """A window admits the prompts that one step can start.
+
+    These are over a hundred prompts of 20 tokens, but only three prompts that each fill two steps.
+    """
     short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):
         for window, tokens in ((short, 20), (long, 4096)):
@@ -43,7 +46,7 @@ def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
-    """With two prompts of several steps pending, a third waits in its gateway until one of them has an output."""
+    """With two prompts of several steps pending, a third waits in its gateway until one of the two has an output."""
     ahead = AdmissionWindow(8, 1000)
     ahead.record_submit("a", 5000)
     ahead.record_submit("b", 5000)
@@ -54,13 +57,13 @@ def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
 
 
 def test_an_idle_engine_has_room_for_three() -> None:
-    """An idle engine admits one sequence and two more, so that several gateways have credit, if it has the slots."""
+    """An idle engine with enough slots admits one sequence and two more, so that several gateways have credit."""
     assert AdmissionWindow(32, 2048).admissible_sequences == 1 + LOOKAHEAD_SEQUENCES
     assert AdmissionWindow(2, 2048).admissible_sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
-    """Two sequences more than slots are admitted only where two end in each step."""
+    """Two sequences more than slots are admitted only if two sequences end in each step."""
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):
@@ -72,7 +75,7 @@ def test_more_than_places_only_where_calls_end_in_each_step() -> None:
 
 
 class LookaheadMachine(RuleBasedStateMachine):
-    """Any order of submits, first outputs, ends and steps."""
+    """A state machine that tests the window with submits, first outputs, ends and steps in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +129,7 @@ TestLookahead = LookaheadMachine.TestCase
 @given(st.integers(0, 1 << 30))
 @settings(max_examples=5, deadline=None)
 def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
-    """A sender that always uses the whole window leaves only a few sequences waiting in the engine.
+    """If a sender always uses the whole window, only a few sequences wait in the engine.
 
     Meanwhile every slot is filled, as far as prompts can be computed.
     """

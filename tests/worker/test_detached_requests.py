@@ -24,7 +24,7 @@ IDS = st.lists(st.integers(0, 3), max_size=6)
 def test_a_claim_gets_all_that_follows_what_it_shows(
     before: list[int], steps: list[list[int]], shown: list[int], prompt: int, ends: bool
 ) -> None:
-    """A claim succeeds only with the same prompt length and first tokens. It returns all tokens in order, once."""
+    """A claim succeeds only with the same prompt length and first tokens. A claim returns all tokens in order, once."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):
@@ -50,7 +50,7 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=6).map(sorted), st.floats(0, 6))
 def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -> None:
-    """A detached request is dropped after DETACHED_S, and its engine id is returned if it still runs."""
+    """A detached request is dropped after DETACHED_S. Its engine request id is returned if the request still runs."""
     detached = DetachedRequests()
     for number, (at, ended) in enumerate(left):
         assert detached.add(make_request(f"s{number}", f"r{number}", 5, [1]), at) == []
@@ -64,7 +64,7 @@ def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -
 
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(-2, 8), st.integers(-5, 60))
 def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: int) -> None:
-    """The oldest are dropped first, no more than needed, and all of them if needed."""
+    """The oldest requests are dropped first, no more requests than needed, and all requests if needed."""
     detached = DetachedRequests()
     for number, prompt in enumerate(prompts):
         detached.add(make_request(f"s{number}", f"r{number}", prompt, [1]), float(number))
@@ -80,7 +80,7 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
 
 
 def test_a_name_that_comes_again_is_the_newer_ones() -> None:
-    """A second request with the same name replaces the first, whose engine id is returned for the abort."""
+    """A second request with the same name replaces the first, whose engine request id is returned for the abort."""
     detached = DetachedRequests()
     detached.add(make_request("s", "old", 5, [1]), 0.0)
     assert detached.add(make_request("s", "new", 5, [1, 2]), 1.0) == ["old"]
@@ -91,7 +91,7 @@ def test_a_name_that_comes_again_is_the_newer_ones() -> None:
 
 @pytest.mark.parametrize("finish", FAILED)
 def test_what_the_engine_could_not_go_on_with_is_nobodys(finish: FinishReason) -> None:
-    """A request that ended in an error or an abort cannot be claimed, so that it is computed again."""
+    """A request that ended in an error or an abort cannot be claimed, so that the request is computed again."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 5, [1]), 0.0)
     assert detached.output(TokenOutput("r", [], finish)) == 0

@@ -33,7 +33,7 @@ class Done:
 
 
 async def ask(cluster: TestCluster, *arguments: str) -> Done:
-    """Run the command line in its own process against a gateway's admin port."""
+    """Run the command line in its own process, with the admin port of the cluster's gateway."""
     command = ("-m", "cluster.cli.main", *arguments, "--admin", cluster.gateway.endpoints["admin"])
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=pipe, stderr=pipe)
@@ -48,7 +48,7 @@ def standing(cluster: TestCluster, worker: Worker) -> DrainState:
 
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, TestCluster]]:
-    """Two gateways without a connection to each other."""
+    """Two clusters whose gateways have no connection to each other."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         yield a, b
 
@@ -65,7 +65,7 @@ async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bu
 async def test_a_cordon_through_one_gateway_holds_at_both(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A cordoned worker gets no new calls from either gateway and finishes the running one; uncordon undoes that."""
+    """A cordoned worker gets no new calls from either gateway and finishes its call; uncordon undoes the cordon."""
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=20)
     name = worker.identity.worker_id
@@ -95,7 +95,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 ) -> None:
     """Streams of both gateways leave a drained worker within the drain time, with the text of an undisturbed stream.
 
-    The other gateway learns the state, too, and after uncordon the worker serves again.
+    The other gateway gets the drain state, too, and after uncordon the worker serves again.
     """
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command arrives
@@ -121,7 +121,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """After the drain time the stream goes on, and the command reports that it still runs, with exit code 1."""
+    """After the drain time the stream continues, and the command reports that it still runs, with exit code 1."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
     first = await stream.read()
@@ -134,7 +134,7 @@ async def test_a_drain_without_another_worker_cuts_nothing(
 
 @pytest.mark.slow
 async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A command that names a node applies to every worker of the node and to no other."""
+    """A command that names a node applies to every worker of the node and to no other worker."""
     here = [await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-1") for _ in range(2)]
     there = await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-2")
     assert (await ask(cluster, "drain", "rack-1", "--timeout-s", "5")).exit_code == 0
@@ -144,9 +144,9 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
 
 @pytest.mark.slow
 async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The name of a Kubernetes node drains the node's workers, the name of a pod only that pod's worker.
+    """The name of a Kubernetes node drains the node's workers, and the name of a pod drains only the pod's worker.
 
-    `workers` shows both names, in JSON and in the table; a worker of an older release has none.
+    `workers` shows both names, in JSON and in the table. A worker of an older release has no such names.
     """
     where = [("4506fed2511a", "ip-10-0-3-7", "gpu-a"), ("4506fed2511a", "ip-10-0-3-7", "gpu-b"), ("7e1", "", "")]
     first, second, old = [
@@ -169,7 +169,7 @@ async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path
 
 @pytest.mark.slow
 async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A link made after the cordon gets the state; otherwise the gateway would assume that the worker serves."""
+    """A link made after the cordon gets the drain state. Otherwise the gateway would assume that the worker serves."""
     async with running_cluster(tmp_path / "a") as a:
         worker = await a.add_worker(sim_engine(checkpoint), bundle)
         assert (await ask(a, "cordon", worker.identity.worker_id)).exit_code == 0
@@ -189,7 +189,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 )
 @pytest.mark.slow
 async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
-    """An unknown target is an error with exit code 2 that says where the names are."""
+    """An unknown target is an error with exit code 2, and the error shows where the names are listed."""
     done = await ask(cluster, *arguments)
     assert done.exit_code == 2
     assert says in done.stderr
@@ -197,7 +197,10 @@ async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[st
 
 
 def test_a_worker_that_leaves_takes_no_work_again() -> None:
-    """Neither uncordon nor cordon changes the drain of a process that is about to end; a new link gets the state."""
+    """Neither uncordon nor cordon changes the drain of a process that is about to end.
+
+    A new link gets the drain state.
+    """
     outbox = Outbox()
     state = DrainStates(lambda: [outbox])
     state.cordon(1.0)

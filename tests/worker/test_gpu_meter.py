@@ -1,4 +1,4 @@
-"""GPU time is charged in proportion to the computed tokens, and none of it is lost."""
+"""GPU time is charged in proportion to the computed tokens, and no GPU time is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPUS = 2.0
 
 
 class Twin:
-    """A simulated engine in virtual time whose steps are charged by the meter and, for comparison, exactly."""
+    """A simulated engine in virtual time. The meter charges its steps, and for comparison they are charged exactly."""
 
     def __init__(self, **parameters: float) -> None:
         source = "&".join(f"{name}={value}" for name, value in parameters.items())
@@ -73,7 +73,7 @@ class Twin:
 
 
 def test_shares_are_those_of_the_tokens_computed() -> None:
-    """Each of many requests of different lengths and arrival times owes its tokens' share of each step."""
+    """Each of many requests with different lengths and arrival times owes the share of its tokens in each step."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_seqs=32, kv_blocks=50_000)
     chance = random.Random(5)
     for number in range(200):
@@ -86,7 +86,7 @@ def test_shares_are_those_of_the_tokens_computed() -> None:
 
 
 def test_a_long_prompt_pays_for_all_its_steps() -> None:
-    """A prompt of many steps beside running requests owes its share of each step; the others do not pay for it."""
+    """A prompt of many steps owes its share of each step, and the requests that run meanwhile do not pay for it."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_batched_tokens=512, kv_blocks=50_000)
     for number in range(4):
         twin.submit(f"short{number}", 20, 400)
@@ -131,7 +131,7 @@ def test_all_shares_and_idle_are_lifetime_times_gpus(
 
 
 def test_idle_time_is_told_once() -> None:
-    """An idle engine is idle on all its GPUs, and each second is reported once."""
+    """An idle engine is idle on all its GPUs, and each idle second is reported once."""
     meter = GpuMeter(4.0, 1000, now=10.0)
     assert meter.idle(11.0) == pytest.approx(4.0)
     assert meter.idle(11.0) == 0.0

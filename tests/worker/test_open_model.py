@@ -18,24 +18,24 @@ from tests.support.checkpoints import build_checkpoint
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undamaged checkpoint."""
+    """The folder of an undamaged checkpoint."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 def without(name: str) -> Callable[[Path], None]:
-    """Return a function that removes a file from a folder."""
+    """Return a function that removes the named file from a folder."""
     return lambda folder: (folder / name).unlink()
 
 
 def with_nan(folder: Path) -> None:
-    """Set one number of the weights to NaN."""
+    """Set one number of the weights in a folder to NaN."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def without_tensor(folder: Path) -> None:
-    """Remove a tensor that vLLM would not miss, since it merges it into a larger one."""
+    """Remove a tensor that vLLM would not miss, since vLLM merges the tensor into a larger one."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -63,7 +63,7 @@ async def test_a_damaged_checkpoint_is_refused(
 
 
 def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
-    """Opening an undamaged checkpoint returns its digest and its tokenizer bundle."""
+    """An opened undamaged checkpoint has its weight digest and its tokenizer bundle."""
     opened = open_model(ReplicaSettings(ModelSpec("m", str(llama)), "c", cache_dir=str(tmp_path / "cache")))
     assert opened.weight_digest.startswith("sha256:")
     assert "tokenizer.json" in opened.bundle.files

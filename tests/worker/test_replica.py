@@ -1,4 +1,4 @@
-"""A replica without Ray: it starts and dials gateways, reports why it cannot, and ends its process with its engine."""
+"""A replica without Ray starts and dials gateways, or reports why it cannot, and ends its process with its engine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SOURCE = "sim://?vocab=1000&decode_ms=1"
 
 
 def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
-    """Return settings of a simulated model that dials the door."""
+    """Return settings of a simulated model whose replica dials the gateway side `door`."""
     spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
     return ReplicaSettings(spec, "test", gateways=(door.address,))
 
 
 async def test_serves_until_stopped(door: Door) -> None:
-    """A started replica dials the gateway, serves and passes `check`; a stopped one does none of it."""
+    """A started replica dials the gateway, serves and passes `check`, and a stopped replica does nothing of this."""
     replica = Replica(settings(door), ReplicaPlacement("r1", "node1"), open_model)
     with pytest.raises(EngineDead, match="not started"):
         await replica.check()
@@ -46,7 +46,7 @@ async def test_serves_until_stopped(door: Door) -> None:
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:
-    """A running request is finished within the drain time."""
+    """A running request is finished within the drain time when the replica stops."""
     replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), ReplicaPlacement("r1", "n"), open_model)
     await replica.start()
     running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
@@ -56,7 +56,7 @@ async def test_stop_drains_what_runs(door: Door) -> None:
 
 
 async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
-    """A replica on an ending node takes nothing new, finishes its requests and then fails `check`.
+    """A replica on an ending node takes no new requests, finishes its running requests and then fails `check`.
 
     An operator's uncordon does not change that.
     """
@@ -90,7 +90,7 @@ async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
 
 
 async def test_dead_engine_ends_the_process(door: Door) -> None:
-    """A dead engine ends the links, then the process; `check` reports the reason meanwhile."""
+    """A dead engine ends the links, then the process. `check` reports the reason."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
@@ -110,7 +110,7 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
 
 
 async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
-    """A wrong golden answer after an error closes the link and ends the process; the reason names the node."""
+    """A wrong golden answer after an error closes the link and ends the process, and the reason names the node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
@@ -130,7 +130,7 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
 
 
 async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
-    """NaN in the first golden answer ends the start, without ModelRefused: another node may have a healthy GPU."""
+    """NaN in the first golden answer ends the start without ModelRefused, since another node may have a healthy GPU."""
     replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), ReplicaPlacement("r1", "node-7"), open_model)
     with pytest.raises(EngineCorrupt, match=r"node-7 is sick.*NaN in the logits"):
         await replica.start()
@@ -166,7 +166,7 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
 async def test_what_cannot_work_is_refused(
     door: Door, source: str, place: ReplicaPlacement, more: dict[str, object], reason: str
 ) -> None:
-    """ModelRefused names what is wrong, and no link was made."""
+    """ModelRefused names the wrong setting, and no link is made."""
     replica = Replica(settings(door, source, **more), place, open_model)
     with pytest.raises(ModelRefused) as caught:
         await replica.start()

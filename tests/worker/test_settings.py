@@ -1,4 +1,4 @@
-"""Settings survive JSON, the digest changes when a replica must restart, and a refusal is found in any text."""
+"""Settings survive JSON, the digest changes when a new replica is required, and a refusal is found in any text."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SETTINGS = ReplicaSettings(
 
 
 def test_settings_survive_json() -> None:
-    """Settings converted to JSON and back are equal."""
+    """Settings converted to JSON and back are equal to the original settings."""
     assert from_json(json.loads(json.dumps(SETTINGS.to_json()))) == SETTINGS
     plain = dataclasses.replace(SETTINGS, tls=None)
     assert from_json(plain.to_json()) == plain
 
 
 def test_unknown_keys_are_refused() -> None:
-    """An unknown key, as from another release, raises an error instead of being ignored."""
+    """An unknown key, as from another release, raises an error and is not ignored."""
     with pytest.raises(ValueError, match="unknown key 'colour'"):
         specs.from_json({**specs.to_json(SETTINGS.spec), "colour": "red"})
     with pytest.raises(TypeError, match="colour"):
@@ -57,13 +57,13 @@ def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
     ],
 )
 def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:
-    """Everything that a replica is started with is part of the digest."""
+    """Every setting that a replica is started with is part of the digest."""
     assert changed.digest != SETTINGS.digest
 
 
 @given(st.text())
 def test_refusal_is_found_again(reason: str) -> None:
-    """The reason of ModelRefused is found in the text that Ray wraps around it, and survives a pickle."""
+    """The reason of ModelRefused is found in the text that Ray wraps around it, and the reason survives a pickle."""
     wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
     assert find_refusal(wrapped) == reason
     assert find_refusal("Traceback: ValueError") == ""

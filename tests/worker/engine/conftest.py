@@ -1,4 +1,7 @@
-"""Real engines on a tiny checkpoint. They are started once per session and shared: a start takes tens of seconds."""
+"""Fixtures for real engines on a tiny checkpoint.
+
+The engines are started once per session and shared, since a start takes tens of seconds.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 DEADLINE_S = 280.0 if os.environ.get("TRITON_INTERPRET") == "1" else 60.0
-"""Time limit for the requests of one test; interpreted kernels take twenty times as long."""
+"""Time limit in seconds for the requests of one test. Interpreted kernels take twenty times as long."""
 TOKEN_LO, TOKEN_HI = 300, 700
-"""Ordinary ids of the tiny tokenizer: above its bytes and special tokens."""
+"""Range of ordinary ids in the tiny tokenizer, above its bytes and special tokens."""
 
 
 def tiny_spec(**changes: object) -> ModelSpec:
-    """Return an entry for the tiny checkpoint: few slots, chunks of 128 tokens, small blocks."""
+    """Return an entry for the tiny checkpoint, with few slots, chunks of 128 tokens and small blocks."""
     engine = {
         "kv_cache_memory_bytes": 64 << 20,
         "max_num_seqs": 8,
@@ -42,12 +45,15 @@ def tiny_spec(**changes: object) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint."""
+    """The folder of a tiny Llama checkpoint."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 def schedules_asynchronously(subject: Subject) -> bool:
-    """Whether an engine on the fast path schedules asynchronously; on CPUs only the tests' plugin enables it."""
+    """Return whether an engine on the fast path schedules asynchronously.
+
+    On CPUs only the tests' plugin enables asynchronous scheduling.
+    """
     engine: Any = subject.engine
     return bool(engine._path._core.vllm_config.scheduler_config.async_scheduling)
 
@@ -58,7 +64,7 @@ def engine_children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def left_by_vllm() -> set[Path]:
-    """Return the rendezvous files of ranks that vLLM itself creates."""
+    """Return the rendezvous files that vLLM itself creates for ranks."""
     return set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
 
 
@@ -83,25 +89,25 @@ async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tupl
 
 @pytest.fixture(scope="session")
 async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil.Process]]:
-    """An engine on the fast path, and the process of its core."""
+    """A started engine on the fast path, and the process of its core."""
     async for started in _started(llama_folder, prefer_fastpath=True):
         yield started
 
 
 @pytest.fixture(scope="session")
 def fast_subject(fast_engine: tuple[Subject, psutil.Process]) -> Subject:
-    """An engine on the fast path."""
+    """A started engine on the fast path."""
     return fast_engine[0]
 
 
 @pytest.fixture(scope="session")
 def fast_core(fast_engine: tuple[Subject, psutil.Process]) -> psutil.Process:
-    """The process of the core of `fast_subject`."""
+    """The process of the engine core of `fast_subject`."""
     return fast_engine[1]
 
 
 @pytest.fixture(scope="session")
 async def public_subject(llama_folder: Path) -> AsyncIterator[Subject]:
-    """An engine that serves through AsyncLLM."""
+    """A started engine that serves through AsyncLLM."""
     async for subject, _ in _started(llama_folder, prefer_fastpath=False):
         yield subject

@@ -1,7 +1,8 @@
-"""The contract of cluster.api.ports.Engine as tests for any engine.
+"""The contract of cluster.api.ports.Engine, as tests for any engine.
 
 A test class inherits EngineContract and has a fixture `engine` that returns a `Subject`: a started engine with few
-slots (so that it can be filled) and a range of ordinary token ids. The tests share the engine and leave it empty.
+slots (so that tests can fill the engine) and a range of ordinary token ids. The tests share the engine and leave it
+empty.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ RESUMED: dict[str, dict[str, object]] = {
         "ignore_eos": False,
     },
 }
-"""Sampling parameters with which a request is cut and resumed."""
+"""Sampling parameters of the requests that are cut and resumed, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,11 @@ class Subject:
 
     @property
     def resumes_seeds(self) -> bool:
-        """Whether seeded requests can be resumed: not on the V1 runner of vLLM 0.31 (docs/support.md)."""
+        """Whether seeded requests can be resumed; on the V1 runner of vLLM 0.31 they cannot (docs/support.md)."""
         return not self.info.engine_class.endswith("-cpu31")
 
     def prompt(self, seed: int, tokens: int = 5) -> tuple[int, ...]:
-        """Return token ids that differ for each seed."""
+        """Return token ids for a prompt. Each seed gives different ids."""
         span = self.token_hi - self.token_lo
         return tuple(self.token_lo + (seed * 7919 + i * (31 + seed % 7)) % span for i in range(tokens))
 
@@ -133,7 +134,7 @@ class Answer:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All tokens in order."""
+        """All tokens of the answer, in order."""
         return tuple(token for output in self.outputs for token in output.token_ids)
 
     @property
@@ -143,17 +144,17 @@ class Answer:
 
     @property
     def end(self) -> tuple[FinishReason | None, int | None]:
-        """The finish reason and the stop token."""
+        """The finish reason and the stop token of the answer."""
         return self.finish, self.outputs[-1].stop_token_id if self.outputs else None
 
     @property
     def finish(self) -> FinishReason | None:
-        """The finish reason, once the request has ended."""
+        """The finish reason of the answer, once the request has ended."""
         return self.outputs[-1].finish if self.outputs else None
 
 
 class Driver:
-    """The only caller of an engine's `step`: it steps until a condition holds and collects the outputs."""
+    """The only caller of an engine's `step`. The driver steps until a condition holds and collects the outputs."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -161,7 +162,7 @@ class Driver:
         self.answers: dict[str, Answer] = {}
 
     async def submit(self, request: EngineRequest) -> str:
-        """Submit a request; return its id."""
+        """Submit a request; return the id of the request."""
         self.answers[request.request_id] = Answer()  # before submit: outputs may arrive before it returns
         try:
             await self.engine.submit(request)
@@ -171,7 +172,7 @@ class Driver:
         return request.request_id
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Run one step and return its outputs. Each must be of a known request that has not finished."""
+        """Run one step and return its outputs. Each output must be of a known request that has not finished."""
         # Not wait_for: its task would leave a gap after the step's return in which an abort could run.
         async with asyncio.timeout(self.subject.deadline_s):
             outputs = await self.engine.step()
@@ -183,27 +184,27 @@ class Driver:
         return outputs
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Step until `holds`."""
+        """Run steps until the condition `holds` is true."""
         deadline = time.monotonic() + self.subject.deadline_s
         while not holds():
             assert time.monotonic() < deadline, "the engine did not get there in time"
             await self.step()
 
     async def abort(self, request_ids: Iterable[str]) -> None:
-        """Abort requests; any further output of them is an error."""
+        """Abort requests. Any further output of these requests is an error."""
         ids = list(request_ids)
         await self.engine.abort(ids)
         for request_id in ids:
             self.answers.pop(request_id, None)
 
     async def run(self, *requests: EngineRequest) -> list[Answer]:
-        """Run requests to their end; return the answers in order."""
+        """Run requests to their end; return the answers in the order of the requests."""
         ids = [await self.submit(request) for request in requests]
         await self.until(lambda: all(self.answers[i].finish is not None for i in ids))
         return [self.answers[i] for i in ids]
 
     async def empty(self) -> None:
-        """Check that two steps after the last request has ended or was aborted, nothing runs or waits."""
+        """Check that nothing runs or waits two steps after the last request has ended or was aborted."""
         for _ in range(2):
             load = self.engine.load()
             if load.running == load.waiting == 0:
@@ -214,7 +215,7 @@ class Driver:
 
 
 def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> EngineRequest:
-    """Return a greedy request that runs to max_tokens; `changes` are fields of Sampling or EngineRequest."""
+    """Return a greedy request that runs to max_tokens. `changes` are fields of Sampling or EngineRequest."""
     names = {f.name for f in dataclasses.fields(Sampling)}
     sampling: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
     sampling |= {k: v for k, v in changes.items() if k in names}
@@ -228,23 +229,23 @@ def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> En
 
 
 class EngineContract:
-    """The rules that every engine must keep, one in each test."""
+    """The rules that every engine must keep. Each test checks one rule."""
 
     async def test_one_finish_after_max_tokens(self, engine: Subject) -> None:
-        """A request without EOS or stop ids gets exactly max_tokens and one finish, LENGTH."""
+        """A request without EOS or stop ids gets exactly max_tokens tokens and one finish, LENGTH."""
         (answer,) = await Driver(engine).run(request(engine.prompt(2), max_tokens=7))
         assert len(answer.token_ids) == 7
         assert [o.finish for o in answer.outputs if o.finish is not None] == [FinishReason.LENGTH]
         assert all(0 <= token < engine.info.vocab_size for token in answer.token_ids)
 
     async def test_first_output_alone_carries_prompt_counts(self, engine: Subject) -> None:
-        """Only the first output has prompt_tokens and cached_tokens."""
+        """Only the first output of a request has prompt_tokens and cached_tokens."""
         (answer,) = await Driver(engine).run(request(engine.prompt(3, tokens=9), cache_salt="counts"))
         assert (answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens) == (9, 0)
         assert all(o.prompt_tokens is None and o.cached_tokens is None for o in answer.outputs[1:])
 
     async def test_greedy_alone_equals_greedy_in_a_batch(self, engine: Subject) -> None:
-        """A greedy request gives the same tokens alone and beside requests of other lengths."""
+        """A greedy request gives the same tokens alone and in a batch with requests of other lengths."""
         driver = Driver(engine)
         mine = engine.prompt(4, tokens=12)
         (alone,) = await driver.run(request(mine, max_tokens=8))
@@ -256,7 +257,7 @@ class EngineContract:
         assert batch[1].token_ids == alone.token_ids
 
     async def test_stop_token_ends_and_is_named(self, engine: Subject) -> None:
-        """A stop token is the last token, and the last output names it."""
+        """A stop token is the last token of its answer, and the last output names the stop token."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(7), max_tokens=6))
         stop = free.token_ids[-1]
@@ -266,7 +267,7 @@ class EngineContract:
         assert (answer.finish, answer.outputs[-1].stop_token_id) == (FinishReason.STOP, stop)
 
     async def test_min_tokens_holds_stop_tokens_back(self, engine: Subject) -> None:
-        """No stop token is generated before min_tokens."""
+        """An engine generates no stop token before min_tokens."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(8), max_tokens=2))
         stops = tuple(set(free.token_ids))
@@ -275,7 +276,7 @@ class EngineContract:
         assert not set(answer.token_ids[:5]) & set(stops)
 
     async def test_salts_isolate_the_prefix_cache(self, engine: Subject) -> None:
-        """A prompt is found in the cache with its own salt, in whole blocks, and never with another salt."""
+        """A prompt is found in the cache in whole blocks with its own salt, and never with another salt."""
         driver = Driver(engine)
         size = engine.info.block_size
         prompt = engine.prompt(9, tokens=2 * size + 1)
@@ -287,7 +288,7 @@ class EngineContract:
 
     @pytest.mark.parametrize("k", [0, 3])
     async def test_logprobs_have_the_sampled_token_first(self, engine: Subject, k: int) -> None:
-        """Each position has the sampled token, then at most k others in order; no log probability is above zero."""
+        """Each position has the sampled token, then at most k others in order. No log probability is above zero."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=3, logprobs=k))
         positions = [p for output in answer.outputs for p in output.logprobs or ()]
         assert [p.token_ids[0] for p in positions] == list(answer.token_ids)
@@ -299,12 +300,12 @@ class EngineContract:
             assert len(set(position.token_ids[1:])) == len(top)
 
     async def test_no_logprobs_unless_asked(self, engine: Subject) -> None:
-        """Without the parameter an output has no log probabilities."""
+        """An output of a request without the parameter `logprobs` has no log probabilities."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=2))
         assert all(output.logprobs is None for output in answer.outputs)
 
     async def test_abort_frees_within_two_steps(self, engine: Subject) -> None:
-        """Two steps after its abort a request is gone without further output, and others continue unchanged."""
+        """Two steps after its abort a request is gone without further output, and other requests continue unchanged."""
         driver = Driver(engine)
         prompts = [engine.prompt(11), engine.prompt(12)]
         (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
@@ -320,7 +321,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_abort_of_unknown_ids_is_ignored(self, engine: Subject) -> None:
-        """Aborting unknown or finished ids changes nothing."""
+        """An abort of unknown or finished ids changes nothing."""
         driver = Driver(engine)
         (done,) = await driver.run(request(engine.prompt(13), max_tokens=1))
         await engine.engine.abort(["nobody", done.outputs[0].request_id])
@@ -328,7 +329,7 @@ class EngineContract:
         assert answer.finish is FinishReason.LENGTH
 
     async def test_duplicate_id_is_refused_and_harmless(self, engine: Subject) -> None:
-        """A second request with a live id is refused; the first one's tokens do not change."""
+        """A second request with a live id is refused, and the tokens of the first request do not change."""
         driver = Driver(engine)
         (alone,) = await driver.run(request(engine.prompt(14), max_tokens=5))
         first = request(engine.prompt(14), max_tokens=5)
@@ -366,7 +367,7 @@ class EngineContract:
         fillers = [await driver.submit(request(engine.prompt(20 + i), max_tokens=200)) for i in range(places)]
         await driver.until(lambda: all(driver.answers[i].outputs for i in fillers))
         later = await driver.submit(request(engine.prompt(18), max_tokens=2, priority=5))
-        # Long enough to be still running alone when its output is read late.
+        # The request is long enough to run still when its output is read late.
         sooner = await driver.submit(request(engine.prompt(19), max_tokens=100, priority=1))
         try:
             await driver.abort(fillers[:1])
@@ -379,11 +380,11 @@ class EngineContract:
 
     @pytest.mark.parametrize("name", RESUMED)
     async def test_cut_anywhere_equals_uncut(self, engine: Subject, name: str) -> None:
-        """A request cut after any token and resumed in a batch has the tokens, end and logprobs of the uncut one."""
+        """A request cut after any token and resumed in a batch has the uncut request's tokens, end and logprobs."""
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
-        """In a resumed request emitted tokens count towards min_tokens, and stop tokens work as in the uncut one."""
+        """In a resumed request, emitted tokens count towards min_tokens. Stop tokens end it as in the uncut request."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
         for least in (0, 20):
@@ -392,7 +393,7 @@ class EngineContract:
             assert len(uncut.token_ids) >= max(1, least)
 
     async def test_a_continued_call_tells_its_true_prompt(self, engine: Subject) -> None:
-        """prompt_tokens of a resumed request excludes emitted tokens, and cached_tokens never exceeds it."""
+        """prompt_tokens of a resumed request excludes emitted tokens, and cached_tokens never exceeds prompt_tokens."""
         if RESUME_PLAIN in engine.info.capabilities:
             pytest.skip("this engine continues a call as a new prompt")
         size = engine.info.block_size
@@ -406,7 +407,7 @@ class EngineContract:
         assert seen == [(2 * size, 0, 3), (2 * size, 2 * size, 3)]
 
     async def test_a_call_at_its_end_is_not_continued(self, engine: Subject) -> None:
-        """Emitted tokens that reach max_tokens or include a stop token are refused."""
+        """A resumed request whose emitted tokens reach max_tokens or include a stop token is refused."""
         stop = engine.token_lo + 5
         for emitted, changes in (
             (engine.prompt(46, tokens=6), {}),
@@ -440,7 +441,9 @@ class EngineContract:
         await driver.empty()
 
     async def test_a_step_ages_only_while_there_is_work(self, engine: Subject) -> None:
-        """load() reports the step's age and remaining prompt tokens while requests run, and zero when idle."""
+        """While requests run, load() reports the step's age and the remaining prompt tokens; when idle, it reports
+        zero.
+        """
         driver = Driver(engine)
         running = [await driver.submit(request(engine.prompt(47 + i, tokens=30), max_tokens=8)) for i in range(2)]
         assert engine.engine.load().prefill_tokens == 60
@@ -455,7 +458,7 @@ class EngineContract:
         await driver.empty()
 
     async def test_steps_only_grow(self, engine: Subject) -> None:
-        """load().steps grows with every step that emits tokens, and kv_usage stays within [0, 1]."""
+        """load().steps grows with every step that emits tokens, and load().kv_usage stays within [0, 1]."""
         driver = Driver(engine)
         before = engine.engine.load().steps
         await driver.run(request(engine.prompt(41), max_tokens=4))
@@ -466,13 +469,13 @@ class EngineContract:
 
 
 CONTROLS = ("frequency penalty", "presence penalty", "json grammar, seed", "regex")
-"""Keys of SEGMENTS_PER_RESUME whose requests continue differently when resumed as a new prompt."""
+"""Keys of RESUMED whose requests continue differently when they are resumed as a new prompt."""
 
 
 async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tuple[int, int]:
     """Resume a request as a new prompt after every cut.
 
-    Return the number of cuts, and after how many of them it continues like the uncut request.
+    Returns the number of cuts, and the number of cuts after which the request continues like the uncut request.
     """
     driver, changes = Driver(subject), RESUMED[name]
     (uncut,) = await driver.run(request(prompt, max_tokens=CUTS + 1, **changes))
@@ -485,7 +488,10 @@ async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tup
 
 
 async def cut_everywhere(subject: Subject, prompt: Sequence[int], tokens: int, changes: Mapping[str, object]) -> Answer:
-    """Cut a request at every token, resume all at once, compare with the uncut answer, and return that answer."""
+    """Cut a request at every token, resume all parts at once and compare them with the uncut answer.
+
+    Returns the uncut answer.
+    """
     driver = Driver(subject)
     (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))
     cuts = range(1, len(uncut.token_ids))

@@ -1,6 +1,6 @@
 """Program that runs a real engine until it is killed. Arguments: model folder, tensor parallel size.
 
-It prints `ready` once the engine has answered a request, then keeps one request running.
+The program prints `ready` once the engine has answered a request, then keeps one request running.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The golden check: which answers mean a sick engine and which do not, and that callers do not notice it."""
+"""The golden check finds sick engines, accepts healthy engines, and is not visible to callers."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ async def subject() -> tuple[SimEngine, Driver]:
 
 
 class TestContract(EngineContract):
-    """A checked engine keeps the engine contract."""
+    """The engine contract, tested with a checked engine."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
-        """A checked engine that wraps a simulated one."""
+        """A checked engine that wraps a simulated engine."""
         engine, driver = await subject()
         yield driver.subject
         assert engine.statistics().kv_used_blocks == 0
@@ -68,7 +68,7 @@ async def test_an_error_of_a_well_engine_changes_nothing() -> None:
 
 
 async def test_errors_are_answered_by_one_question_at_a_time() -> None:
-    """While a golden request runs, any number of further errors leads to only one more."""
+    """While a golden request runs, any number of further errors leads to only one more golden request."""
     engine, driver = await subject()
     asked = engine.statistics().submitted
     for at in (1, 2, 3, 4):
@@ -80,7 +80,7 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """A golden answer after an error that is wrong or has NaN raises EngineCorrupt, which names the node."""
+    """A golden answer that is wrong or has NaN, after an error, raises EngineCorrupt that names the node."""
     engine, driver = await subject()
     engine.fail("step", fault, at=0)
     engine.fail("step", "nan", at=3)
@@ -90,7 +90,7 @@ async def test_a_wrong_answer_is_sickness(fault: str) -> None:
 
 
 async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
-    """An engine that claims exact resume and drops emitted tokens raises EngineCorrupt at start."""
+    """An engine that claims exact resume but drops emitted tokens raises EngineCorrupt at start."""
 
     class Forgetful(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -139,14 +139,17 @@ async def test_no_check_makes_a_word_better(word: str) -> None:
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
-    """Such an engine is healthy; its capability becomes `resume:state`, and the other capabilities stay."""
+    """An engine whose seeded requests continue differently is healthy, but its capability becomes `resume:state`.
+
+    The other capabilities stay.
+    """
     examined = CheckedEngine(Apart())
     assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
     assert examined.downgrade_reason == "a seeded request resumed after 2 tokens continued with different tokens"
 
 
 async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
-    """If resumed requests with a seed are refused, the greedy ones decide."""
+    """If resumed requests with a seed are refused, the greedy requests decide."""
 
     class Refusing(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -161,7 +164,7 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
 
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
-    """The check requests as many log probabilities as max_logprobs allows and detects changed values with them."""
+    """The check requests as many log probabilities as max_logprobs allows, and detects changed values with them."""
 
     class Terse(SimEngine):
         shift = 0.0
@@ -189,7 +192,7 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])
 async def test_the_question_fits_every_engine(length: int) -> None:
-    """Prompt and answer fit into any context length and stay within the vocabulary."""
+    """The golden prompt and its answer fit into any context length and stay within the vocabulary."""
     info = EngineInfo("sim", "sim", "1", 16, 64, 4, 64, length, 9)
     question = golden_request(info, "1")
     assert question.request_id.startswith(PREFIX)
@@ -199,14 +202,17 @@ async def test_the_question_fits_every_engine(length: int) -> None:
 
 
 def softmax(logits: list[float]) -> list[float]:
-    """Return log probabilities."""
+    """Return the log probabilities of logits."""
     top = max(logits)
     total = math.log(sum(math.exp(logit - top) for logit in logits)) + top
     return [logit - total for logit in logits]
 
 
 def greedy(logprobs: list[float], top: int) -> PositionLogprobs:
-    """Return an engine's output for a greedy token: its own value, then those of the most likely tokens."""
+    """Return an engine's output for a greedy token.
+
+    The first entry is the greedy token, and the most likely tokens follow.
+    """
     order = sorted(range(len(logprobs)), key=lambda token: (-logprobs[token], token))
     ids = [order[0], *order[:top]]
     return PositionLogprobs(ids, [logprobs[token] for token in ids])
@@ -222,9 +228,9 @@ tolerances = st.sampled_from([0.02, 0.5])
 def test_a_healthy_engine_is_never_called_sick(
     given_values: list[tuple[list[float], list[float]]], top: int, tolerance: float
 ) -> None:
-    """Changes of log probabilities within the tolerance prove nothing, even if another token becomes the greedy one.
+    """Changes of log probabilities within the tolerance prove nothing, even if another token becomes the greedy token.
 
-    After a different token the answers are not compared.
+    Positions after a different token are not compared.
     """
     reference, answer, same = GoldenAnswer(), GoldenAnswer(), True
     for values, moves in given_values:
@@ -255,7 +261,7 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """A greedy token that must have been clearly less likely in the reference is found, even if it is not listed."""
+    """A greedy token that must have been clearly less likely in the reference is found, even if not listed there."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -267,7 +273,7 @@ def test_another_model_is_called_sick(values: list[float], top: int, tolerance: 
 def test_more_values_never_hide_what_fewer_prove(
     values: list[float], others: list[float], fewer: int, more: int, tolerance: float
 ) -> None:
-    """If a short list of values proves an answer wrong, a longer one does, too."""
+    """If a short list of values proves an answer wrong, a longer list proves it wrong, too."""
     fewer, more = sorted((fewer, more))
 
     def verdict(top: int) -> str:
@@ -291,9 +297,9 @@ def test_a_token_outside_the_list_is_undecided() -> None:
 
 
 def test_a_tie_may_end_either_way() -> None:
-    """An equally likely token is right, whatever follows it.
+    """A token that is as likely as the reference's token is right, whatever follows it.
 
-    A clearly less likely token is wrong, and so is one that is not the most likely in its own list.
+    A clearly less likely token is wrong, and so is a token that is not the most likely one in its own list.
     """
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
 

@@ -1,4 +1,4 @@
-"""Quantile of step durations, and which work explains a long step."""
+"""The quantile of step durations, and the work that explains a long step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ durations = st.floats(1e-4, 100.0)
 
 @given(st.lists(durations, min_size=1, max_size=16))
 def test_the_quantile_is_that_of_all_durations(given_s: list[float]) -> None:
-    """The p99 is that of the sorted durations, at most one bucket too long and never too short."""
+    """The p99 equals the p99 of the sorted durations, at most one bucket too long and never too short."""
     quantile = Quantile()
     for seconds in given_s:
         quantile.add(seconds)
@@ -25,7 +25,7 @@ def test_the_quantile_is_that_of_all_durations(given_s: list[float]) -> None:
 
 
 def test_one_slow_step_in_a_thousand_does_not_move_it() -> None:
-    """The p99 ignores the slowest hundredth."""
+    """The p99 ignores the slowest hundredth of the steps."""
     quantile = Quantile()
     for number in range(2000):
         quantile.add(5.0 if number % 1000 == 7 else 0.02)
@@ -54,7 +54,7 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """A queue of prompts explains no more than the one chunk that a step can compute."""
+    """A queue of prompts explains no more time than the one chunk that a step can compute."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)

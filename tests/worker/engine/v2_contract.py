@@ -1,4 +1,4 @@
-"""The engine contract over vLLM's V2 runner. Run it only with the environment of loadtests.interpreted."""
+"""The engine contract over vLLM's V2 runner. Run these tests only in the environment of loadtests.interpreted."""
 
 from __future__ import annotations
 
@@ -25,39 +25,41 @@ from tests.worker.engine.contract import (
 )
 
 STOPS = tuple(range(300, 299 + MAX_STOP_TOKEN_IDS_AFTER_MIN))
-"""One stop id too many, with the model's two EOS ids."""
+"""Stop ids that exceed the bound by one, together with the model's two EOS ids."""
 VOCABULARY = 768
 SEEDED = (359, 447, 538, 561, 253, 77, 286, 742, 663, 213, 552, 619)
-"""Tokens of seed 7 at temperature 1 after Subject.prompt(50). They are the same in vLLM 0.31 to 0.33, so that a seeded
-request may resume on another release."""
+"""Tokens of seed 7 at temperature 1 after Subject.prompt(50).
+
+The tokens are the same in vLLM 0.31 to 0.33, so that a seeded request may resume on another release.
+"""
 
 
 def test_the_runner_is_v2(fast_subject: Subject) -> None:
-    """The engine class names the V2 runner's noise, and the resume capability follows from batch invariance."""
+    """The engine class names the V2 runner's noise scheme, and the resume capability follows from batch invariance."""
     assert fast_subject.info.engine_class.endswith("-v2")
     word = RESUME_EXACT if is_batch_invariant("float32") else RESUME_STATE
     assert word in fast_subject.info.capabilities
 
 
 class TestV2(EngineContract):
-    """The contract over the fast path."""
+    """The engine contract, tested over the fast path."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
-        """The shared engine."""
+        """The engine that all tests share."""
         return fast_subject
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 async def test_control(name: str, fast_subject: Subject) -> None:
-    """A request of this kind resumed as a new prompt continues differently, so that the contract would detect it."""
+    """A request resumed as a new prompt continues differently, so that the contract would detect such a resume."""
     cuts, alike = await plain_rests(fast_subject, fast_subject.prompt(40, tokens=40), name)
     assert cuts > 8
     assert alike < cuts
 
 
 async def test_noise_is_that_of_other_releases(fast_subject: Subject) -> None:
-    """A seed gives the tokens of other releases, which SEEDED has."""
+    """A seed gives the same tokens as in other releases, which SEEDED records."""
     (answer,) = await Driver(fast_subject).run(request(fast_subject.prompt(50), max_tokens=12, temperature=1.0, seed=7))
     assert answer.token_ids == SEEDED
 
@@ -80,7 +82,10 @@ async def test_noise_is_that_of_other_releases(fast_subject: Subject) -> None:
 async def test_what_would_end_a_rank_is_refused(
     field: str, good: dict[str, object], wrong: dict[str, object], fast_subject: Subject
 ) -> None:
-    """A request at the bound of the V2 runner's tables is served; above it is refused, and the engine stays alive."""
+    """A request at the bound of the V2 runner's tables is served.
+
+    A request above the bound is refused, and the engine stays alive.
+    """
     driver = Driver(fast_subject)
     prompt = fast_subject.prompt(51)
     (answer,) = await driver.run(request(prompt, max_tokens=4, **good))
@@ -95,7 +100,7 @@ async def test_what_would_end_a_rank_is_refused(
 async def test_pipeline_parallel_calls_are_continued(
     llama_folder: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests resume on two pipeline stages, with and without asynchronous scheduling."""
+    """Requests are resumed on two pipeline stages, with and without asynchronous scheduling."""
     monkeypatch.setenv(ASYNC, str(int(asynchronous)))
     engine = VllmEngine(tiny_spec(pipeline_parallel_size=2), llama_folder, executor="mp")
     info = await engine.start()

@@ -1,4 +1,4 @@
-"""Damaged or incomplete weight files are refused when a model is opened; undamaged ones of any architecture pass."""
+"""Damaged or incomplete weight files are refused when a model is opened; undamaged files of any architecture pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that returns the folder of an undamaged checkpoint in one file, by its architecture."""
+    """A function that takes an architecture and returns the folder of an undamaged checkpoint in one file."""
     root = tmp_path_factory.mktemp("architectures")
 
     def folder(model_type: str) -> Path:
@@ -35,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in several files with an index."""
+    """The folder of a checkpoint in several files with an index."""
     folder = save("llama", tmp_path_factory.mktemp("shards"), max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
@@ -47,7 +47,7 @@ def check(folder: Path, **spec: Any) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], object], name: str = WEIGHTS) -> None:
-    """Change the tensors of a file."""
+    """Change the tensors of a file in place."""
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -57,7 +57,10 @@ def rewrite(folder: Path, change: Callable[[Tensors], object], name: str = WEIGH
 def test_whole_checkpoints_pass_and_each_tensor_is_missed(
     whole: Callable[[str], Path], tmp_path: Path, model_type: str
 ) -> None:
-    """An undamaged checkpoint of any architecture passes; with a missing or misshapen tensor the error names it."""
+    """An undamaged checkpoint of any architecture passes.
+
+    If a tensor is missing or misshapen, the error names the tensor.
+    """
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
     check(folder)
     tensors = load_file(folder / WEIGHTS)
@@ -66,7 +69,7 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
         rewrite(folder, lambda given, name=name: given.pop(name))  # type: ignore[misc]
         with pytest.raises(CheckpointError) as missing:
             check(folder)
-        layer = re.split(r"(?<=\.\d\.)", name)[0]  # the rest may be transformers' other name of the tensor
+        layer = re.split(r"(?<=\.\d\.)", name)[0]  # the rest may be transformers' other name for the tensor
         assert layer in str(missing.value)
         odd = tensors | {name: tensors[name].repeat(2, *[1] * (tensors[name].dim() - 1))}
         save_file(odd, folder / WEIGHTS, metadata={"format": "pt"})
@@ -103,7 +106,7 @@ def test_other_names_and_buffers_of_old_checkpoints_pass(
 def test_what_is_not_known_is_left_to_the_engine(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Quantized checkpoints, and architectures unknown to transformers, are not compared."""
+    """Quantized checkpoints, and architectures that transformers does not know, are not compared."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -120,7 +123,7 @@ def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Pat
 
 
 def test_shards_pass_with_and_without_their_index(shards: Path, tmp_path: Path) -> None:
-    """Shards pass with and without an index; a file that the index does not name is ignored."""
+    """Shards pass with and without an index, and a file that the index does not name is ignored."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / "consolidated.safetensors").write_bytes(b"another form of the same")
     check(folder)
@@ -130,7 +133,7 @@ def test_shards_pass_with_and_without_their_index(shards: Path, tmp_path: Path) 
 
 
 def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
-    """The error names a missing shard, with and without an index."""
+    """The error for a missing shard names the shard, with and without an index."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
@@ -141,7 +144,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_only_the_index_has_is_named(shards: Path, tmp_path: Path) -> None:
-    """The error names a tensor that only the index has, and the file that should contain it."""
+    """The error for a tensor that only the index has names the tensor and the file that should contain it."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     name, file = next(iter(json.loads((folder / INDEX).read_text())["weight_map"].items()))
     rewrite(folder, lambda tensors: tensors.pop(name), file)
@@ -169,7 +172,7 @@ def _cut(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_file_is_named(shards: Path, tmp_path: Path, damage: Callable[[bytes], bytes], why: str) -> None:
-    """The error names a damaged file, the damage and the remedy."""
+    """The error for a damaged file names the file, the damage and the remedy."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     file = sorted(folder.glob("*.safetensors"))[-1]
     file.write_bytes(damage(file.read_bytes()))
@@ -187,7 +190,7 @@ def test_a_damaged_index_is_named(shards: Path, tmp_path: Path, content: str) ->
 
 
 def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """A missing lm_head is an error, unless config.json ties it to the embeddings."""
+    """A missing lm_head is an error, unless config.json ties lm_head to the embeddings."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match="lm_head"):
@@ -211,7 +214,7 @@ def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable
 def test_a_configuration_of_another_model_is_found(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, int]
 ) -> None:
-    """A config.json whose sizes differ from the tensors' is refused."""
+    """A config.json whose sizes differ from the sizes of the tensors is refused."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))

@@ -1,4 +1,4 @@
-"""Download of weights over HTTP: once per node, resumed at the byte where it broke off, never repeated."""
+"""Weights are downloaded over HTTP once per node, and a download that broke off is resumed at the same byte."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILES = {
 
 @dataclass
 class Server:
-    """A web server that supports ranges. `breaks`: number of weight responses that break off."""
+    """A web server that supports ranges. `breaks`: the number of weight responses that will break off."""
 
     files: dict[str, bytes]
     breaks: int = 0
@@ -43,7 +43,7 @@ class Server:
     address: str = ""
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
-        """Return the request handler for http.server."""
+        """Return the request handler class for http.server."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,7 +86,7 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A web server on a loopback port."""
+    """A web server that runs on a loopback port."""
     made = Server(dict(FILES))
     http = ThreadingHTTPServer(("127.0.0.1", 0), made.handler())
     made.address = f"http://127.0.0.1:{http.server_address[1]}/models/m"
@@ -101,7 +101,7 @@ def server() -> Iterator[Server]:
 
 
 def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
-    """All files are fetched with progress to the last byte; a second call uses no network."""
+    """All files are fetched with progress up to the last byte, and a second call uses no network."""
     seen: list[tuple[int, int]] = []
     folder = fetch(server.address, tmp_path, PATTERNS, lambda done, total, name: seen.append((done, total)))
     assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == FILES
@@ -113,7 +113,7 @@ def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
-    """A complete shard is kept, and a partial one is continued from its last byte."""
+    """A complete shard is kept, and a partial shard is continued after its last byte."""
     server.files["two.safetensors"] = b""
     folder = fetch(server.address, tmp_path, PATTERNS)
     (folder / fetching.COMPLETE).unlink()
@@ -129,7 +129,7 @@ def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> N
 
 
 def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
-    """A broken connection is retried a few times; then the error says so, and the next call continues."""
+    """A broken connection is retried a few times. Then the error gives the number of tries, and the next call resumes."""
     server.breaks = 2
     assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
     server.breaks = 100

@@ -1,4 +1,4 @@
-"""NaN in weights of any type is found while their digest is computed, and finite numbers always pass."""
+"""NaN in weights of any type is found while the digest is computed, and finite numbers always pass."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FLOATS = TYPES[:6]
 
 
 def write(folder: Path, tensors: dict[str, Any]) -> Path:
-    """Write a folder with one weight file."""
+    """Write a folder with one weight file; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
 def patterns(kind: torch.dtype) -> torch.Tensor:
-    """Return every number of a type with up to 16 bits, and many of a larger type."""
+    """Return every number of a type with up to 16 bits, or many numbers of a larger type."""
     width = torch.empty(0, dtype=kind).element_size()
     if width == 1:
         return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kind)
@@ -49,7 +49,7 @@ def patterns(kind: torch.dtype) -> torch.Tensor:
 
 
 def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTES) -> str:
-    """Return why a folder with these tensors is refused; empty if it is not."""
+    """Return why a folder with these tensors is refused; empty if the folder is not refused."""
     try:
         weight_digest(write(folder, tensors), folder / "cache", piece_bytes=piece_bytes)
     except ValueError as error:
@@ -59,7 +59,7 @@ def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTE
 
 @pytest.mark.parametrize("kind", FLOATS, ids=str)
 def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dtype) -> None:
-    """All finite numbers pass; NaN is found in a matrix and in a vector, infinity only in a matrix."""
+    """All finite numbers pass. NaN is found in a matrix and in a vector, and infinity only in a matrix."""
     numbers = patterns(kind)
     wide = numbers.to(torch.float64)
     finite = numbers[torch.isfinite(wide)]

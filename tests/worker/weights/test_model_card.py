@@ -1,4 +1,4 @@
-"""Model cards, and which licences are allowed."""
+"""Model cards are read, and licences are allowed or refused."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_a_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [None, "# only text", "---\nlicense: [", "---\n- a\n---\n", "---\nlicense: mit\n"])
 def test_no_card(tmp_path: Path, text: str | None) -> None:
-    """A missing or unreadable card is empty."""
+    """A missing or unreadable card is read as an empty card."""
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert read_card(tmp_path) == Card()
 
 
 def test_a_licence_of_its_own(tmp_path: Path) -> None:
-    """With the licence `other` the card has the name in `license_name`."""
+    """If the licence is `other`, the card has the licence name in `license_name`."""
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: Llama3.1\n---\n")
     assert read_card(tmp_path).license == "llama3.1"
 
@@ -54,14 +54,14 @@ def test_a_licence_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_let_in(named: str, card: str, allowed: tuple[str, ...], reason: str) -> None:
-    """Without a list any licence is allowed; with a list, a licence that is missing or not listed is refused."""
+    """Without a list any licence is allowed. With a list, a licence that is missing or not listed is refused."""
     refusal = why_refused(named, Card(card), allowed)
     assert reason in refusal
     assert bool(refusal) == bool(reason)
 
 
 def test_a_folder_of_another_licence_is_refused(tmp_path: Path) -> None:
-    """A folder whose licence is not allowed is refused before anything is loaded; the error names the entry."""
+    """A folder whose licence is not allowed is refused before anything is loaded, and the error names the entry."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "README.md").write_text(CARD)

@@ -1,4 +1,4 @@
-"""Sources of weights and what they allow; weight digests; the default model."""
+"""Sources of weights and the rules for them, weight digests, and the default model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 
 
 def checkpoint(folder: Path, files: Sequence[str] = ("model.safetensors",), **config: object) -> Path:
-    """Create a folder that looks like a model's."""
+    """Create a folder that looks like a model folder; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     for name in files:
@@ -44,7 +44,7 @@ def test_a_folder_with_safetensors_is_taken(tmp_path: Path) -> None:
 def test_a_wrong_source_is_refused_with_the_reason(
     tmp_path: Path, spec: dict[str, str], rules: dict[str, object], says: str
 ) -> None:
-    """The error names the entry and the reason."""
+    """The error for a wrong source names the entry and the reason."""
     with pytest.raises(SourceError, match=says) as error:
         resolve(ModelSpec("m", **spec), SourceRules(tmp_path, **rules))  # type: ignore[arg-type]
     assert "models[m]" in str(error.value)
@@ -58,7 +58,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused_unless_asked_for_and_allowed(tmp_path: Path) -> None:
-    """A folder of .bin files is refused, unless the entry sets load_format and weights.allow allows it."""
+    """A folder of .bin files is refused, unless the entry sets load_format and weights.allow allows that format."""
     folder = checkpoint(tmp_path / "m", ["pytorch_model.bin"])
     with pytest.raises(SourceError, match="pickled weights can run code"):
         resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
@@ -74,7 +74,7 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("trust", "allow"), [(False, False), (True, False), (False, True)])
 def test_remote_code_needs_both_words(tmp_path: Path, trust: bool, allow: bool) -> None:
-    """auto_map is refused unless the entry trusts and the cluster allows."""
+    """A config.json with auto_map is refused unless the entry trusts remote code and the cluster allows it."""
     folder = checkpoint(tmp_path / "m", auto_map={"AutoModel": "modeling.Model"})
     with pytest.raises(SourceError, match="auto_map"):
         resolve(ModelSpec("m", str(folder), trust_remote_code=trust), SourceRules(tmp_path, allow_remote_code=allow))
@@ -83,14 +83,14 @@ def test_remote_code_needs_both_words(tmp_path: Path, trust: bool, allow: bool) 
 
 
 def test_offline_hub_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, a model that is not cached is an error that says so."""
+    """If the hub is offline and a model is not cached, the error says that HF_HUB_OFFLINE is set."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
         resolve(ModelSpec("m", "hf://example/absent"), SourceRules(tmp_path))
 
 
 def test_digest_is_by_content_and_kept(tmp_path: Path) -> None:
-    """Equal content has the same digest in any folder; the record is used until a file changes."""
+    """Equal content has the same digest in any folder, and the record of a digest is used until a file changes."""
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     cache = tmp_path / "cache"
     digest = weight_digest(one, cache)
@@ -129,7 +129,10 @@ def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_the_default_model_is_made_once(tmp_path: Path) -> None:
-    """Two concurrent calls create the folder once; a dead process's rest is removed; progress ends at its total."""
+    """Two concurrent calls create the folder of the default model once.
+
+    The unfinished folder of a dead process is removed, and the progress ends at its total.
+    """
     torn = tmp_path / "models" / f".{demo_model.FOLDER}.making-dead"
     torn.mkdir(parents=True)
     seen: list[tuple[int, int, str]] = []

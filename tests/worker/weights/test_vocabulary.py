@@ -1,4 +1,4 @@
-"""Tokenizers that a model cannot use are refused when it is opened; every usable kind of tokenizer file works."""
+"""Tokenizers that a model cannot use are refused when the model is opened, and every usable kind of file works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = VOCAB_SIZES["llama"]
 
 
 def folder_of(folder: Path, model_type: str = "llama", **config: Any) -> Path:
-    """Create a model's folder without a tokenizer."""
+    """Create a model folder without a tokenizer; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     known = {"model_type": model_type, "vocab_size": SIZE, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(known | config))
@@ -31,24 +31,24 @@ def folder_of(folder: Path, model_type: str = "llama", **config: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer files of a model."""
+    """The folder with the tokenizer files of a model."""
     return build_tokenizer("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
 def model(llama: Path, tmp_path: Path) -> Path:
-    """A model's folder with its tokenizer."""
+    """A model folder with its tokenizer."""
     return folder_of(Path(shutil.copytree(llama, tmp_path / "m")))
 
 
 def ids_of(bundle: Bundle, text: str) -> list[int]:
-    """Return a text's token ids from the bundle's tokenizer."""
+    """Return a text's token ids, computed by the bundle's tokenizer."""
     ids: list[int] = Tokenizer.from_str(bundle.files["tokenizer.json"].decode()).encode(text).ids
     return ids
 
 
 def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a file's JSON."""
+    """Change the JSON object in a file."""
     content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     change(content)
     (folder / name).write_text(json.dumps(content))
@@ -59,7 +59,10 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) ->
 )
 @pytest.mark.parametrize("also", ["", "tokenizer_config.json"])
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, model_type: str, also: str) -> None:
-    """A folder without a tokenizer is refused for any architecture; for some transformers creates an empty one."""
+    """A folder without a tokenizer is refused, whatever its architecture.
+
+    For some architectures transformers creates an empty tokenizer.
+    """
     folder = folder_of(tmp_path / "m", model_type)
     if also:
         (folder / also).write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
@@ -92,14 +95,14 @@ def test_an_empty_vocabulary_is_refused(tmp_path: Path, tokenizer_class: str) ->
     ],
 )
 def test_a_damaged_tokenizer_file_is_refused(model: Path, content: str, why: str) -> None:
-    """The error for a damaged tokenizer file has the remedy, whatever the library raises."""
+    """The error for a damaged tokenizer file has the remedy, whatever error the library raises."""
     (model / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=why):
         build_bundle(model)
 
 
 def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> None:
-    """tokenizer.json alone, vocab.json with merges.txt, and a sentencepiece model each tokenize text."""
+    """tokenizer.json alone, vocab.json with merges.txt, and a sentencepiece model can each tokenize text."""
     import sentencepiece
 
     alone = folder_of(tmp_path / "alone")
@@ -128,7 +131,7 @@ def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> No
 
 
 def test_kinds_that_are_not_served_are_named(tmp_path: Path) -> None:
-    """The error names the kinds that are not served: Mistral's own tokenizer and folder, and gguf files."""
+    """The error names the kinds of files that are not served: Mistral's own tokenizer and folder, and gguf files."""
     (folder_of(tmp_path / "tekken", "mistral") / "tekken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"only tekken\.json, .* not served yet"):
         build_bundle(tmp_path / "tekken")
@@ -146,7 +149,7 @@ def test_kinds_that_are_not_served_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("count", [1, 40])
 def test_added_tokens_beyond_the_vocabulary_are_refused(model: Path, special: bool, count: int) -> None:
-    """Added tokens without embedding rows are refused; the error has their ids and the vocabulary size."""
+    """Added tokens without embedding rows are refused, and the error has their ids and the vocabulary size."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(f"<more{at}>", special=special) for at in range(count)])
     tokenizer.save(str(model / "tokenizer.json"))
@@ -157,7 +160,7 @@ def test_added_tokens_beyond_the_vocabulary_are_refused(model: Path, special: bo
 
 
 def test_the_tokenizer_of_a_larger_model_is_refused(model: Path) -> None:
-    """Ordinary tokens outside the vocabulary are refused; a vocabulary larger than the tokenizer passes."""
+    """Ordinary tokens outside the vocabulary are refused, and a vocabulary larger than the tokenizer passes."""
     edit(model, "config.json", lambda config: config.update(vocab_size=SIZE - 100))
     with pytest.raises(
         ValueError, match=rf"has 99 tokens that the model does not have: its vocabulary has {SIZE - 100}"
@@ -169,7 +172,7 @@ def test_the_tokenizer_of_a_larger_model_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize("nested", ["", "text_config"])
 def test_the_vocabulary_of_a_multimodal_model_is_its_text_models(model: Path, nested: str) -> None:
-    """vocab_size may be nested in text_config; for an unknown model type the value in the file counts."""
+    """vocab_size may be nested in text_config. For an unknown model type the value in config.json counts."""
     plain = {"model_type": "of_its_own", "vocab_size": SIZE - 9}
     config = {"model_type": "of_its_own", nested: plain} if nested else plain
     (model / "config.json").write_text(json.dumps(config))
@@ -181,9 +184,9 @@ def test_the_vocabulary_of_a_multimodal_model_is_its_text_models(model: Path, ne
 
 @pytest.mark.parametrize("role", ["image_token", "pad_token"])
 def test_a_special_token_that_text_never_needs_is_left_out(model: Path, role: str) -> None:
-    """An image placeholder or padding token outside the vocabulary is omitted, as published text models have them.
+    """An image placeholder or padding token outside the vocabulary is omitted. Published text models have such tokens.
 
-    The gateway treats its string as ordinary text, so that no caller can send an id that the model lacks.
+    The gateway treats the token's string as ordinary text, so that no caller can send an id that the model lacks.
     """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_special_tokens(["<odd>"])
@@ -209,7 +212,7 @@ def test_a_special_token_that_text_needs_is_missed(model: Path, role: str) -> No
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("ids", [SIZE, [2, SIZE + 5], -1])
 def test_eos_ids_outside_the_vocabulary_are_refused(model: Path, file: str, ids: Any) -> None:
-    """EOS ids outside the vocabulary are refused; the error names the file."""
+    """EOS ids outside the vocabulary are refused, and the error names the file."""
     edit(model, file, lambda config: config.update(eos_token_id=ids))
     with pytest.raises(ValueError, match=rf"{file}: eos_token_id (-1|\d+) is outside the model's vocabulary"):
         build_bundle(model)
@@ -218,7 +221,7 @@ def test_eos_ids_outside_the_vocabulary_are_refused(model: Path, file: str, ids:
 
 
 def test_a_vocabulary_of_words_is_taken(tmp_path: Path) -> None:
-    """A word-level tokenizer works, however small its vocabulary."""
+    """A word-level tokenizer works, however small its vocabulary is."""
     folder = folder_of(tmp_path / "m", vocab_size=3, eos_token_id=None)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "world": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

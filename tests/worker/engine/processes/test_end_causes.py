@@ -35,7 +35,7 @@ def no_keepers() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an engine's sockets."""
+    """The folder of an engine's sockets, which the environment names."""
     folder = tmp_path / f"{sockets.PREFIX}1"
     folder.mkdir()
     monkeypatch.setenv(sockets.ENV, str(folder))
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fail(name: str, error: Exception) -> None:
-    """Log an error in the way of a failing vLLM process."""
+    """Log an error as a failing vLLM process does."""
     try:
         raise error
     except Exception:
@@ -52,7 +52,7 @@ def fail(name: str, error: Exception) -> None:
 
 
 def test_the_first_error_counts(folder: Path) -> None:
-    """The rank's own error is reported, not the core's error that follows; each engine has its own notes."""
+    """The rank's own error is reported, not the core's error that follows. Each engine has its own notes."""
     end_causes.register()
     end_causes.register()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
@@ -65,7 +65,7 @@ def test_the_first_error_counts(folder: Path) -> None:
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
-    """Write notes as an engine's processes do, with some invalid lines."""
+    """Write notes as an engine's processes do, followed by some invalid lines."""
     lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
     (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
 
@@ -78,9 +78,9 @@ kinds = st.sampled_from(["error", "killed", "ended"])
 def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     folder: Path, notes: list[tuple[str, float]]
 ) -> None:
-    """A killed rank takes precedence over errors of up to a second before; later kills and exit codes do not.
+    """A killed rank counts before errors of up to a second earlier; later kills and exit codes do not.
 
-    The other ranks fail as soon as one is missing, and may log that before the kill is noticed.
+    The other ranks fail as soon as one rank is missing, and may log their errors before the kill is noticed.
     """
     notes.sort(key=lambda note: note[1])
     write(folder, *(end_causes.Note(at, kind, f"{kind} {number}", "/log") for number, (kind, at) in enumerate(notes)))
@@ -95,14 +95,14 @@ def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
 
 
 def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
-    """Errors of an hour ago, as from one request, are not the reason why a running engine ends."""
+    """Errors from an hour ago, such as the error of one request, are not the reason why a running engine ends."""
     write(folder, end_causes.Note(time.time() - 3600, "error", "old"), end_causes.Note(time.time(), "ended", "new"))
     assert end_causes.find_cause("e1", recent=True) == "new"
     assert end_causes.find_cause("e1") == "old"
 
 
 def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
-    """The executors' log messages are used: signal or exit code of a process, ranks of Ray actors."""
+    """The executors' log messages are used, with the signal or exit code of a process, or the ranks of Ray actors."""
     end_causes.register()
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
@@ -122,7 +122,7 @@ def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
     ],
 )
 def test_ranks_have_their_numbers(name: str, rank: str) -> None:
-    """A rank's name is derived from the name of its process or actor."""
+    """The name of a rank is derived from the name of its process or actor."""
     assert end_causes._rank(name) == rank
 
 
@@ -135,7 +135,7 @@ def test_ranks_have_their_numbers(name: str, rank: str) -> None:
     ],
 )
 def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
-    """A core notes the exit status of a process that is not its child, with that process's log."""
+    """A core notes the exit status of a process that is not its child, with the log of that process."""
     command = "read line; exit 3"
     with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
         member = end_causes.Member("rank 1", "/var/log/rank-1.out")
@@ -181,7 +181,7 @@ def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: s
 
 
 def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> None:
-    """A core waits longer for a rank that is ending, as on a busy machine, but not for one that keeps running."""
+    """A core waits longer for a rank that is ending, as on a busy machine, but not for a rank that keeps running."""
     members = end_causes.Members()
     with subprocess.Popen(["sleep", "60"]) as process:
         (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(
@@ -192,7 +192,7 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
         members.settle(0.01)
         assert time.monotonic() - began < end_causes.ENDING_S / 2
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is not noted yet
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # the process has ended and its end is not noted yet
         waiting = threading.Thread(target=members.settle, args=(0.01,))
         waiting.start()
         waiting.join(0.3)
@@ -211,7 +211,7 @@ def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
 
 
 def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
-    """The last crash message in a process's log is used as the cause."""
+    """The last crash message in a process's log is used as the cause of the process's end."""
     log = tmp_path / "rank.err"
     log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
     assert end_causes._crash_cause(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
@@ -231,7 +231,7 @@ def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: P
     ],
 )
 def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
-    """Python's exit codes, negative for signals, are described in words."""
+    """Python's exit codes, which are negative for signals, are described in words."""
     assert exit_status.describe(code) == words
 
 
@@ -246,7 +246,7 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
-    """The traceback that Ray or vLLM's ranks attach is removed; all lines of the message are kept."""
+    """The traceback that Ray or vLLM's ranks attach to an error is removed, and all lines of the message are kept."""
     why = "ValueError: no route\nto the other rank"
     sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
     assert end_causes.one_line(RuntimeError(sent)) == "ValueError: no route to the other rank"
@@ -266,7 +266,7 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
 async def test_a_real_engine_says_why(
     llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of a failed start has the reason and the entry's name, whether the core or a rank failed."""
+    """The error of a failed start has the reason and the entry's name, whether the core or a rank has failed."""
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
     spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})

@@ -1,4 +1,4 @@
-"""The fork server of engine processes: when it is used, and the state of its forks."""
+"""The fork server of engine processes: when the server is used, and the state of its forks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ if __name__ == "__main__":
 
 
 def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
-    """A fork and its own fork have the same server, its modules, their starter's environment and no main program."""
+    """A fork and its own fork have the same server and preloaded modules.
+
+    Each has the environment of the process that started it, and neither runs the main program again.
+    """
     for name in ("told_by_fork.py", "program.py"):
         with open(os.path.join(tmp_path, name), "w") as file:
             file.write(SCRIPT)
@@ -95,7 +98,7 @@ sys.stdin.read()
 def temporary() -> Iterator[Path]:
     """A temporary folder with a short path.
 
-    The path of a socket may have 107 bytes, which pytest's own folders exceed when tests run in parallel.
+    The path of a socket may have at most 107 bytes. pytest's own folders have longer paths when tests run in parallel.
     """
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:
         yield Path(folder)
@@ -103,7 +106,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
-    """The server's folder is removed with its owner or, if that was killed, at the next engine's start."""
+    """The server's folder is removed with its owner or, if the owner was killed, by the next engine's start."""
     environment = {**os.environ, fork_server.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", HOLDS]
     with subprocess.Popen(
@@ -122,19 +125,19 @@ def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
 def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
-    """The environment variable decides, whatever the vLLM build."""
+    """The environment variable decides whether the fork server is used, whatever the vLLM build is."""
     monkeypatch.setenv(fork_server.START, word)
     assert fork_server.is_wanted() is wanted
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An invalid value is refused with the two valid ones."""
+    """An invalid value of the environment variable is refused with an error that names the two valid values."""
     monkeypatch.setenv(fork_server.START, "thread")
     with pytest.raises(ValueError, match="use fork-server or spawn"):
         fork_server.is_wanted()
 
 
 def test_where_no_server_was_begun_nothing_changes() -> None:
-    """Without a server `install` changes nothing, as for an engine outside a replica."""
+    """`install` changes nothing without a server, as for an engine outside a replica."""
     assert not fork_server.is_running()
     fork_server.install()

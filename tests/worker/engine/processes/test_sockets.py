@@ -1,4 +1,4 @@
-"""The sockets of vLLM's processes are in a folder that is removed with their engines."""
+"""The sockets of vLLM's processes are in a folder that is removed with the engines of those processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.ray_head import OWN_PROCESSES
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines of a process share the folder; the end of the second removes it with its contents."""
+    """Two engines of a process share the folder. The end of the second engine removes the folder and its contents."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     ours = sockets.SocketFolder(tmp_path)
     assert ours.acquire()
@@ -31,7 +31,7 @@ def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    """Folders of killed processes are removed; those of live processes and other files are not."""
+    """Folders of killed processes are removed. Folders of live processes and other files are not removed."""
     ours = [sockets.OwnFolder(prefix, tmp_path) for prefix in (sockets.PREFIX, sockets.FORKS)]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"{sockets.PREFIX}file").touch()
@@ -63,7 +63,7 @@ def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path)
 async def test_a_start_that_fails_leaves_no_folder(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that fails removes its folder, since no caller closes such an engine."""
+    """A start that fails removes its folder, since no caller closes an engine that has not started."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     monkeypatch.setattr(sockets, "OURS", sockets.SocketFolder(tmp_path))
     spec = ModelSpec("tiny", "unused", dtype="float32", max_model_len=10**9)
@@ -74,7 +74,7 @@ async def test_a_start_that_fails_leaves_no_folder(
 
 
 def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process on a host without the folder gets vLLM's default back; an operator's own path is kept."""
+    """A process on a host without the folder gets vLLM's default folder back, and an operator's own path is kept."""
     ours = tmp_path / f"{sockets.PREFIX}1"
     for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
         if there:

@@ -1,4 +1,4 @@
-"""An engine without a CPU core is distinguished from a hung one by the kernel's statistics of its threads."""
+"""The kernel's statistics of threads distinguish an engine without a CPU core from a hung engine."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ KEY = (1, 1)
 
 
 class Machine:
-    """A thread's counters in virtual time."""
+    """The counters of one thread in virtual time."""
 
     def __init__(self) -> None:
         self.now = self.ran = self.waited = 0.0
         self.runnable = False
 
     def tasks(self) -> Tasks:
-        """Return the counters in the form of /proc."""
+        """Return the counters in the form in which they are read from /proc."""
         return {KEY: Task(self.ran, self.waited, self.runnable)}
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """Return when a step that began at 0 is no longer explained, checked ten times a second as in gateways."""
+    """Return the time at which a step that began at 0 is no longer explained.
+
+    The step is checked ten times a second, as gateways check it.
+    """
     machine = Machine()
     starvation = Starvation(machine.tasks)
     unexplained = 0.0
@@ -48,9 +51,10 @@ def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.
 
 @given(st.floats(0.8, 1.0), st.booleans())
 def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
-    """A starved engine raises no alarm; on a busy host false alarms came twenty times an hour.
+    """A starved engine raises no alarm. On a busy host false alarms came twenty times an hour.
 
-    The kernel adds a thread's waiting time when it runs again. A thread that never runs is runnable all the time.
+    The kernel adds a thread's waiting time when the thread runs again. A thread that never runs is runnable all the
+    time.
     """
 
     def starves(machine: Machine, seconds: float) -> None:
@@ -93,7 +97,7 @@ def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> No
     st.floats(0.01, 1.0),
 )
 def test_no_more_is_lost_than_has_passed(before: dict[int, tuple], after: dict[int, tuple], window_s: float) -> None:  # type: ignore[type-arg]
-    """The lost time is within 0 and the window, even with changing threads and counters that go backwards."""
+    """The lost time is between 0 and the window, even if threads change and counters go backwards."""
     samples = [{(1, key): Task(*task) for key, task in some.items()} for some in (before, after)]
     assert 0.0 <= lost_s(samples[0], samples[1], window_s) <= window_s
 
@@ -120,7 +124,10 @@ def spinning(core: int, count: int) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
-    """Return the fraction of time that a process has waited; measured until it is `wanted`, at most ten seconds."""
+    """Return the fraction of time for which a process has waited.
+
+    The fraction is measured again until `wanted` accepts it, for at most ten seconds.
+    """
     deadline, share = time.monotonic() + 10.0, -1.0
     while time.monotonic() < deadline and not wanted(share):
         before, began = read_tasks([pid]), time.monotonic()
@@ -133,7 +140,7 @@ def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
 
 @pytest.mark.slow
 def test_the_kernel_tells_who_waits() -> None:
-    """Four processes on one core lose time waiting for it; a stopped process does not."""
+    """Four processes on one core lose time waiting for the core, and a stopped process loses none."""
     core = min(os.sched_getaffinity(0))
     with spinning(core, 4) as processes:
         pid = processes[0].pid

@@ -35,7 +35,7 @@ def tagged(tag: str) -> list[psutil.Process]:
 
 
 async def until(holds: Callable[[], bool], within_s: float) -> float:
-    """Poll until `holds`; return the seconds that it took. Fails after `within_s`."""
+    """Poll until the condition `holds` is true; return the seconds that passed. Fails after `within_s` seconds."""
     begin = time.monotonic()
     while not holds():
         assert time.monotonic() - begin < within_s, "did not come about in time"
@@ -44,7 +44,7 @@ async def until(holds: Callable[[], bool], within_s: float) -> float:
 
 
 async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tuple[Process, str]:
-    """Start a program that runs a real engine; return it and the line that it prints when it is ready."""
+    """Start a program that runs a real engine; return the process and the line that it prints when it is ready."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -62,7 +62,7 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 
 
 def shared_memory() -> set[str]:
-    """Return the names of shared memory on this machine that may be an engine's."""
+    """Return the names of shared memory on this machine that may belong to an engine."""
     return {path.name for path in Path("/dev/shm").iterdir() if watchdog.SHARED_MEMORY.fullmatch(path.name)}
 
 
@@ -71,7 +71,7 @@ def shared_memory() -> set[str]:
 async def test_nothing_is_left_when_the_owner_is_killed(
     llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
 ) -> None:
-    """SIGKILL of the owner leaves neither processes nor shared memory; TP 2 has answered like TP 1."""
+    """SIGKILL of the owner leaves neither processes nor shared memory. Before it, TP 2 gives the tokens of TP 1."""
     (expected,) = await Driver(fast_subject).run(request(fast_subject.prompt(1), max_tokens=8))
     tag, before = uuid.uuid4().hex, shared_memory()
     owner, line = await held_engine(llama_folder, tensor_parallel_size, tag)
@@ -96,7 +96,7 @@ async def test_nothing_is_left_when_the_owner_is_killed(
 
 
 def _shared(pid: int) -> int:
-    """Return how many mapped blocks of a process have no name any more."""
+    """Return the number of shared memory blocks that a process has mapped and that have no name any more."""
     return sum("/dev/shm/psm_" in line and line.endswith(" (deleted)") for line in _maps(pid))
 
 
@@ -105,7 +105,7 @@ def _maps(pid: int) -> list[str]:
 
 
 async def test_only_the_engines_names_are_forgotten() -> None:
-    """Shared memory of a child that existed before the engine keeps its name, even if it was created later."""
+    """Shared memory of a child that existed before the engine keeps its name, even if the memory was created later."""
     code = (
         "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
         "; print(block.name, flush=True); input(); block.close(); block.unlink()"
@@ -145,7 +145,7 @@ def test_a_mark_names_one_process_for_ever() -> None:
 
 
 async def test_a_zombie_counts_as_gone() -> None:
-    """A killed process that its parent has not reaped does not keep the children alive."""
+    """A killed process that its parent has not reaped counts as gone."""
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     mark = watchdog.mark(process.pid)
     assert watchdog.alive(mark) is True
@@ -156,7 +156,7 @@ async def test_a_zombie_counts_as_gone() -> None:
 
 
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
-    """A process with the owner's mark ends itself when the owner is gone; one without a mark keeps running."""
+    """A process with the owner's mark ends itself when the owner is gone. A process without a mark keeps running."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
@@ -178,7 +178,7 @@ async def test_a_process_that_watches_ends_with_its_owner() -> None:
 
 
 def test_only_multiprocessing_blocks_are_swept() -> None:
-    """Only names of multiprocessing and vLLM are listed, and none that is unlinked already."""
+    """Only names of multiprocessing and vLLM are listed, and no name that is already unlinked."""
     maps = """
 7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
 7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ

@@ -25,18 +25,18 @@ SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=2
 
 
 async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
-    """Return a started engine in virtual time, and its driver."""
+    """Return a started engine in virtual time, and the driver of that engine."""
     engine = SimEngine(config, VirtualClock())
     info = await engine.start()
     return engine, Driver(Subject(engine, info, 100, 900, deadline_s=5.0))
 
 
 class TestContract(EngineContract):
-    """The engine contract over the simulated engine."""
+    """The engine contract, tested with the simulated engine."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
-        """A small engine in virtual time."""
+        """A small simulated engine in virtual time."""
         engine, driver = await subject()
         yield driver.subject
         assert engine.statistics().kv_used_blocks == 0
@@ -44,7 +44,7 @@ class TestContract(EngineContract):
 
 
 async def test_eos_comes_at_its_ratio_and_not_when_ignored() -> None:
-    """With eos_ratio 0.1 about every tenth token is EOS, never before min_tokens and never with ignore_eos."""
+    """With eos_ratio 0.1, about every tenth token is EOS, but no token is EOS before min_tokens or with ignore_eos."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=0.1))
     answers = await driver.run(
         *(request(driver.subject.prompt(i), 200, ignore_eos=False, min_tokens=3) for i in range(100))
@@ -89,7 +89,7 @@ async def test_every_value_of_a_parameter_counts() -> None:
 
 
 async def test_an_end_may_come_right_after_min_tokens() -> None:
-    """With eos_ratio 1 EOS is the first token after min_tokens."""
+    """With eos_ratio 1, EOS is the first token after min_tokens."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=1.0))
     answers = await driver.run(
         *(request(driver.subject.prompt(1), 9, ignore_eos=False, min_tokens=least) for least in range(5))
@@ -98,7 +98,7 @@ async def test_an_end_may_come_right_after_min_tokens() -> None:
 
 
 async def test_an_abort_in_mid_step_gives_no_output() -> None:
-    """A request aborted during a step has no output of that step; the other request has one."""
+    """A request aborted during a step has no output of that step, and the other request has an output."""
     engine, driver = await subject()
     goes, stays = [await driver.submit(request(driver.subject.prompt(i), 3)) for i in range(2)]
     reader = asyncio.ensure_future(engine.step())
@@ -109,7 +109,7 @@ async def test_an_abort_in_mid_step_gives_no_output() -> None:
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
-    """A request that has lost one parameter has different tokens from the first one on."""
+    """A request that has lost one parameter has different tokens, beginning with the first token."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     plain, other = await driver.run(request(prompt, 8), request(prompt, 8, **change))
@@ -125,7 +125,7 @@ async def test_limits_do_not_change_the_tokens() -> None:
 
 
 async def test_virtual_steps_take_their_stated_time() -> None:
-    """After a load of 5 s, 10 decodes of 20 ms and a prefill of 100 tokens at 1000 tokens/s take 0.3 s."""
+    """Ten decodes of 20 ms and a prefill of 100 tokens at 1000 tokens/s take 0.3 s, after a load time of 5 s."""
     clock = VirtualClock()
     engine = SimEngine(
         SimConfig(vocab=1000, token_lo=100, token_hi=900, prefill_tokens_per_s=1000.0, load_s=5.0), clock
@@ -146,14 +146,14 @@ class LateClock(VirtualClock):
 
 
 class HeldClock:
-    """A clock that stands still until it is set."""
+    """A clock that stands still until a test sets it."""
 
     def __init__(self) -> None:
         self._now = 0.0
         self._moved = asyncio.Event()
 
     def now(self) -> float:
-        """Return the time that was set."""
+        """Return the time that was set last."""
         return self._now
 
     def be(self, now: float) -> None:
@@ -169,7 +169,7 @@ class HeldClock:
 
 
 async def test_late_wake_ups_do_not_add_up() -> None:
-    """50 steps of 20 ms end after 1 s and a single delay, not after 50 delays."""
+    """Fifty steps of 20 ms end after 1 s and a single delay, not after 50 delays."""
     clock = LateClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -178,7 +178,7 @@ async def test_late_wake_ups_do_not_add_up() -> None:
 
 
 async def test_a_step_begins_no_earlier_than_its_work() -> None:
-    """After any idle time the next step takes its whole duration from the submit on."""
+    """A step after any idle time takes its whole duration, counted from the submit."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -189,7 +189,7 @@ async def test_a_step_begins_no_earlier_than_its_work() -> None:
 
 
 async def test_the_wall_clock_is_the_default() -> None:
-    """By default 10 steps of 4 ms take at least 40 ms of real time."""
+    """With the default clock, 10 steps of 4 ms take at least 40 ms of real time."""
     engine = SimEngine(SimConfig(vocab=1000, token_lo=100, token_hi=900, decode_ms=4.0))
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
     before = time.monotonic()
@@ -198,7 +198,7 @@ async def test_the_wall_clock_is_the_default() -> None:
 
 
 async def test_a_cancelled_step_loses_no_output() -> None:
-    """A cancelled call of `step` loses nothing: the next call returns that step's tokens when they are due."""
+    """A cancelled call of `step` loses nothing: the next call returns the tokens of the same step when they are due."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -217,7 +217,7 @@ async def test_a_cancelled_step_loses_no_output() -> None:
 
 @pytest.mark.parametrize(("point", "at", "tokens"), [("prefill", 1, 0), ("step", 3, 2), ("last_token", 1, 4)])
 async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
-    """The engine dies at the fault's point: earlier tokens arrived, and every later call raises EngineDead."""
+    """An engine dies at the fault's point: earlier tokens have arrived, and every later call raises EngineDead."""
     engine, driver = await subject()
     engine.fail(point, "die", at)
     request_id = await driver.submit(request(driver.subject.prompt(1), 5))
@@ -243,7 +243,7 @@ async def test_die_at_submit_wakes_the_reader() -> None:
 
 
 async def test_refuse_hits_one_request() -> None:
-    """An injected refusal affects one request; the next one is accepted."""
+    """An injected refusal affects one request, and the next request is accepted."""
     engine, driver = await subject()
     engine.fail("submit", "refuse")
     with pytest.raises(EngineRefused):
@@ -252,7 +252,7 @@ async def test_refuse_hits_one_request() -> None:
 
 
 async def test_hang_stands_still_until_healed() -> None:
-    """During a hang no step ends and load() does not change; after `heal` the tokens are correct."""
+    """During a hang no step ends and load() does not change. After `heal` the tokens are correct."""
     engine, driver = await subject()
     (expected,) = await driver.run(request(driver.subject.prompt(1), 6))
     engine.fail("step", "hang", at=3)
@@ -276,7 +276,7 @@ async def test_hang_stands_still_until_healed() -> None:
 
 @pytest.mark.parametrize("point", ["step", "prefill"])
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
-    """During a hang the step's age grows beyond that of earlier steps, and a prompt explains it only for a while."""
+    """During a hang the step's age exceeds the age of earlier steps. A prompt explains this age only for a while."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -296,7 +296,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
 
 @pytest.mark.parametrize(("point", "busy"), [("prefill", "prefill"), ("step", "")])
 async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
-    """A slow prefill reports its work all the time; a step that is slow for no reason reports none."""
+    """A slow prefill reports its work all the time, and a step that is slow without a reason reports no work."""
     clock = HeldClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -337,7 +337,7 @@ async def test_a_blocked_loop_shows_to_other_threads() -> None:
 
 
 async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
-    """After the fault `wrong` all tokens are wrong and nothing else shows it; after `heal` they are correct."""
+    """After the fault `wrong` all tokens are wrong and nothing else changes. After `heal` the tokens are correct."""
     engine, driver = await subject()
     (right,) = await driver.run(request(driver.subject.prompt(1), 6))
     engine.fail("step", "wrong")
@@ -350,7 +350,7 @@ async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
 
 
 def test_kill_ends_the_process() -> None:
-    """The fault `kill` ends the process by SIGKILL within its step."""
+    """The fault `kill` ends the process by SIGKILL within a step."""
     program = (
         "import asyncio\n"
         "from cluster.worker.engine.simulated.engine import SimConfig, SimEngine\n"
@@ -380,7 +380,7 @@ async def test_close_ends_a_hang() -> None:
 
 
 async def test_slow_step_takes_longer() -> None:
-    """The fault `slow` adds its seconds to one step."""
+    """The fault `slow` adds its seconds to the duration of one step."""
     clock = VirtualClock()
     engine = SimEngine(SMALL, clock)
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
@@ -390,7 +390,7 @@ async def test_slow_step_takes_longer() -> None:
 
 
 async def test_nan_ends_one_request_in_error() -> None:
-    """The fault `nan` ends one request of the step with ERROR and a message; the other gets its tokens."""
+    """The fault `nan` ends one request of the step with ERROR and a message, and the other request gets its tokens."""
     engine, driver = await subject()
     engine.fail("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 5), request(driver.subject.prompt(2), 5))
@@ -417,7 +417,7 @@ async def test_load_says_what_runs_and_waits() -> None:
 
 
 def test_source_gives_every_parameter() -> None:
-    """The parameters, the folder and the faults of a source are parsed; overrides take precedence."""
+    """The parameters, the folder and the faults of a source URL are parsed, and overrides take precedence."""
     config = SimConfig.from_source(
         "sim:///models/a%20b?decode_ms=5&kv_blocks=64&seed=3&fault=die@step:5&fault=slow@prefill:0:0.5",
         {"max_model_len": 512, "kv_blocks": 128},
@@ -458,7 +458,7 @@ def test_bad_source_names_the_parameter(source: str, says: str) -> None:
 
 
 async def test_folder_completes_the_source(tmp_path: Path) -> None:
-    """Vocabulary, EOS, context, sampling defaults and ordinary tokens come from the folder's files."""
+    """Vocabulary, EOS, context length, sampling defaults and ordinary tokens come from the folder's files."""
     vocab = {"<s>": 0, "</s>": 1, "<0x00>": 2, "a": 3, "ab": 4, "b": 5, "abc": 6, "bcd": 7, "cde": 8, "<pad>": 9}
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 12, "max_position_embeddings": 128}))
     (tmp_path / "generation_config.json").write_text(
@@ -477,7 +477,7 @@ async def test_folder_completes_the_source(tmp_path: Path) -> None:
 
 
 async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """A missing folder, vocabulary size or EOS id ends the start with the reason."""
+    """A missing folder, vocabulary size or EOS id ends the start with an error that has the reason."""
     for config, says in (
         (SimConfig(folder=str(tmp_path / "none")), "no such folder"),
         (SimConfig(), "vocab is not given"),

@@ -1,4 +1,4 @@
-"""Properties of the simulated engine's pure parts: blocks, tokens, scheduler."""
+"""Properties of the pure parts of the simulated engine: blocks, tokens and scheduler."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def ask(
     emitted: Sequence[int] = (),
     sampling: Sampling | None = None,
 ) -> EngineRequest:
-    """Return a request with the given sampling, by default a greedy one."""
+    """Return a request with the given sampling parameters, by default a greedy request."""
     sampling = sampling or Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return EngineRequest(request_id, prompt, sampling, emitted, salt, priority)
 
 
 def run(model: SimModel, *requests: EngineRequest) -> dict[str, list[int]]:
-    """Submit requests and step to the end; return the tokens of each."""
+    """Submit requests and step until all have ended; return the tokens of each request by its id."""
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
     for r in requests:
         model.submit(r)
@@ -53,7 +53,7 @@ prompts = st.lists(st.integers(100, 103), min_size=1, max_size=40)
 
 @given(st.lists(st.integers(0, 2**32 - 1)), st.lists(st.integers(0, 2**32 - 1)), st.integers(0, 2**64 - 60))
 def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -> None:
-    """Hashing all tokens at once, in two parts, or one by one gives the same state."""
+    """The hash state is the same whether tokens are hashed all at once, in two parts, or one by one."""
     whole = fold(state, [*a, *b])
     assert fold(fold(state, a), b) == whole
     for token in (*a, *b):
@@ -63,7 +63,7 @@ def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -
 
 @given(st.lists(st.integers(0, 499), min_size=1, max_size=100), st.data())
 def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObject) -> None:
-    """Changing, dropping or swapping a token changes the state."""
+    """The hash state changes if a token is changed, dropped or swapped."""
     at = data.draw(st.integers(0, len(tokens) - 1))
     changed = [*tokens]
     changed[at] = (changed[at] + data.draw(st.integers(1, 498))) % 499
@@ -76,7 +76,7 @@ def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObj
 
 @given(prompts, st.integers(1, 12), st.data())
 def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_tokens: int, data: st.DataObject) -> None:
-    """With any sampling, another engine continues the emitted tokens with exactly the rest."""
+    """With any sampling parameters, another engine continues the emitted tokens with exactly the remaining tokens."""
     sampling = Sampling(
         max_tokens=max_tokens,
         min_tokens=data.draw(st.integers(0, max_tokens)),
@@ -94,7 +94,10 @@ def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_toke
 
 @given(prompts, st.sampled_from([None, 3]))
 def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[int], seed: int | None) -> None:
-    """As in a real engine, passing emitted tokens as prompt is exact without a seed and not with one."""
+    """Emitted tokens passed as prompt give the exact continuation without a seed, but not with one.
+
+    A real engine has the same property.
+    """
     sampling = Sampling(max_tokens=8, temperature=0.0, seed=seed, ignore_eos=True)
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", prompt, sampling=sampling))["a"]
@@ -104,7 +107,7 @@ def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[i
 
 @dataclass(frozen=True)
 class Move:
-    """A submit, an optional abort, and some steps."""
+    """A step of a random history: a submit, an optional abort, and some engine steps."""
 
     prompt: list[int]
     max_tokens: int
@@ -144,7 +147,10 @@ def check_blocks(model: SimModel, config: SimConfig) -> None:
 @given(moves)
 @pytest.mark.slow
 def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -> None:
-    """With chunks, preemptions and aborts the bounds hold, nothing leaks, and tokens are those of a request alone."""
+    """With chunks, preemptions and aborts the bounds hold and nothing leaks.
+
+    Each request has the same tokens as when it runs alone.
+    """
     model = SimModel(TIGHT)
     got: dict[str, list[int]] = {}
     aborted: set[str] = set()
@@ -189,7 +195,7 @@ def test_preemption_happens_and_changes_no_token() -> None:
 
 
 def test_the_least_urgent_is_preempted() -> None:
-    """In a full cache the request with the best priority finishes first, although it came last."""
+    """In a full cache the request with the best priority finishes first, although it was submitted last."""
     model = SimModel(TIGHT)
     for i in range(4):
         model.submit(ask(str(i), [100 + i] * 20, 40, priority=9 - i))
@@ -202,7 +208,10 @@ def test_the_least_urgent_is_preempted() -> None:
 
 @given(prompts, st.sampled_from(["", "a", "b"]), st.sampled_from(["", "a", "b"]))
 def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str) -> None:
-    """A second request finds all full blocks but its last token's, only with the same salt."""
+    """A second request with the same salt finds all full blocks but the block of its last token.
+
+    With another salt the request finds no blocks.
+    """
     model = SimModel(ROOMY)
     run(model, ask("a", prompt, 1, salt=mine))
     model.submit(ask("b", prompt, 1, salt=other))
@@ -212,7 +221,7 @@ def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str)
 
 
 def test_cached_tokens_count_the_prompt_alone() -> None:
-    """A resumed request that finds prompt and emitted tokens in the cache reports only those of the prompt."""
+    """A resumed request whose prompt and emitted tokens are cached reports only the prompt's cached tokens."""
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", [100] * 10, 30))["a"]
     model.submit(ask("b", [100] * 10, 30, emitted=uncut[:20]))
@@ -230,7 +239,7 @@ def test_salt_is_part_of_the_content(prompt: list[int]) -> None:
 
 @given(prompts, st.integers(0, 3), st.integers(0, 3))
 def test_same_seed_same_tokens(prompt: list[int], seed: int, other: int) -> None:
-    """Two engines give the same tokens exactly if their seeds are equal."""
+    """Two engines give the same tokens if and only if their seeds are equal."""
     mine = run(SimModel(dataclasses.replace(ROOMY, seed=seed)), ask("a", prompt, 12))
     theirs = run(SimModel(dataclasses.replace(TIGHT, seed=other)), ask("a", prompt, 12))
     assert (mine == theirs) == (seed == other)
@@ -246,7 +255,7 @@ def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bo
         hashes: list[int] = []
         for i in range(length):
             hashes.append(chain(hashes[-1] if hashes else family, [i]))
-        cached = max(0, kv.match(hashes) - 1)  # as in the scheduler, since the last block's end must be computed
+        cached = max(0, kv.match(hashes) - 1)  # as in the scheduler, since the end of the last block must be computed
         kv.acquire(hashes[:cached])
         if kv.allocate(length - cached + 1):
             for block in hashes[cached:]:
@@ -264,7 +273,7 @@ def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bo
 
 
 def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
-    """The block that was freed first is evicted first, and of one request the tail before the head."""
+    """The block that was freed first is evicted first. Within one request the tail is evicted before the head."""
     kv = KvCache(4)
     for hashes in ([1, 2], [3, 4]):
         assert kv.allocate(2)
@@ -278,7 +287,7 @@ def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
 
 
 def test_a_block_filled_again_is_not_idle_beside() -> None:
-    """An idle block that is computed again is held once and no longer idle."""
+    """An idle block that is computed again is held once and is no longer idle."""
     kv = KvCache(4)
     assert kv.allocate(2)
     for block in (1, 2):
@@ -290,7 +299,10 @@ def test_a_block_filled_again_is_not_idle_beside() -> None:
 
 
 def test_chunked_prefill_takes_its_steps() -> None:
-    """A prompt of 100 tokens at 13 per step has its first token in the eighth step and takes time by its tokens."""
+    """A prompt of 100 tokens at 13 tokens per step has its first output in the eighth step.
+
+    The duration of the steps follows from their tokens.
+    """
     model = SimModel(TIGHT)
     model.submit(ask("a", [100] * 100, 1))
     results = [model.step(0.0) for _ in range(8)]
@@ -299,7 +311,7 @@ def test_chunked_prefill_takes_its_steps() -> None:
 
 
 def test_256_streams_cost_little_of_a_core() -> None:
-    """A step of 256 streams takes well under a tenth of its 20 ms in the scheduler (bounded loosely: 5 ms)."""
+    """The scheduler takes well under a tenth of a 20 ms step for 256 streams. The bound in this test is loose: 5 ms."""
     model = SimModel(dataclasses.replace(ROOMY, max_model_len=1024, block_size=16))
     for i in range(256):
         model.submit(ask(str(i), [100 + i % 200] * 100, 900))
@@ -315,7 +327,7 @@ def test_256_streams_cost_little_of_a_core() -> None:
 
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_a_salt_shapes_content_only_where_it_is_wanted(one: str, other: str) -> None:
-    """The salt changes the tokens only if `salted` is set, which tests use to detect a lost salt."""
+    """The salt changes the tokens only if `salted` is set, by which tests detect a lost salt."""
     requests = [EngineRequest("r", [1, 2, 3], Sampling(max_tokens=4), cache_salt=salt) for salt in (one, other)]
     plain = {content_key(7, request, salted=False) for request in requests}
     salted = {content_key(7, request) for request in requests}

@@ -1,4 +1,4 @@
-"""Outputs of the real engine: equal to transformers and on both paths, with seeds, log probabilities and grammars."""
+"""Outputs of the real engine equal those of transformers, and are equal on both paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="session")
 def reference(llama_folder: Path) -> Any:
-    """The same checkpoint in transformers, float32."""
+    """The same checkpoint, loaded in transformers with float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def _greedy(reference: Any, prompt: Sequence[int], tokens: int) -> tuple[int, ..
 
 
 async def test_greedy_tokens_equal_transformers(fast_subject: Subject, public_subject: Subject, reference: Any) -> None:
-    """Greedy tokens in float32 equal transformers', also for prompts longer than a prefill chunk or a block."""
+    """Greedy tokens in float32 equal transformers' tokens, also for prompts longer than a prefill chunk or a block."""
     stops = reference.generation_config.eos_token_id
     banned = dict.fromkeys(stops if isinstance(stops, list) else [stops], -100.0)
     for subject in (fast_subject, public_subject):
@@ -53,7 +53,7 @@ def _positions(answer: Answer) -> list[tuple[list[int], list[float]]]:
 
 
 async def test_both_paths_give_the_same_outputs(fast_subject: Subject, public_subject: Subject) -> None:
-    """Tokens, finish, stop token and log probabilities are equal on both paths, for many kinds of requests."""
+    """Tokens, finish reason, stop token and log probabilities are equal on both paths, for many kinds of requests."""
     requests: list[dict[str, object]] = [
         {"max_tokens": 9, "logprobs": 0},
         {"max_tokens": 9, "logprobs": 5},
@@ -73,7 +73,7 @@ async def test_both_paths_give_the_same_outputs(fast_subject: Subject, public_su
 
 
 async def test_logprobs_are_the_models_own(fast_subject: Subject, reference: Any) -> None:
-    """The sampled token is first, then the k most likely ones, with transformers' log probabilities."""
+    """Each position has the sampled token, then the k most likely tokens, with transformers' log probabilities."""
     import torch
 
     prompt = fast_subject.prompt(80)
@@ -92,7 +92,7 @@ async def test_logprobs_are_the_models_own(fast_subject: Subject, reference: Any
 async def test_a_seed_repeats_with_a_chunked_prefill(fast_subject: Subject) -> None:
     """A seeded request gives the same tokens whether its prompt is prefilled in three chunks or comes from the cache.
 
-    Stock vLLM ends its engine core on the first of these.
+    Stock vLLM ends its engine core on the first of these requests.
     """
     prompt = fast_subject.prompt(81, tokens=300)
     driver = Driver(fast_subject)
@@ -106,7 +106,7 @@ async def test_a_seed_repeats_with_a_chunked_prefill(fast_subject: Subject) -> N
 
 
 async def test_json_schema_holds(fast_subject: Subject, llama_folder: Path) -> None:
-    """The output with a JSON schema is valid JSON that follows the schema."""
+    """The output of a request with a JSON schema is valid JSON that follows the schema."""
     import json
 
     from transformers import AutoTokenizer
@@ -134,7 +134,7 @@ async def test_json_schema_holds(fast_subject: Subject, llama_folder: Path) -> N
 
 
 async def test_load_tells_what_runs_and_waits(fast_subject: Subject) -> None:
-    """load() counts running and waiting requests before and during their run, and both are zero at the end."""
+    """load() counts running and waiting requests before and during their run, and both counts are zero at the end."""
     driver = Driver(fast_subject)
     ids = [await driver.submit(request(fast_subject.prompt(84 + i), max_tokens=30)) for i in range(10)]
     load = fast_subject.engine.load()

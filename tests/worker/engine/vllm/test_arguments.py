@@ -1,4 +1,4 @@
-"""Conversion of a catalog entry to vLLM's arguments and environment."""
+"""Conversion of a catalog entry to vLLM's arguments and environment variables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 
 def spec(**changes: object) -> ModelSpec:
-    """Return an entry with changes."""
+    """Return a catalog entry with the given fields changed."""
     return ModelSpec("m", "unused", **changes)  # type: ignore[arg-type]
 
 
@@ -39,7 +39,7 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
 
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
-    """Tensor and pipeline parallel ranks use the given executor."""
+    """Tensor-parallel and pipeline-parallel ranks use the given executor."""
     for entry in (spec(tensor_parallel_size=2), spec(pipeline_parallel_size=2)):
         assert arguments.engine_arguments(entry, llama_folder, executor).distributed_executor_backend == executor
 
@@ -52,13 +52,13 @@ def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor
     ],
 )
 async def test_an_unknown_argument_is_named(engine: dict[str, object], says: str, tmp_path: Path) -> None:
-    """start() refuses an unknown argument with the nearest known name, before anything is loaded."""
+    """start() refuses an unknown argument before anything is loaded, and names the nearest known argument."""
     with pytest.raises(ValueError, match=says):
         await VllmEngine(spec(engine=engine), tmp_path).start()
 
 
 def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> None:
-    """Expert parallelism on several ranks is refused on CPUs, whose kernels would crash; on one rank it is allowed."""
+    """Expert parallelism on several ranks is refused on CPUs, whose kernels would crash, and allowed on one rank."""
     parallel = {"enable_expert_parallel": True}
     for entry in (
         spec(tensor_parallel_size=2, engine=parallel),
@@ -71,14 +71,17 @@ def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> Non
 
 
 async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> None:
-    """A value that vLLM refuses raises ValueError with the entry's name."""
+    """A value that vLLM refuses raises ValueError that has the entry's name."""
     for changes in ({"max_model_len": 10**9}, {"engine": {"max_num_seqs": "many"}}, {"tensor_parallel_size": 3}):
         with pytest.raises(ValueError, match=r"models\[m\]"):
             await VllmEngine(spec(**changes), llama_folder, executor="mp").start()
 
 
 def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables for vLLM's child processes are set; an empty cache size, which would end them, is removed."""
+    """The variables for vLLM's child processes are set.
+
+    An empty cache size, which would end these processes, is removed.
+    """
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
@@ -91,13 +94,13 @@ def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engine_class_is_one_word() -> None:
-    """The engine class consists of dtype, quantization and parallelism."""
+    """The name of the engine class consists of dtype, quantization and parallelism."""
     assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
     assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
 
 
 async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder: Path) -> None:
-    """Calls before start and after close raise EngineDead; close is idempotent."""
+    """Calls before start and after close raise EngineDead, and close is idempotent."""
     engine = VllmEngine(spec(), llama_folder)
     for closed in (False, True):
         with pytest.raises(EngineDead):

@@ -1,4 +1,4 @@
-"""Prefix cache isolation on the real engine, through a real gateway: only the same cache group finds a prefix."""
+"""Prefix cache isolation on a real engine behind a real gateway: a prefix is found only within its cache group."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ pytestmark = pytest.mark.engine
 
 
 async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
-    """Two tenants of one group share a prefix; a tenant without a group has its own.
+    """Two tenants of one cache group share a cached prefix, and a tenant without a group has a prefix of its own.
 
-    A third tenant finds nothing with the same prompt, even with the others' names or keys as its salt.
+    Another tenant finds nothing with the same prompt, even if its salt is the name or key of one of the others.
     """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)

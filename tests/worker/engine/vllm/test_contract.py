@@ -1,4 +1,4 @@
-"""The engine contract over vLLM, on both paths."""
+"""The engine contract, tested with vLLM on both paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.worker.engine.contract import EngineContract, Subject
 
 @pytest.mark.engine
 def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
-    """Our bounds equal those of vLLM's V2 runner, whose engine core ends if a request exceeds them."""
+    """Our bounds equal the bounds of vLLM's V2 runner, whose engine core ends if a request exceeds them."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -33,11 +33,11 @@ def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
 
 @pytest.mark.engine
 class TestFastPath(EngineContract):
-    """The contract over the fast path."""
+    """The engine contract, tested over the fast path."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
-        """The shared engine."""
+        """The engine that all tests share."""
         return fast_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
@@ -53,13 +53,13 @@ class TestFastPath(EngineContract):
 
 @pytest.mark.engine
 class TestPublic(EngineContract):
-    """The contract over AsyncLLM, which is used if names for the fast path are missing."""
+    """The engine contract, tested over AsyncLLM, which is used if names for the fast path are missing."""
 
     @pytest.fixture
     def engine(self, public_subject: Subject) -> Subject:
-        """The shared engine."""
+        """The engine that all tests share."""
         return public_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo has the path and the reason why it is not the fast path."""
+        """EngineInfo has the path and the reason why the path is not the fast path."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("public", "switched off")

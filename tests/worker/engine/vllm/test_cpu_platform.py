@@ -1,4 +1,4 @@
-"""The platform plugin, which is inactive unless selected."""
+"""The platform plugin is inactive unless it is selected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.worker.engine.vllm.cpu import platform
 
 
 def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the environment variable vLLM chooses its platform itself."""
+    """Without the environment variable, vLLM chooses its platform itself."""
     monkeypatch.delenv(platform.LOGICAL_GPUS, raising=False)
     assert platform.plugin() is None
 
@@ -20,7 +20,10 @@ def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize(("asked", "expected"), [("1", "LogicalGpuCpuPlatform GPU"), ("", "CpuPlatform ")])
 def test_vllm_takes_the_platform(asked: str, expected: str) -> None:
-    """In a new process vLLM uses our platform, with GPU as its Ray device, if selected, and its own otherwise."""
+    """If our platform is selected, vLLM uses it in a new process, with GPU as its Ray device.
+
+    Otherwise vLLM uses its own platform.
+    """
     code = "from vllm.platforms import current_platform as p; print(type(p).__name__, p.ray_device_key, p.is_cpu())"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Death of the engine core or a rank: a waiting caller gets the reason at once, and no process is left."""
+"""After the death of the engine core or a rank, a waiting caller gets the reason at once, and no process is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def _step_for_ever(engine: VllmEngine) -> None:
 
 
 async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
-    """Check that step, check and submit of a dead engine raise EngineDead with the reason `how`."""
+    """Check that step, check and submit of a dead engine raise EngineDead with a reason that matches `how`."""
     begin = time.monotonic()
     with pytest.raises(EngineDead, match=how):
         await asyncio.wait_for(_step_for_ever(engine), 15)
@@ -60,9 +60,9 @@ async def test_death_is_told(llama_folder: Path) -> None:
 
 
 async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> None:
-    """Two pipeline stages on CPUs give the tokens of one; when the second rank crashes, the error names it.
+    """Two pipeline stages on CPUs give the same tokens as one stage.
 
-    The error has the rank's signal, also through AsyncLLM, and all processes end.
+    When the second rank crashes, the error names the rank and its signal, also through AsyncLLM, and all processes end.
     """
     me = psutil.Process(os.getpid())
     before = set(me.children())
@@ -91,7 +91,7 @@ async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> 
 
 
 async def test_a_rank_that_is_killed_while_it_loads(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a rank is killed while it loads, the start ends at once with the rank and its signal."""
+    """If a rank is killed while it loads, the start ends at once with an error that names the rank and its signal."""
     monkeypatch.setenv(lone_rank.RANK, "process")
     me = psutil.Process(os.getpid())
     before = set(me.children())

@@ -1,4 +1,4 @@
-"""The fast path's table of vLLM's private names, and the report of missing ones."""
+"""The fast path's table of vLLM's private names is complete, and missing names are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster.worker.engine.vllm.private_names import missing, resolve
 @pytest.mark.engine
 @pytest.mark.parametrize("path", SYMBOLS | lone_rank.SYMBOLS)
 def test_this_vllm_has_every_name(path: str) -> None:
-    """The installed vLLM has each symbol of the tables with its parameters and fields."""
+    """The installed vLLM has each symbol of the tables, with the listed parameters and fields."""
     assert missing({path: (SYMBOLS | lone_rank.SYMBOLS)[path]}) == []
 
 
@@ -38,7 +38,7 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.mark.engine
 def test_finish_reasons_keep_their_order() -> None:
-    """vLLM's finish reasons have our numbers minus one, on which the fast path relies."""
+    """vLLM's finish reasons have our numbers minus one, which the fast path relies on."""
     from cluster.api.types import FinishReason
 
     theirs = resolve("vllm.v1.engine.FinishReason")
@@ -47,7 +47,7 @@ def test_finish_reasons_keep_their_order() -> None:
 
 @pytest.mark.parametrize("module", [fast_path, lone_rank])
 def test_every_import_stands_in_the_table(module: ModuleType) -> None:
-    """Every name that the module imports from vLLM is in its table."""
+    """Every name that the module imports from vLLM is in the table of the module."""
     tree = ast.parse(Path(str(module.__file__)).read_text())
     imported = {
         f"{node.module}.{name.name}"

@@ -1,4 +1,4 @@
-"""A stopped engine core is visible in the load, a long prefill is not taken for a hang, and a sick engine is found."""
+"""The load shows a stopped engine core but raises no alarm for a long prefill, and a sick engine is found."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ HANG_LEAST_S = 0.5
 
 
 def looks_hung(load: EngineLoad) -> bool:
-    """Return a gateway's conclusion from a load."""
+    """Return whether a gateway would conclude from this load that the engine hangs."""
     return bool(load.running) and not load.busy and load.step_age_s > max(5 * load.step_p99_s, HANG_LEAST_S)
 
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
-    """Collect the loads that a separate thread reads every few milliseconds."""
+    """Yield a list to which a separate thread adds the engine's load every few milliseconds."""
     seen: list[EngineLoad] = []
     done = threading.Event()
 
@@ -52,7 +52,10 @@ def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
 
 @pytest.mark.parametrize("queued", [0, 6])
 async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core: psutil.Process, queued: int) -> None:
-    """A core stopped by SIGSTOP looks hung, also with queued prompts, but not dead; after SIGCONT tokens are right."""
+    """A core stopped by SIGSTOP looks hung but not dead, also with queued prompts.
+
+    After SIGCONT the tokens are right.
+    """
     driver = Driver(fast_subject)
     (undisturbed,) = await driver.run(request(fast_subject.prompt(300), max_tokens=400))
     ids = [await driver.submit(request(fast_subject.prompt(300), max_tokens=400)) for _ in range(8)]
@@ -93,7 +96,7 @@ async def _drain(driver: Driver) -> None:
 
 
 async def test_long_prefills_and_grammars_raise_no_alarm(fast_subject: Subject) -> None:
-    """With long prompts, grammars and decoding at once, no load looks hung."""
+    """With long prompts, grammars and decoding at the same time, no load looks hung."""
     driver = Driver(fast_subject)
     schema = '{"type": "object", "properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}'
     with watched(fast_subject.engine) as seen:
@@ -114,7 +117,7 @@ async def test_long_prefills_and_grammars_raise_no_alarm(fast_subject: Subject) 
 
 
 class Started:
-    """A started engine whose `start` only returns its info."""
+    """An engine that has already started. Its `start` only returns the info."""
 
     def __init__(self, subject: Subject) -> None:
         self._info = subject.info
@@ -123,22 +126,22 @@ class Started:
         self.load, self.check, self.close = engine.load, engine.check, engine.close
 
     async def start(self) -> EngineInfo:
-        """Return the info of the started engine."""
+        """Return the info of the engine that has already started."""
         return self._info
 
 
 class Forgetful(CheckedEngine):
-    """A checked engine whose reference can be changed, as if the engine had changed since its start."""
+    """A checked engine whose reference a test can change, as if the engine had changed since its start."""
 
     def forget(self) -> None:
-        """Replace the reference by one that other weights could have given."""
+        """Replace the reference by an answer that other weights could have given."""
         right = self._reference
         self._reference = GoldenAnswer(list(reversed(right.positions)))
 
 
 @pytest.mark.parametrize("sick", [False, True])
 async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, sick: bool) -> None:
-    """After an error an engine with the same golden answer keeps serving; one with a different answer is sick."""
+    """After an error an engine with the same golden answer keeps serving, and one with another answer is sick."""
     examined = Forgetful(Started(fast_subject), node="n9")
     driver = Driver(Subject(examined, await examined.start(), fast_subject.token_lo, fast_subject.token_hi))
     if sick:
@@ -163,13 +166,13 @@ async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, s
 
 @pytest.fixture
 def nans_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make vLLM count NaN in logits, as on GPUs."""
+    """Make vLLM count NaN values in logits, as it does on GPUs."""
     monkeypatch.setenv("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
 
 
 @pytest.mark.usefixtures("nans_counted")
 async def test_broken_weights_are_found_at_start(llama_folder: Path, tmp_path: Path) -> None:
-    """A checkpoint with NaN in one weight fails at start: its golden answer ends in an error."""
+    """A checkpoint with NaN in one weight fails at start, because its golden answer ends in an error."""
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(llama_folder, tmp_path / "broken"))

@@ -1,6 +1,6 @@
 """No request may kill the engine: after odd, extreme and random requests a reference request has the same tokens.
 
-Each request is refused with EngineRefused or runs to a finish; its output is not checked here.
+Each odd request is refused with EngineRefused or runs to a finish. The output of these requests is not checked here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 
 
 def odd_grammars() -> list[Grammar]:
-    """Return grammars of every kind: wrong, endless, empty, huge, contradictory."""
+    """Return grammars of every kind: wrong, endless, empty, huge and contradictory grammars."""
     return [
         *(Grammar("regex", value) for value in REGEXES),
         *(Grammar("json_schema", json.dumps(value)) for value in SCHEMAS),
@@ -109,7 +109,7 @@ def _well_refused(refusal: EngineRefused) -> str:
 
 
 async def _survives(driver: Driver, odd: EngineRequest) -> str:
-    """Run a request to its finish or refusal; return the finish or the refused field."""
+    """Run a request to its finish or refusal; return the name of the finish or the refused field."""
     try:
         (answer,) = await driver.run(odd)
     except EngineRefused as refusal:
@@ -119,7 +119,7 @@ async def _survives(driver: Driver, odd: EngineRequest) -> str:
 
 
 async def test_extreme_values_run(fast_subject: Subject) -> None:
-    """Extreme allowed values run to a finish and leave the engine unchanged."""
+    """Requests with extreme allowed values run to a finish and leave the engine unchanged."""
     driver, plain = Driver(fast_subject), fast_subject.prompt(90)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     for name, changes in EXTREMES.items():
@@ -131,7 +131,10 @@ async def test_extreme_values_run(fast_subject: Subject) -> None:
 
 
 async def _same_after(driver: Driver, *odd: EngineRequest) -> list[str]:
-    """Run requests and return how each ended; check that a plain request has the same tokens before and after."""
+    """Run requests and return how each request ended.
+
+    Checks that a plain request has the same tokens before and after these requests.
+    """
     plain = driver.subject.prompt(90)
     (before,) = await driver.run(request(plain, max_tokens=8))
     ended = [await _survives(driver, odd_request) for odd_request in odd]
@@ -142,7 +145,10 @@ async def _same_after(driver: Driver, *odd: EngineRequest) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
-    """The allowed number of stop ids runs and one more is refused, with `min_tokens` (fewer allowed) and without."""
+    """A request with the allowed number of stop ids runs, and a request with one more stop id is refused.
+
+    This holds with `min_tokens`, where fewer stop ids are allowed, and without.
+    """
     eos = set(json.loads((llama_folder / "generation_config.json").read_text())["eos_token_id"])
     others = [token for token in EVERY_TOKEN if token not in eos]
     most = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos)
@@ -165,7 +171,10 @@ async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
-    """A grammar that allows only stop ids which `min_tokens` forbids ends the request, not the engine."""
+    """If a grammar allows only stop ids that `min_tokens` forbids, the request ends in an error.
+
+    The engine keeps running.
+    """
     tokenizer = Tokenizer.from_file(str(llama_folder / "tokenizer.json"))
     allowed = tuple(tokenizer.token_to_id(letter) for letter in "ab")
     assert None not in allowed
@@ -181,7 +190,7 @@ async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, tempe
 
 
 async def test_odd_grammars_do_no_harm(fast_subject: Subject) -> None:
-    """Beside each odd grammar a plain request keeps its tokens."""
+    """A plain request that runs beside an odd grammar keeps its tokens."""
     driver, plain = Driver(fast_subject), fast_subject.prompt(92)
     (reference,) = await driver.run(request(plain, max_tokens=16))
     for grammar in odd_grammars():
@@ -202,7 +211,10 @@ FORGED: dict[str, tuple[int, ...]] = {
 
 @pytest.mark.parametrize("name", FORGED)
 async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: str) -> None:
-    """Forged emitted ids are refused, continued or end their request, also with grammars; another request runs on."""
+    """Forged emitted ids are refused, continued or end their request, also with grammars.
+
+    Another request runs on with its own tokens.
+    """
     driver, plain, emitted = Driver(fast_subject), fast_subject.prompt(96), FORGED[name]
     (reference,) = await driver.run(request(plain, max_tokens=16))
     for number, grammar in enumerate((*odd_grammars()[:3], Grammar("json_object", ""), Grammar("regex", "[a-z]+"))):
@@ -224,14 +236,14 @@ async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: s
 
 @pytest.mark.parametrize("emitted", [(300, -1), (300, 768), (1 << 70,)])
 async def test_emitted_tokens_outside_the_vocabulary(fast_subject: Subject, emitted: tuple[int, ...]) -> None:
-    """Emitted ids outside the vocabulary are refused by the field's name, before vLLM gets them."""
+    """Emitted ids outside the vocabulary are refused with the field's name, before vLLM gets them."""
     with pytest.raises(EngineRefused) as refusal:
         await fast_subject.engine.submit(request(fast_subject.prompt(97), emitted_token_ids=emitted))
     assert _well_refused(refusal.value) == "emitted_token_ids"
 
 
 async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None:
-    """The longest possible prompt gives one token; a prompt longer by one is refused with both lengths."""
+    """The longest possible prompt gives one token. A prompt with one more token is refused with both lengths."""
     driver, context = Driver(fast_subject), fast_subject.info.max_model_len
     (answer,) = await driver.run(request(fast_subject.prompt(94, tokens=context - 1), max_tokens=50))
     assert len(answer.token_ids) == 1
@@ -241,14 +253,14 @@ async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None
 
 
 class Chance:
-    """Random requests from a seed; a third of the values are out of bounds."""
+    """Random requests that are generated from a seed. A third of the values are out of bounds."""
 
     def __init__(self, seed: int, subject: Subject) -> None:
         self.random = random.Random(seed)
         self.subject = subject
 
     def sampling(self) -> Sampling:
-        """Return sampling parameters with some random fields."""
+        """Return sampling parameters of which some have random values."""
         pick = self.random.choice
         odd = (float("nan"), float("inf"), -float("inf"), -1.0, 1e300, -1e300)
         token = (0, 1, 300, 767, 768, -1, 1 << 31, -(1 << 63), 1 << 70)
@@ -274,7 +286,7 @@ class Chance:
         return Sampling(**sampling)  # type: ignore[arg-type]
 
     def request(self) -> EngineRequest:
-        """Return a request whose other fields are sometimes odd, too."""
+        """Return a request with random sampling parameters, in which other fields are sometimes odd, too."""
         pick = self.random.choice
         prompt = self.subject.prompt(self.random.randrange(10**6), tokens=pick([1, 2, 31, 32, 33, 127, 129, 300]))
         if self.random.random() < 0.1:
@@ -295,7 +307,7 @@ class Chance:
         )
 
     def emitted(self) -> tuple[int, ...]:
-        """Return emitted ids: mostly none, otherwise forged ones, sometimes outside the vocabulary."""
+        """Return emitted ids: mostly none, otherwise forged ids, which are sometimes outside the vocabulary."""
         if self.random.random() < 0.6:
             return ()
         odd = self.random.choice([(), (), (), (-1,), (768,), (1 << 40,), (0, 767)])
@@ -307,7 +319,7 @@ FIRST, SEEDS = int(os.environ.get("KILLERS_FIRST", "0")), int(os.environ.get("KI
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
-    """Many random requests at once, some aborted, end or are refused; the reference request keeps its tokens."""
+    """Many random requests at once, some of them aborted, end or are refused; a reference request keeps its tokens."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     taken = refusals = 0

@@ -1,4 +1,4 @@
-"""A single rank on CPUs runs in its core's process, with threads bound as in vLLM."""
+"""A single rank on CPUs runs in the process of its core, with threads bound as in vLLM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
     (2, "core", "cpu", False), (1, "core", "cuda", False),
 ])  # fmt: skip
 def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank runs in the core if there is one rank on CPUs, unless the environment variable says `process`."""
+    """A single rank on CPUs runs in the core, unless the environment variable says `process`."""
     monkeypatch.setenv(lone_rank.RANK, word)
     settled = config(ranks, device)
     assert lone_rank.settle(settled) is there
@@ -34,21 +34,24 @@ def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypa
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An invalid value is refused with the two valid ones."""
+    """An invalid value of the environment variable is refused with an error that names the two valid values."""
     monkeypatch.setenv(lone_rank.RANK, "thread")
     with pytest.raises(ValueError, match="HEADRACE_ENGINE_RANK='thread': use core or process"):
         lone_rank.settle(config(1))
 
 
 def test_this_vllm_has_what_it_needs() -> None:
-    """The installed vLLM has every name; without one the rank would silently keep its own process."""
+    """The installed vLLM has every name of the table. If a name is missing, the rank silently keeps its own process."""
     assert not missing(lone_rank.SYMBOLS)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("bind", ["nobind", "0"])
 async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The core has no rank process, its threads are bound if requested, and this process's environment is unchanged."""
+    """The core has no rank process, and its threads are bound if requested.
+
+    The environment variables of this process are unchanged.
+    """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     me = psutil.Process()
     before, variables = me.children(), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}

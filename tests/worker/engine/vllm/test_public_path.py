@@ -1,4 +1,4 @@
-"""Log probabilities that AsyncLLM has merged are restored to the fast path's form."""
+"""Log probabilities that AsyncLLM has merged are restored to the form of the fast path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ positions = st.integers(1, 5).flatmap(
 def test_merged_outputs_keep_every_position_whole(
     drawn: tuple[int, list[tuple[list[int], int]]], merged_from: int
 ) -> None:
-    """A position has the sampled token and the k most likely ones, however many unread outputs AsyncLLM has merged."""
+    """A position has the sampled token and the k most likely tokens, whether or not AsyncLLM has merged outputs."""
     k, sampled_positions = drawn
     whole, merged = FlatLogprobs(), FlatLogprobs()
     expected = []

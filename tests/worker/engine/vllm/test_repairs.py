@@ -1,4 +1,4 @@
-"""The repairs of vLLM: each is for a known release, and the fault still exists."""
+"""Each repair of vLLM is made for known releases, and the repaired fault still exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ pytestmark = pytest.mark.engine
 
 
 def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
-    """The seed repair supports the installed vLLM. Verify a new release first (vllm/repairs.py)."""
+    """The seed repair supports the installed vLLM.
+
+    Verify the repair before a new release is added (vllm/repairs.py).
+    """
     assert repairs.seeds_are_safe()
 
 
@@ -27,7 +30,10 @@ def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.Mon
 
 
 def test_stock_generators_still_lack_an_offset() -> None:
-    """The fault: a CPU generator has no offset, which vLLM's runner uses. If this fails, the repair can be removed."""
+    """A CPU generator has no offset, which is the fault: vLLM's runner uses an offset.
+
+    If this test fails, the repair can be removed.
+    """
     import torch
 
     with pytest.raises(RuntimeError, match="offset"):
@@ -35,7 +41,7 @@ def test_stock_generators_still_lack_an_offset() -> None:
 
 
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
-    """vLLM's runner subtracts one draw for each discarded sample, at one place in its source."""
+    """vLLM's runner subtracts one draw for each discarded sample, at a single place in its source."""
     import inspect
 
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
@@ -51,7 +57,7 @@ def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
 
 
 def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
-    """After set_offset the generator repeats its last number; without a saved state it does not change."""
+    """After set_offset the generator repeats its last number. Without a saved state the generator does not change."""
     import torch
 
     generator = repairs.rewindable_generator()(device="cpu")
@@ -65,7 +71,10 @@ def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
 
 
 def test_shared_memory_is_named_as_the_repair_expects() -> None:
-    """The fault: the name that ranks compare does not identify their memory. The repair adds that to the name."""
+    """The name that ranks compare does not identify their memory, which is the fault.
+
+    The repair adds an id of the memory to the name.
+    """
     import inspect
     from types import SimpleNamespace
 
@@ -87,7 +96,10 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
 
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
-    """The fault: freeing a queue whose name is gone raises. The repair frees it quietly and unregisters the name."""
+    """Freeing a queue whose name is gone raises, which is the fault.
+
+    The repair frees the queue quietly and unregisters the name.
+    """
     modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
     name, what = modules[part]
     module = pytest.importorskip(f"vllm.distributed.device_communicators.{name}", reason="new in vLLM 0.32")
@@ -134,7 +146,7 @@ def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: py
 
 
 def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown vLLM release is not patched, and `not_applied` names it."""
+    """An unknown vLLM release is not patched, and `not_applied` names the release."""
     monkeypatch.setenv(repairs.ACTIVE, "1")
     monkeypatch.setattr(repairs, "_applied", set())
     monkeypatch.setattr(repairs, "not_applied", {})

@@ -1,4 +1,4 @@
-"""The checks of requests, without an engine: the refused field, the reason and the bounds."""
+"""The checks of requests, tested without an engine: the refused field, the reason and the bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRONG_SAMPLING: list[tuple[str, object]] = [
 
 @pytest.mark.parametrize(("field", "value"), WRONG_SAMPLING)
 def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> None:
-    """A parameter that is out of bounds, NaN or not in the vocabulary is the refusal's field."""
+    """The refusal of a parameter that is out of bounds, NaN or not in the vocabulary has the parameter as its field."""
     sampling = dataclasses.replace(PLAIN.sampling, **{field: value})  # type: ignore[arg-type]
     with pytest.raises(EngineRefused, match=field) as error:
         check(dataclasses.replace(PLAIN, sampling=sampling), LIMITS)
@@ -64,7 +64,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> 
     ],
 )
 def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reason: str) -> None:
-    """Wrong values outside the sampling parameters are refused with field and reason."""
+    """Wrong values outside the sampling parameters are refused with the field and the reason."""
     with pytest.raises(EngineRefused) as error:
         check(dataclasses.replace(PLAIN, **changes), LIMITS)  # type: ignore[arg-type]
     assert (error.value.field, error.value.reason) == (field, reason)
@@ -98,7 +98,7 @@ def test_a_call_that_had_ended_is_not_continued() -> None:
 
 
 def test_seeds_are_refused_where_they_would_kill() -> None:
-    """On CPUs without the seed repair a seed is an unsupported feature."""
+    """A seed is refused as an unsupported feature on CPUs without the seed repair."""
     seeded = dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=4, seed=1))
     check(seeded, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -130,7 +130,7 @@ def test_seeds_are_refused_where_they_would_kill() -> None:
     ],
 )
 def test_a_wrong_grammar_is_refused(grammar: Grammar, says: str) -> None:
-    """The refusal names the kind and the bound."""
+    """The refusal of a wrong grammar names the kind and the bound."""
     with pytest.raises(EngineRefused, match=says) as error:
         check_grammar(grammar)
     assert error.value.field.startswith("response_format")
@@ -152,24 +152,24 @@ def test_a_wrong_grammar_is_refused(grammar: Grammar, says: str) -> None:
     ],
 )
 def test_repetitions_are_unrolled(pattern: str, positions: int) -> None:
-    """Counted repetitions multiply, within groups and of groups; an escape or a class is one position."""
+    """Counted repetitions multiply, within groups and of groups. An escape or a class is one position."""
     assert regex_positions(pattern) == positions
 
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_any_text_has_positions(pattern: str) -> None:
-    """The number of positions is never negative and never raises, also for invalid patterns."""
+    """The number of positions is never negative, and no pattern raises, even if it is invalid."""
     assert regex_positions(pattern) >= 0
 
 
 @given(st.text(alphabet="ab|", min_size=1, max_size=10), st.integers(1, 50), st.integers(1, 50))
 def test_nested_repetitions_multiply(atom: str, inner: int, outer: int) -> None:
-    """((x){m}){n} has m times n times the positions of x."""
+    """The expression ((x){m}){n} has m times n times the positions of x."""
     assert regex_positions(f"(({atom}){{{inner}}}){{{outer}}}") == regex_positions(atom) * inner * outer
 
 
 def test_bounded_strings_are_found_at_any_depth() -> None:
-    """Strings with a length bound or pattern are found in properties, items and combinations; others are not."""
+    """Strings with a length bound or pattern are found in properties, items and combinations; other strings are not."""
     schema = {
         "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "string"}},
         "anyOf": [{"items": {"pattern": "x+"}}, {"minLength": 1, "pattern": "y"}],
@@ -178,7 +178,7 @@ def test_bounded_strings_are_found_at_any_depth() -> None:
 
 
 def test_emitted_tokens_are_output_or_else_prompt() -> None:
-    """Emitted ids are part of the prompt only if they cannot be installed as output; the salt only if given."""
+    """Emitted ids are in the prompt only if they cannot be installed as output; the salt is there only if given."""
     continued = dataclasses.replace(PLAIN, emitted_token_ids=(7, 8), cache_salt="s")
     plainly = dataclasses.replace(LIMITS, installs=False, resumes_seeds=False)
     assert prompt_of(continued, LIMITS) == {"type": "token", "prompt_token_ids": [1, 2, 3], "cache_salt": "s"}
@@ -194,7 +194,7 @@ def test_long_prompts_and_grammars_leave_the_event_loop() -> None:
 
 
 def test_vllms_own_words_are_cut() -> None:
-    """A refusal with vLLM's message names the parameter and is cut in length."""
+    """A refusal with vLLM's message names the parameter, and the message is shortened."""
 
     class Theirs(ValueError):
         parameter = "top_p"
@@ -206,7 +206,7 @@ def test_vllms_own_words_are_cut() -> None:
 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min_tokens: int, fits: bool) -> None:
-    """With min_tokens at most 128 stop ids are allowed, EOS ids included: one more would end a V2 rank."""
+    """With min_tokens at most 128 stop ids are allowed, EOS ids included. One more stop id would end a V2 rank."""
     limits = dataclasses.replace(LIMITS, vocab_size=2000, eos_token_ids=frozenset((1998, 1999)))
     ends = dataclasses.replace(PLAIN.sampling, stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     request = dataclasses.replace(PLAIN, sampling=ends)
@@ -224,7 +224,10 @@ def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min
      "(?>a)", "(a)?(?(1)b|c)"],
 )  # fmt: skip
 def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
-    """Unsupported regex syntax is refused by name; otherwise the request would fail or an escape be misread."""
+    """Unsupported regex syntax is refused by name.
+
+    Otherwise the request would fail, or an escape would be misread.
+    """
     schema = json.dumps({"type": "string", "pattern": pattern})
     for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
         with pytest.raises(EngineRefused, match="not supported"):
@@ -235,5 +238,5 @@ def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
     "pattern", [r"[\b]", r"\\b", r"\d+\.\d{2}", "^a|b$", r"[(?=]x", "(?:ab)+", r"[^\]\\]", "[]]", ""]
 )
 def test_expressions_that_are_supported_pass(pattern: str) -> None:
-    """Supported syntax passes, such as class members and escaped backslashes that look like unsupported syntax."""
+    """Supported syntax passes, also class members and escaped backslashes that look like unsupported syntax."""
     check_grammar(Grammar("regex", pattern))

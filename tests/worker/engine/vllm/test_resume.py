@@ -1,4 +1,4 @@
-"""Exact resume on the real engine beyond the contract: chunks, preemption, two ranks, bad ids."""
+"""Exact resume on the real engine, beyond the contract: chunks, preemption, two ranks and bad ids."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def mixed(subject: Subject, count: int, prompt_tokens: int, max_tokens: int) -> 
 
 
 def cut(whole: EngineRequest, emitted: Sequence[int]) -> EngineRequest:
-    """Return the same request with a new id and emitted tokens."""
+    """Return the same request with a new id and with emitted tokens."""
     return dataclasses.replace(whole, request_id=request(()).request_id, emitted_token_ids=emitted)
 
 
 async def cut_in_crowds(driver: Driver, wholes: Sequence[EngineRequest], seed: int) -> None:
-    """Cut every request at random, resume all at once, and compare them with the uncut ones."""
+    """Cut every request at a random token, resume all requests at once, and compare them with the uncut requests."""
     chance = random.Random(seed)
     pairs = [(w, a) for w, a in zip(wholes, await driver.run(*wholes), strict=True) if len(a.token_ids) > 1]
     assert len(pairs) > len(wholes) // 2
@@ -81,13 +81,13 @@ def test_the_core_admits_as_the_continuation_expects() -> None:
 
 
 def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
-    """The scheduler sends the V2 runner all tokens of a request as its prefill, separate from the prompt's."""
+    """The scheduler sends the V2 runner all tokens of a request as its prefill, separate from the prompt's tokens."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert source.count("req._all_token_ids") == 1
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """The installed sampler's source is a known one; an unknown one would get a noise scheme of its own."""
+    """The source of the installed sampler is known. An unknown source would get a noise scheme of its own."""
     sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     assert sampler in resume.DRAWS
 
@@ -120,7 +120,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_any_combination_is_continued(fast_subject: Subject, seed: int) -> None:
-    """Requests with random parameters and a seed, cut at random, have the rest of the uncut request."""
+    """A request with random parameters and a seed, cut at random, gets the remaining tokens of the uncut request."""
     chance = random.Random(seed)
     choices = CHOICES if fast_subject.resumes_seeds else CHOICES | {"temperature": (0.0,)}
     wholes = [
@@ -137,7 +137,7 @@ async def test_any_combination_is_continued(fast_subject: Subject, seed: int) ->
 
 
 async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None:
-    """A request resumed on the engine that emitted its tokens finds its blocks in the cache."""
+    """A request resumed on the engine that emitted its tokens finds its KV blocks in the cache."""
     driver, size = Driver(fast_subject), fast_subject.info.block_size
     whole = request(fast_subject.prompt(210, tokens=size), max_tokens=12 * size, cache_salt="found-again")
     (uncut,) = await driver.run(whole)
@@ -174,7 +174,7 @@ async def test_abort_in_the_middle_of_a_replay(fast_subject: Subject) -> None:
 
 
 async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject) -> None:
-    """A second resumed request with the same id is refused; the first one's tokens are right."""
+    """A second resumed request with the same id is refused, and the tokens of the first request are right."""
     driver = Driver(fast_subject)
     (uncut,) = await driver.run(request(fast_subject.prompt(212), max_tokens=20))
     rest = request(fast_subject.prompt(212), max_tokens=20, emitted_token_ids=uncut.token_ids[:7])
@@ -186,7 +186,7 @@ async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject)
 
 
 async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Subject, public_subject: Subject) -> None:
-    """Emitted ids that the grammar does not allow end the request in an error; another request runs on."""
+    """Emitted ids that the grammar does not allow end their request in an error, and another request runs on."""
     for subject in (fast_subject, public_subject):
         driver = Driver(subject)
         (alone,) = await driver.run(request(subject.prompt(213), max_tokens=30))
@@ -214,7 +214,7 @@ class Crowded(Driver):
     preempted = False
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Run one step and check for preempted requests."""
+        """Run one step and record whether a request was preempted."""
         outputs = await super().step()
         begun = [a for a in self.answers.values() if a.outputs and a.finish is None]
         unbegun = [a for a in self.answers.values() if not a.outputs]
@@ -224,7 +224,7 @@ class Crowded(Driver):
 
 @pytest.mark.parametrize(("ranks", "count", "max_tokens"), [(1, 8, 130), (2, 6, 40)])
 async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, count: int, max_tokens: int) -> None:
-    """With too few KV blocks, preempted requests are resumed exactly, on one rank and on two."""
+    """With too few KV blocks, preempted requests are resumed exactly, on one rank and on two ranks."""
     few_blocks = {**tiny_spec().engine, "num_gpu_blocks_override": 40}
     engine = VllmEngine(tiny_spec(tensor_parallel_size=ranks, engine=few_blocks), llama_folder, executor="mp")
     info = await engine.start()
@@ -240,7 +240,7 @@ async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, cou
 
 
 def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
-    """Copy a Llama checkpoint; two of its unused special tokens become <think> and </think>, whose ids are returned."""
+    """Copy a Llama checkpoint, make two unused special tokens <think> and </think>, and return their ids."""
     shutil.copytree(folder, made)
     file = made / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -257,7 +257,7 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
 
 
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
-    """A request with a grammar after reasoning is resumed exactly, cut within either part."""
+    """A request with a grammar that begins after reasoning is resumed exactly, whichever of the two parts is cut."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
     engine = VllmEngine(
         tiny_spec(engine={**tiny_spec().engine, "reasoning_parser": "qwen3"}), tmp_path / "thinking", executor="mp"
@@ -279,7 +279,7 @@ async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_p
 
 
 async def test_an_engine_that_cannot_says_so_and_refuses(llama_folder: Path) -> None:
-    """An engine without exact resume reports it, resumes greedy requests as a prompt and refuses others."""
+    """An engine without exact resume reports that, resumes greedy requests as a prompt and refuses other requests."""
     engine = VllmEngine(tiny_spec(), llama_folder, exact_resume=False)
     info = await engine.start()
     try:

@@ -1,6 +1,6 @@
 """Resume on vLLM's V2 model runner with asynchronous scheduling, as on GPUs, with interpreted kernels.
 
-The tests run in a separate process, since Triton reads its settings once.
+The tests run in a separate process, since Triton reads its settings only once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loadtests.interpreted import ROOT, TRITON, environment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 KINDS = ("greedy", "seed", "all penalties and a seed", "regex", "json grammar, seed", "everything")
-"""Keys of contract.RESUMED that run here; `make contract-v2` runs all of them and the rest of the contract."""
+"""Keys of contract.RESUMED that run here. `make contract-v2` runs all keys and the rest of the contract."""
 
 
 @pytest.mark.skipif(not TRITON.is_dir(), reason="needs Triton beside the environment: make triton")
