@@ -31,7 +31,7 @@ class AdmissionWindow:
         self._live = 0
         self._pending: dict[str, int] = {}
         self._pending_tokens = 0
-        self._work = 0  # prompt tokens that the running step and the following ones compute
+        self._work = 0  # prompt tokens that the running step and the following steps compute
         self._late = 0  # tokens of prompts submitted since the running step began
         self._recent: deque[int] = deque([step_tokens] * UNKNOWN_PROMPTS, RECENT_PROMPTS)
         self._recent_tokens = step_tokens * UNKNOWN_PROMPTS
@@ -40,12 +40,17 @@ class AdmissionWindow:
 
     @property
     def free_slots(self) -> int:
-        """Number of sequences that the engine could still hold; its queue counts as held. May be negative."""
+        """Number of further sequences that the engine could hold. Sequences in its queue count as held. May be
+        negative.
+        """
         return self._max_num_seqs + min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES) - self._live
 
     @property
     def admissible_sequences(self) -> int:
-        """Number of sequences that all links together may send now; at least one starts if no prompt is pending."""
+        """Number of sequences that all links together may send now.
+
+        If no prompt is pending, the first prompt sent starts at once.
+        """
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
         mean = max(self._recent_tokens // len(self._recent), 1)
@@ -83,8 +88,9 @@ class AdmissionWindow:
         self._ends += 1
 
     def record_step(self) -> None:
-        """Record the end of a step, after all sequences that began or ended in it are recorded. The next step begins at
-        once.
+        """Record the end of a step. The next step begins at once.
+
+        Call after the first outputs and the ends of sequences in this step are recorded.
         """
         self._ends_a_step += (self._ends - self._ends_a_step) / 64
         self._ends = 0

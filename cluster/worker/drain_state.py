@@ -56,15 +56,17 @@ class DrainStates:
         self._set_state(DrainState.DRAINING, now)
 
     def mark_drained(self, now: float) -> None:
-        """Mark the worker as drained, because no sequence runs any more. Changes nothing if the worker was uncordoned
-        meanwhile.
+        """Mark the worker as drained, because no sequence runs any more.
+
+        Changes nothing if the worker was uncordoned meanwhile.
         """
         if self.state is DrainState.DRAINING:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Send the state to a new link, unless the worker serves: a gateway without a state assumes that the worker
-        serves.
+        """Send the state to a new link, unless the worker serves.
+
+        A gateway that has not been sent a state assumes that the worker serves.
         """
         if not self.serves:
             outbox.drain_state(self._message(now))

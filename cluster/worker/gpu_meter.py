@@ -101,8 +101,9 @@ class GpuMeter:
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
-        """Add newly known `tokens` to an earlier step and lower that step's price; return the GPU-seconds that these
-        tokens owe.
+        """Add newly known `tokens` to an earlier step; return the GPU-seconds that these tokens owe.
+
+        The addition lowers the price of the step.
         """
         before = step.gpu_s / step.tokens
         step.tokens += tokens
@@ -125,8 +126,9 @@ class GpuMeter:
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """Return the idle GPU-seconds since the last call. `running`: share and generated tokens of requests not yet
-        charged.
+        """Return the idle GPU-seconds since the last call.
+
+        `running`: share and generated tokens of each request that is not charged yet.
         """
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding

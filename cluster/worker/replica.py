@@ -71,7 +71,10 @@ class OpenedModel:
 
 
 class ModelOpener(Protocol):
-    """Function that fetches a model to this node. Raises ValueError for a bad source, OSError if it is out of reach."""
+    """Function that fetches a model to this node.
+
+    Raises ValueError for an invalid source, OSError if the source is out of reach.
+    """
 
     def __call__(self, settings: ReplicaSettings) -> OpenedModel: ...
 

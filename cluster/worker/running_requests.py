@@ -33,7 +33,10 @@ _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.C
 
 
 def credit_used(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
-    """Return the credit that a Submit uses, even an unreadable Submit: its tokens, and whether some are cached here."""
+    """Return the credit that a Submit uses: the number of tokens, and whether some of them are cached here.
+
+    The Submit may be one that cannot be read.
+    """
     tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
     return tokens, 0 < submit.fresh_tokens < tokens
 
@@ -59,7 +62,7 @@ class RunningRequests:
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
         self._reattached: dict[str, RunningRequest] = {}
-        """Reattached requests without an output since they reattached, by engine request id."""
+        """Reattached requests that have had no output since they were reattached, by engine request id."""
         self._pending_step = StepState()
         """Outputs sent since the last step."""
         self._caches_kv = True

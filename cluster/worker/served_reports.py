@@ -1,4 +1,4 @@
-"""A worker's reports to gateways for fair queueing: the service it has given, and the other gateways' backlogs.
+"""A worker's reports to gateways for fair queueing: the worker's own service, and the other gateways' backlogs.
 
 Gateways have no connections to each other, but a worker is linked to all gateways. So the worker forwards each
 gateway's backlog to the other gateways and reports to all gateways the service that it has given. Nothing here is done

@@ -499,7 +499,7 @@ class WorkerSession:
             request_id = link.requests.get(slot)
             if slot in link.submitting:
                 link.aborted.add(slot)
-            elif request_id is not None:  # None: it ended while the abort was on its way
+            elif request_id is not None:  # None: the request ended while the abort was on its way
                 self._requests.forget(request_id, Outcome.CANCELLED)
                 to_abort.append(request_id)
         await self._abort_requests(to_abort)

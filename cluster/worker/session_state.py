@@ -32,7 +32,10 @@ class LinkState:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     grant_id: int = 0
     unacked_since: float | None = None
-    """Time since which a grant is not acknowledged. The capacity that it promised is held until the acknowledgement."""
+    """Time since which a grant is not acknowledged.
+
+    The capacity that the grant promised is held until the acknowledgement.
+    """
     silent_s: Callable[[], float] = lambda: 0.0
     """Returns the seconds since the gateway's last beat."""
 

@@ -79,7 +79,7 @@ class ReplicaSettings:
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """Return the settings that are read only when replicas start. A change of them requires no new replica."""
+        """Return the settings that are read only when replicas start. A change of these requires no new replica."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),

@@ -13,7 +13,7 @@ from cluster.worker.detached_requests import DETACHED_S, FAILED, DetachedRequest
 def make_request(
     stream: str, request_id: str, prompt: int, ids: list[int], last: TokenOutput | None = None
 ) -> DetachedRequest:
-    """Return a detached request with the parameters `it`."""
+    """Return a detached request whose parameters are the string `it`."""
     return DetachedRequest(stream, request_id, "it", prompt, ids, last=last)
 
 

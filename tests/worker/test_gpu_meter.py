@@ -19,7 +19,10 @@ GPUS = 2.0
 
 
 class Twin:
-    """A simulated engine in virtual time. The meter charges its steps, and for comparison they are charged exactly."""
+    """A simulated engine in virtual time.
+
+    The meter charges the steps of the engine. For comparison, the steps are also charged exactly.
+    """
 
     def __init__(self, **parameters: float) -> None:
         source = "&".join(f"{name}={value}" for name, value in parameters.items())

@@ -28,7 +28,7 @@ def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSetting
 
 
 async def test_serves_until_stopped(door: Door) -> None:
-    """A started replica dials the gateway, serves and passes `check`, and a stopped replica does nothing of this."""
+    """A started replica dials the gateway, serves and passes `check`, and a stopped replica does none of this."""
     replica = Replica(settings(door), ReplicaPlacement("r1", "node1"), open_model)
     with pytest.raises(EngineDead, match="not started"):
         await replica.check()

@@ -243,7 +243,7 @@ class CheckedEngine:
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
         self._answer, self._check_again = GoldenAnswer(), False
-        self._golden_id = golden.request_id  # before submit: outputs may arrive before it returns
+        self._golden_id = golden.request_id  # before submit: outputs may arrive before submit returns
         try:
             await self._engine.submit(golden)
         except EngineRefused as refused:

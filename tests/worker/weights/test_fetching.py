@@ -129,7 +129,10 @@ def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> N
 
 
 def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
-    """A broken connection is retried a few times. Then the error gives the number of tries, and the next call resumes."""
+    """A broken connection is retried a few times.
+
+    Then the error gives the number of tries, and the next call resumes the download.
+    """
     server.breaks = 2
     assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
     server.breaks = 100

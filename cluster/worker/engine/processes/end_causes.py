@@ -39,9 +39,9 @@ LONGEST = 500
 MOST_BYTES = 1 << 18
 """Size of the notes file in bytes, from which on no note is added."""
 RECENT_S = 30.0
-"""Age in seconds from which notes do not explain the end of a running engine: they are errors of single requests."""
+"""Age in seconds from which a note, such as the error of one request, does not explain a running engine's end."""
 TOGETHER_S = 1.0
-"""Seconds after an error within which the note of a rank's earlier death still counts as its cause."""
+"""Seconds after an error within which the earlier death of a rank may still be noticed."""
 ENDING_S, LOOK_S = 5.0, 0.05
 """Seconds that a core waits for the note of an ending process (slow on a busy machine), and between two checks."""
 TRACEBACK = "Traceback (most recent call last):"
@@ -144,7 +144,7 @@ def _note_death(arguments: tuple[object, ...]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Return an error on one line. If the error contains another process's traceback, return that process's error."""
-    message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
+    message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as a note
     if match := _RAY_ACTOR.search(message):
         return f"a rank (process {match[1]}) died while it started"
     if TRACEBACK in message:
@@ -269,7 +269,7 @@ def note_early_ends() -> None:
 def _members(known: Mapping[int, Member]) -> dict[int, Member]:
     members, new = _file(MEMBER), {}
     for file in members.parent.glob(f"{members.name}-*") if members is not None else ():
-        with contextlib.suppress(OSError, ValueError, TypeError):  # it is being written
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the file is being written
             pid = int(file.name.rpartition("-")[2])
             if pid != os.getpid() and pid not in known:
                 new[pid] = Member(**json.loads(file.read_text()))

@@ -64,9 +64,9 @@ class OwnFolder:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
             with contextlib.suppress(FileNotFoundError):
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-                with contextlib.suppress(OSError):  # where a folder cannot be locked (NFS) none is ever swept
+                with contextlib.suppress(OSError):  # a folder that cannot be locked (NFS) is never swept
                     fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if self.path.exists():  # otherwise another process swept it before it was locked
+                if self.path.exists():  # otherwise another process swept the folder before it was locked
                     return
                 os.close(self._lock)
 
@@ -86,7 +86,7 @@ def sweep(base: Path | None = None) -> int:
 
 
 def _sweep_folder(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # a live process holds the lock, it is not a folder, or it is another user's
+    with contextlib.suppress(OSError):  # locked by a live process, not a folder, or another user's folder
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(lock).st_uid == os.getuid():

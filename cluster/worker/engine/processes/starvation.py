@@ -75,7 +75,7 @@ def read_tasks(pids: Iterable[int]) -> Tasks:
 def _folders(pid: int) -> list[Path]:
     try:
         return list(Path(f"/proc/{pid}/task").iterdir())
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return []
 
 

@@ -90,7 +90,7 @@ def mapped_shared_memory(pid: int | str) -> set[str]:
     """Return the names of the shared memory that a process has mapped; empty once the process has ended."""
     try:
         return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
-    except OSError:  # it has ended, or belongs to another user
+    except OSError:  # the process has ended, or belongs to another user
         return set()
 
 
@@ -122,7 +122,7 @@ def unlink(names: Iterable[str]) -> None:
         try:
             os.unlink(f"/dev/shm/{name}")  # noqa: S108
         except OSError:
-            continue  # another process has unlinked it already
+            continue  # another process has unlinked the name already
 
 
 def own_processes(others: Set[int]) -> set[int]:

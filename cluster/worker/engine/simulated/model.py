@@ -84,7 +84,7 @@ class SimSequence:
         self.held = 0  # number of leading `blocks` that the sequence holds in the cache
         self.private = 0
         self.computed = 0
-        self.cached_tokens = -1  # until first scheduled
+        self.cached_tokens = -1  # -1 until the sequence is first scheduled
         self.first = True
         self.alive = True
         self.logprobs = sampling.logprobs

@@ -59,7 +59,7 @@ def _end_of_atom(pattern: str, at: int) -> int:
     if pattern[at] != "[":
         return at
     at += 2 if pattern[at + 1 : at + 2] == "^" else 1
-    at += pattern[at : at + 1] == "]"  # as the first character of a class it is a member
+    at += pattern[at : at + 1] == "]"  # a `]` that is the first character of a class is a member
     while at < len(pattern) and pattern[at] != "]":
         at += 2 if pattern[at] == "\\" else 1
     return min(at, len(pattern) - 1)

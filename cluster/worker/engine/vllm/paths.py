@@ -40,7 +40,10 @@ class StepStats:
     steps: int = 0
     live: int = 0
     prefill_tokens: int = 0
-    """Number of prompt and emitted tokens of live requests without an output. VllmEngine updates it and `live`."""
+    """Number of prompt and emitted tokens of live requests without an output.
+
+    VllmEngine updates this field and `live`.
+    """
     pace: StepTimes = field(default_factory=StepTimes)
 
     def stepped(self, now: float, seen: Any) -> None:

@@ -119,7 +119,10 @@ def _repair_seeds() -> None:
 
 
 def shared_memory() -> str:
-    """Return an id of the shared memory that this process uses, which its host or its container provides."""
+    """Return an id of the shared memory that this process uses.
+
+    The shared memory belongs to the host, or to the container of this process.
+    """
     return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
 
 
@@ -213,7 +216,7 @@ def _repair_node() -> None:
 def loaded_in_ranks() -> bool:
     """Return whether vLLM's processes load these repairs.
 
-    They do if the entry point is installed and VLLM_PLUGINS allows it.
+    The processes load them if the entry point is installed and VLLM_PLUGINS allows it.
     """
     import vllm.envs
 
@@ -223,7 +226,7 @@ def loaded_in_ranks() -> bool:
 
 
 def seeds_are_safe() -> bool:
-    """Return whether seeds are repaired for this vLLM. If they are not, the engine refuses seeds on CPU."""
+    """Return whether seeds are repaired for this vLLM. If seeds are not repaired, the engine refuses them on CPU."""
     return _version() in VERSIONS and loaded_in_ranks() and "seeds" not in not_applied
 
 

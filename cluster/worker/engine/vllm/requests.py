@@ -20,7 +20,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
 """Greatest number of stop ids with min_tokens, EOS ids included. One more id ends the core of vLLM's V2 runner."""
 MAX_LOGIT_BIAS = 1024
-"""Greatest number of logit_bias entries. With one more, vLLM's V2 runner ends its engine core, too."""
+"""Greatest number of logit_bias entries. One more entry ends the core of vLLM's V2 runner, too."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500

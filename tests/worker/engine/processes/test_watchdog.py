@@ -134,7 +134,7 @@ async def test_only_the_engines_names_are_forgotten() -> None:
 
 
 def test_a_mark_names_one_process_for_ever() -> None:
-    """A mark is alive while its process is, dead for another start time, and unknown (None) for another boot."""
+    """A mark is alive while its process is alive, dead for another start time, and None (unknown) for another boot."""
     own = watchdog.mark(os.getpid())
     assert watchdog.alive(own) is True
     pid, start, here = own.split("@")

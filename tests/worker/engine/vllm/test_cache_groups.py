@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
     """Two tenants of one cache group share a cached prefix, and a tenant without a group has a prefix of its own.
 
-    Another tenant finds nothing with the same prompt, even if its salt is the name or key of one of the others.
+    Another tenant finds nothing with the same prompt, even if its salt is the name or key of another tenant.
     """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)

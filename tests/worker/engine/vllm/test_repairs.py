@@ -88,7 +88,7 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
         group = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
         stock = _CPUSHMDistributed.make_group_name(group)
         assert stock.startswith("2345-tp:0-[0-1]-cpushm")
-        repairs._repair_shared_memory()  # an engine of this process may have repaired it already: then twice
+        repairs._repair_shared_memory()  # twice, if an engine of this process has applied the repair already
         assert _CPUSHMDistributed.make_group_name(group) == f"{stock}-{repairs.shared_memory()}"
         patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
         assert _CPUSHMDistributed.make_group_name(group).endswith("-elsewhere")
