@@ -40,9 +40,7 @@ class AdmissionWindow:
 
     @property
     def free_slots(self) -> int:
-        """Number of further sequences that the engine could hold. Sequences in its queue count as held. May be
-        negative.
-        """
+        """Number of further sequences that the engine could hold; queued sequences count as held. May be negative."""
         return self._max_num_seqs + min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES) - self._live
 
     @property

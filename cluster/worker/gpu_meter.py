@@ -43,7 +43,10 @@ class _MeteredStep:
 
 
 class GpuMeter:
-    """The GPU time of one replica since `now`. `max_step_tokens`: the most tokens that the engine computes in a step."""
+    """The GPU time of one replica since `now`.
+
+    `max_step_tokens`: the most tokens that the replica's engine computes in a step.
+    """
 
     def __init__(self, gpus: float, max_step_tokens: int, now: float) -> None:
         self.gpus = gpus

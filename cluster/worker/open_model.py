@@ -17,7 +17,7 @@ from cluster.worker.weights.model_card import Card, read_card
 
 
 def open_model(settings: ReplicaSettings) -> OpenedModel:
-    """Find or fetch the model, build its bundle and create its engine without starting it. Blocks. Raises ValueError."""
+    """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)

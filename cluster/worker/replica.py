@@ -40,7 +40,7 @@ from cluster.worker.settings import ModelRefused, ReplicaSettings
 log = structlog.get_logger("replica")
 
 CHECK_S = 0.25
-"""Seconds between two checks for a dead engine, which find a death that no step reports."""
+"""Seconds between two checks whether the engine is dead. The checks find a death that no step reports."""
 _CLOSE_LINKS_S = 0.2
 _EXIT_ENGINE_DEAD = 70
 

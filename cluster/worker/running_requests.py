@@ -52,7 +52,7 @@ class RunningRequests:
         usage: WorkerUsage,
         is_lost: Callable[[str], bool] = lambda incarnation: True,
     ) -> None:
-        """Create an empty set. `is_lost`: returns whether no working link leads to the gateway with an incarnation."""
+        """Create an empty set. `is_lost`: whether no working link leads to the gateway with the given incarnation."""
         self._info = info
         self._is_lost = is_lost
         self.generations = ResumeGenerations()

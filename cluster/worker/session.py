@@ -209,7 +209,7 @@ class WorkerSession:
     async def _report_served(self) -> None:
         """Report served tokens to every gateway and abort expired detached requests, every REPORT_S seconds.
 
-        Neither is done for each token.
+        Neither the report nor the abort is done for each token.
         """
         while True:
             await asyncio.sleep(REPORT_S)

@@ -60,7 +60,7 @@ class ReplicaSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """Return as JSON values all settings whose change requires a new replica, except the spec."""
+        """Return all settings whose change requires a new replica, except the spec, as JSON values."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),

@@ -105,7 +105,7 @@ class WorkerUsage:
                     await self._acked.wait()
 
     def _report_idle(self) -> None:
-        """Record the GPU time since the last report that no request is charged for."""
+        """Record the GPU time that no request is charged for, since the last report."""
         gpu_seconds = self.meter.idle(time.monotonic(), list(self._running()))
         now_s = time.time()
         if gpu_seconds > 0:

@@ -63,7 +63,7 @@ def test_an_idle_engine_has_room_for_three() -> None:
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
-    """Two sequences more than slots are admitted only if two sequences end in each step."""
+    """Two sequences more than there are slots are admitted only if two sequences end in each step."""
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):

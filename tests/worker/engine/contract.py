@@ -384,7 +384,7 @@ class EngineContract:
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
-        """In a resumed request, emitted tokens count towards min_tokens, and stop tokens work as in the uncut request."""
+        """In a resumed request, emitted tokens count towards min_tokens. Stop tokens work as in the uncut request."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
         for least in (0, 20):

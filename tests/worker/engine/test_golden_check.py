@@ -80,7 +80,7 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """A golden answer that is wrong or has NaN, after an error, raises EngineCorrupt that names the node."""
+    """After an error, a golden answer that is wrong or has NaN raises EngineCorrupt, and the error names the node."""
     engine, driver = await subject()
     engine.fail("step", fault, at=0)
     engine.fail("step", "nan", at=3)

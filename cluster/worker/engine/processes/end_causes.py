@@ -31,7 +31,7 @@ from typing import Any
 from cluster.worker.engine.processes import exit_status, sockets
 
 ENGINE = "HEADRACE_ENGINE"
-"""Environment variable: name of the engine to which a process belongs, among the engines of the same owner."""
+"""Environment variable that names, among the engines of one owner, the engine to which a process belongs."""
 NOTES = "notes"
 MEMBER = "member"
 LONGEST = 500

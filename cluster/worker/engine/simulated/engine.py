@@ -117,7 +117,10 @@ class SimEngine:
                 return outputs
 
     def load(self) -> EngineLoad:
-        """Return the load, in any thread. During a hang: the load when the hang began, with the step's current age."""
+        """Return the load; any thread may call this.
+
+        During a hang, return the load from the beginning of the hang, with the step's current age.
+        """
         if self._model is None:
             return EngineLoad(busy="start")
         now, plan = self._clock.now(), self._plan

@@ -135,7 +135,7 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
 def is_batch_invariant(dtype: str) -> bool:
     """Return whether results do not depend on how tokens are batched.
 
-    They do not with float32 on CPUs, or with VLLM_BATCH_INVARIANT=1.
+    Results are independent of batching with float32 on CPUs, or with VLLM_BATCH_INVARIANT=1.
     """
     return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 

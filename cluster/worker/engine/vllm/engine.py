@@ -295,7 +295,7 @@ class VllmEngine:
             del self._ended[next(iter(self._ended))]
 
     def load(self) -> EngineLoad:
-        """Return the scheduler's counts of the last step, in any thread.
+        """Return the scheduler's counts of the last step; any thread may call this.
 
         Requests that the scheduler has not seen count as waiting.
         """

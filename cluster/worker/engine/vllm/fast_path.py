@@ -99,7 +99,10 @@ class FastPath:
         )
 
     async def ready(self) -> None:
-        """Fetch the tasks that the core supports. This also starts the asyncio task that reads the core's outputs."""
+        """Fetch the tasks that the core supports.
+
+        The call also starts the asyncio task that reads the core's outputs.
+        """
         try:
             self._tasks = await self._core.get_supported_tasks_async()
         except self._dead_error as error:

@@ -96,7 +96,7 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
 
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
-    """Freeing a queue whose name is gone raises, which is the fault.
+    """Freeing a queue whose name is gone raises an error, which is the fault.
 
     The repair frees the queue quietly and unregisters the name.
     """

@@ -257,7 +257,7 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
 
 
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
-    """A request with a grammar that begins after reasoning is resumed exactly, whichever of the two parts is cut."""
+    """A request whose grammar begins after reasoning is resumed exactly, whether cut before or after that point."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
     engine = VllmEngine(
         tiny_spec(engine={**tiny_spec().engine, "reasoning_parser": "qwen3"}), tmp_path / "thinking", executor="mp"
