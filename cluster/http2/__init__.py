@@ -14,7 +14,7 @@ from cluster.http2.limits import ServerLimits
 from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
 from cluster.http2.server import Server
 
-# h2 builds a repr of every received frame, its whole body included, for a disabled debug log.
+# For a disabled debug log, h2 builds a repr of every received frame, with the frame's whole body.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 __all__ = [

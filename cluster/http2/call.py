@@ -45,7 +45,8 @@ class CallConnection(BodyConnection, Protocol):
         """Reset a stream, so that the client stops sending the rest of the request."""
 
     def wait_for_window(self, call: ServerCall, *, of_stream: bool) -> None:
-        """Push a call when the send window of the call's stream (`of_stream`) or of the connection grows."""
+        """Register a call to be pushed when the send window of the call's stream (`of_stream`) or of the connection
+        grows."""
 
     def admit(self, call: ServerCall, tenant: str | None) -> None:
         """Record that the gate has admitted a call. Raises BadMessage if too many calls without credentials are
@@ -58,8 +59,8 @@ class CallConnection(BodyConnection, Protocol):
         """End a call whose request is malformed, too large or too slow."""
 
     def mark_answering(self, path: str) -> None:
-        """Mark the client as authenticated because a handler begins to answer, unless `path` is of health or
-        reflection."""
+        """Handle the start of an answer: mark the client as authenticated, unless `path` is a health or reflection
+        method."""
 
     def mark_authenticated(self) -> None:
         """Mark the client as authenticated."""
@@ -129,7 +130,7 @@ class ServerCall:
         self.body = RequestBody(connection, self.stream_id, self._too_slow)
         self.encoding = encoding
         self.admitted = False
-        """Whether the caller's credentials were accepted, or the method needs none."""
+        """Whether the caller's credentials were accepted, or the method needs no credentials."""
         self.tenant: str | None = None
         """The tenant whose budget of request bytes the request counts against."""
         self.caller: Any = None
@@ -169,7 +170,7 @@ class ServerCall:
         return self._metadata
 
     def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None if the call has none."""
+        """Seconds until the caller's deadline; None if the call has no deadline."""
         return None if self._deadline is None else max(self._deadline - self.connection.loop.time(), 0.0)
 
     def peer(self) -> str:
@@ -318,7 +319,7 @@ class ServerCall:
 
     @property
     def full(self) -> bool:
-        """Whether the client must read before more is sent."""
+        """Whether the client must read before the call may send more."""
         return self.connection.paused or len(self._pending) > 0
 
     def send(self, message: bytes) -> None:
@@ -384,7 +385,7 @@ class ServerCall:
     # ---- called by the connection
 
     def received(self, data: bytes, size: int) -> None:
-        """Handle received bytes of the request. `size`: their number including padding. Raises BadMessage."""
+        """Handle received bytes of the request. `size`: number of bytes including padding. Raises BadMessage."""
         self.body.add(data, size)
         if self.deserializer is not None:
             self._wake_reader()

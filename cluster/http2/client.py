@@ -37,7 +37,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CallEnded(Exception):
-    """Error: a call ended with a status other than OK, or because its connection ended."""
+    """Error: the call ended with a status other than OK, or the connection ended."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
@@ -58,7 +58,7 @@ async def connect(
     ssl.SSLError).
 
     `ping_s`: time without received bytes after which the client sends a ping, if the connection has calls.
-    `ping_answer_s`: time limit for the answer to a ping; the connection is closed after that.
+    `ping_answer_s`: time limit for the answer to a ping; without an answer the connection is closed.
     """
     host, _, port = address.rpartition(":")
     _, client = await asyncio.get_running_loop().create_connection(
@@ -112,7 +112,7 @@ class GrpcClient(asyncio.BufferedProtocol):
         parse: Callable[[Any], Any],
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> ClientCall:
-        """Open a call of any kind. The caller of this method must read the call to its end or cancel it. Raises
+        """Open a call of any kind. The caller of this method must read the call to its end or cancel the call. Raises
         CallEnded."""
         if not self.usable:
             raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")

@@ -1,4 +1,5 @@
-"""One client connection of the server: its calls, limits and writes. h2 keeps the protocol's state."""
+"""A connection from one client to the server: the connection's calls, limits and writes. h2 keeps the protocol's
+state."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ class ConnectionServer(Protocol):
         """End a call whose request is malformed or too large."""
 
     def call_ended(self) -> None:
-        """Handle the end of a call: a stopping server continues after the last call has ended."""
+        """Handle the end of a call. After the last call, a server that is stopping closes its connections."""
 
     def note(self, event: str, connection: Connection, reason: str) -> None:
         """Log an event of a connection, with at most one line a second for each kind of event."""
@@ -144,7 +145,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flushing = False
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
         self._control_bytes = self._control_writes = 0
-        """Bytes and writes in `_unsent` that are control frames: everything except answers to calls."""
+        """Numbers of bytes and of writes in `_unsent` that belong to control frames, which are everything except
+        answers to calls."""
         self._window_growth = 0
         """Bytes by which the connection's receive window is to grow."""
         self._max_calls = (
@@ -284,7 +286,8 @@ class Connection(asyncio.BufferedProtocol):
             self.abort("the client does not read what it is sent")
 
     def wait_for_window(self, call: ServerCall, *, of_stream: bool) -> None:
-        """Push a call when the send window of the call's stream (`of_stream`) or of the connection grows."""
+        """Register a call to be pushed when the send window of the call's stream (`of_stream`) or of the connection
+        grows."""
         (self._blocked_streams if of_stream else self._blocked)[call.stream_id] = call
 
     def grow_window(self, size: int, stream_id: int | None = None) -> None:
@@ -356,7 +359,7 @@ class Connection(asyncio.BufferedProtocol):
         self.data(call, event.data, size)
 
     def data(self, call: ServerCall, data: bytes, size: int) -> None:
-        """Pass received request bytes to a call. `size`: their number including padding."""
+        """Pass received request bytes to a call. `size`: number of bytes including padding."""
         try:
             call.received(data, size)
         except BadMessage as error:
@@ -506,8 +509,8 @@ class Connection(asyncio.BufferedProtocol):
         return self.h2.highest_inbound_stream_id
 
     def mark_answering(self, path: str) -> None:
-        """Mark the client as authenticated because a handler begins to answer, unless `path` is of health or
-        reflection."""
+        """Handle the start of an answer: mark the client as authenticated, unless `path` is a health or reflection
+        method."""
         if not path.startswith(_ANONYMOUS_PATHS):
             self._held.mark_authenticated()
 
@@ -544,7 +547,8 @@ class Connection(asyncio.BufferedProtocol):
         self.done(call)
 
     def leave(self, grace_s: float = 0.0) -> None:
-        """Ask the client to reconnect. The connection closes after its last call, or after `grace_s` seconds.
+        """Ask the client to reconnect. The connection closes after its last call, or at the latest after `grace_s`
+        seconds.
 
         If `grace_s` is 0 there is no time limit, and the caller closes the connection."""
         if self._leaving:
@@ -594,7 +598,7 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def call_later(self, seconds: float, work: Callable[..., None]) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
         self._timers.call_later(seconds, work)
 
     def _refuse_http1(self) -> None:

@@ -32,7 +32,8 @@ MAX_CONNECTIONS: Final = 16_384
 MIN_CONNECTIONS: Final = 8
 """Minimum number of connections of each port, and of one address at a port, however few descriptors the process has."""
 ADDRESS_PART: Final = 3, 4
-"""Part of a port's connections that one address may use (three quarters): all clients may come from one ingress."""
+"""Part of a port's connections that one address may use: three quarters, because all clients may come from one
+ingress."""
 UNAUTHENTICATED_PART: Final = 8
 """Divisor of a port's cap: an eighth is kept for unauthenticated connections, so that clients have time to send a
 credential."""
@@ -41,8 +42,8 @@ MEAN_LIFETIME_S: Final = 0.2
 lifetime allows; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
-"""Two age limits, in seconds and in accept passes: the bytes of a connection below either limit may not have been read
-yet."""
+"""Two age limits, in seconds and in accept passes. If a connection is younger than either limit, its received bytes may
+not have been read yet."""
 BURST_PART: Final = 4
 """Divisor of a port's cap: a quarter of the connections may be replaced at once."""
 MAX_CHECKS: Final = 16
@@ -123,7 +124,7 @@ class ConnectionSlot:
         return stage if old else max(stage, ConnectionStage.GREETED)
 
     def used(self) -> bool:
-        """Whether a call is in progress, or has begun since the last call of this method."""
+        """Whether a call is in progress, or has begun since this method last ran."""
         connection = self.connection
         if connection is None:
             return False
@@ -175,10 +176,10 @@ class Pool:
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
     def admit(self, address: str, now: float) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-        """Return the slot of a new connection, and the slot of the connection that must be closed for it.
+        """Return the slot of a new connection, and the slot of the connection that must be closed in exchange.
 
-        The first is None if the new connection must be refused. The second is None if no connection must be closed, and
-        is already released otherwise."""
+        The first slot is None if the new connection must be refused. The second slot is None if no connection must be
+        closed; otherwise the second slot is already released."""
         key = peer_of(address)
         peer = self._peers.get(key)
         victim = None
@@ -235,8 +236,8 @@ class Pool:
         return _earliest_stage(self._peers[crowded].unauthenticated, now)
 
     def _idle(self, candidates: dict[ConnectionSlot, None]) -> ConnectionSlot | None:
-        """Return an idle connection, which has no call in progress and none begun since the last check. Connections in
-        use are moved to the end."""
+        """Return an idle connection: no call is in progress, and no call has begun since the last check. Connections in
+        use are moved to the end of `candidates`."""
         for _ in range(min(MAX_CHECKS, len(candidates))):
             held = next(iter(candidates))
             if not held.used():
@@ -251,7 +252,8 @@ class Pool:
         peer.unauthenticated[held] = None
 
     def _count_unauthenticated(self, key: str, before: int, change: int) -> None:
-        """Add `change` (1 or -1) to the number of unauthenticated connections of an address, which is `before`."""
+        """Add `change` (1 or -1) to an address's number of unauthenticated connections. `before`: the number without
+        the change."""
         after = before + change
         self._unauthenticated += change
         if after:
@@ -287,8 +289,8 @@ class ConnectionTable:
 
 
 def peer_of(address: str) -> str:
-    """Return the key by which connections count as of one address: an IPv4 address, or the /64 prefix of one IPv6
-    subscriber."""
+    """Return the key that stands for one address when connections are counted: the IPv4 address, or the /64 prefix of
+    one IPv6 subscriber."""
     if ":" not in address:
         return address
     try:

@@ -76,11 +76,11 @@ class Charges:
         return True
 
     def charge_empty(self, now: float) -> bool:
-        """Charge an empty frame. Returns False if the client exceeds its limit."""
+        """Charge an empty frame. Returns False if the client exceeds the limit."""
         return self.justify_frame() or self._frames.charge(LIGHT, now) >= 0
 
     def charge(self, units: float, now: float) -> bool:
-        """Charge a reset, a refused call or new settings. Returns False if the client exceeds its limit."""
+        """Charge a reset, a refused call or new settings. Returns False if the client exceeds the limit."""
         return self._frames.charge(units, now) >= 0
 
     def charge_fields(self, size: int, now: float) -> None:

@@ -26,7 +26,7 @@ SMALL_DATA_BYTES: Final = 64
 """Size in bytes below which a DATA frame is charged as an empty frame."""
 WINDOW_UPDATE_BYTES: Final = 4
 GOAWAY_UNITS: Final = 5.0
-"""Cost of a GOAWAY frame; a client sends one or two of them."""
+"""Cost of a GOAWAY frame, in units. A client sends one or two GOAWAY frames."""
 
 
 class IntakeConnection(Protocol):
@@ -42,7 +42,7 @@ class IntakeConnection(Protocol):
         """Handle a frame that was already charged. Raises H2Error."""
 
     def data(self, call: ServerCall, data: bytes, size: int) -> None:
-        """Pass received request bytes to a call. `size`: their number including padding."""
+        """Pass received request bytes to a call. `size`: number of bytes including padding."""
 
     def window_opened(self, stream_id: int | None) -> None:
         """Push the calls that waited for the send window of a stream, or of the connection if `stream_id` is 0 or
@@ -58,7 +58,7 @@ class IntakeConnection(Protocol):
         """Close the connection with the error ENHANCE_YOUR_CALM, because the client exceeded a limit."""
 
     def call_later(self, seconds: float, work: Callable[..., None]) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
 
 
 class FrameIntake:
@@ -218,6 +218,6 @@ class FrameIntake:
             return frame.stream_id not in streams or charges.charge_empty(now)
         if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
             return charges.charge(1 + len(streams) / STREAMS_PER_UNIT, now)
-        if isinstance(frame, GoAwayFrame):  # a client needs only one, and it may have the maximum frame size
+        if isinstance(frame, GoAwayFrame):  # one is enough, and each GOAWAY may have the maximum frame size
             return charges.charge(GOAWAY_UNITS, now)
         return charges.charge_empty(now)

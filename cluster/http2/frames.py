@@ -31,7 +31,7 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 def block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A header block of these fields."""
+    """A header block that contains these fields."""
     return b"".join([literal(name, value) for name, value in fields])
 
 
@@ -50,7 +50,8 @@ def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_byt
 
 
 def _length(text: bytes) -> bytes:
-    """A string's length as an integer with a seven-bit prefix (RFC 7541, 5.1), not Huffman-coded."""
+    """Encode a string's length as an integer with a seven-bit prefix (RFC 7541, 5.1). The string is not
+    Huffman-coded."""
     size = len(text)
     if size < 127:
         return bytes([size])

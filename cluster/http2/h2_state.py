@@ -1,10 +1,11 @@
 """h2's connection state, in which this server replaces some parts. Only this module uses h2's private names.
 
-DATA and WINDOW_UPDATE are the two frame types that come with every token. These frames are handled without h2, in a
-fifth of the time, unless a frame has something unusual.
+DATA and WINDOW_UPDATE are the two frame types that come with every token. A frame of these types is handled without h2,
+in a fifth of the time, unless the frame is unusual.
 
 For each new stream, h2 counts the open streams by walking all of them. h2 also keeps a note of each of the last 65,536
-ended streams. In this server the connection counts its calls itself, and a stream is dropped when its call ends.
+ended streams. In this server the connection counts its calls itself, and a stream is dropped when the stream's call
+ends.
 """
 
 from __future__ import annotations

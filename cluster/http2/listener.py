@@ -71,8 +71,8 @@ class ConnectionAdmission:
 class Listener:
     """A listening socket that accepts connections from `start` to `close`.
 
-    The protocol that `factory` creates must set `ConnectionSlot.connection` when the connection is made. It must abort
-    the connection at once if the slot is already released, and release the slot when the connection is lost.
+    The protocol that `factory` creates must set `ConnectionSlot.connection` when the connection is made. The protocol
+    must abort the connection at once if the slot is already released, and release the slot when the connection is lost.
     """
 
     def __init__(

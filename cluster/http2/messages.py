@@ -141,8 +141,8 @@ def timeout_s(value: bytes) -> float | None:
 
 
 def metadata_of(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
-    """Return the metadata in header fields, without the fields of the protocol and with `-bin` values decoded to bytes.
-    Raises ValueError."""
+    """Return the caller's metadata from header fields, without the protocol's own fields and with `-bin` values decoded
+    to bytes. Raises ValueError."""
     out: list[tuple[str, str | bytes]] = []
     for raw_name, raw in headers:
         if raw_name[:1] == b":":

@@ -21,7 +21,7 @@ of the calls."""
 SLICE_S: Final = 0.002
 """Length of a reader's slice, in seconds; the frame that exceeds the length is finished."""
 WINDOW_S: Final = 0.006
-"""Period, in seconds, within which reads that are parsed at once may use PASS_S together."""
+"""Period in seconds. In each period, the reads that are parsed at once may take PASS_S in total."""
 
 
 class Reader(Protocol):

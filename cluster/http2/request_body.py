@@ -132,7 +132,7 @@ class RequestBody:
         self.settle()
 
     def add(self, data: bytes, size: int) -> None:
-        """Handle received bytes of the request. `size`: their number including padding. Raises BadMessage."""
+        """Handle received bytes of the request. `size`: number of bytes including padding. Raises BadMessage."""
         self._connection_growth += size
         self._stream_growth += size - len(data)  # padding is not kept
         if self._reservation is not None:
@@ -176,7 +176,7 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message if that is still to be done, and grow the windows accordingly. Raises
+        """Reserve the incomplete message unless it is already reserved, and grow the windows accordingly. Raises
         BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()

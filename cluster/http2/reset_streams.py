@@ -1,7 +1,7 @@
 """Notes of the streams that were reset. h2 needs a stream's note when a late frame arrives for the ended stream.
 
-h2 itself keeps a note of every ended stream, up to 65,536 per connection, which take 10 MB. The note of a stream that
-ended normally only decides which error ends the connection.
+h2 itself keeps a note of every ended stream, up to 65,536 per connection, which take 10 MB. For a stream that ended
+normally, the note only decides which error ends the connection when a late frame arrives.
 """
 
 from __future__ import annotations

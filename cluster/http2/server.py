@@ -47,12 +47,13 @@ MAX_ECHO: Final = 256
 
 
 class Gate(Protocol):
-    """The authorization of a call after the call's headers have arrived and before the rest of the request is read."""
+    """The authorization of calls. A call is authorized when its headers have arrived, before the rest of the request is
+    read."""
 
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call by `call.abort`. The server calls this again if the request arrived later than the
+        The gate refuses a call by `call.abort`. The server calls `admit` again if the request arrived later than the
         headers."""
 
 
@@ -189,7 +190,7 @@ class Server:
         log.warning(event, peer=connection.peer, reason=reason, not_logged_before=more)
 
     def call_ended(self) -> None:
-        """Handle the end of a call: `stop` continues after the last call has ended."""
+        """Handle the end of a call. After the last call, `stop` no longer waits."""
         if self._stopping and not self._calls():
             self._empty.set()
 

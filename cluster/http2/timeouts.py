@@ -40,14 +40,15 @@ class TimedConnection(Protocol):
         """End a call whose request is malformed, too large or too slow."""
 
     def leave(self, grace_s: float = 0.0) -> None:
-        """Ask the client to reconnect. The connection closes after its last call, or after `grace_s` seconds."""
+        """Ask the client to reconnect. The connection closes after its last call, or at the latest after `grace_s`
+        seconds."""
 
     def abort(self, reason: str) -> None:
         """Abort the connection and drop its unsent bytes."""
 
 
 class ConnectionTimers:
-    """The timers of one connection. `served`: whether a call was admitted; the idle limit is shorter before."""
+    """The timers of one connection. `served`: whether a call was admitted. Until then the idle limit is shorter."""
 
     def __init__(self, connection: TimedConnection) -> None:
         self.served = False
@@ -69,7 +70,7 @@ class ConnectionTimers:
             self.call_later(age_s, self._reach_age_limit)
 
     def call_later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
         now = self._loop.time()
         self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
         self._timers.append(self._loop.call_later(seconds, work, *arguments))

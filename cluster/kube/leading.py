@@ -95,7 +95,7 @@ class Leader:
                 return
 
     async def _check_record(self) -> None:
-        """Read the record, and write the record if the candidate says so."""
+        """Read the record, and write the record if the candidate requires a write."""
         try:
             record = await asyncio.to_thread(self._store.read)
             self._candidate, write = self._candidate.observe(record, self._clock_s())

@@ -1,4 +1,5 @@
-"""Distinction of exceptions that end only one call, for code that many calls share and that must continue."""
+"""A check for exceptions that end only one call. Code that many calls share uses the check, and continues after such an
+exception."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 YOUNG_THRESHOLD = 10_000
-"""Number of new objects that start a collection; walking this many takes about a millisecond."""
+"""Number of new objects that start a collection; walking this many objects takes about a millisecond."""
 INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
@@ -35,7 +35,7 @@ def freeze_objects() -> None:
 def return_free_pages() -> bool:
     """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. Returns False without
     glibc."""
-    import ctypes  # not at import: it is needed only after the start
+    import ctypes  # not at import: ctypes is needed only after the start
 
     try:
         trim = ctypes.CDLL(None).malloc_trim

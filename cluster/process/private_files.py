@@ -1,7 +1,7 @@
 """Files and folders that only their owner can read, whatever the umask of the process.
 
 State folders hold secrets, tenant names, the audit log and key hashes. An earlier release or another program may have
-set wider permissions. These are narrowed when a file of this user is opened next.
+set wider permissions. Such permissions are narrowed when a file of this user is opened next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_missing_folders(folder: Path) -> None:
         missing.append(at)
         at = at.parent
     for missing_folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process has created it
+        with contextlib.suppress(FileExistsError):  # another process has created the folder
             missing_folder.mkdir(mode=0o700)
             missing_folder.chmod(0o700)  # a umask may have removed the owner's permissions too
 
@@ -50,7 +50,7 @@ def narrow(path: Path) -> None:
 def make_private_database(file: Path) -> None:
     """Create an empty SQLite file before SQLite does, or narrow the permissions of an existing file and its side files.
     SQLite gives new side files the permissions of the database file."""
-    with contextlib.suppress(OSError):  # SQLite reports it better: no folder, no permission, a read-only disk
+    with contextlib.suppress(OSError):  # SQLite reports the error better: no folder, no permission, a read-only disk
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(handle, 0o600)

@@ -23,7 +23,8 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last Welcome from an address. It is kept when the link breaks, because the siblings are still running."""
+    """The last Welcome from an address. The Welcome is kept when the link breaks, because the siblings are still
+    running."""
 
     incarnation: str
     siblings: tuple[str, ...]
@@ -44,7 +45,7 @@ class GatewayAddresses:
         self._dialling: set[str] = set()
         self._changed = asyncio.Event()
         self.addresses = self._configured
-        """The addresses to dial, configured ones first."""
+        """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
         """Record the siblings that the gateway at `address` named, as `host:port`, or as `:port` on the dialled

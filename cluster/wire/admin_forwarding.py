@@ -2,7 +2,7 @@
 
 A verb is a function of a serialized request. If the verb raises a CallError, the whole error is transferred, so that
 the operator reads the same error as if the gateway had raised it. If the stream ends before the answer, the controller
-may have done the verb: the error says so, and no request is sent twice.
+may have executed the verb: the error says so, and no request is sent twice.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AdminRequests:
             self._waiting.pop(number, None)
 
     def handle_reply(self, reply: pb.AdminReply) -> None:
-        """Handle a reply. The reply is ignored if its request no longer waits."""
+        """Handle a reply. The reply is ignored if the request with the same id no longer waits."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return

@@ -246,8 +246,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """The slots that got more than one plain token in this step; None if the message's counts allow that for any
-    slot."""
+    """The slots that got more than one plain token in this step; None if the message's counts allow several tokens for
+    any slot."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}

@@ -144,8 +144,8 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """Whether a changed limit is worth sending: any change of sequences is, and a change of tokens by a tenth of the
-    capacity. Smaller changes come with every decoded token."""
+    """Whether a changed limit is worth sending. Every change of sequences is sent. A change of tokens is sent if it
+    exceeds a tenth of the capacity, because every decoded token changes the limit."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)
@@ -167,7 +167,7 @@ class CreditBalance:
         )
 
     def apply_credit(self, grant_id: int, sequences: int, tokens: int) -> None:
-        """Apply a Credit message. The message is ignored if it is older than the last applied one."""
+        """Apply a Credit message. A message older than the last applied message is ignored."""
         if grant_id > self.grant_id:
             self.grant_id = grant_id
             self._limit = Capacity(sequences, tokens)

@@ -96,7 +96,7 @@ async def read(call: Any) -> Any:
 
 
 async def wait_first(parts: list[asyncio.Task[None]]) -> None:
-    """Wait until the first of the tasks ends, and raise its exception.
+    """Wait until the first of the tasks ends, and raise the exception of that task.
 
     An exception refers to the frames that it passes through. If such a frame referred to the task, the cycle would keep
     the session's connections open until the garbage collector runs. So this function deletes its references to the
@@ -176,7 +176,7 @@ class HeartbeatSender:
             for _ in stub.Beat(self._beats()):
                 self.last_heard = time.monotonic()
         except grpc.RpcError:
-            pass  # the turn stream ends the link; it checks `silent_s`
+            pass  # the turn stream checks `silent_s` and ends the link
         except ValueError:
             pass  # the channel was closed before the first beat
 

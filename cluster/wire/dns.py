@@ -1,7 +1,7 @@
 """Gateways behind a DNS name `srv://_link._tcp.NAME`, which is resolved again every few seconds.
 
 For such a name of a headless Service, Kubernetes answers with the ports and names of the Service's pods, including pods
-that are not ready. An answer replaces the previous answer. Without an answer the last one stays valid: dialing a
+that are not ready. An answer replaces the previous answer. Without a new answer the last answer stays valid: dialing a
 gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set count as
 answers.
 """

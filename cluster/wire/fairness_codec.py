@@ -114,8 +114,8 @@ def _weight(weight: float) -> float:
 
 
 def _amount(value: float) -> float:
-    """Return a number of weighted tokens. Raises ValueError if the number is not finite, since it would spoil all
-    sums."""
+    """Return a number of weighted tokens. Raises ValueError if the number is not finite, since such a number would
+    spoil all sums."""
     if not isfinite(value):
         raise ValueError(f"weighted tokens must be a finite number, got {value}")
     return value

@@ -1,4 +1,4 @@
-"""An echo server on a free port, with one method of each kind. Its messages are plain bytes."""
+"""An echo server on a free port, with one method of each kind. The messages are plain bytes."""
 
 from __future__ import annotations
 

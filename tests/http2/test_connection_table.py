@@ -51,7 +51,7 @@ def connection_of(held: ConnectionSlot) -> Fake:
 
 
 def arrive(pool: Pool, address: str) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-    """Admit a new connection to the pool, and return its slot and the slot of the connection closed for it."""
+    """Admit a new connection to the pool. Return the slots of the new connection and of the closed connection."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
     if held is not None:
@@ -182,7 +182,7 @@ def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
 
 @given(stages=st.lists(st.sampled_from(ConnectionStage), min_size=16, max_size=16))
 def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[ConnectionStage]) -> None:
-    """Among the connections of one address at the earliest stage, the oldest is closed first."""
+    """When all connections come from one address, the oldest connection at the earliest stage is closed first."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in stages if (h := arrive(pool, "10.0.0.1")[0]) is not None]

@@ -73,7 +73,7 @@ async def cut(raw: Raw, data: bytes) -> None:
         async with asyncio.timeout(10):
             while not raw.eof:
                 await raw.receive()
-    except ConnectionError:  # it was cut before all was sent
+    except ConnectionError:  # the connection was cut before all bytes were sent
         pass
 
 

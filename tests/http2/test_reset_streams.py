@@ -38,8 +38,7 @@ async def test_what_comes_late_for_a_reset_call_ends_no_connection(serve: Serve)
 
 @given(st.integers(1, 5), st.lists(st.sampled_from([None, *StreamClosedBy]), max_size=30))
 def test_the_last_resets_are_known(most: int, ends: list[StreamClosedBy | None]) -> None:
-    """The notes of ended streams are the last resets that h2 itself would note, without normal ends and older
-    resets."""
+    """The notes contain the last resets as h2 would note them, and neither normal ends nor older resets."""
     kept = EndedStreams(most)
     for stream_id, by in enumerate(ends):
         kept[stream_id] = by

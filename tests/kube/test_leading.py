@@ -27,7 +27,7 @@ def api(tmp_path: Path) -> Iterator[FakeApi]:
 
 
 async def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Wait until a condition that other tasks make true is true."""
+    """Wait until other tasks have made a condition true."""
     async with asyncio.timeout(within_s):
         while not true():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
@@ -76,7 +76,7 @@ def test_outside_a_pod_there_is_none(tmp_path: Path) -> None:
 
 
 class Work:
-    """Work under a Lease, which counts how many processes run it at once."""
+    """Work under a Lease. The largest number of processes that run the work at once is counted."""
 
     def __init__(self) -> None:
         self.running: set[str] = set()

@@ -1,4 +1,4 @@
-"""The handlers of other loggers stay open when logging is configured again."""
+"""The handlers of a kept logger stay open when logging is configured again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cluster.observe import log
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
-    """After dictConfig, a logger of `keep_handlers_open` still writes to its file (through a memory handler, as in Ray
-    Serve), and other loggers do not."""
+    """After dictConfig, a logger passed to `keep_handlers_open` still writes through a memory handler to a file, as in
+    Ray Serve; the handlers of other loggers are closed."""
     loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
     buffers = []
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The descriptor limit is raised, tested in a separate process."""
+"""The descriptor limit of a process is raised. The test runs in a separate process."""
 
 from __future__ import annotations
 

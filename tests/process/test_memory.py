@@ -31,7 +31,8 @@ def test_holes_in_the_heap_go_back() -> None:
 
 
 async def test_it_is_done_when_nobody_calls() -> None:
-    """Free memory is not returned while a call is open, but at an idle moment and again after the interval."""
+    """Free memory is never returned while a call is open, is returned once at an idle moment, and again after the
+    interval."""
     given: list[bool] = []
     busy, looks = [True], [0]
 

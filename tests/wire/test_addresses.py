@@ -1,4 +1,5 @@
-"""Workers and controllers dial the configured gateways, and sibling gateways while a chain of Welcomes names them."""
+"""Workers and controllers dial the configured gateways, and a sibling gateway while a chain of Welcomes names the
+sibling."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ identities = st.builds(
 
 @given(identities)
 def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
-    """A worker's Hello is the same after encoding and decoding, and a Hello of an older release has no pod, host or
-    GPU."""
+    """A worker's Hello is the same after encoding and decoding, and a Hello of an older release is decoded without pod,
+    host and GPU."""
     hello = codec.hello_to_pb(identity, EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
     assert codec.hello_from_pb(pb.Hello.FromString(hello.SerializeToString()))[0] == identity
     for field in ("pod", "host", "gpu"):

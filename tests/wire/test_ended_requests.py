@@ -1,4 +1,4 @@
-"""Properties of the usage that a worker keeps of ended requests hold for any order of events."""
+"""A worker keeps the usage of ended requests correctly for any order of events."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_who_never_acknowledges_is_passed_over() -> None:
 
 
 def test_tokens_that_never_left_were_not_delivered() -> None:
-    """When a link ends, the unsent tokens in its outbox are subtracted from the written tokens of the requests that
-    came on that link."""
+    """When a link ends, the unsent tokens in the link's outbox are subtracted from the written tokens of the requests
+    that came on that link."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.keep(ended(10), origin=1, slot=7)

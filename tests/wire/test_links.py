@@ -206,7 +206,7 @@ async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
 
 
 async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """When an engine dies, the worker closes its links and its run raises EngineDead."""
+    """When an engine dies, the worker closes its links and `run` raises EngineDead."""
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = await cluster.add_worker(engine, bundle)
     run = asyncio.create_task(worker.end.run())
