@@ -1,7 +1,7 @@
 """Connection caps per port, admission at a full port, and the choice of the connection to close.
 
 Problem: each connection takes a file descriptor. When no descriptor is left, no probe, worker, operator or tenant can
-connect. Clients may be few and idle, many, or all behind one address.
+connect. The clients of a full port may be few and idle, or many, or all behind one address.
 
 Method: ports get fixed shares of the descriptors, so that the clients of one port never take the descriptors of another
 port. A connection is unauthenticated until its client presents an accepted credential (`mark_authenticated`). A new

@@ -43,7 +43,7 @@ class Leader:
 
     @property
     def leads(self) -> bool:
-        """Whether this process may act now."""
+        """Whether this process holds the Lease and may act now."""
         return self._candidate.may_act(self._clock_s())
 
     async def run(self, work: Work, stop: asyncio.Event) -> None:
