@@ -1,4 +1,4 @@
-"""A gRPC client on asyncio: all writes of one event-loop pass are one send, and received messages are available at once.
+"""A gRPC client on asyncio that sends all writes of one event-loop pass together and parses received bytes at once.
 
 grpc.aio passes each message through its own threads. Where processes share a core, a message then takes about 0.3 ms
 from the write to the wire, and another 0.3 ms to be read. As in the server, h2 keeps HTTP/2's state and DATA frames are
