@@ -1,8 +1,9 @@
 """A gRPC server on asyncio that joins all writes of one event-loop pass into one send per connection.
 
-grpc.aio passes each message through a queue, a completion and a wake-up, about 20 µs; a gateway writes every token.
-Here h2 keeps HTTP/2's state (headers, settings, windows, resets), and only DATA frames are made by hand. Handlers are
-grpc's own: generated servicers and InferenceApi run on either server.
+grpc.aio passes each message through a queue, a completion and a wake-up, which takes about 20 µs per message, and a
+gateway writes a message for every token. In this package h2 keeps HTTP/2's state (headers, settings, windows, resets),
+and only DATA frames are made by hand. Handlers have grpc's own interface: generated servicers and InferenceApi run on
+this server and on grpc.aio's server.
 """
 
 from hyperframe.frame import Frame
@@ -13,7 +14,7 @@ from cluster.http2.limits import ServerLimits
 from cluster.http2.listener import ConnectionAdmission, Listener, listening_socket
 from cluster.http2.server import Server
 
-# h2 builds a repr of every received frame, its whole body included, for a disabled debug log.
+# For a disabled debug log, h2 builds a repr of every received frame, with the frame's whole body.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""A gRPC client on asyncio: all writes of one event-loop pass are one send, and received messages are read at once.
+"""A gRPC client on asyncio that sends all writes of one event-loop pass together and parses received bytes at once.
 
-grpc.aio passes each message through its own threads: about 0.3 ms from a write to the wire, and the same for reading,
-where processes share a core. As in the server, h2 keeps HTTP/2's state and DATA frames are made by hand. A client is
-one connection and never reconnects; its owner decides whether to connect again.
+grpc.aio passes each message through its own threads. Where processes share a core, a message then takes about 0.3 ms
+from the write to the wire, and another 0.3 ms to be read. As in the server, h2 keeps HTTP/2's state and DATA frames are
+made by hand. A client is one connection and never reconnects; the owner of the client decides whether to connect again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CallEnded(Exception):
-    """A call ended with a status other than OK, or with its connection."""
+    """Error: the call ended with a status other than OK, or the connection ended."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
@@ -54,10 +54,11 @@ async def connect(
     ping_s: float = 10.0,
     ping_answer_s: float = 5.0,
 ) -> GrpcClient:
-    """Connect to `host:port`; the caller closes the connection. Raises OSError (including ssl.SSLError).
+    """Connect to `host:port` and return the client, which the caller must close. Raises OSError (including
+    ssl.SSLError).
 
-    `ping_s`: a connection with calls that receives nothing for so long is pinged; without an answer within
-    `ping_answer_s` it is closed.
+    `ping_s`: time without received bytes after which the client sends a ping, if the connection has calls.
+    `ping_answer_s`: time limit for the answer to a ping; without an answer the connection is closed.
     """
     host, _, port = address.rpartition(":")
     _, client = await asyncio.get_running_loop().create_connection(
@@ -70,7 +71,7 @@ async def connect(
 
 
 class GrpcClient(asyncio.BufferedProtocol):
-    """A connection to one server. Made by `connect`."""
+    """A connection to one server, made by `connect`."""
 
     def __init__(
         self, address: str, max_message_bytes: int, window_bytes: int, ping_s: float, ping_answer_s: float
@@ -111,7 +112,8 @@ class GrpcClient(asyncio.BufferedProtocol):
         parse: Callable[[Any], Any],
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> ClientCall:
-        """Open a call of any kind. The caller reads it to its end or cancels it. Raises CallEnded."""
+        """Open a call of any kind. The caller of this method must read the call to its end or cancel the call. Raises
+        CallEnded."""
         if not self.usable:
             raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
         stream_id = self.h2.get_next_available_stream_id()
@@ -175,7 +177,7 @@ class GrpcClient(asyncio.BufferedProtocol):
         self.send_h2_output()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End all calls: either side closed the connection."""
+        """End all calls after either side has closed the connection."""
         if self._timer is not None:
             self._timer.cancel()
         self._why = self._why or str(error or "the connection was closed")
@@ -184,25 +186,25 @@ class GrpcClient(asyncio.BufferedProtocol):
             call.end(grpc.StatusCode.UNAVAILABLE, self._why)
 
     def pause_writing(self) -> None:
-        """Stop writing: the server does not read."""
+        """Stop writing while the server does not read."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """Write again: the server reads."""
+        """Resume writing when the server reads again."""
         self.paused = False
         self._push_all()
 
     # ---- writing
 
     def out(self, data: bytes) -> None:
-        """Add bytes to this event-loop pass's send."""
+        """Add bytes to the one send of this event-loop pass."""
         self._out.append(data)
         if not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush)
 
     def send_h2_output(self) -> None:
-        """Send what h2 has prepared, in order with the bytes already queued."""
+        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
         data = self.h2.data_to_send()
         if data:
             self.out(data)
@@ -251,7 +253,8 @@ class GrpcClient(asyncio.BufferedProtocol):
         self._push_all()
 
     def _goaway(self, event: events.ConnectionTerminated) -> None:
-        """End all calls: after a GOAWAY the server takes no further call, and h2 refuses to send for running ones."""
+        """Close the connection and end all calls. After a GOAWAY the server takes no further call, and h2 refuses to
+        send for running calls."""
         self._goes_away = True
         self._why = "the server closes the connection (GOAWAY)"
         self.close()
@@ -285,7 +288,7 @@ class GrpcClient(asyncio.BufferedProtocol):
 
 
 class ClientCall:
-    """One call, with grpc.aio's read and write methods."""
+    """A call on the client's side, with the read and write methods of a grpc.aio call."""
 
     def __init__(
         self, client: GrpcClient, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
@@ -305,14 +308,14 @@ class ClientCall:
         self._end: tuple[grpc.StatusCode, str] | None = None
 
     def send(self, message: Any) -> None:
-        """Send a message as soon as the windows allow. Raises CallEnded."""
+        """Send a message as soon as the flow-control windows allow. Raises CallEnded."""
         self._require()
         data = self._serialize(message)
         self._pending += b"\x00" + len(data).to_bytes(4, "big") + data
         self.push()
 
     async def write(self, message: Any) -> None:
-        """Send a message and wait until the server has room for more. Raises CallEnded."""
+        """Send a message and wait until the server has room for another message. Raises CallEnded."""
         self.send(message)
         while self._pending or self._client.paused:
             waiter = self._client.loop.create_future()
@@ -321,7 +324,7 @@ class ClientCall:
             self._require()
 
     def done_writing(self) -> None:
-        """Half-close the stream after all pending messages."""
+        """Half-close the stream after all pending messages are sent."""
         self._closing = True
         self.push()
 
@@ -347,7 +350,7 @@ class ClientCall:
             yield message
 
     def cancel(self) -> None:
-        """Cancel the call. Does nothing if it has ended."""
+        """Cancel the call. Does nothing if the call has ended."""
         if self._end is None:
             self.end(grpc.StatusCode.CANCELLED, "cancelled")
             self._client.reset_call(self._stream_id)
@@ -355,7 +358,7 @@ class ClientCall:
     # ---- called by the connection
 
     def push(self) -> None:
-        """Send pending bytes as far as the windows allow."""
+        """Send pending bytes as far as the flow-control windows allow."""
         pending, stream, h2 = self._pending, self._stream, self._client.h2
         while pending and self._end is None and not self._client.paused:
             size = min(
@@ -376,14 +379,14 @@ class ClientCall:
         self._wake()
 
     def head(self, fields: dict[bytes, bytes]) -> None:
-        """Handle the response headers; a trailers-only response has the status in them."""
+        """Handle the response headers. The headers of a trailers-only response contain the status."""
         if fields.get(b":status") != b"200":
             self.end(grpc.StatusCode.UNAVAILABLE, f"HTTP status {fields.get(b':status', b'').decode('latin-1')}")
         elif b"grpc-status" in fields:
             self.trailers(fields)
 
     def data(self, data: bytes) -> None:
-        """Handle message bytes."""
+        """Handle received bytes of messages."""
         try:
             for message, _, compressed in self._assembler.add(data):
                 if compressed:
@@ -396,13 +399,14 @@ class ClientCall:
             self._reader.set_result(None)
 
     def trailers(self, fields: dict[bytes, bytes]) -> None:
-        """Handle the status in the trailers."""
+        """Handle the trailers, which contain the status."""
         number = fields.get(b"grpc-status", b"2")
         code = _CODES.get(int(number) if number.isdigit() else 2, grpc.StatusCode.UNKNOWN)
         self.end(code, unquote(fields.get(b"grpc-message", b"").decode("latin-1")))
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """End the call; messages received before can still be read. Only the first end counts."""
+        """End the call with a status; a second end changes nothing. Messages received before the end can still be
+        read."""
         if self._end is None:
             self._end = (code, details)
             self._pending.clear()

@@ -1,4 +1,5 @@
-"""One client connection of the server: its calls, limits and writes. h2 keeps the protocol's state."""
+"""A connection from one client to the server: the connection's calls, limits and writes. h2 keeps the protocol's
+state."""
 
 from __future__ import annotations
 
@@ -43,23 +44,23 @@ _ANONYMOUS_PATHS = ("/grpc.health.", "/grpc.reflection.")
 MAX_STREAM_ID: Final = 2**31 - 1
 FRAME_HEAD_BYTES: Final = 9
 UNAUTHENTICATED_FRAME_BYTES: Final = 16_384
-"""Largest frame before a call was admitted: the minimum that HTTP/2 allows."""
+"""Maximum frame size in bytes before a call was admitted. HTTP/2 allows no lower maximum."""
 UNAUTHENTICATED_RESETS_NOTED: Final = 128
 UNAUTHENTICATED_HEADER_BYTES: Final = 131_072
-"""Header fields of all open calls of a connection that has no admitted call."""
+"""Maximum size in bytes of the header fields of all open calls, for a connection without an admitted call."""
 ANONYMOUS_HEADER_BYTES: Final = 16_384
-"""The part of these for calls of methods that need no credential."""
+"""Maximum size in bytes of the header fields of a connection's open calls to methods that need no credential."""
 AUTHENTICATED_FACTOR: Final = 32
-"""Factor by which the limit grows once a call was admitted."""
+"""Factor by which UNAUTHENTICATED_HEADER_BYTES is multiplied after a call was admitted."""
 UNAUTHENTICATED_UNSENT_BYTES: Final = 1 << 20
-# Read buffer of all connections: the most that one connection reads in one pass. asyncio's own reads of 256 KiB, with
-# h2's handling, held the loop for 20 ms when many long prompts came at once.
+# Read buffer that all connections share; its size is the most that one connection reads in one pass. asyncio's own
+# reads of 256 KiB, handled by h2, blocked the event loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
 _UNAUTHENTICATED_READ = _READ[:UNAUTHENTICATED_FRAME_BYTES]
 
 
 class ConnectionServer(Protocol):
-    """The server as its connections use it."""
+    """The part of the server that connections use."""
 
     budget: Budget | None
     turns: ReadTurns
@@ -67,19 +68,20 @@ class ConnectionServer(Protocol):
 
     @property
     def gate(self) -> object | None:
-        """The authorization of calls; None if the server needs no credential."""
+        """The gate that authorizes calls; None if the server needs no credential."""
 
     def start_call(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
-        """Start a call whose headers have arrived. `problem`: what is wrong with them."""
+        """Start a call whose headers have arrived. `problem`: the error in the headers, empty if the headers are
+        valid."""
 
     def bad_message(self, call: ServerCall, error: BadMessage) -> None:
         """End a call whose request is malformed or too large."""
 
     def call_ended(self) -> None:
-        """Let the server stop when the last call has ended."""
+        """Handle the end of a call. After the last call, a server that is stopping closes its connections."""
 
     def note(self, event: str, connection: Connection, reason: str) -> None:
-        """Log a connection's event, at most one line a second for each kind of event."""
+        """Log an event of a connection, with at most one line a second for each kind of event."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -120,7 +122,8 @@ class Connection(asyncio.BufferedProtocol):
     )  # instances with more than 30 attributes would use a dictionary, with slower access
 
     def __init__(self, server: ConnectionServer, limits: ServerLimits, age_s: float, held: ConnectionSlot) -> None:
-        """`age_s`: this connection's own age limit, 0 for none. `held`: its slot in the port's connection table."""
+        """`age_s`: age limit of this connection in seconds, 0 for none. `held`: the connection's slot in the port's
+        pool."""
         self._held = held
         self.loop = asyncio.get_running_loop()
         self.limits = limits
@@ -129,7 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = ""
         self.paused = False
         self.admitted = False
-        """Whether a call of this connection presented an accepted credential, or the server needs none."""
+        """Whether a call of this connection presented an accepted credential, or the server needs no credential."""
         self.calls: dict[int, ServerCall] = {}
         self.transport: asyncio.Transport
         self._server = server
@@ -142,7 +145,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flushing = False
         """Whether a flush of `_unsent` is scheduled for this event-loop pass."""
         self._control_bytes = self._control_writes = 0
-        """Control frames in `_unsent`: everything but answers to calls."""
+        """Numbers of bytes and of writes in `_unsent` that belong to control frames, which are everything except
+        answers to calls."""
         self._window_growth = 0
         """Bytes by which the connection's receive window is to grow."""
         self._max_calls = (
@@ -151,7 +155,7 @@ class Connection(asyncio.BufferedProtocol):
         self._header_bytes = self._anonymous_calls = self._anonymous_bytes = 0
         self._must_reset_table = True
         self._blocked: dict[int, ServerCall] = {}
-        """Calls that wait for the connection's send window, in turn."""
+        """Calls that wait for the connection's send window, in the order in which they will be pushed."""
         self._blocked_streams: dict[int, ServerCall] = {}
         self.closing = False
         """Whether received bytes are ignored from now on."""
@@ -205,8 +209,8 @@ class Connection(asyncio.BufferedProtocol):
         """Handle a frame that was already charged. Raises H2Error."""
         received = self.h2.receive_frame(frame)
         if type(frame) is SettingsFrame:
-            # New settings apply at once, so their acknowledgement is sent first: without it a client treats a larger
-            # frame, or more data than the old window, as an error and resets the stream.
+            # New settings apply at once, so their acknowledgement is sent first. Without the acknowledgement, a client
+            # treats a larger frame, or more data than the old window allows, as an error and resets the stream.
             self.send_h2_output()
         for event in received:
             handle = _EVENTS.get(type(event))
@@ -214,7 +218,7 @@ class Connection(asyncio.BufferedProtocol):
                 handle(self, event)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Close all calls: the connection is lost."""
+        """Close all calls after the connection was lost."""
         self.closing = True
         self._held.release()
         self._timers.end()
@@ -228,11 +232,11 @@ class Connection(asyncio.BufferedProtocol):
         self._server.call_ended()
 
     def pause_writing(self) -> None:
-        """Stop writing: the client does not read."""
+        """Stop writing while the client does not read."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """Write again: the client reads."""
+        """Resume writing when the client reads again."""
         self.paused = False
         for call in list(self.calls.values()):
             call.wake_writers()
@@ -240,14 +244,14 @@ class Connection(asyncio.BufferedProtocol):
     # ---- writing
 
     def out(self, data: bytes) -> None:
-        """Add bytes to this event-loop pass's send."""
+        """Add bytes to the one send of this event-loop pass."""
         self._unsent.append(data)
         if not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush)
 
     def send_h2_output(self) -> None:
-        """Send what h2 has prepared, in order with the bytes already queued."""
+        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
         data = self.h2.output()
         if data:
             self._control_bytes += len(data)
@@ -255,14 +259,14 @@ class Connection(asyncio.BufferedProtocol):
             self.out(data)
 
     def queue_headers(self, id_bytes: bytes, fields: bytes, end: bool) -> None:
-        """Send a header block in as many frames as it needs."""
+        """Queue a header block, in as many frames as the block needs."""
         if self._must_reset_table:
             self._must_reset_table = False
             fields = frames.NO_TABLE + fields
         self.out(frames.header_frames(id_bytes, fields, end_stream=end))
 
     def stop_sending(self, stream_id: int) -> None:
-        """Reset a stream whose request is not read to its end."""
+        """Reset a stream, so that the client stops sending the rest of the request."""
         with suppress(H2Error):
             self.h2.reset_stream(stream_id)
         self.send_h2_output()
@@ -282,11 +286,12 @@ class Connection(asyncio.BufferedProtocol):
             self.abort("the client does not read what it is sent")
 
     def wait_for_window(self, call: ServerCall, *, of_stream: bool) -> None:
-        """Push this call when the send window of its stream, or of the connection, grows."""
+        """Register a call to be pushed when the send window of the call's stream (`of_stream`) or of the connection
+        grows."""
         (self._blocked_streams if of_stream else self._blocked)[call.stream_id] = call
 
     def grow_window(self, size: int, stream_id: int | None = None) -> None:
-        """Grow the receive window of a stream, or of the connection, by `size` bytes."""
+        """Grow the receive window of a stream, or of the connection if `stream_id` is None, by `size` bytes."""
         if self.closing:
             return
         if stream_id is None:
@@ -354,7 +359,7 @@ class Connection(asyncio.BufferedProtocol):
         self.data(call, event.data, size)
 
     def data(self, call: ServerCall, data: bytes, size: int) -> None:
-        """Pass request bytes to a call; `size` includes padding."""
+        """Pass received request bytes to a call. `size`: number of bytes including padding."""
         try:
             call.received(data, size)
         except BadMessage as error:
@@ -366,7 +371,7 @@ class Connection(asyncio.BufferedProtocol):
             call.ended()
 
     def _reset(self, event: events.StreamReset) -> None:
-        """Close a call that was reset by the client, or by h2 for a protocol error."""
+        """Close a call that the client has reset, or that h2 has reset for a protocol error."""
         call = self.calls.get(event.stream_id)
         if call is not None:
             self._remove(call)
@@ -379,7 +384,8 @@ class Connection(asyncio.BufferedProtocol):
         self.window_opened(event.stream_id)
 
     def window_opened(self, stream_id: int | None) -> None:
-        """Push the calls that waited for the send window of a stream, or of the connection."""
+        """Push the calls that waited for the send window of a stream, or of the connection if `stream_id` is 0 or
+        None."""
         if stream_id:
             call = self._blocked_streams.pop(stream_id, None)
             if call is not None:
@@ -388,7 +394,8 @@ class Connection(asyncio.BufferedProtocol):
             self._push_blocked()
 
     def _push_blocked(self) -> None:
-        """Push blocked calls while the window is open; each sends a byte at least, or waits for its stream's window."""
+        """Push blocked calls while the connection's send window is open. Each call sends at least one byte, or begins
+        to wait for the window of its stream."""
         blocked = self._blocked
         while blocked and self.h2.outbound_flow_control_window > 0:
             blocked.pop(next(iter(blocked))).push()
@@ -406,7 +413,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timers.answered()
 
     def _goaway(self, event: events.ConnectionTerminated) -> None:
-        """Take no further call. h2 would also end running calls; HTTP/2 lets them finish."""
+        """Handle the client's GOAWAY: take no further call. h2 would also end running calls; HTTP/2 lets running calls
+        finish."""
         if not self.calls:
             self.close()
             return
@@ -417,7 +425,8 @@ class Connection(asyncio.BufferedProtocol):
     # ---- limits
 
     def admit(self, call: ServerCall, tenant: str | None) -> None:
-        """Apply the gate's decision: the call is of this tenant, or None for a method without credentials.
+        """Record that the gate has admitted a call. `tenant`: the call's tenant; None for a method that needs no
+        credential.
 
         Raises BadMessage if too many calls without credentials are open."""
         call.admitted, call.tenant = True, tenant
@@ -453,7 +462,7 @@ class Connection(asyncio.BufferedProtocol):
         self.send_h2_output()
 
     def charge_refusal(self, units: float = 1.0) -> None:
-        """Charge a refused or reset call; cut the connection if its bucket is empty."""
+        """Charge a refused or reset call. Cut the connection if the connection's token bucket is empty."""
         if not self._charges.charge(units, self.loop.time()) and not self.closing:
             self.cut("too many resets or refused calls")
 
@@ -463,12 +472,12 @@ class Connection(asyncio.BufferedProtocol):
         self.charge_refusal(CLIENT_FAULT)
 
     def refuse(self, reason: str) -> None:
-        """Close a connection that violated HTTP/2; h2 has prepared the GOAWAY."""
+        """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""
         self._server.note("connection_refused", self, reason)
         self.close()
 
     def cut(self, reason: str) -> None:
-        """Close a connection that exceeds its limits, with ENHANCE_YOUR_CALM."""
+        """Close the connection with the error ENHANCE_YOUR_CALM, because the client exceeded a limit."""
         self._server.note("connection_cut", self, reason)
         with suppress(H2Error):
             self.h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
@@ -496,11 +505,12 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def requests(self) -> int:
-        """A count that grows with every call that begins."""
+        """A number that grows with every call that begins on the connection."""
         return self.h2.highest_inbound_stream_id
 
     def mark_answering(self, path: str) -> None:
-        """Mark the client as authenticated when a handler begins to answer; health and reflection do not count."""
+        """Handle the start of an answer: mark the client as authenticated, unless `path` is a health or reflection
+        method."""
         if not path.startswith(_ANONYMOUS_PATHS):
             self._held.mark_authenticated()
 
@@ -509,7 +519,7 @@ class Connection(asyncio.BufferedProtocol):
         self._held.mark_authenticated()
 
     def evict(self) -> None:
-        """Close the connection because another takes its slot."""
+        """Close the connection, because another connection takes its slot."""
         if self._held.authenticated:
             self.refuse_new_calls()
             self.close()
@@ -537,9 +547,10 @@ class Connection(asyncio.BufferedProtocol):
         self.done(call)
 
     def leave(self, grace_s: float = 0.0) -> None:
-        """Ask the client to reconnect. The connection closes with its last call, or after `grace_s` seconds.
+        """Ask the client to reconnect. The connection closes after its last call, or at the latest after `grace_s`
+        seconds.
 
-        With 0 the caller closes it."""
+        If `grace_s` is 0 there is no time limit, and the caller closes the connection."""
         if self._leaving:
             return
         self._leaving = True
@@ -549,7 +560,7 @@ class Connection(asyncio.BufferedProtocol):
             self.call_later(grace_s, self.close)
 
     def refuse_new_calls(self) -> None:
-        """Accept no further call, and send the client the last accepted stream id."""
+        """Accept no further call, and send the client the id of the last accepted stream."""
         if self._refusing or self.transport.is_closing():
             return
         self._refusing = True
@@ -559,7 +570,7 @@ class Connection(asyncio.BufferedProtocol):
             self.close()
 
     def _send_goaway(self, last: int) -> None:
-        """Send a GOAWAY made by hand: h2 sends nothing after its own."""
+        """Send a GOAWAY that is not made by h2: h2 sends nothing after its own GOAWAY."""
         self.out(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def close(self) -> None:
@@ -587,7 +598,7 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def call_later(self, seconds: float, work: Callable[..., None]) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
         self._timers.call_later(seconds, work)
 
     def _refuse_http1(self) -> None:

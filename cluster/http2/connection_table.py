@@ -1,16 +1,19 @@
 """Connection caps per port, admission at a full port, and the choice of the connection to close.
 
-Problem: each connection takes a file descriptor. When none is left, no probe, worker, operator or tenant can connect.
-Clients may be few and idle, many, or all behind one address.
-Method: ports get fixed shares of the descriptors, so that one port's clients never take another's. A connection is
-unauthenticated until its client presents an accepted credential (`mark_authenticated`). A new connection at a full port
-replaces an unauthenticated one of the address that has the most of them: among its oldest, the one at the earliest
-stage. So a client is not closed between connecting and its credential while other connections are silent. When few
-unauthenticated connections are left, the new one replaces an authenticated idle one. An authenticated connection with a
-call in progress is never replaced. One address may use only a part of a port; beyond it, it replaces its own
-connections.
-Invariants: a port never exceeds its cap, nor an address its part. Every operation takes constant time: idle
-connections are found by the clock algorithm, with a bounded number of checks.
+Problem: each connection takes a file descriptor. When no descriptor is left, no probe, worker, operator or tenant can
+connect. The clients of a full port may be few and idle, or many, or all behind one address.
+
+Method: ports get fixed shares of the descriptors, so that the clients of one port never take the descriptors of another
+port. A connection is unauthenticated until its client presents an accepted credential (`mark_authenticated`). A new
+connection at a full port replaces an unauthenticated connection of the address that has the most unauthenticated
+connections. Among the oldest connections of that address, the connection at the earliest stage is closed. So a client
+that has connected and not yet sent its credential is not closed while other connections are silent. When few
+unauthenticated connections are left, the new connection replaces an idle authenticated connection. An authenticated
+connection with a call in progress is never replaced. One address may use only a part of a port; a further connection of
+that address replaces another connection of the same address.
+
+Invariants: a port never exceeds its cap, and an address never exceeds its part of a port. Every operation takes
+constant time: idle connections are found by the clock algorithm, with a bounded number of checks.
 """
 
 from __future__ import annotations
@@ -22,32 +25,36 @@ from itertools import islice
 from typing import Final, Protocol
 
 OWN_DESCRIPTORS: Final = 96
-"""Descriptors for the process itself: files, database, limits store, helpers, logs, listeners, closing connections."""
+"""Number of descriptors for the process itself: files, database, limits store, helpers, logs, listeners, closing
+connections."""
 MAX_CONNECTIONS: Final = 16_384
-"""Most connections of one process, about 1 GB, even if it may have more descriptors."""
+"""Maximum number of connections of one process, about 1 GB of memory, even if the process may have more descriptors."""
 MIN_CONNECTIONS: Final = 8
-"""Minimum connections of each port, and of one address at a port, however few descriptors there are."""
+"""Minimum number of connections of each port, and of one address at a port, however few descriptors the process has."""
 ADDRESS_PART: Final = 3, 4
-"""Part of a port that one address may use (three quarters): all clients may come from one ingress."""
+"""Part of a port's connections that one address may use: three quarters, because all clients may come from one
+ingress."""
 UNAUTHENTICATED_PART: Final = 8
-"""An eighth of a port is kept for unauthenticated connections, to give clients time for a credential."""
+"""Divisor of a port's cap: an eighth is kept for unauthenticated connections, so that clients have time to send a
+credential."""
 MEAN_LIFETIME_S: Final = 0.2
-"""Mean lifetime of a connection at a full port, however fast clients connect: it accepts no faster than that allows,
-and further connections wait in the socket's queue."""
+"""Lowest mean lifetime of a connection at a full port, in seconds. A full port accepts connections no faster than this
+lifetime allows; further connections wait in the socket's queue."""
 UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
-"""A connection younger than this, in seconds or in accept passes, may not have been read yet."""
+"""Two age limits, in seconds and in accept passes. If a connection is younger than either limit, its received bytes may
+not have been read yet."""
 BURST_PART: Final = 4
-"""A quarter of a port may be replaced at once."""
+"""Divisor of a port's cap: a quarter of the connections may be replaced at once."""
 MAX_CHECKS: Final = 16
-"""Connections compared to find the one to close."""
+"""Maximum number of connections compared to find the connection to close."""
 
 
 class Port(Enum):
     """The purpose of a listener."""
 
     CLIENT = auto()
-    """gRPC and HTTP together."""
+    """Connections of clients, by gRPC and HTTP together."""
     LINK = auto()
     ADMIN = auto()
     METRICS = auto()
@@ -55,21 +62,21 @@ class Port(Enum):
 
 
 SHARES: Final = {Port.CLIENT: 16, Port.LINK: 6, Port.ADMIN: 4, Port.METRICS: 3, Port.HEALTH: 3}
-"""Shares of the connections; the unit is one part of their sum."""
+"""The share of the connections that each port gets, relative to the sum of all shares."""
 
 
 class ConnectionStage(IntEnum):
-    """A connection's progress; later stages are closed later."""
+    """The progress of a connection. Connections at an earlier stage are closed first."""
 
     SILENT = 0
-    """Nothing complete was received; with TLS, the handshake is not complete."""
+    """The client has sent nothing complete, or the TLS handshake is not complete."""
     GREETED = 1
-    """The client speaks the protocol, and has no request in progress."""
+    """The client speaks the protocol and has no request in progress."""
     CALLING = 2
 
 
 class Managed(Protocol):
-    """A connection as the table uses it."""
+    """The part of a connection that the connection table uses."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -77,14 +84,15 @@ class Managed(Protocol):
 
     @property
     def requests(self) -> int:
-        """A count that grows with every request that begins."""
+        """A number that grows with every request that begins on the connection."""
 
     def evict(self) -> None:
-        """Close the connection because another takes its slot."""
+        """Close the connection, because another connection takes its slot."""
 
 
 class ConnectionSlot:
-    """The slot of one connection. Its owner sets `connection` when there is one, and calls `release` when it ends."""
+    """The slot of one connection in a pool. The slot's owner sets `connection` when the connection exists, and calls
+    `release` when the connection ends."""
 
     __slots__ = ("_pool", "_seen", "authenticated", "connection", "peer", "released", "since", "since_pass")
 
@@ -96,7 +104,7 @@ class ConnectionSlot:
         self.peer = peer
         self.authenticated = False
         self.released = False
-        """Whether the slot is lost: a connection that is still being set up must end."""
+        """Whether the slot is released: a connection that is still being set up must then end."""
         self.connection: Managed | None = None
 
     def mark_authenticated(self) -> None:
@@ -109,13 +117,14 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage; GREETED at least for a new one, whose bytes may not have been read yet."""
+        """The connection's stage. A new connection, whose bytes may not have been read yet, counts as GREETED at
+        least."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)
 
     def used(self) -> bool:
-        """Whether a call is in progress, or has begun since the last check."""
+        """Whether a call is in progress, or has begun since this method last ran."""
         connection = self.connection
         if connection is None:
             return False
@@ -161,13 +170,16 @@ class Pool:
         )
 
     def wait_s(self, now: float) -> float:
-        """Seconds until the next connection may be accepted, after too many replacements."""
+        """Seconds until the next connection may be accepted; positive after too many replacements."""
         self._tokens = min(self._tokens + (now - self._tokens_at) * self._per_s, self._burst)
         self._tokens_at = now
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
     def admit(self, address: str, now: float) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-        """Return a new connection's slot (None: refuse it), and the slot, already released, of one to close for it."""
+        """Return the slot of a new connection, and the slot of the connection that must be closed in exchange.
+
+        The first slot is None if the new connection must be refused. The second slot is None if no connection must be
+        closed; otherwise the second slot is already released."""
         key = peer_of(address)
         peer = self._peers.get(key)
         victim = None
@@ -224,7 +236,8 @@ class Pool:
         return _earliest_stage(self._peers[crowded].unauthenticated, now)
 
     def _idle(self, candidates: dict[ConnectionSlot, None]) -> ConnectionSlot | None:
-        """An idle connection: no call in progress or begun since the last check. Checked ones move to the end."""
+        """Return an idle connection: no call is in progress, and no call has begun since the last check. Connections in
+        use are moved to the end of `candidates`."""
         for _ in range(min(MAX_CHECKS, len(candidates))):
             held = next(iter(candidates))
             if not held.used():
@@ -239,7 +252,8 @@ class Pool:
         peer.unauthenticated[held] = None
 
     def _count_unauthenticated(self, key: str, before: int, change: int) -> None:
-        """Count one unauthenticated connection more or less for an address that had `before` of them."""
+        """Add `change` (1 or -1) to an address's number of unauthenticated connections. `before`: the number without
+        the change."""
         after = before + change
         self._unauthenticated += change
         if after:
@@ -255,19 +269,19 @@ class Pool:
 
 
 def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
-    """Among the oldest connections, the first one at the earliest stage."""
+    """Among the oldest connections, the first connection at the earliest stage."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 
 
 class ConnectionTable:
-    """The pools of one process, by port."""
+    """The connection pools of one process, by port."""
 
     def __init__(self, caps: dict[Port, int]) -> None:
         self.pools = {port: Pool(cap) for port, cap in caps.items()}
 
     @classmethod
     def for_descriptors(cls, limit: int) -> ConnectionTable:
-        """Create the table of a process that may have `limit` descriptors."""
+        """Create the table of a process that may have `limit` file descriptors."""
         spare = min(max(limit - OWN_DESCRIPTORS, 0), MAX_CONNECTIONS)
         return cls(
             {port: max(spare * share // sum(SHARES.values()), MIN_CONNECTIONS) for port, share in SHARES.items()}
@@ -275,7 +289,8 @@ class ConnectionTable:
 
 
 def peer_of(address: str) -> str:
-    """The key that counts as one address: an IPv4 address, or the /64 prefix of one IPv6 subscriber."""
+    """Return the key that stands for one address when connections are counted: the IPv4 address, or the /64 prefix of
+    one IPv6 subscriber."""
     if ":" not in address:
         return address
     try:

@@ -1,4 +1,5 @@
-"""Parsing of a client's bytes into charged frames, in slices between which other connections are handled."""
+"""Parsing of a client's bytes into frames, which are charged. Other connections are handled between two slices of
+parsing."""
 
 from __future__ import annotations
 
@@ -18,18 +19,18 @@ from cluster.http2.h2_state import Http2State
 from cluster.http2.read_slices import ReadTurns
 
 LARGE_BYTES: Final = 16_384
-"""Reads of at least this size are queued (read_slices.py)."""
+"""Size in bytes from which a read is queued and not parsed at once (read_slices.py)."""
 MAX_QUEUED_BYTES: Final = 16_384
-"""Queued bytes beyond which reading pauses."""
+"""Number of queued bytes at which reading from the client pauses."""
 SMALL_DATA_BYTES: Final = 64
-"""A DATA frame with less is charged as an empty frame."""
+"""Size in bytes below which a DATA frame is charged as an empty frame."""
 WINDOW_UPDATE_BYTES: Final = 4
 GOAWAY_UNITS: Final = 5.0
-"""Cost of a GOAWAY: a client sends one or two."""
+"""Cost of a GOAWAY frame, in units. A client sends one or two GOAWAY frames."""
 
 
 class IntakeConnection(Protocol):
-    """A connection as its frame intake uses it."""
+    """The part of a connection that the frame intake uses."""
 
     loop: asyncio.AbstractEventLoop
     h2: Http2State
@@ -41,26 +42,27 @@ class IntakeConnection(Protocol):
         """Handle a frame that was already charged. Raises H2Error."""
 
     def data(self, call: ServerCall, data: bytes, size: int) -> None:
-        """Pass request bytes to a call; `size` includes padding."""
+        """Pass received request bytes to a call. `size`: number of bytes including padding."""
 
     def window_opened(self, stream_id: int | None) -> None:
-        """Push the calls that waited for the send window of a stream, or of the connection."""
+        """Push the calls that waited for the send window of a stream, or of the connection if `stream_id` is 0 or
+        None."""
 
     def send_h2_output(self) -> None:
-        """Send what h2 has prepared, in order with the bytes already queued."""
+        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
 
     def refuse(self, reason: str) -> None:
-        """Close a connection that violated HTTP/2; h2 has prepared the GOAWAY."""
+        """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""
 
     def cut(self, reason: str) -> None:
-        """Close a connection that exceeds its limits, with ENHANCE_YOUR_CALM."""
+        """Close the connection with the error ENHANCE_YOUR_CALM, because the client exceeded a limit."""
 
     def call_later(self, seconds: float, work: Callable[..., None]) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
 
 
 class FrameIntake:
-    """The unparsed frames of one connection; implements read_slices.Reader."""
+    """The received frames of one connection that are not parsed yet. Implements read_slices.Reader."""
 
     def __init__(self, connection: IntakeConnection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
         self._connection = connection
@@ -84,11 +86,11 @@ class FrameIntake:
             self._turns.put(self)
 
     def parse(self, until: float) -> bool:
-        """Handle frames until the clock reaches `until`; returns whether any are left."""
+        """Handle frames until the clock reaches `until`. Returns whether frames are left."""
         connection = self._connection
         try:
             more = self._handle(until)
-        except BaseException:  # like the transport, when the protocol raises
+        except BaseException:  # as asyncio's transport does when a protocol raises
             connection.transport.abort()
             raise
         delayed = self._charges.delayed
@@ -106,7 +108,7 @@ class FrameIntake:
         return more
 
     def allow_frames(self, size: int) -> None:
-        """Set the largest frame size."""
+        """Set the maximum frame size in bytes."""
         self._reader.max_frame_bytes = size
 
     def clear(self) -> None:
@@ -114,7 +116,7 @@ class FrameIntake:
         self._reader.clear()
 
     def stalled_s(self, now: float) -> float:
-        """Seconds since an incomplete frame or header block made progress; 0 while frames are queued."""
+        """Seconds since an incomplete frame or header block last made progress; 0 while frames are queued."""
         return 0.0 if self._queued else max(now - self._unfinished_since, 0.0)
 
     def _after_delay(self) -> None:
@@ -156,7 +158,7 @@ class FrameIntake:
             raise
 
     def _handle_fast(self) -> bool:
-        """Handle a DATA or WINDOW_UPDATE frame of a running call without h2; False if h2 must handle the frame."""
+        """Handle a DATA or WINDOW_UPDATE frame without h2. Returns False if h2 must handle the frame."""
         connection, reader = self._connection, self._reader
         if reader.kind == DATA:
             call = connection.calls.get(reader.stream_id)
@@ -204,7 +206,9 @@ class FrameIntake:
             connection.cut("too many resets, refused calls or empty frames")
 
     def _may_send(self, frame: Frame) -> bool:
-        """Charge a frame; False if it exceeds the limit. Refusals and resets of calls are charged when they happen."""
+        """Charge a frame. Returns False if the frame exceeds the client's limit.
+
+        Refused and reset calls are charged when the refusal or reset happens."""
         charges, streams, now = self._charges, self._connection.h2.streams, self._loop.time()
         if isinstance(frame, DataFrame):
             if frame.stream_id not in streams:
@@ -214,6 +218,6 @@ class FrameIntake:
             return frame.stream_id not in streams or charges.charge_empty(now)
         if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
             return charges.charge(1 + len(streams) / STREAMS_PER_UNIT, now)
-        if isinstance(frame, GoAwayFrame):  # one is enough, and each may be as large as the largest frame
+        if isinstance(frame, GoAwayFrame):  # one is enough, and each GOAWAY may have the maximum frame size
             return charges.charge(GOAWAY_UNITS, now)
         return charges.charge_empty(now)

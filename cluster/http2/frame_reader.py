@@ -1,6 +1,6 @@
-"""A reader of HTTP/2 frames, one at a time, with limits that apply before bytes are buffered.
+"""A reader that returns HTTP/2 frames one at a time, with limits that apply before bytes are buffered.
 
-It replaces h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
+The reader replaces h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ MAX_STREAM_ID = 2**31 - 1
 _HEAD = struct.Struct("!HBBBL")
 MAX_CONTINUATIONS = 16
 MAX_SIZE_UPDATES = 2
-"""Changes of the header table's size at the start of a block: the smallest, then the final one (RFC 7541, 4.2)."""
+"""Maximum number of changes of the header table's size at the start of a block: first the smallest size, then the final
+size (RFC 7541, 4.2)."""
 
 
 class FrameReader:
-    """The unread bytes of one connection."""
+    """A reader of the frames of one connection, which keeps the bytes that are not read yet."""
 
     __slots__ = (
         "_block",
@@ -42,7 +43,7 @@ class FrameReader:
     )
 
     def __init__(self, max_frame_bytes: int, max_block_bytes: int) -> None:
-        """`max_block_bytes`: limit for the encoded header fields of one request."""
+        """`max_block_bytes`: maximum size of the encoded header fields of one request."""
         self.max_frame_bytes = max_frame_bytes
         self._max_block_bytes = max_block_bytes
         self._data = bytearray()
@@ -50,9 +51,10 @@ class FrameReader:
         self._block: HeadersFrame | None = None
         self._continuations = 0
         self.kind = self.length = self.stream_id = 0
-        """Type, length without head, and stream of the frame that `peek` has seen."""
+        """Type, length in bytes without the head, and stream id of the frame that `peek` has seen."""
         self.plain = self.ends = False
-        """`plain`: no flag but END_STREAM, and not inside a header block. `ends`: END_STREAM is set."""
+        """`plain`: whether the frame has no flag except END_STREAM and is outside a header block. `ends`: whether
+        END_STREAM is set."""
 
     def feed(self, data: bytes | memoryview) -> None:
         """Add received bytes."""
@@ -74,7 +76,7 @@ class FrameReader:
         return bool(self._data) or self._block is not None
 
     def peek(self) -> bool:
-        """Read the head of the next frame; True if the frame is complete. Raises ProtocolError."""
+        """Read the head of the next frame. Returns whether the frame is complete. Raises ProtocolError."""
         data = self._data
         if self._preface and not self._read_preface():
             return False
@@ -95,14 +97,15 @@ class FrameReader:
         return int.from_bytes(self._data[HEAD_BYTES : HEAD_BYTES + 4], "big") & MAX_STREAM_ID
 
     def body(self) -> bytes:
-        """Remove the frame that `peek` has seen, and return its body."""
+        """Remove the frame that `peek` has seen, and return the frame's body."""
         end = HEAD_BYTES + self.length
         body = bytes(self._data[HEAD_BYTES:end])
         del self._data[:end]
         return body
 
     def frame(self) -> Frame | None:
-        """Remove and return the frame that `peek` has seen; None for a part of a header block. Raises ProtocolError."""
+        """Remove and return the frame that `peek` has seen; None if a header block is not complete yet. Raises
+        ProtocolError."""
         head = bytes(self._data[:HEAD_BYTES])
         frame = _parsed(head, self.body())
         if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
@@ -119,7 +122,8 @@ class FrameReader:
         return not self._preface
 
     def _add_to_block(self, frame: Frame) -> Frame | None:
-        """Add a frame to the header block; returns the HEADERS frame with the whole block once it is complete."""
+        """Add a frame to the header block. Returns the HEADERS frame with the whole block once the block is complete,
+        else None."""
         block = self._block
         if block is None:
             if not isinstance(frame, HeadersFrame):
@@ -161,8 +165,8 @@ def _parsed(head: bytes, body: bytes) -> Frame:
 
 
 def _check_size_updates(block: bytes) -> None:
-    """Refuse a block with more changes of the header table's size than the protocol allows: each byte of them costs the
-    decoder microseconds, and none is charged as a header field."""
+    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. Each byte of
+    a change costs the decoder microseconds, and no change is charged as a header field."""
     at = updates = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1

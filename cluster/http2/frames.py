@@ -1,7 +1,8 @@
-"""HTTP/2 frames made by hand: those that every call and every token needs. h2 makes the others.
+"""HTTP/2 frames that this server makes itself, for every call and every token. h2 makes all other frames.
 
-Response headers are literals that enter no table (RFC 7541, 6.2.2), so encoding needs no state: a connection's first
-block sets the table's size to zero, and so does the first block after the client has changed its limit.
+Response headers are literals that enter no table (RFC 7541, 6.2.2), so encoding needs no state. The first header block
+of a connection sets the table's size to zero, and so does the first block after the client has changed the limit of the
+table's size.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NO_TABLE = b"\x20"
-"""A dynamic table size update to zero; must be first in a block."""
+"""An update of the dynamic table's size to zero, which must come first in a header block."""
 
 _HEADERS, _CONTINUATION = b"\x01", b"\x09"
 _END_STREAM, _END_HEADERS = 1, 4
-# Precomputed for short messages, by length: the first five bytes of a DATA frame (length, type 0, no flags), which the
-# stream id follows; and a message's prefix (uncompressed, length).
+# Precomputed for short messages, by length. DATA_HEAD: the five bytes of a DATA frame before the stream id (length,
+# type 0, no flags). MESSAGE_HEAD: the prefix of a message (uncompressed, length).
 DATA_HEAD = tuple(n.to_bytes(3, "big") + b"\x00\x00" for n in range(2048))
 MESSAGE_HEAD = tuple(b"\x00" + n.to_bytes(4, "big") for n in range(2048))
 
@@ -30,12 +31,12 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 def block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A header block of these fields."""
+    """A header block that contains these fields."""
     return b"".join([literal(name, value) for name, value in fields])
 
 
 def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_bytes: int = 16_384) -> bytes:
-    """A HEADERS frame, and CONTINUATION frames if the block exceeds one frame."""
+    """A HEADERS frame, followed by CONTINUATION frames if the header block exceeds one frame."""
     flags = _END_STREAM if end_stream else 0
     if len(fields) <= frame_bytes:
         return len(fields).to_bytes(3, "big") + _HEADERS + bytes([flags | _END_HEADERS]) + id_bytes + fields
@@ -49,7 +50,8 @@ def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_byt
 
 
 def _length(text: bytes) -> bytes:
-    """A string's length as an integer with a seven-bit prefix (RFC 7541, 5.1), not Huffman-coded."""
+    """Encode a string's length as an integer with a seven-bit prefix (RFC 7541, 5.1). The string is not
+    Huffman-coded."""
     size = len(text)
     if size < 127:
         return bytes([size])

@@ -1,10 +1,11 @@
-"""h2's connection state, with the parts that this server replaces. Only this module uses h2's private names.
+"""h2's connection state, in which this server replaces some parts. Only this module uses h2's private names.
 
-DATA and WINDOW_UPDATE, the two frame types that come with every token, are handled without h2 in a fifth of the time,
-unless something about them is unusual.
+DATA and WINDOW_UPDATE are the two frame types that come with every token. A frame of these types is handled without h2,
+in a fifth of the time, unless the frame is unusual.
 
-h2 counts open streams by walking all of them for each new one, and keeps a note of each of the last 65,536 that ended.
-Here the connection counts its calls itself, and a stream is dropped when its call ends.
+For each new stream, h2 counts the open streams by walking all of them. h2 also keeps a note of each of the last 65,536
+ended streams. In this server the connection counts its calls itself, and a stream is dropped when the stream's call
+ends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hyperframe.frame import Frame
 
 from cluster.http2.reset_streams import EndedStreams
 
-# Header validation is off: only the headers that a call needs are read, and none are forwarded.
+# Header validation is off: this server reads only the headers that a call needs, and forwards no headers.
 _CONFIGURATION = H2Configuration(
     client_side=False,
     header_encoding=None,
@@ -39,10 +40,10 @@ _OPEN = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
 class Http2State(H2Connection):
-    """The h2 state of a server's connection, fed with one frame at a time."""
+    """The h2 state of a server connection, which receives one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
-        """`ended`: notes of streams that were reset."""
+        """`ended`: the notes of streams that were reset."""
         super().__init__(_CONFIGURATION)
         self._ended = ended
         self._closed_streams = ended
@@ -53,11 +54,12 @@ class Http2State(H2Connection):
 
     @property
     def open_inbound_streams(self) -> int:
-        """Always zero, so that h2 never refuses a stream: Connection limits its calls."""
+        """The number of open streams for h2: always zero, so that h2 never refuses a stream. Connection limits the
+        number of calls."""
         return 0
 
     def receive_frame(self, frame: Frame) -> list[events.Event]:
-        """Return the events of one frame. Raises ProtocolError; after it only h2's GOAWAY may be sent."""
+        """Handle one frame and return its events. Raises ProtocolError, after which only h2's GOAWAY may be sent."""
         try:
             return self._receive_frame(frame)
         except ProtocolError as error:
@@ -65,13 +67,13 @@ class Http2State(H2Connection):
             raise
 
     def output(self) -> bytes:
-        """Return the bytes to send, like data_to_send, but cheaper if there are none."""
+        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
         return self.data_to_send() if self._data_to_send else b""
 
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
-        """Count a DATA frame without other flags than END_STREAM, as receive_frame would.
+        """Count a DATA frame that has no flag except END_STREAM, as receive_frame would.
 
-        Returns False, with nothing changed, if receive_frame must handle it."""
+        Returns False and changes nothing if receive_frame must handle the frame."""
         own, whole = stream._inbound_window_manager, self._inbound_flow_control_window_manager
         least = min(own.current_window_size, whole.current_window_size)
         if size > least or stream.state_machine.state not in _OPEN:
@@ -86,7 +88,8 @@ class Http2State(H2Connection):
         return True
 
     def receive_window_of(self, holder: H2Stream | Http2State, size: int) -> bool:
-        """Count a WINDOW_UPDATE of an open stream or of the connection; False if receive_frame must handle it."""
+        """Count a WINDOW_UPDATE of an open stream or of the connection. Returns False if receive_frame must handle the
+        frame."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False
@@ -94,11 +97,11 @@ class Http2State(H2Connection):
         return True
 
     def refuse(self, error_code: ErrorCodes) -> None:
-        """Prepare a GOAWAY for bytes that are not a valid frame."""
+        """Prepare a GOAWAY after bytes that are not a valid frame."""
         self._terminate_connection(error_code)
 
     def drop_closed(self, stream_id: int) -> None:
-        """Drop a stream that has ended."""
+        """Drop a stream from h2's state if the stream has ended."""
         stream = self.streams.get(stream_id)
         if stream is not None and stream.closed:
             del self.streams[stream_id]

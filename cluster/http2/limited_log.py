@@ -1,4 +1,4 @@
-"""A rate-limited log of refused connections: one line a second at most, with counts."""
+"""A rate-limited log of refused connections: at most one line a second, with the number of connections by reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERVAL_S: Final = 1.0
 
 
 class LimitedLog:
-    """Counts of events by reason, logged together."""
+    """A log that counts events by reason and writes all counts in one line, at most once a second."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -22,7 +22,7 @@ class LimitedLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, reason: str) -> None:
-        """Count one event."""
+        """Count one event under `reason`; all counts are logged at most once a second."""
         self._counts[reason] += 1
         if self._timer is not None:
             return

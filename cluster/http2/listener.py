@@ -1,7 +1,7 @@
 """A listening socket that accepts connections within the cap of its port.
 
-asyncio's own accept loop takes the whole backlog in one pass, has no cap, and when no descriptor is left it logs a
-traceback for each waiting connection.
+asyncio's own accept loop takes the whole backlog in one pass and has no cap. When no descriptor is left, asyncio's loop
+logs a traceback for each waiting connection.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionSlot, Conn
 from cluster.http2.limited_log import LimitedLog
 
 ACCEPTS_A_PASS: Final = 8
-"""Connections accepted in one event-loop pass. So many descriptors may be in use beyond the cap: a replaced connection
-is closed in the next pass."""
+"""Maximum number of connections accepted in one event-loop pass. This number of descriptors may be in use beyond the
+cap, because a replaced connection is closed in the next pass."""
 PAUSE_S: Final = 0.5
-"""Pause in accepting when no descriptor or memory is left."""
+"""Pause before the next accept in seconds, when no descriptor or memory is left."""
 HANDSHAKE_S: Final = 10.0
-"""Time limit of the TLS handshake."""
+"""Time limit of the TLS handshake, in seconds."""
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _RESET: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER value that closes with a reset."""
+"""SO_LINGER value with which closing a socket resets the connection."""
 
 TLS_BUFFER_BYTES: Final = 16_384
-"""Encrypted bytes buffered for a connection, twice: asyncio's permanent read buffer, and received bytes."""
+"""Size in bytes of each of the two buffers that a connection has for encrypted bytes: asyncio's permanent read buffer,
+and the buffer of received bytes."""
 if not hasattr(sslproto.SSLProtocol, "max_size"):
     raise RuntimeError("asyncio's TLS has no SSLProtocol.max_size: this Python is newer than the supported versions")
-sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # asyncio's 256 KiB would be 256 MiB for a thousand idle clients
+sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # asyncio's 256 KiB would take 256 MiB for a thousand idle clients
 
 
 class _SecureTransport(Protocol):
-    """The method that only asyncio's TLS transports have."""
+    """An asyncio TLS transport, which has a method that other transports lack."""
 
     def set_read_buffer_limits(self, high: int) -> None:
         """Pause reading while more than `high` bytes wait to be decrypted."""
@@ -47,21 +48,21 @@ class _SecureTransport(Protocol):
 
 Factory = Callable[[ConnectionSlot], asyncio.BaseProtocol]
 BACKLOG: Final = 2048
-"""Connections that may wait to be accepted."""
+"""Maximum number of connections that wait to be accepted."""
 
 
 def listening_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """Create a listening socket. `shared`: other processes may bind the port too. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
-    # Accepted sockets inherit TCP_NODELAY; without it a second call's tokens wait for ACKs.
+    # Accepted sockets inherit TCP_NODELAY. Without this option, the tokens of a second call wait for ACKs.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionAdmission:
-    """The connection pool of a listener's port, and the log of its refusals."""
+    """The connection pool of a listener's port, and the log of refused connections."""
 
     pool: Pool = field(default_factory=lambda: Pool(MAX_CONNECTIONS))
     notices: LimitedLog = field(default_factory=LimitedLog)
@@ -70,8 +71,8 @@ class ConnectionAdmission:
 class Listener:
     """A listening socket that accepts connections from `start` to `close`.
 
-    The protocol must set `Held.connection` when its connection is made, abort the connection at once if the slot is
-    already released, and release the slot when the connection is lost.
+    The protocol that `factory` creates must set `ConnectionSlot.connection` when the connection is made. The protocol
+    must abort the connection at once if the slot is already released, and release the slot when the connection is lost.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
-        """`shutdown_s`: time limit of the TLS shutdown, unsent bytes included; None: asyncio's 30 s."""
+        """`shutdown_s`: time limit of the TLS shutdown, which includes sending unsent bytes; None: asyncio's limit of
+        30 s."""
         self._sock = sock
         self._factory = factory
         self._pool = admission.pool
@@ -100,7 +102,7 @@ class Listener:
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def close(self) -> None:
-        """Stop accepting, and drop connections that are being set up. Idempotent."""
+        """Stop accepting, and drop the connections that are still being set up. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -154,7 +156,7 @@ class Listener:
         task.add_done_callback(self._pending_tasks.discard)
 
     async def _begin(self, connected: socket.socket, held: ConnectionSlot) -> None:
-        """Hand the connection to a protocol, after the handshake if it uses TLS."""
+        """Complete the TLS handshake, if the listener uses TLS, and hand the connection to a protocol."""
         secure = self._tls is not None
         try:
             transport, _ = await self._loop.connect_accepted_socket(
@@ -174,7 +176,7 @@ class Listener:
 
 
 class _PendingConnection:
-    """A connection that is being set up, before its protocol has it."""
+    """A connection that is being set up and has no protocol yet."""
 
     stage = ConnectionStage.SILENT
     requests = 0
@@ -185,7 +187,8 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after three event-loop passes; before that a cancelled task leaves its socket open."""
+        """Drop the connection after three event-loop passes. A task that is cancelled earlier leaves its socket
+        open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

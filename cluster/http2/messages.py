@@ -1,4 +1,4 @@
-"""gRPC's length-prefixed messages, timeouts and metadata, as bytes on the wire.
+"""Encoding and decoding of gRPC's length-prefixed messages, timeouts and metadata.
 
 Source: "gRPC over HTTP2" (PROTOCOL-HTTP2.md of the gRPC repository).
 """
@@ -20,15 +20,15 @@ _TIMEOUT = re.compile(rb"^(\d{1,8})([HMSmun])$")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ENCODINGS = ("identity", "gzip", "deflate")
 PREFIX_BYTES = 5
-"""Size of a message's prefix: compressed flag and length."""
+"""Size in bytes of a message's prefix, which contains the compressed flag and the length."""
 UNCOPIED_BYTES = 65_536
 INFLATE_BYTES = 65_536
-"""Compressed bytes decompressed in one step."""
+"""Maximum number of compressed bytes that one step decompresses."""
 _WBITS = {"gzip": 31, "deflate": 15}
 
 
 class BadMessage(ValueError):
-    """Received bytes are not a gRPC message, or (`too_large`) exceed a limit."""
+    """Error: the received bytes are not a gRPC message, or exceed a limit (`too_large`)."""
 
     def __init__(self, why: str, too_large: bool = False) -> None:
         super().__init__(why)
@@ -36,7 +36,7 @@ class BadMessage(ValueError):
 
 
 class Assembler:
-    """A splitter of a stream's bytes into messages. It buffers no message larger than `max_bytes`."""
+    """A splitter of a call's received bytes into messages. A message larger than `max_bytes` is refused."""
 
     __slots__ = ("_buffer", "_max_bytes")
 
@@ -45,7 +45,8 @@ class Assembler:
         self._max_bytes = max_bytes
 
     def add(self, data: bytes) -> Iterator[tuple[bytes | bytearray, int, bool]]:
-        """Yield each message that `data` completes, its bytes on the wire and whether it is compressed.
+        """Yield each message that `data` completes, the message's size on the wire in bytes, and whether the message is
+        compressed.
 
         Raises BadMessage."""
         self._buffer += data
@@ -64,8 +65,8 @@ class Assembler:
             yield self._pop_message(end), end, flag == 1
 
     def _pop_message(self, end: int) -> bytes | bytearray:
-        """Remove and return the message that ends at `end`. A large one that fills the buffer is not copied: 16 MB of
-        fresh memory would block the event loop for 5 to 10 ms."""
+        """Remove and return the message that ends at `end`. A large message that fills the buffer is not copied:
+        allocating 16 MB would block the event loop for 5 to 10 ms."""
         if end == len(self._buffer) and end >= UNCOPIED_BYTES:
             whole, self._buffer = self._buffer, bytearray()
             del whole[:PREFIX_BYTES]
@@ -81,12 +82,12 @@ class Assembler:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes buffered of an incomplete message."""
+        """Number of buffered bytes of the incomplete message."""
         return len(self._buffer)
 
     @property
     def message_bytes(self) -> int:
-        """Size on the wire of the incomplete message; 0 before its prefix is complete."""
+        """Size in bytes of the incomplete message on the wire, with its prefix; 0 before the prefix is complete."""
         return PREFIX_BYTES + int.from_bytes(self._buffer[1:5], "big") if len(self._buffer) >= PREFIX_BYTES else 0
 
     @property
@@ -96,10 +97,10 @@ class Assembler:
 
 
 class Inflater:
-    """A decompressor of one message in steps, to at most `max_bytes`."""
+    """A decompressor that decompresses one message in steps. The decompressed message may have at most `max_bytes`."""
 
     def __init__(self, message: bytes | bytearray, encoding: str, max_bytes: int) -> None:
-        """Raises BadMessage for an unknown encoding."""
+        """Create the decompressor. Raises BadMessage for an unknown encoding."""
         if encoding not in _WBITS:
             raise BadMessage(f"a message has compressed flag 1, but grpc-encoding is {encoding!r}")
         self._inflate = zlib.decompressobj(_WBITS[encoding])
@@ -109,8 +110,8 @@ class Inflater:
         self._out = bytearray()
 
     def step(self, size: int) -> bytes | None:
-        """Decompress at most INFLATE_BYTES into at most `size` bytes; returns the message once it is complete, else
-        None. Raises BadMessage."""
+        """Decompress at most INFLATE_BYTES compressed bytes into at most `size` bytes. Return the whole message once it
+        is complete, else None. Raises BadMessage."""
         if not self._inflate.eof:
             self._decompress(size)
             if len(self._out) > self._max_bytes:
@@ -140,7 +141,8 @@ def timeout_s(value: bytes) -> float | None:
 
 
 def metadata_of(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
-    """The caller's own metadata, with `-bin` values decoded to bytes. Raises ValueError."""
+    """Return the caller's metadata from header fields, without the protocol's own fields and with `-bin` values decoded
+    to bytes. Raises ValueError."""
     out: list[tuple[str, str | bytes]] = []
     for raw_name, raw in headers:
         if raw_name[:1] == b":":
@@ -172,5 +174,5 @@ def headers_of(metadata: Sequence[tuple[str, str | bytes]]) -> list[tuple[bytes,
 
 
 def status_message(text: str) -> bytes:
-    """Encode a grpc-message: UTF-8, percent-encoded except for printable ASCII."""
+    """Encode a text as a grpc-message header: UTF-8, with all characters except printable ASCII percent-encoded."""
     return quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~").encode()

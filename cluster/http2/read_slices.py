@@ -1,8 +1,9 @@
-"""A time limit for parsing received bytes in one event-loop pass; longer work continues in turns of one slice.
+"""A time limit for parsing received bytes in one event-loop pass. Longer parsing continues in later passes: each
+connection gets one slice per turn.
 
 Problem: when many long prompts arrive at once, or one client sends thousands of tiny frames, parsing everything and
-starting every call would delay all tokens being streamed. Short reads, such as a message of tokens, are parsed at once
-as long as the recent reads took less than their share of time.
+starting every call would delay all streamed tokens. Short reads, such as a message of tokens, are parsed at once while
+recent reads have used less than their share of time.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 PASS_S: Final = 0.005
-"""Parsing time per event-loop pass; a slice that began within it is finished. Calls that arrive together cost less
-together: with 2 ms a burst of 256 took 6 % more CPU, since each engine step then got only a few more of them."""
+"""Parsing time per event-loop pass, in seconds; a slice that began within this time is finished. Parsing many calls in
+one pass costs less: with 2 ms a burst of 256 calls took 6 % more CPU, since each engine step then got only a few more
+of the calls."""
 SLICE_S: Final = 0.002
-"""A reader's slice ends with the frame that exceeds this."""
+"""Length of a reader's slice, in seconds; the frame that exceeds the length is finished."""
 WINDOW_S: Final = 0.006
-"""Period in which reads parsed at once may use PASS_S."""
+"""Period in seconds. In each period, the reads that are parsed at once may take PASS_S in total."""
 
 
 class Reader(Protocol):
     """A connection with bytes to parse."""
 
     def parse(self, until: float) -> bool:
-        """Parse until the clock reaches `until`; returns whether bytes are left."""
+        """Parse bytes until the clock reaches `until`. Returns whether bytes are left."""
 
 
 class ReadTurns:
-    """Readers that wait, in turn. Used from one event loop."""
+    """The readers that wait for their turn to parse. Used from one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -40,7 +42,8 @@ class ReadTurns:
         self._used_s = 0.0
 
     def parse_now(self, reader: Reader) -> bool:
-        """Parse a slice now if recent reads left time for it; returns whether bytes are left, to be queued by `put`."""
+        """Parse a slice now if recent reads have left time. Returns whether bytes are left; the caller then queues the
+        reader by `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0
@@ -51,7 +54,7 @@ class ReadTurns:
         return more
 
     def put(self, reader: Reader) -> None:
-        """Queue a reader for a coming pass. A reader must not be queued twice."""
+        """Queue a reader for a later pass. A reader must not be queued twice."""
         self._waiting.append(reader)
         self._schedule_turn()
 

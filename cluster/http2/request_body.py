@@ -1,8 +1,9 @@
 """The messages of one call's request: assembled, reserved in the budget, and queued until the handler reads them.
 
-Flow control follows the budget. A call may send `window_bytes` of a message. For the rest, the message's whole size is
-reserved first (policy/limits/request_bytes.py), and then the window grows by exactly that. So a message with a
-reservation can always be completed, and bytes without one are at most one window for each call.
+Flow control follows the budget. A client may send the first `window_bytes` of a message without a reservation. For the
+rest, the whole size of the message is reserved first (policy/limits/request_bytes.py), and then the stream's window
+grows by exactly the size of the rest. So a message with a reservation can always be completed, and each call has at
+most one window of bytes without a reservation.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from cluster.http2.messages import PREFIX_BYTES, Assembler, BadMessage
 
 
 class BodyReservation(Protocol):
-    """A reservation for the bytes of one message in a budget."""
+    """A reservation in the budget for the bytes of one message."""
 
     @property
     def granted(self) -> bool:
         """Whether the bytes may be received now."""
 
     def received(self, size: int) -> None:
-        """Count bytes that arrived since the grant."""
+        """Count `size` bytes that have arrived since the grant."""
 
     def complete(self) -> None:
-        """Note that all bytes have arrived."""
+        """Record that all bytes have arrived."""
 
     def shrink(self, size: int) -> None:
         """Return all but `size` bytes to the budget."""
@@ -42,7 +43,7 @@ class Budget(Protocol):
     """The budget in which request bytes are reserved."""
 
     def full(self, tenant: str) -> bool:
-        """Whether too many requests of this tenant wait to add another."""
+        """Whether so many requests of this tenant wait that a further request must be refused."""
 
     def reserve(
         self,
@@ -52,11 +53,12 @@ class Budget(Protocol):
         on_grant: Callable[[], None],
         too_slow: Callable[[], None],
     ) -> BodyReservation:
-        """Reserve bytes. Calls `on_grant` when they are granted later, `too_slow` if the request arrives too slowly."""
+        """Reserve `size` bytes. Calls `on_grant` if the bytes are granted later, and `too_slow` if the request arrives
+        too slowly."""
 
 
 class BodyConnection(Hashable, Protocol):
-    """A connection as a request body uses it."""
+    """The part of a connection that a request body uses."""
 
     loop: asyncio.AbstractEventLoop
     limits: ServerLimits
@@ -64,12 +66,12 @@ class BodyConnection(Hashable, Protocol):
     admitted: bool
 
     def grow_window(self, size: int, stream_id: int | None = None) -> None:
-        """Grow the receive window of a stream, or of the connection, by `size` bytes."""
+        """Grow the receive window of a stream, or of the connection if `stream_id` is None, by `size` bytes."""
 
 
 @dataclass(slots=True)
 class Received:
-    """A complete message, as it was sent."""
+    """A complete message as received, compressed or not. `on_wire`: size on the wire in bytes."""
 
     data: bytes | bytearray
     on_wire: int
@@ -78,7 +80,7 @@ class Received:
 
 
 class RequestBody:
-    """The messages of one call's request. `streaming`: the handler reads any number of them."""
+    """The messages of one call's request. `streaming`: whether the handler reads any number of messages."""
 
     __slots__ = (
         "_admitted",
@@ -101,7 +103,7 @@ class RequestBody:
     def __init__(self, connection: BodyConnection, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
         self.began_at = math.inf
-        """Time at which the rest of the incomplete message was allowed."""
+        """Loop time at which the rest of the incomplete message was requested; infinite if no rest is expected."""
         self._connection = connection
         self._stream_id = stream_id
         self._assembler = Assembler(connection.limits.max_message_bytes)
@@ -111,24 +113,26 @@ class RequestBody:
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
         self._allowed_size = 0
-        """Size of the incomplete message with its prefix, once the rest of it was allowed; else 0."""
+        """Size in bytes of the incomplete message with its prefix, after the rest of the message was requested; else
+        0."""
         self._stream_growth = 0
         """Bytes by which the stream's receive window is to grow."""
         self._connection_growth = 0
-        """Received bytes not yet returned to the connection's receive window."""
+        """Number of received bytes that were not yet returned to the connection's receive window."""
         self._unread = 0
-        """Bytes of complete messages that no reservation covers and no handler has read."""
+        """Number of bytes of complete messages that no reservation covers and the handler has not read."""
 
     def __len__(self) -> int:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Set the admitted caller's tenant; None for a method that needs no credential. Raises BadMessage."""
+        """Record that the caller was admitted. `tenant`: the caller's tenant; None for a method that needs no
+        credential. Raises BadMessage."""
         self._tenant, self._admitted = tenant, True
         self.settle()
 
     def add(self, data: bytes, size: int) -> None:
-        """Add request bytes; `size` includes padding. Raises BadMessage."""
+        """Handle received bytes of the request. `size`: number of bytes including padding. Raises BadMessage."""
         self._connection_growth += size
         self._stream_growth += size - len(data)  # padding is not kept
         if self._reservation is not None:
@@ -150,7 +154,7 @@ class RequestBody:
         self._has_message = True
 
     def pop(self) -> Received:
-        """Remove and return the next message. The caller releases its reservation."""
+        """Remove and return the next message. The caller must release the message's reservation."""
         received = self._inbox.popleft()
         if self.streaming:
             if received.reservation is None:
@@ -172,7 +176,8 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message, and grow the windows accordingly. Raises BadMessage."""
+        """Reserve the incomplete message unless it is already reserved, and grow the windows accordingly. Raises
+        BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
         self.settle_connection()
@@ -180,12 +185,13 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Return bytes to the connection's window, except those that a handler must read first."""
+        """Return received bytes to the connection's receive window, except bytes that a streaming handler must read
+        first."""
         if self._connection.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
     def _start_message(self) -> None:
-        """Allow the rest of a message whose prefix is complete."""
+        """Request the rest of a message whose prefix is complete. Raises BadMessage."""
         size, budget, limits = self._assembler.message_bytes, self._connection.budget, self._connection.limits
         if not size or not self._admitted:
             return
@@ -208,7 +214,7 @@ class RequestBody:
             message = "too many requests are being received at once; send fewer, or send this one again later"
             raise BadMessage(message, too_large=True)
         size = self._allowed_size
-        if self._assembler.compressed:  # its decompressed size is unknown, and reserving in two steps could deadlock
+        if self._assembler.compressed:  # the decompressed size is unknown, and reserving in two steps could deadlock
             size += self._connection.limits.max_message_bytes
         self._reservation = budget.reserve(tenant, self._connection, size, self._allow_rest, self._too_slow)
         if self._reservation.granted:

@@ -1,7 +1,7 @@
-"""Notes of the streams that were reset: h2 needs them when a late frame arrives for an ended stream.
+"""Notes of the streams that were reset. h2 needs a stream's note when a late frame arrives for the ended stream.
 
-h2 itself notes every ended stream, up to 65,536 per connection, which take 10 MB. For streams that ended normally the
-note only decides which error ends the connection.
+h2 itself keeps a note of every ended stream, up to 65,536 per connection, which take 10 MB. For a stream that ended
+normally, the note only decides which error ends the connection when a late frame arrives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
-    """A replacement of h2's notes that keeps only the last `most` streams that were reset."""
+    """A replacement for h2's notes of ended streams. Only the last `most` streams that were reset are kept."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The gRPC server: finds a call's handler, runs it in its own task, and maps its outcome to a status."""
+"""The gRPC server, which finds the handler of a call, runs the handler in a task, and maps the outcome to a status."""
 
 from __future__ import annotations
 
@@ -38,29 +38,31 @@ class _Details:
 
 
 CLOSE_NOTIFY_S: Final = 0.1
-"""Time for a client to answer the TLS shutdown. gRPC clients do not answer it, and notice only the end of TCP: without
-this limit asyncio keeps the connection for 30 s."""
+"""Time limit for a client's answer to the TLS shutdown, in seconds. gRPC clients do not answer the shutdown and notice
+only the end of TCP. Without this limit asyncio keeps the connection for 30 s."""
 
 
 MAX_ECHO: Final = 256
-"""Characters of a caller's input that an error repeats."""
+"""Maximum number of characters of a caller's input that an error repeats."""
 
 
 class Gate(Protocol):
-    """The authorization of calls when their headers have arrived, before more of their requests is read."""
+    """The authorization of calls. A call is authorized when its headers have arrived, before the rest of the request is
+    read."""
 
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        Refuses by `call.abort`. Runs again if the request arrived later than its headers."""
+        The gate refuses a call by `call.abort`. The server calls `admit` again if the request arrived later than the
+        headers."""
 
 
 NOTE_S: Final = 1.0
-"""Interval of log lines about one event, whatever the number of connections."""
+"""Minimum interval in seconds between two log lines about one kind of event, for all connections together."""
 
 
 class Server:
-    """A server of grpc's handlers. Generated code registers them by `add_generic_rpc_handlers`."""
+    """A server that runs grpc's handlers. Generated code registers handlers by `add_generic_rpc_handlers`."""
 
     def __init__(
         self,
@@ -69,8 +71,8 @@ class Server:
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """`admission`: the cap of the port, for a process with several ports. Without a gate, connections have the full
-        `limits` from the start. `budget`: see request_body.py."""
+        """`admission`: the connection pool of the port, for a process with several ports. `gate`: authorizes calls;
+        without a gate, connections have the full `limits` from the start. `budget`: see request_body.py."""
         self.limits = limits or ServerLimits()
         self._admission = admission or ConnectionAdmission()
         self.gate = gate
@@ -84,24 +86,26 @@ class Server:
         self._stopping = False
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Add methods."""
+        """Add the handlers of a service's methods."""
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Do nothing: generated code registers the same methods here a second time."""
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
+        """Bind a socket, serve on it and return the port. `shared`: other processes may bind the port too. Raises
+        OSError."""
         return await self.serve(listening_socket(host, port, shared=shared), tls)
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
-        """Serve on a socket from `listening`; returns its port."""
+        """Serve on a socket from `listening_socket` and return the socket's port."""
         self._listener = Listener(listener, self._connection, self._admission, tls, CLOSE_NOTIFY_S)
         self._listener.start()
         return int(listener.getsockname()[1])
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, give running ones `grace_s` seconds, then end them with UNAVAILABLE."""
+        """Refuse new calls, give running calls `grace_s` seconds to end, and then end the remaining calls with
+        UNAVAILABLE."""
         if self._listener is None:
             return
         self._stopping = True
@@ -127,7 +131,8 @@ class Server:
         return Connection(self, self.limits, age_s, held)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections for which `condition` is true, with their calls; returns their number."""
+        """Abort the connections for whose transport `condition` is true, with their calls. Returns the number of
+        connections."""
         transports = [c.transport for c in self.connections if condition(c.transport)]
         for transport in transports:
             transport.abort()
@@ -139,7 +144,8 @@ class Server:
     # ---- called by connections
 
     def start_call(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
-        """Start a call whose headers have arrived. `problem`: what is wrong with them."""
+        """Start a call whose headers have arrived. `problem`: the error in the headers, empty if the headers are
+        valid."""
         if unknown_encoding:
             call.set_trailing_metadata((("grpc-accept-encoding", ",".join(ENCODINGS)),))
             self._refuse(call, _CODE.UNIMPLEMENTED, f"grpc-encoding {unknown_encoding[:MAX_ECHO]} is not supported")
@@ -174,7 +180,7 @@ class Server:
             call.task.cancel()
 
     def note(self, event: str, connection: Connection, reason: str) -> None:
-        """Log a connection's event, at most one line a second for each kind of event."""
+        """Log an event of a connection, with at most one line a second for each kind of event."""
         now = connection.loop.time()
         at, more = self._noted.get(event, (-NOTE_S, 0))
         if now - at < NOTE_S:
@@ -184,7 +190,7 @@ class Server:
         log.warning(event, peer=connection.peer, reason=reason, not_logged_before=more)
 
     def call_ended(self) -> None:
-        """Let `stop` continue when the last call has ended."""
+        """Handle the end of a call. After the last call, `stop` no longer waits."""
         if self._stopping and not self._calls():
             self._empty.set()
 
@@ -208,7 +214,7 @@ class Server:
             call.task.cancel()
 
     def _replace_timer(self, call: ServerCall) -> None:
-        """Replace the request's time limit by the caller's deadline: the request is complete."""
+        """Replace the time limit of the request by the caller's deadline, after the request is complete."""
         if call.timer is None:
             return
         loop, remaining_s = call.connection.loop, call.time_remaining()
@@ -219,13 +225,14 @@ class Server:
             call.timer = loop.call_later(remaining_s, self._on_timeout, call)
 
     async def _admit(self, call: ServerCall) -> None:
-        """Apply the gate's decision. Raises AbortError and BadMessage."""
+        """Let the gate admit or refuse the call. Raises AbortError and BadMessage."""
         tenant = "" if self.gate is None else await self.gate.admit(call)
         if not call.closed:
             call.connection.admit(call, tenant)
 
     async def _request(self, call: ServerCall, handler: Any) -> Any:
-        """Return the handler's request argument once the caller is admitted. Raises AbortError, BadMessage."""
+        """Wait until the caller is admitted, and return the request argument for the handler. Raises AbortError,
+        BadMessage."""
         await self._admit(call)
         if handler.request_streaming:
             return call

@@ -1,4 +1,4 @@
-"""Time limits of one connection: a client that sends no preface, stalls, is idle or is gone."""
+"""Time limits of one connection, for a client that sends no preface, stalls, is idle or is gone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cluster.http2.limits import ServerLimits
 from cluster.http2.messages import BadMessage
 
 CHECKS: Final = 4
-"""Checks of a connection within its shortest time limit."""
+"""Number of checks of a connection within the connection's shortest time limit."""
 CLOSE_S: Final = 5.0
-"""A closed connection is aborted when its client reads nothing for so long."""
+"""Time in seconds after which a closed connection is aborted if the client reads nothing."""
 
 
 class TimedConnection(Protocol):
-    """A connection as its timers use it."""
+    """The part of a connection that its timers use."""
 
     loop: asyncio.AbstractEventLoop
     limits: ServerLimits
@@ -34,20 +34,21 @@ class TimedConnection(Protocol):
     closing: bool
 
     def send_h2_output(self) -> None:
-        """Send what h2 has prepared, in order with the bytes already queued."""
+        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
 
     def end_early(self, call: ServerCall, error: BadMessage) -> None:
         """End a call whose request is malformed, too large or too slow."""
 
     def leave(self, grace_s: float = 0.0) -> None:
-        """Ask the client to reconnect. The connection closes with its last call, or after `grace_s` seconds."""
+        """Ask the client to reconnect. The connection closes after its last call, or at the latest after `grace_s`
+        seconds."""
 
     def abort(self, reason: str) -> None:
         """Abort the connection and drop its unsent bytes."""
 
 
 class ConnectionTimers:
-    """Timers of one connection. `served`: a call was admitted; before that the idle limit is shorter."""
+    """The timers of one connection. `served`: whether a call was admitted. Until then the idle limit is shorter."""
 
     def __init__(self, connection: TimedConnection) -> None:
         self.served = False
@@ -69,22 +70,22 @@ class ConnectionTimers:
             self.call_later(age_s, self._reach_age_limit)
 
     def call_later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
-        """Call `work` after `seconds`, unless the connection is lost before."""
+        """Call `work` after `seconds`, unless the connection is lost before then."""
         now = self._loop.time()
         self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
         self._timers.append(self._loop.call_later(seconds, work, *arguments))
 
     def end(self) -> None:
-        """Cancel all timers: the connection is lost."""
+        """Cancel all timers after the connection was lost."""
         for timer in self._timers:
             timer.cancel()
 
     def start_idle(self) -> None:
-        """Start the idle time: the last admitted call has ended."""
+        """Start the idle time after the last admitted call has ended."""
         self._idle_since = self._loop.time()
 
     def answered(self) -> None:
-        """Note the client's answer to a ping."""
+        """Record the client's answer to a ping."""
         self._answered = True
 
     def closing(self) -> None:
@@ -132,7 +133,7 @@ class ConnectionTimers:
         self._connection.leave(self._limits.age_grace_s)
 
     def _expect_closed(self, unsent_bytes: int) -> None:
-        """Abort a closing connection unless its client has read something since the last check."""
+        """Abort a closing connection unless the client has read bytes since the last check."""
         unsent = self._connection.transport.get_write_buffer_size()
         if unsent >= unsent_bytes:
             self._connection.transport.abort()

@@ -1,1 +1,1 @@
-"""The Kubernetes Lease that selects the one controller that acts."""
+"""The Kubernetes Lease by which one controller is selected to act."""

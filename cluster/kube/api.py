@@ -1,4 +1,5 @@
-"""Leases over the Kubernetes API from within a pod, with its service account's token, which is read for each call."""
+"""Access to Leases over the Kubernetes API from within a pod. The token of the pod's service account is read for each
+call."""
 
 from __future__ import annotations
 
@@ -17,30 +18,31 @@ from cluster.kube.lease import LeaseRecord
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 3.0
-"""Shorter than the time between a holder's last write and the end of its term, so that a hanging call is noticed."""
+"""Time limit of a call in seconds. The limit is shorter than the time between a holder's last write and the end of the
+holder's term, so that a hanging call is noticed."""
 
 
 class ApiUnavailable(Exception):
-    """The API gave no answer, or an error; the message says which."""
+    """Error: the API gave no answer, or answered with an error; the message says which."""
 
 
 class Conflict(Exception):
-    """The record has changed since it was read: another process has written it."""
+    """Error: the record has changed since it was read, because another process has written it."""
 
 
 class LeaseStore(Protocol):
-    """The store of the lease record. Both methods block and raise ApiUnavailable."""
+    """The store of the lease record. Both methods block, and raise ApiUnavailable."""
 
     def read(self) -> LeaseRecord | None:
-        """The record; None if there is none."""
+        """Read the record; None if the store has no record."""
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Set the holder ("" for none), if the record is still `over`. Raises Conflict."""
+        """Write the record with a new holder ("" for none), if the stored record is still `over`. Raises Conflict."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeLease:
-    """A coordination.k8s.io/v1 Lease. `lease_s` is only written into the record, for information."""
+    """A coordination.k8s.io/v1 Lease. `lease_s` is written into the record only for information."""
 
     url: str
     namespace: str
@@ -51,7 +53,7 @@ class KubeLease:
 
     @classmethod
     def of_this_pod(cls, name: str, lease_s: float, account: Path = ACCOUNT) -> KubeLease:
-        """Create from the files and environment of this pod. Raises ValueError outside a pod."""
+        """Create the object from the files and environment of this pod. Raises ValueError outside a pod."""
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         try:
             namespace = (account / "namespace").read_text().strip()

@@ -1,4 +1,4 @@
-"""Run work only while this process holds the Lease; stop it as soon as the process may no longer act."""
+"""Work that runs only while this process holds the Lease, and stops as soon as the process may no longer act."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cluster.kube.lease import LeaseCandidate, LeaseTerms
 log = structlog.get_logger("lease")
 
 Work = Callable[[asyncio.Event], Awaitable[None]]
-"""Work under the Lease: runs until the event is set, and ends soon after that."""
+"""Work under the Lease. The work runs until the event is set, and ends soon after that."""
 
 
 class WorkNotStopped(Exception):
-    """The work did not stop before the Lease's term ended: the whole process must exit."""
+    """Error: the work did not stop before the term of the Lease ended, so the whole process must exit."""
 
 
 class Leader:
-    """A runner of work while this process leads; `leads` is the current state."""
+    """A runner that runs work while this process leads. `leads` is the current state."""
 
     def __init__(
         self,
@@ -43,11 +43,12 @@ class Leader:
 
     @property
     def leads(self) -> bool:
-        """Whether this process may act now."""
+        """Whether this process holds the Lease and may act now."""
         return self._candidate.may_act(self._clock_s())
 
     async def run(self, work: Work, stop: asyncio.Event) -> None:
-        """Wait for the Lease and run `work` while it is held, repeatedly until `stop`; then give the Lease up.
+        """Wait for the Lease and run `work` while the Lease is held, repeatedly until `stop` is set; then give the
+        Lease up.
 
         Raises the exceptions of `work`, and WorkNotStopped.
         """
@@ -67,7 +68,7 @@ class Leader:
         try:
             await asyncio.wait({running, stopping, keeping}, return_when=asyncio.FIRST_COMPLETED)
             leave.set()
-            # While the Lease is held the work may take its time to stop; after that only the rest of the term.
+            # While the Lease is held the work may take any time to stop; after that, only the rest of the term.
             await asyncio.wait({running, keeping}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({running}, timeout=self._terms.lease_s - self._terms.yield_s)
             if not running.done():
@@ -82,7 +83,7 @@ class Leader:
         log.info("not_leading", me=self._candidate.me)
 
     async def _keep(self) -> None:
-        """Renew the record repeatedly; returns when this process may no longer act."""
+        """Renew the record repeatedly. Returns when this process may no longer act."""
         while self.leads:
             left_s = self._candidate.acts_until_s() - self._clock_s()
             await asyncio.sleep(min(self._terms.again_s, left_s))
@@ -94,7 +95,7 @@ class Leader:
                 return
 
     async def _check_record(self) -> None:
-        """Read the record, and write it if the candidate says so."""
+        """Read the record, and write the record if the candidate requires a write."""
         try:
             record = await asyncio.to_thread(self._store.read)
             self._candidate, write = self._candidate.observe(record, self._clock_s())
@@ -111,7 +112,8 @@ class Leader:
             self._logged_error = str(error)
 
     async def _give_up(self) -> None:
-        """Clear the holder, so that the next process need not wait; errors are ignored, since the record expires."""
+        """Clear the record's holder, so that the next process need not wait. Errors are ignored, since the record
+        expires."""
         with contextlib.suppress(Conflict, ApiUnavailable):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)

@@ -1,11 +1,12 @@
-"""Leader election by a shared record (a Kubernetes Lease): the rule by which processes read and write it.
+"""Leader election by a shared record (a Kubernetes Lease): the rule by which processes read and write the record.
 
 Problem: two controllers that both act would undo each other's steps. Invariant: a process that acts has written the
-record within `yield_s`, and no other takes it before it has stood unchanged for `lease_s` > `yield_s`. As in
-Kubernetes' own leader election, clocks of other processes are not trusted: a record has expired when *this* process has
-seen it unchanged for long enough, so only the rates of clocks matter. The store refuses a write to a record that has
-changed since it was read. So two processes act at once only if one is paused for longer than `lease_s - yield_s`
-between checking the clock and acting. Its action then applies to Ray's current state, which the other has compared.
+record within the last `yield_s` seconds. No other process takes the record before the record has stood unchanged for
+`lease_s` seconds, where `lease_s` > `yield_s`. As in Kubernetes' own leader election, the clocks of other processes are
+not trusted: a record has expired when *this* process has seen the record unchanged for long enough, so only the rates
+of clocks matter. The store refuses a write to a record that has changed since it was read. So two processes act at once
+only if one of them is paused for longer than `lease_s - yield_s` between checking the clock and acting. The action of
+the paused process then applies to Ray's current state, which the other process has compared.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Times in seconds. `lease_s`: an unchanged record keeps others away for so long. `yield_s`: the holder may act for
-    so long after its last write. `again_s`: interval of reads."""
+    """Times in seconds. `lease_s`: time for which an unchanged record keeps other processes away. `yield_s`: time after
+    the last write for which the holder may act. `again_s`: interval of reads."""
 
     lease_s: float = 15.0
     yield_s: float = 10.0
@@ -29,7 +30,8 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """The stored record. `version` changes with every write by any process; `transitions` counts changes of holder."""
+    """The stored record. `version` changes with every write by any process. `transitions` is the number of changes of
+    the holder."""
 
     holder: str
     version: str
@@ -38,14 +40,15 @@ class LeaseRecord:
 
 @dataclass(frozen=True, slots=True)
 class LeaseWrite:
-    """A write that makes this process the holder; `over` is the record that was read, None to create one."""
+    """A write that makes this process the holder. `over`: the record that was read; None to create a record."""
 
     over: LeaseRecord | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """The state of one process: the record as last seen and since when, and the time of its own last write."""
+    """The state of one process: the last seen record, the time since which that record is unchanged, and the time of
+    the process's own last write."""
 
     me: str
     terms: LeaseTerms = LeaseTerms()
@@ -54,7 +57,7 @@ class LeaseCandidate:
     wrote_at_s: float | None = None
 
     def observe(self, record: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseWrite | None]:
-        """Process a read that ended at `now_s`: returns the new state, and the write to make, if any."""
+        """Handle a read that ended at `now_s`. Returns the new state, and the write to make, if any."""
         if record is None:
             return replace(self, seen=None, wrote_at_s=None), LeaseWrite(None)
         known = self if record == self.seen else replace(self, seen=record, seen_at_s=now_s)
@@ -66,13 +69,14 @@ class LeaseCandidate:
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """Process a successful write. The term starts before the request: no other process saw the record earlier."""
+        """Handle a successful write and return the new state. The term starts before the request, because no other
+        process saw the record earlier."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
     def may_act(self, now_s: float) -> bool:
-        """Whether this process may act."""
+        """Whether this process may act at `now_s`."""
         return self.wrote_at_s is not None and now_s - self.wrote_at_s < self.terms.yield_s
 
     def acts_until_s(self) -> float:
-        """Time until which this process may act unless it renews; -inf if it may not act."""
+        """The time until which this process may act unless it renews the record; -inf if the process may not act."""
         return self.wrote_at_s + self.terms.yield_s if self.wrote_at_s is not None else float("-inf")

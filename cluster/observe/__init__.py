@@ -1,1 +1,1 @@
-"""Definitions of all metrics, and the log format."""
+"""Definitions of all metrics, and the format of the log."""

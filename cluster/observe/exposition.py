@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def samples(text: str) -> list[tuple[str, dict[str, str], float]]:
-    """(name, labels, value) of every sample on a page. Raises ValueError if the text is not in Prometheus' format."""
+    """Return (name, labels, value) for every sample on a page. Raises ValueError if the text is not in Prometheus'
+    format."""
     families = text_string_to_metric_families(text)
     return [(sample.name, dict(sample.labels), sample.value) for family in families for sample in family.samples]

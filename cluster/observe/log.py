@@ -1,4 +1,5 @@
-"""Logging as JSON lines on standard error, with the time in UTC, the event's name and its fields."""
+"""Logging as JSON lines on standard error. A line contains the time in UTC, the name of the event, and the event's
+fields."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import structlog
 
 
 def configure(level: str = "info", **fields: str) -> None:
-    """Set up structlog for this process; `fields` are added to every line."""
+    """Configure structlog for this process; `fields` are added to every line."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -26,9 +27,9 @@ def configure(level: str = "info", **fields: str) -> None:
 
 
 def keep_handlers_open(logger: logging.Logger) -> None:
-    """Keep this logger's handlers open until the process ends.
+    """Keep the handlers of a logger open until the process ends.
 
-    vLLM sets up its logging by dictConfig, which closes the handlers of all loggers. Ray Serve's logger then has no
+    vLLM configures logging by dictConfig, which closes the handlers of all loggers. The logger of Ray Serve then has no
     file, and a new Serve controller replaces each replica that cannot name its log file."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Names, labels and buckets of all metrics. Counters of the token path are plain lists, read at a scrape."""
+"""Names, labels and buckets of all metrics. The counters of the token path are plain lists, which a scrape reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-# vLLM 0.32's own buckets, so that one panel can show both.
+# The buckets of vLLM 0.32, so that one panel can show vLLM's histograms and these.
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
@@ -119,7 +119,7 @@ _TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() 
 
 
 class Histogram:
-    """One histogram series: counts by bucket, and the sum."""
+    """One histogram series: the counts by bucket, and the sum of the values."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
@@ -129,12 +129,12 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value `times` times; about 0.3 µs."""
+        """Count a value `times` times. The call takes about 0.3 µs."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus expects them."""
+        """The cumulative counts by upper bound, in the form that Prometheus expects."""
         out, running = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True):
             running += count
@@ -143,14 +143,14 @@ class Histogram:
 
 
 Sample = tuple[str, tuple[str, ...], float]
-"""A gauge's value at a scrape: name, label values in the definition's order, value."""
+"""A gauge's value at a scrape: the metric's name, the label values in the order of the definition, and the value."""
 
 
 class Metrics(Collector):
-    """All metrics of one process. Names are given without the prefix `headrace_`."""
+    """All metrics of one process. The names do not include the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants`: number of tenants with their own series; later ones share the series `other`."""
+        """`max_tenants`: maximum number of tenants with their own series; further tenants share the series `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
@@ -161,7 +161,7 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add to a counter."""
+        """Add `by` to a counter."""
         at = _TENANT_AT.get(name)
         if at is not None and labels[at] not in self._tenants:
             if len(self._tenants) < self._max_tenants:
@@ -172,14 +172,15 @@ class Metrics(Collector):
         series[labels] = series.get(labels, 0) + by
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """A histogram's series; callers that use it often keep it."""
+        """Return the series of a histogram with these labels. Callers that use the series often should keep the
+        object."""
         series = self._histograms.setdefault(name, {})
         if labels not in series:
             series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
     def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Register a function that returns gauges. The scraping thread calls it, so it must only read."""
+        """Register a function that returns gauges. The scraping thread calls the function, which must only read."""
         self._gauges.append(gauges)
 
     def collect(self) -> Iterator[Metric]:
@@ -207,6 +208,6 @@ class Metrics(Collector):
                 yield gauge
 
     def render(self, accept: str = "") -> tuple[str, bytes]:
-        """Content type and body of /metrics in the format that the scraper accepts. Thread-safe."""
+        """Return the content type and body of /metrics in the format that the scraper accepts. Thread-safe."""
         encode, kind = choose_encoder(accept)
         return kind, encode(self.registry)

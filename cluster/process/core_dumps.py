@@ -1,4 +1,4 @@
-"""No core dumps: a process's memory contains prompts, and must not be written to disk."""
+"""Core dumps are disabled: the memory of a process contains prompts, which must not be written to disk."""
 
 from __future__ import annotations
 

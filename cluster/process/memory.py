@@ -1,11 +1,12 @@
 """Memory of a long-running process: exclude permanent objects from garbage collection, and return free pages.
 
-A garbage collection holds the interpreter while it walks the objects.
+A garbage collection holds the interpreter while the collector walks the objects.
 
-With CPython's own settings it walks the young objects after every 700 new ones, which a hundred calls create, and now
-and then all objects: modules, tokenizers and tables that live as long as the process. In a gateway with 256 streams
-that took 30 ms at once. So objects that a start or a load has created are frozen, and young ones are walked less often.
-Objects of ended calls are freed without the collector, except for rare reference cycles.
+With CPython's own settings the collector walks the young objects after every 700 new objects, which a hundred calls
+create. Now and then the collector walks all objects: modules, tokenizers and tables that live as long as the process.
+In a gateway with 256 streams, one such walk took 30 ms. So objects that a start or a load has created are frozen, and
+young objects are walked less often. Objects of ended calls are freed without the collector, except for rare reference
+cycles.
 
 glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway with a constant
 number of objects and bytes in use grew by 3 MB of such holes. Whole free pages are returned to the system now and then,
@@ -20,20 +21,21 @@ import time
 from collections.abc import Callable
 
 YOUNG_THRESHOLD = 10_000
-"""Walking this many new objects takes about a millisecond."""
+"""Number of new objects that start a collection; walking this many objects takes about a millisecond."""
 INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
 def freeze_objects() -> None:
-    """Exclude all current objects from later collections. Call this after a start or a load."""
+    """Exclude all current objects from later collections. Call this function after a start or a load."""
     gc.freeze()
     gc.set_threshold(YOUNG_THRESHOLD, 50, 10)
     gc.enable()
 
 
 def return_free_pages() -> bool:
-    """Return free heap pages to the system (some milliseconds for tens of megabytes). False without glibc."""
-    import ctypes  # not at import: it is needed only after the start
+    """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. Returns False without
+    glibc."""
+    import ctypes  # not at import: ctypes is needed only after the start
 
     try:
         trim = ctypes.CDLL(None).malloc_trim
@@ -52,7 +54,8 @@ async def keep_returning_free_pages(
 ) -> None:
     """Return free pages every `every_s` seconds, when `idle` is true; for the first time soon after the start.
 
-    Returns only if the C library cannot do it. The process must be idle because all threads' allocations wait."""
+    The function returns only if the C library cannot return pages. The process must be idle, because all threads'
+    allocations wait meanwhile."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
         await asyncio.sleep(check_s)

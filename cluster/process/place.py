@@ -1,4 +1,4 @@
-"""The pod and node on which this process runs; the Helm chart sets them from the downward API."""
+"""The pod and node on which this process runs. The Helm chart sets both names from the downward API."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def pod_name() -> str:
 
 
 def node_name() -> str:
-    """The name of the Kubernetes node; outside Kubernetes the host name."""
+    """The name of the Kubernetes node, or the host name outside Kubernetes."""
     return os.environ.get("NODE_NAME") or socket.gethostname()

@@ -1,7 +1,7 @@
-"""Files and folders that only their owner can read, whatever the process's umask.
+"""Files and folders that only their owner can read, whatever the umask of the process.
 
-State folders hold secrets, tenant names, the audit log and key hashes. Wider permissions, set by an earlier release or
-another program, are narrowed when a file of this user is opened next.
+State folders hold secrets, tenant names, the audit log and key hashes. An earlier release or another program may have
+set wider permissions. Such permissions are narrowed when a file of this user is opened next.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ import stat
 from pathlib import Path
 
 OTHERS = 0o077
-"""Permissions of a file's group and of everyone else."""
+"""Permission bits of a file's group and of all other users."""
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create a state folder and its missing parents, or narrow an existing one. Raises OSError."""
+    """Create a state folder and its missing parents, or narrow the permissions of an existing folder. Raises
+    OSError."""
     make_missing_folders(folder)
     narrow(folder)
 
 
 def make_missing_folders(folder: Path) -> None:
-    """Create a folder and its missing parents; an existing folder is left as it is. Raises OSError."""
+    """Create a folder and its missing parents. An existing folder is not changed. Raises OSError."""
     missing = []
     at = folder
     while not at.exists():
         missing.append(at)
         at = at.parent
     for missing_folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process has created it
+        with contextlib.suppress(FileExistsError):  # another process has created the folder
             missing_folder.mkdir(mode=0o700)
             missing_folder.chmod(0o700)  # a umask may have removed the owner's permissions too
 
 
 def narrow(path: Path) -> None:
-    """Remove group and other permissions from a file or folder of this user. Skips a missing path, one of another user,
-    and a folder that is shared on purpose, like /tmp (sticky bit)."""
+    """Remove group and other permissions from a file or folder of this user. Skips a missing path, a path of another
+    user, and a folder that is shared on purpose, like /tmp (sticky bit)."""
     try:
         status = path.stat()
     except OSError:
@@ -47,9 +48,9 @@ def narrow(path: Path) -> None:
 
 
 def make_private_database(file: Path) -> None:
-    """Create an empty SQLite file before SQLite does, or narrow an existing one and its side files. SQLite gives new
-    side files the permissions of the database."""
-    with contextlib.suppress(OSError):  # SQLite reports it better: no folder, no permission, a read-only disk
+    """Create an empty SQLite file before SQLite does, or narrow the permissions of an existing file and its side files.
+    SQLite gives new side files the permissions of the database file."""
+    with contextlib.suppress(OSError):  # SQLite reports the error better: no folder, no permission, a read-only disk
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(handle, 0o600)

@@ -1,4 +1,4 @@
-"""Common wake-up times for periodic work: a process's wake-up costs more than most periodic checks.
+"""Common wake-up times for periodic work: waking a process costs more than most periodic checks.
 
 A sleeping process wakes with cold caches (about 0.1 ms on a small machine); further work in the same tick costs a few
 microseconds. So all sleeps end at common ticks of the loop's clock, TICK_S apart.
@@ -11,11 +11,13 @@ import math
 
 TICK_S = 0.1
 _NEAR = 1e-3
-"""Tolerance, as a part of a tick: a timer may fire this early, and its tick counts as reached."""
+"""Tolerance for timers, as a part of a tick. A tick counts as reached if a timer fires early by less than the
+tolerance."""
 
 
 def seconds_to_tick(now: float, period_s: float) -> float:
-    """Seconds until the tick that ends a sleep of `period_s`, rounded to whole ticks; the first may be a tick shorter.
+    """Seconds until the tick that ends a sleep of `period_s`. The period is rounded to whole ticks, and the first tick
+    may be shorter.
 
     A period shorter than a tick is returned unchanged.
     """
@@ -26,5 +28,5 @@ def seconds_to_tick(now: float, period_s: float) -> float:
 
 
 async def sleep_to_tick(period_s: float) -> None:
-    """Sleep for about `period_s`, until a common tick."""
+    """Sleep for about `period_s` seconds, until a common tick."""
     await asyncio.sleep(seconds_to_tick(asyncio.get_running_loop().time(), period_s))

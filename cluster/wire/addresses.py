@@ -1,8 +1,9 @@
 """The gateways that a worker or controller dials: configured addresses, DNS names, and the siblings of each gateway.
 
-The gateway processes of one host share only the client ports, so each needs its own link. A gateway's Welcome names its
-siblings. An address is dialled if a chain of last Welcomes leads to it from a configured gateway. The Welcome of a
-gateway that no chain reaches does not count, else two former siblings would keep each other in the list.
+The gateway processes of one host share only the client ports, so a worker needs a link to each process. The Welcome of
+a gateway names the gateway's siblings. An address is dialled if a chain of last Welcomes leads from a configured
+gateway to the address. The Welcome of a gateway that no chain reaches does not count: otherwise two former siblings
+would keep each other in the list.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last Welcome from an address; kept when the link breaks, because the siblings are still running."""
+    """The last Welcome from an address. The Welcome is kept when the link breaks, because the siblings are still
+    running."""
 
     incarnation: str
     siblings: tuple[str, ...]
 
 
 class GatewayAddresses:
-    """The known gateways. `dial` runs a session with each; sessions report their Welcome to `welcomed`."""
+    """The known gateways. `dial` runs a session with each gateway; sessions report the gateway's Welcome to
+    `record_welcome`."""
 
     def __init__(self, configured: Sequence[str], resolve: dns.Resolve = dns.resolve) -> None:
-        """`configured`: `host:port`, which is always dialled, or `srv://NAME`, whose DNS answer (from `resolve`) is
-        dialled while it is current."""
+        """`configured`: entries `host:port`, which are always dialled, or `srv://NAME`. `resolve` looks up such a NAME,
+        and the addresses in the last answer are dialled."""
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
         self._looked_up: dict[str, tuple[str, ...]] = {}
@@ -42,10 +45,11 @@ class GatewayAddresses:
         self._dialling: set[str] = set()
         self._changed = asyncio.Event()
         self.addresses = self._configured
-        """The addresses to dial, configured ones first."""
+        """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
-        """Record the siblings that the gateway at `address` named: `host:port`, or `:port` on the dialled host."""
+        """Record the siblings that the gateway at `address` named, as `host:port`, or as `:port` on the dialled
+        host."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)
@@ -78,7 +82,8 @@ class GatewayAddresses:
         return tuple(addresses)
 
     def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
-        """Whether this gateway process is dialled by another address: two links of one worker would end each other."""
+        """Whether the gateway process at `address` is already dialled by another address. Two links of one worker to
+        one process would end each other."""
         last_welcome = self._welcomes.get(address)
         return last_welcome is not None and any(
             welcome.incarnation == last_welcome.incarnation
@@ -87,7 +92,8 @@ class GatewayAddresses:
         )
 
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-        """Keep a session with each gateway until cancelled. A gateway that leaves the list keeps a running link."""
+        """Keep a session with each gateway until cancelled. A running link stays up when the gateway leaves the
+        list."""
         async with asyncio.TaskGroup() as group:
             for name in self._names:
                 group.create_task(dns.keep_resolving(name, partial(self.set_lookup, name), self._resolve))

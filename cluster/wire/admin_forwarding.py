@@ -1,8 +1,8 @@
-"""Admin verbs that only the controller can answer: gateways send them over the controller's Control stream.
+"""Admin verbs that only the controller can answer. Gateways send these verbs over the controller's Control stream.
 
-A verb is a function of a serialized request. A CallError that it raises is transferred completely, so that the operator
-reads the same error as if the gateway had raised it. If the stream ends before the answer, the verb may have been done:
-the error says so, and no request is sent twice.
+A verb is a function of a serialized request. If the verb raises a CallError, the whole error is transferred, so that
+the operator reads the same error as if the gateway had raised it. If the stream ends before the answer, the controller
+may have executed the verb: the error says so, and no request is sent twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Verb = Callable[[bytes, str], Awaitable[bytes]]
 
 
 def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
-    """Wrap a coroutine function of messages as a Verb."""
+    """Convert a coroutine function that takes and returns messages into a Verb."""
 
     async def answer(body: bytes, actor: str) -> bytes:
         try:
@@ -43,7 +43,7 @@ def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
 
 
 class AdminRequests:
-    """The gateway's side of one Control stream: requests waiting for the controller's answer."""
+    """The gateway's side of one Control stream: the requests that wait for the controller's answer."""
 
     def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
         """`verbs`: the verbs that the controller supports."""
@@ -53,7 +53,8 @@ class AdminRequests:
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
     async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Return the controller's answer. Raises CallError: the controller's, or one that says that none came."""
+        """Send a request and return the controller's answer. Raises CallError: the controller's error, or an error that
+        says that no answer came."""
         if name not in self._verbs:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
         self._next += 1
@@ -74,7 +75,7 @@ class AdminRequests:
             self._waiting.pop(number, None)
 
     def handle_reply(self, reply: pb.AdminReply) -> None:
-        """Handle a reply; ignored if its request no longer waits."""
+        """Handle a reply. The reply is ignored if the request with the same id no longer waits."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return
@@ -84,7 +85,7 @@ class AdminRequests:
             waiting.set_result(reply.body)
 
     def fail_all(self) -> None:
-        """Fail all waiting requests: the stream has ended."""
+        """Fail all waiting requests, after the stream has ended."""
         message = "the controller was lost before it answered and may have done it: look before you repeat"
         for waiting in self._waiting.values():
             if not waiting.done():
@@ -92,7 +93,7 @@ class AdminRequests:
 
 
 async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.AdminReply:
-    """Return the controller's reply to a request; never raises."""
+    """Run the requested verb and return the controller's reply. Never raises."""
     try:
         act = verbs.get(request.verb)
         if act is None:

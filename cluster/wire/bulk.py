@@ -1,4 +1,5 @@
-"""The link's bulk stream: large blobs in chunks, each under a key. Workers send bundles, gateways send prompts."""
+"""The link's bulk stream, which sends large blobs in chunks, each under a key. Workers send bundles, gateways send
+prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
 
 
 class Prompts:
-    """Prompts received on the bulk stream; each belongs to a Submit that may arrive earlier or later."""
+    """The prompts received on the bulk stream. A prompt belongs to a Submit that may arrive earlier or later than the
+    prompt."""
 
     def __init__(self) -> None:
         self._parts: dict[str, bytearray] = {}
@@ -24,7 +26,7 @@ class Prompts:
         return self._whole.setdefault(key, asyncio.get_running_loop().create_future())
 
     def add(self, blob: pb.Blob) -> None:
-        """Add one chunk."""
+        """Add one chunk of a prompt."""
         self._parts.setdefault(blob.key, bytearray()).extend(blob.data)
         if blob.last:
             whole = self._future(blob.key)
@@ -32,7 +34,7 @@ class Prompts:
                 whole.set_result(bytes(self._parts.pop(blob.key)))
 
     async def pop_prompt(self, key: str) -> bytes:
-        """Wait for a prompt's last chunk, remove the prompt and return it."""
+        """Wait for the last chunk of a prompt, and remove and return the prompt."""
         try:
             return await self._future(key)
         finally:
@@ -40,7 +42,7 @@ class Prompts:
 
 
 async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: asyncio.Queue[pb.Blob]) -> None:
-    """Run one bulk stream: send `blobs`, collect `prompts`. Raises LinkEnded when the gateway closes it."""
+    """Run one bulk stream: send `blobs` and collect `prompts`. Raises LinkEnded when the gateway closes the stream."""
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:

@@ -1,8 +1,8 @@
 """A tokenizer bundle: the files that a gateway needs for a model's tokens, named by their digest.
 
-A worker or the controller makes it from a model's folder (worker/weights/tokenizer_bundle.py); a gateway fetches it
-once by digest and keeps it on disk. It holds only text files: tokenizer.json (the fast tokenizer as transformers loads
-it), tokenizer_config.json, chat templates and generation_config.json; never weights or code.
+A worker or the controller makes a bundle from a model's folder (worker/weights/tokenizer_bundle.py). A gateway fetches
+the bundle once, by digest, and keeps it on disk. A bundle holds only text files: tokenizer.json (the fast tokenizer as
+transformers loads it), tokenizer_config.json, chat templates and generation_config.json; never weights or code.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """The non-neutral sampling values of a model's generation_config.json, with max_new_tokens as max_tokens.
+    """The sampling values of a model's generation_config.json that are not neutral, with max_new_tokens as max_tokens.
 
-    An engine applies them to calls that do not set these fields."""
+    An engine applies these values to calls that do not set the fields."""
     values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
     values = {k: value for k, value in values.items() if isinstance(value, (int, float))}
     max_new_tokens = generation_config.get("max_new_tokens")
@@ -39,7 +39,7 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, obje
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Files by name. Names have no path separator; equality and `digest` depend only on the content."""
+    """The files of a bundle by name. Names have no path separator; equality and `digest` depend only on the content."""
 
     files: Mapping[str, bytes]
 
@@ -50,11 +50,12 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """`sha256:<hex>` of `pack`."""
+        """The digest of the packed bundle, as `sha256:<hex>`."""
         return "sha256:" + hashlib.sha256(self.pack()).hexdigest()
 
     def pack(self) -> bytes:
-        """Serialize: for each file in order of name its name and content, each after an 8-byte length."""
+        """Serialize the files in the order of their names: the name and the content of each file, each after an 8-byte
+        length."""
         out = bytearray()
         for name in sorted(self.files):
             for part in (name.encode(), self.files[name]):
@@ -63,7 +64,7 @@ class Bundle:
 
     @classmethod
     def unpack(cls, data: bytes) -> Bundle:
-        """The inverse of pack. Raises ValueError for invalid data."""
+        """Decode a packed bundle, the inverse of `pack`. Raises ValueError for invalid data."""
         parts: list[bytes] = []
         at = 0
         while at < len(data):
@@ -80,7 +81,7 @@ class Bundle:
         return cls({parts[i].decode(): parts[i + 1] for i in range(0, len(parts), 2)})
 
     def save(self, folder: Path) -> None:
-        """Write the files into `folder` atomically; does nothing if it exists."""
+        """Write the files into `folder` atomically. Does nothing if the folder exists."""
         if folder.exists():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)

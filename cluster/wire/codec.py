@@ -28,13 +28,13 @@ from cluster.wire.ended_requests import EndedUsage
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
-"""Longest text of an engine about one request."""
+"""Maximum number of characters in an engine's text about one request."""
 MAX_VARINT_BYTES = 10
-"""Longest varint in a message."""
+"""Maximum size of a varint in a message, in bytes."""
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian uint32."""
+    """Encode token ids as little-endian uint32."""
     words = array("I", ids)
     if sys.byteorder == "big":
         words.byteswap()
@@ -42,7 +42,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> array[int]:
-    """The inverse of pack_ids. Raises ValueError if the length is not a multiple of four."""
+    """Decode token ids, the inverse of `pack_ids`. Raises ValueError if the length is not a multiple of four."""
     words = array("I")
     words.frombytes(data)
     if sys.byteorder == "big":
@@ -83,7 +83,7 @@ def _grammar_to_pb(grammar: Grammar, out: pb.Grammar) -> None:
 
 
 def sampling_from_pb(m: pb.Sampling) -> Sampling:
-    """The inverse of sampling_to_pb."""
+    """Decode sampling parameters, the inverse of `sampling_to_pb`."""
     return Sampling(
         max_tokens=m.max_tokens,
         min_tokens=m.min_tokens,
@@ -130,7 +130,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """An upper bound of the sum of `submit_bytes`, cheap to compute: nearly all requests are far below any limit."""
+    """An upper bound for the sum of `submit_bytes`, at low cost: nearly all requests are far below any limit."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -141,7 +141,7 @@ def max_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """Sizes of a Submit's parts that can be large, by request field, without the token ids."""
+    """The sizes in bytes of the parts of a Submit that can be large, by request field, without the token ids."""
     sampling = sampling_to_pb(request.sampling)
     return {
         "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
@@ -154,7 +154,8 @@ def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """The inverse of submit_to_pb, with the engine's request id. Raises ValueError for invalid fields."""
+    """Decode a request, the inverse of `submit_to_pb`, and set the engine's request id. Raises ValueError for invalid
+    fields."""
     if m.priority < 0:
         raise ValueError(f"priority is {m.priority}, but must be 0 or more")
     return EngineRequest(
@@ -175,7 +176,8 @@ def wire_text(text: str) -> str:
 
 
 class StepColumns:
-    """A builder of one StepOutputs: the outputs of one or more engine steps for one link, column by column."""
+    """A builder of one StepOutputs message, which holds the outputs of one or more engine steps for one link, column by
+    column."""
 
     def __init__(self) -> None:
         self.slots: list[int] = []
@@ -187,7 +189,7 @@ class StepColumns:
         self._logprobs: list[pb.SlotLogprobs] = []
 
     def add(self, slot: int, output: TokenOutput) -> None:
-        """Append one request's output of one step."""
+        """Append the output of one request in one step."""
         ids = output.token_ids
         count = len(ids)
         self.slots.append(slot)
@@ -229,7 +231,7 @@ class StepColumns:
 
 
 def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
-    """One message for each run of consecutive positions with equal width."""
+    """Yield one message for each run of consecutive positions with equal width."""
     start = 0
     while start < len(positions):
         width = len(positions[start].token_ids)
@@ -244,7 +246,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Slots whose output in this step is more than one plain token; None if the counts allow that for any slot."""
+    """The slots that got more than one plain token in this step; None if the message's counts allow several tokens for
+    any slot."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -254,9 +257,9 @@ def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
 
 
 def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
-    """Yield (slot, output) in order, of all slots or those in `only`.
+    """Yield (slot, output) in order, for all slots or for the slots in `only`.
 
-    A slot's First, Finish and logprobs come with its last entry in the message."""
+    The First, Finish and logprobs of a slot come with the slot's last entry in the message."""
     slots = list(step.slots)
     ids = list(step.token_ids)
     counts = list(step.counts) or [1] * len(slots)
@@ -314,7 +317,7 @@ def usage_to_pb(u: EndedUsage) -> pb.Usage:
 
 
 def usage_from_pb(m: pb.Usage) -> EndedUsage:
-    """The inverse of usage_to_pb."""
+    """Decode an ended request's usage, the inverse of `usage_to_pb`."""
     return EndedUsage(
         sealed=m.sealed_record,
         prompt_tokens=m.prompt_tokens,
@@ -348,7 +351,7 @@ def load_to_pb(load: EngineLoad) -> pb.Load:
 
 
 def load_from_pb(m: pb.Load) -> EngineLoad:
-    """The inverse of load_to_pb."""
+    """Decode an engine's load, the inverse of `load_to_pb`."""
     return EngineLoad(
         running=m.running,
         waiting=m.waiting,
@@ -397,7 +400,8 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
 
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
-    """The inverse of hello_to_pb. Raises ValueError if the sampling defaults are not a JSON object."""
+    """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
+    object."""
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,
@@ -506,14 +510,14 @@ def drain_state_to_pb(standing: DrainState) -> pb.Standing.State.ValueType:
 
 
 def drain_state_from_pb(standing: pb.Standing) -> DrainState:
-    """Decode a drain state; one that this release does not know counts as draining."""
+    """Decode a drain state. A state that this release does not know counts as draining."""
     known = pb.Standing.State.items()
     name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
     return DrainState[name] if name in DrainState.__members__ else DrainState.DRAINING
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
-    """The inverse of entry_to_pb. Raises ValueError for an unknown state."""
+    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),

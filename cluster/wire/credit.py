@@ -1,9 +1,10 @@
-"""Credit: divides a worker's capacity between gateways, so that a gateway sends a request only for free capacity.
+"""Credit, which divides a worker's capacity between gateways, so that a gateway sends a request only for free capacity.
 
-Problem: each gateway would send requests for the same free capacity. Invariant: the capacity promised to all links
-together never exceeds the worker's. A promise is a limit on the total that a link may ever send (QUIC's MAX_STREAMS,
-RFC 9000 section 4.6), so that a lost or repeated message does no harm. A limit can be lowered, to move unused capacity
-to a link with a longer queue; the capacity counts as promised until the gateway has acknowledged the lower limit.
+Problem: without credit, each gateway would send requests for the same free capacity. Invariant: the capacity promised
+to all links together never exceeds the worker's capacity. A promise is a limit on the total that a link may ever send
+(QUIC's MAX_STREAMS, RFC 9000 section 4.6), so that a lost or repeated message does no harm. A limit can be lowered, to
+move unused capacity to a link with a longer queue. The capacity counts as promised until the gateway has acknowledged
+the lower limit.
 
 Both classes are pure: no clock, no I/O.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Free capacity of a worker: sequences, and prompt tokens that fit its KV cache."""
+    """Free capacity of a worker: a number of sequences, and a number of prompt tokens that fit the KV cache."""
 
     sequences: int
     tokens: int
@@ -24,7 +25,8 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A link's new limits over its whole lifetime: number of Submits, and the sum of their prompt tokens."""
+    """The new limits of a link: the number of Submits in the link's whole lifetime, and the sum of their prompt
+    tokens."""
 
     link: int
     grant_id: int
@@ -42,7 +44,8 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """Capacity this link may still use: the largest limit that may be in force, less what was sent."""
+        """The capacity that this link may still use: the largest limit that may be in force, minus what the gateway has
+        sent."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
@@ -50,46 +53,49 @@ class _Account:
 
 
 class CreditGranter:
-    """The worker's side: divides capacity in proportion to the links' backlogs, evenly if there are none."""
+    """The worker's side of credit. Capacity is divided in proportion to the links' backlogs, or evenly if there are no
+    backlogs."""
 
     def __init__(self) -> None:
         self._accounts: dict[int, _Account] = {}
 
     def attach(self, link: int) -> None:
-        """Add a new link, which has sent nothing."""
+        """Add a new link, on which nothing was sent yet."""
         self._accounts[link] = _Account()
 
     def detach(self, link: int) -> None:
-        """Remove a link that has ended, and its promises."""
+        """Remove a link that has ended, with all capacity promised to the link."""
         self._accounts.pop(link, None)
 
     def record_submit(self, link: int, tokens: int, kept: bool = False) -> None:
-        """Count a received Submit with `tokens` prompt tokens; `kept`: the call's KV blocks are on this worker."""
+        """Count a received Submit with `tokens` prompt tokens. `kept`: whether this worker holds the KV blocks of the
+        call."""
         account = self._accounts[link]
         account.kept = max(account.kept - kept, 0)
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def set_backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """Set how many calls wait at a gateway for this model; this worker has the KV blocks of `kept` of them."""
+        """Set the number of calls that wait at a gateway for this model. This worker holds the KV blocks of `kept` of
+        the calls."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
 
     def acknowledge(self, link: int, grant_id: int) -> None:
-        """Note that the gateway applied that grant: older limits are no longer in force."""
+        """Record that the gateway has applied a grant: older limits are no longer in force."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
     def promised(self) -> Capacity:
-        """Capacity promised to all links together."""
+        """The capacity promised to all links together."""
         rooms = [account.promised() for account in self._accounts.values()]
         return Capacity(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
-        """The limits to send now, for links whose limit changes.
+        """Return the limits to send now, for the links whose limit changes.
 
-        `room`: free capacity, promised or not. `places`: the sequence limit if those beyond `room` are of calls whose
-        KV blocks are on this worker, since these cost next to nothing to start."""
+        `room`: free capacity, promised or not. `places`: the higher limit on sequences that applies to calls whose KV
+        blocks are on this worker, since these calls cost next to nothing to start."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}
@@ -104,7 +110,7 @@ class CreditGranter:
         promised = self.promised()
         spare = Capacity(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))
         out = []
-        # A link's reduced capacity becomes spare only after its acknowledgement, so the order of links does not matter.
+        # Capacity taken from a link becomes spare only after the acknowledgement, so the order of links is irrelevant.
         for link, account in sorted(self._accounts.items()):
             held = account.promised()
             sequences = min(share[link], held.sequences + spare.sequences)
@@ -123,7 +129,7 @@ class CreditGranter:
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
-    """Split `total` in proportion to the claims (largest remainder); evenly if all are zero."""
+    """Split `total` in proportion to the claims (largest remainder), or evenly if all claims are zero."""
     weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
     weight_sum = sum(weights.values())
     shares = {link: total * weight // weight_sum for link, weight in weights.items()}
@@ -138,14 +144,15 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """True for any change of sequences, or if tokens change by a tenth of the capacity: every decoded token counts."""
+    """Whether a changed limit is worth sending. Every change of sequences is sent. A change of tokens is sent if it
+    exceeds a tenth of the capacity, because every decoded token changes the limit."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)
 
 
 class CreditBalance:
-    """The gateway's side of one link: the credit left."""
+    """The gateway's side of one link's credit: the capacity that the gateway may still use."""
 
     def __init__(self) -> None:
         self._sent = Capacity(0, 0)
@@ -154,17 +161,17 @@ class CreditBalance:
 
     @property
     def free(self) -> Capacity:
-        """Capacity that may be used now; never negative."""
+        """The capacity that may be used now; never negative."""
         return Capacity(
             max(self._limit.sequences - self._sent.sequences, 0), max(self._limit.tokens - self._sent.tokens, 0)
         )
 
     def apply_credit(self, grant_id: int, sequences: int, tokens: int) -> None:
-        """Apply a Credit; ignored if it is older than the last."""
+        """Apply a Credit message. A message older than the last applied message is ignored."""
         if grant_id > self.grant_id:
             self.grant_id = grant_id
             self._limit = Capacity(sequences, tokens)
 
     def spend(self, tokens: int) -> None:
-        """Count a Submit with `tokens` prompt tokens; the caller has checked `free`."""
+        """Count a sent Submit with `tokens` prompt tokens. The caller must have checked `free`."""
         self._sent = Capacity(self._sent.sequences + 1, self._sent.tokens + tokens)

@@ -1,4 +1,4 @@
-"""Conversion of demand and computed work between cluster.api and link.v1."""
+"""Conversion of demand and computed work between the types of cluster.api and the messages of link.v1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.link.v1 import link_pb2 as pb
 
 
 def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
-    """Encode a gateway's demand report. `counting_s`: the period it covers."""
+    """Encode a gateway's demand report. `counting_s`: the period that the report covers, in seconds."""
     models = [
         pb.ModelDemand(
             model=d.model,
@@ -26,7 +26,7 @@ def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
 
 
 def demand_from_pb(demand: pb.Demand) -> Sequence[ModelDemand]:
-    """The inverse of demand_to_pb, without the period."""
+    """Decode a gateway's demand report, the inverse of `demand_to_pb`, without the period."""
     return [
         ModelDemand(
             d.model,
@@ -86,5 +86,5 @@ def work_to_pb(work: ComputedWork) -> pb.Work:
 
 
 def work_from_pb(work: pb.Work) -> ComputedWork:
-    """The inverse of work_to_pb."""
+    """Decode the work that an engine has done, the inverse of `work_to_pb`."""
     return ComputedWork(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)

@@ -1,4 +1,4 @@
-"""Dialing gateways: reconnect with growing pauses, and send heartbeats from a thread."""
+"""Connections to gateways: reconnects with growing pauses, and heartbeats sent from a thread."""
 
 from __future__ import annotations
 
@@ -44,28 +44,29 @@ class Timing:
 
     beat_s: float = 0.1
     silence_s: float = 5.0
-    """Time without a beat or message after which a worker considers its gateway lost, and a gateway a worker that has
-    not sent a beat yet."""
+    """Time without a beat or message after which a worker considers its gateway lost. A gateway applies the same time
+    to a worker that has not sent a beat yet."""
     hang_s: float = 0.5
-    """Time, or five engine steps if longer, after which a gateway considers a stalled worker lost (liveness.py)."""
+    """Time after which a gateway considers a stalled worker lost; five engine steps if they take longer
+    (liveness.py)."""
     redial_min_s: float = 0.1
     redial_max_s: float = 2.0
     welcome_s: float = 5.0
 
 
 class LinkEnded(Exception):
-    """A session with the other side has ended; the message is the reason."""
+    """Error: a session with the other side has ended; the message is the reason."""
 
 
 def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    """A channel with its own TCP connection to `host:port`. Raises LinkEnded if the TLS files cannot be read."""
+    """Open a channel with its own TCP connection to `host:port`. Raises LinkEnded if the TLS files cannot be read."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
 
 
 def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    """Credentials from the files' current content: a reconnect uses a renewed certificate."""
+    """Return credentials made from the current content of the files, so that a reconnect uses a renewed certificate."""
     try:
         return tls.channel_credentials()
     except ValueError as error:  # the files may be half renewed: the next attempt reads them again
@@ -88,17 +89,18 @@ async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcC
 
 
 async def read(call: Any) -> Any:
-    """Return the next message of a stream, None at its end (the stubs type grpc.aio.EOF as plain object)."""
+    """Return the next message of a stream, or None at the end of the stream (the stubs type grpc.aio.EOF as plain
+    object)."""
     message = await call.read()
     return None if message is grpc.aio.EOF else message
 
 
 async def wait_first(parts: list[asyncio.Task[None]]) -> None:
-    """Wait until the first of the tasks ends, and raise its exception.
+    """Wait until the first of the tasks ends, and raise the exception of that task.
 
-    An exception refers to the frames it passes through. If such a frame referred to the task, that cycle would keep the
-    session's connections open until the garbage collector runs. So this frame deletes its references, and the caller
-    clears `parts` at the end.
+    An exception refers to the frames that it passes through. If such a frame referred to the task, the cycle would keep
+    the session's connections open until the garbage collector runs. So this function deletes its references to the
+    tasks, and the caller clears `parts` at the end.
     """
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     try:
@@ -114,7 +116,8 @@ async def keep_dialing(
     timing: Timing,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run `session(address)` repeatedly while `wanted()`; the pause grows while sessions end at once."""
+    """Run `session(address)` repeatedly while `wanted()` is true. The pause between sessions grows while sessions end
+    at once."""
     pause_s = timing.redial_min_s
     logged_reason = ""
     while wanted():
@@ -140,9 +143,10 @@ async def keep_dialing(
 
 
 class HeartbeatSender:
-    """The heartbeats of one link, sent from separate threads that a blocked event loop or engine step does not delay.
+    """The heartbeats of one link, sent from separate threads. A blocked event loop or engine step does not delay the
+    threads.
 
-    `beat(seq)` builds a beat from plain attributes that the engine loop sets; it must not block.
+    `beat(seq)` builds a beat from plain attributes that the engine loop sets; the function must not block.
     """
 
     def __init__(
@@ -172,7 +176,7 @@ class HeartbeatSender:
             for _ in stub.Beat(self._beats()):
                 self.last_heard = time.monotonic()
         except grpc.RpcError:
-            pass  # the turn stream ends the link; it checks `silent_s`
+            pass  # the turn stream checks `silent_s` and ends the link
         except ValueError:
             pass  # the channel was closed before the first beat
 

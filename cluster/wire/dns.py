@@ -1,8 +1,9 @@
-"""`srv://_link._tcp.NAME`: gateways behind a DNS name, which is resolved again every few seconds.
+"""Gateways behind a DNS name `srv://_link._tcp.NAME`, which is resolved again every few seconds.
 
-For such a name of a headless Service, Kubernetes answers with the ports and names of its pods, including those that are
-not ready. An answer replaces the one before. Without an answer the last one stays valid: dialing a gateway in vain
-costs little, and forgetting one loses its calls. NXDOMAIN and an empty record set count as answers.
+For such a name of a headless Service, Kubernetes answers with the ports and names of the Service's pods, including pods
+that are not ready. An answer replaces the previous answer. Without a new answer the last answer stays valid: dialing a
+gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set count as
+answers.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ log = structlog.get_logger("link")
 
 SCHEME = "srv://"
 LOOKUP_INTERVAL_S = 3.0
-"""Interval of lookups: the time until a new gateway gets its first link."""
+"""Interval of lookups in seconds: the time until a new gateway gets its first link."""
 ANSWER_S = 5.0
 
 Resolve = Callable[[str], Awaitable[tuple[str, ...]]]
 
 
 class NoAnswer(Exception):
-    """A DNS name could not be resolved; the message is the reason."""
+    """Error: a DNS name could not be resolved; the message is the reason."""
 
 
 def is_dns_name(gateway: str) -> bool:
@@ -37,7 +38,7 @@ def is_dns_name(gateway: str) -> bool:
 async def resolve(
     name: str, resolver: dns.asyncresolver.Resolver | None = None, answer_s: float = ANSWER_S
 ) -> tuple[str, ...]:
-    """Resolve a name to the sorted `host:port` of its gateways; relative names use the machine's search domains.
+    """Resolve a name to the `host:port` of each gateway, sorted. Relative names use the machine's search domains.
 
     Raises NoAnswer.
     """
@@ -58,7 +59,8 @@ async def keep_resolving(
     lookup: Resolve = resolve,
     interval_s: float = LOOKUP_INTERVAL_S,
 ) -> None:
-    """Call `on_change` with the gateways behind the entry `srv://...` whenever they change; until cancelled."""
+    """Call `on_change` with the gateways behind the entry `srv://...` whenever the gateways change. Runs until
+    cancelled."""
     name = gateway.removeprefix(SCHEME)
     known: tuple[str, ...] | None = None
     logged_error = ""

@@ -1,12 +1,13 @@
-"""Usage of ended requests that a worker keeps until a gateway confirms that the ledger's database has it.
+"""Usage of ended requests that a worker keeps until a gateway confirms that the ledger's database has the usage.
 
-Guarantee: a request arrives with its sealed open record. It runs, or its usage is kept here, until an acknowledgement
-names it, and gateways acknowledge only after the database has committed. So losing any number of gateways with their
-disks loses no record. Each record is assigned to one link at a time. When that link ends, or does not acknowledge for
-long, the record is assigned to another. A repeated record writes the same row, so repeating costs only work.
+Guarantee: a request arrives at the worker with its sealed open record. The request runs, or its usage is kept here,
+until an acknowledgement names the record. Gateways acknowledge only after the database has committed. So no record is
+lost, however many gateways are lost with their disks. Each record is assigned to one link at a time. When that link
+ends, or does not acknowledge for long, the record is assigned to another link. A repeated record writes the same row,
+so repeating costs only work.
 
-Beyond `max_records` the oldest records are dropped and counted (if the database is down for long; the gateways' spools
-have them too). The classes are pure: no clock, no I/O.
+Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for long, and
+the gateways' spools have the records too. The classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ MAX_PER_MESSAGE = 500
 
 @dataclass(slots=True)
 class EndedUsage:
-    """Usage of one ended request; `sealed` is its open record, which only gateways can decrypt. Times in seconds.
+    """Usage of one ended request, with times in seconds. `sealed`: the open record, which only gateways can decrypt.
 
-    `written_tokens`: generated tokens sent to the gateway that had sent the request. `earlier_tokens`: tokens of the
-    same record that other workers generated before. A record with `idle_id` is the replica's idle time since
-    `idle_since_s` (epoch) and belongs to no call.
+    `written_tokens`: generated tokens that were sent to the gateway from which the request came. `earlier_tokens`:
+    tokens of the same record that other workers generated before. If `idle_id` is set, the record is the replica's idle
+    time since `idle_since_s` (epoch) and belongs to no call.
     """
 
     sealed: bytes
@@ -55,14 +56,15 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class KeeperStatistics:
-    """Numbers of kept and of dropped records."""
+    """The numbers of records that are kept and that were dropped."""
 
     kept: int
     dropped: int
 
 
 class UsageKeeper:
-    """Usage of ended requests, by key. Links are numbered from 1, and numbers are not reused; 0 means no link."""
+    """The kept usage of ended requests, by key. Links are numbered from 1, and numbers are not reused; 0 means no
+    link."""
 
     def __init__(self, max_records: int = MAX_RECORDS, patience_s: float = PATIENCE_S) -> None:
         self._max_records = max_records
@@ -73,16 +75,17 @@ class UsageKeeper:
         self._dropped = 0
 
     def statistics(self) -> KeeperStatistics:
-        """Return current numbers."""
+        """Return the current numbers of records."""
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """Add a link to a gateway that keeps accounts; it gets the records that have no link."""
+        """Add a link to a gateway that keeps accounts. The link gets the records that have no link."""
         self._due[link] = deque()
         self._assign(kept for kept in self._kept.values() if not kept.link)
 
     def detach(self, link: int, unwritten: Mapping[int, int]) -> None:
-        """Remove a link, and reassign its unacknowledged records. `unwritten`: tokens by slot that were never sent."""
+        """Remove a link and reassign the records that were not acknowledged. `unwritten`: numbers of tokens never sent
+        on the link, by slot."""
         self._due.pop(link, None)
         if unwritten:
             for kept in self._kept.values():
@@ -94,7 +97,8 @@ class UsageKeeper:
         self._assign(unassigned)
 
     def keep(self, usage: EndedUsage, origin: int, slot: int = 0) -> int:
-        """Keep an ended request's usage; returns its key. It is assigned to link `origin` if attached, else to any."""
+        """Keep an ended request's usage and return its key. The record is assigned to link `origin` if that link is
+        attached, else to any link."""
         self._last_key += 1
         usage.key = self._last_key
         kept = self._kept[usage.key] = _Kept(usage, origin, slot)
@@ -119,12 +123,12 @@ class UsageKeeper:
         return out
 
     def acknowledge(self, keys: Iterable[int]) -> None:
-        """Drop records that are in the database; any link may report them."""
+        """Drop records that are in the database. Any link may acknowledge any record."""
         for key in keys:
             self._kept.pop(key, None)
 
     def reassign_late(self, now: float) -> list[int]:
-        """Reassign records that were sent long ago and not acknowledged. Returns the links that got some."""
+        """Reassign records that were sent long ago and not acknowledged. Returns the links that got records."""
         if len(self._due) < 2:
             return []
         late = []

@@ -1,4 +1,5 @@
-"""Conversion of fair-queue and tenant types between cluster.policy and link.v1; the counterpart of codec.py."""
+"""Conversion of fair-queue and tenant types between cluster.policy and link.v1. codec.py does the same for
+cluster.api."""
 
 from __future__ import annotations
 
@@ -17,21 +18,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WeightedValue(Generic[T]):
-    """A value with its tenant's weight, which the receiver may not know."""
+    """A value of one tenant, with the tenant's weight, which the receiver may not know."""
 
     value: T
     weight: float
 
 
 class FlowBacklog(NamedTuple):
-    """One tenant's backlog in one priority class."""
+    """The backlog of one tenant in one priority class."""
 
     flow: FlowKey
     backlog: Backlog
 
 
 def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
-    """Add the sequence's tenant and charge to a Submit; its class rank is already the request's priority."""
+    """Add a sequence's tenant and charge to a Submit. The class rank is already in the Submit, as the request's
+    priority."""
     waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
@@ -40,7 +42,8 @@ def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """Encode a backlog. `kept`: part of `claim` with KV blocks on this worker. `flows`: None if another gets them."""
+    """Encode a backlog. `kept`: the part of `claim` whose KV blocks are on this worker. `flows`: None if the message
+    reports no flows."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,
@@ -60,7 +63,7 @@ def _flows(flows: Iterable[WeightedValue[FlowBacklog]]) -> Iterator[pb.FlowBackl
 
 
 def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBacklog]]:
-    """Decode tenant backlogs."""
+    """Decode the backlogs of tenants."""
     return [
         WeightedValue(
             FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, _amount(m.service))), _weight(m.weight)
@@ -70,12 +73,12 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
 
 
 def peer_backlogs_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
-    """Encode other gateways' backlogs, by gateway."""
+    """Encode the backlogs of other gateways, by gateway."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 
 def peer_backlogs_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
-    """The inverse of elsewhere_to_pb."""
+    """Decode other gateways' backlogs, the inverse of `peer_backlogs_to_pb`."""
     return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
 
 
@@ -96,7 +99,7 @@ def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
 
 
 def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
-    """The inverse of served_to_pb."""
+    """Decode a worker's totals of served tokens, the inverse of `served_to_pb`."""
     return [
         WeightedValue(
             ServedTotal(f.rank, f.tenant_handle, _amount(f.total), _amount(f.by_this_link)), _weight(f.weight)
@@ -106,12 +109,13 @@ def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
 
 
 def _weight(weight: float) -> float:
-    """A valid weight: positive and finite; 1 in place of an invalid one."""
+    """Return a valid weight: `weight` if it is positive and finite, else 1."""
     return weight if 0 < weight < float("inf") else 1.0
 
 
 def _amount(value: float) -> float:
-    """A number of weighted tokens. Raises ValueError if it is not finite, which would spoil all sums with it."""
+    """Return a number of weighted tokens. Raises ValueError if the number is not finite, since such a number would
+    spoil all sums."""
     if not isfinite(value):
         raise ValueError(f"weighted tokens must be a finite number, got {value}")
     return value

@@ -1,4 +1,5 @@
-"""Recently ended engines with their reasons: workers report them to gateways, gateways to the controller."""
+"""The engines that ended recently, with the reasons. Workers report ended engines to gateways, and gateways to the
+controller."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MAX_KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class LostEngine:
-    """The end of one engine. `at_s`: seconds since the epoch."""
+    """The end of one engine. `at_s`: time of the end, in seconds since the epoch."""
 
     worker_id: str
     incarnation: str
@@ -28,13 +29,13 @@ class LostEngine:
 
 
 class LostEngines:
-    """A gateway's list of recently ended engines."""
+    """A gateway's list of the engines that ended recently."""
 
     def __init__(self) -> None:
         self._kept: deque[LostEngine] = deque(maxlen=MAX_KEPT)
 
     def add(self, worker: WorkerIdentity, reason: str, at_s: float) -> None:
-        """Record an engine's end."""
+        """Record the end of an engine."""
         self._kept.append(
             LostEngine(
                 worker.worker_id,
@@ -49,13 +50,13 @@ class LostEngines:
         )
 
     def recent(self, now_s: float) -> list[LostEngine]:
-        """The ends of the last KEPT_S seconds, oldest first."""
+        """The engines that ended in the last KEPT_S seconds, oldest first."""
         while self._kept and self._kept[0].at_s < now_s - KEPT_S:
             self._kept.popleft()
         return list(self._kept)
 
     def to_pb(self, now_s: float) -> list[pb.LostEngine]:
-        """Encode the recent ends for the controller."""
+        """Encode the engines that ended recently, for the controller."""
         return [
             pb.LostEngine(
                 worker_id=engine.worker_id,
@@ -72,7 +73,7 @@ class LostEngines:
 
 
 def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
-    """The inverse of `LostEngines.to_pb`."""
+    """Decode ended engines, the inverse of `LostEngines.to_pb`."""
     return [
         LostEngine(
             engine.worker_id,
@@ -89,7 +90,7 @@ def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
 
 
 def merge_reports(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
-    """The reports of several gateways: each engine once, with the earliest report, oldest first."""
+    """Merge the reports of several gateways: each engine once, with its earliest report, oldest first."""
     ends: dict[str, LostEngine] = {}
     for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):
         ends.setdefault(engine.incarnation, engine)

@@ -1,6 +1,7 @@
 """Outgoing messages of one link, merged until the link's writer sends them, so that no sender waits for a link.
 
-If a gateway stops reading, its bounded outbox fills, and only that link is closed."""
+If a gateway stops reading, the bounded outbox for that gateway fills, and only that gateway's link is closed.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from cluster.wire.ended_requests import MAX_PER_MESSAGE, EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, peer_backlogs_to_pb, served_to_pb
 
 MESSAGE_BYTES = 4 << 20
-"""Size of the Submits in one message to a worker; far below what a worker accepts."""
+"""Maximum size in bytes of the Submits in one message to a worker; a worker accepts far larger messages."""
 
 
 class Outbox:
-    """A worker's messages for one gateway. `full` when more than `max_tokens` token ids wait."""
+    """A worker's outgoing messages for one gateway. The outbox is `full` when more than `max_tokens` token ids wait."""
 
     def __init__(self, max_tokens: int = 65_536) -> None:
         self._max_tokens = max_tokens
@@ -40,45 +41,47 @@ class Outbox:
         self._engine_ended = ""
         self.acked_seq = 0
         self.sent_seq = 0
-        """Number of messages taken."""
+        """Number of messages that `next_message` has returned."""
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
-        """Source of ended requests' usage for each message; if it returns the maximum, another message follows."""
+        """Function that returns ended requests' usage for the next message. If the function returns the maximum,
+        another message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
-        """Add the output of one step; `flush` wakes the writer after the step."""
+        """Add a request's output in one step. `flush` wakes the writer after the step."""
         if self._columns is None:
             self._columns = StepColumns()
         self._columns.add(slot, output)
 
     def accepted(self, slot: int) -> None:
-        """Add that the engine accepted a Submit; sent with the first tokens or the next beat."""
+        """Add a report that the engine accepted a Submit. The report is sent with the first tokens or the next beat."""
         self._accepted.append(pb.Accepted(slot=slot))
 
     def refused(self, slot: int, reason: str, message: str, field: str) -> None:
-        """Add that the engine refused a Submit."""
+        """Add a report that the engine refused a Submit."""
         self._refused.append(pb.Refused(slot=slot, reason=reason, message=wire_text(message), field=wire_text(field)))
         self.flush()
 
     def grant(self, grant: Grant) -> None:
-        """Set the new limits; replaces unsent ones."""
+        """Set the link's new credit limits, in place of limits that were not sent yet."""
         self._grant = grant
         self.flush()
 
     def load(self, load: EngineLoad) -> None:
-        """Set the worker's load; replaces an unsent one. Does not wake the writer."""
+        """Set the worker's load, in place of a load that was not sent yet. Does not wake the writer."""
         self._load = load
 
     def work(self, work: ComputedWork) -> None:
-        """Set the engine's computed work; replaces an unsent one. Does not wake the writer."""
+        """Set the engine's computed work, in place of work that was not sent yet. Does not wake the writer."""
         self._work = work
 
     def drain_state(self, standing: pb.Standing) -> None:
-        """Set the drain state; replaces an unsent one."""
+        """Set the worker's drain state, in place of a state that was not sent yet."""
         self._standing = standing
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals; replaces unsent ones of the same flow. An empty call sends an empty report."""
+        """Set the served totals, in place of unsent totals of the same flows. A call without totals sends an empty
+        report."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -86,26 +89,26 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Set another gateway's backlog; replaces an unsent one."""
+        """Set the backlog of another gateway, in place of a backlog that was not sent yet."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Add the link's last message: the reason why the worker's engine has ended."""
+        """Add the last message of the link: the reason why the worker's engine has ended."""
         self._engine_ended = why
         self.flush()
 
     def flush(self) -> None:
-        """Wake the writer."""
+        """Wake the link's writer."""
         self._wake.set()
 
     @property
     def full(self) -> bool:
-        """Whether too many tokens wait: the other side has stopped reading."""
+        """Whether too many tokens wait, because the gateway has stopped reading."""
         return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
 
     async def next_message(self) -> pb.WorkerTurn:
-        """Wait for a wake-up, then return everything collected as one message."""
+        """Wait for a wake-up, then return everything collected until then as one message."""
         await self._wake.wait()
         self._wake.clear()
         self.sent_seq += 1
@@ -145,7 +148,7 @@ class Outbox:
         return message
 
     def unwritten(self) -> dict[int, int]:
-        """Unsent tokens by slot."""
+        """The numbers of unsent tokens, by slot."""
         counts: dict[int, int] = {}
         if self._columns is not None:
             for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
@@ -169,17 +172,17 @@ class CommandBox:
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
-        """Add a request for the engine."""
+        """Add a Submit, which is a request for the engine."""
         self._submits.append(submit)
         self._wake.set()
 
     def aborts(self, slots: Sequence[int]) -> None:
-        """Add requests to abort."""
+        """Add the slots of requests that the engine must abort."""
         self._aborts.extend(slots)
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """Set the backlog for this worker's model; keeps the unsent flows if the new one has none."""
+        """Set the backlog for the worker's model. Unsent flows are kept if the new backlog has no flows."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             unsent = self._backlog
             unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens
@@ -189,12 +192,12 @@ class CommandBox:
         self._wake.set()
 
     def fetch(self, digest: str) -> None:
-        """Request a tokenizer bundle."""
+        """Request a tokenizer bundle from the worker."""
         self._fetch.append(digest)
         self._wake.set()
 
     def grant_ack(self, grant_id: int) -> None:
-        """Acknowledge a Credit."""
+        """Acknowledge a Credit message."""
         self._grant_ack = grant_id
         self._wake.set()
 
@@ -204,17 +207,17 @@ class CommandBox:
         self._wake.set()
 
     def takeover(self, call: str, generation: int) -> None:
-        """Report that a call was resumed: the worker ends its older generations."""
+        """Report that a call was resumed, so that the worker ends older generations of the call."""
         self._takeovers.append(pb.Takeover(call=call, generation=generation))
         self._wake.set()
 
     def command(self, command: pb.Command) -> None:
-        """Add an operator's command."""
+        """Add an operator's command for the worker."""
         self._commands.append(command)
         self._wake.set()
 
     async def next_message(self) -> pb.GatewayTurn:
-        """Wait for a wake-up, then return everything collected as one message."""
+        """Wait for a wake-up, then return everything collected until then as one message."""
         await self._wake.wait()
         self._seq += 1
         submits = self._next_submits()
@@ -232,13 +235,14 @@ class CommandBox:
             message.fetch_bundle.digest = self._fetch.pop(0)
         if not self._fetch and not self._submits:
             self._wake.clear()
-        if not self._submits:  # an abort must not overtake its Submit
+        if not self._submits:  # an abort must not overtake the Submit of the same request
             self._aborts = []
         self._backlog, self._usage_acks, self._commands, self._takeovers = None, [], [], []
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:
-        """The Submits for one message, at least one; the rest go into the next, so that no message is too large."""
+        """Remove and return the Submits for one message, at least one. The rest go into the next message, so that no
+        message is too large."""
         if len(self._submits) == 1:
             submits, self._submits = self._submits, []
             return submits

@@ -1,4 +1,4 @@
-"""Certificate files of one side of a link, and gRPC credentials made from them. TLS is mutual."""
+"""The certificate files of one side of a link, and gRPC credentials made from the files. TLS is mutual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files: this side's certificate chain and key, and the CA certificates for the other side's."""
+    """The PEM files of one side of a link: this side's certificate chain and key, and the CA certificates that verify
+    the other side."""
 
     cert_file: Path
     key_file: Path
@@ -27,7 +28,7 @@ class TlsFiles:
         return parts[0], parts[1], parts[2]
 
     def context(self) -> ssl.SSLContext:
-        """An SSL context for asyncio connections. Raises ValueError."""
+        """Create an SSL context for asyncio connections. Raises ValueError."""
         authority = self._read()[2]
         try:
             context = ssl.create_default_context(cadata=authority.decode("ascii", "replace"))
@@ -38,6 +39,6 @@ class TlsFiles:
         return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """gRPC credentials of the dialing side. Raises ValueError."""
+        """Create gRPC credentials for the dialing side. Raises ValueError."""
         cert, key, authority = self._read()
         return grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=cert)

@@ -1,4 +1,4 @@
-"""A model version as the admin API reports it, for the gateway and the controller alike."""
+"""Status of a model version in the admin API's form, for the gateway and the controller alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cluster.api.types import VersionShare
 
 
 def version_status(share: VersionShare) -> pb.VersionStatus:
-    """Return a version's status as the admin API reports it."""
+    """Return the status of a model version in the admin API's form."""
     return pb.VersionStatus(
         version=share.version,
         weight=share.weight,

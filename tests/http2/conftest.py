@@ -1,4 +1,4 @@
-"""A server with one method of each kind, in bytes, on a free port."""
+"""An echo server on a free port, with one method of each kind. The messages are plain bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVICE = "test.Echo"
 
 @dataclass
 class Seen:
-    """Requests, metadata and cancellations that the handlers saw."""
+    """The metadata, starts, cancellations and writes that the handlers recorded."""
 
     metadata: list[tuple[str, str | bytes]] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -33,7 +33,7 @@ class Seen:
 
 @dataclass
 class Echo:
-    """A running server."""
+    """A running echo server."""
 
     server: http2.Server
     port: int
@@ -41,7 +41,7 @@ class Echo:
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """The server's address, as `host:port`."""
         return f"127.0.0.1:{self.port}"
 
 
@@ -72,7 +72,7 @@ class _Methods:
         return b""
 
     async def many(self, request: bytes, context: Any) -> None:
-        """Send `count x size` messages, each filled with its number's last byte."""
+        """Send `count` messages of `size` bytes. Each byte of a message is the message's number modulo 251."""
         count, size = map(int, request.split(b"x"))
         for i in range(count):
             await context.write(bytes([i % 251]) * size)
@@ -115,7 +115,7 @@ async def _serve(
 
 
 def _as_bytes(handler: Any) -> Any:
-    """A handler without serializers, which receives and returns bytes."""
+    """Return the handler without serializers, so that it receives and returns bytes."""
     return handler._replace(request_deserializer=bytes, response_serializer=bytes)
 
 
@@ -124,5 +124,5 @@ Serve = Callable[..., AbstractAsyncContextManager[Echo]]
 
 @pytest.fixture
 def serve() -> Serve:
-    """Start a server: `async with serve(limits, tls) as echo`."""
+    """Return a function that starts a server: `async with serve(limits, tls) as echo`."""
     return _serve

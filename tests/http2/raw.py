@@ -1,4 +1,4 @@
-"""An HTTP/2 client for what grpc's client never does: small windows, floods, silence."""
+"""An HTTP/2 client for behavior that grpc's client never shows: small windows, floods, silence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from h2.settings import SettingCodes, Settings
 
 
 class Raw:
-    """A connection; `events` holds all received events."""
+    """A client connection. `events` holds all received events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer
@@ -33,7 +33,7 @@ class Raw:
         self.eof = False
 
     async def flush(self) -> None:
-        """Send what h2 has prepared."""
+        """Send the bytes that h2 has prepared."""
         self._writer.write(self.h2.data_to_send())
         await self._writer.drain()
 
@@ -43,7 +43,7 @@ class Raw:
         await self._writer.drain()
 
     async def receive(self, *, acknowledge: bool = True) -> None:
-        """Read once, and return the received bytes to the windows."""
+        """Read once, and return the received bytes to the flow-control windows if `acknowledge` is true."""
         raw = await self._reader.read(65_536)
         if not raw:
             self.eof = True
@@ -60,7 +60,7 @@ class Raw:
     async def call(
         self, method: str, message: bytes | None, *, end: bool = True, service: str = "test.Echo", **headers: str
     ) -> int:
-        """Open a stream; returns its id."""
+        """Open a stream and return the stream's id."""
         stream_id = self.h2.get_next_available_stream_id()
         fields = {"content-type": "application/grpc", "te": "trailers"} | headers
         head = [(":method", "POST"), (":scheme", "http"), (":path", f"/{service}/{method}"), (":authority", "test")]
@@ -71,7 +71,7 @@ class Raw:
         return stream_id
 
     async def until_ended(self, stream_id: int) -> dict[str, str]:
-        """Read until the stream has ended; returns its trailers."""
+        """Read until the stream has ended, and return the stream's trailers."""
         while not self.eof:
             for event in self.events:
                 if isinstance(event, StreamEnded | StreamReset) and event.stream_id == stream_id:
@@ -88,13 +88,13 @@ class Raw:
 
     @property
     def goaway(self) -> ConnectionTerminated | None:
-        """The last received GOAWAY."""
+        """The last received GOAWAY; None if no GOAWAY was received."""
         return next((e for e in reversed(self.events) if isinstance(e, ConnectionTerminated)), None)
 
 
 @asynccontextmanager
 async def raw_client(port: int, window: int = 65_535) -> AsyncIterator[Raw]:
-    """A connected client whose streams have this window."""
+    """Connect a client whose streams have a receive window of `window` bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     raw = Raw(reader, writer, window)
     await raw.flush()

@@ -1,4 +1,4 @@
-"""The client against this server, grpc's own server, and servers that close or stay silent."""
+"""The gRPC client is tested against this server, grpc's own server, and servers that close or stay silent."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CODE = grpc.StatusCode
 
 
 def open_call(client: GrpcClient, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
-    """A call of the echo server, in bytes."""
+    """Open a call of a method of the echo server, with messages as bytes."""
     return client.call(f"/{SERVICE}/{method}", bytes, bytes, metadata)
 
 
 async def answers_to(client: GrpcClient, method: str, request: bytes) -> list[bytes]:
-    """All answers to one request."""
+    """Return all answers to one request."""
     call = open_call(client, method)
     call.send(request)
     call.done_writing()
@@ -31,7 +31,7 @@ async def answers_to(client: GrpcClient, method: str, request: bytes) -> list[by
 
 
 async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
-    """Requests, answers and metadata arrive whole, over one connection for many calls."""
+    """Requests, answers and metadata arrive whole when one connection carries many calls."""
     async with serve() as echo, await connect(echo.address) as client:
         call = open_call(client, "One", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
         call.send(b"hello")
@@ -46,7 +46,7 @@ async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
 
 
 async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Received frames are never serialized again, as h2 does for a disabled debug log."""
+    """A received frame is never serialized again, although h2 by default does so for a disabled debug log."""
 
     def again(frame: DataFrame) -> bytes:
         assert not frame.data, f"a frame of {frame.body_len} bytes is serialized once more"
@@ -58,7 +58,7 @@ async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: py
 
 
 async def test_a_status_is_told(serve: Serve) -> None:
-    """Errors raise CallEnded: an abort with its details, an unknown method, an answer beyond the size limit."""
+    """An abort, an unknown method and an answer beyond the size limit raise CallEnded with the status."""
     async with serve() as echo, await connect(echo.address, max_message_bytes=1000) as client:
         with pytest.raises(CallEnded) as aborted:
             await answers_to(client, "One", b"abort")
@@ -73,7 +73,7 @@ async def test_a_status_is_told(serve: Serve) -> None:
 
 
 async def test_more_than_the_windows_hold(serve: Serve) -> None:
-    """A writer waits for window space, and what was sent comes back whole and in order."""
+    """A writer waits until the flow-control windows have room, and all messages come back whole and in order."""
     async with serve() as echo, await connect(echo.address, window_bytes=100_000) as client:
         answers = await answers_to(client, "Many", b"300x5000")
         assert answers == [bytes([i % 251]) * 5000 for i in range(300)]
@@ -91,7 +91,7 @@ async def test_more_than_the_windows_hold(serve: Serve) -> None:
 
 
 async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
-    """The server's handler ends; the connection and its other calls continue."""
+    """When a client cancels a call, the server's handler ends, and the connection continues with other calls."""
     async with serve() as echo, await connect(echo.address) as client:
         call = open_call(client, "Forever")
         call.send(b"")
@@ -106,7 +106,8 @@ async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
 
 
 async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> None:
-    """Pending reads and writes raise CallEnded, and no further call can be opened."""
+    """When the server goes away, pending reads and further writes raise CallEnded, and no further call can be
+    opened."""
     async with serve() as echo, await connect(echo.address) as client:
         call = open_call(client, "Back")
         await call.write(b"there")
@@ -124,7 +125,7 @@ async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> No
 
 
 async def test_a_silent_server_is_given_up() -> None:
-    """An open connection that answers no ping ends its calls."""
+    """When a server answers no ping on an open connection, the client ends the connection's calls."""
     held: list[Any] = []
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -142,7 +143,7 @@ async def test_a_silent_server_is_given_up() -> None:
 
 
 async def test_a_call_at_rest_stays(serve: Serve) -> None:
-    """A pong after the ping counts, however late the event loop handles it."""
+    """A pong that arrived in time counts as the answer to a ping, even if the event loop handles the pong late."""
     async with serve() as echo, await connect(echo.address, ping_s=0.02, ping_answer_s=0.1) as client:
         call = open_call(client, "Back")
         await call.write(b"there")
@@ -159,13 +160,13 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:
-    """Connecting to an unused port raises at once."""
+    """A connection attempt to an unused port raises ConnectionRefusedError at once."""
     with pytest.raises(ConnectionRefusedError):
         await connect(f"127.0.0.1:{unused_tcp_port}")
 
 
 async def test_grpcs_own_server() -> None:
-    """grpc's own server understands the client: trailers-only errors, streams both ways."""
+    """grpc's own server understands the client's calls: streams in both directions, and trailers-only errors."""
 
     async def back(messages: Any, context: Any) -> Any:
         async for message in messages:

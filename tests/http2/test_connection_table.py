@@ -1,4 +1,4 @@
-"""Properties of the connection table over sequences of arrivals, credentials, calls and ends."""
+"""Properties of the connection table hold over any sequence of arrivals, credentials, calls and ends."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NOW = count(step=10)
 
 @dataclass
 class Fake:
-    """A connection."""
+    """A fake connection for the connection table."""
 
     stage: ConnectionStage = ConnectionStage.GREETED
     requests: int = 0
 
     def evict(self) -> None:
-        """Nothing to end."""
+        """Do nothing: a fake connection has nothing to close."""
 
 
 def connection_of(held: ConnectionSlot) -> Fake:
@@ -51,7 +51,7 @@ def connection_of(held: ConnectionSlot) -> Fake:
 
 
 def arrive(pool: Pool, address: str) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-    """Admit a new connection."""
+    """Admit a new connection to the pool. Return the slots of the new connection and of the closed connection."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
     if held is not None:
@@ -60,14 +60,14 @@ def arrive(pool: Pool, address: str) -> tuple[ConnectionSlot | None, ConnectionS
 
 
 def calls(held: ConnectionSlot) -> None:
-    """Authenticate a connection and begin a call."""
+    """Authenticate a connection and begin a call on it."""
     held.mark_authenticated()
     connection_of(held).stage = ConnectionStage.CALLING
 
 
 @given(cap=st.integers(1, 40), events=EVENTS)
 def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tuple[str, int]]) -> None:
-    """Caps are never exceeded, and an authenticated connection with a call is never closed for another."""
+    """Caps are never exceeded, and an authenticated connection with a call is never closed for another connection."""
     pool, kept = Pool(cap), list[ConnectionSlot]()
     for kind, number in events:
         if kind == "arrive":
@@ -99,7 +99,7 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100), flood=st.integers(1, 300))
 def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap: int, flood: int) -> None:
-    """A tenant connects and stays connected despite a thousand idle connections of another address."""
+    """A tenant connects and stays connected despite hundreds of idle connections from another address."""
     pool = Pool(cap)
     for _ in range(flood):
         arrive(pool, "10.0.0.1")
@@ -116,7 +116,8 @@ def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap
 
 @given(cap=st.integers(4 * MIN_CONNECTIONS, 100))
 def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
-    """A tenant connects and stays although unauthenticated connections share its address, as behind one ingress."""
+    """A tenant connects and stays connected although unauthenticated connections share the tenant's address, as behind
+    one ingress."""
     pool = Pool(cap)
     for _ in range(300):
         arrive(pool, "10.0.0.1")
@@ -131,7 +132,8 @@ def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100))
 def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselves(cap: int) -> None:
-    """Idle authenticated connections make room, and a new connection has time to authenticate during a flood."""
+    """An idle authenticated connection makes room for a new connection, which then has time to authenticate during a
+    flood."""
     pool = Pool(cap)
     resting = [arrive(pool, f"10.0.{i}.1")[0] for i in range(cap)]
     for held in resting:
@@ -146,7 +148,7 @@ def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselve
 
 
 def test_a_port_full_of_calls_refuses() -> None:
-    """A port full of calls refuses a new connection rather than break a stream."""
+    """A port whose connections all have calls refuses a new connection and ends no call."""
     pool = Pool(16)
     for i in range(16):
         held, _ = arrive(pool, f"10.0.{i}.1")
@@ -156,7 +158,7 @@ def test_a_port_full_of_calls_refuses() -> None:
 
 
 def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
-    """An idle connection is closed before one whose tenant calls every second."""
+    """A connection that was idle since the last check is closed before a connection that had a call since then."""
     pool = Pool(16)
     held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
     for slot in held:
@@ -180,7 +182,7 @@ def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
 
 @given(stages=st.lists(st.sampled_from(ConnectionStage), min_size=16, max_size=16))
 def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[ConnectionStage]) -> None:
-    """Of one address's connections, the oldest at the earliest stage is closed first."""
+    """When all connections come from one address, the oldest connection at the earliest stage is closed first."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in stages if (h := arrive(pool, "10.0.0.1")[0]) is not None]
@@ -191,7 +193,7 @@ def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[Connection
 
 
 def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
-    """A new connection that was not read yet does not count as silent."""
+    """A new connection whose bytes were not read yet does not count as silent."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in range(16) if (h := pool.admit("10.0.0.1", 1.0)[0]) is not None]
@@ -210,7 +212,7 @@ def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100), every_s=st.floats(1e-5, 0.1))
 def test_a_full_port_changes_hands_no_faster_than_its_size_allows(cap: int, every_s: float) -> None:
-    """A full port limits its rate of replacements, so that slow clients have time to authenticate."""
+    """A full port limits the rate of replacements, so that slow clients have time to authenticate."""
     pool, now, victims = Pool(cap), 0.0, 0
     for i in range(3 * cap):
         now += every_s
@@ -220,7 +222,7 @@ def test_a_full_port_changes_hands_no_faster_than_its_size_allows(cap: int, ever
 
 
 def test_an_ipv6_subscriber_is_one_peer() -> None:
-    """Addresses of one IPv6 /64 share one part of a port."""
+    """All addresses of one IPv6 /64 prefix count as one address."""
     assert peer_of("2001:db8::1") == peer_of("2001:db8::ffff:2") != peer_of("2001:db8:0:1::1")
     assert peer_of("::ffff:10.0.0.1") == peer_of("10.0.0.1")
     assert peer_of("fe80::1%eth0") == peer_of("fe80::2%eth0")

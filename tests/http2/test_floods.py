@@ -1,4 +1,4 @@
-"""Floods of empty frames close a connection, unless bytes sent to the client justify them."""
+"""A flood of empty frames closes the connection, unless bytes sent to the client justify the frames."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ UNKNOWN = b"\x00\x00\x04\x77\x00\x00\x00\x00\x00abcd"
 
 
 def acknowledged(frame: Frame) -> bytes:
-    """A frame with the flag ACK."""
+    """Serialize a frame with the flag ACK."""
     frame.flags.add("ACK")
     return frame.serialize()
 
 
 def nothing(raw: Raw) -> Iterator[tuple[str, bytes]]:
-    """Empty frames by name; stream 1 is a running call, stream 3 an ended one."""
+    """Yield empty frames by name. Stream 1 is a running call, stream 3 an ended call."""
     yield "data", DataFrame(1).serialize()
     yield "data on a closed stream", DataFrame(3, b"x").serialize()
     yield "window update", WindowUpdateFrame(0, 1).serialize()
@@ -61,25 +61,25 @@ KINDS = [name for name, _ in nothing(None)]  # type: ignore[arg-type]
 
 
 async def settled(raw: Raw) -> None:
-    """Start a call on stream 1, and end one on stream 3."""
+    """Start a call on stream 1, and run a call on stream 3 to its end."""
     assert await raw.call("Forever", b"", end=False) == 1
     await raw.until_ended(await raw.call("One", b""))
 
 
 async def cut(raw: Raw, data: bytes) -> None:
-    """Send, and wait for the end of the connection."""
+    """Send `data` and wait for the end of the connection."""
     try:
         await raw.send(data)
         async with asyncio.timeout(10):
             while not raw.eof:
                 await raw.receive()
-    except ConnectionError:  # it was cut before all was sent
+    except ConnectionError:  # the connection was cut before all bytes were sent
         pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
-    """A client that sends only such frames gets a GOAWAY and loses its connection."""
+    """A client that sends only empty frames of one kind gets a GOAWAY, and the connection is closed."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         await cut(raw, dict(nothing(raw))[kind] * 1000)
@@ -90,7 +90,8 @@ async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
 
 
 async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
-    """Repeated GOAWAY frames close the connection even while a call runs; no reason is sent after a client's GOAWAY."""
+    """A client that repeats GOAWAY frames is cut, even while a call runs; the server then sends no GOAWAY with a
+    reason."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         await cut(raw, GoAwayFrame(0, additional_data=b"x" * 16_000).serialize() * 100)
@@ -98,7 +99,8 @@ async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
 
 
 async def test_resets_that_a_client_makes_the_server_send_are_its_own(serve: Serve) -> None:
-    """MadeYouReset: calls that the client makes the server reset, by too large a window, are charged to the client."""
+    """A call that the server must reset because the client enlarges the window too far is charged to the client
+    (MadeYouReset)."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             stream_id = await raw.call("Forever", b"")
@@ -115,7 +117,7 @@ async def test_resets_that_a_client_makes_the_server_send_are_its_own(serve: Ser
     [("Nothing", "x", "y"), ("One", "content-type", "text/plain"), ("One", "grpc-encoding", "lzma")],
 )
 async def test_refused_calls_are_charged(serve: Serve, method: str, name: str, value: str) -> None:
-    """Calls of unknown methods, other content types and unknown encodings are charged like resets."""
+    """A call with an unknown method, content type or encoding is charged like a reset."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             await raw.call(method, b"", end=True, **{name: value})
@@ -127,7 +129,8 @@ async def test_refused_calls_are_charged(serve: Serve, method: str, name: str, v
 
 @pytest.mark.parametrize(("part", "count"), [(b"", 17), (b"x" * 8000, 9)])
 async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: bytes, count: int) -> None:
-    """CONTINUATION frames without end, empty or large, close the connection before the block is buffered."""
+    """A header block with too many or too large CONTINUATION frames closes the connection before the block is
+    buffered."""
     async with serve() as echo, raw_client(echo.port) as raw:
         while not raw.events:
             await raw.receive()
@@ -139,7 +142,8 @@ async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: 
 
 @pytest.mark.parametrize("updates", [b"\x20" * 3, b"\x3f\x01" * 3])
 async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, updates: bytes) -> None:
-    """A third table size update closes the connection: the updates are costly to decode and not charged as fields."""
+    """A third table size update in a header block closes the connection: updates are costly to decode, and are not
+    charged as header fields."""
     async with serve() as echo, raw_client(echo.port) as raw:
         while not raw.events:
             await raw.receive()
@@ -151,7 +155,7 @@ async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, upda
 
 
 async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
-    """The frames after the cut in the same read are dropped, calls included."""
+    """When a connection is cut, all later frames of the same read are dropped, including frames that open calls."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         echo.seen.started.clear()
@@ -164,7 +168,7 @@ async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
 
 
 async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None:
-    """Two window updates and a ping for each token of 64 streams are not charged."""
+    """A client that sends two window updates and a ping for each token of 64 streams is not charged."""
     limits = http2.ServerLimits(resets_burst=20, resets_per_s=0.001)
     streams, tokens = 64, 200
     async with serve(limits) as echo, raw_client(echo.port) as raw:
@@ -186,7 +190,7 @@ async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None
 
 
 async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
-    """A client that grows the window byte by byte is cut, although each update lets a byte through."""
+    """A client that grows the window byte by byte is cut, although each update lets the server send a byte."""
     async with serve(LIMITS) as echo, raw_client(echo.port, window=1 << 30) as raw:
         stream_id = await raw.call("Many", b"100x10000")
         while len(raw.data.get(stream_id, b"")) < 65_535:
@@ -199,7 +203,7 @@ async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
 
 
 async def cut_or_go_on(raw: Raw, data: bytes) -> None:
-    """Send; True if the connection ended."""
+    """Send `data` and read once. Sets `raw.eof` if the connection has ended."""
     try:
         await raw.send(data)
         await raw.receive(acknowledge=False)

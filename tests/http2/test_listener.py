@@ -1,4 +1,4 @@
-"""Accepting connections within caps, over real sockets."""
+"""The listener accepts connections within the caps, over real sockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 @asynccontextmanager
 async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[list[asyncio.StreamReader]]:
-    """Open connections that send `data` and then nothing."""
+    """Open `count` connections that send `data` and then nothing."""
     made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
     try:
         for _, writer in made:
@@ -43,7 +43,7 @@ async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[l
 
 
 def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel with its own connection."""
+    """Open a channel with its own connection."""
     options = (("grpc.use_local_subchannel_pool", 1),)
     if credentials is not None:
         return grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options)
@@ -51,14 +51,15 @@ def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) ->
 
 
 async def call(channel: grpc.aio.Channel) -> bytes:
-    """Make one call."""
+    """Make one call and return the answer."""
     method: Any = channel.unary_unary(f"/{SERVICE}/One")
     return bytes(await method(b"hello", timeout=WAIT_S))
 
 
 @pytest.mark.parametrize("data", [b"", b"PRI * HT", PREFACE + SETTINGS], ids=["silent", "half a preface", "greeted"])
 async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, data: bytes) -> None:
-    """A client connects and stays connected beside idle connections; refusals are logged in one line a second."""
+    """A client connects and stays connected beside idle connections, and refusals are logged in at most one line a
+    second."""
     pool = Pool(CAP)
     with capture_logs() as lines:
         async with serve(None, None, http2.ConnectionAdmission(pool)) as echo, channel_to(echo.port) as first:
@@ -75,7 +76,8 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
 
 
 async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_path: Path) -> None:
-    """Connections stalled in the TLS handshake count against the cap and make room for others."""
+    """Connections that stall in the TLS handshake count against the cap, and are closed to make room for other
+    connections."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -96,7 +98,7 @@ async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_
 
 
 async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
-    """A full port refuses a new connection rather than break a running call."""
+    """When all connections of a full port have running calls, a new connection is refused and the calls continue."""
     async with serve(None, None, http2.ConnectionAdmission(Pool(2))) as echo:
         channels = [channel_to(echo.port) for _ in range(2)]
         streams: list[Any] = [channel.stream_stream(f"/{SERVICE}/Back")() for channel in channels]
@@ -117,7 +119,8 @@ async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
 
 
 async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(serve: Serve) -> None:
-    """When descriptors run out, one line is logged, the loop does not spin, and all clients are served later."""
+    """When descriptors run out, one line is logged, running connections are served, and all waiting clients are served
+    later."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     loop = asyncio.get_running_loop()
     with capture_logs() as lines:

@@ -1,4 +1,4 @@
-"""gRPC message framing, compression, timeouts and metadata."""
+"""gRPC's message framing, compression, timeouts and metadata are encoded and decoded correctly."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ messages = st.lists(st.binary(max_size=300), max_size=8)
 
 
 def framed(message: bytes, flag: int = 0) -> bytes:
-    """A message as sent on the wire."""
+    """Return a message as sent on the wire."""
     return bytes([flag]) + len(message).to_bytes(4, "big") + message
 
 
 @given(messages, st.data())
 def test_messages_come_out_however_they_are_cut(sent: list[bytes], data: st.DataObject) -> None:
-    """Any split of the wire's bytes gives the same messages, and all bytes are accounted for."""
+    """Any split of the bytes on the wire gives the same messages, and each byte belongs to a message or is buffered."""
     wire = b"".join(map(framed, sent))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=10)))
     assembler, got, size = Assembler(1000), [], 0
@@ -47,7 +47,7 @@ def test_messages_come_out_however_they_are_cut(sent: list[bytes], data: st.Data
 
 
 def received(wire: bytes, encoding: str = "identity", step: int = 100) -> list[bytes]:
-    """Decode messages of at most 1,000 bytes; compressed ones in steps of `step` bytes."""
+    """Decode messages of at most 1,000 bytes. Compressed messages are decoded in steps of `step` bytes."""
     out = []
     for message, _, compressed in Assembler(1000).add(wire):
         inflater = Inflater(message, encoding, 1000) if compressed else None
@@ -61,13 +61,13 @@ def received(wire: bytes, encoding: str = "identity", step: int = 100) -> list[b
 
 @given(st.binary(max_size=500), st.sampled_from(["gzip", "deflate"]), st.integers(1, 1000))
 def test_compressed_messages(message: bytes, encoding: str, step: int) -> None:
-    """Compressed messages decompress to the original, in steps of any size."""
+    """A compressed message is decompressed to the original message, in steps of any size."""
     packed = gzip.compress(message) if encoding == "gzip" else zlib.compress(message)
     assert received(framed(packed, 1), encoding, step) == [message]
 
 
 def test_a_step_ends_where_nothing_comes_out() -> None:
-    """A message of empty blocks is decompressed in steps too."""
+    """A compressed message that contains only empty blocks is decompressed in steps too."""
     empty_blocks = b"\x00\x00\x00\xff\xff" * 100_000
     inflater = Inflater(gzip.compress(b"")[:10] + empty_blocks, "gzip", 1000)
     for _ in range(len(empty_blocks) // INFLATE_BYTES + 1):
@@ -89,7 +89,7 @@ def test_a_step_ends_where_nothing_comes_out() -> None:
     ids=["announced", "bomb", "no-encoding", "unknown-flag", "garbage", "truncated"],
 )
 def test_what_is_no_message_is_refused(wire: bytes, encoding: str, too_large: bool) -> None:
-    """Malformed or too large messages, also after decompression, are refused before they take memory."""
+    """A message that is malformed, or too large before or after decompression, is refused before it takes memory."""
     with pytest.raises(BadMessage) as refused:
         received(wire, encoding)
     assert refused.value.too_large is too_large
@@ -97,14 +97,14 @@ def test_what_is_no_message_is_refused(wire: bytes, encoding: str, too_large: bo
 
 @given(st.integers(0, 99_999_999), st.sampled_from("HMSmun"))
 def test_timeouts(value: int, unit: str) -> None:
-    """Every unit of the protocol is parsed."""
+    """A timeout in any unit of the protocol is converted to seconds."""
     scale = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}[unit]
     assert timeout_s(f"{value}{unit}".encode()) == pytest.approx(value * scale)
 
 
 @pytest.mark.parametrize("wrong", [b"", b"1", b"S", b"-1S", b"123456789S", b"1.5S", b"1S "])
 def test_wrong_timeouts(wrong: bytes) -> None:
-    """Invalid timeouts raise ValueError."""
+    """An invalid timeout raises ValueError."""
     with pytest.raises(ValueError, match="grpc-timeout"):
         timeout_s(wrong)
 
@@ -115,7 +115,7 @@ def test_wrong_timeouts(wrong: bytes) -> None:
     )
 )
 def test_metadata_comes_back(metadata: list[tuple[str, str | bytes]]) -> None:
-    """Text and binary metadata survive a round trip."""
+    """Text and binary metadata are the same after encoding and decoding."""
     assert list(metadata_of(headers_of(metadata))) == metadata
 
 
@@ -129,7 +129,7 @@ def test_status_messages_are_printable_ascii() -> None:
     st.booleans(),
 )
 def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bool) -> None:
-    """hyperframe and hpack decode header fields of any size as they were, over any number of frames."""
+    """hyperframe and hpack decode our header fields unchanged, for fields of any size and any number of frames."""
     raw = memoryview(header_frames((7).to_bytes(4, "big"), NO_TABLE + block(fields), end_stream=end))
     data, flags = b"", []
     while raw:

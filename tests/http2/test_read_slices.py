@@ -1,4 +1,4 @@
-"""Large requests are parsed in turns: in order, a few in a pass, with errors isolated."""
+"""Large requests are parsed in turns: in order, a few per pass, and with errors isolated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12),
 
 
 class Costly:
-    """Readers whose frames advance a shared fake clock."""
+    """A shared fake clock that each parsed frame advances, and the names of the readers in the order of parsing."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,7 +23,7 @@ class Costly:
 
 
 class Reading:
-    """A reader of `Costly`."""
+    """A reader whose frames advance the clock of a `Costly`."""
 
     def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
         self._all, self._name, self._broken = all_of_them, name, broken
@@ -42,7 +42,8 @@ class Reading:
 
 @given(COSTS)
 def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[list[float]]) -> None:
-    """A pass exceeds its time by at most one slice, and each reader gets a slice before any gets its second."""
+    """A pass exceeds its time limit by at most one slice, and each reader gets a slice before any reader gets a second
+    slice."""
 
     async def play() -> None:
         costly = Costly()
@@ -64,7 +65,7 @@ def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[li
 
 
 def test_reads_at_once_take_their_share_and_no_more() -> None:
-    """Short reads are parsed at once until recent ones have used up a pass's time."""
+    """Short reads are parsed at once until recent reads have used up the time of one pass."""
     costly = Costly()
     turns = ReadTurns(lambda: costly.now)
     reads = [Reading(costly, name, [PASS_S / 4]) for name in range(6)]
@@ -75,7 +76,8 @@ def test_reads_at_once_take_their_share_and_no_more() -> None:
 
 
 async def test_what_one_meets_stops_no_other() -> None:
-    """A reader that raises loses only its own turn; the loop's exception handler gets the error."""
+    """A reader that raises an error stops no other reader, and the event loop's exception handler receives the
+    error."""
     contexts: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
     costly = Costly()

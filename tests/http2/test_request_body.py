@@ -1,4 +1,4 @@
-"""Request bodies: refused without a credential, delayed by the budget, and complete in the end."""
+"""Request bodies are refused without a credential, delayed by the budget, and completed in the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODE = grpc.StatusCode
 
 
 class KeyGate:
-    """A gate that admits `key: NAME` as tenant NAME, once `open` is set."""
+    """A gate that admits a call with metadata `key: NAME` as tenant NAME, once `open` is set."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -35,7 +35,7 @@ class KeyGate:
         self.asked = 0
 
     async def admit(self, call: Any) -> str | None:
-        """See Gate."""
+        """Admit or refuse a call, as Gate specifies."""
         self.asked += 1
         await self.open.wait()
         if call.path.endswith("/Many"):
@@ -50,7 +50,7 @@ class KeyGate:
 async def serving(
     bounds: ByteBounds, limits: http2.ServerLimits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
-    """A server with a gate and a budget, which must be empty at the end."""
+    """Start a server with a gate and a budget, and check that the budget is empty at the end."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
     async with _serve(limits, gate=gate, budget=budget) as echo:
         yield echo, gate, budget
@@ -65,7 +65,7 @@ async def greeted(raw: Raw) -> None:
 
 
 async def push(raw: Raw, stream_id: int, data: bytearray) -> None:
-    """Send as much as the windows allow."""
+    """Send as much of `data` as the flow-control windows allow."""
     while data and (room := raw.h2.local_flow_control_window(stream_id)) > 0:
         size = min(room, len(data), raw.h2.max_outbound_frame_size)
         raw.h2.send_data(stream_id, bytes(data[:size]))
@@ -74,7 +74,7 @@ async def push(raw: Raw, stream_id: int, data: bytearray) -> None:
 
 
 async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: float = 0.3) -> None:
-    """Send until the server's windows stay closed."""
+    """Send parts of all uploads until the server's flow-control windows stay closed."""
     with suppress(TimeoutError):
         while True:
             for stream_id, data in uploads.items():
@@ -83,19 +83,19 @@ async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: f
 
 
 def framed(message: bytes) -> bytearray:
-    """A message as sent on the wire."""
+    """Return a message as sent on the wire."""
     return bytearray(b"\x00" + len(message).to_bytes(4, "big") + message)
 
 
 async def test_a_wrong_key_is_refused_at_the_head() -> None:
-    """A call with a wrong key is refused before its body is received."""
+    """A call without a valid key is refused before the request body is received."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("One", None)
         assert (await raw.until_ended(stream_id))["grpc-status"] == str(CODE.UNAUTHENTICATED.value[0])
 
 
 async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
-    """Before a credential was accepted, all calls of a connection together send at most one window."""
+    """Before a credential was accepted, all calls of a connection together can send at most one window of bytes."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         await greeted(raw)
@@ -115,7 +115,7 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
-    """Unfinished request bodies of one tenant are bounded by the budget."""
+    """The budget limits the bytes of one tenant's unfinished requests, and short requests are accepted meanwhile."""
     async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}
@@ -130,7 +130,7 @@ async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
 
 
 async def test_a_message_without_a_credential_is_short() -> None:
-    """A method without credentials accepts only messages that fit one window."""
+    """A method that needs no credential accepts only messages that fit one window."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", None)
         raw.h2.send_data(stream_id, bytes(framed(bytes(100_000))[:1000]))
@@ -140,7 +140,7 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
-    """Calls beyond the limit of an unauthenticated connection are refused one by one."""
+    """On a connection without an admitted call, each call beyond the limit is refused, and the other calls continue."""
     limits = http2.ServerLimits(unauthenticated_calls=10)
     async with serving(ByteBounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
@@ -154,7 +154,7 @@ async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
 
 
 async def test_a_decompressed_message_counts() -> None:
-    """Decompressed messages count against the budget."""
+    """The size of a decompressed message counts against the budget."""
     bounds = ByteBounds(4 * MIB, 4 * MIB, 4 * MIB)
     packed = gzip.compress(bytes(3 * MIB))
     async with (
@@ -182,7 +182,7 @@ SIZES = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 400_000))
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.booleans())
 def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], streaming: bool) -> None:
-    """Any calls over one connection complete with a budget of one message."""
+    """Any set of calls over one connection completes with a budget of about one message."""
 
     async def play() -> None:
         async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):

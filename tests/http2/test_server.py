@@ -1,4 +1,4 @@
-"""The server with grpc's own client, and with misbehaving clients."""
+"""The server works with grpc's own client, and withstands misbehaving clients."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ CODE = grpc.StatusCode
 
 
 def unary_unary(channel: grpc.aio.Channel, method: str) -> Any:
-    """A unary method of the echo server, in bytes."""
+    """Return a unary method of the echo server, with messages as bytes."""
     return channel.unary_unary(f"/{SERVICE}/{method}")
 
 
 def unary_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """A method with a response stream, in bytes."""
+    """Return a method with a response stream, with messages as bytes."""
     return channel.unary_stream(f"/{SERVICE}/{method}")
 
 
 def stream_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """A method with streams both ways, in bytes."""
+    """Return a method with a request stream and a response stream, with messages as bytes."""
     return channel.stream_stream(f"/{SERVICE}/{method}")
 
 
 async def test_one_message_with_metadata(serve: Serve) -> None:
-    """Metadata arrives both ways, text and binary, and trailers arrive at the end."""
+    """Text and binary metadata arrive in both directions, and trailers arrive at the end."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "One")(b"hello", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
         assert await call == b"hello"
@@ -55,7 +55,8 @@ async def test_one_message_with_metadata(serve: Serve) -> None:
 
 
 async def test_errors_become_statuses(serve: Serve) -> None:
-    """Aborts, unexpected failures (without their text), unknown methods and malformed messages map to statuses."""
+    """An abort, an unexpected exception and an unknown method end the call with a status, and the exception's text is
+    not sent."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as aborted:
             await unary_unary(channel, "One")(b"abort")
@@ -71,13 +72,13 @@ async def test_errors_become_statuses(serve: Serve) -> None:
 
 
 async def test_compressed_requests(serve: Serve) -> None:
-    """Compressed requests are decompressed."""
+    """A compressed request reaches the handler decompressed."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel:
         assert await unary_unary(channel, "One")(b"z" * 10_000) == b"z" * 10_000
 
 
 async def test_a_stream_each_way(serve: Serve) -> None:
-    """Messages come back in order, large ones too, and half-closing one side ends the other."""
+    """Messages of any size come back in order on a stream, and the stream ends after the client has half-closed it."""
     sent = [bytes([i % 256]) * (i * 997 % 300_000) for i in range(60)]
 
     async def messages() -> AsyncIterator[bytes]:
@@ -89,7 +90,7 @@ async def test_a_stream_each_way(serve: Serve) -> None:
 
 
 async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
-    """The handler's task is cancelled, not only the caller's wait."""
+    """When a call reaches its deadline or is cancelled, the handler's task is cancelled."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await unary_unary(channel, "Forever")(b"", timeout=0.1)
@@ -104,7 +105,7 @@ async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
 
 
 async def test_messages_over_the_limit(serve: Serve) -> None:
-    """A message over the limit is refused, and the connection stays open."""
+    """A message over the size limit is refused, and the connection stays open."""
     limits = http2.ServerLimits(max_message_bytes=1000)
     async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -116,7 +117,7 @@ async def test_messages_over_the_limit(serve: Serve) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(window=st.integers(1, 400), count=st.integers(1, 20), size=st.integers(0, 900))
 def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> None:
-    """Messages arrive whole and in order for any window size."""
+    """Messages arrive whole and in order for any size of the client's flow-control window."""
 
     async def run() -> None:
         async with _serve() as echo, raw_client(echo.port, window) as raw:
@@ -130,7 +131,8 @@ def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> 
 
 
 async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serve: Serve) -> None:
-    """With its window closed, the handler waits after one more message; other calls continue."""
+    """When a client's flow-control window is closed, its handler can send one more message and then waits; other calls
+    continue."""
     async with serve() as echo, raw_client(echo.port, window=100) as raw:
         await raw.call("Many", b"1000x50")
         other = await raw.call("One", b"still here")
@@ -140,7 +142,8 @@ async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serv
 
 
 async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> None:
-    """Settings are acknowledged before data uses the larger window; otherwise grpc's client resets the stream."""
+    """The server acknowledges new settings before data uses the larger window; otherwise grpc's client resets the
+    stream."""
     async with serve() as echo, raw_client(echo.port, window=100) as raw:
         stream_id = await raw.call("Many", b"1x4000")
         while len(raw.data.get(stream_id, b"")) < 100:
@@ -153,7 +156,7 @@ async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> No
 
 
 async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> None:
-    """Unread request bytes are bounded by the stream's window."""
+    """The request bytes that a handler has not read are limited by the stream's flow-control window."""
     limits = http2.ServerLimits(window_bytes=10_000)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         while not raw.events:  # the server's settings, with the window size, come first
@@ -168,7 +171,8 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
 
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
-    """After any number of read messages, the client's window is as large as in the beginning."""
+    """After any number of messages that the handler has read, the client's window has the same size as at the
+    beginning."""
     limits = http2.ServerLimits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
@@ -187,7 +191,7 @@ async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
 
 
 async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -> None:
-    """A client's GOAWAY stops new calls; running ones finish."""
+    """After a client's GOAWAY, running calls finish, and then the connection is closed."""
     async with serve() as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", b"5000x20")
         await raw.send(GoAwayFrame(0, last_stream_id=0, error_code=0).serialize())
@@ -198,7 +202,7 @@ async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -
 
 
 async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
-    """Rapid reset: opening and resetting streams very fast closes the connection."""
+    """A client that opens and resets streams very fast loses the connection (rapid reset)."""
     limits = http2.ServerLimits(resets_burst=50, resets_per_s=1)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
@@ -212,7 +216,8 @@ async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
 
 
 async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve: Serve) -> None:
-    """Thousands of tiny requests in one read are parsed in short slices: h2 walks all streams for each."""
+    """Thousands of tiny requests in one read are parsed in short slices, because h2 walks all streams for each
+    request."""
     async with serve() as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         head = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
@@ -230,7 +235,7 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
 
 
 async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
-    """At its age limit a client is asked to reconnect; running calls finish, and new ones use a new connection."""
+    """When a connection reaches its age limit, running calls finish, and new calls use a new connection."""
     async with (
         serve(http2.ServerLimits(age_s=0.3, age_grace_s=30)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,
@@ -246,7 +251,7 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
 
 
 async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
-    """Calls that do not finish within the grace end with UNAVAILABLE."""
+    """A call that does not finish within the grace period ends with UNAVAILABLE."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "Forever")(b"")
         await asyncio.wait_for(echo.seen.started.wait(), 5)
@@ -258,7 +263,8 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
 
 
 async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path) -> None:
-    """Stopping closes TCP right after TLS, since grpc's client ignores the end of TLS and would wait."""
+    """When the server closes a TLS connection, TCP is closed right after TLS: grpc's client ignores the end of TLS and
+    would wait."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -275,7 +281,7 @@ async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path
 
 
 def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of clients that do not speak HTTP/2."""
+    """Yield names and first bytes of clients that do not speak HTTP/2."""
     yield "http1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     yield "half", b"PRI * HTTP/2.0\r\n"
     yield "noise", b"\x00" * 64
@@ -283,7 +289,8 @@ def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
 
 
 async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
-    """HTTP/1.1 gets an answer, noise and silence do not; a gRPC client is served meanwhile."""
+    """An HTTP/1.1 client gets an answer, a client that sends noise or nothing is closed without one, and a gRPC client
+    is served afterwards."""
     async with serve(http2.ServerLimits(hello_s=0.3)) as echo:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
@@ -297,7 +304,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
 
 
 async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
-    """A call whose request arrives too slowly is ended."""
+    """A call whose request does not arrive in time is ended with DEADLINE_EXCEEDED."""
     async with serve(http2.ServerLimits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("One", b"half", end=False)
         trailers = await asyncio.wait_for(raw.until_ended(stream_id), 5)
@@ -305,7 +312,7 @@ async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
 
 
 async def test_two_servers_share_a_port(serve: Serve) -> None:
-    """With SO_REUSEPORT a second process binds the same port; without it the bind fails."""
+    """A second server can bind the same port if both use SO_REUSEPORT; without that option the bind fails."""
     first, second = http2.Server(), http2.Server()
     port = await first.start("127.0.0.1", 0, shared=True)
     try:

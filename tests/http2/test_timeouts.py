@@ -1,4 +1,4 @@
-"""Stalled connections are closed: without a call, within a frame or header block, without an answer to a ping."""
+"""A stalled connection is closed: without a call, within a frame or header block, or without an answer to a ping."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ async def ended(raw: Raw, within_s: float = 10.0) -> None:
 
 
 async def test_a_greeted_connection_without_a_call_is_closed(serve: Serve) -> None:
-    """A connection that never has a call is closed, so that it does not hold its descriptor."""
+    """A connection that never has a call is closed, so that the connection does not hold a descriptor."""
     async with serve(http2.ServerLimits(hello_s=0.2)) as echo, raw_client(echo.port) as raw:
         await ended(raw)
         assert any(isinstance(event, ConnectionTerminated) for event in raw.events), "a GOAWAY comes first"
 
 
 async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> None:
-    """After a call the idle limit is longer; a client that calls within it keeps its connection."""
+    """The idle limit of a connection is longer after a call, and the connection is closed when the longer limit is
+    over."""
     async with serve(http2.ServerLimits(hello_s=0.2, idle_s=1.0)) as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         with pytest.raises(TimeoutError):
@@ -45,7 +46,7 @@ async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> Non
 
 
 async def test_no_call_fails_when_a_connection_is_closed_for_idleness(serve: Serve) -> None:
-    """A call that crosses the closing of its idle connection succeeds."""
+    """A call that is sent while the server closes the idle connection succeeds."""
     async with serve(http2.ServerLimits(idle_s=0.05)) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         method, seen = unary_unary(channel, "One"), set[str]()
         async with asyncio.timeout(20):
@@ -56,7 +57,7 @@ async def test_no_call_fails_when_a_connection_is_closed_for_idleness(serve: Ser
 
 
 async def test_a_running_call_is_no_idleness(serve: Serve) -> None:
-    """A silent running stream does not count as idle."""
+    """A connection with a silent running call does not count as idle."""
     limits = http2.ServerLimits(hello_s=0.1, idle_s=0.1, frame_s=0.1)
     async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_stream(channel, "Many")(b"1x10")
@@ -89,7 +90,7 @@ async def test_what_has_begun_must_go_on(serve: Serve, half: str) -> None:
 
 
 async def test_a_frame_that_dribbles_in_is_cut(serve: Serve) -> None:
-    """An incomplete frame that grows by one byte now and then is cut."""
+    """A connection is cut if a frame stays incomplete, even if the frame grows by single bytes."""
     async with serve(http2.ServerLimits(frame_s=0.3)) as echo, raw_client(echo.port) as raw:
         assert await raw.call("Forever", b"", end=False) == 1
         dribble = asyncio.create_task(_dribble(raw))
@@ -104,7 +105,7 @@ async def _dribble(raw: Raw) -> None:
 
 
 async def test_a_client_that_answers_no_ping_is_cut_without_a_call_too(serve: Serve) -> None:
-    """A client that answers no ping is cut before its idle limit, also without calls."""
+    """A client that answers no ping is cut before the idle limit, even without calls."""
     async with serve(http2.ServerLimits(ping_s=0.2, ping_answer_s=0.2)) as echo, raw_client(echo.port):
         await until(lambda: bool(echo.server.connections), "the client is there")
         await until(lambda: not echo.server.connections, "it is cut")

@@ -1,4 +1,4 @@
-"""The Lease over a real HTTP API: one process leads, the next takes over, and a deposed leader stops."""
+"""With a Lease over a real HTTP API, one process leads, the next process takes over, and a deposed leader stops."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ QUICK = LeaseTerms(lease_s=1.2, yield_s=0.8, again_s=0.03)
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[FakeApi]:
-    """A running fake API."""
+    """A running fake of the Kubernetes API."""
     with kube_api(tmp_path) as running:
         yield running
 
 
 async def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Wait for a condition that other tasks make true."""
+    """Wait until other tasks have made a condition true."""
     async with asyncio.timeout(within_s):
         while not true():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
 
 
 def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
-    """Versions guard every write, holders are counted, and the API's field names are used."""
+    """A write with an outdated version raises Conflict, changes of the holder are counted, and the API's field names
+    are used."""
     store = api.lease()
     assert store.read() is None
     made = store.write("a", None)
@@ -53,7 +54,7 @@ def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
 
 
 def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) -> None:
-    """HTTP errors, network errors and a missing token file raise ApiUnavailable."""
+    """An HTTP error, a network error and a missing token file raise ApiUnavailable."""
     store = api.lease()
     api.away = True
     with pytest.raises(ApiUnavailable, match="503 the server is currently unable"):
@@ -69,20 +70,20 @@ def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) ->
 
 
 def test_outside_a_pod_there_is_none(tmp_path: Path) -> None:
-    """Outside a pod the error says what is missing."""
+    """Outside a pod, the error says that a Lease needs a pod."""
     with pytest.raises(ValueError, match="needs a pod"):
         KubeLease.of_this_pod("x", 15, tmp_path)
 
 
 class Work:
-    """Work that counts how many run at once."""
+    """Work under a Lease. The largest number of processes that run the work at once is counted."""
 
     def __init__(self) -> None:
         self.running: set[str] = set()
         self.most = 0
 
     def of(self, name: str) -> Callable[[asyncio.Event], object]:
-        """The work of one process."""
+        """Return the work of one process."""
 
         async def work(stop: asyncio.Event) -> None:
             self.running.add(name)
@@ -97,7 +98,7 @@ class Work:
 
 @contextlib.asynccontextmanager
 async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-def]
-    """Running leaders with these names."""
+    """Run one leader for each name, and stop all leaders at the end."""
     stops = {name: asyncio.Event() for name in names}
     leaders = {name: Leader(api.lease(), name, QUICK) for name in names}
     tasks = {name: asyncio.create_task(leaders[name].run(work.of(name), stops[name])) for name in names}  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-
 
 
 async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> None:
-    """A leader that stops gives the Lease up, so that the other need not wait for the term."""
+    """A leader that stops gives the Lease up, so that the other process need not wait for the end of the term."""
     work = Work()
     async with led(api, "ab", work) as (leaders, stops, tasks):
         await until(lambda: len(work.running) == 1)
@@ -126,7 +127,8 @@ async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> No
 
 
 async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
-    """While the API is down no work runs after the holder's term; when it is back one process works, never two."""
+    """While the API is down, no work runs after the holder's term; when the API is back, one process works, and never
+    two."""
     work = Work()
     async with led(api, "ab", work):
         await until(lambda: len(work.running) == 1)
@@ -138,7 +140,7 @@ async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
 
 
 async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
-    """A killed holder keeps others away for its term, not longer."""
+    """A killed holder keeps other processes away until the term ends, and then another process leads."""
     store = api.lease()
     store.write("killed", None)
     work = Work()
@@ -150,7 +152,7 @@ async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
 
 
 async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> None:
-    """An error of the work is raised, and the next process need not wait."""
+    """An error of the work is raised to the caller of `run`."""
 
     async def fails(stop: asyncio.Event) -> None:
         raise RuntimeError("Ray has gone mad")
@@ -160,7 +162,8 @@ async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> 
 
 
 async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
-    """Work that does not stop raises WorkNotStopped, since no work may run without the Lease."""
+    """Work that does not stop after the Lease is lost raises WorkNotStopped, since no work may run without the
+    Lease."""
 
     async def deaf(stop: asyncio.Event) -> None:
         await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""At most one candidate acts at a time, whatever the store's delays and failures, and one acts in the end."""
+"""At most one candidate acts at a time, whatever the store's delays and failures, and in the end one candidate acts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TERMS = LeaseTerms(lease_s=15.0, yield_s=10.0, again_s=2.0)
 
 @dataclass
 class World:
-    """A store and candidates, each with its own clock at the same rate."""
+    """A simulated store and candidates. Each candidate has its own clock, and all clocks have the same rate."""
 
     random: random.Random
     count: int
@@ -35,13 +35,14 @@ class World:
         return self.now_s + self.offsets_s[who]
 
     def wait(self, most_s: float) -> None:
-        """Let time pass; after it at most one candidate acts."""
+        """Let time pass, and check that at most one candidate may act afterwards."""
         self.now_s += self.random.uniform(0, most_s)
         acting = [i for i in range(self.count) if self.candidates[i].may_act(self.clock_s(i))]
         assert len(acting) <= 1, f"{acting} act at once"
 
     def look(self, who: int, failures: float, delay_s: float) -> None:
-        """One read and possibly one write; each may be slow, and may fail before or after its effect."""
+        """Simulate one read and possibly one write of a candidate. A read or write may be slow, and may fail before or
+        after its effect."""
         record = self.record
         self.wait(delay_s)
         if self.random.random() < failures:
@@ -69,7 +70,8 @@ class World:
     delay_s=st.floats(0, 8),
 )
 def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: float) -> None:
-    """Never two act, through slow, failed and half-failed calls, pauses of any length, and clocks that differ."""
+    """Two candidates never act at once, despite slow, failed and half-failed calls, pauses of any length, and clocks
+    that differ."""
     world = World(random.Random(seed), count)
     for _ in range(150):
         world.look(world.random.randrange(count), failures, delay_s)
@@ -79,7 +81,8 @@ def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: flo
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
 def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> None:
-    """Another acts within the lease and two reads after the holder died; while the holder lives none does."""
+    """After the holder has died, another candidate acts within the lease time and two reads; while the holder lives, no
+    other candidate acts."""
     world = World(random.Random(seed), count)
 
     def rounds(alive: list[int], until_s: float) -> None:
@@ -100,7 +103,7 @@ def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> No
 
 
 def test_a_record_that_was_given_up_is_taken_at_once() -> None:
-    """A record that was given up is taken at once."""
+    """A record whose holder gave it up is taken by another candidate at once."""
     candidate = LeaseCandidate("b", TERMS)
     given_up = LeaseRecord("", "7")
     assert candidate.observe(given_up, 0.0)[1] == LeaseWrite(given_up)
@@ -111,6 +114,6 @@ def test_a_record_that_was_given_up_is_taken_at_once() -> None:
 
 
 def test_terms_that_overlap_are_refused() -> None:
-    """Terms that would let two hold the Lease at once raise ValueError."""
+    """Terms that would let two processes act at once raise ValueError."""
     with pytest.raises(ValueError, match="must hold"):
         LeaseTerms(lease_s=10.0, yield_s=10.0)

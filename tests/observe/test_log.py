@@ -1,4 +1,4 @@
-"""Handlers of other loggers when logging is configured again."""
+"""The handlers of a kept logger stay open when logging is configured again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from cluster.observe import log
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
-    """A kept logger still writes after dictConfig (a memory handler before a file, as in Ray Serve); others do not."""
+    """After dictConfig, a logger passed to `keep_handlers_open` still writes through a memory handler to a file, as in
+    Ray Serve; the handlers of other loggers are closed."""
     loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
     buffers = []
     for logger in loggers:

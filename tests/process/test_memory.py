@@ -1,4 +1,4 @@
-"""Free memory is returned to the system."""
+"""Free memory is returned to the system at idle moments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ PIECE, PIECES = 4_000, 20_000
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """`return_free_pages` returns pages that glibc keeps after most of 80 MB of objects, in small pieces, are freed."""
+    """`return_free_pages` returns pages to the system that glibc keeps after most of 80 MB of small objects were
+    freed."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()
@@ -30,7 +31,8 @@ def test_holes_in_the_heap_go_back() -> None:
 
 
 async def test_it_is_done_when_nobody_calls() -> None:
-    """Memory is returned never while a call is open, once at an idle moment, and again after the interval."""
+    """Free memory is never returned while a call is open, is returned once at an idle moment, and again after the
+    interval."""
     given: list[bool] = []
     busy, looks = [True], [0]
 

@@ -1,4 +1,4 @@
-"""A checkpoint and its bundle, shared with the gateway's tests."""
+"""Fixtures that the gateway's tests also use: a checkpoint, the checkpoint's bundle and a cluster."""
 
 from tests.gateway.conftest import bundle, checkpoint, cluster
 

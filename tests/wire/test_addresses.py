@@ -1,4 +1,5 @@
-"""The gateways that workers and controllers dial: configured ones, and their siblings as long as a chain names them."""
+"""Workers and controllers dial the configured gateways, and a sibling gateway while a chain of Welcomes names the
+sibling."""
 
 from __future__ import annotations
 
@@ -25,14 +26,15 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 
 
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
-    """A sibling without a host is on the dialled host; complete addresses stay as they are."""
+    """A sibling address without a host is on the dialled host, and a complete address is used unchanged."""
     gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
     gateways.record_welcome("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
 def test_only_what_is_reached_counts() -> None:
-    """Siblings of siblings are dialled; two that only name each other are dropped when no configured one names them."""
+    """A sibling of a sibling is dialled, and two siblings that only name each other are dropped when no configured
+    gateway names them."""
     gateways = GatewayAddresses(["a:1"])
 
     def now() -> list[str]:
@@ -47,7 +49,8 @@ def test_only_what_is_reached_counts() -> None:
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
-    """A gateway with two addresses is dialled by the configured one only: two links of one worker end each other."""
+    """A gateway with two addresses is dialled only by the configured address, because two links of one worker end each
+    other."""
     gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
     gateways.record_welcome("host:1", "i1", [":2"])
     assert "host:2" in gateways.addresses, "no gateway has answered at either name yet"
@@ -57,26 +60,27 @@ def test_one_process_under_two_names_is_dialled_once() -> None:
 
 
 class Answering:
-    """Sessions by address, which end when their event is set."""
+    """Fake sessions, by address. A session ends when its event is set."""
 
     def __init__(self) -> None:
         self.open: dict[str, asyncio.Event] = {}
         self.opened: list[str] = []
 
     async def session(self, address: str) -> None:
-        """A session that lasts until its event is set."""
+        """Run a session until the session's event is set."""
         self.opened.append(address)
         end = self.open[address] = asyncio.Event()
         await end.wait()
         raise LinkEnded("told to")
 
     async def until_open(self, address: str, times: int) -> None:
-        """Wait for the given number of sessions with an address."""
+        """Wait until `times` sessions with an address were opened."""
         await until(lambda: self.opened.count(address) == times, f"session {times} with {address}")
 
 
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
-    """A sibling that leaves the list keeps its link until it ends, and is dialled again only if named again."""
+    """A sibling that leaves the list keeps its link until the link ends, and is dialled again only if it is named
+    again."""
     peers = Answering()
     gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
@@ -88,7 +92,7 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
     await peers.until_open("a:1", 2)
     assert not peers.open["a:2"].is_set(), "the other's link stays up"
     peers.open["a:2"].set()
-    for times in range(3, 6):  # each redial of one is time for the other to be redialled too
+    for times in range(3, 6):  # each redial of a:1 leaves time for a wrong redial of a:2
         peers.open["a:1"].set()
         await peers.until_open("a:1", times)
     assert peers.opened.count("a:2") == 1
@@ -99,13 +103,13 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
 
 
 def two_processes() -> Config:
-    """A configuration of two processes with fixed ports."""
+    """Return a configuration of two gateway processes with fixed ports."""
     return choose_ports(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
 
 
 async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that dials one of two sibling gateways links to both, and both get work within its capacity. A
-    controller links to both too, and both get its catalog. Without the second, the first has all the capacity."""
+    """A worker or controller that dials one of two sibling gateways links to both, and both gateways get work within
+    the worker's capacity. After one gateway has stopped, the other gets all the capacity."""
     config, sequences = two_processes(), 6
     gateways = [Gateway(config, tmp_path / str(i), process=i) for i in range(2)]
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=sequences)
@@ -125,7 +129,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     controller.publish([])
     tasks = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
     clusters = [TestCluster(gateway) for gateway in gateways]
-    # The kernel distributes connections: all of these at one gateway would be a chance of 1 in 32768.
+    # The kernel distributes connections: the chance that one gateway gets all of them is 1 in 32768.
     channels = [grpc.aio.insecure_channel(gateways[0].endpoints["grpc"], options=OWN_CONNECTION) for _ in range(16)]
     stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
     try:

@@ -1,4 +1,4 @@
-"""Admin verbs over the Control stream: complete answers, complete errors, and an error if no answer comes."""
+"""An admin verb over the Control stream returns a complete answer, a complete error, or an error if no answer comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOOD, BAD = "Catalog.Good", "Catalog.Bad"
 
 
 class Stream:
-    """Both ends of a Control stream in one process; `sent` holds the gateway's requests."""
+    """Both ends of a Control stream in one process. `sent` holds the gateway's requests."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.sent: list[pb.AdminRequest] = []
@@ -25,7 +25,7 @@ class Stream:
         self._error = error
 
     async def reply(self, request: pb.AdminRequest) -> None:
-        """Answer like the controller, through bytes as on the wire."""
+        """Answer a request as the controller would, with the reply encoded and decoded as on the wire."""
 
         async def good(body: bytes, actor: str) -> bytes:
             return body + actor.encode()
@@ -39,14 +39,14 @@ class Stream:
 
 
 async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 5.0) -> asyncio.Task[bytes]:
-    """A request that has been sent."""
+    """Send a request and return the task that waits for the answer."""
     task = asyncio.create_task(stream.questions.ask(verb, body, "key:k1", timeout_s))
-    await asyncio.sleep(0)  # its first step sends
+    await asyncio.sleep(0)  # the task's first step sends the request
     return task
 
 
 async def test_answers_find_their_questions() -> None:
-    """Replies in any order reach their requests; repeated or unknown replies change nothing."""
+    """Replies in any order reach the right requests, and a repeated or unknown reply changes nothing."""
     stream = Stream()
     tasks = [await asked(stream, GOOD, bytes([i])) for i in range(3)]
     for request in reversed(stream.sent):
@@ -65,7 +65,7 @@ async def test_answers_find_their_questions() -> None:
 def test_an_error_travels_whole(
     outcome: Outcome, message: str, fields: list[tuple[str, str]], pause_s: float | None
 ) -> None:
-    """Outcome, text, violations and retry time equal those of the verb's error."""
+    """The error that a gateway raises has the outcome, text, violations and retry time of the verb's error."""
     raised = CallError(outcome, message, violations=[Violation(*field) for field in fields], retry_after_s=pause_s)
 
     async def run() -> CallError:
@@ -82,7 +82,7 @@ def test_an_error_travels_whole(
 
 
 async def test_what_else_fails_tells_no_inside() -> None:
-    """An unexpected exception becomes INTERNAL, without its text."""
+    """An unexpected exception in a verb becomes an INTERNAL error without the exception's text."""
     stream = Stream(RuntimeError("a secret path"))
     task = await asked(stream, BAD)
     await stream.reply(stream.sent[0])
@@ -93,7 +93,8 @@ async def test_what_else_fails_tells_no_inside() -> None:
 
 
 async def test_no_answer_is_told_as_what_it_is() -> None:
-    """A timeout or a lost stream says that the verb may have been done. An unknown verb is never sent."""
+    """After a timeout or a lost stream, the error says that the verb may have been done; an unknown verb is never
+    sent."""
     stream = Stream()
     late = await asked(stream, GOOD, timeout_s=0.01)
     with pytest.raises(CallError, match="may still do it"):
@@ -110,7 +111,7 @@ async def test_no_answer_is_told_as_what_it_is() -> None:
 
 
 async def test_a_body_that_is_no_message_is_refused() -> None:
-    """A `verb` refuses bytes that are not a message of its type."""
+    """A Verb refuses bytes that are not a message of the verb's request type."""
 
     async def act(request: pb.Cordon, actor: str) -> pb.Cordon:
         return request

@@ -1,4 +1,4 @@
-"""Values survive encoding and decoding."""
+"""Values are the same after encoding and decoding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ identities = st.builds(
 
 @given(identities)
 def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
-    """A worker's Hello survives the wire; an older release's has no pod, host or GPU."""
+    """A worker's Hello is the same after encoding and decoding, and a Hello of an older release is decoded without pod,
+    host and GPU."""
     hello = codec.hello_to_pb(identity, EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
     assert codec.hello_from_pb(pb.Hello.FromString(hello.SerializeToString()))[0] == identity
     for field in ("pod", "host", "gpu"):
@@ -79,7 +80,7 @@ def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
 
 @given(requests)
 def test_request_round_trip(request: EngineRequest) -> None:
-    """Every field of a request survives the wire."""
+    """Every field of a request is the same after encoding and decoding."""
     message = pb.Submit.FromString(codec.submit_to_pb(7, 2, request).SerializeToString())
     assert (message.slot, message.attempt) == (7, 2)
     back = codec.submit_from_pb(message, "r", message.prompt_ids)
@@ -100,7 +101,7 @@ steps = st.lists(st.tuples(st.integers(1, 5), st.lists(ids, max_size=3), st.list
 def test_steps_keep_each_slots_order(
     entries: list[tuple[int, list[int], list[PositionLogprobs]]], finishes: dict[int, FinishReason], firsts: set[int]
 ) -> None:
-    """Tokens, logprobs, first counts and the finish of every slot arrive in order, however steps were merged."""
+    """The tokens, logprobs, first counts and finish of every slot arrive in order, however the steps were merged."""
     columns = codec.StepColumns()
     last = {slot: i for i, (slot, _, _) in enumerate(entries)}
     seen: set[int] = set()
@@ -129,18 +130,18 @@ def test_steps_keep_each_slots_order(
 
 @given(st.lists(ids))
 def test_ids_pack(values: list[int]) -> None:
-    """Token ids survive packing."""
+    """Token ids are the same after packing and unpacking."""
     assert codec.unpack_ids(codec.pack_ids(values)).tolist() == values
 
 
 def test_numbers_keep_their_precision() -> None:
-    """Sampling numbers are sent as doubles, without rounding."""
+    """Sampling parameters are sent as doubles, without rounding."""
     sampling = Sampling(max_tokens=1, temperature=math.pi / 2, top_p=1 / 3)
     assert codec.sampling_from_pb(codec.sampling_to_pb(sampling)) == sampling
 
 
 def test_ended_counts_round_trip() -> None:
-    """An ended request's usage survives the wire; its duration is rounded to milliseconds."""
+    """An ended request's usage is the same after encoding and decoding."""
     usage = EndedUsage(
         b"\0sealed\xff",
         prompt_tokens=7,

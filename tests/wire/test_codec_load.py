@@ -1,4 +1,4 @@
-"""An engine's load survives the link."""
+"""An engine's load is the same after encoding and decoding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ seconds = st.floats(0, 1e6)
     )
 )
 def test_every_field_travels(load: EngineLoad) -> None:
-    """A load survives the wire, to a float's precision; an older worker's message has no computed work."""
+    """Every field of a load is the same after encoding and decoding, within a float's precision, and an empty message
+    gives an empty load."""
     back = load_from_pb(pb.Load.FromString(load_to_pb(load).SerializeToString()))
     for field in dataclasses.fields(EngineLoad):
         mine = getattr(load, field.name)

@@ -1,4 +1,5 @@
-"""Credit keeps its invariant under any interleaving of grants, submits, acknowledgements and attachments."""
+"""The capacity that credit promises never exceeds the worker's capacity, for any order of grants, submits,
+acknowledgements and attachments."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class _Gateway:
 
 
 class CreditMachine(RuleBasedStateMachine):
-    """One worker and some gateways with messages in transit; free capacity changes as requests start and end."""
+    """A worker and some gateways, with messages in transit. Free capacity changes as requests start and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ TestCredit = CreditMachine.TestCase
 
 
 def test_all_room_goes_to_the_only_link() -> None:
-    """A single gateway gets all the capacity."""
+    """A single gateway gets all the capacity of a worker."""
     granter = CreditGranter()
     granter.attach(1)
     (grant,) = granter.new_grants(Capacity(10, 1000))
@@ -129,7 +130,7 @@ def test_all_room_goes_to_the_only_link() -> None:
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
-    """Unused capacity moves to the gateway with a backlog, once the other has acknowledged its lower limit."""
+    """Unused capacity moves to the gateway with a backlog, after the other gateway has acknowledged a lower limit."""
     granter = CreditGranter()
     granter.attach(1)
     granter.new_grants(Capacity(10, 1000))
@@ -144,7 +145,8 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """Calls whose KV blocks are here get slots beyond those that may start in a step, as long as there are places."""
+    """Calls whose KV blocks are on the worker get capacity beyond the sequences that may start in a step, as long as
+    there are places."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
@@ -157,7 +159,8 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
-    """Without further places, calls whose KV blocks are here still get a share in proportion to the backlog."""
+    """When there are no further places, calls whose KV blocks are on the worker get a share in proportion to the
+    backlog."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
         granter = CreditGranter()
         granter.attach(1)
@@ -168,7 +171,7 @@ def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_p
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
-    """The worker lowers a gateway's backlog itself for each resumed call that arrives."""
+    """The worker lowers a gateway's backlog for each resumed call that arrives from the gateway."""
     granter = CreditGranter()
     granter.attach(1)
     granter.set_backlog(1, 5, 5)
@@ -179,7 +182,7 @@ def test_each_that_has_come_back_waits_no_more() -> None:
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
-    """An acknowledgement that crosses a lower limit frees nothing: the gateway may still use the older limit."""
+    """An acknowledgement of an older grant frees no capacity, because the gateway may still use the older limit."""
     granter = CreditGranter()
     granter.attach(1)
     (first,) = granter.new_grants(Capacity(10, 1000))
@@ -187,7 +190,7 @@ def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
     granter.set_backlog(2, 5)
     (lower,) = granter.new_grants(Capacity(10, 1000))
     assert (lower.link, lower.sequences) == (1, 0)
-    granter.acknowledge(1, first.grant_id)  # sent before the lower one arrived
+    granter.acknowledge(1, first.grant_id)  # sent before the lower limit arrived
     assert granter.promised().sequences == 10
     assert granter.new_grants(Capacity(10, 1000)) == [], "the first gateway may still send ten"
     granter.acknowledge(1, lower.grant_id)

@@ -1,4 +1,5 @@
-"""Gateways behind a DNS name: resolved from a real server on loopback, and dialled while they are listed."""
+"""Gateways behind a DNS name are resolved by a real name server on loopback, and dialled while the answers list
+them."""
 
 from __future__ import annotations
 
@@ -24,18 +25,18 @@ DOMAIN = "ns.svc.cluster.test"
 
 
 class Zone(asyncio.DatagramProtocol):
-    """A name server: `records` are the SRV answers for NAME in DOMAIN; None means no answer."""
+    """A name server. `records` are the SRV answers for NAME in DOMAIN; None means that the server does not answer."""
 
     def __init__(self) -> None:
         self.records: list[str] | None = []
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Keep the transport, to send answers."""
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        """Answer one query."""
+        """Answer one DNS query."""
         if self.records is None:
             return
         question = dns.message.from_wire(data)
@@ -52,7 +53,8 @@ class Zone(asyncio.DatagramProtocol):
 
 @contextlib.asynccontextmanager
 async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]]:
-    """A server, and a resolver like a pod's: with a search domain that is tried first for names with few dots."""
+    """Start a name server, and return it with a resolver like a pod's, which tries the search domain first for names
+    with few dots."""
     transport, zone = await asyncio.get_running_loop().create_datagram_endpoint(Zone, local_addr=("127.0.0.1", 0))
     resolver = dns.asyncresolver.Resolver(configure=False)
     resolver.nameservers, resolver.port = ["127.0.0.1"], transport.get_extra_info("sockname")[1]
@@ -64,7 +66,7 @@ async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]
 
 
 async def test_a_name_becomes_addresses() -> None:
-    """A name resolves to sorted addresses with ports; an unknown name resolves to none."""
+    """A DNS name is resolved to sorted addresses with ports, and an unknown name to no addresses."""
     async with name_server() as (zone, resolver):
         zone.records = [f"g1.{DOMAIN}:50052", f"g0.{DOMAIN}:50053"]
         assert await lookup.resolve(NAME, resolver) == (f"g0.{DOMAIN}:50053", f"g1.{DOMAIN}:50052")
@@ -73,7 +75,7 @@ async def test_a_name_becomes_addresses() -> None:
 
 
 async def test_silence_is_no_answer() -> None:
-    """A silent server raises NoAnswer, unlike a server without records."""
+    """A name server that does not answer raises NoAnswer, unlike a name server without records."""
     async with name_server() as (zone, resolver):
         zone.records = None
         began = time.monotonic()
@@ -83,7 +85,7 @@ async def test_silence_is_no_answer() -> None:
 
 
 async def test_answers_are_told_when_they_change_and_stand_while_there_is_none() -> None:
-    """The last answer stays valid through failures, and equal answers are reported once."""
+    """The last DNS answer stays valid through failed lookups, and equal answers are reported once."""
     answers: list[tuple[str, ...] | None] = [("a:1",), ("a:1",), None, ("a:1",), (), ("b:2",)]
     reported: list[tuple[str, ...]] = []
     done = asyncio.Event()
@@ -107,7 +109,7 @@ async def test_answers_are_told_when_they_change_and_stand_while_there_is_none()
 
 
 async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_its_link_ends() -> None:
-    """A changed answer dials new gateways at once, and leaves running links up."""
+    """After a changed DNS answer, new gateways are dialled at once, and running links stay up."""
     answers: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
     up: dict[str, asyncio.Event] = {}
     changed = asyncio.Condition()

@@ -1,4 +1,4 @@
-"""A worker's kept usage of ended requests, as properties over any order of events."""
+"""A worker keeps the usage of ended requests correctly for any order of events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EVENTS = st.one_of(
 
 
 def ended(generated: int = 0) -> EndedUsage:
-    """Usage of a request whose tokens were all sent."""
+    """Return the usage of a request whose tokens were all sent."""
     return EndedUsage(b"sealed", generated_tokens=generated, written_tokens=generated)
 
 
 @given(st.lists(EVENTS, max_size=120))
 def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[str, int]]) -> None:
-    """Each record is offered on some attached link until it is acknowledged, and never after."""
+    """Each usage record is offered on some attached link until the record is acknowledged, and never afterwards."""
     keeper = UsageKeeper(max_records=1000, patience_s=30)
     links: list[int] = []
     waiting: set[int] = set()
@@ -69,7 +69,8 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
 
 
 def test_the_gateway_that_sent_it_hears_it_first() -> None:
-    """A record goes to its request's own link while that is attached; then to another, and it does not move back."""
+    """A usage record is sent on the request's own link while that link is attached, then on another link, and does not
+    move back."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.attach(2)
@@ -85,7 +86,7 @@ def test_the_gateway_that_sent_it_hears_it_first() -> None:
 
 
 def test_who_never_acknowledges_is_passed_over() -> None:
-    """A record that is not acknowledged in time goes to another link."""
+    """A usage record that is not acknowledged in time is sent on another link."""
     keeper = UsageKeeper(patience_s=60)
     keeper.attach(1)
     key = keeper.keep(ended(), origin=1)
@@ -100,7 +101,8 @@ def test_who_never_acknowledges_is_passed_over() -> None:
 
 
 def test_tokens_that_never_left_were_not_delivered() -> None:
-    """When a link ends, the unsent tokens in its outbox are subtracted from its own requests' written tokens."""
+    """When a link ends, the unsent tokens in the link's outbox are subtracted from the written tokens of the requests
+    that came on that link."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.keep(ended(10), origin=1, slot=7)
@@ -112,7 +114,7 @@ def test_tokens_that_never_left_were_not_delivered() -> None:
 
 
 def test_full_it_drops_the_oldest_and_counts() -> None:
-    """Beyond its limit the oldest records are dropped and counted."""
+    """When the number of kept records exceeds the limit, the oldest records are dropped and counted."""
     keeper = UsageKeeper(max_records=3)
     keys = [keeper.keep(ended(), origin=0) for _ in range(5)]
     keeper.attach(1)

@@ -1,4 +1,4 @@
-"""Lifetime of links: order of starts, restarts, epochs, silence, several gateways, TLS."""
+"""The lifetime of links: order of starts, restarts, epochs, silence, several gateways, and TLS."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.slow
 async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker may start before its gateway, and reconnects to a restarted gateway on the same port."""
+    """A worker may start before the gateway, and reconnects to a gateway that was restarted on the same port."""
     engine = sim_engine(checkpoint, decode_ms=1)
     info = await engine.start()
     async with running_cluster(tmp_path / "probe") as probe:
@@ -56,7 +56,7 @@ async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Pa
 
 
 async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Two gateways together never send more than a worker's capacity; a stopped gateway's share becomes free."""
+    """Two gateways together never send more requests than a worker's capacity."""
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=6)
     info = await engine.start()
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
@@ -85,7 +85,7 @@ async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A reconnecting worker replaces its own older link, which is closed."""
+    """When a worker reconnects, the new link replaces the worker's older link, which is closed."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         stub = pb_grpc.LinkStub(channel)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="w", incarnation="i", model="sim", epoch=1)
@@ -117,7 +117,8 @@ async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoin
     ids=["no-hello", "other-protocol", "bad-defaults"],
 )
 async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerTurn, code: grpc.StatusCode) -> None:
-    """A peer without a valid Hello, or with another protocol version, is refused with the reason and leaves no link."""
+    """A peer without a valid Hello, or with another protocol version, is refused with a status code and leaves no
+    link."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
         await call.write(frame)
@@ -127,7 +128,8 @@ async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerT
 
 @pytest.mark.slow
 async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that sends a Hello and then nothing is dropped after silence_s, and its calls get an error."""
+    """A worker that sends a Hello and then nothing is dropped after silence_s, and a worker with slow engine steps is
+    not."""
     timing = Timing(beat_s=0.02, silence_s=0.3)
     async with running_cluster(tmp_path, timing=timing) as cluster:
         async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
@@ -142,7 +144,7 @@ async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Repeated reconnects leave no open connections, even without garbage collection."""
+    """When links end and workers reconnect, no connection is left open, even without garbage collection."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     port = int(cluster.gateway.endpoints["link"].rsplit(":", 1)[1])
 
@@ -164,7 +166,7 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
 async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A worker that is stopped while it receives its Welcome stops."""
+    """A worker that is stopped while it receives a Welcome stops within the time limit."""
     engine = sim_engine(checkpoint)
     info = await engine.start()
     for passes in range(40):
@@ -181,7 +183,8 @@ async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
 async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If a worker is lost before it sends its bundle, another is asked at once, before the fetch times out."""
+    """If a worker is lost before it sends a requested bundle, another worker is asked at once, before the fetch times
+    out."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
         await call.write(
@@ -203,7 +206,7 @@ async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
 
 
 async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """When the engine dies the worker closes its links with the reason, and its run ends."""
+    """When an engine dies, the worker closes its links and `run` raises EngineDead."""
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = await cluster.add_worker(engine, bundle)
     run = asyncio.create_task(worker.end.run())
@@ -215,7 +218,7 @@ async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint
 
 
 async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A draining worker finishes its requests; new calls go to other workers."""
+    """A draining worker finishes its running requests, and new calls are sent to other workers."""
     draining = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     running = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=60, ignore_eos=True)))
     await until(lambda: draining.end.statistics().running == 1, "the call runs")
@@ -234,7 +237,7 @@ async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkp
 async def test_controller_tells_catalog_and_hears_the_fleet(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """The catalog reaches the gateway, a bundle can come from the controller, and demand is reported back.
+    """A gateway receives the catalog from the controller, and the controller receives the gateway's demand.
 
     A gateway that starts later without a controller still knows the last catalog."""
     end = ControllerLinks(
@@ -270,7 +273,7 @@ async def _hello(call: Any) -> None:
 
 
 async def test_mutual_tls(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With link_tls only a worker with a certificate of the cluster's CA gets a Welcome."""
+    """When link_tls is configured, only a worker with a certificate of the cluster's CA gets a Welcome."""
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     server = ours.issue("gateway")
     config = LOOPBACK.replace(

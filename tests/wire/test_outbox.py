@@ -1,4 +1,5 @@
-"""A gateway that stops reading does not slow others, and loses its link once its outbox is full."""
+"""A gateway that stops reading does not slow other gateways, and the gateway's link is closed when the gateway's outbox
+is full."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from tests.support.cluster import TestCluster, sim_engine, until
 
 
 class DeafGateway(pb_grpc.LinkServicer):
-    """A gateway that welcomes a worker, sends requests, and never reads again."""
+    """A gateway that sends a Welcome and requests to a worker, and never reads again."""
 
     def __init__(self) -> None:
         self.hellos = 0
@@ -51,8 +52,8 @@ class DeafGateway(pb_grpc.LinkServicer):
 
 @pytest.mark.slow
 async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """While one gateway does not read, streams of another keep the engine's pace. The first one's link closes, and its
-    requests leave the engine."""
+    """While one gateway does not read, the streams of another gateway keep the engine's pace. The link of the first
+    gateway is closed, and the first gateway's requests leave the engine."""
     engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=60_000)
     info = await engine.start()
     deaf = DeafGateway()
@@ -87,7 +88,7 @@ async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_frames_merge_until_they_are_taken() -> None:
-    """Messages merge while a write is in progress; the limit counts tokens."""
+    """Outputs are merged into one message until `next_message` is called, and the outbox's limit counts tokens."""
     outbox = Outbox(max_tokens=3)
     for token in (5, 6):
         outbox.output(1, TokenOutput("r", [token]))
