@@ -219,9 +219,9 @@ class Controller:
     ) -> None:
         """Let the scaler decide the number of replicas of each model.
 
-        Retired applications are left out. The scaler gets each target as the scaler itself had set the target: without
-        the replicas that a canary has beyond the canary's share of the calls, and without replacements that are not up
-        yet.
+        Retired applications are left out. Each target that is passed to the scaler is the number for which the scaler
+        has asked: a canary's replicas beyond the canary's share of the calls are not counted, and neither are
+        replacements that are not up yet.
         """
         staying = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
         on_ray = scaling.on_ray(staying)
@@ -295,7 +295,8 @@ class Controller:
                     )
 
     def _capacity(self, settings: ReplicaSettings, snapshot: RaySnapshot) -> int:
-        """Return how many replicas with these settings fit on the nodes beside the replicas of other models."""
+        """Return how many replicas with these settings fit on nodes of the settings' GPU type beside the replicas of
+        other models."""
         nodes = snapshot.nodes_of(settings.ray_cluster)
         others = [
             (variant.spec, seen.running + seen.placed)
@@ -691,7 +692,7 @@ async def run_controller(
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait until `stopped` is done. Raises the error of the first task in `tasks` that fails before. A task may end
+    """Wait until `stopped` is done. If a task in `tasks` fails first, raise the error of that task. A task may end
     without an error."""
     pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
     while not stopped.done():

@@ -1,4 +1,4 @@
-"""The controller's access to Ray, for which the controller does not join Ray.
+"""Access to Ray for the controller, which does not join Ray itself.
 
 A local Ray is accessed through a driver process, and other Ray clusters through the job API (jobs.py).
 """
