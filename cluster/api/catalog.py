@@ -1,4 +1,4 @@
-"""Catalog changes as operators see them, and the interface of the service that makes them."""
+"""Catalog changes in the form that operators see, and the interface of the service that makes catalog changes."""
 
 from __future__ import annotations
 

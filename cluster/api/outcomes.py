@@ -1,4 +1,4 @@
-"""Outcomes of a call: one enum with the error reason, metric label, gRPC status and HTTP code of each."""
+"""Outcomes of a call: one enum, and for each outcome the error reason, metric label, gRPC status and HTTP code."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def quoted(value: object, most: int = MAX_QUOTED_CHARS) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text cut to `most` characters, with "..." appended if it was longer."""
+    """Return a text cut to `most` characters, with "..." appended if the text was longer."""
     return text if len(text) <= most else text[:most] + _CUT
 
 

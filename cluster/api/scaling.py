@@ -1,4 +1,4 @@
-"""Scaling state of models as operators see it, and the interface of the service that changes it."""
+"""Scaling state of models in the form that operators see, and the interface of the service that changes this state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """A scaling decision with its reason and its inputs.
+    """A scaling decision with the reason and the inputs.
 
-    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes that decided the same. `numbers` are
-    the values that the decision was based on.
+    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes with the same decision. `numbers` are
+    the values on which the decision was based.
     """
 
     at_s: float

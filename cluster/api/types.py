@@ -134,7 +134,7 @@ def weakest_resume_capability(capabilities: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Properties of an engine, fixed once it has started."""
+    """Properties of an engine, which do not change after the engine's start."""
 
     engine_class: str
     """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`. Engines of equal classes compute
@@ -334,7 +334,7 @@ class VersionShare:
     replicas: int = 0
     replicas_desired: int = 0
     quarantined: bool = False
-    """The version gets no new calls, and its running calls are resumed on other versions where possible."""
+    """The version gets no new calls, and the version's running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
     """For a canary: gateways count how often the canary's time to first token exceeds this ratio times the stable
     version's time to first token."""
@@ -360,7 +360,7 @@ class VersionTally:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model as the controller publishes it to the gateways."""
+    """A model in the form that the controller publishes to the gateways."""
 
     name: str
     aliases: tuple[str, ...] = ()

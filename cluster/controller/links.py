@@ -48,8 +48,8 @@ class FleetWorker:
 
 
 class ControllerLinks:
-    """Dials every gateway in `gateways` and the siblings of each gateway, and sends the newest catalog to all of
-    them."""
+    """Dials the gateways in `gateways` and the siblings of these gateways, and sends the newest catalog to every
+    gateway."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class ServeApps:
         return plain
 
     def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, all its replicas are replaced."""
+        """Deploy an application. If the application exists already, all replicas of the application are replaced."""
         serve.start(proxy_location="Disabled")
         target = RunTarget(
             target=application(settings, logical_gpus=not _has_accelerators(), served=self._served),

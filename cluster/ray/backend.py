@@ -50,7 +50,7 @@ class Backend(Protocol):
         """Return Ray's current state."""
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
 
     async def scale(self, app: str, replicas: int) -> None:
         """Set the number of replicas of an application."""
@@ -95,7 +95,7 @@ class ChildBackend:
         return RaySnapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
         await self._ask({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:

@@ -49,7 +49,7 @@ class JobBackend:
         return RaySnapshot(observed(details, self._cluster), totals)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
         await self._run({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:

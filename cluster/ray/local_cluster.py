@@ -89,8 +89,10 @@ class LocalRay:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables with which a process joins this Ray. The process must set them before it
-        imports ray."""
+        """Return the environment variables with which a process joins this Ray.
+
+        The process must set the variables before the process imports ray.
+        """
         return {
             reaper.INSTANCE_ENV: self._settings.instance,
             "RAY_AUTH_MODE": "token",
@@ -100,7 +102,7 @@ class LocalRay:
         }
 
     def start(self) -> None:
-        """Start Ray and wait until it accepts connections. Raises RayDidNotStart."""
+        """Start Ray, and wait until Ray accepts connections. Raises RayDidNotStart."""
         make_private_folder(self._settings.run_folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._folder.stat().st_uid != os.getuid():

@@ -126,7 +126,7 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
 
 
 def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, str]:
-    """Return the environment variables of a replica and its child processes."""
+    """Return the environment variables for a replica and the child processes of the replica."""
     values = {"VLLM_NO_USAGE_STATS": "1"}
     if not is_simulated(settings.spec):
         # The engine core joins this Ray. Without an address, the engine core would start another Ray.
