@@ -102,7 +102,7 @@ class TokenOutput:
     origin_lost: bool = False
     """Set on the first output of a resumed call.
 
-    True if the worker considers the gateway that had the call before lost, or if the request had never stopped running.
+    True if the worker considers the call's earlier gateway lost, or if the request had never stopped running.
     """
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
@@ -242,9 +242,9 @@ class CompatibilityKey:
 class ModelSpec:
     """A model's configuration entry in the form that controller, replicas and engine use. Can be stored as JSON.
 
-    `engine`: engine arguments by vLLM's names; arguments that Headrace sets itself were rejected before. `gpu`: Ray's
-    accelerator type, empty for any type. `idle_s`: with `min_replicas` 0, seconds without a call after which the last
-    replica ends.
+    `engine`: engine arguments by vLLM's names. Arguments that Headrace sets itself were rejected before. `gpu`: Ray's
+    accelerator type, empty for any type. `idle_s`: with `min_replicas` 0, the last replica ends after this number of
+    seconds without a call.
     """
 
     name: str

@@ -177,7 +177,8 @@ A model has one Need for each GPU type on which the model may run.
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
     """Yield a problem for each minimum number of replicas that exceeds scaling.gpu_budget.
 
-    One replica of a model may need more GPUs than the budget, or the minimum replicas of all models together may.
+    Two cases are reported: one replica of a model needs more GPUs than the budget, or the minimum replicas of all
+    models together need more GPUs than the budget.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

@@ -5,7 +5,7 @@ restarts next, perhaps hours later. If that process exited, one typing error wou
 time.
 
 Invariants: An invalid entry, or an entry with a name that another entry has too, changes nothing for any model. A
-problem prevents the start of a process only if the process cannot start without the section that has the problem.
+problem in a section that a process needs still prevents the start of that process.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
     """Return the path of a pydantic location, and the keys that are known at the end of the path.
 
-    Pydantic inserts the members of a union into the location. These are left out of the path.
+    Pydantic inserts the members of a union into the location. The path does not contain these members.
     """
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]

@@ -1,8 +1,8 @@
-"""Tests of changes of a model under load, with the real engine on a real Ray.
+"""Test of changes of a model under load, with the real engine on a real Ray.
 
-The model is added, gets a canary, is rolled back, replaced and removed. Each version has other weights, so an answer
-shows which version generated the answer: with greedy decoding, an answer is a prefix of the longest answer of that
-version. No answer mixes two versions, is cut or fails.
+The model is added, gets a canary that is rolled back, is replaced, and is removed. Each version has different weights,
+so an answer shows which version generated the answer: with greedy decoding, an answer is a prefix of the longest answer
+of that version. No answer mixes two versions, is cut or fails.
 """
 
 from __future__ import annotations

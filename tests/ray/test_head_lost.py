@@ -110,7 +110,7 @@ class Deployment:
     controller: Controller
     backend: Journal
     link: str
-    """The link address that replicas connect to."""
+    """Link address to which replicas connect."""
 
     def incarnations(self, model: str) -> set[str]:
         """Return the incarnations of the model's linked workers that accept calls."""

@@ -113,7 +113,7 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
 
 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
-    """A dead engine ends its replica's process, and a new replica serves within seconds."""
+    """A dead engine ends the replica's process, and a new replica serves within seconds."""
     dying = ReplicaSettings(
         ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
     )
