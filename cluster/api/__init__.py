@@ -1,5 +1,5 @@
-"""Types, outcomes and ports that every other package uses. Imports no other package of this project.
+"""Types, outcomes and ports that every other package uses. This package imports no other package of the project.
 
-The generated protobuf modules belong to this layer too. They are at `cluster.v1`, `cluster.link.v1` and
-`cluster.admin.v1`, the paths that their proto packages prescribe.
+The generated protobuf modules belong to this layer too. The modules are at `cluster.v1`, `cluster.link.v1` and
+`cluster.admin.v1`, as the names of the proto packages require.
 """

@@ -1,4 +1,4 @@
-"""Catalog changes as operators see them, and the interface of the service that makes them."""
+"""Catalog changes in the form that operators see, and the interface of the service that makes catalog changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from cluster.api.types import CatalogEntry
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One changed key of a model's entry: its path and its plain values before and after, None where it is not set."""
+    """One changed key of a model's entry: the path of the key, and the plain values before and after the change.
+
+    A value is None where the key is not set.
+    """
 
     path: str
     before: Any
@@ -22,7 +25,8 @@ class Difference:
 class Change:
     """A change of one model's entry.
 
-    `kind` is add, change or remove. `restarts` is the reason why the model gets new replicas, empty if it does not.
+    `kind` is add, change or remove. `restarts` is the reason why the model gets new replicas, empty if the model gets
+    none.
     """
 
     model: str
@@ -32,9 +36,10 @@ class Change:
 
 
 class CatalogService(Protocol):
-    """Operators' changes of the catalog.
+    """Service through which operators change the catalog.
 
-    `name` is a model's name or one of its aliases. Every method may raise CallError; then nothing has changed.
+    `name` is a model's name or one of the model's aliases. Every method may raise CallError. A method that raises
+    CallError has changed nothing.
     """
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
@@ -50,7 +55,7 @@ class CatalogService(Protocol):
         """Make the canary the model's stable version."""
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
-        """Withdraw the canary until its entry is changed."""
+        """Withdraw the canary of a model until the model's entry changes."""
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
-        """Stop sending calls to a version, or with `lift` send it calls again."""
+        """Stop sending calls to a version, or with `lift` resume sending calls to the version."""

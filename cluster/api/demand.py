@@ -9,10 +9,11 @@ from dataclasses import dataclass
 class ClassCounts:
     """Demand for one priority class of one model at one gateway.
 
-    Counted since the gateway's start: sequences that arrived, their prompt tokens less those that a prefix cache is
-    expected to hold, the tokens they are expected to generate, and the calls that ended within and outside the model's
-    SLO. Current values: queued requests and tokens, the longest wait so far, the time to the nearest deadline (None
-    where no request has one), and how many requests are held because no worker serves the model.
+    Counters since the gateway's start: arrived sequences, prompt tokens of these sequences without the tokens that a
+    prefix cache is expected to hold, expected output tokens of these sequences, calls that ended within the model's
+    SLO, and calls that ended outside the SLO. Current values: queued requests and tokens, the longest wait so far, the
+    time to the nearest deadline (None if no request has a deadline), and the number of requests that are held because
+    no worker serves the model.
     """
 
     priority_class: str
@@ -31,7 +32,10 @@ class ClassCounts:
 
 @dataclass(frozen=True, slots=True)
 class ModelDemand:
-    """A model's demand at one gateway, or summed over several; `arrived` counts since each gateway's start."""
+    """Demand for one model at one gateway, or summed over several gateways.
+
+    `arrived` and `arrived_tokens` count from the start of each gateway.
+    """
 
     model: str
     waiting: int
@@ -44,7 +48,8 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class ComputedWork:
-    """Work of one engine since its start: steps, seconds spent in them, prompt tokens and generated tokens."""
+    """Work of one engine since the engine's start: steps, seconds spent in steps, prompt tokens and generated
+    tokens."""
 
     steps: int = 0
     busy_s: float = 0.0

@@ -1,4 +1,4 @@
-"""Outcomes of a call: one enum with the error reason, metric label, gRPC status and HTTP code of each."""
+"""Outcomes of a call: one enum, and for each outcome the error reason, metric label, gRPC status and HTTP code."""
 
 from __future__ import annotations
 
@@ -119,14 +119,16 @@ OUTCOME_STATUS: dict[Outcome, OutcomeStatus] = {
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One wrong field: its path in the request (`messages[2].role`) and what to do about it."""
+    """One wrong field of a request: the path of the field (such as `messages[2].role`) and a description of the
+    remedy."""
 
     field: str
     description: str
 
 
 MAX_VIOLATIONS = 10
-"""Wrong fields that one answer names. Further ones are reported once these are corrected."""
+"""Maximum number of wrong fields that one error answer names. Further wrong fields are reported once these are
+corrected."""
 MAX_FIELD_CHARS, MAX_DESCRIPTION_CHARS, MAX_MESSAGE_CHARS = 256, 1024, 2048
 MAX_QUOTED_CHARS = 100
 _CUT = "..."
@@ -140,15 +142,16 @@ def quoted(value: object, most: int = MAX_QUOTED_CHARS) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text cut to `most` characters, with "..." appended if it was longer."""
+    """Return a text cut to `most` characters, with "..." appended if the text was longer."""
     return text if len(text) <= most else text[:most] + _CUT
 
 
 class CallError(Exception):
     """Error of a call whose outcome is not OK.
 
-    `message` is for the caller: it names the field and the remedy and nothing internal. Its size is bounded whatever
-    the request held: at most MAX_VIOLATIONS fields, and every text is cut to its maximum length.
+    `message` is for the caller: the message names the field and the remedy, and nothing internal. The size of the error
+    is bounded for every request: the error names at most MAX_VIOLATIONS fields, and every text is cut to a maximum
+    length.
     """
 
     def __init__(

@@ -9,15 +9,22 @@ from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
 
 
 class EngineDead(Exception):
-    """The engine has stopped permanently; its process must exit so that Ray sees a dead actor at once."""
+    """Raised when the engine has stopped permanently. The engine's process must exit, so that Ray sees a dead actor at
+    once."""
 
 
 class EngineCorrupt(EngineDead):
-    """The engine runs and returns wrong results; it is treated like a dead one. The message names its node."""
+    """Raised when the engine runs but returns wrong results. The message names the engine's node.
+
+    The engine is treated like a dead engine.
+    """
 
 
 class EngineRefused(Exception):
-    """The engine rejects this request and keeps running. `reason` names an Outcome, `field` the request's field."""
+    """Raised when the engine rejects a request and keeps running.
+
+    `reason` names an Outcome, and `field` names the field of the request.
+    """
 
     def __init__(self, reason: str, message: str, field: str = "") -> None:
         super().__init__(message)
@@ -29,32 +36,36 @@ class EngineRefused(Exception):
 class Engine(Protocol):
     """An inference engine that runs requests step by step.
 
-    A single reader calls `step`; `submit` and `abort` may interleave with it. tests/worker/engine/contract.py checks
-    that every implementation keeps these rules:
+    A single reader calls `step`. Calls of `submit` and `abort` may interleave with `step`.
+    tests/worker/engine/contract.py checks that every implementation keeps these rules:
 
-    - A request's outputs come in order and end with exactly one `finish`; after `abort` there are no further ones.
+    - A request's outputs come in order and end with exactly one `finish`. After `abort` the request has no further
+      outputs.
     - An aborted request frees its slot within two steps.
     - A refused request has no outputs.
     - Equal requests with temperature 0 generate equal tokens, alone or in a batch.
     """
 
     async def start(self) -> EngineInfo:
-        """Load and warm up; return when requests are accepted. Raises ValueError for settings that cannot work."""
+        """Load and warm up the engine, and return once requests are accepted.
+
+        Raises ValueError for settings that cannot work.
+        """
 
     async def submit(self, request: EngineRequest) -> None:
         """Accept a request without blocking the event loop. Raises EngineRefused for a bad request, or EngineDead."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Abort requests without a final output; unknown ids are ignored."""
+        """Abort requests, which get no final output. Unknown request ids are ignored."""
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Wait for the next step that has outputs and return all of them. Raises EngineDead."""
+        """Wait for the next step that has outputs, and return all outputs of that step. Raises EngineDead."""
 
     def load(self) -> EngineLoad:
-        """Return the engine's current load; cheap."""
+        """Return the engine's current load. The call is cheap."""
 
     async def check(self) -> None:
-        """Raise EngineDead if the engine is known to be dead; does not wait for a step."""
+        """Raise EngineDead if the engine is known to be dead. The check does not wait for a step."""
 
     async def close(self) -> None:
-        """Stop the engine and every process that it has started."""
+        """Stop the engine and every process that the engine has started."""

@@ -1,4 +1,4 @@
-"""Scaling state of models as operators see it, and the interface of the service that changes it."""
+"""Scaling state of models in the form that operators see, and the interface of the service that changes this state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """A scaling decision with its reason and its inputs.
+    """A scaling decision with the reason and the inputs.
 
-    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes that decided the same. `numbers` are
-    the values that the decision was based on.
+    `at_s` is in seconds since the epoch. `passes` counts the consecutive passes with the same decision. `numbers` are
+    the values on which the decision was based.
     """
 
     at_s: float
@@ -29,7 +29,7 @@ class ScalingDecision:
 class ModelScaling:
     """Scaling state of one model.
 
-    `by` is what sets its replicas: demand, manual or frozen. `cold_start_s` is 0 while unknown.
+    `by` says what sets the number of replicas: demand, manual or frozen. `cold_start_s` is 0 if the time is unknown.
     """
 
     name: str
@@ -47,7 +47,8 @@ class ModelScaling:
 
 @dataclass(frozen=True, slots=True)
 class ScalingExplanation:
-    """A model's scaling state with the decisions that led to it, newest last, and the numbers of the newest pass."""
+    """Scaling state of a model, the decisions that led to that state (newest last), and the numbers of the newest
+    pass."""
 
     model: ModelScaling
     decisions: Sequence[ScalingDecision] = ()
@@ -55,13 +56,17 @@ class ScalingExplanation:
 
 
 class ScalingService(Protocol):
-    """Operators' requests about scaling. `name` is a model's name or alias. Every method may raise CallError."""
+    """Service that carries out operators' scaling requests.
+
+    `name` is a model's name or alias. Every method may raise CallError.
+    """
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """Set a fixed number of replicas, or return to scaling by demand (None)."""
+        """Set a fixed number of replicas, or with None return to scaling by demand."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
         """Freeze or unfreeze the number of replicas. An empty name sets a separate flag for all models."""
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
-        """Return why the model has its replicas, with at most `limit` decisions (0: all that are kept)."""
+        """Return why the model has the current number of replicas, with at most `limit` decisions (0: all stored
+        decisions)."""

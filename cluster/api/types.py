@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class FinishReason(enum.IntEnum):
-    """Reason why the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
+    """Reason why the engine ended a request. The numbers are those of link.v1 Finish.Reason."""
 
     STOP = 1
     LENGTH = 2
@@ -20,9 +20,10 @@ class FinishReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output. `kind` is json_schema, json_object, regex, choice or grammar.
+    """A constraint on the output of a request. `kind` is json_schema, json_object, regex, choice or grammar.
 
-    `value` is the text of the schema, expression or grammar; for choice the allowed strings; for json_object "".
+    `value` is the text of the schema, expression or grammar. For choice, `value` holds the allowed strings; for
+    json_object, `value` is "".
     """
 
     kind: str
@@ -33,8 +34,9 @@ class Grammar:
 class Sampling:
     """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
-    `logprobs`: None for none, 0 for the sampled token only, k to add the k most likely ones. `top_k` 0 is off.
-    `stop_token_ids` are the caller's; the engine adds the generation config's EOS ids unless `ignore_eos`.
+    `logprobs`: None for no log probabilities, 0 for the sampled token only, k to add the k most likely tokens. `top_k`:
+    0 is off. `stop_token_ids`: the caller's stop tokens. The engine adds the EOS ids of the generation config unless
+    `ignore_eos` is set.
     """
 
     max_tokens: int
@@ -55,13 +57,16 @@ class Sampling:
 
     @property
     def is_seeded(self) -> bool:
-        """Return whether tokens are sampled with the caller's seed. Greedy decoding ignores the seed."""
+        """Whether tokens are sampled with the caller's seed. Greedy decoding ignores the seed."""
         return self.seed is not None and self.temperature > 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """Request for one sequence. `request_id` is unique for the life of the engine (a duplicate is refused)."""
+    """Request to the engine for one sequence.
+
+    `request_id` is unique for the life of the engine. A duplicate id is refused.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -75,7 +80,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """Log probabilities at one output position: the sampled token first, then the most likely ones in order."""
+    """Log probabilities at one output position: the sampled token first, then the most likely tokens in order."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
@@ -83,55 +88,59 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """Output of one engine step for one request. Not frozen, since one is created for each token."""
+    """Output of one engine step for one request. Not frozen, since an instance is created for each token."""
 
     request_id: str
     token_ids: Sequence[int]
     finish: FinishReason | None = None
     stop_token_id: int | None = None
-    """The id among Sampling.stop_token_ids that ended the request; None if EOS or the length ended it."""
+    """The id in Sampling.stop_token_ids that ended the request; None if EOS or the length limit ended the request."""
     prompt_tokens: int | None = None
-    """Set on the first output only."""
+    """Number of prompt tokens; set on the first output only."""
     cached_tokens: int | None = None
-    """Prompt tokens read from the prefix cache; set on the first output only."""
+    """Number of prompt tokens that were read from the prefix cache; set on the first output only."""
     origin_lost: bool = False
-    """Set on the first output of a resumed call: the worker considers the gateway that it was resumed from lost, or the
-    request had never stopped running."""
+    """Set on the first output of a resumed call.
+
+    True if the worker considers the call's earlier gateway lost, or if the request had never stopped running.
+    """
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
-    """Cause for the logs, with finish ERROR."""
+    """Cause of an error for the logs; set with `finish` ERROR."""
 
 
 RESUME_EXACT = "resume:exact"
-"""Capability: a resumed call generates exactly the tokens of an uninterrupted one. Emitted tokens count as output,
+"""Capability: a resumed call generates exactly the tokens of an uninterrupted call. Emitted tokens count as output,
 every parameter continues unchanged, and the arithmetic does not depend on batching."""
 
 RESUME_STATE = "resume:state"
-"""Capability: as RESUME_EXACT, except that the arithmetic depends on batching. The state and the sampling noise are
-those of the uninterrupted call; its tokens may differ where two tokens are almost equally likely."""
+"""Capability: like RESUME_EXACT, except that the arithmetic depends on batching. A resumed call has the state and the
+sampling noise of the uninterrupted call. The tokens may differ where two tokens are almost equally likely."""
 
 RESUME_PLAIN = "resume:plain"
 """Capability: emitted tokens are appended to the prompt. Calls with a frequency or presence penalty, a seed or a
 grammar are refused."""
 
 RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
-"""Resume capabilities from the weakest to the strongest; each engine has one."""
+"""Resume capabilities from the weakest to the strongest. Each engine has one of these capabilities."""
 
 
 def weakest_resume_capability(capabilities: Iterable[str]) -> str:
-    """Return the weakest resume capability among these; empty if there is none."""
+    """Return the weakest resume capability in `capabilities`, or "" if there is no resume capability in
+    `capabilities`."""
     present = set(capabilities)
     return next((word for word in RESUME_CAPABILITIES if word in present), "")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Properties of an engine, fixed once it has started."""
+    """Properties of an engine, which do not change after the engine's start."""
 
     engine_class: str
-    """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`; equal classes compute equally."""
+    """dtype, quantization and parallelism in one string, e.g. `float32-tp2-pp1`. Engines of equal classes compute
+    equally."""
     engine_path: str
-    """`fastpath`, `public` (with `engine_path_reason`) or `sim`."""
+    """Name of the path to the engine: `fastpath`, `public` (with `engine_path_reason`) or `sim`."""
     engine_version: str
     block_size: int
     kv_blocks: int
@@ -140,13 +149,13 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     default_sampling: Mapping[str, object] = field(default_factory=dict)
-    """Sampling fields of the generation config that differ from vLLM's defaults, under vLLM's names."""
+    """Sampling fields of the generation config that differ from vLLM's defaults. The keys are vLLM's names."""
     engine_path_reason: str = ""
     capabilities: tuple[str, ...] = ()
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that fit into the KV cache."""
+        """Number of tokens that fit into the KV cache."""
         return self.block_size * self.kv_blocks
 
 
@@ -155,9 +164,9 @@ class EngineLoad:
     """Current load of an engine. `steps` never decreases; `kv_usage` is in [0, 1]; `step_s` is the last step's time.
 
     A stalled step (`running` above 0, `steps` unchanged, `step_age_s` far above `step_p99_s`) is a hang unless `busy`
-    names the engine's work: `start`, `prefill`, `grammar`, `adapter`, or `cpu` while it gets no core. `busy` is set
-    only as long as that work can explain the step's duration, so an engine that hangs with a full queue soon reports
-    none.
+    names the engine's work: `start`, `prefill`, `grammar`, `adapter`, or `cpu` while the engine gets no CPU core.
+    `busy` is set only as long as the named work can explain the step's duration. For an engine that hangs with a full
+    queue, `busy` therefore soon becomes empty.
     """
 
     running: int = 0
@@ -167,16 +176,16 @@ class EngineLoad:
     step_s: float = 0.0
     busy: str = ""
     step_age_s: float = 0.0
-    """Time since the current step began; 0 when the engine is idle."""
+    """Seconds since the current step began; 0 when the engine is idle."""
     step_p99_s: float = 0.0
-    """99th percentile over the last few thousand steps; 0 before the first."""
+    """99th percentile of the step time, in seconds, over the last few thousand steps; 0 before the first step."""
     prefill_tokens: int = 0
-    """Tokens of prompts that have no output yet, including those in the engine's queue."""
+    """Number of prompt tokens of requests that have no output yet, including requests in the engine's queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Identity of a worker; EngineInfo describes its engine."""
+    """Identity of a worker. EngineInfo describes the worker's engine."""
 
     worker_id: str
     incarnation: str
@@ -187,9 +196,9 @@ class WorkerIdentity:
     ray_cluster: str = "local"
     node: str = ""
     generation: str = ""
-    """Digest of the settings that its replica was started with; empty if unknown."""
+    """Digest of the settings with which the worker's replica was started; empty if unknown."""
     pod: str = ""
-    """Empty outside Kubernetes."""
+    """Name of the worker's pod; empty outside Kubernetes."""
     host: str = ""
     """Kubernetes node name of the pod, or the host name outside Kubernetes; `node` is Ray's node id."""
     gpu: str = ""
@@ -200,19 +209,19 @@ _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
 def without_seed_noise(engine_class: str) -> str:
-    """Return an engine class without the part after the ranks that identifies the sampling noise, if it has one.
+    """Return an engine class without the suffix that identifies the sampling noise, if the class has that suffix.
 
-    worker/engine/vllm/resume.py appends that part.
+    The suffix follows the ranks. worker/engine/vllm/resume.py appends the suffix.
     """
     return _NOISE.sub(r"\1", engine_class)
 
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityKey:
-    """Properties that two workers must share for one to resume a sequence of the other.
+    """Properties that must be equal on two workers so that one worker can resume a sequence of the other worker.
 
-    These are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism); for seeded
-    calls also the sampling noise that a seed produces.
+    These properties are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). For
+    calls with a seed, the sampling noise that a seed produces must be equal too.
     """
 
     weight_digest: str
@@ -231,10 +240,11 @@ class CompatibilityKey:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model's entry of the configuration as controller, replicas and engine use it. Can be stored as JSON.
+    """A model's configuration entry in the form that controller, replicas and engine use. Can be stored as JSON.
 
-    `engine` holds vLLM's argument names; those that Headrace sets itself were rejected before. `gpu` is Ray's
-    accelerator type, empty for any. With `min_replicas` 0, `idle_s` seconds without a call end the last replica.
+    `engine`: engine arguments by vLLM's names. Arguments that Headrace sets itself were rejected before. `gpu`: Ray's
+    accelerator type, empty for any type. `idle_s`: with `min_replicas` 0, the last replica ends after this number of
+    seconds without a call.
     """
 
     name: str
@@ -255,22 +265,26 @@ class ModelSpec:
     trust_remote_code: bool = False
     load_format: str = "safetensors"
     digest: str = ""
-    """Weight digest that every worker must have; empty for any."""
+    """Weight digest that every worker of the model must have; empty for any digest."""
     license: str = ""
-    """The entry's license of the weights, as a lower-case SPDX name; empty: the license in the model's folder."""
+    """License of the weights according to the entry, as a lower-case SPDX name; empty: the license in the model's
+    folder."""
     ray: str = ""
-    """Name of the Ray cluster that the model runs on; empty for the first."""
+    """Name of the Ray cluster on which the model runs; empty for the first Ray cluster."""
     fallback: tuple[str, ...] = ()
-    """Models that serve its calls while it has no ready worker; the first one that has a ready worker is used."""
+    """Models that serve this model's calls while this model has no ready worker. The first model with a ready worker is
+    used."""
     weight: float = 1.0
     """Share of the model's calls that this version gets, in [0, 1]; the shares of all versions add up to 1."""
     error_ratio: float = 0.0
-    """Of a canary: it is rolled back when its error rate is this many times the stable version's; 0: never."""
+    """For a canary: the canary is rolled back when the canary's error rate is this many times the error rate of the
+    stable version; 0: never."""
     ttft_ratio: float = 0.0
-    """Of a canary: the same for the time to first token."""
+    """For a canary: the canary is rolled back when the canary's time to first token is this many times that of the
+    stable version; 0: never."""
     slo_ttft_s: float = 2.0
-    """SLO of the time to first token; `slo_itl_s` is that of the mean time between tokens. `slo_target` is the share of
-    calls that must meet both."""
+    """SLO for the time to first token, in seconds. `slo_itl_s` is the SLO for the mean time between tokens.
+    `slo_target` is the share of calls that must meet both SLOs."""
     slo_itl_s: float = 0.1
     slo_target: float = 0.99
 
@@ -281,7 +295,7 @@ class ModelSpec:
 
 
 class DrainState(enum.StrEnum):
-    """Whether a worker accepts new sequences; the names are those of link.v1 Standing.State."""
+    """State that says whether a worker accepts new sequences. The names are those of link.v1 Standing.State."""
 
     SERVING = "SERVING"
     CORDONED = "CORDONED"
@@ -290,7 +304,7 @@ class DrainState(enum.StrEnum):
 
 
 class ModelState(enum.StrEnum):
-    """State in a model's lifecycle; the names are those of inference.proto's Model.State without the prefix."""
+    """State in a model's lifecycle. The names are those of inference.proto's Model.State without the prefix."""
 
     DECLARED = "DECLARED"
     PLACING = "PLACING"
@@ -304,7 +318,10 @@ class ModelState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VersionShare:
-    """Version of a model as published to the gateways. `weight` in [0, 1] is its share of the calls."""
+    """A version of a model, as published to the gateways.
+
+    `weight` is the version's share of the model's calls, in [0, 1].
+    """
 
     version: str
     weight: float = 1.0
@@ -317,17 +334,19 @@ class VersionShare:
     replicas: int = 0
     replicas_desired: int = 0
     quarantined: bool = False
-    """The version gets no new calls, and its running calls are resumed on other versions where possible."""
+    """The version gets no new calls, and the version's running calls are resumed on other versions where possible."""
     ttft_ratio: float = 0.0
-    """Of a canary: gateways count how often its time to first token exceeds the stable version's times this ratio."""
+    """For a canary: gateways count how often the canary's time to first token exceeds this ratio times the stable
+    version's time to first token."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionTally:
-    """One gateway's counts of one version since that gateway's start. `errors`: calls that the worker failed.
+    """One gateway's counts for one version of a model, since the gateway's start.
 
-    `pairs`: calls whose time to first token was compared with that of the stable version's latest call. `slower`: those
-    among them that took more than the version's `ttft_ratio` times as long.
+    `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with that
+    of the stable version's latest call. `slower`: calls among `pairs` whose time to first token was more than
+    `ttft_ratio` times as long.
     """
 
     model: str
@@ -341,7 +360,7 @@ class VersionTally:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model as the controller publishes it to the gateways."""
+    """A model in the form that the controller publishes to the gateways."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -360,17 +379,20 @@ class CatalogEntry:
     license: str = ""
     engine_class: str = ""
     weights_pinned: bool = False
-    """True: only workers with one of `weight_digests` may serve it. False: the digests are those its workers report."""
+    """True: only workers with one of `weight_digests` may serve the model. False: `weight_digests` are the digests that
+    the model's workers report."""
     fallback: tuple[str, ...] = ()
-    """Models that serve its calls while it has no ready worker."""
+    """Models that serve this model's calls while this model has no ready worker."""
     versions: tuple[VersionShare, ...] = ()
-    """Versions that may get calls, the stable one first; empty: any version that its workers have."""
+    """Versions that may get calls, the stable version first. Empty: every version of the model's workers may get
+    calls."""
     retired: tuple[str, ...] = ()
     """Generations (digests of replica settings) whose workers get no new calls."""
     card: Mapping[str, str] = field(default_factory=dict)
     """Short texts of the model card, by field."""
     slo_ttft_s: float = 0.0
-    """SLO of the time to first token; `slo_itl_s` is that of the time between tokens. 0: none."""
+    """SLO for the time to first token, in seconds; 0: no SLO. `slo_itl_s` is the SLO for the time between tokens."""
     slo_itl_s: float = 0.0
     starting_since_s: float = 0.0
-    """When the start of the model's first replica began, in seconds since the epoch; 0: none is starting."""
+    """Time at which the model's first replica began to start, in seconds since the epoch; 0: the first replica is not
+    starting."""

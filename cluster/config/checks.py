@@ -1,7 +1,7 @@
-"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each rule yields its problems.
+"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each rule yields problems.
 
-Every process that reads a configuration refuses what these rules report. `headrace config check` adds warnings about
-probable mistakes.
+Every process that reads a configuration refuses a configuration for which a rule yields problems. `headrace config
+check` adds warnings about probable mistakes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cluster.config.engine import code_arguments, engine_problems, together_prob
 from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
-"""Schemes of a source, before `://`; a source without one is a folder."""
+"""Schemes of a source, before `://`. A source without a scheme is a folder."""
 _SCHEME_CORRECTIONS = {
     "huggingface": "hf",
     "hugging_face": "hf",
@@ -30,7 +30,7 @@ _HUB_PAGE = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/(?=[^/]+/[^/]+$)")
 
 
 class Entry(Protocol):
-    """The fields of a model that these rules read."""
+    """The fields of a model that the rules in this module read."""
 
     @property
     def name(self) -> str: ...
@@ -41,7 +41,7 @@ class Entry(Protocol):
 
 
 def source_problem(source: str) -> str:
-    """Return why no replica could load from a source, judged by its text alone; "" if one might."""
+    """Return why no replica could load from a source, judged by the text of the source alone; "" if a replica might."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return ""
@@ -61,7 +61,8 @@ def source_problem(source: str) -> str:
 
 
 def _hub_problem(source: str, name: str) -> str:
-    """Return why a name cannot be a repository of the hub, by the rules of the hub's client; "" if it can."""
+    """Return why a name cannot be a repository of the hub, by the rules of the hub's client; "" if the name is
+    possible."""
     if name.count("/") != 1 or not all(name.split("/")):
         return f"expected hf://organisation/name, got {source!r}"
     plain, at, revision = name.partition("@")
@@ -76,9 +77,10 @@ def _hub_problem(source: str, name: str) -> str:
 
 
 def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what vLLM or Headrace refuses in an `engine:` section. Simulated engines have other arguments.
+    """Yield a problem for each argument of an `engine:` section that vLLM or Headrace refuses.
 
-    `whole`: all arguments that the section's engine is started with.
+    Simulated engines have other arguments and are not checked. `whole`: all arguments with which the section's engine
+    is started.
     """
     if source.startswith("sim://"):
         return
@@ -88,13 +90,16 @@ def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping
 
 
 def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield arguments of an `engine:` section that name code to run, for models that may not run any."""
+    """Yield a problem for each argument of an `engine:` section that names code to run.
+
+    This rule is for models that may not run such code.
+    """
     for key, text in code_arguments(engine):
         yield Problem((*path, *key.split(".")), text)
 
 
 def names(models: Sequence[Entry]) -> Iterator[Problem]:
-    """Yield names and aliases that are used twice, at each place except the first."""
+    """Yield a problem for each name or alias that is used twice, at each use except the first."""
     owner: dict[str, tuple[int, str]] = {}
     for at, model in enumerate(models):
         for number, name in enumerate((model.name, *model.aliases)):
@@ -107,7 +112,7 @@ def names(models: Sequence[Entry]) -> Iterator[Problem]:
 
 
 def clashing(models: Sequence[Entry]) -> frozenset[int]:
-    """Return the positions of all models that share a name or alias."""
+    """Return the positions of all models that share a name or alias with another model."""
     owners: dict[str, set[int]] = {}
     for at, model in enumerate(models):
         for name in (model.name, *model.aliases):
@@ -116,9 +121,9 @@ def clashing(models: Sequence[Entry]) -> frozenset[int]:
 
 
 def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator[Problem]:
-    """Yield fallbacks that name no model or the model itself, or that lead back to it.
+    """Yield a problem for each fallback that names no model, names the model itself, or leads back to the model.
 
-    `absent`: names of models that were left out because their entries are invalid.
+    `absent`: names of models that were left out because of an invalid entry.
     """
     owner = {name: model for model in models for name in (model.name, *model.aliases)}
     for at, model in enumerate(models):
@@ -138,7 +143,8 @@ def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator
 
 
 def _cycle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names on a path of fallbacks from a model back to `start`; empty if there is none."""
+    """Return the names on a path of fallbacks that leads from a model back to `start`; empty if there is no such
+    path."""
     if model.name == start:
         return (*path, start)
     if model.name in path:
@@ -162,11 +168,18 @@ def _list(words: Sequence[str]) -> str:
 
 
 Need = tuple[int, str, int, int]
-"""A model's position, GPU type, GPUs of one replica, minimum of replicas; one for each type that it may run on."""
+"""A model's position, a GPU type, the GPUs of one replica, and the minimum number of replicas.
+
+A model has one Need for each GPU type on which the model may run.
+"""
 
 
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
-    """Yield models whose minimum of replicas exceeds scaling.gpu_budget."""
+    """Yield a problem for each minimum number of replicas that exceeds scaling.gpu_budget.
+
+    Two cases are reported: one replica of a model needs more GPUs than the budget, or the minimum replicas of all
+    models together need more GPUs than the budget.
+    """
     by_model: dict[int, list[Need]] = {}
     for need in needs:
         by_model.setdefault(need[0], []).append(need)
@@ -203,7 +216,10 @@ def _key(kind: str) -> str:
 
 
 def listeners(addresses: Sequence[tuple[str, str]]) -> Iterator[Problem]:
-    """Yield listeners, given as (key, host:port), that would bind the same port of the same host."""
+    """Yield a problem for each listener that would bind the port of an earlier listener on the same host.
+
+    `addresses`: pairs of a key and `host:port`.
+    """
     taken: dict[int, list[tuple[str, str]]] = {}
     for key, address in addresses:
         host, _, port = address.rpartition(":")

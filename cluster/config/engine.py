@@ -1,7 +1,8 @@
 """Checks of a model's `engine:` section against the engine arguments of the pinned vLLM, without importing vLLM.
 
-scripts/engine_arguments.py writes the table vllm_arguments.json. Arguments that make vLLM import a module, load a
-plugin or call a factory run code that the configuration names; they need `weights.allow.remote_code`.
+scripts/engine_arguments.py writes the table vllm_arguments.json. Some arguments make vLLM import a module, load a
+plugin or call a factory. Such an argument runs code that the configuration names, and therefore needs
+`weights.allow.remote_code`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cluster.config.problems import shown
 
 TABLE = Path(__file__).with_name("vllm_arguments.json")
 Problem = tuple[str, str]
-"""The key's path below `engine`, and the problem."""
+"""Path of the key below `engine`, and text of the problem."""
 
 # Engine arguments that Headrace sets itself, with the reason in the error message.
 OWNED_ENGINE_ARGS = {
@@ -81,9 +82,10 @@ CODE = frozenset(
 )
 """Arguments of the pinned vLLM that name code to import, a plugin to load or a factory to call."""
 HARMLESS = {"worker_cls": ("auto",), "compilation_config.backend": ("", "eager", "inductor")}
-"""Values of these arguments that name no code of the user's."""
+"""Values with which an argument in CODE names no code of the user, by argument."""
 LOOKS_LIKE_CODE = re.compile(r"(_cls|_class|_classes|_plugin|_plugins|module_path|class_path|_factory|_callable)$")
-"""Keys of free-form mappings (such as `kv_connector_extra_config`) that name code by vLLM's naming convention."""
+"""Pattern of keys that name code by vLLM's naming convention. Such keys occur in free-form mappings (such as
+`kv_connector_extra_config`)."""
 CODE_FORBIDDEN = "names code that the engine would run: only where weights.allow.remote_code is true"
 MOST_SHOWN = 8
 _WORDS = {
@@ -100,13 +102,13 @@ _BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most
 
 @functools.cache
 def arguments() -> Mapping[str, Any]:
-    """Return the engine arguments of the pinned vLLM by name, each with its forms and range."""
+    """Return the engine arguments of the pinned vLLM by name, each with the allowed forms and range."""
     rows: Mapping[str, Any] = json.loads(TABLE.read_text())["arguments"]
     return rows
 
 
 def near(name: str, known: Sequence[str]) -> str:
-    """Return `; did you mean X?` with the closest known name; "" if none is close."""
+    """Return `; did you mean X?` with the known name that is closest to `name`; "" if no known name is close."""
     normalized = {candidate.replace("-", "_").lower(): candidate for candidate in known}
     folded = name.replace("-", "_").lower()
     closest = normalized.get(folded) or next(
@@ -116,7 +118,7 @@ def near(name: str, known: Sequence[str]) -> str:
 
 
 def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
-    """Yield arguments of an `engine:` section that vLLM would refuse or that Headrace sets itself."""
+    """Yield a problem for each argument of an `engine:` section that vLLM would refuse or that Headrace sets itself."""
     known = arguments()
     for name, value in engine.items():
         if name in OWNED_ENGINE_ARGS:
@@ -128,10 +130,10 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
 
 
 def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
-    """Yield combinations that vLLM would refuse of arguments that are valid alone.
+    """Yield a problem for each combination of arguments that vLLM would refuse although each argument is valid alone.
 
     `whole` includes the entry's `tensor_parallel_size` and `max_model_len`. An argument that is not given is not
-    checked, since vLLM chooses it.
+    checked, since vLLM chooses the value of the argument.
     """
     tokens, length, ranks = (
         _whole_number(whole, name) for name in ("max_num_batched_tokens", "max_model_len", "tensor_parallel_size")
@@ -167,7 +169,7 @@ def _whole_number(whole: Mapping[Any, Any], name: str) -> int:
 
 
 def code_arguments(engine: Mapping[Any, Any]) -> Iterator[Problem]:
-    """Yield the arguments of an `engine:` section that make the engine run code that the section names."""
+    """Yield a problem for each argument of an `engine:` section that makes the engine run code named in the section."""
     for name, value in engine.items():
         yield from _code(str(name), value)
 
@@ -189,7 +191,7 @@ def _code(path: str, value: Any) -> Iterator[Problem]:
 
 
 def _is_custom_proposer(speculative: Mapping[Any, Any]) -> bool:
-    """Return whether vLLM would take `model` for the import path of a class."""
+    """Return whether vLLM would read `model` as the import path of a class."""
     model = speculative.get("model")
     if speculative.get("method") == "custom_class":
         return True
@@ -246,7 +248,7 @@ def _fits(value: Any, form: Mapping[str, Any]) -> bool:
 
 
 def _range_problem(value: float, row: Mapping[str, Any]) -> str:
-    """Return why a number is outside the argument's range; "" if it is inside."""
+    """Return why a number is outside the range of the argument; "" if the number is inside the range."""
     wrong = {
         "gt": lambda bound: value <= bound,
         "ge": lambda bound: value < bound,

@@ -50,12 +50,12 @@ def check_address(value: str, least: int = 0) -> str:
 
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]{1,5}$"), AfterValidator(check_address)]
-# Process i > 0 listens this much plus i above the configured ports: by default on 50060+i and 9410+i.
+# Process i > 0 listens on the configured port plus this offset plus i: by default on 50060+i and 9410+i.
 LINK_PORT_OFFSET, METRICS_PORT_OFFSET = 8, 10
 
 
 def _with_port_above(address: str, by: int) -> str:
-    """Return the address with its port raised by `by`; port 0 stays 0."""
+    """Return the address with the port raised by `by`. Port 0 stays 0."""
     host, port = address.rsplit(":", 1)
     return f"{host}:{int(port) + by if int(port) else 0}"
 
@@ -77,7 +77,8 @@ class Listen(Section):
     def of(self, process: int) -> Listen:
         """Return the addresses of one process.
 
-        All processes share `grpc` and `http`; each has its own `link` and `metrics`; only process 0 has `admin`.
+        All processes share `grpc` and `http`. Each process has a separate `link` and `metrics` address. Only process 0
+        has `admin`.
         """
         if not process:
             return self
@@ -175,12 +176,16 @@ class GatewaySettings(Section):
     resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
-        """Return the link addresses of the other processes, each as `:port` on this process's host."""
+        """Return the link addresses of the other processes, each as `:port` on the host of this process."""
         others = (self.listen.of(i).link for i in range(self.processes) if i != process)
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
     def open_port(self) -> str:
-        """Return the first listener with port 0 that several processes would have to share or announce; "" if none."""
+        """Return the first of `grpc`, `http` and `link` that has port 0 although there are several processes; "" if
+        there is none.
+
+        Several processes would have to share or announce the chosen port.
+        """
         if self.processes == 1:
             return ""
         return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
@@ -191,7 +196,7 @@ class GatewaySettings(Section):
         return self
 
     def _ports_too_high(self) -> Iterator[Problem]:
-        """Yield the ports of the last process that are above MAX_PORT."""
+        """Yield a problem for each port of the last process that is above MAX_PORT."""
         last = self.listen.of(self.processes - 1)
         for name in ("link", "metrics"):
             if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
@@ -202,7 +207,7 @@ class GatewaySettings(Section):
                 )
 
     def _port_conflicts(self) -> Iterator[Problem]:
-        """Yield listeners, over all processes, that would bind the same port."""
+        """Yield a problem for each listener, of any process, that would bind the same port as another listener."""
         addresses = [(name, getattr(self.listen, name)) for name in ("grpc", "http", "link", "admin", "metrics")]
         for process in range(1, self.processes):
             listen = self.listen.of(process)

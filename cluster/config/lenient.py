@@ -1,10 +1,11 @@
-"""Reads a configuration that is partly invalid, so that a restarting process can start with the rest.
+"""Reads a partly invalid configuration, so that a restarting process can start with the valid rest.
 
-Problem: models change while gateways and controller run, so an invalid entry is first read by the process that restarts
-next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart at a time.
+Problem: models change while gateways and controller run. An invalid entry is therefore first read by the process that
+restarts next, perhaps hours later. If that process exited, one typing error would end the whole fleet, one restart at a
+time.
 
-Invariants: an entry that is invalid, or whose names conflict with another's, changes nothing for its own model or for
-the others. A problem outside the sections that a process can start without still prevents its start.
+Invariants: An invalid entry, or an entry with a name that another entry has too, changes nothing for any model. A
+problem in a section that a process needs still prevents the start of that process.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from cluster.config.schema import Config, ConfigError, examine, line, names_of, 
 from cluster.config.yaml_reader import Document
 
 GATEWAY_OPTIONAL_SECTIONS = ("models", "weights", "ray")
-"""Sections that a gateway does not use: it gets the models from the controller and the workers."""
+"""Sections that a gateway does not use, since a gateway gets the models from the controller and the workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldModel:
-    """A model with an invalid entry; its running replicas stay unchanged.
+    """A model with an invalid entry. The model's running replicas stay unchanged.
 
-    `aliases` and `fallback` are the entry's, as far as they can be read.
+    `aliases` and `fallback` are the values of the entry, as far as these values can be read.
     """
 
     name: str
@@ -36,7 +37,7 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True)
 class PartialConfig:
-    """A configuration without its invalid parts, with the problems and the held models.
+    """The valid parts of a configuration, with the problems of the invalid parts and the held models.
 
     `all_held`: all running models must stay unchanged, since the `models` section cannot be read as a list of entries.
     """
@@ -58,7 +59,7 @@ def load_for_controller(path: Path) -> PartialConfig:
 
 
 def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
-    """Read a text as load_for_gateway does; `where` names it in errors."""
+    """Read the text of a file as load_for_gateway does. `where`: name of the file in error messages."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
@@ -72,7 +73,7 @@ def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
 
 
 def for_controller(text: str, where: str = "configuration") -> PartialConfig:
-    """Read a text as load_for_controller does; `where` names it in errors."""
+    """Read the text of a file as load_for_controller does. `where`: name of the file in error messages."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
@@ -91,7 +92,8 @@ def for_controller(text: str, where: str = "configuration") -> PartialConfig:
 def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
-    """Leave out invalid entries until the others are valid together."""
+    """Return the configuration without invalid model entries. Entries are left out until the others are valid
+    together."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]
@@ -114,7 +116,7 @@ def _without_wrong_entries(
 def _without_sections(document: Document, sections: Collection[str]) -> Document:
     """Return the document with these sections empty.
 
-    A `ray` section with entries gets one placeholder, since other rules depend on whether there is a Ray cluster.
+    A `ray` section with entries gets one placeholder entry, since other rules depend on whether there is a Ray cluster.
     """
     data = {key: value for key, value in document.data.items() if key not in sections} | {"models": []}
     if "models" not in sections:
@@ -134,7 +136,8 @@ def _with_duplicate_keys(document: Document) -> set[int]:
 
 
 def _conflicting(entries: Sequence[Any]) -> set[int]:
-    """Return the positions of all entries that share a name or alias: which of them is meant is unknown."""
+    """Return the positions of all entries that share a name or alias with another entry. Which entry is meant is
+    unknown."""
     owners: dict[str, set[int]] = {}
     for at, entry in enumerate(entries):
         for name in names_of({"models": [entry]}):
@@ -143,7 +146,8 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that these entries name, without names of valid models (`beside`) and without duplicates."""
+    """Return the models that these entries name, without duplicates and without names of the valid models in
+    `beside`."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

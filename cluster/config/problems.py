@@ -1,8 +1,8 @@
 """Problems of a configuration, each with the key's path, the expected form and the remedy.
 
-Pydantic stops a model's validators at the first wrong field, and its message for `300s` is "unable to parse string".
-Here a validator may report several problems at once (`ProblemsError`), unknown keys get a suggestion, and numbers with
-a unit are converted to the key's unit.
+Pydantic stops a model's validators at the first wrong field, and pydantic's message for `300s` is "unable to parse
+string". In this module a validator may report several problems at once (`ProblemsError`), unknown keys get a
+suggestion, and numbers with a unit are converted to the key's unit.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _FORMS = {
     "digest": "sha256: and 64 digits of 0-9 and a-f, in lower case",
     "dashboard_url": "a URL that begins with http:// or https://",
 }
-"""Expected form, in words, of keys that are checked against a pattern."""
+"""Expected form, in words, of each key that is checked against a pattern."""
 _FLAGS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem at a `path` of keys and list positions, with a text that names the remedy.
+    """A problem at a `path` of keys and list positions. `text` names the remedy.
 
     `missing`: a required key is absent.
     """
@@ -76,7 +76,7 @@ class Problem:
 
 
 class ProblemsError(ValueError):
-    """Raised by a validator that has found problems; their paths are relative to the validated value."""
+    """Raised by a validator that has found problems. The paths of the problems are relative to the validated value."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -84,7 +84,7 @@ class ProblemsError(ValueError):
 
 
 def raise_all(problems: Iterable[Problem]) -> None:
-    """Raise ProblemsError unless there are no problems."""
+    """Raise ProblemsError with the problems if there are any."""
     if collected := list(problems):
         raise ProblemsError(collected)
 
@@ -98,7 +98,7 @@ def written(path: Path) -> str:
 
 
 def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """Return the problems that pydantic and our validators report, one for each wrong key."""
+    """Return the problems that pydantic and this project's validators report, one problem for each wrong key."""
     problems: list[Problem] = []
     for detail in error.errors():
         path, keys = _path_and_keys(detail["loc"], root)
@@ -113,7 +113,10 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
 
 
 def _without_other_forms(problems: list[Problem]) -> list[Problem]:
-    """Drop, for a key that may be a string or a list, the problems of the form that was not used."""
+    """Return the problems without those of an unused form of a key.
+
+    A key that may be a string or a list has two forms, and the configuration uses one of the two forms.
+    """
     parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
     return [
         problem for problem in problems if not (problem.path in parents and problem.text.startswith("must be a string"))
@@ -121,7 +124,10 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 
 
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
-    """Return a path without the union members that pydantic inserts, and the known keys at its end."""
+    """Return the path of a pydantic location, and the keys that are known at the end of the path.
+
+    Pydantic inserts the members of a union into the location. The path does not contain these members.
+    """
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]
     for part in location:
@@ -182,7 +188,8 @@ def _expected_number(key: str, kind: str) -> str:
 
 
 def _converted(key: str, value: Any) -> str:
-    """Return a hint with the value in the key's unit, such as `: write 300` for `300s`; "" if it has no unit."""
+    """Return a hint with the value in the key's unit, such as `: write 300` for `300s`; "" for a value without a
+    unit."""
     quantity = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if quantity is None:
         return ""
@@ -203,7 +210,7 @@ _YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def shown(value: Any) -> str:
-    """Return a value as error messages show it, cut to a length that fits on a line."""
+    """Return a value in the form that error messages show, cut to a length that fits on a line."""
     text = _YAML_WORDS.get(repr(value), repr(value)) if value is None or isinstance(value, bool) else repr(value)
     if type(value).__module__ == "datetime":
         text = str(value)

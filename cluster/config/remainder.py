@@ -13,9 +13,10 @@ LEFT_OUT = "left-out"
 
 
 def without(data: Any, paths: Sequence[Path]) -> Any:
-    """Return a copy of a document without the values at these paths; None if nothing is left to remove.
+    """Return a copy of a document without the values at these paths, or None if nothing is left to remove at a path.
 
-    Items of `models`, `tenants` and `ray` are replaced by valid placeholders, so that the others keep their positions.
+    Items of `models`, `tenants` and `ray` are replaced by valid placeholders, so that the other items keep their
+    positions.
     """
     remaining = copy.deepcopy(data)
     for path in paths:
@@ -34,7 +35,10 @@ _REPLACEMENTS: Mapping[str, Any] = {"api_version": "headrace/v1", "name": LEFT_O
 
 
 def _remove(data: Any, path: Path) -> bool:
-    """Remove or replace the value at a path, or its nearest parent for which that is possible; False if none is."""
+    """Remove or replace the value at a path, or the nearest parent that can be removed or replaced.
+
+    Returns False if nothing can be removed or replaced.
+    """
     depth, node = 0, data
     while depth < len(path) and _has(node, path[depth]):
         node = node[path[depth]]

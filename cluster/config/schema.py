@@ -1,7 +1,8 @@
-"""The schema of cluster.yaml: read once, checked completely, then frozen; unknown keys are refused with their path.
+"""The schema of cluster.yaml. The file is read once, checked completely, then frozen.
 
-Sections of later releases are refused by name, not ignored: a limit that is accepted and not enforced is worse than
-none. tenants.py has the sections about tenants, gateway.py that of the gateway.
+An unknown key is refused with the path of the key. A section of a later release is refused by name, not ignored, since
+a limit that is accepted and not enforced is worse than no limit. tenants.py has the sections about tenants, and
+gateway.py has the `gateway` section.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ _ALIAS_RULE = "must be letters, digits, '.', '_', '-', '/', ':', '@' or '+', 1 t
 
 
 class ConfigError(ValueError):
-    """The configuration is invalid; the message names the file, the key's path and the remedy."""
+    """Raised when the configuration is invalid. The message names the file, the key's path and the remedy."""
 
 
 def _web_server(value: str) -> str:
@@ -226,7 +227,7 @@ class Canary(Section):
         return value
 
     def own(self) -> dict[str, Any]:
-        """Return the values that replace the model's, by the model's keys."""
+        """Return the canary's values that replace values of the model, by the model's keys."""
         set_keys = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
         return {key: value for key, value in set_keys.items() if value is not None} | {"digest": self.digest}
 
@@ -365,8 +366,8 @@ class Model(Section):
         return self
 
     def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any], Mapping[str, Any]]]:
-        """Yield every `engine:` section of the entry: its path, its source, its arguments, and all arguments that the
-        engine is started with."""
+        """Yield every `engine:` section of the entry: the path, the source of the weights, the section's arguments, and
+        all arguments with which the engine is started."""
 
         def whole(engine: Mapping[str, Any], ranks: int | None, length: int | None) -> Mapping[str, Any]:
             own = {"tensor_parallel_size": ranks or self.tensor_parallel_size, "max_model_len": length}
@@ -392,14 +393,18 @@ class Model(Section):
             )
 
     def versions(self) -> tuple[Model, ...]:
-        """Return the model without its canary, and the canary as a model of its own. specs() adds their weights."""
+        """Return the model without the canary, followed by the canary (if there is one) as a separate Model.
+
+        specs() adds the weights of the versions.
+        """
         plain = self.model_copy(update={"canary": None})
         if self.canary is None:
             return (plain,)
         return plain, plain.model_copy(update=self.canary.own())
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Return a spec for each version on each GPU type, the stable version and the preferred type first."""
+        """Return one ModelSpec for each version and GPU type: the stable version first, and the preferred GPU type
+        first."""
         canary_weight = self.canary.weight if self.canary is not None else 0.0
         rollback = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
         specs: list[ModelSpec] = []
@@ -416,7 +421,7 @@ class Model(Section):
         return tuple(specs)
 
     def spec(self) -> ModelSpec:
-        """Return the entry as a ModelSpec, without its canary and without the settings of a listed GPU type."""
+        """Return the entry as a ModelSpec, without the canary and without the settings of a listed GPU type."""
         return ModelSpec(
             name=self.name,
             source=self.source,
@@ -525,7 +530,7 @@ class Config(Section):
         return self
 
     def _disallowed(self) -> Iterator[Problem]:
-        """Yield models that use what `weights.allow` or `ray` does not list."""
+        """Yield a problem for each setting of a model that `weights.allow` or `ray` does not permit."""
         allow, rays = self.weights.allow, [ray.name for ray in self.ray]
         for at, model in enumerate(self.models):
             where: KeyPath = ("models", at)
@@ -587,7 +592,7 @@ def _refuse_not_yet(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def parse(text: str, where: str = "configuration") -> Config:
-    """Read and check the text of a cluster.yaml. Raises ConfigError with every wrong key's path."""
+    """Read and check the text of a cluster.yaml. Raises ConfigError with the path of every wrong key."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is None:
@@ -596,7 +601,7 @@ def parse(text: str, where: str = "configuration") -> Config:
 
 
 def read_document(text: str, where: str) -> Document:
-    """Read the YAML of a cluster.yaml, which may have duplicate keys. Raises ConfigError."""
+    """Read the text of a cluster.yaml as YAML. Duplicate keys are accepted here. Raises ConfigError."""
     try:
         document = read(text)
     except NotYaml as error:
@@ -607,25 +612,26 @@ def read_document(text: str, where: str) -> Document:
 
 
 def line(problem: Problem, where: str, document: Document) -> str:
-    """Return a problem as one line of an error message, with the file's name and the line number."""
+    """Return a problem as one line of an error message, with the name of the file and the line number."""
     at = document.line_of(problem.path)
     return f"{where}: {problem}{f' (line {at})' if at else ''}"
 
 
 def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
-    """Return a document's configuration, None if it is invalid, and its problems.
+    """Return the configuration in a document, or None if the document is invalid, and the problems of the document.
 
-    `absent`: names of models that were left out of the document, which fallbacks may name.
+    `absent`: names of models that were left out of the document. Fallbacks may name these models.
     """
     config, wrong = without_invalid_keys(document, absent)
     return (None if wrong else config), wrong
 
 
 def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
-    """Return the configuration of a document without its wrong keys, and all problems of the document.
+    """Return the configuration in a document without the wrong keys, and all problems of the document.
 
-    A wrong key hides problems that depend on its value, so it is removed and the rest is checked again. A model entry
-    that stays invalid is replaced by a placeholder named LEFT_OUT and its position.
+    A wrong key hides problems that depend on the value of the key. The wrong key is therefore removed, and the rest is
+    checked again. A model entry that stays invalid is replaced by a placeholder, whose name is LEFT_OUT followed by the
+    entry's position.
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
     wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
@@ -645,7 +651,10 @@ def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tu
 
 
 def _zero_bytes(path: KeyPath, value: Any, seen: set[int]) -> Iterator[Problem]:
-    """Yield texts with a zero byte, which no file name or program argument may contain; aliased values once."""
+    """Yield a problem for each text with a zero byte, which no file name or program argument may contain.
+
+    A value that YAML aliases repeat is checked once.
+    """
     if isinstance(value, str) and "\0" in value:
         yield Problem(path, f"{shown(value)} holds a zero byte (\\0): take it out")
     if not isinstance(value, dict | list) or id(value) in seen:
@@ -678,7 +687,7 @@ def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
 
 
 def names_of(data: Any) -> set[str]:
-    """Return the names and aliases in a document's `models`, as far as they can be read."""
+    """Return the model names and aliases in a document's `models`. Names that cannot be read are left out."""
     entries = data.get("models") if isinstance(data, dict) else None
     names: set[str] = set()
     for entry in entries if isinstance(entries, list) else ():
@@ -693,9 +702,9 @@ def names_of(data: Any) -> set[str]:
 
 
 def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Collection[str] = ()) -> Config:
-    """Return the configuration with other models, checked as a whole. `absent` as for `examine`.
+    """Return the configuration with the models in `entries` instead of the models of `config`, checked as a whole.
 
-    Raises CallError, which names every wrong key with the model's name.
+    `absent` has the same meaning as for `examine`. Raises CallError, which names every wrong key with the model's name.
     """
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     changed, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)
@@ -711,7 +720,7 @@ def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Co
 
 
 def _by_name(where: str, names: Sequence[str]) -> str:
-    """Replace the position of a model in a path by its name."""
+    """Return a path in which the model's position is replaced by the model's name."""
     return re.sub(r"^models\[(\d+)\]", lambda match: f"models[{names[int(match[1])]}]", where)
 
 
@@ -737,7 +746,7 @@ def read_text(path: Path) -> str:
 
 
 def secret_files(config: Config) -> Mapping[str, Path]:
-    """Return the files of the secrets of `auth` by setting: those it names, else those in the cache folder."""
+    """Return the secret files of `auth`, by setting. A file that is not configured is in the cache folder."""
     if config.auth is None:
         return {}
     files = {"auth.cluster_secret_file": config.auth.cluster_secret_file or cache_dir() / "cluster-secret"}
@@ -748,14 +757,14 @@ def secret_files(config: Config) -> Mapping[str, Path]:
 
 
 def database_url(config: Config) -> str:
-    """Return the URL of the ledger's database: the configured one, else SQLite in the cache folder."""
+    """Return the URL of the ledger's database: the configured URL, else that of SQLite in the cache folder."""
     return config.store.database_url or f"sqlite:///{cache_dir() / 'ledger.db'}"
 
 
 def cache_dir() -> Path:
-    """Return HEADRACE_CACHE_DIR, else `headrace` in the user's cache folder.
+    """Return the cache folder: HEADRACE_CACHE_DIR, else `headrace` in the user's cache folder.
 
-    It holds models made here, tokenizer bundles and the last catalog.
+    The cache folder holds models made on this host, tokenizer bundles and the last catalog.
     """
     configured = os.environ.get("HEADRACE_CACHE_DIR")
     if configured:

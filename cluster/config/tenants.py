@@ -1,7 +1,7 @@
 """The sections of cluster.yaml about tenants: auth, store, cost, classes, tenant_defaults, tenants.
 
-Each section checks itself when built and names the field and the remedy; `check_together` checks the rules between
-them. Files with secrets are read where they are used, not here.
+Each section is checked when the section is built, and an error names the field and the remedy. `check_together` checks
+the rules between the sections. Files with secrets are read where the secrets are used, not in this module.
 """
 
 from __future__ import annotations
@@ -343,12 +343,12 @@ class Guard(Section):
         return self
 
     def rule(self) -> GuardRule:
-        """Return the guard in the policy's type. Raises PolicyError."""
+        """Return the guard as a GuardRule, the type that tenant policies use. Raises PolicyError."""
         return GuardRule(**self.model_dump())
 
 
 class _TenantFields(Section):
-    """Fields that a tenant and the defaults have in common."""
+    """Fields that Tenant and TenantDefaults have in common."""
 
     model_config = ConfigDict(allow_inf_nan=True)  # refused by the policy, with the range
 
@@ -385,7 +385,8 @@ class TenantDefaults(_TenantFields):
     def policy(self, name: str, own: Mapping[str, Any] | None = None) -> TenantPolicy:
         """Return a tenant's complete policy: these defaults, overridden by the tenant's own fields.
 
-        `own` has the configuration's names (`class`); `limits` are overridden key by key. Raises PolicyError.
+        `own`: the tenant's fields, by the names that the configuration uses (such as `class`). `limits` are overridden
+        key by key. Raises PolicyError.
         """
         if name in RESERVED_TENANTS:
             raise PolicyError("name", f"{name!r} is reserved by Headrace: choose another")
@@ -493,7 +494,7 @@ def _refuse_duplicates(where: str, names: Sequence[str]) -> None:
 
 
 def url_parts(value: str) -> urllib.parse.SplitResult:
-    """Split a URL. Raises ValueError, whose message shows no password."""
+    """Return the parts of a URL. Raises ValueError with a message that shows no password."""
     try:
         parts = urllib.parse.urlsplit(value)
         port = parts.port
@@ -508,7 +509,7 @@ _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full
 
 
 def _check_options(given: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError for options of a PostgreSQL URL that the driver would refuse when it connects."""
+    """Raise ValueError for options of a PostgreSQL URL that the driver would refuse when connecting."""
     from psycopg.pq import Conninfo
 
     known = sorted(option.keyword.decode() for option in Conninfo.get_defaults())
@@ -523,7 +524,7 @@ def _check_options(given: Mapping[str, Sequence[str]]) -> None:
 
 
 def _check_connection(url: str) -> None:
-    """Raise ValueError for options of a Valkey URL that the client would refuse. Opens no connection."""
+    """Raise ValueError for options of a Valkey URL that the client would refuse. No connection is opened."""
     from redis.asyncio import ConnectionPool
     from redis.exceptions import RedisError
 

@@ -1,7 +1,7 @@
 """A YAML reader that reports duplicate keys of a mapping.
 
-PyYAML silently keeps the last of two equal keys, so a second `models:` would remove every model of the first. Each
-duplicate is reported with its path and both line numbers.
+PyYAML silently keeps the last of two equal keys. A second `models:` would therefore remove every model of the first
+`models:`. Each duplicate is reported with the path of the key and both line numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a PyYAML without l
 
 
 class Loader(_Base):  # type: ignore[misc] # PyYAML is untyped
-    """Loader for YAML's safe types, with its own constructor for dates.
+    """Loader for YAML's safe types, with a separate constructor for dates.
 
-    A library that vLLM imports for structured outputs makes PyYAML's class return dates as text, for the whole process.
-    A process with an engine would then read a file differently from one without.
+    A library that vLLM imports for structured outputs changes PyYAML's own class for the whole process, so that dates
+    are returned as text. A process with an engine would then read a file differently from a process without an engine.
     """
 
 
@@ -27,17 +27,17 @@ Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.constructor.SafeConst
 
 Path = tuple[str | int, ...]
 MAX_DEPTH = 64
-"""Maximum nesting depth of a document; deeper ones are refused."""
+"""Maximum nesting depth of a document. Deeper documents are refused."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class NotYaml(ValueError):
-    """The text is not YAML or has a duplicate key; the message names the line."""
+    """Raised for a text that is not YAML or has a duplicate key. The message names the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A key that appears twice in one mapping; `path` ends with it. Lines count from 1."""
+    """A key that appears twice in one mapping. `path` ends with the key. Lines count from 1."""
 
     path: Path
     line: int
@@ -52,14 +52,15 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A YAML document: its values, its duplicate keys, and the line of each key and list item by path."""
+    """A YAML document: the values, the duplicate keys, and the line of each key and list item by path."""
 
     data: Any
     duplicates: tuple[Duplicate, ...] = ()
     lines: Mapping[Path, int] = field(default_factory=dict)
 
     def line_of(self, path: Path) -> int:
-        """Return the line of a path, or of its nearest parent that is in the text; 0 if there is none."""
+        """Return the line number of a path, or else of the nearest parent that is in the text; 0 if no parent is in the
+        text."""
         while path:
             if path in self.lines:
                 return self.lines[path]
@@ -68,7 +69,7 @@ class Document:
 
 
 def read_documents(text: str) -> list[Document]:
-    """Read every document of a text; the data of an empty one is None. Raises NotYaml."""
+    """Return every document of a text. The data of an empty document is None. Raises NotYaml."""
     documents: list[Document] = []
     try:
         loader = Loader(text)
@@ -88,7 +89,7 @@ def read_documents(text: str) -> list[Document]:
 
 
 def read(text: str) -> Document:
-    """Read a text with a single document; the data of an empty one is None. Raises NotYaml."""
+    """Return the only document of a text. The data of an empty document is None. Raises NotYaml."""
     documents = read_documents(text)
     if len(documents) > 1:
         raise NotYaml(f"holds {len(documents)} documents, separated by ---: expected one")
@@ -96,7 +97,7 @@ def read(text: str) -> Document:
 
 
 def load_documents(text: str) -> list[Any]:
-    """Return the values of every document. Raises NotYaml, also for a duplicate key."""
+    """Return the values of every document of a text. Raises NotYaml, also for a duplicate key."""
     documents = read_documents(text)
     duplicates = [str(duplicate) for document in documents for duplicate in document.duplicates]
     if duplicates:
@@ -105,7 +106,7 @@ def load_documents(text: str) -> list[Any]:
 
 
 def load(text: str) -> Any:
-    """Return the values of a text with a single document. Raises NotYaml, also for a duplicate key."""
+    """Return the values of the only document of a text. Raises NotYaml, also for a duplicate key."""
     document = read(text)
     if document.duplicates:
         raise NotYaml("; ".join(map(str, document.duplicates)))
@@ -115,7 +116,10 @@ def load(text: str) -> Any:
 def _duplicates_in(
     node: yaml.Node, path: Path, lines: dict[Path, int], seen: set[int], around: frozenset[int] = frozenset()
 ) -> Iterator[Duplicate]:
-    """Yield the duplicates below a node, once even if aliases repeat it; add each path's line to `lines`."""
+    """Yield the duplicate keys below a node, and add the line of each path to `lines`.
+
+    The keys of a node are yielded once, even if YAML aliases repeat the node.
+    """
     if isinstance(node, yaml.ScalarNode):
         return
     if id(node) in around:
@@ -148,7 +152,7 @@ def _duplicates_in(
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    """Return PyYAML's message without the excerpt, with lines that count from 1."""
+    """Return PyYAML's message without the excerpt from the text. Line numbers in the message count from 1."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         message = ", ".join(part for part in (error.context, error.problem) if part)

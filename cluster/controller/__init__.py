@@ -1,1 +1,1 @@
-"""The controller process: runs the catalog's models on Ray, scales them, and publishes the catalog to the gateways."""
+"""The controller process: runs and scales the catalog's models on Ray, and publishes the catalog to the gateways."""

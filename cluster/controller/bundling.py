@@ -1,7 +1,7 @@
 """Builds a model's tokenizer bundle in a separate process: `python -m cluster.controller.bundling SETTINGS FOLDER`.
 
 Loading a tokenizer as the engine does imports transformers, which takes seconds and hundreds of megabytes. The
-controller must not spend either. The process writes the bundle to FOLDER/<digest> and prints
+controller must spend neither that time nor that memory. The process writes the bundle to FOLDER/<digest> and prints
 `{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
@@ -24,7 +24,8 @@ _NICENESS = 10  # lower priority than an engine that loads at the same time
 
 
 async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, SourceFacts]:
-    """Build a bundle and return it with the model's properties, or None with the reason in `trouble`."""
+    """Build a bundle, and return the bundle with the model's properties. If the build fails, return None with the
+    reason in `trouble`."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -55,7 +56,7 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
 
 
 def describe(bundle: Bundle) -> SourceFacts:
-    """Return the model's properties that its bundle contains."""
+    """Return the properties of a model that are stored in the model's bundle."""
     config = json.loads(bundle.files.get("config.json", b"{}"))
     return SourceFacts(
         bundle_digest=bundle.digest,
@@ -70,7 +71,7 @@ def _folder_name(digest: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Build and save a bundle and print its digest. Returns the exit status."""
+    """Build and save a bundle, and print the digest of the bundle. Returns the exit status."""
     from cluster.worker.open_model import open_bundle
 
     os.nice(_NICENESS)

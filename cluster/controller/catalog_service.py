@@ -1,10 +1,10 @@
-"""Changes of the catalog by operators: validated as a whole, stored on disk, then applied by the controller.
+"""Operators' changes of the catalog: validated as a whole, stored on disk, then applied by the controller.
 
-On a local cluster (`headrace up`) the file is only the initial catalog: Apply may change every entry, until the next
-`up`. On a cluster whose controller gets its file by other means (a ConfigMap), Apply adds models beside those of the
-file, which are stored here, and refuses to change the file's own: two owners of one entry would undo each other's
-changes. Rolling back a canary and quarantining a version are allowed in both cases, since an emergency needs them.
-Such an override ends when the entry is changed.
+On a local cluster (`headrace up`) the configuration file is only the initial catalog: Apply may change every entry, and
+the changes hold until the next `up`. On other clusters the controller gets the file by other means (a ConfigMap). There
+Apply adds models beside the models of the file and stores the added models on disk. Apply refuses to change a model of
+the file, since two owners of one entry would undo each other's changes. Rolling back a canary and quarantining a
+version are allowed on every cluster, since an emergency needs them. Such an override ends when the entry is changed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ log = structlog.get_logger("catalog")
 
 @dataclass(frozen=True, slots=True)
 class StoredCatalog:
-    """Stored changes to the file's catalog: entries of models, and overrides by model and version."""
+    """Stored changes to the catalog of the configuration file: entries of models, and overrides by model and
+    version."""
 
     models: Sequence[Mapping[str, Any]] = ()
     marks: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
 
 
 class StoredCatalogFile:
-    """File of the stored changes, from which the next controller of the same cluster continues.
+    """File with the stored changes of the catalog. The next controller of the same cluster continues from this file.
 
-    `life` is the instance of a local cluster, else empty. A file of another instance is ignored.
+    `life`: the instance of a local cluster, else empty. A file of another instance is ignored.
     """
 
     def __init__(self, path: Path, life: str) -> None:
@@ -47,7 +48,7 @@ class StoredCatalogFile:
         self._life = life
 
     def read(self) -> StoredCatalog | None:
-        """Return the stored changes; None if there are none of this instance or the file cannot be read."""
+        """Return the stored changes, or None if the file is missing, unreadable or from another instance."""
         try:
             values = json.loads(self._path.read_text())
             if values["life"] != self._life:
@@ -64,7 +65,7 @@ class StoredCatalogFile:
             return None
 
     def keep(self, kept: StoredCatalog) -> None:
-        """Replace the file atomically. Raises OSError."""
+        """Replace the content of the file atomically with `kept`. Raises OSError."""
         marks = {
             model: {version: mark.as_json() for version, mark in versions.items()}
             for model, versions in kept.marks.items()
@@ -78,7 +79,7 @@ class StoredCatalogFile:
 
 
 class CatalogOwner(Protocol):
-    """The part of Controller (controller.py) that the service uses."""
+    """The part of Controller (controller.py) that StoredCatalogService uses."""
 
     marks: dict[str, dict[str, VersionOverride]]
 
@@ -89,7 +90,7 @@ class CatalogOwner(Protocol):
         """Override the configuration of a version. Raises KeyError for unknown names."""
 
     def preview(self, model: str) -> CatalogEntry:
-        """Return the model's entry as it will be published."""
+        """Return the entry of the model that will be published next."""
 
 
 class StoredCatalogService:
@@ -106,11 +107,12 @@ class StoredCatalogService:
         held: Collection[str] = (),
         on_want: Callable[[Sequence[ReplicaSettings]], None] = lambda settings: None,
     ) -> None:
-        """Restore the stored changes and pass the resulting catalog to the controller.
+        """Restore the stored changes, and pass the resulting catalog to the controller.
 
-        `config`: the file's configuration. `settings_of`: returns the settings of a configuration's replicas.
-        `by_file`: the file's models can only be changed in the file. `held`: names of models whose entries in the file
-        are invalid. `on_want` is called with the settings of each new catalog.
+        `config`: the configuration from the file. `settings_of`: function that returns the replica settings of a
+        configuration. `by_file`: whether the models of the file can be changed in the file only. `held`: names of
+        models whose entries in the file are invalid. `on_want`: function that is called with the replica settings of
+        each new catalog.
         """
         self._file_models = {*(model.name for model in config.models), *held} if by_file else set()
         self._held = frozenset(held)
@@ -124,7 +126,8 @@ class StoredCatalogService:
         self._want()
 
     def _restored(self, config: Config, kept: StoredCatalog) -> Config:
-        """Return the stored catalog on a local cluster, else the file's models with the stored ones beside them."""
+        """Return a configuration with the stored models: alone on a local cluster, else beside the models of the
+        file."""
         stored = [entry for entry in kept.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
@@ -146,7 +149,7 @@ class StoredCatalogService:
     # ---- verbs
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
-        """See CatalogService."""
+        """Add and change entries and return the changes, as described in CatalogService."""
         before = {model.name: entry_of(model) for model in self.config.models}
         config = with_models(self.config, layers.apply_entries(list(before.values()), entries, prune=prune), self._held)
         after = {model.name: entry_of(model) for model in config.models}
@@ -163,7 +166,10 @@ class StoredCatalogService:
         return changes
 
     def _adopt(self, config: Config) -> None:
-        """Store a new catalog and pass it to the controller. Raises CallError, and then nothing has changed."""
+        """Store a new catalog, and pass the replica settings of the new catalog to the controller.
+
+        If the catalog cannot be stored, raises CallError and changes nothing.
+        """
         before, self.config = self.config, config
         try:
             self.keep()
@@ -176,14 +182,15 @@ class StoredCatalogService:
         self._want()
 
     def _restarts(self, after: Config) -> Mapping[str, str]:
-        """Return the models whose stable version gets new replicas, with the reason."""
+        """Return why the stable version of a model gets new replicas, by model. Models without new replicas are left
+        out."""
         old = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(self.config))}
         new = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(after))}
         why = "settings of its replicas change: they are replaced one after another"
         return {name: why for name, digest in new.items() if name in old and old[name] != digest}
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
-        """See CatalogService."""
+        """Set the share of the model's calls that a version gets."""
         model, canary = self._with_canary(name)
         if version not in (model.version, canary):
             raise invalid(
@@ -194,7 +201,7 @@ class StoredCatalogService:
         return self._controller.preview(model.name)
 
     def promote(self, name: str) -> CatalogEntry:
-        """See CatalogService."""
+        """Make the canary the model's stable version."""
         model, canary = self._with_canary(name)
         if model.name in self._file_models:
             raise CallError(
@@ -210,13 +217,13 @@ class StoredCatalogService:
         return self._controller.preview(model.name)
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
-        """See CatalogService."""
+        """Withdraw the canary of a model until the model's entry changes."""
         model, canary = self._with_canary(name)
         self._controller.mark(model.name, canary, gone=f"rolled back: {reason}")
         return self._controller.preview(model.name)
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
-        """See CatalogService."""
+        """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
         model = self._named(name)
         versions = [model.version, *([model.canary.version] if model.canary else [])]
         if version not in versions:
@@ -232,7 +239,7 @@ class StoredCatalogService:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not in the catalog")
 
     def _with_canary(self, name: str) -> tuple[Model, str]:
-        """Return a model and its canary's version. Raises CallError for a model without a canary."""
+        """Return a model and the version of the model's canary. Raises CallError for a model without a canary."""
         model = self._named(name)
         if model.canary is None:
             raise invalid("name", f"{model.name} has no canary: add `canary` to its entry first")

@@ -1,8 +1,8 @@
-"""The control loop: observe Ray, compare it with the configuration, take the next steps, publish the catalog.
+"""The control loop: observe Ray, compare Ray's state with the configuration, take the next steps, publish the catalog.
 
-A pass runs every second. The loop keeps no state that it could not observe again, so after a restart or an outage of
-Ray the first observation is enough to continue. While Ray is unreachable the last catalog stays published and running
-replicas keep serving.
+A pass runs every second. The loop keeps no state that a new observation could not restore. After a restart or an outage
+of Ray, the first observation is therefore enough to continue. While Ray is unreachable, the last catalog stays
+published and the running replicas keep serving.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ log = structlog.get_logger("controller")
 PERIOD_S = 1.0
 END_SERVE_S = 6.0
 QUIET_S = 3.0
-"""Time without new calls after which an application may count as empty: until then gateways have reported its load."""
+"""Seconds from an application's retirement until the application may count as empty. By then the gateways have reported
+the application's load."""
 LOCAL_DRAIN_S = 2.0
 
 
@@ -71,7 +72,8 @@ class GatewayPort(Protocol):
         """Return the demand by model, summed over gateways."""
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the gateways' counts of canaries and of the versions they are compared with."""
+        """Return each gateway's call counts for canaries and for the stable versions that canaries are compared
+        with."""
 
     @property
     def linked(self) -> int:
@@ -82,19 +84,20 @@ class GatewayPort(Protocol):
 class Controller:
     """The control loop of one cluster.
 
-    `want` sets the desired models, `step` runs one pass, `run` runs a pass every second and after each change. A
-    model's variants are its ReplicaSettings: one for each version and GPU type that it may run on.
+    `want` sets the desired models, `step` runs one pass, and `run` runs a pass every second and after each change. A
+    model's variants are the ReplicaSettings of the model, one for each version and GPU type on which the model may run.
     """
 
     backend: Backend
     gateways: GatewayPort
     wall_s: Callable[[], float] = time.time
     known: dict[str, SourceFacts] = field(default_factory=dict)
-    """Properties of models as read from their sources, by application."""
+    """Properties that were read from the models' sources, by application."""
     drain_timeout_s: float = 300.0
-    """Time that calls may stay on an application that gets no new ones. Then it is deleted and they resume or fail."""
+    """Seconds that running calls may stay on a retired application, which gets no new calls. Then the application is
+    deleted, and the calls resume on other workers or fail."""
     marks: dict[str, dict[str, VersionOverride]] = field(default_factory=dict)
-    """Overrides of the configuration by operators and automatic rollbacks, by model and version."""
+    """Overrides of the configuration, by model and version. Operators and automatic rollbacks set overrides."""
     on_mark: Callable[[], None] = lambda: None
     """Called when `marks` has changed."""
     scaler: Scaler = field(default_factory=Scaler)
@@ -117,9 +120,9 @@ class Controller:
         return f"Controller({states or 'no models yet'}{f'; Ray is away: {self._away}' if self._away else ''})"
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Set the replicas that should run and begin the next pass at once.
+        """Set the replicas that should run, and begin the next pass at once.
 
-        The settings of a model are its variants: the stable version before the canary, the preferred GPU type first.
+        `settings` lists the variants of each model: the stable version before the canary, the preferred GPU type first.
         """
         wanted: dict[str, tuple[ReplicaSettings, ...]] = {}
         for variant in settings:
@@ -135,9 +138,9 @@ class Controller:
         self._changed.set()
 
     def hold(self, models: Sequence[ModelSpec], everything: bool = False) -> None:
-        """Leave the running replicas of these models unchanged and publish them under these names.
+        """Leave the running replicas of these models unchanged, and publish the models under the names in `models`.
 
-        `everything`: do so for all models that are not wanted.
+        `everything`: also hold every running model that is not wanted.
         """
         self._held = {spec.name: spec for spec in models}
         self._hold_all = everything
@@ -214,10 +217,11 @@ class Controller:
     def _run_scaler(
         self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], parts: Mapping[str, Sequence[ReplicaShare]]
     ) -> None:
-        """Let the scaler decide the number of replicas.
+        """Let the scaler decide the number of replicas of each model.
 
-        Retired applications are left out. The targets passed on are those the scaler asked for: without a canary's
-        replicas beyond its share of the calls, and without replacements that are not up yet.
+        Retired applications are left out. Each target that is passed to the scaler is the number for which the scaler
+        has asked: a canary's replicas beyond the canary's share of the calls are not counted, and neither are
+        replacements that are not up yet.
         """
         staying = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
         on_ray = scaling.on_ray(staying)
@@ -251,7 +255,7 @@ class Controller:
     # ---- versions
 
     def _shares(self, variants: Sequence[ReplicaSettings]) -> tuple[ReplicaShare, ...]:
-        """Return a model's versions with the share of the calls that each gets."""
+        """Return the versions of a model, each with a share of the model's calls."""
         stable = variants[0]
         canary = next((variant for variant in variants if variant.spec.version != stable.spec.version), None)
         return shares(
@@ -267,9 +271,11 @@ class Controller:
         snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
     ) -> Iterator[reconcile.Wanted]:
-        """Yield a model's applications with their numbers of replicas, without versions that were rolled back.
+        """Yield the wanted applications of a model, each with a number of replicas. Versions that were rolled back are
+        left out.
 
-        Each version gets its share on every GPU type in use, so that versions are compared on equal hardware.
+        On every GPU type in use, each version gets a share of the replicas, so that versions are compared on equal
+        hardware.
         """
         for part in parts:
             if part.gone:
@@ -289,7 +295,8 @@ class Controller:
                     )
 
     def _capacity(self, settings: ReplicaSettings, snapshot: RaySnapshot) -> int:
-        """Return how many of these replicas fit on their GPU type beside the replicas of other models."""
+        """Return how many replicas with these settings fit on nodes of the settings' GPU type beside the replicas of
+        other models."""
         nodes = snapshot.nodes_of(settings.ray_cluster)
         others = [
             (variant.spec, seen.running + seen.placed)
@@ -301,7 +308,7 @@ class Controller:
         return capacity(settings.spec, nodes, others)
 
     def _roll_back_bad_canaries(self) -> None:
-        """Roll back canaries whose error rate or time to first token is too far above the stable version's."""
+        """Roll back each canary whose error rate or time to first token is too far above that of the stable version."""
         tallies: dict[str, CanaryTally] = {}
         for counted in self.gateways.tallies():
             tally = CanaryTally(counted.calls, counted.errors, counted.pairs, counted.slower)
@@ -324,7 +331,8 @@ class Controller:
                 self.mark(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
 
     def mark(self, model: str, version: str, **fields: Any) -> None:
-        """Override the configuration of a version until its entry is changed. Raises KeyError for unknown names."""
+        """Override the configuration of a version until the entry of the version changes. Raises KeyError for unknown
+        names."""
         variants = self._wanted[model]
         digest = next((variant.digest for variant in variants if variant.spec.version == version), None)
         if digest is None:
@@ -355,12 +363,13 @@ class Controller:
     # ---- publishing
 
     def _frozen_models(self) -> frozenset[str]:
-        """Return the models that operators have frozen: no change of theirs is rolled out."""
+        """Return the models that operators have frozen. No change of a frozen model is rolled out."""
         requests = self.scaler.operator_requests
         return frozenset(self._wanted) if requests.all_frozen else requests.frozen
 
     def _empty_apps(self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
-        """Return the retired applications that may be deleted: they have no calls left, or their drain time is over."""
+        """Return the retired applications that may be deleted: applications without calls, and applications whose drain
+        time is over."""
         now_s = self.wall_s()
         running: dict[str, int] = {}
         for worker in fleet:
@@ -410,13 +419,13 @@ class Controller:
         self._entries = {
             name: replace(
                 self.scaler.with_scaling_fields(entry), replicas_desired=entry.replicas_desired
-            )  # of all its versions
+            )  # counts the replicas of all versions
             for name, entry in self._entries.items()
         }
         self.gateways.publish(self.entries())
 
     def _held_models(self, snapshot: RaySnapshot) -> Mapping[str, ModelSpec]:
-        """Return the models that must stay unchanged, including those that have no replica."""
+        """Return the specs of the models that must stay unchanged, by name. Models without a replica are included."""
         on_ray = {seen.model for seen in snapshot.apps.values()} if self._hold_all else set()
         names = (self._held.keys() | on_ray) - self._wanted.keys()
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names}
@@ -508,7 +517,7 @@ class Controller:
         )
 
     def _engine_ends(self, model: str, version: str, generations: Sequence[str]) -> str:
-        """Return a text about the version's engines that ended lately, as its workers reported them."""
+        """Return a summary of the engines of a version that ended recently, as reported by the version's workers."""
         return lifecycle.summarize_ends(
             [
                 (engine.at_s, engine.reason)
@@ -535,13 +544,14 @@ def _stable_variants(variants: Sequence[ReplicaSettings]) -> Sequence[ReplicaSet
 
 
 def _has_other_weights(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
-    """Return whether the workers run other weights than those that the configuration pins now."""
+    """Return whether the linked workers with these settings run weights other than the weights that the settings
+    pin."""
     digests = {worker.weight_digest for worker in fleet if worker.generation == settings.digest}
     return bool(settings.spec.digest and digests) and settings.spec.digest not in digests
 
 
 def _unplaceable(variants: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> str:
-    """Return why the first variant cannot be placed if no variant can; "" if at least one can."""
+    """Return why the first variant cannot be placed, or "" if at least one variant can be placed."""
     reasons = [why_unplaceable(variant.spec, snapshot.nodes_of(variant.ray_cluster)) for variant in variants]
     return reasons[0] if reasons and all(reasons) else ""
 
@@ -557,7 +567,7 @@ def _reported(worker: FleetWorker) -> WorkerReport:
 
 
 def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list[ReplicaSettings]:
-    """Return the settings that replicas are started with, one for each model, version and GPU type."""
+    """Return the settings with which replicas are started: one ReplicaSettings for each model, version and GPU type."""
     weights = config.weights
     token_file = weights.hugging_face.token_file
     return [
@@ -582,7 +592,11 @@ def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list
 
 
 def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
-    """Return the certificate files of workers and controller: link.tls, or on one host the gateway's link_tls."""
+    """Return the certificate files that workers and controller use for links.
+
+    These are the files of `link.tls`. If `link.tls` is not set and `local` is true, they are the files of
+    `gateway.link_tls`.
+    """
     files: Tls | None = config.link.tls or (config.gateway.link_tls if local else None)
     return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None
 
@@ -613,10 +627,11 @@ async def run_controller(
 ) -> None:
     """Run a controller until `stop` is set.
 
-    `ray_address` is a local Ray, whose token is in this process's environment; None for the clusters in `config.ray`.
-    `gateways` are the link addresses that controller and workers dial. `end_serve`: shut down Serve, and with it every
-    replica, when the controller ends; for a local Ray only. Otherwise replicas keep running without the controller.
-    `found`: the result of reading the file that `config` is from, with its problems.
+    `ray_address`: address of a local Ray, whose token is in this process's environment; None: use the Ray clusters in
+    `config.ray`. `gateways`: link addresses that the controller and the workers dial. `end_serve`: when the controller
+    ends, shut down Serve and thereby end every replica; for a local Ray only. Without `end_serve`, replicas keep
+    running after the controller has ended. `found`: the result of reading the configuration file, with the problems in
+    the file.
     """
     found = with_last_good(found or PartialConfig(config), run_folder)
     config = found.config
@@ -677,7 +692,8 @@ async def run_controller(
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for `stopped`. Raises the error of a task that fails before; a task may end without an error."""
+    """Wait until `stopped` is done. If a task in `tasks` fails first, raise the error of that task. A task may end
+    without an error."""
     pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
     while not stopped.done():
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -686,13 +702,15 @@ async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Ta
 
 
 class BundleBuilder:
-    """Builds the tokenizer bundles of models whose source is on this host, so that gateways can tokenize for models
-    without a replica. Builds one bundle at a time."""
+    """Builds tokenizer bundles, one at a time, for models whose source is on this host.
+
+    With a bundle, gateways can tokenize prompts for a model that has no replica.
+    """
 
     def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, SourceFacts], *, local: bool) -> None:
         """Create a builder that adds to `bundles` (by digest) and `known` (by application).
 
-        `local`: replicas run on this host, so every source is here.
+        `local`: replicas run on this host, so every source is on this host.
         """
         self._folder = folder
         self._bundles = bundles
@@ -701,7 +719,7 @@ class BundleBuilder:
         self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Queue the bundles of these replicas; those that exist are skipped."""
+        """Queue the bundles of these replicas for building. Bundles that exist already are skipped."""
         for variant in settings:
             self._todo.put_nowait(variant)
 

@@ -1,4 +1,4 @@
-"""Last valid model entries, stored by the controller for a start whose file has invalid ones."""
+"""Storage of the last valid model entries, which replace invalid entries when the controller starts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
-    """Replace each invalid entry by its last valid one, if that is still valid beside the others.
+    """Replace each invalid model entry by the model's last valid entry, if that entry is still valid beside the others.
 
-    Stores the valid entries for the next start. Models without a last valid entry stay held.
+    Stores the valid entries for the next start. A model without a usable last entry stays held.
     """
     path = folder / FILE
     before = _read(path)
@@ -62,7 +62,7 @@ def _restored(found: PartialConfig, before: Mapping[str, Any]) -> PartialConfig:
 def _config_with(
     config: Config, entries: Sequence[Mapping[str, Any]], absent: set[str] | tuple[str, ...]
 ) -> Config | None:
-    """Return the configuration with these models, None if that is invalid."""
+    """Return the configuration with these models, or None if that configuration is invalid."""
     try:
         return with_models(config, entries, absent)
     except CallError:

@@ -25,7 +25,7 @@ from cluster.wire.tls import TlsFiles
 
 @dataclass(frozen=True, slots=True)
 class FleetWorker:
-    """A worker as a gateway reports it."""
+    """Identity, limits and load of a worker, as reported by a gateway."""
 
     worker_id: str
     incarnation: str
@@ -48,7 +48,8 @@ class FleetWorker:
 
 
 class ControllerLinks:
-    """Dials every gateway in `gateways` and its siblings, and sends each the newest catalog."""
+    """Dials the gateways in `gateways` and the siblings of these gateways, and sends the newest catalog to every
+    gateway."""
 
     def __init__(
         self,
@@ -73,15 +74,16 @@ class ControllerLinks:
         self._demands: dict[str, Sequence[ModelDemand]] = {}
         self._tallies: dict[str, Sequence[VersionTally]] = {}
         self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
-        """Called with a gateway's incarnation, its demand, and the seconds over which the gateway has counted."""
+        """Called with a gateway's incarnation, the gateway's demand, and the seconds over which the gateway has
+        counted."""
         self.on_gateway_left: Callable[[str], None] = lambda gateway: None
-        """Called with a gateway's incarnation when its link has ended."""
+        """Called with a gateway's incarnation when the link to the gateway has ended."""
         self.verbs: dict[str, admin_forwarding.Verb] = {}
         """Admin verbs that the controller answers (such as `Catalog.Scale`); set before `run`."""
         self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
-        """Send the catalog to every gateway if it has changed."""
+        """Send the catalog to every gateway if the catalog has changed."""
         if tuple(entries) == self._catalog and self._revision:
             return
         self._catalog = tuple(entries)
@@ -89,12 +91,12 @@ class ControllerLinks:
         self._notify_all()
 
     def _notify_all(self) -> None:
-        """Send the catalog to every gateway: the catalog or the number of linked gateways has changed."""
+        """Have the catalog sent to every gateway after a change of the catalog or of the number of linked gateways."""
         for event in self._changed:
             event.set()
 
     def fleet(self) -> Sequence[FleetWorker]:
-        """Return the workers that are linked to at least one gateway, one entry each, sorted by id."""
+        """Return one FleetWorker for each worker that is linked to at least one gateway, sorted by worker id."""
         workers: dict[str, FleetWorker] = {}
         for worker in (w for fleet in self._fleets.values() for w in fleet):
             other = workers.get(worker.worker_id)
@@ -123,7 +125,7 @@ class ControllerLinks:
         return [sums[key] for key in sorted(sums)]
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the counts of versions, one for each version and linked gateway."""
+        """Return the call counts of model versions: one VersionTally for each version and linked gateway."""
         return [tally for address in sorted(self._tallies) for tally in self._tallies[address]]
 
     @property
@@ -132,7 +134,7 @@ class ControllerLinks:
         return len(self._changed)
 
     async def run(self) -> None:
-        """Dial until cancelled."""
+        """Dial the gateways until cancelled."""
         await self._gateways.dial(self._session, self._timing)
 
     async def _session(self, address: str) -> None:
@@ -237,9 +239,9 @@ class ControllerLinks:
                 task.add_done_callback(self._answers.discard)
 
     async def _answer(self, request: pb.AdminRequest, replies: asyncio.Queue[pb.AdminReply]) -> None:
-        """Carry out an admin request even if its stream ends meanwhile.
+        """Carry out an admin request, even if the link's stream ends meanwhile.
 
-        The gateway then reports to its caller that the request may have been carried out.
+        After such an end, the gateway reports to the caller that the request may have been carried out.
         """
         replies.put_nowait(await admin_forwarding.answer(self.verbs, request))
 

@@ -29,13 +29,13 @@ class DemandSource(Protocol):
 
 
 def settings_of(config: Config) -> ScalingSettings:
-    """Return the scaler's settings from the file's `scaling` section."""
+    """Return the scaler's settings from the `scaling` section of the configuration."""
     scaling = config.scaling
     return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.frozen)
 
 
 def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
-    """Sum the replicas on Ray by model and GPU type, without applications that are being deleted."""
+    """Return the replica counts on Ray by model and GPU type. Applications that are being deleted are left out."""
     replicas: dict[Kind, RayReplicas] = {}
     for app in apps:
         if not app.deleting:
@@ -47,7 +47,8 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
 
 
 def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:
-    """Return the workers in the scaler's type. `gpus`: the GPU type of each application, by its workers' generation."""
+    """Return the workers as WorkerSeen, the scaler's type. `gpus`: the GPU type of a worker, by the worker's
+    generation."""
     types = gpus or {}
     return [
         WorkerSeen(
@@ -68,7 +69,8 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
 
 
 def connect_demand(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake: Callable[[], None]) -> None:
-    """Pass reported demand to the scaler; calls held for a model without workers start a pass at once."""
+    """Pass reported demand to the scaler. When calls are held for a model without workers, begin the next pass at
+    once."""
 
     def on_demand(gateway: str, demand: Sequence[object], counting_s: float) -> None:
         if scaler.demands.record_report(gateway, demand, counting_s, now()):  # type: ignore[arg-type]
@@ -80,7 +82,7 @@ def connect_demand(source: DemandSource, scaler: Scaler, now: Callable[[], float
 
 
 def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
-    """Log every decision with its numbers."""
+    """Log every scaling decision with the numbers of the decision."""
     for model, decision in decisions:
         numbers = {name: round(value, 4) for name, value in decision.numbers.items()}
         log.info(
@@ -95,13 +97,13 @@ def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
 
 
 class OperatorRequestFile:
-    """File of the operators' scaling requests, from which the next controller continues."""
+    """File with the operators' scaling requests. The next controller continues from this file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> OperatorRequest:
-        """Return the stored requests; empty ones if the file does not exist or cannot be read."""
+        """Return the stored requests, or an empty OperatorRequest if the file does not exist or cannot be read."""
         try:
             return requests_from_json(json.loads(self._path.read_text()))
         except FileNotFoundError:
@@ -111,7 +113,7 @@ class OperatorRequestFile:
             return OperatorRequest()
 
     def keep(self, request: OperatorRequest) -> None:
-        """Replace the file atomically."""
+        """Replace the content of the file atomically with `request`."""
         draft = self._path.with_suffix(".new")
         draft.write_text(json.dumps(requests_to_json(request)))
         draft.replace(self._path)
@@ -125,7 +127,7 @@ class Counters:
         self._before: dict[str, tuple[Mapping[str, int], float]] = {}
 
     def count(self, scaler: Scaler) -> None:
-        """Add the increase since the last call to the metrics."""
+        """Add to the metrics how much the scaler's counters have grown since the last call."""
         for model, (actions, gpu_seconds) in scaler.counters().items():
             actions_before, gpu_seconds_before = self._before.get(model, ({}, 0.0))
             for action, count in actions.items():

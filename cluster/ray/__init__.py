@@ -1,1 +1,1 @@
-"""All code that uses Ray. No other package imports it."""
+"""All code that uses Ray. No other package imports Ray."""

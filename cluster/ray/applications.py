@@ -1,8 +1,8 @@
-"""The only calls to Ray Serve: create, scale, delete and observe applications.
+"""The only calls to Ray Serve that create, scale, delete and observe applications.
 
-All calls block; they run in a driver process (driver.py). Applications are deployed with the function behind serve.run,
-one at a time and without waiting until they run. Applications of others and an existing Serve's settings are not
-changed.
+All calls block, and therefore run in a driver process (driver.py). Applications are deployed one at a time with the
+function behind serve.run. A deployment does not wait until the application runs. Applications of other owners and the
+settings of an existing Serve are not changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.worker.settings import ReplicaSettings
 
 
 class ServeApps:
-    """Serve applications of one cluster on the Ray that this process is connected to."""
+    """The Serve applications of one cluster, on the Ray to which this process is connected."""
 
     def __init__(self, cluster: str, served: type = ServedReplica) -> None:
         self._cluster = cluster
@@ -41,7 +41,7 @@ class ServeApps:
         return plain
 
     def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, all its replicas are replaced."""
+        """Deploy an application. If the application exists already, all replicas of the application are replaced."""
         serve.start(proxy_location="Disabled")
         target = RunTarget(
             target=application(settings, logical_gpus=not _has_accelerators(), served=self._served),
@@ -52,19 +52,22 @@ class ServeApps:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def scale(self, app: str, replicas: int) -> None:
-        """Set the number of replicas, as Serve's REST endpoint does but without the dashboard."""
+        """Set the number of replicas of an application, as Serve's REST endpoint does. Does not need the dashboard."""
         deployment = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
         ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
 
     def delete(self, app: str) -> None:
-        """Drain and remove an application, without waiting for the end."""
+        """Begin to drain and remove an application. Does not wait until the application is removed."""
         serve.delete(application_name(self._cluster, app), _blocking=False)
 
     def shutdown(self) -> None:
-        """Shut down Serve after its replicas have drained. Only for a local Ray, since it ends all applications."""
+        """Shut down Serve after Serve's replicas have drained. For a local Ray only, since all applications end."""
         serve.shutdown()
 
 
 def _has_accelerators() -> bool:
-    """Return whether a node has real GPUs: Ray adds a resource with their type, which logical GPUs lack."""
+    """Return whether a node has real GPUs.
+
+    For real GPUs Ray adds a resource with the accelerator type, which Ray does not add for logical GPUs.
+    """
     return any(name.startswith("accelerator_type:") for name in ray.cluster_resources())

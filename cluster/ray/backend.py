@@ -1,4 +1,7 @@
-"""The controller's access to Ray without joining it: a driver process for a local Ray, the job API (jobs.py) else."""
+"""Access to Ray for the controller, which does not join Ray itself.
+
+A local Ray is accessed through a driver process, and other Ray clusters through the job API (jobs.py).
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ _LINE_BYTES = 64 * 1024 * 1024
 
 
 class RayAway(Exception):
-    """Ray or the connection to it does not answer. A later attempt may succeed."""
+    """Raised when Ray or the connection to Ray does not answer. A later attempt may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RaySnapshot:
-    """Ray's current state: this cluster's applications by `Observed.app`, and the total resources of each node."""
+    """State of Ray at one time: the cluster's applications by `Observed.app`, and the total resources of each node."""
 
     apps: Mapping[str, Observed]
     nodes: tuple[Mapping[str, float], ...]
     nodes_by_ray: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
-    """Nodes by Ray cluster; empty if there is only one."""
+    """Nodes by the name of the Ray cluster; empty if there is only one Ray cluster."""
 
     def nodes_of(self, ray: str) -> tuple[Mapping[str, float], ...]:
         """Return the nodes of one Ray cluster."""
@@ -47,7 +50,7 @@ class Backend(Protocol):
         """Return Ray's current state."""
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
 
     async def scale(self, app: str, replicas: int) -> None:
         """Set the number of replicas of an application."""
@@ -56,22 +59,25 @@ class Backend(Protocol):
         """Drain and remove an application."""
 
     async def shutdown(self) -> None:
-        """Shut down Serve on that Ray."""
+        """Shut down Serve on the Ray cluster."""
 
     async def close(self) -> None:
-        """Release the connection; applications keep running."""
+        """Release the connection. Applications keep running."""
 
 
 class ChildBackend:
-    """A Backend that uses a driver process (driver.py), started on demand and restarted when it is lost."""
+    """A Backend that uses a driver process (driver.py).
+
+    The driver process is started on demand, and a lost driver process is replaced on demand.
+    """
 
     def __init__(
         self, cluster: str, address: str, environment: Mapping[str, str] | None = None, log_file: Path | None = None
     ) -> None:
         """Create a backend for the Ray at `address`.
 
-        `environment` is added to the driver's environment: Ray's token, this cluster's tag. The driver's and Ray's
-        output goes to `log_file`, or to this process's standard error.
+        `environment`: variables that are added to the driver's environment (Ray's token, this cluster's tag).
+        `log_file`: file for the output of the driver and of Ray; None: this process's standard error.
         """
         self._cluster = cluster
         self._address = address
@@ -89,7 +95,7 @@ class ChildBackend:
         return RaySnapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
         await self._ask({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:
@@ -101,7 +107,7 @@ class ChildBackend:
         await self._ask({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
-        """Shut down Serve on that Ray; its replicas drain."""
+        """Shut down Serve on the Ray cluster. Serve's replicas drain."""
         await self._ask({"do": "shutdown"})
 
     async def close(self) -> None:
@@ -122,7 +128,7 @@ class ChildBackend:
                 await self.close()
                 raise RayAway(f"the driver process for Ray at {self._address} was lost: {error!r}") from error
             except asyncio.CancelledError:
-                await self.close()  # the answer to this request would be taken for the next one's
+                await self.close()  # else the next request would read the answer to this request
                 raise
 
     async def _start(self) -> asyncio.subprocess.Process:

@@ -1,10 +1,10 @@
 """The driver process, which joins Ray in place of the controller: `python -m cluster.ray.driver`.
 
-The controller never joins Ray itself: a process that has joined exits when its Ray ends, waits without limit on a Ray
-that hangs, and keeps one Ray's token for its lifetime. For a local Ray the driver is a child of the controller and
-reads one request per line from standard input until that closes. On an external cluster it is a Ray job with its
-requests as argument. Requests are JSON, `{"do": observe | deploy | scale | delete | shutdown, ...}`; an answer is
-`{"ok": ...}` or `{"error": text}`.
+The controller itself never joins Ray. A process that has joined a Ray exits when that Ray ends, waits without limit
+when that Ray hangs, and keeps that Ray's token until the process ends. For a local Ray, the driver is a child process
+of the controller. This driver reads one request per line from standard input until standard input closes. On an
+external cluster, the driver is a Ray job that gets the requests as an argument. A request is JSON, `{"do": observe |
+deploy | scale | delete | shutdown, ...}`. The answer is `{"ok": ...}` or `{"error": text}`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Answer each line and return the number of requests that failed."""
+    """Answer the request in each line, and return the number of requests that failed."""
     failed = 0
     for line in requests:
         try:
@@ -52,7 +52,10 @@ def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str 
 
 
 def main(arguments: list[str]) -> int:
-    """Run `driver CLUSTER ADDRESS [REQUESTS]`. REQUESTS is a JSON list; by default they come from standard input."""
+    """Run `driver CLUSTER ADDRESS [REQUESTS]`. Returns the exit status.
+
+    REQUESTS is a JSON list. Without REQUESTS, requests are read from standard input.
+    """
     from cluster.ray.applications import ServeApps
 
     cluster, address, *rest = arguments
@@ -60,7 +63,8 @@ def main(arguments: list[str]) -> int:
     if rest:
         apps.connect(address)
         return 1 if answer_all(apps, [json.dumps(r) for r in json.loads(rest[0])], sys.stdout, ANSWER) else 0
-    # Ray and its children print to descriptor 1: answers keep a copy of it, and descriptor 1 becomes standard error.
+    # Ray and Ray's child processes print to descriptor 1. Answers are therefore written to a copy of descriptor 1, and
+    # descriptor 1 itself becomes standard error.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     apps.connect(address)

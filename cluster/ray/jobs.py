@@ -1,7 +1,7 @@
-"""Access to an existing Ray cluster: its dashboard's REST API to observe, a short Ray job for each change.
+"""Access to an existing Ray cluster: state is read over the dashboard's REST API, each change is a short Ray job.
 
-The job runs this package's driver on the cluster, so `headrace` must be installed there, which the replicas need
-anyway. Only the dashboard's port is needed.
+The job runs this package's driver on the cluster, so `headrace` must be installed on the cluster. The replicas need
+that installation too. The dashboard's port is the only port that the controller uses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class JobBackend:
-    """A Backend for an external Ray cluster, by its dashboard's URL. `token_file` holds Ray's token, if it has one."""
+    """A Backend for an external Ray cluster with a dashboard at `dashboard_url`.
+
+    `token_file`: file with Ray's token, None if Ray needs no token.
+    """
 
     def __init__(self, cluster: str, dashboard_url: str, token_file: Path | None = None) -> None:
         self._cluster = cluster
@@ -46,7 +49,7 @@ class JobBackend:
         return RaySnapshot(observed(details, self._cluster), totals)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application. If it exists, its replicas are replaced."""
+        """Deploy an application. If the application exists already, the replicas of the application are replaced."""
         await self._run({"do": "deploy", "settings": settings.to_json()})
 
     async def scale(self, app: str, replicas: int) -> None:
@@ -58,11 +61,11 @@ class JobBackend:
         await self._run({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
-        """Shut down Serve on that cluster."""
+        """Shut down Serve on the Ray cluster."""
         await self._run({"do": "shutdown"})
 
     async def close(self) -> None:
-        """Do nothing: no connection is kept."""
+        """Do nothing, since no connection is kept open."""
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._token_file.read_text().strip()}"} if self._token_file else {}
@@ -87,7 +90,7 @@ class JobBackend:
             raise RayAway(f"the job to {request['do']} failed: {answers[-1]['error'] if answers else log[-2000:]}")
 
     def _job(self, request: Mapping[str, object]) -> str:
-        """Submit a driver job, wait until it has ended and return its log. Blocking."""
+        """Submit a driver job, wait until the job has ended, and return the job's log. Blocks."""
         import time
 
         from ray.job_submission import JobSubmissionClient

@@ -1,8 +1,8 @@
-"""The local Ray of `cluster up`: a child process on free ports with its own folder, stopped with all its processes.
+"""The local Ray of `cluster up`: a child process on free ports with its own folder.
 
-Another Ray on the machine is neither used nor disturbed: no default port is used, addresses are always passed
-explicitly, and the stop selects processes only by this cluster's tag, never by name. Ray's token authentication is on,
-since its ports cannot be restricted to loopback.
+A stop ends all processes of this Ray. Another Ray on the machine is neither used nor disturbed: no default port is
+used, addresses are always passed explicitly, and the stop selects processes only by this cluster's tag, never by name.
+Ray's token authentication is on, since Ray's ports cannot be restricted to loopback.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ _POLL_S = 0.05
 
 
 class RayDidNotStart(RuntimeError):
-    """The local Ray did not start; the message contains the end of its log."""
+    """Raised when the local Ray did not start. The message contains the end of Ray's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRaySettings:
-    """Settings of a local Ray. `gpus` None: this machine's GPUs, or LOGICAL_GPUS logical ones if it has none."""
+    """Settings of a local Ray.
+
+    `gpus`: number of GPUs; None: the machine's GPUs, or LOGICAL_GPUS logical GPUs on a machine without GPUs.
+    """
 
     instance: str
     run_folder: Path
@@ -48,11 +51,15 @@ class LocalRaySettings:
     dashboard: bool = False
     object_store_bytes: int = OBJECT_STORE_BYTES
     drain_timeout_s: float = 300.0
-    """Time that calls have to end or resume elsewhere after SIGTERM to Ray; `LocalRay.stop` does not wait that long."""
+    """Seconds that calls have to end or resume elsewhere after SIGTERM to Ray. `LocalRay.stop` does not wait that
+    long."""
 
 
 class LocalRay:
-    """A `ray start --head --block` child process. After `start`, `address` and `environment` let others join it."""
+    """A `ray start --head --block` child process.
+
+    After `start`, other processes can join this Ray with `address` and `environment`.
+    """
 
     def __init__(self, settings: LocalRaySettings) -> None:
         self._settings = settings
@@ -78,11 +85,14 @@ class LocalRay:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child; None if it does not run."""
+        """Process id of the Ray child process; None if that process does not run."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that a process must set before it imports ray to join this Ray."""
+        """Return the environment variables with which a process joins this Ray.
+
+        The process must set the variables before the process imports ray.
+        """
         return {
             reaper.INSTANCE_ENV: self._settings.instance,
             "RAY_AUTH_MODE": "token",
@@ -92,7 +102,7 @@ class LocalRay:
         }
 
     def start(self) -> None:
-        """Start Ray and wait until it accepts connections. Raises RayDidNotStart."""
+        """Start Ray, and wait until Ray accepts connections. Raises RayDidNotStart."""
         make_private_folder(self._settings.run_folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._folder.stat().st_uid != os.getuid():
@@ -163,9 +173,10 @@ class LocalRay:
         raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
 
     def stop(self, grace_s: float = 1.0) -> int:
-        """End Ray and every process of this cluster except the caller; return their number. Idempotent.
+        """End Ray and every process of this cluster except the caller, and return the number of processes found.
+        Idempotent.
 
-        Shut down Serve before (Backend.shutdown), so that replicas drain.
+        Shut down Serve before (Backend.shutdown), so that Serve's replicas drain.
         """
         self._signal(signal.SIGTERM)
         ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
@@ -178,14 +189,14 @@ class LocalRay:
 
     @property
     def is_draining(self) -> bool:
-        """Return whether Ray got SIGTERM and waits for its replicas. Only its output shows that."""
+        """Whether Ray has received SIGTERM and waits for the replicas. Only Ray's output shows this state."""
         try:
             return _DRAINING in self.log_file.read_text(errors="replace")
         except OSError:
             return False
 
     def kill(self) -> None:
-        """Kill Ray's main process only, without waiting."""
+        """Kill only Ray's main process. Does not wait until that process has ended."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -194,7 +205,7 @@ class LocalRay:
 
 
 def end_remains(instance: str, run_folder: Path) -> int:
-    """End the processes left by a cluster whose main process is gone; return their number."""
+    """End the processes left by a cluster whose main process is gone, and return the number of processes found."""
     folder = _short_folder(LocalRaySettings(instance, run_folder))
     ended = reaper.end(instance, folder)
     _keep_logs(folder, run_folder)
@@ -207,7 +218,7 @@ def has_gpus() -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return distinct ports that are free now."""
+    """Return `count` distinct ports that are free now."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:
@@ -216,9 +227,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without variables of another Ray or of an engine of the caller.
+    """Return the environment without the variables of another Ray and of an engine in the calling process.
 
-    Ranks would prefer an engine's names in their node's environment to those of their engine's core.
+    Ranks take an engine's names from the environment of the Ray node before the names from the engine core. A foreign
+    engine's names must therefore not be in the node's environment.
     """
     other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}
@@ -232,7 +244,10 @@ def _short_folder(settings: LocalRaySettings) -> Path:
 
 
 def _keep_logs(folder: Path, run_folder: Path) -> None:
-    """Copy an ended Ray's logs from a folder outside `run_folder` to `run_folder`/ray-logs and remove that folder."""
+    """Copy the logs of an ended Ray to `run_folder`/ray-logs and remove Ray's folder.
+
+    Does nothing if Ray's folder is in `run_folder` or has no logs.
+    """
     logs = folder / "session_latest" / "logs"
     if folder.parent == run_folder or not logs.exists():
         return

@@ -1,10 +1,10 @@
-"""Draining of a Ray node: how its replicas learn the deadline, and how its pod's preStop hook starts it.
+"""Draining of a Ray node: how replicas learn the drain deadline, and how the pod's preStop hook starts the drain.
 
-SIGTERM to `ray start --block` marks the node as draining, with a deadline RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S later,
-and waits that long. Ray Serve stops a replica there only graceful_shutdown_timeout_s before the deadline, and until
-then the replica would accept new work. Replicas therefore poll Ray themselves and begin to drain at once, with nearly
-all the remaining time (drain_time.py). A cloud's notice that a spot node will be reclaimed arrives the same way, with
-a nearer deadline.
+After SIGTERM, `ray start --block` marks the node as draining with a deadline RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+later, and waits until the deadline. Ray Serve stops a replica on a draining node only graceful_shutdown_timeout_s
+before the deadline. Until then the replica would accept new work. Replicas therefore poll Ray themselves and begin to
+drain at once, with nearly all the remaining time (drain_time.py). A cloud's notice that a spot node will be reclaimed
+reaches the replicas in the same way, with a nearer deadline.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Nodes:
 
 
 async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | None:
-    """Return Nodes.left_s; None also if Ray's head does not answer within `within_s`."""
+    """Return Nodes.left_s, or None if Ray's head does not answer within `within_s` seconds or the query fails."""
     try:
         async with asyncio.timeout(within_s):
             return await asyncio.to_thread(nodes.left_s)
@@ -58,20 +58,20 @@ async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | No
 
 
 async def watch(nodes: Nodes, leave: Callable[[float], Awaitable[None]]) -> None:
-    """Poll until a node begins to drain, then call `leave` once with the time that calls have left."""
+    """Poll until a node begins to drain, then call `leave` once with the seconds that calls may still use."""
     while (left_s := await poll_left_s(nodes)) is None:  # noqa: ASYNC110 - Ray has no notification for it
         await asyncio.sleep(POLL_S)
     await leave(usable_s(left_s))
 
 
 class NoRayNode(RuntimeError):
-    """This host has no Ray node, or more than one."""
+    """Raised when this host has no Ray node, or more than one Ray node."""
 
 
 def drain_here(timeout_s: float) -> bool:
-    """Mark the only Ray node that this process can see as draining and wait until it has ended.
+    """Mark as draining the only Ray node that is visible to this process, and wait until that node has ended.
 
-    Returns False if the node still runs after `timeout_s`. Raises NoRayNode, ConnectionError and RuntimeError.
+    Returns False if the node still runs after `timeout_s` seconds. Raises NoRayNode, ConnectionError and RuntimeError.
     """
     nodes = services.find_node_ids()
     if len(nodes) != 1:
@@ -96,5 +96,5 @@ def drain_here(timeout_s: float) -> bool:
 
 
 def _head_address() -> str:
-    """Return RAY_ADDRESS as KubeRay sets it, else the head's address of the Ray on this host."""
+    """Return RAY_ADDRESS, which KubeRay sets, or else the head address of the Ray on this host."""
     return os.environ.get("RAY_ADDRESS") or services.canonicalize_bootstrap_address_or_die("auto")

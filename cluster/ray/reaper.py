@@ -1,11 +1,12 @@
-"""Finds and ends all processes of one local cluster and no others: the last step of a stop, after Ray's own shutdown.
+"""Finds and ends all processes of one local cluster, and no other processes.
 
-A process belongs to the cluster if its environment contains HEADRACE_INSTANCE=<id>, which every child inherits, or if
-it has a file open below the cluster's run folder. The second rule is needed because a process that renames itself
-(vLLM's engine core and ranks do) can overwrite the environment that /proc shows; its output still goes to Ray's log
-files.
+This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster if the process's environment
+contains HEADRACE_INSTANCE=<id>, which every child process inherits, or if the process has a file open below the
+cluster's run folder. The second rule is needed because a process that renames itself (as vLLM's engine core and ranks
+do) can overwrite the environment that /proc shows. The output of such a process still goes to Ray's log files.
 
-A killed process leaves its engine's shared memory behind, so the blocks that it has mapped are removed too.
+A killed process leaves the engine's shared memory behind, so the shared-memory blocks that the process has mapped are
+removed too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _POLL_S = 0.05
 
 
 def find(instance: str, folder: Path | None = None) -> frozenset[int]:
-    """Return the process ids of the cluster's living processes except this one. Without /proc there are none."""
+    """Return the ids of the cluster's living processes except the calling process. Without /proc, the set is empty."""
     tag = f"{INSTANCE_ENV}={instance}".encode()
     below = f"{folder.resolve()}/" if folder is not None else ""
     own = os.getpid()
@@ -58,10 +59,10 @@ def _target(link: os.DirEntry[str]) -> str:
 
 
 def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), grace_s: float = 1.0) -> int:
-    """Send SIGTERM to each process of the cluster except `keep`, SIGKILL after `grace_s`; return their number.
+    """End every process of the cluster except `keep`, and return the number of processes that were found.
 
-    Repeats until no process is left, so that processes started meanwhile end too. Then removes the shared memory and
-    the socket folders of their engines.
+    Each process gets SIGTERM, and after `grace_s` seconds SIGKILL. This repeats until no process is left, so that
+    processes started meanwhile end too. Then the shared memory and the socket folders of the ended engines are removed.
     """
     exempt = frozenset(keep)
     seen: set[int] = set()
@@ -72,7 +73,7 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
         kill_now = time.monotonic() >= kill_at
         blocks = blocks.union(
             *map(watchdog.mapped_shared_memory, pids)
-        )  # before any kill: some processes end with the first
+        )  # before any kill, since the first kill can end other processes too
         for pid in pids:
             if kill_now or pid not in seen:
                 with contextlib.suppress(ProcessLookupError, PermissionError):

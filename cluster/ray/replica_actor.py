@@ -1,4 +1,4 @@
-"""Adapter between Replica and Ray Serve: the class that Serve creates in an actor, and its deployment."""
+"""Adapter between Replica and Ray Serve: the class that Serve creates in an actor, and the deployment of that class."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ _LOGICAL_GPUS = "HEADRACE_LOGICAL_GPUS"
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
 START_TRIES = 2
-"""Starts that Serve tries before it gives up. The second is for causes outside the entry, such as a lost node."""
+"""Number of starts that Serve tries before giving up.
+
+The second start is for causes outside the model's entry, such as a lost node.
+"""
 _SHUTDOWN_MARGIN_S = 3.0
 
 
 class ServedReplica:
-    """The actor's class. Serve calls, in this order: __init__, reconfigure, check_health repeatedly, __del__."""
+    """Class of the actors that Serve creates.
+
+    Serve calls, in this order: __init__, reconfigure, check_health repeatedly, __del__.
+    """
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         parsed = replica_settings.from_json(settings)
@@ -42,7 +48,7 @@ class ServedReplica:
             from cluster.worker.engine.processes import fork_server
             from cluster.worker.engine.vllm import repairs
 
-            fork_server.start()  # first, so that it imports while this process does
+            fork_server.start()  # first, so that the fork server and this process import at the same time
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
         self._replica = Replica(parsed, _place(), open_model)
         place = self._replica.place
@@ -50,20 +56,23 @@ class ServedReplica:
         self._watch: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _digest: object) -> None:
-        """Start the replica at Serve's first call. A changed entry is a new deployment version with new replicas."""
+        """Start the replica when Serve calls for the first time.
+
+        After a change of the model's entry, Serve creates new replicas of a new deployment version instead.
+        """
         if self._replica.engine is None:
             await self._replica.start()
             self._watch = asyncio.create_task(node_drain.watch(self._nodes, self._replica.leave))
 
     async def check_health(self) -> None:
-        """Raise if this replica no longer serves; Serve then replaces it."""
+        """Raise an error if this replica no longer serves. Serve then replaces the replica."""
         await self._replica.check()
 
     async def __del__(self) -> None:
-        """Drain and close; Serve awaits this in graceful shutdown.
+        """Drain and close the replica. Serve awaits this method in a graceful shutdown.
 
-        On a draining node Serve may call this before the watch has noticed the drain, with less time than the settings
-        give, so the time left is queried here.
+        On a draining node, Serve may call this method before `watch` has noticed the drain. Less time may then be left
+        than the settings give, so the remaining time is queried here.
         """
         left_s = await node_drain.poll_left_s(self._nodes, within_s=node_drain.LAST_POLL_S)
         await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
@@ -117,10 +126,10 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
 
 
 def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, str]:
-    """Return the environment variables of a replica and its child processes."""
+    """Return the environment variables for a replica and the child processes of the replica."""
     values = {"VLLM_NO_USAGE_STATS": "1"}
     if not is_simulated(settings.spec):
-        # The engine core joins this Ray; without an address it would start one of its own.
+        # The engine core joins this Ray. Without an address, the engine core would start another Ray.
         values["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         if world_size(settings.spec) > 1:
             values["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
@@ -142,4 +151,5 @@ PASSED_ON = (
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "RAY_AUTH_MODE",
 )
-"""Variables that replicas inherit from the deploying process. Never a secret, since Ray's dashboard shows them."""
+"""Environment variables that replicas inherit from the deploying process. No secret may be listed, since Ray's
+dashboard shows the variables."""

@@ -1,6 +1,7 @@
-"""Converts Ray Serve's status of its applications to the controller's `Observed`. Pure; reads plain dictionaries.
+"""Converts the application status of Ray Serve to the controller's `Observed`. Pure; reads plain dictionaries.
 
-The dictionaries are those of Serve's REST answer (`GET /api/serve/applications/`); Serve's client returns the same.
+The dictionaries have the form of Serve's REST answer (`GET /api/serve/applications/`). Serve's client returns the same
+form.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from cluster.worker.settings import find_refusal
 
 _MODULE_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_]\w*: )")
 SEPARATOR = ":"
-"""Separates the cluster's name from the rest of an application's name; neither may contain it."""
+"""Separator between the cluster's name and the rest of an application's name. Neither part may contain the
+separator."""
 
 
 def application_name(cluster: str, app: str) -> str:
-    """Return an application's name on Ray, prefixed with the cluster's name. `app` is from reconcile.app_name."""
+    """Return the name of an application on Ray: the cluster's name, SEPARATOR and `app`.
+
+    `app`: the name that reconcile.app_name returns.
+    """
     return f"{cluster}{SEPARATOR}{app}"
 
 
 def observed(details: Mapping[str, Any], cluster: str) -> dict[str, Observed]:
-    """Return this cluster's applications by `Observed.app`, without those of others."""
+    """Return the applications of `cluster`, by `Observed.app`. Applications of other clusters are left out."""
     prefix = cluster + SEPARATOR
     return {
         name.removeprefix(prefix): _observe(name.removeprefix(prefix), app)
@@ -65,6 +70,6 @@ def _observe(name: str, app: Mapping[str, Any]) -> Observed:
 
 
 def _last_line(message: str) -> str:
-    """Return a traceback's last line that is not empty, without the exception's module path."""
+    """Return the last non-empty line of a traceback, without the module path of the exception."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return _MODULE_PATH.sub("", lines[-1]) if lines else ""

@@ -1,7 +1,7 @@
 """Several Ray clusters as one backend, so that Ray, Python, CUDA or vLLM can be upgraded side by side.
 
-The last snapshot of a cluster that does not answer stays valid: its applications are not deployed again elsewhere, and
-the other clusters are still managed.
+When a cluster does not answer, the last snapshot of that cluster stays valid: the applications of that cluster are not
+deployed again elsewhere, and the other clusters are still managed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ log = structlog.get_logger("controller")
 
 
 class MultiClusterBackend:
-    """A Backend of several named ones. An application's settings name the cluster that it is deployed on."""
+    """A Backend that combines several named Backends.
+
+    An application's settings name the Ray cluster on which the application is deployed.
+    """
 
     def __init__(self, rays: Mapping[str, Backend]) -> None:
         """Create a backend of at least one Ray cluster."""
@@ -34,7 +37,7 @@ class MultiClusterBackend:
         return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
     async def observe(self) -> RaySnapshot:
-        """Observe all clusters at once. Raises RayAway when none answers."""
+        """Observe all Ray clusters concurrently. Raises RayAway if no cluster answers."""
         names = list(self._rays)
         answers = await asyncio.gather(*(self._rays[name].observe() for name in names), return_exceptions=True)
         for name, answer in zip(names, answers, strict=True):
@@ -64,18 +67,18 @@ class MultiClusterBackend:
         return RaySnapshot(apps, tuple(node for nodes_of_one in nodes.values() for node in nodes_of_one), nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Deploy an application on the cluster that its settings name."""
+        """Deploy an application on the Ray cluster that `settings` name."""
         name = settings.ray_cluster
         if name not in self._rays:
             raise RayAway(f"there is no Ray cluster {name!r}; there are {', '.join(self._rays)}")
         await self._rays[name].deploy(settings)
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Set the number of replicas on the cluster that has the application."""
+        """Set the number of replicas of an application, on the Ray cluster that has the application."""
         await self._backend_of(app).scale(app, replicas)
 
     async def delete(self, app: str) -> None:
-        """Drain and remove an application on the cluster that has it."""
+        """Drain and remove an application, on the Ray cluster that has the application."""
         await self._backend_of(app).delete(app)
 
     def _backend_of(self, app: str) -> Backend:

@@ -1,4 +1,5 @@
-"""The table of engine arguments matches the pinned vLLM, and CODE lists every argument that runs code."""
+"""Tests that the table of engine arguments matches the pinned vLLM, and that CODE lists every argument that runs
+code."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ HARMLESS = {
     "mm_encoder_fp8_scale_path",
     "mm_encoder_fp8_scale_save_path",
 }
-"""Paths of data that vLLM reads but does not run."""
+"""Arguments that are paths of data which vLLM reads but does not run."""
 
 
 @pytest.mark.engine
 def test_the_table_is_the_installed_vllms() -> None:
-    """The table matches the installed vLLM."""
+    """The table of engine arguments matches the installed vLLM."""
     done = subprocess.run(
         [sys.executable, "scripts/engine_arguments.py", "--check"],
         cwd=ROOT,
@@ -47,7 +48,7 @@ def test_the_table_is_the_installed_vllms() -> None:
 
 
 def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the path of every argument and of every key inside one."""
+    """Yield the path of every argument, and the path of every key inside an argument."""
     for name, row in table.items():
         yield prefix + name
         for form in row.get("any", ()):
@@ -55,7 +56,7 @@ def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_argument_that_names_code_is_known() -> None:
-    """Every argument whose name suggests code is in CODE or known to be harmless."""
+    """Every argument whose name suggests code is in CODE or in HARMLESS."""
     suspicious = {path for path in rows(arguments()) if SUSPICIOUS.search(path)}
     assert suspicious - CODE - HARMLESS == set()
     assert {*rows(arguments())} >= CODE
@@ -90,7 +91,7 @@ def test_every_argument_that_names_code_is_known() -> None:
     ],
 )
 def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: str) -> None:
-    """Arguments that make vLLM import what the configuration names are reported."""
+    """Every argument that makes vLLM import code named in the configuration is reported."""
     (found,) = code_arguments(engine)
     assert found[0].startswith(path)
 
@@ -128,7 +129,7 @@ def test_right_arguments_pass(engine: dict[str, Any]) -> None:
     ],
 )
 def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) -> None:
-    """Arguments that are valid alone and that vLLM refuses together are reported."""
+    """Arguments that are valid alone are reported if vLLM refuses the combination."""
     assert [key for key, _ in together_problems(whole)] == [name]
     for key in whole:
         assert not [*together_problems({other: value for other, value in whole.items() if other != key})]
@@ -152,7 +153,8 @@ def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) 
     ],
 )
 def test_an_engine_is_checked_with_all_it_starts_with(keys: str, path: str) -> None:
-    """An engine is checked with all its arguments: the model's and the GPU type's, or the canary's own."""
+    """Each engine is checked with all arguments of that engine: those of the model and the GPU type, or those of the
+    canary."""
     with pytest.raises(ConfigError) as caught:
         parse(f"api_version: headrace/v1\nname: c\nmodels: [{{name: m, source: hf://o/m, {keys}}}]")
     assert f": {path}" in str(caught.value)

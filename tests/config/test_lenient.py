@@ -1,4 +1,4 @@
-"""The configuration that a restarted gateway or controller uses when the file is partly invalid."""
+"""Tests of the configuration that a restarted gateway or controller uses when the file is partly invalid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ WRONG_SECTIONS = ["models: 3", "models: {a: b}", "{}", f"models: [{GOOD}]\nmodel
 
 @pytest.mark.parametrize("wrong", WRONG_ENTRIES)
 def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
-    """An invalid entry neither prevents the controller's start nor removes its own or another model."""
+    """An invalid entry neither prevents the controller's start nor removes the model of the entry or any other
+    model."""
     found = for_controller(f"{HEAD}models: [{GOOD}, {wrong}]")
     assert [model.name for model in found.config.models] == ["good"]
     assert (found.held[0].name, found.held[0].aliases, found.all_held) == ("bad", ("b",), False)
@@ -33,7 +34,8 @@ def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
 
 
 def test_of_two_with_one_name_neither_is_taken() -> None:
-    """Neither of two entries with one name is used, since either could replace the running model by an unwanted one."""
+    """Neither of two entries with the same name is used, since either entry could replace the running model by an
+    unwanted model."""
     entries = [f"{{name: {name}, source: hf://o/{at}}}" for at, name in enumerate("xxy")]
     found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
     assert [model.name for model in found.config.models] == ["y"]
@@ -41,7 +43,7 @@ def test_of_two_with_one_name_neither_is_taken() -> None:
 
 
 def test_an_alias_of_two_models_stays_with_one() -> None:
-    """An alias of two held models belongs to the first only, so that gateways can resolve it."""
+    """An alias that two held models have belongs to the first model only, so that gateways can resolve the alias."""
     found = for_controller(HEAD + "models: [{name: x, source: s, aliases: [d]}, {name: y, source: s, aliases: [d, e]}]")
     assert found.config.models == ()
     assert found.held == (HeldModel("x", ("d",)), HeldModel("y", ("e",)))
@@ -49,7 +51,8 @@ def test_an_alias_of_two_models_stays_with_one() -> None:
 
 @pytest.mark.parametrize("section", WRONG_SECTIONS)
 def test_a_section_that_is_none_holds_everything(section: str) -> None:
-    """A `models` section that is no list holds all running models; read as empty, it would delete every one."""
+    """A `models` section that is not a list holds all running models, since a section read as empty would delete every
+    model."""
     found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
     assert (found.config.models, found.all_held) == ((), True)
 
@@ -82,21 +85,23 @@ def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
     ],
 )
 def test_a_gateway_starts_without_what_it_does_not_read(sections: str) -> None:
-    """A gateway starts with invalid `models`, `weights` and `ray` sections, since it does not use them."""
+    """A gateway starts with invalid `models`, `weights` and `ray` sections, since a gateway does not use these
+    sections."""
     found = for_gateway(f"{HEAD}{'' if sections == '{}' else sections}\n")
     assert found.problems
     assert found.config.gateway.listen.grpc == "127.0.0.1:50051"
 
 
 def test_a_gateway_with_a_ray_of_its_own_still_needs_the_shared_secret() -> None:
-    """An invalid `ray` section still requires the shared secret; else each gateway would create its own."""
+    """A gateway with an invalid `ray` section still requires the shared secret, since each gateway would otherwise
+    create a different secret."""
     with pytest.raises(ConfigError, match="cluster_secret_file"):
         for_gateway(HEAD + "auth: {api_keys: {}}\nray: [{name: B, dashboard_url: 'http://x'}]\nmodels: []\n")
 
 
 @given(wrong=st.lists(st.sampled_from(WRONG_ENTRIES), min_size=1, max_size=3), at=st.integers(0, 3))
 def test_the_right_entries_are_always_all_taken(wrong: list[str], at: int) -> None:
-    """All valid entries are used, however many entries are invalid and wherever they are in the list."""
+    """All valid entries are used, however many entries are invalid and wherever the invalid entries are in the list."""
     named = [entry.replace("name: bad", f"name: bad{i}").replace("[b]", f"[b{i}]") for i, entry in enumerate(wrong)]
     valid = [f"{{name: m{i}, source: hf://o/m}}" for i in range(3)]
     entries = [*valid[:at], *named, *valid[at:]]

@@ -1,4 +1,4 @@
-"""cluster.yaml: invalid files are refused with the key's path and the remedy."""
+"""Tests of the schema of cluster.yaml: invalid files are refused with the key's path and the remedy."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_shipped_files_load(file: Path) -> None:
     ],
 )
 def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
-    """The message names the file, the key's path and the remedy."""
+    """The error for an invalid file names the file, the key's path and the remedy."""
     with pytest.raises(schema.ConfigError) as caught:
         schema.parse(text, "f.yaml")
     assert words in str(caught.value)
@@ -94,14 +94,14 @@ def test_a_missing_file_is_one_line() -> None:
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
 def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
-    """Client ports without authentication are restricted to loopback."""
+    """Client ports without authentication may listen on loopback only."""
     with pytest.raises(schema.ConfigError, match=rf"listen\.{listener}.*without auth"):
         schema.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
-    """A client or admin port off loopback needs both auth and TLS; the error names the one that is missing."""
+    """A client or admin port off loopback needs both auth and TLS, and the error names the section that is missing."""
     wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
     with pytest.raises(schema.ConfigError, match=r"without auth:.*use every model"):
@@ -112,7 +112,10 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
 
 
 def test_tenants_stand_over_the_defaults() -> None:
-    """A tenant's policy is the file's defaults, overridden by its own fields; secrets default to the cache folder."""
+    """A tenant's policy consists of the file's defaults, overridden by the tenant's own fields.
+
+    Secret files are in the cache folder by default.
+    """
     text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
     found = schema.parse(HEAD + KEYS + text + MODEL)
     (policy,) = found.policies()
@@ -121,7 +124,7 @@ def test_tenants_stand_over_the_defaults() -> None:
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:
-    """The link port off loopback needs link_tls; the metrics port does not."""
+    """The link port off loopback needs link_tls, while the metrics port does not."""
     wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
     with pytest.raises(schema.ConfigError, match="link_tls"):
         schema.parse(HEAD + wide + "}\n" + MODEL)
@@ -133,12 +136,13 @@ def test_the_link_port_opens_with_certificates_only() -> None:
     [("127.0.0.1:1", True), ("127.9.9.9:1", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False)],
 )
 def test_loopback(address: str, loopback: bool) -> None:
-    """127.0.0.0/8, ::1 and localhost are loopback."""
+    """The addresses 127.0.0.0/8 and ::1 and the name localhost count as loopback."""
     assert is_loopback(address) is loopback
 
 
 def test_what_gateway_processes_share() -> None:
-    """Processes share the client ports; each has its own link and metrics ports and lists the others' link ports."""
+    """Gateway processes share the client ports, and each process has separate link and metrics ports and lists the link
+    ports of the other processes."""
     gateway = schema.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
     first, second, third = (gateway.listen.of(process) for process in range(3))
     assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
@@ -150,7 +154,7 @@ def test_what_gateway_processes_share() -> None:
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
-    """Every key of an entry is in its spec; the number of replicas is max(min, 1)."""
+    """Every key of a model's entry is in the model's spec, and the number of replicas is max(min, 1)."""
     text = """
 models:
   - name: m

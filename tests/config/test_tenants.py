@@ -1,4 +1,5 @@
-"""The sections about tenants: errors name the field and the remedy; valid sections become complete policies."""
+"""Tests of the sections about tenants: errors name the field and the remedy, and valid sections become complete
+policies."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ AUTH = Auth.model_validate({"cluster_secret_file": "/s", "api_keys": {"pepper_fi
 
 
 def parse(section: type[Any], text: str) -> Any:
-    """Return a section read from YAML."""
+    """Return a section that is read from YAML."""
     return section.model_validate(yaml.safe_load(text))
 
 
 def test_the_vocabularys_own_example() -> None:
-    """The documented keys of all sections are read and reach the policies."""
+    """The documented keys of all sections are read, and the values reach the policies."""
     auth = parse(
         Auth,
         """
@@ -86,7 +87,7 @@ def test_the_vocabularys_own_example() -> None:
 
 
 def test_guards_of_the_defaults_and_of_a_tenant() -> None:
-    """A tenant's own list of guards replaces the defaults' list; guards without auth are refused."""
+    """A tenant's own list of guards replaces the list of the defaults, and guards without auth are refused."""
     defaults = parse(TenantDefaults, "{guards: [{builtin: sizes, on: output, max_characters: 9}]}")
     assert parse(Tenant, "{name: a}").policy(defaults).guards[0].on == "output"
     own = parse(Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: 'x{1,3}'}}]}").policy(defaults)
@@ -167,7 +168,7 @@ def test_null_takes_a_default_away() -> None:
     ],
 )
 def test_bad_input_names_its_field(section: type[Any], text: str, field: str, words: str) -> None:
-    """Zero, negative and absurd values, wrong words and unknown keys are refused with their path and the remedy."""
+    """Zero, negative and absurd values, wrong words and unknown keys are refused with the key's path and the remedy."""
     with pytest.raises(ValidationError) as caught:
         parse(section, text)
     problems = {".".join(map(str, error["loc"])): error["msg"] for error in caught.value.errors()}
@@ -189,7 +190,8 @@ def test_bad_input_names_its_field(section: type[Any], text: str, field: str, wo
     ],
 )
 def test_issuers(entry: dict[str, Any], words: str) -> None:
-    """An issuer must use https and asymmetric algorithms, and may be listed once."""
+    """An issuer is refused if the URL does not use https, if an algorithm is not asymmetric, or if the issuer is listed
+    twice."""
     good = {"issuer": "https://sso.example.com/", "audience": "headrace", "tenant_claim": "org"}
     assert Auth.model_validate({"cluster_secret_file": "/s", "oidc": [good]}).oidc[0].issuer
     with pytest.raises(ValidationError, match=words):
@@ -200,7 +202,7 @@ def test_issuers(entry: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("san", ["*.example.com", "", "not a name", "a..b"])
 def test_certificates_are_named_one_by_one(san: str) -> None:
-    """Wildcards, invalid names and duplicates are refused."""
+    """Client certificates with wildcards, invalid names or duplicate names are refused."""
     entry = {"san": san, "tenant": "a"}
     with pytest.raises(ValidationError, match="san"):
         Auth.model_validate({"cluster_secret_file": "/s", "client_certificates": [entry]})
@@ -220,20 +222,21 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
     ],
 )
 def test_sections_hold_to_each_other(classes: Any, defaults: str, tenants: list[str], words: str) -> None:
-    """Duplicate names and unknown classes are refused."""
+    """Duplicate names and unknown classes in the sections are refused."""
     with pytest.raises(ValueError, match=words):
         check_together(AUTH, classes, parse(TenantDefaults, defaults), [parse(Tenant, tenant) for tenant in tenants])
 
 
 def test_tenants_need_auth() -> None:
-    """Tenants without auth are refused, since no caller could belong to one."""
+    """A `tenants` section without auth is refused, since no caller could belong to a tenant."""
     with pytest.raises(ValueError, match="set auth"):
         check_together(None, CLASSES, TenantDefaults(), [Tenant(name="a")])
     check_together(None, CLASSES, TenantDefaults(), [])
 
 
 def test_defaults_make_policies_for_the_api_too() -> None:
-    """A tenant created over the API gets the defaults, overridden by its own fields; wrong fields are named."""
+    """A tenant that is created over the API gets the defaults, overridden by the tenant's own fields, and errors name
+    wrong fields."""
     defaults = parse(TenantDefaults, "{class: batch, limits: {tokens_per_minute: 9}}")
     policy = defaults.policy("a", {"weight": 2.0, "limits": {"daily_tokens": 5}})
     assert (policy.priority_class, policy.weight) == ("batch", 2.0)

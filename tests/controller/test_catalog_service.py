@@ -1,4 +1,4 @@
-"""Operators' catalog changes: validated as a whole, stored, and applied without touching unchanged models."""
+"""Tests of operators' catalog changes: validated as a whole, stored, and applied without touching unchanged models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 
 
 class CatalogBed:
-    """A catalog service with its controller and a fake Ray; `life` and `by_file` as in run_controller."""
+    """A catalog service with a controller and a fake Ray. `life` and `by_file` are as in run_controller."""
 
     def __init__(self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None) -> None:
         self.ray = ray or FakeRay()
@@ -51,7 +51,7 @@ class CatalogBed:
         return pb.ApplyResponse.FromString(await self.verbs["Catalog.Apply"](request.SerializeToString(), "key:k1"))
 
     async def ask(self, verb: str, request: Any) -> dict[str, tuple[float, str]]:
-        """Send another request; return each version's weight and reason afterwards."""
+        """Send another admin request, and return the weight and the reason of each version after the request."""
         answer = pb.VersionsResponse.FromString(await self.verbs[verb](request.SerializeToString(), "key:k1"))
         return {version.version: (version.weight, version.state_reason) for version in answer.versions}
 
@@ -72,7 +72,8 @@ async def refused(awaitable: Any) -> CallError:
 
 
 async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
-    """A new model is deployed; changed names, bounds and fallbacks restart no replica; repeated, it changes nothing."""
+    """Applying entries deploys a new model and restarts no replica for changed names, bounds and fallbacks, and
+    applying the same entries again changes nothing."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     entries: tuple[dict[str, Any], ...] = (
@@ -109,7 +110,8 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:
-    """The error names the wrong key with the model's name, and a valid entry beside it is not applied either."""
+    """A request with one wrong entry fails with the model's name and the wrong key, and the valid entry of the request
+    is not applied either."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     error = await refused(bed.apply({"name": "right", "source": "/r"}, entry))
@@ -121,7 +123,8 @@ async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, 
 
 
 async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_path: Path) -> None:
-    """The next controller of the same cluster continues with the applied models; the next `up` starts from its file."""
+    """The next controller of the same cluster continues with the applied models, while the next `up` starts from the
+    file."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "o", "source": "/o"})
     await bed.apply({"name": "m", "source": "/m2"})
@@ -133,7 +136,8 @@ async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_
 
 
 async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
-    """Apply adds models beside those of the file, also for the next controller, and refuses to change the file's."""
+    """Apply adds models beside the models of the file, also for the next controller, and refuses to change a model of
+    the file."""
     bed = CatalogBed(tmp_path, life="", by_file=True)
     same = {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}}
     assert [one.model for one in (await bed.apply(same, {"name": "o", "source": "/o"})).changes] == ["o"]
@@ -146,7 +150,8 @@ async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
 
 
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
-    """Each request returns the new shares; overrides survive the controller; promoting restarts no replica."""
+    """Each request returns the new shares, the overrides survive a restart of the controller, and a promotion restarts
+    no replica."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "m", "source": "/m", "aliases": ["default"], "canary": CANARY})
     await bed.up()
@@ -188,7 +193,7 @@ async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
     ],
 )
 async def test_what_cannot_be_done_is_said(tmp_path: Path, verb: str, request_: Any, outcome: Outcome) -> None:
-    """A request that cannot be carried out fails with its outcome and changes nothing."""
+    """A request that cannot be carried out fails with the expected outcome and changes nothing."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "m", "source": "/m", "canary": CANARY})
     kept = (tmp_path / "catalog.json").read_text()

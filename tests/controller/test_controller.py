@@ -1,4 +1,5 @@
-"""The controller's loop with a fake Ray and fake gateways: its actions, the published catalog, outages of Ray."""
+"""Tests of the control loop with a fake Ray and fake gateways: actions of the loop, published catalog, outages of
+Ray."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def settings(name: str, **more: object) -> ReplicaSettings:
 
 @dataclass
 class Clock:
-    """Wall clock that a test sets."""
+    """A wall clock whose time is set by a test."""
 
     now_s: float = 100.0
 
@@ -79,14 +80,15 @@ class Clock:
 def controller(
     ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
 ) -> Controller:
-    """Return a controller with these wanted replicas."""
+    """Return a controller that wants these replicas."""
     created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
     created.want(wanted)
     return created
 
 
 async def test_states_follow_what_is_seen() -> None:
-    """A model is DECLARED, PLACING, LOADING, and READY only once a gateway has the link; its start time is measured."""
+    """A model is DECLARED, then PLACING, then LOADING, and becomes READY with a measured start time only once a gateway
+    has a link to a worker."""
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"), now_s=130.0)
 
@@ -112,7 +114,8 @@ async def test_states_follow_what_is_seen() -> None:
 
 
 async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
-    """The entry names the newest end of an engine of the current version, during the restart and after it."""
+    """The catalog entry names the newest end of an engine of the current version, both during the restart and after the
+    restart."""
     ray, gateways = FakeRay(), FakeGateways()
     wanted = settings("m")
     loop = controller(ray, gateways, wanted)
@@ -138,7 +141,7 @@ async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
 
 
 async def test_a_new_controller_leaves_all_as_it_is() -> None:
-    """A new controller recognises existing applications by their digest and changes nothing."""
+    """A new controller recognises existing applications by digest and changes nothing."""
     ray, gateways = FakeRay(), FakeGateways(linked=0)
     await controller(ray, gateways, settings("a"), settings("b")).step()
     ray.change("a", running=1)
@@ -151,7 +154,10 @@ async def test_a_new_controller_leaves_all_as_it_is() -> None:
 
 
 async def test_removed_model_drains_and_leaves_the_catalog() -> None:
-    """A removed model is DRAINING while calls run or wait, then leaves the catalog; added again it starts anew."""
+    """A removed model is DRAINING while calls run or wait, and then leaves the catalog.
+
+    A model that is added again starts anew.
+    """
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
@@ -177,7 +183,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
 
 
 async def test_unplaceable_model_fails_and_recovers() -> None:
-    """An unplaceable model is FAILED with the reason until a node that is large enough joins."""
+    """A model that cannot be placed is FAILED with the reason until a node that is large enough joins."""
     ray, gateways = FakeRay(nodes=({"CPU": 8.0, "GPU": 1.0},)), FakeGateways()
     loop = controller(ray, gateways, settings("m", tensor_parallel_size=2))
     await loop.step()
@@ -191,7 +197,7 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
 
 @pytest.mark.slow
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
-    """The catalog stays published while Ray is away; when Ray comes back empty, everything is deployed again."""
+    """The catalog stays published while Ray is away, and everything is deployed again when Ray comes back empty."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
     loop = controller(ray, gateways, settings("m"))
     with pytest.raises(RayAway):
@@ -230,7 +236,7 @@ models: [{name: m, source: /m/x, replicas: {min: 2}}]
 
 
 def test_settings_come_from_the_configuration() -> None:
-    """Every key that a replica needs is in its settings."""
+    """Every configuration key that a replica needs is in the settings of the replica."""
     (prod,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
     assert (prod.cluster, prod.ray_cluster, prod.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
     assert (prod.cache_dir, prod.hugging_face_endpoint) == ("/models", "https://mirror.example")
@@ -242,7 +248,7 @@ def test_settings_come_from_the_configuration() -> None:
 
 
 def test_versions_and_types_come_from_the_configuration() -> None:
-    """There are settings for each version and GPU type, on its Ray cluster, with the version's own values."""
+    """Each version and GPU type of a model has settings with the values and the Ray cluster of the version."""
     config = parse(
         CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
         .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
@@ -275,7 +281,7 @@ VERSIONS = """engine: {max_num_seqs: 8},
 
 
 def two_versions(weight: float = 0.25, **canary: object) -> tuple[ReplicaSettings, ReplicaSettings]:
-    """Return the settings of a model and of its canary."""
+    """Return the settings of a model's stable version and of the canary."""
     plain: dict[str, object] = {"version": "v2", "weight": weight, "error_ratio": 1.5, "ttft_ratio": 1.2}
     return settings("m", weight=1 - weight), settings("m", **(plain | canary))
 
@@ -294,7 +300,7 @@ def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> Fl
 
 
 async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
-    """A canary gets replicas, a share of the calls and a state of its own; the model stays READY throughout."""
+    """A canary gets replicas, a share of the calls and a separate state, while the model stays READY."""
     ray, gateways = FakeRay(), FakeGateways()
     stable, canary = two_versions()
     loop = controller(ray, gateways, stable)
@@ -315,7 +321,8 @@ async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
 
 
 async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
-    """A bad canary gets no more calls, its replicas end when they are empty, and only a changed canary is deployed."""
+    """A bad canary gets no more calls, each replica of the canary ends when no call is left there, and only a changed
+    canary is deployed."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     stable, canary = two_versions()
     marked: list[str] = []
@@ -348,7 +355,8 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
 
 
 async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
-    """A promoted canary keeps its replicas; the former version is retired once the canary has as many replicas."""
+    """A promoted canary keeps the running replicas, and the former version is retired once the canary has all wanted
+    replicas."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     two = {"min_replicas": 2, "max_replicas": 2}
     stable, canary = settings("m", weight=0.75, **two), settings("m", version="v2", weight=0.25, **two)
@@ -375,7 +383,8 @@ async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
 
 
 async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails() -> None:
-    """The old replicas serve during a replacement; refused new ones displace nothing, and the entry says why."""
+    """The old replicas serve during a replacement and stay when the new replicas are refused, and the catalog entry
+    gives the reason."""
     ray, gateways = FakeRay(now_s=100.0), FakeGateways()
     old, new = settings("m", revision="a"), settings("m", revision="b")
     loop = controller(ray, gateways, old)
@@ -394,7 +403,7 @@ async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails(
 
 
 async def test_pinning_the_right_weights_restarts_nothing() -> None:
-    """A newly pinned digest restarts replicas only if their workers have other weights."""
+    """A newly pinned digest restarts replicas only if the workers of the model have other weights."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
@@ -411,7 +420,7 @@ async def test_pinning_the_right_weights_restarts_nothing() -> None:
 
 
 async def test_frozen_models_stay_as_they_are() -> None:
-    """A frozen model's change is rolled out only after it is unfrozen."""
+    """A change of a frozen model is rolled out only after the model is unfrozen."""
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
@@ -425,7 +434,7 @@ async def test_frozen_models_stay_as_they_are() -> None:
 
 
 async def test_types_of_gpu_are_filled_in_their_order() -> None:
-    """Replicas that do not fit on the preferred GPU type beside other models run on the next one."""
+    """Replicas that do not fit on the preferred GPU type beside other models run on the next GPU type."""
     nodes = (
         {"CPU": 64.0, "GPU": 3.0, "accelerator_type:H100": 1.0},
         {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0},
@@ -448,8 +457,8 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
 
 
 async def test_versions_have_their_parts_on_every_type_in_use() -> None:
-    """A canary runs on every GPU type that the stable version uses; replicas on a later type stay when the preferred
-    type has room again."""
+    """A canary runs on every GPU type that the stable version uses, and replicas on a later GPU type stay there when
+    the preferred type has room again."""
     few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
     slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
     ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
@@ -478,8 +487,8 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
 
 
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
-    """A model that moves to another Ray cluster starts there before it ends here; a cluster that is away does not stop
-    changes on the other."""
+    """A model that moves to another Ray cluster starts there before the old replicas end, and a Ray cluster that is
+    away does not stop changes on the other Ray cluster."""
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
@@ -512,7 +521,8 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
-    """The loop ends when it is cancelled, however many event-loop turns after a wake-up that happens."""
+    """The control loop ends when the task is cancelled, regardless of the number of event-loop turns between a wake-up
+    and the cancellation."""
     loop = controller(FakeRay(), FakeGateways(), settings("m"))
     running = asyncio.create_task(loop.run())
     await eventually(lambda: bool(loop.entries()), "the first pass has run")

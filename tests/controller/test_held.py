@@ -1,4 +1,5 @@
-"""A controller that starts with invalid models: their replicas stay, are published, and use the last valid entry."""
+"""Tests of a controller that starts with invalid models: the replicas stay and are published, and last valid entries
+are used."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ WRONG_B = "{name: b, source: /b, aliases: [second], replicas: {min: 4, max: 2}}"
 
 
 async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
-    """An invalid entry does not count as removed: its model's replicas keep running and stay published."""
+    """A model with an invalid entry does not count as removed, so the model's replicas keep running and stay
+    published."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -44,7 +46,7 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
 
 
 async def test_everything_is_held_where_no_entry_can_be_read() -> None:
-    """A `models` section that is no list deletes no model."""
+    """A `models` section that is not a list deletes no model."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -70,7 +72,7 @@ async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
 
 
 async def test_a_held_model_that_runs_nowhere_says_why() -> None:
-    """A held model without replicas is FAILED with the reason that its entry is invalid."""
+    """A held model without replicas is FAILED, and the reason says that the entry of the model is invalid."""
     gateways = FakeGateways()
     loop = controller(FakeRay(), gateways)
     loop.hold([ModelSpec("b", "", ("second",))])
@@ -79,8 +81,8 @@ async def test_a_held_model_that_runs_nowhere_says_why() -> None:
 
 
 def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> None:
-    """A controller that restarts with its folder uses the last valid entries; equal digests show that no replica is
-    replaced."""
+    """A controller that restarts with the same run folder uses the last valid entries, and equal digests show that no
+    replica is replaced."""
     valid = with_last_good(for_controller(f"{HEAD}models: [{A}, {B}]"), tmp_path).config
     found = with_last_good(for_controller(f"{HEAD}models: [{A}, {WRONG_B}]"), tmp_path)
     assert found.held == ()
@@ -99,7 +101,7 @@ def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> 
 
 
 def test_without_an_earlier_start_the_model_is_held(tmp_path: Path) -> None:
-    """Without stored entries, or with a damaged file of them, a model with an invalid entry is held."""
+    """A model with an invalid entry is held if the file of the stored entries is missing or damaged."""
     text = f"{HEAD}models: [{A}, {WRONG_B}]"
     (tmp_path / "last-good-models.json").write_text("{")
     found = with_last_good(for_controller(text), tmp_path)

@@ -1,4 +1,4 @@
-"""Scaling in the controller's process: the scaler's inputs, the stored requests, the metrics."""
+"""Tests of scaling in the controller's process: the scaler's inputs, the stored requests, the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.policy.scaling.scaler import OperatorRequest, RayReplicas, Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:
-    """Replicas of a model's applications are added up, without applications that are being deleted."""
+    """The replicas of a model are summed over the model's applications, without applications that are being deleted."""
     apps = [
         Observed("m", "d1", 2, running=1, placed=1),
         Observed("m", "d2", 1, running=1, leaving=1),
@@ -25,7 +25,8 @@ def test_what_ray_has_is_summed_by_model() -> None:
 
 
 def test_workers_that_drain_do_not_serve() -> None:
-    """A draining worker does not serve; a worker that has not reported its engine's limits has none."""
+    """A draining worker does not count as serving, and a worker that has not reported the engine's limits has no
+    limits."""
     draining = FleetWorker(
         "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )
@@ -35,7 +36,7 @@ def test_workers_that_drain_do_not_serve() -> None:
 
 
 def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
-    """Stored requests are read back; a missing or damaged file counts as none."""
+    """Stored scaling requests are read back, and a missing or damaged file counts as a file without requests."""
     file = scaling.OperatorRequestFile(tmp_path / "scaling.json")
     assert file.read() == OperatorRequest()
     asked = OperatorRequest({"m": 3}, frozenset({"n"}), True)
@@ -47,7 +48,7 @@ def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_counters_grow_by_what_has_come() -> None:
-    """Metrics grow by the new counts only, however often they are updated."""
+    """The metrics grow by the new counts only, however often the metrics are updated."""
     metrics, scaler = Metrics("c"), Scaler()
     counters = scaling.Counters(metrics)
     spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)
@@ -61,7 +62,7 @@ def test_counters_grow_by_what_has_come() -> None:
 
 
 def test_the_section_of_the_file() -> None:
-    """The `scaling` and `slo` sections are read as written; without `scaling` nothing is frozen."""
+    """The `scaling` and `slo` sections are read as written, and without a `scaling` section nothing is frozen."""
     head = "api_version: headrace/v1\nname: c\n"
     head += "models: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
     config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")

@@ -1,4 +1,4 @@
-"""Fixtures: a local Ray for the whole run, a driver on it, and the gateway side of the links."""
+"""Fixtures: a local Ray for the whole run, a driver on this Ray, and the gateway side of the links."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.support.serving import Door, open_door
 ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # The default folder, so that all engines of a run share what the first has compiled, whatever folder they get.
+    # The default folder, so that all engines of a run share the code that the first engine has compiled.
     "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
 }
 
 
 def new_local_ray(name: str) -> LocalRay:
-    """Return a local Ray that is not started, in a folder with a name short enough for its sockets."""
+    """Return a local Ray that is not started. The path of the Ray's folder is short enough for sockets."""
     instance = f"{name}-{uuid.uuid4().hex[:8]}"
     return LocalRay(LocalRaySettings(instance, Path(tempfile.mkdtemp(prefix="hr-"))))
 
 
 def end_local_ray(ray: LocalRay) -> None:
-    """Stop a local Ray and delete its files."""
+    """Stop a local Ray, and delete the files of that Ray."""
     ray.stop()
     shutil.rmtree(ray.log_file.parent, ignore_errors=True)
     shutil.rmtree(ray.folder, ignore_errors=True)
@@ -40,9 +40,9 @@ def end_local_ray(ray: LocalRay) -> None:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[LocalRay]:
-    """The Ray that the tests share; its processes have the engines' environment variables."""
+    """The Ray that the tests share. The processes of this Ray have the engines' environment variables."""
     ray = new_local_ray("shared")
-    # Simulates an engine that starts in this process: its name must not reach the ranks that this Ray starts.
+    # `another` simulates an engine that starts in this process. The name must not reach the ranks that this Ray starts.
     environment = {**ENGINE_ENVIRONMENT, end_causes.ENGINE: "another"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -57,7 +57,7 @@ def local_ray() -> Iterator[LocalRay]:
 
 @pytest.fixture(scope="session")
 async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
-    """A driver on the shared Ray for the cluster named `test`."""
+    """A backend with a driver process on the shared Ray, for the cluster named `test`."""
     driver = ChildBackend("test", local_ray.address, local_ray.environment(), local_ray.log_file.parent / "driver.log")
     try:
         yield driver

@@ -1,7 +1,8 @@
-"""Changes of a model under load with the real engine on a real Ray: added, canary, rollback, replacement, removal.
+"""Test of changes of a model under load, with the real engine on a real Ray.
 
-Each version has its own weights, so an answer shows which version generated it: decoded greedily, it is a prefix of
-that version's longest answer. No answer mixes two versions, is cut or fails.
+The model is added, gets a canary that is rolled back, is replaced, and is removed. Each version has different weights,
+so an answer shows which version generated the answer: with greedy decoding, an answer is a prefix of the longest answer
+of that version. No answer mixes two versions, is cut or fails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 def group_by_prefix(texts: Sequence[str]) -> dict[str, int]:
-    """Group texts that are prefixes of one another; return each group's longest text with the group's size."""
+    """Group texts that are prefixes of one another, and return the longest text of each group with the size of the
+    group."""
     kinds: dict[str, int] = {}
     for text in sorted((text.rstrip("\ufffd") for text in texts), key=len, reverse=True):
         kind = next((kind for kind in kinds if kind.startswith(text)), text)

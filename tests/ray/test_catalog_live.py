@@ -1,4 +1,4 @@
-"""All changes of a model under load, on a real Ray and with replicas in this process.
+"""Tests of all changes of a model under load, on a real Ray and with replicas in this process.
 
 A model is added beside others, gets canaries that are rolled back, is replaced, gets a canary that is promoted, and is
 removed. No call fails and no stream is cut.
@@ -39,7 +39,7 @@ FILE = "{api_version: headrace/v1, name: test, models: []}"
 
 @dataclass
 class Load:
-    """Callers that begin a call as soon as their last one has ended, until the model is removed."""
+    """Callers that each begin a new call as soon as the last call has ended, until the model is removed."""
 
     cluster: TestCluster
     ended: int = 0
@@ -71,7 +71,7 @@ class Load:
             self.ended += 1
 
     async def more(self, calls: int) -> None:
-        """Wait until this many more calls have ended."""
+        """Wait until `calls` more calls have ended."""
         goal = self.ended + calls
         await until(lambda: self.ended >= goal or bool(self.failed), f"{calls} more calls end", START_S)
         assert not self.failed
@@ -83,7 +83,7 @@ class Load:
 
 
 class Operator:
-    """Applies entries and waits for their effect at the gateway."""
+    """An operator who applies entries and waits for the effect at the gateway."""
 
     def __init__(self, cluster: TestCluster, service: StoredCatalogService, folder: Path) -> None:
         self._cluster = cluster
@@ -100,7 +100,7 @@ class Operator:
         await self._verbs["Catalog.Apply"](request.SerializeToString(), "test")
 
     async def ask(self, verb: str, request: Any) -> None:
-        """Send another request."""
+        """Send another admin request."""
         await self._verbs[verb](request.SerializeToString(), "test")
 
     def entry(self, model: str = "m") -> CatalogEntry | None:
@@ -115,7 +115,8 @@ class Operator:
         return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
 
     async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:
-        """Wait until workers of exactly these versions are linked and accept calls; return them as workers() does."""
+        """Wait until workers of exactly these versions are linked and accept calls, and return these workers as
+        workers() does."""
 
         def are_linked() -> bool:
             known = self._cluster.gateway.directory.find(model)
@@ -128,7 +129,7 @@ class Operator:
 
 @asynccontextmanager
 async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> AsyncIterator[Operator]:
-    """Run a controller with its catalog service, linked to the gateway."""
+    """Run a controller with a catalog service, linked to the gateway."""
     address = cluster.gateway.endpoints["link"]
     links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
     controller = Controller(backend, links, drain_timeout_s=60.0)
@@ -169,7 +170,8 @@ async def test_a_model_changes_under_load(tmp_path: Path) -> None:
 
 
 async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
-    """Change a model step by step while callers stream; check that models a step does not name keep their workers."""
+    """Change a model step by step while callers stream, and check that each model that a step does not name keeps the
+    same workers."""
     async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
         load = Load(cluster)
         m: dict[str, Any] = {"name": "m", "source": operator.source(decode_ms=3)}

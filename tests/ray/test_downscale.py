@@ -1,4 +1,4 @@
-"""Serve removes a replica with running streams: real Ray, real gateway, simulated engines."""
+"""Test of a replica that Serve removes while streams run: real Ray, real gateway, simulated engines."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def sim(folder: Path, address: str, replicas: int) -> ReplicaSettings:
-    """Return settings of the simulated model `sim`, with a drain timeout shorter than the test's streams."""
+    """Return settings of the simulated model `sim`. The drain timeout is shorter than the test's streams."""
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8", min_replicas=replicas, max_replicas=replicas)
     return ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
 
 
 async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """Both streams are complete when Serve ends one of two replicas: that one's stream resumes on the other, which is
-    not restarted."""
+    """When Serve ends one of two replicas, both streams are complete: the stream of the ended replica resumes on the
+    other replica, which is not restarted."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

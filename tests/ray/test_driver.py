@@ -1,4 +1,4 @@
-"""The driver's requests and answers, and the backends that use them."""
+"""Tests of the driver's requests and answers, and of the backends that use the driver."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=9"), "test")
 
 
 class JournalApps:
-    """Records the calls; `delete` fails."""
+    """Fake applications that record each call. `delete` fails."""
 
     def __init__(self) -> None:
         self.journal: list[object] = []
@@ -44,7 +44,7 @@ class JournalApps:
         self.journal.append((model, replicas))
 
     def delete(self, model: str) -> None:
-        """Fail."""
+        """Raise an error."""
         raise RuntimeError(f"no {model}")
 
     def shutdown(self) -> None:
@@ -53,7 +53,7 @@ class JournalApps:
 
 
 def test_requests_are_answered_in_order() -> None:
-    """Each request gets one answer, including requests that fail or are invalid."""
+    """Each request gets one answer, including each request that fails or is invalid."""
     apps, out = JournalApps(), io.StringIO()
     requests = [
         {"do": "observe"},
@@ -73,7 +73,7 @@ def test_requests_are_answered_in_order() -> None:
 
 
 async def test_no_dashboard_is_ray_away() -> None:
-    """An external cluster that does not answer raises RayAway with its address."""
+    """Observing an external cluster that does not answer raises RayAway with the address of the cluster."""
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(RayAway, match=url):
         await JobBackend("test", url).observe()
@@ -81,7 +81,7 @@ async def test_no_dashboard_is_ray_away() -> None:
 
 @pytest.mark.ray
 async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
-    """A call after the loss of the driver starts a new one; a failed request does not end the driver."""
+    """A call after the loss of the driver starts a new driver, and a failed request does not end the driver."""
     await backend.observe()
     await backend.close()
     assert (await backend.observe()).nodes
@@ -92,7 +92,7 @@ async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
 
 @pytest.mark.slow
 async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The bundle is returned with the model's properties; an invalid source is reported with the reason."""
+    """A bundle is returned with the model's properties, and an invalid source is reported with the reason."""
     folder = build_tokenizer("llama", tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
     generation = {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 77, "do_sample": True}

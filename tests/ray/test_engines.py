@@ -1,4 +1,5 @@
-"""Real engines on Ray's placement groups: tensor parallelism of three model families, and kills that leave nothing."""
+"""Tests of real engines on Ray's placement groups: tensor parallelism of three model families, and complete cleanup
+after kills."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ HOW_IT_ENDED = {
     "rank": r"rank [01] \(process \d+\) was killed by SIGKILL",
 }
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""Names that vLLM gives its sockets in the default folder."""
+"""Pattern of the names that vLLM gives to sockets in the default folder."""
 
 
 def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaSettings:
-    """Return settings of a checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
+    """Return settings for a checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
     spec = ModelSpec(
         name=name,
         source=str(folder),
@@ -80,14 +81,14 @@ def continued(model: Any, ids: Any) -> list[int]:
 
 
 async def same_tokens(link: WorkerLink, folder: Path) -> None:
-    """Check that the worker's greedy tokens for concurrent prompts are transformers'."""
+    """Check that the worker's greedy tokens for concurrent prompts equal the tokens of transformers."""
     answers = await asyncio.gather(*(greedy(link, prompt, TOKENS) for prompt in PROMPTS))
     assert answers == await asyncio.to_thread(expected, folder)  # in a thread, since the link's pings need the loop
 
 
 @pytest.mark.parametrize("family", ["mistral", "falcon"])
 async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
-    """Greedy tokens at TP 2 on a placement group are transformers' in float32."""
+    """The greedy tokens of a model at TP 2 on a placement group equal the tokens of transformers in float32."""
     folder = build_checkpoint(family, tmp_path / family)
     await backend.deploy(two_ranks(family, folder, door.address))
     link = await door.worker(family, 180.0)
@@ -112,7 +113,7 @@ def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -125,20 +126,20 @@ def maps(process: psutil.Process) -> str:
 
 
 def names() -> set[str]:
-    """Return the names of shared memory and sockets on this machine that may be an engine's."""
+    """Return the names of the shared memory and sockets on this machine that may belong to an engine."""
     blocks = {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
     return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
 
 
 def _end_reason(door: Door, known: int) -> str | None:
-    """Return why the last engine ended if the gateway knows of more than `known` ends."""
+    """Return why the last engine ended, or None if the gateway knows of no more than `known` ends."""
     ends = door.hub.lost_engines()
     return ends[-1].reason if len(ends) > known else None
 
 
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
-    """SIGKILL of replica, core or rank (LLaMA at TP 2) leaves neither processes nor shared memory; the model serves
-    again, and the gateway reports which process ended, how, and the log file."""
+    """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), neither processes nor shared memory are
+    left, the model serves again, and the gateway reports which process ended, the cause and the log file."""
     folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 180.0)

@@ -1,5 +1,5 @@
-"""Loss of Ray's head for a while, with its tables in Valkey: streams and new calls continue, and no healthy replica
-is restarted afterwards."""
+"""Test of a temporary loss of Ray's head, whose tables are in Valkey: streams and new calls continue, and no healthy
+replica is restarted afterwards."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
 CALLERS, TOKENS, STEADY_PASSES = 2, 24, 5
 PAUSE_S = 5.0
-"""Pause between a caller's calls. The engine core and ranks spin until a second after their last step; without pauses
-the head would get no CPU core to start on."""
+"""Seconds between two calls of a caller.
+
+The engine core and the ranks spin until a second after the last step. Without pauses, the head would get no CPU core
+for the start.
+"""
 
 
 @pytest.fixture
 def ray_with_head() -> Iterator[HeadAndNode]:
-    """A head, and a node with sixteen logical GPUs."""
+    """A Ray of a head and one node with sixteen logical GPUs."""
     with head_and_node(ENGINE_ENVIRONMENT) as started:
         yield started
 
@@ -51,30 +54,30 @@ class Journal(JobBackend):
     observations: int = 0
 
     async def observe(self) -> RaySnapshot:
-        """Observe, and count the observation if it succeeds."""
+        """Observe Ray, and count the observation if no error is raised."""
         snapshot = await super().observe()
         self.observations += 1
         return snapshot
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Record and deploy."""
+        """Record the change, and deploy the application."""
         self.changes.append(f"deploy {settings.spec.name}")
         await super().deploy(settings)
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Record and scale."""
+        """Record the change, and scale the application."""
         self.changes.append(f"scale {model} {replicas}")
         await super().scale(model, replicas)
 
     async def delete(self, model: str) -> None:
-        """Record and delete."""
+        """Record the change, and delete the application."""
         self.changes.append(f"delete {model}")
         await super().delete(model)
 
 
 @dataclass
 class Callers:
-    """Callers that stream one answer after the other, with the faults that they saw."""
+    """Callers that each stream one answer after the other, with the faults that the callers have seen."""
 
     cluster: TestCluster
     whole: str
@@ -95,7 +98,7 @@ class Callers:
 
 
 def request(model: str) -> pb.ChatRequest:
-    """Return a call, equal each time."""
+    """Return a request that is equal each time."""
     return chat(model=model, max_tokens=TOKENS, ignore_eos=True)
 
 
@@ -107,7 +110,7 @@ class Deployment:
     controller: Controller
     backend: Journal
     link: str
-    """The link address that replicas connect to."""
+    """Link address to which replicas connect."""
 
     def incarnations(self, model: str) -> set[str]:
         """Return the incarnations of the model's linked workers that accept calls."""
@@ -127,7 +130,7 @@ class Deployment:
 
 @asynccontextmanager
 async def running_deployment(ray: HeadAndNode, folder: Path) -> AsyncIterator[Deployment]:
-    """Run a gateway with its controller."""
+    """Run a gateway and a controller."""
     backend = Journal("test", ray.dashboard_url, ray.token_file)
     backend.changes = []
     async with (
@@ -148,14 +151,14 @@ async def running_deployment(ray: HeadAndNode, folder: Path) -> AsyncIterator[De
 
 
 def simulated(deployment: Deployment, folder: Path, replicas: int) -> ReplicaSettings:
-    """Return settings of a model whose replicas start fast."""
+    """Return settings of a simulated model, whose replicas start fast."""
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=2", min_replicas=replicas, max_replicas=replicas)
     return ReplicaSettings(spec, "test", gateways=(deployment.link,))
 
 
 async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
-    """Loss of the head does not change streams, new calls or the catalog (vLLM with TP 2); once the head is back, no
-    worker is restarted, nothing is deployed again, and scaling works."""
+    """The loss of the head changes neither streams nor new calls nor the catalog (vLLM with TP 2), and once the head is
+    back, no worker is restarted, nothing is deployed again, and scaling works."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_deployment(ray_with_head, tmp_path) as deployment:
         engine = two_ranks("tp2", checkpoint, deployment.link)

@@ -1,4 +1,4 @@
-"""Start and stop of the local Ray, also beside another Ray on the same machine."""
+"""Tests of the start and stop of the local Ray, also beside another Ray on the same machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sle
 
 
 def sleeper(**environment: str) -> subprocess.Popen[bytes]:
-    """Start a process that sleeps until it is killed."""
+    """Start a process that sleeps until killed."""
     process = subprocess.Popen(SLEEPER, env={**os.environ, **environment}, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
@@ -50,7 +50,7 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reaper_takes_shared_memory_along() -> None:
-    """The reaper removes the shared memory of killed engines, but not that of another cluster."""
+    """The reaper removes the shared memory of killed engines, but not the shared memory of another cluster."""
     hold = (
         "import sys; from multiprocessing import resource_tracker as t, shared_memory as m; t.register = lambda *a: 0; "
     )
@@ -74,7 +74,7 @@ def test_reaper_takes_shared_memory_along() -> None:
 
 
 def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
-    """A process without the tag belongs to the cluster if it has a file open below the cluster's folder."""
+    """A process without the tag belongs to the cluster if the process has a file open below the cluster's folder."""
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
     try:
@@ -87,13 +87,13 @@ def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
 
 
 def test_free_ports_differ() -> None:
-    """Free ports returned together are all different."""
+    """The ports that one call of free_ports returns are all different."""
     assert len(set(free_ports(20))) == 20
 
 
 @pytest.mark.ray
 def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """The error contains Ray's message, and no process is left."""
+    """When Ray cannot start, the error contains Ray's message, and no process is left."""
     ray = LocalRay(LocalRaySettings("cannot", tmp_path, object_store_bytes=1))
     with pytest.raises(RayDidNotStart, match="object"):
         ray.start()
@@ -102,7 +102,8 @@ def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_logs_come_home(tmp_path: Path) -> None:
-    """A run folder too long for Ray's sockets gets Ray's logs at the stop, and the substitute folder is removed."""
+    """When the path of the run folder is too long for Ray's sockets, the stop copies Ray's logs to the run folder and
+    removes the substitute folder."""
     ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
     try:
         ray.start()
@@ -143,7 +144,7 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
 
 @pytest.mark.ray
 def test_remains_of_a_lost_cluster_are_found() -> None:
-    """The processes that a killed `cluster up` leaves can be ended with its instance and run folder."""
+    """The processes that a killed `cluster up` leaves can be ended by the instance and run folder of the cluster."""
     ray = new_local_ray("lost")
     ray.start()
     try:

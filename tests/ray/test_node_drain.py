@@ -1,4 +1,4 @@
-"""SIGTERM to `ray start --block` of a node under running streams: real Ray, real gateway, simulated engines."""
+"""Tests of SIGTERM to a node's `ray start --block` while streams run: real Ray, real gateway, simulated engines."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
 
 DRAIN_S = 6.0
 SHORT, LONG = 200, 750
-"""Tokens of streams that end by themselves in the first half of DRAIN_S, and of streams that do not."""
+"""Numbers of tokens: SHORT streams end by themselves in the first half of DRAIN_S, and LONG streams do not."""
 ASKS = [chat(f"Story {n}", max_tokens=LONG if n % 2 else SHORT, ignore_eos=True) for n in range(20)]
 
 
 @dataclasses.dataclass
 class Replicas:
-    """The simulated model on a Ray of several nodes, kept up by a controller."""
+    """The replicas of the simulated model on a Ray of several nodes, managed by a controller."""
 
     ray: RayNodes
     backend: ChildBackend
@@ -56,7 +56,7 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIterator[Replicas]:
-    """Run a controller of the simulated model; no replica is wanted yet."""
+    """Run a controller of the simulated model. No replica is wanted at first."""
     address = cluster.gateway.endpoints["link"]
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8&max_num_seqs=64")
     settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=DRAIN_S)
@@ -81,8 +81,8 @@ def open_links(gateway: Gateway) -> list[WorkerLink]:
 
 @pytest.mark.root
 def test_a_pods_hook_ends_its_node() -> None:
-    """`headrace pod drain` ends the pod's only Ray node and succeeds, so that Kubernetes' SIGTERM has nothing to wait
-    for."""
+    """`headrace pod drain` ends the only Ray node of the pod and succeeds, so that nothing is left to wait for when
+    Kubernetes sends SIGTERM."""
     with ray_nodes(DRAIN_S) as ray:
         ray.add("pod", *OWN_PROCESSES)
         process = ray.nodes["pod"]
@@ -101,8 +101,8 @@ def test_a_pods_hook_ends_its_node() -> None:
 
 
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
-    """No stream breaks when a node with twenty streams gets SIGTERM: short ones end there, some long ones resume on
-    another node, each with the text of an undisturbed stream, and the node ends before its deadline."""
+    """When a node with twenty streams gets SIGTERM, no stream breaks: short streams end on the node, some long streams
+    resume on another node, each stream has the text of an undisturbed stream, and the node ends before the deadline."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     with ray_nodes(DRAIN_S) as ray:
         ray.add("first")

@@ -1,4 +1,5 @@
-"""Replacement of all replicas under running streams after a changed entry: real Ray and gateway, simulated engines."""
+"""Test of the replacement of all replicas after a changed entry, while streams run: real Ray and gateway, simulated
+engines."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """A version change with two streams on each of two replicas cuts no stream and no call that begins meanwhile; in
-    the end only the new version serves."""
+    """A version change with two streams on each of two replicas cuts no stream and no call that begins meanwhile, and
+    only the new version serves in the end."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

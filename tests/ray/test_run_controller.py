@@ -1,4 +1,5 @@
-"""The complete controller as `cluster up` runs it, with a local Ray: start, serving, and a stop that leaves nothing."""
+"""Test of the complete controller as `cluster up` runs it, with a local Ray: start, serving, and a stop after which
+nothing is left."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.ray
 async def test_from_configuration_to_ready_to_nothing(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file's model becomes READY with its tokenizer bundle; after the stop of Serve and Ray no process is left."""
+    """A model of the configuration file becomes READY with a tokenizer bundle, and no process is left after the stop of
+    Serve and Ray."""
     folder = build_tokenizer("llama", tmp_path / "model")
     text = f"""
 api_version: headrace/v1

@@ -1,4 +1,4 @@
-"""Scaling to and from zero on a real Ray and Serve: real gateway, real controller loop, simulated engines."""
+"""Test of scaling to and from zero: real Ray and Serve, real gateway, real controller loop, simulated engines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) -> None:
     """A model is deployed at zero, started by a held call, scaled by hand without cutting a stream, and scaled to zero
-    when idle; a restarted controller starts no replica."""
+    when idle, and a restarted controller starts no replica."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     bundle = bundle_of(checkpoint)
     async with running_cluster(tmp_path / "gateway") as cluster:
@@ -45,7 +45,7 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
         controller.known[settings.app] = SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)
         scaler.run_pass(
             [spec], {("sim", ""): RayReplicas(0)}, [], time.monotonic(), time.time(), blind=True
-        )  # as if it were idle
+        )  # as if the model were idle
         controller.want([settings])
         tasks = [asyncio.create_task(controller_links.run()), asyncio.create_task(controller.run())]
 

@@ -1,4 +1,5 @@
-"""Applications on a real Ray with simulated engines: what is changed, what is left alone, and what is published."""
+"""Tests of applications on a real Ray with simulated engines: which are changed or left alone, and what is
+published."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) 
 
 
 async def in_state(door: Door, model: str, state: ModelState) -> CatalogEntry:
-    """Wait until a model is published in this state and return its entry."""
+    """Wait until a model is published in this state, and return the model's entry."""
     return await eventually(
         lambda: (e := door.entries.get(model)) and (e if e.state is state else None), f"{model} is {state.value}", 40.0
     )
@@ -80,7 +81,7 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
 
 
 async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Door) -> None:
-    """Scaling up adds a replica and leaves the running one alone."""
+    """Scaling up adds a replica and leaves the running replica alone."""
     async with controlling(backend, door, sim("scaled", door)) as controller:
         incarnation = (await door.worker("scaled")).identity.incarnation
         controller.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
@@ -90,7 +91,7 @@ async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Doo
 
 
 async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None:
-    """A model with an invalid source is FAILED with the reason, and a corrected entry starts it."""
+    """A model with an invalid source is FAILED with the reason, and a corrected entry starts the model."""
     bad = dataclasses.replace(sim("broken", door), spec=ModelSpec(name="broken", source="sim://?vocab=10&speed=9"))
     async with controlling(backend, door, bad) as controller:
         entry = await in_state(door, "broken", ModelState.FAILED)
@@ -112,7 +113,7 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
 
 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
-    """A dead engine ends its replica's process, and a new replica serves within seconds."""
+    """A dead engine ends the replica's process, and a new replica serves within seconds."""
     dying = ReplicaSettings(
         ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
     )
@@ -146,7 +147,8 @@ if sys.argv[2] == "end":
 
 
 async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Door, local_ray: LocalRay) -> None:
-    """Another owner's application on the same Ray keeps its replica while ours is deployed and removed."""
+    """Another owner's application on the same Ray keeps the same replica while a model of this cluster is deployed and
+    removed."""
     await backend.observe()
 
     async def theirs(what: str) -> int:

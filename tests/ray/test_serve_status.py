@@ -1,4 +1,4 @@
-"""Conversion of Serve's status to the controller's `Observed`."""
+"""Tests of the conversion of Serve's status to the controller's `Observed`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APP = "m@v2+d1"
 
 
 def application(**worker: Any) -> dict[str, Any]:
-    """Return an application as Serve reports it."""
+    """Return an application in the form that Serve reports."""
     plain: dict[str, Any] = {
         "status": "UPDATING",
         "message": "",
@@ -31,19 +31,19 @@ def application(**worker: Any) -> dict[str, Any]:
 
 
 def converted(app: dict[str, Any]) -> Observed:
-    """Return the conversion of one of this cluster's applications."""
+    """Return the `Observed` of one of this cluster's applications."""
     return observed({"applications": {application_name("test", APP): app}}, "test")[APP]
 
 
 def test_foreign_applications_are_left_out() -> None:
-    """Only applications with the cluster's whole name as prefix are this cluster's."""
+    """Only an application whose prefix is the whole name of the cluster belongs to the cluster."""
     names = ["test:a", "test:b", "test2:c", "tes:d", "theirs", "test"]
     assert set(observed({"applications": {name: application() for name in names}}, "test")) == {"a", "b"}
     assert observed({}, "test") == {}
 
 
 def test_replicas_are_counted_by_state() -> None:
-    """Replicas are counted by state; a starting one counts as placed once it has a process."""
+    """Replicas are counted by state, and a starting replica counts as placed once the replica has a process."""
     replicas = [
         {"state": "RUNNING", "pid": 1},
         {"state": "STARTING", "pid": 2},
@@ -57,7 +57,7 @@ def test_replicas_are_counted_by_state() -> None:
 
 
 def test_refusal_and_bad_luck() -> None:
-    """The trouble is a refusal's complete reason, or the last line of any other traceback."""
+    """The trouble of an application is the complete reason of a refusal, or else the last line of the traceback."""
     refused = converted(application(message=f"failed to start. Retrying\nTraceback\n{ModelRefused('no such folder')}"))
     assert (refused.refused, refused.gave_up, refused.trouble) == (True, False, "no such folder")
     broken = converted(
@@ -78,5 +78,5 @@ def test_what_has_just_been_taken_shows_nothing(deployments: dict[str, Any]) -> 
 
 
 def test_deleting() -> None:
-    """An application that is being deleted is marked so."""
+    """An application that is being deleted is marked as deleting."""
     assert converted({**application(), "status": "DELETING"}).deleting

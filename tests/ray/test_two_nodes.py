@@ -1,4 +1,5 @@
-"""Two Ray nodes in two network namespaces, used as an external cluster: only through its dashboard, with a token."""
+"""Test of two Ray nodes in two network namespaces as an external cluster, which is used only through the dashboard,
+with a token."""
 
 from __future__ import annotations
 
@@ -47,12 +48,12 @@ class TwoNodes:
 
     @property
     def dashboard_url(self) -> str:
-        """URL of the head's dashboard, which is reached over the bridge."""
+        """URL of the head's dashboard, as reached over the bridge."""
         return f"http://{self.net.hosts[0].address}:{DASHBOARD_PORT}"
 
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
-    """Run `ray start --block` on a host; the reaper ends it by its tag."""
+    """Run `ray start --block` on a host. The reaper finds the process by the tag and ends the process."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:
@@ -68,7 +69,7 @@ def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[TwoNodes]:
-    """A head and a second node, each in its own namespace."""
+    """A Ray cluster of a head and a second node, each in a separate namespace."""
     instance = f"two-{uuid.uuid4().hex[:8]}"
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     token_file = folder / "token"
@@ -81,7 +82,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token_file.read_text(),
         "GLOO_SOCKET_IFNAME": "eth0",
-        "TMPDIR": str(folder),  # Ray's dashboard uses a fork server, which leaves its folder here when it is killed
+        "TMPDIR": str(folder),  # the fork server of Ray's dashboard leaves its folder here when it is killed
     }
     with network(2) as net:
         head, second = net.hosts
@@ -98,7 +99,8 @@ def two_nodes() -> Iterator[TwoNodes]:
                 "--head",
                 f"--port={GCS_PORT}",
                 f"--temp-dir={folder}/ray",
-                # No replica is placed on the head; Ray attributes a driver to the head if it can see its processes.
+                # No replica is placed on the head. Ray attributes a driver to the head if the driver can see the head's
+                # processes.
                 "--num-cpus=0",
                 *dashboard,
             )
@@ -111,8 +113,10 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 @pytest.mark.engine
 async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    """A model with TP 2 over two nodes is FAILED with the reason; with allow_cross_node_tensor_parallel each node has a
-    rank, and the tokens are transformers'."""
+    """A model with TP 2 over two nodes is FAILED with the reason.
+
+    With allow_cross_node_tensor_parallel, each node has one rank, and the tokens equal those of transformers.
+    """
     folder = build_checkpoint("llama", tmp_path / "llama")
     backend = JobBackend("test", two_nodes.dashboard_url, two_nodes.token_file)
     async with open_door(two_nodes.net.address) as door:
@@ -132,7 +136,7 @@ async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> Non
 
 
 async def both_joined(backend: JobBackend) -> None:
-    """Wait until both nodes have joined; the dashboard may not answer at first."""
+    """Wait until both nodes have joined. The dashboard may not answer at first."""
     deadline = time.monotonic() + 60.0
     while time.monotonic() < deadline:
         with contextlib.suppress(RayAway):
