@@ -4,7 +4,7 @@ Problem: a counter that is reset each minute lets twice the limit pass around th
 grows with the limit.
 
 Method: admissions are summed in buckets of one second. A bucket counts until the *end* of the bucket is one window old.
-So no window of WINDOW_S holds more than the limit, but up to one sixtieth of the limit is unused.
+So no window of WINDOW_S holds more than the limit. The price is one sixtieth of the limit.
 
 Invariant: for any time t of an admission, the sum over (t - WINDOW_S, t] did not exceed the limit.
 """
