@@ -49,7 +49,7 @@ class Patterns:
     """
 
     def __init__(self, sources: Mapping[str, str]) -> None:
-        """Compile the patterns. Raises PatternError for the first invalid pattern."""
+        """Compile the patterns. Raises PatternError if a pattern is invalid or the patterns are too large together."""
         check_patterns(sources)
         sources = dict(sorted(sources.items()))  # JSON does not guarantee an order
         self.names: Sequence[str] = tuple(sources)
