@@ -71,7 +71,8 @@ def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
 
 @pytest.mark.slow
 def test_a_worse_version_is_found() -> None:
-    """A canary that loses three of four pairs, or has far more errors than allowed, is rolled back in every run."""
+    """A canary that loses three of four pairs on average, or has far more errors than allowed, is rolled back in every
+    run."""
     chance = random.Random(11)
     failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
     late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]

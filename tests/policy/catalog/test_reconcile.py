@@ -239,9 +239,9 @@ def test_any_change_comes_to_rest(
     """Any change of the catalog converges, with or without spare capacity.
 
     Applications change only in number, and unchanged applications are not touched. A changed model keeps serving. If
-    the old and the new replicas fit together, all old replicas serve; otherwise one replica less serves. (More replicas
-    are lost only if another model takes the GPUs that become free.) In the end all applications are as wanted, as far
-    as possible.
+    the old and the new replicas fit together, at least the lesser of the two numbers of replicas serves. Otherwise one
+    replica less may serve, or fewer if another model takes the GPUs that become free. In the end all applications are
+    as wanted, as far as possible.
     """
     room = max(sum(n for _, n in have.values()), sum(n for _, n in want.values())) + spare
     world = World(room, broken)
