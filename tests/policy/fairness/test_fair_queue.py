@@ -529,7 +529,7 @@ def test_what_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_a_tenants_own_bounds() -> None:
-    """A tenant whose own queue is full is refused, and nothing is shed for it."""
+    """A sequence of a tenant whose own queue is full is refused, and nothing is shed for this sequence."""
     room = WaitingRoom(
         max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150,
         order_of=FairOrders().order,
