@@ -37,7 +37,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Numbers of judged calls since the last reading. A call is judged when it gets its first token or ends."""
+    """Numbers of judged calls since the last reading. A call is judged when it gets its first token or when it ends."""
 
     good: int = 0
     late: int = 0

@@ -73,7 +73,7 @@ class Observer:
         self.longest_prompt = max(self.longest_prompt, call.waiting.tokens)
 
     def served(self, call: SimCall, output: TokenOutput) -> None:
-        """Record a worker's output."""
+        """Record an output of a worker."""
         tenant = self._tenants[call.tenant]
         if output.cached_tokens is not None:
             tenant.service += self._service.prompt(call.waiting.tokens, output.cached_tokens)
@@ -103,8 +103,11 @@ class Observer:
     # ---- figures
 
     def unit(self) -> float:
-        """U, the unit of gaps: the larger of two costs. One is the service of the longest prompt; the other is the
-        service of the most running tokens of one worker."""
+        """U, the unit of gaps, in weighted tokens.
+
+        U is the larger of two services: the service of the longest prompt, and the service of the most running tokens
+        of one worker.
+        """
         running = max(worker.most_running_tokens for worker in self._workers)
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
@@ -123,8 +126,10 @@ class Observer:
     def smallest_share(
         self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float, window_s: float = 30.0
     ) -> float:
-        """Smallest ratio of two shares of a tenant, over all windows and tenants: its share of the service to its share
-        of the weight."""
+        """Return the smallest ratio of share of service to share of weight, over all windows and tenants.
+
+        The shares of a tenant are its parts of the service and of the weight of all `tenants`.
+        """
         width, start = round(window_s / SAMPLE_S), round(from_s / SAMPLE_S)
         series = {t: self._tenants[t].samples[start:] for t in tenants}
         whole = sum(weights[t] for t in tenants)

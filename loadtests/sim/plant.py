@@ -1,6 +1,6 @@
 """Step model of a replica: speed as a function of load. Simulation, optimum and baselines share this model.
 
-A step computes one token for each running sequence and at most `chunk_tokens` of prompts. Its duration is
+A step computes one token for each running sequence and at most `chunk_tokens` of prompts. The duration of a step is
 
     step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
 

@@ -42,8 +42,8 @@ class Demand:
     output_tokens: Floats
     duration_s: float
     runs_to_most: bool = False
-    """Whether every output ends at its max_tokens. Gateways then know the length of an output once they have seen some
-    outputs end so."""
+    """Whether every output ends at its max_tokens. Gateways then know the length of an output after some outputs have
+    ended so."""
 
 
 @dataclass(frozen=True, slots=True)

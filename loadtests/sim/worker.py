@@ -103,7 +103,7 @@ class SimWorker:
 
     @property
     def cached_and_prompt_tokens(self) -> tuple[int, int]:
-        """Number of prompt tokens found in the cache, and number of all prompt tokens, since the start."""
+        """Numbers of prompt tokens since the start: tokens found in the cache, and all tokens."""
         s = self._model.statistics()
         return s.cached_tokens, s.cached_tokens + s.prefill_tokens
 

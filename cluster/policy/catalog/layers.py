@@ -86,7 +86,7 @@ def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any])
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
-        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in at least one of them
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in one entry or in both
             differences += _differences(f"{where}.", old or {}, new or {})
         else:
             differences.append(Difference(where, old, new))

@@ -18,7 +18,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class ModelObservation(enum.StrEnum):
-    """What one pass of the controller observed of a model."""
+    """Observation of a model in one pass of the controller."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"
@@ -276,10 +276,8 @@ def _reason(state: ModelState, seen: Observed | None, known: SourceFacts, unplac
 
 
 def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """Return the entry `now` with its gaps filled from an earlier entry.
-
-    A model without workers then stays tokenizable.
-    """
+    """Return the entry `now` with its gaps filled from an earlier entry, so that a model without workers stays
+    tokenizable."""
     if entry_before is None:
         return now
     return dataclasses.replace(

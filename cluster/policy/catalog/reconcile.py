@@ -186,10 +186,11 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Wanted applications that replace `old`, chosen from the wanted applications of the same model.
+    """Return the wanted applications that replace `old`, chosen from the wanted applications of the same model.
 
-    Applications of the same version as `old` are chosen, or of the first wanted version if that version is no longer
-    wanted. Of these, only applications on the GPU type of `old` are chosen, if any of them should have replicas.
+    The version of the chosen applications is the version of `old`, or the first wanted version if the version of `old`
+    is no longer wanted. If wanted applications of that version are to have replicas on the GPU type of `old`, only
+    these are chosen.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
@@ -198,7 +199,7 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Whether the wanted application serves with as many replicas as wanted, so that the old one is not needed.
+    """Whether the wanted application serves with as many replicas as wanted, so that the old application is not needed.
 
     The number of replicas of the old application is not compared, because the old application may have given up
     replicas to make room.

@@ -1,9 +1,9 @@
 """Versions of one model beside each other: which versions run, their shares of the calls, and their replicas. Pure.
 
 A mark overrides what the file says about a version. An operator sets a mark to roll back a canary or to change the
-share of its calls; a canary that performs badly gets a mark automatically. A mark applies only to one digest of
-everything that the replicas of the version are started with. So a corrected version, which has another digest, is tried
-again without removing the mark.
+canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers
+everything that its replicas are started with, and a mark applies only to one digest. So a corrected version, which has
+another digest, is tried again without removing the mark.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Total for which all versions together have `replicas` replicas; the inverse of `replicas_of`."""
+    """Return the total for which all versions together have `replicas` replicas; the inverse of `replicas_of`."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 

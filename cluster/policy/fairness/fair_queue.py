@@ -3,10 +3,10 @@
 Problem: tenants that do not trust each other share workers. A tenant that sends a hundred times its share must not make
 other tenants wait, and no capacity may stay idle for the sake of fairness.
 
-Invariants: the next turn goes to the highest class with a waiting sequence on this gateway, and within the class to the
-waiting tenant with the least counter (service divided by weight). A counter falls only when an unused charge is
-returned. A tenant that returns from idle starts at the least backlogged counter, so being idle earns no credit. A call
-is charged once, however many workers are lost while the call runs.
+Invariants: the next turn goes to the highest class with a waiting sequence on this gateway. Within the class, the turn
+goes to the waiting tenant with the least counter (service divided by weight). A counter falls only when an unused
+charge is refunded. A tenant that returns from idle starts at the least backlogged counter, so being idle earns no
+credit. A call is charged once, however many workers are lost while the call runs.
 
 Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift. docs/tenancy.md says how the counters become
 cluster-wide.
@@ -132,7 +132,7 @@ class FairOrder:
         return None
 
     def remove(self, call_id: str) -> None:
-        """Remove a waiting sequence. If the sequence was put back, the unused part of its charge is returned."""
+        """Remove a waiting sequence. If the sequence was put back, the unused part of its charge is refunded."""
         self._remove_waiting(call_id)
         self.ended(call_id)
 
@@ -146,7 +146,7 @@ class FairOrder:
             self._add(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences ahead, of the same tenant and class. So a tenant learns nothing about other tenants."""
+        """Number of sequences of the same tenant and class ahead. So a tenant learns nothing about other tenants."""
         flow, _, serial = self._where[call_id]
         key = self._returned_keys.get(call_id)
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
@@ -179,15 +179,15 @@ class FairOrder:
             self._add(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
-        """End a call, and return the charge for predicted tokens that were not generated. Ignores unknown ids.
+        """End a call, and refund the charge for predicted tokens that were not generated. Ignores unknown ids.
 
-        The charge is returned however the call ended.
+        The refund does not depend on how the call ended.
         """
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
-        """Return the whole charge of a call, because no worker accepted the call. Ignores unknown ids."""
+        """Refund the whole charge of a call, because no worker accepted the call. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].revoked())
 
@@ -204,8 +204,10 @@ class FairOrder:
         self._worker_totals.forget(worker)
 
     def link_ended(self, worker: str) -> None:
-        """Record that the link to a worker has ended. The next report of the worker comes by another link, whose own
-        part starts at zero."""
+        """Record that the link to a worker has ended.
+
+        The next report of the worker comes by another link, so the part of this gateway starts at zero.
+        """
         self._worker_totals.link_ended(worker)
 
     def replace_peer_backlog(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
@@ -227,13 +229,12 @@ class FairOrder:
         }
 
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
-        """Share of this gateway in the next `picks` turns, as if all gateways had one queue. Reported as the backlog of
-        this gateway.
+        """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
 
-        The unit is 1/CLAIM_SCALE of a turn. The share is at least 1 if anything waits on this gateway. `picks` should
-        be about the number of turns between two reports: with more, a gateway whose only tenant is first among
-        thousands would get a small part of each credit. The cost is O(tenants + picks), so this method is meant for
-        reports and not for every call.
+        The gateway reports this number as its backlog. The unit is 1/CLAIM_SCALE of a turn. The share is at least 1 if
+        anything waits on this gateway. `picks` should be about the number of turns between two reports: with more, a
+        gateway whose only tenant is first among thousands would get a small part of each credit. The cost is O(tenants
+        + picks), so this method is meant for reports and not for every call.
         """
         if not self._where:
             return 0
@@ -367,7 +368,7 @@ class FairOrder:
 
 
 class FairOrders:
-    """Fair orders of one gateway, by model. An order, and so its counters, persists while nothing waits."""
+    """Fair orders of one gateway, by model. The orders and their counters persist while nothing waits."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make

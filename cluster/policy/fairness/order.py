@@ -20,9 +20,10 @@ from typing import Protocol
 class WaitingSequence:
     """Sequence that waits for a worker.
 
-    `tokens` is the number of prompt tokens; `cached_tokens` of them are expected in the cache of a worker.
-    `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times; `deadline` is None
-    without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed last.
+    `tokens` is the number of prompt tokens. `cached_tokens` is the number of prompt tokens that are expected in the
+    cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
+    `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
+    last.
     """
 
     call_id: str
@@ -50,7 +51,7 @@ class Order(Protocol):
         """
 
     def head(self) -> WaitingSequence | None:
-        """The next sequence; None if nothing waits."""
+        """The next sequence, or None if nothing waits."""
 
     def remove(self, call_id: str) -> None:
         """Remove a sequence that has not had its turn. Raises KeyError for an unknown id."""

@@ -2,9 +2,9 @@
 
 Problem: the accounts of tenants must be cluster-wide without another store.
 
-Method: workers see all service, so workers report the service: for each tenant a total since the start of the worker,
-and the part of the total that came by the link that carries the report. A gateway knows its own part better and sooner,
-and adds only the growth of the rest.
+Method: workers see all service, so workers report the service. A report has two numbers for each tenant: a total since
+the start of the worker, and the part of the total that came by the link of the report. A gateway knows its own part
+better and sooner, and adds only the growth of the rest.
 
 Invariants: a repeated report changes nothing. The next report makes up for a lost report. Service before the first
 report from a worker to a gateway is not added, because the start of that service is unknown.
@@ -29,8 +29,7 @@ class Backlog(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedTotal:
-    """Service of one tenant at one worker: weighted tokens charged since the start of the worker, less returned
-    charges."""
+    """Service of one tenant at one worker: weighted tokens charged since the start of the worker, less refunds."""
 
     rank: int
     tenant: str

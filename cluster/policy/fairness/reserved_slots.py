@@ -1,7 +1,7 @@
 """Slots kept free for tenants that send little, beside tenants that always have something waiting.
 
-Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. The call of a
-quiet tenant may be the next in turn, but it must wait for a slot that is granted to its own gateway. With G gateways
+Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even if a call
+of a quiet tenant has the next turn, the call must wait for a slot that is granted to its own gateway. With G gateways
 that is one slot in G.
 
 Invariants: slots are kept free only if a guest was seen recently. A guest is a tenant that has had no more than its

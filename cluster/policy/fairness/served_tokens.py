@@ -46,7 +46,7 @@ class ServedMeter:
             self._add(link, flow, charge.amount)
 
     def revoked(self, request_id: str) -> None:
-        """Return the charge of a call that the engine did not accept after all."""
+        """Refund the charge of a call that the engine did not accept after all."""
         if (entry := self._open.pop(request_id, None)) is None:
             return
         if request_id not in self._resumed:
@@ -64,10 +64,7 @@ class ServedMeter:
             self._add(entry[0], entry[1], delta)
 
     def ended(self, request_id: str) -> None:
-        """End a call, and return the charge for predicted tokens that were not generated.
-
-        The charge is returned however the call ended.
-        """
+        """End a call, and refund the charge for predicted tokens that were not generated, however the call ended."""
         if (entry := self._open.pop(request_id, None)) is not None:
             self._resumed.discard(request_id)
             self._add(entry[0], entry[1], entry[2].ended())

@@ -6,10 +6,10 @@ of counters.
 Method: flows are kept in buckets of QUANTUM weighted tokens. A flow is moved to another bucket only when its counter
 falls, or when the lookup finds that its counter has risen.
 
-Invariant: `least` returns a flow in the lowest bucket that holds a flow by its true counter. So the counter of the
-returned flow is at most QUANTUM above the least counter.
+Invariant: if all flows were in the buckets of their current counters, `least` would return a flow of the lowest bucket.
+So the counter of the returned flow is at most QUANTUM above the least counter.
 
-Source: the calendar queue (Brown, CACM 1988), with VTC's counters (Sheng et al., OSDI 2024) as its time.
+Source: the calendar queue (Brown, CACM 1988). The time of the queue is a counter of VTC (Sheng et al., OSDI 2024).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class LeastFirst:
         return flow in self._at
 
     def add(self, flow: Flow) -> None:
-        """Add a flow, or move it to the bucket of its counter."""
+        """Add a flow, or move the flow to the bucket of its counter."""
         number = int(flow.counter * self._per_token)
         self._at[flow] = number
         bucket = self._buckets.get(number)

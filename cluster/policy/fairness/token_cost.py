@@ -38,7 +38,7 @@ class ServiceWeights:
 
 
 class Charge:
-    """Charge of one call. Each method returns the change of the charge, in weighted tokens."""
+    """Charge of one call. Each method returns the change of the charge in weighted tokens; a refund is negative."""
 
     __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights")
 
@@ -69,13 +69,13 @@ class Charge:
         return self._weights.output * more
 
     def ended(self) -> float:
-        """Return the charge for predicted output that was not generated."""
+        """Refund the charge for predicted output that was not generated."""
         vain = self._paid_output - self._generated
         self._paid_output = self._generated
         return -self._weights.output * vain
 
     def revoked(self) -> float:
-        """Return the whole charge, because the call never ran."""
+        """Refund the whole charge, because the call never ran."""
         amount = self.amount
         self._prompt, self._prompt_tokens, self._paid_output, self._generated = 0.0, 0, 0, 0
         return -amount

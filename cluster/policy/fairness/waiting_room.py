@@ -84,8 +84,8 @@ class WaitingRoom:
     ) -> None:
         """Create an empty room.
 
-        `order_of` returns the order of a model; it is called when the first sequence of the model waits. `longer_s`:
-        extra seconds beyond `max_wait_s` for sequences that now arrive for a model.
+        `order_of` returns the order of a model. The room calls `order_of` when the first sequence of the model waits.
+        `longer_s` returns the extra seconds, beyond `max_wait_s`, for sequences that now arrive for a model.
         """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -262,7 +262,7 @@ class WaitingRoom:
         queue.tokens -= waiting.tokens
         self._tokens -= waiting.tokens
         if not queue.requests:
-            del self._queues[waiting.model]  # models come and go; `order_of` keeps what must persist
+            del self._queues[waiting.model]  # models come and go; `order_of` keeps the orders that must persist
         if len(self._expiries) > 64 and len(self._expiries) > 2 * len(self._entries):
             live = {(stay, call_id) for call_id, (_, stay) in self._entries.items()}
             self._expiries = [item for item in self._expiries if item[1:] in live]

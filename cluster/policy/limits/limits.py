@@ -287,7 +287,7 @@ class Limiter:
         for bucket, amount in reversed(held.taken):
             back = min(
                 amount, max(-change, 0)
-            )  # at most the part of this call: the amounts that other calls reserved stay in the bucket
+            )  # at most the amount of this call, so that the amounts of other calls stay in the bucket
             use.tokens.correct(bucket, -back)
             change += back
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)

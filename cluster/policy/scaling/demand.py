@@ -54,8 +54,8 @@ class DemandTotals:
     def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
         """Record a report of a gateway incarnation that has counted for `counting_s`.
 
-        Returns True if the gateway now holds calls for a model and class for which it held no calls before. Then
-        scaling should be decided at once.
+        Returns True if the gateway holds calls for a model and class for which the previous report had no held calls.
+        Then scaling should be decided at once.
         """
         report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)

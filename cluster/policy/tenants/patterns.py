@@ -5,8 +5,8 @@ guard down. So the length of the longest match of a pattern must be known, and t
 backtrack.
 
 - The search uses RE2: linear time in the text for any pattern, no backreferences, no lookaround.
-- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings; those
-  are translated, or rejected if they mean something else (`a{,5}` is literal text to RE2).
+- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings. Such a
+  spelling is translated, or rejected if its meaning differs (`a{,5}` is literal text to RE2).
 
 Invariant: no match of an accepted pattern has more characters than `longest_match` says, and none is empty. Whether
 there is a match at a position depends on one character before it and one after its longest match (`\\b`, `^`, `$`).

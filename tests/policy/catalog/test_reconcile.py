@@ -279,7 +279,8 @@ def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: di
     """Any change of GPU types and numbers keeps replicas serving at every moment, and ends with the wanted applications
     only.
 
-    The old and the new replicas fit together, and at least the lesser of the two numbers of replicas serves.
+    At least the lesser of the old and the new number of replicas serves, because the old and the new replicas fit
+    together.
     """
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]

@@ -135,8 +135,8 @@ def test_one_put_back_goes_first_and_is_charged_once() -> None:
 def test_corrections_end_at_the_truth() -> None:
     """After all corrections, the counter of a tenant is the cost of the computed tokens.
 
-    The first call has a prediction of 100 output tokens and no cached tokens, then 130 output tokens and 60 cached
-    tokens. The second call is revoked.
+    The first call is predicted with 100 output tokens and no cached tokens, and ends with 130 output tokens and 60
+    cached tokens. The second call is revoked.
     """
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
@@ -383,8 +383,10 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """A flooding tenant is served at most the cost of a waiting call before this call has its turn, whatever the tenant
-    sends."""
+    """A flooding tenant is served at most the cost of a waiting call before this call has its turn.
+
+    This holds whatever the flooding tenant sends.
+    """
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
     served = 0
@@ -542,8 +544,10 @@ def test_a_tenants_own_bounds() -> None:
 
 
 def test_what_goes_before_in_any_case() -> None:
-    """The queues of higher classes and the queue of the tenant itself are surely ahead; other tenants of the same class
-    are not."""
+    """The service that is surely ahead is the service of higher classes and of the tenant's own queue.
+
+    The service of other tenants of the same class is not included.
+    """
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
     assert order.service_ahead("x", 1) == 57.0
     assert order.service_ahead("new", 1) == 7.0

@@ -18,10 +18,10 @@ def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
-    """Return an order and a sequence of a loud tenant that has waited since time 0. The loud tenant has RUNNING running
-    calls.
+    """Return an order, and a sequence of a loud tenant that has waited since time 0.
 
-    A guest has come and gone at 5 s, and the loud tenant has then had another turn.
+    The loud tenant has RUNNING running calls. A guest has come and gone at 5 s, and the loud tenant has then had
+    another turn.
     """
     order = FairOrder()
     head = call("head", "loud", loud_rank)

@@ -295,7 +295,8 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
-    """Replicas that wait for capacity that another model has taken move to another type, and the move is reported."""
+    """Replicas that wait for a type of GPU move to another type if another model has taken the capacity. The move is
+    reported."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert scaler.replicas(FAST) == 3

@@ -72,10 +72,9 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A mix of types counts as its worth, rounded up.
+    """A mix of types counts as its worth, rounded up. A model with one type is unchanged.
 
-    The number of replicas that count as ready is at most the worth of the ready replicas. A model with one type is
-    unchanged.
+    The number of replicas that count as ready is at most the worth of the ready replicas, rounded up.
     """
     seen = model(ready)
     coming = [

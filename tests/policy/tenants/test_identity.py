@@ -131,7 +131,8 @@ def test_a_lone_surrogate_is_refused() -> None:
 
 
 def test_clock_steps_back_make_a_key_valid_no_longer_than_its_expiry_says() -> None:
-    """The verdict compares only `now` with the expiry: a clock step changes the verdict and leaves no state behind."""
+    """A step of the clock changes the verdict on a key and leaves no state behind, because only `now` is compared with
+    the expiry."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW))
     verdicts = [
         identity.authenticate(snapshot, key_of(1), (PEPPER,), t).reason for t in (NOW - 1, NOW + 1, NOW - 1, NOW)
@@ -322,8 +323,10 @@ def test_image_identifiers_carry_the_salt() -> None:
 
 
 def test_the_first_secret_signs_and_all_verify() -> None:
-    """A tag that was derived from either secret verifies. A tag does not verify with another secret, other parts or
-    another purpose."""
+    """A tag that was derived from any secret of the list verifies.
+
+    A tag does not verify without its secret, with other parts or for another purpose.
+    """
     tag = identity.derive(SECRETS[1], "resume", "call-1")
     assert identity.verify_any(SECRETS, "resume", tag, "call-1")
     assert not identity.verify_any(SECRETS[:1], "resume", tag, "call-1")

@@ -47,9 +47,9 @@ LEAST_GAIN = 1e-30
 class GpuClaim:
     """Claim of one model for replicas.
 
-    `fixed`: number of replicas that the model gets whatever its target. If `frozen` is set, the model gets this number
-    even beyond the budget. `wanted` and `load` are in replicas of one type (gpu_equivalence.py); all other numbers are
-    in real replicas.
+    `fixed`: number of replicas, in total or by GPU type, that the model gets whatever its target. If `frozen` is set,
+    the model gets this number even beyond the budget. `wanted` and `load` are in replicas of one type
+    (gpu_equivalence.py); all other numbers are in real replicas.
     """
 
     model: str

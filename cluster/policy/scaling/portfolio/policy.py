@@ -62,7 +62,7 @@ def _claim(
     floor = settings.min_replicas
     if floor == 0 and not (settings.idle_s > 0 and idle_s >= settings.idle_s):
         if have or called:
-            floor = 1  # a running model stays until it has been idle for long enough
+            floor = 1  # a running model keeps one replica until the model has been idle for long enough
     elif floor == 0 and not called:
         wanted, why = 0, "idle"
     if wanted < floor:

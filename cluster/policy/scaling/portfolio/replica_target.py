@@ -39,9 +39,9 @@ brings the unforeseen late calls to the same part of the budget."""
 PACE = 0.12
 """Growth of the correction's exponent in a cold start in which all calls are late, although the backtest served these
 calls in time. The exponent falls by the same amount times the budgeted share of late calls. So while the correction is
-within its bounds, the share of unforeseen late calls converges to the budget, whatever the demand does. An earlier
-correction by the mean of two hours swung between 1 and 2, because it kept rising long after it was enough. Source:
-Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
+within its bounds, the share of unforeseen late calls converges to the budget, whatever the demand does. An earlier rule
+corrected by the mean of two hours. That correction swung between 1 and 2, because the correction kept rising long after
+its value was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
 HEAVIEST = 4.0
 """Maximum weight of a stretch. The weight is the number of calls of the stretch relative to the mean."""
 LEAST, MOST = 1.0, 2.0

@@ -18,8 +18,8 @@ ReplicaState = Literal["starting", "ready", "draining"]
 class ClassDemand:
     """Demand of one priority class for one model: arrivals since the last observation, and the calls that wait now.
 
-    `expected_output_tokens` is for the calls that arrived. The expectation is learnt from the past calls of the tenant,
-    else it is max_tokens. `held_requests` is the number of queued calls that wait because no replica is ready. Prompt
+    `expected_output_tokens` is for the calls that arrived. The expected number is learnt from past calls of the tenant,
+    or else is max_tokens. `held_requests` is the number of queued calls that wait because no replica is ready. Prompt
     tokens exclude the prefix that is expected to be cached.
     """
 
@@ -99,8 +99,8 @@ class ModelSettings:
     slo: Slo = field(default_factory=Slo)
     gpus: tuple[str, ...] = ("",)
     cold_start_s: float = 60.0
-    """Time in seconds from the decision to a ready replica. The value is learnt; before that it is the configured
-    value."""
+    """Time in seconds from the decision to a ready replica: the learnt time, or the configured time until a time is
+    learnt."""
     manual: int | Mapping[str, int] | None = None
     frozen: bool = False
 
