@@ -1,1 +1,1 @@
-"""Simulation of a cluster in virtual time: the production policies without processes and networks."""
+"""Simulation of a cluster in virtual time. The production policies run without processes and networks."""

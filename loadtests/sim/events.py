@@ -1,4 +1,4 @@
-"""Virtual time: a queue of planned actions, ordered by time and then by the order in which they were planned."""
+"""Virtual time: a queue of planned actions, ordered by time. Actions for the same time run in the order of planning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Action = Callable[[], None]
 
 
 class EventQueue:
-    """Planned actions in virtual time. `now` never decreases."""
+    """Queue of planned actions in virtual time. `now` never decreases."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -17,16 +17,16 @@ class EventQueue:
         self._count = 0
 
     def at(self, when: float, action: Action) -> None:
-        """Plan an action for a time. A time in the past means now."""
+        """Plan an action for the time `when`. An action for a past time runs now."""
         self._count += 1
         heapq.heappush(self._planned, (max(when, self.now), self._count, action))
 
     def after(self, seconds: float, action: Action) -> None:
-        """Plan an action for `seconds` from now."""
+        """Plan an action `seconds` from now."""
         self.at(self.now + seconds, action)
 
     def every(self, seconds: float, action: Action) -> None:
-        """Run an action every `seconds`, first in `seconds` from now."""
+        """Run an action every `seconds`. The first run is `seconds` from now."""
 
         def repeat() -> None:
             action()

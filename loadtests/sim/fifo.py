@@ -1,4 +1,4 @@
-"""The plainest order of waiting sequences: the baseline beside the fair queue."""
+"""First-come-first-served order of waiting sequences: the baseline for the fair queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from cluster.policy.fairness.order import WaitingSequence
 
 
 class FifoOrder:
-    """First come, first served; sequences put back come first, by arrival. Implements policy.fairness.order.Order."""
+    """First-come-first-served order. Implements policy.fairness.order.Order.
+
+    Sequences that were put back are first, in the order of arrival.
+    """
 
     def __init__(self) -> None:
         self._returned: list[tuple[float, int, WaitingSequence]] = []
@@ -17,31 +20,31 @@ class FifoOrder:
         self._line: OrderedDict[str, WaitingSequence] = OrderedDict()
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append to the queue."""
+        """Append a sequence to the queue."""
         self._line[waiting.call_id] = waiting
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert among those put back, by arrival."""
+        """Insert a sequence among the sequences that were put back, by arrival."""
         self._returns += 1
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 
     def head(self) -> WaitingSequence | None:
-        """The first sequence put back, else the first in the queue."""
+        """The first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
 
     def remove(self, call_id: str) -> None:
-        """Remove at any position."""
+        """Remove a sequence at any position."""
         if call_id in self._line:
             del self._line[call_id]
         else:
             del self._returned[self._place(call_id)]
 
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
-        """Same as remove: FIFO charges nothing."""
+        """Remove a sequence that has its turn. This is the same as `remove`, because this order charges nothing."""
         self.remove(call_id)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences put back and in the queue ahead of it."""
+        """Number of sequences ahead of this sequence, including sequences that were put back."""
         if call_id in self._line:
             return len(self._returned) + list(self._line).index(call_id)
         return self._place(call_id)

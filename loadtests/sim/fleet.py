@@ -1,9 +1,10 @@
-"""Replicas of one model in ticks of virtual time: first come, first served; prompts are computed before decoding.
+"""Replicas of one model in ticks of virtual time. Calls are served first come, first served, and prompts are computed
+before decoding.
 
-Calls wait in one queue (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
-are alike and share prefill and running sequences evenly; a call's own prompt is computed by one of them. Streams of
-replicas that leave are moved: their tokens so far are computed again, ahead of the queue. A call that has waited too
-long is refused, as a gateway would do, and counts as late.
+Calls wait in one queue (the gateways bind late), and enter a replica when there is room for their tokens. The replicas
+are alike, and share prefill and running sequences evenly. The prompt of one call is computed by one replica. Streams of
+a replica that leaves are moved: the tokens so far are computed again, ahead of the queue. A call that has waited too
+long is refused, as a gateway would refuse the call, and counts as late.
 
 Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from loadtests.sim.plant import ReplicaModel
 
 MAX_WAIT_S = 120.0
-"""Default of `gateway.queue.max_wait_s`."""
+"""Maximum wait of a call in seconds; the default of `gateway.queue.max_wait_s`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """`count` equal calls at one time. `expected`: output tokens that a gateway would predict."""
+    """Group of `count` equal calls that arrive at one time.
+
+    `expected` is the number of output tokens that a gateway would predict for each call.
+    """
 
     count: int
     prompt_tokens: float
@@ -33,12 +37,12 @@ class Arrival:
 
 @dataclass(slots=True)
 class Judged:
-    """Calls that got their first token, or ended, since this was last read."""
+    """Numbers of judged calls since the last reading. A call is judged when it gets its first token or when it ends."""
 
     good: int = 0
     late: int = 0
     slow: int = 0
-    """Calls whose first token was in time, but whose stream's mean pace was not."""
+    """Number of calls whose first token was in time, but whose stream had a mean pace that was too slow."""
 
 
 class _Waiting:
@@ -51,7 +55,7 @@ class _Waiting:
 
 
 class Fleet:
-    """The replicas of one model; `tick` advances time.
+    """Replicas of one model. `tick` advances time.
 
     Counts of calls are whole numbers, but arrivals with a `count` above 1 may be served in fractions.
     """
@@ -65,9 +69,11 @@ class Fleet:
         self.prefilled_tokens = self.decoded_tokens = 0.0
         self.moved_tokens = 0.0
         self.expected_tokens = 0.0
-        """Predicted output tokens of all arrivals, corrected when streams exceed the prediction and when they end."""
+        """Predicted output tokens of all arrivals. The sum is corrected when a stream exceeds its prediction and when a
+        stream ends."""
         self.on_end: Callable[[float, float], None] = lambda count, tokens: None
-        """Called with (number of calls, output tokens of each) when calls end."""
+        """Function that is called when calls end, with the number of calls and the number of output tokens of each
+        call."""
         self._queue: deque[_Waiting] = deque()
         self._streams: list[tuple[float, int, float, float, float, float, float]] = []
         self._growing: list[tuple[float, float]] = []
@@ -84,16 +90,19 @@ class Fleet:
         self.waiting_tokens += call.count * call.prompt_tokens
 
     def leave(self, share: float) -> None:
-        """Remove a share of the ready replicas; their streams are moved."""
+        """Remove a share of the ready replicas. The streams of these replicas are moved."""
         self.moved_tokens += share * self.kv
 
     @property
     def oldest_at_s(self) -> float | None:
-        """Arrival time of the head of the queue; None if empty."""
+        """Arrival time of the head of the queue, or None if the queue is empty."""
         return self._queue[0].at_s if self._queue else None
 
     def _refuse(self, now_s: float) -> None:
-        """Refuse calls that have waited too long. A call whose prompt is being computed no longer counts as waiting."""
+        """Refuse calls that have waited too long.
+
+        A call whose prompt is being computed no longer counts as waiting.
+        """
         queue = self._queue
         while queue and now_s - queue[0].at_s > MAX_WAIT_S and (queue[0].count > 1 or queue[0].left == 1):
             call = queue.popleft()
@@ -103,7 +112,7 @@ class Fleet:
             self.expected_tokens -= call.left * call.expected
 
     def tick(self, now_s: float, dt: float, ready: int) -> None:
-        """Advance from now to now + dt with this number of ready replicas."""
+        """Advance from `now_s` to `now_s + dt` with `ready` ready replicas."""
         self._refuse(now_s)
         if ready <= 0:
             return
@@ -147,7 +156,7 @@ class Fleet:
 
     def _first_token(self, at_s: float, call: _Waiting, count: float, ready: int, rate: float) -> None:
         self.waiting_calls -= count
-        # All replicas compute the queue together, but a call runs on one of them: it began when those ahead were done.
+        # All replicas compute the queue together, but one replica computes a call, after the calls ahead.
         own = call.prompt / rate
         begun = max(at_s - own / ready, call.at_s)
         first_s = begun + own

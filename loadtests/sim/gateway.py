@@ -1,4 +1,4 @@
-"""Simulated gateway: the production waiting room, fair order, credits and routing, without a network."""
+"""Simulated gateway: the production code for the waiting room, fair order, credits and routing, without a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = "m"
 
 @dataclass(slots=True)
 class SimCall:
-    """State of one call."""
+    """State of one simulated call."""
 
     waiting: WaitingSequence
     request: EngineRequest
@@ -37,7 +37,11 @@ class SimCall:
 
 @dataclass(frozen=True, slots=True)
 class GatewayCallbacks:
-    """Callbacks of a gateway: a call was bound or has outputs; and messages to workers (by number)."""
+    """Callbacks of a gateway.
+
+    `bound` is called when a call was bound, `served` when a call has outputs. `submit` and `ack` send messages to a
+    worker, which is given by its number.
+    """
 
     bound: Callable[[int, SimCall], None]
     served: Callable[[SimCall, TokenOutput], None]
@@ -46,7 +50,7 @@ class GatewayCallbacks:
 
 
 class SimGateway:
-    """One simulated gateway. `fair` None: first come, first served."""
+    """One simulated gateway. `fair` None: calls are served first come, first served."""
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class SimGateway:
         self.pump(now)
 
     def granted(self, worker: int, grant: Grant, now: float) -> None:
-        """Apply a worker's credit grant."""
+        """Apply a credit grant of a worker."""
         self._balances[worker].apply_credit(grant.grant_id, grant.sequences, grant.tokens)
         self._callbacks.ack(self.number, worker, grant.grant_id)
         self.pump(now)
@@ -105,19 +109,19 @@ class SimGateway:
                     order.ended(output.request_id)
 
     def likely_cached(self, tenant: str, tokens: int) -> int:
-        """Expected number of cached prompt tokens for a tenant's prompt."""
+        """Expected number of cached tokens in a prompt of a tenant."""
         return self._learnt_cached.mean(tenant, MODEL, tokens)
 
     def head(self) -> WaitingSequence | None:
-        """The next sequence; None if nothing waits."""
+        """The next sequence, or None if nothing waits."""
         return self.room.head(MODEL)
 
     def claim(self) -> int:
-        """Backlog to report to the workers."""
+        """Backlog claim of this gateway, to report to the workers."""
         return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claimed_turns()
 
     def pump(self, now: float) -> None:
-        """Send waiting calls while a worker has capacity."""
+        """Send waiting calls to workers, while a worker has capacity."""
         while True:
             decision: RoutingDecision | None = None
 

@@ -1,4 +1,4 @@
-"""Ground truth of a simulation, observed without delay: service by tenant, waiting times, idle capacity."""
+"""Ground truth of a simulation, observed without delay: service by tenant, waiting times and idle capacity."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ SAMPLE_S = 0.1
 
 @dataclass(slots=True)
 class Observed:
-    """Observations of one tenant: its service, sampled every SAMPLE_S, and its calls' times to first token."""
+    """Observations of one tenant: the service, sampled every SAMPLE_S, and the time to first token of each call."""
 
     service: float = 0.0
     samples: list[float] = field(default_factory=list)
     backlogged: list[bool] = field(default_factory=list)
     ttft_s: list[tuple[float, float]] = field(default_factory=list)
-    """(arrival, seconds) of each call."""
+    """Pairs of (arrival time, time to first token) in seconds, one for each call."""
     output_tokens: int = 0
     ended: int = 0
     waiting: int = 0
 
 
 class Observer:
-    """Observes workers and gateways. Service is weighted: the prompt counts at the first token, the output token by
-    token."""
+    """Observer of workers and gateways.
+
+    Service is in weighted tokens: the prompt counts at the first token, the output counts token by token.
+    """
 
     def __init__(
         self,
@@ -47,9 +49,11 @@ class Observer:
         self._tenants: dict[str, Observed] = defaultdict(Observed)
         self._empty_since: dict[str, float] = {}
         self.longest_beside_room_s = 0.0
-        """Longest time for which a worker had unused capacity while a call that fits waited at any gateway."""
+        """Longest time in seconds for which a worker had unused capacity while a call that fits waited at any
+        gateway."""
         self.most_promised_over_room = 0
-        """Maximum excess of credits over a worker's capacity and admission window, in sequences; must stay 0."""
+        """Largest number of sequences by which credits exceeded the capacity and admission window of a worker. Must
+        stay 0."""
         self.longest_prompt = 0
         event_queue.every(SAMPLE_S, self._sample)
         event_queue.every(SAMPLE_S / 10, self.check_capacity)
@@ -69,7 +73,7 @@ class Observer:
         self.longest_prompt = max(self.longest_prompt, call.waiting.tokens)
 
     def served(self, call: SimCall, output: TokenOutput) -> None:
-        """Record a worker's output."""
+        """Record an output of a worker."""
         tenant = self._tenants[call.tenant]
         if output.cached_tokens is not None:
             tenant.service += self._service.prompt(call.waiting.tokens, output.cached_tokens)
@@ -99,25 +103,33 @@ class Observer:
     # ---- figures
 
     def unit(self) -> float:
-        """U: the larger of the longest prompt's service and that of the most running tokens of one worker."""
+        """U, the unit of gaps, in weighted tokens.
+
+        U is the larger of two services: the service of the longest prompt, and the service of the most running tokens
+        of one worker.
+        """
         running = max(worker.most_running_tokens for worker in self._workers)
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
     def gap(self, one: str, other: str, weights: Mapping[str, float], from_s: float) -> float:
-        """Largest lead of one tenant over the other in service by weight, in any interval since `from_s`."""
+        """Largest lead of one tenant over another tenant in any interval since `from_s`, in service divided by
+        weight."""
         start = round(from_s / SAMPLE_S)
         a, b = self._tenants[one].samples[start:], self._tenants[other].samples[start:]
         lead = [x / weights[one] - y / weights[other] for x, y in zip(a, b, strict=True)]
         return max(lead) - min(lead)
 
     def largest_gap(self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float) -> float:
-        """Largest gap over all pairs, in weighted tokens by weight."""
+        """Largest gap over all pairs of tenants, in weighted tokens divided by weight."""
         return max(self.gap(a, b, weights, from_s) for i, a in enumerate(tenants) for b in tenants[i + 1 :])
 
     def smallest_share(
         self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float, window_s: float = 30.0
     ) -> float:
-        """Smallest ratio of a tenant's share of service to its share of weight, over all windows and tenants."""
+        """Return the smallest ratio of share of service to share of weight, over all windows and tenants.
+
+        The shares of a tenant are its parts of the service and of the weight of all `tenants`.
+        """
         width, start = round(window_s / SAMPLE_S), round(from_s / SAMPLE_S)
         series = {t: self._tenants[t].samples[start:] for t in tenants}
         whole = sum(weights[t] for t in tenants)
@@ -129,18 +141,19 @@ class Observer:
         return least
 
     def throughput(self, from_s: float) -> float:
-        """Weighted tokens per second of all tenants since `from_s`."""
+        """Throughput of all tenants since `from_s`, in weighted tokens per second."""
         start = round(from_s / SAMPLE_S)
         had = sum(t.samples[-1] - t.samples[start] for t in self._tenants.values() if len(t.samples) > start)
         return had / (self._event_queue.now - from_s)
 
     def hit_rate(self) -> float:
-        """Share of prompt tokens found in a cache."""
+        """Share of the prompt tokens that was found in a cache."""
         pairs = [worker.cached_and_prompt_tokens for worker in self._workers]
         return sum(cached for cached, _ in pairs) / max(sum(whole for _, whole in pairs), 1)
 
     def ttft(self, tenant: str, quantile: float, from_s: float) -> float:
-        """Quantile of the time to first token of calls that arrived since `from_s`; NaN without calls."""
+        """Quantile of the time to first token in seconds, over the calls that arrived since `from_s`; NaN without
+        calls."""
         times = sorted(seconds for at, seconds in self._tenants[tenant].ttft_s if at >= from_s)
         return times[min(int(quantile * len(times)), len(times) - 1)] if times else float("nan")
 

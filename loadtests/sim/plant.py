@@ -1,15 +1,15 @@
-"""Step model of a replica: its speed as a function of its load, shared by simulation, optimum and baselines.
+"""Step model of a replica: speed as a function of load. Simulation, optimum and baselines share this model.
 
-A step computes one token for each running sequence and at most `chunk_tokens` of prompts. Its duration is
+A step computes one token for each running sequence and at most `chunk_tokens` of prompts. The duration of a step is
 
     step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
 
-So time is shared linearly: with p prefilled and d decoded tokens and f steps a second,
+So time is shared linearly. With p prefilled tokens, d decoded tokens and f steps a second,
 
     1 = p / prefill + per_sequence * d + step * f
 
-The constants of `SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms + 0.35 ms
-a sequence, 256 sequences, 524,288 tokens of cache).
+The constants of `SMALL` are the constants of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms +
+0.35 ms a sequence, 256 sequences, 524,288 tokens of cache).
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ class ReplicaModel:
     kv_tokens: int = 524_288
 
     def most_prefill(self, running: float) -> float:
-        """Prompt tokens per second if every step is filled with them, beside `running` sequences."""
+        """Prompt tokens per second if every step is filled with prompt tokens, beside `running` sequences."""
         chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
         return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
 
     def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
-        """Steps per second beside this rate of prefill; each running sequence gets one token per step."""
+        """Steps per second beside this rate of prefill. Each running sequence gets one token per step."""
         left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
         return left / (self.step_s + self.per_sequence_s * running)
 
     def decode_tokens_per_s(self, itl_s: float) -> float:
-        """Maximum decode rate without prefill, with each sequence at a pace of `itl_s` or better."""
+        """Maximum number of decoded tokens per second without prefill, if each sequence has a pace of `itl_s` or
+        better."""
         running = self.sequences(itl_s)
         return running / (self.step_s + self.per_sequence_s * running)
 
@@ -48,14 +49,16 @@ class ReplicaModel:
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
-        """Replica-seconds that these tokens take at full use within the pace."""
+        """Replica-seconds that these prompt and output tokens take, at full use and within the pace `itl_s`."""
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Prompt tokens per second if just enough steps are made to keep the pace of a few decoding sequences."""
+        """Prompt tokens per second if there are just enough steps to keep the pace `itl_s` of a few decoding
+        sequences."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 
 SMALL = ReplicaModel()
 LARGE = ReplicaModel(prefill_tokens_per_s=64_000.0, chunk_tokens=4096, kv_tokens=4 * 524_288)
-"""Eight GPUs as one replica, for prompts whose prefill on a small replica takes longer than the TTFT target."""
+"""Model of eight GPUs as one replica, for prompts whose prefill on a small replica takes longer than the TTFT
+target."""

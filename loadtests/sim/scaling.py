@@ -1,8 +1,8 @@
-"""Scaling in virtual time: models with demand from a trace, replicas with a cold start, and a scaling policy.
+"""Scaling in virtual time. Models have demand from a trace, replicas have a cold start, and a scaling policy decides.
 
-The production policy object receives every `every_s` what the controller would observe, and its decisions become
-replicas. A new replica holds its GPUs from the decision on and serves after the cold start. An unwanted one leaves at
-once; starting ones leave first. Equal inputs give equal runs. No policy sees the future.
+Every `every_s`, the production policy object receives what the controller would observe, and its decisions become
+replicas. A new replica holds its GPUs from the decision on, and serves after the cold start. An unwanted replica leaves
+at once; starting replicas leave first. Equal inputs give equal runs. No policy sees the future.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNBOUNDED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Calls in order of arrival; a `count` above 1 stands for several equal calls."""
+    """Calls in the order of arrival. A `count` above 1 stands for several equal calls."""
 
     at_s: Floats
     count: Floats
@@ -42,12 +42,14 @@ class Demand:
     output_tokens: Floats
     duration_s: float
     runs_to_most: bool = False
-    """Whether every output ends at its max_tokens, so that gateways know its length once they have seen some do so."""
+    """Whether every output ends at its max_tokens. Gateways then know the length of an output after some outputs have
+    ended so."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimModelSpec:
-    """A model: its demand, plant and settings. `initial`: replicas that are ready at time 0."""
+    """Model of a simulation: its demand, step model and settings. `initial` is the number of replicas that are ready at
+    time 0."""
 
     demand: Demand
     settings: ModelSettings
@@ -58,7 +60,8 @@ class SimModelSpec:
 
 @dataclass(slots=True)
 class Track:
-    """Result of one model's run. Lists have one value per decision; `held` are starting and ready replicas."""
+    """Result of the run of one model. Lists have one value for each decision. `held` counts starting and ready
+    replicas."""
 
     at_s: list[float] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
@@ -76,23 +79,23 @@ class Track:
 
     @property
     def attainment(self) -> float:
-        """Share of the calls within the SLO; calls that still wait or run at the end count as they are."""
+        """Share of the calls within the SLO. Calls that still wait or run at the end keep their state at that time."""
         return self.good_calls / self.arrived if self.arrived else 1.0
 
 
 Scaler = Callable[[Observation, float], Mapping[str, int]]
-"""Function from an observation and the time to wanted replicas by model."""
+"""Function that takes an observation and the time, and returns the wanted number of replicas by model."""
 
 
 class OurPolicy:
-    """The production policy with its memory."""
+    """Production policy together with its memory."""
 
     def __init__(self, keep: bool = False) -> None:
         self.memory = Memory()
         self.kept: list[ReplicaDecision] | None = [] if keep else None
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
-        """Wanted replicas by model."""
+        """Return the wanted number of replicas by model."""
         decisions, self.memory = decide(observation, self.memory, now_s)
         if self.kept is not None:
             self.kept.extend(decisions)
@@ -100,7 +103,7 @@ class OurPolicy:
 
 
 class _SimulatedModel:
-    """One model of the run."""
+    """One model of the simulation run."""
 
     def __init__(
         self, name: str, spec: SimModelSpec, cold_start_s: float, tick_s: float, learnt: LearntOutputs
@@ -213,7 +216,8 @@ def simulate(
     gpu_budget: Mapping[str, int] | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Track]:
-    """Run all models to the end of the longest demand, with a decision every `every_s`."""
+    """Run all models to the end of the longest demand, with a decision every `every_s`. Returns the results by
+    model."""
     learnt = LearntOutputs()
     models = {name: _SimulatedModel(name, spec, cold_start_s, tick_s, learnt) for name, spec in specs.items()}
     duration_s = max(spec.demand.duration_s for spec in specs.values())
@@ -236,7 +240,7 @@ def simulate(
 
 
 def _close(model: _SimulatedModel, now_s: float) -> None:
-    """Judge what still runs: a stream is good if its first token was in time."""
+    """Judge the calls that still run at the end: a stream is good if its first token was in time."""
     fleet, track = model.fleet, model.track
     track.arrived = fleet.arrived
     still = sum(count for _, _, count, *_ in fleet._streams if count > 0)
@@ -244,7 +248,7 @@ def _close(model: _SimulatedModel, now_s: float) -> None:
 
 
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
-    """Arriving work in each slot, in replica-seconds per second."""
+    """Arriving work in each time slot, in replica-seconds per second."""
     work = demand.count * (
         demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )

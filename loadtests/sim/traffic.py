@@ -1,4 +1,4 @@
-"""Simulated callers: tenants with their own length distributions, seeded."""
+"""Simulated callers: tenants with their own distributions of prompt and output lengths. Random numbers are seeded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_OUTPUT_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Prompt and output length of one call, in tokens."""
+    """Prompt length and output length of one call, in tokens."""
 
     prompt: int
     output: int
@@ -20,10 +20,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class SimTenant:
-    """Behaviour of one tenant: it keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a
-    second.
+    """Behaviour of one simulated tenant.
 
-    `lengths` are drawn at random; all of its prompts share the first `prefix_tokens`. `gateways` None: all gateways.
+    The tenant keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a second. `lengths` are
+    drawn at random. All prompts of the tenant share the first `prefix_tokens`. `gateways` None: all gateways.
     """
 
     name: str
@@ -42,14 +42,14 @@ class SimTenant:
             raise ValueError(f"tenant {self.name}: exactly one of backlog and rate_s must be above 0")
 
     def at(self, gateways: int) -> tuple[int, ...]:
-        """The tenant's gateways, out of this number of gateways."""
+        """Numbers of the gateways that the tenant uses, if there are `gateways` gateways in total."""
         if self.gateways is None:
             return tuple(range(gateways))
         return tuple(sorted({g % gateways for g in self.gateways}))
 
 
 def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
-    """Lengths of a trace, clipped to what the simulated engine supports."""
+    """Return the lengths of a trace, clipped to the lengths that the simulated engine supports."""
     return [
         Lengths(min(max(prompt, 1), MAX_PROMPT_TOKENS), min(max(output, 1), MAX_OUTPUT_TOKENS))
         for prompt, output in pairs
@@ -57,14 +57,14 @@ def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
 
 
 def made_up(rng: Random, prompt: float, output: float, count: int = 500) -> list[Lengths]:
-    """Log-normal lengths around two medians, for use without a trace."""
+    """Return log-normal lengths around two medians, for use without a trace."""
     return clipped(
         [(round(prompt * rng.lognormvariate(0, 0.7)), round(output * rng.lognormvariate(0, 0.5))) for _ in range(count)]
     )
 
 
 class Prompts:
-    """Generator of prompts: a prefix per tenant, then a random part of one long random text."""
+    """Generator of prompts. A prompt is the prefix of its tenant, then a random part of one long random text."""
 
     def __init__(self, rng: Random, vocab: int) -> None:
         self._rng = rng
@@ -72,7 +72,7 @@ class Prompts:
         self._prefixes: dict[str, int] = {}
 
     def make(self, tenant: SimTenant, tokens: int) -> list[int]:
-        """Token ids of a prompt of this length."""
+        """Return the token ids of a prompt with this number of tokens."""
         start = self._prefixes.setdefault(tenant.name, self._rng.randrange(1 << 15))
         prefix = self._text[start : start + min(tenant.prefix_tokens, tokens - 1)]
         at = self._rng.randrange((1 << 16) - MAX_PROMPT_TOKENS)

@@ -1,4 +1,4 @@
-"""Simulated worker: the engine's model, its credits and its account of service, in virtual time."""
+"""Simulated worker in virtual time: the engine model, the granted credits and the account of service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loadtests.sim.events import EventQueue
 
 @dataclass(frozen=True, slots=True)
 class SimSubmit:
-    """A call on its way to a worker. `again`: it has already been charged."""
+    """Call on its way to a worker. `again`: the call has already been charged."""
 
     request: EngineRequest
     flow: FlowKey
@@ -29,7 +29,7 @@ class SimSubmit:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCallbacks:
-    """Callbacks of a worker, with the gateway's number."""
+    """Callbacks of a worker. The first argument of each callback is the number of a gateway."""
 
     outputs: Callable[[int, list[TokenOutput]], None]
     granted: Callable[[int, Grant], None]
@@ -43,7 +43,7 @@ class _RunningCall:
 
 
 class SimWorker:
-    """One simulated worker. Link numbers are the gateways' numbers."""
+    """One simulated worker. The number of a link is the number of its gateway."""
 
     def __init__(
         self, name: str, config: SimConfig, gateways: int, event_queue: EventQueue, callbacks: WorkerCallbacks
@@ -54,7 +54,7 @@ class SimWorker:
         self.most_running_tokens = 0
         self.last_submit = 0.0
         self.tokens = 0
-        """Tokens held by calls: prompts, and outputs so far."""
+        """Number of tokens held by calls: prompts, and outputs so far."""
         self._model = SimModel(config)
         self._granter = CreditGranter()
         self._event_queue = event_queue
@@ -62,8 +62,8 @@ class SimWorker:
         self._running: dict[str, _RunningCall] = {}
         self._stepping = False
         self._window = AdmissionWindow(config.max_num_seqs, config.max_num_batched_tokens)
-        # With equal claims, the lowest link gets the remainder. If that were the same gateway at every worker, the last
-        # gateway would have no credit at all while nothing waits.
+        # With equal claims, the lowest link gets the remainder. If the lowest link were of the same gateway at every
+        # worker, the last gateway would have no credit at all while nothing waits.
         self._rotated = {link: (link + int(name)) % gateways for link in range(gateways)}
         self._gateway_of = {rotated: link for link, rotated in self._rotated.items()}
         for link in range(gateways):
@@ -78,17 +78,17 @@ class SimWorker:
 
     @property
     def places(self) -> int:
-        """Number of calls that it can still hold, including those that would wait in the engine."""
+        """Number of calls that the worker can still hold, including calls that would wait in the engine."""
         return self._window.free_slots
 
     @property
     def room(self) -> Capacity:
-        """Capacity for new calls."""
+        """Capacity of the worker for new calls."""
         return Capacity(self._window.admissible_sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:
-        """KV cache capacity in tokens."""
+        """Capacity of the KV cache in tokens."""
         return self.config.kv_blocks * self.config.block_size
 
     @property
@@ -98,12 +98,12 @@ class SimWorker:
 
     @property
     def most_waiting(self) -> int:
-        """The longest queue inside the engine so far, right after a step was scheduled."""
+        """Length of the longest queue inside the engine so far, measured right after a step was scheduled."""
         return self._model.statistics().most_waiting
 
     @property
     def cached_and_prompt_tokens(self) -> tuple[int, int]:
-        """Prompt tokens found in the cache, and all prompt tokens, since the start."""
+        """Numbers of prompt tokens since the start: tokens found in the cache, and all tokens."""
         s = self._model.statistics()
         return s.cached_tokens, s.cached_tokens + s.prefill_tokens
 
@@ -121,7 +121,7 @@ class SimWorker:
         self._start_step()
 
     def backlog(self, link: int, claim: int) -> None:
-        """Apply a gateway's backlog claim."""
+        """Apply the backlog claim of a gateway."""
         self._granter.set_backlog(self._rotated[link], claim)
         self.regrant()
 
@@ -131,16 +131,16 @@ class SimWorker:
         self.regrant()
 
     def served(self, link: int) -> list[ServedTotal]:
-        """Service report for one gateway."""
+        """Return the service report for one gateway."""
         return list(self.meter.report(link))
 
     def regrant(self) -> None:
-        """Distribute the capacity to the gateways."""
+        """Distribute the capacity of the worker to the gateways."""
         for grant in self._granter.new_grants(self.room):
             self._callbacks.granted(self._gateway_of[grant.link], grant)
 
     def promised(self) -> Capacity:
-        """Capacity that gateways may still use."""
+        """Granted capacity that the gateways may still use."""
         return self._granter.promised()
 
     def _start_step(self) -> None:

@@ -1,10 +1,11 @@
-"""Simulated cluster in virtual time: gateways, workers, the delays between them, and the calling tenants.
+"""Simulated cluster in virtual time: gateways, workers, the delays between these processes, and the tenants that send
+calls.
 
-Problem: fairness between tenants over many workers and gateways cannot be tested in real time: one hour of it would
+Problem: fairness between tenants over many workers and gateways cannot be tested in real time. A test of one hour would
 take an hour, and no two runs would be alike.
 
-Invariants: equal settings and seeds give equal runs. The waiting room, fair order, credits, accounts and routing are
-those of production. No component learns anything before its delay has passed.
+Invariants: equal settings and seeds give equal runs. The waiting room, the fair order, the credits, the accounts and
+the routing are the production code. No component gets any information before the delay of that information has passed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ VOCAB = 32_000
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """Configuration of a simulation. Times are in seconds. `engine` must use VOCAB and set `max_model_len`."""
+    """Configuration of a simulation. Times are in seconds. The engine configuration must use VOCAB and set
+    `max_model_len`."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8
@@ -49,7 +51,7 @@ class WorldConfig:
 
 
 class World:
-    """One simulation. After `run`, read `observer`, `workers` and `gateways`."""
+    """One simulation. Results of `run` are in `observer`, `workers` and `gateways`."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
@@ -68,7 +70,7 @@ class World:
         for at in range(config.gateways):
             self.event_queue.every(config.report_every_s, lambda at=at: self._report(at))  # type: ignore[misc]
             self.event_queue.every(1.0, lambda at=at: self._sweep(at))  # type: ignore[misc]
-        for gateway in self.gateways:  # the links are up: a worker's first report is the starting point
+        for gateway in self.gateways:  # links are up; the first report of a worker is the starting point
             if gateway.fair is not None:
                 for worker in self.workers:
                     gateway.fair.order(MODEL).apply_served_report(worker.name, "1", worker.served(gateway.number), 0.0)
@@ -76,12 +78,12 @@ class World:
             self._begin(tenant)
 
     def run(self, seconds: float) -> World:
-        """Run until this time."""
+        """Run until the virtual time `seconds`."""
         self.event_queue.run_until(seconds)
         return self
 
     def stop_arrivals(self) -> None:
-        """Stop new calls. Waiting and running calls continue."""
+        """Stop the arrival of new calls. Waiting and running calls continue."""
         self._open = False
 
     # ---- the cluster

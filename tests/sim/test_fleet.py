@@ -1,4 +1,4 @@
-"""Replicas of the scaling simulation: no call is lost, and none waits longer than a gateway allows."""
+"""Tests of the replicas in the scaling simulation: no call is lost, and no call waits longer than a gateway allows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """The simulated bound equals the gateway's default."""
+    """The maximum wait in the simulation equals the default of the gateway."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
 @settings(deadline=None)
 @given(ARRIVALS, st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:
-    """Every call waits, runs or is judged at every moment, with any number of replicas. Predictions of refused calls
-    are removed, and in the end the predicted tokens equal the generated ones."""
+    """Every call waits, runs or is judged at every moment, with any number of replicas.
+
+    Predictions for refused calls are removed. In the end, the predicted tokens equal the generated tokens.
+    """
     fleet, line = Fleet(PLANT, 2.0, 0.1), sorted(arrivals)
     made = 0.0
 

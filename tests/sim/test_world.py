@@ -1,4 +1,4 @@
-"""Simulated cluster: runs are reproducible, fairness properties hold, and unfair orders are detected."""
+"""Tests of the simulated cluster: runs are reproducible, fairness properties hold, and unfair orders are detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENGINE = SimConfig(vocab=VOCAB, token_hi=VOCAB, max_model_len=4096, max_num_seqs
 
 
 def small(tenants: list[SimTenant], *, gateways: int = 2, fair: bool = True, seed: int = 1) -> World:
-    """A cluster of two workers with eight slots each."""
+    """Return a simulated cluster of two workers with eight slots each."""
     return World(WorldConfig(tenants, workers=2, gateways=gateways, fair=fair, seed=seed, engine=ENGINE))
 
 
@@ -29,7 +29,10 @@ SHORT, LONG = [Lengths(600, 10), Lengths(300, 20)], [Lengths(100, 200), Lengths(
 
 @cache
 def crowded(gateways: int = 2, fair: bool = True) -> World:
-    """Three always backlogged tenants, one of weight 2 and one at a single gateway; run for 40 s."""
+    """Return a cluster after 40 s with three tenants that always have a backlog.
+
+    One tenant has a weight of 2. One tenant uses a single gateway.
+    """
     tenants = [
         SimTenant("short", SHORT, backlog=8),
         SimTenant("long", LONG, backlog=8, gateways=(1,)),
@@ -42,7 +45,7 @@ WEIGHTS = {"short": 1.0, "long": 1.0, "heavy": 2.0}
 
 
 def test_equal_seeds_equal_runs() -> None:
-    """Runs with equal seeds are equal."""
+    """Runs with equal seeds are equal, and runs with different seeds differ."""
     ends = [small([SimTenant("a", SHORT, rate_s=5.0)], seed=s).run(10.0).observer.tenants["a"] for s in (3, 3, 4)]
     assert ends[0].ttft_s == ends[1].ttft_s
     assert ends[0].ttft_s != ends[2].ttft_s
@@ -50,21 +53,25 @@ def test_equal_seeds_equal_runs() -> None:
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
-    """With any number of gateways the gap stays within U, and no tenant is more than a fifth below its share."""
+    """Tenants with a backlog share by weight with any number of gateways.
+
+    The gap stays within U, and no tenant gets less than four fifths of its share.
+    """
     seen = crowded(gateways).observer
     assert seen.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) <= seen.unit()
     assert seen.smallest_share(list(WEIGHTS), WEIGHTS, 5.0, window_s=30.0) >= 0.8
 
 
 def test_first_come_first_served_does_not() -> None:
-    """The same figures detect an unfair order."""
+    """The largest gap between tenants is more than three times as large in arrival order as in fair order."""
     fair, fifo = crowded(2, True).observer, crowded(2, False).observer
     assert fifo.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) > 3 * fair.largest_gap(list(WEIGHTS), WEIGHTS, 0.0)
 
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
-    """Capacity is used within 200 ms while a call waits, and the engine's own queue stays short."""
+    """Capacity is used within 200 ms while a call waits, no credit exceeds the capacity, and the queue of the engine
+    stays short."""
     world = crowded(gateways)
     assert world.observer.longest_beside_room_s <= 0.2
     assert world.observer.most_promised_over_room <= 0
@@ -72,18 +79,21 @@ def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
 
 
 def test_a_flood_costs_the_quiet_little() -> None:
-    """A quiet tenant gets first tokens beside one with 200 waiting calls; in arrival order it does not."""
+    """A quiet tenant gets its first tokens in time beside a tenant with 200 waiting calls.
+
+    In arrival order, the quiet tenant does not.
+    """
     quiet = SimTenant("quiet", SHORT, rate_s=1.0)
     flood = SimTenant("flood", LONG, backlog=200)
     fair, fifo = (small([quiet, flood], fair=fair).run(40.0).observer.ttft("quiet", 0.9, 2.0) for fair in (True, False))
     assert fair < 2.0
-    assert not fifo < 10 * fair  # not served at all, in some seeds
+    assert not fifo < 10 * fair  # the quiet tenant is not served at all with some seeds
 
 
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 60)), min_size=1, max_size=3), st.integers(1, 3))
 @settings(max_examples=5, deadline=None)
 def test_every_call_ends_once_with_its_tokens(lengths: list[tuple[int, int]], gateways: int) -> None:
-    """After arrivals stop, every call has ended with its tokens, and no capacity is held."""
+    """After arrivals stop, every call has ended with all of its tokens, and no worker or gateway holds capacity."""
     tenants = [SimTenant(f"t{i}", clipped([pair]), rate_s=3.0) for i, pair in enumerate(lengths)]
     world = small(tenants, gateways=gateways)
     world.run(4.0)
@@ -98,7 +108,7 @@ def test_every_call_ends_once_with_its_tokens(lengths: list[tuple[int, int]], ga
 
 
 def test_all_gateways_agree_when_all_has_been_told() -> None:
-    """After the last report all gateways have the same total charge."""
+    """After the last report, all gateways have the same total charge, and the charge equals the true service."""
     world = small([SimTenant("a", SHORT, rate_s=4.0), SimTenant("b", LONG, rate_s=1.0)], gateways=3)
     world.run(5.0)
     world.stop_arrivals()
@@ -110,7 +120,7 @@ def test_all_gateways_agree_when_all_has_been_told() -> None:
 
 
 def test_agenda_is_in_order_and_does_not_go_back() -> None:
-    """Actions run by time, then in the order of planning; an action planned for the past runs now."""
+    """Actions run by time, then in the order of planning. An action that is planned for the past runs now."""
     event_queue, done = EventQueue(), list[str]()
     event_queue.at(2.0, lambda: done.append("late"))
     event_queue.at(1.0, lambda: done.append("first"))
@@ -122,7 +132,7 @@ def test_agenda_is_in_order_and_does_not_go_back() -> None:
 
 
 def test_tenants_that_cannot_be() -> None:
-    """A tenant needs lengths, and either a rate or a backlog."""
+    """A tenant without lengths is refused, and so is a tenant without exactly one of a rate and a backlog."""
     for broken in ({}, {"rate_s": 1.0, "backlog": 1}):
         with pytest.raises(ValueError, match="exactly one"):
             SimTenant("a", SHORT, **broken)  # type: ignore[arg-type]
@@ -131,7 +141,8 @@ def test_tenants_that_cannot_be() -> None:
 
 
 def test_made_up_lengths_and_prompts() -> None:
-    """Lengths are spread around their medians; a tenant's prompts share a prefix and have the requested length."""
+    """Made-up lengths are spread around their medians. Prompts of one tenant share a prefix and have the requested
+    length."""
     rng = Random(1)
     some = made_up(rng, 1000, 100)
     assert 700 < sorted(x.prompt for x in some)[250] < 1400

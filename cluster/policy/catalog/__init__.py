@@ -1,1 +1,1 @@
-"""Comparison of the models that should run with those that do run, and the steps to close the difference."""
+"""Comparison of wanted models with running models, and the steps that close the difference."""

@@ -1,17 +1,22 @@
-"""Canary verdict: sequential tests of a canary's error rate and of its time to first token (TTFT). Pure.
+"""Canary verdict: sequential tests of the error rate and the time to first token (TTFT) of a canary. Pure.
 
-Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would be wrong
-every twenty seconds.
+Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would give a
+wrong verdict every twenty seconds.
 
-Invariant: if the canary is no worse than the configured ratio allows, the probability that it is ever rolled back is at
-most ALPHA for its errors and ALPHA for its TTFT, however often and for however long it is checked.
+Invariant: if the canary is no worse than the configured ratio allows, the probability of a rollback because of errors
+is at most ALPHA, and the probability of a rollback because of TTFT is at most ALPHA. This holds however often and for
+however long the canary is checked.
 
 Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
-bound). Errors: given a failed call, the probability that the canary served it is at most r*n / (r*n + m), where n is
-the number of the canary's calls, m that of the stable version, and r the ratio. TTFT: gateways pair each call of the
-canary with the most recent call of the stable version. The canary loses a pair if its TTFT was more than r times as
-long; if it is no worse, it loses at most half of the pairs. The calls of a pair are close in time, so changes in load
-affect both. The bet is spread over a grid of possible degradations.
+bound).
+
+Errors: let n be the number of calls of the canary, m the number of calls of the stable version, and r the ratio. Given
+a failed call, the probability that the canary served the call is at most r*n / (r*n + m).
+
+TTFT: gateways pair each call of the canary with the most recent call of the stable version. The canary loses a pair if
+its TTFT was more than r times as long. A canary that is no worse than allowed loses at most half of the pairs. The
+calls of a pair are close in time, so changes in load affect both calls. The bet is spread over a grid of possible
+degradations.
 
 Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference" (2023), section 3.
 """
@@ -23,14 +28,18 @@ from dataclasses import dataclass
 
 ALPHA = 0.01
 GRID = tuple(0.02 * 1.35**step for step in range(18))
-"""Possible degradations, as an increment of the log odds of a loss: from 2 % to more than threefold odds."""
+"""Possible degradations, each as an increment of the log odds of a loss. The odds grow by 2 % at the lower end of the
+grid and more than threefold at the upper end."""
 MIN_ERRORS = 3
-"""A version with fewer failed calls than this is not judged by its errors, however few the other version has."""
+"""Minimum number of failed calls of a canary before its errors are judged."""
 
 
 @dataclass(frozen=True, slots=True)
 class CanaryTally:
-    """Gateways' counts for one version. Of its `pairs` of TTFT values, it was slower in `slower`."""
+    """Counts of one version, as reported by the gateways.
+
+    `pairs` is the number of TTFT pairs of this version. This version was the slower one in `slower` of these pairs.
+    """
 
     calls: int = 0
     errors: int = 0
@@ -48,16 +57,17 @@ class CanaryTally:
 
 @dataclass(frozen=True, slots=True)
 class CanaryVerdict:
-    """Whether the canary `goes`, and `why`: the deciding numbers, for humans."""
+    """Verdict on a canary: whether to roll back, and the deciding numbers as text for humans."""
 
     roll_back: bool = False
     why: str = ""
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the bet's wealth against "each loss has at most this probability". `chance` is in (0, 1).
+    """Natural logarithm of the wealth of a bet against "each loss has a probability of at most `chance`".
 
-    The value starts at 0. While the hypothesis is true, it ever exceeds log(1/a) with a probability of at most a.
+    `chance` is in (0, 1). The returned value is 0 without losses and wins. While the hypothesis is true, the
+    probability that the value ever exceeds log(1/a) is at most a.
     """
     terms = []
     for degradation in GRID:
@@ -69,7 +79,7 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
 
 
 def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Decide whether the canary must be rolled back. A ratio of 0 disables its test."""
+    """Return whether the canary must be rolled back. A ratio of 0 disables the test with that ratio."""
     threshold = -math.log(ALPHA)
     if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
         allowed = error_ratio * canary.calls

@@ -1,6 +1,7 @@
-"""Catalog entries of held models: their entry in the file is invalid, and what runs is left unchanged. Pure.
+"""Catalog entries of held models. Pure.
 
-The entry is derived from what runs.
+A model is held while its entry in the file is invalid: the running replicas are left unchanged, and the catalog entry
+is derived from these replicas.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ HELD_REASON = "its entry in the controller's file is wrong, so what runs of it i
 
 
 def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[WorkerReport]) -> CatalogEntry:
-    """Catalog entry of a held model for the gateways. `spec` supplies its name, aliases and fallbacks.
+    """Catalog entry of a held model for the gateways.
 
-    All calls go to the version with the most running replicas.
+    `spec` supplies the name, the aliases and the fallbacks of the model. All calls go to the version with the most
+    running replicas.
     """
     by_version: dict[str, list[Observed]] = {}
     for app in apps:
@@ -33,7 +35,7 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Wor
         whole = lifecycle.merge_applications(by_version[version], ())
         sight = lifecycle.observe(True, whole)
         if sight is lifecycle.ModelObservation.SERVING and not reported:
-            sight = lifecycle.ModelObservation.STARTING  # its replicas run, but no gateway has a link to them yet
+            sight = lifecycle.ModelObservation.STARTING  # replicas run, but no gateway has a link to one of them yet
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),

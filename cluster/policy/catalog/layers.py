@@ -1,4 +1,4 @@
-"""Model entries as plain values: merging of layered files, and the differences between two catalogs. Pure."""
+"""Merging of layered catalog files, and the differences between two catalogs. Entries are plain values. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Entry = Mapping[str, Any]
 
 
 def merge_layers(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
-    """Merge layers of entries into one catalog, by model name; later layers override earlier ones.
+    """Merge layers of entries into one catalog, by model name; later layers override earlier layers.
 
-    Mappings are merged key by key, other values are replaced whole, and null removes a key. Models keep the order in
-    which their names first appear. Raises ValueError for an entry without a name and for a name that occurs twice in
-    one layer.
+    Mappings are merged key by key. Other values are replaced whole, and null removes a key. Models are returned in the
+    order in which their names first appear. Raises ValueError for an entry without a name, and for a name that occurs
+    twice in one layer.
     """
     merged: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(layers):
@@ -45,14 +45,19 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def apply_entries(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
-    """The catalog after `given` is applied: an entry replaces the one of its name. Others stay unless `prune`."""
+    """Return the catalog after the entries `given` are applied.
+
+    A given entry replaces the current entry of the same name. Other current entries stay, or are removed if `prune` is
+    set.
+    """
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
     return tuple((kept | new).values())
 
 
 def promote_canary(entry: Entry) -> dict[str, Any]:
-    """The entry with its canary promoted to the stable version. Raises KeyError if it has no canary."""
+    """Return the entry with the canary promoted to the stable version. Raises KeyError for an entry without a
+    canary."""
     canary = entry["canary"]
     own = {key: value for key, value in canary.items() if key not in ("weight", "rollback")}
     new = {key: value for key, value in entry.items() if key not in ("canary", "digest")}
@@ -60,7 +65,10 @@ def promote_canary(entry: Entry) -> dict[str, Any]:
 
 
 def diff(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
-    """Differences between two catalogs, by name. `restarts` maps each model whose replicas restart to the reason."""
+    """Differences between two catalogs, sorted by model name.
+
+    `restarts` has the reason of the restart for each model whose replicas restart.
+    """
     listed = []
     for name in sorted(now.keys() | then.keys()):
         before, after = now.get(name), then.get(name)
@@ -78,7 +86,7 @@ def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any])
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
-        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in at least one of them
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section in one entry or in both
             differences += _differences(f"{where}.", old or {}, new or {})
         else:
             differences.append(Difference(where, old, new))

@@ -1,7 +1,7 @@
 """State machine of a model, and the catalog entries that the controller sends to the gateways. Pure.
 
-A controller holds no state that it could lose: each pass applies what it sees to the last state. A controller that has
-just started begins at DECLARED and is correct after one pass.
+A controller holds no state that must survive a restart: each pass applies a new observation to the last state. A
+controller that has just started begins at DECLARED and is correct after one pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class ModelObservation(enum.StrEnum):
-    """Observation of a model in one pass."""
+    """Observation of a model in one pass of the controller."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"
@@ -31,7 +31,7 @@ class ModelObservation(enum.StrEnum):
 
 
 class IllegalMove(Exception):
-    """An observation that cannot follow a state."""
+    """Raised for an observation that cannot follow the current state."""
 
 
 _FROM_ANY: dict[ModelObservation, ModelState] = {
@@ -45,8 +45,8 @@ _FROM_ANY: dict[ModelObservation, ModelState] = {
     ModelObservation.ENDED: ModelState.GONE,
 }
 
-# Ray and the file change between passes, so any observation may follow any state. The exception: a model that is GONE
-# must be declared again before anything else of it is observed.
+# Ray and the file change between passes, so any observation may follow any state. The exception: a GONE model must be
+# declared again before any other observation of that model.
 MOVES: dict[tuple[ModelState, ModelObservation], ModelState] = {
     (state, observe): after
     for state in ModelState
@@ -56,7 +56,7 @@ MOVES: dict[tuple[ModelState, ModelObservation], ModelState] = {
 
 
 def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
-    """The next state. Raises IllegalSequenceMove."""
+    """Return the state that follows `state` after `observation`. Raises IllegalMove."""
     try:
         return MOVES[state, observation]
     except KeyError:
@@ -64,7 +64,10 @@ def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
 
 
 def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> ModelObservation:
-    """Observation of one model in this pass. `unplaceable` says why no node can hold it; "" if one can."""
+    """Return the observation of one model in this pass.
+
+    `unplaceable` is the reason why no node can hold a replica, or "" if some node can.
+    """
     if not wanted:
         return ModelObservation.ENDED if seen is None else ModelObservation.WITHDRAWN
     if seen is None or seen.deleting:
@@ -81,9 +84,10 @@ def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Model
 
 
 def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
-    """A version's applications merged into one: the wanted ones, and those that still serve in their place.
+    """Merge the applications of one version into one observation, or return None without any application.
 
-    Returns None if there is none. Failures of wanted applications are reported even while others serve.
+    `wanted` are the wanted applications; `before` are older applications that still serve in place of the wanted ones.
+    Failures of wanted applications are reported even while older applications serve.
     """
     there = [app for app in wanted if not app.deleting]
     others = [app for app in before if not app.deleting]
@@ -104,7 +108,7 @@ def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker's report about itself to the gateways."""
+    """Report of one worker to the gateways about the model that the worker serves."""
 
     weight_digest: str = ""
     bundle_digest: str = ""
@@ -115,7 +119,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """Facts about a model taken from its source, without any worker."""
+    """Facts about a model that are read from the source of the model, without any worker."""
 
     bundle_digest: str = ""
     max_model_len: int = 0
@@ -128,7 +132,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a model as the controller sees it now."""
+    """One version of a model, as the controller sees this version now."""
 
     spec: ModelSpec
     share: ReplicaShare
@@ -139,13 +143,13 @@ class Version:
     unplaceable: str = ""
     desired: int = 0
     changing: bool = False
-    """Whether another application of this version is to replace the one that serves."""
+    """Whether another application of this version is about to replace the serving application."""
     lost: str = ""
-    """Summary of its engines' ends in the last minutes."""
+    """Summary of the engine ends of this version in the last minutes."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """Catalog entry of a model with all its versions, the stable one first."""
+    """Catalog entry of a model with all versions of the model. The stable version comes first."""
     stable = versions[0]
     stable_entry = entry(
         stable.spec,
@@ -217,7 +221,7 @@ def entry(
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
-    """Catalog entry of one model. Workers' reports override what the source says."""
+    """Catalog entry of one model. Values from workers' reports override values from the model's source."""
     about = known or SourceFacts()
     first = reported[0] if reported else None
     return CatalogEntry(
@@ -246,7 +250,10 @@ def entry(
 
 
 def summarize_ends(ends: Sequence[tuple[float, str]]) -> str:
-    """Summary of engine ends: when (since the epoch) and why the latest one ended, and how many there were."""
+    """Summary of engine ends as text: the number of ends, and the time and the reason of the latest end.
+
+    `ends` are pairs of (seconds since the epoch, reason).
+    """
     if not ends:
         return ""
     at_s, why = max(ends)
@@ -269,7 +276,8 @@ def _reason(state: ModelState, seen: Observed | None, known: SourceFacts, unplac
 
 
 def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """The entry, with gaps filled from an earlier one, so that a model without workers stays tokenizable."""
+    """Return the entry `now` with its gaps filled from an earlier entry, so that a model without workers stays
+    tokenizable."""
     if entry_before is None:
         return now
     return dataclasses.replace(
@@ -287,7 +295,7 @@ def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> C
 
 
 def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
-    """Keep what workers of the same version and revision reported earlier."""
+    """Return the share `now` with gaps filled from the earlier share of the same version and revision."""
     old = next((share for share in before if (share.version, share.revision) == (now.version, now.revision)), None)
     if old is None:
         return now

@@ -1,10 +1,10 @@
-"""Placement of a replica's processes: bundles and strategy of its placement group, and the checks before and after.
+"""Placement of the processes of a replica: the placement group, and the checks before and after Ray places the group.
 Pure.
 
-A replica with one GPU is one bundle, since its engine runs in the replica's own process tree and must see the GPU. A
-larger replica is a CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of several
-GPUs. The group is packed strictly onto one node, unless pipeline parallelism or the entry's own key lets it spread.
-Machines without GPUs run the same groups over Ray's logical GPUs.
+A replica with one GPU is one bundle, since the engine runs in the process tree of the replica and must see the GPU. A
+larger replica has one CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of
+several GPUs. The group is packed strictly onto one node, unless pipeline parallelism or a key of the entry allows
+several nodes. Machines without GPUs run the same groups over Ray's logical GPUs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from dataclasses import dataclass
 from cluster.api.types import ModelSpec
 
 REPLICA_CPUS = 1.0
-"""CPUs reserved for the replica's front end and its engine core."""
+"""CPUs reserved for the front end and the engine core of a replica."""
 SIMULATED_CPUS = 0.05
-"""CPUs reserved for a simulated engine; so few that a laptop holds any number of them."""
+"""CPUs reserved for a simulated engine. The number is so low that a laptop holds any number of simulated engines."""
 ACCELERATOR_SHARE = 0.001
-"""Ray gives each node one `accelerator_type:X` resource; a bundle that asks for a fraction of it is placed there."""
+"""Fraction of the resource `accelerator_type:X` that a GPU bundle requests.
+
+Ray gives each node with GPUs of type X one such resource, so any fraction places the bundle on such a node.
+"""
 
 Bundle = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A placement group to request. The replica runs in the first bundle and owns `replica_gpus` of it."""
+    """A placement group to request.
+
+    The replica runs in the first bundle and uses `replica_cpus` CPUs and `replica_gpus` GPUs of that bundle.
+    """
 
     bundles: tuple[Bundle, ...]
     strategy: str
@@ -40,12 +46,12 @@ def is_simulated(spec: ModelSpec) -> bool:
 
 
 def world_size(spec: ModelSpec) -> int:
-    """GPUs of one replica."""
+    """Number of GPUs of one replica."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
 def may_spread(spec: ModelSpec) -> bool:
-    """Whether the replica's GPUs may be on several nodes."""
+    """Whether the GPUs of one replica may be on several nodes."""
     return spec.pipeline_parallel_size > 1 or spec.allow_cross_node_tensor_parallel
 
 
@@ -64,10 +70,10 @@ def placement(spec: ModelSpec) -> Placement:
 
 
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Reason why these nodes cannot hold one replica even if they are idle; "" if they can.
+    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if the nodes can.
 
-    `nodes` are each node's total resources. Bundles of a packed group are placed greedily, largest node first, which is
-    exact here because all GPU bundles of a group are alike.
+    `nodes` has the total resources of each node. Bundles of a packed group are placed greedily, the largest node first.
+    The greedy choice is exact here, because all GPU bundles of a group are alike.
     """
     if not nodes:
         return "cannot be placed: Ray has no node"
@@ -92,9 +98,10 @@ def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> st
 def capacity(
     spec: ModelSpec, nodes: Sequence[Mapping[str, float]], others: Sequence[tuple[ModelSpec, int]] = ()
 ) -> int:
-    """Estimated number of replicas that fit on the GPUs of the spec's type, beside `others` with their replica counts.
+    """Estimated number of replicas that fit on the GPUs of the type in `spec`.
 
-    Other models that accept any type are assumed to be elsewhere. Fragmentation of GPUs over nodes is ignored.
+    `others` are other models, each with a number of replicas that need GPUs too. Other models that accept any type are
+    assumed to run elsewhere. Fragmentation of GPUs over nodes is ignored.
     """
     if is_simulated(spec):
         return 1_000_000
@@ -116,10 +123,10 @@ def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, f
 
 
 def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
-    """Reason why the group must not start as Ray placed it; "" if it may.
+    """Reason why the group must not start as Ray placed the bundles, or "" if the group may start.
 
-    `gpu_nodes` are the nodes of the GPU bundles in their order. vLLM orders ranks by node, the driver's first, then by
-    node id; each run of tensor_parallel_size ranks is one tensor-parallel group.
+    `gpu_nodes` are the nodes of the GPU bundles, in the order of the bundles. vLLM orders ranks by node: first the node
+    of the driver, then by node id. Each run of tensor_parallel_size ranks is one tensor-parallel group.
     """
     if spec.allow_cross_node_tensor_parallel or spec.tensor_parallel_size == 1:
         return ""
@@ -149,7 +156,10 @@ def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:
 
 
 def _say(have: Mapping[str, float], need: Mapping[str, float]) -> str:
-    """Resources as text: `2 GPUs of type H100 and 1 CPU`, restricted to the kinds that `need` names."""
+    """Resources as text, for example `2 GPUs of type H100 and 1 CPU`.
+
+    The text is restricted to the kinds of resources in `need`.
+    """
     types = [name.split(":", 1)[1] for name in need if name.startswith("accelerator_type:")]
     kind = f" of type {types[0]}" if types and f"accelerator_type:{types[0]}" in have else ""
     parts = []

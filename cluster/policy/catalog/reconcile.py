@@ -1,15 +1,16 @@
-"""Reconciliation of wanted and observed applications on Ray: the next steps. Pure.
+"""Reconciliation of wanted and observed applications on Ray. The result is the list of next steps. Pure.
 
-Problem: Ray Serve restarts every replica of an application that is deployed again, changed or not; and a model's
-replicas must be replaced under load without ending a call.
+Problem: Ray Serve restarts every replica of an application that is deployed again, even if nothing changed. But the
+replicas of a model must be replaced under load without ending a call.
 
-Invariants: only the number of replicas of an application is ever changed. Its name holds all that it was started with
-(`model@version+digest`), so a changed entry becomes another application beside the first. The first stays until the
-other one serves with as many replicas, then gets no new calls, and is deleted once it is empty or its drain time is
-over. If both do not fit, the first gives up one replica at a time, and only while Ray cannot place the other's. An
-application that cannot start displaces nothing.
+Invariants: the only change to an existing application is a change of the number of replicas. The name of an application
+(`model@version+digest`) identifies everything that the replicas are started with, so a changed entry becomes a new
+application beside the old one. The old application stays until the new one serves with as many replicas. Then the old
+application gets no new calls, and is deleted once no call is left or the drain time is over. If the replicas of both
+applications do not fit, the old application gives up one replica at a time, and only while Ray cannot place the
+replicas of the new application. An application that cannot start displaces nothing.
 
-Steps are listed in the order in which to do them: those that free GPUs come first.
+Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
 
 from __future__ import annotations
@@ -19,31 +20,37 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 RETRY_S = 60.0
-"""Pause before a failed application is deployed again. One that Ray refused needs a changed entry."""
+"""Pause before a failed application is deployed again. An application that Ray refused is not deployed again until the
+entry changes."""
 SETTLE_S = 30.0
-"""Time for which a deployed application may show nothing on Ray before it is deployed again."""
+"""Time for which a deployed application may be missing on Ray before the application is deployed again."""
 SURGE_WAIT_S = 20.0
-"""Time for which a new application waits for capacity beside the one it replaces before the old one makes room."""
+"""Time that a new application waits for capacity before the old application gives up replicas."""
 
 _APP = re.compile(r"(?P<model>[^@]+)@(?P<version>[^+]+)\+(?P<digest>[0-9a-f]+)")
 
 
 def app_name(model: str, version: str, digest: str) -> str:
-    """Name of the application that runs this; equal only for equal replicas."""
+    """Name of the application for this model, version and digest. Two names are equal only if the replicas are
+    equal."""
     return f"{model}@{version}+{digest}"
 
 
 def app_parts(app: str) -> tuple[str, str, str]:
-    """Inverse of `app_name`: model, version and digest. A name of another form is returned as the model."""
+    """Model, version and digest in an application name; the inverse of `app_name`.
+
+    A name of another form is returned as the model, with an empty version and digest.
+    """
     match = _APP.fullmatch(app)
     return (match["model"], match["version"], match["digest"]) if match else (app, "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """One of our applications on Ray. Counts are of replicas; `trouble` is why the last start failed, if it did.
+    """One of our applications on Ray.
 
-    `digest` is "" for the moment between the deployment and Ray showing the application.
+    Counts are numbers of replicas. `trouble` is the reason why the last start failed, or "". `digest` is "" from the
+    deployment until Ray shows the application.
     """
 
     model: str
@@ -60,26 +67,27 @@ class Observed:
     version: str = "v1"
     ray: str = "local"
     named: str = ""
-    """Its name on Ray where that differs from `app_name` of the other fields."""
+    """Name of the application on Ray, if that name differs from `app_name` of the other fields; else ""."""
     gpu: str = ""
-    """GPU type that it was made for; "" if any or unknown."""
+    """GPU type that the application was made for; "" for any type or an unknown type."""
 
     @property
     def app(self) -> str:
-        """Name on Ray, without the Ray cluster's."""
+        """Name of the application on Ray, without the name of the Ray cluster."""
         return self.named or app_name(self.model, self.version, self.digest)
 
     @property
     def failed(self) -> bool:
-        """Whether it serves no calls and cannot recover by itself."""
+        """Whether the application serves no calls and cannot recover by itself."""
         return not self.running and (self.gave_up or self.refused)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An application that should run: the digest of all that its replicas are started with, and their number.
+    """An application that should run.
 
-    `stale`: its replicas have other weights than the entry now asks for, so they must be restarted.
+    `digest` covers everything that the replicas are started with; `replicas` is their number. `stale`: the replicas
+    have other weights than the entry now asks for, so the replicas must be restarted.
     """
 
     model: str
@@ -92,13 +100,13 @@ class Wanted:
 
     @property
     def app(self) -> str:
-        """Name on Ray, without the Ray cluster's."""
+        """Name of the application on Ray, without the name of the Ray cluster."""
         return app_name(self.model, self.version, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
 class Deploy:
-    """Create an application, or deploy it again."""
+    """Step that creates an application, or deploys the application again."""
 
     app: str
     why: str
@@ -107,7 +115,7 @@ class Deploy:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Change the number of replicas; the remaining ones are not touched."""
+    """Step that changes the number of replicas of an application. The remaining replicas are not touched."""
 
     app: str
     replicas: int
@@ -116,7 +124,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove an application; its replicas drain."""
+    """Step that removes an application. The replicas of the application drain."""
 
     app: str
     ray: str = "local"
@@ -127,7 +135,11 @@ Action = Deploy | Scale | Delete
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`actions` to do now, and the `retired` applications: these get no new calls, so that they can be deleted."""
+    """Result of a reconciliation.
+
+    `actions` are the steps to run now. `retired` applications get no new calls, so that these applications can be
+    deleted later.
+    """
 
     actions: tuple[Action, ...]
     retired: frozenset[str] = frozenset()
@@ -142,12 +154,12 @@ def reconcile(
     frozen: Container[str] = (),
     dropped: Container[tuple[str, str]] = (),
 ) -> Plan:
-    """Plan the next steps; there are none if all is as wanted.
+    """Plan the next steps. The plan has no steps if everything is as wanted.
 
-    The first wanted application of a model replaces versions that are no longer wanted. `empty`: applications without a
-    call, or whose drain time is over. `frozen`: models of which nothing new is started and nothing is replaced.
-    `dropped`: (model, version) pairs that are retired at once, because they get no calls. `now_s` is wall-clock time,
-    as Ray's `deployed_at_s`.
+    The first wanted application of a model replaces applications of versions that are no longer wanted. `empty`:
+    applications without a call, and applications whose drain time is over. `frozen`: models for which nothing new is
+    started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications are
+    retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
     """
     actions: list[Action] = []
     retired: set[str] = set()
@@ -174,9 +186,11 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Wanted applications of the same model that replace `old`.
+    """Return the wanted applications that replace `old`, chosen from the wanted applications of the same model.
 
-    Those of its version, else of the first version; of these the one of its GPU type, if that is to have replicas.
+    The version of the chosen applications is the version of `old`, or the first wanted version if the version of `old`
+    is no longer wanted. If wanted applications of that version are to have replicas on the GPU type of `old`, only
+    these are chosen.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
@@ -185,15 +199,16 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Whether the old application is no longer needed.
+    """Whether the wanted application serves with as many replicas as wanted, so that the old application is not needed.
 
-    Its own replica count is not compared, because it may have given replicas up to make room.
+    The number of replicas of the old application is not compared, because the old application may have given up
+    replicas to make room.
     """
     return seen is not None and not seen.deleting and seen.running >= heir.replicas
 
 
 def _makes_room(heir: Wanted, seen: Observed | None, old: Observed, now_s: float) -> int:
-    """Replicas that the old application keeps while the new one is not up."""
+    """Number of replicas that the old application keeps until the new application serves."""
     if seen is None or seen.deleting or not seen.digest or old.ray != heir.ray:
         return old.target
     if seen.failed:

@@ -1,4 +1,4 @@
-"""A model's spec as JSON, and the digest that decides whether its replicas must be restarted. Pure."""
+"""Conversion of a model spec to JSON, and the digest that decides whether replicas must be restarted. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from cluster.api.types import ModelSpec
 
-# Fields that do not affect replicas: names, shares and fallbacks are used by the gateway, scaling changes the counts,
-# and the Ray cluster is part of the surroundings. Pinning the weights that already run needs no restart.
+# Fields that do not affect replicas. The gateway uses the names, shares and fallbacks. Scaling changes the counts. The
+# Ray cluster is part of the surroundings. An entry that pins the weights that already run needs no restart.
 _NOT_THE_REPLICAS = (
     "aliases",
     "min_replicas",
@@ -31,7 +31,7 @@ _LISTS = ("aliases", "fallback")
 
 
 def to_json(spec: ModelSpec) -> dict[str, object]:
-    """The spec as plain JSON values; `from_json` is the inverse."""
+    """Return the spec as plain JSON values; `from_json` is the inverse."""
     values = dataclasses.asdict(spec)
     values |= {name: list(values[name]) for name in _LISTS}
     values["engine"] = dict(spec.engine)
@@ -39,7 +39,7 @@ def to_json(spec: ModelSpec) -> dict[str, object]:
 
 
 def from_json(values: Mapping[str, object]) -> ModelSpec:
-    """Inverse of `to_json`. Raises ValueError for an unknown key."""
+    """Return the spec from JSON values; the inverse of `to_json`. Raises ValueError for an unknown key."""
     known = {f.name for f in dataclasses.fields(ModelSpec)}
     for key in values:
         if key not in known:
@@ -50,7 +50,10 @@ def from_json(values: Mapping[str, object]) -> ModelSpec:
 
 
 def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
-    """16 hex digits over all that a replica is started with: its part of the spec, and the surroundings (JSON)."""
+    """Digest of everything that a replica is started with, as 16 hex digits.
+
+    The digest covers the fields of `spec` that affect replicas, and `surroundings` (JSON values).
+    """
     seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
     text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""Versions of one model side by side: which of them run, with what share of the calls and how many replicas. Pure.
+"""Versions of one model beside each other: which versions run, their shares of the calls, and their replicas. Pure.
 
-A mark overrides what the file says of a version: an operator rolls a canary back or changes its share of the calls, and
-a canary that performs badly is rolled back automatically. A mark applies only to the digest that it was made for (that
-of all that the version's replicas are started with), so a corrected version is tried again without removing the mark.
+A mark overrides what the file says about a version. An operator sets a mark to roll back a canary or to change the
+canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers
+everything that its replicas are started with, and a mark applies only to one digest. So a corrected version, which has
+another digest, is tried again without removing the mark.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VersionOverride:
-    """Override of the file for one version. `digest` identifies the replicas that it applies to.
+    """Override of the file for one version (a mark).
 
-    `weight` None: use the file's weight. `gone`: why the version must not run at all. `quarantined`: it runs without
-    calls.
+    `digest` identifies the replicas that the override applies to. `weight` None: the weight in the file applies.
+    `gone`: the reason why the version must not run at all, or "". `quarantined`: the version runs without calls.
     """
 
     digest: str
@@ -26,12 +27,12 @@ class VersionOverride:
     quarantined: bool = False
 
     def as_json(self) -> dict[str, object]:
-        """Plain JSON values; `from_json` is the inverse."""
+        """Return the override as plain JSON values; `from_json` is the inverse."""
         return {"digest": self.digest, "weight": self.weight, "gone": self.gone, "quarantined": self.quarantined}
 
     @staticmethod
     def from_json(values: Mapping[str, object]) -> VersionOverride:
-        """Inverse of `as_json`. Raises ValueError for an invalid weight."""
+        """Return the override from JSON values; the inverse of `as_json`. Raises ValueError for an invalid weight."""
         weight = values.get("weight")
         if not isinstance(weight, (int, float, type(None))):
             raise ValueError(f"weight: {weight!r}")
@@ -45,7 +46,10 @@ class VersionOverride:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaShare:
-    """One version's share of the calls and its state. `gone`: why it must not run."""
+    """Share of the calls and state of one version.
+
+    `gone`: the reason why the version must not run, or "".
+    """
 
     version: str
     weight: float
@@ -56,10 +60,10 @@ class ReplicaShare:
 def shares(
     stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionOverride]
 ) -> tuple[ReplicaShare, ...]:
-    """Versions with their shares of the calls, the stable one first. Weights of those that run add up to 1.
+    """Shares of the calls by version, the stable version first. The weights of all running versions add up to 1.
 
-    `stable` is a version and its digest; `canary` is another one with its digest and the file's weight. `marks`
-    are keyed by version.
+    `stable` is the stable version and its digest. `canary` is the canary version, its digest and its weight in the
+    file. `marks` are overrides by version.
     """
     version, digest = stable
     own = marks.get(version)
@@ -80,9 +84,10 @@ def shares(
 
 
 def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
-    """Replicas of each version for a model that needs `total` replicas.
+    """Number of replicas of each version, for a model that needs `total` replicas.
 
-    The canary gets its share of the calls, at least one replica; the stable version keeps enough for the rest.
+    The canary gets its share of the replicas, but at least one. The stable version keeps enough replicas for the rest
+    of the calls.
     """
     if not total or len(parts) == 1:
         return {part.version: 0 if part.gone else total for part in parts}
@@ -95,15 +100,15 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Inverse of `replicas_of`: the total for which all versions together have `replicas` replicas."""
+    """Return the total for which all versions together have `replicas` replicas; the inverse of `replicas_of`."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
 def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
-    """Replicas on each type of GPU, the preferred type first.
+    """Number of replicas on each type of GPU, the preferred type first.
 
-    Replicas listed in `there` keep their type. Others go to the first type with capacity; what fits nowhere waits for
-    the preferred type.
+    `there` has the number of existing replicas by type; these replicas keep their type. Other replicas go to the first
+    type with capacity. Replicas that fit on no type wait for the preferred type.
     """
     room = [max(capacity, 0) for capacity in capacities]
     counts, left = [], replicas

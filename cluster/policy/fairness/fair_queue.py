@@ -1,16 +1,17 @@
 """Weighted token-fair queuing between tenants, within priority classes, for one model.
 
 Problem: tenants that do not trust each other share workers. A tenant that sends a hundred times its share must not make
-the others wait, and no capacity may stay idle for the sake of fairness.
+other tenants wait, and no capacity may stay idle for the sake of fairness.
 
-Invariants: the next tenant has the least counter (service by weight) of those that wait here, in the highest class that
-waits. A counter falls only when an unused charge is returned. A tenant that returns from idle starts at the least
-backlogged counter, so being idle earns no credit. A call is charged once, however many workers it loses.
+Invariants: the next turn goes to the highest class with a waiting sequence on this gateway. Within the class, the turn
+goes to the waiting tenant with the least counter (service divided by weight). A counter falls only when an unused
+charge is refunded. A tenant that returns from idle starts at the least backlogged counter, so being idle earns no
+credit. A call is charged once, however many workers are lost while the call runs.
 
-Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift; docs/tenancy.md says how they become
+Source: VTC (Sheng et al., OSDI 2024) for the counters and their lift. docs/tenancy.md says how the counters become
 cluster-wide.
 
-Within a tenant the order is first come, first served. Callers pass a monotonic `now`, in seconds.
+Sequences of one tenant are served first come, first served. Callers pass a monotonic `now`, in seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CLAIM_SCALE = 16
 
 
 def equal(tenant: str) -> float:
-    """Weight function that gives every tenant the weight 1."""
+    """Return the weight 1 for every tenant."""
     return 1.0
 
 
@@ -41,7 +42,8 @@ def equal(tenant: str) -> float:
 class FairStatistics:
     """Counts of one order.
 
-    `spread`: largest difference of two backlogged counters of one class, in weighted tokens by weight.
+    `spread` is the largest difference between the counters of two backlogged tenants of one class, in weighted tokens
+    divided by weight.
     """
 
     flows: int
@@ -53,7 +55,7 @@ class FairStatistics:
 
 
 class FairOrder:
-    """An `Order` whose counters persist while nothing waits.
+    """Weighted fair `Order` whose counters persist while nothing waits.
 
     Every operation takes O(log tenants + log queue length), amortised.
     """
@@ -66,15 +68,18 @@ class FairOrder:
         idle_s: float = IDLE_S,
         deficit_tokens: float = DEFICIT_TOKENS,
     ) -> None:
-        """`deficit_tokens`: how far below the least counter, by weight, a tenant may start after less than `idle_s`
-        away."""
+        """Create an order without sequences.
+
+        A tenant that was idle for less than `idle_s` may start below the least counter, by at most `deficit_tokens`
+        divided by its weight.
+        """
         self._weight_of = weight_of
         self._service = service or ServiceWeights()
         self._idle_s = idle_s
         self._deficit_tokens = deficit_tokens
         self._classes: dict[int, ClassTurns] = {}
         self._ranks: list[int] = []
-        self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # with the pending charge and the serial number
+        self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # flow, pending charge, serial number
         self._returned: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
@@ -88,7 +93,8 @@ class FairOrder:
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append to the tenant's queue; a tenant that returns from idle is lifted first."""
+        """Append a sequence to the queue of its tenant. The counter of a tenant that returns from idle is lifted
+        first."""
         self._advance(now)
         flow = self._flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
@@ -96,7 +102,10 @@ class FairOrder:
         self._change_waiting_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert before all sequences that have not had their turn: higher classes first, then by arrival."""
+        """Insert a sequence before all sequences that have not had their turn.
+
+        Sequences that were put back are ordered by class, the highest first, then by arrival.
+        """
         flow = self._flow(waiting.rank, waiting.tenant)
         self._returns += 1
         key = (waiting.rank, waiting.arrived, self._returns)
@@ -109,8 +118,11 @@ class FairOrder:
         self._change_waiting_here(flow, 1, 0.0)
 
     def head(self) -> WaitingSequence | None:
-        """The first sequence put back; else the first of the tenant with the least counter in the highest waiting
-        class."""
+        """The next sequence, or None if nothing waits.
+
+        This is the first sequence that was put back. Otherwise it is the first sequence of the tenant with the least
+        counter in the highest waiting class.
+        """
         if self._returned:
             return self._returned[0][3]
         for rank in self._ranks:
@@ -120,12 +132,13 @@ class FairOrder:
         return None
 
     def remove(self, call_id: str) -> None:
-        """Remove a waiting sequence. If it was put back, the unused part of its charge is returned."""
+        """Remove a waiting sequence. If the sequence was put back, the unused part of its charge is refunded."""
         self._remove_waiting(call_id)
         self.ended(call_id)
 
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
-        """Remove a sequence that goes to a worker, and charge its predicted cost unless it was charged before."""
+        """Remove a sequence that is sent to a worker. The predicted cost is charged unless the sequence was charged
+        before."""
         self._advance(now)
         flow, charge = self._remove_waiting(call_id)
         if charge is not None:
@@ -133,7 +146,7 @@ class FairOrder:
             self._add(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of its own tenant and class ahead. A tenant learns nothing about others."""
+        """Number of sequences of the same tenant and class ahead. So a tenant learns nothing about other tenants."""
         flow, _, serial = self._where[call_id]
         key = self._returned_keys.get(call_id)
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
@@ -141,7 +154,7 @@ class FairOrder:
         return before if key is not None else before + flow.position(serial)
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
+        """Number of slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
         flow, _, serial = self._where[waiting.call_id]
         if serial < 0 or flow.since > self._now - self._idle_s:
             return 0
@@ -150,47 +163,55 @@ class FairOrder:
     # ---- calls that had their turn
 
     def charge_of(self, call_id: str) -> float:
-        """Current charge of a call that had its turn, in weighted tokens. The worker's account starts with it."""
+        """Current charge of a call that had its turn, in weighted tokens. The account of the worker starts with this
+        charge."""
         return self._open[call_id][1].amount
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """Correct the charge at the first output: how much of the prompt was cached. Ignores unknown ids."""
+        """Correct the charge at the first output by the number of cached prompt tokens. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None:
             self._add(entry[0], entry[1].cached(cached_tokens))
 
     def generated(self, call_id: str, output_tokens: int) -> None:
-        """Report the total of output tokens so far; cheap while within the prediction. Ignores unknown ids."""
+        """Record the total number of output tokens so far. Cheap while the total is within the prediction. Ignores
+        unknown ids."""
         if (entry := self._open.get(call_id)) is not None and (delta := entry[1].generated(output_tokens)):
             self._add(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
-        """Return the predicted but not generated part of the charge, however the call ended. Ignores unknown ids."""
+        """End a call, and refund the charge for predicted tokens that were not generated. Ignores unknown ids.
+
+        The refund does not depend on how the call ended.
+        """
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
-        """Return the whole charge, because no worker accepted the call. Ignores unknown ids."""
+        """Refund the whole charge of a call, because no worker accepted the call. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._add(entry[0], entry[1].revoked())
 
     # ---- other gateways
 
     def apply_served_report(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
-        """Process a worker's report: add what other gateways' calls were served to the counters."""
+        """Apply a report of a worker: add the service for calls of other gateways to the counters."""
         self._advance(now)
         for key, difference in self._worker_totals.differences(worker, incarnation, totals):
             self._add(self._flow(*key), difference)
 
     def forget_worker(self, worker: str) -> None:
-        """Forget the totals of a worker that will not come back. The counters keep what it served."""
+        """Forget the totals of a worker that will not come back. The counters keep the service of that worker."""
         self._worker_totals.forget(worker)
 
     def link_ended(self, worker: str) -> None:
-        """The worker's next report comes by another link, whose own part starts at zero."""
+        """Record that the link to a worker has ended.
+
+        The next report of the worker comes by another link, so the part of this gateway starts at zero.
+        """
         self._worker_totals.link_ended(worker)
 
     def replace_peer_backlog(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
-        """Replace the backlog of another gateway for this model by its new report."""
+        """Replace the backlog of another gateway for this model by a new report."""
         self._advance(now)
         for key, change in self._peer_backlogs.replace(gateway, waiting, now).items():
             flow = self._flow(*key)
@@ -200,7 +221,7 @@ class FairOrder:
                 self._flow(*key).last_waiting = self._now
 
     def own_backlog(self) -> dict[FlowKey, Backlog]:
-        """Backlog to report to the other gateways."""
+        """Backlog of this gateway by flow, to report to the other gateways."""
         return {
             flow.key: Backlog(flow.here, flow.here_service)
             for turns in self._classes.values()
@@ -208,11 +229,12 @@ class FairOrder:
         }
 
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
-        """This gateway's share of the next `picks` turns, as if all gateways had one queue; reported as its backlog.
+        """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
 
-        The unit is 1/CLAIM_SCALE of a turn; the result is at least 1 if anything waits here. `picks` should be about
-        the number of turns between two reports: with more, a gateway whose only tenant is first among thousands would
-        get a small part of each credit. O(tenants + picks), so it is meant for reports and not for every call.
+        The gateway reports this number as its backlog. The unit is 1/CLAIM_SCALE of a turn. The share is at least 1 if
+        anything waits on this gateway. `picks` should be about the number of turns between two reports: with more, a
+        gateway whose only tenant is first among thousands would get a small part of each credit. The cost is O(tenants
+        + picks), so this method is meant for reports and not for every call.
         """
         if not self._where:
             return 0
@@ -227,9 +249,10 @@ class FairOrder:
         return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
-        """Run once a second: forget gateways silent for `idle_s`, and idle tenants whose counters are at the floor.
+        """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at the floor.
 
-        Notes tenants that count as guests (reserved_slots.py).
+        The caller runs this method once a second. The method also notes tenants that count as guests
+        (reserved_slots.py).
         """
         self._advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
@@ -248,18 +271,21 @@ class FairOrder:
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Weighted service by weight, including lifts; 0 for an unknown tenant."""
+        """Counter of a tenant: weighted service divided by weight, including lifts. 0 for an unknown tenant."""
         flow = self._known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
     def service_ahead(self, tenant: str, rank: int = 0) -> float:
-        """Weighted tokens surely ahead of a new sequence of this tenant: those of higher classes and its own."""
+        """Number of weighted tokens that are surely ahead of a new sequence of this tenant.
+
+        These are the tokens of higher classes and of the tenant's own queue.
+        """
         own = self._known(tenant, rank)
         higher = sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
         return higher + (own.here_service if own is not None else 0.0)
 
     def statistics(self) -> FairStatistics:
-        """Frozen counts."""
+        """Return the current counts as a frozen value."""
         spreads = []
         for turns in self._classes.values():
             counters = [flow.counter for flow in turns.anywhere.flows()]
@@ -298,7 +324,7 @@ class FairOrder:
         return None if turns is None else turns.flows.get(tenant)
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns its flow, and its charge unless it has been charged already."""
+        """Remove a waiting sequence. Returns the flow, and the charge or None if the sequence was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)
@@ -321,7 +347,7 @@ class FairOrder:
             self._update_backlogged(flow, before > 0 or flow.here > 0)
 
     def _update_backlogged(self, flow: Flow, waited: bool) -> None:
-        """Update the flow when it starts or stops waiting, here or at other gateways."""
+        """Update a flow that starts or stops waiting, on this gateway or on other gateways."""
         if not waited:
             self._lift(flow)
             flow.since = self._now
@@ -342,26 +368,29 @@ class FairOrder:
 
 
 class FairOrders:
-    """The orders of one gateway, by model. They persist while nothing waits, so that tenants' counters do too."""
+    """Fair orders of one gateway, by model. The orders and their counters persist while nothing waits."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make
         self._orders: dict[str, FairOrder] = {}
 
     def order(self, model: str) -> FairOrder:
-        """The order of a model, created at first use. Pass this method to the waiting room as `order_of`."""
+        """Return the order of a model. An order is created at first use.
+
+        The waiting room gets this method as `order_of`.
+        """
         order = self._orders.get(model)
         if order is None:
             order = self._orders[model] = self._make()
         return order
 
     def sweep(self, now: float) -> None:
-        """Sweep every order. To be called once a second."""
+        """Sweep every order. The caller runs this method once a second."""
         for order in self._orders.values():
             order.sweep(now)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget models that are not listed and have nothing waiting or running."""
+        """Forget models that are not listed, unless a sequence of the model waits or has an open charge."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

@@ -1,12 +1,13 @@
 """Interface between the waiting room and an ordering rule.
 
-Problem: the waiting room enforces bounds and deadlines; which waiting sequence is next is a separate question with
+Problem: the waiting room enforces bounds and deadlines. Which waiting sequence is next is a separate question with
 several answers.
 
-Invariants: a sequence that is pushed or put back is removed once, by `taken` or `remove`; `head` is one of those that
-wait.
+Invariants: a sequence that is pushed or put back is removed once, by `mark_taken` or `remove`. `head` is one of the
+waiting sequences.
 
-`fair_queue.py` has the weighted fair order of tenants; the simulator has first come, first served beside it.
+`fair_queue.py` has the weighted fair order of tenants. The simulator also has an order that serves first come, first
+served.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class WaitingSequence:
-    """A waiting sequence. `tokens` counts its prompt tokens; `deadline` and `arrived` are times, `deadline` None means
-    none.
+    """Sequence that waits for a worker.
 
-    `rank` is that of its priority class; rank 0 is served first and shed last. `cached_tokens` of the prompt are
-    expected in a worker's cache; `output_tokens` is the expected output.
+    `tokens` is the number of prompt tokens. `cached_tokens` is the number of prompt tokens that are expected in the
+    cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
+    `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
+    last.
     """
 
     call_id: str
@@ -37,16 +39,19 @@ class WaitingSequence:
 
 
 class Order(Protocol):
-    """Order of the sequences that wait for one model. Call ids are unique within it."""
+    """Order of the sequences that wait for one model. A call id is unique within one order."""
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append a sequence."""
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert a sequence that lost its worker before all those that have not had their turn."""
+        """Put back a sequence that lost its worker.
+
+        The sequence is placed before all sequences that have not had their turn.
+        """
 
     def head(self) -> WaitingSequence | None:
-        """The next sequence; None if nothing waits."""
+        """The next sequence, or None if nothing waits."""
 
     def remove(self, call_id: str) -> None:
         """Remove a sequence that has not had its turn. Raises KeyError for an unknown id."""
@@ -55,4 +60,5 @@ class Order(Protocol):
         """Remove a sequence that has its turn. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
-        """Number of sequences ahead, as far as its tenant may know. Raises KeyError for an unknown id."""
+        """Number of sequences ahead, as far as the tenant of the sequence may know. Raises KeyError for an unknown
+        id."""

@@ -1,13 +1,14 @@
-"""Learnt output lengths by tenant and model: an expectation for fair queuing and scaling, a high quantile for limits.
+"""Learnt output lengths by tenant and model. Fair queuing and scaling use an expectation; limits use a high quantile.
 
-Many outputs end at max_tokens, so only a lower bound of their length is known (censored data). Their mean is too low
-for a call that may be longer, and the lesser of that mean and max_tokens is too low for a mix. The expectation is
-therefore the restricted mean of the Kaplan-Meier estimate: the area under its survival curve up to max_tokens. Tenants
-whose outputs all run to their max_tokens are expected to do so again.
+Many outputs end at max_tokens, so only a lower bound of their length is known (censored data). The mean of the observed
+lengths is too low for a call that may be longer. The lesser of this mean and max_tokens is too low for a mix of calls.
+The expectation is therefore the restricted mean of the Kaplan-Meier estimate: the area under the survival curve up to
+max_tokens. If all outputs of a tenant run to their max_tokens, the next outputs are expected to do so too.
 
-A (tenant, model) pair without observations uses the model's other outputs, then all outputs, then a default.
+A (tenant, model) pair without observations uses the outputs of other tenants for the model, then all outputs, then a
+default.
 
-Invariant: memory is bounded, in outputs per pair and in pairs; the least recently used pair is dropped first.
+Invariant: memory is bounded, in outputs per pair and in number of pairs. The least recently used pair is dropped first.
 
 Source: Kaplan & Meier, Nonparametric Estimation from Incomplete Observations (JASA 53, 1958).
 """
@@ -25,7 +26,8 @@ KEPT = 64
 DEFAULT_TOKENS = 256
 QUANTILE = 0.95
 RELEARNT_PART = 16
-"""The curve is recomputed when at least one in this many kept outputs is new: it costs as much as sorting them."""
+"""The curve is computed again when at least one in RELEARNT_PART of the kept outputs is new, because computing the
+curve costs as much as sorting the outputs."""
 
 
 class _Lengths:
@@ -33,7 +35,7 @@ class _Lengths:
 
     def __init__(self) -> None:
         self.last: deque[tuple[int, bool]] = deque(maxlen=KEPT)
-        """(tokens, cut): `cut` says whether the output ended at max_tokens."""
+        """Pairs of (tokens, cut). `cut` says whether the output ended at max_tokens."""
         self.total = 0
         self._high: int | None = 0
         self._new_since_curve = 0
@@ -52,7 +54,7 @@ class _Lengths:
     def expected(self, default_tokens: int, max_tokens: int) -> float:
         """Area under the survival curve up to `max_tokens`.
 
-        Beyond the longest observed length nothing is known, so at most `default_tokens` more are expected there.
+        Nothing is known beyond the longest observed length, so at most `default_tokens` more are expected there.
         """
         if self._new_since_curve * RELEARNT_PART >= len(self.last):
             self._curve()
@@ -65,7 +67,8 @@ class _Lengths:
         return self._area[at] + self._survival[at] * beyond
 
     def _curve(self) -> None:
-        """Compute, for each observed length, the area up to it and the share of outputs that survive it."""
+        """Compute the survival curve: for each observed length, the area up to this length and the share of longer
+        outputs."""
         self._new_since_curve = 0
         ends: dict[int, list[int]] = {}
         for tokens, cut in self.last:
@@ -85,7 +88,8 @@ class _Lengths:
 
     @property
     def high(self) -> int:
-        """The QUANTILE of the lengths. Computed on demand: the outputs of a burst are added together."""
+        """Length at the quantile QUANTILE. The value is computed on demand, because the outputs of a burst are added
+        together."""
         if self._high is None:
             ordered = sorted(tokens for tokens, _ in self.last)
             self._high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)]
@@ -93,7 +97,7 @@ class _Lengths:
 
 
 class LearntOutputs:
-    """The last outputs' lengths in tokens, by (tenant, model)."""
+    """Lengths of the last outputs in tokens, by (tenant, model)."""
 
     def __init__(self, *, default_tokens: int = DEFAULT_TOKENS, max_pairs: int = 50_000) -> None:
         self._default_tokens = default_tokens
@@ -103,7 +107,8 @@ class LearntOutputs:
         self._all: _Lengths | None = None
 
     def observe(self, tenant: str, model: str, tokens: int, *, cut: bool = False) -> None:
-        """Record the length of an ended sequence. `cut`: it ended at max_tokens and would have been longer."""
+        """Record the length of a sequence that has ended. `cut`: the sequence ended at max_tokens and would have been
+        longer."""
         tokens = max(tokens, 0)
         self._lengths_of(self._pairs, (tenant, model)).add(tokens, cut)
         self._lengths_of(self._models, model).add(tokens, cut)
@@ -112,7 +117,7 @@ class LearntOutputs:
         self._all.add(tokens, cut)
 
     def _lengths_of(self, kept: OrderedDict[Key, _Lengths], key: Key) -> _Lengths:
-        """Lengths for a key, marked as the most recently used."""
+        """Return the lengths for a key, and mark the key as the most recently used."""
         lengths = kept.get(key)
         if lengths is None:
             lengths = kept[key] = _Lengths()
@@ -130,13 +135,13 @@ class LearntOutputs:
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)
 
     def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Mean length of the observed outputs, between 1 and `max_tokens`."""
+        """Mean length of the observed outputs of a tenant and model, between 1 and `max_tokens`."""
         lengths = self._pairs.get((tenant, model))
         expected = self._default_tokens if lengths is None else round(lengths.total / len(lengths.last))
         return max(min(expected, max_tokens), 1)
 
     def p95(self, tenant: str, model: str, max_tokens: int) -> int:
-        """95th percentile of the lengths, between 1 and `max_tokens`."""
+        """95th percentile of the observed lengths of a tenant and model, between 1 and `max_tokens`."""
         lengths = self._pairs.get((tenant, model))
         return max(min(self._default_tokens if lengths is None else lengths.high, max_tokens), 1)
 

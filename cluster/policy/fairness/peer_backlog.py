@@ -1,11 +1,13 @@
-"""A gateway's knowledge of its peers: their backlogs, and the service that their tenants received.
+"""Data about the other gateways (peers): their backlogs, and the service that their tenants received.
 
-Problem: tenants' accounts must be cluster-wide without another store. Workers see all service, so they report it: for
-each tenant a total since the worker's start, and the part of it that came by the link that carries the report. A
-gateway knows its own part better and sooner, and adds only the growth of the rest.
+Problem: the accounts of tenants must be cluster-wide without another store.
 
-Invariants: a repeated report changes nothing; a lost one is made up for by the next; service before a gateway's first
-report from a worker is not added, because its start is unknown.
+Method: workers see all service, so workers report the service. A report has two numbers for each tenant: a total since
+the start of the worker, and the part of the total that came by the link of the report. A gateway knows its own part
+better and sooner, and adds only the growth of the rest.
+
+Invariants: a repeated report changes nothing. The next report makes up for a lost report. Service before the first
+report from a worker to a gateway is not added, because the start of that service is unknown.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from cluster.policy.fairness.service_counters import Flow, FlowKey
 
 
 class Backlog(NamedTuple):
-    """Waiting requests, and the weighted tokens that they are expected to cost."""
+    """Waiting requests of one flow: their number, and their expected cost in weighted tokens."""
 
     requests: int
     service: float
@@ -27,7 +29,7 @@ class Backlog(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedTotal:
-    """One tenant's service at one worker: weighted tokens charged since the worker's start, net of returned charges."""
+    """Service of one tenant at one worker: weighted tokens charged since the start of the worker, less refunds."""
 
     rank: int
     tenant: str
@@ -36,7 +38,7 @@ class ServedTotal:
 
 
 class WorkerTotals:
-    """The last totals of every worker."""
+    """Last reported totals of every worker."""
 
     def __init__(self) -> None:
         self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
@@ -44,7 +46,7 @@ class WorkerTotals:
     def differences(
         self, worker: str, incarnation: str, totals: Iterable[ServedTotal]
     ) -> Iterator[tuple[FlowKey, float]]:
-        """Service by other gateways since the worker's last report, by flow.
+        """Yield the service for other gateways since the last report of the worker, by flow.
 
         The first report of a worker only sets the starting point.
         """
@@ -64,7 +66,7 @@ class WorkerTotals:
                 yield key, difference
 
     def link_ended(self, worker: str) -> None:
-        """Restart this gateway's part at zero, because the worker's next report comes by another link."""
+        """Restart the part of this gateway at zero, because the next report of the worker comes by another link."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():
@@ -76,13 +78,13 @@ class WorkerTotals:
 
 
 class PeerBacklogs:
-    """The last backlog report of every other gateway."""
+    """Last backlog report of every other gateway."""
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
 
     def replace(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> dict[FlowKey, Backlog]:
-        """Replace a gateway's report. Returns how the sums over all gateways change."""
+        """Replace the report of a gateway. Returns the changes of the sums over all gateways, by flow."""
         _, before = self._reports.get(gateway, (now, {}))
         self._reports[gateway] = (now, dict(waiting))
         none = Backlog(0, 0.0)
@@ -94,7 +96,7 @@ class PeerBacklogs:
         return changes
 
     def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
-        """Drop gateways without a report since `when`. Returns how the sums change."""
+        """Drop gateways without a report since `when`. Returns the changes of the sums over all gateways, by flow."""
         sums: dict[FlowKey, Backlog] = {}
         for gateway, (reported_at, waiting) in list(self._reports.items()):
             if reported_at < when:
@@ -106,8 +108,10 @@ class PeerBacklogs:
 
     @staticmethod
     def share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-        """This gateway's part of the next `turns` among these flows, the least counter first, and the number of turns
-        used."""
+        """Return the part of this gateway in the next `turns` among these flows, and the number of turns used.
+
+        The flow with the least counter has the first turn.
+        """
         heap = [(f.counter, at, f, f.here + f.elsewhere) for at, f in enumerate(flows)]
         if len(heap) > turns:
             heap = heapq.nsmallest(turns, heap)

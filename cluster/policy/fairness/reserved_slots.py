@@ -1,14 +1,16 @@
 """Slots kept free for tenants that send little, beside tenants that always have something waiting.
 
-Problem: in a full cluster each slot that becomes free is filled at once by a tenant that always waits. The call of a
-quiet tenant, although its turn is next, then waits for a slot that is granted to its own gateway: with G gateways that
-is one slot in G.
+Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always waits. Even if a call
+of a quiet tenant has the next turn, the call must wait for a slot that is granted to its own gateway. With G gateways
+that is one slot in G.
 
-Invariants: slots are kept only if a guest was seen recently (a tenant that has had no more than its share and now waits
-nowhere). They are kept only from tenants that have waited without a pause for longer than an idle tenant is remembered.
-The number kept is at most one in KEPT_OF of the running calls of this gateway, and at most KEPT_MOST.
+Invariants: slots are kept free only if a guest was seen recently. A guest is a tenant that has had no more than its
+share and now waits nowhere. Slots are kept only from tenants that have waited without a pause for longer than an idle
+tenant is remembered. The number of kept slots is at most one in KEPT_OF of the running calls of this gateway, and at
+most KEPT_MOST.
 
-Source: trunk reservation (Kelly, Loss Networks, 1991): a few circuits kept for the rarer class cost the other little.
+Source: trunk reservation (Kelly, Loss Networks, 1991): a few circuits that are kept for the rarer class cost the other
+class little.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Reserved slots of one model. Guests are noted once a second; `reserved` is read at each turn."""
+    """Reserved slots of one model. Guests are noted once a second. `reserved` is read at each turn."""
 
     __slots__ = ("_until",)
 
@@ -31,7 +33,10 @@ class ReservedSlots:
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:
-        """Slots to keep free when a sequence of class `rank` takes its turn. `filled`: this gateway's running calls."""
+        """Number of slots to keep free when a sequence of class `rank` takes its turn.
+
+        `filled` is the number of running calls of this gateway.
+        """
         kept = min(filled // KEPT_OF, KEPT_MOST)
         if kept and any(now < until and guest <= rank for guest, until in self._until.items()):
             return kept

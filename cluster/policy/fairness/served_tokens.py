@@ -1,7 +1,8 @@
-"""A worker's account of the service that each flow received: the source of `Served` reports.
+"""Account of a worker: the service that each flow received. `Served` reports are made from this account.
 
-Invariant: the total of a flow is the sum of the charges of all calls accepted for it, computed as each gateway does for
-its own calls. So all gateways that have all reports have equal accounts. The meter uses no clock.
+Invariant: the total of a flow is the sum of the charges of all accepted calls of the flow. Charges are computed in the
+same way as by each gateway for its own calls. So all gateways that have all reports have equal accounts. The meter uses
+no clock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cluster.policy.fairness.token_cost import Charge
 
 
 class ServedMeter:
-    """Service by flow, and by the link on which the calls came. Link numbers are not reused."""
+    """Service by flow, and by the link on which the calls came. The number of a link is never reused."""
 
     def __init__(self) -> None:
         self._totals: dict[FlowKey, float] = {}
@@ -24,17 +25,20 @@ class ServedMeter:
         self._resumed: set[str] = set()
 
     def attach(self, link: int) -> None:
-        """Add a new link: its first report names every flow."""
+        """Add a new link. The first report on this link names every flow."""
         self._by_link[link] = {}
         self._changed[link] = set(self._totals)
 
     def detach(self, link: int) -> None:
-        """Remove an ended link. Later corrections of its calls still count in the totals."""
+        """Remove a link that has ended. Later corrections of calls from this link still count in the totals."""
         self._by_link.pop(link, None)
         self._changed.pop(link, None)
 
     def accepted(self, request_id: str, link: int, flow: FlowKey, charge: Charge, *, again: bool = False) -> None:
-        """Record an accepted call. `again`: another worker has counted it already, so only corrections are added."""
+        """Record an accepted call.
+
+        `again`: another worker has already counted the call, so this meter adds only corrections.
+        """
         self._open[request_id] = (link, flow, charge)
         if again:
             self._resumed.add(request_id)
@@ -42,7 +46,7 @@ class ServedMeter:
             self._add(link, flow, charge.amount)
 
     def revoked(self, request_id: str) -> None:
-        """Return the charge of a call that the engine did not accept after all."""
+        """Refund the charge of a call that the engine did not accept after all."""
         if (entry := self._open.pop(request_id, None)) is None:
             return
         if request_id not in self._resumed:
@@ -50,23 +54,23 @@ class ServedMeter:
         self._resumed.discard(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """Correct the charge at the first output: how much of the prompt was cached."""
+        """Correct the charge at the first output by the number of cached prompt tokens."""
         if (entry := self._open.get(request_id)) is not None:
             self._add(entry[0], entry[1], entry[2].cached(cached_tokens))
 
     def generated(self, request_id: str, output_tokens: int) -> None:
-        """Report the total of output tokens so far."""
+        """Record the total number of output tokens of a call so far."""
         if (entry := self._open.get(request_id)) is not None and (delta := entry[2].generated(output_tokens)):
             self._add(entry[0], entry[1], delta)
 
     def ended(self, request_id: str) -> None:
-        """Return the predicted but not generated part of the charge, however the call ended."""
+        """End a call, and refund the charge for predicted tokens that were not generated, however the call ended."""
         if (entry := self._open.pop(request_id, None)) is not None:
             self._resumed.discard(request_id)
             self._add(entry[0], entry[1], entry[2].ended())
 
     def report(self, link: int) -> Sequence[ServedTotal]:
-        """Flows whose totals changed since the last report on this link."""
+        """Return the totals of the flows whose totals changed since the last report on this link."""
         mine = self._by_link[link]
         changed, self._changed[link] = self._changed[link], set()
         return [ServedTotal(key.rank, key.tenant, self._totals[key], mine.get(key, 0.0)) for key in sorted(changed)]

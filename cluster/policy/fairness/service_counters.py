@@ -1,13 +1,15 @@
-"""Tenants' service counters within one model, with a fast lookup of the least one.
+"""Service counters of tenants within one model, with a fast lookup of the flow with the least counter.
 
 Problem: among ten thousand tenants the least counter must be found in microseconds, while each report changes thousands
-of counters. So flows are kept in buckets of QUANTUM weighted tokens. A flow is moved to another bucket only when the
-lookup meets it (after a rise) or when its counter falls.
+of counters.
 
-Invariant: `least` is in the lowest bucket that holds a flow by its true counter, so it is at most QUANTUM above the
-least.
+Method: flows are kept in buckets of QUANTUM weighted tokens. A flow is moved to another bucket only when its counter
+falls, or when the lookup finds that its counter has risen.
 
-Source: the calendar queue (Brown, CACM 1988), with VTC's counters (Sheng et al., OSDI 2024) as its time.
+Invariant: if all flows were in the buckets of their current counters, `least` would return a flow of the lowest bucket.
+So the counter of the returned flow is at most QUANTUM above the least counter.
+
+Source: the calendar queue (Brown, CACM 1988). The time of the queue is a counter of VTC (Sheng et al., OSDI 2024).
 """
 
 from __future__ import annotations
@@ -30,29 +32,29 @@ class FlowKey(NamedTuple):
 
 
 class FifoQueue:
-    """FIFO queue with serial numbers; O(1) except for removals from the middle."""
+    """FIFO queue whose entries have serial numbers. Operations take O(1), except for removals from the middle."""
 
     __slots__ = ("_first", "_gone", "_line")
 
     def __init__(self) -> None:
         self._line: deque[WaitingSequence] = deque()
-        self._first = 0  # serial number of the first in _line
+        self._first = 0  # serial number of the first entry in _line
         self._gone: list[int] | None = None  # serial numbers of removed entries still in _line, sorted
 
     def __len__(self) -> int:
         return len(self._line) - len(self._gone or ())
 
     def push(self, waiting: WaitingSequence) -> int:
-        """Append. Returns the serial number that identifies the entry."""
+        """Append an entry. Returns the serial number that identifies the entry."""
         self._line.append(waiting)
         return self._first + len(self._line) - 1
 
     def head(self) -> WaitingSequence | None:
-        """The first entry; None if empty."""
+        """The first entry, or None if the queue is empty."""
         return self._line[0] if self._line else None
 
     def remove(self, serial: int) -> None:
-        """Remove an entry at any position. Must be called once per serial number."""
+        """Remove an entry at any position. The caller must remove each serial number only once."""
         if serial != self._first:
             self._gone = self._gone or []
             insort(self._gone, serial)
@@ -63,7 +65,7 @@ class FifoQueue:
             self._skip(self._gone)
 
     def _skip(self, gone: list[int]) -> None:
-        """Drop removed entries from the front, so that the first entry is one that waits."""
+        """Drop removed entries from the front, so that the first entry is a waiting entry."""
         dropped = 0
         while dropped < len(gone) and gone[dropped] == self._first:
             self._line.popleft()
@@ -72,7 +74,7 @@ class FifoQueue:
         self._gone = gone[dropped:] or None
 
     def position(self, serial: int) -> int:
-        """Number of entries ahead."""
+        """Number of entries ahead of the entry with this serial number."""
         return serial - self._first - bisect_left(self._gone or (), serial)
 
     def __repr__(self) -> str:
@@ -80,9 +82,10 @@ class FifoQueue:
 
 
 class Flow(FifoQueue):
-    """One tenant's queue for a model and class, and its weighted service by its weight (`counter`).
+    """Queue of one tenant for one model and class. `counter` is the weighted service of the tenant divided by its
+    weight.
 
-    It is a single object, so that a turn among ten thousand tenants touches little uncached memory.
+    Queue and counter are one object, so that a turn among ten thousand tenants touches little uncached memory.
     """
 
     __slots__ = (
@@ -95,19 +98,19 @@ class Flow(FifoQueue):
         self.weight = 1.0
         self.counter = 0.0
         self.here = 0
-        """Number of sequences that wait in this gateway, including those put back."""
+        """Number of sequences that wait on this gateway, including sequences that were put back."""
         self.elsewhere = 0
         self.here_service = 0.0
-        """Expected cost of the sequences that wait here, in weighted tokens."""
+        """Expected cost of the sequences that wait on this gateway, in weighted tokens."""
         self.elsewhere_service = 0.0
         self.last_waiting = float("-inf")
-        """Time when it was last known to wait anywhere."""
+        """Last time when the flow was known to wait on any gateway."""
         self.since = float("-inf")
-        """Start of the current uninterrupted wait, if it waits."""
+        """Start of the current uninterrupted wait, if the flow waits."""
 
     @property
     def waits(self) -> bool:
-        """Whether it is backlogged at any gateway."""
+        """Whether the flow is backlogged on any gateway."""
         return self.here > 0 or self.elsewhere > 0
 
     def __repr__(self) -> str:
@@ -117,7 +120,7 @@ class Flow(FifoQueue):
 
 
 class LeastFirst:
-    """Flows ordered by counter bucket; within a bucket, first in, first out."""
+    """Flows ordered by the bucket of their counter. Within a bucket the order is first in, first out."""
 
     def __init__(self, quantum: float = QUANTUM) -> None:
         self._per_token = 1.0 / quantum
@@ -132,7 +135,7 @@ class LeastFirst:
         return flow in self._at
 
     def add(self, flow: Flow) -> None:
-        """Add a flow, or move it to the bucket of its counter."""
+        """Add a flow, or move the flow to the bucket of its counter."""
         number = int(flow.counter * self._per_token)
         self._at[flow] = number
         bucket = self._buckets.get(number)
@@ -142,7 +145,7 @@ class LeastFirst:
         bucket.append(flow)
 
     def discard(self, flow: Flow) -> None:
-        """Remove the flow if it is present."""
+        """Remove a flow, if the flow is present."""
         self._at.pop(flow, None)
 
     def note_decrease(self, flow: Flow) -> None:
@@ -152,7 +155,7 @@ class LeastFirst:
             self.add(flow)
 
     def least(self) -> Flow | None:
-        """The flow with the least counter; None if empty. Each outdated entry is handled once."""
+        """The flow with the least counter, or None without flows. Each outdated entry is handled once."""
         while self._order:
             number = self._order[0]
             bucket = self._buckets[number]
@@ -176,7 +179,7 @@ class LeastFirst:
 
 
 class ClassTurns:
-    """The flows of one class: those that wait here, and those that wait anywhere."""
+    """Flows of one class: flows that wait on this gateway, and flows that wait on any gateway."""
 
     def __init__(self) -> None:
         self.flows: dict[str, Flow] = {}
@@ -185,8 +188,10 @@ class ClassTurns:
         self._last: Flow | None = None
 
     def floor(self) -> float:
-        """Starting counter of a flow that returns from idle: the least backlogged, else the last backlogged one's
-        (VTC)."""
+        """Starting counter of a flow that returns from idle (VTC).
+
+        This is the least counter of the backlogged flows, or else the counter of the last flow that was backlogged.
+        """
         least = self.anywhere.least()
         if least is None:
             least = self._last

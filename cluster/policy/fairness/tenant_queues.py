@@ -1,10 +1,10 @@
-"""Waiting requests and tokens by tenant and class, and the victim that a full room sheds.
+"""Waiting requests and tokens by tenant and class, and the choice of the victim that a full waiting room sheds.
 
-Problem: a full room must shed the lowest class first, and within a class a flooding tenant must not take the places of
-the others.
+Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
+places of other tenants.
 
-Invariant: the victim's class is below the new sequence's; or it is the same class, and then its tenant's queue is
-longer by weight than the new sequence's own would become.
+Invariant: the victim has a lower class than the new sequence, or the same class. With the same class, the queue of the
+victim's tenant is longer by weight than the queue of the new sequence's tenant would become.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class _TenantQueue:
 
 
 class TenantQueues:
-    """One queue for each tenant in each class, over all models."""
+    """Queues of waiting sequences, one for each tenant in each class, over all models."""
 
     def __init__(self, weight_of: Callable[[str], float], is_waiting: Callable[[WaitingSequence], bool]) -> None:
-        """`is_waiting` says whether an added sequence still waits."""
+        """Create empty queues. `is_waiting` says whether an added sequence still waits."""
         self._weight_of = weight_of
         self._is_waiting = is_waiting
         self._ranks: dict[int, dict[str, _TenantQueue]] = {}
-        # rank -> heap of (-length, tenant); lengths may be outdated. Kept only while it is used: a room with space does
-        # not need it, and rebuilding it costs less than the adds after which it is dropped.
+        # Heaps of (-length, tenant) by rank; lengths may be outdated. The heaps are kept only while they are used: a
+        # room with space needs no heaps, and building them again costs less than the adds after which they are dropped.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
         self._adds_unasked = 0
 
     def waiting_of(self, tenant: str) -> tuple[int, int]:
-        """Waiting requests and tokens of a tenant, in all classes."""
+        """Numbers of waiting requests and tokens of a tenant, over all classes."""
         queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
         return sum(queue.requests for queue in queues), sum(queue.tokens for queue in queues)
 
@@ -59,7 +59,7 @@ class TenantQueues:
             self._note_length(waiting, self._longest)
 
     def remove(self, waiting: WaitingSequence) -> None:
-        """Remove a sequence."""
+        """Remove a sequence that no longer waits."""
         queues = self._ranks[waiting.rank]
         queue = queues[waiting.tenant]
         queue.requests -= 1
@@ -68,7 +68,7 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """The sequence to shed so that `below` can enter; None if none may be shed for it."""
+        """Return the sequence to shed so that `below` can enter, or None if no sequence may be shed for `below`."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):

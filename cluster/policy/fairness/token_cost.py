@@ -1,9 +1,12 @@
 """Cost of a call in weighted tokens, first predicted, then corrected.
 
-Problem: the next call is chosen before its output is known. So a call is charged its predicted cost, and the charge is
-corrected: raised as soon as the output exceeds the prediction, lowered at the end.
+Problem: the next call is chosen before its output is known.
 
-Invariant: after `ended` the charge is that of the tokens really computed; the sum of all deltas is the charge.
+Method: a call is charged its predicted cost, and the charge is corrected later. The charge is raised as soon as the
+output exceeds the prediction, and lowered at the end.
+
+Invariant: after `ended`, the charge is the cost of the tokens that were really computed. The sum of all deltas is the
+charge.
 
 Source: VTC with length prediction (Sheng et al., OSDI 2024, section 4.3).
 """
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServiceWeights:
-    """Weight of each prompt token, cached prompt token and output token. VTC's are 1 for input and 2 for output."""
+    """Weights of a prompt token, a cached prompt token and an output token. VTC uses 1 for input and 2 for output."""
 
     input: float = 1.0
     cached: float = 0.1
@@ -29,18 +32,18 @@ class ServiceWeights:
             raise ValueError("cached must lie between 0 and input")
 
     def prompt(self, tokens: int, cached_tokens: int) -> float:
-        """Weighted tokens of a prompt."""
+        """Number of weighted tokens of a prompt."""
         cached = min(cached_tokens, tokens)
         return self.input * (tokens - cached) + self.cached * cached
 
 
 class Charge:
-    """Charge of one call. Each method returns by how much it has changed."""
+    """Charge of one call. Each method returns the change of the charge in weighted tokens; a refund is negative."""
 
     __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights")
 
     def __init__(self, weights: ServiceWeights, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> None:
-        """`cached_tokens` and `output_tokens` are predictions."""
+        """Create a charge with the predicted cost. `cached_tokens` and `output_tokens` are predictions."""
         self._weights = weights
         self._prompt_tokens = prompt_tokens
         self._prompt = weights.prompt(prompt_tokens, cached_tokens)
@@ -53,26 +56,26 @@ class Charge:
         return self._prompt + self._weights.output * self._paid_output
 
     def cached(self, cached_tokens: int) -> float:
-        """Apply the engine's report of how much of the prompt was cached."""
+        """Correct the charge by the number of cached prompt tokens that the engine reported."""
         before = self._prompt
         self._prompt = self._weights.prompt(self._prompt_tokens, cached_tokens)
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
-        """Set the total of output tokens, over all attempts; it never falls."""
+        """Set the total number of output tokens over all attempts. The total never falls."""
         self._generated = max(self._generated, tokens)
         more = max(self._generated - self._paid_output, 0)
         self._paid_output += more
         return self._weights.output * more
 
     def ended(self) -> float:
-        """Return the charge for predicted output that did not come."""
+        """Refund the charge for predicted output that was not generated."""
         vain = self._paid_output - self._generated
         self._paid_output = self._generated
         return -self._weights.output * vain
 
     def revoked(self) -> float:
-        """Return the whole charge: the call never ran."""
+        """Refund the whole charge, because the call never ran."""
         amount = self.amount
         self._prompt, self._prompt_tokens, self._paid_output, self._generated = 0.0, 0, 0, 0
         return -amount

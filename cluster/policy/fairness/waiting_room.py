@@ -1,11 +1,12 @@
-"""Waiting room: admitted sequences that wait for a worker's capacity, with one order per model.
+"""Waiting room: admitted sequences that wait for capacity of a worker. Each model has its own order.
 
-Problem: calls must wait in the gateway and not in an engine, so that the next one is chosen at the last moment. The
+Problem: calls must wait in the gateway and not in an engine, so that the next call is chosen at the last moment. The
 wait must be bounded in number, tokens and time, or overload ends in congestion collapse.
 
-Invariants: a sequence that enters leaves exactly once (bound by `next`, cancelled by `leave`, `expired`, or shed for
-another). The room's counts are those of its entries. Only the head of an order may be bound, so a long prompt is not
-overtaken for ever. A sequence is never shed for one of a lower class, nor for a tenant with more waiting in its class.
+Invariants: a sequence that enters leaves exactly once: it is bound by `pop_next`, cancelled by `cancel`, returned by
+`pop_expired`, or shed for another sequence. The counts of the room are the counts of its entries. Only the head of an
+order may be bound, so a long prompt is not overtaken for ever. A sequence is never shed for a sequence of a lower
+class. Within a class, a sequence is never shed for a tenant with more waiting sequences.
 
 Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
 queue drop (McKenney, Stochastic Fairness Queueing, 1990).
@@ -27,7 +28,10 @@ __all__ = ["Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSe
 
 @dataclass(frozen=True, slots=True)
 class RoomStatistics:
-    """Current contents and event counts. `models`: (requests, tokens) of each model that has any waiting."""
+    """Current contents of the room, and counts of events.
+
+    `models` has (requests, tokens) for each model with a waiting sequence.
+    """
 
     requests: int
     tokens: int
@@ -43,10 +47,10 @@ class RoomStatistics:
 
 @dataclass(frozen=True, slots=True)
 class RoomAdmission:
-    """Result of an admission: `outcome` None if admitted, else the reason; and the sequences shed to make room.
+    """Result of an admission. `outcome` is None if the sequence was admitted, else the reason of the refusal.
 
-    QUEUE_FULL: the room is full. RATE_LIMITED: the tenant's own queue is full. DEADLINE_UNREACHABLE: the sequence could
-    not start before its deadline.
+    `shed` are the sequences that were shed to make room. Reasons: QUEUE_FULL, the room is full. RATE_LIMITED, the
+    tenant's own queue is full. DEADLINE_UNREACHABLE, the sequence could not start before its deadline.
     """
 
     outcome: Outcome | None = None
@@ -64,7 +68,7 @@ class _ModelQueue:
 
 
 class WaitingRoom:
-    """All sequences that wait in one gateway. Bounds apply to all models together, and to each tenant."""
+    """All sequences that wait in one gateway. There are bounds over all models together, and bounds for each tenant."""
 
     def __init__(
         self,
@@ -78,9 +82,10 @@ class WaitingRoom:
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
         longer_s: Callable[[str], float] = lambda model: 0.0,
     ) -> None:
-        """`order_of` returns a model's order when the first sequence of that model waits.
+        """Create an empty room.
 
-        `longer_s`: extra seconds beyond `max_wait_s` for sequences that now arrive for a model.
+        `order_of` returns the order of a model. The room calls `order_of` when the first sequence of the model waits.
+        `longer_s` returns the extra seconds, beyond `max_wait_s`, for sequences that now arrive for a model.
         """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -94,9 +99,7 @@ class WaitingRoom:
                 math.inf if tenant_max_tokens is None else tenant_max_tokens,
             )
         self._tenant_queues = TenantQueues(weight_of, self._is_waiting)
-        self._entries: dict[
-            str, tuple[WaitingSequence, int]
-        ] = {}  # with the number of its stay, one per entry into the room
+        self._entries: dict[str, tuple[WaitingSequence, int]] = {}  # sequence, number of the stay in the room
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
         self._expiries: list[tuple[float, int, str]] = []  # (expiry, stay, call id); ended stays are skipped
@@ -105,10 +108,11 @@ class WaitingRoom:
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
     def admit(self, waiting: WaitingSequence, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
-        """Admit a sequence, or say why not. A full room sheds sequences of less importance; these no longer wait.
+        """Admit a sequence, or return the reason of the refusal. A full room may shed sequences of less importance.
 
-        `starts_in_s`: earliest possible start; a sequence whose deadline is before that is refused at once. Raises
-        ValueError for a call id that already waits.
+        Sequences in `shed` no longer wait, even if the new sequence is refused. `starts_in_s`: seconds until the
+        earliest possible start; a sequence whose deadline is not after that time is refused at once. Raises ValueError
+        for a call id that already waits.
         """
         outcome = self._check_tenant_bounds(waiting)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
@@ -132,22 +136,22 @@ class WaitingRoom:
         return RoomAdmission(outcome, tuple(shed))
 
     def put_back(self, waiting: WaitingSequence, now: float) -> None:
-        """Let a sequence that lost its worker wait again, at the head and with a new max_wait_s. No bound applies to
-        it."""
+        """Put back a sequence that lost its worker. The sequence waits at the head, with a new max_wait_s and without
+        any bound."""
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
     def head(self, model: str) -> WaitingSequence | None:
-        """The next sequence; None if nothing waits."""
+        """The next sequence of a model, or None if nothing waits."""
         queue = self._queues.get(model)
         return queue.order.head() if queue is not None else None
 
     def pop_next(
         self, model: str, fits: Callable[[WaitingSequence], bool], now: float | None = None
     ) -> WaitingSequence | None:
-        """Remove and return the next sequence if it fits; None if nothing waits or the head does not fit.
+        """Remove and return the next sequence if it fits. Returns None if nothing waits or the head does not fit.
 
-        O(log n) amortised. `now` None: the latest time that the room was given.
+        The cost is O(log n), amortised. `now` None: the latest time that was passed to the room.
         """
         queue = self._queues.get(model)
         head = queue.order.head() if queue is not None else None
@@ -159,7 +163,7 @@ class WaitingRoom:
         return head
 
     def cancel(self, call_id: str) -> bool:
-        """Cancel a waiting sequence. Returns False if it does not wait."""
+        """Cancel a waiting sequence. Returns False if no sequence with this id waits."""
         entry = self._entries.get(call_id)
         if entry is None:
             return False
@@ -168,7 +172,7 @@ class WaitingRoom:
         return True
 
     def pop_expired(self, now: float) -> list[WaitingSequence]:
-        """Remove all past their deadline or max_wait_s, the longest overdue first."""
+        """Remove and return all sequences past their deadline or max_wait_s, the longest overdue sequence first."""
         gone: list[WaitingSequence] = []
         while self._expiries and self._expiries[0][0] <= now:
             _, stay, call_id = heapq.heappop(self._expiries)
@@ -180,17 +184,18 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Number of sequences of its model ahead, according to the order; None if it does not wait."""
+        """Number of sequences of the same model ahead, according to the order. None if no sequence with this id
+        waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Waiting requests and prompt tokens of a model."""
+        """Numbers of waiting requests and prompt tokens of a model."""
         queue = self._queues.get(model)
         return (0, 0) if queue is None else (queue.requests, queue.tokens)
 
     def statistics(self) -> RoomStatistics:
-        """Frozen counts."""
+        """Return the current counts as a frozen value."""
         return RoomStatistics(
             requests=len(self._entries),
             tokens=self._tokens,
@@ -257,7 +262,7 @@ class WaitingRoom:
         queue.tokens -= waiting.tokens
         self._tokens -= waiting.tokens
         if not queue.requests:
-            del self._queues[waiting.model]  # models come and go; `order_of` keeps what must persist
+            del self._queues[waiting.model]  # models come and go; `order_of` keeps the orders that must persist
         if len(self._expiries) > 64 and len(self._expiries) > 2 * len(self._entries):
             live = {(stay, call_id) for call_id, (_, stay) in self._entries.items()}
             self._expiries = [item for item in self._expiries if item[1:] in live]

@@ -1,1 +1,1 @@
-"""Limits on requests, tokens, budgets and request bodies in bytes."""
+"""Limits on requests, tokens, budgets and the bytes of request bodies."""

@@ -1,7 +1,7 @@
-"""Use of tenants' daily and monthly token budgets, and the thresholds that it has crossed.
+"""Use of the daily and monthly token budgets of tenants, and the thresholds that the use has crossed.
 
-Invariant: a notice's id depends on its tenant, budget, period and threshold alone, so a notice found by several
-processes or several times is the same notice. Days and months are in UTC.
+Invariant: the id of a notice depends only on the tenant, the budget, the period and the threshold. So notices that
+several processes find, or one process finds several times, have the same id. Days and months are in UTC.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """Use of one budget in its current period: `2026-11-25` for daily_tokens, `2026-11` for monthly_tokens."""
+    """Use of one budget in the current period of the budget.
+
+    `period` is a day (`2026-11-25`) for daily_tokens, and a month (`2026-11`) for monthly_tokens.
+    """
 
     tenant: str
     budget: str
@@ -26,33 +29,36 @@ class BudgetUse:
 
     @property
     def ratio(self) -> float:
-        """Used tokens by the limit. Above 1 where running calls were allowed to finish."""
+        """Used tokens divided by the limit. The ratio exceeds 1 if running calls were allowed to finish."""
         return self.used_tokens / self.limit_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetNotice:
-    """A budget that has reached a threshold (a fraction of the limit)."""
+    """Notice that a budget has reached a threshold. The threshold is a fraction of the limit."""
 
     use: BudgetUse
     threshold: float
 
     @property
     def id(self) -> str:
-        """32 hex digits, equal in whichever process the notice is found."""
+        """Id of the notice, 32 hex digits. All processes compute the same id for the same notice."""
         text = f"{self.use.tenant}\0{self.use.budget}\0{self.use.period}\0{self.threshold:g}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def day_name(epoch_s: float) -> str:
-    """UTC day in the form that usage records use: `2026-11-25`."""
+    """UTC day in the format of usage records, for example `2026-11-25`."""
     return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%d")
 
 
 def budgets(
     policies: Iterable[TenantPolicy], today: Mapping[str, int], month: Mapping[str, int], epoch_s: float
 ) -> Iterator[BudgetUse]:
-    """Every configured budget with its use. `today` and `month` are tokens by tenant of this day and this month."""
+    """Yield every configured budget with its use.
+
+    `today` and `month` have the tokens that each tenant has used on this day and in this month.
+    """
     day = day_name(epoch_s)
     for policy in policies:
         limits = policy.limits
@@ -63,5 +69,5 @@ def budgets(
 
 
 def crossed(uses: Iterable[BudgetUse], thresholds: Sequence[float]) -> list[BudgetNotice]:
-    """A notice for each threshold that a budget has reached."""
+    """Notices for all thresholds that the budgets have reached."""
     return [BudgetNotice(use, part) for use in uses for part in thresholds if use.ratio >= part]

@@ -1,13 +1,15 @@
-"""Tenant limits: reserved when a call is admitted, topped up while it runs, settled at its end.
+"""Tenant limits. An amount is reserved when a call is admitted, topped up while the call runs, and settled at the end.
 
-Problem: a call's cost is known only at its end, when many others have been admitted. So its likely cost is reserved
-(the prompt and the tenant's p95 output), more is reserved in quanta as tokens come, and the unused rest is returned.
+Problem: the cost of a call is known only at the end of the call, when many other calls have been admitted. So the
+likely cost is reserved (the prompt and the p95 output of the tenant). More is reserved in quanta as tokens come, and
+the unused rest is returned.
 
 Invariants: no call is admitted that would bring any one-minute window, or a daily or monthly budget, over its limit.
-However a call ends, `running` decreases by one and its reservation becomes what the engine counted. If a tenant's
-policy stops calls on an empty budget, a call exceeds it by less than one quantum.
+However a call ends, `running` decreases by one, and the reservation of the call is replaced by the tokens that the
+engine counted. If the policy of a tenant stops calls on an empty budget, a call exceeds the budget by less than one
+quantum.
 
-A limit per minute never ends a running call. Only a budget does, and only if the policy says stop.
+A limit per minute never ends a running call. A budget ends a running call only if the policy says stop.
 
 Source: reserve/settle as in two-phase quota (Doorman, Google 2016); the sliding window in buckets (windows.py).
 """
@@ -38,7 +40,7 @@ NEVER = None
 
 
 class Limit(StrEnum):
-    """The limits; the names are those of `TenantLimits`."""
+    """Names of the limits, the same as the fields of `TenantLimits`."""
 
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
@@ -49,7 +51,7 @@ class Limit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """Weights of tokens in tokens_per_minute. Budgets count tokens unweighted."""
+    """Weights of input and output tokens in tokens_per_minute. Budgets count tokens unweighted."""
 
     input: float = 1.0
     output: float = 1.0
@@ -61,19 +63,22 @@ class TokenWeights:
             )
 
     def sum(self, prompt_tokens: int, output_tokens: int) -> int:
-        """Weighted tokens, rounded up."""
+        """Number of weighted tokens, rounded up."""
         return math.ceil(self.input * prompt_tokens + self.output * output_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class ReservationRequest:
-    """Amounts that a call asks to reserve. `output_tokens` is the likely output of all its n sequences together."""
+    """Amounts that a call asks to reserve.
+
+    `output_tokens` is the likely output of all n sequences of the call together.
+    """
 
     call_id: str
     prompt_tokens: int
     output_tokens: int
     requests: int = 1
-    """0 for a call that has already been charged as a request."""
+    """Number of requests to charge; 0 for a call that was already charged as a request."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.output_tokens < 0:
@@ -82,7 +87,10 @@ class ReservationRequest:
 
 @dataclass(frozen=True, slots=True)
 class LimitUse:
-    """Current state of one limit, for x-ratelimit headers. `reset_s`: seconds until all of it is free again."""
+    """Current state of one limit, for x-ratelimit headers.
+
+    `reset_s` is the time in seconds until the whole limit is free again.
+    """
 
     limit: int
     remaining: int
@@ -91,7 +99,10 @@ class LimitUse:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The call is admitted, and its reservation is held. None for a limit that the tenant does not have."""
+    """Result for an admitted call, whose reservation is held.
+
+    `requests` and `tokens` are the states of the limits per minute, or None for a limit that the tenant does not have.
+    """
 
     requests: LimitUse | None
     tokens: LimitUse | None
@@ -99,7 +110,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """The call is refused, and nothing was counted.
+    """Result for a refused call, for which nothing was counted.
 
     `retry_after_s` None: the call alone exceeds the limit, so a retry cannot succeed.
     """
@@ -115,7 +126,7 @@ class LimitRefusal:
 
     @property
     def message(self) -> str:
-        """Text for the caller: the limit and the remedy."""
+        """Text for the caller, with the limit and the remedy."""
         name = self.limit_name.replace("_", " ")
         if self.retry_after_s is NEVER:
             return f"this call alone exceeds {name} ({self.limit}); ask for fewer tokens or for a higher limit"
@@ -126,7 +137,10 @@ class LimitRefusal:
 
 @dataclass(slots=True)
 class _HeldAmounts:
-    """A reservation. `taken` holds (bucket, weighted tokens): first the admission, then each top-up."""
+    """Amounts held by the reservation of one call.
+
+    `taken` lists (bucket, weighted tokens): the first pair is the admission, each later pair is one top-up.
+    """
 
     tenant: str
     prompt_tokens: int
@@ -138,7 +152,7 @@ class _HeldAmounts:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Amount requested of each limit; a limit whose amount is 0 is not checked."""
+    """Amounts requested of each limit. A limit is not checked if the requested amount is 0."""
 
     plain: int
     running: int
@@ -147,33 +161,42 @@ class _Wanted:
 
 
 class LimitStore(Protocol):
-    """Store of reservations: in this process, or shared between gateways, which then use the store's clock."""
+    """Store of reservations, in this process or shared between gateways.
+
+    Gateways that share a store use the clock of the store.
+    """
 
     def reserve(
         self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float
     ) -> Granted | LimitRefusal:
-        """Admit or refuse a call. Raises ValueError if the call id already holds a reservation."""
+        """Admit or refuse a call. Raises ValueError if the id of the call already has a reservation."""
 
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
     ) -> LimitRefusal | None:
-        """Count requests, or tokens that belong to no call. If they do not fit, nothing is counted."""
+        """Count requests, or tokens that belong to no call.
+
+        Returns a refusal if the requests or tokens do not fit the limits; then nothing is counted.
+        """
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
-        """Report a call's output tokens so far, and reserve more if needed.
+        """Record the number of output tokens of a call so far, and reserve more if needed.
 
         Returns False if the call must stop. A call with an unknown id may continue.
         """
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """Replace an ended call's reservation by what the engine counted (zeros if it never ran).
+        """Replace the reservation of an ended call by the tokens that the engine counted (zeros if the call never ran).
 
-        Further calls and unknown ids are ignored.
+        Repeated settlements of a call and unknown ids are ignored.
         """
 
 
 class Limiter:
-    """In-process LimitStore. `now` is monotonic, `epoch_s` is UTC; both may stand still or step back."""
+    """LimitStore in the memory of this process.
+
+    `now` is monotonic time and `epoch_s` is UTC time, both in seconds. Either clock may stand still or step back.
+    """
 
     def __init__(self, *, weights: TokenWeights | None = None, quantum_tokens: int = QUANTUM_TOKENS) -> None:
         if quantum_tokens < 1:
@@ -187,7 +210,8 @@ class Limiter:
     def reserve(
         self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float, *, sharers: int = 1
     ) -> Granted | LimitRefusal:
-        """See LimitStore. `sharers` (at least 1) gateways each apply an equal share of every limit."""
+        """See LimitStore. `sharers` is the number of gateways (at least 1) that each apply an equal share of every
+        limit."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
@@ -210,7 +234,7 @@ class Limiter:
         return refusal
 
     def record_charge(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
-        """Count what another gateway has charged, regardless of the limits."""
+        """Count requests and tokens that another gateway has charged, regardless of the limits."""
         use, now = self._at(policy.name, now, epoch_s)
         self._charge(use, requests, tokens, now)
 
@@ -223,8 +247,10 @@ class Limiter:
             use.month.used += tokens
 
     def record_admission(self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float) -> None:
-        """Count a call that another gateway has admitted, regardless of the limits. Raises ValueError as `reserve`
-        does."""
+        """Count a call that another gateway has admitted, regardless of the limits.
+
+        Raises ValueError if the id of the call already has a reservation.
+        """
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
@@ -261,13 +287,16 @@ class Limiter:
         for bucket, amount in reversed(held.taken):
             back = min(
                 amount, max(-change, 0)
-            )  # at most this call's part: the bucket must not fall below what other calls reserved
+            )  # at most the amount of this call, so that the amounts of other calls stay in the bucket
             use.tokens.correct(bucket, -back)
             change += back
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise the use of this day's and month's budgets to at least these tokens, by tenant."""
+        """Raise the use of the budgets of this day and this month to at least the given tokens.
+
+        `today` and `month` have the used tokens by tenant.
+        """
         for name in {*today, *month}:
             use = self._tenants.setdefault(name, TenantUse())
             use.day.advance(day_of(epoch_s))
@@ -282,11 +311,11 @@ class Limiter:
         return call_id in self._held
 
     def use(self, tenant: str) -> TenantUse:
-        """A tenant's current use; all zero for an unknown tenant."""
+        """Current use of a tenant. All values are zero for an unknown tenant."""
         return self._tenants.get(tenant) or TenantUse()
 
     def sweep(self, now: float) -> None:
-        """Forget tenants whose sums are all zero. To be called once a minute."""
+        """Forget tenants whose sums are all zero. The caller runs this method once a minute."""
         now = self._clock.read(now)
         for name, use in list(self._tenants.items()):
             use.requests.advance(now)
@@ -320,7 +349,7 @@ class Limiter:
         self._spend(use, held, ask.prompt_tokens + ask.output_tokens)
 
     def _take(self, use: TenantUse, held: _HeldAmounts, tokens: int, now: float) -> None:
-        """Reserve more output tokens, counted in the current bucket."""
+        """Reserve more output tokens for a call. The tokens are counted in the current bucket."""
         before = self._weights.sum(held.prompt_tokens, held.output_tokens)
         held.output_tokens += tokens
         more = self._weights.sum(held.prompt_tokens, held.output_tokens) - before
@@ -369,7 +398,7 @@ class Limiter:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Seconds until a limit has room for `over` more, and until all of it is free."""
+    """Return two times in seconds: until `over` more fits the limit, and until the whole limit is free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s
@@ -380,9 +409,10 @@ def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: floa
 
 
 def gateway_share(limits: TenantLimits, sharers: int) -> TenantLimits:
-    """One gateway's equal share of the limits, at least 1 of each.
+    """Share of one gateway in the limits: an equal part for each of `sharers` gateways, but at least 1.
 
-    The minimum may exceed the limit a little in total, which is better than locking a tenant out.
+    Because of the minimum of 1, all gateways together may exceed the limit a little. This is better than locking a
+    tenant out.
     """
     if sharers <= 1:
         return limits

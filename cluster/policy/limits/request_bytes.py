@@ -1,17 +1,21 @@
-"""Budget for the bytes of request bodies that are received but not parsed yet: per connection, tenant and process.
+"""Budget for the bytes of request bodies that are received but not parsed yet. Bounds apply to each connection, to each
+tenant and to the process.
 
-Problem: a body can be parsed only when it has arrived completely. Flow control bounds what one call has in transit, not
-what many unfinished bodies hold together: 40 bodies of 15 MiB hold 600 MiB. Granting each body a little at a time would
-deadlock, because every body could hold a part and none could complete.
+Problem: a body can be parsed only when all bytes have arrived. Flow control bounds the bytes that one call has in
+transit, but not the bytes of many unfinished bodies together: 40 bodies of 15 MiB hold 600 MiB. If each body were
+granted a little at a time, the bodies could deadlock: every body could hold a part, and none could complete.
 
-Method: a body reserves its whole size before more than a small head start of it is read. Its owner reads on (grants
-window, resumes the socket) only once the reservation is granted, and releases it when the body is parsed or dropped. So
-each body with a granted reservation can complete (the banker's rule with claims granted whole).
+Method: before more than a small head start of a body is read, the whole size of the body is reserved. The owner of the
+body reads on (grants window, resumes the socket) only once the reservation is granted, and releases the reservation
+when the body is parsed or dropped. So each body with a granted reservation can complete (the banker's rule, with each
+claim granted whole).
 
-Invariants: the sum of granted sizes never exceeds a bound, except where a single reservation is larger than the bound:
-it is granted when nothing else counts against that bound. A reservation is granted as soon as the bounds allow it and
-no reservation before it in the order waits for the same bound. The order: the tenant that holds fewest bytes first;
-within a tenant, the connection that holds fewest first; within a connection, the longest waiting first.
+Invariants: the sum of granted sizes never exceeds a bound, with one exception. A single reservation that is larger than
+the bound is granted when nothing else counts against that bound.
+
+A reservation is granted as soon as the bounds allow the grant and no earlier reservation in the order waits for the
+same bound. The order is: first the tenant that holds fewest bytes; within a tenant, the connection that holds fewest
+bytes; within a connection, the reservation that has waited longest.
 """
 
 from __future__ import annotations
@@ -24,16 +28,17 @@ from typing import TypeVar
 _K = TypeVar("_K")
 
 GRACE_S = 5.0
-"""Seconds that a granted body may take, whatever its rate."""
+"""Grace period in seconds after a grant, during which a body may arrive at any rate."""
 MIN_BYTES_PER_S = 128 * 1024
-"""Mean rate after the grace period below which a body loses its reservation if others wait."""
+"""Minimum mean rate in bytes per second. After the grace period, a slower body loses its reservation if other bodies
+wait."""
 MAX_WAITING = 128
-"""Bodies of one tenant that may wait; all tenants together may have eight times as many."""
+"""Maximum number of waiting bodies of one tenant. All tenants together may have eight times as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteBounds:
-    """Maximum numbers of bytes reserved at once."""
+    """Maximum numbers of bytes that are reserved at once, for a connection, a tenant and the process."""
 
     connection: int
     tenant: int
@@ -41,13 +46,16 @@ class ByteBounds:
 
     @classmethod
     def for_messages(cls, max_message_bytes: int) -> ByteBounds:
-        """Room for two of the largest bodies per tenant and sixteen per process; at least 32 MiB and 256 MiB."""
+        """Bounds that allow two of the largest bodies for each tenant and sixteen for the process.
+
+        The bounds are at least 32 MiB for a tenant and 256 MiB for the process.
+        """
         tenant = max(2 * max_message_bytes, 32 << 20)
         return cls(connection=tenant, tenant=tenant, process=8 * tenant)
 
 
 class Reservation:
-    """The bytes of one body: waiting, granted or released."""
+    """Reservation of the bytes of one body. The reservation is waiting, granted or released."""
 
     __slots__ = (
         "_budget",
@@ -77,7 +85,8 @@ class Reservation:
         self.granted = False
         self.released = False
         self.too_slow = too_slow
-        """Ends the body and releases the reservation. The caller of RequestBytes.slow calls it."""
+        """Function that ends the body and releases the reservation. The caller of RequestBytes.slow calls the
+        function."""
         self._budget = budget
         self._on_grant = on_grant
         self._granted_at = 0.0
@@ -92,20 +101,32 @@ class Reservation:
         self._received += size
 
     def complete(self) -> None:
-        """Mark the body as fully received. It waits for its parsing only, so the minimum rate no longer applies."""
+        """Mark the body as fully received.
+
+        The minimum rate no longer applies, because the body only waits to be parsed.
+        """
         self._received = max(self._received, self.size)
 
     def shrink(self, size: int) -> None:
-        """Reduce the reservation to `size` bytes, because the body is smaller than reserved. May grant others."""
+        """Reduce the reservation to `size` bytes, because the body is smaller than reserved.
+
+        The freed bytes may cause the grant of other reservations.
+        """
         self._budget.shrink(self, size)
 
     def release(self) -> None:
-        """Return the bytes, or stop waiting. Idempotent. May grant others."""
+        """Release the reserved bytes, or stop waiting for a grant. Idempotent.
+
+        The freed bytes may cause the grant of other reservations.
+        """
         self._budget.release(self)
 
 
 class RequestBytes:
-    """The reservations of one process. Single-threaded; `clock` returns monotonic seconds."""
+    """All reservations of one process.
+
+    Not safe for several threads. `clock` returns monotonic seconds.
+    """
 
     def __init__(self, bounds: ByteBounds, clock: Callable[[], float]) -> None:
         self.bounds = bounds
@@ -121,7 +142,7 @@ class RequestBytes:
 
     @property
     def held(self) -> int:
-        """Bytes reserved now."""
+        """Number of bytes that are reserved now."""
         return self._total
 
     @property
@@ -130,11 +151,14 @@ class RequestBytes:
         return sum(len(queue) for queues in self._waiting.values() for queue in queues.values())
 
     def held_by(self, tenant: str) -> int:
-        """Bytes that a tenant has reserved now."""
+        """Number of bytes that a tenant has reserved now."""
         return self._held[tenant]
 
     def full(self, tenant: str) -> bool:
-        """Whether another body must be refused because too many wait: each waiting body holds its head start."""
+        """Whether another body of the tenant must be refused because too many bodies wait.
+
+        The number of waiting bodies is bounded because each waiting body holds the bytes of its head start.
+        """
         return sum(map(len, self._waiting.get(tenant, {}).values())) >= MAX_WAITING or self.waiting >= 8 * MAX_WAITING
 
     def reserve(
@@ -147,8 +171,8 @@ class RequestBytes:
     ) -> Reservation:
         """Reserve the whole size of one body.
 
-        The reservation is returned granted if the bounds allow it now. Otherwise `on_grant` is called once, from within
-        the release of another reservation. `too_slow`: see slow().
+        The returned reservation is already granted if the bounds allow the grant now. Otherwise `on_grant` is called
+        once, from within the release of another reservation. `too_slow`: see slow().
         """
         reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
         if not self._waiting and self._fits(reservation):
@@ -181,10 +205,10 @@ class RequestBytes:
         self._grant_all()
 
     def slow(self) -> list[Reservation]:
-        """Granted reservations whose bodies arrive slower than MIN_BYTES_PER_S after GRACE_S; empty if no other body
-        waits.
+        """Granted reservations whose bodies arrive too slowly. The list is empty if no other body waits.
 
-        The caller must call `too_slow` of each.
+        A body is too slow if, after GRACE_S, its mean rate is below MIN_BYTES_PER_S. The caller must call `too_slow` of
+        each returned reservation.
         """
         if not self._waiting:
             return []
@@ -200,7 +224,10 @@ class RequestBytes:
         )
 
     def _grant_all(self, new: Reservation | None = None) -> None:
-        """Grant all reservations that fit, in order. `new` gets no on_grant call: its owner checks `granted`."""
+        """Grant all reservations that fit, in order.
+
+        `new` gets no on_grant call, because the owner of `new` checks `granted`.
+        """
         while (reservation := self._next()) is not None:
             self._forget(reservation)
             self._grant(reservation)
@@ -208,7 +235,10 @@ class RequestBytes:
                 reservation._on_grant()
 
     def _next(self) -> Reservation | None:
-        """The waiting reservation to grant now, or None. Room in the process is kept for the first in order."""
+        """The waiting reservation to grant now, or None.
+
+        Free bytes in the process are kept for the first reservation in the order.
+        """
         for tenant in sorted(self._waiting, key=self._held.__getitem__):
             first = self._first_of(tenant)
             if first is not None and _within(self._held[tenant], first.size, self.bounds.tenant):
@@ -216,7 +246,7 @@ class RequestBytes:
         return None
 
     def _first_of(self, tenant: str) -> Reservation | None:
-        """The first waiting reservation of one tenant whose connection has room."""
+        """The first waiting reservation of a tenant on a connection whose bound allows the reservation, or None."""
         held = self._held_by_connection
         for connection in sorted(self._waiting[tenant], key=held.__getitem__):
             first = next(iter(self._waiting[tenant][connection]))
@@ -246,7 +276,7 @@ class RequestBytes:
 
 
 def _within(held: int, size: int, bound: int) -> bool:
-    """Whether `size` more bytes fit the bound. The first reservation always fits."""
+    """Whether `size` more bytes fit the bound. The first reservation always fits, whatever its size."""
     return held == 0 or held + size <= bound
 
 
@@ -257,5 +287,5 @@ def _count(counts: Counter[_K], key: _K, size: int) -> None:
 
 
 def _due(elapsed_s: float) -> float:
-    """Bytes that must have arrived this long after a grant."""
+    """Number of bytes that must have arrived `elapsed_s` seconds after the grant."""
     return (elapsed_s - GRACE_S) * MIN_BYTES_PER_S

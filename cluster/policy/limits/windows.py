@@ -1,10 +1,12 @@
-"""Sliding one-minute sums, and daily and monthly sums, of what was admitted.
+"""Sums of admitted requests and tokens: sliding one-minute sums, and sums of a day and of a month.
 
 Problem: a counter that is reset each minute lets twice the limit pass around the reset, and a log of every admission
-grows with the limit. So admissions are summed in buckets of one second, and a bucket counts until its *end* is one
-window old. No window of WINDOW_S then holds more than the limit, at the price of one sixtieth of it.
+grows with the limit.
 
-Invariant: for any t at which something was admitted, the sum over (t - WINDOW_S, t] did not exceed the limit.
+Method: admissions are summed in buckets of one second. A bucket counts until the *end* of the bucket is one window old.
+So no window of WINDOW_S holds more than the limit. The price is one sixtieth of the limit.
+
+Invariant: for any time t of an admission, the sum over (t - WINDOW_S, t] did not exceed the limit.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ from datetime import UTC, datetime
 
 WINDOW_S = 60
 STEP_BACK_S = 60.0
-"""A clock that steps back by up to this is held until it catches up. After a larger step, time goes on from there."""
+"""Maximum step back, in seconds, after which readings stay constant until the clock catches up. After a larger step
+back, time continues from the last reading."""
 
 
 class MonotonicClock:
-    """Monotonic readings of a clock that may step back."""
+    """Clock with monotonic readings, over a clock that may step back."""
 
     def __init__(self) -> None:
         self._last = -math.inf
         self._offset = 0.0
 
     def read(self, now: float) -> float:
-        """`now`, or the latest reading if that is later. Raises ValueError if `now` is not finite."""
+        """Return a monotonic reading for `now`, never less than the last reading. Raises ValueError if `now` is not
+        finite."""
         if not math.isfinite(now):
             raise ValueError(f"now must be finite, not {now!r}")
         steady = now + self._offset
@@ -40,7 +44,7 @@ class MonotonicClock:
 
 
 class SlidingSum:
-    """Sum of the amounts of the last WINDOW_S seconds. Callers pass non-decreasing times."""
+    """Sum of the amounts of the last WINDOW_S seconds. Callers must pass times that never decrease."""
 
     __slots__ = ("_amounts", "_buckets", "total")
 
@@ -50,13 +54,13 @@ class SlidingSum:
         self.total = 0
 
     def advance(self, now: float) -> None:
-        """Drop expired buckets."""
+        """Drop the buckets that have expired at `now`."""
         oldest = math.floor(now) - WINDOW_S
         while self._buckets and self._buckets[0] < oldest:
             self.total -= self._amounts.pop(self._buckets.popleft())
 
     def add(self, amount: int, now: float) -> int:
-        """Add an amount. Returns its bucket's number, for `correct`."""
+        """Add an amount. Returns the number of the bucket, which `correct` takes."""
         bucket = math.floor(now)
         if bucket not in self._amounts:
             self._buckets.append(bucket)
@@ -66,13 +70,13 @@ class SlidingSum:
         return bucket
 
     def correct(self, bucket: int, amount: int) -> None:
-        """Change an amount that was added to this bucket; no effect if the bucket has expired."""
+        """Add a correction to the amount of a bucket. An expired bucket is not changed."""
         if bucket in self._amounts:
             self._amounts[bucket] += amount
             self.total += amount
 
     def frees_in_s(self, amount: int, now: float) -> float:
-        """Seconds until at least `amount` of the sum has expired; at most the window."""
+        """Seconds until at least `amount` of the sum has expired, at most WINDOW_S."""
         freed = 0
         for bucket in self._buckets:
             if freed >= amount:
@@ -99,24 +103,24 @@ class SlidingSum:
 
 @dataclass(slots=True)
 class Period:
-    """Use in one UTC day or month. `number` grows by one with each."""
+    """Use in one UTC day or month. `number` is the number of the day or month, which grows by one each time."""
 
     number: int = -1
     used: int = 0
 
     def advance(self, number: int) -> None:
-        """Reset the use in a later period. An earlier number changes nothing."""
+        """Reset the use if `number` is a later period. An earlier number changes nothing."""
         if number > self.number:
             self.number, self.used = number, 0
 
 
 def day_of(epoch_s: float) -> int:
-    """Number of the UTC day."""
+    """Number of the UTC day that contains this time."""
     return math.floor(epoch_s / 86_400)
 
 
 def month_of(epoch_s: float) -> int:
-    """Number of the UTC month."""
+    """Number of the UTC month that contains this time."""
     when = datetime.fromtimestamp(epoch_s, UTC)
     return when.year * 12 + when.month - 1
 
@@ -134,7 +138,7 @@ def month_ends_in_s(epoch_s: float) -> float:
 
 @dataclass(slots=True)
 class TenantUse:
-    """All sums of one tenant."""
+    """All sums of one tenant: one-minute windows, running calls, and the current day and month."""
 
     requests: SlidingSum = field(default_factory=SlidingSum)
     tokens: SlidingSum = field(default_factory=SlidingSum)

@@ -1,13 +1,15 @@
-"""Circuit breakers: a worker whose calls fail gets no more of them until a half-open probe succeeds.
+"""Circuit breakers: a worker whose calls fail gets no more calls until a half-open probe succeeds.
 
-Problem: a worker may fail every call although its link is up; sending it call after call burns their attempts. Its
-engine may also recover, and then no operator should have to intervene.
+Problem: a worker may fail every call although its link is up. Each call that is sent to such a worker loses an attempt.
+The engine of the worker may also recover, and then no operator should have to intervene.
 
 Invariants: a breaker opens after FAILURES consecutive failures, or at once when its worker is found stalled. An open
-breaker rejects calls until a pause is over, then lets one call at a time through. The first one that is answered closes
-it; one that fails opens it for twice as long. Consecutive failures never open the last closed breaker: if there is no
-other worker, a bad one is better than none. A stalled worker answers no calls, so it is not exempt. A worker that was
-only unreachable needs no probe: after the reconnect, the steps that its engine makes for other gateways show that it
+breaker rejects calls until a pause is over, then lets one call at a time through as a probe. The first probe that is
+answered closes the breaker. A probe that fails opens the breaker for twice as long.
+
+Consecutive failures never open the last closed breaker: if there is no other worker, a bad worker is better than none.
+This exemption does not apply to a stalled worker, because a stalled worker answers no calls. A worker that was only
+unreachable needs no probe: after the reconnect, the steps that its engine makes for other gateways show that the engine
 works.
 
 Source: the circuit breaker of Nygard, "Release It!" (2nd ed., 2018), chapter 5.
@@ -22,9 +24,9 @@ FAILURES = 3
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 TRIAL_S = 5.0
-"""Time after which an unanswered probe no longer counts: its caller may be gone."""
+"""Time in seconds after which an unanswered probe no longer counts, because its caller may be gone."""
 SHOWN_STEPS = 10
-"""An engine that makes this many steps after a reconnect is not stalled."""
+"""Number of engine steps after a reconnect that show that the engine is not stalled."""
 
 
 @dataclass(slots=True)
@@ -34,11 +36,12 @@ class _Breaker:
     opened_at: float = 0.0
     trial_at: float | None = None
     unseen: bool = False
-    """Whether it opened because the engine could not be observed."""
+    """Whether the breaker opened because the engine could not be observed."""
     steps: int = 0
-    """The engine's step count at the first report after the reconnect."""
+    """Step count of the engine in the first report after the reconnect."""
     seen: bool = False
-    """Whether the engine has been observed working since. `pause_s` is kept until a call is answered."""
+    """Whether the engine has been observed working since the breaker opened. `pause_s` is kept until a call is
+    answered."""
 
     @property
     def closed(self) -> bool:
@@ -46,13 +49,13 @@ class _Breaker:
 
 
 class Breakers:
-    """Circuit breakers by worker incarnation. A worker without recent failures takes no memory."""
+    """Circuit breakers by the incarnation of the worker. A worker without recent failures takes no memory."""
 
     def __init__(self) -> None:
         self._breakers: dict[str, _Breaker] = {}
 
     def allows(self, incarnation: str, now: float) -> bool:
-        """Whether a call may be sent to this worker."""
+        """Whether a call may be sent to the worker."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or breaker.closed:
             return True
@@ -61,17 +64,17 @@ class Breakers:
         return breaker.trial_at is None or now - breaker.trial_at >= TRIAL_S
 
     def record_sent(self, incarnation: str, now: float) -> None:
-        """Record a call sent to this worker; if the breaker is not closed, that call is the probe."""
+        """Record a call that was sent to the worker. If the breaker is not closed, the call is the probe."""
         breaker = self._breakers.get(incarnation)
         if breaker is not None and not breaker.closed:
             breaker.trial_at = now
 
     def record_success(self, incarnation: str) -> None:
-        """Close the breaker: the worker has returned a token for a call."""
+        """Close the breaker, because the worker has returned a token for a call."""
         self._breakers.pop(incarnation, None)
 
     def record_failure(self, incarnation: str, others: Iterable[str], now: float) -> None:
-        """Record a failed call. `others`: workers that could serve in its place."""
+        """Record a failed call. `others` are the workers that could serve in place of this worker."""
         breaker = self._breakers.setdefault(incarnation, _Breaker())
         breaker.failures += 1
         breaker.unseen = False
@@ -79,13 +82,16 @@ class Breakers:
             self._open(breaker, now)
 
     def record_stall(self, incarnation: str, now: float, unseen: bool = False) -> None:
-        """Open the breaker of a stalled worker. `unseen`: stalled means that its engine could not be observed."""
+        """Open the breaker of a stalled worker.
+
+        `unseen`: the worker counts as stalled because its engine could not be observed.
+        """
         breaker = self._breakers.setdefault(incarnation, _Breaker())
         self._open(breaker, now)
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Record the engine's step count reported on a new link; 0 as long as nothing has been reported."""
+        """Record the step count of the engine, as reported on a new link; 0 before the first report."""
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return
@@ -94,7 +100,7 @@ class Breakers:
             breaker.seen = True
 
     def retain(self, incarnations: Iterable[str]) -> None:
-        """Forget closed breakers, except those of these incarnations."""
+        """Forget all closed breakers, except the breakers of the given incarnations."""
         kept = set(incarnations)
         self._breakers = {
             name: breaker for name, breaker in self._breakers.items() if name in kept or not breaker.closed

@@ -1,11 +1,12 @@
-"""Worker choice for one call, with its reasons: filters, then scorers, then the best score.
+"""Choice of a worker for one call: filters, then scorers, then the best score. The decision contains the reasons.
 
 Problem: the call at the head of its queue may go to any worker of its model that has granted enough capacity. The load
-should even out, and a human must be able to ask why a call went where it went.
+should even out, and a human must be able to ask why a call went to a worker.
 
-Invariants: the chosen worker passed every filter; no other that passed scores higher; equal inputs give equal
-decisions, whatever the order of the candidates; every candidate is in the decision, with its scores or with the filter
-that dropped it (no candidate is listed if the free capacity is reserved for other tenants).
+Invariants: the chosen worker passed every filter, and no other worker that passed has a higher score. Equal inputs give
+equal decisions, whatever the order of the candidates. Every candidate is in the decision, either with its scores or
+with the filter that dropped the candidate. (If the free capacity is reserved for other tenants, no candidate is
+listed.)
 
 Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Gateway API inference extension.
 """
@@ -20,11 +21,15 @@ from cluster.api.types import CompatibilityKey
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker as the choosing gateway sees it. `free_*` is the unspent credit that it has granted to this gateway.
+    """Worker as seen by the gateway that chooses.
 
-    `running` counts this gateway's sequences there, `waiting` those in the engine's own queue; `kv_usage` is in [0, 1].
-    `replaying` is the number of prompt tokens of this gateway's resumed calls that wait there for the engine's next
-    step, `beginning` the same for new calls. If `replaying` is above 0, both together must not exceed `max_replaying`.
+    `free_sequences` and `free_tokens` are the unspent credit that the worker has granted to this gateway. `running`
+    counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
+    `kv_usage` is in [0, 1].
+
+    `resumed_prefill` is the number of prompt tokens of this gateway's resumed calls that wait on the worker for the
+    next engine step; `new_prefill` is the same number for new calls. If `resumed_prefill` is above 0, the sum of both
+    numbers must not exceed `prefill_budget`.
     """
 
     worker_id: str
@@ -38,26 +43,28 @@ class Candidate:
     healthy: bool
     draining: bool
     prefill_tokens: int = 0
-    """Prompt tokens of this gateway's calls there that have no output yet."""
+    """Number of prompt tokens in this gateway's calls on the worker that have no output yet."""
     incarnation: str = ""
     compatibility_key: CompatibilityKey | None = None
     resumed_prefill: int = 0
     new_prefill: int = 0
     prefill_budget: int = 0
     retired: bool = False
-    """Whether it is being replaced or its version is quarantined. It may resume calls, but gets no new ones."""
+    """Whether the worker is being replaced, or the version of the worker is quarantined. The worker may resume calls,
+    but gets no new calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteCall:
-    """The fields of a call that routing uses.
+    """Fields of a call that routing uses.
 
-    `tokens`: its prompt tokens, and for a resumed call also those that it has emitted. `fresh`: how many of them must
-    probably be computed; 0 means all. `keep_free`: the call is sent nowhere unless more than this many sequences are
-    free in total. `likeness`: compatibility key of the worker that began a resumed call; None for a new one. `shuns`:
-    incarnations on which the call has failed; it must not be sent there again. `versions`: versions that a new call may
-    go to; any if empty. `home`: incarnation that computed a resumed call last and probably still holds its KV blocks;
-    only `fresh_home` tokens must be computed there.
+    `tokens`: number of prompt tokens; for a resumed call, plus the number of emitted tokens. `uncached_tokens`: how
+    many of these tokens must probably be computed; 0 means all. `reserved_slots`: the call is sent nowhere unless more
+    than this many sequences are free in total. `compatibility_key`: key of the worker that began a resumed call; None
+    for a new call. `excluded`: incarnations on which the call has failed, and to which the call must not be sent again.
+    `versions`: versions that a new call may go to; empty means any version. `cached_on`: incarnation that last computed
+    a resumed call and probably still holds its KV blocks; on that incarnation only `uncached_there` tokens must be
+    computed.
     """
 
     model: str
@@ -73,7 +80,7 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Condition that a worker must meet to get the call. `reason` is one word for metrics and humans."""
+    """Condition that a worker must meet to get the call. `reason` is one word, for metrics and humans."""
 
     reason: str
     passes: Callable[[RouteCall, Candidate], bool]
@@ -81,7 +88,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Score of a worker for the call, in [0, 1]; 1 is best. `weight` is above 0."""
+    """Function that scores a worker for a call, in [0, 1] with 1 as the best score. `weight` is above 0."""
 
     name: str
     score: Callable[[RouteCall, Candidate], float]
@@ -90,9 +97,10 @@ class Scorer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result for one candidate: the reason of the filter that `dropped` it, or its scores by the scorers' names.
+    """Result for one candidate: `dropped`, the reason of the filter that dropped the candidate, or `parts`, its scores.
 
-    `total` is the weighted mean of the parts, in [0, 1]; 0 for a dropped candidate.
+    `parts` are pairs of a scorer name and a score. `total` is the weighted mean of the scores, in [0, 1]; 0 for a
+    dropped candidate.
     """
 
     worker_id: str
@@ -108,10 +116,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
-    """The chosen worker, or None, and the reason.
+    """Result of routing: the chosen worker, or None, and the reason.
 
-    `reason` is one of a few words (a metric label): least_loaded or only_choice; without a worker no_worker, kept_free,
-    or the reason of the last filter in the order that dropped a candidate.
+    `reason` is one of a few words, used as a metric label. With a worker the reason is least_loaded or only_choice.
+    Without a worker the reason is no_worker, kept_free, or the reason of the filter furthest in the order that dropped
+    a candidate.
     """
 
     worker_id: str | None
@@ -119,29 +128,32 @@ class RoutingDecision:
     scores: tuple[Score, ...]
 
     def explain(self) -> str:
-        """One line for humans: the choice, then every candidate, the best first."""
+        """Decision as one line for humans: the choice, then every candidate, the best candidate first."""
         where = f"to {self.worker_id}" if self.worker_id is not None else "nowhere"
         candidates = "; ".join(str(score) for score in self.scores) or "no candidates"
         return f"{where}, {self.reason}: {candidates}"
 
 
 def _replays_fit(call: RouteCall, c: Candidate) -> bool:
-    """Whether the prompts fit the worker's prefill pacing.
+    """Whether the prompt of the call fits the prefill pacing of the worker.
 
-    Resumed calls come in bursts. If all are computed at once, or together with new prompts, they delay every stream's
-    next token. A single one may go alone, however long it is.
+    Resumed calls come in bursts. If all resumed prompts are computed at once, or together with new prompts, the next
+    token of every stream is late. A single resumed prompt may be computed alone, however long the prompt is.
     """
     waiting = c.resumed_prefill if call.compatibility_key is None else c.resumed_prefill + c.new_prefill
     return not waiting or c.resumed_prefill + c.new_prefill + uncached_tokens_at(call, c) <= c.prefill_budget
 
 
 def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
-    """Tokens that this worker would have to compute for the call."""
+    """Number of tokens that the worker would have to compute for the call."""
     return call.uncached_there if _at_home(call, c) else call.uncached_tokens or call.tokens
 
 
 def may_take_resumed(c: Candidate) -> bool:
-    """Cheap check whether the worker may have capacity for any resumed call. Usually it has none while many wait."""
+    """Whether the worker may have capacity for any resumed call. The check is cheap.
+
+    While many resumed calls wait, a worker usually has no capacity for another one.
+    """
     return c.free_sequences > 0 and (not c.resumed_prefill or c.resumed_prefill + c.new_prefill < c.prefill_budget)
 
 
@@ -174,13 +186,13 @@ def _kept(call: RouteCall, c: Candidate) -> float:
 
 
 def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
-    """Whether the candidate's compatibility key lets a resumed call continue there. True for a new call."""
+    """Whether the call may run on the candidate, by the compatibility key of the candidate. True for a new call."""
     likeness = candidate.compatibility_key
     return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
 
 PREFILL_TOKENS = 2048
-"""Prompt tokens queued ahead that delay a call's first token as much as one more call in the engine's queue."""
+"""Number of queued prompt tokens that delay a first token as much as one more call in the queue of the engine."""
 
 
 FILTERS = (
@@ -195,7 +207,7 @@ FILTERS = (
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),
 )
-"""Applied in this order: a candidate is dropped by the first filter that it does not pass."""
+"""Filters in the order of application. A candidate is dropped by the first filter that the candidate does not pass."""
 
 SCORERS = (
     Scorer("free_places", _places),
@@ -203,22 +215,22 @@ SCORERS = (
     Scorer("short_queue", _queue),
     Scorer("short_prefill", _prefill),
 )
-"""Least load: the free share of sequences and of KV memory, the engine's own queue, and the prompts still to be
-computed."""
+"""Scorers for the least load: the free share of sequences, the free share of KV memory, the queue of the engine, and
+the prompts that are not computed yet."""
 
 ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
-"""Scorers for resumed calls: first the worker that holds their KV blocks, if only the gateway was lost.
+"""Scorers for resumed calls. The worker that holds the KV blocks of the call comes first, if only the gateway was lost.
 
-Otherwise a burst is spread evenly, whatever the workers' queues at the last heartbeat: the last call of the burst waits
-for the longest step.
+Otherwise a burst of resumed calls is spread evenly, whatever the queues of the workers were at the last heartbeat,
+because the last call of the burst waits for the longest step.
 """
 
 
 class Router:
-    """One pipeline. Scorers may rely on what the filters guarantee (free_sequences > 0)."""
+    """Pipeline of filters and scorers. Scorers may rely on what the filters guarantee (free_sequences > 0)."""
 
     def __init__(self, filters: Sequence[Filter] = FILTERS, scorers: Sequence[Scorer] = SCORERS) -> None:
-        """Raises ValueError if there are no scorers or a weight is not above 0."""
+        """Create a pipeline. Raises ValueError if there are no scorers or a weight is not above 0."""
         if not scorers or any(scorer.weight <= 0 for scorer in scorers):
             raise ValueError("a router needs scorers, each with a weight above 0")
         self._filters = tuple(filters)
@@ -227,7 +239,10 @@ class Router:
         self._depth = {f.reason: depth for depth, f in enumerate(self._filters)}
 
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-        """Best candidate that passes all filters. Ties go to more free sequences, then to the first worker_id."""
+        """Pick the candidate with the best score among the candidates that pass all filters.
+
+        Of candidates with equal scores, the one with more free sequences wins, then the first by worker_id.
+        """
         if call.reserved_slots:
             candidates = list(candidates)
             open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
@@ -265,5 +280,9 @@ _LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Apply a default pipeline: least load for new calls; for resumed ones also cached blocks and waiting prompts."""
+    """Pick a worker with the default pipeline for new calls or for resumed calls.
+
+    The pipeline for new calls scores the least load. The pipeline for resumed calls also scores cached blocks and
+    waiting prompts.
+    """
     return (_LEAST_LOADED if call.compatibility_key is None else _ONWARD).pick(call, candidates)

@@ -1,8 +1,9 @@
-"""Choice of a model's version for a call, by the versions' weights; equal for the same call on every gateway. Pure.
+"""Choice of a version of a model for a call, by the weights of the versions. All gateways choose the same version for
+the same call. Pure.
 
-Invariants: while the weights stay the same, a call id always gets the same version, on whichever gateway and however
-often it is repeated. Over many ids each version gets its share. When a weight grows, the only calls that change their
-version are those that the growing version gains.
+Invariants: while the weights stay the same, a call id always gets the same version, on every gateway and in every
+repetition. Over many ids each version gets its share. When the weight of a version grows, calls only move to that
+version, and no other call changes its version.
 
 Source: weighted rendezvous hashing (Schindelhauer and Schomaker 2005; the logarithmic method).
 """
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """Versions on which a call may begin: `first` if it has capacity, else another of `all`; any if both are empty."""
+    """Versions on which a call may begin.
+
+    The call begins on `first` if that version has capacity, else on another version of `all`. If both fields are empty,
+    the call may begin on any version.
+    """
 
     first: str = ""
     all: frozenset[str] = frozenset()
 
 
 def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
-    """The version for this call; "" if no weight is above 0."""
+    """Return the version for the call, or "" if no weight is above 0."""
     best, lowest = "", math.inf
     for version, weight in weights:
         if weight <= 0:
@@ -36,5 +41,5 @@ def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
 
 
 def _unit(text: str) -> float:
-    """Hash of the text as a uniformly distributed number in (0, 1]."""
+    """Hash of the text, as a uniformly distributed number in (0, 1]."""
     return (int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()) + 1) / 2.0**64

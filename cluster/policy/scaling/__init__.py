@@ -1,1 +1,1 @@
-"""Number of replicas of each model."""
+"""Decision on the number of replicas of each model."""

@@ -1,11 +1,12 @@
 """Demand of all gateways, summed. Pure.
 
 Problem: gateways and the controller start and stop, and each arrival must count once. So each gateway reports counters
-since its start, under the incarnation of that start, and for how long it has counted.
+since its start, the incarnation of that start, and for how long it has counted.
 
-Invariants: between two calls of `take` a gateway's arrivals are the growth of its counters. A gateway that started to
-count after this object was made counts from zero; any other that is new here counts from its first report. Counters
-never count backwards. A disconnected gateway counts with its last report, but what waited there no longer counts.
+Invariants: between two calls of `pop_demand`, the arrivals of a gateway are the growth of its counters. A gateway that
+started to count after this object was created counts from zero. Any other gateway that is new to this object counts
+from its first report. The growth of a counter is never negative. A disconnected gateway counts with its last report,
+but the calls that waited on that gateway no longer count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cluster.api.demand import ClassCounts, ModelDemand
 from cluster.policy.scaling.portfolio import ClassDemand
 
 FORGET_S = 600.0
-"""A gateway incarnation that has been away for this long does not come back."""
+"""Time in seconds after which an absent gateway incarnation is forgotten, because it does not come back."""
 
 _Key = tuple[str, str]
 _COUNTED = (
@@ -38,42 +39,47 @@ class _Gateway:
 
 
 class DemandTotals:
-    """Reports are added by `told` and `left`; the controller reads their sum with `take`, once per pass."""
+    """Sum of the demand of all gateways.
+
+    `record_report` and `record_disconnect` update the demand of one gateway. The controller reads the sum with
+    `pop_demand`, once per pass.
+    """
 
     def __init__(self, now: float) -> None:
         self._began_at = now
         self._gateways: dict[str, _Gateway] = {}
         self.ranks: dict[str, int] = {}
-        """Ranks of the priority classes, as the gateways reported them."""
+        """Rank of each priority class, as reported by the gateways."""
 
     def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
         """Record a report of a gateway incarnation that has counted for `counting_s`.
 
-        Returns True if calls are now held there for a model and class for which none were: scaling should be decided at
-        once.
+        Returns True if the gateway holds calls for a model and class for which the previous report had no held calls.
+        Then scaling should be decided at once.
         """
         report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)
         if known is None:
             known = self._gateways[gateway] = _Gateway(now)
             if now - counting_s < max(self._began_at, now - FORGET_S):
-                known.counted = dict(report)  # it began to count before us, or was forgotten
+                known.counted = dict(report)  # the gateway is older than this object, or was forgotten
         before = known.reported if known.connected else {}
         known.reported_at, known.connected, known.reported = now, True, {**known.reported, **report}
-        for key in known.reported.keys() - report.keys():  # the gateway no longer lists it: nothing of it waits
+        for key in known.reported.keys() - report.keys():  # a key that the gateway no longer lists: nothing waits
             known.reported[key] = _counters_only(known.reported[key])
         self.ranks.update({c.priority_class: c.rank for c in report.values()})
         return any(c.held_requests and not (key in before and before[key].held_requests) for key, c in report.items())
 
     def record_disconnect(self, gateway: str) -> None:
-        """Record the end of a gateway's link: what waits there no longer counts."""
+        """Record the end of the link of a gateway. The calls that wait on the gateway no longer count."""
         known = self._gateways.get(gateway)
         if known is not None:
             known.connected = False
             known.reported = {key: _counters_only(c) for key, c in known.reported.items()}
 
     def pop_demand(self, now: float) -> Mapping[str, Mapping[str, ClassDemand]]:
-        """Arrivals since the last call of `take`, and what waits now, by model and class."""
+        """Return the demand by model and class: arrivals since the last call of `pop_demand`, and the calls that wait
+        now."""
         sums: dict[str, dict[str, ClassDemand]] = {}
         for name, gateway in list(self._gateways.items()):
             for key, counts in gateway.reported.items():
@@ -90,7 +96,7 @@ class DemandTotals:
 
 
 def _counters_only(c: ClassCounts) -> ClassCounts:
-    """The counters without anything that waits."""
+    """Return a copy with the counters alone, without the fields for waiting calls."""
     return ClassCounts(c.priority_class, c.rank, **{name: getattr(c, name) for name in _COUNTED})
 
 

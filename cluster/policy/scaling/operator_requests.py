@@ -1,4 +1,4 @@
-"""Operators' scaling requests: validated, stored, and applied in the next pass. Pure."""
+"""Scaling requests of operators. A request is validated, stored, and applied in the next pass. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ class ScalingRequests:
     """Implementation of api.scaling.ScalingService over a Scaler."""
 
     def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
-        """`changed` is called after the requests have changed; it stores them and starts a pass."""
+        """Create the service. `changed` is called after a change of the requests, to store the requests and to start a
+        pass."""
         self._scaler = scaler
         self._changed = changed
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """See ScalingService. A number must be within the entry's `max`; it may be below its `min`."""
+        """See ScalingService. The number of replicas must not exceed `max_replicas` of the entry, but may be below
+        `min_replicas`."""
         spec, asked = self._named(name), self._scaler.operator_requests
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:
@@ -69,12 +71,12 @@ class ScalingRequests:
 
 
 def requests_to_json(asked: OperatorRequest) -> dict[str, object]:
-    """Plain JSON values; `asked_from_json` is the inverse."""
+    """Return the requests as plain JSON values; `requests_from_json` is the inverse."""
     return {"manual": dict(asked.manual), "frozen": sorted(asked.frozen), "all_frozen": asked.all_frozen}
 
 
 def requests_from_json(values: Mapping[str, object]) -> OperatorRequest:
-    """Inverse of `asked_to_json`. Raises ValueError for anything else."""
+    """Return the requests from JSON values; the inverse of `requests_to_json`. Raises ValueError for invalid values."""
     manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
     if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):
         raise ValueError("manual must be numbers by model")

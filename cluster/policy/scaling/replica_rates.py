@@ -1,12 +1,15 @@
-"""Throughput of one replica, learnt from the durations of its engine's steps. Pure.
+"""Throughput of one replica, learnt from the durations of the steps of its engine. Pure.
 
-Model: a step takes `fixed` seconds, plus `decode` for each sequence that gets a token, plus `prefill` for each prompt
-token. So over any span, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens. The three costs are
-found by least squares over the spans of all replicas together; older spans fade out. Costs cannot be negative, so the
-best of the seven subsets of costs with a non-negative solution is used. Batches are extrapolated to a few times the
-observed size at most: a single stream does not show how many a replica can hold.
+Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus `prefill` seconds
+for each prompt token. So over any span, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens.
 
-Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23; with so few unknowns all subsets are tried.
+Method: the three costs are found by least squares over the spans of all replicas together; the weight of older spans
+fades. Costs cannot be negative, so the best of the seven subsets of costs with a non-negative solution is used. Batches
+are extrapolated to at most a few times the observed size, because a single stream does not show how many streams a
+replica can hold.
+
+Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23. All subsets are tried, because there are so few
+unknowns.
 """
 
 from __future__ import annotations
@@ -19,17 +22,17 @@ from cluster.api.demand import ComputedWork
 from cluster.policy.scaling.portfolio import Rates
 
 LEAST_BUSY_S = 0.05
-"""A span with less time in steps is merged into the next one."""
+"""Minimum time in steps of a span, in seconds. A shorter span is merged into the next span."""
 FADE_S = 600.0
-"""Time in steps after which a span's weight has fallen to 1/e."""
+"""Time in steps, in seconds, after which the weight of a span has fallen to 1/e."""
 TRUSTED_S = 2.0
-"""Time in steps before costs are returned."""
+"""Time in steps, in seconds, that must be observed before costs are returned."""
 BEYOND_SEEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds per step, per generated token and per prompt token."""
+    """Costs of a replica in seconds: for each step, for each generated token and for each prompt token."""
 
     fixed_s: float
     decode_s: float
@@ -38,7 +41,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLimits:
-    """Bounds of a replica's batch."""
+    """Bounds of the batch of a replica."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -47,7 +50,8 @@ class ReplicaLimits:
 
 @dataclass(slots=True)
 class LearntCosts:
-    """Costs of one model on one GPU type. `observe` is called once per pass with what each engine has reported."""
+    """Learnt costs of one model on one GPU type. The caller runs `observe` once per pass with the reports of all
+    engines."""
 
     _before: dict[str, ComputedWork] = field(default_factory=dict)
     _a: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
@@ -58,10 +62,10 @@ class LearntCosts:
     _batch: float = 0.0
 
     def observe(self, reports: Mapping[str, ComputedWork]) -> None:
-        """Add reports, by incarnation.
+        """Add the reports of the engines, by incarnation.
 
-        An incarnation that is no longer listed is forgotten. The first report of a new one only sets the starting
-        point.
+        An incarnation that is no longer listed is forgotten. The first report of a new incarnation only sets the
+        starting point.
         """
         for engine, work in reports.items():
             before = self._before.get(engine)
@@ -92,7 +96,7 @@ class LearntCosts:
         self._batch = max(self._batch * keep, x[1] / x[0])
 
     def costs(self) -> Costs | None:
-        """Learnt costs; None before enough time in steps was observed."""
+        """Return the learnt costs, or None before enough time in steps was observed."""
         if self._busy_s < TRUSTED_S:
             return None
         best, least = None, float("inf")
@@ -108,7 +112,11 @@ class LearntCosts:
         return best
 
     def rates(self, limits: ReplicaLimits, itl_s: float, gpus: int = 1) -> Rates:
-        """Rates with full prefill batches, and with the largest decode batch whose steps take at most `itl_s`."""
+        """Return the rates of a replica, derived from the learnt costs.
+
+        The prefill rate is for full prefill batches. The decode rate is for the largest batch whose steps take at most
+        `itl_s`.
+        """
         costs = self.costs()
         if costs is None:
             return Rates(kv_tokens=limits.kv_tokens or None, gpus=gpus)
@@ -131,7 +139,7 @@ class LearntCosts:
 
 
 def _largest_batch(costs: Costs, limits: ReplicaLimits, itl_s: float) -> float:
-    """Largest batch whose steps take at most `itl_s`."""
+    """Number of sequences in the largest batch whose steps take at most `itl_s`."""
     most = float(max(limits.max_num_seqs, 1))
     if not itl_s or costs.decode_s <= 0:
         return most

@@ -1,12 +1,14 @@
-"""Scaling of all models: from observations of the cluster to the number of replicas of each model. Pure.
+"""Scaling of all models, from observations of the cluster to the number of replicas of each model. Pure.
 
-The policy (`portfolio`) decides; this module assembles its observations and keeps what explains its decisions. Only the
-operators' requests (`OperatorRequest`) have to survive a restart. A new scaler takes Ray's own targets as the last
-decisions, learns rates and cold starts again, and counts demand from the gateways' current counters.
+The policy (`portfolio`) decides. This module assembles the observations for the policy and keeps the data that explains
+the decisions. Only the requests of operators (`OperatorRequest`) have to survive a restart. A new scaler takes the
+targets on Ray as the last decisions, learns rates and cold starts again, and counts demand from the current counters of
+the gateways.
 
-While no gateway is connected the demand is unknown, and all numbers stay as they are.
+While no gateway is connected, the demand is unknown, and all numbers of replicas stay the same.
 
-A model may have several types of GPU, each with its own spec; rates are learnt and numbers decided for each type.
+A model may have several types of GPU, each with its own spec. Rates are learnt, and numbers of replicas are decided,
+for each type.
 """
 
 from __future__ import annotations
@@ -38,18 +40,19 @@ from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 Kind = tuple[str, str]
 """A model and a type of GPU."""
 PLENTY = 1_000_000
-"""Assumed capacity for replicas of a type whose capacity is unknown."""
+"""Assumed number of replicas that fit on a type of GPU whose capacity is unknown."""
 KEPT = 200
-"""Decisions kept per model for explanations."""
+"""Number of decisions that are kept for each model, for explanations."""
 DECIDE_S = 5.0
-"""Interval of decisions in seconds, unless one is urgent: for a held call, an operator's request or a changed entry."""
+"""Interval of decisions in seconds. A decision is made sooner for a held call, an operator's request or a changed
+entry."""
 NEWEST = 0.3
-"""Weight of a new cold-start time against the learnt one."""
+"""Weight of a new cold-start time relative to the learnt cold-start time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingSettings:
-    """The configuration's `scaling` section."""
+    """Values of the `scaling` section of the configuration."""
 
     gpu_budget: Mapping[str, int] = field(default_factory=dict)
     cold_start_s: float = 60.0
@@ -58,7 +61,11 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True)
 class OperatorRequest:
-    """Operators' requests. `manual`: replicas by model. `all_frozen`: every model, including later ones."""
+    """Scaling requests of operators.
+
+    `manual`: number of replicas by model. `frozen`: names of frozen models. `all_frozen`: every model is frozen,
+    including models that are added later.
+    """
 
     manual: Mapping[str, int] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
@@ -67,7 +74,11 @@ class OperatorRequest:
 
 @dataclass(frozen=True, slots=True)
 class RayReplicas:
-    """Ray's view of a model on a type of GPU: its target, and replicas that serve, start and leave."""
+    """Replicas of a model on one type of GPU, as Ray reports them.
+
+    `target` is the wanted number; `running`, `placed` and `leaving` are the numbers of replicas that serve, start and
+    leave.
+    """
 
     target: int = 0
     running: int = 0
@@ -85,9 +96,10 @@ class RayReplicas:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker that is connected to at least one gateway.
+    """Worker that is connected to at least one gateway.
 
-    `gpu` is the type that it was made for; a type that the model does not have counts as the model's first.
+    `gpu` is the type of GPU that the worker was made for. A type that the model does not have counts as the first type
+    of the model.
     """
 
     worker_id: str
@@ -103,7 +115,7 @@ class WorkerSeen:
 
 @dataclass(slots=True)
 class _Learnt:
-    """Learnt costs and limits for one type of GPU."""
+    """Learnt costs and limits of a model on one type of GPU."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
     limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))
@@ -112,7 +124,7 @@ class _Learnt:
 @dataclass(slots=True)
 class _Model:
     desired: dict[str, int] | None = None
-    """Decided replicas by GPU type."""
+    """Decided number of replicas by GPU type; None before the first pass."""
     since: dict[str, tuple[ReplicaState, float]] = field(default_factory=dict)
     ordered_at: list[float] = field(default_factory=list)
     starting_since_s: float = 0.0
@@ -126,10 +138,11 @@ class _Model:
 
 
 class Scaler:
-    """Decides the replicas of all models: `look` runs once per pass and decides every `decide_s`, or sooner if urgent.
+    """Scaler of all models: `run_pass` runs once per pass, and decides every `decide_s` or sooner if a decision is
+    urgent.
 
-    `replicas` returns the decided number, and `told` adds the scaling fields of a catalog entry for the gateways. Times
-    are of one monotonic clock; `wall_s` is seconds since the epoch.
+    `replicas` returns the decided number. `with_scaling_fields` adds the scaling fields of a catalog entry for the
+    gateways. Times are of one monotonic clock; `wall_s` is seconds since the epoch.
     """
 
     def __init__(
@@ -167,10 +180,11 @@ class Scaler:
         blind: bool = False,
         room: Mapping[Kind, int] | None = None,
     ) -> Sequence[tuple[str, ScalingDecision]]:
-        """Run one pass. Returns the new decisions, by model.
+        """Run one pass. Returns the new decisions, each with the name of the model.
 
-        Several `specs` of the same name are the model's types of GPU, the preferred one first. `blind`: no gateway is
-        connected. `room`: capacity for replicas by model and type of GPU; types that are not listed have enough.
+        Several `specs` of the same name are the types of GPU of one model, the preferred type first. `blind`: no
+        gateway is connected. `room`: capacity for replicas by model and type of GPU; a type that is not listed has
+        enough capacity.
         """
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
@@ -225,17 +239,22 @@ class Scaler:
         return [made for decision in decisions if (made := self._keep(decision, now, wall_s)) is not None]
 
     def decide_next_pass(self) -> None:
-        """Decide in the next pass."""
+        """Make the next pass decide, whatever the time of the last decision."""
         self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:
-        """Replicas that the model should have on the spec's type of GPU; the entry's initial number before the first
-        pass."""
+        """Number of replicas that the model should have on the type of GPU in `spec`.
+
+        Before the first pass this is the initial number in the entry.
+        """
         model = self._models.get(spec.name)
         return spec.replicas if model is None or model.desired is None else model.desired.get(spec.gpu, 0)
 
     def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
-        """The entry with the fields that gateways need to judge calls by the SLO and to estimate waiting times."""
+        """Return the catalog entry with the scaling fields.
+
+        Gateways need these fields to judge calls by the SLO and to estimate waiting times.
+        """
         model, types = self._models.get(entry.name), self._specs.get(entry.name)
         if model is None or types is None:
             return entry
@@ -252,8 +271,10 @@ class Scaler:
     # ---- parts of a pass
 
     def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, RayReplicas]) -> dict[str, int]:
-        """The last decision, or Ray's targets, for the current types of GPU; a new model starts with its initial
-        number."""
+        """Return the number of replicas to begin the pass with, for each current type of GPU.
+
+        This is the last decision, or else the targets on Ray. A new model starts with the initial number in its entry.
+        """
         last = model.desired
         if last is None and rays:
             last = {gpu: ray.target for gpu, ray in rays.items()}
@@ -263,7 +284,7 @@ class Scaler:
         return self._spread(types, types[0].replicas if last is None else _total(last), last or {})
 
     def _spread(self, types: Sequence[ModelSpec], replicas: int, there: Mapping[str, int]) -> dict[str, int]:
-        """Spread replicas over the types. Those already there stay where possible."""
+        """Spread replicas over the types of GPU. Existing replicas (`there`) stay on their type where possible."""
         room = [self._room.get((spec.name, spec.gpu), PLENTY) for spec in types]
         counts = over_types(replicas, room, [there.get(spec.gpu, 0) for spec in types])
         return {spec.gpu: count for spec, count in zip(types, counts, strict=True)}
@@ -298,9 +319,10 @@ class Scaler:
         now: float,
         wall_s: float,
     ) -> list[ReplicaSeen]:
-        """States of all replicas.
+        """Return the states of all replicas of a model.
 
-        Connected replicas are ready, missing ones up to the target are starting, those beyond the target are draining.
+        Connected replicas are ready. Replicas that are missing to reach the target are starting. Replicas beyond the
+        target are draining.
         """
         states: dict[str, ReplicaState] = {}
         gpus: dict[str, str] = {}
@@ -335,7 +357,7 @@ class Scaler:
     def _states(
         self, spec: ModelSpec, model: _Model, ray: RayReplicas, workers: Sequence[WorkerSeen], now: float
     ) -> dict[str, ReplicaState]:
-        """States of the replicas on one type of GPU, by name."""
+        """States of the replicas on one type of GPU, by the name of the replica."""
         target = (model.desired or {}).get(spec.gpu, 0)
         serving = sorted((w for w in workers if w.serves), key=lambda w: model.since.get(w.worker_id, ("", now))[1])
         states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:target]}
@@ -346,7 +368,10 @@ class Scaler:
         return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
 
     def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
-        """Learn the cold start from replicas that serve for the first time, if this scaler decided their start."""
+        """Learn the cold-start time from replicas that serve for the first time.
+
+        Only replicas whose start this scaler has decided count.
+        """
         for _ in names:
             if not model.ordered_at:
                 return
@@ -370,7 +395,7 @@ class Scaler:
         )
 
     def _keep(self, decision: ReplicaDecision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
-        """Apply a decision. Returns it if it differs from the last one."""
+        """Apply a decision. Returns the decision, or None if the decision changes nothing."""
         name, model = decision.model, self._models[decision.model]
         assert model.standing is not None, "it has been looked at"
         assert model.desired is not None, "it has been looked at"
@@ -395,7 +420,11 @@ class Scaler:
         return None if action == "hold" else (name, made)
 
     def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
-        """Without demand: apply the bounds and operators' requests, and give new models their initial number."""
+        """Decide without demand: apply the bounds and the requests of operators, and give new models their initial
+        number.
+
+        Returns the changes, each with the name of the model.
+        """
         made = []
         for name, model in self._models.items():
             assert model.standing is not None, "it has been looked at"
@@ -423,7 +452,8 @@ class Scaler:
         return standing if standing is not None else ModelScaling(name)
 
     def explain(self, name: str, limit: int = 0) -> ScalingExplanation:
-        """Current state of a model and its last decisions. Raises KeyError for an unknown model."""
+        """Current scaling state of a model and its last decisions, the newest last. Raises KeyError for an unknown
+        model."""
         model = self._models[name]
         return ScalingExplanation(
             self.standing(name), list(model.decisions)[-limit if limit else 0 :], self._numbers(model)
@@ -443,7 +473,7 @@ class Scaler:
         return numbers
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """Decisions by action, and GPU-seconds held since this object was made; by model."""
+        """Numbers of decisions by action, and GPU-seconds held since this object was created; by model."""
         return {name: (dict(model.counts), model.gpu_seconds) for name, model in self._models.items()}
 
     @property
@@ -452,14 +482,14 @@ class Scaler:
         return list(self._models)
 
     def find(self, name: str) -> ModelSpec | None:
-        """Find a model by name or alias; returns the spec of its first type of GPU, or None."""
+        """Find a model by name or alias. Returns the spec of the first type of GPU of the model, or None."""
         if name in self._specs:
             return self._specs[name][0]
         return next((types[0] for types in self._specs.values() if name in types[0].aliases), None)
 
 
 def world_size(spec: ModelSpec) -> int:
-    """GPUs of one replica."""
+    """Number of GPUs of one replica."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
@@ -468,7 +498,10 @@ def _total(counts: Mapping[str, int]) -> int:
 
 
 def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, RayReplicas]) -> dict[str, RayReplicas]:
-    """Ray's replicas of a model by type of GPU. A type that the model does not have counts as its first."""
+    """Replicas of a model on Ray, by type of GPU.
+
+    A type that the model does not have counts as the first type of the model.
+    """
     gpus = [spec.gpu for spec in types]
     by_gpu: dict[str, RayReplicas] = {}
     for (name, gpu), ray in on_ray.items():

@@ -1,1 +1,1 @@
-"""A tenant's policy, its identity, and the patterns of its guards."""
+"""Policy and identity of a tenant, and the patterns of its guards."""

@@ -1,13 +1,16 @@
-"""Authentication: keys, claims and certificates are mapped to a tenant, and a tenant to a handle and a cache salt.
+"""Authentication. Keys, claims and certificates are mapped to a tenant. A tenant is mapped to a handle and a cache
+salt.
 
-Problem: tenants do not trust each other, and guessing must reveal nothing, not even by timing. So every key is looked
-up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table lookup, and one decision over
-flags. An unknown key is replaced by an entry that can never pass, so that unknown, expired, revoked and suspended keys
-run the same statements. Only the reason for the audit log differs; the caller is told it for a suspended tenant alone,
-having presented a valid key. The pepper prevents an attacker from choosing where the lookup goes. The inner SHA-256
-allows hashes of systems that store only that to be imported without changing any key.
+Problem: tenants do not trust each other, and guessing a key must reveal nothing, not even by timing.
 
-No clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
+Method: every key is looked up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table
+lookup, and one decision over flags. An unknown key is replaced by an entry that can never pass, so that unknown,
+expired, revoked and suspended keys run the same statements. Only the reason in the audit log differs. The caller gets
+the reason only for a suspended tenant, because the caller has then presented a valid key. The pepper prevents an
+attacker from choosing the place of the lookup. Because of the inner SHA-256, key hashes can be imported from systems
+that store only the SHA-256, without changing any key.
+
+This module uses no clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 KEY_PREFIX = "hr_"
 SECRET_BYTES = 32
 MAX_KEY_BYTES = 512
-"""Longer tokens are rejected before anything reads them."""
+"""Maximum length of a token. A longer token is rejected before the token is hashed or looked up."""
 ROLES = ("caller", "viewer", "tenant_admin", "operator")
 BAD_KEY = "the API key is unknown, expired or revoked: send `authorization: Bearer <key>` with a valid one"
 SUSPENDED = "this tenant is suspended: ask the cluster's operators"
@@ -43,7 +46,10 @@ def _base62(value: bytes, length: int) -> str:
 
 
 def make_key(key_id: str, secret: bytes) -> str:
-    """Format a key as its owner sees it, once: `hr_<id>_<secret>`. `secret` is 32 random bytes."""
+    """Format a key as `hr_<id>_<secret>`; the owner sees the key in this form once.
+
+    `secret` is 32 random bytes. Raises ValueError for a secret of another length or an invalid key id.
+    """
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"a key's secret has {SECRET_BYTES} bytes, not {len(secret)}")
     if not key_id.isascii() or not key_id.isalnum() or not 1 <= len(key_id) <= 32:
@@ -52,8 +58,10 @@ def make_key(key_id: str, secret: bytes) -> str:
 
 
 def key_id_of(token: str) -> str:
-    """Key id that a token claims, unverified, for humans and logs; "" if the format is another or the token is cut
-    short."""
+    """Key id in a token, unverified, for humans and logs.
+
+    Returns "" if the token has another format or is cut short.
+    """
     if len(token) > MAX_KEY_BYTES or not token.startswith(KEY_PREFIX):
         return ""
     key_id, _, secret = token[len(KEY_PREFIX) :].partition("_")
@@ -62,18 +70,24 @@ def key_id_of(token: str) -> str:
 
 
 def sha256_of(token: str) -> bytes:
-    """SHA-256 of a key: the form that other systems store, and the input of `digest_of`. Accepts lone surrogates."""
+    """SHA-256 of a key. Accepts lone surrogates.
+
+    Other systems store a key in this form, and `digest_of` takes this form as input.
+    """
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def digest_of(sha256: bytes, pepper: bytes) -> bytes:
-    """Stored digest of a key, 32 bytes; `sha256` is `sha256_of` the whole key."""
+    """Stored digest of a key, 32 bytes. `sha256` is the result of `sha256_of` for the whole key."""
     return hmac.digest(pepper, sha256, "sha256")
 
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """A key as gateways know it. `expires_at_s` is infinite if it never expires; `role` is one of ROLES."""
+    """Key in the form that gateways use.
+
+    `expires_at_s` is infinite for a key that never expires. `role` is one of ROLES.
+    """
 
     id: str
     tenant: str
@@ -86,7 +100,10 @@ class KeyEntry:
 
 @dataclass(frozen=True, slots=True)
 class TenantEntry:
-    """A tenant as gateways know it. `origin` is file or api; `model_aliases` are aliases of this tenant alone."""
+    """Tenant in the form that gateways use.
+
+    `origin` is file or api. `model_aliases` are aliases of this tenant alone.
+    """
 
     policy: TenantPolicy
     origin: str = "api"
@@ -99,9 +116,10 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 
 @dataclass(frozen=True, slots=True)
 class AccessSnapshot:
-    """All tenants and keys at one point of the database's history. Built whole, never changed.
+    """All tenants and keys at one point in the history of the database. A snapshot is never changed.
 
-    `sequence` is the database's change number; `taken_at_s` is when it was last confirmed to be the newest.
+    `sequence` is the change number of the database. `taken_at_s` is the last time when the snapshot was confirmed to be
+    the newest.
     """
 
     sequence: int = 0
@@ -118,7 +136,8 @@ class AccessSnapshot:
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
     def with_declared(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
-        """A copy in which the tenants that a file declares replace those of the same name."""
+        """Return a copy with the tenants that a file declares. A declared tenant replaces a stored tenant of the same
+        name."""
         tenants = dict(self.tenants)
         for policy in policies:
             known = tenants.get(policy.name)
@@ -126,7 +145,7 @@ class AccessSnapshot:
         return AccessSnapshot(self.sequence, self.taken_at_s, tenants, self.keys)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` is the inverse."""
+        """Return the snapshot as plain JSON values; `from_json` is the inverse."""
         return {
             "sequence": self.sequence,
             "taken_at_s": self.taken_at_s,
@@ -150,7 +169,10 @@ class AccessSnapshot:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Inverse of `as_json`. Raises ValueError, KeyError or TypeError for invalid values."""
+        """Return the snapshot from JSON values; the inverse of `as_json`.
+
+        Raises ValueError, KeyError or TypeError for invalid values.
+        """
         tenants = [
             TenantEntry(TenantPolicy.from_json(entry["policy"]), entry["origin"], dict(entry["model_aliases"]))
             for entry in value["tenants"]
@@ -172,7 +194,7 @@ class AccessSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """An authenticated caller: its tenant and its role.
+    """Authenticated caller: its tenant and its role.
 
     `by` is the kind of credential (`key`, `jwt` or `certificate`); `subject` names the credential.
     """
@@ -197,20 +219,22 @@ class AuthVerdict:
     key_id: str = ""
 
     def require(self) -> Principal:
-        """The principal. Raises CallError with what the caller may know."""
+        """Return the principal. Raises CallError with an error text that reveals only what the caller may know."""
         if self.principal is None:
             outcome = self.outcome or Outcome.UNAUTHENTICATED_KEY
             raise CallError(outcome, SUSPENDED if outcome is Outcome.TENANT_SUSPENDED else BAD_KEY)
         return self.principal
 
 
-# (known, in time and not revoked, tenant active) as three bits -> reason
+# Reasons by three bits: the key is known; the key is not expired and not revoked; the tenant is active.
 _REASONS = ("unknown", "unknown", "unknown", "unknown", "expired", "expired", "suspended", "ok")
 
 
 def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes], now_s: float) -> AuthVerdict:
-    """Authenticate a key. New keys are stored with the first pepper; keys of every pepper are valid, and all are always
-    tried."""
+    """Authenticate a key.
+
+    New keys are stored with the first pepper. Keys stored with any pepper are valid, and all peppers are always tried.
+    """
     if len(token) > MAX_KEY_BYTES:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
     inner = sha256_of(token)
@@ -230,7 +254,7 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:
-    """Verdict for a verified JWT or certificate that names `tenant`."""
+    """Return the verdict for a verified JWT or certificate that names `tenant`."""
     entry = snapshot.tenants.get(tenant, _NO_TENANT)
     if entry is _NO_TENANT:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)
@@ -242,9 +266,9 @@ def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role:
 
 @dataclass(frozen=True, slots=True)
 class CertificateRule:
-    """Tenant and role of client certificates with this subject alternative name.
+    """Rule that maps client certificates with one subject alternative name to a tenant and a role.
 
-    `san` is `spiffe://...` or a DNS name, with or without its kind as a prefix.
+    `san` is `spiffe://...` or a DNS name, with or without the kind of name as a prefix.
     """
 
     san: str
@@ -254,7 +278,10 @@ class CertificateRule:
 
 @dataclass(frozen=True, slots=True)
 class CertificateOwner:
-    """A certificate's tenant and role, and the alternative name that determined them, with its kind."""
+    """Owner of a certificate: its tenant and its role.
+
+    `name` is the subject alternative name that determined the owner, with the kind of name as a prefix.
+    """
 
     tenant: str
     role: str
@@ -262,11 +289,12 @@ class CertificateOwner:
 
 
 def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> CertificateOwner | None:
-    """Owner of a verified certificate with these subject alternative names, each with its kind: `URI:...`, `DNS:...`.
+    """Owner of a verified certificate with the subject alternative names `names`, or None.
 
-    Returns None if no rule matches, or if rules of two tenants or roles do. A name matches a rule of its own kind only:
-    an authority that checks DNS names may let holders choose their URIs. URIs are compared exactly, DNS names without
-    case. Wildcards are not supported, because a wildcard certificate would then stand for every tenant below it.
+    Each name has its kind as a prefix: `URI:...` or `DNS:...`. The owner is None if no rule matches, or if the matching
+    rules name two tenants or roles. A name matches only rules of the same kind, because an authority that checks DNS
+    names may let certificate holders choose their URIs. URIs are compared exactly, DNS names without case. Wildcards
+    are not supported, because a wildcard certificate would then stand for every tenant below the wildcard.
     """
     owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
     matches = [name for name in map(_canonical, names) if name in owners]
@@ -290,11 +318,12 @@ MAX_SUBJECT_CHARACTERS = 512
 
 
 def is_subject(text: str) -> bool:
-    """Whether a subject from an issuer is safe for logs, audit and terminals: printable and not too long."""
+    """Whether a subject from an issuer is safe for logs, audit and terminals: printable and at most
+    MAX_SUBJECT_CHARACTERS long."""
     return len(text) <= MAX_SUBJECT_CHARACTERS and text.isprintable()
 
 
-# Permissions of each role, and whether they apply to its own tenant only.
+# Permissions of each role, and whether the permissions apply only to the tenant of the principal.
 _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
     "caller": (frozenset(), True),
     "viewer": (frozenset({"read"}), False),
@@ -304,7 +333,7 @@ _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
 
 
 def is_allowed(principal: Principal, what: str, tenant: str = "") -> bool:
-    """Whether a role may do `what` (read, keys, tenants, fleet) to a tenant; "" means the cluster as a whole."""
+    """Whether the principal may do `what` (read, keys, tenants, fleet) to a tenant; "" means the cluster as a whole."""
     granted, own_only = _GRANTS[principal.role]
     return what in granted and (not own_only or tenant == principal.tenant.name)
 
@@ -312,18 +341,23 @@ def is_allowed(principal: Principal, what: str, tenant: str = "") -> bool:
 def may_manage_keys(principal: Principal, role: str) -> bool:
     """Whether a principal may create, replace or revoke keys of this role.
 
-    A tenant's administrator may not do so for operators: it would make itself one.
+    A tenant administrator must not manage keys of operators: with such a key the administrator would become an
+    operator.
     """
     return principal.role == "operator" or (principal.role == "tenant_admin" and role in ("caller", "tenant_admin"))
 
 
 def admin_token(secret: bytes) -> str:
-    """Credential for the admin port, derived from the cluster's secret; used by a local cluster's own commands."""
+    """Credential for the admin port, derived from the secret of the cluster. The commands of a local cluster use this
+    token."""
     return f"{KEY_PREFIX}admin_{derive(secret, 'admin-token').hex()}"
 
 
 def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
-    """Derive 32 bytes for one purpose. Parts are length-prefixed, so that different lists of parts never collide."""
+    """Derive 32 bytes for one purpose from a secret.
+
+    Each part is prefixed with its length, so that different lists of parts never collide.
+    """
     message = bytearray()
     for part in (f"headrace/{purpose}", *parts):
         raw = part.encode() if isinstance(part, str) else part
@@ -332,33 +366,34 @@ def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
 
 
 def key_number(secret: bytes) -> str:
-    """Identifier of a secret in a list: 8 hex digits that reveal nothing about it."""
+    """Identifier of a secret in a list: 8 hex digits that reveal nothing about the secret."""
     return derive(secret, "key-number")[:4].hex()
 
 
 def tenant_handle(secrets: Sequence[bytes], tenant: str) -> str:
-    """Pseudonym of a tenant for workers: 32 hex digits, equal on all gateways with the same first secret."""
+    """Pseudonym of a tenant for workers, 32 hex digits. The pseudonym is equal on all gateways with the same first
+    secret."""
     return derive(secrets[0], "tenant-handle", tenant)[:16].hex()
 
 
 def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str = "") -> str:
-    """The prefix-cache salt of a tenant's calls, 64 hex digits; never sent to clients.
+    """Prefix-cache salt for the calls of a tenant, 64 hex digits. The salt is never sent to clients.
 
-    Tenants share a prefix only if an operator has given both the same cache_group. A group and a tenant of the same
-    name have different salts. A client's own salt is mixed in: it divides its tenant's cache further and cannot match
-    the cache of another tenant.
+    Two tenants share a prefix only if an operator has given both tenants the same cache_group. A group and a tenant of
+    the same name have different salts. A salt from the client is mixed in: such a salt divides the cache of the
+    client's tenant further, and cannot match the cache of another tenant.
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()
 
 
 def salted_identifier(salt: str, identifier: str) -> str:
-    """An image's identifier under a tenant's salt, for caches that have no salt of their own."""
+    """Identifier of an image under the salt of a tenant, for caches that have no salt of their own."""
     return derive(salt.encode(), "identifier", identifier)[:16].hex()
 
 
 def verify_any(secrets: Sequence[bytes], purpose: str, tag: bytes, *parts: str | bytes) -> bool:
-    """Whether `tag` was derived under any secret of the list. All of them are tried."""
+    """Whether `tag` was derived from any secret of the list. All secrets are tried."""
     good = False
     for secret in secrets:
         good |= hmac.compare_digest(derive(secret, purpose, *parts), tag)

@@ -1,11 +1,12 @@
 """Named patterns of a guard: validation of regular expressions, and a search in linear time.
 
-Problem: a guard on a stream must hold back all text that may still become part of a match, and no text may slow it
-down. So the longest match of a pattern must be known, and the engine must not backtrack.
+Problem: a guard on a stream must hold back all text that may still become part of a match, and no text may slow the
+guard down. So the length of the longest match of a pattern must be known, and the regular-expression engine must not
+backtrack.
 
 - The search uses RE2: linear time in the text for any pattern, no backreferences, no lookaround.
-- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings; those
-  are translated, or rejected if they mean something else (`a{,5}` is literal text to RE2).
+- The longest match is the width that Python's own parser computes. The two languages differ in a few spellings. Such a
+  spelling is translated, or rejected if its meaning differs (`a{,5}` is literal text to RE2).
 
 Invariant: no match of an accepted pattern has more characters than `longest_match` says, and none is empty. Whether
 there is a match at a position depends on one character before it and one after its longest match (`\\b`, `^`, `$`).
@@ -26,13 +27,14 @@ MAX_PATTERNS = 100
 MAX_SOURCE_CHARS = 2000
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
-# RE2 spellings that Python's parser reads otherwise. Each is replaced by one of the same width (one character or none).
+# RE2 spellings that Python's parser reads differently. Each spelling is replaced by a spelling of the same width (one
+# character or none).
 _SPELLINGS = re.compile(r"\\x\{[0-9A-Fa-f]+\}|\\[pP](?:\{[^}]*\}|.)|\\z|\\.|\[:\^?[a-z]+:\]", re.DOTALL)
 _OPEN_COUNT = re.compile(r"\\.|(\{,\d*\})", re.DOTALL)
 
 
 class PatternError(ValueError):
-    """An invalid pattern. `name` is its name, "" if all patterns together are meant."""
+    """Raised for an invalid pattern. `name` is the name of the pattern, or "" if all patterns together are invalid."""
 
     def __init__(self, name: str, remedy: str) -> None:
         super().__init__(f"{name}: {remedy}" if name else remedy)
@@ -41,10 +43,13 @@ class PatternError(ValueError):
 
 
 class Patterns:
-    """Patterns that are searched together: the leftmost match wins; at one position, the pattern first by name."""
+    """Patterns that are searched together.
+
+    The leftmost match wins. Of several matches at one position, the match of the pattern that is first by name wins.
+    """
 
     def __init__(self, sources: Mapping[str, str]) -> None:
-        """Raises PatternError."""
+        """Compile the patterns. Raises PatternError if a pattern is invalid or the patterns are too large together."""
         check_patterns(sources)
         sources = dict(sorted(sources.items()))  # JSON does not guarantee an order
         self.names: Sequence[str] = tuple(sources)
@@ -64,7 +69,7 @@ class Patterns:
             yield match.span()
 
     def name_at(self, text: str, start: int) -> str:
-        """Name of the pattern whose match `find` returned at `start`."""
+        """Name of the pattern that matches at `start`, a begin that `find` returned."""
         before = min(start, 1)
         near = text[start - before : start + self.longest + 1]
         names = (name for name, each in zip(self.names, self._each, strict=True) if each.match(near, before))
@@ -76,7 +81,10 @@ class Patterns:
 
 @functools.lru_cache(maxsize=1024)
 def patterns_of(sources: tuple[tuple[str, str], ...]) -> Patterns:
-    """Patterns from (name, expression) pairs; cached, because policies are rebuilt whenever any of them changes."""
+    """Return patterns from pairs of (name, expression).
+
+    The result is cached, because all policies are rebuilt whenever one policy changes.
+    """
     return Patterns(dict(sources))
 
 
@@ -99,7 +107,7 @@ def check_patterns(sources: Mapping[str, str]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def longest_match(source: str) -> int:
-    """Maximum number of characters of a match. Raises PatternError if that is above the limit or unknown."""
+    """Maximum number of characters of a match. Raises PatternError if the number is above the limit or unknown."""
     if not 1 <= len(source) <= MAX_SOURCE_CHARS:
         raise PatternError("", f"must have 1 to {MAX_SOURCE_CHARS} characters")
     try:

@@ -1,7 +1,7 @@
-"""Tenant policy as set by an operator: frozen, validated when built, and convertible to JSON.
+"""Tenant policy as set by an operator. A policy is frozen, validated when it is built, and convertible to JSON.
 
 Invariant: every existing policy is valid. A limit is None (no limit) or at least 1, so that neither zero nor a negative
-number in a file or a call can mean "no limit"; to stop a tenant, suspend it.
+number in a file or a call can mean "no limit". To stop a tenant, an operator suspends the tenant.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import Any, Literal, Self, TypeVar
 T = TypeVar("T")
 
 MAX_LIMIT = 10**15
-"""A higher limit is assumed to be a typo: at a million tokens a second it is reached after thirty years."""
+"""Maximum value of a limit. A higher value is assumed to be a typo: a million tokens a second would take thirty years
+to reach this limit."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_LABELS = 32
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 class PolicyError(ValueError):
-    """An invalid field. `field` is its path in the policy (`limits.tokens_per_minute`)."""
+    """Raised for an invalid field. `field` is the path of the field in the policy, for example
+    `limits.tokens_per_minute`."""
 
     def __init__(self, field_path: str, remedy: str) -> None:
         super().__init__(f"{field_path}: {remedy}")
@@ -36,7 +38,7 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """A tenant's limits; None is no limit. Minutes are sliding windows; days and months are in UTC."""
+    """Limits of a tenant. None means no limit. Minutes are sliding windows; days and months are in UTC."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -59,11 +61,12 @@ class TenantLimits:
 
 @dataclass(frozen=True, slots=True)
 class GuardRule:
-    """One guard; guards run in their order in the policy. Exactly one of `builtin` and `address` is set.
+    """Rule of one guard. Guards run in the order of the policy.
 
-    `builtin` is patterns or sizes. `address` is that of a server of cluster.guard.v1: `unix:/path` or host:port. A
-    server on another host is called over TLS, with `ca_file` if its authority is not a public one. `timeout_s` bounds
-    each call of the guard. `patterns` are regular expressions by name, `patterns_file` is a file of them.
+    Exactly one of `builtin` and `address` is set. `builtin` is patterns or sizes. `address` is the address of a server
+    of cluster.guard.v1, as `unix:/path` or host:port. A server on another host is called over TLS; `ca_file` is needed
+    if the authority of the server certificate is not a public one. `timeout_s` bounds each call of the guard.
+    `patterns` are regular expressions by name; `patterns_file` is a file with such patterns.
     """
 
     builtin: str = ""
@@ -137,7 +140,8 @@ class GuardRule:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Retention of a tenant's records in days; None is the cluster's default, 0 keeps nothing."""
+    """Retention of the records of a tenant in days. None means the default of the cluster; 0 means that nothing is
+    kept."""
 
     usage_days: int | None = None
     audit_days: int | None = None
@@ -152,12 +156,12 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """Policy of one tenant, as tenancy, gateway and ledger use it.
+    """Policy of one tenant, as the gateway, the ledger and other components use it.
 
-    `handle` is the keyed hash that workers see, "" until the gateway has derived it. `models` are names, aliases,
-    adapters (`model:adapter`) or globs of them. `max_context_tokens` and `max_output_tokens` None: the model's own
-    limit. `cache_group` "": the tenant shares no prefix cache. `on_budget`: whether running calls finish or stop when
-    the budget is used up.
+    `handle` is the keyed hash that workers see, "" until the gateway has derived the hash. `models` are names, aliases,
+    adapters (`model:adapter`) or globs of these. `max_context_tokens` and `max_output_tokens` None: the limit of the
+    model applies. `cache_group` "": the tenant shares no prefix cache. `on_budget`: whether running calls finish or
+    stop when the budget is used up.
     """
 
     name: str
@@ -196,18 +200,22 @@ class TenantPolicy:
             raise PolicyError("labels", "must be strings")
 
     def allows(self, model: str) -> bool:
-        """Whether the tenant may use a model of this name. Case-sensitive."""
+        """Whether the tenant may use a model of this name. The comparison is case-sensitive."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values under the configuration's names (`class`); `from_json` is the inverse."""
+        """Return the policy as plain values under the names of the configuration (`class`); `from_json` is the
+        inverse."""
         out = _plain(dataclasses.asdict(self))
         out["class"] = out.pop("priority_class")
         return typing.cast(dict[str, Any], out)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Build from plain values. Raises PolicyError with the path of an unknown, mistyped or invalid field."""
+        """Build a policy from plain values.
+
+        Raises PolicyError with the path of an unknown, mistyped or invalid field.
+        """
         return _build(cls, value)
 
 
@@ -235,7 +243,7 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Cached type hints: a snapshot holds thousands of policies."""
+    """Type hints of a class. The hints are cached, because a snapshot holds thousands of policies."""
     return typing.get_type_hints(kind)
 
 
@@ -255,7 +263,7 @@ def _build(kind: type[T], value: object) -> T:
 
 
 def _parse(hint: Any, value: object, path: str) -> Any:
-    """Convert `value` to the type `hint`: a dataclass, a tuple of something, a mapping of strings, or a plain value."""
+    """Convert `value` to the type `hint`: a dataclass, a tuple, a mapping of strings, or a plain value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     try:
         if dataclasses.is_dataclass(hint):

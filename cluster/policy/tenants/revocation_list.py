@@ -1,10 +1,11 @@
-"""Revoked certificates: a list of serial numbers, one per line, each valid for one issuer or for any.
+"""Revoked certificates: a list of serial numbers, one on each line. Each serial number is revoked for one issuer or for
+any issuer.
 
     # serial in hexadecimal   issuer (RFC 4514), empty for any   note
     4F:A0:11:C9               CN=headrace link authority         worker that was stolen
 
-Serial numbers are unique within an issuer only. Columns are separated by tabs; a line typed by hand may contain just
-the serial, as `openssl x509 -serial` prints it.
+Serial numbers are unique only within an issuer. Columns are separated by tabs. A line that was typed by hand may
+contain just the serial number, as `openssl x509 -serial` prints it.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from dataclasses import dataclass, field
 from typing import Self
 
 MAX_SERIAL_DIGITS = 64
-"""RFC 5280 allows 20 bytes; some issuers use more."""
+"""Maximum number of hex digits of a serial number. RFC 5280 allows 20 bytes; some issuers use more."""
 _SERIAL = re.compile(r"(?:serial=)?(?:0x)?([0-9a-fA-F]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """One revoked certificate. `issuer` "" matches any issuer."""
+    """One revoked certificate. An empty `issuer` matches any issuer."""
 
     serial: int
     issuer: str = ""
     note: str = ""
 
     def line(self) -> str:
-        """Line of the file for this entry."""
+        """Return the line of the file for this entry."""
         return "\t".join((f"{self.serial:X}", self.issuer, self.note)).rstrip("\t")
 
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """The certificates of one revocation list."""
+    """All certificates of one revocation list."""
 
     entries: tuple[Revocation, ...] = ()
     _serials: frozenset[tuple[int, str]] = field(default=frozenset(), repr=False)
@@ -47,7 +48,7 @@ class RevocationList:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a file's text. Raises ValueError with the line number."""
+        """Parse the text of a file. Raises ValueError with the number of the first invalid line."""
         entries = []
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip() and not line.lstrip().startswith("#"):
@@ -59,12 +60,15 @@ class RevocationList:
         return bool(self.entries)
 
     def has(self, serial: int, issuer: str) -> bool:
-        """Whether this certificate is revoked."""
+        """Whether the certificate with this serial number and issuer is revoked."""
         return (serial, issuer) in self._serials or (serial, "") in self._serials
 
 
 def serial_of(text: str) -> int:
-    """Parse a serial number as people write it: hexadecimal, with colons, 0x or `serial=`. Raises ValueError."""
+    """Parse a serial number in hexadecimal, with optional colons and an optional prefix 0x or `serial=`.
+
+    Raises ValueError for other text.
+    """
     match = _SERIAL.fullmatch(text.strip().replace(":", ""))
     if match is None or len(match[1]) > MAX_SERIAL_DIGITS:
         raise ValueError(f"{text.strip()[:80]!r} is no serial number in hexadecimal")

@@ -1,4 +1,5 @@
-"""Canary verdict: an equally good canary stays however long it is watched; a worse one is rolled back early."""
+"""Tests of the canary verdict: an equally good canary stays however long it is checked, and a worse canary is rolled
+back early."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
 
 
 def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
-    """Number of calls after which a canary was rolled back, checked after each call; 0: never within `calls`."""
+    """Number of calls after which a canary is rolled back, or 0 if this never happens within `calls`.
+
+    The canary is checked after each call of the canary and after each failed call.
+    """
     stays, tried = CanaryTally(), CanaryTally()
     for number in range(1, calls + 1):
         on_trial = chance.random() < weight
@@ -31,14 +35,15 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
 
 
 def test_nothing_is_judged_by_nothing() -> None:
-    """Without calls there is no verdict, and a ratio of 0 disables its test."""
+    """There is no rollback without calls, and a ratio of 0 disables its test."""
     assert not judge(CanaryTally(), CanaryTally(), **RATIOS).roll_back
     bad = CanaryTally(calls=100, errors=100, pairs=100, slower=100)
     assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).roll_back
 
 
 def test_a_broken_version_goes_after_a_few_calls() -> None:
-    """Three calls, all failed, are enough beside a hundred successful ones."""
+    """A canary is rolled back after three calls that all failed, beside a hundred successful calls of the stable
+    version."""
     verdict = judge(CanaryTally(calls=100), CanaryTally(calls=3, errors=3), **RATIOS)
     assert verdict.roll_back
     assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
@@ -46,7 +51,7 @@ def test_a_broken_version_goes_after_a_few_calls() -> None:
 
 
 def test_a_slow_version_goes() -> None:
-    """Twenty lost pairs in a row roll the canary back; ten of twenty do not."""
+    """A canary is rolled back after twenty lost pairs in a row, and stays with ten lost pairs of twenty."""
     assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).roll_back
     verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
     assert verdict.roll_back
@@ -55,8 +60,8 @@ def test_a_slow_version_goes() -> None:
 
 @pytest.mark.slow
 def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
-    """A canary exactly at the allowed ratio, checked after every call, is rolled back with a probability of at most
-    ALPHA by each of the two tests."""
+    """A canary exactly at the allowed ratio is rolled back by each of the two tests with a probability of at most
+    ALPHA."""
     chance = random.Random(7)
     runs = 300
     wrong = sum(trial(chance, 1500, weight=0.2, fails=(0.04, 0.06), slower=0.5) > 0 for _ in range(runs))
@@ -66,7 +71,8 @@ def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
 
 @pytest.mark.slow
 def test_a_worse_version_is_found() -> None:
-    """A canary with four times the errors, or three of four pairs lost, is rolled back in every run."""
+    """A canary that loses three of four pairs on average, or has far more errors than allowed, is rolled back in every
+    run."""
     chance = random.Random(11)
     failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
     late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]
@@ -77,7 +83,7 @@ def test_a_worse_version_is_found() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200), st.floats(0.01, 0.99))
 def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, chance: float) -> None:
-    """Evidence starts at zero; each loss raises it and each win lowers it."""
+    """The evidence against a canary starts at zero. Each loss raises the evidence, and each win lowers the evidence."""
     assert log_evidence(0, 0, chance) == pytest.approx(0.0)
     here = log_evidence(losses, wins, chance)
     assert log_evidence(losses + 1, wins, chance) > here
@@ -87,7 +93,8 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
-    """At exactly the probability that it bets against, the expected wealth stays the same after one more call."""
+    """The expected wealth of the bet stays the same after one more call, if a loss has exactly the probability
+    `chance`."""
     here = math.exp(log_evidence(losses, wins, chance))
     after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
         log_evidence(losses, wins + 1, chance)

@@ -1,4 +1,4 @@
-"""State machine of a model, and its catalog entries for the gateways."""
+"""Tests of the state machine of a model, and of the catalog entries for the gateways."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ AFTER = {
 
 @pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, ModelObservation)))
 def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
-    """Each observation leads to its own state from any other; a GONE model must be declared again first."""
+    """Each observation leads to the same state from every state. Only a GONE model must be declared again first."""
     if state is ModelState.GONE and seen not in (ModelObservation.ABSENT, ModelObservation.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
@@ -67,12 +67,12 @@ def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
     ],
 )
 def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: ModelObservation) -> None:
-    """A serving replica counts first, then failures, then progress."""
+    """A serving replica decides the observation first, then a failure, then the progress of starting replicas."""
     assert observe(wanted, seen, unplaceable) is expected
 
 
 def test_workers_words_win_over_the_source() -> None:
-    """A running worker's limits and digests override those read from the files."""
+    """The limits and digests of a running worker override the limits and digests in the files."""
     known = SourceFacts(bundle_digest="sha256:k", max_model_len=4096, family="llama")
     workers = [WorkerReport("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), WorkerReport("sha256:a")]
     result = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
@@ -86,7 +86,7 @@ def test_workers_words_win_over_the_source() -> None:
 
 
 def test_pinned_weights_are_the_entrys_own() -> None:
-    """A worker's report does not extend the weights that the file pins."""
+    """The report of a worker does not extend the weights that the file pins."""
     pinned = dataclasses.replace(SPEC, digest="sha256:right")
     result = entry(pinned, ModelState.READY, SERVING, reported=[WorkerReport("sha256:wrong")])
     assert (result.weight_digests, result.weights_pinned) == (("sha256:right",), True)
@@ -103,13 +103,13 @@ def test_pinned_weights_are_the_entrys_own() -> None:
     ],
 )
 def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, reason: str) -> None:
-    """A state other than READY has a reason; READY has one only if replicas are missing."""
+    """An entry in a state other than READY has a reason. A READY entry has a reason only if replicas are missing."""
     result = entry(SPEC, state, seen, unplaceable=unplaceable, known=SourceFacts(trouble="no tokenizer"))
     assert result.state_reason == reason
 
 
 def test_model_at_rest_stays_tokenizable() -> None:
-    """Workers' reports are kept when no worker is left."""
+    """The reported values of workers are kept when no worker is left."""
     up = entry(
         SPEC, ModelState.READY, SERVING, reported=[WorkerReport("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})]
     )

@@ -1,4 +1,4 @@
-"""Placement groups, and the reasons why one is impossible or must not be used."""
+"""Tests of placement groups, and of the reasons why a group is impossible or must not be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
 
 
 def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = False) -> ModelSpec:
-    """A model with this parallelism."""
+    """Return the spec of a model with this parallelism."""
     return ModelSpec(
         name="m",
         source="/m",
@@ -26,7 +26,7 @@ def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = Fa
 
 
 def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
-    """The engine of a single GPU runs in the replica's own processes, which must see the GPU."""
+    """A replica with a single GPU has one bundle, because its engine runs in the processes of the replica."""
     where = placement(spec())
     assert where.bundles == ({"CPU": 1.0, "GPU": 1.0},)
     assert (where.strategy, where.replica_cpus, where.replica_gpus) == ("STRICT_PACK", 1.0, 1.0)
@@ -37,19 +37,22 @@ def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
     [(2, 1, False, "STRICT_PACK"), (2, 1, True, "PACK"), (1, 2, False, "PACK"), (4, 2, False, "PACK")],
 )
 def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) -> None:
-    """The CPU bundle comes first, then one bundle per GPU; only pipelines and the entry's key may spread."""
+    """A larger replica has a CPU bundle first, then one bundle for each GPU.
+
+    The group may spread over nodes only with pipeline parallelism or with a key of the entry.
+    """
     where = placement(spec(tensor, pipeline, spread=spread))
     assert where.bundles == ({"CPU": 1.0}, *[{"GPU": 1.0}] * (tensor * pipeline))
     assert (where.strategy, where.replica_gpus) == (strategy, 0.0)
 
 
 def test_gpu_type_is_asked_for_on_every_gpu_bundle() -> None:
-    """`gpu: H100` asks for a fraction of Ray's resource for that type on every GPU bundle."""
+    """The key `gpu: H100` requests a fraction of the resource for this GPU type in every GPU bundle."""
     assert placement(spec(2, gpu="H100")).bundles[1:] == ({"GPU": 1.0, "accelerator_type:H100": 0.001},) * 2
 
 
 def test_simulated_engine_needs_no_gpu() -> None:
-    """Any number of simulated replicas fits on a laptop."""
+    """A simulated replica needs no GPU and so little CPU that any number of replicas fits on a laptop."""
     assert placement(ModelSpec(name="s", source="sim:///m", tensor_parallel_size=8)).bundles == ({"CPU": 0.05},)
 
 
@@ -64,7 +67,7 @@ def test_simulated_engine_needs_no_gpu() -> None:
     ],
 )
 def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[dict[str, float]], part: str) -> None:
-    """The reason names the need, the supply, and a remedy if there is one."""
+    """The reason for an impossible placement names the need and the supply, and a remedy if there is one."""
     assert part in why_unplaceable(model, nodes)
 
 
@@ -78,12 +81,12 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """These models have no reason against their placement."""
+    """There is no reason against the placement of these models."""
     assert why_unplaceable(model, nodes) == ""
 
 
 def test_split_tensor_parallel_group_is_refused() -> None:
-    """A pipeline over two nodes is fine as long as each tensor-parallel group stays on one."""
+    """A pipeline may run over two nodes as long as each tensor-parallel group stays on one node."""
     assert why_split(spec(2, 2), ["b", "a", "b", "a"], "b") == ""
     assert "ranks 0 to 1, a tensor-parallel group, lie on 2 nodes" in why_split(spec(2, 2), ["b", "a", "a", "a"], "b")
     assert why_split(spec(2, 2, spread=True), ["b", "a", "a", "a"], "b") == ""
@@ -99,6 +102,6 @@ def test_split_agrees_with_counting(nodes: list[str], driver: str, tensor: int) 
     """A placement is accepted exactly when every node holds whole tensor-parallel groups."""
     nodes = nodes * tensor  # as many ranks as whole groups need
     counts = {node: nodes.count(node) for node in nodes}
-    # the counts of consecutive nodes add up to group borders only if each one is a multiple of the group size
+    # the counts of consecutive nodes add up to group borders only if each count is a multiple of the group size
     whole = all(count % tensor == 0 for count in counts.values())
     assert (why_split(spec(tensor, len(nodes) // tensor), nodes, driver) == "") == whole

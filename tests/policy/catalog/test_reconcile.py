@@ -1,4 +1,5 @@
-"""Reconciliation of wanted and observed applications: whole plans, and a small simulated Ray that applies them."""
+"""Tests of the reconciliation of wanted and observed applications: whole plans, and a small simulated Ray that applies
+plans."""
 
 from __future__ import annotations
 
@@ -29,25 +30,27 @@ DIGESTS = {"d": "d0", "e": "e0", "x": "aa", "y": "bb"}
 
 
 def seen(model: str, digest: str = "d0", target: int = 1, **more: object) -> dict[str, Observed]:
-    """An application that was deployed just now."""
+    """Return an application that was deployed just now, by its name."""
     one = dataclasses.replace(Observed(model, digest, target, deployed_at_s=NOW_S), **more)  # type: ignore[arg-type]
     return {one.app: one}
 
 
 def settling(model: str, digest: str) -> dict[str, Observed]:
-    """An application of which Ray shows only the name."""
+    """Return an application of which Ray shows only the name."""
     name = app_name(model, "v1", digest)
     return {name: Observed(model, "", 0, deployed_at_s=NOW_S, named=name)}
 
 
 def test_names_tell_what_runs() -> None:
-    """An application's name can be parsed; a name of another form is taken for the model's."""
+    """The name of an application can be parsed into model, version and digest. A name of another form is returned as
+    the model."""
     assert app_parts(app_name("m.x-1", "v2", "0af9")) == ("m.x-1", "v2", "0af9")
     assert app_parts("plain") == ("plain", "", "")
 
 
 def test_new_and_unwanted() -> None:
-    """Unwanted applications are deleted first; unchanged ones get no action."""
+    """Unwanted applications are deleted before new applications are deployed. An unchanged application gets no
+    action."""
     wanted = [Wanted("same", "d0", 1), Wanted("new", "d0", 1)]
     there = {**seen("same"), **seen("old")}
     plan = reconcile(wanted, there, NOW_S, empty={"old@v1+d0"})
@@ -55,17 +58,17 @@ def test_new_and_unwanted() -> None:
 
 
 def test_what_still_has_calls_is_not_deleted() -> None:
-    """A retired application gets no new calls, and is deleted when it is empty."""
+    """A retired application is not deleted while it still has calls."""
     assert reconcile([], seen("old"), NOW_S) == Plan((), frozenset({"old@v1+d0"}))
 
 
 def test_count_alone_scales() -> None:
-    """A change of the number of replicas leaves the remaining ones running."""
+    """A change of the number of replicas leaves the remaining replicas running."""
     assert reconcile([Wanted("m", "d0", 3)], seen("m"), NOW_S).actions == (Scale("m@v1+d0", 3),)
 
 
 def test_what_is_being_deleted_is_waited_for() -> None:
-    """An application being deleted is neither deleted twice nor deployed again meanwhile."""
+    """An application that is being deleted is neither deleted a second time nor deployed again."""
     there = seen("m", deleting=True)
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S) == Plan(())
     assert reconcile([], there, NOW_S, empty=there) == Plan(())
@@ -79,7 +82,7 @@ def test_what_has_just_been_taken_is_not_deployed_twice() -> None:
 
 
 def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
-    """A failed start is retried after a pause, unless the entry itself was refused."""
+    """A failed start is retried after a pause, unless Ray refused the entry."""
     wanted, again = [Wanted("m", "d0", 1)], (Deploy("m@v1+d0", "retry"),)
     assert reconcile(wanted, seen("m", gave_up=True), NOW_S + RETRY_S - 1).actions == ()
     assert reconcile(wanted, seen("m", gave_up=True), NOW_S + RETRY_S).actions == again
@@ -88,14 +91,15 @@ def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
 
 
 def test_other_weights_start_again() -> None:
-    """Stale replicas are restarted once, not in every pass: a restart has time to show its weights."""
+    """Stale replicas are restarted once, and not again before the restarted replicas can show their weights."""
     wanted = [Wanted("m", "d0", 1, stale=True)]
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "other weights"),)
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S - 1).actions == ()
 
 
 def test_changed_entry_comes_up_beside_the_old_one() -> None:
-    """The old application stays until as many replicas serve, then gets no new calls, then goes."""
+    """An old application stays until as many replicas of the new application serve. Then the old application gets no
+    new calls, and is deleted when it is empty."""
     wanted, old, new = [Wanted("m", "e0", 2)], seen("m", target=2, running=2), "m@v1+e0"
     assert reconcile(wanted, old, NOW_S) == Plan((Deploy(new, "new"),))
     one_up = {**old, **seen("m", "e0", 2, running=1, placed=1)}
@@ -107,7 +111,7 @@ def test_changed_entry_comes_up_beside_the_old_one() -> None:
 
 
 def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
-    """Replicas are given up only while Ray cannot place the new application, and one at a time."""
+    """An old application gives up replicas one at a time, and only while Ray cannot place the new application."""
     wanted, late = [Wanted("m", "e0", 2)], NOW_S + SURGE_WAIT_S
     new, old = seen("m", "e0", 2), seen("m", target=2, running=2)
     assert reconcile(wanted, {**old, **new}, late - 1).actions == ()
@@ -121,7 +125,7 @@ def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
 
 
 def test_what_cannot_come_up_displaces_nothing() -> None:
-    """An application that made room for a failed one gets its replicas back."""
+    """An application that gave up replicas for a failed application gets these replicas back."""
     wanted = [Wanted("m", "e0", 3)]
     failed = seen("m", "e0", 3, gave_up=True, refused=True, trouble="no such model")
     there = {**seen("m", target=2, running=2), **failed}
@@ -129,7 +133,7 @@ def test_what_cannot_come_up_displaces_nothing() -> None:
 
 
 def test_a_version_that_is_dropped_goes_at_once() -> None:
-    """A rolled-back version is retired without waiting for replicas of the other."""
+    """A rolled-back version is retired at once, without waiting for replicas of the other version."""
     there = {**seen("m", target=2, running=1), **seen("m", "e0", version="v2", running=1)}
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S).retired == frozenset()
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S, dropped={("m", "v2")}).retired == {"m@v2+e0"}
@@ -138,8 +142,11 @@ def test_a_version_that_is_dropped_goes_at_once() -> None:
 
 
 def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
-    """A running application replaces only that of its own GPU type. A type without replicas does not end what serves,
-    and one that lacks capacity does not take it from another type."""
+    """An application replaces only an old application on the same GPU type.
+
+    A new application without replicas does not retire an old application that serves. A new application that lacks
+    capacity does not take capacity from another GPU type.
+    """
     wanted = [Wanted("m", "aa", 1, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
     old = {**seen("m", "d0", 1, running=1, gpu="H100"), **seen("m", "e0", 2, running=2, gpu="L4")}
     fast, slow = seen("m", "aa", 1, running=1, gpu="H100"), seen("m", "bb", 2, placed=2, gpu="L4")
@@ -156,7 +163,8 @@ def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
 
 
 def test_frozen_models_are_not_rolled_out() -> None:
-    """Nothing of a frozen model is replaced or deleted; a model without applications is still deployed."""
+    """No application of a frozen model is replaced or deleted. A frozen model without applications is still
+    deployed."""
     there = seen("m", running=1)
     assert reconcile([Wanted("m", "e0", 1)], there, NOW_S, frozen={"m"}) == Plan(())
     assert reconcile([Wanted("m", "e0", 1)], {}, NOW_S, frozen={"m"}).actions == (Deploy("m@v1+e0", "new"),)
@@ -167,8 +175,8 @@ def test_frozen_models_are_not_rolled_out() -> None:
 
 @dataclass
 class World:
-    """Simulated Ray with this many GPUs, one per replica. A replica serves two steps after it got a GPU, unless it is
-    broken."""
+    """Simulated Ray with `gpus` GPUs, one for each replica. A replica serves two steps after it got a GPU, unless the
+    replica is broken."""
 
     gpus: int
     broken: frozenset[str] = frozenset()
@@ -177,7 +185,7 @@ class World:
     restarts: int = 0
 
     def carry_out(self, plan: Plan, wanted: Iterable[Wanted]) -> None:
-        """Apply one plan."""
+        """Apply one plan to the simulated Ray."""
         by_app = {one.app: one for one in wanted}
         for action in plan.actions:
             match action:
@@ -205,7 +213,7 @@ class World:
                     )
 
     def step(self) -> None:
-        """Advance Ray by ten seconds."""
+        """Advance the simulated Ray by ten seconds."""
         self.now_s += 10.0
         for app, one in self.apps.items():
             if one.digest in self.broken:
@@ -217,7 +225,7 @@ class World:
             self.apps[app] = dataclasses.replace(one, running=up, placed=more)
 
     def running(self, model: str) -> int:
-        """Number of serving replicas."""
+        """Number of serving replicas of a model."""
         return sum(one.running for one in self.apps.values() if one.model == model)
 
 
@@ -230,9 +238,10 @@ def test_any_change_comes_to_rest(
 ) -> None:
     """Any change of the catalog converges, with or without spare capacity.
 
-    Applications change only in number, and unchanged ones are untouched. A changed model keeps serving: with all
-    replicas if both fit, else with one less (unless another model takes the room that it makes). In the end all is as
-    wanted, as far as possible.
+    Applications change only in number, and unchanged applications are not touched. A changed model keeps serving. If
+    the old and the new replicas fit together, at least the lesser of the two numbers of replicas serves. Otherwise one
+    replica less may serve, or fewer if another model takes the GPUs that become free. In the end all applications are
+    as wanted, as far as possible.
     """
     room = max(sum(n for _, n in have.values()), sum(n for _, n in want.values())) + spare
     world = World(room, broken)
@@ -267,8 +276,12 @@ TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), 
 
 @given(TYPES, TYPES, st.booleans())
 def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
-    """Any change of types and numbers keeps the lesser number of replicas serving at every moment, if both fit, and
-    ends with the wanted applications only."""
+    """Any change of GPU types and numbers keeps replicas serving at every moment, and ends with the wanted applications
+    only.
+
+    At least the lesser of the old and the new number of replicas serves, because the old and the new replicas fit
+    together.
+    """
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]
     for _ in range(6):

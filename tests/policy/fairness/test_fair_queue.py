@@ -1,4 +1,4 @@
-"""Fair queuing: work conservation, bounded gaps, no starvation, accounts that agree, and shedding."""
+"""Tests of fair queuing: work conservation, bounded gaps, no starvation, accounts that agree, and shedding."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SERVICE = ServiceWeights()
 def call(
     call_id: str, tenant: str = "a", *, tokens: int = 100, output: int = 0, rank: int = 0, arrived: float = 0.0
 ) -> WaitingSequence:
-    """A waiting sequence."""
+    """Return a waiting sequence."""
     return WaitingSequence(call_id, "m", tenant, tokens, None, "standard", arrived, rank, 0, output)
 
 
 def order_of(*calls: WaitingSequence, weights: dict[str, float] | None = None) -> FairOrder:
-    """An order in which these sequences wait."""
+    """Return a fair order in which these sequences wait."""
     given = weights or {}
     order = FairOrder(weight_of=lambda tenant: given.get(tenant, 1.0))
     for one in calls:
@@ -36,7 +36,7 @@ def order_of(*calls: WaitingSequence, weights: dict[str, float] | None = None) -
 
 
 def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
-    """Call ids of the next turns."""
+    """Give the next turns, and return the call ids in the order of the turns."""
     out = []
     for _ in range(count):
         head = order.head()
@@ -47,27 +47,31 @@ def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
 
 
 def test_turns_go_by_weighted_service() -> None:
-    """A weight of 2 gets two turns for each one of weight 1, however many wait."""
+    """A tenant of weight 2 gets two turns for each turn of a tenant of weight 1, however many sequences wait."""
     calls = [call(f"a{i}", "a") for i in range(20)] + [call(f"b{i}", "b") for i in range(20)]
     taken = turns(order_of(*calls, weights={"a": 2.0}), 15)
     assert sum(1 for one in taken if one[0] == "a") == 10
 
 
 def test_long_outputs_have_fewer_turns() -> None:
-    """Tokens are shared, not calls: eight times the cost gets an eighth of the turns."""
+    """A tenant whose calls cost eight times as much gets an eighth of the turns, because tokens are shared and not
+    calls."""
     calls = [call(f"l{i}", "l", tokens=100, output=350) for i in range(40)] + [call(f"s{i}", "s") for i in range(80)]
     taken = turns(order_of(*calls), 90)
     assert sum(1 for one in taken if one[0] == "l") == 10
 
 
 def test_a_higher_class_goes_first_whatever_it_had() -> None:
-    """Rank 0 always goes before rank 1."""
+    """A sequence of rank 0 always goes before a sequence of rank 1."""
     order = order_of(call("b", "b", rank=1), *[call(f"a{i}", "a", tokens=5000) for i in range(5)])
     assert turns(order, 6)[-1] == "b"
 
 
 def test_coming_back_from_idle_saves_nothing_up() -> None:
-    """A tenant that returns from idle is lifted to the least backlogged counter, and gets no run of turns."""
+    """The counter of a tenant that returns from idle is lifted to the least backlogged counter.
+
+    The tenant then gets no long run of turns.
+    """
     order = order_of(*[call(f"a{i}", "a") for i in range(200)])
     turns(order, 100)
     for i in range(20):
@@ -86,7 +90,10 @@ def test_a_short_pause_is_no_way_to_save_up_either() -> None:
 
 
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
-    """A tenant that waits at another gateway is not idle, and its counter starts here at the least backlogged one."""
+    """A tenant that waits at another gateway is not idle.
+
+    The counter of the tenant on this gateway starts at the least backlogged counter.
+    """
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)
     there = {FlowKey(0, "b"): Backlog(3, 300.0)}
@@ -112,7 +119,7 @@ def test_a_silent_gateways_tenants_count_no_longer() -> None:
 
 
 def test_one_put_back_goes_first_and_is_charged_once() -> None:
-    """A sequence that lost its worker is charged once and goes first."""
+    """A sequence that lost its worker is charged once, and goes first when it is put back."""
     order = order_of(*[call(f"a{i}", "a", output=10) for i in range(3)], call("b", "b"))
     first = turns(order, 1)[0]
     before = order.counter("a")
@@ -126,7 +133,11 @@ def test_one_put_back_goes_first_and_is_charged_once() -> None:
 
 
 def test_corrections_end_at_the_truth() -> None:
-    """Predicted 100, cached nothing; generated 130, cached 60; then one call is revoked."""
+    """After all corrections, the counter of a tenant is the cost of the computed tokens.
+
+    The first call is predicted with 100 output tokens and no cached tokens, and ends with 130 output tokens and 60
+    cached tokens. The second call is revoked.
+    """
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
     assert order.charge_of("x") == 300.0
@@ -143,11 +154,14 @@ def test_corrections_end_at_the_truth() -> None:
 
 
 def test_only_what_others_served_is_added_and_only_once() -> None:
-    """Repeated and late reports, a new link and a restarted worker add only other gateways' service, and only once."""
+    """Only the service of other gateways is added to a counter, and only once.
+
+    This holds for repeated and late reports, for a new link and for a restarted worker.
+    """
     order = order_of(call("x", "a"))
     report = [ServedTotal(0, "a", 1000.0, 400.0)]
     order.apply_served_report("w", "i1", report, 0.0)
-    assert order.counter("a") == 0.0  # the start of its total is unknown
+    assert order.counter("a") == 0.0  # the start of the total is unknown
     for _ in range(2):
         order.apply_served_report("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
     assert order.counter("a") == 300.0
@@ -159,7 +173,7 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
 
 
 def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway with calls of a tenant that is ahead claims less than one with a call of a tenant behind."""
+    """A gateway whose tenant is ahead claims less than a gateway whose tenant is behind."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
     here.replace_peer_backlog("g2", there.own_backlog(), 0.0)
@@ -173,7 +187,7 @@ def test_claims_are_parts_of_the_next_turns() -> None:
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
-    """Idle tenants at the floor are forgotten; later ones start at the counter of the last backlogged one."""
+    """Idle tenants at the floor are forgotten. A later tenant starts at the counter of the last backlogged tenant."""
     order = order_of(*[call(f"{i}", f"t{i}") for i in range(100)], call("debtor", "d", tokens=100_000))
     turns(order, 101)
     for call_id in [*(str(i) for i in range(100)), "debtor"]:
@@ -188,7 +202,8 @@ def test_tenants_at_their_floor_are_forgotten() -> None:
 
 
 def test_orders_outlive_an_empty_room() -> None:
-    """A tenant's counter is kept while its model's queue is empty; unknown models are forgotten."""
+    """The counter of a tenant is kept while the queue of its model is empty. Unknown models are forgotten once no call
+    is open."""
     fair = FairOrders()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
     room.admit(call("x"), 0.0)
@@ -207,7 +222,8 @@ def test_orders_outlive_an_empty_room() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.DataObject) -> None:
-    """Two gateways that send to two workers have equal counters after all reports, whatever their order."""
+    """Two gateways that send to two workers have equal counters after all reports, whatever the order of the
+    reports."""
     gateways = [FairOrder(), FairOrder()]
     meters = [ServedMeter(), ServedMeter()]
     for meter in meters:
@@ -247,7 +263,8 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
 def test_the_gap_of_backlogged_tenants_is_bounded(
     costs: list[tuple[int, int]], picks: int, weights: list[float]
 ) -> None:
-    """Counters never differ by more than the largest charge by weight, plus one bucket."""
+    """The counters of backlogged tenants never differ by more than the largest charge divided by weight, plus one
+    bucket."""
     names = [f"t{i}" for i in range(len(costs))]
     by_name = dict(zip(names, weights, strict=False))
     calls = [
@@ -264,7 +281,10 @@ def test_the_gap_of_backlogged_tenants_is_bounded(
 
 
 class FairMachine(RuleBasedStateMachine):
-    """Calls arrive, have their turn, are put back, leave and end, in two classes; compared with plain lists."""
+    """State machine of a fair order with two classes, compared with plain lists.
+
+    Calls arrive, have their turn, are put back, are cancelled and end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +302,7 @@ class FairMachine(RuleBasedStateMachine):
         output=st.integers(0, 90),
     )
     def push(self, tenant: str, rank: int, tokens: int, output: int) -> None:
-        """A call arrives."""
+        """Add a call that arrives."""
         self.serial += 1
         one = call(str(self.serial), tenant, tokens=tokens, output=output, rank=rank, arrived=self.now)
         self.order.push(one, self.now)
@@ -290,7 +310,8 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule()
     def turn(self) -> None:
-        """The head has its turn: a call put back, or the first of the least counter in the highest class."""
+        """Give the head its turn: a call that was put back, or the first call of the least counter in the highest
+        class."""
         head = self.order.head()
         waiting = {key: line for key, line in self.lines.items() if line}
         if self.returned:
@@ -314,7 +335,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(["back", "end", "revoke"]), tokens=st.integers(0, 150))
     def running_one(self, data: st.DataObject, what: str, tokens: int) -> None:
-        """A running call loses its worker, or ends."""
+        """Put back a running call that loses its worker, or end the call."""
         if not self.running:
             return
         one = data.draw(st.sampled_from(self.running))
@@ -330,7 +351,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        """A waiting call is cancelled."""
+        """Cancel a waiting call."""
         there = self.returned + [w for line in self.lines.values() for w in line]
         if there:
             one = data.draw(st.sampled_from(there))
@@ -339,13 +360,13 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 1.5, 3.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes."""
+        """Advance the time."""
         self.now += seconds
         self.order.sweep(self.now)
 
     @invariant()
     def counts_and_positions(self) -> None:
-        """There is a head exactly when something waits, and positions are right within a tenant's own queue."""
+        """There is a head exactly when a call waits, and positions are right within the queue of each tenant."""
         waiting = len(self.returned) + sum(len(line) for line in self.lines.values())
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
@@ -362,7 +383,10 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """Whatever a flooding tenant sends, it is served at most a waiting call's cost before that call's turn."""
+    """A flooding tenant is served at most the cost of a waiting call before this call has its turn.
+
+    This holds whatever the flooding tenant sends.
+    """
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
     served = 0
@@ -376,7 +400,7 @@ def test_nobody_starves(arrivals: list[int]) -> None:
 
 
 def test_a_line_forgets_those_who_left() -> None:
-    """Positions and length are right after removals from the middle; gaps are dropped with the head."""
+    """Positions and length are right after removals from the middle. Gaps are dropped together with the head."""
     line = FifoQueue()
     serials = [line.push(call(str(i))) for i in range(6)]
     for gone in (1, 3, 2):
@@ -389,7 +413,7 @@ def test_a_line_forgets_those_who_left() -> None:
 
 
 def test_learnt_outputs() -> None:
-    """Mean and p95 of the last outputs are within the allowed maximum; the number of pairs is bounded."""
+    """The mean and the p95 of the last outputs are within the allowed maximum. The number of pairs is bounded."""
     learnt = LearntOutputs(default_tokens=50, max_pairs=2)
     assert (learnt.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (50, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
@@ -402,8 +426,10 @@ def test_learnt_outputs() -> None:
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
-    """Tenants that always reach max_tokens are expected to do so, however mixed their max_tokens are. Beyond the
-    longest observed output, only the default is expected."""
+    """A tenant that always reaches max_tokens is expected to do so again, however different its max_tokens are.
+
+    Beyond the longest observed output, only the default is expected.
+    """
     learnt = LearntOutputs(default_tokens=50)
     for most in (10, 1000, 200, 3000) * 8:
         learnt.observe("a", "m", most, cut=True)
@@ -419,7 +445,7 @@ def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=KEPT), st.integers(1, 400))
 def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], most: int) -> None:
-    """The expectation is the mean of the lengths, each limited to `most`."""
+    """The expectation is the mean of the observed lengths, each limited to `most`."""
     learnt = LearntOutputs()
     for tokens in lengths:
         learnt.observe("a", "m", tokens)
@@ -429,8 +455,11 @@ def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], m
 
 
 def test_of_whom_nothing_was_seen_others_tell() -> None:
-    """Without observations of a tenant, the model's other outputs are used, for a new model all outputs, and only then
-    the default. Limits use the tenant's own outputs only."""
+    """The expectation for a tenant without observations uses other outputs: of the same model, else all outputs, else
+    the default.
+
+    Limits use only the outputs of the tenant itself.
+    """
     learnt = LearntOutputs(default_tokens=50)
     assert learnt.expected("a", "m", 1000) == 50
     for _ in range(KEPT):
@@ -447,8 +476,11 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
 
 
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
-    """Cut outputs only give a lower bound: with half cut at 10 and half ending at 40, a call that may have 40 tokens is
-    expected to have 40, not 25. The mean is that of the observed lengths."""
+    """A cut output only gives a lower bound of a length, but the mean is the mean of the observed lengths.
+
+    Half of the outputs are cut at 10 tokens and half end at 40 tokens. Then a call that may have 40 tokens is expected
+    to have 40 tokens, not 25.
+    """
     learnt = LearntOutputs()
     for _ in range(KEPT // 2):
         learnt.observe("a", "m", 10, cut=True)
@@ -457,12 +489,13 @@ def test_what_was_cut_short_says_no_more_than_it_had() -> None:
 
 
 def shedding(max_requests: int = 4) -> WaitingRoom:
-    """A small waiting room."""
+    """Return a small waiting room."""
     return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairOrders().order)
 
 
 def test_a_full_room_sheds_the_lowest_class_first() -> None:
-    """The newest of the lowest class is shed for a higher class; none is shed for the lowest class."""
+    """A sequence of the lowest class is shed for a sequence of a higher class. No sequence is shed for a sequence of
+    the lowest class."""
     room = shedding()
     for i, rank in enumerate((2, 0, 2, 1)):
         room.admit(call(str(i), f"t{i}", rank=rank), 0.0)
@@ -475,7 +508,7 @@ def test_a_full_room_sheds_the_lowest_class_first() -> None:
 
 
 def test_a_flood_makes_room_for_others_of_its_class() -> None:
-    """Within a class the longest queue loses its last; the flooding tenant itself is refused."""
+    """Within a class, the longest queue loses its last sequence. The flooding tenant itself is refused."""
     room = shedding()
     for i in range(4):
         assert room.admit(call(f"f{i}", "flood"), 0.0).outcome is None
@@ -488,7 +521,8 @@ def test_a_flood_makes_room_for_others_of_its_class() -> None:
 
 
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
-    """A call whose earliest start is after its deadline is refused at once; one without a deadline is not."""
+    """A call whose earliest start is not before its deadline is refused at once. A call without a deadline is not
+    refused."""
     room = shedding()
     late = WaitingSequence("x", "m", "a", 1, 5.0, "standard", 0.0)
     assert room.admit(late, 0.0, starts_in_s=5.0).outcome is Outcome.DEADLINE_UNREACHABLE
@@ -497,7 +531,7 @@ def test_what_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_a_tenants_own_bounds() -> None:
-    """A tenant whose own queue is full is refused, and nothing is shed for it."""
+    """A sequence of a tenant whose own queue is full is refused, and nothing is shed for this sequence."""
     room = WaitingRoom(
         max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150,
         order_of=FairOrders().order,
@@ -510,7 +544,10 @@ def test_a_tenants_own_bounds() -> None:
 
 
 def test_what_goes_before_in_any_case() -> None:
-    """Surely ahead are all of higher classes and the tenant's own queue, not other tenants of its class."""
+    """The service that is surely ahead is the service of higher classes and of the tenant's own queue.
+
+    The service of other tenants of the same class is not included.
+    """
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
     assert order.service_ahead("x", 1) == 57.0
     assert order.service_ahead("new", 1) == 7.0

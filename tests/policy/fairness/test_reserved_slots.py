@@ -1,4 +1,4 @@
-"""Reserved slots: a few are kept for guests, and only from tenants that always wait."""
+"""Tests of reserved slots: a few slots are kept for guests, and only from tenants that always wait."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ RUNNING = KEPT_OF * 2
 
 
 def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
-    """A waiting sequence."""
+    """Return a waiting sequence."""
     return WaitingSequence(call_id, "m", tenant, 100, None, "standard", 0.0, rank)
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
-    """A loud tenant with RUNNING running calls and one that has waited since time 0.
+    """Return an order, and a sequence of a loud tenant that has waited since time 0.
 
-    A guest has come and gone at 5 s, and the loud tenant has had another turn.
+    The loud tenant has RUNNING running calls. A guest has come and gone at 5 s, and the loud tenant has then had
+    another turn.
     """
     order = FairOrder()
     head = call("head", "loud", loud_rank)
@@ -37,7 +38,7 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
 
 
 def test_places_are_kept_from_who_always_waits() -> None:
-    """The loud tenant leaves the reserved slots free beside a guest, until no guest has come for GUEST_S."""
+    """The loud tenant leaves the reserved slots free after a guest was seen, until no guest has come for GUEST_S."""
     order, head = flooded()
     assert order.slots_to_keep_free(head) == RUNNING // KEPT_OF
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
@@ -45,7 +46,7 @@ def test_places_are_kept_from_who_always_waits() -> None:
 
 
 def test_nothing_is_kept_from_guests() -> None:
-    """A new call of a guest and a call that lost its worker may take any slot."""
+    """A new call of a guest may take any slot, and so may a call that lost its worker."""
     order, _ = flooded()
     second = call("again", "guest")
     order.push(second, 6.0)
@@ -56,7 +57,8 @@ def test_nothing_is_kept_from_guests() -> None:
 
 
 def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
-    """Interactive calls leave no slots free for batch calls; batch calls do for interactive ones."""
+    """Interactive calls leave no slots free for guests with batch calls. Batch calls leave slots free for guests with
+    interactive calls."""
     order, head = flooded(guest_rank=2, loud_rank=0)
     assert order.slots_to_keep_free(head) == 0
     order, head = flooded(guest_rank=0, loud_rank=2)
@@ -64,7 +66,7 @@ def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
 
 
 def test_two_who_flood_are_nobodys_guests() -> None:
-    """If all tenants always wait, no slot is reserved, and all capacity is used."""
+    """No slot is reserved if all tenants always wait, so all capacity is used."""
     order = FairOrder()
     for tenant in ("one", "other"):
         for number in range(RUNNING):
@@ -83,7 +85,7 @@ def test_two_who_flood_are_nobodys_guests() -> None:
     st.integers(0, 100_000), st.lists(st.tuples(st.integers(0, 5), st.floats(0, 100)), max_size=5), st.floats(0, 200)
 )
 def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], now: float) -> None:
-    """At most one slot in KEPT_OF of the running calls is reserved, and at most KEPT_MOST."""
+    """At most one slot in KEPT_OF of the running calls is reserved, and at most KEPT_MOST slots."""
     guests = ReservedSlots()
     for rank, at in seen:
         guests.note_guest(rank, at)

@@ -1,4 +1,4 @@
-"""Waiting room: bounds, order, deadlines and counts."""
+"""Tests of the waiting room: bounds, order, deadlines and counts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ pytestmark = pytest.mark.slow
 def waiting(
     call_id: str, *, model: str = "m", tokens: int = 10, deadline: float | None = None, arrived: float = 0.0
 ) -> WaitingSequence:
-    """A waiting sequence."""
+    """Return a waiting sequence."""
     return WaitingSequence(call_id, model, "tenant", tokens, deadline, "standard", arrived)
 
 
 def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
-    """A large room, unless other bounds are given."""
+    """Return a large waiting room, unless other bounds are given."""
     return WaitingRoom(
         max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s, order_of=lambda model: FifoOrder()
     )
 
 
 def fits(_: WaitingSequence) -> bool:
-    """Every sequence fits."""
+    """Return True for every sequence, which then fits."""
     return True
 
 
@@ -45,7 +45,7 @@ def test_first_come_first_served_by_model() -> None:
 
 
 def test_only_the_head_is_offered() -> None:
-    """A head that does not fit is not overtaken by a shorter one behind it."""
+    """A head that does not fit is not overtaken by a shorter sequence behind the head."""
     r = room()
     r.admit(waiting("long", tokens=900), 0.0)
     r.admit(waiting("short", tokens=1), 0.0)
@@ -61,7 +61,7 @@ def test_only_the_head_is_offered() -> None:
 
 
 def test_full_by_requests_and_by_tokens() -> None:
-    """A sequence beyond either bound is refused without a trace; one that just reaches it enters."""
+    """A sequence beyond either bound is refused without a trace. A sequence that just reaches the bound enters."""
     r = room(max_requests=2, max_tokens=100)
     assert r.admit(waiting("a", tokens=60), 0.0).outcome is None
     assert r.admit(waiting("b", tokens=41), 0.0).outcome is Outcome.QUEUE_FULL
@@ -74,7 +74,7 @@ def test_full_by_requests_and_by_tokens() -> None:
 
 
 def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
-    """Calls of a lost worker come before all others, the earliest first, even into a full room."""
+    """Sequences that lost their worker come before all other sequences, the earliest first, even into a full room."""
     r = room(max_requests=3)
     for number, call_id in enumerate("abc"):
         r.admit(waiting(call_id, arrived=float(number)), 0.0)
@@ -89,7 +89,7 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
 
 
 def test_expiry_by_deadline_and_by_wait() -> None:
-    """A sequence past its deadline or maximum wait is returned once, the longest overdue first."""
+    """A sequence past its deadline or maximum wait is returned once, the longest overdue sequence first."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("patient"), 1.0)
     r.admit(waiting("late", deadline=5.0), 1.0)
@@ -102,7 +102,7 @@ def test_expiry_by_deadline_and_by_wait() -> None:
 
 
 def test_a_second_stay_has_its_own_time() -> None:
-    """The expiry of the first stay does not end the second."""
+    """The expiry of the first stay of a sequence does not end the second stay."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("a"), 0.0)
     w = r.pop_next("m", fits)
@@ -113,7 +113,7 @@ def test_a_second_stay_has_its_own_time() -> None:
 
 
 def test_entering_twice_is_an_error() -> None:
-    """A call id that already waits raises ValueError and changes nothing."""
+    """Adding a call id that already waits raises ValueError and changes nothing."""
     r = room()
     r.admit(waiting("a"), 0.0)
     with pytest.raises(ValueError, match="already waits"):
@@ -133,7 +133,10 @@ def test_leave_of_a_stranger_is_false() -> None:
 
 
 def test_a_hundred_thousand_cost_microseconds_each() -> None:
-    """Enter, position, cancel and bind of 100,000 take some µs each (bounded loosely: 40 µs for the four)."""
+    """Entering, locating, cancelling and binding 100,000 sequences takes some µs each.
+
+    The bound is loose: 40 µs for the four operations.
+    """
     r = WaitingRoom(max_requests=100_000, max_tokens=10**9, max_wait_s=60.0, order_of=lambda model: FifoOrder())
     ids = [str(i) for i in range(100_000)]
     before = time.process_time()
@@ -150,7 +153,7 @@ def test_a_hundred_thousand_cost_microseconds_each() -> None:
 
 
 class RoomMachine(RuleBasedStateMachine):
-    """The waiting room compared with a list that is searched linearly."""
+    """State machine in which the waiting room is compared with a list that is searched linearly."""
 
     bound = Bundle("bound")
 
@@ -177,7 +180,7 @@ class RoomMachine(RuleBasedStateMachine):
         patience=st.none() | st.integers(0, 20),
     )
     def enter(self, model: str, count: int, tokens: int, patience: int | None) -> None:
-        """Sequences arrive."""
+        """Admit sequences that arrive."""
         for _ in range(count):
             deadline = None if patience is None else self.now + patience
             w = waiting(str(self.serial), model=model, tokens=tokens, deadline=deadline, arrived=self.now)
@@ -194,7 +197,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(target=bound, model=st.sampled_from("xy"), limit=st.integers(0, 9))
     def next(self, model: str, limit: int) -> WaitingSequence | None:
-        """The head leaves if it fits."""
+        """Bind the head if it fits."""
         line = self.lines[model]
         expected = line[0] if line and line[0].tokens <= limit else None
         got = self.room.pop_next(model, lambda w: w.tokens <= limit)
@@ -205,7 +208,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(w=consumes(bound))
     def put_back(self, w: WaitingSequence | None) -> None:
-        """A bound sequence loses its worker."""
+        """Put back a bound sequence that loses its worker."""
         if w is None:
             return
         self.room.put_back(w, self.now)
@@ -217,7 +220,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), share=st.sampled_from([1, 30]))
     def leave(self, data: st.DataObject, share: int) -> None:
-        """Sequences are cancelled, at any position."""
+        """Cancel sequences at any position."""
         for _ in range(share):
             there = self._all()
             if there:
@@ -227,7 +230,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 5.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes, and some sequences expire."""
+        """Advance the time, so that some sequences expire."""
         self.now += seconds
         gone = self.room.pop_expired(self.now)
         overdue = [w for w in self._all() if self.expires[w.call_id] <= self.now]
@@ -238,7 +241,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_positions_equal_a_recount(self) -> None:
-        """Nothing is lost or duplicated, and all positions are right."""
+        """No sequence is lost or duplicated, and all positions are right."""
         s = self.room.statistics()
         there = self._all()
         assert (s.requests, s.tokens) == (len(there), sum(w.tokens for w in there))

@@ -1,4 +1,4 @@
-"""Limits: no window exceeds its limit, whatever calls and clocks do, and nothing leaks."""
+"""Tests of limits: no window exceeds its limit, whatever calls and clocks do, and no reservation leaks."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ NOON = 1_790_000_000.0
 
 
 def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
-    """A tenant with these limits."""
+    """Return a tenant policy with these limits."""
     return TenantPolicy.from_json({"name": "acme", "limits": limits, "on_budget": on_budget})
 
 
 def reserve(
     limiter: Limiter, policy: TenantPolicy, call_id: str, now: float, prompt: int = 10, output: int = 10
 ) -> Granted | LimitRefusal:
-    """Reserve for a call."""
+    """Reserve for a call, and return the grant or the refusal."""
     return limiter.reserve(policy, ReservationRequest(call_id, prompt, output), now, NOON + now)
 
 
 def refused(got: Granted | LimitRefusal) -> LimitRefusal:
-    """The refusal; fails if the call was admitted."""
+    """Return the refusal, or fail if the call was admitted."""
     assert isinstance(got, LimitRefusal)
     return got
 
@@ -60,7 +60,7 @@ def refused(got: Granted | LimitRefusal) -> LimitRefusal:
     ],
 )
 def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, outcome: Outcome, retry_s: float) -> None:
-    """The second call exceeds the limit; the refusal names the limit, the rest and the time to retry."""
+    """A second call that exceeds a limit is refused. The refusal names the limit and has the time to retry."""
     limiter = Limiter()
     policy = tenant("finish", **limits)
     assert isinstance(reserve(limiter, policy, "a", 0.0), Granted)
@@ -73,14 +73,14 @@ def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, ou
 
 
 def test_a_call_that_can_never_fit_is_told_so() -> None:
-    """A call larger than the limit gets no retry time, since retrying cannot help."""
+    """A refused call that is larger than the limit gets no retry time, since retrying cannot help."""
     refusal = refused(reserve(Limiter(), tenant(tokens_per_minute=5), "a", 0.0))
     assert refusal.retry_after_s is None
     assert "alone exceeds" in refusal.message
 
 
 def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
-    """The retry time is exact."""
+    """A retry after the returned time succeeds, and a retry before that time is refused."""
     policy = tenant(requests_per_minute=2)
     limiter = Limiter()
     reserve(limiter, policy, "a", 0.25)
@@ -92,7 +92,7 @@ def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
 
 
 def test_standing_is_told_with_the_grant() -> None:
-    """A grant has the values for x-ratelimit headers."""
+    """A grant has the values of the x-ratelimit headers."""
     got = reserve(Limiter(), tenant(requests_per_minute=5, tokens_per_minute=100), "a", 3.5)
     assert isinstance(got, Granted)
     assert got.requests is not None
@@ -102,7 +102,7 @@ def test_standing_is_told_with_the_grant() -> None:
 
 
 def test_settling_gives_back_what_was_taken_in_vain() -> None:
-    """A failed call costs its request and no token; a longer one costs its actual tokens."""
+    """A failed call costs one request and no tokens. A call that is longer than predicted costs its actual tokens."""
     limiter, policy = Limiter(), tenant(tokens_per_minute=100, daily_tokens=1000)
     reserve(limiter, policy, "failed", 0.0, 40, 40)
     limiter.settle("failed", 0, 0, 1.0, NOON)
@@ -123,8 +123,10 @@ def test_a_reservation_twice_is_the_callers_mistake() -> None:
 
 @pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
 def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
-    """With stop, a call exceeds the budget by less than one quantum; with finish it runs on, and the next call is
-    refused."""
+    """A call exceeds an empty budget by less than one quantum with `stop`, and runs on with `finish`.
+
+    The next call is refused in both cases.
+    """
     limiter, policy = Limiter(quantum_tokens=16), tenant(on_budget, daily_tokens=100)
     reserve(limiter, policy, "a", 0.0, 10, 10)
     tokens = 0
@@ -139,7 +141,8 @@ def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends
 
 
 def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
-    """A running call may exceed a minute's limit; no other call is admitted until its tokens have left the window."""
+    """A running call may exceed a limit per minute. No other call is admitted until the tokens of this call have left
+    the window."""
     limiter, policy = Limiter(quantum_tokens=10), tenant("stop", tokens_per_minute=50)
     reserve(limiter, policy, "a", 0.0, 10, 10)
     for tokens in range(100):
@@ -150,7 +153,7 @@ def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
 
 
 def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
-    """A new day resets the daily budget; a clock that steps back a day resets nothing."""
+    """A new day resets the daily budget. A clock that steps back by a day resets nothing."""
     limiter, policy = Limiter(), tenant(daily_tokens=25)
     assert isinstance(limiter.reserve(policy, ReservationRequest("a", 10, 10), 0.0, NOON), Granted)
     assert isinstance(limiter.reserve(policy, ReservationRequest("b", 10, 10), 1.0, NOON), LimitRefusal)
@@ -159,20 +162,20 @@ def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
 
 
 def test_months_are_the_calendars() -> None:
-    """Months end at the boundary of the calendar month."""
+    """A month ends at the boundary of the calendar month."""
     end = NOON + month_ends_in_s(NOON)
     assert month_of(end) == month_of(NOON) + 1
     assert month_of(end - 0.001) == month_of(NOON)
 
 
 def test_a_share_is_never_nothing() -> None:
-    """Eight gateways without their store apply an eighth of each limit, at least one."""
+    """Eight gateways without their shared store apply an eighth of each limit each, but at least 1."""
     part = gateway_share(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
     assert (part.requests_per_minute, part.concurrent_requests, part.daily_tokens) == (12, 1, None)
 
 
 def test_output_may_count_more() -> None:
-    """Weights apply to the tokens per minute, not to budgets; invalid weights are refused."""
+    """Token weights apply to the limit of tokens per minute and not to budgets. Invalid weights are refused."""
     limiter = Limiter(weights=TokenWeights(input=1, output=2.5))
     policy = tenant(tokens_per_minute=100)
     reserve(limiter, policy, "a", 0.0, 10, 3)
@@ -197,7 +200,7 @@ def test_sweeping_forgets_the_idle_only() -> None:
 @given(st.lists(st.tuples(st.floats(-200, 200), st.integers(1, 5)), max_size=60), st.integers(1, 12))
 @settings(max_examples=200, deadline=None)
 def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], limit: int) -> None:
-    """No 60 s of real time exceed the limit, even if the clock steps back."""
+    """No window of 60 s of real time exceeds the limit, even if the clock steps back."""
     window, clock = SlidingSum(), MonotonicClock()
     now = elapsed = 0.0
     admitted: list[tuple[float, int]] = []
@@ -214,7 +217,10 @@ def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], lim
 
 
 class LimitsMachine(RuleBasedStateMachine):
-    """Calls are admitted, run, fail and end, with an unsteady clock; sums are compared with a full log."""
+    """State machine in which calls are admitted, run, fail and end with an unsteady clock.
+
+    The sums of the limiter are compared with a full log.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +235,8 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
     def ask(self, prompt: int, output: int, n: int) -> None:
-        """Reserve for a call with n outputs; if admitted, the logged sums of the last minute are within the limits."""
+        """Reserve for a call with n outputs. If the call is admitted, the logged sums of the last minute are within the
+        limits."""
         self.serial += 1
         got = self.limiter.reserve(
             self.policy, ReservationRequest(str(self.serial), prompt, n * output), self.now, NOON
@@ -246,7 +253,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), more=st.integers(1, 20))
     def generate(self, data: st.DataObject, more: int) -> None:
-        """A call gets some tokens."""
+        """Generate some tokens for a running call."""
         if self.running:
             call_id = data.draw(st.sampled_from(sorted(self.running)))
             at, prompt, output = self.running[call_id]
@@ -255,7 +262,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), failed=st.booleans())
     def end(self, data: st.DataObject, failed: bool) -> None:
-        """A call ends, with its tokens or at no cost."""
+        """End a running call, with its tokens or at no cost."""
         if self.running:
             call_id = data.draw(st.sampled_from(sorted(self.running)))
             at, prompt, output = self.running.pop(call_id)
@@ -265,7 +272,10 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
     def pass_time(self, seconds: float) -> None:
-        """Advance the clock or step it back; after stepping back more than a minute in total, time continues."""
+        """Advance the clock or step the clock back.
+
+        After steps back of more than a minute in total, time continues from the last reading.
+        """
         self.now += seconds
         self.elapsed += seconds
         if self.high - self.elapsed > STEP_BACK_S:
@@ -275,14 +285,14 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_are_those_of_what_runs(self) -> None:
-        """No count leaks."""
+        """The number of running calls is right, and no sum is negative."""
         use = self.limiter.use("acme")
         assert use.running == len(self.running)
         assert use.requests.total >= 0
         assert use.tokens.total >= 0
 
     def teardown(self) -> None:
-        """After all calls are settled and a minute has passed, every sum is zero."""
+        """Check that every sum is zero after all calls are settled and the window has passed."""
         for call_id, (_, prompt, output) in self.running.items():
             self.limiter.settle(call_id, prompt, output, self.now, NOON)
         self.limiter.sweep(self.now + 4 * WINDOW_S)
@@ -296,8 +306,10 @@ TestLimits = LimitsMachine.TestCase
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=30))
 def test_tries_and_tokens_without_a_call_keep_to_the_limits(steps: list[tuple[bool, int]]) -> None:
-    """Charges without a call keep every window within its limit and do not count as running; refused ones are not
-    counted."""
+    """A charge without a call keeps every window within its limit, and does not count as a running call.
+
+    A refused charge is not counted.
+    """
     limiter, policy = Limiter(), tenant("finish", requests_per_minute=10, tokens_per_minute=100, daily_tokens=200)
     for is_try, tokens in steps:
         before = limiter.use("acme")

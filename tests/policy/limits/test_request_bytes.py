@@ -1,4 +1,4 @@
-"""Budget of request bytes: bounds, order, no deadlock, and stalled bodies."""
+"""Tests of the budget of request bytes: bounds, order, absence of deadlock, and stalled bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUNDS = ByteBounds(connection=100, tenant=150, process=300)
 
 @dataclass
 class Bodies:
-    """Reservations of one budget, in the order in which they were granted."""
+    """Reservations of one budget. `granted` lists names in the order of the grants."""
 
     now: float = 0.0
     granted: list[str] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Bodies:
         self.budget = RequestBytes(BOUNDS, lambda: self.now)
 
     def reserve(self, name: str, tenant: str, connection: str, size: int) -> Reservation:
-        """Reserve for one body."""
+        """Reserve the bytes of one body."""
 
         def append_to(names: list[str]) -> Callable[[], None]:
             return lambda: names.append(name)
@@ -38,7 +38,8 @@ class Bodies:
 
 
 def test_each_bound_holds_and_is_given_back() -> None:
-    """A body beyond its connection's, tenant's or the process's bytes waits until enough is released."""
+    """A body that exceeds the bound of its connection, its tenant or the process waits until enough bytes are
+    released."""
     bodies = Bodies()
     first = bodies.reserve("a1", "a", "c1", 80)
     bodies.reserve("a1 more", "a", "c1", 21)
@@ -55,7 +56,7 @@ def test_each_bound_holds_and_is_given_back() -> None:
 
 
 def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
-    """A body larger than a bound is granted when nothing else is held."""
+    """A body that is larger than a bound is granted when no other bytes are held."""
     bodies = Bodies()
     small = bodies.reserve("small", "a", "c1", 10)
     bodies.reserve("large", "a", "c2", 1000)
@@ -65,7 +66,10 @@ def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
 
 
 def test_a_large_body_is_not_overtaken_for_ever() -> None:
-    """Room in the process is kept for the first in order: smaller bodies of tenants that hold more do not take it."""
+    """A large body is not overtaken for ever: free bytes are kept for the first body in the order.
+
+    Smaller bodies of tenants that hold more bytes do not take these bytes.
+    """
     bodies = Bodies()
     held = [bodies.reserve(f"a{i}", "a", f"c{i}", 50) for i in range(3)]
     held += [bodies.reserve(f"b{i}", "b", f"d{i}", 50) for i in range(3)]
@@ -95,8 +99,10 @@ def test_tenants_and_connections_that_hold_less_go_first() -> None:
 
 
 def test_stalled_bodies_are_named_once_others_wait() -> None:
-    """A stalled body is listed after the grace period if others wait; complete bodies and those at the minimum rate are
-    not."""
+    """A stalled body is listed after the grace period if another body waits.
+
+    Complete bodies and bodies at the minimum rate are not listed.
+    """
     bodies = Bodies()
     bodies.budget = RequestBytes(ByteBounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)
     bodies.reserve("stalled", "a", "c1", 1 << 30)
@@ -115,7 +121,7 @@ def test_stalled_bodies_are_named_once_others_wait() -> None:
 
 
 def test_shrinking_gives_the_rest_back() -> None:
-    """A body of unknown size keeps only the bytes that it has."""
+    """A body of unknown size keeps only the bytes that it has, after its reservation is shrunk."""
     bodies = Bodies()
     unknown = bodies.reserve("unknown", "a", "c1", 100)
     bodies.reserve("next", "a", "c1", 60)
@@ -132,7 +138,7 @@ Asked = tuple[int, int, int, bool]
     st.randoms(use_true_random=False),
 )
 def test_law_bounds_hold_and_every_body_is_granted_in_the_end(asked: list[Asked], chance: object) -> None:
-    """No bound is exceeded and every body is granted, whatever is reserved and released in whatever order."""
+    """No bound is exceeded and every body is granted, whatever the order of reservations and releases."""
     bodies = Bodies()
     live: list[Reservation] = []
     for number, (tenant, connection, size, release) in enumerate(asked):

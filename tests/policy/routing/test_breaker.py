@@ -1,4 +1,5 @@
-"""Circuit breakers: failing workers are avoided, the last one is kept, and one answered call closes a breaker."""
+"""Tests of circuit breakers: failing workers are avoided, the last worker is kept, and one answered call closes a
+breaker."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0
 
 @given(events)
 def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -> None:
-    """At least one worker's breaker stays closed, whatever fails in whatever order."""
+    """The breaker of at least one worker stays closed, whatever calls fail in whatever order."""
     breakers, now = Breakers(), 0.0
     for worker, answers, pause_s in steps:
         now += pause_s
@@ -30,8 +31,10 @@ def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -
 
 
 def test_a_trial_is_one_call_and_its_answer_closes() -> None:
-    """After the pause an open breaker lets a single probe through. A failed probe doubles the pause up to a bound, an
-    answered one closes the breaker."""
+    """After the pause, an open breaker lets a single probe through.
+
+    A failed probe doubles the pause up to a bound, and an answered probe closes the breaker.
+    """
     breakers, now = Breakers(), 0.0
     for _ in range(FAILURES):
         assert breakers.allows("a", now)
@@ -55,7 +58,7 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
 
 
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
-    """A stalled worker gets no calls, even if it is the only one."""
+    """A stalled worker gets no calls during the pause, even if it is the only worker."""
     breakers = Breakers()
     breakers.record_stall("a", 0.0)
     assert not breakers.allows("a", PAUSE_S * 0.9)
@@ -65,8 +68,10 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
-    """After the pause, enough new steps of a worker that was only unreachable close its breaker without a probe. Older
-    steps and too few steps do not. Until a call is answered, the next pause doubles as usual."""
+    """After the pause, enough new steps of a worker that was only unreachable close its breaker without a probe.
+
+    Older steps and too few steps do not close the breaker. Until a call is answered, the next pause doubles as usual.
+    """
     breakers, now = Breakers(), PAUSE_S
     breakers.record_stall("a", 0.0, unseen=True)
     for steps in (0, 100, 100 + SHOWN_STEPS - 1):
@@ -89,7 +94,7 @@ def test_who_was_only_out_of_sight_needs_no_trial() -> None:
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
-    """Engine steps do not close a breaker that failed calls or a stall opened."""
+    """Engine steps do not close a breaker that was opened by failed calls or by a stall."""
     breakers, now = Breakers(), 3 * PAUSE_S
     breakers.record_stall("a", 0.0, unseen=unseen)
     if unseen:

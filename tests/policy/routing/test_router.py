@@ -1,4 +1,4 @@
-"""Routing: filters, scores, ties, and the reasons in the decision."""
+"""Tests of routing: filters, scores, ties, and the reasons in the decision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=Fals
 
 
 def worker(worker_id: str, **changes: object) -> Candidate:
-    """An idle worker with capacity, with these changes."""
+    """Return an idle worker with capacity, with these changed fields."""
     return dataclasses.replace(FREE, worker_id=worker_id, **changes)  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ candidates = st.lists(
     ],
 )
 def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
-    """A worker that a filter drops is not chosen, however idle, and the decision names the filter."""
+    """A worker that a filter drops is not chosen, however idle it is, and the decision names the filter."""
     decision = pick(CALL, [worker("a", **change), worker("b", running=50, kv_usage=0.9, waiting=9)])
     assert (decision.worker_id, decision.reason) == ("b", "only_choice")
     assert {score.worker_id: score.dropped for score in decision.scores} == {"a": reason, "b": ""}
@@ -68,7 +68,8 @@ def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) 
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
-    """Of two workers that differ in one kind of load, the freer one is chosen, for that score alone."""
+    """Of two workers that differ in one kind of load, the worker with less load is chosen because of the score of that
+    load."""
     decision = pick(CALL, [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)
@@ -77,7 +78,7 @@ def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
 
 
 def test_exactly_enough_room_is_enough() -> None:
-    """A worker with one free sequence and just the call's tokens gets the call."""
+    """A worker with one free sequence and exactly the free tokens that the call needs gets the call."""
     assert pick(CALL, [worker("a", free_sequences=1, free_tokens=100)]).worker_id == "a"
 
 
@@ -91,13 +92,14 @@ def test_exactly_enough_room_is_enough() -> None:
     ],
 )
 def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason: str) -> None:
-    """Without a worker, the reason is that of the last filter that dropped a candidate."""
+    """If no worker is chosen, the reason is the reason of the last filter that dropped a candidate."""
     decision = pick(CALL, workers)
     assert (decision.worker_id, decision.reason) == (None, reason)
 
 
 def test_what_is_kept_free_stays_free() -> None:
-    """A call that must leave three slots free is sent if there are four in total, not if there are three."""
+    """A call that must leave three sequences free is sent if four are free in total, and is not sent if three are
+    free."""
     call = dataclasses.replace(CALL, reserved_slots=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
     assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
@@ -106,13 +108,13 @@ def test_what_is_kept_free_stays_free() -> None:
 
 
 def test_ties_go_to_more_room_then_to_the_name() -> None:
-    """Of equally loaded workers the one with more free sequences wins, then the first by name."""
+    """Of equally loaded workers, the worker with more free sequences is chosen, then the first worker by name."""
     assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
     assert pick(CALL, [worker("b"), worker("a")]).worker_id == "a"
 
 
 def test_calls_spread_by_size() -> None:
-    """Fifty calls over workers of 10, 20 and 70 slots are spread in proportion to the sizes."""
+    """Fifty calls to workers of 10, 20 and 70 slots are spread in proportion to the sizes."""
     fleet = {i: worker(i, free_sequences=n, free_tokens=10**6) for i, n in (("s", 10), ("m", 20), ("l", 70))}
     taken: Counter[str] = Counter()
     for _ in range(50):
@@ -135,8 +137,10 @@ def test_calls_spread_by_size() -> None:
     ],
 )
 def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
-    """A call with a seed resumes only on engines that draw the same noise; one without may resume on any with an equal
-    key."""
+    """A call with a seed resumes only on engines that draw the same noise.
+
+    A call without a seed may resume on any engine with an equal compatibility key.
+    """
     one = worker("a", compatibility_key=CompatibilityKey("w", "b", there), prefill_budget=250)
     assert (
         pick(RouteCall("m", 100, compatibility_key=CompatibilityKey("w", "b", begun)), [one]).worker_id == "a"
@@ -145,7 +149,7 @@ def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> N
 
 
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
-    """The pacing budget bounds resumed and new prompts together, but only if there are resumed ones."""
+    """The pacing budget bounds resumed and new prompts together, but only if a resumed prompt waits."""
     like = CompatibilityKey("w", "b", "c")
     one, goes_on = (
         worker("a", compatibility_key=like, prefill_budget=250),
@@ -171,8 +175,10 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
-    """A resumed call goes to the worker that holds its blocks, however busy, and only its uncached tokens count for
-    pacing."""
+    """A resumed call goes to the worker that holds its KV blocks, however busy this worker is.
+
+    Only the uncached tokens of the call count for the pacing on this worker.
+    """
     like = CompatibilityKey("w", "b", "c")
     home = worker(
         "a",
@@ -203,7 +209,7 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
 def test_who_takes_no_continued_call_at_all_takes_none(
     free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
 ) -> None:
-    """The cheap check never excludes a worker that could get the call."""
+    """The cheap check never excludes a worker that could get a resumed call."""
     like = CompatibilityKey("w", "b", "c")
     one = worker(
         "a",
@@ -243,7 +249,8 @@ def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int,
 
 
 def test_explain_names_every_candidate() -> None:
-    """One line has the choice, the reason, the scores, and the filter that dropped each candidate."""
+    """The explanation is one line with the choice, the reason, the scores, and the filter that dropped each
+    candidate."""
     text = pick(CALL, [worker("busy", running=4), worker("idle"), worker("leaving", draining=True)]).explain()
     assert text == (
         "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000, "
@@ -255,8 +262,10 @@ def test_explain_names_every_candidate() -> None:
 
 @given(candidates, st.randoms(use_true_random=False))
 def test_the_choice_is_the_best_of_those_who_may(workers: list[Candidate], chance: Random) -> None:
-    """The chosen worker passes all filters, none that passes scores higher, all candidates are listed, order is
-    irrelevant."""
+    """The chosen worker passes all filters, and no other worker that passes all filters has a higher score.
+
+    All candidates are listed, and their order is irrelevant.
+    """
     decision = pick(CALL, workers)
     may = {c.worker_id for c in workers if all(f.passes(CALL, c) for f in FILTERS)}
     scores = {score.worker_id: score for score in decision.scores}
@@ -274,7 +283,7 @@ def test_the_choice_is_the_best_of_those_who_may(workers: list[Candidate], chanc
 
 
 def test_weights_decide_between_scorers() -> None:
-    """A scorer with enough weight outvotes the others; one without weight is refused."""
+    """A scorer with enough weight outvotes the other scorers. A scorer without weight is refused."""
     likes_b = Scorer("likes_b", lambda _, c: float(c.worker_id == "b"), weight=10.0)
     router = Router(scorers=(*SCORERS, likes_b))
     assert router.pick(CALL, [worker("a"), worker("b", kv_usage=0.9, running=9)]).worker_id == "b"

@@ -1,4 +1,5 @@
-"""Version choice by weight: stable per call, proportional over many calls, with minimal changes."""
+"""Tests of the choice of a version by weight: stable for each call, proportional over many calls, with minimal
+changes."""
 
 from __future__ import annotations
 
@@ -13,20 +14,20 @@ WEIGHTS = st.tuples(*(st.sampled_from([0.0, 0.01, 0.05, 0.5, 1.0]) for _ in VERS
 
 
 def test_nobody_without_a_weight() -> None:
-    """There is no choice without versions or without a weight above 0."""
+    """No version is chosen if there is no version with a weight above 0."""
     assert choose_version("a", []) == ""
     assert choose_version("a", [("v1", 0.0)]) == ""
 
 
 def test_each_gets_its_part() -> None:
-    """Shares are within three standard deviations over ten thousand calls."""
+    """The shares of the versions are within three standard deviations over ten thousand calls."""
     got = [choose_version(f"req-{i}", [("v1", 0.95), ("v2", 0.05)]) for i in range(10_000)]
     assert abs(got.count("v2") - 500) < 3 * (10_000 * 0.05 * 0.95) ** 0.5
 
 
 @given(IDS, WEIGHTS, st.permutations(range(3)))
 def test_the_same_for_the_same_call(call_id: str, weights: tuple[float, ...], order: list[int]) -> None:
-    """The choice does not depend on the order, and only versions with a weight are chosen."""
+    """The choice does not depend on the order of the versions, and only versions with a weight are chosen."""
     pairs = list(zip(VERSIONS, weights, strict=True))
     got = choose_version(call_id, pairs)
     assert got == choose_version(call_id, [pairs[i] for i in order])
@@ -36,7 +37,7 @@ def test_the_same_for_the_same_call(call_id: str, weights: tuple[float, ...], or
 
 @given(IDS, WEIGHTS, st.integers(0, 2), st.floats(1.01, 100.0))
 def test_a_growing_weight_only_gains(call_id: str, weights: tuple[float, ...], which: int, factor: float) -> None:
-    """When a weight grows, a call keeps its version or moves to the one that grew."""
+    """When the weight of one version grows, a call keeps its version or moves to that version."""
     before = choose_version(call_id, zip(VERSIONS, weights, strict=True))
     grown = [(v, w * factor if i == which else w) for i, (v, w) in enumerate(zip(VERSIONS, weights, strict=True))]
     assert choose_version(call_id, grown) in (before, VERSIONS[which])

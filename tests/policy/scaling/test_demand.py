@@ -1,4 +1,4 @@
-"""Demand summed over gateways that start and stop: each arrival counts once."""
+"""Tests of the demand summed over gateways that start and stop: each arrival counts once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from cluster.policy.scaling.demand import FORGET_S, DemandTotals
 
 
 def counts(arrived: int, **more: object) -> ClassCounts:
-    """Counters of class `c`; each call has ten prompt tokens."""
+    """Return counters of class `c`. Each call has ten prompt tokens."""
     return ClassCounts("c", 1, arrived, 10 * arrived, 20 * arrived, **more)  # type: ignore[arg-type]
 
 
 def report(*classes: ClassCounts, model: str = "m") -> list[ModelDemand]:
-    """A gateway's report."""
+    """Return the report of a gateway."""
     return [ModelDemand(model, 0, 0, 0, 0, 0, classes)]
 
 
 class Gateway:
-    """A gateway process that counts and may restart."""
+    """Gateway process that counts calls and may restart."""
 
     def __init__(self) -> None:
         self.starts = 0
         self.restart(0.0)
 
     def restart(self, now: float) -> None:
-        """Restart with zero counters under another incarnation."""
+        """Restart with zero counters, as another incarnation."""
         self.starts, self.arrived, self.since = self.starts + 1, 0, now
 
 
@@ -40,7 +40,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
-    """Repeated and lost reports, restarts and disconnects do not change the sum: what is read is what was reported."""
+    """The sum that is read equals the reported sum, despite repeated and lost reports, restarts and disconnects."""
     gateways = [Gateway() for _ in range(3)]
     demands, now = DemandTotals(0.0), 0.0
     told: Counter[tuple[int, int]] = Counter()
@@ -68,7 +68,7 @@ def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
 
 
 def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
-    """Old arrivals of a running gateway do not count for a new controller; a gateway that starts later counts from
+    """Old arrivals of a running gateway do not count for a new controller. A gateway that starts later counts from
     zero."""
     demands = DemandTotals(now=1000.0)
     demands.record_report("old", report(counts(5000)), counting_s=900.0, now=1000.5)
@@ -81,8 +81,10 @@ def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
 
 
 def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
-    """Waiting calls of all gateways are summed, with the longest wait and the nearest deadline, and dropped on
-    disconnect."""
+    """Waiting calls of all gateways are summed, with the longest wait and the nearest deadline.
+
+    The waiting calls of a disconnected gateway are dropped.
+    """
     demands = DemandTotals(0.0)
     waits = {"queued_requests": 2, "queued_tokens": 30, "oldest_wait_s": 4.0, "held_requests": 2}
     assert demands.record_report("a", report(counts(2, **waits)), 1.0, 1.0), "somebody is held now"
@@ -101,7 +103,7 @@ def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
 
 
 def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:
-    """A model that is no longer reported has nothing waiting; its counters are kept for later reports."""
+    """A model that is no longer reported has no waiting calls. Its counters are kept for later reports."""
     demands = DemandTotals(0.0)
     demands.record_report("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
     demands.record_report("a", [], 2.0, 2.0)

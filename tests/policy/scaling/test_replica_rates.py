@@ -1,4 +1,4 @@
-"""Learnt rates of a replica: known step costs are recovered from simulated steps."""
+"""Tests of the learnt rates of a replica: known step costs are recovered from simulated steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=1
 def spans(
     costs: Costs, seed: int, count: int, *, batch: int = 32, prompts: bool = True, noise: float = 0.0
 ) -> list[ComputedWork]:
-    """Counters after each of several spans of 50 steps, with batches and prompts of all sizes."""
+    """Return the counters after each of several spans of 50 steps, with batches and prompts of all sizes."""
     chance, at, out = random.Random(seed), ComputedWork(), []
     for _ in range(count):
         sequences = chance.randint(1, batch)
@@ -32,7 +32,7 @@ def spans(
 
 
 def learnt(works: list[ComputedWork]) -> LearntCosts:
-    """Costs learnt from one engine's reports, in order."""
+    """Return the costs that are learnt from the reports of one engine, in order."""
     made = LearntCosts()
     for work in (ComputedWork(), *works):
         made.observe({"engine": work})
@@ -45,7 +45,7 @@ COSTS = st.builds(Costs, st.floats(1e-3, 3e-2), st.floats(1e-5, 1e-3), st.floats
 @given(COSTS, st.integers(0, 99))
 @settings(deadline=None, max_examples=50)
 def test_known_costs_are_found(costs: Costs, seed: int) -> None:
-    """Exact steps give exact costs, and the rates follow from them."""
+    """Exact step times give exact costs, and the rates follow from these costs."""
     made = learnt(spans(costs, seed, 80))
     found = made.costs()
     assert found is not None
@@ -60,7 +60,7 @@ def test_known_costs_are_found(costs: Costs, seed: int) -> None:
 @given(st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
-    """With noise of a fifth, no cost is negative, and rates are near the true ones."""
+    """With noise of a fifth, no rate differs from the true rate by more than a fifth."""
     costs = Costs(0.01, 0.0005, 0.0001)
     rates = learnt(spans(costs, seed, 400, noise=0.2)).rates(LIMITS, itl_s=0.0)
     assert rates.decode_tokens_per_s == pytest.approx(64 / (0.01 + 64 * 0.0005), rel=0.2)
@@ -68,7 +68,7 @@ def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
 
 
 def test_a_batch_is_trusted_no_further_than_seen() -> None:
-    """A single stream does not show that sixty-four would fit; without prompts there is no prefill rate."""
+    """A single stream does not show that sixty-four streams would fit. Without prompts there is no prefill rate."""
     rates = learnt(spans(Costs(0.01, 0.0, 0.0), 1, 40, batch=1, prompts=False)).rates(LIMITS, itl_s=0.05)
     assert rates.prefill_tokens_per_s is None
     assert rates.decode_tokens_per_s is not None
@@ -76,13 +76,13 @@ def test_a_batch_is_trusted_no_further_than_seen() -> None:
 
 
 def test_the_pace_that_is_asked_bounds_the_batch() -> None:
-    """A step limit of 30 ms, at 10 + 1 ms per sequence, allows twenty sequences."""
+    """A maximum step time of 30 ms allows twenty sequences, if a step takes 10 ms and 1 ms for each sequence."""
     rates = learnt(spans(Costs(0.01, 0.001, 0.0001), 1, 80)).rates(LIMITS, itl_s=0.03)
     assert rates.decode_tokens_per_s == pytest.approx(20 / 0.03, rel=0.01)
 
 
 def test_an_engine_that_starts_anew_and_one_that_is_new() -> None:
-    """A counter that has gone back and a first report only set the starting point; nothing is learnt from them."""
+    """Nothing is learnt from a counter that has gone back, or from a first report. Both only set the starting point."""
     made = LearntCosts()
     made.observe({"a": ComputedWork(1000, 500.0, 0, 1000)})
     made.observe({"a": ComputedWork(10, 1.0, 0, 10)})

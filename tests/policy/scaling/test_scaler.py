@@ -1,4 +1,5 @@
-"""Scaler: its observations for the policy, its memory, and its behaviour with operators, Ray or gateways away."""
+"""Tests of the scaler: the observations for the policy, the memory, requests of operators, restarts, and missing
+gateways."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ LIMITS = ReplicaLimits(8, 512, 10_000)
 
 
 def spec(name: str = "m", **fields: object) -> ModelSpec:
-    """A model with zero to four replicas that scales to zero after a minute."""
+    """Return the spec of a model with zero to four replicas, which scales to zero after a minute."""
     given: dict[str, object] = {"min_replicas": 0, "max_replicas": 4, "idle_s": 60.0, **fields}
     return ModelSpec(name, f"/{name}", **given)  # type: ignore[arg-type]
 
 
 class World:
-    """A scaler, and a simulated Ray whose replicas serve `cold_s` after the decision."""
+    """Scaler with a simulated Ray, whose replicas serve `cold_s` seconds after the decision."""
 
     def __init__(
         self, *specs: ModelSpec, asked: OperatorRequest | None = None, cold_s: float = 20.0, now: float = 1000.0
@@ -40,7 +41,7 @@ class World:
         self.started = now
 
     def call(self, requests: int = 1, *, waits: bool = True) -> None:
-        """Add calls to the first model; they wait while no replica serves."""
+        """Add calls to the first model. The calls wait while no replica serves."""
         c = self.counts
         self.counts = dataclasses.replace(
             c,
@@ -50,7 +51,7 @@ class World:
         )
 
     def tell(self) -> bool:
-        """Report the gateway's demand."""
+        """Report the demand of the gateway. Returns whether scaling should be decided at once."""
         demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
         held = self.scaler.demands.record_report("g", [demand], self.now - self.started, self.now)
         if held:
@@ -58,7 +59,7 @@ class World:
         return held
 
     def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
-        """Run one pass of the controller, `seconds` later."""
+        """Run one pass of the controller, `seconds` after the previous pass. Returns the new decisions."""
         self.now += seconds
         for due, name in [one for one in self.coming if one[0] <= self.now]:
             self.coming.remove((due, name))
@@ -85,7 +86,7 @@ class World:
         self.ray[model.name, model.gpu] = RayReplicas(wanted, len(there), len(due))
 
     def until(self, replicas: int, limit_s: float = 200.0) -> float:
-        """Run passes until this number of replicas serves. Returns the seconds that it took."""
+        """Run passes until this number of replicas serves. Returns the time in seconds until then."""
         began = self.now
         while len(self.workers) != replicas:
             assert self.now - began < limit_s, f"still {len(self.workers)} of {replicas}"
@@ -94,12 +95,12 @@ class World:
 
 
 def entry(world: World) -> CatalogEntry:
-    """The first model's catalog entry for the gateways."""
+    """Catalog entry of the first model for the gateways."""
     return world.scaler.with_scaling_fields(CatalogEntry(world.specs[0].name))
 
 
 def test_to_zero_and_back() -> None:
-    """A new model starts, scales to zero when idle, returns for a held call, and its cold start has been learnt."""
+    """A new model starts, scales to zero when idle, and returns for a held call. Its cold-start time is then learnt."""
     world = World(spec())
     world.until(1)
     assert world.until(0, 70.0) > 30.0
@@ -120,7 +121,7 @@ def test_to_zero_and_back() -> None:
 
 
 def test_a_new_controller_keeps_what_it_finds() -> None:
-    """Ray's own target counts as the last decision: a restarted controller scales nothing by itself."""
+    """A restarted controller scales nothing by itself, because the target on Ray counts as the last decision."""
     old = World(spec(idle_s=0.0, min_replicas=3))
     old.until(3)
     new = World(*old.specs, now=old.now)
@@ -135,7 +136,7 @@ def test_a_new_controller_keeps_what_it_finds() -> None:
 
 
 def test_while_no_gateway_tells_nothing_changes() -> None:
-    """Without reports nothing is scaled, except on an operator's request."""
+    """Nothing is scaled without reports from gateways, except on the request of an operator."""
     world = World(spec())
     world.until(1)
     world.blind = True
@@ -148,7 +149,7 @@ def test_while_no_gateway_tells_nothing_changes() -> None:
 
 
 def test_bounds_hold_while_no_gateway_tells() -> None:
-    """A changed maximum is applied without reports from gateways."""
+    """A changed maximum is applied even without reports from gateways."""
     world = World(spec(min_replicas=3, idle_s=0.0))
     world.until(3)
     world.blind, world.specs = True, (spec(min_replicas=1, max_replicas=2, idle_s=0.0),)
@@ -157,7 +158,8 @@ def test_bounds_hold_while_no_gateway_tells() -> None:
 
 
 def test_by_hand_and_frozen() -> None:
-    """A manual number stays until it is withdrawn, even when idle; a frozen model is never changed."""
+    """A manual number of replicas stays until it is withdrawn, even if the model is idle. A frozen model is never
+    changed."""
     kept: list[OperatorRequest] = []
     world = World(spec(aliases=("default",)))
     world.until(1)
@@ -188,7 +190,7 @@ def test_by_hand_and_frozen() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    """Numbers beyond the entry's max and unknown models are refused."""
+    """A number of replicas beyond the maximum of the entry is refused, and so is an unknown model."""
     world = World(spec())
     world.step()
     requests = ScalingRequests(world.scaler, lambda: pytest.fail("nothing was asked"))
@@ -206,7 +208,8 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
-    """Repeated holds for the same reason are one entry; the oldest entries are dropped; the newest come last."""
+    """Repeated holds for the same reason are one entry. The oldest entries are dropped, and the newest entries come
+    last."""
     world = World(spec())
     world.until(1)
     world.step()
@@ -226,7 +229,7 @@ def test_the_story_is_bounded_and_says_how_often() -> None:
 
 
 def test_gpu_seconds_are_those_of_what_is_there() -> None:
-    """Two GPUs per replica are counted for ten seconds, including starting and leaving replicas."""
+    """GPU-seconds are counted for all replicas, with two GPUs for each, including starting and leaving replicas."""
     world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
     world.step()
     world.ray["m", ""] = RayReplicas(2, 1, 1, leaving=1)
@@ -236,7 +239,7 @@ def test_gpu_seconds_are_those_of_what_is_there() -> None:
 
 
 def test_rates_come_from_the_workers_words() -> None:
-    """Costs learnt from engines' reports are among the explaining numbers."""
+    """The costs that are learnt from reports of engines are among the numbers of an explanation."""
     world = World(spec(min_replicas=1, idle_s=0.0))
     world.until(1)
     (name,) = world.workers
@@ -260,13 +263,15 @@ FAST, SLOW = spec("m", gpu="H100", **TYPES), spec("m", gpu="L4", tensor_parallel
 
 
 def typed_worker(number: int, gpu: str, work: ComputedWork | None = None) -> WorkerSeen:
-    """A serving worker on this type of GPU."""
+    """Return a serving worker on this type of GPU."""
     return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or ComputedWork(), limits=LIMITS, gpu=gpu)
 
 
 def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
-    """Replicas that do not fit on the first type go to the next and stay there; an entry that loses a type keeps its
-    number."""
+    """Replicas that do not fit on the first type of GPU go to the next type and stay there.
+
+    An entry that loses a type of GPU keeps its number of replicas.
+    """
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
@@ -290,7 +295,8 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
-    """Replicas waiting for capacity that another model has taken move to another type, and the move is reported."""
+    """Replicas that wait for a type of GPU move to another type if another model has taken the capacity. The move is
+    reported."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
     assert scaler.replicas(FAST) == 3
@@ -313,7 +319,7 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
 
 
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
-    """A manual number is spread over the types; scaling down removes replicas of the last type first."""
+    """A manual number is spread over the types of GPU. Scaling down removes replicas of the last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
@@ -324,7 +330,8 @@ def test_by_hand_over_types_while_no_gateway_tells() -> None:
 
 
 def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
-    """Each type learns from its own workers; a worker of an unknown type counts as the first type's."""
+    """Rates of each type of GPU are learnt from the workers on this type. A worker on an unknown type counts for the
+    first type."""
     scaler = Scaler(ScalingSettings(), 0.0)
     ray = {("m", "H100"): RayReplicas(1, 1), ("m", "L4"): RayReplicas(2, 1, 1)}
     for number in range(60):

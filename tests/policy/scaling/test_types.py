@@ -1,4 +1,4 @@
-"""Scaling policy with several types of GPU: worth of replicas, their distribution, and models with one type."""
+"""Tests of the scaling policy with several types of GPU: worth of replicas, distribution, and models with one type."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ COUNTS = st.fixed_dictionaries({gpu: st.integers(0, 6) for gpu in TYPES})
 
 
 def replicas_of(**counts: int) -> Sequence[ReplicaSeen]:
-    """Ready replicas by type."""
+    """Return ready replicas, with these numbers by type of GPU."""
     return [ReplicaSeen(f"{gpu}-{n}", "ready", 0.0, gpu) for gpu, count in counts.items() for n in range(count)]
 
 
 def model(
     counts: dict[str, int], rates: dict[str, Rates] | None = None, room: dict[str, int] | None = None, **more: object
 ) -> ModelSeen:
-    """A model with demand."""
+    """Return the observation of a model with demand."""
     given_: dict[str, object] = {"min_replicas": 0, "max_replicas": 40, "gpus": TYPES, **more}
     return ModelSeen(
         ModelSettings(**given_),  # type: ignore[arg-type]
@@ -55,12 +55,13 @@ def model(
 
 
 def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
-    """The decision of the first round."""
+    """Return the decision of the first round."""
     return decide(Observation({"m": seen}, budget), Memory(), 0.0)[0][0]
 
 
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
-    """A replica's worth is relative to the first type with learnt rates; types without rates count as equal."""
+    """The worth of a replica is relative to the first type of GPU with learnt rates. A type without learnt rates counts
+    as equal."""
     seen = model({})
     assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
@@ -71,8 +72,10 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A mix counts as its worth, rounded up. No more count as ready than those that are ready are worth. A model with
-    one type is unchanged."""
+    """A mix of types counts as its worth, rounded up. A model with one type is unchanged.
+
+    The number of replicas that count as ready is at most the worth of the ready replicas, rounded up.
+    """
     seen = model(ready)
     coming = [
         dataclasses.replace(one, state="starting", replica_id="s" + one.replica_id) for one in replicas_of(**starting)
@@ -92,7 +95,10 @@ def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: d
 def test_no_type_has_more_than_its_budget_or_its_places(
     have: dict[str, int], room: dict[str, int], budget: dict[str, int], wanted: int, by_hand: bool
 ) -> None:
-    """No type exceeds its GPU budget, none but the first its capacity; no fewer than wanted while a type has both."""
+    """No type of GPU exceeds its GPU budget, and only the first type may exceed its capacity.
+
+    The model gets the wanted number as long as a type has both budget and capacity.
+    """
     seen = model(have, room=room, manual=wanted) if by_hand else model(have, room=room, min_replicas=wanted)
     decision = decided(seen, **budget)
     got = {gpu: decision.replicas.get(gpu, 0) for gpu in TYPES}
@@ -111,7 +117,7 @@ def test_no_type_has_more_than_its_budget_or_its_places(
 
 @given(COUNTS, st.integers(1, 10))
 def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
-    """A wanted replica on a later type stays, whatever the capacity of an earlier one."""
+    """A wanted replica on a later type of GPU stays there, whatever the capacity of an earlier type."""
     total = sum(have.values())
     kept = decided(model(have, room={"H100": 6, "L4": 6}, manual=total))
     assert {gpu: kept.replicas.get(gpu, 0) for gpu in TYPES} == have
@@ -120,7 +126,8 @@ def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
 
 
 def test_lesser_replicas_come_in_greater_numbers() -> None:
-    """Eight replicas of the weaker type replace two of the first where that is full, up to the maximum."""
+    """Many replicas of the weaker type of GPU replace the replicas that do not fit on the first type, up to the maximum
+    number of replicas."""
     settled = dataclasses.replace(model({"H100": 1}, room={"H100": 1, "L4": 9}), demand={})
     busy = ClassDemand(arrived_requests=100, arrived_prompt_tokens=200_000, expected_output_tokens=60_000)
     memory, at = Memory(), 0.0
@@ -141,7 +148,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """The decision reports the shortage, in replicas of the unit if there are several types."""
+    """The decision reports a shortage of GPUs. With several types, the shortage is in replicas of the unit."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"

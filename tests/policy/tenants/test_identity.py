@@ -1,4 +1,4 @@
-"""Keys, certificates, handles and salts: who is authenticated, and that a refusal reveals nothing."""
+"""Tests of keys, certificates, handles and salts: who is authenticated, and that a refusal reveals nothing."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ SECRETS = (b"1" * 32, b"2" * 32)
 
 
 def key_of(number: int) -> str:
-    """A deterministic key."""
+    """Return a deterministic key."""
     return identity.make_key(f"k{number}", hashlib.sha256(str(number).encode()).digest())
 
 
 def entry(token: str, tenant: str = "acme", pepper: bytes = PEPPER, **changes: object) -> KeyEntry:
-    """The stored entry of a key."""
+    """Return the stored entry of a key."""
     digest = identity.digest_of(identity.sha256_of(token), pepper)
     return KeyEntry(identity.key_id_of(token) or "other", tenant, digest, **changes)  # type: ignore[arg-type]
 
 
 def world(*keys: KeyEntry) -> AccessSnapshot:
-    """One active and one suspended tenant."""
+    """Return a snapshot with one active tenant and one suspended tenant."""
     tenants = [TenantEntry(TenantPolicy("acme")), TenantEntry(TenantPolicy("gone", suspended=True), "file")]
     return AccessSnapshot.of(tenants, keys, 7, NOW)
 
 
 def reason(snapshot: AccessSnapshot, token: str) -> str:
-    """The audit reason for this token."""
+    """Return the audit reason for this token."""
     return identity.authenticate(snapshot, token, (PEPPER, OLD_PEPPER), NOW).reason
 
 
 def test_a_key_names_its_tenant() -> None:
-    """A stored key authenticates as its tenant, with its id and role."""
+    """A stored key authenticates as its tenant, with the id and the role of the key."""
     snapshot = world(entry(key_of(1), role="viewer"))
     principal = identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).require()
     assert (principal.tenant.name, principal.role, principal.subject, principal.by) == ("acme", "viewer", "k1", "key")
 
 
 def test_every_way_of_being_refused() -> None:
-    """Unknown, expired, revoked and suspended keys, another pepper and a missing tenant each have an audit reason."""
+    """Each way of being refused has an audit reason: unknown, expired, revoked and suspended keys, another pepper, no
+    tenant."""
     snapshot = world(
         entry(key_of(1), expires_at_s=NOW),
         entry(key_of(2), revoked=True),
@@ -68,7 +69,7 @@ def test_every_way_of_being_refused() -> None:
 
 
 def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
-    """Every bad key gets exactly the same error, whatever is wrong with it."""
+    """Every bad key gets exactly the same error, whatever is wrong with the key."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW), entry(key_of(2), revoked=True), entry(key_of(3)))
     errors = []
     for token in (key_of(1), key_of(2), key_of(9), key_of(3)[:-1], "", "x" * 2_000_000):
@@ -86,21 +87,22 @@ def test_a_suspended_tenant_is_told_so() -> None:
 
 
 def test_a_pepper_is_replaced_without_downtime() -> None:
-    """Keys stored under the second pepper still verify; those of a removed pepper do not."""
+    """A key that is stored under the second pepper is valid. A key that is stored under a removed pepper is not
+    valid."""
     snapshot = world(entry(key_of(1), pepper=OLD_PEPPER))
     assert identity.authenticate(snapshot, key_of(1), (PEPPER, OLD_PEPPER), NOW).reason == "ok"
     assert identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).reason == "unknown"
 
 
 def test_a_hash_of_another_system_comes_over() -> None:
-    """A key imported by its SHA-256 alone works, whatever its format."""
+    """A key that was imported only by its SHA-256 is valid, whatever its format."""
     foreign = "sk-1234abcd"
     digest = identity.digest_of(hashlib.sha256(foreign.encode()).digest(), PEPPER)
     assert reason(world(KeyEntry("i1", "acme", digest)), foreign) == "ok"
 
 
 def test_keys_hold_256_bits_and_their_id() -> None:
-    """A key holds all bits of its secret and its id; different secrets give different keys."""
+    """A key holds all bits of its secret and the id of the key. Different secrets give different keys."""
     low, high = identity.make_key("abc", b"\0" * 32), identity.make_key("abc", b"\xff" * 32)
     assert low != high
     assert len(low) == len(high) == len("hr_abc_") + 43
@@ -112,24 +114,25 @@ def test_keys_hold_256_bits_and_their_id() -> None:
 
 @pytest.mark.parametrize("bad", [b"", b"x" * 31, b"x" * 33])
 def test_a_short_secret_is_refused(bad: bytes) -> None:
-    """No key is made from fewer than 256 bits."""
+    """A secret of fewer than 256 bits is refused."""
     with pytest.raises(ValueError, match="32 bytes"):
         identity.make_key("abc", bad)
 
 
 @given(st.text(max_size=2000))
 def test_any_text_is_refused_without_an_exception(token: str) -> None:
-    """Any text as a token gets a verdict."""
+    """Authentication of any text as a token returns a verdict."""
     assert identity.authenticate(world(), token, (PEPPER,), NOW).principal is None
 
 
 def test_a_lone_surrogate_is_refused() -> None:
-    """Text that is not valid UTF-8 is an unknown key."""
+    """A token that is not valid UTF-8 is an unknown key."""
     assert reason(world(), "hr_\ud800") == "unknown"
 
 
 def test_clock_steps_back_make_a_key_valid_no_longer_than_its_expiry_says() -> None:
-    """Only `now` is compared with the expiry: a clock step changes the verdict and leaves no state behind."""
+    """A step of the clock changes the verdict on a key and leaves no state behind, because only `now` is compared with
+    the expiry."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW))
     verdicts = [
         identity.authenticate(snapshot, key_of(1), (PEPPER,), t).reason for t in (NOW - 1, NOW + 1, NOW - 1, NOW)
@@ -144,16 +147,16 @@ def _elapsed_ns(work: Callable[[], object]) -> int:
 
 
 def _gap(samples: dict[str, list[int]]) -> float:
-    """Largest difference between trimmed medians of two kinds, relative to the smallest one."""
+    """Largest difference between the trimmed medians of two kinds of keys, relative to the smallest trimmed median."""
     medians = [statistics.median(sorted(times)[: len(times) * 3 // 4]) for times in samples.values()]
     return (max(medians) - min(medians)) / min(medians)
 
 
 def test_refusals_take_the_same_time() -> None:
-    """Over 10,000 interleaved tries unknown, expired, revoked and suspended keys cannot be told apart by time.
+    """Unknown, expired, revoked and suspended keys cannot be told apart by time, over 10,000 interleaved tries.
 
-    Held by the medians of the lower three quarters, which scheduling does not reach; one of five rounds must hold,
-    since a busy machine can only widen the gap, never hide a different code path.
+    The test compares the medians of the lower three quarters of the times, which scheduling does not affect. One of
+    five rounds must pass, since a busy machine can only widen the gap and never hides a different code path.
     """
     keys = [entry(key_of(n)) for n in range(1000)]
     keys += [entry(key_of(5000), expires_at_s=NOW), entry(key_of(5001), revoked=True)]
@@ -190,7 +193,7 @@ def test_the_timing_test_would_see_an_early_return() -> None:
 
 
 def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
-    """Length is checked first: refusing a token of 64 MB is faster than looking up an ordinary key."""
+    """The length of a token is checked first: a token of 64 MB is refused faster than an ordinary key is looked up."""
     snapshot, huge = world(), "x" * 64_000_000
     long = min(_elapsed_ns(lambda: identity.authenticate(snapshot, huge, (PEPPER,), NOW)) for _ in range(50))
     short = min(_elapsed_ns(lambda: identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW)) for _ in range(50))
@@ -199,13 +202,13 @@ def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
 
 
 def test_a_snapshot_survives_json() -> None:
-    """A snapshot is equal after a round trip through JSON, including keys without expiry."""
+    """A snapshot is equal after a round trip through JSON, including a key without expiry."""
     snapshot = world(entry(key_of(1), name="ci", role="operator"), entry(key_of(2), expires_at_s=5.5, revoked=True))
     assert AccessSnapshot.from_json(json.loads(json.dumps(snapshot.as_json()))) == snapshot
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
-    """A tenant from a file replaces the stored one of the same name, keeps its aliases, and leaves the others
+    """A tenant from a file replaces the stored tenant of the same name and keeps its aliases. Other tenants are
     unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.with_declared([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
@@ -215,7 +218,7 @@ def test_declared_tenants_stand_over_stored_ones() -> None:
 
 
 def test_claims_name_tenants_that_exist() -> None:
-    """A signed claim for an unknown or suspended tenant is refused; an unknown role counts as caller."""
+    """A signed claim for an unknown or suspended tenant is refused. An unknown role counts as caller."""
     assert identity.identify(world(), "nope", "jwt", "s").outcome is Outcome.UNAUTHENTICATED_KEY
     assert identity.identify(world(), "gone", "jwt", "s").outcome is Outcome.TENANT_SUSPENDED
     assert identity.identify(world(), "acme", "jwt", "s", "root").require().role == "caller"
@@ -223,7 +226,8 @@ def test_claims_name_tenants_that_exist() -> None:
 
 
 def test_certificates_map_by_their_alternative_names() -> None:
-    """URIs match exactly, DNS names without case, wildcards never; two different owners give none."""
+    """URIs match exactly, DNS names match without case, and wildcards never match. A certificate with two different
+    owners has no owner."""
     rules = [
         CertificateRule("spiffe://example.com/ns/billing", "billing"),
         CertificateRule("api.acme.example", "acme"),
@@ -253,8 +257,10 @@ KINDS = st.sampled_from(["URI:", "DNS:", "email:", "IP Address:", "dns:", "uri:"
 
 @given(KINDS, st.sampled_from(["", "DNS:", "URI:", "dns:"]), st.sampled_from(["api.acme.example", "spiffe://x/alpha"]))
 def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> None:
-    """A URI never matches a DNS rule or the reverse, so that a holder who can choose URIs cannot become a DNS name's
-    tenant."""
+    """A URI never matches a DNS rule, and a DNS name never matches a URI rule.
+
+    Otherwise a certificate holder that can choose URIs could become the tenant of a DNS name.
+    """
     rules = [CertificateRule("api.acme.example", "acme"), CertificateRule("spiffe://x/alpha", "alpha")]
     owner = identity.owner_of_certificate([kind + more + name], rules)
     own = "URI:" if "://" in name else "DNS:"
@@ -262,8 +268,8 @@ def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> N
 
 
 def test_what_each_role_may_do() -> None:
-    """Operators manage the cluster, viewers read it, tenant administrators manage their tenant's keys, callers do
-    neither."""
+    """Operators manage the cluster, viewers read the cluster, and tenant administrators manage the keys of their
+    tenant. Callers may do none of these."""
 
     def allowed(role: str) -> set[tuple[str, str]]:
         principal = identity.identify(world(), "acme", "jwt", "s", role).require()
@@ -277,8 +283,10 @@ def test_what_each_role_may_do() -> None:
 
 
 def test_salts_part_tenants_and_join_groups() -> None:
-    """Each tenant and each group has its own salt; neither a group of the same name nor a client's salt gives a
-    tenant's."""
+    """Each tenant and each group has its own salt.
+
+    The salt of a tenant differs from the salt of a group of the same name, and from any salt with a part from a client.
+    """
     a, b = TenantPolicy("a"), TenantPolicy("b")
     grouped = [TenantPolicy(n, cache_group="g") for n in ("c", "d")]
     salts = [identity.cache_salt(SECRETS, p) for p in (a, b, *grouped, TenantPolicy("e", cache_group="a"))]
@@ -291,7 +299,8 @@ def test_salts_part_tenants_and_join_groups() -> None:
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d: str) -> None:
-    """Two tenants' caches stay separate whatever salts they send; parts of a derivation cannot run into each other."""
+    """The caches of two tenants stay separate, whatever salts the clients send. Different parts of a derivation give
+    different results."""
     one, two = TenantPolicy("acme"), TenantPolicy("acme2")
     assert identity.cache_salt(SECRETS, one, a) != identity.cache_salt(SECRETS, two, b)
     if (a, b) != (c, d):
@@ -299,7 +308,8 @@ def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d:
 
 
 def test_handles_say_nothing_and_tell_tenants_apart() -> None:
-    """A handle does not contain the name, is equal everywhere under one secret, and changes with the secret."""
+    """A handle does not contain the name of the tenant, is equal everywhere under one secret, and changes with the
+    secret."""
     one, two = (identity.tenant_handle(SECRETS, name) for name in ("acme", "acme2"))
     assert one != two
     assert "acme" not in one
@@ -307,13 +317,16 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 
 
 def test_image_identifiers_carry_the_salt() -> None:
-    """One image has different identifiers under two tenants' salts."""
+    """One image has different identifiers under the salts of two tenants."""
     a, b = (identity.cache_salt(SECRETS, TenantPolicy(n)) for n in "ab")
     assert identity.salted_identifier(a, "img") != identity.salted_identifier(b, "img")
 
 
 def test_the_first_secret_signs_and_all_verify() -> None:
-    """A tag of either secret verifies; one of a third secret, with other parts or for another purpose does not."""
+    """A tag that was derived from any secret of the list verifies.
+
+    A tag does not verify without its secret, with other parts or for another purpose.
+    """
     tag = identity.derive(SECRETS[1], "resume", "call-1")
     assert identity.verify_any(SECRETS, "resume", tag, "call-1")
     assert not identity.verify_any(SECRETS[:1], "resume", tag, "call-1")

@@ -1,4 +1,4 @@
-"""Guard patterns: only those with a known maximum length are accepted, and searches take linear time."""
+"""Tests of guard patterns: only patterns with a known maximum length are accepted, and searches take linear time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _counted(pair: tuple[str, str]) -> str:
 
 
 EXPRESSIONS = st.recursive(st.tuples(ATOMS, COUNTS).map(_counted), _grown, max_leaves=8)
-"""Expressions with the same meaning in Python (with re.ASCII, and texts without newlines) and in RE2."""
+"""Strategy for expressions with the same meaning in Python (with re.ASCII, and texts without newlines) and in RE2."""
 
 
 @st.composite
 def accepted(draw: st.DrawFn) -> str:
-    """A valid pattern."""
+    """Draw a valid pattern."""
     source = draw(EXPRESSIONS)
     try:
         longest_match(source)
@@ -45,7 +45,7 @@ TEXTS = st.text("ab1é x", max_size=40)
 
 @given(st.dictionaries(st.sampled_from("pqr"), accepted(), min_size=1), TEXTS)
 def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None:
-    """Matches equal those of Python's engine, and none is longer than `longest` says."""
+    """The matches equal the matches of Python's engine, and no match is longer than `longest`."""
     patterns = Patterns(sources)
     together = "|".join(f"(?P<{name}>{source})" for name, source in sorted(sources.items()))
     wanted = [(*match.span(), match.lastgroup) for match in re.finditer(together, text, re.ASCII)]
@@ -69,7 +69,10 @@ def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None
     ],
 )
 def test_the_longest_match_is_known(source: str, longest: int) -> None:
-    """The longest match is right even for spellings that Python lacks; else a stream would deliver part of a match."""
+    """The length of the longest match is right even for spellings that Python lacks.
+
+    Otherwise a stream would deliver part of a match.
+    """
     assert longest_match(source) == longest
 
 
@@ -93,7 +96,7 @@ def test_the_longest_match_is_known(source: str, longest: int) -> None:
     ],
 )
 def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
-    """Patterns that could hold a stream back without bound, or be slow, are refused with a remedy."""
+    """A pattern that could hold a stream back without bound, or be slow, is refused with a remedy."""
     with pytest.raises(PatternError, match=re.escape(message)):
         longest_match(source)
 
@@ -111,14 +114,15 @@ def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
     ],
 )
 def test_the_wrong_one_is_named(sources: dict[str, str], name: str) -> None:
-    """The error names the invalid pattern among several."""
+    """The error names the invalid pattern among several patterns."""
     with pytest.raises(PatternError) as caught:
         Patterns(sources)
     assert caught.value.name == name
 
 
 def test_a_text_made_to_be_slow_is_not() -> None:
-    """A text that takes a backtracking matcher very long is searched in a second (a hundred times what it takes)."""
+    """A text that takes a backtracking matcher very long is searched in a second. The search needs a hundredth of this
+    time."""
     patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
     began = time.perf_counter()
     assert list(patterns.find("a" * 100_000)) == []

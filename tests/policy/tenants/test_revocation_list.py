@@ -1,4 +1,4 @@
-"""Revocation lists, as people and commands write them."""
+"""Tests of revocation lists, as people and commands write them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ COLUMN = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filt
 
 @given(st.lists(st.builds(Revocation, st.integers(0, 2**160 - 1), COLUMN, COLUMN)))
 def test_a_list_is_read_as_it_was_written(entries: list[Revocation]) -> None:
-    """Written entries are read back unchanged; else a revoked certificate would be accepted."""
+    """Written entries are read back unchanged; otherwise a revoked certificate would be accepted."""
     text = "# a comment\n\n" + "\r\n".join(one.line() for one in entries) + "\n"
     assert list(RevocationList.parse(text).entries) == entries
 
 
 @given(st.integers(0, 2**160 - 1))
 def test_serials_as_tools_print_them(serial: int) -> None:
-    """Serial numbers in the formats of openssl and browsers are read, in either case and with leading zeros."""
+    """Serial numbers in the formats of openssl and browsers are read, in upper and lower case and with leading
+    zeros."""
     digits = f"{serial:040x}"
     for text in (
         digits,
@@ -34,13 +35,14 @@ def test_serials_as_tools_print_them(serial: int) -> None:
 
 @pytest.mark.parametrize("line", ["xyz", "1 2", "-1", "f" * 65, "1\ta\tb\tc", "1;2"])
 def test_a_wrong_line_is_named(line: str) -> None:
-    """The error names the invalid line; else a typo would leave a certificate valid."""
+    """The error names the invalid line; otherwise a typo would leave a certificate valid."""
     with pytest.raises(ValueError, match="line 2"):
         RevocationList.parse(f"1\n{line}\n")
 
 
 def test_a_serial_counts_for_its_issuer() -> None:
-    """A serial number applies to its issuer only; without an issuer it applies to all."""
+    """A serial number with an issuer is revoked for this issuer only. A serial number without an issuer is revoked for
+    all issuers."""
     revoked = RevocationList.parse("0A:1B\tCN=ours\n0c\n")
     assert revoked.has(0x0A1B, "CN=ours")
     assert not revoked.has(0x0A1B, "CN=theirs")

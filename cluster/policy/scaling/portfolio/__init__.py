@@ -1,4 +1,5 @@
-"""Scaling policy: how many replicas each model should have. Pure: it sees observations, its memory, and the time.
+"""Scaling policy: decides how many replicas each model should have. Pure: the inputs are observations, the memory of
+the policy, and the time.
 
     decisions, memory = decide(observation, memory, now_s)
 

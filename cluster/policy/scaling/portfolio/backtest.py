@@ -1,16 +1,18 @@
-"""Backtest of scaling rules: every rule is replayed on the demand that came; the cheapest that met the SLO is followed.
+"""Backtest of scaling rules: every rule is replayed on past demand, and the cheapest rule that met the SLO is followed.
 
-Problem: a margin that fits a steady model wastes GPUs, and one that fits a bursty model does not fit the next. No
-constant is right, but rules can be tried, since demand does not depend on the number of replicas. So each rule (a
-signal of forecast.py and a margin over it) is replayed on the demand that came, with its own cold starts and its own
-queue. Two sums are kept for each, fading over `MEMORY` cold starts: the replica-seconds it would have held, and the
-calls it would have served late. The rule to follow is the cheapest one whose late calls stay within the budget. This is
-follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction, Learning, and Games", ch. 2-4) with a
-constraint in place of a mixed loss.
+Problem: a margin that fits a steady model wastes GPUs, and a margin that fits one bursty model does not fit the next
+bursty model. No constant is right, but rules can be tried, since demand does not depend on the number of replicas.
 
-A rule's replicas: held = ceil(margin on signal); ready = the least number held during the last cold start, because what
-was held all that time has started. A rule's queue: the work that came, less what ready replicas serve. A call is late
-if it waits longer than the slack of the SLO, by the same fluid model as in loadtests/autoscale/optimum.py.
+Method: each rule (a signal of forecast.py and a margin over the signal) is replayed on past demand, with the rule's own
+cold starts and queue. Two sums are kept for each rule, fading over `MEMORY` cold starts: the replica-seconds that the
+rule would have held, and the calls that the rule would have served late. The rule to follow is the cheapest rule whose
+late calls stay within the budget. This is follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction,
+Learning, and Games", ch. 2-4), with a constraint in place of a mixed loss.
+
+Replicas of a rule: held = ceil(margin on signal); ready = the least number held during the last cold start, because
+replicas held for all that time have started. Queue of a rule: the work that came, less the work that ready replicas
+serve. A call is late if it waits longer than the slack of the SLO, by the same fluid model as in
+loadtests/autoscale/optimum.py.
 """
 
 from __future__ import annotations
@@ -25,18 +27,22 @@ FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0
 STRAYS = np.array([*np.arange(0.5, 4.01, 0.25), 5.0, 6.0, 8.0])
 MARGINS = len(FACTORS) + len(STRAYS)
 FIXED = np.unique(np.round(1.05 ** np.arange(128)))
-"""Rules with a fixed number of replicas. A surge shorter than a cold start is served by what already runs, or not at
-all."""
+"""Rules with a fixed number of replicas. A surge shorter than a cold start can only be served by replicas that already
+run."""
 FOLLOWING = SIGNALS * MARGINS
 RULES = FOLLOWING + len(FIXED)
 CHOSEN = 24
 MEMORY = 120.0
-"""Cold starts after which an observation's weight has fallen to 1/e."""
+"""Number of cold starts after which the weight of an observation has fallen to 1/e."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """By rule: replica-seconds held, late calls, and work in the queue; and the number of calls. Sums fade."""
+    """Sums of a backtest. All sums fade.
+
+    Arrays are by rule: `cost` in replica-seconds held, `late` in late calls, `waiting` in replica-seconds of work in
+    the queue. `calls` is the number of calls.
+    """
 
     cost: Floats
     late: Floats
@@ -49,8 +55,8 @@ class Backtest:
 class Arrivals:
     """One stretch of demand: its load in replicas, and its number of calls.
 
-    `slack_s`: time that a call may wait in the queue; `behind_s`: replica-seconds of decoding that may be outstanding
-    before streams fall below the SLO's pace.
+    `slack_s` is the time that a call may wait in the queue. `behind_s` is the maximum of outstanding decoding work, in
+    replica-seconds, with which streams still keep the pace of the SLO.
     """
 
     load: float
@@ -60,12 +66,12 @@ class Arrivals:
 
 
 def empty() -> Backtest:
-    """Backtest before the first observation."""
+    """Return the backtest before the first observation."""
     return Backtest(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
 
 
 def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
-    """Replicas that each rule asks for, not rounded."""
+    """Number of replicas that each rule asks for, not rounded."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
     rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
@@ -73,7 +79,7 @@ def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
 
 
 def round_up(replicas: Floats, correction: float) -> Floats:
-    """Replicas rounded up, with a tolerance for floating-point error."""
+    """Numbers of replicas rounded up, with a tolerance for floating-point error."""
     rounded: Floats = np.ceil(replicas * correction - 1e-6)
     return rounded
 
@@ -87,7 +93,10 @@ def replay(
     passed_s: float,
     cold_start_s: float,
 ) -> Backtest:
-    """The backtest with one more stretch. `wanted` and `ready` are whole, by rule. `doubt` multiplies the load."""
+    """Return the backtest with one more stretch of demand.
+
+    `wanted` and `ready` are whole numbers of replicas by rule. `doubt` multiplies the load.
+    """
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = queue_after(ready, before.waiting, arrivals, doubt, passed_s, cold_start_s)
     return Backtest(
@@ -102,11 +111,12 @@ def replay(
 def queue_after(
     ready: Floats, waiting: Floats, arrivals: Arrivals, doubt: float, passed_s: float, cold_start_s: float
 ) -> tuple[Floats, Floats]:
-    """Queue after a stretch, in replica-seconds, and the share of the stretch's calls that are late.
+    """Return the queue after a stretch, in replica-seconds, and the share of the calls of the stretch that are late.
 
-    An overload first slows running streams: prompts go first, so decoding work accumulates (up to `behind_s`) until
-    streams are at the SLO's pace. Only then do prompts wait in the queue, for the slack at most. Work beyond one cold
-    start's wait is dropped: its callers have gone, and rules recover as the real queue would.
+    An overload first slows running streams: prompts are computed first, so decoding work accumulates (up to `behind_s`)
+    until streams are at the pace of the SLO. Only then do prompts wait in the queue, for the slack at most. Work beyond
+    the wait of one cold start is dropped: the callers of that work have gone, and rules recover as the real queue
+    would.
     """
     after = np.maximum(waiting + arrivals.load * doubt * passed_s - ready * passed_s, 0.0)
     late = late_share(ready * arrivals.slack_s + arrivals.behind_s, waiting, after)
@@ -114,19 +124,22 @@ def queue_after(
 
 
 def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
-    """Share of evenly spaced calls that meet more work than `allowed`, as the queue goes from `before` to `after`."""
+    """Share of evenly spaced calls that meet more work in the queue than `allowed`.
+
+    The queue grows or shrinks evenly from `before` to `after`.
+    """
     low, high = np.minimum(before, after), np.maximum(before, after)
     share = (high - allowed) / np.maximum(high - low, 1e-12)
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
-    """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
+    """Return the rules to follow: the CHOSEN cheapest rules within the budget, the cheapest rule first.
 
-    `ahead` (1 or more) multiplies the budget of late calls: as long as the SLO window's budget is not used up, a rule
-    that spent it on one surge is not penalised. The price of a rule that exceeds its budget grows by the same factor,
-    and by the share of calls that it serves in time. So if no rule is within the budget (no rule foresees a surge out
-    of nothing), GPUs are neither added without end nor saved by serving no calls.
+    `ahead` (1 or more) multiplies the budget of late calls: as long as the budget of the SLO window is not used up, a
+    rule that spent the budget on one surge is not penalised. The price of a rule that exceeds the budget is multiplied
+    by the same excess, and divided by the share of calls that the rule serves in time. So if no rule is within the
+    budget (no rule foresees a sudden surge), GPUs are neither added without end nor saved by serving no calls.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

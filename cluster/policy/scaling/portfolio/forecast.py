@@ -1,9 +1,10 @@
-"""Load of a model at several time scales, and its typical deviation: the inputs of forecasts.
+"""Load of a model at several time scales, and the typical deviation of the load: the inputs of forecasts.
 
-A level estimates the load one cold start ahead, in replicas. Levels are means over several time spans, means with their
-trend extrapolated, and a mixture of means. The mixture's weights are learnt by recursive least squares from the load
-that followed, with a ridge, so that it starts as the mean over one cold start. A signal is a level that rises at once
-and falls at its own rate, so that a recurring burst finds capacity. backtest.py finds out which signal fits a model.
+A level estimates the load one cold start ahead, in replicas. The levels are means over several time spans, means with
+their trend extrapolated, and a mixture of means. The weights of the mixture are learnt by recursive least squares from
+the load that followed. A ridge makes the mixture start as the mean over one cold start. A signal is a level that rises
+at once and falls at a rate of its own, so that a recurring burst finds capacity. backtest.py finds out which signal
+fits a model.
 """
 
 from __future__ import annotations
@@ -18,36 +19,37 @@ Floats = NDArray[np.float64]
 SPANS = np.array([0.1, 0.33, 1.0, 2.0, 5.0, 20.0])
 """Time constants of the means, in cold starts."""
 TRENDS = ((2, 3, 1.0), (2, 3, 2.0))
-"""(faster, slower, distance): the difference of two means is extrapolated by this distance."""
+"""Triples of (faster, slower, distance). The difference of the two means is extrapolated by the distance."""
 FALLS = np.array([0.0, 4.0, 16.0, 64.0])
-"""Time constants of a signal's fall, in cold starts; 0: at once."""
+"""Time constants of the fall of a signal, in cold starts; 0 means that the signal falls at once."""
 LEVELS = len(SPANS) + len(TRENDS) + 1
 SIGNALS = LEVELS * len(FALLS)
 RIDGE = 30.0
-"""Weight of the prior (the mean over one cold start), in observations."""
+"""Weight of the prior, in observations. The prior is the mean over one cold start."""
 FORGET = 200.0
-"""Cold starts after which the weight of the mixture's past has fallen to 1/e."""
+"""Number of cold starts after which the weight of past observations in the mixture has fallen to 1/e."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemandLevels:
-    """State of one model's forecasts. Arrays are never changed in place. `seen_s`: time that they cover."""
+    """State of the forecasts of one model. Arrays are never changed in place. `seen_s` is the observed time in
+    seconds."""
 
     seen_s: float
     means: Floats
     """Mean loads, one for each of SPANS."""
     signals: Floats
-    """Flat array, by level and then by fall."""
+    """Signals as a flat array, by level and then by time constant of the fall."""
     stray: Floats
-    """Mean absolute distance of the load from the forecast of one cold start before, by signal."""
+    """Mean absolute distance of the load from the forecast that was made one cold start before, by signal."""
     weights: Floats
     """Weights of the mixture, one for each of SPANS."""
     spread: Floats
-    """Inverse of X'X of the mixture's regression."""
+    """Inverse of the matrix X'X in the regression of the mixture."""
 
 
 def empty() -> DemandLevels:
-    """Levels before the first observation."""
+    """Return the levels before the first observation."""
     count = len(SPANS)
     return DemandLevels(
         0.0,
@@ -62,11 +64,11 @@ def empty() -> DemandLevels:
 def update(
     before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
 ) -> DemandLevels:
-    """The levels with one more stretch of `passed_s` seconds at this load.
+    """Return the levels with one more stretch of `passed_s` seconds at this load.
 
-    `past`: means and signals of one cold start ago; None while there are none that old.
+    `past` has the means and signals of one cold start ago; None before there are values of that age.
     """
-    # While less time than a mean's span has passed, the mean covers the time there is.
+    # While less time than the span of a mean has been observed, the mean covers the observed time.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)
     share = -np.expm1(-passed_s / spans) if before.seen_s else np.ones(len(SPANS))
     means = before.means + (load - before.means) * share
@@ -84,7 +86,10 @@ def update(
 
 
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
-    """One step of recursive least squares, relative to the load's size so that its scale does not matter."""
+    """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
+
+    The step is relative to the size of the load, so that the scale of the load does not matter.
+    """
     size = max(float(x.max()), became)
     if size <= 0:
         return before.weights, before.spread

@@ -1,14 +1,18 @@
-"""Distribution of GPUs over models: fixed numbers and minimums first, then by gain in timely calls per GPU.
+"""Distribution of GPUs over models: first fixed numbers and minimums, then the rest by the gain in timely calls per
+GPU.
 
-Problem: the replica targets may exceed the GPUs. The calls that a number of replicas serves in time (marginal_gain.py)
-rise slowly at first, because a model with less than its load serves none in time, then steeply, then hardly at all. A
-greedy choice by single replicas would stop at the foot of the slope. So steps are taken along the upper concave hull:
-as many replicas at once as gain most for each GPU. On the hull, gains fall from step to step, so greedy is optimal up
-to the last step (a sum of concave functions under one knapsack constraint).
+Problem: the replica targets may need more GPUs than there are. The number of calls that a number of replicas serves in
+time (marginal_gain.py) rises slowly at first, because a model with fewer replicas than its load serves no call in time.
+Then the number rises steeply, then hardly at all. A greedy choice by single replicas would stop at the foot of the
+slope.
 
-A class counts `CLASS` times the one below. A replica that must be started gains nothing until it serves, and queued
-work must be done before calls are in time again. A running replica gets a bonus (`EDGE`), so that two models of similar
-gain do not take GPUs from each other in turns.
+Method: steps are taken along the upper concave hull, with as many replicas at once as gain most for each GPU. On the
+hull, gains fall from step to step, so the greedy choice is optimal up to the last step (a sum of concave functions
+under one knapsack constraint).
+
+A class counts `CLASS` times as much as the class below. A replica that must be started gains nothing until it serves,
+and queued work must be done before calls are in time again. A running replica gets a bonus (`EDGE`), so that two models
+of similar gain do not take GPUs from each other in turns.
 """
 
 from __future__ import annotations
@@ -27,24 +31,25 @@ from cluster.policy.scaling.portfolio.types import ModelSeen, Rates, ReplicaDeci
 
 CLASS = 100.0
 DEEPEST = 6
-"""Classes below this depth count alike."""
+"""Depth in the order of classes below which all classes count alike."""
 EDGE = 1.3
 HORIZON = 5.0
-"""Cold starts for which a choice is made."""
+"""Time that a choice is made for, in cold starts."""
 CLEARED = 30.0
-"""Cold starts in which the queue may be worked off at half the gain."""
+"""Time in cold starts within which the queue may be worked off at half the gain."""
 KNOWN = 1.0
 """Weight of the guess from the mean load, in cold starts of observed demand."""
 LEAST_GAIN = 1e-30
-"""A gain below that of any class, so that targets without load still have an order."""
+"""Gain that is below the gain of any class, so that targets without load still have an order."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuClaim:
-    """Claim of one model.
+    """Claim of one model for replicas.
 
-    `fixed`: replicas that it gets whatever its target; if `frozen`, also beyond the budget. `wanted` and `load` are in
-    replicas of one type (gpu_equivalence.py), everything else is in real replicas.
+    `fixed`: number of replicas, in total or by GPU type, that the model gets whatever its target. If `frozen` is set,
+    the model gets this number even beyond the budget. `wanted` and `load` are in replicas of one type
+    (gpu_equivalence.py); all other numbers are in real replicas.
     """
 
     model: str
@@ -65,7 +70,7 @@ class GpuClaim:
 
 
 class _GpuPool:
-    """Remaining GPUs of each type; types without a budget are unlimited."""
+    """Remaining GPUs of each type. A type without a budget is unlimited."""
 
     def __init__(self, budget: Mapping[str, int]) -> None:
         self.free = dict(budget)
@@ -84,7 +89,10 @@ class _GpuPool:
 
 
 def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
-    """Decide every claim, in order. The budget of a GPU type is never exceeded, except by frozen claims."""
+    """Decide every claim. Returns the decisions in the order of the claims.
+
+    The budget of a GPU type is never exceeded, except by frozen claims.
+    """
     pool = _GpuPool(budget)
     # Classes count by their order, not by their rank numbers, so that unranked classes are equal and not worthless.
     order = {rank: depth for depth, rank in enumerate(sorted({rank for claim in claims for rank in claim.by_rank}))}
@@ -128,7 +136,7 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
             given[claim.model] = mine
             _push_step(heap, at, claim, mine, values[at], most if added else 0)
             continue
-        # The step does not fit as a whole. The part that fits may gain little, so other claims come first.
+        # The step does not fit as a whole. The part of the step that fits may gain little, so other claims come first.
         for gpu, count in mine.items():
             pool.release(gpu, (count - given[claim.model].get(gpu, 0)) * _gpus(claim, gpu))
         _push_step(heap, at, claim, given[claim.model], values[at], fits)
@@ -136,7 +144,7 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the replicas are worth the wanted number, or the maximum number is reached."""
+    """Whether the replicas are worth the wanted number, or the maximum number of replicas is reached."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True
@@ -144,7 +152,11 @@ def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
 
 
 def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
-    """Add one replica on a type that the model already has, else on the first type with room, or else the first."""
+    """Add one replica, or return False if the budget has no GPUs for the replica.
+
+    The replica goes to a type on which the model already has a replica, else to the first type with capacity, else to
+    the first type.
+    """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
     free = [gpu for gpu in (*kept, *types) if gpu not in room or mine.get(gpu, 0) < room[gpu]]
@@ -167,7 +179,8 @@ def _push_step(
     values: Floats,
     most: int,
 ) -> None:
-    """Push the claim's next step, up to `most`: the step with the highest gain per GPU."""
+    """Push the next step of the claim, up to `most` replicas. The next step is the step with the highest gain per
+    GPU."""
     here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
     if _is_satisfied(claim, mine) or most < first:
@@ -180,7 +193,8 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Timely calls per second over the horizon by 0, 1, 2, ... replicas, with the bonus for running replicas."""
+    """Timely calls per second over the horizon, by number of replicas (0, 1, 2, ...), with the bonus for running
+    replicas."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
@@ -202,7 +216,7 @@ def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second of all classes together, once the queue is worked off."""
+    """Timely calls per second of all classes together, after the queue is worked off, by number of replicas."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))

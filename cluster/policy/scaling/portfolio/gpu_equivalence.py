@@ -1,11 +1,13 @@
 """Conversion of replicas on several types of GPU to replicas of one type.
 
-Problem: a model's need is one number, but replicas on different types have different throughput. So everything is
-counted in replicas of one type, the unit: the most preferred type whose rates are learnt. A replica of another type is
-worth the lesser of its prefill and decode rates relative to the unit's, so that a mix is never overestimated, whatever
-the calls are like. A type whose rates are not learnt counts as the unit.
+Problem: the need of a model is one number, but replicas on different types of GPU have different throughput.
 
-Invariant: with one type every number is that of the replicas.
+Method: everything is counted in replicas of one type, the unit. The unit is the most preferred type whose rates are
+learnt. A replica of another type is worth the lesser of two ratios: its prefill rate and its decode rate, each relative
+to the rate of the unit. So a mix of types is never overestimated, whatever the calls are like. A type whose rates are
+not learnt counts as the unit.
+
+Invariant: with one type of GPU, every number is a plain number of replicas.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ _LITTLE = 1e-6
 
 
 def unit_of(seen: ModelSeen) -> str:
-    """The type in whose replicas the model's are counted; the first one if no rates are learnt."""
+    """GPU type of the unit in which the replicas of the model are counted; the first type if no rates are learnt."""
     return next((gpu for gpu in seen.settings.gpus if _learnt(seen.rates.get(gpu, Rates()))), seen.settings.gpus[0])
 
 
 def replica_worth(seen: ModelSeen, gpu: str) -> float:
-    """Worth of a replica of this type, in replicas of the unit."""
+    """Worth of a replica on this type of GPU, in replicas of the unit."""
     if len(seen.settings.gpus) == 1:
         return 1.0
     rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
@@ -38,24 +40,25 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Worth of replicas by type, in replicas of the unit."""
+    """Total worth of the replicas in `counts` (numbers by GPU type), in replicas of the unit."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
 def round_up(replicas: float) -> int:
-    """Replicas of the unit, rounded up."""
+    """Number of replicas of the unit, rounded up."""
     return math.ceil(replicas - _LITTLE)
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether replicas are worth at least the wanted number."""
+    """Whether `replicas`, in replicas of the unit, are at least the wanted number."""
     return replicas >= wanted - _LITTLE
 
 
 def as_one_type(seen: ModelSeen) -> ModelSeen:
-    """The model as if all of its replicas were of the unit type.
+    """Return the model as if all of its replicas were of the unit type.
 
-    There are as many as they are worth (rounded up); as many are ready as the ready ones are worth (rounded down).
+    The number of replicas is the worth of all replicas, rounded up. The number of ready replicas is the worth of the
+    ready replicas, rounded down.
     """
     if len(seen.settings.gpus) == 1:
         return seen

@@ -1,9 +1,12 @@
-"""Timely calls per second that 0, 1, 2, ... replicas would have served, from recent demand.
+"""Timely calls per second that 0, 1, 2, ... replicas would have served, computed from recent demand.
 
-Problem: shared GPUs should go to the models where they gain most, and the gain is not proportional to the load. The
-queue is first come, first served, so a model with slightly fewer replicas than its load serves no call in time, and one
-with slightly more serves nearly all; how many more depends on its bursts. So numbers of replicas are replayed on the
-demand that came, like rules (backtest.py), and their timely calls are summed, fading over `SPAN` cold starts.
+Problem: shared GPUs should go to the models where the GPUs gain most, and the gain is not proportional to the load. The
+queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and a
+model with slightly more replicas than its load serves nearly all calls in time. How many more replicas are needed
+depends on the bursts of the model.
+
+Method: numbers of replicas are replayed on past demand, like rules (backtest.py). The timely calls of each number are
+summed, fading over `SPAN` cold starts.
 """
 
 from __future__ import annotations
@@ -18,14 +21,18 @@ from cluster.policy.scaling.portfolio.backtest import Arrivals
 from cluster.policy.scaling.portfolio.forecast import Floats
 
 COUNTS = np.array([*range(33), 36, 40, 45, 50, 56, 64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 512], dtype=float)
-"""Numbers of replicas that are replayed; values between them are interpolated."""
+"""Numbers of replicas that are replayed. Values for other numbers are interpolated."""
 SPAN = 10.0
-"""Cold starts over which timely calls are counted: as long as a started replica should be of use."""
+"""Number of cold starts over which timely calls are counted. A started replica should be of use for this long."""
 
 
 @dataclass(frozen=True, slots=True)
 class MarginalGains:
-    """By COUNTS: timely calls, and work in the queue. `time_s`: the time that they cover. Sums fade."""
+    """Sums of the replayed demand. All sums fade.
+
+    Arrays are by COUNTS: `good` in timely calls, `waiting` in work in the queue. `time_s` is the time that the sums
+    cover.
+    """
 
     good: Floats
     waiting: Floats
@@ -37,12 +44,12 @@ class MarginalGains:
 
 
 def empty() -> MarginalGains:
-    """Gains before the first stretch."""
+    """Return the gains before the first stretch of demand."""
     return MarginalGains(np.zeros(len(COUNTS)), np.zeros(len(COUNTS)))
 
 
 def replay(before: MarginalGains, arrivals: Arrivals, passed_s: float, cold_start_s: float) -> MarginalGains:
-    """The gains with one more stretch of demand."""
+    """Return the gains with one more stretch of demand."""
     fade = math.exp(-passed_s / (SPAN * cold_start_s))
     waiting, late = backtest.queue_after(COUNTS, before.waiting, arrivals, 1.0, passed_s, cold_start_s)
     served = np.where(COUNTS > 0, (1.0 - late) * arrivals.calls, 0.0)

@@ -1,4 +1,4 @@
-"""State that the policy carries from one decision to the next: a frozen value, opaque to callers."""
+"""State that the policy carries from one decision to the next. The state is a frozen value and opaque to callers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """One stretch within the last cold start and patience: its end, and the means, signals and plans at that time.
+    """One stretch within the last cold start and patience.
 
-    A plan is the maximum of its signal during the patience; it keeps a rule's replicas from leaving.
+    `at_s` is the end of the stretch; `means`, `signals` and `plans` are the values at that time. A plan is the maximum
+    of its signal during the patience; the plan keeps the replicas of a rule from leaving.
     """
 
     at_s: float
@@ -36,23 +37,24 @@ class Stretch:
     within: float = 0.0
     outside: float = 0.0
     prompt_s: float = 0.0
-    """Replica-seconds of all prompts."""
+    """Work of all prompts, in replica-seconds."""
     tokens: float = 0.0
-    """Output tokens."""
+    """Number of output tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Agreement of the backtest with the results of real calls. Sums fade.
+    """Agreement of the backtest with the results of real calls. All sums fade.
 
-    `correction` scales the replicas of every rule: above 1 if calls are late that the backtest served in time.
+    `correction` scales the replicas of every rule. The correction is above 1 if calls are late that were in time in the
+    backtest.
     """
 
     waiting: float = 0.0
     predicted_late: float = 0.0
     """Late calls according to a backtest of the real replicas."""
     recent_late_share: float = 0.0
-    """Share of the recent calls that are late according to that backtest."""
+    """Share of the recent calls that are late according to a backtest of the real replicas."""
     late: float = 0.0
     calls: float = 0.0
     time_s: float = 0.0
@@ -62,7 +64,7 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets`: (time, raw target), for patience with scaling down."""
+    """Memory of one model. `recent_targets` are pairs of (time, raw target), for patience with scaling down."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)
@@ -71,25 +73,25 @@ class ModelMemory:
     gains: MarginalGains = field(default_factory=marginal_gains.empty)
     past: tuple[Past, ...] = ()
     rules: tuple[int, ...] = ()
-    """Rules that are followed, the cheapest first."""
+    """Rules that the policy follows, the cheapest rule first."""
     fidelity: Fidelity = field(default_factory=Fidelity)
     recent_targets: tuple[tuple[float, int], ...] = ()
     ranks: Mapping[int, float] = field(default_factory=dict)
-    """Load by class rank, a mean over five cold starts; `calls_per_s` likewise."""
+    """Load by class rank, as a mean over five cold starts. `calls_per_s` is a mean over the same time."""
     calls_per_s: float = 0.0
     output: float = 0.0
-    """Load of decoding, in replicas; a mean over about the duration of a stream."""
+    """Load of decoding in replicas, as a mean over about the duration of a stream."""
     tokens: float = 0.0
-    """Output tokens per call; a mean over up to five cold starts."""
+    """Output tokens per call, as a mean over up to five cold starts."""
     down: tuple[float, int] | None = None
-    """The last scale-down: its time, and the number of replicas before it."""
+    """Time of the last scale-down, and the number of replicas before this scale-down."""
     cut_s: float | None = None
-    """Time when wanted replicas last went to other models."""
+    """Last time when replicas that this model wanted went to other models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of all models. `at_s`: time of the last observation; None in an empty memory."""
+    """Memory of all models. `at_s` is the time of the last observation, or None in an empty memory."""
 
     at_s: float | None = None
     models: Mapping[str, ModelMemory] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Scaling policy: the target of every model, within its bounds, limited to the available GPUs."""
+"""Scaling policy: the replica target of every model, within the bounds of the model and within the available GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from cluster.policy.scaling.portfolio.types import ModelSeen, Observation, Repli
 
 
 def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tuple[ReplicaDecision, ...], Memory]:
-    """Decide for every model. Returns the decisions, and the memory to pass in with the next observation."""
+    """Decide the number of replicas of every model.
+
+    Returns the decisions, and the memory to pass in with the next observation.
+    """
     passed_s = max(now_s - memory.at_s, 0.0) if memory.at_s is not None else observation.covers_s
     claims, kept = [], {}
     for name, seen in observation.models.items():
@@ -59,7 +62,7 @@ def _claim(
     floor = settings.min_replicas
     if floor == 0 and not (settings.idle_s > 0 and idle_s >= settings.idle_s):
         if have or called:
-            floor = 1  # a running model stays until it has been idle for long enough
+            floor = 1  # a running model keeps one replica until the model has been idle for long enough
     elif floor == 0 and not called:
         wanted, why = 0, "idle"
     if wanted < floor:
@@ -93,7 +96,10 @@ def _claim(
 
 
 def _unlearnt(seen: ModelSeen, called: bool) -> ReplicaTarget:
-    """Target without learnt rates: one replica if there is a call, one more if calls wait too long or are late."""
+    """Return the target of a model whose rates are not learnt yet.
+
+    The target is one replica if there is a call, and one replica more if calls wait too long or are late.
+    """
     have = sum(r.state != "draining" for r in seen.replicas)
     starting = any(r.state == "starting" for r in seen.replicas)
     waits = max((d.oldest_wait_s for d in seen.demand.values()), default=0.0)

@@ -1,9 +1,10 @@
-"""Replica target of one model from its observed demand. The GPU budget is not considered here.
+"""Replica target of one model, computed from its observed demand. The GPU budget is not considered here.
 
-Scale-up: to what the followed rule (backtest.py) asks for, at once. Scale-down: only replicas that were not wanted
-during the model's patience. That is about half a cold start, because keeping a replica for a whole one costs as much as
-starting it again (ski rental). After a scale-down nothing is started for one cold start, unless calls wait too long or
-the target is far higher.
+Scale-up: the number of replicas is raised at once to what the followed rule (backtest.py) asks for.
+
+Scale-down: only replicas that were not wanted during the patience of the model are removed. The patience is about half
+a cold start, because keeping a replica for a whole cold start costs as much as starting the replica again (ski rental).
+After a scale-down nothing is started for one cold start, unless calls wait too long or the target is far higher.
 """
 
 from __future__ import annotations
@@ -22,53 +23,57 @@ from cluster.policy.scaling.portfolio.types import ModelSeen, Rates
 STRETCHES = 24
 """Maximum number of learning steps per cold start."""
 TRUSTED = 5.0
-"""Cold starts of demand before the rules alone decide."""
+"""Number of cold starts of demand before the rules alone decide."""
 BLIND = 2.0
-"""Cold starts of demand before any replica is removed: before that there is no forecast."""
+"""Number of cold starts of demand before any replica is removed: earlier there is no forecast."""
 FIRST_MARGIN = 1.4
 WINDOW = 60.0
-"""Cold starts over which the SLO's budget of late calls applies: one hour if a cold start takes a minute."""
+"""Number of cold starts over which the SLO budget of late calls applies: one hour if a cold start takes a minute."""
 LEAST_MARGIN = 0.2
-"""Minimum margin over the mean load of one cold start while little is known. It falls with the square root of the
-observed time in units of WINDOW. It is about as much as public traces usually move within a cold start."""
+"""Minimum margin over the mean load of one cold start while little demand was observed. The margin falls with the
+square root of the observed time in units of WINDOW. The value is about as much as public traces usually move within a
+cold start."""
 SHARE_OF_BUDGET = 0.75
-"""Part of the budget of late calls that the rules may spend, less late calls that no rule foresaw. The correction
-brings such unforeseen late calls to the same part of the budget."""
+"""Part of the budget of late calls that the rules may spend, less the late calls that no rule foresaw. The correction
+brings the unforeseen late calls to the same part of the budget."""
 PACE = 0.12
-"""Growth of the correction's exponent in a cold start in which all calls are late that the backtest served in time. It
-falls by the same amount times the budgeted share of late calls. So while the correction is within its bounds, such
-calls converge to the budget, whatever the demand does. A correction by the mean of two hours swung between 1 and 2,
-because it kept rising long after it was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under
-Distribution Shift (2021)."""
+"""Growth of the correction's exponent in a cold start in which all calls are late, although the backtest served these
+calls in time. The exponent falls by the same amount times the budgeted share of late calls. So while the correction is
+within its bounds, the share of unforeseen late calls converges to the budget, whatever the demand does. An earlier rule
+corrected by the mean of two hours. That correction swung between 1 and 2, because the correction kept rising long after
+its value was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
 HEAVIEST = 4.0
-"""Maximum weight of a stretch; the weight is its number of calls relative to the mean."""
+"""Maximum weight of a stretch. The weight is the number of calls of the stretch relative to the mean."""
 LEAST, MOST = 1.0, 2.0
 """Bounds of the correction."""
 DOUBT = 0.07
-"""Rules are tried on more load than came: by this fraction over the square root of the observed cold starts. The
-cheapest of many rules owes some of its result to the particular past that selected it."""
+"""Additional load in the replay of rules, as a fraction of the observed load. The fraction is DOUBT divided by the
+square root of the number of observed cold starts. The load is raised because the cheapest of many rules owes some of
+its result to the particular past that selected the rule."""
 PATIENCE = 0.45
-"""Cold starts for which an unwanted replica is kept. Signals fall at their own rate in addition."""
+"""Number of cold starts for which an unwanted replica is kept. Signals fall at their own rate in addition."""
 HOLD = 0.25
-"""Within one cold start of a scale-down, a target of up to this fraction above the previous number starts no replica.
-Margins cover such a swing, and a new replica would not serve before it is over."""
+"""Swing that starts no replica within one cold start of a scale-down: the target exceeds the previous number by up to
+this fraction. Margins cover such a swing, and a new replica would not serve before the swing is over."""
 OVERLOAD = 2.0
-"""Cold starts over which backtested overload is averaged, because calls are judged some time after they arrive."""
+"""Number of cold starts over which backtested overload is averaged, because calls are judged some time after their
+arrival."""
 EXPLAINED = 0.1
 """Share of late calls in the backtest above which all late calls count as foreseen."""
 STREAMS = 1 / 3
-"""Cold starts over which the decoding of running streams is averaged: about the duration of a stream."""
+"""Number of cold starts over which the decoding of running streams is averaged: about the duration of a stream."""
 BEHIND = 0.05
-"""Fraction of the decoding that comes during one stream at the SLO's pace: so much may accumulate before streams are
-slower than that. With 0.2 the backtest predicted almost none of the 0.7 % of ServeGen's streams that were slow."""
+"""Maximum outstanding decoding work before streams are slower than the pace of the SLO. The value is a fraction of the
+decoding work that comes during one stream at this pace. With 0.2, the backtest predicted almost none of the 0.7 % of
+ServeGen's streams that were slow."""
 UNKNOWN_RANK = 1 << 10
 SPREAD = 3.0
-"""Capacity covers this many standard deviations of the number of calls that come in a cold start."""
+"""Number of standard deviations that capacity covers, for the number of calls that come in a cold start."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTarget:
-    """Target in replicas of the first GPU type. `load` is the expected load in replicas."""
+    """Target in replicas of the first GPU type. `load` is the expected load, also in replicas."""
 
     replicas: int
     why: str
@@ -78,7 +83,7 @@ class ReplicaTarget:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """Work that came in one observation, in replica-seconds of the first GPU type."""
+    """Work that came in one observation. Times are in replica-seconds of the first GPU type."""
 
     load_s: float
     prompt_s: float
@@ -90,11 +95,11 @@ class ReplicaWork:
     within: int
     outside: int
     tokens: int = 0
-    """Expected output tokens."""
+    """Expected number of output tokens."""
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
-    """Work in one observation; None if the rates of the first GPU type are not learnt yet."""
+    """Return the work in one observation, or None if the rates of the first GPU type are not learnt yet."""
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
     if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:
@@ -120,7 +125,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
 
 
 def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
-    """The memory with the demand since the last observation."""
+    """Return the memory with the demand since the last observation."""
     before = memory.stretch
     stretch = Stretch(
         before.passed_s + passed_s,
@@ -184,7 +189,7 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_
     budget = 1.0 - slo.target
     unforeseen = max(fidelity.late - fidelity.predicted_late, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    # The rest of the window's budget is available unless real late calls have already spent it.
+    # The rest of the budget of the window is available, unless real late calls have already spent the budget.
     ahead = max(WINDOW * cold_s / max(replayed.time_s, 1e-9), 1.0)
     spent = fidelity.late / max(fidelity.calls, 1.0) / (budget * ahead)
     ahead = 1.0 + (ahead - 1.0) * max(1.0 - spent, 0.0)
@@ -198,14 +203,14 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_
 def _update_fidelity(
     before: Fidelity, seen: ModelSeen, stretch: Stretch, arrivals: Arrivals, cold_s: float
 ) -> Fidelity:
-    """Compare the results of real calls with a backtest of the real replicas."""
+    """Compare the results of real calls with a backtest of the real replicas. Returns the updated agreement."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
     waiting, share = backtest.queue_after(ready, np.array([before.waiting]), arrivals, 1.0, stretch.passed_s, cold_s)
     predicted = float(share[0]) * stretch.calls
     recent_late = before.recent_late_share
     if stretch.calls:
         recent_late += (float(share[0]) - recent_late) * -math.expm1(-stretch.passed_s / (OVERLOAD * cold_s))
-    # In an overload the number of late calls depends on the queue; it does not show that rules should hold more.
+    # In an overload the number of late calls depends on the queue, and does not show that rules should hold more.
     predicted_now = max(predicted, stretch.outside * min(recent_late / EXPLAINED, 1.0))
     fade = math.exp(-stretch.passed_s / (backtest.MEMORY * cold_s))
     late, judged = before.late * fade + stretch.outside, before.calls * fade + stretch.within + stretch.outside
@@ -221,7 +226,7 @@ def _update_fidelity(
 
 
 def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
-    """The model's replica target, with patience for scaling down."""
+    """Return the replica target of the model, with patience for scaling down, and the memory with the new target."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
     levels, rule = memory.levels, memory.rules[0] if memory.rules else None
@@ -286,10 +291,11 @@ def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float
 
 
 def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, cold_s: float) -> int:
-    """Replicas that hold all running and queued calls, and those that may arrive before another replica serves.
+    """Number of replicas that hold all running and queued calls, and the calls that may arrive before another replica
+    serves.
 
-    If streams last longer than a cold start, running calls predict the next minute better than arrivals: a few long
-    calls are no reliable rate.
+    If streams last longer than a cold start, running calls predict the next minute better than arrivals, because the
+    arrivals of a few long calls are no reliable rate.
     """
     places = seen.rates.get(seen.settings.gpus[0], Rates()).sequences
     # Calls on a draining replica end there or return to the queue.
@@ -300,7 +306,7 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
 
 
 def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """The memory after the decision. `wanted`: the replicas claimed from the budget."""
+    """Return the memory after the decision. `wanted` is the number of replicas that was claimed from the budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:
         return memory
