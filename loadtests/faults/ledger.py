@@ -19,7 +19,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class LedgerAudit:
-    """Answered sequences, and their rows in the ledger."""
+    """Number of answered sequences, and the numbers of missing, doubled and miscounted ledger rows."""
 
     sequences: int
     missing: int
@@ -40,7 +40,7 @@ class LedgerAudit:
 
 
 async def audit(ledger: Path, calls: Sequence[CallResult]) -> LedgerAudit:
-    """Compare calls and ledger, once the records of all calls have had time to arrive."""
+    """Compare the calls with the ledger, once the records of all calls have had time to arrive."""
     answered = [result for result in calls if not result.error]
     deadline = time.monotonic() + CAUGHT_UP_S
     while True:

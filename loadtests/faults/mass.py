@@ -1,8 +1,8 @@
-"""Thousands of faults: 64 streams of every kind on four simulated workers, of which some are always failing.
+"""Thousands of faults: 64 streams of every kind on four simulated workers, some of which are always failing.
 
-Every call is compared with its undisturbed answer, obtained before from the same cluster. The simulated engine's tokens
-are a function of all tokens so far and of every field of the request that shapes content, so one token lost, doubled or
-computed under other parameters changes all that follow.
+Every call is compared with the undisturbed answer, obtained before from the same cluster. The simulated engine computes
+each token as a function of all tokens so far and of every request field that shapes content. So one token lost, doubled
+or computed under other parameters changes all tokens that follow.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """Source of all four workers: tokens over the whole vocabulary, so that bytes of broken characters occur."""
+    """Return the source of all four workers. Tokens come from the whole vocabulary, so that bytes of broken characters
+    occur.
+    """
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"
 
 
 class Moments:
-    """Lets the injector wait until some call is at a given phase."""
+    """Events with which the injector waits until any call is at a given phase."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
     def record_phase(self, result: CallResult) -> None:
-        """Record the phase of a call: after each of its chunks, and once before the first."""
+        """Record the phase of a call. Called after each chunk of the call, and once before the first."""
         if not self._waiting:
             return
         for phase in _phases(result):
@@ -65,7 +67,7 @@ class Moments:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Wait until a call is in this phase; False if none is in time."""
+        """Wait until a call is in this phase; return False if no call is in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -94,7 +96,7 @@ def _phases(result: CallResult) -> list[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Results of this part."""
+    """Results of the mass of faults."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Faults by (kind, phase)."""
@@ -106,7 +108,7 @@ class Outcome:
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         kinds, phases = Counter[str](), Counter[str]()
         for (kind, phase), count in self.points.items():
             kinds[kind] += count
@@ -128,7 +130,7 @@ class Outcome:
 
 
 class Mass:
-    """The callers and the injector over a running fleet."""
+    """The callers and the fault injector over a running fleet."""
 
     def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet
@@ -142,7 +144,7 @@ class Mass:
         self.outcome = Outcome()
 
     async def reference(self) -> dict[str, CallResult]:
-        """Make every request once, undisturbed."""
+        """Make every request once, undisturbed; return the results by key."""
         gate = asyncio.Semaphore(STREAMS)
 
         async def call_undisturbed(request: FaultRequest) -> CallResult:
@@ -205,7 +207,7 @@ class Mass:
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
 
     async def _victim(self) -> SimWorker:
-        """A worker that serves, chosen while enough others do."""
+        """Return a random serving worker that no other fault disturbs, once more than LEAST_UP such workers serve."""
         fleet, link_log = self._fleet, self._fleet.link_log
 
         def serving() -> list[SimWorker]:
@@ -244,5 +246,5 @@ def _bring_back(worker: SimWorker) -> None:
 
 
 def requests_of(model: str, seed: int) -> list[FaultRequest]:
-    """The requests of this part."""
+    """Return the requests of the mass of faults."""
     return mixed(REQUESTS, model, seed, tokens=TOKENS, words=WORDS)
