@@ -32,7 +32,7 @@ exit $code
 TERM_S = 10.0
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_S = 5.0
-"""Time that a killed process may take to disappear."""
+"""Time in seconds that a killed process may take to disappear."""
 
 
 class DidNotStart(Exception):

@@ -17,7 +17,7 @@ from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.records import Record, Run, digest
 
 DEAD_AFTER_FAILURES = 8
-"""Consecutive calls that fail as if the server were gone, after which the server counts as gone."""
+"""Number of consecutive calls that fail as if the server were gone, after which the server counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)

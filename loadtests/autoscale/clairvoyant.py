@@ -23,15 +23,15 @@ from loadtests.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 
 TRIED = ((0.8, 1.05, 0.03), (0.8, 1.12, 0.03), (0.5, 1.05, 0.03), (0.5, 1.02, 0.08), (0.2, 1.02, 0.08))
 CLASSES_S = (0.2, 0.5, 1.0, 1.5)
-"""Upper bounds of the call classes, by seconds of prefill; the last class holds the rest."""
+"""Upper bounds of the call classes, in seconds of prefill. The last class holds all longer prefills."""
 LINGERS = (0, 1, 2)
-"""Slots that a replica stays beyond the recursion's plan, tried in order until the SLO holds. The recursion
-does not know that streams of leaving replicas are computed again on others.
+"""Numbers of slots for which a replica stays beyond the recursion's plan, tried in order until the SLO holds. The
+recursion does not know that a stream of a leaving replica is computed again on another replica.
 """
 NEAR = 0.1
 """A plan that misses the target by more than this is not retried with lingering replicas."""
 BESIDE = 30.0
-"""Running sequences assumed beside a prompt when its prefill time is estimated."""
+"""Number of running sequences assumed beside a prompt when the prefill time of the prompt is estimated."""
 
 
 @dataclass(frozen=True, slots=True)

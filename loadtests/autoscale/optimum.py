@@ -47,7 +47,7 @@ class Slots:
     calls: Floats
     slot_s: float
     quanta: int
-    """Quanta that one replica serves in a slot."""
+    """Number of quanta that one replica serves in a slot."""
 
     @classmethod
     def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
@@ -66,10 +66,10 @@ class Rules:
     slacks: tuple[float, ...]
     cold_start_s: float
     most: int
-    """Upper bound on replicas."""
+    """Upper bound on the number of replicas."""
     least: int = 0
     deepest: float = 4.0
-    """Waiting work beyond this many slots of `most` replicas is forgotten."""
+    """Upper bound on remembered waiting work, in slots of `most` replicas. Work beyond the bound is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)

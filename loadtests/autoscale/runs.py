@@ -19,11 +19,12 @@ from loadtests.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track
 
 SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
 EQUAL = 0.7
-"""Bound on cost when violations are compared: Ray Serve's policy may use our GPU-seconds / this."""
+"""Bound on cost when violations are compared: Ray Serve's policy may use our GPU-seconds divided by this value."""
 WITHIN_S = 10.0
-"""Window in which the copies of a trace's call arrive and in which its peaks are counted."""
+"""Window in which the copies of a trace call arrive and in which the peaks of the trace are counted, in seconds."""
 MOST_WEEK = 200
-"""Most replicas: the sum of all clients peaks at 125 over 30 s, and its bursts within a second at several times that.
+"""Upper bound on replicas. The sum of all clients peaks at 125 replicas over 30 s; bursts within a second reach several
+times that number.
 """
 GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
 
@@ -81,9 +82,11 @@ class CaseResults:
     load: float
     ray_default: Outcome | None = None
     ray_best: tuple[RaySettings, Outcome] | None = None
-    """The cheapest of the grid that meets the SLO, else the one with the fewest violations."""
+    """The cheapest setting of the grid that meets the SLO, else the setting with the fewest violations."""
     ray_equal: tuple[RaySettings, Outcome] | None = None
-    """The fewest violations in the grid among settings within our GPU-seconds / `EQUAL`; None if there are none."""
+    """The setting with the fewest violations among the grid's settings within our GPU-seconds / `EQUAL`; None if no
+    setting is within that cost.
+    """
 
 
 @dataclass(frozen=True, slots=True)

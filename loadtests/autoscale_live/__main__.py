@@ -42,9 +42,11 @@ ENGINE = Engine()
 REPLICAS = 4
 PROMPT_TOKENS = 30
 MOST_TOKENS = 8192
-"""Upper bound on tokens: streams of 300 s have 6,000."""
+"""Upper bound on the tokens of a stream. Streams of 300 s have 6,000 tokens."""
 DAYS = 6
-"""Most days of changes: a version whose streams end with it takes as long as the longest of them."""
+"""Upper bound on the number of days of changes. A version that ends with its streams takes as long as the longest
+stream.
+"""
 
 
 async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:

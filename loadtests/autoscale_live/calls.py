@@ -15,7 +15,7 @@ from loadtests.autoscale_live.traffic import PlannedCall
 MODEL = "sim"
 TIMEOUT_S = 600.0
 CUT = "\N{REPLACEMENT CHARACTER}"
-"""Replacement for a character of which only the first bytes have arrived."""
+"""Replacement character for a character whose last bytes have not arrived."""
 
 
 @dataclass(slots=True)

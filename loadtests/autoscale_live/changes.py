@@ -14,7 +14,7 @@ from cluster.worker.settings import ReplicaSettings
 STREAM_S = (5.0, 300.0)
 TRIAL_WEIGHT = 0.3
 TRIED, TAKEN_BACK, CHANGED, BAD = 0.15, 0.4, 0.5, 0.7
-"""Beginning of each change, as a fraction of the time."""
+"""Beginning of each change, as a fraction of the time of the run."""
 LOOK_S = 0.25
 
 

@@ -32,7 +32,7 @@ from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
 DRAIN_S = 300.0
-"""The default drain time; streams that a version has begun end on that version within it."""
+"""The default drain time in seconds. Streams that begin on a version end on the same version within this time."""
 SAMPLE_S = 0.25
 
 

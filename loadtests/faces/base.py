@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 OnText = Callable[[str], None]
-"""Called immediately for every non-empty piece of text, in order."""
+"""Callback that gets every non-empty piece of text immediately, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,9 @@ class Request:
     prompt: str
     max_tokens: int
     chat: bool = True
-    """Whether the prompt is a user's message; otherwise it is plain text to be continued."""
+    """Whether the prompt is a user's message. Otherwise the prompt is plain text to be continued."""
     group: str = ""
-    """The dataset's group (a tenant, a shared prefix), for the report."""
+    """Group of the dataset that the request belongs to (a tenant, a shared prefix), for the report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0
 CREDIT_S = 0.2
-"""Time after which a worker with a new link has also granted credit."""
+"""Time in seconds after which a worker with a new link has also granted credit."""
 
 
 def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:

@@ -31,7 +31,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
     "all": {"temperature": 0.6, "seed": 5, "n": 2, "logprobs": True, "repetition_penalty": 1.1, "stop": ["zqx"]},
 }
-"""Fields beyond the prompt and the length, by kind."""
+"""Request fields beyond the prompt and the length, by kind of request."""
 
 
 _Tokens = Mapping[int, Sequence[tuple[int, float]]]
@@ -81,21 +81,21 @@ class CallResult:
     request_id: str
     sent: float
     answer_id: str = ""
-    """Id of the answer."""
+    """Id of the answer, from the chunks."""
     ended: float = 0.0
     whole: int = 0
-    """Characters of the undisturbed answer, if known."""
+    """Number of characters of the undisturbed answer, if known."""
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    """Token ids with their log probabilities, by index, if they are sent."""
+    """Token ids with their log probabilities, by index of the output, if the server sends them."""
     chunks: list[float] = field(default_factory=list)
     """Arrival time of each chunk with text or tokens."""
     offsets: list[int] = field(default_factory=list)
     usage: pb.Usage | None = None
     error: str = ""
     silence_s: float = 0.0
-    """The longest gap between two chunks."""
+    """The longest gap between two chunks, in seconds."""
 
     def record(self, chunk: pb.ChatChunk, now: float) -> None:
         """Record a received chunk."""
@@ -179,7 +179,9 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
 
 
 SEEN = 12
-"""Equal characters after a difference that make it a duplicate or a gap, and not another text."""
+"""Number of equal characters after a difference. So many equal characters make the difference a duplicate or a gap, and
+not another text.
+"""
 
 
 def _texts_differ(ours: str, whole: str) -> str:

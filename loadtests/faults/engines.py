@@ -46,14 +46,14 @@ JSON: Mapping[str, Any] = {
     "ignore_eos": False,
     "response_format": pb.ResponseFormat(type="json_schema", json_schema=json.dumps(_SCHEMA)),
 }
-"""Schema with so many items that the length ends the answer."""
+"""Fields of a request with a JSON schema. The schema has so many items that the length limit ends the answer."""
 STOP_STRING: Mapping[str, Any] = {"temperature": 0.0, "stop": ["!?", "zqx"]}
-"""Stop strings so rare that they end few answers, and late."""
+"""Fields of a request with stop strings. The stop strings are so rare that they end few answers, and late."""
 MOST_MISSES = 60
 OWN = {"json": JSON, "stop": STOP_STRING}
-"""Kinds that are defined only here, or differently from elsewhere."""
+"""Request kinds that are defined only here, or differently from KINDS in calls.py."""
 LOGPROBS = 1e-4
-"""Tolerance of log probabilities: a prefill and decode steps round differently."""
+"""Tolerance of log probabilities. A prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
 """One fault in this many is to be a SIGKILL, which waits until both engines serve; where two are due, all wait."""
@@ -86,7 +86,7 @@ RUNNERS: Mapping[str, Runner] = {
     "v1": Runner({}, 320, (6, 90)),
     "v2": Runner(interpreted.environment(), 96, (4, 30)),
 }
-"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed: its calls are shorter."""
+"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed, so calls are shorter."""
 NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
@@ -114,9 +114,9 @@ class Proof:
     """Number of faults that hit no sequence."""
     calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """Differences by request id, of all calls of all batches."""
+    """Differences of all calls of all batches, by request id."""
     noise: int = 0
-    """Undisturbed calls whose answers differ between two batches."""
+    """Number of undisturbed calls whose answers differ between two batches."""
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from loadtests.faults.calls import CallResult
 
 CAUGHT_UP_S = 25.0
-"""A record waits ten seconds for the counts of a lost worker."""
+"""Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 LOOK_S = 0.5
 
 
@@ -25,7 +25,7 @@ class LedgerAudit:
     missing: int
     doubled: int
     miscounted: int
-    """Calls whose rows hold other token counts than their callers received."""
+    """Number of calls whose rows hold other token counts than the caller received."""
 
     @property
     def wrong(self) -> int:

@@ -21,24 +21,28 @@ from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference,
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
-"""Streams at once, workers, sequences per worker (fewer than all streams need, so that some always wait)."""
+"""Concurrent streams, workers, sequences per worker, and step time in ms. The workers have fewer places than all
+streams need, so that some streams always wait.
+"""
 REQUESTS = 192
 TOKENS, WORDS = (24, 120), (8, 160)
 KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
 ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
-"""Odds of each fault; those that the gateway has to detect by itself take a worker away for longer."""
+"""Odds of each kind of fault. A fault that the gateway has to detect by itself takes a worker away for longer."""
 PHASES = ("in queue", "prefill", "first step", "mid-character", "last step", "twice", "any step")
 INTERVAL_S = (0.02, 0.12)
 MOMENT_S = 0.5
 BACK_S = (0.2, 1.6)
-"""Range of times that a stop or cut lasts: some shorter, some longer than its detection."""
+"""Range of the duration of a stop or a cut, in seconds. Some durations are shorter, some longer than the detection
+time.
+"""
 PREFILL_S = 0.01
 LEAST_UP = 1
-"""A fault waits until this many other workers serve."""
+"""Number of other workers that must serve before a fault is applied."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
-"""Bound for both max_attempts and max_silent_losses: faults are so dense that five losses of one call are
-normal, as is another loss before its next token.
+"""Bound for both max_attempts and max_silent_losses. Faults are so dense that five losses of one call are normal, and
+so is another loss before the call's next token.
 """
 NOTICED_S = 5.0
 
@@ -99,12 +103,12 @@ class Outcome:
     """Results of the mass of faults."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Faults by (kind, phase)."""
+    """Number of faults by (kind, phase)."""
     calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """Differences by request id, of calls that differ from their undisturbed answers."""
+    """Differences from the undisturbed answers by request id, for calls that differ."""
     stuck: int = 0
-    """Calls that had not ended a minute after the last fault."""
+    """Number of calls that had not ended a minute after the last fault."""
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ WORKERS, SEQUENCES, STEP_MS, TOKENS, WORDS = 4, 8, 20, 32, 8
 QUEUE = {"max_requests": 16, "max_wait_s": 5.0}
 SLO = Slo(ttft_s=0.6, tpot_s=2 * STEP_MS / 1000)
 SHARES: Mapping[str, float] = {"interactive": 0.2, "standard": 0.4, "batch": 0.4}
-"""Share of the calls by class; the first is the top class."""
+"""Share of the calls by priority class. The first class is the top class."""
 TOP = "interactive"
 SWEEP_PER_S = (24.0, 32.0, 40.0, 48.0, 56.0)
 SWEEP_S, OVER_S, WARM_S = 6.0, 12.0, 1.5

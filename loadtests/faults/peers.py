@@ -49,7 +49,7 @@ class Stream:
     text: str = ""
     completion_tokens: int | None = None
     backend: str = ""
-    """Backend on which it began, if visible."""
+    """Backend on which the stream began, if visible."""
     resumed: bool = False
     error: str = ""
 
@@ -61,7 +61,7 @@ class Finished:
     begun: int = 0
     whole: int = 0
     hit: int = 0
-    """Streams that were resumed, or did not finish."""
+    """Number of streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
     calls: list[CallResult] = field(default_factory=list)
     """Calls to check against the ledger, if the arm has one."""
@@ -75,7 +75,9 @@ class Finished:
 
 
 Call = Callable[[FaultRequest, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
-"""Makes a call, fills its stream and calls back after each piece; never raises for the server."""
+"""Function that makes a call, fills the call's stream and calls back after each piece. An error of the server raises no
+exception.
+"""
 
 
 async def play_round(
