@@ -233,7 +233,7 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
 def _release(
     home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
 ) -> Release:
-    """Render the release. Every Ray cluster has the values' only Ray cluster as its pattern, except for the name."""
+    """Render the release. Every Ray cluster is a copy of the first Ray cluster in the values, with another name."""
     clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
     used = [
         {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}
