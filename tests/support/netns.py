@@ -1,4 +1,6 @@
-"""Network namespaces joined by a bridge: several hosts on one machine. Created and removed by the test; needs root."""
+"""Network namespaces joined by a bridge: several hosts on one machine. A test creates and removes the namespaces; this
+needs root.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESOLVERS = Path("/etc/netns")
-"""Files of a namespace's folder here replace those of /etc under `ip netns exec`."""
+"""Folder of files for network namespaces. Under `ip netns exec`, the files in a namespace's folder here replace those
+of /etc.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A Ray whose head can be lost and come back: Valkey keeps its tables, the GPUs are on another host.
+"""A Ray whose head can be lost and can come back: Valkey keeps the head's tables, and the GPUs are on another host.
 
-Two hosts in network namespaces (which needs root), and Valkey beside the gateway. Everything on the head's host ends
-with it, including Serve's controller.
+There are two hosts in network namespaces (which needs root), and Valkey beside the gateway. All processes on the head's
+host end with the head, including Serve's controller.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from tests.support.netns import Host, Network, network
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # default ports, since the namespaces are separate
 UP_S = 60.0
 OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""PID namespaces as in pods: an engine looks for its Ray node among the visible processes, and would find the head; a
-head that sees another node's processes assumes that it already runs.
+"""Command that gives a process PID namespaces as in pods. An engine looks for its Ray node among the visible processes,
+and would find the head. A head that sees the processes of another node assumes that the head already runs.
 """
 GCS_AWAY_S = 900
-"""Time for which the node and its processes wait for a head that is away (Ray's own default is 60 s)."""
+"""Time in seconds for which the node and the node's processes wait for a head that is away (Ray's
+own default is 60 s).
+"""
 
 
 @dataclass
