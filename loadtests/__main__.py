@@ -39,7 +39,7 @@ PLAIN_WIDTH = 160
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parser of the command line."""
+    """Return the parser of the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
     shared.add_argument("--plot", type=Path, metavar="DIR", help="write PNG plots")

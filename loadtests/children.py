@@ -61,7 +61,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, the root of the tree."""
+        """Process id of the guard process, which is the root of the process tree."""
         return self.process.pid
 
     def tail(self, lines: int = 25) -> str:
@@ -70,7 +70,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the command itself still runs, not only its guard."""
+        """Whether the command itself still runs, not only the guard process."""
         return self.process.poll() is None
 
     def commands(self) -> list[psutil.Process]:

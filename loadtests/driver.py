@@ -136,7 +136,9 @@ class _Run:
                 group.create_task(caller())
 
     async def bounded(self, work: asyncio.Task[None]) -> str:
-        """Wait for the end of the plan, or for a reason why the plan cannot end; return that reason."""
+        """Wait for the end of the plan, or for a reason why the plan cannot end. Return the reason, or "" if the plan
+        has ended.
+        """
         try:
             await asyncio.wait((work, self.over), timeout=self.limits.run_s, return_when=asyncio.FIRST_COMPLETED)
             if self.over.done():

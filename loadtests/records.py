@@ -116,7 +116,7 @@ class Run:
 
     @property
     def good(self) -> Sequence[Record]:
-        """Calls with a complete answer."""
+        """Records of the calls with a complete answer."""
         return [record for record in self.records if record.ok]
 
     @property

@@ -29,7 +29,7 @@ LINGERS = (0, 1, 2)
 recursion does not know that a stream of a leaving replica is computed again on another replica.
 """
 NEAR = 0.1
-"""A plan that misses the target by more than this is not retried with lingering replicas."""
+"""Largest miss of the SLO target at which a plan is retried with lingering replicas."""
 BESIDE = 30.0
 """Number of running sequences assumed beside a prompt when the prefill time of the prompt is estimated."""
 

@@ -41,7 +41,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Demand in slots. `work`: quanta (whole numbers); `calls`: by slot and class of calls."""
+    """Demand in slots. `work`: number of quanta of work in each slot; `calls`: number of calls by slot and class of
+    calls.
+    """
 
     work: NDArray[np.int64]
     calls: Floats

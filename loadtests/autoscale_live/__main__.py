@@ -172,7 +172,7 @@ def _good(result: CallResult) -> bool:
 
 
 def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> dict[str, Any]:
-    """Play the same calls to the same policy in simulation, with the same decision interval."""
+    """Play the same calls to the same policy in simulation, with the same decision interval; return the figures."""
     demand = Demand(
         at_s=np.array([call.at_s for call in calls]),
         count=np.ones(len(calls)),

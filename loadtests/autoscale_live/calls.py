@@ -62,7 +62,7 @@ class Callers:
         await self._openai.close()
 
     async def call(self, planned: PlannedCall) -> CallResult:
-        """Make one call and return its result, whether it succeeds or fails."""
+        """Make one call and return the result of the call, whether the call succeeds or fails."""
         result = CallResult(planned, "sdk" if planned.face == 0 else "openai")
         began = time.monotonic()
         try:

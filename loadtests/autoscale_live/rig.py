@@ -44,7 +44,7 @@ class Watch:
         self.samples: list[tuple[float, int, int, int]] = []
 
     async def run(self) -> None:
-        """Sample until cancelled."""
+        """Record samples until cancelled."""
         while True:
             counts = self._scaler.standing(MODEL)
             self.samples.append((time.monotonic(), counts.running, counts.starting, counts.desired))

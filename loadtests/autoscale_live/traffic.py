@@ -1,4 +1,4 @@
-"""Calls of a live run, drawn before it begins. Pure: equal seeds give equal calls."""
+"""Calls of a live run, drawn before the run begins. Pure: equal seeds give equal calls."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class GrpcLean:
         self._idle: list[GrpcClient] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         client = await self._connection()
         usage: pb.Usage | None = None
         finish, started = "", False
@@ -68,6 +68,6 @@ class GrpcLean:
             raise CallFailed(CallFailed.UNREACHABLE, f"{self._address}: {error.strerror or error}") from None
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         while self._idle:
             self._idle.pop().close()

@@ -84,7 +84,7 @@ class GrpcStream:
         self._turn = 0
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         self._turn = (self._turn + 1) % len(self._channels)
         method = (self._chat if request.chat else self._complete)[self._turn]
         call = method(message_of(request, self._model, self._resumable), metadata=self._metadata)
@@ -107,7 +107,7 @@ class GrpcStream:
         return answer(usage, finish)
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         for channel in self._channels:
             await channel.close()
 

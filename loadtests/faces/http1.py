@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
+        """Handle a new connection: store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 

@@ -70,7 +70,7 @@ class OpenAiSse:
         self._idle: list[Connection] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         events = _Events(request.chat, on_text)
         connection = await self._connection()
         whole = False
@@ -126,6 +126,6 @@ class OpenAiSse:
         return head.encode() + data
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         while self._idle:
             self._idle.pop().close()

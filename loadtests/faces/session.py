@@ -149,7 +149,7 @@ class Sessions:
         self._numbers = itertools.count(1)
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         number = next(self._numbers)
         stream = self._streams[number % len(self._streams)]
         call = _Call(request, on_text)
@@ -160,6 +160,6 @@ class Sessions:
             await stream.cancel(number)
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         for stream in self._streams:
             await stream.close()

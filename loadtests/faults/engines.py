@@ -260,7 +260,7 @@ def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
 
 
 class Batch:
-    """Calls that begin together."""
+    """Batch of calls that begin together."""
 
     def __init__(self, caller: Caller, requests: Sequence[FaultRequest]) -> None:
         self._results: dict[str, CallResult] = {}

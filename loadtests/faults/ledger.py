@@ -1,4 +1,4 @@
-"""Check that the ledger has every call exactly once."""
+"""Check that the ledger has the record of every call exactly once."""
 
 from __future__ import annotations
 

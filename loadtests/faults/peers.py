@@ -64,7 +64,7 @@ class Finished:
     """Number of streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
     calls: list[CallResult] = field(default_factory=list)
-    """Calls to check against the ledger, if the arm has one."""
+    """Calls to check against the ledger, if the arm has a ledger."""
 
     def settings(self) -> dict[str, Any]:
         """Return the values for the report."""

@@ -39,8 +39,8 @@ CALM = "calm"
 EPISODES = (KILL, STOP, CALM, KILL, LINK, CALM, STOP, KILL, CALM, LINK) * 3
 NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
 TRIAL_S = 1.2
-"""Time in seconds until a worker that hung is served again. The worker gets a probe after a second; streams that begin
-before the probe would go to the other workers.
+"""Pause in seconds before an episode. A worker that hung gets a probe after a second; streams that begin before the
+probe would go to the other workers.
 """
 BEFORE_S = 1.0
 

@@ -92,7 +92,7 @@ class Generator:
         )
 
     def integer(self, most: int = INT32) -> int:
-        """Return any integer, up to just above `most` and down to just below -`most`."""
+        """Return any integer of a width, from -`most` - 1 to `most`."""
         return self._rng.choice([0, 1, -1, 2, 64, 65, 128, 1024, most, most - 1, -most - 1, 2**15])
 
     def ids(self) -> list[int]:
@@ -194,7 +194,7 @@ class Generator:
 
 
 def length_delimited(number: int, data: bytes) -> bytes:
-    """Encode a length-delimited field."""
+    """Return an encoded length-delimited field."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 

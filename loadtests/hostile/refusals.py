@@ -2,7 +2,7 @@
 
 The CPU time is the time of the gateway and its helper processes. The length of one piece of event-loop work is the time
 by which the loop was late while the gateway's process used CPU. This length is measured on a second gateway, since the
-witness process of that gateway itself uses a twentieth of a core.
+witness inside that gateway itself uses a twentieth of a core.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Events that happen to the cluster while it serves, and their measurements.
+"""Events that happen to the cluster while the cluster serves, and the measurements of the events.
 
 Every event begins on a whole cluster that has been under load for a while, and ends when the cluster is whole again.
 """
@@ -312,7 +312,7 @@ class Play:
         while time.monotonic() < deadline:
             downs = timeline.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
-                await asyncio.sleep(0.5)  # for links to other workers on the same node
+                await asyncio.sleep(0.5)  # the loss of the last worker may follow
                 break
             await asyncio.sleep(0.05)
         downs = timeline.since(episode.struck, "worker_down")
@@ -356,7 +356,7 @@ class Started:
     at: float
     pod: Pod
     pid: int
-    """Process id in the pod."""
+    """Id of the worker's process in the pod."""
 
 
 def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:

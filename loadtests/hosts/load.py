@@ -67,7 +67,7 @@ class Load:
     """Samples of (time, number of running streams, number of chunks since the previous sample)."""
     calls: list[Call] = field(default_factory=list)
     broke: list[float] = field(default_factory=list)
-    """Times at which a client's connection ended."""
+    """Wall-clock times at which a client's connection ended."""
     _read: int = 0
     _open: dict[str, Call] = field(default_factory=dict)
     """Calls that have begun and not ended, by id."""

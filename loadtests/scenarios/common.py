@@ -83,7 +83,7 @@ class Stage:
     """Prefix of the names of arms when a scenario runs as a part of another scenario."""
 
     def arm(self, name: str, description: str) -> Arm:
-        """Add an arm to the report."""
+        """Add an arm to the report and return it."""
         return self.report.arm(self.part + name, description)
 
     def with_share_of_time(self, share: float) -> Stage:

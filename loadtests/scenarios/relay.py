@@ -1,7 +1,8 @@
 """Relay: cost of a streamed token between engine and caller.
 
-256 streams of a simulated engine at 20 ms a step, relayed by our gateway (link in; gRPC, HTTP or sessions out) and by
-vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to another.
+256 streams of a simulated engine at 20 ms a step are relayed by our gateway (link in; gRPC, HTTP or sessions out) and
+by vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to
+another core.
 """
 
 from __future__ import annotations

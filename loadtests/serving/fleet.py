@@ -113,7 +113,7 @@ class SimWorker:
         return int(self.pid_file.read_text())
 
     def signal(self, number: signal.Signals) -> int:
-        """Send a signal to the current process; return its pid."""
+        """Send a signal to the current process of the worker; return the pid of the process."""
         pid = self.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -81,7 +81,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line and return the arguments."""
     parser = argparse.ArgumentParser()
     for name in ("name", "link", "bundle", "ready", "source"):
         parser.add_argument(f"--{name}", required=True)

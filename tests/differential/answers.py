@@ -84,7 +84,7 @@ def _add(to: Choice, choice: Any) -> None:
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """Convert the HTTP answer of vLLM's server."""
+    """Return the HTTP answer of vLLM's server in the neutral form."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)

@@ -124,7 +124,7 @@ async def test_http2_frames(cluster: TestCluster) -> None:
 
 
 async def send_and_disconnect(address: str, parts: list[bytes]) -> None:
-    """Send the parts, read what arrives at once, and disconnect."""
+    """Send the parts, read the data that arrives at once, and disconnect."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     with contextlib.suppress(ConnectionError):

@@ -30,7 +30,7 @@ def test_hadolint_finds_no_fault(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
-    """Base images have versions, the last user of each shipped image is a number, and copied files exist."""
+    """Base images have versions, the last user of each shipped image is a number, and every copied file exists."""
     text = recipe.read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)

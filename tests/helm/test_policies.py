@@ -218,7 +218,7 @@ def test_rights_are_the_least(preset: Rendered) -> None:
 
 
 def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> None:
-    """`headrace pod secrets` makes every Secret and key that a pod needs to start."""
+    """`headrace pod secrets` makes every Secret, and every key of a Secret, that a pod needs to start."""
     made = {
         str(item["metadata"]["name"]): set(item["stringData"])  # type: ignore[index,call-overload]
         for item in manifests(NAMESPACE, "headrace", (), None, 30).objects

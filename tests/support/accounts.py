@@ -47,7 +47,7 @@ class Witness(UsageKeeper):
 
 
 class AccountedWorker:
-    """A worker in this process whose keeper is a witness."""
+    """Worker in this process with a usage keeper that is a witness."""
 
     def __init__(self, end: WorkerSession, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end
