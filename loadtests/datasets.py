@@ -51,7 +51,7 @@ def prose(seed: str, size_bytes: int) -> str:
 
 
 def fixed(count: int, prompt_words: int, max_tokens: int, seed: int, chat: bool = True) -> list[Request]:
-    """Return prompts of one length. No two prompts have a common prefix."""
+    """Return prompts of one length. Each prompt begins with its number, so that no prefix is shared."""
     return [
         Request(f"fixed-{seed}-{i}", f"{i} {words(f'{seed}/{i}', prompt_words)}", max_tokens, chat)
         for i in range(count)

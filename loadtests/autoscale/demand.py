@@ -14,7 +14,7 @@ from loadtests import traces
 from loadtests.sim.scaling import Demand, Floats
 
 TIMES = 8
-"""Number of copies of each trace call. With this number one hour of the trace needs about ten replicas."""
+"""Number of copies of each trace call. With so many copies, one hour of the trace needs about ten replicas."""
 WINDOW_S = 600.0
 WEEK_S = 7 * 86_400.0
 CLIENTS = 43

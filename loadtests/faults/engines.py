@@ -56,7 +56,9 @@ LOGPROBS = 1e-4
 """Tolerance of log probabilities. A prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""One fault in this many is to be a SIGKILL, which waits until both engines serve; where two are due, all wait."""
+"""Share of SIGKILL among the faults: one fault in this many. A SIGKILL waits until both engines serve; if two SIGKILLs
+are due, both wait.
+"""
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,

@@ -30,7 +30,9 @@ CHAT: Final = "/cluster.v1.Inference/Chat"
 QUIET_S: Final = 1.5
 OPENED_TOGETHER: Final = 50
 FIELD_BYTES: Final = 3000
-"""Number of bytes that fits the HPACK dynamic table: after the first time the field costs one byte to send."""
+"""Size of a header field in bytes. The field fits the HPACK dynamic table: after the first time, sending the field
+costs one byte.
+"""
 HALF_BLOCK_BYTES: Final = 16_000
 
 

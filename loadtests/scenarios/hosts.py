@@ -30,8 +30,8 @@ SHARE = 0.7
 BOOKS_S = 25.0
 """Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 NOTHING_CAME_S = 1.0
-"""Shortest wait for the first piece that shows the loss of a call with its gateway, in seconds. No other call waits
-this long for its first piece.
+"""Bound on the wait for the first piece, in seconds. Only a call that was lost together with its
+gateway waits longer.
 """
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"

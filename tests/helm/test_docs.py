@@ -75,8 +75,8 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 
 def test_enough_command_lines_were_seen() -> None:
-    """The reader of command lines finds all documented command lines: the command lines of the five commands are among
-    them.
+    """The reader of command lines finds the documented command lines: the lines of five known
+    commands are among them.
     """
     commands = {" ".join(words[:2]) for _, words in command_lines()}
     assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands

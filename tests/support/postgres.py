@@ -26,8 +26,8 @@ START_S = 60.0
 
 
 def binaries() -> Path | None:
-    """Return the folder of the newest PostgreSQL's programs; None if there is none. Debian keeps these programs off
-    PATH.
+    """Return the folder with the programs of the newest PostgreSQL; None if there is none. Debian keeps these programs
+    off PATH.
     """
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
     if installed:

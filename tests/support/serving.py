@@ -31,7 +31,7 @@ class Door(NoListener):
         """Handle a link coming up: do nothing, since `hub.links` has the link."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Handle a link ending: do nothing, since `hub.links` is up to date."""
+        """Handle a link ending: do nothing, since `hub.links` no longer has the link."""
 
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a changed link: do nothing, since `hub.links` has the link."""
