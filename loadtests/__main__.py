@@ -39,7 +39,7 @@ PLAIN_WIDTH = 160
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parser of the command line."""
+    """Return the parser of the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
     shared.add_argument("--plot", type=Path, metavar="DIR", help="write PNG plots")
@@ -89,7 +89,7 @@ def positive(text: str) -> int:
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> Report:
-    """Run a scenario and return its report, which is partial if something failed."""
+    """Run a scenario and return the report of the run. The report is partial if a step failed."""
     report = Report(arguments.scenario, {"seed": arguments.seed})
     if arguments.scenario == "endpoint":
         await endpoint.play(arguments, screen, report)
@@ -121,7 +121,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
 
 
 async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
-    """`play`, ended early by SIGINT or SIGTERM."""
+    """Run `play` and return its report; SIGINT or SIGTERM ends the scenario early."""
     with tempfile.TemporaryDirectory(prefix="headrace-loadtest-") as folder:
         playing = asyncio.create_task(play(arguments, screen, Path(folder)))
         interrupted = False
@@ -137,7 +137,7 @@ async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return the exit code."""
     arguments = parser().parse_args(argv)
     screen = Screen()
     try:

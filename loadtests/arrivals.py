@@ -8,12 +8,14 @@ import numpy as np
 
 
 def poisson(count: int, rate_per_s: float, seed: int) -> list[float]:
-    """`count` arrivals of a Poisson process."""
+    """Return the times of `count` arrivals of a Poisson process."""
     return gamma(count, rate_per_s, 1.0, seed)
 
 
 def gamma(count: int, rate_per_s: float, cv: float, seed: int) -> list[float]:
-    """Arrivals whose gaps are Gamma distributed with coefficient of variation `cv`: 1 is Poisson, above is bursty."""
+    """Return the times of `count` arrivals. The gaps are Gamma distributed with coefficient of variation `cv`: 1 is
+    Poisson, a higher value is bursty.
+    """
     if rate_per_s <= 0:
         raise ValueError(f"the rate must be above 0 requests a second, got {rate_per_s:g}")
     if cv <= 0:
@@ -24,7 +26,7 @@ def gamma(count: int, rate_per_s: float, cv: float, seed: int) -> list[float]:
 
 
 def replay(times_s: Sequence[float], speed: float) -> list[float]:
-    """Scale a trace's own arrival times: they begin at 0 and run `speed` times as fast."""
+    """Shift the arrival times of a trace so that the first is 0, and divide them by `speed`."""
     if speed <= 0:
         raise ValueError(f"the speed must be above 0, got {speed:g}")
     if not times_s:

@@ -1,6 +1,7 @@
-"""Child processes of a scenario: on loopback, each in its own group with a log, ended with the scenario.
+"""Child processes of a scenario: each runs on loopback, in a process group of its own and with a log, and ends with the
+scenario.
 
-A child ends its whole group when its standard input closes, so nothing remains even if the harness is killed.
+A child ends its whole group when its standard input closes, so no process remains even if the harness is killed.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ exit $code
 TERM_S = 10.0
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_S = 5.0
-"""Time that a killed process may take to disappear."""
+"""Time in seconds that a killed process may take to disappear."""
 
 
 class DidNotStart(Exception):
-    """A child that ended, or was not ready in time; the message holds the end of its log."""
+    """Raised for a child that ended, or was not ready in time. The message holds the end of the child's log."""
 
 
 def free_port() -> int:
-    """A loopback port that is free at the moment."""
+    """Return a loopback port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -60,27 +61,27 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Process id of the guard, the root of the tree."""
+        """Process id of the guard process, which is the root of the process tree."""
         return self.process.pid
 
     def tail(self, lines: int = 25) -> str:
-        """Last lines of its log."""
+        """Return the last lines of the child's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     @property
     def alive(self) -> bool:
-        """Whether the command itself still runs, not only its guard."""
+        """Whether the command itself still runs, not only the guard process."""
         return self.process.poll() is None
 
     def commands(self) -> list[psutil.Process]:
-        """The command's own processes, without the guard's."""
+        """Return the command's own processes, without the guard process."""
         try:
             return [p for p in psutil.Process(self.pid).children() if _GUARD not in p.cmdline()]
         except psutil.NoSuchProcess:
             return []
 
     async def until(self, ready: Callable[[], Awaitable[bool]], what: str, timeout_s: float) -> None:
-        """Wait until `ready` is true. Raises DidNotStart."""
+        """Wait until `ready` is true. Raises DidNotStart if the child ends or the time runs out first."""
         deadline = time.monotonic() + timeout_s
         while not await ready():
             why = "ended" if not self.alive else "was not ready in time" if time.monotonic() > deadline else ""
@@ -89,14 +90,16 @@ class Child:
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        """End it and its descendants: by SIGTERM first, then by SIGKILL. Idempotent; completes even when cancelled."""
+        """End the child and its descendants: by SIGTERM first, then by SIGKILL. Idempotent; completes even when
+        cancelled.
+        """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
         self._remember()
-        for command in self.commands():  # not the guard: its end would end the whole group at once
+        for command in self.commands():  # do not signal the guard: when the guard ends, the whole group ends at once
             with contextlib.suppress(psutil.NoSuchProcess):
                 command.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.term_s
@@ -135,10 +138,12 @@ class Child:
 
 
 class Children:
-    """All children of a scenario; leaving the context ends them."""
+    """All children of a scenario. Leaving the context ends the children."""
 
     def __init__(self, folder: Path, term_s: float = TERM_S) -> None:
-        """`folder` gets their logs. At the end each has `term_s` to exit by itself."""
+        """Create an empty set of children. `folder` gets the logs; at the end each child has `term_s` seconds to exit
+        by itself.
+        """
         self.folder = folder
         self.term_s = term_s
         self.started: list[Child] = []
@@ -158,9 +163,8 @@ class Children:
         environment: Mapping[str, str] | None = None,
         checkout: Path = ROOT,
     ) -> Child:
-        """Start `command` with its output in `<name>.log`. `kind`: class under which its CPU time is counted;
-        `checkout`:
-        source tree whose `cluster` and `loadtests` the command imports.
+        """Start `command` with its output in `<name>.log`. `kind`: class under which the CPU time of the child is
+        counted; `checkout`: source tree from which the command imports `cluster` and `loadtests`.
         """
         taken = sum(1 for child in self.started if child.name == name)
         log = self.folder / (f"{name}-{taken + 1}.log" if taken else f"{name}.log")

@@ -1,7 +1,7 @@
-"""Prompts: seeded, of given lengths, with shared prefixes, from MT-bench, or in a trace's blocks.
+"""Prompts: seeded, with given lengths, with shared prefixes, from MT-bench, or from the blocks of a trace.
 
-The driver has no tokenizer: lengths are in words of `WORDS`, each one token or a few in any English tokenizer. The
-report states the true counts, which the server reports.
+The driver has no tokenizer: lengths are in words of `WORDS`, each of which is one token or a few tokens in any English
+tokenizer. The report states the true counts, which the server reports.
 """
 
 from __future__ import annotations
@@ -29,27 +29,29 @@ NAMES = ("fixed", "prefixes", "mt-bench", *traces.TRACES)
 
 
 def words(seed: str, count: int) -> str:
-    """`count` words; equal seeds give equal words, and a longer text begins with the shorter one."""
+    """Return `count` words. Equal seeds give equal words, and a longer text begins with the shorter text of the same
+    seed.
+    """
     rng = random.Random(seed)
     return " ".join(rng.choices(WORDS, k=max(count, 1)))
 
 
 @functools.cache
 def _reference() -> str:
-    """Python's language reference from its help(): real prose with some code in it."""
+    """Return Python's language reference from help(): real prose with some code."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def prose(seed: str, size_bytes: int) -> str:
-    """`size_bytes` bytes of Python's language reference, from a seeded position on."""
+    """Return `size_bytes` bytes of Python's language reference, from a seeded position on."""
     text = _reference()
     at = random.Random(seed).randrange(len(text))
     return (text[at:] + text)[:size_bytes].encode()[:size_bytes].decode("utf-8", "ignore")
 
 
 def fixed(count: int, prompt_words: int, max_tokens: int, seed: int, chat: bool = True) -> list[Request]:
-    """Prompts of one length that share nothing."""
+    """Return prompts of one length. Each prompt begins with its number, so that no prefix is shared."""
     return [
         Request(f"fixed-{seed}-{i}", f"{i} {words(f'{seed}/{i}', prompt_words)}", max_tokens, chat)
         for i in range(count)
@@ -59,7 +61,7 @@ def fixed(count: int, prompt_words: int, max_tokens: int, seed: int, chat: bool 
 def prefixes(
     count: int, groups: int, prefix_words: int, own_words: int, max_tokens: int, seed: int, chat: bool = True
 ) -> list[Request]:
-    """Prompts in `groups`, each with a prefix of its own that its members share."""
+    """Return prompts in `groups` groups. All prompts of a group begin with the prefix of the group."""
     rng = random.Random(f"{seed}/groups")
     out = []
     for i in range(count):
@@ -70,7 +72,7 @@ def prefixes(
 
 
 def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLDER) -> list[Request]:
-    """MT-bench's first questions in a seeded order, repeated from the beginning when there are too few."""
+    """Return the first questions of MT-bench in a seeded order, repeated from the beginning when there are too few."""
     path = traces.data_file(folder, "fastchat/mt_bench_question.jsonl")
     questions = [json.loads(line) for line in path.read_text().splitlines()]
     random.Random(seed).shuffle(questions)
@@ -82,7 +84,9 @@ def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLD
 
 
 def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: int = 0) -> list[Request]:
-    """A trace's requests with lengths times `scale`; equal blocks give equal text, so that prefixes are shared."""
+    """Return the requests of a trace, with each length multiplied by `scale`. Equal blocks give equal text, so that
+    prefixes are shared.
+    """
     out = []
     for i, traced in enumerate(requests):
         if traced.blocks:
@@ -97,7 +101,7 @@ def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: 
 
 
 def check_name(name: str) -> str:
-    """Return the name itself. Raises NoData for an unknown name."""
+    """Return `name` unchanged. Raises NoData for an unknown name."""
     if name not in NAMES:
         raise NoData(f"unknown dataset {name!r}: there are {', '.join(NAMES)}")
     return name

@@ -1,7 +1,8 @@
-"""The driver: makes the calls of a plan through a client, at their times or with fixed concurrency, and never hangs.
+"""The driver makes the calls of a plan through a client, at planned times or with fixed concurrency, and never hangs.
 
-Open loop: a call is sent when it is due, however many are running. Closed loop: `concurrency` callers each
-make the next call when their last has ended. A server that dies ends the run early; the results until then are kept.
+Open loop: a call is sent when it is due, however many calls are running. Closed loop: `concurrency` callers each make
+the next call when the caller's last call has ended. A server that dies ends the run early; the results until then are
+kept.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.records import Record, Run, digest
 
 DEAD_AFTER_FAILURES = 8
-"""Consecutive calls that fail as if the server were gone, after which the server counts as gone."""
+"""Number of consecutive calls that fail as if the server were gone, after which the server counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Time limits in seconds: of a call, and of the whole run."""
+    """Time limits in seconds: `call_s` for one call, `run_s` for the whole run."""
 
     call_s: float = 120.0
     run_s: float = 600.0
@@ -29,7 +30,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Progress:
-    """Progress that can be shown during a run."""
+    """Counts of a run that can be shown while the run goes on."""
 
     total: int
     sent: int = 0
@@ -39,7 +40,7 @@ class Progress:
 
     @property
     def running(self) -> int:
-        """Calls in progress."""
+        """Number of calls in progress."""
         return self.sent - self.ended
 
 
@@ -47,7 +48,7 @@ OnStart = Callable[[Progress], None]
 
 
 class _Ended(Exception):
-    """Raised when a run ends before its plan does; the message says why."""
+    """Raised when a run ends before all calls of the plan are made. The message says why."""
 
 
 class _Run:
@@ -135,7 +136,9 @@ class _Run:
                 group.create_task(caller())
 
     async def bounded(self, work: asyncio.Task[None]) -> str:
-        """Wait for the plan's end, or for the reason why it cannot come."""
+        """Wait for the end of the plan, or for a reason why the plan cannot end. Return the reason, or "" if the plan
+        has ended.
+        """
         try:
             await asyncio.wait((work, self.over), timeout=self.limits.run_s, return_when=asyncio.FIRST_COMPLETED)
             if self.over.done():
@@ -161,7 +164,9 @@ async def drive(
     limits: Limits | None = None,
     on_start: OnStart | None = None,
 ) -> Run:
-    """Make all calls: `concurrency` at once, or each at its `due_s` (seconds from now). Never raises for a server."""
+    """Make all calls: `concurrency` calls at once, or each call at its `due_s` (seconds from now). A failing server
+    raises no exception.
+    """
     if (concurrency is None) == (due_s is None):
         raise ValueError("give either concurrency (closed loop) or due_s (open loop)")
     progress = Progress(len(requests))

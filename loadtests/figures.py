@@ -1,8 +1,8 @@
 """Figures: paired ratios over interleaved rounds, with a 95 % bootstrap interval and the absolute difference.
 
-Problem: on a shared machine two runs differ by more than two servers do. So the servers alternate (A-B-A-B), each
-round gives one ratio of runs close in time, and the rounds are resampled with replacement. A bound is met if the
-worse end of the interval is inside it.
+On a shared machine two runs differ by more than two servers do. So the servers alternate (A-B-A-B), each round gives
+one ratio of runs close in time, and the rounds are resampled with replacement. A bound is met if the worse end of the
+interval is inside the bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEVEL = (2.5, 97.5)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and the ends of its 95 % interval."""
+    """An estimate and the two ends of the 95 % interval of the estimate."""
 
     value: float
     low: float
@@ -39,7 +39,7 @@ class Bound:
             raise ValueError(f"a bound is <= or >=, not {self.sense!r}")
 
     def met(self, interval: Interval) -> bool:
-        """Whether the worse end of the interval is inside."""
+        """Return whether the worse end of the interval is inside the bound."""
         return interval.high <= self.limit if self.sense == "<=" else interval.low >= self.limit
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of a scenario's table. A `value` of None comes with the reason; `met` is None if there is no bound."""
+    """One row of a scenario's table. If `value` is None, `reason` says why. `met` is None if the row has no bound."""
 
     name: str
     value: float | None = None
@@ -66,36 +66,40 @@ class Figure:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """The row as plain values."""
+        """Return the row as plain values."""
         return asdict(self)
 
 
 def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interval:
-    """Bootstrap interval. `estimate` maps indices (draws, count) to one estimate a draw."""
+    """Return the bootstrap interval of an estimate. `estimate` maps indices (draws, count) to one estimate for each
+    draw.
+    """
     drawn = np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
     low, high = np.percentile(estimate(drawn), LEVEL)
     return Interval(float(estimate(np.arange(count)[None, :])[0]), float(low), float(high))
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """The geometric mean of the rounds' ratios ours/theirs. Raises ValueError for unequal, empty or zero rounds."""
+    """Return the geometric mean of the ratios ours/theirs of the rounds. Raises ValueError for unequal, empty or zero
+    rounds.
+    """
     _check_pairs(ours, theirs)
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs values above 0")
     logs = np.log(np.asarray(ours) / np.asarray(theirs))
-    # Quantiles are taken of the logarithms: interpolation between ratios would give theirs/ours another interval.
+    # Quantiles are taken of the logarithms. Interpolation between ratios would give theirs/ours a different interval.
     log = _bootstrap(lambda index: logs[index].mean(axis=1), len(logs), seed)
     return Interval(float(np.exp(log.value)), float(np.exp(log.low)), float(np.exp(log.high)))
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of the rounds' differences ours - theirs."""
+    """Return the mean of the differences ours - theirs of the rounds."""
     _check_pairs(ours, theirs)
     return mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of independent rounds."""
+    """Return the mean of independent rounds."""
     if not values:
         raise ValueError("no rounds")
     array = np.asarray(values)
@@ -108,7 +112,7 @@ def _check_pairs(ours: Sequence[float], theirs: Sequence[float]) -> None:
 
 
 def too_few(rounds: int) -> str | None:
-    """Reason why a bound cannot count as met; None if there are enough rounds."""
+    """Return the reason why a bound cannot count as met; None if there are enough rounds."""
     return None if rounds >= MIN_ROUNDS else f"{rounds} rounds; a bound counts as met from {MIN_ROUNDS} on"
 
 
@@ -122,7 +126,9 @@ def ratio_figure(
     difference_unit: str = "",
     note: str = "",
 ) -> Figure:
-    """A paired ratio as a row; `scale` turns the values into `difference_unit`. Too few rounds are never met."""
+    """Return the row of a paired ratio. `scale` converts the values to `difference_unit`. With too few rounds the bound
+    is never met.
+    """
     if not ours or not theirs:
         return missing(name, bound, "no round gave a value for both")
     ratio, difference = paired_ratio(ours, theirs), paired_difference(ours, theirs)
@@ -147,7 +153,7 @@ def ratio_figure(
 def plain_figure(
     name: str, interval: Interval, unit: str, bound: Bound | None, rounds: int, *, note: str = ""
 ) -> Figure:
-    """A row whose value is no ratio. Too few rounds are never met."""
+    """Return a row whose value is not a ratio. With too few rounds the bound is never met."""
     reason = too_few(rounds) if bound else None
     return Figure(
         name=name,
@@ -164,5 +170,5 @@ def plain_figure(
 
 
 def missing(name: str, bound: Bound | None, reason: str) -> Figure:
-    """A row that was not measured, with the reason."""
+    """Return a row without a value, with the reason why the value was not measured."""
     return Figure(name, bound=str(bound) if bound else None, reason=reason)

@@ -2,10 +2,10 @@
 
 python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
 
-MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with
-two GPUs, further rows measure tensor parallelism over both. `--minutes` (15) bounds the total time: when it is short,
-fewer rounds run, and the page says so. `--cpu` tries everything with a tiny model and claims nothing. Exit code 0:
-complete, 1: partial, 2: something is missing.
+MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with two GPUs, further rows
+measure tensor parallelism over both GPUs. `--minutes` (15) bounds the total time: when the time is short, fewer rounds
+run, and the page says so. `--cpu` tries everything with a tiny model and claims nothing. Exit code 0: complete, 1:
+partial, 2: something is missing.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from loadtests.show import Screen
 DESCRIPTION = "Run `peers` with a real model on this machine's GPUs and write a page of Markdown."
 MINUTES = 15.0
 PAGE_S = 20.0
-"""Time reserved for ending what was started and writing the page."""
+"""Time in seconds reserved for ending the started processes and writing the page."""
 ARMS = (scenario.SERVER, scenario.ROUTER, scenario.SMG, scenario.LITELLM, GRPC, HTTP, SESSION, scenario.RAY_PROXY)
 TENSOR_PARALLEL_ARMS = (scenario.SERVER, scenario.ROUTER, GRPC)
 TENSOR_PARALLEL_SHARE = 0.35
-"""Share of the total time, with two GPUs."""
+"""Share of the total time for tensor parallelism, if there are two GPUs."""
 CONTEXT_TOKENS = 2048
 MEMORY_SHARE = 0.92
-"""Share of the free memory, over all engines."""
+"""Share of the free GPU memory that all engines together may use."""
 BESIDE_WEIGHTS_BYTES = 3 << 30
-"""Least memory for activations, CUDA graphs and KV cache in each engine."""
+"""Least number of bytes for activations, CUDA graphs and KV cache in each engine."""
 WEIGHT_FILES = "*.safetensors"
 HUB_FILES = [WEIGHT_FILES, "*.json", "*.model", "*.jinja", "*.txt"]
 _LOOK = """
@@ -60,11 +60,13 @@ print(json.dumps([{"name": n, "total_bytes": t, "free_bytes": f} for n, (f, t) i
 
 
 class Missing(Exception):
-    """What this machine lacks, one line for each item, with the remedy."""
+    """Raised with the list of what this machine lacks: one line for each item, with the remedy."""
 
 
 def devices() -> list[Device]:
-    """GPUs that torch sees, read in a separate process; none if torch is missing or built without GPU support."""
+    """Return the GPUs that torch sees, read in a separate process. The list is empty if torch is missing or built
+    without GPU support.
+    """
     asked = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, IndexError):
         return [Device(**fields) for fields in json.loads(asked.stdout.strip().splitlines()[-1])]
@@ -72,7 +74,7 @@ def devices() -> list[Device]:
 
 
 def driver() -> str:
-    """The GPU driver's version."""
+    """Return the version of the GPU driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, IndexError):
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -84,7 +86,7 @@ def driver() -> str:
 
 
 def lacking(gpus: Sequence[Device], environment: Path, model: str) -> list[str]:
-    """Everything that a measurement on GPUs needs and that is missing."""
+    """Return the missing items that a measurement on GPUs needs, one line each."""
     out = []
     if not gpus:
         out.append("no GPU: torch sees none here; run this on a machine with one, or try it out with --cpu")
@@ -107,7 +109,9 @@ def _installed(name: str) -> bool:
 
 
 def checkpoint(model: str) -> Path:
-    """The model's local folder, downloaded from the hub if `model` is an id. Raises Missing."""
+    """Return the local folder of the model. The model is downloaded from the hub if `model` is an
+    id. Raises Missing.
+    """
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.count("/") != 1:
@@ -125,14 +129,14 @@ def checkpoint(model: str) -> Path:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weights on disk."""
+    """Return the size of a checkpoint's weights on disk, in bytes."""
     return sum(file.stat().st_size for file in folder.glob(WEIGHT_FILES))
 
 
 def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[list[str], float, list[str]]:
-    """The arms that run, the share of the GPU for each of their engines, and notes. Raises Missing.
+    """Return the arms that run, the share of the GPU for the engine of each arm, and notes. Raises Missing.
 
-    Every engine stays loaded, since the arms alternate: vLLM's own, ours, and Ray Serve's if it fits.
+    Every engine stays loaded, since the arms alternate: vLLM's own engine, ours, and Ray Serve's engine if it fits.
     """
     need = weights + BESIDE_WEIGHTS_BYTES
     room = device.free_bytes * MEMORY_SHARE
@@ -148,7 +152,7 @@ def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[lis
 
 
 def engine_settings(share: float, context: int, gpus: int = 1) -> dict[str, object]:
-    """Settings of every engine, in bfloat16; everything else is vLLM's default."""
+    """Return the settings of every engine, in bfloat16. All other settings are vLLM's defaults."""
     out: dict[str, object] = {
         "dtype": "bfloat16",
         "max_model_len": min(CONTEXT_TOKENS, context),
@@ -160,7 +164,7 @@ def engine_settings(share: float, context: int, gpus: int = 1) -> dict[str, obje
 
 
 async def measure(name: str, options: Options, logs: Path | None, screen: Screen) -> Report:
-    """One pass of `peers`, partial if something failed."""
+    """Run one pass of `peers` and return the report. The report is partial if a step failed."""
     report = Report(name, {"seed": options.seed}, peers=options.peers)
     with tempfile.TemporaryDirectory(prefix="headrace-gpu-report-") as folder:
         async with Children(logs or Path(folder) / "logs") as children:
@@ -172,7 +176,7 @@ async def measure(name: str, options: Options, logs: Path | None, screen: Screen
 
 
 async def trial(options: Options, arguments: argparse.Namespace, command: str, screen: Screen) -> tuple[str, bool]:
-    """Page of a trial on CPU, and whether it is complete."""
+    """Return the page of a trial on CPU, and whether the page is complete."""
     setup = Setup(None, scenario.ENGINE_ARGUMENTS, gpus=0, exact=True)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S
     pass_options = replace(options, setup=setup, ends_at=ends_at, only=options.only or ARMS)
@@ -184,7 +188,7 @@ async def trial(options: Options, arguments: argparse.Namespace, command: str, s
 async def on_gpus(
     options: Options, arguments: argparse.Namespace, command: str, screen: Screen, gpus: Sequence[Device]
 ) -> tuple[str, bool]:
-    """Page of a measurement, and whether it is complete. Raises Missing."""
+    """Return the page of a measurement on GPUs, and whether the page is complete. Raises Missing."""
     folder = checkpoint(arguments.model)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S  # downloading the model does not count
     config = json.loads((folder / "config.json").read_text())
@@ -214,7 +218,7 @@ async def on_gpus(
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parser of the command line."""
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m loadtests.gpu_report", description=DESCRIPTION)
     out.add_argument("model", nargs="?", default="", help="a checkpoint's folder, or a Hugging Face id")
     out.add_argument("--out", type=Path, metavar="FILE", help="output file (default docs/gpu-report-DATE.md)")
@@ -231,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def run(arguments: argparse.Namespace, command: str, screen: Screen) -> tuple[str, bool]:
-    """The page, and whether it is complete. Raises Missing."""
+    """Return the page, and whether the page is complete. Raises Missing."""
     options = Options(
         rounds=arguments.rounds, tokens=arguments.tokens, concurrency=arguments.concurrency,
         only=tuple(arguments.only), peers=arguments.peers,
@@ -245,7 +249,7 @@ async def run(arguments: argparse.Namespace, command: str, screen: Screen) -> tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command line and return the exit code."""
     arguments = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "loadtests.gpu_report", *(sys.argv[1:] if argv is None else argv)])
     try:

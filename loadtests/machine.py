@@ -1,4 +1,4 @@
-"""Versions and hardware of a run: a figure means nothing without them."""
+"""Versions and hardware of a run. A figure means nothing without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEER_PACKAGES = ("vllm-router", "smg", "litellm", "uvicorn")
 
 
 def hardware() -> dict[str, Any]:
-    """The machine as the kernel reports it, and its current load."""
+    """Return the machine as the kernel reports it, with the current load."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(),
@@ -47,7 +47,7 @@ def _gpus() -> list[str]:
 
 
 def versions(peers: Path | None = None) -> dict[str, str]:
-    """Versions of all software under test; `peers` is the environment of the peers."""
+    """Return the versions of all software under test. `peers`: the environment of the peers."""
     out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -25,7 +25,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Subject of the page. No devices: a trial on CPU."""
+    """Subject of the page. A subject without devices is a trial on CPU."""
 
     model: str
     architecture: str
@@ -37,7 +37,9 @@ class Subject:
 
 
 def page(subject: Subject, reports: Sequence[tuple[str, Report]], notes: Sequence[str] = ()) -> str:
-    """`reports`: each with its heading; the first one's hardware and versions stand for all."""
+    """Return the page. `reports`: each report with its heading. The hardware and versions of the first report stand for
+    all reports.
+    """
     first = reports[0][1]
     title = "Load test on GPUs" if subject.devices else "Trial of the GPU load test, on CPU"
     lines = [f"# {title}, {first.started_at:%Y-%m-%d}", ""]
@@ -113,7 +115,7 @@ def _arms(report: Report) -> list[str]:
 
 
 def _problems(report: Report) -> list[str]:
-    """Each problem once, with the end of its log."""
+    """Return each problem once, with the end of the problem's log."""
     by_text: dict[str, list[str]] = {}
     for arm in report.arms:
         if arm.problem:

@@ -1,4 +1,6 @@
-"""The peers: how each is started, in front of which server. They have their own environment (`make bench-peers`)."""
+"""The peers: how each peer is started, and in front of which server. The peers have an environment of their own (`make
+bench-peers`).
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,19 @@ ENGINE_READY_S = 180.0
 
 
 class NoPeers(Exception):
-    """The peers' environment is missing."""
+    """Raised when the peers' environment is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A running peer."""
+    """A running peer: its process and its URL."""
 
     child: Child
     url: str
 
 
 def program(environment: Path, name: str) -> str:
-    """Path of a peer's command. Raises NoPeers."""
+    """Return the path of a peer's command. Raises NoPeers."""
     path = environment / "bin" / name
     if not path.exists():
         raise NoPeers(f"{path} is missing: `make bench-peers` makes the peers' environment")
@@ -37,7 +39,7 @@ def program(environment: Path, name: str) -> str:
 
 
 async def answers(port: int, path: str) -> bool:
-    """Whether a GET on loopback gets status 200."""
+    """Return whether a GET on loopback gets status 200."""
     try:
         async with asyncio.timeout(2.0):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -57,7 +59,7 @@ async def _ready(child: Child, port: int, timeout_s: float, path: str = "/health
 
 
 async def vllm_router(children: Children, environment: Path, *engine_ports: int, policy: str = "cache_aware") -> Peer:
-    """vllm-router in front of one server or several. Raises DidNotStart or NoPeers."""
+    """Start vllm-router in front of one server or several servers. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", *(f"http://127.0.0.1:{engine}" for engine in engine_ports), "--policy", policy]
@@ -67,7 +69,7 @@ async def vllm_router(children: Children, environment: Path, *engine_ports: int,
 
 
 async def smg(children: Children, environment: Path, engine_port: int, tokenizer: Path) -> Peer:
-    """SMG, cache aware, in front of one server over HTTP. Raises DidNotStart or NoPeers."""
+    """Start SMG, cache aware, in front of one server over HTTP. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "smg"), "launch", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
@@ -78,7 +80,7 @@ async def smg(children: Children, environment: Path, engine_port: int, tokenizer
 
 
 async def litellm(children: Children, environment: Path, engine_port: int, model: str, folder: Path) -> Peer:
-    """LiteLLM's proxy, one worker, in front of one server. Raises DidNotStart or NoPeers."""
+    """Start LiteLLM's proxy with one worker, in front of one server. Raises DidNotStart or NoPeers."""
     port = free_port()
     entry = {"model": f"hosted_vllm/{model}", "api_base": f"http://127.0.0.1:{engine_port}/v1", "api_key": "none"}
     configuration = folder / "litellm.yaml"
@@ -87,7 +89,7 @@ async def litellm(children: Children, environment: Path, engine_port: int, model
     command += ["--port", str(port), "--num_workers", "1", "--telemetry", "False"]
     variables = {
         "LITELLM_LOG": "ERROR",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise it downloads a file
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise LiteLLM downloads a file
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",  # loopback only, and no other peer checks a key
     }
     child = children.start("litellm", "litellm", command, variables)
@@ -97,7 +99,9 @@ async def litellm(children: Children, environment: Path, engine_port: int, model
 async def vllm_server(
     children: Children, model: str, folder: Path, engine: Mapping[str, object], environment: Mapping[str, str]
 ) -> tuple[Peer, int]:
-    """vLLM's own OpenAI server, unmodified, with the same engine arguments as ours. Raises DidNotStart."""
+    """Start vLLM's own OpenAI server, unmodified, with the same engine arguments as ours; return the peer and its port.
+    Raises DidNotStart.
+    """
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
@@ -107,7 +111,7 @@ async def vllm_server(
 
 
 def flags(arguments: Mapping[str, object]) -> Sequence[str]:
-    """Engine arguments as options of vLLM's command line."""
+    """Return engine arguments as options of vLLM's command line."""
     out: list[str] = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")

@@ -1,5 +1,6 @@
-"""PNG plots of a report: latency CDFs of every arm, throughput against concurrency where a scenario
-swept it, gaps between chunks around faults, and demand, replicas and violations of an autoscaler."""
+"""PNG plots of a report. The plots show latency CDFs of every arm, throughput against concurrency where a scenario
+swept it, gaps between chunks around faults, and demand, replicas and violations of an autoscaler.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ QUANTITIES = (("ttft_s", "time to first token"), ("tpot_s", "time per token"), (
 
 
 class NoPlots(ValueError):
-    """matplotlib is absent; the message says what installs it."""
+    """Raised when matplotlib is absent. The message says which command installs matplotlib."""
 
 
 def check() -> None:
@@ -26,7 +27,7 @@ def check() -> None:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write all plots that the report has data for; return their paths."""
+    """Write all plots that the report has data for; return the paths of the files."""
     check()
     import matplotlib
 
@@ -60,7 +61,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequence[float]]) -> None:
-    """Draw demand and replicas above, calls outside the SLO below, over time."""
+    """Draw demand and replicas above, and calls outside the SLO below, over time."""
     figure, (above, below) = pyplot.subplots(
         2, 1, sharex=True, figsize=SIZE, layout="constrained", height_ratios=(3, 1)
     )
@@ -74,7 +75,7 @@ def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequen
 
 
 def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw each gap between two chunks of any stream, at the time after the fault at which it ended."""
+    """Draw each gap between two chunks of any stream, at the end of the gap as a time after the fault."""
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     for kind, gaps in around.items():
         axes.plot([at for at, _ in gaps], [gap * 1000 for _, gap in gaps], ".", markersize=2, label=kind)
@@ -86,7 +87,7 @@ def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequ
 
 
 def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
-    """Arms by the part of their name before the colon: one picture each."""
+    """Return the arms by the part of the arm's name before the colon. Each part gets one picture."""
     parts: dict[str, list[tuple[str, Arm]]] = {}
     for arm in report.arms:
         part, colon, label = arm.name.partition(": ")
@@ -114,7 +115,7 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
 
 
 def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
-    """Tokens a second by arm and concurrency; the single-stream arm of the same name gives the first point."""
+    """Return tokens per second by arm and concurrency. The single-stream arm of the same name gives the first point."""
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})

@@ -1,9 +1,9 @@
-"""CPU time and memory of the serving side, by process, each in a class.
+"""CPU time and memory of the serving side, by process, each process in a class.
 
-A root is a process that the harness has started, with its class; a descendant's class follows from its command line,
-else it is its parent's. An engine core that is a thread of its worker's process counts as one process, by the CPU time
-that the kernel keeps for the thread. The kernel keeps CPU time in steps of 10 ms a process: rounds are long enough for
-that not to matter.
+A root is a process that the harness has started, with a given class. The class of a descendant follows from the
+descendant's command line; if no class matches, the descendant has the class of its parent. An engine core that is a
+thread of the worker's process counts as one process, by the CPU time that the kernel keeps for the thread. The kernel
+keeps CPU time in steps of 10 ms for each process: rounds are so long that these steps do not matter.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _BY_COMMAND = (
 )
 ENGINE = frozenset((ENGINE_CORE, ENGINE_RANK))
 NOBODY = frozenset((SIMULATED,))
-"""Classes that are not counted: the stand-in for an engine behind a peer."""
+"""Classes of processes that are not counted: the stand-in for an engine behind a peer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSample:
-    """One process at one moment."""
+    """Sample of one process at one moment."""
 
     kind: str
     cpu_s: float
@@ -42,7 +42,7 @@ class ProcessSample:
 
 
 Snapshot = Mapping[tuple[int, float], ProcessSample]
-"""Processes by (pid, creation time), so that a reused pid is another process."""
+"""Samples by (pid, creation time), so that a reused pid is another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,16 @@ class Usage:
     rss_bytes: Mapping[str, int]
 
     def front_end_s(self) -> float:
-        """CPU seconds of everything but engine cores, ranks and simulated engines."""
+        """Return the CPU seconds of all processes except engine cores, ranks and simulated engines."""
         return sum(s for kind, s in self.cpu_s.items() if kind not in ENGINE | NOBODY)
 
     def whole_s(self) -> float:
-        """CPU seconds of everything that counts."""
+        """Return the CPU seconds of all processes that count."""
         return sum(s for kind, s in self.cpu_s.items() if kind not in NOBODY)
 
 
 def snapshot(roots: Iterable[tuple[int, str]]) -> Snapshot:
-    """All living processes under `roots`, each (pid, class)."""
+    """Return samples of all living processes under `roots`. Each root is (pid, class)."""
     samples: dict[tuple[int, float], ProcessSample] = {}
     for pid, kind in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -85,12 +85,12 @@ def _sample_tree(process: psutil.Process, kind: str, samples: dict[tuple[int, fl
 
 
 def classify(command: str, parents: str) -> str:
-    """Class of a process by its command line, else its parent's."""
+    """Return the class of a process by the command line, else the class of the parent."""
     return next((kind for pattern, kind in _BY_COMMAND if pattern.search(command)), parents)
 
 
 def usage_between(before: Snapshot, after: Snapshot) -> Usage:
-    """Usage between two snapshots. A process that began in between counts from its beginning."""
+    """Return the usage between two snapshots. A process that began between the snapshots counts from its beginning."""
     cpu: dict[str, float] = {}
     rss: dict[str, int] = {}
     for key, now in after.items():
@@ -101,7 +101,7 @@ def usage_between(before: Snapshot, after: Snapshot) -> Usage:
 
 
 def pin(pid: int, cpus: Iterable[int]) -> None:
-    """Bind a process, its threads and all its descendants to `cpus`; ended ones are skipped."""
+    """Bind a process, its threads and all its descendants to `cpus`. Processes that have ended are skipped."""
     try:
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
@@ -111,7 +111,7 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 def pin_driver(cpus: Iterable[int]) -> None:
-    """Bind this process and its threads; its descendants are the servers, which keep their binding."""
+    """Bind this process and its threads. The descendants are the servers, which keep their binding."""
     _pin_threads([psutil.Process()], list(cpus))
 
 

@@ -1,8 +1,8 @@
-"""Results of a run: one record per call, and the figures computed from them.
+"""Results of a run: one record per call, and the figures computed from the records.
 
-TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into
-a piece cannot improve it. ITL is the gap between two pieces of text, which coalescing makes longer, never shorter.
-Reported beside it: the share of pieces with one token, and the longest silent gap.
+TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into a
+piece cannot improve TPOT. ITL is the gap between two pieces of text. Coalescing makes ITL longer, never shorter. Two
+more figures are reported beside ITL: the share of pieces with one token, and the longest silent gap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ QUANTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Record:
-    """One call. Times are seconds from the beginning of the run; None if the call did not get that far."""
+    """Record of one call. Times are seconds from the beginning of the run; a time is None if the call did not get that
+    far.
+    """
 
     key: str
     group: str
@@ -47,28 +49,28 @@ class Record:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time from sending to the first piece of text."""
+        """Time from sending the call to the first piece of text, in seconds."""
         return None if self.first_s is None else self.first_s - self.sent_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds per token after the first; None below two tokens."""
+        """Seconds per token after the first token; None below two tokens."""
         if self.first_s is None or self.last_s is None or self.tokens < 2:
             return None
         return (self.last_s - self.first_s) / (self.tokens - 1)
 
     @property
     def e2e_s(self) -> float:
-        """Time from sending to the end."""
+        """Time from sending the call to the end of the call, in seconds."""
         return self.ended_s - self.sent_s
 
     @property
     def longest_gap_s(self) -> float:
-        """The longest silence after the first piece."""
+        """The longest silence after the first piece, in seconds."""
         return max(self.gaps_s, default=0.0)
 
     def sample(self) -> dict[str, Any]:
-        """The raw sample of the report."""
+        """Return the call as a raw sample of the report."""
         return {
             "due_s": _short(self.due_s),
             "sent_s": _short(self.sent_s),
@@ -84,27 +86,27 @@ class Record:
 
 
 def digest(pieces: Sequence[str]) -> str:
-    """Short digest of a text."""
+    """Return a short digest of a text."""
     return hashlib.blake2b("".join(pieces).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Bounds in seconds; goodput counts the calls that meet every bound given."""
+    """Bounds in seconds. Goodput counts the calls that meet every given bound."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
 
     def met_by(self, record: Record) -> bool:
-        """Whether a call meets the SLO."""
+        """Return whether a call meets the SLO."""
         pairs = ((self.ttft_s, record.ttft_s), (self.tpot_s, record.tpot_s), (self.e2e_s, record.e2e_s))
         return record.ok and all(bound is None or (value or 0.0) <= bound for bound, value in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Calls of one run in the order in which they were due, and its duration."""
+    """Calls of one run in the order in which they were due, and the duration of the run."""
 
     records: Sequence[Record]
     duration_s: float
@@ -114,26 +116,28 @@ class Run:
 
     @property
     def good(self) -> Sequence[Record]:
-        """Calls with a complete answer."""
+        """Records of the calls with a complete answer."""
         return [record for record in self.records if record.ok]
 
     @property
     def tokens(self) -> int:
-        """Tokens of all complete answers."""
+        """Number of tokens of all complete answers."""
         return sum(record.tokens for record in self.good)
 
     @property
     def one_token_share(self) -> float | None:
-        """Lower bound on the share of pieces with one token (exact if all others held two)."""
+        """Lower bound on the share of pieces with one token. The bound is exact if all other pieces held two tokens."""
         pieces = sum(record.pieces for record in self.good)
         return None if not pieces else max(0.0, 1.0 - (self.tokens - pieces) / pieces)
 
     def errors(self) -> dict[str, int]:
-        """Failed calls by kind."""
+        """Return the number of failed calls by kind of error."""
         return dict(Counter(record.error for record in self.records if record.error))
 
     def quantile(self, name: str, percent: float) -> float | None:
-        """Quantile of `ttft_s`, `tpot_s`, `e2e_s`, `itl_s` or `lateness_s` over the complete answers, seconds."""
+        """Return a quantile of `ttft_s`, `tpot_s`, `e2e_s`, `itl_s` or `lateness_s` over the complete answers, in
+        seconds.
+        """
         values = self._values(name)
         return float(np.percentile(values, percent)) if values else None
 
@@ -145,7 +149,7 @@ class Run:
         return [value for record in self.good if (value := getattr(record, name)) is not None]
 
     def summary(self, slo: Slo | None = None) -> dict[str, Any]:
-        """Counts, rates and quantiles; the names include their units."""
+        """Return counts, rates and quantiles. The names include the units."""
         out: dict[str, Any] = {
             "calls": len(self.records),
             "whole_answers": len(self.good),
@@ -168,7 +172,7 @@ class Run:
 
 
 def same_texts(one: Run, other: Run) -> tuple[int, int]:
-    """(equal, compared) texts of two runs of the same requests."""
+    """Return (equal, compared): the numbers of texts in two runs of the same requests."""
     texts = {record.key: record.text_digest for record in one.good}
     pairs: Mapping[str, tuple[str, str]] = {r.key: (texts[r.key], r.text_digest) for r in other.good if r.key in texts}
     return sum(1 for a, b in pairs.values() if a == b), len(pairs)

@@ -25,7 +25,7 @@ ARMS_A_TABLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run of one arm, with the resource usage of its serving side."""
+    """One run of one arm, with the resource usage of the arm's serving side."""
 
     number: int
     run: Run
@@ -33,7 +33,7 @@ class Round:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self, slo: Slo | None) -> dict[str, Any]:
-        """Summary, CPU and memory by class, and the raw samples."""
+        """Return the summary, CPU time and memory by class of process, and the raw samples."""
         tokens = self.run.tokens
         return {
             "round": self.number,
@@ -49,13 +49,15 @@ class Round:
 
 @dataclass(slots=True)
 class Arm:
-    """One server under one protocol, and its rounds."""
+    """One server under one protocol, and the rounds of this server."""
 
     name: str
     description: str
     rounds: list[Round] = field(default_factory=list)
     problem: str = ""
-    """Reason why there are no (more) rounds, with the end of the log if a process did not start."""
+    """Reason why there are no rounds, or no more rounds. If a process did not start, the reason holds the end of the
+    log.
+    """
 
 
 @dataclass(slots=True)
@@ -73,18 +75,18 @@ class Report:
     hardware: dict[str, Any] = field(default_factory=machine.hardware)
 
     def arm(self, name: str, description: str) -> Arm:
-        """Add an arm."""
+        """Add an arm to the report and return it."""
         arm = Arm(name, description)
         self.arms.append(arm)
         return arm
 
     @property
     def complete(self) -> bool:
-        """Whether everything ran to its end."""
+        """Whether every arm and every round ran to the end."""
         return not self.problems and not any(a.problem or any(r.run.problem for r in a.rounds) for a in self.arms)
 
     def as_json(self) -> dict[str, Any]:
-        """The whole report."""
+        """Return the whole report as plain values."""
         return {
             "schema": SCHEMA,
             "scenario": self.scenario,
@@ -115,7 +117,7 @@ class Report:
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
-        """Print the tables, then the problems."""
+        """Print the tables, then the problems, on the console."""
         shown = [arm for arm in self.arms if arm.rounds]
         for at in range(0, len(shown), ARMS_A_TABLE):
             console.print(_arms(shown[at : at + ARMS_A_TABLE]))
@@ -143,7 +145,7 @@ def _errors(rounds: Sequence[Round]) -> dict[str, int]:
 
 
 def median_of(values: Sequence[float | None]) -> float | None:
-    """Median of the values that are not None."""
+    """Return the median of the values that are not None; None if there are no such values."""
     there = sorted(v for v in values if v is not None)
     return there[len(there) // 2] if there else None
 

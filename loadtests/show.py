@@ -1,4 +1,6 @@
-"""Progress of a run: on a terminal one line, redrawn a few times a second; elsewhere plain lines."""
+"""Progress of a run: one line on a terminal, redrawn a few times a second; plain lines where the
+output is no terminal.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ REDRAW_S = 0.5
 
 
 class Screen:
-    """Output for progress and tables."""
+    """Output of progress and tables on the console."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -28,7 +30,7 @@ class Screen:
 
     @asynccontextmanager
     async def running(self, title: str) -> AsyncIterator[Callable[[Progress], None]]:
-        """Progress line until the context is left. Pass the result to `drive` as `on_start`."""
+        """Show a progress line until the context is left. Pass the result to `drive` as `on_start`."""
         columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[now]}"))
         with Bar(*columns, TimeElapsedColumn(), console=self.console, transient=True, auto_refresh=False) as bar:
             redraw: list[asyncio.Task[None]] = []

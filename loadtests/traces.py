@@ -1,4 +1,4 @@
-"""Recorded workloads: arrival times and lengths from the public traces in a folder beside the checkout."""
+"""Recorded workloads: arrival times and lengths from public traces. The traces lie in a folder beside the checkout."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DEFAULT_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "tra
 
 
 class NoData(ValueError):
-    """A missing trace or dataset, or an unknown name; the message says what to do."""
+    """Raised for a missing trace or dataset, or an unknown name. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """One request of a trace: time, lengths, tenant, and the blocks of 512 tokens of its prompt."""
+    """One request of a trace: time, lengths, tenant, and the prompt's blocks of 512 tokens."""
 
     at_s: float
     prompt_tokens: int
@@ -62,7 +62,7 @@ TRACES: Mapping[str, tuple[str, Callable[[Path], list[Traced]]]] = {
 
 
 def load(name: str, folder: Path = DEFAULT_FOLDER) -> list[Traced]:
-    """A trace in order of arrival. Raises NoData for an unknown name or an absent folder."""
+    """Return a trace in order of arrival. Raises NoData for an unknown name or an absent folder."""
     if name not in TRACES:
         raise NoData(f"unknown trace {name!r}: there are {', '.join(TRACES)}")
     file, read = TRACES[name]
@@ -70,7 +70,7 @@ def load(name: str, folder: Path = DEFAULT_FOLDER) -> list[Traced]:
 
 
 def data_file(folder: Path, file: str) -> Path:
-    """Path of a file in the traces' folder. Raises NoData if it is absent."""
+    """Return the path of a file in the folder of traces. Raises NoData if the file is absent."""
     if not folder.is_dir():
         raise NoData(f"the folder of traces is absent ({folder}): name another with --traces, or use another dataset")
     if not (path := folder / file).is_file():

@@ -1,4 +1,4 @@
-"""Hooks for all tests: skip by name what this machine cannot run, and list the skipped tests at the end."""
+"""Hooks for all tests: skip each test whose requirement this machine lacks, and list the skipped tests at the end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from cluster.cli.commands import doctor
 if TYPE_CHECKING:
     from tests.support.parallel import Scheduler
 
-settings.register_profile("patient", deadline=None)  # the duration of an example depends on the machine's other work
+settings.register_profile("patient", deadline=None)  # other work on the machine changes the duration of an example
 settings.load_profile("patient")
 
 _SKIPPED: dict[str, str] = {}
 SHOWN = 1
-"""Number of test names shown per skip reason; pytest's own summary has the others."""
+"""Number of test names shown per skip reason. pytest's own summary has the other names."""
 
 
 NAMESPACES = ("ip", "namespaces")
-"""Required by tests marked `root`."""
+"""Requirements of the tests that are marked `root`."""
 
 
 @functools.cache
 def _lack(name: str) -> str:
-    """Reason why a requirement (by its name in the doctor) is missing here, with the remedy; empty if it is met."""
+    """Return the reason why a requirement (named as in the doctor) is missing here, with the remedy; empty if it is
+    met.
+    """
     return doctor.missing_reason(name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests that need a privilege or a tool that this machine lacks (markers `root` and `needs`)."""
+    """Skip a test that needs a privilege or a tool that this machine lacks (markers `root` and `needs`)."""
     names = [name for mark in item.iter_markers("needs") for name in mark.args]
     for name in (*(NAMESPACES if item.get_closest_marker("root") else ()), *names):
         if lack := _lack(name):
@@ -42,14 +44,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Record skipped tests and their reasons."""
+    """Record a skipped test and the reason."""
     if report.skipped and isinstance(report.longrepr, tuple):
         _SKIPPED[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Count the skipped tests by reason after pytest's own closing line, and name them in the last line."""
+    """Print the number of skipped tests by reason after pytest's own closing line, and their names in the last line."""
     try:
         yield
     finally:
@@ -60,7 +62,9 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 def _summary(skipped: Mapping[str, str]) -> Iterator[str]:
-    """Skipped tests by reason, the most frequent first, then all by name."""
+    """Yield the number of skipped tests for each reason, the most frequent reason first, then a line with the tests'
+    names.
+    """
     reasons = Counter(skipped.values())
     yield f"{len(skipped)} {'test was' if len(skipped) == 1 else 'tests were'} skipped:"
     yield from (f"{count:5}  {reason}" for reason, count in reasons.most_common())

@@ -1,4 +1,4 @@
-"""Imports follow docs/architecture.md in one direction. Each rule's message names the rule and the remedy."""
+"""Imports follow docs/architecture.md in one direction. The message of each rule names the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def _table(page: str) -> dict[str, set[str]]:
-    """Packages of docs/architecture.md, each with those of ours that it may import."""
+    """Return the packages of docs/architecture.md, each with the packages of this project that it may import."""
     rows = re.findall(r"^\| (\w+) \| [^|]+ \| ?([\w ]*?) ?\|$", page.split("## Packages")[1].split("\n## ")[0], re.M)
     return {name: set(imports.split()) for name, imports in rows if name != "package"}
 
@@ -28,7 +28,7 @@ def _table(page: str) -> dict[str, set[str]]:
 MAY_IMPORT = _table(PAGE.read_text())
 PURE = ("policy", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
-# module -> imports allowed as exceptions, with the reason beside each
+# module -> imports that are allowed as exceptions, with the reason beside each exception
 PURE_EXCEPTIONS = {
     "cluster.wire.bundle": {"os"},  # bundles are stored in folders; this module reads and writes them
     "cluster.process.private_files": {"os"},  # every package that keeps state makes it private in the same way
@@ -46,7 +46,7 @@ HEAVY = ("torch", "vllm", "ray", "transformers")
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement's target, as a dotted name."""
+    """One import: the importing module, and the imported target as a dotted name."""
 
     module: str
     target: str
@@ -58,7 +58,7 @@ class Import:
 
 
 def module_name(file: Path) -> str:
-    """The dotted name of a source file."""
+    """Return the dotted name of a source file."""
     parts = list(file.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -71,7 +71,9 @@ MODULES = {
 
 
 def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
-    """Dotted names that a statement imports; of `from x import y` it is x.y if that is a module of ours."""
+    """Yield the dotted names that a statement imports. `from x import y` imports x.y if x.y is a module of this
+    project.
+    """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -86,7 +88,7 @@ def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
 
 
 def imports_of(source: str, module: str, file: Path) -> list[Import]:
-    """Every import of a file, including those inside functions and for the type checker."""
+    """Return every import of a file, including imports inside functions and imports for the type checker."""
     tree = ast.parse(source)
     return [
         Import(module, target, file, node.lineno)
@@ -100,7 +102,7 @@ ALL = [imported for name, file in MODULES.items() for imported in imports_of(fil
 
 
 def package(module: str) -> str:
-    """The table's package that a module of ours belongs to; empty for `cluster` itself."""
+    """Return the package of the table to which a module of this project belongs; empty for `cluster` itself."""
     parts = module.split(".")
     if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"], ["link"]):
         return "pb"
@@ -108,24 +110,24 @@ def package(module: str) -> str:
 
 
 def ours(target: str) -> bool:
-    """Whether an import is of this project."""
+    """Return whether an import is of this project."""
     return target == "cluster" or target.startswith("cluster.")
 
 
 def against_table(imported: Import) -> bool:
-    """Whether an import violates the table."""
+    """Return whether an import violates the table."""
     here, there = package(imported.module), package(imported.target)
     return ours(imported.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
 
 
 def test_every_package_has_its_row() -> None:
-    """A new package states what it may import."""
+    """Every package has a row in the table, which states what the package may import."""
     packages = {package(name) for name in MODULES} - {""}
     assert packages == MAY_IMPORT.keys(), "add a row for the new package to the table of docs/architecture.md"
 
 
 def test_imports_follow_the_table() -> None:
-    """Packages import only what their row allows."""
+    """A package imports only what the package's row allows."""
     wrong = [str(imported) for imported in ALL if against_table(imported)]
     assert not wrong, (
         "\n".join(wrong) + "\nRule: imports follow the table of docs/architecture.md. Remedy: put the type that both "
@@ -134,7 +136,7 @@ def test_imports_follow_the_table() -> None:
 
 
 def test_no_module_imports_itself_indirectly() -> None:
-    """There is no cycle between modules, lazy and type-only imports included."""
+    """There is no cycle between modules, even with lazy and type-only imports."""
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
     for imported in ALL:
         if imported.target in MODULES and imported.target != imported.module:
@@ -156,7 +158,7 @@ def test_no_module_imports_itself_indirectly() -> None:
 
 
 def test_pure_packages_are_pure() -> None:
-    """Packages that decide use no clock, no randomness and no I/O."""
+    """Packages that only decide use no clock, no randomness and no I/O."""
     wrong = [
         str(imported)
         for imported in ALL
@@ -171,7 +173,7 @@ def test_pure_packages_are_pure() -> None:
 
 @pytest.mark.parametrize("technology", ONE_PLACE)
 def test_one_technology_has_one_place(technology: str) -> None:
-    """Ray, vLLM, the Prometheus client and others are each imported by one package."""
+    """Each technology, such as Ray, vLLM or the Prometheus client, is imported by one package only."""
     home = ONE_PLACE[technology]
     wrong = [
         str(imported)

@@ -1,4 +1,4 @@
-"""docs/reference is what the code says; `make reference` writes it."""
+"""Tests that docs/reference agrees with the code. `make reference` writes these pages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("name", sorted(reference.PAGES))
 def test_pages_are_current(name: str) -> None:
-    """Each page is the one that the code gives."""
+    """Each page is equal to the page that the code generates."""
     page = reference.FOLDER / f"{name}.md"
     assert page.read_text() == reference.PAGES[name](), f"{page} is stale: run `{reference.COMMAND}` and commit it"
 
 
 def test_a_stale_page_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--check` names a page that differs and the command that writes it, and changes nothing."""
+    """`--check` names a page that differs and the command that writes the page, and changes no file."""
     assert reference.main([], tmp_path) == 0
     assert reference.main(["--check"], tmp_path) == 0
     stale = tmp_path / "errors.md"
@@ -36,7 +36,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_every_error_says_what_to_do() -> None:
-    """Each error has a meaning and a remedy, which are two sentences in its docstring."""
+    """Each error has a meaning and a remedy, which are two sentences in the docstring of the error."""
     rows = [line for line in reference.errors().splitlines() if line.startswith("| `")]
     assert rows
     assert [row for row in rows if row.endswith("|  |")] == []
@@ -44,7 +44,7 @@ def test_every_error_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("name", sorted(reference.PAGES))
 def test_make_reference_is_named(name: str) -> None:
-    """Each page names the command that writes it, and the command is in the Makefile."""
+    """Each page names the command that writes the page, and the Makefile has that command."""
     assert f"`{reference.COMMAND}`" in (reference.FOLDER / f"{name}.md").read_text()
     target = reference.COMMAND.removeprefix("make ")
     assert f"\n{target}: setup ## " in (reference.FOLDER.parents[1] / "Makefile").read_text()

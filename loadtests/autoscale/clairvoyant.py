@@ -1,11 +1,11 @@
-"""The clairvoyant optimum (optimum.py) for a demand and a plant, and its plan replayed in the common simulation.
+"""Compute the clairvoyant optimum (optimum.py) for a demand and a plant, and replay the plan in the common simulation.
 
-A call may wait for the target time to first token less the time of its own prefill. The fluid model of the recursion
-leaves out that decoding yields to prefills and that calls arrive unevenly within a slot. To correct for that, plans are
-replayed call by call in the simulation; the cheapest plan that meets the SLO there is the optimum used for comparison.
-The recursion assumes slightly less slack and more work than there is, and spreads decoding in two ways (`TRIED`), since
-a plan without late calls in the fluid model may have some in the simulation. `bound_s` is the recursion's own lower
-bound, which holds for the fluid model.
+A call may wait for the target time to first token less the call's own prefill time. The fluid model of the recursion
+leaves out two effects: decoding yields to prefills, and calls arrive unevenly within a slot. To correct for these
+effects, plans are replayed call by call in the simulation; the cheapest plan that meets the SLO there is the optimum
+used for comparison. The recursion assumes slightly less slack and more work than there is, and spreads decoding in two
+ways (`TRIED`), since a plan without late calls in the fluid model may have some in the simulation. `bound_s` is the
+lower bound that the recursion itself gives; the bound holds for the fluid model.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from loadtests.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 
 TRIED = ((0.8, 1.05, 0.03), (0.8, 1.12, 0.03), (0.5, 1.05, 0.03), (0.5, 1.02, 0.08), (0.2, 1.02, 0.08))
 CLASSES_S = (0.2, 0.5, 1.0, 1.5)
-"""Upper bounds of the call classes, by seconds of prefill; the last class holds the rest."""
+"""Upper bounds of the call classes, in seconds of prefill. The last class holds all longer prefills."""
 LINGERS = (0, 1, 2)
-"""Slots that a replica stays beyond the recursion's plan, tried in order until the SLO holds. The recursion
-does not know that streams of leaving replicas are computed again on others.
+"""Numbers of slots for which a replica stays beyond the recursion's plan, tried in order until the SLO holds. The
+recursion does not know that a stream of a leaving replica is computed again on another replica.
 """
 NEAR = 0.1
-"""A plan that misses the target by more than this is not retried with lingering replicas."""
+"""Largest miss of the SLO target at which a plan is retried with lingering replicas."""
 BESIDE = 30.0
-"""Running sequences assumed beside a prompt when its prefill time is estimated."""
+"""Number of running sequences assumed beside a prompt when the prefill time of the prompt is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clairvoyant:
-    """The cheapest replayed plan that meets the SLO. `cost_s`: its GPU-seconds, including starts."""
+    """The cheapest replayed plan that meets the SLO. `cost_s`: GPU-seconds of the plan, including starts."""
 
     cost_s: float
     bound_s: float
@@ -47,14 +47,16 @@ class Clairvoyant:
 
     @property
     def initial(self) -> int:
-        """Replicas that exist when the demand begins; they cost no start."""
+        """Number of replicas that exist when the demand begins. These replicas cost no start."""
         return int(self.replicas[0])
 
 
 def slots_of(
     demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float, pace_s: float
 ) -> Slots:
-    """Demand in slots: prompts where they arrive, output spread over its stream, which runs at `pace_s` a token."""
+    """Return the demand in slots: the work of a prompt falls into the slot where the call arrives, the work of the
+    output is spread over the stream, which takes `pace_s` for each token.
+    """
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
     prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
@@ -71,14 +73,14 @@ def slots_of(
 
 
 def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
-    """Slack of each class in slots: the TTFT target less the prefill time in the middle of the class."""
+    """Return the slack of each class in slots: the TTFT target less the prefill time in the middle of the class."""
     edges = (0.0, *CLASSES_S, 2 * ttft_s)
     slack_s = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
     return tuple(value * share / slot_s if value > 0 else -1.0 for value in slack_s)
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
-    """Amount that falls into each slot, for items that come at `rate` a slot from `begin` to `end`."""
+    """Return the amount that falls into each slot, for items that come at `rate` a slot from `begin` to `end`."""
     edges = np.arange(count + 1)
     total = np.zeros(count + 1)
     for times, sign in ((begin, 1.0), (end, -1.0)):
@@ -94,7 +96,7 @@ def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
 def replay(
     demand: Demand, plant: ReplicaModel, settings: ModelSettings, replicas: Floats, slot_s: float, tick_s: float
 ) -> Track:
-    """Replay a plan unchanged: starts were begun in time, so replicas are ready when the plan needs them."""
+    """Replay a plan unchanged. Starts were begun in time, so replicas are ready when the plan needs them."""
     counts = [int(n) for n in replicas]
 
     def planned(_: Observation, now_s: float) -> dict[str, int]:
@@ -116,7 +118,7 @@ def clairvoyant(
     tried: Sequence[tuple[float, float, float]] = TRIED,
     tries: int = 8,
 ) -> Clairvoyant | None:
-    """The cheapest replayed plan that meets the SLO; None if no plan does."""
+    """Return the cheapest replayed plan that meets the SLO; None if no plan does."""
     slo, best = settings.slo, None
     for share, more, pace_s in tried:
         slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta, more, pace_s)
@@ -145,7 +147,9 @@ def clairvoyant(
 
 
 def lingering(replicas: Floats, slots: int) -> Floats:
-    """A plan whose replicas leave `slots` slots later: streams on them end instead of being moved."""
+    """Return the plan with each replica kept for `slots` more slots, so that streams on the replica end instead of
+    being moved.
+    """
     padded = np.concatenate([np.full(slots, replicas[0]), replicas])
     out: Floats = np.lib.stride_tricks.sliding_window_view(padded, slots + 1).max(axis=1)
     return out

@@ -14,14 +14,16 @@ from loadtests import traces
 from loadtests.sim.scaling import Demand, Floats
 
 TIMES = 8
-"""Copies of each trace call: one hour of the trace then needs about ten replicas."""
+"""Number of copies of each trace call. With so many copies, one hour of the trace needs about ten replicas."""
 WINDOW_S = 600.0
 WEEK_S = 7 * 86_400.0
 CLIENTS = 43
 
 
 def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1.0) -> Demand:
-    """Demand with `times` copies of each trace call within `within_s`, so that its bursts remain bursts."""
+    """Return the demand of a trace. Each trace call is copied `times` times within `within_s`, so that bursts remain
+    bursts.
+    """
     calls = traces.load(name)
     rng = np.random.default_rng(seed)
     at = np.repeat([c.at_s for c in calls], times)
@@ -34,7 +36,9 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
 
 
 def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
-    """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal with these means."""
+    """Return Gamma arrivals at a rate that changes every `step_s`. Lengths are lognormal; `lengths` holds the two
+    means.
+    """
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
 
@@ -46,7 +50,7 @@ def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tu
 
 
 def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Arrival times: each window has rate x window calls, with Gamma gaps of coefficient of variation `cv`."""
+    """Return arrival times. Each window has rate x window calls, with Gamma gaps of coefficient of variation `cv`."""
     out = []
     for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
         count = int(per_s * window_s + rng.random())
@@ -59,7 +63,9 @@ def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator)
 
 
 def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Calls by bin: `mean` on average, with the dispersion (cv squared) of a renewal process with that cv."""
+    """Return the number of calls in each bin: `mean` on average, with the dispersion (cv squared) of a renewal process
+    that has the coefficient of variation `cv`.
+    """
     dispersion = np.maximum(cv**2, 0.05)
     drawn = rng.gamma(np.maximum(mean / dispersion, 1e-12)) * dispersion
     counts: Floats = np.floor(np.where(mean > 0, drawn, 0.0) + rng.random(len(mean)))
@@ -67,14 +73,14 @@ def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
 
 
 def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
-    """Calls a second and coefficient of variation of one client of m-small, by window of 600 s."""
+    """Return the calls per second and the coefficient of variation of one client of m-small, per window of 600 s."""
     path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
     rows = [line.split(",") for line in path.read_text().split()]
     return np.array([float(r[1]) for r in rows]), np.array([float(r[2]) for r in rows])
 
 
 def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats] | None:
-    """(prompt lengths, their weights, output lengths, their weights) of a client; None where the data set is absent."""
+    """Return (prompt lengths, weights, output lengths, weights) of a client; None where the data set is absent."""
     try:
         data = json.loads(traces.data_file(folder, f"servegen/m-small/chunk-{number}-dataset.json").read_text())
     except traces.NoData:
@@ -95,7 +101,7 @@ def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[F
 
 
 def pooled_lengths(folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats]:
-    """Length distributions of all clients whose data sets are present, each client with equal weight."""
+    """Return the length distributions of all clients whose data sets are present, each client with equal weight."""
     parts = [lengths for n in range(CLIENTS) if (lengths := client_lengths(n, folder)) is not None]
     out = []
     for at in (0, 2):
@@ -113,7 +119,9 @@ def servegen(
     bin_s: float = 1.0,
     folder: Path = traces.DEFAULT_FOLDER,
 ) -> Demand:
-    """Demand of clients of m-small at `scale` times their own rates; calls of a bin come together at mean lengths."""
+    """Return the demand of clients of m-small at `scale` times the clients' own rates. The calls of a bin arrive
+    together and have mean lengths.
+    """
     rng = np.random.default_rng(seed)
     first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)
     bins = round(duration_s / bin_s)
@@ -130,7 +138,7 @@ def servegen(
         for total, values, weights in ((prompt, lengths[0], lengths[1]), (output, lengths[2], lengths[3])):
             mean = float(values @ weights)
             spread = math.sqrt(max(float((values**2) @ weights) - mean**2, 0.0))
-            # the sum of many lengths: its mean, and a Gamma around it with the variance of the sum
+            # the sum of many lengths is drawn from a Gamma distribution with the mean and the variance of that sum
             shape = here * (mean / spread) ** 2 if spread > 0 else here
             drawn: Floats = rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean)
             total += np.where(here > 0, drawn, 0.0)

@@ -1,31 +1,31 @@
 """The clairvoyant optimum of one model: the fewest GPU-seconds that serve a demand known in advance.
 
 The plant here is the fluid of loadtests/sim/fleet.py in slots: in slot t, work w[t] (replica-seconds) and c[t] calls
-arrive evenly; n[t] replicas serve at most n[t] x slot of it, first come first served; the rest waits. A call is late
-when n[t] replicas need longer for the work ahead of it than its class of calls may wait (a long prompt may wait less
-than a short one, since its prefill takes part of the same time to first token). With a known future each start begins
-one cold start before it is needed, so a start only has a price: `cold_start_s` GPU-seconds for each replica that
-n[t] has more than n[t-1], and n may take any value in any slot. The first slot's replicas already exist (as they do
-for the policies compared).
+arrive evenly; n[t] replicas serve at most n[t] x slot of the work, first come first served; the rest of the work waits.
+A call is late when n[t] replicas need longer for the work ahead of it than its class of calls may wait (a long prompt
+may wait less than a short one, since its prefill takes part of the same time to first token). With a known future each
+start begins one cold start before it is needed, so a start only has a price: `cold_start_s` GPU-seconds for each
+replica that n[t] has more than n[t-1], and n may take any value in any slot. The first slot's replicas already exist
+(as they do for the policies compared).
 
 Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
 
 `solve` finds, for one price of a late call (GPU-seconds), the exact cheapest plan:
 
-J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ],  b' = (b + w - n slot)+
+J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ], b' = (b + w - n slot)+
 
 Proof sketch. (1) The cost of a plan from slot t on depends on the past through n[t] and the waiting work b alone:
-lateness and b' in a slot are functions of (n, b, w, c), the price of starts of (n, m). So Bellman's principle holds
-and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta of slot /
-`quanta`, and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is rounded
-once, with its error carried on, so that it never differs from the true one by more than a quantum). Above the
-grid's end work is forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of
-J, and m > n, the running minimum of J + cold m from above, less cold n: O(1) for each state.
+lateness and b' in a slot are functions of (n, b, w, c), the price of starts of (n, m). So Bellman's principle holds and
+J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta of slot / `quanta`,
+and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is rounded once, with
+its error carried on, so that it never differs from the true one by more than a quantum). Above the grid's end work is
+forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of J, and m > n, the
+running minimum of J + cold m from above, less cold n: O(1) for each state.
 
 For every price, J less price x allowed late calls is at most the constrained optimum (weak duality: the constrained
-optimum's plan is one of those over which J is the minimum, and its late calls are at most the allowed). The largest
-of these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is
-`Optimum.plan`; the gap between the two is reported.
+optimum's plan is one of those over which J is the minimum, and its late calls are at most the allowed). The largest of
+these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is `Optimum.plan`;
+the gap between the two is reported.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Demand in slots. `work`: quanta (whole numbers); `calls`: by slot and class of calls."""
+    """Demand in slots. `work`: number of quanta of work in each slot; `calls`: number of calls by slot and class of
+    calls.
+    """
 
     work: NDArray[np.int64]
     calls: Floats
     slot_s: float
     quanta: int
-    """Quanta that one replica serves in a slot."""
+    """Number of quanta that one replica serves in a slot."""
 
     @classmethod
     def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
-        """Convert replica-seconds to slots; the rounding error is carried on."""
+        """Convert replica-seconds to slots; the rounding error of a slot is carried to the next."""
         total = np.rint(np.cumsum(np.asarray(work_s)) * quanta / slot_s)
         work = np.diff(total, prepend=0.0).astype(np.int64)
         return cls(work, calls, slot_s, quanta)
@@ -59,20 +61,22 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Constraints on a plan. `slacks`: slots that a call of each class may wait; a call with slack below 0 is late."""
+    """Constraints on a plan. `slacks`: slots that a call of each class may wait; a call of a class with a slack below 0
+    is late.
+    """
 
     slacks: tuple[float, ...]
     cold_start_s: float
     most: int
-    """Upper bound on replicas."""
+    """Upper bound on the number of replicas."""
     least: int = 0
     deepest: float = 4.0
-    """Waiting work beyond this many slots of `most` replicas is forgotten."""
+    """Upper bound on remembered waiting work, in slots of `most` replicas. Work beyond the bound is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Replicas by slot, their cost in GPU-seconds including starts, and the number of late calls."""
+    """Number of replicas in each slot, cost of the plan in GPU-seconds including starts, and number of late calls."""
 
     replicas: NDArray[np.int64]
     cost_s: float
@@ -81,14 +85,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """Bounds on the optimum: `bound` from below, `plan.cost_s` from above."""
+    """Bounds on the cost of the optimum in GPU-seconds: `bound_s` from below, `plan.cost_s` from above."""
 
     bound_s: float
     plan: Plan
 
 
 def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: Sequence[float], quanta: int) -> Floats:
-    """Number of late calls in a slot, over all classes; waiting work `before` and `after` the slot, in quanta.
+    """Return the number of late calls in a slot, over all classes. `before` and `after`: waiting work at the beginning
+    and at the end of the slot, in quanta.
 
     The wait changes linearly over the slot from before / n to after / n, in slots.
     """
@@ -104,7 +109,7 @@ def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: 
 
 
 def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
-    """Cost of a plan, slot by slot: the definition that `solve` is checked against."""
+    """Return the plan with its cost, computed slot by slot. This is the definition that `solve` is checked against."""
     grid_end = _grid_end(rules, slots)
     waiting, late = 0, 0.0
     for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):
@@ -121,7 +126,7 @@ def _grid_end(rules: Rules, slots: Slots) -> int:
 
 
 def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
-    """The cheapest plan when a late call costs `price_s` GPU-seconds."""
+    """Return the cheapest plan when a late call costs `price_s` GPU-seconds."""
     n = np.arange(rules.least, rules.most + 1)
     end = _grid_end(rules, slots)
     b = np.arange(end + 1)
@@ -135,7 +140,8 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
     before = np.broadcast_to(b.astype(float)[None, :], (count, levels))
     n_column = n.astype(float)[:, None]
     for t in range(len(slots.work) - 1, -1, -1):
-        # the cheapest continuation from n replicas, for each waiting work at the beginning of the next slot
+        # find the cheapest continuation from n replicas, for each amount of work that waits at the next slot's
+        # beginning
         fewer, fewer_at = _running_min(later)
         more, more_at = _running_min((later + cold[:, None])[::-1])
         more, more_at = more[::-1] - cold[:, None], count - 1 - more_at[::-1]
@@ -159,7 +165,7 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
 
 
 def _running_min(values: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Running minimum along the first axis, and its position."""
+    """Return the running minimum along the first axis, and the positions of the minima."""
     least = np.minimum.accumulate(values, axis=0)
     rows = np.arange(len(values))[:, None]
     at = np.maximum.accumulate(np.where(values == least, rows, 0), axis=0)
@@ -173,11 +179,10 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Bisect the price of a late call (in its logarithm) until the budget is just kept.
+    """Bisect the price of a late call (in the logarithm of the price) until the plan just keeps the budget.
 
-    `holds` says whether a plan keeps the budget, for callers that judge plans beyond this fluid model; by default the
-    plan's
-    own late calls are counted. None if even the highest price gives no such plan.
+    `holds` says whether a plan keeps the budget, for callers that judge plans beyond this fluid model. By default the
+    late calls of the plan itself are counted. Return None if even the highest price gives no such plan.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

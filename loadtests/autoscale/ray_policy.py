@@ -1,8 +1,8 @@
-"""Ray Serve's own autoscaling policy, run from its own code in virtual time.
+"""Ray Serve's own autoscaling policy, run from Ray Serve's own code in virtual time.
 
-Everything that decides is Ray Serve's: the policy on ongoing requests, its scaling factors, its delays (through
-Ray's own time argument) and its start from zero. The surroundings that Ray Serve's controller provides are ours:
-the mean of running and queued requests over the look-back period, sampled at every decision, and the bounds.
+All code that decides is Ray Serve's: the policy on ongoing requests, the scaling factors, the delays (through Ray's own
+time argument) and the start from zero. This module provides what Ray Serve's controller provides in a cluster: the mean
+of running and queued requests over the look-back period, sampled at every decision, and the bounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOWNSCALE_S = (60.0, 300.0, 600.0)
 
 @dataclass(frozen=True, slots=True)
 class RaySettings:
-    """Settings of Ray Serve's autoscaling_config, with its defaults."""
+    """Settings of Ray Serve's autoscaling_config, with the defaults of Ray Serve."""
 
     target_ongoing_requests: float = 2.0
     look_back_period_s: float = 30.0
@@ -31,7 +31,7 @@ class RaySettings:
 
 
 def grid() -> Iterator[RaySettings]:
-    """All settings that are tried."""
+    """Yield all settings that are tried."""
     for target, up_s, down_s in product(TARGETS, UPSCALE_S, DOWNSCALE_S):
         yield RaySettings(float(target), 30.0, up_s, down_s)
 
@@ -44,7 +44,7 @@ class _Model:
 
 
 class RayPolicy:
-    """Scaler for loadtests/sim/scaling.py. Needs ray."""
+    """Scaler for loadtests/sim/scaling.py that runs Ray Serve's policy. Needs the package ray."""
 
     def __init__(self, settings: RaySettings) -> None:
         from ray.serve.config import AutoscalingConfig
@@ -55,7 +55,7 @@ class RayPolicy:
         self._make = AutoscalingConfig
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
-        """Return the wanted replicas."""
+        """Return the wanted number of replicas of each model."""
         return {name: self._wanted_replicas(name, seen, now_s) for name, seen in observation.models.items()}
 
     def _config(self, least: int, most: int) -> Any:

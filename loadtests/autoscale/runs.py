@@ -1,4 +1,6 @@
-"""The runs of the scenario `autoscale`: each is a function of plain values, so that it can run in another process."""
+"""Runs of the scenario `autoscale`. Each run is a function of plain values, so that the run can take place in another
+process.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,19 @@ from loadtests.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track
 
 SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
 EQUAL = 0.7
-"""Bound on cost when violations are compared: Ray Serve's policy may use our GPU-seconds / this."""
+"""Bound on cost when violations are compared: Ray Serve's policy may use our GPU-seconds divided by this value."""
 WITHIN_S = 10.0
-"""Window in which the copies of a trace's call arrive and in which its peaks are counted."""
+"""Window in which the copies of a trace call arrive and in which the peaks of the trace are counted, in seconds."""
 MOST_WEEK = 200
-"""Most replicas: the sum of all clients peaks at 125 over 30 s, and its bursts within a second at several times that.
+"""Upper bound on replicas. The sum of all clients peaks at 125 replicas over 30 s; bursts within a second reach several
+times that number.
 """
 GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Demand of one model on one plant. `most`: replicas that the optimum may use."""
+    """Demand of one model on one plant. `most`: upper bound on the number of replicas that the optimum may use."""
 
     name: str
     demand: Demand
@@ -43,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a plot: values at times."""
+    """Line of a plot: values at given times."""
 
     at_s: list[float]
     load: list[float]
@@ -65,7 +68,7 @@ class Outcome:
 
     @property
     def violations(self) -> float:
-        """Calls outside the SLO."""
+        """Number of calls outside the SLO."""
         return self.arrived * (1.0 - self.attainment)
 
 
@@ -79,14 +82,18 @@ class CaseResults:
     load: float
     ray_default: Outcome | None = None
     ray_best: tuple[RaySettings, Outcome] | None = None
-    """The cheapest of the grid that meets the SLO, else the one with the fewest violations."""
+    """The cheapest setting of the grid that meets the SLO, else the setting with the fewest violations."""
     ray_equal: tuple[RaySettings, Outcome] | None = None
-    """The fewest violations in the grid among settings within our GPU-seconds / `EQUAL`; None if there are none."""
+    """The setting with the fewest violations among the grid's settings within our GPU-seconds / `EQUAL`; None if no
+    setting is within that cost.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Twenty models on sixteen GPUs: calls within the SLO and GPU-seconds held, ours and static placement."""
+    """Results for twenty models on sixteen GPUs: calls within the SLO and GPU-seconds held, under our policy and under
+    static placement.
+    """
 
     ours_good: float
     ours_gpu_s: float
@@ -99,7 +106,7 @@ class Shared:
 
 
 def case(name: str, seed: int) -> Case:
-    """Case of this name. Raises NoData if its trace is absent, KeyError for an unknown name."""
+    """Return the case of the given name. Raises NoData if the trace is absent, KeyError for an unknown name."""
     hour = 3600.0
     steady = np.full(360, 50.0)
     wave = 60.0 + 35.0 * np.sin(2 * np.pi * np.arange(720) / 360)
@@ -138,7 +145,7 @@ HELD_OUT = (
 
 
 def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Outcome:
-    """Figures of a run; with `keep`, its line in steps of 30 s or longer."""
+    """Return the figures of a run; with `keep`, also the plot line of the run in steps of 30 s or longer."""
     line = None
     if keep and track.at_s:
         step = max(int(np.ceil(len(track.at_s) / 600)), 1)
@@ -151,7 +158,7 @@ def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Ou
 
 
 def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
-    """Run one case once."""
+    """Run one case once and return the outcome."""
     spec = SimModelSpec(scenario.demand, SETTINGS, scenario.plant, initial)
     track = simulate(
         {"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=scenario.every_s, tick_s=scenario.tick_s
@@ -160,7 +167,7 @@ def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Ou
 
 
 def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
-    """Compare the optimum, our policy and Ray Serve's policy, all from the same beginning."""
+    """Compare the optimum, our policy and Ray Serve's policy. All three begin with the same number of replicas."""
     scenario = case(name, seed)
     best = clairvoyant(
         scenario.demand,
@@ -187,7 +194,9 @@ def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
 
 
 def shared_models(seed: int) -> dict[str, Demand]:
-    """Twenty clients of m-small over half a day, at one scale: the peak of their sum takes all GPUs."""
+    """Return the demand of twenty clients of m-small over half a day. All clients have one scale, chosen so that the
+    peak of the summed demand takes all GPUs.
+    """
     rng = np.random.default_rng(seed)
     begin_s = 86_400.0 * int(rng.integers(1, 12)) + 6 * 3600.0
     first = round(begin_s / demands.WINDOW_S)
@@ -207,7 +216,7 @@ def shared_models(seed: int) -> dict[str, Demand]:
 
 
 def share(seed: int) -> Shared:
-    """Compare the policy with a budget against the best static placement of the same demand."""
+    """Compare our policy under a GPU budget with the best static placement for the same demand."""
     models = shared_models(seed)
     settings = ModelSettings(min_replicas=0, max_replicas=GPUS, idle_s=120.0)
     specs = {name: SimModelSpec(demand, settings, SMALL, 0) for name, demand in models.items()}
@@ -227,7 +236,7 @@ def share(seed: int) -> Shared:
 
 
 def _static_goodput(demand: Demand) -> Sequence[float]:
-    """Goodput with 1, 2, ... replicas, until more gain nothing."""
+    """Return the goodput with 1, 2, ... replicas, up to the count from which more replicas gain nothing."""
     out: list[float] = []
     for count in range(1, GPUS + 1):
         spec = SimModelSpec(demand, SETTINGS, SMALL, count)

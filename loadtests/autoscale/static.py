@@ -1,4 +1,6 @@
-"""The best static placement of many models on a number of GPUs: an exact knapsack over the goodput by replicas."""
+"""The best static placement of many models on a number of GPUs: an exact knapsack over the goodput for each number of
+replicas.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 
 def best_placement(goodput: Mapping[str, Sequence[float]], gpus: int) -> dict[str, int]:
-    """Replicas by model, at most `gpus` in all, with the highest goodput; `goodput[model][n]` is that of n replicas."""
+    """Return the number of replicas of each model, at most `gpus` in all, with the highest goodput. `goodput[model][n]`
+    is the goodput of n replicas.
+    """
     best = [0.0] * (gpus + 1)
     choice: list[dict[str, int]] = [{} for _ in range(gpus + 1)]
     for model, by_count in goodput.items():

@@ -1,10 +1,11 @@
 """`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 if no call failed.
 
-Three parts on one Ray. First cold starts from zero, alternating between a start by hand and a call to the model at
-zero. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again; streams are
-5 to 60 s long, and the controller's own loop scales. The same calls are played to the same policy in simulation, with
-the measured start time and engine speed. Last a day of changes (changes.py): the same demand with streams
-of 5 to 300 s, while a canary is tried and taken back, the entry is changed, and a slow canary rolls itself back.
+Three parts run on one Ray. The first part measures cold starts from zero, alternating between a start by hand and a
+call to the model at zero. The second part is a day in minutes: the demand rises to 70 % of all replicas, falls to
+little, and rises again; streams are 5 to 60 s long, and the controller's own loop scales. The same calls are played to
+the same policy in simulation, with the measured start time and engine speed. The last part is a day of changes
+(changes.py): the same demand with streams of 5 to 300 s. Meanwhile a canary is tried and taken back, the entry is
+changed, and a slow canary rolls itself back.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ ENGINE = Engine()
 REPLICAS = 4
 PROMPT_TOKENS = 30
 MOST_TOKENS = 8192
-"""Upper bound on tokens: streams of 300 s have 6,000."""
+"""Upper bound on the tokens of a stream. Streams of 300 s have 6,000 tokens."""
 DAYS = 6
-"""Most days of changes: a version whose streams end with it takes as long as the longest of them."""
+"""Upper bound on the number of days of changes. A version that ends with its streams takes as long as the longest
+stream.
+"""
 
 
 async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Run all parts; figures by name. A part of zero length is left out."""
+    """Run all parts and return the figures by name. A part of zero length is left out."""
     checkpoint = build_checkpoint("llama", folder / "llama")
     spec = ModelSpec(
         MODEL,
@@ -75,7 +78,7 @@ async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder:
 
 
 def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_tokens_per_s) -> str:
-    """Model source of the simulated replica."""
+    """Return the model source of the simulated replica."""
     return (
         f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
         f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}&max_model_len={MOST_TOKENS}"
@@ -169,7 +172,7 @@ def _good(result: CallResult) -> bool:
 
 
 def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> dict[str, Any]:
-    """Play the same calls to the same policy in simulation, with the same decision interval."""
+    """Play the same calls to the same policy in simulation, with the same decision interval; return the figures."""
     demand = Demand(
         at_s=np.array([call.at_s for call in calls]),
         count=np.ones(len(calls)),
@@ -199,7 +202,7 @@ def _quantiles(values: Sequence[float]) -> Mapping[str, float]:
 
 
 def main() -> int:
-    """Run and report."""
+    """Run all parts and report the figures."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--changing", type=float, default=300.0, metavar="SECONDS", help="the day of changes (0: none)")

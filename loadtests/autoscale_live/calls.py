@@ -15,12 +15,14 @@ from loadtests.autoscale_live.traffic import PlannedCall
 MODEL = "sim"
 TIMEOUT_S = 600.0
 CUT = "\N{REPLACEMENT CHARACTER}"
-"""Replacement for a character of which only the first bytes have arrived."""
+"""Replacement character for a character whose last bytes have not arrived."""
 
 
 @dataclass(slots=True)
 class CallResult:
-    """One call as its caller saw it. Times in seconds from its beginning; `fault` says why it is incomplete."""
+    """Record of one call from the caller's side. Times are in seconds from the beginning of the call; `fault` says why
+    the call is incomplete.
+    """
 
     planned: PlannedCall
     face: str
@@ -34,19 +36,19 @@ class CallResult:
 
     @property
     def mean_gap_s(self) -> float:
-        """Mean gap between tokens."""
+        """Mean gap between tokens, in seconds."""
         if self.first_s is None or self.planned.tokens < 2:
             return 0.0
         return (self.last_s - self.first_s) / (self.planned.tokens - 1)
 
 
 def prompt(number: int) -> str:
-    """One of a few prompts, so that calls with equal prompts can be compared."""
+    """Return one of a few prompts, so that calls with equal prompts can be compared."""
     return f"Tell story number {number}, and take your time."
 
 
 class Callers:
-    """Both clients of one gateway."""
+    """The SDK client and the openai client of one gateway."""
 
     def __init__(self, grpc: str, http: str) -> None:
         self._sdk = AsyncClient(grpc, timeout_s=TIMEOUT_S)
@@ -60,7 +62,7 @@ class Callers:
         await self._openai.close()
 
     async def call(self, planned: PlannedCall) -> CallResult:
-        """Make one call and return its result, whether it succeeds or fails."""
+        """Make one call and return the result of the call, whether the call succeeds or fails."""
         result = CallResult(planned, "sdk" if planned.face == 0 else "openai")
         began = time.monotonic()
         try:
@@ -69,7 +71,7 @@ class Callers:
                 result.first_s = now if result.first_s is None else result.first_s
                 result.last_s = now
                 result.text += text
-        except Exception as error:  # any exception means that this call failed
+        except Exception as error:  # any exception means that the call failed
             result.fault = f"{type(error).__name__}: {error}"
         if not result.fault and result.tokens != planned.tokens:
             result.fault = f"cut: {result.tokens} of {planned.tokens} tokens"
@@ -109,7 +111,7 @@ class Callers:
 async def play(
     callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task[None] | None = None
 ) -> list[CallResult]:
-    """Make every call at its time; calls that are not yet due when `over` ends are skipped."""
+    """Make every call at its planned time. A call that is not yet due when `over` ends is skipped."""
     began = time.monotonic()
 
     async def call_when_due(planned: PlannedCall) -> CallResult | None:
@@ -124,8 +126,9 @@ async def play(
 
 
 def compare(calls: Sequence[CallResult]) -> None:
-    """Mark calls that differ from an undisturbed call with the same prompt. The engine is deterministic: of two answers
-    the shorter is a prefix of the longer, except for a last character that its end may have cut in two.
+    """Mark calls whose answers differ from an undisturbed answer to the same prompt. The engine is deterministic: the
+    shorter of two answers is a prefix of the longer, except for a last character that the end of the answer may have
+    cut in two.
     """
     longest: dict[int, str] = {}
     for call in calls:

@@ -1,4 +1,4 @@
-"""Changes of the model under load: a canary, its manual rollback, a changed entry, and a bad canary."""
+"""Changes of a model under load: a canary, a manual rollback of the canary, a changed entry, and a bad canary."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from cluster.worker.settings import ReplicaSettings
 STREAM_S = (5.0, 300.0)
 TRIAL_WEIGHT = 0.3
 TRIED, TAKEN_BACK, CHANGED, BAD = 0.15, 0.4, 0.5, 0.7
-"""Beginning of each change, as a fraction of the time."""
+"""Beginning of each change, as a fraction of the time of the run."""
 LOOK_S = 0.25
 
 
 class Changes:
-    """Changes the controller's target and records when each change was complete."""
+    """Driver that changes the controller's target and records when each change was complete."""
 
     def __init__(self, controller: Controller, settings: ReplicaSettings, slow_source: str) -> None:
-        """`settings`: the model's current settings. `slow_source`: source of a version whose first tokens are late."""
+        """Store the settings of the changes. `settings`: current settings of the model. `slow_source`: source of a
+        version that emits first tokens late.
+        """
         self._controller = controller
         self._settings = settings
         self._slow_source = slow_source
         self.completed: dict[str, Any] = {}
 
     async def play(self, seconds: float) -> None:
-        """Play all changes, each at its fraction of the time or when the one before it has ended."""
+        """Play all changes, each at a fixed fraction of `seconds` or when the previous change has ended."""
         began = time.monotonic()
 
         async def at(part: float) -> None:
@@ -80,7 +82,7 @@ class Changes:
         return share is not None and "rolled back by itself" in share.state_reason
 
     def _replaced(self, settings: ReplicaSettings) -> bool:
-        """Whether every linked worker of the model has these settings."""
+        """Return whether every linked worker of the model has these settings."""
         fleet = [worker for worker in self._controller.gateways.fleet() if worker.model == settings.spec.name]
         return bool(fleet) and all(worker.generation == settings.digest for worker in fleet)
 

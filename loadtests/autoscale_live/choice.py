@@ -1,9 +1,9 @@
-"""`python -m loadtests.autoscale_live.choice`: a small model of what choosing the replica to remove would save.
+"""`python -m loadtests.autoscale_live.choice`: a small model of the saving from choosing which replica to remove.
 
 Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the model
-counts the streams of a replica chosen blindly and of the replica with the fewest, and how many of them
-outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left out: it makes
-replicas less alike.
+counts the streams of a replica chosen blindly and of the replica with the fewest streams. The model also counts how
+many of these streams outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left
+out: affinity makes replicas less alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SPANS = 2000
 
 @dataclass(frozen=True, slots=True)
 class PolicySweep:
-    """Means over many moments. `moved`: streams that outlast the time to stay."""
+    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that outlast the time to stay."""
 
     blind: float
     fewest: float
@@ -28,7 +28,9 @@ class PolicySweep:
 
 
 def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Random) -> PolicySweep:
-    """Simulate replicas with `use` of their PLACES streams in use and a mean stream length of `mean_s`."""
+    """Simulate replicas with a mean stream length of `mean_s`. `use` is the used fraction of each replica's PLACES
+    streams.
+    """
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]
     while now_s < SPANS * mean_s:

@@ -1,10 +1,10 @@
 """`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: cold start to first token.
 
-Two cases alternate. vLLM's own server: from exec to the first text of a call that is repeated until it is answered.
-Ours: a call to a model at zero replicas, from sending to first text. Both use the same real engine with the same
-arguments; our gateway, controller and Ray already run, as they do when a model scales up. Our time is split: until the
-replica begins (the decision, Ray Serve, Ray), until its files are found and digested, until the engine is up (imports,
-load, golden check), and until the first text.
+Two cases alternate. vLLM's own server: the time from exec to the first text of a call that is repeated until the server
+answers. Ours: the time from sending a call to a model at zero replicas to the first text. Both cases use the same real
+engine with the same arguments; our gateway, controller and Ray already run, as they do when a model scales up. Our time
+is split into four parts: until the replica begins (the decision, Ray Serve, Ray), until the model files are found and
+digested, until the engine is up (imports, load, golden check), and until the first text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?o
 
 
 async def vllm_alone(folder: Path, log: Path) -> float:
-    """Seconds from exec to first text. Raises RuntimeError if there is none in time."""
+    """Return the seconds from exec to the first text. Raises RuntimeError if no text comes in time."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
@@ -80,7 +80,9 @@ async def _first_text(url: str, began: float) -> float:
 
 
 async def from_zero(live: Live) -> dict[str, float]:
-    """Call a model at zero replicas: total seconds and those of each part. Raises RuntimeError if the call fails."""
+    """Call a model at zero replicas; return the total seconds and the seconds of each part. Raises RuntimeError if the
+    call fails.
+    """
     before = len(_started(live))
     sent = time.time()
     result = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
@@ -100,7 +102,7 @@ async def from_zero(live: Live) -> dict[str, float]:
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
-    """(began, engine_s, opened_s) of all replicas, by time, from the output that Ray keeps."""
+    """Return (began, engine_s, opened_s) of all replicas, sorted by time, from the output that Ray keeps."""
     starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
@@ -109,7 +111,7 @@ def _started(live: Live) -> Sequence[tuple[float, float, float]]:
 
 
 async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
-    """Run all rounds, after one warm-up of each case that is not counted."""
+    """Run all rounds, after one warm-up of each case. The warm-ups are not counted."""
     checkpoint = Path(model) if model else build_checkpoint("llama", folder / "llama")
     spec = ModelSpec(
         MODEL,
@@ -145,7 +147,7 @@ async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run and report."""
+    """Run all rounds and report the figures."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live.cold")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="", help="a checkpoint (default: a tiny random LLaMA)")

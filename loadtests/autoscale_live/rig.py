@@ -1,4 +1,6 @@
-"""Test bed of a live run: a gateway, a controller that scales, and its own Ray, with one model that begins at zero."""
+"""Test bed of a live run: a gateway, a controller that scales, a Ray of its own, and one model that begins at zero
+replicas.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +32,32 @@ from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
 DRAIN_S = 300.0
-"""The default drain time; streams that a version has begun end on that version within it."""
+"""The default drain time in seconds. Streams that begin on a version end on the same version within this time."""
 SAMPLE_S = 0.25
 
 
 class Watch:
-    """Replicas of the fleet over time: those starting or serving, and those leaving."""
+    """Recorder of the number of replicas over time: replicas that start or serve, and replicas that leave."""
 
     def __init__(self, scaler: Scaler) -> None:
         self._scaler = scaler
         self.samples: list[tuple[float, int, int, int]] = []
 
     async def run(self) -> None:
-        """Sample until cancelled."""
+        """Record samples until cancelled."""
         while True:
             counts = self._scaler.standing(MODEL)
             self.samples.append((time.monotonic(), counts.running, counts.starting, counts.desired))
             await asyncio.sleep(SAMPLE_S)
 
     def gpu_seconds(self, since: float, until_: float) -> float:
-        """GPU-seconds of replicas that start or serve."""
+        """Return the GPU-seconds of the replicas that start or serve between two times."""
         inside = [sample for sample in self.samples if since <= sample[0] <= until_]
         return sum((b[0] - a[0]) * (a[1] + a[2]) for a, b in itertools.pairwise(inside))
 
 
 class Live:
-    """The parts of a run."""
+    """Parts of a live run: the controller, the callers and Ray."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Live:
         self.settings, self.watch, self.ray = settings, watch, ray
 
     async def until_at_zero(self) -> None:
-        """Wait until the model has no replicas, only its name."""
+        """Wait until the model has no replicas on Ray and no links."""
         await until(lambda: self.links() == 0, "no replica is linked", 120)
         await self.until_on_ray(lambda app: not (app.leaving or app.running or app.placed))
 
@@ -88,7 +90,7 @@ class Live:
         return [app for app in snapshot.apps.values() if app.model == MODEL and not app.deleting]
 
     async def cold_start(self) -> float:
-        """Start by hand: seconds from the command to a worker with capacity."""
+        """Start a replica by hand; return the seconds from the command to a worker with capacity."""
         began = time.monotonic()
         self.desk.scale(MODEL, 1)
         await until(lambda: self.links() == 1, "it serves", 120)
@@ -99,7 +101,7 @@ class Live:
         return took_s
 
     async def from_zero(self, number: int) -> CallResult:
-        """Call the model at zero replicas; then scale back to zero."""
+        """Call the model at zero replicas, then scale the model back to zero; return the result of the call."""
         result = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
         await self.until_at_zero()
@@ -109,7 +111,7 @@ class Live:
 
 @asynccontextmanager
 async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """Start all parts; they run until the end of the block, or until SIGTERM ends the process."""
+    """Start all parts. The parts run until the end of the block, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)

@@ -1,4 +1,4 @@
-"""Calls of a live run, drawn before it begins. Pure: equal seeds give equal calls."""
+"""Calls of a live run, drawn before the run begins. Pure: equal seeds give equal calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROMPTS = 12
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Speed of a simulated replica: steps of `decode_s` at any load, with a fixed number of sequences at once."""
+    """Speed of a simulated replica: steps of `decode_s` at any load, and at most `max_num_seqs` sequences at once."""
 
     decode_s: float = 0.05
     max_num_seqs: int = 8
@@ -23,13 +23,13 @@ class Engine:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of a full replica."""
+        """Tokens per second of a fully loaded replica."""
         return self.max_num_seqs / self.decode_s
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One planned call. `at_s`: from the beginning; `face`: 0 is the SDK, 1 the stock openai client."""
+    """One planned call. `at_s`: seconds from the run's beginning; `face`: 0 is the SDK, 1 the stock openai client."""
 
     at_s: float
     tokens: int
@@ -38,7 +38,7 @@ class PlannedCall:
 
 
 def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, **more: Any) -> Sequence[PlannedCall]:
-    """`count` days, each with its own calls; arguments as for `plan`."""
+    """Return the calls of `count` days. Each day has different calls; the other arguments are those of `plan`."""
     return [
         replace(call, at_s=call.at_s + day * seconds)
         for day in range(count)
@@ -47,7 +47,9 @@ def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, *
 
 
 def share_of_most(part: float, at_zero: float = 0.08) -> float:
-    """Demand over a run as a fraction of its peak: up, a plateau, down to little, and a second, steeper rise."""
+    """Return the demand at the fraction `part` of a run, as a fraction of the peak. The demand rises to a plateau,
+    falls to little, and rises a second time more steeply.
+    """
     points = ((0.0, 0.2), (0.1, 0.2), (0.4, 1.0), (0.55, 1.0), (0.7, at_zero), (0.8, at_zero), (0.85, 0.8), (1.0, 0.8))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if part <= x1:
@@ -58,7 +60,9 @@ def share_of_most(part: float, at_zero: float = 0.08) -> float:
 def plan(
     seed: int, seconds: float, engine: Engine, replicas: int, load: float = 0.7, stream_s: tuple[float, float] = (5, 60)
 ) -> Sequence[PlannedCall]:
-    """Poisson arrivals by thinning; stream lengths log-uniform. At its peak the demand is `load` of all replicas."""
+    """Return calls with Poisson arrivals (by thinning) and log-uniform stream lengths. At the peak the demand is the
+    fraction `load` of the capacity of all replicas.
+    """
     chance = random.Random(seed)
     low, high = stream_s
     mean_s = (high - low) / math.log(high / low)

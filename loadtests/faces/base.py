@@ -1,4 +1,6 @@
-"""The interface between the driver and a protocol: a request is sent, pieces of text arrive, counts end it."""
+"""The interface between the driver and a protocol: a client sends a request, receives pieces of text, and returns the
+counts at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 OnText = Callable[[str], None]
-"""Called immediately for every non-empty piece of text, in order."""
+"""Callback that gets every non-empty piece of text immediately, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call. `key` names its content, so that answers of two servers to the same request can be compared."""
+    """One call. `key` names the content of the request, so that the answers of two servers to the same request can be
+    compared.
+    """
 
     key: str
     prompt: str
     max_tokens: int
     chat: bool = True
-    """Whether the prompt is a user's message; otherwise it is plain text to be continued."""
+    """Whether the prompt is a user's message. Otherwise the prompt is plain text to be continued."""
     group: str = ""
-    """The dataset's group (a tenant, a shared prefix), for the report."""
+    """Group of the dataset that the request belongs to (a tenant, a shared prefix), for the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """End of a call. Token counts are the server's own (usage); None if it reported none."""
+    """End of a call. Token counts are those that the server reported (usage); None if the server reported none."""
 
     completion_tokens: int | None
     prompt_tokens: int | None = None
@@ -34,7 +38,7 @@ class Answer:
 
 
 class CallFailed(Exception):
-    """A call without a complete answer. `kind` is a word to count by, `message` the error."""
+    """Raised for a call without a complete answer. `kind` is a word to count errors by; `message` is the error text."""
 
     UNREACHABLE = "unreachable"
     BROKEN = "broken"
@@ -58,7 +62,9 @@ class Face(Protocol):
     name: str
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """Make the call to its end. Raises CallFailed. Cancelling it cancels the call at the server too."""
+        """Make a call and return its answer at the end. Raises CallFailed. Cancelling this method also cancels the call
+        at the server.
+        """
 
     async def close(self) -> None:
         """Close all connections."""

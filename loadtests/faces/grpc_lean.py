@@ -1,7 +1,8 @@
 """Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop: one call per kept-alive connection.
 
-Like http1.py for HTTP: grpc.aio's client passes a call through threads and its completion queue. At one stream that is
-a measurable time that belongs to no server. Callers that use grpcio see that time too, with any server.
+The reason for this client is the same as for http1.py: grpc.aio's client passes a call through threads and a completion
+queue. At one stream that detour takes a measurable time, which belongs to no server. Callers that use grpcio see the
+same time too, with any server.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from loadtests.faces.grpc_stream import CHAT, COMPLETE, answer, failed, message_
 
 
 class GrpcLean:
-    """One stream per call; the most recently used connection is used next."""
+    """Client with one connection per running call. The most recently used connection is used next."""
 
     name = "grpc"
 
@@ -26,7 +27,7 @@ class GrpcLean:
         self._idle: list[GrpcClient] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         client = await self._connection()
         usage: pb.Usage | None = None
         finish, started = "", False
@@ -67,6 +68,6 @@ class GrpcLean:
             raise CallFailed(CallFailed.UNREACHABLE, f"{self._address}: {error.strerror or error}") from None
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         while self._idle:
             self._idle.pop().close()

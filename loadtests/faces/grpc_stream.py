@@ -1,7 +1,7 @@
-"""cluster.v1's StreamChat and StreamComplete, at our gateway or behind Ray Serve's gRPC proxy.
+"""Client of cluster.v1's StreamChat and StreamComplete, for our gateway or Ray Serve's gRPC proxy.
 
-Ray Serve's proxy takes the same messages: the application is named in the metadata, and the method's path says
-which method of the deployment runs.
+Ray Serve's proxy takes the same messages: the application is named in the metadata, and the path of the method names
+the method of the deployment that runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMPLETE = "/cluster.v1.Inference/StreamComplete"
 
 
 def message_of(request: Request, model: str, resumable: bool = False) -> pb.ChatRequest | pb.CompleteRequest:
-    """The request's message: greedy, and exactly `max_tokens` long."""
+    """Return the protobuf message of a request: greedy, and exactly `max_tokens` long."""
     options: dict[str, Any] = {
         "model": model,
         "max_tokens": request.max_tokens,
@@ -43,12 +43,14 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
 
 
 def failure(error: grpc.RpcError, started: bool) -> CallFailed:
-    """A gRPC status as the driver counts it. UNAVAILABLE before anything was received means that no server is there."""
+    """Return the gRPC status of an error as a failure that the driver counts. UNAVAILABLE before any chunk was received
+    means that no server is there.
+    """
     return failed(error.code(), str(error.details() or "").strip(), started)
 
 
 def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
-    """The same for a code and its detail message."""
+    """Return the failure for a gRPC status code and a detail message, as in `failure`."""
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallFailed(CallFailed.BROKEN if started else CallFailed.UNREACHABLE, detail)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -57,7 +59,7 @@ def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
 
 
 class GrpcStream:
-    """One stream per call; calls are spread over a few connections in turn."""
+    """Client with one stream per call. Calls are spread over a few connections in turn."""
 
     name = "grpc"
 
@@ -72,7 +74,7 @@ class GrpcStream:
         complete_path: str = COMPLETE,
         resumable: bool = False,
     ) -> None:
-        """`resumable`: chunks carry resume tokens."""
+        """Open the connections. `resumable`: chunks carry resume tokens."""
         self._resumable = resumable
         self._model = model
         self._metadata = tuple(metadata)
@@ -82,7 +84,7 @@ class GrpcStream:
         self._turn = 0
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         self._turn = (self._turn + 1) % len(self._channels)
         method = (self._chat if request.chat else self._complete)[self._turn]
         call = method(message_of(request, self._model, self._resumable), metadata=self._metadata)
@@ -105,13 +107,13 @@ class GrpcStream:
         return answer(usage, finish)
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         for channel in self._channels:
             await channel.close()
 
 
 def answer(usage: pb.Usage | None, finish: str) -> Answer:
-    """End of a stream. Raises CallFailed if it ended without its usage."""
+    """Return the answer at the end of a stream. Raises CallFailed if the stream ended without usage."""
     if usage is None:
         raise CallFailed(CallFailed.PROTOCOL, "the stream ended without usage")
     return Answer(usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens, finish)

@@ -1,4 +1,6 @@
-"""Lean HTTP/1.1 connection for one streamed answer at a time: the driver must cost less than what it measures."""
+"""Lean HTTP/1.1 connection for one streamed answer at a time. The driver must cost less than the servers that it
+measures.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ MAX_HEAD_BYTES = 65_536
 
 
 class Connection(asyncio.Protocol):
-    """Connection kept alive between answers. `on_body` gets the decoded body as it arrives."""
+    """Connection that is kept alive between answers. `on_body` gets the decoded body in pieces, as they arrive."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -26,11 +28,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether another request may be sent on it."""
+        """Whether another request may be sent on the connection."""
         return self._transport is not None and not self._transport.is_closing() and self._keep
 
     async def request(self, head_and_body: bytes, on_body: Callable[[bytes], None]) -> int:
-        """Send a request; return its status once the whole body has arrived. Raises CallFailed(BROKEN) otherwise."""
+        """Send a request and return the status once the whole body has arrived. Raises CallFailed(BROKEN) if the
+        connection ends earlier.
+        """
         assert self._transport is not None
         self._on_body, self._state, self._status = on_body, self._head, 0
         self._done = asyncio.get_running_loop().create_future()
@@ -41,19 +45,19 @@ class Connection(asyncio.Protocol):
             self._done = None
 
     def close(self) -> None:
-        """Close the connection; the server sees a cancel."""
+        """Close the connection. The server sees a cancelled request."""
         if self._transport is not None:
             self._transport.abort()
 
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
+        """Handle a new connection: store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Decode all complete parts."""
+        """Decode all complete parts of the received data."""
         self._buffer += data
         try:
             while self._done is not None and self._state():
@@ -63,18 +67,18 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def eof_received(self) -> bool:
-        """Handle the server's close: the end of a body without a length, otherwise an error."""
+        """Handle the server closing the connection: the end of a body without a length, otherwise an error."""
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Fail a running request."""
+        """Handle the end of the connection: fail a running request, unless the connection's end ends the body."""
         self._transport = None
         if self._state == self._until_closed and error is None:
             self._finish()
         else:
             self._fail(CallFailed(CallFailed.BROKEN, f"the connection ended: {error or 'closed by the server'}"))
 
-    # -- the states; each returns whether it has advanced
+    # -- the states; each returns whether the state has advanced
 
     def _head(self) -> bool:
         end = self._buffer.find(b"\r\n\r\n")

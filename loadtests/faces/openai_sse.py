@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint: /v1/chat/completions and /v1/completions as server-sent events."""
+"""Client of any OpenAI-compatible endpoint: /v1/chat/completions and /v1/completions as server-sent events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ERROR_BYTES = 4096
 
 
 class _Events:
-    """Parser of one answer: bytes in, pieces of text out, counts kept."""
+    """Parser of one answer: takes bytes, emits pieces of text and keeps the reported counts."""
 
     def __init__(self, chat: bool, on_text: OnText) -> None:
         self._chat = chat
@@ -52,12 +52,14 @@ class _Events:
 
 
 class OpenAiSse:
-    """One call per connection, from a pool of kept-alive connections."""
+    """Client with one call per connection, from a pool of kept-alive connections."""
 
     name = "http"
 
     def __init__(self, url: str, model: str, *, api_key: str = "") -> None:
-        """`url` is the server's root, e.g. http://127.0.0.1:8000. Raises ValueError unless it is http://host:port."""
+        """Store the address. `url` is the root of the server, e.g. http://127.0.0.1:8000. Raises ValueError unless it
+        is http://host:port.
+        """
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"endpoint {url!r}: expected http://HOST:PORT (plain HTTP, the driver speaks no TLS)")
@@ -68,7 +70,7 @@ class OpenAiSse:
         self._idle: list[Connection] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         events = _Events(request.chat, on_text)
         connection = await self._connection()
         whole = False
@@ -124,6 +126,6 @@ class OpenAiSse:
         return head.encode() + data
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         while self._idle:
             self._idle.pop().close()

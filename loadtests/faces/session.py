@@ -1,4 +1,4 @@
-"""Client of Inference.Session: a few streams carry all calls; each message holds everything since the one before."""
+"""Client of Inference.Session: a few streams carry all calls. Each message holds everything since the last message."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Call:
         self.on_text(text)
 
     def chunk(self, chunk: Any) -> bool:
-        """Handle a chunk; return whether it was the last."""
+        """Handle a chunk; return whether the chunk was the last."""
         for choice in chunk.choices:
             piece = choice.delta.content if self.chat else choice.text
             if piece:
@@ -53,7 +53,7 @@ class _Call:
 
 
 class _Stream:
-    """One session. The first call opens it; it is reopened after it has broken."""
+    """One session. The first call opens the session; after a broken stream the session is reopened."""
 
     def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata
@@ -137,7 +137,7 @@ def _refused(status: Any) -> CallFailed:
 
 
 class Sessions:
-    """Calls over `sessions` streams in turn."""
+    """Client that spreads calls over `sessions` streams in turn."""
 
     name = "session"
 
@@ -149,7 +149,7 @@ class Sessions:
         self._numbers = itertools.count(1)
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """See Face."""
+        """Make a call; see Face.run."""
         number = next(self._numbers)
         stream = self._streams[number % len(self._streams)]
         call = _Call(request, on_text)
@@ -160,6 +160,6 @@ class Sessions:
             await stream.cancel(number)
 
     async def close(self) -> None:
-        """See Face."""
+        """Close all connections; see Face.close."""
         for stream in self._streams:
             await stream.close()

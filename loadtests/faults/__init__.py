@@ -1,1 +1,1 @@
-"""The parts of the scenario `faults`."""
+"""Parts of the scenario `faults`."""

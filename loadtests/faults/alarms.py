@@ -1,7 +1,7 @@
-"""Hangs that must be detected and long work that must not be taken for one: a stopped engine, and hours of prefills.
+"""Two checks of hang detection: a stopped engine must be detected, and hours of prefills must not be taken for a hang.
 
-The prefill time is a sum over workers that run side by side: the same gateway watches each of them
-separately, and could take each of them for stuck.
+The hours of prefills are a sum over workers that run side by side: the same gateway watches each worker separately, and
+could take each worker for stuck.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0
 CREDIT_S = 0.2
-"""Time after which a worker with a new link has also granted credit."""
+"""Time in seconds after which a worker with a new link has also granted credit."""
 
 
 def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
-    """Arguments of a worker whose engine hangs after a few steps, and of one that takes over its calls."""
+    """Return the sources of two workers: the first has an engine that hangs after a few steps, the second takes over
+    the calls.
+    """
     common = (
         f"sim://{model}?decode_ms={HANG_STEP_MS}&max_model_len=4096&prefill_tokens_per_s=100000&seed={seed}&{plain}"
     )
@@ -40,14 +42,14 @@ def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
 
 
 def prefilling_source(model: Path, plain: str, seed: int) -> str:
-    """Source of a worker with steps of up to four seconds."""
+    """Return the source of a worker with steps of up to four seconds."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
 
 
 @dataclass(slots=True)
 class Hangs:
-    """Seconds from an engine's last step to the end of its link."""
+    """Results of the hangs. `noticed_s`: seconds from an engine's last step to the end of the worker's link."""
 
     noticed_s: list[float] = field(default_factory=list)
     reasons: set[str] = field(default_factory=set)
@@ -55,7 +57,7 @@ class Hangs:
 
 
 async def measure_hangs(fleet: Fleet, count: int) -> Hangs:
-    """Let the first worker's engine hang repeatedly."""
+    """Let the first worker's engine hang `count` times; return how long the gateway took to notice each hang."""
     out = Hangs()
     caller = Caller(fleet.grpc, fleet.metadata, "hangs")
     stuck = fleet.workers[0]
@@ -82,7 +84,7 @@ async def measure_hangs(fleet: Fleet, count: int) -> Hangs:
 
 
 async def _until_restarted(fleet: Fleet, worker: SimWorker) -> None:
-    """Wait for a new process of the worker, whose engine has not hung yet."""
+    """Kill the worker's process and wait until a new process of the worker is linked."""
     since, link_log = time.time(), fleet.link_log
     worker.signal(signal.SIGKILL)
     await link_log.downs(worker.id, since, NOTICED_S)
@@ -101,7 +103,7 @@ async def _until_restarted(fleet: Fleet, worker: SimWorker) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Prefills:
-    """Results of the long prefills."""
+    """Results of the long prefills, summed over all workers."""
 
     worker_s: float
     prefills: int
@@ -110,7 +112,7 @@ class Prefills:
 
 
 async def prefills(fleet: Fleet, run_s: float, seed: int) -> Prefills:
-    """Keep every worker in long prefills for `run_s`."""
+    """Keep every worker in long prefills for `run_s` seconds and return the results."""
     rng = random.Random(seed)
     began, seen = time.monotonic(), len(fleet.link_log.events)
     done = failed = 0

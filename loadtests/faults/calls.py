@@ -1,4 +1,6 @@
-"""Calls of every kind that a fault may hit, what each received, and how that differs from the undisturbed answer."""
+"""Calls of every kind that a fault may hit, the chunks that each call received, and the difference from the undisturbed
+answer.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
     "all": {"temperature": 0.6, "seed": 5, "n": 2, "logprobs": True, "repetition_penalty": 1.1, "stop": ["zqx"]},
 }
-"""Fields beyond the prompt and the length, by kind."""
+"""Request fields beyond the prompt and the length, by kind of request."""
 
 
 _Tokens = Mapping[int, Sequence[tuple[int, float]]]
@@ -37,7 +39,7 @@ _Tokens = Mapping[int, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class FaultRequest:
-    """One request."""
+    """One request of a given kind, with a key that identifies the request."""
 
     key: str
     kind: str
@@ -45,7 +47,7 @@ class FaultRequest:
 
 
 def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[FaultRequest]:
-    """`count` requests, all kinds in turn, each with its own prompt and length."""
+    """Return `count` requests of all kinds in turn, each with a different prompt and length."""
     rng = random.Random(seed)
     out = []
     for number in range(count):
@@ -59,7 +61,9 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
 def make_request(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
 ) -> FaultRequest:
-    """A request of a kind, of the given length unless a stop string ends it. `fields`: for a kind not in KINDS."""
+    """Return a request of a kind. The answer has the given length unless a stop string ends it. `fields`: fields of a
+    kind that is not in KINDS.
+    """
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
@@ -71,30 +75,30 @@ def make_request(
 
 @dataclass(slots=True)
 class CallResult:
-    """Everything that a call has sent to its caller. Times are wall-clock times."""
+    """Record of everything that the server sent for a call. Times are wall-clock times."""
 
     request: FaultRequest
     request_id: str
     sent: float
     answer_id: str = ""
-    """Id of the answer."""
+    """Id of the answer, from the chunks."""
     ended: float = 0.0
     whole: int = 0
-    """Characters of the undisturbed answer, if known."""
+    """Number of characters of the undisturbed answer, if known."""
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    """Token ids with their log probabilities, by index, if they are sent."""
+    """Token ids with their log probabilities, by index of the output, if the server sends them."""
     chunks: list[float] = field(default_factory=list)
     """Arrival time of each chunk with text or tokens."""
     offsets: list[int] = field(default_factory=list)
     usage: pb.Usage | None = None
     error: str = ""
     silence_s: float = 0.0
-    """The longest gap between two chunks."""
+    """The longest gap between two chunks, in seconds."""
 
     def record(self, chunk: pb.ChatChunk, now: float) -> None:
-        """Record a chunk."""
+        """Record a received chunk."""
         self.answer_id = chunk.id
         if chunk.choices:
             self.offsets.append(chunk.offset)  # progress-only chunks repeat it
@@ -113,37 +117,37 @@ class CallResult:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the answer has arrived."""
+        """Whether any part of the answer has arrived."""
         return bool(self.chunks)
 
     @property
     def resumed(self) -> int:
-        """Number of resumes after its first token."""
+        """Number of resumes after the first token of the call."""
         return self.usage.resumed if self.usage is not None else 0
 
     @property
     def last(self) -> bool:
-        """Whether all of the undisturbed answer but a token or two has arrived."""
+        """Whether all of the undisturbed answer has arrived, except for a token or two."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property
     def mid_character(self) -> bool:
-        """Whether the last text ends in part of a character, as far as its replacement character shows."""
+        """Whether the received text ends within a character. A replacement character at the end shows that."""
         return any(text.endswith("�") for text in self.texts.values())
 
     @property
     def hit(self) -> bool:
-        """Whether it has been silent for so long that it seems to have lost a worker."""
+        """Whether the call has been silent for so long that it seems to have lost a worker."""
         return self.silence_s > HIT_S
 
     def gaps(self) -> list[tuple[float, float]]:
-        """(time, length) of each silence between two chunks."""
+        """Return (time, length) of each silence between two chunks, in seconds."""
         return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
 def difference(call: CallResult, undisturbed: CallResult, logprob_tolerance: float = 0.0) -> str:
-    """Difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or other. Log
-    probabilities of a real engine depend a little on the rest of the batch.
+    """Return the difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or
+    other. The tolerance is for real engines: their log probabilities depend a little on the rest of the batch.
     """
     if call.error:
         return f"failed: {call.error}"
@@ -162,7 +166,7 @@ def difference(call: CallResult, undisturbed: CallResult, logprob_tolerance: flo
 
 
 def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
-    """Whether ids are equal and log probabilities within the tolerance."""
+    """Return whether token ids are equal and log probabilities are equal within the tolerance."""
     if ours.keys() != whole.keys():
         return False
     for index, wanted in whole.items():
@@ -175,7 +179,9 @@ def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
 
 
 SEEN = 12
-"""Equal characters after a difference that make it a duplicate or a gap, and not another text."""
+"""Number of equal characters after a difference. So many equal characters make the difference a duplicate or a gap, and
+not another text.
+"""
 
 
 def _texts_differ(ours: str, whole: str) -> str:
@@ -194,7 +200,7 @@ class Caller:
     """Client that makes calls over a few connections and records every chunk."""
 
     def __init__(self, address: str, metadata: Sequence[tuple[str, str]], run: str) -> None:
-        """`run` begins every request id, to identify the run's rows in the ledger."""
+        """Open the connections. `run` begins every request id, to identify the run's rows in the ledger."""
         self._metadata = tuple(metadata)
         self._run = run
         self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
@@ -209,7 +215,9 @@ class Caller:
     async def call(
         self, request: FaultRequest, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
     ) -> CallResult:
-        """Make one call to its end. Never raises for the server: `error` says what happened."""
+        """Make one call to the end. An error of the server raises no exception: `error` of the result says what
+        happened.
+        """
         self._made += 1
         result = CallResult(request, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", result.request_id))

@@ -1,13 +1,14 @@
-"""Proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
+"""Proof of exact resumption on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in
+the middle.
 
-Sixteen calls begin together. When each of them has received a drawn number of pieces, the worker that runs most of them
-is cut off, stopped or killed; in half of the batches the other worker follows, so that calls lose two workers. The
-gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls had
-just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other serves alone: faults on
-it are cuts or stops, after which its calls resume on itself.
+Sixteen calls begin together. When each call has received a drawn number of pieces, the worker that runs most of the
+calls is cut off, stopped or killed; in half of the batches the other worker follows, so that calls lose two workers.
+The gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls
+had just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
+faults on that worker are cuts or stops, after which its calls resume on the same worker.
 
-Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in different batches:
-a difference between those two comes from the engine and not from a fault.
+Every answer is compared with the answer to the same call without a fault. The undisturbed calls are made twice, in
+different batches: a difference between the two undisturbed answers comes from the engine and not from a fault.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ JSON: Mapping[str, Any] = {
     "ignore_eos": False,
     "response_format": pb.ResponseFormat(type="json_schema", json_schema=json.dumps(_SCHEMA)),
 }
-"""Schema with so many items that the length ends the answer."""
+"""Fields of a request with a JSON schema. The schema has so many items that the length limit ends the answer."""
 STOP_STRING: Mapping[str, Any] = {"temperature": 0.0, "stop": ["!?", "zqx"]}
-"""Stop strings so rare that they end few answers, and late."""
+"""Fields of a request with stop strings. The stop strings are so rare that they end few answers, and late."""
 MOST_MISSES = 60
 OWN = {"json": JSON, "stop": STOP_STRING}
-"""Kinds that are defined only here, or differently from elsewhere."""
+"""Request kinds that are defined only here, or differently from KINDS in calls.py."""
 LOGPROBS = 1e-4
-"""Tolerance of log probabilities: a prefill and decode steps round differently."""
+"""Tolerance of log probabilities. A prefill and decode steps round differently."""
 BLOCK_TOKENS = 32
 KILLS_OF = 8
-"""One fault in this many is to be a SIGKILL, which waits until both engines serve; where two are due, all wait."""
+"""Share of SIGKILL among the faults: one fault in this many. A SIGKILL waits until both engines serve; if two SIGKILLs
+are due, both wait.
+"""
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -74,7 +77,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A vLLM model runner and its load: `tokens` per call, faults after `pieces` pieces of each."""
+    """A vLLM model runner and the load for it: `tokens` per call, and faults after `pieces` pieces of each call."""
 
     environment: Mapping[str, str]
     tokens: int
@@ -85,13 +88,15 @@ RUNNERS: Mapping[str, Runner] = {
     "v1": Runner({}, 320, (6, 90)),
     "v2": Runner(interpreted.environment(), 96, (4, 30)),
 }
-"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed: its calls are shorter."""
+"""Model runners by name. The V2 runner's kernels are interpreted here, at 1/20 of the speed, so calls are shorter."""
 NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One fault: its kind, its worker, the pieces that each call had received, and the number of sequences hit."""
+    """One fault: the kind, the worker hit, the number of pieces that each call had received, and the number of
+    sequences hit.
+    """
 
     kind: str
     worker: int
@@ -103,7 +108,7 @@ class Point:
 
 @dataclass(slots=True)
 class Proof:
-    """Calls under faults, and their differences."""
+    """Calls under faults, and the differences from the undisturbed answers."""
 
     points: list[Point] = field(default_factory=list)
     """Faults that hit at least one sequence."""
@@ -111,18 +116,18 @@ class Proof:
     """Number of faults that hit no sequence."""
     calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """Differences by request id, of all calls of all batches."""
+    """Differences of all calls of all batches, by request id."""
     noise: int = 0
-    """Undisturbed calls whose answers differ between two batches."""
+    """Number of undisturbed calls whose answers differ between two batches."""
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """(exact, all) of the calls of these kinds that lost a worker, or failed."""
+        """Return (exact, all): the numbers of calls of these kinds that lost a worker or failed."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         hits = [point.hit for point in self.points]
         return {
             "points": dict(Counter(point.kind for point in self.points)),
@@ -140,7 +145,7 @@ class Proof:
 
 
 class Engines:
-    """A fleet of real workers, each restarted after `kill`."""
+    """A fleet of real workers. A killed worker is restarted."""
 
     def __init__(self, fleet: Fleet, children: Children, commands: Sequence[Sequence[str]], runner: Runner) -> None:
         self.fleet = fleet
@@ -151,13 +156,13 @@ class Engines:
         self._starting: set[int] = set()
 
     def start(self, number: int) -> None:
-        """Start a worker's process."""
+        """Start the process of a worker."""
         name = f"engine-{number}"
         environment = {**ENVIRONMENT, **self.runner.environment}
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
     async def linked_workers(self) -> list[int]:
-        """Numbers of the workers that have links, once at most one is still restarting."""
+        """Return the numbers of the workers that have links, once at most one worker is still restarting."""
         link_log, ids = self.fleet.link_log, [worker.id for worker in self.fleet.workers]
         self._starting = {number for number in self._starting if ids[number] not in link_log.up}
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
@@ -165,11 +170,11 @@ class Engines:
         return [number for number, worker in enumerate(ids) if worker in link_log.up]
 
     async def until_all_linked(self) -> None:
-        """Wait until restarting workers have links, too."""
+        """Wait until all workers have links, including restarting workers."""
         await self.fleet.until_all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
-        """Sequences that each linked worker runs, from its last beat."""
+        """Return the number of sequences that each linked worker runs, from the last beat of the worker."""
         samples = await self._scrape()
         ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
         return {
@@ -179,18 +184,18 @@ class Engines:
         }
 
     async def resumes(self) -> int:
-        """Number of resumes, on another worker or on the same one after its link broke."""
+        """Return the number of resumes, on another worker or on the same worker after a broken link."""
         return int(sum(value for name, _, value in await self._scrape() if name == "headrace_resumes_total"))
 
     async def _scrape(self) -> list[tuple[str, dict[str, str], float]]:
         return await asyncio.to_thread(scrape, self.fleet.endpoints["metrics"]) or []
 
     async def stop(self) -> None:
-        """Stop everything."""
+        """Stop the processes of all workers."""
         await asyncio.gather(*(child.stop() for child in self._processes if child is not None))
 
     async def apply_fault(self, kind: str, number: int) -> None:
-        """Apply one fault; return when the gateway has noticed it and the worker may return."""
+        """Apply one fault to a worker; return when the gateway has noticed the fault and the worker may return."""
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
             await self._kill(number)
@@ -209,7 +214,7 @@ class Engines:
             process.send_signal(what)
 
     async def _kill(self, number: int) -> None:
-        """Send SIGKILL to the worker and its engine; another process replaces it."""
+        """Send SIGKILL to the worker and the worker's engine; another process replaces them."""
         child = self._processes[number]
         assert child is not None
         since = time.time()
@@ -246,7 +251,7 @@ async def running(
 
 
 def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
-    """Batches of all kinds, each call with its own prompt."""
+    """Return batches of requests of all kinds, each request with a different prompt."""
     rng = random.Random(seed)
     out = []
     for number in range(REQUESTS):
@@ -257,7 +262,7 @@ def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
 
 
 class Batch:
-    """Calls that begin together."""
+    """Batch of calls that begin together."""
 
     def __init__(self, caller: Caller, requests: Sequence[FaultRequest]) -> None:
         self._results: dict[str, CallResult] = {}
@@ -271,7 +276,7 @@ class Batch:
         self._more.set()
 
     async def until(self, pieces: int) -> int:
-        """Wait until every running call has received `pieces` pieces; return how many still run."""
+        """Wait until every running call has received `pieces` pieces; return how many calls still run."""
         async with asyncio.timeout(ENDS_S):
             while True:
                 self._more.clear()
@@ -281,19 +286,19 @@ class Batch:
                 await self._more.wait()
 
     async def wait_for_results(self) -> list[CallResult]:
-        """Wait for the end of all calls and return them."""
+        """Wait for the end of all calls and return the results."""
         async with asyncio.timeout(ENDS_S):
             return list(await asyncio.gather(*self._tasks))
 
     async def cancel(self) -> None:
-        """Cancel the running calls."""
+        """Cancel the calls that still run."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Prover:
-    """Batches over two engines, and the faults that hit them."""
+    """Runner of batches over two engines, with the faults that hit them."""
 
     def __init__(self, engines: Engines, seed: int) -> None:
         fleet = engines.fleet
@@ -305,8 +310,8 @@ class Prover:
         self.proof = Proof()
 
     async def prove(self, points: int) -> Proof:
-        """Run batches until `points` faults have hit a sequence; compare each answer with its undisturbed one. Raises
-        RuntimeError if calls fail undisturbed, TimeoutError if a batch hangs.
+        """Run batches until `points` faults have hit a sequence; compare each answer with the undisturbed answer.
+        Raises RuntimeError if calls fail undisturbed, TimeoutError if a batch hangs.
         """
         proof, began = self.proof, time.monotonic()
         try:
@@ -369,13 +374,15 @@ class Prover:
                 proof.misses += 1
 
     async def _victim(self, batch: Batch, pieces: int) -> int | None:
-        """Worker that runs most sequences once all calls have received `pieces` pieces; None if they ended before."""
+        """Return the worker that runs most sequences once all calls have received `pieces` pieces; None if all calls
+        ended before.
+        """
         while await batch.until(pieces):
             loads = await self._engines.running()
             number = max(loads, key=loads.__getitem__, default=None)
             if number is not None and loads[number]:
                 return number
-            await asyncio.sleep(BEAT_S)  # beats report what runs
+            await asyncio.sleep(BEAT_S)  # beats report the running sequences
         return None
 
     def _kind(self, standing: int) -> str:
@@ -387,5 +394,5 @@ class Prover:
 
 
 async def prove(engines: Engines, points: int, seed: int) -> Proof:
-    """See Prover."""
+    """Run a Prover and return its proof; see Prover.prove."""
     return await Prover(engines, seed).prove(points)

@@ -1,4 +1,4 @@
-"""Check that the ledger has every call exactly once."""
+"""Check that the ledger has the record of every call exactly once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from loadtests.faults.calls import CallResult
 
 CAUGHT_UP_S = 25.0
-"""A record waits ten seconds for the counts of a lost worker."""
+"""Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerAudit:
-    """Answered sequences, and their rows in the ledger."""
+    """Number of answered sequences, and the numbers of missing, doubled and miscounted ledger rows."""
 
     sequences: int
     missing: int
     doubled: int
     miscounted: int
-    """Calls whose rows hold other token counts than their callers received."""
+    """Number of calls whose rows hold other token counts than the caller received."""
 
     @property
     def wrong(self) -> int:
@@ -40,7 +40,7 @@ class LedgerAudit:
 
 
 async def audit(ledger: Path, calls: Sequence[CallResult]) -> LedgerAudit:
-    """Compare calls and ledger, once the records of all calls have had time to arrive."""
+    """Compare the calls with the ledger, once the records of all calls have had time to arrive."""
     answered = [result for result in calls if not result.error]
     deadline = time.monotonic() + CAUGHT_UP_S
     while True:

@@ -1,8 +1,8 @@
-"""Thousands of faults: 64 streams of every kind on four simulated workers, of which some are always failing.
+"""Thousands of faults: 64 streams of every kind on four simulated workers, some of which are always failing.
 
-Every call is compared with its undisturbed answer, obtained before from the same cluster. The simulated engine's tokens
-are a function of all tokens so far and of every field of the request that shapes content, so one token lost, doubled or
-computed under other parameters changes all that follow.
+Every call is compared with the undisturbed answer, obtained before from the same cluster. The simulated engine computes
+each token as a function of all tokens so far and of every request field that shapes content. So one token lost, doubled
+or computed under other parameters changes all tokens that follow.
 """
 
 from __future__ import annotations
@@ -21,42 +21,48 @@ from loadtests.faults.calls import Caller, CallResult, FaultRequest, difference,
 from loadtests.serving.fleet import Fleet, SimWorker
 
 STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
-"""Streams at once, workers, sequences per worker (fewer than all streams need, so that some always wait)."""
+"""Concurrent streams, workers, sequences per worker, and step time in ms. The workers have fewer places than all
+streams need, so that some streams always wait.
+"""
 REQUESTS = 192
 TOKENS, WORDS = (24, 120), (8, 160)
 KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
 ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
-"""Odds of each fault; those that the gateway has to detect by itself take a worker away for longer."""
+"""Odds of each kind of fault. A fault that the gateway has to detect by itself takes a worker away for longer."""
 PHASES = ("in queue", "prefill", "first step", "mid-character", "last step", "twice", "any step")
 INTERVAL_S = (0.02, 0.12)
 MOMENT_S = 0.5
 BACK_S = (0.2, 1.6)
-"""Range of times that a stop or cut lasts: some shorter, some longer than its detection."""
+"""Range of the duration of a stop or a cut, in seconds. Some durations are shorter, some longer than the detection
+time.
+"""
 PREFILL_S = 0.01
 LEAST_UP = 1
-"""A fault waits until this many other workers serve."""
+"""Number of other workers that must serve before a fault is applied."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
-"""Bound for both max_attempts and max_silent_losses: faults are so dense that five losses of one call are
-normal, as is another loss before its next token.
+"""Bound for both max_attempts and max_silent_losses. Faults are so dense that five losses of one call are normal, and
+so is another loss before the call's next token.
 """
 NOTICED_S = 5.0
 
 
 def source(model: Path, seed: int) -> str:
-    """Source of all four workers: tokens over the whole vocabulary, so that bytes of broken characters occur."""
+    """Return the source of all four workers. Tokens come from the whole vocabulary, so that bytes of broken characters
+    occur.
+    """
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"
 
 
 class Moments:
-    """Lets the injector wait until some call is at a given phase."""
+    """Events with which the injector waits until any call is at a given phase."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
 
     def record_phase(self, result: CallResult) -> None:
-        """Record the phase of a call: after each of its chunks, and once before the first."""
+        """Record the phase of a call. Called after each chunk of the call, and once before the first."""
         if not self._waiting:
             return
         for phase in _phases(result):
@@ -65,7 +71,7 @@ class Moments:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Wait until a call is in this phase; False if none is in time."""
+        """Wait until a call is in this phase; return False if no call is in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -94,19 +100,19 @@ def _phases(result: CallResult) -> list[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Results of this part."""
+    """Results of the mass of faults."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Faults by (kind, phase)."""
+    """Number of faults by (kind, phase)."""
     calls: list[CallResult] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    """Differences by request id, of calls that differ from their undisturbed answers."""
+    """Differences from the undisturbed answers by request id, for calls that differ."""
     stuck: int = 0
-    """Calls that had not ended a minute after the last fault."""
+    """Number of calls that had not ended a minute after the last fault."""
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         kinds, phases = Counter[str](), Counter[str]()
         for (kind, phase), count in self.points.items():
             kinds[kind] += count
@@ -128,7 +134,7 @@ class Outcome:
 
 
 class Mass:
-    """The callers and the injector over a running fleet."""
+    """The callers and the fault injector over a running fleet."""
 
     def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet
@@ -142,7 +148,7 @@ class Mass:
         self.outcome = Outcome()
 
     async def reference(self) -> dict[str, CallResult]:
-        """Make every request once, undisturbed."""
+        """Make every request once, undisturbed; return the results by key."""
         gate = asyncio.Semaphore(STREAMS)
 
         async def call_undisturbed(request: FaultRequest) -> CallResult:
@@ -205,7 +211,7 @@ class Mass:
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
 
     async def _victim(self) -> SimWorker:
-        """A worker that serves, chosen while enough others do."""
+        """Return a random serving worker that no other fault disturbs, once more than LEAST_UP such workers serve."""
         fleet, link_log = self._fleet, self._fleet.link_log
 
         def serving() -> list[SimWorker]:
@@ -244,5 +250,5 @@ def _bring_back(worker: SimWorker) -> None:
 
 
 def requests_of(model: str, seed: int) -> list[FaultRequest]:
-    """The requests of this part."""
+    """Return the requests of the mass of faults."""
     return mixed(REQUESTS, model, seed, tokens=TOKENS, words=WORDS)

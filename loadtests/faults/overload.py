@@ -1,8 +1,8 @@
 """Overload: a sweep finds the best goodput, then two and five times that rate is offered.
 
-Goodput counts the calls whose answer met the SLO, which is fixed here, before anything is measured. The gateway's queue
-is as long as what can be served within the SLO's time to first token. A call beyond that is refused at once;
-a waiting call may be shed for a higher class.
+Goodput counts the calls that met the SLO. The SLO is fixed here, before anything is measured. The gateway's queue is as
+long as what can be served within the SLO's time to first token. A call beyond that length is refused at once; a waiting
+call may be shed for a call of a higher class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORKERS, SEQUENCES, STEP_MS, TOKENS, WORDS = 4, 8, 20, 32, 8
 QUEUE = {"max_requests": 16, "max_wait_s": 5.0}
 SLO = Slo(ttft_s=0.6, tpot_s=2 * STEP_MS / 1000)
 SHARES: Mapping[str, float] = {"interactive": 0.2, "standard": 0.4, "batch": 0.4}
-"""Share of the calls by class; the first is the top class."""
+"""Share of the calls by priority class. The first class is the top class."""
 TOP = "interactive"
 SWEEP_PER_S = (24.0, 32.0, 40.0, 48.0, 56.0)
 SWEEP_S, OVER_S, WARM_S = 6.0, 12.0, 1.5
@@ -36,14 +36,14 @@ SHED = "short of room"
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Source of every worker: sequences for a known rate of calls."""
+    """Return the source of every worker, with a number of sequences that gives a known rate of calls."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=4096&max_model_len=2048"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=200000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Results at one rate: the calls after a warm-up, by class."""
+    """Results at one rate: the calls after a warm-up, each with its class."""
 
     rate_per_s: float
     seconds: float
@@ -51,11 +51,13 @@ class Load:
 
     @property
     def goodput_per_s(self) -> float:
-        """Calls per second that met the SLO."""
+        """Number of calls per second that met the SLO."""
         return sum(met(result) for _, result in self.calls) / self.seconds
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Time to refusal of each call: refused at admission, or `shed` while waiting."""
+        """Return the time to refusal of each refused call in seconds: calls refused at admission, or with `shed` calls
+        shed while waiting.
+        """
         return [
             result.ended - result.sent
             for _, result in self.calls
@@ -63,11 +65,11 @@ class Load:
         ]
 
     def lost(self, cls: str) -> int:
-        """Calls of a class without an answer."""
+        """Return the number of calls of a class without an answer."""
         return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
@@ -79,7 +81,7 @@ class Load:
 
 
 def met(result: CallResult) -> bool:
-    """Whether an answer met the SLO."""
+    """Return whether an answer met the SLO."""
     if result.error or result.usage is None or SLO.ttft_s is None or SLO.tpot_s is None:
         return False
     tokens = max(result.usage.completion_tokens - 1, 1)
@@ -97,20 +99,20 @@ class OverloadResults:
 
     @property
     def capacity_per_s(self) -> float:
-        """The best goodput of the sweep."""
+        """The best goodput of the sweep, in calls per second."""
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Times to refusal over all rates above the sweep."""
+        """Return the times to refusal in seconds, over all rates of the sweep and of the overload."""
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:
-        """99th percentile; NaN if no call was refused."""
+        """Return the 99th percentile of the times to refusal in milliseconds; NaN if no call was refused."""
         return percentile(self.refused_s(shed), 99) * 1000
 
 
 class Overload:
-    """Callers of all classes."""
+    """Callers of all classes, and the results of their calls."""
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self._rng = random.Random(seed)

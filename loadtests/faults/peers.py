@@ -1,9 +1,9 @@
 """Streams that finish despite a lost backend: ours, vllm-router and Ray Serve's gRPC proxy, each with two backends.
 
-The backends all use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment.
-In a round all streams begin together; when each has received some pieces, one backend gets SIGKILL. A stream finishes
-when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as it does by
-default. Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
+All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
+round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
+when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer retries as by default.
+Rounds of vllm-router have their own engines and router; ours and Ray's backends are restarted automatically.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Source of every backend."""
+    """Return the source of every backend."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 
 
 @dataclass(slots=True)
 class Stream:
-    """Everything that one call received."""
+    """Record of everything that one call received."""
 
     pieces: int = 0
     text: str = ""
     completion_tokens: int | None = None
     backend: str = ""
-    """Backend on which it began, if visible."""
+    """Backend on which the stream began, if visible."""
     resumed: bool = False
     error: str = ""
 
 
 @dataclass(slots=True)
 class Finished:
-    """Results of an arm, over its rounds."""
+    """Results of an arm over all rounds of the arm."""
 
     begun: int = 0
     whole: int = 0
     hit: int = 0
-    """Streams that were resumed, or did not finish."""
+    """Number of streams that were resumed, or did not finish."""
     errors: dict[str, int] = field(default_factory=dict)
     calls: list[CallResult] = field(default_factory=list)
-    """Calls to check against the ledger, if the arm has one."""
+    """Calls to check against the ledger, if the arm has a ledger."""
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         return {"begun": self.begun, "finished whole": self.whole, "hit": self.hit, "errors": self.errors}
 
     def __str__(self) -> str:
@@ -75,13 +75,17 @@ class Finished:
 
 
 Call = Callable[[FaultRequest, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
-"""Makes a call, fills its stream and calls back after each piece; never raises for the server."""
+"""Function that makes a call, fills the call's stream and calls back after each piece. An error of the server raises no
+exception.
+"""
 
 
 async def play_round(
     call: Call, requests: Sequence[FaultRequest], kill: Callable[[Sequence[Stream]], None], into: Finished
 ) -> None:
-    """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if they fail undisturbed."""
+    """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if an undisturbed stream
+    fails.
+    """
     undisturbed = [Stream() for _ in requests]
     await asyncio.gather(
         *(call(request, stream, _ignore_piece) for request, stream in zip(requests, undisturbed, strict=True))
@@ -125,13 +129,13 @@ def _ignore_piece() -> None:
 
 
 def requests_of(seed: int, number: int) -> list[FaultRequest]:
-    """Requests of a round."""
+    """Return the requests of a round."""
     rng = random.Random(f"{seed} {number}")
     return [make_request(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
 
 def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
-    """Calls over our proto."""
+    """Return a function that makes calls over our gRPC API."""
 
     async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_chunk(result: CallResult) -> None:
@@ -148,7 +152,7 @@ def over_grpc(caller: Caller, results: list[CallResult]) -> Call:
 
 
 def over_http(face: OpenAiSse) -> Call:
-    """Calls over OpenAI's API."""
+    """Return a function that makes calls over OpenAI's API."""
 
     async def call(request: FaultRequest, stream: Stream, on_piece: Callable[[], None]) -> None:
         def on_text(text: str) -> None:
@@ -166,7 +170,7 @@ def over_http(face: OpenAiSse) -> Call:
 
 
 async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """A gateway and two workers, one of which is killed in each round. Raises DidNotStart."""
+    """Run the rounds on a gateway with two workers; each round kills one worker. Raises DidNotStart."""
     out, rng = Finished(), random.Random(seed)
     sources = [engine] * BACKENDS
     async with fleet.running(children, folder, bundle=bundle, sources=sources, name="beside-peers") as running:
@@ -187,7 +191,7 @@ async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed
 async def vllm_router(
     children: Children, environment: Path, bundle: Path, engine: str, seed: int, rounds: int
 ) -> Finished:
-    """Two OpenAI servers behind the router. Raises DidNotStart or NoPeers."""
+    """Run the rounds on two OpenAI servers behind vllm-router. Raises DidNotStart or NoPeers."""
     out, rng = Finished(), random.Random(seed)
     for number in range(rounds):
         async with AsyncExitStack() as stack:
@@ -221,7 +225,9 @@ async def _server(children: Children, bundle: Path, engine: str) -> AsyncIterato
 
 
 async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """Two replicas behind Ray Serve's proxy; the one with most streams is killed. Raises DidNotStart."""
+    """Run the rounds on two replicas behind Ray Serve's proxy; each round kills the replica with most streams. Raises
+    DidNotStart.
+    """
     out = Finished()
     simulated = ["--simulated", engine, "--bundle", str(bundle), "--replicas", str(BACKENDS)]
     async with ray_serve.running(

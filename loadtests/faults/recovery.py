@@ -1,10 +1,12 @@
 """Single faults: detection time, waiting time of callers, and the effect on calls that were not hit.
 
-An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them
-throughout; when all have begun, one worker is killed or stopped. Streams that report a resume were hit;
-the others are the survivors. In calm episodes one worker is away from the beginning, the others have as many streams
-each as survivors have, and as many fresh calls come at once as a worker has streams: the wait of such a crowd of new
-calls on the same workers is the allowed wait of a crowd of resumed calls.
+An episode is a set of streams that begin together on all workers. Fresh calls of the same length run beside the streams
+throughout the episode. When all streams have begun, one worker is killed or stopped. Streams that report a resume were
+hit; the other streams are the survivors.
+
+In calm episodes one worker is away from the beginning, and each other worker has as many streams as it has survivors in
+an episode with a fault. Then as many fresh calls come at once as a worker has streams. The wait of this crowd of new
+calls is the allowed wait of a crowd of resumed calls on the same workers.
 """
 
 from __future__ import annotations
@@ -29,18 +31,22 @@ WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 GROWN_WORDS = 8
-"""Extra words in the prompts of fresh calls: the emitted tokens of an interrupted call must be computed, too."""
+"""Number of extra words in the prompts of fresh calls. They stand for the emitted tokens of an interrupted call, which
+must be computed, too.
+"""
 BEGUN_CHUNKS = 12
 CALM = "calm"
 EPISODES = (KILL, STOP, CALM, KILL, LINK, CALM, STOP, KILL, CALM, LINK) * 3
 NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
 TRIAL_S = 1.2
-"""A worker that hung gets a probe after a second; streams that begin before would go to the others."""
+"""Pause in seconds before an episode. A worker that hung gets a probe after a second; streams that begin before the
+probe would go to the other workers.
+"""
 BEFORE_S = 1.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Source of every worker; each token has its own text, so that each step is a chunk."""
+    """Return the source of every worker. Each token has a different text, so that each step is a chunk."""
     room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
@@ -48,7 +54,7 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(slots=True)
 class Episode:
-    """Measurements of one episode, seconds."""
+    """Measurements of one episode. Times are in seconds."""
 
     kind: str
     struck: float = 0.0
@@ -56,12 +62,16 @@ class Episode:
     gaps_s: list[float] = field(default_factory=list)
     """Longest silence of each stream that was hit."""
     after_s: list[float] = field(default_factory=list)
-    """The same less the part before the fault: up to one step, which the fault did not cause."""
+    """Longest silence of each stream that was hit, less the part before the fault: up to one step, which the fault did
+    not cause.
+    """
     fresh_s: list[float] = field(default_factory=list)
-    """TTFT of fresh calls before the fault; in a calm episode, of a crowd of them."""
+    """TTFT of fresh calls before the fault. In a calm episode: TTFT of the crowd of fresh calls."""
     before_s: list[float] = field(default_factory=list)
     during_s: list[float] = field(default_factory=list)
-    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has resumed."""
+    """Gaps between the chunks of the survivors: `before_s` before the fault, `during_s` from the fault until the last
+    hit stream has resumed.
+    """
     around: list[tuple[float, float]] = field(default_factory=list)
     """(time after the fault, length) of every gap, for the plot."""
     failed: int = 0
@@ -69,25 +79,25 @@ class Episode:
 
 @dataclass(slots=True)
 class Findings:
-    """All episodes."""
+    """Results of all episodes."""
 
     episodes: list[Episode] = field(default_factory=list)
     calls: list[CallResult] = field(default_factory=list)
     alarms: int = 0
-    """Links that ended though their workers were not disturbed."""
+    """Number of links that ended though the worker was not disturbed."""
 
     def of(self, *kinds: str) -> list[Episode]:
-        """Episodes of these kinds."""
+        """Return the episodes of these kinds."""
         return [episode for episode in self.episodes if episode.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
-        """Times to the end of the link; infinite if it did not end."""
+        """Return the seconds from each fault to the end of the link; infinite for a link that did not end."""
         return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Each silence relative to (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection time). Not
-        `whole`:
-        from the fault on.
+        """Return the silence of each hit stream as a multiple of the fault's allowed silence. The allowed silence is
+        the p99 TTFT of fresh calls (alone, or with `crowd` in a crowd) plus the detection time of the fault. Without
+        `whole`, a silence counts from the fault on.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)
@@ -99,7 +109,7 @@ class Findings:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report, milliseconds."""
+        """Return the values for the report, in milliseconds."""
         fresh = [s for episode in self.episodes if episode.kind != CALM for s in episode.fresh_s]
         crowd = [s for episode in self.of(CALM) for s in episode.fresh_s]
         out: dict[str, Any] = {"fresh TTFT ms": quantiles(fresh), "TTFT ms in a crowd": quantiles(crowd)}
@@ -123,17 +133,17 @@ def _rounded(gap: tuple[float, float]) -> tuple[float, float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Percentile; NaN if there are no values."""
+    """Return a percentile; NaN if there are no values."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Quantiles in milliseconds."""
+    """Return the quantiles in milliseconds, and the number of values."""
     return {f"p{q}": round(percentile(values, q) * 1000, 1) for q in (50, 99, 100)} | {"count": len(values)}
 
 
 class Recovery:
-    """Episodes over a running fleet."""
+    """Runner of episodes over a fleet."""
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self._fleet = fleet
@@ -143,7 +153,7 @@ class Recovery:
         self.findings = Findings()
 
     async def play(self, kinds: Sequence[str]) -> Findings:
-        """Play one episode of each kind."""
+        """Play one episode of each kind and return the findings."""
         try:
             await self._caller.call(self._make_request(FRESH_TOKENS))  # the first call waits for the tokenizer
             for kind in kinds:
@@ -162,7 +172,7 @@ class Recovery:
         return make_request(f"r{self._made}", "greedy", self._fleet.model, tokens, words, self._rng.random())
 
     async def _all_serve(self) -> None:
-        """Wait until every worker is linked, and no breaker is open."""
+        """Wait until every worker is linked and no breaker is open."""
         await self._fleet.until_all_up()
         await asyncio.sleep(TRIAL_S)
         for _ in range(2):
@@ -209,7 +219,7 @@ class Recovery:
         return episode
 
     async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[CallResult]]) -> None:
-        """Wait until all streams have begun. Raises RuntimeError if some do not."""
+        """Wait until all streams have begun. Raises RuntimeError if a stream does not begin in time."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(all_begun.wait(), BEGUN_S)
             return
@@ -221,7 +231,9 @@ class Recovery:
             into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
     async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
-        """Apply the fault, or start the crowd of calls."""
+        """Apply the fault of the episode, or start the crowd of calls in a calm episode; return the
+        calls of the crowd.
+        """
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)
@@ -244,7 +256,7 @@ def _disturb(kind: str, worker: SimWorker) -> None:
 
 
 def _evaluate(episode: Episode, streams: Sequence[CallResult], fresh: Sequence[CallResult]) -> None:
-    """Evaluate an episode's calls."""
+    """Record the measurements of an episode from the episode's calls."""
     struck = episode.struck
     episode.failed = sum(bool(result.error) for result in streams)
     episode.fresh_s = [result.chunks[0] - result.sent for result in fresh if result.chunks]

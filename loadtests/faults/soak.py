@@ -1,7 +1,8 @@
-"""Soak: short calls at a high rate for a while, and which of the gateway's resources have grown.
+"""Soak: short calls at a high rate for a while, and a check which of the gateway's resources have grown.
 
-Counted at rest, before and after, with the callers' connections open: sockets and other open files, threads, tasks of
-the event loop. Memory is sampled every second; its slope is that of the last three quarters of the time.
+Resources are counted at rest, before and after the calls, with the callers' connections open: sockets and other open
+files, threads, tasks of the event loop. Memory is sampled every second. The slope of the memory covers the last three
+quarters of the time.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ DRAWS, BLOCKS = 500, 15
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Source of every worker: answers as fast as a caller can read."""
+    """Return the source of every worker. The engine answers as fast as a caller can read."""
     return f"sim://{model}?decode_ms=2&prefill_tokens_per_s=1000000&max_model_len=2048&seed={seed}&{plain}"
 
 
 @dataclass(frozen=True, slots=True)
 class HeldResources:
-    """Resources that the gateway holds at rest."""
+    """Numbers of resources that the gateway holds at rest."""
 
     sockets: int
     files: int
     threads: int
     tasks: int
     peers: Mapping[str, int]
-    """Sockets by their local port, to identify growth."""
+    """Number of sockets by local port, to identify growth."""
 
     def __str__(self) -> str:
         return f"{self.sockets} sockets, {self.files} other files, {self.threads} threads, {self.tasks} tasks"
@@ -50,7 +51,9 @@ class HeldResources:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """Results of the soak. The slope is in MB an hour for each thousand requests a second, with its 95 % interval."""
+    """Results of the soak. The slope is in MB an hour for each thousand requests a second, with the 95 % interval of
+    the slope.
+    """
 
     seconds: float
     rate_per_s: float
@@ -61,17 +64,17 @@ class Soak:
     rss_bytes: Sequence[tuple[float, int]]
     slope: tuple[float, float, float]
     downs: Sequence[str]
-    """Reasons of links that ended meanwhile, although no worker was disturbed."""
+    """Reasons of links that ended during the soak, although no worker was disturbed."""
 
     def growth(self) -> dict[str, int]:
-        """Resources that have grown, and by how much."""
+        """Return the resources that have grown, with the growth of each."""
         before, after = asdict(self.before), asdict(self.after)
         names = ("sockets", "files", "threads", "tasks")
         return {name: after[name] - before[name] for name in names if after[name] > before[name]}
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
-    """Least-squares slope over the last part; the interval comes from a block bootstrap."""
+    """Return the least-squares slope over the last part, and the ends of the interval from a block bootstrap."""
     at = np.array([when for when, _ in samples])
     mb = np.array([rss for _, rss in samples]) / 1e6
     kept = at >= at[0] + (at[-1] - at[0]) * (1 - LAST_PART)
@@ -92,7 +95,9 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
-    """Warm up, rest, count, run, rest, count. `told_file` is the file that the gateway's witness writes."""
+    """Warm up, rest, count, run, rest, count; return the results and the calls. `told_file` is the file that the
+    gateway's witness writes.
+    """
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")
     rng = random.Random(seed)

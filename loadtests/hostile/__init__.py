@@ -1,1 +1,3 @@
-"""Parts of the scenario `hostile`: each attacks a promise of SECURITY.md or docs/failures.md and measures the harm."""
+"""Parts of the scenario `hostile`. Each part attacks a promise of SECURITY.md or docs/failures.md and measures the
+harm.
+"""

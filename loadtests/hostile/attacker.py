@@ -1,4 +1,4 @@
-"""HTTP/2 client for attacks: blocking, sends any bytes, and records the frames that come back."""
+"""HTTP/2 client for attacks. The client blocks, sends any bytes, and records the frames that the server sends."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONNECT_S: Final = 10.0
 
 
 class Attacker:
-    """One connection. `received` counts frames by type."""
+    """One attacking connection. `received` counts frames by type."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Connect; with a key, make a call that succeeds, so that the connection is a tenant's."""
+        """Connect. With a key, make a call that succeeds, so that the connection belongs to a tenant."""
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), CONNECT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -44,13 +44,13 @@ class Attacker:
 
     @property
     def last(self) -> int:
-        """Id of the stream that was opened last."""
+        """Id of the last stream that was opened."""
         return self._next - 2
 
     def open(
         self, method: str, more: Sequence[tuple[str, str]] = (), *, end: bool = False, verb: str = "POST"
     ) -> bytes:
-        """HEADERS of a new call, to be sent; `method` is one of our methods, or a whole path."""
+        """Return the HEADERS frame of a new call, to be sent later. `method` is one of our methods, or a whole path."""
         path = method if method.startswith("/") else SERVICE + method
         fields = [(":method", verb), (":scheme", "http"), (":path", path), (":authority", "a")]
         fields += [("content-type", "application/grpc"), ("te", "trailers"), *more]
@@ -59,7 +59,7 @@ class Attacker:
         return self.head(self._encoder.encode(fields), end=end)
 
     def head(self, block: bytes, *, end: bool = False) -> bytes:
-        """HEADERS of a new stream with this header block."""
+        """Return the HEADERS frame of a new stream with this header block."""
         flags = ("END_HEADERS", "END_STREAM") if end else ("END_HEADERS",)
         frame = HeadersFrame(self._next, block, flags=flags)
         self._next += 2
@@ -67,12 +67,14 @@ class Attacker:
 
     @staticmethod
     def message(stream_id: int, data: bytes, *, end: bool = False) -> bytes:
-        """A complete message on a stream."""
+        """Return the DATA frame with a complete gRPC message on a stream."""
         framed = b"\x00" + len(data).to_bytes(4, "big") + data
         return DataFrame(stream_id, framed, flags=("END_STREAM",) if end else ()).serialize()
 
     def send(self, data: bytes) -> bool:
-        """Send all of it, and read what arrives meanwhile; False once the server has closed the connection."""
+        """Send all of the data, and read what arrives meanwhile; return False once the server has closed the
+        connection.
+        """
         view = memoryview(data)
         while view and not self.ended:
             try:
@@ -83,14 +85,14 @@ class Attacker:
         return not self.ended
 
     def send_within(self, data: bytes, within_s: float) -> int:
-        """Send as much as the server accepts within `within_s`; return the number of bytes."""
+        """Send as much of the data as the server accepts within `within_s`; return the number of bytes sent."""
         self.socket.settimeout(within_s)
         with suppress(OSError):
             return self.socket.send(data)
         return 0
 
     def read(self, wait_s: float) -> None:
-        """Read once."""
+        """Read once from the socket, waiting at most `wait_s`."""
         try:
             self.socket.settimeout(wait_s)
             data = self.socket.recv(1 << 20)
@@ -113,7 +115,7 @@ class Attacker:
             del self._buffer[:end]
 
     def wait(self, holds: Callable[[], bool], within_s: float = CONNECT_S) -> None:
-        """Read until `holds` is true. Raises TimeoutError, ConnectionError."""
+        """Read until `holds` is true. Raises TimeoutError, or ConnectionError if the server closes the connection."""
         deadline = time.monotonic() + within_s
         while not holds():
             if self.ended:

@@ -1,4 +1,4 @@
-"""Wrong configuration files made from good ones, with one typical human mistake each. Seeded."""
+"""Wrong configuration files made from good files. Each wrong file has one typical human mistake. Seeded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Mutant:
 
 
 def mutant(good: str, rng: random.Random) -> Mutant:
-    """Make one mistake in a good file."""
+    """Make one mistake in a good file and return the wrong file."""
     while True:
         data = yaml.safe_load(good)
         mistake = rng.choice(MISTAKES)
@@ -34,7 +34,7 @@ def mutant(good: str, rng: random.Random) -> Mutant:
 
 
 def places(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value of a document with its path, without the document itself."""
+    """Yield every value of a document with its path, without the document itself."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield (*path, key), value

@@ -1,9 +1,10 @@
-"""Configurations that a restarted gateway, controller or replica refuses, found by constructing their real objects.
+"""Find the configurations that a restarted gateway, controller or replica refuses, by constructing the real objects.
 
-Nothing here uses the rules of `headrace config check`. The gateway's object is constructed with files laid out as in
-its pod, and its ports are bound on an address of this host. The controller's settings and backend are constructed. A
-replica's source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM
-itself, in a separate process (`python -m loadtests.hostile.config_oracle`), if vLLM is installed.
+This module uses none of the rules of `headrace config check`. The gateway object is constructed with files laid out as
+in the gateway's pod, and the gateway's ports are bound on an address of this host. The controller's settings and
+backend are constructed. A replica's source is looked up, and the replica's placement is compared with the nodes. vLLM
+itself makes the replica's engine configuration, in a separate process (`python -m loadtests.hostile.config_oracle`), if
+vLLM is installed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cluster.worker.settings import ReplicaSettings
 
 MOUNTS = {"/tls/": "tls", "/revoked/": "revoked", "/link/": "link-gateway", "/secrets/": "secrets"}
 HOST = "127.97.31.5"
-"""An address of this host that nothing else uses."""
+"""Address of this host that no other program uses."""
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -53,7 +54,7 @@ ENGINE_S = 600.0
 
 
 class Oracle:
-    """Constructs the processes' objects, in its own folders. `close` removes the folders."""
+    """Constructor of the objects of all processes, in temporary folders. `close` removes the folders."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -77,13 +78,12 @@ class Oracle:
         (self.folder / "secrets" / "hf-token").write_text("hf_x")
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the temporary files."""
         self._stack.close()
 
     def refusals(self, text: str, nodes: Sequence[Mapping[str, float]] | None, *, pod: bool) -> list[str]:
-        """Reasons why a process would refuse this cluster.yaml; engines are checked separately (`engine_cases`).
-        `nodes`:
-        Ray's nodes, None if unknown.
+        """Return the reasons why a process would refuse this cluster.yaml. Engines are checked separately
+        (`engine_cases`). `nodes`: the nodes of Ray, None if unknown.
         """
         try:
             config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
@@ -166,7 +166,7 @@ class Oracle:
                 yield f"replica: {spec.name}: {spec.min_replicas} replicas, but capacity for {capacity(spec, nodes)}"
 
     def engine_cases(self, text: str) -> list[dict[str, Any]]:
-        """Spec of every replica, for `engine_refusals`."""
+        """Return the spec of every replica, for `engine_refusals`."""
         config = Config.model_validate(yaml.safe_load(self._with_local_paths(text)))
         return [
             {"spec": specs.to_json(settings.spec)}
@@ -175,7 +175,7 @@ class Oracle:
         ]
 
     def engine_refusals(self, cases: Sequence[Mapping[str, Any]]) -> list[str]:
-        """vLLM's error for each case, "" if it accepts it. Raises RuntimeError."""
+        """Return vLLM's error for each case, or "" if vLLM accepts the case. Raises RuntimeError."""
         if not self.has_engine:
             return [""] * len(cases)
         done = subprocess.run(
@@ -196,7 +196,7 @@ def _restore_variable(name: str, value: str | None) -> None:
 
 
 def _may_be_fetched(source: str) -> bool:
-    """Whether only the network, or another node's disk, could show that a source does not exist."""
+    """Return whether only the network, or the disk of another node, could show that a source does not exist."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))
@@ -204,7 +204,9 @@ def _may_be_fetched(source: str) -> bool:
 
 
 def main() -> None:
-    """Process of the engine check: specs as JSON on standard input, an error for each on standard output."""
+    """Run the engine check in this process: read specs as JSON from standard input, write an error for each spec to
+    standard output.
+    """
     from cluster.worker.engine.vllm.arguments import engine_arguments
 
     answers = []
@@ -220,8 +222,9 @@ def main() -> None:
 
 
 def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
-    """Checkpoint configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
-    another checkpoint's configuration is unknown before it is fetched.
+    """Write a checkpoint configuration and return its folder. The demo model has a configuration of its own. The
+    configuration of any other checkpoint is unknown before the checkpoint is fetched, so a configuration is made whose
+    heads can be divided by the entry's parallelism.
     """
     ranks = spec.tensor_parallel_size
     heads = 64 if 64 % ranks == 0 else 8 * ranks

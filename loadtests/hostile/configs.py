@@ -1,8 +1,9 @@
 """Wrong files: the checks before a restart must refuse every file that a restarted process would refuse.
 
-Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of them are wrong. A cluster.yaml
-goes through `headrace config check --files`; values go through `helm template`, and then through the command of the
-chart's hook on the merged file. Files that pass are given to the processes' own constructors (config_oracle).
+Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of the changed files are wrong. A
+cluster.yaml goes through `headrace config check --files`. Chart values go through `helm template`, and then the merged
+file goes through the command of the chart's hook. Files that pass the checks are given to the constructors of the
+processes (config_oracle).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ VALUE_FILES = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 
 @dataclass(slots=True)
 class Count:
-    """Counts of the mutants by result."""
+    """Numbers of mutants by result."""
 
     refused: int = 0
     harmless: int = 0
@@ -45,12 +46,12 @@ class Count:
 
     @property
     def wrong(self) -> int:
-        """Mutants that a check or a process refuses."""
+        """Number of mutants that a check or a process refuses."""
         return self.refused + len(self.through)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the mutants, check them, and try those that pass on the processes."""
+    """Make the mutants, check them, and try the mutants that pass on the processes."""
     return await asyncio.to_thread(_measure, stage)
 
 
@@ -73,7 +74,9 @@ def _measure(stage: Stage) -> list[Figure]:
 
 
 def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
-    """Make mutants until `mutants` are wrong; all engine checks run in one process, since it takes seconds to start."""
+    """Make mutants until `mutants` of them are wrong; return the counts. All engine checks run in one process, since
+    the start of the process takes seconds.
+    """
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
     for _ in range(4 * mutants):
@@ -102,7 +105,7 @@ def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = M
 
 
 def refused(text: str, file: Path) -> bool:
-    """Whether the checks before a restart refuse the text."""
+    """Return whether the checks before a restart refuse the text."""
     if file not in VALUE_FILES:
         return bool(check(text, file.name, files=True).errors)
     from tests.support import helm
@@ -115,7 +118,7 @@ def refused(text: str, file: Path) -> bool:
 
 
 def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
-    """The cluster.yaml that processes read, and the nodes that Ray will have; None if unknown."""
+    """Return the cluster.yaml that processes read, and the nodes that Ray will have; None for unknown nodes."""
     if file not in VALUE_FILES:
         return text, None
     values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))

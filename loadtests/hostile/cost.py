@@ -1,7 +1,8 @@
-"""Cost of the defences without an attack: front-end CPU per streamed token, this checkout against another one.
+"""Cost of the defences without an attack: the front-end CPU time per streamed token of this checkout, compared with
+another checkout.
 
 Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). The value is the
-geometric mean of the rounds' ratios: the bound is on the mean, and the interval is reported beside it.
+geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported beside the mean.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROWS: Mapping[str, Bound] = {TITLE.format(api): BOUND for api in (GRPC, HTTP, SE
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run both checkouts alternately."""
+    """Run both checkouts alternately and return the rows."""
     against = stage.options.against
     if against is None:
         return [missing(row, bound, "no other checkout was named (--against)") for row, bound in ROWS.items()]
@@ -45,7 +46,7 @@ async def measure(stage: Stage) -> list[Figure]:
     source = sim_source(model, stage.options.seed)
     arms: dict[str, Contestant] = {}
     workers = []
-    # The scenario's parts choose the arms by name, so `--only` must not filter them again.
+    # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
     for prefix, checkout in ((THIS, ROOT), (OTHER, against.resolve())):
         ours = await serving.start(
@@ -71,7 +72,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:
-    """Arms in an order in which the two checkouts of one API follow each other."""
+    """Return the arms in an order in which the two checkouts of one API follow each other."""
     return sorted(arms, key=lambda arm: arm.arm.name.removeprefix(THIS).removeprefix(OTHER))
 
 

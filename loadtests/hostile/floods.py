@@ -1,4 +1,6 @@
-"""Floods of each kind of frame, without and with a tenant's key: whether the connection is cut, and at what cost."""
+"""Floods of each kind of frame, without and with a tenant's key. Measured: whether the connection is cut, and at what
+cost.
+"""
 
 from __future__ import annotations
 
@@ -29,32 +31,32 @@ ROW = "kinds of frame floods not cut within 1 s of the gateway's CPU"
 ROWS: Mapping[str, Bound] = {ROW: Bound("<=", 0)}
 CPU_S, WALL_S, WRITE_BYTES = 1.0, 15.0, 65_536
 RUNNING, ENDED = 1001, 3
-"""Streams in the frames below: a running call of a tenant, and one that has ended."""
+"""Ids of two streams in the frames below: a running call of a tenant, and a call that has ended."""
 
 
 def repeated(frame: Frame | bytes) -> Callable[[Attacker], bytes]:
-    """Repeat the same frame."""
+    """Return a function that repeats the same frame."""
     data = frame if isinstance(frame, bytes) else frame.serialize()
     return lambda attacker: data * (WRITE_BYTES // len(data) + 1)
 
 
 def calls(make: Callable[[Attacker], bytes], count: int = 300) -> Callable[[Attacker], bytes]:
-    """Make `count` new calls."""
+    """Return a function that makes `count` new calls."""
     return lambda attacker: b"".join(make(attacker) for _ in range(count))
 
 
 def reset(attacker: Attacker) -> bytes:
-    """Open a call and reset it (rapid reset)."""
+    """Return the frames that open a call and reset the call (rapid reset)."""
     return attacker.open("Chat") + RstStreamFrame(attacker.last).serialize()
 
 
 def made_to_reset(attacker: Attacker) -> bytes:
-    """Open a call that the server must reset (MadeYouReset)."""
+    """Return the frames that open a call that the server must reset (MadeYouReset)."""
     return attacker.open("Chat", end=True) + WindowUpdateFrame(attacker.last, 2**31 - 1).serialize()
 
 
 def endless_block(part: bytes) -> Callable[[Attacker], bytes]:
-    """Send a header block that does not end."""
+    """Return a function that makes a header block that does not end."""
     return lambda attacker: (
         HeadersFrame(attacker.last + 2, b"").serialize()
         + repeated(ContinuationFrame(attacker.last + 2, part))(attacker)
@@ -91,7 +93,7 @@ KINDS: Mapping[str, Callable[[Attacker], bytes]] = {
 
 
 def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
-    """Flood the gateway; return whether the connection was cut, and the CPU time until then."""
+    """Flood the gateway. Return whether the connection was cut, and the CPU time until the cut."""
     attacker = Attacker(gateway.address, key)
     try:
         attacker.send(attacker.open("/grpc.health.v1.Health/Check") + attacker.message(attacker.last, b"", end=True))
@@ -108,7 +110,7 @@ def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Each kind of flood, once without and once with a key."""
+    """Run each kind of flood, once without and once with a key; return the rows."""
     gateway = await attacked(stage, "floods-gateway")
     missed, costs = [], []
     for kind in KINDS:

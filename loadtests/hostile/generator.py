@@ -1,7 +1,8 @@
-"""Hostile calls over all fields, seeded: invalid values, and values that are valid but extreme.
+"""Seeded generator of hostile calls over all fields: invalid values, and values that are valid but extreme.
 
-Each call is a request of inference.proto as bytes, which need not be valid, and the same for OpenAI's HTTP API as JSON.
-One to four of its fields are hostile and the rest ordinary, so that most get past the checks of the others.
+Each call exists twice: as the bytes of a request of inference.proto, which need not be valid, and as JSON for OpenAI's
+HTTP API. One to four fields of a call are hostile and the rest ordinary, so that most hostile fields get past the
+checks of the other fields.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from cluster.v1 import inference_pb2 as pb
 
 INT32, INT64, UINT32 = 2**31 - 1, 2**63 - 1, 2**32 - 1
 VOCABULARY: Final = 760
-"""Vocabulary size of the scenarios' models: ids below it are valid."""
+"""Vocabulary size of the scenarios' models. Token ids below this value are valid."""
 LONG, HUGE = 5_000, 300_000
 HUGE_ODDS: Final = 0.02
-"""Probability of a huge value: such calls cost the attacker most of its time."""
+"""Probability of a huge value. Such calls cost the attacker most of the attacker's time."""
 NOT_TEXT: Final = (b"\xed\xa0\x80", b"\xff\xfe", b"a\xed\xbf\xbfb", b"\xc0\x80", b"\xf5\x80\x80\x80")
 """Lone surrogates and other bytes that are not UTF-8."""
 SURROGATES: Final = ("\ud800", "\udfff", "a\ud83d", "\udc00b")
@@ -43,7 +44,9 @@ SCHEMAS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """One call. `chat`: which request the bytes are. `fields`: names of the hostile fields, for a report."""
+    """One hostile call. `chat`: whether the bytes are a chat request or a completion request. `fields`: names of the
+    hostile fields, for a report.
+    """
 
     chat: bool
     message: bytes
@@ -74,7 +77,7 @@ class Generator:
     # ---- values
 
     def text(self) -> str:
-        """Any text, valid as UTF-8."""
+        """Return any text that is valid UTF-8."""
         rng = self._rng
         if rng.random() < HUGE_ODDS:
             return rng.choice(["x", "\u20ac", "\U0001f600", "{", " "]) * HUGE
@@ -83,17 +86,17 @@ class Generator:
         )
 
     def number(self) -> float:
-        """Any float, including NaN and infinity."""
+        """Return any float, including NaN and infinity."""
         return self._rng.choice(
             [0.0, -0.0, 1e-45, -1e-45, 1.0, 2.0, 2.0000002, -2.0, 1e6, 1e38, -1e38, float("nan"), float("inf"), -0.5]
         )
 
     def integer(self, most: int = INT32) -> int:
-        """Any integer of a width."""
+        """Return any integer of a width, from -`most` - 1 to `most`."""
         return self._rng.choice([0, 1, -1, 2, 64, 65, 128, 1024, most, most - 1, -most - 1, 2**15])
 
     def ids(self) -> list[int]:
-        """Token ids: few, as many as allowed, or more; some outside the vocabulary."""
+        """Return token ids: few ids, as many as allowed, or more; some ids are outside the vocabulary."""
         rng = self._rng
         count = rng.choice([0, 1, 128, 129, 1024, 1025])
         if rng.random() < HUGE_ODDS:
@@ -102,12 +105,12 @@ class Generator:
         return [rng.randrange(high) for _ in range(count)] + rng.choice([[], [-1]])
 
     def bias(self) -> dict[int, float]:
-        """Logit bias for as many tokens as allowed, or more."""
+        """Return a logit bias for as many tokens as allowed, for fewer, or for more."""
         count = self._rng.choice([1, 300, 1024, 1025, 3000])
         return {number % INT32: self._rng.choice([-100.0, 100.0, 0.0, self.number()]) for number in range(count)}
 
     def format(self) -> dict[str, Any]:
-        """A response format of any kind."""
+        """Return a response format of any kind."""
         rng = self._rng
         kind = rng.choice(["json_object", "json_schema", "regex", "choice", "grammar", "text", "nonsense"])
         choice = rng.choice([[], [""], ["a"] * 999, ["x" * 90] * 1500, [self.text()], ["a", "a"]])
@@ -150,7 +153,9 @@ class Generator:
             setattr(message, name, value)
 
     def _not_text(self, message: Any) -> bytes:
-        """Text field that is not valid UTF-8, appended: a later value of a field replaces the earlier one."""
+        """Return an encoded text field that is not valid UTF-8, to append to a message. A later value of a field
+        replaces an earlier value.
+        """
         rng = self._rng
         texts = [field for field in message.DESCRIPTOR.fields if field.type == field.TYPE_STRING]
         bad = rng.choice(NOT_TEXT)
@@ -176,7 +181,7 @@ class Generator:
         return encoded.encode("utf-8", "surrogatepass")[: rng.randrange(len(encoded))] if way < 0.95 else _DEEP
 
     def _twisted(self, name: str, value: Any) -> Any:
-        """The value, or one of another type, or one with a lone surrogate."""
+        """Return the value unchanged, a value of another type, or a value with a lone surrogate."""
         rng = self._rng
         if name == "messages":
             value = [{"role": role, "content": text} for role, text in value]
@@ -189,7 +194,7 @@ class Generator:
 
 
 def length_delimited(number: int, data: bytes) -> bytes:
-    """Encode a length-delimited field."""
+    """Return an encoded length-delimited field."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
@@ -230,4 +235,4 @@ FIELDS: Final[Mapping[str, Callable[[Generator], Any]]] = {
     "priority": Generator.text,
     "metadata": lambda values: {values.text(): values.text()},
 }
-"""Generators by the field names of inference.proto; requests without such a field skip it."""
+"""Generators by the field names of inference.proto. A request without such a field skips the field."""

@@ -1,6 +1,7 @@
-"""Memory held by unfinished HTTP/1 requests: of one anonymous client, of a thousand, and of a tenant with a key.
+"""Memory held by unfinished HTTP/1 requests of one anonymous client, of a thousand clients, and of a tenant with a key.
 
-The attacks are a separate program (loadtests/hostile/http_uploads.py); each attacks a gateway that has just started.
+The attacks run in a separate program (loadtests/hostile/http_uploads.py). Each attack hits a gateway that has just
+started.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ KINDS = {"body": "0", "pipelined": "1", "head": "2"}
 
 
 def first_request(gateway: Attacked) -> None:
-    """Make a first request, so that its imports are not counted as the attack's memory."""
+    """Make a first request, so that the imports of a first request are not counted as memory of the attack."""
     with urllib.request.urlopen(f"http://{gateway.endpoints['http']}/health", timeout=10) as answer:
         answer.read()
 
 
 async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key: bool = False) -> tuple[float, str]:
-    """Peak memory growth of the gateway in MiB, and what was sent."""
+    """Run an attack. Return the peak growth of the gateway's memory in MiB, and a description of the sent data."""
     gateway = await attacked(stage, f"http-memory-{name}-gateway")
     async with quiet_calls(gateway):
         await asyncio.to_thread(first_request, gateway)
@@ -54,7 +55,7 @@ async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure each anonymous attack alone, all together, and the tenant's."""
+    """Measure each anonymous attack alone, all anonymous attacks together, and the tenant's attack."""
     alone = {kind: await attack(stage, kind, ["--first", first]) for kind, first in KINDS.items()}
     many = await attack(stage, "many", ["--connections", "1000"])
     tenant = await attack(stage, "tenant", ["--connections", "20"], with_key=True)

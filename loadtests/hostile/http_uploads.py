@@ -1,11 +1,12 @@
-"""Program: connections with unfinished HTTP/1 requests; sends as much of each as the server reads.
+"""Program that opens connections with unfinished HTTP/1 requests and sends as much of each request as the server reads.
 
-python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
-python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
+python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY python -m
+loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
 
-With a key every connection sends a body without its last byte, every second one chunked. Without a key the connections
-alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that
-does not end. Once the server reads no more, the number of bytes sent is written, and the connections stay open.
+With a key every connection sends a body without the last byte; every second connection sends a chunked body. Without a
+key the connections alternate: a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not
+read, and a head that does not end. Once the server reads no more, the number of bytes sent is written, and the
+connections stay open.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HEAD_BYTES: Final = 60_000
 
 
 def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
-    """A request whose body lacks its last byte."""
+    """Yield the parts of a request whose body lacks the last byte."""
     length = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
     shown = f"authorization: Bearer {key}\r\n" if key else ""
     yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{shown}{length}\r\n\r\n".encode()
@@ -39,19 +40,19 @@ def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
 
 
 def pipelined() -> Iterator[bytes]:
-    """Requests whose answers are not read."""
+    """Yield requests whose answers are not read."""
     for _ in range(PIPELINED // 100):
         yield b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n" * 100
 
 
 def half_head() -> Iterator[bytes]:
-    """A head of many fields that does not end."""
+    """Yield the parts of a request head with many fields that does not end."""
     yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\n".encode()
     yield b"".join(b"x%d: %b\r\n" % (i, b"y" * 280) for i in range(HEAD_BYTES // 300))
 
 
 class Upload:
-    """One connection."""
+    """One attacking connection."""
 
     def __init__(self, parts: Iterator[bytes]) -> None:
         self._parts = parts
@@ -60,7 +61,7 @@ class Upload:
         self.progress_at = asyncio.get_running_loop().time()
 
     async def run(self, host: str, port: int) -> None:
-        """Send all that the server accepts, and read nothing."""
+        """Send all data that the server accepts, and read nothing."""
         with suppress(OSError):
             reader, writer = await asyncio.open_connection(host, port, limit=1)
             try:
@@ -77,7 +78,7 @@ class Upload:
 
 
 def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
-    """Parts that a connection sends."""
+    """Return the parts that a connection sends."""
     if wanted.key:
         return unfinished(wanted.bytes, wanted.key, number % 2 == 1)
     kinds = (lambda: unfinished(wanted.bytes, "", False), pipelined, half_head)
@@ -85,7 +86,7 @@ def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all connections, report, and stay."""
+    """Open all connections, report the totals, and keep the connections open."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     made = [Upload(parts_of(number, wanted)) for number in range(wanted.first, wanted.first + wanted.connections)]

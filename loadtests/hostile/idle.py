@@ -1,7 +1,9 @@
-"""A thousand idle anonymous connections on all ports of a gateway with 256 descriptors: which callers are still served.
+"""A thousand idle anonymous connections on all ports of a gateway with 256 descriptors. Measured: which callers are
+still served.
 
-Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
-admin API, the metrics page, and the link port by a second worker, whose link must come up beside the first one's.
+Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and
+HTTP, the admin API and the metrics page. A second worker tries the link port: its link must come up beside the link of
+the first worker.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from loadtests.serving import ours as serving
 DESCRIPTORS, STRANGERS = 256, 1000
 LASTS_S, EVERY_S, ANSWER_S, READY_S = 30.0, 1.0, 5.0, 60.0
 BOTH = 2
-"""Workers: one from before the attack, and one that starts during it."""
+"""Number of workers: one from before the attack, and one that starts during the attack."""
 UNANSWERED = "1,000 idle connections, 256 descriptors: questions to all ports without an answer"
 LOG = "the gateway's log meanwhile"
 ROWS: Mapping[str, Bound] = {UNANSWERED: Bound("<=", 0), LOG: Bound("<=", 1.0)}
@@ -45,7 +47,7 @@ Probe = Callable[[], Awaitable[None]]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Start everything, attack, and make the calls."""
+    """Start all processes, attack, and make the calls; return the rows."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=5&{serving.plain_tokens(model)}"
     ours = await serving.start(
@@ -72,7 +74,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def linked(ours: serving.Ours) -> float:
-    """Number of workers that the gateway reports; 0 if it does not answer."""
+    """Return the number of workers that the gateway reports; 0 if the gateway does not answer."""
     try:
         page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
     except (OSError, http.client.HTTPException):
@@ -82,7 +84,7 @@ async def linked(ours: serving.Ours) -> float:
 
 
 async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
-    """Start idle clients on all ports; return when each has connected once."""
+    """Start idle clients on all ports; return when each client has connected once."""
     ready = stage.folder / "strangers.ready"
     ports = [f"--port={name}={ours.endpoints[name]}" for name in serving.LISTENERS]
     command = [sys.executable, "-m", "loadtests.hostile.strangers", f"--count={STRANGERS}", f"--ready={ready}", *ports]
@@ -95,7 +97,7 @@ async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
 
 
 def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) -> Child:
-    """Start a second worker, which dials the link port while idle clients hold it."""
+    """Start a second worker, which dials the link port while idle clients hold that port."""
     command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.model, "--id", "second"]
     command += ["--link", ours.endpoints["link"], "--bundle", str(bundle), "--source", source]
     command += ["--ready", str(stage.folder / "second.ready"), "--engine", json.dumps({})]
@@ -103,7 +105,7 @@ def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) ->
 
 
 async def run_probes(probes: Mapping[str, Probe], seconds: float) -> tuple[Counter[str], Counter[str]]:
-    """Make all calls repeatedly; answers and failures by name of the call."""
+    """Make all calls repeatedly; return the numbers of answers and of failures, by name of the call."""
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 
@@ -123,7 +125,7 @@ async def run_probes(probes: Mapping[str, Probe], seconds: float) -> tuple[Count
 
 
 def probes_of(ours: serving.Ours, token: str) -> dict[str, Probe]:
-    """One call for each port and kind of caller, each on a new connection."""
+    """Return one call for each port and kind of caller. Each call uses a new connection."""
     chat = pb.ChatRequest(model=ours.model, messages=[pb.Message(role="user", content="Hello")], max_tokens=4)
     body = json.dumps({"model": ours.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
 
@@ -160,7 +162,7 @@ def probes_of(ours: serving.Ours, token: str) -> dict[str, Probe]:
 
 
 def fetch(address: str, method: str, path: str, content: str, key: str) -> str:
-    """Body of one request's answer. Raises OSError, HTTPException."""
+    """Return the body of the answer to one request. Raises OSError, HTTPException."""
     host, port = address.rsplit(":", 1)
     connection = http.client.HTTPConnection(host, int(port), timeout=ANSWER_S)
     try:

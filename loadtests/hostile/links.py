@@ -1,9 +1,11 @@
-"""Hostile calls of every kind over all APIs while another tenant streams: is a worker's link, or a stream, affected?
+"""Hostile calls of every kind over all APIs while another tenant streams. Measured: whether a worker's link or a stream
+is affected.
 
-The calls come from a seeded generator (generator.py), over gRPC as single calls and in sessions, and over HTTP. On
-simulated engines half of them come while there is capacity, half while all of it is in use, so that they wait and are
-sent from a link's reader. On the real engine all come while there is capacity. A stream of the other tenant is affected
-if it fails, has another text than alone, or was resumed on another worker.
+The calls come from a seeded generator (generator.py). They are made over gRPC as single calls and in sessions, and over
+HTTP. On simulated engines half of the calls come while there is capacity. The other half come while all capacity is in
+use, so that these calls wait and are sent from the reader of a link. On the real engine all calls come while there is
+capacity. A stream of the other tenant is affected if the stream fails, has a text that differs from the undisturbed
+text, or was resumed on another worker.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ CALLS, ENGINE_CALLS = 10_000, 1_000
 WORKERS, PLACES, BYSTANDERS = 2, 16, 6
 TOKENS, ENGINE_TOKENS = 160, 64
 AT_ONCE, QUEUED_AT_ONCE, TOGETHER = 8, 96, 32
-"""Concurrent hostile calls while there is capacity, and while there is none; and in one session."""
+"""Numbers of concurrent hostile calls: while there is capacity, while there is no capacity, and in one session."""
 CALL_S, STREAM_S = 10.0, 120.0
 ATTACKER = "batch"
 HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
@@ -52,21 +54,21 @@ HEAD: Final = "POST {path} HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {key}\r\
 
 @dataclass(slots=True)
 class AttackResults:
-    """Results of the calls."""
+    """Results of the hostile calls and of the streams beside them."""
 
     answers: Counter[str] = field(default_factory=Counter)
     touched: list[str] = field(default_factory=list)
     streams: int = 0
 
     def note(self, downs: int) -> str:
-        """Note for the report."""
+        """Return the note for the report."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.answers.most_common(8))
         return f"{sum(self.answers.values())} answers ({kinds}); {self.streams} streams; {downs} links lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Volley:
-    """A number of hostile calls from a seed on, with a limit on concurrency."""
+    """A number of hostile calls from one seed, with a limit on concurrency."""
 
     seed: int
     calls: int
@@ -74,7 +76,7 @@ class Volley:
 
 
 class Attack:
-    """Hostile calls of one tenant."""
+    """Client that makes hostile calls of one tenant."""
 
     def __init__(self, address: str, http: str, key: str) -> None:
         self._key = key
@@ -84,11 +86,11 @@ class Attack:
         self.answers: Counter[str] = Counter()
 
     async def close(self) -> None:
-        """Close its connection."""
+        """Close the client's connection."""
         await self._channel.close()
 
     async def run(self, volley: Volley) -> None:
-        """Make all calls of the volley, a third over each API."""
+        """Make all calls of the volley, a third of the calls over each API."""
         gate = asyncio.Semaphore(volley.at_once)
         calls = list(Generator(volley.seed, ours.MODEL).generate(volley.calls))
 
@@ -111,7 +113,9 @@ class Attack:
             self.answers[error.code().name] += 1
 
     async def _session(self, calls: Sequence[Hostile]) -> None:
-        """Calls of one session. A call that is no valid protobuf message would end the session, so it is left out."""
+        """Make calls in one session. A call that is no valid protobuf message would end the session, so such a call is
+        left out.
+        """
         calls = [call for call in calls if _is_message(call)]
         session: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
             metadata=self._metadata, timeout=CALL_S
@@ -153,7 +157,9 @@ class Attack:
 
 
 def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
-    """Run a volley in a separate process, so that generating it delays nothing else; return its answers."""
+    """Run a volley in a separate process, so that generating the volley delays nothing else; return the numbers of
+    answers by kind.
+    """
 
     async def run() -> Counter[str]:
         attacker = Attack(address, http, key)
@@ -167,7 +173,7 @@ def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
 
 
 async def attacked(running: Fleet, results: AttackResults, volley: Volley) -> None:
-    """Wait for the end of a volley."""
+    """Run a volley to the end and add the answers to the results."""
     arguments = (running.grpc, running.endpoints["http"], running.keys[ATTACKER], volley)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         results.answers += await asyncio.get_running_loop().run_in_executor(pool, attack, *arguments)
@@ -182,7 +188,9 @@ def _is_message(call: Hostile) -> bool:
 
 
 class Bystanders:
-    """Streams of another tenant, one after the other in each of some tasks, compared with undisturbed ones."""
+    """Streams of another tenant, compared with undisturbed streams. Each of BYSTANDERS tasks makes one stream after the
+    other.
+    """
 
     def __init__(self, running: Fleet, results: AttackResults, tokens: int) -> None:
         self._running = running
@@ -216,7 +224,7 @@ class Bystanders:
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:
-        """Stream while the context is entered."""
+        """Make streams while the context is entered."""
         async with grpc.aio.insecure_channel(self._running.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
             if not self._alone:
@@ -231,13 +239,13 @@ class Bystanders:
 
 
 def downs(running: Fleet) -> int:
-    """Links that the gateway has lost so far."""
+    """Return the number of links that the gateway has lost so far."""
     return sum(event.name == "worker_down" for event in running.link_log.events)
 
 
 @asynccontextmanager
 async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
-    """Occupy all free capacity with long calls of the attacker, so that its other calls wait."""
+    """Occupy all free capacity with long calls of the attacker, so that the attacker's other calls wait."""
     metadata = running.metadata_of(ATTACKER)
     long = pb.CompleteRequest(model=running.model, prompt="x", max_tokens=1500, temperature=0.0, ignore_eos=True)
     async with grpc.aio.insecure_channel(running.grpc) as channel:
@@ -258,7 +266,9 @@ async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: int) -> AsyncIterator[Fleet]:
-    """A gateway and workers that dial it without a relay, which would share its delays with all of them."""
+    """Start a gateway and workers that dial the gateway directly. A relay between them would share the delays of one
+    worker with all workers.
+    """
     home = stage.folder / name
     async with AsyncExitStack() as stack:
         running = await fleet.started_gateway(stack, stage.children, home, classes=(ATTACKER,))
@@ -277,7 +287,7 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
 
 
 async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
-    """Attack simulated engines; half of the calls are queued."""
+    """Attack simulated engines. Half of the calls are queued."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     room = f"max_num_seqs={PLACES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
@@ -301,7 +311,7 @@ async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Attack simulated engines, then the real one."""
+    """Attack simulated engines, then the real engine; return the rows."""
     figures = []
     for part, calls, links, streams in (
         (simulated, CALLS, LINKS, STREAMS),

@@ -1,6 +1,6 @@
-"""Memory held by unfinished gRPC requests: of one anonymous client, of a thousand, and of a tenant with a key.
+"""Memory held by unfinished gRPC requests of one anonymous client, of a thousand clients, and of a tenant with a key.
 
-The attacks are a separate program (loadtests/hostile/uploads.py); each attacks a gateway that has just started.
+The attacks run in a separate program (loadtests/hostile/uploads.py). Each attack hits a gateway that has just started.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STRANGE = ("--strange", "--calls", "40")
 async def attack(
     stage: Stage, name: str, arguments: Sequence[str], *, with_key: bool = False, tls: bool = False
 ) -> tuple[float, str]:
-    """Peak memory growth of the gateway in MiB, and what was sent."""
+    """Run an attack. Return the peak growth of the gateway's memory in MiB, and a description of the sent data."""
     gateway = await attacked(stage, f"memory-{name}-gateway", tls=tls)
-    async with quiet_calls(gateway):  # imports of a first call do not count as the attack's memory
+    async with quiet_calls(gateway):  # imports of a first call do not count as memory of the attack
         pass
     report = stage.folder / f"memory-{name}.json"
     key = ("--key", gateway.keys[ATTACKER]) if with_key else ()
@@ -48,7 +48,9 @@ async def attack(
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure anonymous full bodies, many small anonymous ones, and the tenant over one connection and over twenty."""
+    """Measure the attacks: anonymous full bodies, many small anonymous bodies, and the tenant's bodies over one
+    connection and over twenty connections.
+    """
     large = await attack(stage, "one-large", ["--calls", "40"])
     strange = await attack(stage, "one-strange", [*STRANGE, "--bytes", "60000"])
     many = await attack(stage, "many", [*STRANGE, "--bytes", "60000", "--connections", "1000"])

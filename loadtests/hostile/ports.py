@@ -1,4 +1,4 @@
-"""Separate gateway for attacks on its gRPC port, and its resource use."""
+"""Separate gateway for attacks on the gRPC port, with measurements of the gateway's resource use."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ SAMPLE_S: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """A gateway without a worker. `keys` of two tenants: the attacker's and a quiet one's."""
+    """A gateway without a worker. `keys`: API keys of two tenants, the attacker and a quiet tenant."""
 
     gateway: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
     ca_file: Path | None = None
-    """Certificate of its CA, if it uses TLS."""
+    """Certificate of the gateway's CA, if the gateway uses TLS."""
 
     def channel(self) -> grpc.aio.Channel:
-        """Channel to its gRPC port."""
+        """Return a channel to the gRPC port."""
         if self.ca_file is None:
             return grpc.aio.insecure_channel(self.address)
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca_file.read_bytes()))
@@ -49,16 +49,16 @@ class Attacked:
 
     @property
     def process(self) -> psutil.Process:
-        """The gateway's own process."""
+        """The gateway's own process, without the guard process."""
         return self.gateway.commands()[0]
 
     def cpu_s(self) -> float:
-        """CPU time used so far."""
+        """Return the CPU time that the gateway has used so far, in seconds."""
         times = self.process.cpu_times()
         return float(times.user + times.system)
 
     def resident_bytes(self) -> int:
-        """Resident memory."""
+        """Return the resident memory of the gateway in bytes."""
         return int(self.process.memory_info().rss)
 
 
@@ -66,7 +66,7 @@ ATTACKER, QUIET = "attacker", "quiet"
 
 
 async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
-    """Start the gateway. Raises DidNotStart."""
+    """Start the gateway. Raises DidNotStart if the gateway is not ready in time."""
     more: dict[str, object] = {"max_message_bytes": MAX_MESSAGE_BYTES}
     files = Authority(stage.folder / f"{name}-tls").issue("gateway") if tls else None
     if files is not None:
@@ -88,19 +88,19 @@ async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
 
 @dataclass(slots=True)
 class QuietCalls:
-    """Calls of a quiet tenant, one after the other."""
+    """Calls of a quiet tenant, made one after the other."""
 
     waits_s: list[float] = field(default_factory=list)
 
     @property
     def longest_ms(self) -> float:
-        """The longest wait."""
+        """The longest wait for an answer, in milliseconds."""
         return 1000 * max(self.waits_s)
 
 
 @asynccontextmanager
 async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
-    """Make a call every few milliseconds while the context is entered."""
+    """Make a quiet call every few milliseconds while the context is entered."""
     quiet = QuietCalls()
     async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels
@@ -125,14 +125,14 @@ async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
 
 @dataclass(slots=True)
 class Peak:
-    """Peak memory above the memory before."""
+    """Peak memory of the gateway above the memory before an attack."""
 
     before: int
     most: int
 
     @property
     def mib(self) -> float:
-        """Growth in MiB."""
+        """Growth of the memory in MiB."""
         return (self.most - self.before) / (1 << 20)
 
 

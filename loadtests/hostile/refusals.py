@@ -1,8 +1,8 @@
-"""Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much.
+"""Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much data.
 
-CPU is that of the gateway and its helper processes. The length of one piece of event-loop work is the time by which the
-loop was late while the gateway's process used CPU. It is measured on a second gateway, since its witness itself uses
-a twentieth of a core.
+The CPU time is the time of the gateway and its helper processes. The length of one piece of event-loop work is the time
+by which the loop was late while the gateway's process used CPU. This length is measured on a second gateway, since the
+witness inside that gateway itself uses a twentieth of a core.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ ROWS: Mapping[str, Bound] = {
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES: Final = {KIB: 5, 64 * KIB: 4, MIB: 3, 16 * MIB - 4096: 1}
-"""Requests to send, by bytes of the body."""
+"""Number of requests to send, by size of the body in bytes."""
 SERVICE: Final = "/cluster.v1.Inference/"
 ANSWER_S: Final = 60.0
 SETTLE_S: Final = 0.05
 TIME_S: Final = 110.0
-"""No body is begun after this time."""
+"""Time in seconds after which no further body is begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """Bodies of one shape; `body` makes one of a given size. `method`: an HTTP path or a gRPC method."""
+    """Bodies of one shape. `body` makes a body of a given size; `method` is an HTTP path or a gRPC method."""
 
     name: str
     method: str
@@ -57,12 +57,12 @@ class Attack:
 
 
 def repeated(before: bytes, part: bytes, after: bytes) -> Callable[[int], bytes]:
-    """A body of as many copies of `part` as fit."""
+    """Return a function that makes a body with as many copies of `part` as fit."""
     return lambda size: before + part * ((size - len(before) - len(after)) // len(part)) + after
 
 
 def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Callable[[int], bytes]:
-    """The same with parts that differ."""
+    """Return a function that makes a body with as many parts as fit. Each part is made from its number."""
 
     def body(size: int) -> bytes:
         parts, remaining, number = [before], size - len(before) - len(after), 0
@@ -82,19 +82,19 @@ TEXT = b'{"model":"%s","prompt":"' % ours.MODEL.encode()
 
 
 def field(name: str, opening: bytes, part: bytes, closing: bytes) -> Attack:
-    """A chat request with one field that holds much, and another that is wrong."""
+    """Return an attack: a chat request with one field that holds much data, and another field that is wrong."""
     before = b"{" + GOOD + b',"' + name.encode() + b'":' + opening
     return Attack(f"{name} {part.decode('latin-1')[:12]}", CHAT, repeated(before, part, closing + WRONG))
 
 
 def members(name: str, part: Callable[[int], bytes]) -> Attack:
-    """The same for the members of an object."""
+    """Return an attack: a chat request with one object field that has many members, and another field that is wrong."""
     before = b"{" + GOOD + b',"' + name.encode() + b'":{'
     return Attack(f"{name} members", CHAT, numbered(before, part, b"}" + WRONG))
 
 
 def attacks_over_http() -> Sequence[Attack]:
-    """Attacks on every field of an HTTP body that can hold much."""
+    """Return the attacks on every field of an HTTP body that can hold much data."""
     ids = b'{"model":"%s","prompt":[' % ours.MODEL.encode()
     return (
         field("stop", b"[", b'"",', b'""]'),
@@ -132,12 +132,12 @@ def attacks_over_http() -> Sequence[Attack]:
 
 
 def wire(before: Any, part: bytes) -> Callable[[int], bytes]:
-    """A serialized message followed by as many copies of `part` as fit."""
+    """Return a function that makes a serialized message followed by as many copies of `part` as fit."""
     return repeated(before.SerializeToString(), part, b"")
 
 
 def attacks_over_grpc() -> Sequence[Attack]:
-    """The same attacks on gRPC messages."""
+    """Return the attacks on every field of a gRPC message that can hold much data."""
     wrong = pb.ChatRequest(model=ours.MODEL, temperature=9, messages=[pb.Message(role="user", content="x")])
     user = b"\x12\x13\x0a\x04user\x12\x0bhello there"
     biases = b"\x82\x01\x07\x08\x05\x15\x00\x00\x80\x7f"
@@ -179,7 +179,7 @@ def attacks_over_grpc() -> Sequence[Attack]:
 
 
 class Target:
-    """A gateway with its witness."""
+    """A gateway that is attacked, with the witness that measures the gateway's event loop."""
 
     def __init__(self, gateway: ours.Ours, witness: Path) -> None:
         self.gateway = gateway
@@ -191,11 +191,13 @@ class Target:
         return child.commands()[0]
 
     def cpu_s(self) -> float:
-        """CPU of the gateway and its helpers so far, with nanosecond resolution where the kernel provides it."""
+        """Return the CPU time of the gateway and the gateway's helpers so far, with nanosecond resolution where the
+        kernel provides it.
+        """
         return sum(map(_cpu_s, [self._process, *self._process.children(recursive=True)]))
 
     async def piece_ms(self) -> float:
-        """The longest piece of event-loop work since the last call."""
+        """Return the longest piece of event-loop work since the last call, in milliseconds."""
         self._witness.unlink(missing_ok=True)
         self._process.send_signal(signal.SIGUSR1)
         while not self._witness.exists():  # noqa: ASYNC110 - another process's file is no event
@@ -203,7 +205,7 @@ class Target:
         return float(json.loads(self._witness.read_text())["busy_s"]) * 1000
 
     async def send(self, attack: Attack, body: bytes, channel: grpc.aio.Channel) -> None:
-        """Send one request, which must be refused. Raises RuntimeError."""
+        """Send one request, which the gateway must refuse. Raises RuntimeError if the gateway does not refuse it."""
         if attack.method.startswith("/"):
             await self._post(attack, body)
             return
@@ -245,7 +247,7 @@ def _cpu_s(process: psutil.Process) -> float:
 
 
 async def cost_s(target: Target, attack: Attack, body: bytes, times: int, channel: grpc.aio.Channel) -> float:
-    """Mean CPU time of one such request."""
+    """Return the mean CPU time of one request of this attack, in seconds."""
     before = target.cpu_s()
     for _ in range(times):
         await target.send(attack, body, channel)
@@ -257,7 +259,7 @@ Visit = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]
 
 
 async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
-    """Start a gateway and send it all attacks in all sizes, the small ones first. Raises TimeoutError."""
+    """Start a gateway and send it all attacks in all sizes, the small sizes first. Raises TimeoutError."""
     stalls = ("--stalls", str(witness)) if witness is not None else ()
     gateway = await ours.start(stage.children, stage.folder, bundle=bundle, source=source, name=name, witness=stalls)
     target = Target(gateway, witness or stage.folder)
@@ -277,7 +279,7 @@ async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure CPU on one gateway, pieces of event-loop work on another."""
+    """Measure CPU time on one gateway, and pieces of event-loop work on another gateway; return the rows."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}"
     costs: dict[tuple[str, str], dict[int, float]] = {}

@@ -1,8 +1,8 @@
 """The documented renewal of certificates, done twice: API keys and clients of the first install keep working.
 
-The command lines are read from docs/kubernetes.md and run unchanged. `kubectl` is a dictionary of Secrets
-that refuses what Kubernetes refuses: a second `create`, and any change of an immutable Secret. A gateway in a separate
-process reads the Secrets as its pod's files.
+The command lines are read from docs/kubernetes.md and run unchanged. `kubectl` is replaced by a dictionary of Secrets
+that refuses the same requests as Kubernetes: a second `create`, and any change of an immutable Secret. A gateway in a
+separate process reads the Secrets as the files of its pod.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ START_S, CALL_S = 60.0, 20.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A documented `headrace pod secrets|certificates ... | kubectl create|apply -f -`."""
+    """A documented command line: `headrace pod secrets|certificates ... | kubectl create|apply -f -`."""
 
     words: Sequence[str]
     verb: str
 
 
 def documented_lines(text: str) -> list[Line]:
-    """Documented command lines in the page's order: the first install, then the renewal."""
+    """Return the documented command lines in the order of the page: the first install, then the renewal."""
     matches = re.findall(
         r"^ {4,}headrace (pod (?:secrets|certificates)[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE
     )
@@ -54,17 +54,19 @@ def documented_lines(text: str) -> list[Line]:
 
 
 class Refused(Exception):
-    """Request refused by the API server; the message says why."""
+    """Raised when the API server refuses a request. The message says why."""
 
 
 @dataclass
 class SecretStore:
-    """Secrets of one namespace by name, with an API server's rules."""
+    """Secrets of one namespace by name, with the rules of an API server."""
 
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def apply(self, verb: str, manifests: str) -> None:
-        """Apply `kubectl create` or `apply` to YAML; kinds other than Secret are ignored. Raises Refused."""
+        """Apply the YAML as `kubectl create` or `kubectl apply` does; kinds other than Secret are ignored. Raises
+        Refused.
+        """
         for manifest in yaml.safe_load_all(manifests):
             if manifest["kind"] != "Secret":
                 continue
@@ -80,12 +82,12 @@ class SecretStore:
             self.secrets[name] = manifest
 
     def data(self, name: str) -> dict[str, str]:
-        """Values of one Secret."""
+        """Return the values of one Secret."""
         values: dict[str, str] = self.secrets[name]["stringData"]
         return values
 
     def write_files(self, folder: Path) -> None:
-        """Write the Secrets as the files of pods: FOLDER/<name without the release's>/<key>."""
+        """Write the Secrets as the files that pods read: FOLDER/<name without the release's name>/<key>."""
         for name in self.secrets:
             for key, value in self.data(name).items():
                 file = folder / name.removeprefix("headrace-") / key
@@ -96,7 +98,7 @@ class SecretStore:
 
 
 def run_line(line: Line, folder: Path, store: SecretStore) -> None:
-    """Run a documented line in `folder`. Raises RuntimeError with the command's output, Refused."""
+    """Run a documented line in `folder`. Raises RuntimeError with the output of the command, or Refused."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", *line.words],
         capture_output=True,
@@ -113,7 +115,7 @@ def run_line(line: Line, folder: Path, store: SecretStore) -> None:
 
 
 class Release:
-    """One gateway of an installed chart, with the files that a SecretStore has written to `files`."""
+    """One gateway of an installed chart. The gateway reads the files that a SecretStore has written to `files`."""
 
     def __init__(self, children: Children, files: Path) -> None:
         self._children = children
@@ -147,7 +149,7 @@ class Release:
         }
 
     def make_keys(self, count: int) -> list[str]:
-        """API keys of a new tenant."""
+        """Return `count` API keys of a new tenant."""
         peppers = read_secrets(self._files / "secrets" / "key-pepper", "pepper")
         ledger = Ledger(f"sqlite:///{self._files}/ledger.db", peppers=peppers)
         try:
@@ -158,7 +160,7 @@ class Release:
             ledger.close()
 
     async def start(self) -> None:
-        """Start the gateway, after stopping the running one. Raises DidNotStart."""
+        """Start the gateway, after stopping the gateway that runs. Raises DidNotStart."""
         if self._gateway is not None:
             await self._gateway.stop()
         health = f"127.0.0.1:{free_port()}"
@@ -169,7 +171,7 @@ class Release:
         await self._gateway.until(lambda: _serves(health), "its health port answers", START_S)
 
     async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
-        """Number of keys that list the models over a new connection that trusts only `ca_file`."""
+        """Return the number of keys that list the models over a new connection that trusts only `ca_file`."""
         return sum(await asyncio.gather(*(asyncio.to_thread(self._key_works, key, ca_file) for key in keys)))
 
     def _key_works(self, key: str, ca_file: Path) -> bool:
@@ -177,7 +179,7 @@ class Release:
         try:
             with Client(address, api_key=key, tls_ca_file=ca_file, timeout_s=CALL_S) as client:
                 return client.models() == []
-        except Exception:  # any exception means that this key does not work
+        except Exception:  # any exception means that the key does not work
             return False
 
 
@@ -192,9 +194,8 @@ async def _serves(address: str) -> bool:
 
 
 async def renew(children: Children, folder: Path, keys: int, say: Callable[[str], None]) -> float:
-    """Install, renew twice, and call after each renewal both the gateway that kept running and a restarted one. Returns
-    the
-    lowest share of keys that work. Raises RuntimeError, Refused, DidNotStart.
+    """Install and renew twice. After each renewal, call the gateway that kept running and a restarted gateway. Return
+    the lowest share of keys that work. Raises RuntimeError, Refused, DidNotStart.
     """
     install, renewal = documented_lines(DOCS.read_text())
     store, files = SecretStore(), folder / "pod"
@@ -222,7 +223,7 @@ async def renew(children: Children, folder: Path, keys: int, say: Callable[[str]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Share of keys that survive."""
+    """Measure the share of keys that still work after the renewals."""
     from loadtests.scenarios.hostile import exact
 
     try:

@@ -1,8 +1,9 @@
 """Deletion of a worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
 
-A real Ray with a head and two nodes, Serve, a gateway in a separate process, and a simulated engine as replica. Half of
-the streams end by themselves in the first half of drain_timeout_s; the others last longer than all of it and must
-resume on the replacement. A stream is broken if it fails, or if its text differs from an undisturbed call.
+The scenario runs a real Ray with a head and two nodes, Serve, a gateway in a separate process, and a simulated engine
+as replica. Half of the streams end by themselves in the first half of drain_timeout_s. The other streams last longer
+than drain_timeout_s and must resume on the replacement. A stream is broken if it fails, or if its text differs from the
+text of an undisturbed call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STREAMS = 20
 DRAIN_S = 12.0
 DECODE_MS = 20
 SHORT, LONG = 150, 1000
-"""Token counts: three seconds, and twenty."""
+"""Numbers of tokens of a short stream (three seconds) and of a long stream (twenty seconds)."""
 BROKEN = "streams broken by SIGTERM to `ray start --block` with 20 running streams"
 ROWS: Mapping[str, Bound] = {BROKEN: Bound("<=", 0.0)}
 START_S, CALL_S = 60.0, 90.0
@@ -45,7 +46,7 @@ MODEL = "sim"
 
 @dataclass
 class Stream:
-    """One call as its caller sees it."""
+    """Record of one call from the caller's side."""
 
     text: str = ""
     error: str = ""
@@ -54,14 +55,14 @@ class Stream:
 
 
 def request_of(number: int) -> pb.ChatRequest:
-    """Request of its own text, short and long in turn."""
+    """Return a request with a different text for each number. Short and long requests alternate."""
     message = pb.Message(role="user", content=f"Tell story {number}")
     tokens = LONG if number % 2 else SHORT
     return pb.ChatRequest(model=MODEL, messages=[message], max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
 async def follow(stub: Any, number: int, stream: Stream) -> Stream:
-    """Read a stream to its end or its error."""
+    """Read a stream to the end or to an error, and return the stream."""
     try:
         async for chunk in stub.StreamChat(request_of(number), timeout=CALL_S):
             stream.begun.set()
@@ -74,13 +75,13 @@ async def follow(stub: Any, number: int, stream: Stream) -> Stream:
 
 
 async def call_all(stub: Any) -> list[Stream]:
-    """Make every call, undisturbed."""
+    """Make every call undisturbed and return the streams."""
     return await asyncio.gather(*(follow(stub, number, Stream()) for number in range(STREAMS)))
 
 
 @contextlib.asynccontextmanager
 async def gateway(children: Children, folder: Path) -> AsyncIterator[tuple[str, str]]:
-    """A gateway on loopback: the addresses of its gRPC and link ports."""
+    """Run a gateway on loopback and yield the addresses of its gRPC and link ports."""
     listen = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "link", "admin", "metrics")}
     folder.mkdir(parents=True)
     file = folder / "cluster.yaml"
@@ -103,7 +104,7 @@ async def gateway(children: Children, folder: Path) -> AsyncIterator[tuple[str, 
 
 @contextlib.asynccontextmanager
 async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterator[ChildBackend]:
-    """A controller that keeps one replica of the model running."""
+    """Run a controller that keeps one replica of the model running."""
     spec = ModelSpec(MODEL, f"sim://{checkpoint}?decode_ms={DECODE_MS}&max_num_seqs=64")
     backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
     end = ControllerLinks(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
@@ -120,7 +121,7 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
 
 
 async def until_answered(stub: Any) -> None:
-    """Wait until a call is answered. Raises RuntimeError with the last error."""
+    """Wait until a call is answered. Raises RuntimeError with the last error of a call."""
     until = time.monotonic() + START_S
     while (tried := await follow(stub, 0, Stream())).error:
         if time.monotonic() > until:
@@ -136,7 +137,7 @@ async def until_nodes(backend: ChildBackend, count: int) -> None:
 
 
 def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
-    """Reasons why streams are broken, one each. Raises RuntimeError if there is nothing to compare with."""
+    """Return the reason for each broken stream. Raises RuntimeError if an undisturbed call failed."""
     if lost := [stream.error for stream in undisturbed if stream.error]:
         raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
     pairs = zip(disturbed, undisturbed, strict=True)
@@ -144,7 +145,7 @@ def broken_streams(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Streams with SIGTERM while they run, and the same calls undisturbed."""
+    """Make the calls undisturbed, then again with SIGTERM while the streams run; return the rows."""
     from loadtests.scenarios.hostile import exact
 
     checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")

@@ -1,10 +1,10 @@
-"""Program: anonymous clients that hold connections to all ports of a gateway, send little, and reconnect when cut.
+"""Program of anonymous clients that hold connections to all ports of a gateway, send little, and reconnect when cut.
 
 python -m loadtests.hostile.strangers --count 1000 --ready FILE --port http=127.0.0.1:8000 --port grpc=...
 
-The connections are spread evenly over the ports and over four habits: silent, half a head, one byte of a head every two
-seconds, and greeted (HTTP/2's preface and settings, or half of an HTTP/1 head). FILE is written when each connection
-has been tried once.
+The connections are spread evenly over the ports and over four behaviours: silent, half a head, one byte of a head every
+two seconds, and greeted (HTTP/2's preface and settings, or half of an HTTP/1 head). FILE is written when each
+connection has been tried once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 DRIBBLE_S = 2.0
 AGAIN_S = 0.5
-"""Pause between the end of a connection and the next."""
+"""Pause in seconds between the end of a connection and the next connection."""
 AT_ONCE = 50
 CONNECT_S = 5.0
 
 
 def opening(port: str, habit: str) -> bytes:
-    """First bytes that a client sends."""
+    """Return the first bytes that a client sends."""
     if habit == "silent":
         return b""
     if port in HTTP1:
@@ -37,7 +37,7 @@ def opening(port: str, habit: str) -> bytes:
 
 
 async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, gate: asyncio.Semaphore) -> None:
-    """Keep one connection open for ever."""
+    """Keep one connection open for ever, reconnecting when the server closes it."""
     host, number = address.rsplit(":", 1)
     first = True
     while True:
@@ -62,7 +62,7 @@ async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, ga
 
 
 def spread(ports: list[str], count: int) -> Iterator[tuple[str, str, str]]:
-    """(port, address, habit) of each client."""
+    """Yield (port, address, behaviour) of each client."""
     named = [port.split("=", 1) for port in ports]
     for index, (port, address) in enumerate(islice(cycle(named), count)):
         yield port, address, ("silent", "half", "dribbled", "greeted")[index // len(named) % 4]

@@ -1,7 +1,8 @@
-"""Thousands of requests in one read: their cost compared with the same number in small reads, and who waits meanwhile.
+"""Thousands of requests in one read. Measured: the cost compared with the same number of requests in small reads, and
+the wait of other callers meanwhile.
 
-All requests are refused: calls of an unknown method, on a tenant's connection and on an anonymous one. The
-anonymous connections are cut long before the end, so only the tenant's are compared.
+All requests are refused: they call an unknown method, on a tenant's connection and on an anonymous connection.
+Anonymous connections are cut long before the end, so only the costs on the tenant's connection are compared.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ ANSWER_S = 60.0
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time that a process has used."""
+    """Return the CPU time that a process has used, in seconds."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 
 def requests(address: str, key: str, pid: int, size: int, times: int) -> float:
-    """CPU time of `times` bursts of `size` requests each, over one connection."""
+    """Return the CPU time of the process for `times` bursts of `size` requests each, over one connection."""
     attacker = Attacker(address, key)
     try:
         before, answered = cpu_s(pid), attacker.received.get(HEADERS, 0)
@@ -48,7 +49,7 @@ def requests(address: str, key: str, pid: int, size: int, times: int) -> float:
 
 
 def strangers(address: str, pid: int) -> float:
-    """CPU time of bursts by connections without a key, one after the other."""
+    """Return the CPU time of the process for bursts on connections without a key, one connection after the other."""
     before = cpu_s(pid)
     for _ in range(STRANGERS):
         attacker = Attacker(address)
@@ -61,7 +62,9 @@ def strangers(address: str, pid: int) -> float:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Alternate the cases while a quiet tenant calls. The attacker is a separate process, so it delays no caller."""
+    """Alternate the cases while a quiet tenant calls; return the rows. The attacker runs in a separate process, so that
+    the attacker delays no caller.
+    """
     gateway = await attacked(stage, "streams-gateway")
     loop, pid = asyncio.get_running_loop(), gateway.process.pid
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as attackers:

@@ -1,11 +1,11 @@
-"""Program: connections with unfinished gRPC requests; sends as much of each as the server accepts.
+"""Program that opens connections with unfinished gRPC requests and sends as much of each request as the server accepts.
 
-python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
-python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
+python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY python
+-m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
 
-The client respects flow control. Every request announces `--bytes` bytes, of which the last is never sent. `--strange`:
-calls of a method that needs no credential and of one that does, with a header field of 3 KB each, and finally half a
-header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
+The client respects flow control. Every request announces `--bytes` bytes and never sends the last byte. `--strange`:
+calls of a method that needs no credential and of a method that needs one, with a header field of 3 KB each, and finally
+half a header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
 written, and the connections stay open.
 """
 
@@ -30,12 +30,14 @@ CHAT: Final = "/cluster.v1.Inference/Chat"
 QUIET_S: Final = 1.5
 OPENED_TOGETHER: Final = 50
 FIELD_BYTES: Final = 3000
-"""Fits the HPACK dynamic table: after the first time it costs one byte to send."""
+"""Size of a header field in bytes. The field fits the HPACK dynamic table: after the first time, sending the field
+costs one byte.
+"""
 HALF_BLOCK_BYTES: Final = 16_000
 
 
 class Uploads:
-    """One connection."""
+    """One attacking connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: argparse.Namespace) -> None:
         self._reader, self._writer, self._wanted = reader, writer, wanted
@@ -103,7 +105,7 @@ class Uploads:
 
 
 def unchecked() -> ssl.SSLContext:
-    """TLS context without certificate checks."""
+    """Return a TLS context without certificate checks."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -112,7 +114,7 @@ def unchecked() -> ssl.SSLContext:
 
 
 async def attack(wanted: argparse.Namespace) -> None:
-    """Open all connections, report, and stay."""
+    """Open all connections, report the totals, and keep the connections open."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
     context = unchecked() if wanted.tls else None

@@ -1,10 +1,11 @@
-"""One cgroup of the cpu controller for all pods' processes, so that all compete equally for processors except those
-with a nice value (pods.py).
+"""One cgroup of the cpu controller for the processes of all pods. All processes compete equally for processors, except
+processes with a nice value (pods.py).
 
-Without it the kernel shares this machine's processors by session, and a pod that starts a session for each of its
-processes, as Ray's does, takes them from the pods of other hosts: real hosts have their own. Groups by host and request
-are no better: a group that sleeps has hardly any weight as it wakes, and on Linux 6.18 pods in groups of hosts waited
-for up to 0.8 s. In one group a process that uses little runs within 20 ms, beside any number that use all they get.
+Without the cgroup the kernel shares this machine's processors by session. A pod that starts a session for each process,
+as Ray's pod does, would then take processors from the pods of other hosts; real hosts have processors of their own.
+Groups by host and by request are no better: a group that sleeps has hardly any weight as it wakes, and on Linux 6.18
+pods in groups of hosts waited for up to 0.8 s. In one group a process that uses little CPU runs within 20 ms, beside
+any number of processes that use all the CPU they get.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path | None]:
-    """Create a group while the context is entered; None if this machine does not permit it. Its weight is one
-    session's: a
-    heavier one kept all other processes from the processors for over a second.
+    """Create a group while the context is entered; yield None if this machine does not permit it. The group has the
+    weight of one session: with a larger weight the group kept all other processes from the processors for over a
+    second.
     """
     parent = V1 if (V1 / "cpu.shares").exists() else V2
     path = parent / f"headrace-{os.getpid()}"

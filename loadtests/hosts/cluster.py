@@ -1,7 +1,7 @@
 """The whole cluster: hosts, stores, Ray, gateways and controller, started in order of their dependencies.
 
-Four hosts: `a` and `b` have a Ray node and a gateway each, `c` has Ray's head, the controller, both stores and the
-DNS server, `d` the callers. The rendered chart decides every program, argument, variable and file.
+There are four hosts. `a` and `b` have a Ray node and a gateway each. `c` has the head of Ray, the controller, both
+stores and the DNS server. `d` has the callers. The rendered chart decides every program, argument, variable and file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from loadtests.hosts.story import Timeline
 from loadtests.serving import ours as serving
 
 HOSTS = A, B, C, D = "a", "b", "c", "d"
-"""Hosts; D is the callers'."""
+"""Names of the hosts. The callers run on host D."""
 VALUES = Path(__file__).parent / "values.yaml"
 MASS, TENANT = "mass", "load"
 BLUE, GREEN = "blue", "green"
 GROUP = "cpu"
-"""The values' only group of Ray nodes: one node on host a and one on host b."""
+"""Name of the only group of Ray nodes in the values: one node on host a and one node on host b."""
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 UP_S, RAY_UP_S, FLEET_UP_S = 60.0, 120.0, 240.0
 API, DNS = "kube-api", "kube-dns"
@@ -49,13 +49,12 @@ class Size:
 
     workers: int = 4
     max_num_seqs: int = 64
-    """`max_num_seqs` of each worker: the most sequences its engine takes."""
+    """Value of `max_num_seqs` of each worker: the largest number of sequences that the worker's engine takes."""
 
     @property
     def capacity(self) -> int:
-        """Concurrent streams that count as full load. An engine takes more than it can run at full speed, and a fleet
-        that is
-        to lose half of its nodes without queueing needs that headroom.
+        """Number of concurrent streams that counts as full load. An engine takes more streams than it can run at full
+        speed. A fleet that is to lose half of its nodes without queueing needs this headroom.
         """
         return self.workers * self.max_num_seqs // 2
 
@@ -72,29 +71,28 @@ class Cluster:
     release: Release
     timeline: Timeline
     claims: Mapping[str, Path]
-    """Existing volumes by name."""
+    """Folders of existing volumes by name."""
     models: Sequence[Mapping[str, object]]
     """Model entries of the configuration."""
     rays: Sequence[str] = (BLUE,)
-    """Ray clusters of the release; entries that name none run on the first."""
+    """Ray clusters of the release. A model entry that names no Ray cluster runs on the first."""
     key: str = ""
 
     @property
     def processors(self) -> str:
-        """How hosts and pods share this machine's processors."""
+        """Description of how hosts and pods share the processors of this machine."""
         whose = f"those of host {C} last"
         return f"by process, {whose}" if self.kubelet.cgroup is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
-        """Containers of the current release."""
+        """Return the containers of the current release."""
         return Containers(self.release, self.home / "volumes", self.claims)
 
     async def upgrade(
         self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
     ) -> None:
-        """`helm upgrade` to other models or Ray clusters: replaces the controller's pod, adds and removes Ray clusters.
-
-        Raises RuntimeError if a gateway's pod would be replaced too, and DidNotStart.
+        """Run `helm upgrade` to other models or Ray clusters: replace the controller's pod, add and remove Ray
+        clusters. Raises RuntimeError if a gateway's pod would be replaced too, and DidNotStart.
         """
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
@@ -114,7 +112,7 @@ class Cluster:
         await asyncio.gather(*(self.kubelet.end(pod) for pod in gone))
 
     async def start_ray(self, ray: str) -> None:
-        """Start a Ray cluster of the release as KubeRay does: its head, then its nodes. Raises DidNotStart."""
+        """Start a Ray cluster of the release as KubeRay does: first the head, then the nodes. Raises DidNotStart."""
         containers, net = self.containers(), self.fabric
         head = self.kubelet.add(containers.ray(ray), net.place(f"{ray}-head", C))
         await self.kubelet.started(head, RAY_UP_S)
@@ -123,43 +121,45 @@ class Cluster:
             self.kubelet.start(self.kubelet.add(containers.ray(ray, GROUP, i), net.place(f"{ray}-node{i}", host)))
 
     def pod(self, name: str) -> Pod:
-        """Pod by its name without the release's."""
+        """Return the pod with this name, given without the name of the release."""
         return self.kubelet.pods[f"{RELEASE}-{name}"]
 
     @property
     def gateways(self) -> list[Pod]:
-        """Both gateways."""
+        """Pods of both gateways."""
         return [self.pod(f"gateway-{i}") for i in range(2)]
 
     @property
     def nodes(self) -> list[Pod]:
-        """Nodes of the first Ray cluster, on host a and host b."""
+        """Pods of the nodes of the first Ray cluster, on host a and host b."""
         return self.nodes_of(self.rays[0])
 
     def nodes_of(self, ray: str) -> list[Pod]:
-        """Nodes of a Ray cluster."""
+        """Return the pods of the nodes of a Ray cluster."""
         return [self.pod(f"{ray}-{GROUP}-{i}") for i in range(2)]
 
     @property
     def head(self) -> Pod:
-        """Head of the first Ray cluster."""
+        """Pod of the head of the first Ray cluster."""
         return self.head_of(self.rays[0])
 
     def head_of(self, ray: str) -> Pod:
-        """Head of a Ray cluster."""
+        """Return the pod of the head of a Ray cluster."""
         return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
-        """Whether every gateway has every simulated worker, not counting the leaving ones in `beside`."""
+        """Return whether every gateway has a link to every simulated worker. The leaving workers in `beside` do not
+        count.
+        """
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
-        """Number of workers of a model that have links to every gateway."""
+        """Return the number of workers of a model that have links to every gateway."""
         ups = [self.timeline.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
-        """Wait until `whole`; return whether it happened."""
+        """Wait until `whole` is true; return whether that happened in time."""
         deadline = time.monotonic() + timeout_s
         while not self.whole(beside):
             if time.monotonic() > deadline:
@@ -168,17 +168,17 @@ class Cluster:
         return True
 
     def ray_runs(self) -> bool:
-        """Whether the first Ray's dashboard answers and reports every application as running. Blocks."""
+        """Return whether the dashboard of the first Ray answers and reports every application as running. Blocks."""
         applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
         return bool(applications) and all(application["status"] == "RUNNING" for application in applications.values())
 
     def ray_nodes(self, ray: str) -> int:
-        """Number of living nodes, including the head, by a Ray's dashboard. Blocks."""
+        """Return the number of living nodes, including the head, from the dashboard of a Ray. Blocks."""
         nodes = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
         return sum(row.get("state") == "ALIVE" for row in nodes.get("data", {}).get("result", {}).get("result", []))
 
     def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
-        """JSON answer of a Ray's dashboard; {} if it does not answer."""
+        """Return the JSON answer of a Ray's dashboard; {} if the dashboard does not answer."""
         token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
         request = urllib.request.Request(
             f"http://{self.head_of(ray).place.address}:8265{path}", headers={"Authorization": f"Bearer {token}"}
@@ -191,8 +191,8 @@ class Cluster:
         return parsed if isinstance(parsed, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
-        """Run a command in a pod's namespaces and environment, like `kubectl exec`. Raises RuntimeError with its
-        output.
+        """Run a command in the namespaces and environment of a pod, like `kubectl exec`, and return the output. Raises
+        RuntimeError with the output of a failed command.
         """
         first = pod.first
         if first is None:
@@ -211,7 +211,7 @@ class Cluster:
         return done.stdout
 
     async def usage(self) -> list[tuple[str, int, str, int, str]]:
-        """Every row of the ledger: request, segment, record, completion tokens, outcome."""
+        """Return every row of the ledger: request, segment, record, completion tokens, outcome."""
         query = "COPY (SELECT request_id, segment, record_id, completion_tokens, outcome FROM usage) TO STDOUT"
         socket = "/var/run/postgresql"  # TCP needs a password; this socket trusts every process in the pod
         out = await self.exec(
@@ -222,7 +222,9 @@ class Cluster:
 
 
 def mass_source(model: Path, seed: int, size: Size) -> str:
-    """Source of the simulated workers, as a path in the pods; each token has its own text, so each step is a chunk."""
+    """Return the source of the simulated workers, as a path in the pods. Each token has a different text, so each step
+    is a chunk.
+    """
     room = f"max_num_seqs={size.max_num_seqs}&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=8192"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
@@ -231,7 +233,7 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
 def _release(
     home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
 ) -> Release:
-    """Render the release; every Ray cluster is like the one in the values, except for its name."""
+    """Render the release. Every Ray cluster is a copy of the first Ray cluster in the values, with another name."""
     clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
     used = [
         {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}
@@ -251,7 +253,7 @@ def _release(
 
 @asynccontextmanager
 async def running(children: Children, folder: Path, *, size: Size, seed: int) -> AsyncIterator[Cluster]:
-    """The cluster with its fleet running and an API key; everything is removed afterwards. Raises DidNotStart."""
+    """Start the cluster with the fleet running and an API key; remove everything afterwards. Raises DidNotStart."""
     model, _ = await serving.prepare(children, "tokenizer", folder)
     home = folder / "hosts"
     claims = {"models": home / "claims" / "models"}
@@ -284,7 +286,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
 
 
 async def _start_site(cluster: Cluster, dns: Any) -> None:
-    """Start what every Kubernetes cluster has: DNS and an API server."""
+    """Start the services that every Kubernetes cluster has: DNS and an API server."""
     kubelet, net = cluster.kubelet, cluster.fabric
     zone = Mount("/zone", cluster.kubelet.zone.parent, read_only=True)
     names = kubelet.add(

@@ -1,4 +1,6 @@
-"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, then cut in two."""
+"""One real engine over two hosts: TP 2 with a rank on each host. An upgrade of the chart adds the engine; then a cut
+separates the hosts.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +26,24 @@ ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
 
 @dataclass(slots=True)
 class WideEngineResults:
-    """Measurements, seconds."""
+    """Measurements of the engine over two hosts. Times are in seconds."""
 
     up_s: float = 0.0
-    """From the upgrade to its links."""
+    """Seconds from the upgrade of the chart to the links of the engine's worker."""
     ranks: Sequence[int] = ()
-    """Ranks on each node."""
+    """Number of ranks on each node."""
     calls: Sequence[Call] = ()
     """Calls before the cut."""
     noticed_s: float | None = None
     again_s: float | None = None
-    """From the cable's return to its links."""
+    """Seconds from the return of the cable to the links of the engine's worker."""
     after: Sequence[Call] = field(default_factory=list)
 
 
 async def play(cluster: Cluster, children: Children, folder: Path, seed: int) -> WideEngineResults:
-    """Add it, call it, cut the hosts apart, heal them, call it again. Raises RuntimeError and DidNotStart."""
+    """Add the engine, make calls, cut the hosts apart, heal the network, and make calls again. Raises RuntimeError and
+    DidNotStart.
+    """
     model, _ = await serving.prepare(children, "llama", folder)
     checkpoint = cluster.claims["models"] / "llama"
     checkpoint.mkdir()
@@ -87,7 +91,7 @@ async def _make_calls(cluster: Cluster, seed: int) -> Sequence[Call]:
 
 
 def ranks(first: psutil.Process | None) -> int:
-    """vLLM's rank processes below a pod's first process."""
+    """Return the number of vLLM's rank processes below the first process of a pod."""
     count = 0
     for process in first.children(recursive=True) if first is not None else ():
         try:

@@ -1,4 +1,4 @@
-"""Events that happen to the cluster while it serves, and their measurements.
+"""Events that happen to the cluster while the cluster serves, and the measurements of the events.
 
 Every event begins on a whole cluster that has been under load for a while, and ends when the cluster is whole again.
 """
@@ -20,11 +20,11 @@ from loadtests.hosts.load import Call, Load
 from loadtests.hosts.pods import Pod
 
 LONGEST_GAPS = 12
-"""Longest gaps that the report lists for an event."""
+"""Number of the longest gaps that the report lists for an event."""
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
-"""Time for which a head, a store or a cable is away."""
+"""Time in seconds for which a head, a store or a cable is away."""
 GRPC_PORT = 50051
 _ESTABLISHED = "01"
 DETECTED_S = 15.0
@@ -33,12 +33,12 @@ DRAIN_S = 20.0
 
 
 class NotWhole(RuntimeError):
-    """The cluster was not whole, or not under load, when an event was to begin."""
+    """Raised when the cluster is not whole, or not under load, when an event is to begin."""
 
 
 @dataclass(slots=True)
 class Episode:
-    """One event."""
+    """One event, with the measurements of the cluster."""
 
     name: str
     struck: float
@@ -46,42 +46,46 @@ class Episode:
     whole: bool = True
     """Whether the cluster recovered in time."""
     detected_s: float = 0.0
-    """Time to detection by those who must act: gateways by their links, callers by their connections."""
+    """Seconds until the processes that must act have detected the event: gateways by their links, callers by their
+    connections.
+    """
     capacity_s: float | None = None
-    """From a node's loss until every gateway has every worker again."""
+    """Seconds from the loss of a node until every gateway has a link to every worker again."""
     engines_s: float | None = None
-    """From a node's loss until the last engine had started: Ray's part."""
+    """Seconds from the loss of a node until the last engine had started. Ray needs this part of the time."""
     moved: float | None = None
-    """When the last worker on the previous Ray cluster was gone."""
+    """Wall-clock time at which the last worker on the previous Ray cluster was gone."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeResults:
-    """An episode with what its callers measured."""
+    """An episode with the measurements of its callers."""
 
     episode: Episode
     calls: Sequence[Call]
     failed: Sequence[Call]
     resumed: int
     gaps: Sequence[tuple[float, float, str]]
-    """The longest gaps: length, begin after the event, and stream."""
+    """The longest gaps: length, beginning after the event, and stream. Times are in seconds."""
     prefill_s: float
     prefills: int
 
     @property
     def longest_gap_s(self) -> float:
-        """The longest gap of any stream."""
+        """The longest gap of any stream, in seconds."""
         return self.gaps[0][0] if self.gaps else 0.0
 
     @property
     def ratio(self) -> float:
-        """The longest silence relative to detection plus one prefill."""
+        """The longest silence as a multiple of the detection time plus the time of one prefill."""
         return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
 
     @property
     def beyond_s(self) -> float | None:
-        """Time beyond Ray's restart and the engines' start."""
+        """Seconds without full capacity beyond Ray's restart and the start of the engines; None if either was not
+        measured.
+        """
         episode = self.episode
         return (
             None
@@ -91,9 +95,8 @@ class EpisodeResults:
 
     @property
     def moved(self) -> int:
-        """Streams that certainly changed workers in this event: begun after all earlier events were over, and in
-        progress
-        both when it struck and when the last of their original workers was gone.
+        """Number of streams that certainly changed workers in this event. Such a stream began after all earlier events
+        were over, and was in progress both when the event struck and when the last of the original workers was gone.
         """
         episode = self.episode
         return sum(
@@ -103,7 +106,7 @@ class EpisodeResults:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Values for the report."""
+        """Return the values for the report."""
         episode = self.episode
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
@@ -118,7 +121,7 @@ class EpisodeResults:
 
 
 def evaluate(load: Load, episode: Episode) -> EpisodeResults:
-    """Evaluate an episode, once all its calls have ended."""
+    """Return the results of an episode, once all calls of the episode have ended."""
     hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
     gaps = [
         (s, at - s - episode.struck, call.id)
@@ -140,7 +143,7 @@ def evaluate(load: Load, episode: Episode) -> EpisodeResults:
 
 
 class Play:
-    """Plays events one after another over a cluster under load."""
+    """Player of events, one after another, over a cluster under load."""
 
     def __init__(self, cluster: Cluster, load: Load, operator_key: str) -> None:
         self._cluster = cluster
@@ -149,7 +152,7 @@ class Play:
         self.episodes: list[Episode] = []
 
     async def play(self, name: str) -> Episode:
-        """Play one event by its name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
+        """Play the event with this name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
         if not await self._load.until_steady(WHOLE_S):
@@ -167,7 +170,7 @@ class Play:
         return episode
 
     async def calm(self, episode: Episode) -> None:
-        """Let nothing happen: the baseline for the other events."""
+        """Let nothing happen. This event is the baseline for the other events."""
         await asyncio.sleep(AWAY_S)
 
     async def gateway(self, episode: Episode) -> None:
@@ -178,28 +181,28 @@ class Play:
         self._record_ended_connections(episode)
 
     async def node(self, episode: Episode) -> None:
-        """Kill a Ray node with everything on it, and start it again as KubeRay does."""
+        """Kill a Ray node with all its processes, and start the node again as KubeRay does."""
         pod = self._cluster.nodes[1]
         episode.struck = pod.kill()
         await self._until_links_lost(episode)
         await self._record_capacity(episode)
 
     async def head(self, episode: Episode) -> None:
-        """Kill Ray's head, and start it again after a while."""
+        """Kill the head of Ray, and start the head again after a while."""
         await self._restart_later(self._cluster.head, episode)
         await self._until_ray_serves(episode)
 
     async def valkey(self, episode: Episode) -> None:
-        """Kill the store of the limits and of Ray's fault tolerance, and start it again after a while."""
+        """Kill the store of the limits and of Ray's fault tolerance, and start the store again after a while."""
         await self._restart_later(self._cluster.pod("valkey-0"), episode)
         await self._until_ray_serves(episode)
 
     async def postgresql(self, episode: Episode) -> None:
-        """Kill the ledger's database, and start it again after a while."""
+        """Kill the ledger's database, and start the database again after a while."""
         await self._restart_later(self._cluster.pod("postgresql-0"), episode)
 
     async def cut(self, episode: Episode) -> None:
-        """Unplug the cable of a host with a gateway and a Ray node, and plug it in again."""
+        """Unplug the cable of a host with a gateway and a Ray node, and plug the cable in again."""
         episode.struck = time.time()
         self._cluster.fabric.cut(B)
         await self._until_links_lost(episode)
@@ -216,7 +219,7 @@ class Play:
             await asyncio.sleep(MIN_READY_S)
 
     async def roll_workers(self, episode: Episode) -> None:
-        """Drain and end every worker, one after the other; Ray Serve restarts each."""
+        """Drain and end every worker, one after the other. Ray Serve restarts each worker."""
         rows = json.loads(await self._admin("workers", "--json"))
         ids = sorted(row["worker_id"] for row in rows)
         for worker_id in ids:
@@ -230,8 +233,8 @@ class Play:
             episode.notes[f"{worker_id} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
-        """Move the model's entry from one Ray cluster to a new one started beside it, and remove the first: the way to
-        upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
+        """Move the model's entry from one Ray cluster to a new Ray cluster that was started beside it, and remove the
+        first. This is the way to upgrade Ray, Python, CUDA or vLLM. The event strikes with the changed entry.
         """
         cluster, timeline = self._cluster, self._cluster.timeline
         began = time.time()
@@ -269,7 +272,7 @@ class Play:
         )
 
     async def _until_ray_serves(self, episode: Episode) -> None:
-        """Wait until Ray's head reports again that the model's application runs."""
+        """Wait until the head of Ray reports again that the model's application runs."""
         deadline = time.monotonic() + WHOLE_S
         while not await asyncio.to_thread(self._cluster.ray_runs):
             if time.monotonic() > deadline:
@@ -294,20 +297,22 @@ class Play:
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
     def _record_ended_connections(self, episode: Episode) -> None:
-        """Record when callers' connections ended. Those before the cable was back count as detection."""
+        """Record when connections of callers ended. A connection that ended before the cable was back counts as
+        detection.
+        """
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
         episode.detected_s = max([episode.detected_s, *broke])
 
     async def _until_links_lost(self, episode: Episode) -> None:
-        """Wait until every gateway has noticed; the last one decides."""
+        """Wait until every gateway has lost a link; the last lost link gives the detection time."""
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:
             downs = timeline.since(episode.struck, "worker_down")
             if {event.gateway for event in downs} >= gateways:
-                await asyncio.sleep(0.5)  # for the last of its workers
+                await asyncio.sleep(0.5)  # the loss of the last worker may follow
                 break
             await asyncio.sleep(0.05)
         downs = timeline.since(episode.struck, "worker_down")
@@ -330,7 +335,7 @@ class Play:
 
 
 def connections(gateway: Pod) -> int:
-    """Open client connections of a gateway."""
+    """Return the number of open client connections of a gateway."""
     if gateway.first is None:
         return 0
     tables = [Path(f"/proc/{gateway.first.pid}/net/{name}") for name in ("tcp", "tcp6")]
@@ -344,16 +349,18 @@ _COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A worker whose engine has started: when, by its own log in whole seconds, and where."""
+    """Start of a worker's engine. `at`: time in the worker's own log, in whole seconds; `pod`: the
+    pod of the worker.
+    """
 
     at: float
     pod: Pod
     pid: int
-    """Process id in the pod."""
+    """Id of the worker's process in the pod."""
 
 
 def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
-    """Engine starts of these workers, from the output that Ray keeps on each node."""
+    """Return the engine starts of these workers, from the output that Ray keeps on each node."""
     starts: dict[str, Started] = {}
     for pod in nodes:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
@@ -366,7 +373,7 @@ def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
 
 
 def worker_starts(output: bytes) -> list[tuple[str, float]]:
-    """(worker, time) of every worker start in a replica's output."""
+    """Return (worker, time) of every worker start in the output of a replica."""
     return [
         (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())
         for when, worker in _UP.findall(_COLOUR.sub(b"", output))

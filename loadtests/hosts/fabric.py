@@ -1,8 +1,8 @@
 """Hosts and pods as network namespaces: one bridge per host, a switch between the hosts, and no route out.
 
-All bridges are in a namespace of their own, so this machine's network has only one end of one cable: the
-leg on which the harness probes pods, as a kubelet does. A pod's default route leads to the switch, which
-forwards nothing: programs that look up their own address find it, and no packet leaves.
+All bridges are in one separate namespace, so this machine's network has only one end of one cable: the leg on which the
+harness probes pods, as a kubelet does. The default route of a pod leads to the switch, which forwards nothing: programs
+that look up their own address find that address, and no packet leaves the network.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PREFIX = "hrh"
-"""Name prefix of every namespace and interface; the process id follows."""
+"""Prefix of the name of every namespace and interface. The process id follows the prefix."""
 NETWORK = "10.201.{}.{}"
 SWITCH, KUBELET, FIRST = 1, 254, 10
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A pod's own namespace: on a host, with an address."""
+    """Network namespace of a pod: the host that holds it, and the address."""
 
     namespace: str
     host: str
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """Command line that runs `arguments` in the namespace."""
+        """Return the command line that runs `arguments` in the namespace."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
 
 
 def ip(*arguments: str) -> None:
-    """Run `ip`. Raises RuntimeError with its output."""
+    """Run the command `ip`. Raises RuntimeError with the output of the command."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
@@ -42,7 +42,7 @@ def ip(*arguments: str) -> None:
 
 @dataclass(eq=False, slots=True)
 class Fabric:
-    """The running network. Addresses are assigned in order."""
+    """The running network. Pods get addresses in order."""
 
     core: str
     number: int
@@ -52,11 +52,11 @@ class Fabric:
 
     @property
     def kubelet(self) -> str:
-        """The harness's own address."""
+        """Address of the harness itself."""
         return NETWORK.format(self.number, KUBELET)
 
     def place(self, name: str, host: str) -> Place:
-        """Create a pod's namespace on a host."""
+        """Create the namespace of a pod on a host and return its place."""
         index = len(self.places)
         namespace, port = f"{self.tag}-{name}", f"v{index}"
         place = Place(namespace, host, NETWORK.format(self.number, FIRST + index))
@@ -73,15 +73,17 @@ class Fabric:
         return place
 
     def cut(self, host: str) -> None:
-        """Unplug a host from the switch; pods on it still reach one another."""
+        """Unplug a host from the switch. Pods on the host still reach one another."""
         ip("-n", self.core, "link", "set", f"up-{host}", "down")
 
     def heal(self, host: str) -> None:
-        """Plug a host in again."""
+        """Plug a host into the switch again."""
         ip("-n", self.core, "link", "set", f"up-{host}", "up")
 
     def reachable_outside(self) -> Mapping[str, str]:
-        """Destinations outside the network that a namespace reached, by namespace; empty if it is isolated."""
+        """Return the destinations outside the network that a namespace reached, by namespace. The result is empty if
+        the network is isolated.
+        """
         script = (
             "import socket\n"
             "for address in ('1.1.1.1', '8.8.8.8', '192.0.2.1'):\n"
@@ -102,7 +104,7 @@ class Fabric:
 
 @contextlib.contextmanager
 def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
-    """The network of `hosts`, removed with the context. Needs root."""
+    """Create the network of `hosts` and remove it with the context. Needs root."""
     sweep()
     number, tag = os.getpid() % 250 + 1, f"{PREFIX}{os.getpid()}"
     core, leg = f"{tag}-core", f"{tag}k"[:15]
@@ -124,14 +126,14 @@ def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
         yield made
     finally:
         with contextlib.suppress(RuntimeError):
-            ip("link", "del", leg)  # immediately; with its namespace the kernel delays it
-        for namespace in (core, *(place.namespace for place in made.places)):  # removes its ends of cables too
+            ip("link", "del", leg)  # at once; the kernel delays a removal with the namespace
+        for namespace in (core, *(place.namespace for place in made.places)):  # removes the ends of cables too
             with contextlib.suppress(RuntimeError):
                 ip("netns", "del", namespace)
 
 
 def sweep() -> None:
-    """Remove the remains of killed runs: namespaces whose creator no longer lives."""
+    """Remove the remains of killed runs: namespaces whose creating process is gone."""
     for path in Path("/run/netns").glob(f"{PREFIX}[0-9]*-*"):
         maker = path.name.removeprefix(PREFIX).split("-")[0]
         if maker.isdigit() and not Path(f"/proc/{maker}").exists():

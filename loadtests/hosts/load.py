@@ -1,4 +1,4 @@
-"""Callers of the scenario `hosts`: started, read while they run, and evaluated at their end."""
+"""Callers of the scenario `hosts`: they are started, read while they run, and evaluated when they have ended."""
 
 from __future__ import annotations
 
@@ -19,32 +19,36 @@ from loadtests.hosts.pods import Pod, harness_pod
 from loadtests.hosts.rendered import NAMESPACE, RELEASE, Mount
 
 SHORTEST_S, LONGEST_S = 5.0, 120.0
-"""Shortest and longest stream at speed 1."""
+"""Durations of the shortest and of the longest stream at speed 1, in seconds."""
 CLIENTS = 8
 END_S = 60.0
 UNENDED = "it has not come to an end"
-"""Error of a call whose caller still waits when all others have long ended: the caller got no error at all."""
+"""Error of a call that still waits when all other calls have long ended. The caller of such a call
+got no error at all.
+"""
 BEFORE_S = 20.0
 
 
 def tokens_of(speed: float) -> tuple[int, int]:
-    """Tokens of the shortest and the longest stream of the simulated workers, shortened by the factor `speed`."""
+    """Return the numbers of tokens of the shortest and of the longest stream of the simulated workers, shortened by the
+    factor `speed`.
+    """
     low, high = (max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
     return low, high
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One stream at its end. Times are wall-clock times."""
+    """Record of one stream that has ended. Times are wall-clock times."""
 
     id: str
     asked: int
     sent: float
     first: float
-    """0 if nothing arrived."""
+    """Time of the first piece; 0 if no piece arrived."""
     ended: float
     gaps: Sequence[tuple[float, float]]
-    """(end, length) of each silence long enough to be recorded."""
+    """(end, length) of each silence that is long enough to be recorded."""
     error: str
     text: str
     completion: int = 0
@@ -53,23 +57,23 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Load:
-    """Streams running on the cluster."""
+    """Streams that run on the cluster, and the records of ended calls."""
 
     cluster: Cluster
     pod: Pod
     out: Path
     plan: Plan
     live: list[tuple[float, int, int]] = field(default_factory=list)
-    """(time, running streams, chunks since the previous entry)."""
+    """Samples of (time, number of running streams, number of chunks since the previous sample)."""
     calls: list[Call] = field(default_factory=list)
     broke: list[float] = field(default_factory=list)
-    """Times at which a client's connection ended."""
+    """Wall-clock times at which a client's connection ended."""
     _read: int = 0
     _open: dict[str, Call] = field(default_factory=dict)
-    """Calls that have begun and not ended."""
+    """Calls that have begun and not ended, by id."""
 
     def read(self) -> None:
-        """Read new output."""
+        """Read the new output of the callers."""
         if not self.out.exists():
             return
         with self.out.open("rb") as lines:
@@ -98,7 +102,9 @@ class Load:
             )  # fmt: skip
 
     async def until_steady(self, timeout_s: float) -> bool:
-        """Wait until the planned number of streams run; return whether it happened. Raises RuntimeError."""
+        """Wait until the planned number of streams run; return whether that happened in time. Raises RuntimeError if no
+        call is answered.
+        """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.read()
@@ -110,7 +116,7 @@ class Load:
         return False
 
     async def end(self) -> None:
-        """Start no new streams; wait until running ones have ended, and read everything."""
+        """Start no new streams, wait until the running streams have ended, and read all output."""
         self.pod.leaving = True
         self.pod.signal(signal.SIGTERM)
         longest_s = self.plan.tokens[1] * STEP_MS / 1000
@@ -122,7 +128,9 @@ class Load:
         self.calls += self._open.values()
 
     def prefill_s(self, before: float) -> tuple[float, int]:
-        """p99 of the time to the first piece of streams that began shortly before `before`, and their number."""
+        """Return the p99 of the time to the first piece, over streams that began shortly before `before`, and the
+        number of these streams.
+        """
         fresh = [
             call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
         ]
@@ -133,7 +141,7 @@ class Load:
 async def begin(
     cluster: Cluster, *, streams: int, tokens: tuple[int, int], seed: int, ramp_s: float, model: str = MASS
 ) -> Load:
-    """Start callers that keep `streams` streams running; `tokens`: fewest and most tokens of each."""
+    """Start callers that keep `streams` streams running. `tokens`: fewest and most tokens of a stream."""
     folder = cluster.home / f"callers-{seed}"
     folder.mkdir()
     ca = cluster.release.files("Secret", f"{RELEASE}-tls")["ca.crt"]

@@ -1,6 +1,7 @@
-"""Running pods: each a process tree in its own namespaces, restarted when it ends, with a readiness probe.
+"""Running pods. Each pod is a process tree in namespaces of its own; the pod is restarted when the tree ends, and has a
+readiness probe.
 
-`Kubelet` does what a kubelet, its controllers and the cluster's DNS do for a pod's life, and nothing more.
+`Kubelet` does what a kubelet, the controllers and the cluster's DNS do for the life of a pod, and nothing more.
 """
 
 from __future__ import annotations
@@ -29,22 +30,28 @@ from loadtests.hosts.rendered import DOMAIN, HOST_OF_THE_POD, Names, Spec
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 POSTGRESQL = "/usr/lib/postgresql/*/bin"
-"""Folder of PostgreSQL's programs on Debian; images have them on PATH."""
+"""Folder of PostgreSQL's programs on Debian. Images have these programs on PATH."""
 JOIN = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
-"""0 stands for the writing process."""
+"""Shell command that joins a cgroup and then runs a program. The 0 written to cgroup.procs stands for the writing
+process.
+"""
 LAST = 10
-"""Niceness of pods on hosts that serve no stream: real ones have their own processors, here they use what is left."""
+"""Niceness of pods on hosts that serve no stream. Real hosts have processors of their own; here these pods use what the
+other pods leave.
+"""
 LOOK_S = 0.05
 PROBE_S = 1.0
 CHECK = "/grpc.health.v1.Health/Check"
 FIRST_BACK_OFF_S, BACK_OFF_S, MAX_BACK_OFF_S = 0.5, 10.0, 60.0
-"""Restart delays: a kubelet restarts a container at once, then after 10 s, then each time after twice as long."""
+"""Restart delays in seconds. A kubelet restarts a container at once, then after 10 s, then each time after twice the
+last delay.
+"""
 CALM_S = 600.0
 
 
 @dataclass(eq=False, slots=True)
 class Pod:
-    """One pod, across restarts of its process."""
+    """One pod, across restarts of the pod's process."""
 
     spec: Spec
     place: Place
@@ -52,23 +59,25 @@ class Pod:
     child: Child | None = None
     ready: bool = False
     leaving: bool = False
-    """Being deleted: not in DNS any more, and not restarted."""
+    """Whether the pod is being deleted: removed from DNS, and not restarted."""
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     pause_s: float | None = None
-    """Delay of its next restart, in place of the kubelet's back-off."""
+    """Delay of the pod's next restart in seconds, in place of the kubelet's back-off."""
     keeping: asyncio.Task[None] | None = None
 
     @property
     def log(self) -> Path:
-        """Log of the current or last process. Raises RuntimeError before the first."""
+        """Log of the current process, or of the last process that has ended. Raises RuntimeError before the first
+        start.
+        """
         if self.child is None:
             raise RuntimeError(f"{self.spec.name} was never started")
         return self.child.log
 
     @property
     def first(self) -> psutil.Process | None:
-        """The first process in the pod: killing it kills all."""
+        """The first process in the pod. Killing the first process kills all processes of the pod."""
         if self.child is None:
             return None
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -79,30 +88,32 @@ class Pod:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
+        """Whether the process of the pod runs."""
         return self.child is not None and self.child.alive
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to its first process."""
+        """Send a signal to the first process of the pod."""
         first = self.first
         if first is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 first.send_signal(number)
 
     def kill(self) -> float:
-        """Kill all of its processes at once; return the wall-clock time."""
+        """Kill all processes of the pod at once; return the wall-clock time of the kill."""
         now = time.time()
         self.signal(signal.SIGKILL)
         return now
 
 
 def in_cgroup(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
-    """Command line that runs another one in a cgroup; `last`: with lower priority than all others there."""
+    """Return the command line that runs `command` in a cgroup. `last`: with lower priority than all other processes
+    there.
+    """
     return ["bash", "-c", JOIN, "join", str(cgroup), *(("nice", "-n", str(LAST)) if last else ()), *command]
 
 
 class Kubelet:
-    """Starts pods, keeps them running, and publishes the addresses of ready ones in DNS."""
+    """Manager of pods: starts pods, keeps pods running, and publishes the addresses of ready pods in DNS."""
 
     def __init__(
         self,
@@ -113,7 +124,9 @@ class Kubelet:
         cgroup: Path | None = None,
         last: Collection[str] = (),
     ) -> None:
-        """`cgroup`: of the cpu controller, for all pods. `last`: hosts whose pods get low CPU priority."""
+        """Prepare a kubelet without pods. `cgroup`: cgroup of the cpu controller for all pods. `last`: hosts whose pods
+        get low CPU priority.
+        """
         self._children = children
         self.cgroup = cgroup
         self._last = last
@@ -124,9 +137,9 @@ class Kubelet:
         self._told: Mapping[str, Any] | None = None
         self.pods: dict[str, Pod] = {}
         self.environment: dict[str, str] = {}
-        """Variables of every pod: the address of the API."""
+        """Environment variables of every pod: the address of the API."""
         self.account: Path | None = None
-        """Files of the service account, for pods that may use it."""
+        """Folder with the files of the service account, for pods that may use the account."""
         self.publish_names()
 
     @property
@@ -135,7 +148,7 @@ class Kubelet:
         return self._zone
 
     def publish_names(self) -> None:
-        """Rewrite the zone if a pod came, went or changed its readiness."""
+        """Rewrite the zone file if a pod was added, was removed or changed its readiness."""
         zone = self._names.zone([(pod.spec, pod.place, pod.ready) for pod in self.pods.values() if not pod.leaving])
         if zone == self._told:
             return
@@ -146,7 +159,7 @@ class Kubelet:
         self._told = zone
 
     def add(self, spec: Spec, place: Place) -> Pod:
-        """Add a pod; `start` runs it."""
+        """Add a pod and return it; `start` runs the pod."""
         pod = self.pods[spec.name] = Pod(spec, place, self._home / "pods" / spec.name)
         return pod
 
@@ -161,7 +174,7 @@ class Kubelet:
         await self.until(lambda: pod.ready, f"{pod.spec.name} is ready", timeout_s, pod)
 
     async def until(self, holds: Callable[[], bool], what: str, timeout_s: float, pod: Pod | None = None) -> None:
-        """Wait until `holds` is true. Raises DidNotStart with the end of the log of `pod`."""
+        """Wait until `holds` is true. Raises DidNotStart with the end of the log of `pod` if time runs out."""
         deadline = time.monotonic() + timeout_s
         while not holds():
             if time.monotonic() > deadline:
@@ -170,7 +183,7 @@ class Kubelet:
             await asyncio.sleep(LOOK_S)
 
     async def end(self, pod: Pod) -> None:
-        """Delete a pod: remove it from DNS, run its preStop hook, send SIGTERM, wait its grace period, send SIGKILL."""
+        """Delete a pod: remove it from DNS, run the preStop hook, send SIGTERM, wait the grace period, send SIGKILL."""
         pod.leaving, pod.ready = True, False
         self.publish_names()
         await asyncio.sleep(pod.spec.pre_stop_s)
@@ -259,7 +272,7 @@ class Kubelet:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the kubelet; all pods end with the context."""
+        """Run the kubelet. All pods end with the context."""
         try:
             yield
         finally:
@@ -280,12 +293,14 @@ async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
 
 
 def search_path() -> str:
-    """PATH in pods."""
+    """Return the value of PATH in pods."""
     return ":".join([PATH, *sorted(glob.glob(POSTGRESQL), reverse=True)[:1]])
 
 
 def programs() -> Sequence[str]:
-    """Folders that the images would contain: this project, its environment, and the Python below it."""
+    """Return the folders that the images would contain: this project, the Python environment, and the Python
+    installation below the environment.
+    """
     folders: list[Path] = []
     for folder in sorted(
         {ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}, key=lambda path: len(path.parts)
@@ -300,7 +315,7 @@ def _size(text: str) -> str:
 
 
 def harness_pod(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
-    """A pod of the harness itself: a program of this project."""
+    """Return the spec of a pod of the harness itself, which runs a program of this project."""
     return Spec(
         name=name, component=component, command=(sys.executable, *command),
         environment={"PYTHONPATH": str(ROOT), "HOME": "/tmp", "PYTHONUNBUFFERED": "1"},  # noqa: S108 - its own

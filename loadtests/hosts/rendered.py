@@ -1,7 +1,8 @@
-"""Conversion of the rendered chart to pods: programs, arguments, environment and files as Kubernetes would set them.
+"""Conversion of the rendered chart to pods, with programs, arguments, environment and files as Kubernetes would set
+them.
 
-Deployments, StatefulSets and Jobs contain all of it. For a RayCluster the command line and a few variables come from
-KubeRay, which does not run here: `_ray_pod` writes what its operator writes.
+Deployments, StatefulSets and Jobs contain all of this. For a RayCluster the command line and a few variables come from
+KubeRay, which does not run here: `_ray_pod` writes what KubeRay's operator writes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ NAMESPACE = RELEASE = "headrace"
 DOMAIN = f"{NAMESPACE}.svc.cluster.local"
 HEAD_PORT = 6379
 OBJECT_STORE_BYTES = 128 << 20
-"""Ray sizes its store by the container's memory, which here is the whole machine's."""
+"""Size of Ray's object store in bytes. By default Ray sizes the store by the container's memory, which here is the
+whole machine's memory.
+"""
 Object = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Mount point of a volume in the container. `source` None: memory of `size`."""
+    """Mount of a volume in a container. `source` None: memory of the given `size`."""
 
     path: str
     source: Path | None
@@ -44,7 +47,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One container to run."""
+    """Spec of one container to run."""
 
     name: str
     component: str
@@ -57,30 +60,32 @@ class Spec:
     pre_stop_s: float = 0.0
     ready_port: int = 0
     ready_service: str = ""
-    """Service that its readiness probe checks with grpc.health.v1; port 0 if there is no such probe."""
+    """Name of the service that the readiness probe checks with grpc.health.v1. If the probe is
+    absent, the port is 0.
+    """
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """All rendered objects, with the Secrets that were made before."""
+    """All rendered objects, with the Secrets that were made before the rendering."""
 
     objects: Sequence[Object]
 
     def of(self, kind: str) -> Iterator[Object]:
-        """Objects of a kind."""
+        """Yield the objects of a kind."""
         return (item for item in self.objects if item["kind"] == kind)
 
     def find(self, kind: str, name: str) -> Object:
-        """Object of a kind with this name. Raises LookupError."""
+        """Return the object of a kind with this name. Raises LookupError."""
         for item in self.of(kind):
             if item["metadata"]["name"] == name:
                 return item
         raise LookupError(f"the chart has no {kind} {name}")
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
-        """Files in a volume of a ConfigMap or Secret."""
+        """Return the files in a volume of a ConfigMap or Secret, by name."""
         manifest = self.find(kind, name)
         data = dict(manifest.get("data", {}))
         if kind == "Secret":
@@ -91,7 +96,9 @@ class Release:
 
 
 def helm() -> str:
-    """Path of Helm: HEADRACE_HELM, `helm` on PATH, or the one that the chart's tests unpack. Raises RuntimeError."""
+    """Return the path of Helm: HEADRACE_HELM, `helm` on PATH, or the copy that the chart's tests unpack. Raises
+    RuntimeError.
+    """
     named = os.environ.get("HEADRACE_HELM") or shutil.which("helm")
     if named:
         return named
@@ -103,7 +110,7 @@ def helm() -> str:
 
 
 def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
-    """Run `helm template`. Raises RuntimeError with Helm's output."""
+    """Run `helm template` and return the release. Raises RuntimeError with the output of Helm."""
     command = [helm(), "template", RELEASE, str(CHART), "--namespace", NAMESPACE]
     for path in values:
         command += ["--values", str(path)]
@@ -115,7 +122,7 @@ def render(values: Sequence[Path], secrets: Sequence[Object]) -> Release:
 
 
 def make_secrets() -> list[Object]:
-    """Parsed output of `headrace pod secrets`."""
+    """Return the parsed output of `headrace pod secrets`."""
     command = [sys.executable, "-m", "cluster.cli.main", "pod", "secrets", "--namespace", NAMESPACE, "--name", RELEASE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     if done.returncode:
@@ -125,20 +132,22 @@ def make_secrets() -> list[Object]:
 
 VALKEY = "valkey-server"
 HOST_OF_THE_POD = "<spec.nodeName>"
-"""Placeholder in an environment for the pod's host."""
+"""Placeholder in an environment variable for the host of the pod."""
 
 
 class Containers:
-    """Makes the specs of a release's pods. Volumes are folders below `home`; claims persist across releases."""
+    """Maker of the container specs of a release. Volumes are folders below `home`; volume claims persist across
+    releases.
+    """
 
     def __init__(self, release: Release, home: Path, claims: Mapping[str, Path]) -> None:
-        """`claims`: folders of existing volume claims, by name."""
+        """Store the release. `claims`: folders of existing volume claims, by name."""
         self._release = release
         self._home = home
         self._claims = dict(claims)
 
     def of(self, kind: str, name: str, ordinal: int = 0) -> Spec:
-        """The container of one pod of a Deployment, StatefulSet or Job."""
+        """Return the container of one pod of a Deployment, StatefulSet or Job."""
         manifest = self._release.find(kind, name)
         template = manifest["spec"]["template"]
         pod = f"{name}-{ordinal}"
@@ -152,7 +161,7 @@ class Containers:
         return spec
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:
-        """A RayCluster's head, or a node of one of its groups."""
+        """Return the container of a RayCluster's head, or with `group` of a node in that group."""
         manifest = self._release.find("RayCluster", f"{RELEASE}-{cluster}")
         spec = manifest["spec"]
         part = (
@@ -234,7 +243,9 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """Do what the entry point of the PostgreSQL image does before it serves: create the database, once."""
+    """Return the spec with the steps that the entry point of the PostgreSQL image runs before the server: create the
+    database, once.
+    """
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '
@@ -248,7 +259,7 @@ def _entry_point(spec: Spec) -> Spec:
 
 
 def _ray_pod(spec: Spec, cluster: Object, part: Object, container: Object, release: Release, *, head: bool) -> Spec:
-    """Complete the spec as KubeRay does: with its command line and its variables."""
+    """Return the spec completed as KubeRay does: with KubeRay's command line and variables."""
     service = f"{cluster['metadata']['name']}-head-svc.{DOMAIN}"
     parameters = {
         **part["rayStartParams"],
@@ -289,12 +300,12 @@ def _bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Answers of the cluster's DNS, from the rendered Services: addresses by name, and SRV records by port name."""
+    """Zone of the cluster's DNS, from the rendered Services: addresses by name, and SRV records by port name."""
 
     services: Sequence[Object]
 
     def zone(self, pods: Sequence[tuple[Spec, Place, bool]]) -> dict[str, Any]:
-        """DNS zone. `pods`: each with its place, and whether it is ready."""
+        """Return the DNS zone. `pods`: each pod's spec and place, and whether the pod is ready."""
         hosts: dict[str, list[str]] = {}
         served: dict[str, list[tuple[str, int]]] = {}
         for service in self.services:
@@ -313,6 +324,6 @@ class Names:
                 key = f"_{port['name']}._{port['protocol'].lower()}.{name}"
                 served[key] = [(f"{pod.name}.{name}", int(port["port"])) for pod, _ in members]
         for pod, place, _ in pods:
-            if pod.name.endswith("-head-0"):  # KubeRay's own Service
+            if pod.name.endswith("-head-0"):  # the Service that KubeRay itself creates
                 hosts[f"{pod.name.removesuffix('-0')}-svc.{DOMAIN}"] = [place.address]
         return {"hosts": hosts, "srv": served}

@@ -1,6 +1,7 @@
-# A container of the harness: namespaces of its own for processes, mounts, names and messages, a root that holds the
-# programs, the volumes and nothing else, and the user of the pod. $1 is a folder with what to do; the rest is the
-# program. Runs as the first process of a fresh PID namespace, within the pod's network namespace.
+# Container of the harness. The container has namespaces of its own for processes, mounts, names and messages, a root
+# that holds only the programs and the volumes, and the user of the pod. $1 is the folder with the pod's settings; the
+# remaining arguments are the program. The script runs as the first process of a fresh PID namespace, within the pod's
+# network namespace.
 set -euo pipefail
 pod=$1
 shift
@@ -35,8 +36,8 @@ while IFS='|' read -r path source mode size; do
         if [ "$mode" = ro ]; then mount -o remount,bind,ro "$root$path"; fi
     fi
 done < "$pod/mounts"
-# After the volumes: a checkout below /tmp lies inside of one. A folder that only its owner may enter, as `mktemp -d`
-# makes them, is bound entry by entry, since pods have users of their own.
+# The programs are mounted after the volumes, since a checkout below /tmp lies inside a volume. A folder that only its
+# owner may enter, as `mktemp -d` makes it, is bound entry by entry, since pods have users of their own.
 while read -r folder; do
     mkdir -p "$root$folder"
     if [ $(($(stat -c '0%a' "$folder") & 5)) = 5 ]; then mount --rbind "$folder" "$root$folder"; continue; fi

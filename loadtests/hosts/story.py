@@ -14,7 +14,7 @@ LOOK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A log line about a link. `at` is wall-clock time."""
+    """One log line about a link. `at`: wall-clock time."""
 
     at: float
     name: str
@@ -24,7 +24,7 @@ class Event:
 
 
 class Timeline:
-    """Follows the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
+    """Follower of the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -33,22 +33,22 @@ class Timeline:
         self.events: list[Event] = []
 
     def follow(self, pods: list[str]) -> None:
-        """Follow the logs from now on, until closed."""
+        """Follow the logs of these pods from now on, until `close`."""
         for pod in pods:
             self._up[pod] = set()
             self._tasks.append(asyncio.create_task(self._follow(pod)))
 
     def up(self, pod: str) -> set[str]:
-        """Workers that the pod's current process has links to."""
+        """Return the workers to which the current process of the pod has links."""
         return self._up[pod]
 
     def close(self) -> None:
-        """Stop following."""
+        """Stop following the logs."""
         for task in self._tasks:
             task.cancel()
 
     def since(self, at: float, name: str) -> list[Event]:
-        """Events of a name since `at`, in order."""
+        """Return the events with this name since `at`, in order."""
         return [event for event in self.events if event.name == name and event.at >= at]
 
     async def _follow(self, pod: str) -> None:

@@ -1,4 +1,4 @@
-"""The environment of processes in which vLLM's V2 model runner runs on CPUs, interpreted. See v2stub."""
+"""Environment of processes in which vLLM's V2 model runner runs on CPUs, interpreted. See v2stub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TRITON = ROOT / ".triton"
-"""Folder in which `make triton` installs Triton. It is not in the engine's environment, where vLLM would try it."""
+"""Folder in which `make triton` installs Triton. The folder is outside the engine's environment, where vLLM would try
+to use Triton.
+"""
 
 
 def environment(*, v2: bool = True) -> Mapping[str, str]:
-    """Return variables for a process and its descendants: asynchronous scheduling, V2 model runner or V1."""
+    """Return environment variables for a process and its descendants: asynchronous scheduling, with the V2 or the V1
+    model runner.
+    """
     path = [str(TRITON), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
     runner = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, path if v2 else path[1:])), "HEADRACE_TEST_ASYNC": "1", **runner}

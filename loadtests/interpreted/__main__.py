@@ -16,7 +16,7 @@ from loadtests.interpreted import environment
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Replace this process by pytest in that environment."""
+    """Replace this process by pytest in the environment of the interpreted runner."""
     v1 = arguments[:1] == ["--v1"]
     command = [sys.executable, "-m", "pytest", *arguments[v1:]]
     os.execve(sys.executable, command, {**os.environ, **environment(v2=not v1)})  # noqa: S606

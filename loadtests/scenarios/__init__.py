@@ -1,1 +1,1 @@
-"""The scenarios by name, one file each."""
+"""Scenarios by name, one file each."""

@@ -1,8 +1,10 @@
-"""The autoscaler in virtual time: against the clairvoyant optimum, Ray Serve's policy and the best static placement.
+"""The autoscaler in virtual time, compared with the clairvoyant optimum, Ray Serve's policy and the best static
+placement.
 
-The production policy drives simulated replicas on public traces at their own times; cold start 60 s. Optimum, policy
-and baselines run on the same replicas and begin with the same number; the policy sees only what a controller
-sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice of clients).
+The production policy drives simulated replicas on public traces at the traces' own times. The cold start takes 60 s.
+Optimum, policy and baselines run on the same replicas and begin with the same number of replicas; the policy sees only
+what a controller sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice
+of clients).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ AGAINST = {"azure-conv": 1.15, "mooncake": 1.15, "servegen-week": 1.15, "azure-c
 
 
 async def play(stage: Stage) -> None:
-    """Run all cases with all seeds. `--only` names cases, or `shared`."""
+    """Run all cases with all seeds. `--only` takes names of cases, or `shared`."""
     options = stage.options
     seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
     names = [name for name in (*TRACES, *HELD_OUT) if options.selects(name)]
@@ -69,7 +71,7 @@ async def play(stage: Stage) -> None:
 
 
 def summary_line(result: CaseResults | Shared) -> str:
-    """Result as one line."""
+    """Return the result as one line of text."""
     if isinstance(result, Shared):
         return f"shared: {result.ours_good:.0f} calls within the slo, static {result.static_good:.0f}"
     best = f"{result.optimum.cost_s:.0f}" if result.optimum is not None else "none"
@@ -78,7 +80,7 @@ def summary_line(result: CaseResults | Shared) -> str:
 
 
 def report_values(result: CaseResults) -> dict[str, Any]:
-    """Result for the report, without lines and plans."""
+    """Return the result for the report, without lines and plans."""
     ours = {k: v for k, v in asdict(result.ours).items() if k != "line"}
     optimum = result.optimum and {k: v for k, v in asdict(result.optimum).items() if k != "replicas"}
     ray = result.ray_best and {"settings": asdict(result.ray_best[0]), **asdict(result.ray_best[1])}
@@ -97,7 +99,9 @@ def report_values(result: CaseResults) -> dict[str, Any]:
 def spread_figure(
     name: str, values: Sequence[float], bound: Bound | None, note: str, unit: str = "ratio", holds: bool = True
 ) -> Figure:
-    """Mean, least and most over the seeds; met if the worst of them is, never if not `holds`."""
+    """Return a row with the mean, the least and the largest value over the seeds. The bound is met if the worst value
+    is inside it, and never if `holds` is false.
+    """
     if not values:
         return missing(name, bound, "not run")
     worst = max(values) if bound is None or bound.sense == "<=" else min(values)
@@ -112,7 +116,7 @@ def spread_figure(
 
 
 def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], shared: Sequence[Shared]) -> None:
-    """Add the scenario's table."""
+    """Add the scenario's rows to the report."""
     figures = stage.report.figures
     for name, case_results in results_by_case.items():
         known = [result for result in case_results if result.optimum is not None]
@@ -145,7 +149,7 @@ def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], sha
 
 
 def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults]) -> None:
-    """Add the comparison with Ray Serve's defaults and the best of its grid."""
+    """Add the comparison with Ray Serve's default settings and with the best settings of the grid."""
     picks: tuple[tuple[str, Callable[[CaseResults], Any]], ...] = (
         ("defaults", lambda result: result.ray_default),
         ("best of the grid", lambda result: result.ray_best and result.ray_best[1]),
@@ -182,7 +186,7 @@ def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults
 
 
 def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
-    """Add the rows on twenty models on sixteen GPUs."""
+    """Add the rows for twenty models on sixteen GPUs."""
     if not shared:
         return
     seconds = 12 * 3600.0

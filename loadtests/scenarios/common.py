@@ -1,4 +1,4 @@
-"""Parts shared by scenarios: options, alternating arms, and cores to bind them to."""
+"""Parts that scenarios share: options, alternating arms, and the cores that processes are bound to."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from loadtests.show import Screen
 PEERS = Path(__file__).resolve().parent.parent.parent / ".venv-peers"
 FIRST_CALL_S = 60.0
 AVAILABLE = sorted(os.sched_getaffinity(0))
-"""This process's cores before it binds itself to some of them."""
+"""Cores of this process before the process binds itself to some of these cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Model that `peers` serves in place of its tiny one, and its hardware."""
+    """Model that `peers` serves in place of the tiny model, and the hardware for this model."""
 
     model: Path | None
     """Folder of a checkpoint; None for the tiny model."""
     engine: Mapping[str, object]
     gpus: int
-    """GPUs of one engine."""
+    """Number of GPUs of one engine."""
     exact: bool = False
     """Whether the arithmetic is the same in every batch, so that equal requests must give equal texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options from the command line. `rounds` and `tokens` None: the scenario's own."""
+    """Options from the command line. If `rounds` or `tokens` is None, the scenario uses a number of its own."""
 
     rounds: int | None = None
     tokens: int | None = None
@@ -48,25 +48,25 @@ class Options:
     seed: int = 1
     pin: bool = True
     only: tuple[str, ...] = ()
-    """Names of arms; empty for all."""
+    """Names of the arms to run; empty for all arms."""
     peers: Path = PEERS
     setup: Setup | None = None
-    """For `peers`: None for the tiny model, followed by the rows without an engine."""
+    """For `peers`: model and hardware. None stands for the tiny model, followed by the rows without an engine."""
     points: int | None = None
     """For `faults`: number of faults."""
     runner: str = "v1"
     """For `faults`: the model runner of the real engines."""
     soak_s: float | None = None
-    """For `faults`: duration of the soak."""
+    """For `faults`: duration of the soak, in seconds."""
     speed: float | None = None
-    """For `hosts`: factor by which its streams are shorter."""
+    """For `hosts`: factor by which the streams are shorter."""
     against: Path | None = None
-    """For `hostile`: the checkout whose cost per token is compared."""
+    """For `hostile`: the checkout with which the cost per token is compared."""
     ends_at: float | None = None
-    """No round begins after this time.monotonic."""
+    """Value of time.monotonic after which no round begins."""
 
     def selects(self, arm: str) -> bool:
-        """Whether an arm is to run."""
+        """Return whether an arm is to run."""
         return not self.only or arm in self.only
 
 
@@ -80,14 +80,14 @@ class Stage:
     folder: Path
     report: Report
     part: str = ""
-    """Prefix of arm names when a scenario runs as a part of another."""
+    """Prefix of the names of arms when a scenario runs as a part of another scenario."""
 
     def arm(self, name: str, description: str) -> Arm:
-        """Add an arm to the report."""
+        """Add an arm to the report and return it."""
         return self.report.arm(self.part + name, description)
 
     def with_share_of_time(self, share: float) -> Stage:
-        """The same stage with `share` of the remaining time; itself if time is not bounded."""
+        """Return this stage with `share` of the remaining time. If the time is not bounded, return the stage itself."""
         ends_at, now = self.options.ends_at, time.monotonic()
         if ends_at is None:
             return self
@@ -96,7 +96,9 @@ class Stage:
 
 @dataclass(eq=False, slots=True)
 class Contestant:
-    """An arm with its client and its processes. `after` adds values to a round that only the server knows."""
+    """An arm with the client and the processes of the arm. `after` adds values to a round that only
+    the server knows.
+    """
 
     arm: Arm
     face: Face
@@ -106,7 +108,7 @@ class Contestant:
 
 
 async def first_call(contestant: Contestant, request: Request, timeout_s: float = FIRST_CALL_S) -> bool:
-    """Wait until the arm answers one call; False, with the arm's problem recorded, if it does not in time."""
+    """Wait until the arm answers one call; return whether it does so in time. If not, record the problem in the arm."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -130,7 +132,7 @@ async def run_round(
     limits: Limits | None = None,
     keep: bool = True,
 ) -> Run:
-    """Drive the arm once, with its processes' CPU time before and after."""
+    """Drive the arm once and record the CPU time of the arm's processes before and after; return the run."""
     title = f"{contestant.arm.name}, round {number}" if keep else f"{contestant.arm.name}, warm-up"
     before = snapshot(contestant.roots)
     async with screen.running(title) as on_start:
@@ -161,7 +163,7 @@ async def alternate(
 ) -> None:
     """Warm up each arm, then run every arm in turn `rounds` times, with the same requests. A broken arm is skipped.
 
-    `cooldown_s`: pause between two arms, for work that an arm's processes still do after its last call.
+    `cooldown_s`: pause between two arms, for work that the processes of an arm still do after the arm's last call.
     """
     for contestant in contestants:
         await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
@@ -182,7 +184,7 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
     """Check that every answer has the requested number of tokens, and that equal requests gave equal texts on every
     arm.
 
-    Not `exact`: texts are counted, but differences are not a problem.
+    Without `exact`, differing texts are counted, but are no problem.
     """
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
@@ -203,7 +205,7 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
 def per_round(
     one: Contestant | None, other: Contestant | None, value: Callable[[Round], float | None]
 ) -> tuple[list[float], list[float]]:
-    """Values of both arms, for the rounds in which both have one."""
+    """Return the values of both arms, for the rounds in which both arms have a value."""
     if one is None or other is None:
         return [], []
     theirs = {r.number: value(r) for r in other.arm.rounds}
@@ -213,17 +215,19 @@ def per_round(
 
 
 def rounds_of(options: Options) -> int:
-    """The requested number of rounds, else the number that a bound needs."""
+    """Return the requested number of rounds, else the number that a bound needs."""
     return options.rounds or MIN_ROUNDS
 
 
 def unbind() -> None:
-    """Bind this process to all its cores again: processes that it starts inherit them."""
+    """Bind this process to all its original cores again. Processes that this process starts inherit the binding."""
     pin_driver(AVAILABLE)
 
 
 def cores(bound: bool) -> tuple[list[int], list[int], list[int]] | None:
-    """Cores for the measured processes, for engines, and for the driver; None if nothing is to be bound."""
+    """Return the cores for the measured processes, for engines, and for the driver; None if no
+    process is to be bound.
+    """
     there = AVAILABLE
     if not bound or len(there) < 2:
         return None

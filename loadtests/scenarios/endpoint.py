@@ -1,4 +1,4 @@
-"""Endpoint: load a running server over the API that its address names, in an open or a closed loop."""
+"""Scenario `endpoint`: load a running server, over the API that the address names, in an open or a closed loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMES = ("grpc", "session", "http", "ray")
 
 
 class BadEndpoint(ValueError):
-    """Unknown API, or no server at the address; the message says what was tried."""
+    """Raised for an unknown API, or if no server is at the address. The message says what was tried."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def face_of(arguments: argparse.Namespace) -> Face:
-    """Client for an address. Raises BadEndpoint."""
+    """Return the client for an address. Raises BadEndpoint."""
     scheme, separator, rest = arguments.endpoint.partition("://")
     host, colon, port = rest.rstrip("/").rpartition(":")
     if scheme not in SCHEMES or not separator:
@@ -78,7 +78,7 @@ def face_of(arguments: argparse.Namespace) -> Face:
 
 
 def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[float] | None]:
-    """The calls, and when they are due (None: a closed loop). Raises NoData or ValueError."""
+    """Return the calls, and the times at which they are due (None: a closed loop). Raises NoData or ValueError."""
     name, count, seed, chat = arguments.dataset, arguments.requests, arguments.seed, not arguments.complete
     datasets.check_name(name)
     if name in traces.TRACES:
@@ -101,7 +101,7 @@ def requests_of(arguments: argparse.Namespace) -> tuple[list[Request], list[floa
 
 
 def levels(text: str) -> Sequence[int]:
-    """Parse `1,8,64` to numbers. Raises ValueError."""
+    """Parse a list of numbers such as `1,8,64`. Raises ValueError."""
     try:
         concurrencies = [int(part) for part in (text or "8").split(",")]
     except ValueError:
@@ -112,7 +112,7 @@ def levels(text: str) -> Sequence[int]:
 
 
 async def play(arguments: argparse.Namespace, screen: Screen, report: Report) -> None:
-    """One run, or one for each concurrency. Raises BadEndpoint if the first call finds no server."""
+    """Make one run, or one run for each concurrency. Raises BadEndpoint if the first call finds no server."""
     if arguments.requests < 1 or arguments.tokens < 1:
         raise ValueError("--requests and --tokens must be 1 or more")
     requests, due_s = requests_of(arguments)

@@ -1,8 +1,8 @@
-"""Fairness between tenants: gap, shares, a quiet tenant beside a loud one, and the cost of fairness.
+"""Fairness between tenants: gap, shares, a quiet tenant beside a loud tenant, and the cost of fairness.
 
-Eight simulated workers and one, two or eight gateways in virtual time; waiting room, fair queue, credits, accounts
-and routing are those of production (loadtests/sim). Reports come 100 ms late. Tenants' lengths are from public traces
-if those are present. Only the cost of queueing is measured in real time.
+Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
+and routing are the production code (loadtests/sim). Reports come 100 ms late. The tenants' lengths are from public
+traces if those are present. Only the cost of queueing is measured in real time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEERS = "the peers scenario with all of this on"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Results of a world in which all tenants always have calls waiting. `gap` in U."""
+    """Results of a world in which all tenants always have calls waiting. `gap` is in units of U."""
 
     gap: float
     share: float
@@ -56,7 +56,9 @@ class Crowd:
 
 @dataclass(frozen=True, slots=True)
 class QuietTenant:
-    """A quiet tenant's p99 time to first token, and the cluster's throughput in weighted tokens a second."""
+    """p99 time to first token of a quiet tenant in seconds, and throughput of the cluster in
+    weighted tokens a second.
+    """
 
     ttft_s: float
     throughput: float
@@ -64,14 +66,14 @@ class QuietTenant:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of one enqueue and one pick, p99 in µs."""
+    """Cost of one enqueue and one pick, as the p99 in µs."""
 
     few_us: float
     many_us: float
 
 
 async def play(stage: Stage) -> None:
-    """Run all worlds with as many seeds as rounds."""
+    """Run all worlds. The number of seeds is the number of rounds."""
     rounds, seed = rounds_of(stage.options), stage.options.seed
     if not from_traces():
         stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: using similar synthetic lengths")
@@ -115,7 +117,7 @@ def add_figures(
     ttfts: Sequence[tuple[QuietTenant, QuietTenant, QuietTenant]],
     costs: Sequence[Cost],
 ) -> None:
-    """Add the scenario's table."""
+    """Add the scenario's rows to the report."""
     two, rounds = crowds[2], len(fifo)
     gap_of_fifo = sum(result.gap for result in fifo) / rounds
     share_of_fifo = sum(result.share for result in fifo) / rounds
@@ -149,7 +151,7 @@ def add_figures(
 
 
 def lengths(name: str, seed: int, longest: bool = False) -> list[Lengths]:
-    """Lengths of a trace, or similar synthetic ones if the traces are absent."""
+    """Return the lengths of a trace, or similar synthetic lengths if the traces are absent."""
     try:
         pairs = [(t.prompt_tokens, t.output_tokens) for t in traces.load(name)]
     except traces.NoData:
@@ -160,7 +162,7 @@ def lengths(name: str, seed: int, longest: bool = False) -> list[Lengths]:
 
 
 def from_traces() -> bool:
-    """Whether the lengths are recorded ones."""
+    """Return whether the lengths come from recorded traces."""
     try:
         return bool(traces.load("vtc"))
     except traces.NoData:
@@ -168,7 +170,9 @@ def from_traces() -> bool:
 
 
 def tenants(seed: int) -> list[SimTenant]:
-    """Twelve tenants: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
+    """Return twelve tenants: short, middling and long outputs, weights 1 and 2, half of the tenants at one gateway
+    only.
+    """
     kinds = (
         ("code", lengths("azure-code", seed)),
         ("chat", lengths("azure-conv", seed)),
@@ -182,7 +186,7 @@ def tenants(seed: int) -> list[SimTenant]:
 
 
 def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
-    """A world in which every tenant always has calls waiting."""
+    """Run a world in which every tenant always has calls waiting; return the results."""
     population = tenants(seed)
     weights = {tenant.name: tenant.weight for tenant in population}
     world = World(WorldConfig(population, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
@@ -199,7 +203,9 @@ def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
 
 
 def quiet_ttft(seed: int) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
-    """A quiet tenant alone, beside the loud one with fairness, and beside it first come first served."""
+    """Return the results of a quiet tenant in three worlds: alone, beside a loud tenant with fairness, and beside the
+    loud tenant first come first served.
+    """
     quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
     out = []
@@ -215,7 +221,7 @@ def quiet_ttft(seed: int) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
 
 
 def turn_us(count: int, seed: int) -> float:
-    """p99 of one enqueue and one pick with QUEUED sequences waiting, for `count` tenants."""
+    """Return the p99 of one enqueue and one pick in µs, with QUEUED sequences waiting, for `count` tenants."""
     rng = random.Random(seed)
     turns = FairOrders()
     room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)
@@ -239,7 +245,7 @@ def turn_us(count: int, seed: int) -> float:
             times.append(time.perf_counter_ns() - began)
             if taken is not None:
                 live.append(taken.call_id)
-            if len(live) > LIVE:  # calls end, and their unused predicted service is given back
+            if len(live) > LIVE:  # calls end, and unused predicted service is given back
                 call_id = live.pop(rng.randrange(LIVE))
                 order.generated(call_id, rng.randrange(20, 500))
                 order.ended(call_id)

@@ -1,9 +1,10 @@
 """Faults: the effect on callers when workers are killed, stopped and cut off, and the gateway under overload.
 
-Parts, each with its rows, in the order of the table: mass (faults under every kind of call), engines (the same on
-real vLLM), peers (streams that finish behind them and behind ours), recovery (silent gaps, detection, the survivors),
-alarms, overload, soak; the ledger is checked after each. `--only PART` runs some of them; `--points`, `--soak-s` and
-`--rounds` size them, and `--runner` selects the model runner of engines.
+The scenario has parts, each with rows of its own. In the order of the table the parts are: mass (faults under every
+kind of call), engines (the same faults on real vLLM), peers (streams that finish behind peers and behind our gateway),
+recovery (silent gaps, detection, the survivors), alarms, overload, soak. The ledger is checked after each part. `--only
+PART` runs some of the parts; `--points`, `--soak-s` and `--rounds` size them, and `--runner` selects the model runner
+of engines.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class TestBed:
-    """Test bed shared by the parts."""
+    """Test bed that the parts share."""
 
     stage: Stage
     model: Path
@@ -64,13 +65,13 @@ class TestBed:
 
 
 def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> Figure:
-    """A row that is counted, not estimated: it includes every case."""
+    """Return a row that is counted, not estimated: the value covers every case."""
     met = value >= bound.limit if bound.sense == ">=" else value <= bound.limit
     return Figure(name, value=value, bound=str(bound), met=met, unit=unit, note=note)
 
 
 async def play(stage: Stage) -> None:
-    """Run the selected parts, and add their rows in the table's order."""
+    """Run the selected parts, and add the rows of the parts in the table's order."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     bed = TestBed(stage, model, bundle)
     for name, (part, rows) in PARTS.items():
@@ -217,7 +218,7 @@ def _recovery_rows(findings: recovering.Findings, stuck: alarms.Hangs) -> list[F
 
 
 def at_worst(name: str, value: float | None, bound: Bound | None, unit: str, note: str, scale: float = 1.0) -> Figure:
-    """A row with one number: the worst value, or a quantile near it."""
+    """Return a row with one number: the worst value, or a quantile near the worst."""
     if value is None:
         return missing(name, bound, "no value was measured")
     value *= scale

@@ -1,6 +1,7 @@
-"""Attacks by anonymous clients, tenants and routine procedures, and their effect on everyone else.
+"""Attacks by anonymous clients, tenants and routine procedures, and the effect on all other callers.
 
-Parts, each a module of loadtests/hostile with its rows, in the order of the table. `--only PART` runs some of them.
+Each part is a module of loadtests/hostile with rows of its own, in the order of the table. `--only PART` runs some of
+the parts.
 """
 
 from __future__ import annotations
@@ -17,27 +18,29 @@ PARTS: tuple[str, ...] = (
     *("streams", "memory", "http_memory", "floods", "idle", "refusals", "cost", "renewal", "sigterm", "configs"),
     "links",
 )
-"""Modules of loadtests/hostile."""
+"""Names of the modules of loadtests/hostile."""
 NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
-    """A module of loadtests/hostile."""
+    """Interface of a module of loadtests/hostile."""
 
     ROWS: Mapping[str, Bound]
-    """The part's rows with their bounds."""
+    """Rows of the part, with the bound of each row."""
     measure: Callable[[Stage], Awaitable[list[Figure]]]
-    """Run the attack; one figure a row. Raises RuntimeError, DidNotStart, TimeoutError."""
+    """Function that runs the attack and returns one figure for each row. Raises RuntimeError, DidNotStart,
+    TimeoutError.
+    """
 
 
 def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> Figure:
-    """A row that is counted or measured once: met when the value is inside its bound."""
+    """Return a row that is counted or measured once. The row is met when the value is inside the bound."""
     met = value >= bound.limit if bound.sense == ">=" else value <= bound.limit
     return Figure(name, value=value, bound=str(bound), met=met, unit=unit, note=note)
 
 
 async def play(stage: Stage) -> None:
-    """Run the selected parts, and report their rows in the table's order."""
+    """Run the selected parts, and report the rows of the parts in the table's order."""
     for name in PARTS:
         part = cast(Part, importlib.import_module(f"loadtests.hostile.{name}"))
         if not stage.options.selects(name):

@@ -1,7 +1,8 @@
-"""Hosts: the rendered chart on network namespaces as hosts, under load, while its parts die, are cut off and rolled.
+"""Hosts: the rendered chart on network namespaces as hosts, under load, while parts of the cluster die, are cut off and
+are rolled.
 
-The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a
-real engine over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
+The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a real
+engine over two hosts. `--only EVENT` plays some of the events; `--speed` shortens the streams, and with them the run;
 `--concurrency` is the number of sequences that each simulated worker takes.
 """
 
@@ -27,9 +28,11 @@ from loadtests.scenarios.common import Stage
 
 SHARE = 0.7
 BOOKS_S = 25.0
-"""A record waits ten seconds for the counts of a lost worker."""
+"""Time in seconds in which all records must arrive. A record waits ten seconds for the counts of a lost worker."""
 NOTHING_CAME_S = 1.0
-"""Only a call whose gateway was lost with it waits this long for its first piece."""
+"""Bound on the wait for the first piece, in seconds. Only a call that was lost together with its
+gateway waits longer.
+"""
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"
 OF_EVENT = "the same at `{}`"
@@ -45,11 +48,13 @@ WAYS_OUT = "namespaces that reached an address outside"
 _NONE, _SILENCE, _CAPACITY, _ONE = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0), Bound(">=", 1.0)
 NODE_LOSSES = ("node",)
 ALLOWED = "STORE_UNAVAILABLE"
-"""Error allowed while the database is away for longer than store.stale_after_s. That is a day, so here none is."""
+"""Error that is allowed while the database is away for longer than store.stale_after_s. That setting is a day, so no
+such error is expected here.
+"""
 
 
 async def play(stage: Stage) -> None:
-    """Start the cluster, play the selected events, and report what each has shown."""
+    """Start the cluster, play the selected events, and report the results of each event."""
     if os.geteuid():
         raise RuntimeError("network namespaces need root")
     options = stage.options
@@ -155,7 +160,9 @@ def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
 
 
 def lost_in_move(result: EpisodeResults | None) -> Figure:
-    """Streams lost of those in progress during the move: failed, or with another text than others."""
+    """Return a row with the number of streams lost among the streams in progress during the move. A lost stream failed,
+    or has a text that differs from other answers.
+    """
     if result is None:
         return missing(MOVE, _NONE, "the event was not played")
     if result.episode.moved is None:
@@ -201,7 +208,7 @@ async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
 
 
 async def _ledger_figure(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
-    """Compare the ledger with what callers received, once all records have had time to arrive."""
+    """Compare the ledger with the counts that callers received, once all records have had time to arrive."""
     reported = {call.id: call.completion for call in calls if not call.error}
     deadline = time.monotonic() + BOOKS_S
     while True:
@@ -219,9 +226,9 @@ async def _ledger_figure(cluster: Cluster, calls: Sequence[Call], settings: dict
     fewer = {call_id: [reported[call_id], *(row[1:] for row in rows if row[0] == call_id)] for call_id in lacking}
     more = {call_id: tokens[call_id] - reported[call_id] for call_id in reported if tokens[call_id] > reported[call_id]}
     settings["ledger"] = {"rows": len(rows), "calls": len(reported), "too few": fewer, "too many": more}
-    # Text written to a gateway that is killed or cut off, and that never reached its client, is computed and counted
-    # again: resume.md. That is the only reason for a call that was just sent; with a living gateway no call waits so
-    # long.
+    # Text that was written to a gateway which is then killed or cut off may never reach the client. Such text is
+    # computed and counted again (resume.md). A lost gateway is the only reason why a call that was just sent waits this
+    # long; with a living gateway no call does.
     whole = [call for call in calls if call.id in more and more[call.id] >= reported[call.id]]
     gateways = {call.id: {row[2].partition(".")[0] for row in rows if row[0] == call.id} for call in whole}
     anew = [call.id for call in whole if call.first - call.sent > NOTHING_CAME_S and len(gateways[call.id]) > 1]

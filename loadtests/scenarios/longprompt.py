@@ -1,12 +1,13 @@
-"""Long prompts: 220 KB of text a call at concurrency 50, 16 tokens out, over a simulated engine of 131,072 tokens.
+"""Long prompts: 220 KB of text for each call at concurrency 50, 16 tokens out, over a simulated engine of 131,072
+tokens.
 
-The engine's prefill takes no time, so the measurement shows the work before it: reading, tokenizing and forwarding.
-Both
-sides tokenize in threads: ours in the gateway, the peer in the server behind it. Nothing is bound to cores.
+The engine's prefill takes no time, so the measurement shows the work before the prefill: reading, tokenizing and
+forwarding. Both sides tokenize in threads: our side in the gateway, the peer in the server behind the peer. No process
+is bound to cores.
 
-The prompts are drawn from a hundred words, as in all load tests, which favours a tokenizer that encodes each distinct
+The prompts are drawn from a hundred words, as in all load tests. This favours a tokenizer that encodes each distinct
 word once. So the measurement is repeated with prose: Python's language reference, from a different position for each
-prompt. It is a tenth shorter, since the test's small vocabulary needs more tokens for it.
+prompt. The prose is a tenth shorter, since the small vocabulary of the test needs more tokens for prose.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RATE_BOUND, STALL_BOUND = Bound(">=", 1.5), Bound("<=", 20.0)
 
 
 def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
-    """Prompts that share no prefix."""
+    """Return prompts that share no prefix."""
     return [
         Request(
             f"long-{seed}-{number}-{i}", f"{number}.{i} {words(f'{seed}/{number}/{i}', 54_000)}"[:PROMPT_BYTES], tokens
@@ -47,7 +48,7 @@ def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list
 
 
 def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
-    """Prose, each prompt from its own position on."""
+    """Return prompts of prose. Each prompt begins at a different position."""
     return [
         Request(
             f"prose-{seed}-{number}-{i}",
@@ -59,13 +60,13 @@ def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> l
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """Source of an engine with capacity for every prompt at once, whose prefill takes a millisecond."""
+    """Return the source of an engine with capacity for every prompt at once. A prefill takes a millisecond."""
     room = "max_model_len=131072&max_num_seqs=64&max_num_batched_tokens=16777216&kv_blocks=16384&block_size=1024"
     return f"sim://{model}?decode_ms=5&prefill_tokens_per_s=1e9&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, alternate them, compute the rows."""
+    """Start both sides, alternate the arms, and compute the rows."""
     options, report = stage.options, stage.report
     concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -111,13 +112,13 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """The same servers, for the prose prompts."""
+    """Return an arm with the same servers, for the prose prompts."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 
 
 def figures(stage: Stage, arms: dict[str, Contestant], suffix: str, rate_name: str, stall_name: str) -> list[Figure]:
-    """Rate and stall of the arms whose names end in `suffix`."""
+    """Return the rows for rate and stall of the arms whose names end in `suffix`."""
     ours = arms.get(stage.part + relay.GRPC + suffix)
     router = arms.get(stage.part + relay.ROUTER + suffix)
     pairs = per_round(ours, router, _rate)

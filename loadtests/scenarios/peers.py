@@ -1,10 +1,9 @@
-"""Peers: ours beside other serving stacks, on one tiny model with one set of engine settings, alternating.
+"""Peers: our stack beside other serving stacks, on one tiny model with one set of engine settings, alternating.
 
-vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
-proxy and its direct ingress (e) run in front of a plain vLLM deployment; ours (f, g, h) is a gateway process and a
-worker
-process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one core,
-all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt,
+vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's own gRPC proxy
+and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
+worker process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one
+core, all front ends and the driver to another core. The rows that need no engine are measured by relay, longprompt,
 startup and processes.
 """
 
@@ -37,17 +36,25 @@ from loadtests.serving import ray_serve
 SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
-"""Arm for a single stream only: the peers' HTTP client runs on the driver's loop, grpcio's through its own threads."""
+"""Arm for a single stream only. The HTTP client of the peers runs on the driver's loop, but grpcio's client uses
+threads of its own, so this arm has a client on the loop.
+"""
 SERVER_LONE = "vLLM server, its rank in its core"
-"""Arm for a single stream only: a single rank on CPUs as ours has (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
+"""Arm for a single stream only. Like our engine, this vLLM server runs a single rank on CPUs in the process of the
+engine core (cluster/worker/engine/vllm/cpu/lone_rank.py).
+"""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
 NOT_ASKED = "not selected, or out of time"
 SINGLES_SHARE = 0.35
-"""Share of the remaining time, if it is bounded, for one stream, before 64."""
+"""Share of the remaining time, if the time is bounded, for the rounds with one stream. These rounds come before the
+rounds with 64.
+"""
 COOLDOWN_S = 1.5
-"""vLLM's rank processes poll at full speed for a second after their last step, on the core of the next arm's."""
+"""Pause between two arms in seconds. vLLM's rank processes poll at full speed for a second after their last step, on
+the same core as the ranks of the next arm.
+"""
 ENGINE_ARGUMENTS: dict[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -84,7 +91,7 @@ Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
 
 
 def value_of(kind: str) -> Callable[[Round], float | None]:
-    """Value of a round that a row compares."""
+    """Return the function that takes from a round the value that a row compares."""
     if kind in ("p50", "p99"):
         return lambda round_: round_.run.quantile("ttft_s", float(kind[1:]))
 
@@ -98,7 +105,7 @@ def value_of(kind: str) -> Callable[[Round], float | None]:
 
 
 class TestBed:
-    """Arms of this scenario as they start; an arm that does not start records its problem."""
+    """Arms of this scenario, collected as they start. An arm that does not start records the problem."""
 
     def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
         self.stage = stage
@@ -120,7 +127,7 @@ class TestBed:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
 
     async def add(self, name: str, description: str, start: Start) -> None:
-        """Start an arm and wait for its first answer, or record its problem."""
+        """Start an arm and wait for the first answer of the arm. If there is none, record the problem."""
         if not self.stage.options.selects(name):
             return
         arm: Arm = self.stage.arm(name, description)
@@ -136,7 +143,7 @@ class TestBed:
             self.arms.append(contestant)
 
     def bind(self) -> str:
-        """Bind engines to one core, front ends and driver to another."""
+        """Bind engines to one core, front ends and driver to another core; return a description."""
         plan = cores(self.stage.options.pin)
         if plan is None:
             return "nothing was bound to cores"
@@ -151,7 +158,7 @@ class TestBed:
 
 
 async def play(stage: Stage) -> None:
-    """Measure the engines' rows first, then the parts that need none."""
+    """Measure the rows that need an engine, then the parts that need none."""
     setup = stage.options.setup
     kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
     model, bundle = await serving.prepare(stage.children, kind, stage.folder)
@@ -272,7 +279,9 @@ async def _ray(bed: TestBed, stack: AsyncExitStack, name: str, model: Path, *, d
 
 
 async def _rounds(bed: TestBed, part: str = "") -> None:
-    """One stream first, then 64, alternating all arms; adds the figures of the rows that these arms have."""
+    """Run rounds with one stream, then with 64 streams, alternating all arms. Add the figures of the rows that these
+    arms have.
+    """
     stage, options = bed.stage, bed.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
     stage.report.settings[f"{part}cores"] = bed.bind()
@@ -301,14 +310,16 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """A second run of our arm beside the late arm, under its own name."""
+    """Return the arm under which a contestant is measured in `part`. Our arm gets a new name, since it runs a second
+    time beside the late arm.
+    """
     if contestant.arm.name != GRPC:
         return contestant.arm
     return stage.report.arm(part + contestant.arm.name, contestant.arm.description)
 
 
 def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
-    """Rows that need an engine, in their order."""
+    """Return the rows that need an engine, in the table's order."""
     problems = {arm.name: arm.problem for arm in stage.report.arms}
     out = []
     for title, ours, theirs, kind, bound in ROWS:
@@ -324,7 +335,7 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
 
 
 async def _parts(stage: Stage) -> None:
-    """Measure the rows without an engine: the other scenarios, as parts of this one."""
+    """Measure the rows without an engine: run other scenarios as parts of this scenario."""
     for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup), ("processes", processes)):
         unbind()
         folder = stage.folder / name

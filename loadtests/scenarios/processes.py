@@ -1,10 +1,11 @@
 """Processes: does a second gateway process on the same ports change the CPU time per token?
 
-256 streams of a simulated engine at 20 ms a step over gRPC, by one gateway process and by two that share the port,
-alternating. Gateways are bound to one core, engines and driver to another. Each arm has its own worker, which links to
-every process: with two the same step is sent as two messages of half the tokens. A process spends the same on a step, a
-beat and the wake-up of a sleeping client for one token as for a hundred, so the one process is also measured
-with half the streams: then each process has the same load, which is the purpose of a second process.
+256 streams of a simulated engine at 20 ms a step are served over gRPC by one gateway process and by two processes that
+share the port, alternating. Gateways are bound to one core, engines and driver to another core. Each arm has its own
+worker, which links to every gateway process: with two processes, one step is sent as two messages of half the tokens
+each. The CPU time that a process spends on a step, a beat and the wake-up of a sleeping client is the same for one
+token as for a hundred. So the one process is also measured with half the streams. Then each process has the same load,
+which is the purpose of a second process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BOUND = Bound("<=", 1.1)
 
 
 async def play(stage: Stage) -> None:
-    """Start both arms, alternate them, compute the row."""
+    """Start both arms, alternate the arms, and compute the row."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -87,7 +88,7 @@ def _bind(wanted: bool, sides: list[serving.Ours]) -> str:
 
 
 def figure(title: str, arms: dict[str, Contestant], ours: str, theirs: str, bound: Bound | None) -> Figure:
-    """A row of this scenario."""
+    """Return a row of this scenario."""
     pairs = per_round(arms.get(ours), arms.get(theirs), relay_cpu)
     if pairs[0]:
         return ratio_figure(title, *pairs, bound, scale=1e6, difference_unit="µs/token")

@@ -1,7 +1,8 @@
 """Relay: cost of a streamed token between engine and caller.
 
-256 streams of a simulated engine at 20 ms a step, relayed by our gateway (link in; gRPC, HTTP or sessions out) and by
-vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to another.
+256 streams of a simulated engine at 20 ms a step are relayed by our gateway (link in; gRPC, HTTP or sessions out) and
+by vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to
+another core.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ CLIENT_BOUND = Bound("<=", 0.4)
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """Source of the engine of both sides: capacity for every stream, negligible prefill time."""
+    """Return the source of the engine of both sides: capacity for every stream, and negligible prefill time."""
     room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
 def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
-    """Clients of our APIs by these names, limited to those that this build has and the options select."""
+    """Return the arms of our APIs with these names. An arm is left out if this build lacks the API or the options do
+    not select it.
+    """
     roots, wanted = ours.roots, [name for name in names if stage.options.selects(name)]
     arms: list[Contestant] = []
     if GRPC in wanted:
@@ -83,7 +86,9 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
-    """vllm-router in front of the engine at `port`; None, with the arm's problem recorded, if it does not start."""
+    """Start vllm-router in front of the engine at `port` and return the arm. If the router does not start, record the
+    problem in the arm and return None.
+    """
     arm = stage.arm(ROUTER, "vllm-router in front of the simulated engine's OpenAI API, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
@@ -94,7 +99,7 @@ async def start_router(stage: Stage, port: int) -> Contestant | None:
 
 
 async def play(stage: Stage) -> None:
-    """Start everything, alternate the arms, compute the rows."""
+    """Start both sides, alternate the arms, and compute the rows."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -128,7 +133,7 @@ def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request
 
 
 def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
-    """Bind relaying processes, engines and this process to separate cores; return a description."""
+    """Bind relaying processes, engines and this process to separate cores; return a description of the binding."""
     plan = cores(wanted)
     if plan is None:
         return "nothing was bound to cores"
@@ -142,12 +147,12 @@ def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
 
 
 def relay_cpu(round_: Round) -> float | None:
-    """CPU seconds per token of the relaying processes, without engines, simulated or not."""
+    """Return the CPU seconds per token of the relaying processes, without engines, simulated or not."""
     return round_.usage.front_end_s() / round_.run.tokens if round_.run.tokens else None
 
 
 def figures(arms: dict[str, Contestant]) -> list[Figure]:
-    """Rows of this scenario, in their order."""
+    """Return the rows of this scenario, in the table's order."""
     out = []
     router = arms.get(ROUTER)
     for name in (GRPC, HTTP, SESSION):

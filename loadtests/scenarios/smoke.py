@@ -1,4 +1,4 @@
-"""Smoke: each of our APIs once over a simulated engine, in seconds; no threshold on time. For CI."""
+"""Smoke: each of our APIs runs once over a simulated engine, in seconds. There is no threshold on time. For CI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SLO = Slo(ttft_s=2.0, tpot_s=0.5)
 
 
 async def play(stage: Stage) -> None:
-    """A closed loop and a bursty open loop on every API."""
+    """Run a closed loop and a bursty open loop on every API."""
     options = stage.options
     tokens, concurrency = options.tokens or TOKENS, options.concurrency or CONCURRENCY
     stage.report.slo = SLO

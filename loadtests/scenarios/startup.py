@@ -1,8 +1,8 @@
-"""Start-up: from the gateway's exec to the first routed request, with a tokenizer of 128,000 pieces.
+"""Start-up: the time from the gateway's exec to the first routed request, with a tokenizer of 128,000 pieces.
 
-A worker already runs and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker,
-load it, and route. The caller tries the port every few milliseconds, and repeats its call until the first text
-arrives; a gRPC channel opened before the port is would wait a tenth of a second and more between its attempts.
+A worker already runs and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker, load the
+tokenizer, and route. The caller tries the port every few milliseconds, and repeats its call until the first text
+arrives. A gRPC channel that is opened before the port would wait a tenth of a second and more between attempts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AGAIN_S, REDIAL_S = 0.005, 0.1
 
 
 async def play(stage: Stage) -> None:
-    """As many starts as rounds, one after the other."""
+    """Start a gateway as many times as there are rounds, one start after the other."""
     rounds = rounds_of(stage.options)
     model, bundle = await serving.prepare(stage.children, "big", stage.folder)
     seconds: list[float] = []
@@ -50,7 +50,7 @@ async def play(stage: Stage) -> None:
 
 
 async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tuple[float, list[str]]:
-    """Seconds from exec to the first text, and the modules that the gateway had imported at its end."""
+    """Return the seconds from exec to the first text, and the modules that the gateway had imported at its end."""
     link, clients = free_port(), free_port()
     folder.mkdir(parents=True, exist_ok=True)
     modules, ready = folder / "modules.json", folder / "worker.ready"
@@ -77,7 +77,7 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
 
 
 async def _until_open(address: str, until: float) -> None:
-    """Wait until the port accepts connections."""
+    """Wait until the port accepts connections or the time is over."""
     host, port = address.rsplit(":", 1)
     while time.perf_counter() < until:
         with suppress(OSError):

@@ -1,1 +1,1 @@
-"""The serving sides: processes that a scenario starts, and their programs."""
+"""The serving sides of load tests: processes that a scenario starts, and the programs of these processes."""

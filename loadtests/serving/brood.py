@@ -1,9 +1,9 @@
-"""Program: simulated workers, each in its own process and restarted when it dies.
+"""Program that runs simulated workers. Each worker has its own process and is restarted when the process dies.
 
     python -m loadtests.serving.brood --folder DIR --workers FILE [--restart-s 0.2]
 
 FILE holds a JSON list of command lines for loadtests.serving.worker. The program imports everything once and forks each
-worker, so that a killed worker is back at once, which real ones are not even with a warm page cache. DIR/i.pid has the
+worker, so that a killed worker is back at once. A real worker is not, even with a warm page cache. DIR/i.pid has the
 pid of the current process of worker i.
 """
 
@@ -24,7 +24,7 @@ from loadtests.serving import worker
 
 
 def run_worker(arguments: Sequence[str]) -> NoReturn:
-    """Serve until the end, in the child process."""
+    """Run a worker in the child process until the worker ends, then exit."""
     code = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -38,7 +38,7 @@ def run_worker(arguments: Sequence[str]) -> NoReturn:
 
 
 class WorkerPool:
-    """Parent of the workers. Forks before any thread or channel exists in this process, and makes none."""
+    """Parent of the workers. The parent forks before any thread or channel exists in this process, and makes none."""
 
     def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
         self._folder = folder
@@ -47,7 +47,7 @@ class WorkerPool:
         self._living: dict[int, int] = {}
 
     def start(self, number: int) -> None:
-        """Fork a worker and write its pid."""
+        """Fork a worker and write the pid of the worker."""
         pid = os.fork()
         if pid == 0:
             run_worker(self._workers[number])
@@ -57,7 +57,7 @@ class WorkerPool:
         scratch.rename(self._folder / f"{number}.pid")
 
     def run(self) -> None:
-        """Restart workers until SIGTERM."""
+        """Start the workers, and restart each worker that ends, until SIGTERM."""
         signal.signal(signal.SIGTERM, self._stop)
         for number in range(len(self._workers)):
             self.start(number)
@@ -74,7 +74,7 @@ class WorkerPool:
 
 
 def main() -> None:
-    """Read the command line and start."""
+    """Parse the command line and run the workers."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--workers", type=Path, required=True)

@@ -1,6 +1,6 @@
-"""One gateway and several simulated workers, each in its own process and behind a relay that can be cut.
+"""One gateway and several simulated workers. Each worker runs in its own process and behind a relay that can be cut.
 
-Scenarios of faults use it to kill, stop and cut workers, and to see when the gateway has noticed; workers
+Scenarios of faults use the fleet to kill, stop and cut workers, and to see when the gateway has noticed. Killed workers
 restart automatically.
 """
 
@@ -30,7 +30,7 @@ REDIAL_MAX_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A line about a link in the gateway's log. `at` is wall-clock time."""
+    """One line about a link in the gateway's log. `at`: wall-clock time."""
 
     at: float
     name: str
@@ -39,7 +39,7 @@ class Event:
 
 
 class LinkLog:
-    """Link events of the gateway's log, as they are written."""
+    """Link events of the gateway's log, read as the gateway writes them."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -72,11 +72,11 @@ class LinkLog:
         self._more.set()
 
     def wake_waiters(self) -> None:
-        """Wake waiters whose condition does not depend on the log."""
+        """Wake the callers of `until` when their condition has changed without a new log line."""
         self._more.set()
 
     async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait for events until `holds` is true; False if it is not in time."""
+        """Wait for events until `holds` is true; return False if that does not happen in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not holds():
@@ -85,7 +85,9 @@ class LinkLog:
         return holds()
 
     async def downs(self, worker: str, since: float, timeout_s: float) -> Event | None:
-        """The first loss of a worker's link after `since`."""
+        """Wait for the first loss of a worker's link after `since` and return the event; None if
+        there is none in time.
+        """
 
         def first_down() -> Event | None:
             return next(
@@ -98,7 +100,7 @@ class LinkLog:
 
 @dataclass(eq=False, slots=True)
 class SimWorker:
-    """One simulated worker, across restarts of its process."""
+    """One simulated worker, across restarts of the worker's process."""
 
     id: str
     relay: Cuttable
@@ -107,25 +109,27 @@ class SimWorker:
 
     @property
     def pid(self) -> int:
-        """Pid of the current process."""
+        """Pid of the current process of the worker."""
         return int(self.pid_file.read_text())
 
     def signal(self, number: signal.Signals) -> int:
-        """Send a signal to the current process; return its pid."""
+        """Send a signal to the current process of the worker; return the pid of the process."""
         pid = self.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return pid
 
     def cut_direction(self, down: bool, *, beats: bool) -> None:
-        """Block one direction on all connections or, without `beats`, only on the first, which carries the calls."""
+        """Block one direction on all connections. Without `beats`, block it only on the first connection, which carries
+        the calls.
+        """
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
         for way in self.cut:
             way.cut()
 
     def heal(self) -> None:
-        """Unblock both directions."""
+        """Unblock the directions that `cut_direction` has blocked."""
         for way in self.cut:
             way.heal()
         self.cut = []
@@ -138,7 +142,7 @@ class Fleet:
     gateway: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
-    """API keys by priority class, "" for the default."""
+    """API keys by priority class. The key "" is for the default class."""
     ledger: Path
     workers: list[SimWorker]
     link_log: LinkLog
@@ -151,28 +155,28 @@ class Fleet:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Credentials of a gRPC call."""
+        """gRPC metadata with the credentials of the default tenant."""
         return self.metadata_of("")
 
     def metadata_of(self, cls: str) -> tuple[tuple[str, str], ...]:
-        """Credentials of a tenant of a priority class."""
+        """Return the gRPC metadata with the credentials of the tenant of a priority class."""
         return authorization(self.keys[cls])
 
     @property
     def gateway_pid(self) -> int:
-        """Pid of the gateway itself, not of its guard."""
+        """Pid of the gateway itself, not of the guard process."""
         return next(process.pid for process in self.gateway.commands())
 
     def relay(self) -> AbstractAsyncContextManager[Cuttable]:
-        """Relay between one worker and the gateway's link port."""
+        """Return a relay between one worker and the gateway's link port."""
         return cuttable(self.endpoints["link"])
 
     async def is_up(self) -> bool:
-        """Whether every worker has its link."""
+        """Return whether every worker has a link."""
         return await self.until_all_up(LOOK_S)
 
     async def until_all_up(self, timeout_s: float = UP_S) -> bool:
-        """Wait until every worker has its link."""
+        """Wait until every worker has a link; return whether that happened in time."""
         ids = {worker.id for worker in self.workers}
         return await self.link_log.until(lambda: self.link_log.up >= ids, timeout_s)
 
@@ -186,7 +190,7 @@ async def started_gateway(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> Fleet:
-    """Start a gateway and follow its log, without workers. Raises DidNotStart."""
+    """Start a gateway without workers and follow the gateway's log. Raises DidNotStart."""
     keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
@@ -215,9 +219,8 @@ async def running(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
-    """A fleet with a worker for each of `sources`; `gateway`: more keys of its section; the processes end with the
-    context.
-    Raises DidNotStart.
+    """Run a fleet with a worker for each of `sources`. `gateway`: more keys of the section gateway. The processes end
+    with the context. Raises DidNotStart.
     """
     home = folder / name
     async with AsyncExitStack() as stack:

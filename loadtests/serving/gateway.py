@@ -1,10 +1,10 @@
-"""Program: a gateway with a witness inside.
+"""Program that runs a gateway with a witness in the same process.
 
-python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
-python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
+python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ... python -m loadtests.serving.gateway
+--stalls FILE -- gateway -f ... --folder ...
 
-`--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs
-the same gateway and samples its event loop every few milliseconds; at every SIGUSR1 it writes the worst lateness
+`--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
+same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness
 and the number of tasks.
 """
 
@@ -23,13 +23,15 @@ from pathlib import Path
 
 TICK_S = 0.004
 BIN_S, BINS = 0.00005, 20_000
-"""Lateness is counted in bins, the last for a second and more: memory of single ticks would itself grow."""
+"""Lateness is counted in bins; the last bin is for a second and more. A list of single ticks would itself make memory
+grow.
+"""
 
 
 class Stalls:
-    """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall; if it is
-    much shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the most
-    lateness that the process's own CPU time accounts for.
+    """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
+    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
+    lateness that the CPU time of the process accounts for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +41,7 @@ class Stalls:
         self._late = array("Q", bytes(8 * BINS))
 
     async def watch(self) -> None:
-        """Sample until cancelled."""
+        """Sample the event loop until cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._write_report)
         while True:
             due, cpu, used = time.perf_counter() + TICK_S, time.thread_time(), time.process_time()
@@ -69,7 +71,7 @@ class Stalls:
 
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
-    """Run the gateway as `headrace gateway` does, with the witness in the same loop."""
+    """Run the gateway as `headrace gateway` does, with the witness in the same event loop."""
     from cluster.cli.commands.processes import stop_on_signal
     from cluster.cli.common import read_config
     from cluster.gateway.server import run_gateway
@@ -93,7 +95,7 @@ async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: St
 
 
 def main() -> None:
-    """Parse the options before `--`, and forward the rest."""
+    """Parse the options before `--`, and run the gateway with the options after `--`."""
     at = sys.argv.index("--")
     parser = argparse.ArgumentParser()
     parser.add_argument("--modules", type=Path)

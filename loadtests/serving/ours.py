@@ -1,4 +1,4 @@
-"""Our serving side without Ray: gateway processes and a worker process that dials them, on loopback."""
+"""Our serving side without Ray: gateway processes and a worker process that dials the gateways, on loopback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ PREPARE_S = 120.0
 
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
-    """Model folder and bundle folder of a kind (see serving.prepare), created if missing. Raises DidNotStart."""
+    """Return the model folder and the bundle folder of a kind (see serving.prepare). Missing folders are created.
+    Raises DidNotStart.
+    """
     name = Path(kind).name
     made = folder / name
     child = children.start(
@@ -48,10 +50,10 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Source parameters that limit a simulated engine to tokens with their own text: the longest run of
+    """Return source parameters that limit a simulated engine to tokens with a text of their own: the longest run of
     pieces of ASCII letters. With other tokens a server rightly holds text back, so that pieces hold two tokens on
-    either
-    side. Also a salt, which only our side has, that shapes no text, so that both sides can be compared.
+    either side. The parameters also hold a salt, which only our side has. The salt shapes no text, so the two sides
+    stay comparable.
     """
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
@@ -73,8 +75,8 @@ def configuration(
     more: Mapping[str, object] | None = None,
     **addresses: str,
 ) -> str:
-    """A cluster.yaml for gateways on free loopback ports, except for the listeners in `addresses`. Keys, limits and
-    ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway.
+    """Return a cluster.yaml for gateways on free loopback ports, except for the listeners in `addresses`. Keys, limits
+    and ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway.
     """
     gateway: dict[str, Any] = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
@@ -98,7 +100,7 @@ def configuration(
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """A running gateway with its worker; `siblings` are its further processes and their endpoints."""
+    """A running gateway with its worker. `siblings`: further gateway processes and their endpoints."""
 
     gateway: Child
     worker: Child
@@ -109,7 +111,7 @@ class Ours:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Credentials of a gRPC call."""
+        """gRPC metadata with the credentials of a call."""
         return authorization(self.key)
 
     @property
@@ -119,19 +121,19 @@ class Ours:
 
     @property
     def http(self) -> str:
-        """Root URL of the HTTP API, empty if this build has none."""
+        """Root URL of the HTTP API; empty if this build has no HTTP API."""
         return f"http://{self.endpoints['http']}" if "http" in self.endpoints else ""
 
     @property
     def roots(self) -> list[tuple[int, str]]:
-        """Roots for processes.snapshot."""
+        """Root processes for processes.snapshot."""
         return [
             (child.pid, child.kind) for child in (self.gateway, *(child for child, _ in self.siblings), self.worker)
         ]
 
 
 def authorization(key: str) -> tuple[tuple[str, str], ...]:
-    """A key as gRPC metadata."""
+    """Return a key as gRPC metadata."""
     return (("authorization", f"Bearer {key}"),)
 
 
@@ -145,8 +147,8 @@ def exec_gateway(
     checkout: Path = ROOT,
     descriptors: int = 0,
 ) -> Child:
-    """Start a gateway with its own empty folder; READY_FILE in `folder/name` is written once it serves.
-    `descriptors`: its hard limit of file descriptors, 0 for this process's own.
+    """Start a gateway with an empty folder of its own. The gateway writes READY_FILE in `folder/name` once it serves.
+    `descriptors`: hard limit of the gateway's file descriptors, 0 for the limit of this process.
     """
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ async def start_gateways(
     checkout: Path = ROOT,
     descriptors: int = 0,
 ) -> list[tuple[Child, Mapping[str, str]]]:
-    """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
+    """Start gateway processes on one port; return each process with its endpoints by listener. Raises DidNotStart.
 
     `home`: the folder that tenants.make_key has filled. `witness`: options of serving.gateway.
     """
@@ -202,9 +204,9 @@ async def start(
     checkout: Path = ROOT,
     descriptors: int = 0,
 ) -> Ours:
-    """Start gateway and worker, with the model ready. `source` and `engine`: as for serving.worker; `checkout`: the
-    source
-    tree that both run; `descriptors`: the gateway's hard limit of file descriptors. Raises DidNotStart.
+    """Start a gateway and a worker; return when the model is ready. `source` and `engine`: as for serving.worker.
+    `checkout`: the source tree that both processes run. `descriptors`: hard limit of the gateway's file descriptors.
+    Raises DidNotStart.
     """
     home = folder / f"{name}-tenants"
     key = await tenants.make_key(home)
@@ -246,7 +248,7 @@ async def start(
 
 
 async def read_stalls(ours: Ours, path: Path) -> dict[str, float]:
-    """Stalls of the gateway's event loop since the last call; needs the witness `--stalls path`."""
+    """Return the stalls of the gateway's event loop since the last call. Needs the witness `--stalls path`."""
     path.unlink(missing_ok=True)
     for process in ours.gateway.commands():
         process.send_signal(signal.SIGUSR1)

@@ -1,9 +1,11 @@
-"""Program: make a checkpoint (or only a tokenizer) and its bundle. A separate process, since it imports transformers.
+"""Program that makes a checkpoint (or only a tokenizer) and its bundle. It is a separate process, since it imports
+transformers.
 
 python -m loadtests.serving.prepare KIND FOLDER
 
 writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer` (the same
-without weights), `big` (a tokenizer of 128,000 pieces) or the folder of a checkpoint, which is used in place.
+checkpoint without weights), `big` (a tokenizer of 128,000 pieces) or the folder of a checkpoint, which is used in
+place.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.support import checkpoints
 
 MAX_POSITION_TOKENS = 262_144
-"""Context of tokenizers without weights: a simulated engine's context has no bound from a model."""
+"""Context of tokenizers without weights, in tokens. No model limits the context of a simulated engine."""
 
 
 def main(kind: str, folder: Path) -> None:
-    """Write model and bundle; existing ones stay."""
+    """Write the model and the bundle. Existing folders stay."""
     model, bundle = folder / "model", folder / "bundle"
     if bundle.exists():
         return
     if kind == "llama":
         checkpoints.build_checkpoint("llama", model)
-        # Greedy only, on every API: the published sampling defaults of models are not measured.
+        # Decode greedily on every API. The sampling defaults that models publish are not measured.
         _greedy(model)
     elif kind == "tokenizer":
         checkpoints.build_tokenizer("llama", model)
@@ -48,7 +50,7 @@ def _greedy(model: Path) -> None:
 
 
 def _link_files(there: Path, model: Path) -> None:
-    """Make a folder of links to a checkpoint's files, without its sampling defaults."""
+    """Make a folder of links to a checkpoint's files, without the checkpoint's sampling defaults."""
     model.mkdir(parents=True, exist_ok=True)
     for file in there.iterdir():
         if file.name != "generation_config.json":

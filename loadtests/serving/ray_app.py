@@ -1,9 +1,10 @@
-"""Program: a plain vLLM deployment on a running Ray, behind Ray Serve's own gRPC proxy or its direct ingress.
+"""Program that runs a plain vLLM deployment on a running Ray, behind Ray Serve's own gRPC proxy or direct ingress.
 
 python -m loadtests.serving.ray_app --folder MODEL --engine JSON --grpc-port PORT --ready FILE
 
-The deployment that a user of Ray Serve would write: AsyncLLM in a deployment whose method is a generator of messages.
-The messages are ours (cluster.v1), so that one driver serves both. Joins the Ray of RAY_ADDRESS, ends on SIGTERM.
+The deployment is what a user of Ray Serve would write: AsyncLLM in a deployment whose method is a generator of
+messages. The messages are ours (cluster.v1), so that one driver serves both sides. The program joins the Ray of
+RAY_ADDRESS and ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SERVICER = "cluster.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
 
 
 class Plain:
-    """One engine and one method."""
+    """Deployment with one vLLM engine and one method."""
 
     def __init__(self, folder: str, engine: dict[str, Any]) -> None:
         from vllm import AsyncEngineArgs
@@ -40,7 +41,7 @@ class Plain:
         self._tokenizer: Any = None
 
     async def StreamChat(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatChunk]:
-        """A chunk for each of the engine's outputs; the last has usage."""
+        """Yield a chunk for each output of the engine. The last chunk has the usage."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -69,7 +70,7 @@ class Plain:
 
 
 class Simulated:
-    """The simulated engine in place of vLLM. An answer's id begins with the pid of its replica."""
+    """Deployment with the simulated engine in place of vLLM. The id of an answer begins with the pid of the replica."""
 
     def __init__(self, source: str, bundle: str) -> None:
         from cluster.gateway.text.tokenizer import TextModel
@@ -89,7 +90,7 @@ class Simulated:
                 self._outputs[output.request_id].put_nowait(output)
 
     async def StreamChat(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatChunk]:
-        """A chunk for each of the engine's outputs; the last has usage."""
+        """Yield a chunk for each output of the engine. The last chunk has the usage."""
         from cluster.api.types import EngineRequest, Sampling
 
         if self._stepping is None:
@@ -124,7 +125,7 @@ class Simulated:
 
 
 def main() -> None:
-    """Deploy, write the ready file, and stay until SIGTERM."""
+    """Deploy the application, write the ready file, and stay until SIGTERM."""
     parser = argparse.ArgumentParser()
     for name in ("folder", "engine", "ready"):
         parser.add_argument(f"--{name}", required=True)

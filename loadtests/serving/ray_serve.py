@@ -27,7 +27,7 @@ RAY, DRIVER = "ray system", "ray driver"
 
 @dataclass(frozen=True, slots=True)
 class RayServe:
-    """A running application and the address of its ingress."""
+    """A running application, with the address of the ingress in front of it."""
 
     address: str
     metadata: tuple[tuple[str, str], ...]
@@ -46,8 +46,8 @@ async def running(
     gpus: int = 0,
     simulated: Sequence[str] = (),
 ) -> AsyncIterator[RayServe]:
-    """Ray and the application, ended with the context. `simulated`: options of ray_app for simulated engines instead
-    of the real one. Raises DidNotStart.
+    """Run Ray and the application until the context ends. `simulated`: options of ray_app for simulated engines instead
+    of the real engine. Raises DidNotStart.
     """
     grpc_port, first = free_port(), free_port()
     variables = dict(environment)
@@ -112,7 +112,7 @@ async def _until_open(app: Child, address: str) -> None:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]):  # type: ignore[no-untyped-def]
-    """Set variables of this process, which Ray's processes inherit."""
+    """Set environment variables of this process. Ray's processes inherit the variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

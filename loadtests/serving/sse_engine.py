@@ -1,9 +1,10 @@
-"""Program: the simulated engine as a plain OpenAI server, behind the peers' routers.
+"""Program that runs the simulated engine as a plain OpenAI server, behind the routers of the peers.
 
 python -m loadtests.serving.sse_engine --port PORT --model NAME --bundle DIR --source sim:///folder?...
 
-Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal; chunks
-are vLLM's, one per token. One process on a bare asyncio protocol; its CPU time is not counted.
+Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal. Chunks
+are like vLLM's, one chunk per token. The server is one process on a bare asyncio protocol; the CPU time of this process
+is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _numbers = itertools.count(1)
 
 
 async def _encoded(encode: Callable[[Any], list[int]], what: Any, chars: int) -> list[int]:
-    """Tokenize a long text in one of the loop's threads, as vLLM's server does."""
+    """Tokenize a text; a long text is tokenized in a thread of the loop's pool, as vLLM's server does."""
     return await asyncio.to_thread(encode, what) if chars > ENCODE_OFFLOAD_CHARS else encode(what)
 
 
@@ -48,7 +49,7 @@ class _Stream:
 
 
 class Server:
-    """The engine's loop and its streams."""
+    """The engine, the loop that steps it, and the streams of its calls."""
 
     def __init__(self, engine: SimEngine, text: TextModel, model: str) -> None:
         self.engine = engine
@@ -58,7 +59,7 @@ class Server:
         self._streams: dict[str, _Stream] = {}
 
     async def run(self) -> None:
-        """Step until cancelled; send every step's tokens at once, one chunk each."""
+        """Step the engine until cancelled; send all tokens of a step at once, one chunk for each token."""
         while True:
             for output in await self.engine.step():
                 stream = self._streams.get(output.request_id)
@@ -89,7 +90,7 @@ class Server:
         stream.connection.chunk(event.encode(), last=ended)
 
     async def start(self, body: dict[str, Any], chat: bool, connection: Connection) -> str:
-        """Begin a call; return its id in the engine. Raises ValueError or EngineRefused."""
+        """Begin a call and return the id of the call in the engine. Raises ValueError or EngineRefused."""
         if chat:
             messages = body["messages"]
             ids = await _encoded(self.text.encode_chat, messages, sum(len(m["content"]) for m in messages))
@@ -120,13 +121,13 @@ class Server:
         return key
 
     async def abort(self, key: str) -> None:
-        """End the call of a caller that has gone."""
+        """End a call whose caller has disconnected."""
         if self._streams.pop(key, None) is not None:
             await self.engine.abort([key])
 
 
 class Connection(asyncio.Protocol):
-    """Requests one after the other on a kept-alive connection."""
+    """Kept-alive connection that serves requests one after the other."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -141,23 +142,23 @@ class Connection(asyncio.Protocol):
         return bool(self._key)
 
     def cut(self) -> None:
-        """Abort the connection as a killed process does."""
+        """Abort the connection, as when a process is killed."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
+        """Handle a new connection: store the transport."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Drop the call of a caller that has gone."""
+        """Handle the end of the connection: end the call of a caller that has disconnected."""
         self._transport = None
         if self._key:
             self._task = asyncio.create_task(self._server.abort(self._key))
 
     def data_received(self, data: bytes) -> None:
-        """Handle a request, or a part of one."""
+        """Handle a request, or a part of a request."""
         self._buffer += data
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0:
@@ -192,12 +193,12 @@ class Connection(asyncio.Protocol):
             self._transport.write(head.encode() + data)
 
     def head(self) -> None:
-        """Begin a stream of events."""
+        """Send the head of a stream of events."""
         if self._transport is not None:
             self._transport.write(STREAM_HEAD)
 
     def chunk(self, data: bytes, last: bool = False) -> None:
-        """Send a piece of the stream; `last` ends it."""
+        """Send a piece of the stream. With `last`, end the stream."""
         if last:
             self._key = ""
         if self._transport is not None:

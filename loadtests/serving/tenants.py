@@ -1,7 +1,7 @@
 """Tenant with a key and limits for our side of a load test, so that the full cost of a caller is measured.
 
-The peers check no keys. Ours checks a key at every call, checks limits that are never reached, uses the fair queue, and
-writes a usage record into SQLite.
+The peers check no keys. Our side checks a key at every call, checks limits that are never reached, uses the fair queue,
+and writes a usage record into SQLite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIMITS = TenantLimits(requests_per_minute=10**7, tokens_per_minute=10**10, concu
 
 
 def sections(home: Path) -> dict[str, Any]:
-    """`auth` and `store` of a cluster.yaml over files in `home`."""
+    """Return the sections `auth` and `store` of a cluster.yaml, over files in `home`."""
     return {
         "auth": {
             "cluster_secret_file": str(home / "cluster-secret"),
@@ -32,12 +32,14 @@ def sections(home: Path) -> dict[str, Any]:
 
 
 async def make_key(home: Path) -> str:
-    """Create secrets, a ledger and a tenant without limits on models; return its key."""
+    """Create secrets, a ledger and a tenant without limits on models; return the tenant's key."""
     return (await make_keys(home, ("",)))[""]
 
 
 async def make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
-    """The same with a tenant for each priority class ("" for the default): keys by class."""
+    """Create secrets, a ledger and a tenant for each priority class ("" for the default class); return the keys by
+    class.
+    """
     return await asyncio.to_thread(_make_keys, home, classes)
 
 

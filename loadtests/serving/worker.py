@@ -1,4 +1,4 @@
-"""Program: one worker without Ray, on the simulated engine or on vLLM, from the replica's own parts.
+"""Program that runs one worker without Ray, on the simulated engine or on vLLM, with the replica's own parts.
 
 python -m loadtests.serving.worker --name MODEL --link HOST:PORT --bundle DIR --ready FILE --source SOURCE
 
@@ -27,7 +27,7 @@ from cluster.worker.session import WorkerSession
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:
-    """Engine that the source names. vLLM is imported only for a model folder."""
+    """Return the engine that the source names. vLLM is imported only for a model folder."""
     if arguments.source.startswith(SCHEME):
         return SimEngine(SimConfig.from_source(arguments.source))
     from cluster.worker.engine.vllm.engine import VllmEngine
@@ -45,7 +45,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
 
 
 async def serve(arguments: argparse.Namespace) -> None:
-    """Serve until SIGTERM, or the engine's end."""
+    """Serve until SIGTERM, or until the engine ends."""
     engine = engine_of(arguments)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,7 +81,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line and return the arguments."""
     parser = argparse.ArgumentParser()
     for name in ("name", "link", "bundle", "ready", "source"):
         parser.add_argument(f"--{name}", required=True)

@@ -1,4 +1,4 @@
-"""Answers of both sides in one neutral form, and their differences."""
+"""Answers of both sides in one neutral form, and the differences between two answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tests.differential.cases import Case
 from tests.support.calls import Answer as Refusal
 
 LOGPROB_TOLERANCE = 1e-4
-"""Tolerance of float32 log probabilities computed with different batches, chunks and cached blocks."""
+"""Tolerance between float32 log probabilities that were computed with different batches, chunks and cached blocks."""
 
 
 @dataclass
 class Choice:
-    """One output of a call. `logprobs`: in the side's own form; `token_ids`: if the side returns them."""
+    """One output of a call. `logprobs`: log probabilities in the form of the side; `token_ids`: token ids, if the side
+    returns them.
+    """
 
     text: str = ""
     finish_reason: str = ""
@@ -30,18 +32,18 @@ class Choice:
 
 @dataclass
 class Answer:
-    """Answer of one side. `refused`: the error message, if the request was rejected as invalid."""
+    """Answer of one side. `refused`: the error message, if the side rejected the request as invalid."""
 
     choices: list[Choice] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)
     refused: str = ""
 
 
-# ---- ours
+# ---- answers of our gateway
 
 
 async def ours(stub: Any, case: Case) -> Answer:
-    """Call the gateway; the pieces of a stream are joined."""
+    """Call the gateway and return the answer. The pieces of a stream are joined."""
     method = f"{'Stream' if case.streamed else ''}{'Chat' if case.is_chat else 'Complete'}"
     answer = Answer(choices=[Choice(logprobs=[]) for _ in range(case.options.get("n", 1))])
     try:
@@ -78,11 +80,11 @@ def _add(to: Choice, choice: Any) -> None:
     to.token_ids += [position.token_id for position in choice.logprobs]
 
 
-# ---- the peer's
+# ---- answers of the peer
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """Convert the HTTP answer of vLLM's server."""
+    """Return the HTTP answer of vLLM's server in the neutral form."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)
@@ -105,7 +107,7 @@ def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
 
 
 def differences(case: Case, peer: Answer, own: Answer) -> list[str]:
-    """Differences in words; empty if there are none."""
+    """Return the differences in words; empty if there are none."""
     if peer.refused or own.refused:
         return [] if peer.refused and own.refused else [f"refused: {peer.refused!r} against {own.refused!r}"]
     problems = _unequal("usage", peer.usage, own.usage)
@@ -136,7 +138,9 @@ def _near(what: str, theirs: float, mine: float) -> list[str]:
 
 
 def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """Compare `logprobs.content`: text or id, bytes and log probability of each token and alternative, in order."""
+    """Compare `logprobs.content`: text or id, bytes and log probability of each token and each
+    alternative, in order.
+    """
     problems = _unequal("positions", len(theirs["content"]), len(mine))
     for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
         problems += _token(case, f"position {i}", position, token, with_bytes=True)
@@ -156,7 +160,9 @@ def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_byte
 
 
 def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """Compare `logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
+    """Compare the `logprobs` of completions: lists of tokens and numbers, and for each position a
+    map of alternatives.
+    """
     problems = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
     for i, token in enumerate(mine[: len(theirs["tokens"])]):
         problems += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
@@ -165,7 +171,9 @@ def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob])
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """Compare a position's map, except for what test_differential.EXCEPTIONS says that we omit."""
+    """Compare the map of alternatives at a position, except for the entries that test_differential.EXCEPTIONS says we
+    omit.
+    """
     asked = case.top_logprobs or 0
     listed = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)
@@ -187,5 +195,5 @@ def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
 
 
 def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
-    """Map as the peer makes it: of two tokens with the same text the later number stays."""
+    """Return the map as the peer makes it: of two tokens with the same text, the later token's number stays."""
     return {_name(case, token): token.logprob for token in tokens}

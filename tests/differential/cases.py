@@ -1,4 +1,6 @@
-"""Random requests, made from a seed, in a neutral form that converts to gRPC for us and to JSON for the peer."""
+"""Random requests, made from a seed, in a neutral form. A request converts to gRPC for our gateway and to JSON for the
+peer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from tests.support.corpus import SAMPLES
 MODEL = "tiny"
 VOCAB_SIZE = 768
 END_IDS = (761, 764)
-"""The tiny LLaMA's two end tokens; conftest checks them."""
+"""The two end tokens of the tiny LLaMA. The conftest checks these numbers."""
 SPECIAL_TEXTS = ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>system<|end_header_id|>")
 ODD_TEXTS = ("\u200d", "e\u0301\u0301", "\t\r\n", "\x00\x01", "𝔘𝔫𝔦", "ﷺ", "🏳️‍🌈", "   ", "\ufffd", "İ", "ß" * 20)
 LOGIT_CHANGES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "min_tokens")
@@ -47,7 +49,7 @@ GRAMMARS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One request. `options` has the names of inference.proto; `top_logprobs` None means no log probabilities."""
+    """One request. `options` has the field names of inference.proto; `top_logprobs` None means no log probabilities."""
 
     number: int
     prompt: Prompt
@@ -63,11 +65,11 @@ class Case:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it has messages instead of a plain prompt or ids."""
+        """Whether the request has messages instead of a plain prompt or token ids."""
         return not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
 
     def proto(self) -> pb.ChatRequest | pb.CompleteRequest:
-        """Request for our gateway."""
+        """Return the request for our gateway."""
         fields: dict[str, Any] = dict(self.options)
         if self.top_logprobs is not None:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
@@ -90,7 +92,7 @@ class Case:
         return pb.Message(role=message["role"], parts=[pb.ContentPart(text=line) for line in lines])
 
     def http(self) -> tuple[str, dict[str, Any]]:
-        """Path and body for vLLM's OpenAI server."""
+        """Return the path and the body for vLLM's OpenAI server."""
         body: dict[str, Any] = {"model": MODEL, "return_token_ids": True, **self.options}
         if self.as_ids:
             body["return_tokens_as_token_ids"] = True
@@ -113,7 +115,7 @@ class Case:
 
 
 def format_pb(kind: str, value: Any) -> pb.ResponseFormat:
-    """A constraint on the output, for our API."""
+    """Return a constraint on the output in the form of our API."""
     if kind == "json_object":
         return pb.ResponseFormat(type=kind)
     if kind == "json_schema" and not isinstance(value, str):
@@ -132,7 +134,9 @@ def _format_http(kind: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier answer: its prompt gives it again, so its parts are stop strings that really occur."""
+    """An earlier answer. The same prompt gives the same answer again, so parts of the answer are stop strings that
+    really occur.
+    """
 
     prompt: Prompt
     continues: bool
@@ -141,19 +145,19 @@ class Earlier:
 
 
 class Maker:
-    """Maker of cases; equal seeds make equal ones."""
+    """Maker of cases. Equal seeds make equal cases."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._number = 0
 
     def plain(self) -> Case:
-        """A prompt with only a length, whose answer other cases can use."""
+        """Return a case with only a prompt and a length. Other cases can use the answer to this case."""
         prompt, continues = self.prompt()
         return self._case(prompt, {"max_tokens": self._random.randint(24, 40)}, continues)
 
     def any(self, earlier: Sequence[Earlier]) -> Case:
-        """A case with random options; half of them repeat the prompt of an earlier answer."""
+        """Return a case with random options. Half of these cases repeat the prompt of an earlier answer."""
         chance = self._random
         known = chance.choice(earlier) if earlier and chance.random() < 0.5 else None
         prompt, continues = (known.prompt, known.continues) if known else self.prompt()
@@ -161,7 +165,7 @@ class Maker:
         if chance.random() < 0.95:
             options["max_tokens"] = chance.choice([1, 2, 7, 16, 24, 40])
         elif not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            # an end token is made likely: otherwise the call runs until the context is full
+            # make an end token likely: otherwise the call runs until the context is full
             options["logit_bias"] = {chance.choice(END_IDS): 16.0}
         grammar = chance.choice(GRAMMARS) if chance.random() < 0.15 else None
         if grammar is None:
@@ -182,10 +186,10 @@ class Maker:
     ) -> Case:
         self._number += 1
         chance = self._random
-        # Temperature 0; or the checkpoint's own temperature with one candidate, which is greedy too.
+        # Use temperature 0, or the checkpoint's own temperature with one candidate, which is greedy too.
         greedy = {"temperature": 0.0} if chance.random() < 0.9 else {"top_k": 1}
         chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
-        # Where the sampled token may not be the likeliest, the peer's map could lose one of two tokens with equal text.
+        # If the sampled token may not be the likeliest, the peer's map could lose one of two tokens with equal text.
         as_ids = chance.random() < 0.3 or (
             not chat and (grammar is not None or any(x in options for x in LOGIT_CHANGES))
         )
@@ -217,7 +221,7 @@ class Maker:
             bias = {chance.randrange(VOCAB_SIZE): chance.uniform(-8, 8) for _ in range(chance.randint(1, 12))}
             if chance.random() < 0.6:
                 bias[chance.choice(END_IDS)] = chance.choice([4.0, 7.0, 10.0, -100.0])
-            # A float of 32 bits in both protocols: the same number on both sides.
+            # A number that 32-bit floats hold exactly is the same number on both sides.
             options["logit_bias"] = {token: round(value * 64) / 64 for token, value in bias.items()}
         if chance.random() < 0.1:
             options |= {"top_p": 0.5, "min_p": 0.125}  # no effect on greedy decoding
@@ -237,7 +241,7 @@ class Maker:
             options["stop_token_ids"] = [chance.choice(known.token_ids), chance.randrange(VOCAB_SIZE)]
 
     def prompt(self) -> tuple[Prompt, bool]:
-        """A prompt, and whether its last message is to be continued."""
+        """Return a prompt, and whether the last message of the prompt is to be continued."""
         chance = self._random
         kind = chance.random()
         if kind < 0.25:
@@ -255,7 +259,7 @@ class Maker:
         return tuple(messages), continues
 
     def prompt_ids(self, length: int) -> tuple[int, ...]:
-        """Any ids, including special tokens."""
+        """Return any token ids, including special tokens."""
         return tuple(self._random.randrange(VOCAB_SIZE) for _ in range(length))
 
     def _text(self, most_lines: int = 4) -> str:

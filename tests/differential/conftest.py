@@ -1,4 +1,6 @@
-"""One real engine behind a gateway for all tests here, and vLLM's own server beside it with the same arguments."""
+"""One real engine behind a gateway for all tests of this folder, and vLLM's own server beside it with the same
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ ENGINE = {
 
 @dataclass(frozen=True)
 class Served:
-    """A started engine and the folder of its model."""
+    """A started engine and the folder of the engine's model."""
 
     engine: VllmEngine
     info: EngineInfo
@@ -41,7 +43,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaMA checkpoint with sampling defaults and two end tokens."""
+    """Folder of a tiny LLaMA checkpoint with sampling defaults and two end tokens."""
     folder = build_checkpoint("llama", tmp_path_factory.mktemp("differential"))
     defaults = json.loads((folder / "generation_config.json").read_text())
     assert defaults["temperature"] == pytest.approx(0.6)
@@ -52,7 +54,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 async def served(tiny_folder: Path) -> AsyncIterator[Served]:
-    """The engine, started once for all tests of this folder."""
+    """The engine, which is started once for all tests of this folder."""
     spec = ModelSpec(MODEL, "unused", dtype="float32", max_model_len=MAX_MODEL_LEN, engine=ENGINE)
     engine = VllmEngine(spec, tiny_folder)
     try:
@@ -63,7 +65,7 @@ async def served(tiny_folder: Path) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def cluster(served: Served, tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """A gateway with the engine behind a link."""
+    """A gateway with a link to a worker that runs the engine."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(served.engine, bundle_of(served.folder), model=MODEL, info=served.info)
         yield cluster

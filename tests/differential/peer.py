@@ -1,4 +1,6 @@
-"""vLLM's own OpenAI server as a child process: on a free loopback port, ended with its descendants."""
+"""vLLM's own OpenAI server as a child process. The server listens on a free loopback port and ends with all
+descendants.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,18 @@ from tests.differential.cases import MODEL, Case
 START_S = 120.0
 END_S = 15.0
 ANSWER_S = 240.0
-"""A call that runs until the context is full may take long on a busy machine."""
+"""Timeout of a call in seconds. A call that runs until the context is full may take long on a busy machine."""
 IDLE_S = 1.0
-"""Connections idle for longer are not reused: the server closes them after 5 s, and a request sent just then
-is lost.
+"""Time in seconds after which an idle connection is not reused. The server closes idle connections after 5 s, and a
+request sent at that moment is lost.
 """
 
-# Ends its whole process group when its standard input closes: the server ends even if the tests are killed.
+# The guard ends its whole process group when its standard input closes: the server ends even if the tests are killed.
 _GUARD = '"$@" </dev/null & read -r _; kill -KILL 0'
 
 
 class Peer:
-    """The server, which may still be starting, and its HTTP client."""
+    """The server, which may still be starting, and an HTTP client for the server."""
 
     def __init__(self, client: httpx.AsyncClient, process: subprocess.Popen[bytes], log: Path) -> None:
         self._client = client
@@ -42,7 +44,7 @@ class Peer:
         self._log = log
 
     async def ready(self) -> None:
-        """Wait until it serves; fail with the end of its log if it does not."""
+        """Wait until the server serves. Raises AssertionError with the end of the server's log if it does not."""
         deadline = time.monotonic() + START_S
         while not await self._healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -56,7 +58,7 @@ class Peer:
             return False
 
     async def ask(self, case: Case) -> Answer:
-        """The server's answer to a case."""
+        """Return the server's answer to a case."""
         path, body = case.http()
         try:
             response = await self._post(path, body)
@@ -65,7 +67,9 @@ class Peer:
         return of_peer(response.status_code, response.json())
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """Post a request, and once more if the connection ends without an answer: keep-alive is not compared."""
+        """Post a request. If the connection ends without an answer, post the request once more: keep-alive is not
+        compared.
+        """
         try:
             return await self._client.post(path, json=body)
         except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
@@ -75,7 +79,7 @@ class Peer:
 
 @asynccontextmanager
 async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path) -> AsyncIterator[Peer]:
-    """Start a server of the model in `folder`; `arguments` are vLLM's, by their names in Python."""
+    """Start a server for the model in `folder`. `arguments`: vLLM's arguments, by their names in Python."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +88,7 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [flag, str(value)]
-    # Ranks meet through a file of vLLM's, which is not removed.
+    # Ranks meet through a file that vLLM creates and does not remove.
     with tempfile.TemporaryDirectory(prefix="hr-") as meeting, log.open("wb") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - forks a small process, does not wait for it
             command,
@@ -104,7 +108,9 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
 
 
 def _environment() -> dict[str, str]:
-    """Environment of this process without the settings of our own engine: the peer must be unmodified vLLM."""
+    """Return the environment of this process without the settings of our own engine: the peer must
+    be unmodified vLLM.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     return inherited | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
@@ -114,7 +120,7 @@ def _tail(log: Path) -> str:
 
 
 async def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group, by SIGTERM first, then by SIGKILL."""
+    """End the process group: by SIGTERM first, then by SIGKILL."""
     deadline = time.monotonic() + END_S
     for number in (signal.SIGTERM, signal.SIGKILL):
         _signal(process.pid, number)

@@ -1,16 +1,17 @@
 """Our answers equal those of vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and usage.
 
-EXCEPTIONS, where the two differ on purpose (a test below checks each, so that none is wider than stated):
+EXCEPTIONS are the cases in which the two sides differ on purpose. A test below checks each exception, so that none is
+wider than stated:
 
-- completion-k-plus-one: for k alternatives, /v1/completions returns k + 1 if the chosen token is not among the
-k likeliest (OpenAI's old format has no other place for it), and one for k = 0. Our CompleteChoice has the chosen
-token beside its alternatives, so that k are k, as in chat.
-- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives requested. The rest all have a
-log probability of minus infinity, and the sort decides at random which of them are named, on either side. Only their
-number is compared.
-- greedy-n: several outputs at temperature 0 are a 400 there, since they are all the same; we return them.
-- more-than-the-context: max_tokens above the model's context is a 400 there, however short the prompt is; a prompt and
-max_tokens that exceed the context only together are cut to it. We cut in both cases.
+- completion-k-plus-one: for k alternatives, the peer's /v1/completions returns k + 1 entries if the chosen token is not
+among the k likeliest (OpenAI's old format has no other place for the chosen token), and one entry for k = 0. Our
+CompleteChoice has the chosen token beside the alternatives, so that k alternatives are k, as in chat.
+- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives requested. All other tokens have
+a log probability of minus infinity, and on either side the sort decides at random which of these tokens are named. Only
+the number of such tokens is compared.
+- greedy-n: the peer answers several outputs at temperature 0 with a 400, since all are the same; we return them.
+- more-than-the-context: the peer answers max_tokens above the model's context with a 400, however short the prompt is.
+If only the prompt and max_tokens together exceed the context, the peer cuts max_tokens. We cut in both cases.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ async def _each(
 async def _compare(
     cases: Sequence[Case], peer: Peer, cluster: TestCluster, at_once: int = AT_ONCE
 ) -> dict[int, Answer]:
-    """Send the cases to both sides, to ours in another order and so in other batches. Returns the peer's answers."""
+    """Send the cases to both sides and check that the answers are equal; return the peer's answers. Our side gets the
+    cases in a different order and so in different batches.
+    """
     theirs = await _each(cases, peer.ask, at_once)
     shuffled = random.Random(SEED).sample(cases, len(cases))
     mine = await _each(shuffled, lambda case: ours(cluster.stub, case), at_once)
@@ -66,13 +69,15 @@ async def _compare(
 
 @pytest.fixture
 async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
-    """The peer, started beside our engine, and our gateway."""
+    """The peer, started beside our engine, and the cluster with our gateway."""
     await peer.ready()
     return peer, cluster
 
 
 async def test_500_greedy_requests_are_answered_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Text, finish_reason, log probabilities and usage are equal for 500 random requests, half of ours streamed."""
+    """Text, finish_reason, log probabilities and usage are equal for 500 random requests; half of our answers are
+    streamed.
+    """
     peer, cluster = both
     maker = Maker(SEED)
     plain = [maker.plain() for _ in range(PLAIN)]
@@ -89,7 +94,7 @@ async def test_500_greedy_requests_are_answered_alike(both: tuple[Peer, TestClus
 
 
 def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
-    """Check that the requests were of many kinds: a comparison of nothing would pass."""
+    """Check that the requests were of many kinds. A comparison of requests of few kinds would prove nothing."""
     answered = [case for case in cases if not answers[case.number].refused]
     choices = [choice for case in answered for choice in answers[case.number].choices]
     cut_by_stop = [
@@ -117,11 +122,11 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
 
 
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Seeded calls that leave temperature and top_p to the generation config sample the same tokens, also for n > 1.
+    """Seeded calls that leave temperature and top_p to the generation config sample the same tokens on both sides, also
+    for n > 1.
 
-    One call at a time, with prompts short enough for all outputs to fit into one step: a seed with a chunked prefill
-    ends
-    an unmodified vLLM on CPU.
+    Calls are made one at a time, with prompts so short that all outputs fit into one step. A seed with a chunked
+    prefill ends an unmodified vLLM on CPU.
     """
     maker = Maker(SEED + 1)
     options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]
@@ -142,7 +147,9 @@ async def _both_ways(case: Case, both: tuple[Peer, TestCluster]) -> tuple[Answer
 
 
 async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -> None:
-    """The peer's map for completions has one more entry exactly where the chosen token is not among the k likeliest."""
+    """The peer's map for completions has one more entry exactly where the chosen token is not among the k likeliest
+    tokens.
+    """
     prompt, forced = Maker(SEED).prompt_ids(20), {300: 100.0}
     for asked, bias, extra in ((2, forced, 1), (2, {}, 0), (0, forced, 1), (0, {}, 1)):
         case = Case(1, prompt, {"temperature": 0.0, "max_tokens": 1, "logit_bias": bias}, asked, as_ids=True)
@@ -153,7 +160,7 @@ async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -
 
 
 async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
-    """Several outputs at temperature 0 are refused there; here the same answer is returned several times."""
+    """Several outputs at temperature 0 are refused by the peer; our gateway returns the same answer several times."""
     prompt = Maker(SEED).prompt_ids(20)
     theirs, mine = await _both_ways(Case(1, prompt, {"temperature": 0.0, "n": 3}), both)
     assert "n must be 1" in theirs.refused
@@ -163,7 +170,9 @@ async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
 
 
 async def test_exception_more_than_the_context(both: tuple[Peer, TestCluster]) -> None:
-    """max_tokens above the context is refused there; here it is cut to the context, as both do with a long prompt."""
+    """max_tokens above the context is refused by the peer. Our gateway cuts max_tokens to the context, as both sides do
+    with a long prompt.
+    """
     prompt = Maker(SEED).prompt_ids(MAX_MODEL_LEN - 8)
     options = {"temperature": 0.0, "ignore_eos": True}
     theirs, cut = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN}), both)

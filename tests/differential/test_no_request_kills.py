@@ -1,8 +1,8 @@
 """No request kills the engine, as seen by a caller: odd, extreme, cut off and random calls over the public API.
 
-tests/worker/engine/vllm/test_killers.py searches at the engine's interface; here the gateway and the link are included,
-and callers leave at random points. The content of answers is not checked, except for plain calls beside and after the
-odd ones.
+tests/worker/engine/vllm/test_killers.py searches at the engine's interface. The tests here include the gateway and the
+link, and callers leave at random points. The content of answers is not checked, except for plain calls beside and after
+the odd calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MORE = 60
 AT_ONCE = 12
 PLAIN_EVERY = 20
 LONGEST_S = 60.0
-"""Upper bound on the duration of any call."""
+"""Upper bound on the duration of any call, in seconds."""
 
 LATE = ("CANCELLED", "DEADLINE_EXCEEDED")
 MUST_NOT_BE = ("", Outcome.INTERNAL.name, Outcome.WORKER_LOST.name, Outcome.NO_WORKER.name)
@@ -74,9 +74,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class OddCall:
-    """One call. `leave_after`: pieces of a stream, or milliseconds of a unary call, after which the caller leaves;
-    None:
-    it stays.
+    """One odd call. `leave_after`: number of pieces of a stream, or milliseconds of a unary call, after which the
+    caller leaves; None: the caller stays.
     """
 
     number: int
@@ -87,16 +86,16 @@ class OddCall:
 
 
 class Oddities:
-    """Odd calls from a seed."""
+    """Source of odd calls from a seed."""
 
     def __init__(self, seed: int, max_model_len: int) -> None:
         self._random = random.Random(seed)
         self._max_model_len = max_model_len
-        # Invalid Unicode cannot be put into a protobuf message at all.
+        # A protobuf message cannot hold invalid Unicode.
         self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
     def call(self, number: int, *, late: bool = False) -> OddCall:
-        """The next call. `late`: with a deadline that will pass."""
+        """Return the next call. With `late`, the call has a deadline that will pass."""
         chance = self._random
         fields: dict[str, Any] = {"max_tokens": chance.choice([4, 16, 48])}
         for name, values in EXTREMES.items():
@@ -155,7 +154,7 @@ class Oddities:
         chance = self._random
         kind = chance.random()
         if kind < 0.4:
-            # Chunked prefill begins at 129 tokens; the last of these leave no room for output, or are too long.
+            # Chunked prefill begins at 129 tokens. The last of these lengths leave no room for output, or are too long.
             length = chance.choice([1, 127, 128, 129, 257, 900, self._max_model_len - 1, self._max_model_len])
             ids = [chance.randrange(VOCAB_SIZE) for _ in range(length)]
             if chance.random() < 0.05:
@@ -169,7 +168,9 @@ class Oddities:
 
 
 async def _outcome(stub: Any, odd: OddCall) -> str:
-    """Make the call. Returns its error reason or status, `OK` if answered; fails if an error is not well formed."""
+    """Make the call and return the error reason or status, or `OK` if the call was answered. Fails if an error is not
+    well formed.
+    """
     kind = "Chat" if isinstance(odd.request, pb.ChatRequest) else "Complete"
     call = getattr(stub, f"{'Stream' if odd.streamed else ''}{kind}")(odd.request, timeout=odd.timeout_s)
     try:
@@ -211,7 +212,7 @@ async def _plain(stub: Any) -> list[int]:
 
 
 def _engine_processes() -> set[tuple[int, float]]:
-    """vLLM's processes below this one, each by pid and start."""
+    """Return vLLM's processes below this process, each by pid and start time."""
     processes = set()
     for process in psutil.Process().children(recursive=True):
         try:
@@ -238,7 +239,7 @@ async def _search(
 
 
 async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
-    """300 odd calls end properly, plain ones beside them get their own tokens, and the engine is idle afterwards."""
+    """300 odd calls end properly, plain calls beside them get their own tokens, and the engine is idle afterwards."""
     reference = await _plain(cluster.stub)
     assert len(reference) == 24
     before = _engine_processes()
@@ -249,7 +250,7 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
     for more in range(CALLS, 2 * CALLS, MORE):
         if counts["DEADLINE_EXCEEDED"] >= least["DEADLINE_EXCEEDED"]:
             break
-        # A busy machine rejects most deadlines before the engine sees their calls. With an empty queue they are
+        # A busy machine rejects most deadlines before the engine sees the calls. With an empty queue such calls are
         # admitted.
         late = [oddities.call(number, late=True) for number in range(more, more + MORE)]
         counts += await _search(cluster.stub, late, reference, at_once=2)
@@ -273,14 +274,16 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
 async def test_a_format_that_nothing_fits_is_the_callers_fault(
     cluster: TestCluster, kind: str, value: Any, more: dict[str, Any]
 ) -> None:
-    """If no token fits the format, the call fails with an error on response_format, not with an internal one."""
+    """If no token fits the format, the call fails with an error on response_format, not with an internal error."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, response_format=format_pb(kind, value), **more)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["response_format"])
     await cluster.until_idle()
 
 
 async def test_the_last_outputs_seed_must_fit_too(cluster: TestCluster) -> None:
-    """Each of n outputs takes the next seed: a seed that would exceed 64 bits is refused before anything is sent."""
+    """A seed whose successors for n outputs would exceed 64 bits is refused before the gateway sends any part of the
+    call.
+    """
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=3)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["seed"])
     fits = await cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=2), timeout=LONGEST_S)

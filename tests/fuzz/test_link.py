@@ -1,4 +1,6 @@
-"""Messages that a faulty worker sends to a gateway, and a faulty gateway to a worker. See test_public.py."""
+"""Messages that a faulty worker sends to a gateway, and messages that a faulty gateway sends to a worker. See
+test_public.py.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,17 @@ QUICK = Timing(silence_s=2.0, welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.0
 
 @pytest.fixture
 async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[TestCluster]:
-    """A gateway with one healthy worker of `sim`."""
+    """A gateway with one healthy worker of the model `sim`."""
     async with running_cluster(tmp_path, timing=QUICK) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
         yield cluster
 
 
 async def check_healthy(cluster: TestCluster) -> None:
-    """Check that the healthy worker has its link, that its calls are answered, and that no other call remains.
+    """Check that the healthy worker has its link, that calls to it are answered, and that no other call remains.
 
-    The faulty workers leave first: one may have joined the same model with less capacity than the call needs.
+    First wait until the faulty workers have left: a faulty worker may have joined the same model with less capacity
+    than the call needs.
     """
     await until(lambda: len(cluster.gateway.hub.links) == 1, "the faulty workers have left")
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
@@ -46,12 +49,12 @@ async def check_healthy(cluster: TestCluster) -> None:
 
 
 def slots() -> st.SearchStrategy[int]:
-    """Slots of calls, running or not."""
+    """Return a strategy for slots of calls that run or do not run."""
     return st.integers(1, 4) | st.integers(0, (1 << 32) - 1)
 
 
 def steps() -> st.SearchStrategy[pb.StepOutputs]:
-    """Step outputs with consistent or inconsistent columns."""
+    """Return a strategy for step outputs with consistent or inconsistent columns."""
     ids = st.integers(0, 300) | st.integers(0, (1 << 32) - 1)
     fitting = st.lists(st.tuples(slots(), ids), max_size=4).map(
         lambda pairs: pb.StepOutputs(slots=[slot for slot, _ in pairs], token_ids=[token for _, token in pairs])
@@ -60,7 +63,7 @@ def steps() -> st.SearchStrategy[pb.StepOutputs]:
 
 
 def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
-    """Turns that follow a Hello."""
+    """Return a strategy for turns that follow a Hello."""
     room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
     turn = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
     return st.lists(turn, max_size=8).map(
@@ -69,7 +72,7 @@ def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
 
 
 async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None:
-    """Any turns of a worker with waiting calls: those calls end in time, and the gateway is as before."""
+    """Whatever turns a faulty worker with waiting calls sends, the calls end in time and the gateway stays healthy."""
     number = 0
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
         for batch in batches(turns()):
@@ -106,7 +109,9 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
-    """Any Hello, blob, beat, controller frame or invalid bytes: the healthy worker keeps its link."""
+    """Whatever a peer sends first (any Hello, blob, beat, controller frame or invalid bytes), the healthy worker keeps
+    its link.
+    """
     kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
     frames = st.one_of(
         *(
@@ -144,7 +149,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
 
 
 class FaultyGateway(Hub):
-    """Gateway that welcomes a worker and sends it the given turns."""
+    """Faulty gateway that welcomes a worker and sends the worker the given turns."""
 
     def __init__(self) -> None:
         super().__init__("mad", Door())
@@ -154,7 +159,7 @@ class FaultyGateway(Hub):
         self.stays_s = 0.05
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Send one sequence for each link."""
+        """Send one sequence of turns on each link."""
         await read(context)
         await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="mad", incarnation="m")))
         turns = await self.turns.get()
@@ -170,10 +175,10 @@ class FaultyGateway(Hub):
 
 
 def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
-    """Turns of a gateway, mostly Submits."""
+    """Return a strategy for turns of a gateway, mostly Submits."""
     prompt = st.lists(st.integers(0, 300), max_size=5).map(lambda ids: b"".join(i.to_bytes(4, "little") for i in ids))
     submit = messages(pb.Submit, slot=slots(), prompt_ids=prompt | st.binary(max_size=9), prompt_blob=st.just(""))
-    # Legitimate commands that would take the good gateway's credit or drain the worker are left out.
+    # Valid commands that would take the healthy gateway's credit or drain the worker are left out.
     quiet: dict[str, Any] = {
         "backlog": messages(pb.Backlog, waiting=st.just(0), claim=st.just(0)),
         "commands": st.just([]),
@@ -183,7 +188,9 @@ def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
 
 
 async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Any turns of one gateway: the worker keeps serving the other, and holds nothing of the faulty one's."""
+    """Whatever turns a faulty gateway sends, the worker keeps serving the other gateway and keeps no call of the faulty
+    gateway.
+    """
     faulty = FaultyGateway()
     server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
@@ -219,7 +226,7 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
 async def test_what_fuzzing_found(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
 ) -> None:
-    """An invalid Submit fails itself or ends its link; the worker's process and its other links stay."""
+    """An invalid Submit fails by itself or ends its link; the worker's process and the worker's other links stay."""
     faulty = FaultyGateway()
     server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)

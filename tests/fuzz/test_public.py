@@ -1,4 +1,4 @@
-"""Anything that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
+"""All data that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
 
 
 async def check_healthy(cluster: TestCluster) -> None:
-    """Check that a normal call is answered by both APIs, and that no other call remains."""
+    """Check that both APIs answer a normal call, and that no other call remains."""
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     wire = await Wire.open(cluster)
     wire.ask("/v1/chat/completions", chat_body(max_tokens=3))
@@ -46,7 +46,7 @@ async def check_healthy(cluster: TestCluster) -> None:
 
 
 def calls() -> st.SearchStrategy[tuple[str, bytes]]:
-    """A method, and bytes, its own message or another method's."""
+    """Return a strategy for a method and bytes, a message of the method, or a message of another method."""
     kinds = [pb.DESCRIPTOR.message_types_by_name[method.input_type.name] for method in SERVICE.methods]
     classes: list[type[Message]] = [getattr(pb, kind.name) for kind in kinds]
     said = st.sampled_from(["sim", "sim", "sim", "default", "", "x"])
@@ -68,7 +68,7 @@ def _model(kind: type[Message], said: st.SearchStrategy[str]) -> dict[str, st.Se
 
 
 async def test_grpc_messages(cluster: TestCluster) -> None:
-    """Any bytes and any message to any method get an expected status in time."""
+    """A call of any method with any bytes or any message gets an expected status in time."""
     async with nothing_unexpected():
         for batch in batches(calls()):
 
@@ -89,8 +89,8 @@ async def test_grpc_messages(cluster: TestCluster) -> None:
 
 
 def frames() -> st.SearchStrategy[bytes]:
-    """One HTTP/2 frame built by hand, so that every field may be wrong; or invalid bytes."""
-    # :method POST, :scheme http, :path /x/Chat, content-type application/grpc
+    """Return a strategy for one HTTP/2 frame built by hand, so that every field may be wrong, or for invalid bytes."""
+    # the header block of :method POST, :scheme http, :path /x/Chat, content-type application/grpc
     head = b"\x83\x86\x44\x07/x/Chat\x5f\x10application/grpc"
     chosen = st.sampled_from([head, head, head.replace(b"/x/Chat", b"/x/\xff\x00\r\n"), b"\x82\x86\x84", b"\x00" * 8])
     number = st.integers(0, (1 << 32) - 1).map(lambda n: n.to_bytes(4, "big"))
@@ -102,7 +102,7 @@ def frames() -> st.SearchStrategy[bytes]:
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Encode a frame."""
+    """Return an encoded frame."""
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
@@ -110,7 +110,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 
 
 async def test_http2_frames(cluster: TestCluster) -> None:
-    """Any frames in any order on the gRPC port end at most their own connection."""
+    """Any frames in any order on the gRPC port end no connection except the connection that carries them."""
     address = cluster.gateway.endpoints["grpc"]
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.booleans(), st.lists(frames(), max_size=12))):
@@ -124,7 +124,7 @@ async def test_http2_frames(cluster: TestCluster) -> None:
 
 
 async def send_and_disconnect(address: str, parts: list[bytes]) -> None:
-    """Send the parts, read what arrives at once, and disconnect."""
+    """Send the parts, read the data that arrives at once, and disconnect."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     with contextlib.suppress(ConnectionError):
@@ -149,7 +149,7 @@ KEYS += ["response_format", "top_p", "logit_bias", "stream_options", "tool_choic
 
 
 def bodies() -> st.SearchStrategy[bytes]:
-    """A request with some of its fields changed, any JSON, or no JSON."""
+    """Return a strategy for a request with some changed fields, for any JSON, or for bytes that are not JSON."""
     good = st.sampled_from([chat_body(), completion_body(), chat_body(stream=True), completion_body(stream=True)])
     changed = st.builds(
         lambda body, more: {**body, **more}, good, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2)
@@ -161,13 +161,13 @@ def bodies() -> st.SearchStrategy[bytes]:
 
 
 def messages_json() -> st.SearchStrategy[Any]:
-    """A message whose parts are any JSON."""
+    """Return a strategy for a message whose parts are any JSON."""
     names = ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"]
     return st.dictionaries(st.sampled_from(names), st.sampled_from(["user", "assistant"]) | JSON, max_size=4)
 
 
 def requests() -> st.SearchStrategy[bytes]:
-    """A complete HTTP request; its head is usually correct."""
+    """Return a strategy for a complete HTTP request whose head is usually correct."""
     paths = ["/v1/chat/completions"] * 4 + ["/v1/completions"] * 2 + ["/v1/models", "/v1/models/x", "/health", "/ready"]
     path = st.sampled_from([*paths, "/", "//", "/v1/%00", "*"])
     method = st.sampled_from(["POST"] * 6 + ["GET", "PUT", "", "OPTIONS", "\x00"])
@@ -189,7 +189,7 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 async def test_http_requests(cluster: TestCluster) -> None:
-    """Any request to the HTTP API gets an answer below 500, or none, and ends at most its own connection."""
+    """Any request to the HTTP API gets an answer below 500 or no answer, and ends no connection except its own."""
     address = cluster.gateway.endpoints["http"]
     async with nothing_unexpected():
         for batch in batches(requests()):
@@ -210,7 +210,7 @@ async def test_http_bodies(cluster: TestCluster) -> None:
                         reply = await wire.reply()
                     assert reply.status < 500, reply.body
                 except TimeoutError:
-                    pass  # a call for many tokens
+                    pass  # the call asks for many tokens
                 finally:
                     await wire.close()
 

@@ -1,4 +1,4 @@
-"""Helm, and every preset rendered once."""
+"""Fixtures with Helm, and with every preset rendered once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.helm import Rendered
 
 @pytest.fixture(scope="session", autouse=True)
 def needs_helm() -> None:
-    """Skip all tests here without Helm."""
+    """Skip all tests of this folder if Helm is absent."""
     try:
         helm.tool("helm")
     except helm.NoHelm as error:
@@ -27,5 +27,5 @@ def _rendered(preset: Path) -> Rendered:
 
 @pytest.fixture(params=helm.PRESETS, ids=lambda file: file.stem)
 def preset(request: pytest.FixtureRequest) -> Rendered:
-    """Each preset in turn."""
+    """Each rendered preset in turn."""
     return _rendered(request.param)

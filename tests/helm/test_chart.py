@@ -1,4 +1,6 @@
-"""Chart checks by Helm itself (lint, package, upgrade without a restart), and of every object by the API's schemas."""
+"""Checks of the chart by Helm itself (lint, package, upgrade without a restart), and of every object by the API's
+schemas.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ needs_definitions = pytest.mark.skipif(
 
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
-    """`helm lint --strict` passes, with each preset."""
+    """`helm lint --strict` passes with the defaults and with each preset."""
     helm.run("lint", "--strict", helm.CHART, *(["-f", str(values)] if values else []))
 
 
 def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
-    """The package contains rules and dashboards, and renders like the folder."""
+    """The chart's package contains rules and dashboards, and renders like the folder."""
     helm.run("package", helm.CHART, "-d", tmp_path)
     (package,) = tmp_path.glob("headrace-*.tgz")
     with tarfile.open(package) as whole:
@@ -43,7 +45,9 @@ def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", schemas.RELEASES)
 def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
-    """The API accepts every object strictly: unknown fields would be refused. Custom resources are not checked here."""
+    """The Kubernetes API accepts every built-in object strictly: an unknown field would be refused. Custom resources
+    are not checked here.
+    """
     for item in preset.objects:
         if schemas.is_built_in(item):
             schemas.check_built_in(item, release)
@@ -53,7 +57,9 @@ def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
 
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
-    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field in them is pruned."""
+    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field of these objects is
+    pruned.
+    """
     kinds = set()
     for item in preset.objects:
         if not schemas.is_built_in(item):
@@ -64,7 +70,7 @@ def test_operators_take_every_object(preset: Rendered) -> None:
 
 @needs_definitions
 def test_the_schemas_see_what_is_wrong() -> None:
-    """A misspelt field, a wrong type and a missing field are refused, in an object of each sort."""
+    """The schemas refuse a misspelt field, a wrong type and a missing field, in an object of each sort."""
     rendered = helm.template(next(path for path in helm.PRESETS if path.stem == "multi-tenant"))
 
     def without(item: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def test_the_schemas_see_what_is_wrong() -> None:
 
 
 def template_of(rendered: Rendered, name: str) -> Any:
-    """A workload's pod template."""
+    """Return the pod template of a workload."""
     (manifest,) = (
         item for item in rendered.objects if item["metadata"]["name"] == name and "template" in item.get("spec", ())
     )
@@ -101,7 +107,9 @@ def template_of(rendered: Rendered, name: str) -> Any:
 
 
 def test_a_new_model_restarts_no_gateway() -> None:
-    """A new model restarts no gateway, since the controller announces it; settings read at start do."""
+    """A new model restarts no gateway, since the controller announces the model. Settings that a gateway reads at start
+    do.
+    """
     preset = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     before = helm.template(preset)
     models = [{"name": "other", "source": "demo://smollm2"}]
@@ -114,7 +122,9 @@ def test_a_new_model_restarts_no_gateway() -> None:
 
 
 def test_images_come_from_the_site() -> None:
-    """With a registry of the site's own every image is pulled from it, including those of stores."""
+    """If the site names a registry of its own, every image is pulled from that registry, including the images of
+    stores.
+    """
     name = "registry.inside:5000/team"
     airgapped = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})
@@ -139,7 +149,7 @@ def test_images_come_from_the_site() -> None:
 
 
 def test_a_digest_pins_an_image() -> None:
-    """A digest pins an image and overrides the tag."""
+    """An image with a digest is pinned to the digest, which overrides the tag."""
     digest = "sha256:" + "0" * 64
     rendered = helm.template({"image": {"tag": "9", "gateway": {"repository": "x/y", "digest": digest}}})
     spec = template_of(rendered, "headrace-gateway")["spec"]
@@ -148,7 +158,7 @@ def test_a_digest_pins_an_image() -> None:
 
 
 def test_extra_objects_are_templates() -> None:
-    """Extra objects are templates that see the release."""
+    """Extra objects are rendered as templates that see the release."""
     extra = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -160,7 +170,9 @@ def test_extra_objects_are_templates() -> None:
 
 
 def test_revoked_certificates_reach_the_gateways() -> None:
-    """The configuration names the pod's file of revoked certificates, so that a stolen certificate is refused."""
+    """The gateway's configuration names the pod's file of revoked certificates, so that a stolen certificate is
+    refused.
+    """
     lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
     rendered = helm.template({"revoked": {"links": lines}})
     held = rendered.only("ConfigMap", "headrace-revoked")["data"]
@@ -178,7 +190,9 @@ def test_revoked_certificates_reach_the_gateways() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each Ray cluster has its own image, network and storage namespace; the configuration uses one of them."""
+    """Each Ray cluster has an image, a network and a storage namespace of its own; the configuration uses one Ray
+    cluster.
+    """
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
     group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
@@ -196,7 +210,7 @@ def test_two_clusters_side_by_side() -> None:
 
 
 def test_notes_tell_the_next_step() -> None:
-    """`helm install` ends with notes on secrets, a key and the first call."""
+    """`helm install` ends with notes on secrets, on a key and on the first call."""
     text = helm.run(
         "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
     )

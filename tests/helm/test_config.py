@@ -1,4 +1,4 @@
-"""Inputs of pods, checked by the programs that read them: the configuration, command lines, Ray's own parsers."""
+"""Inputs of pods, checked by the programs that read the inputs: the configuration, command lines, Ray's own parsers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODELS = "{api_version: headrace/v1, name: x, models: []}"
 
 
 def merged(under: Any, over: Any) -> Any:
-    """Merge values over a chart's own, as Helm does."""
+    """Return values merged over a chart's own values, as Helm does."""
     if isinstance(under, dict) and isinstance(over, dict):
         return {key: merged(under.get(key), over.get(key, under.get(key))) for key in {**under, **over}}
     return over
@@ -36,7 +36,9 @@ def merged(under: Any, over: Any) -> Any:
 
 @pytest.mark.parametrize("file", helm.PRESETS, ids=lambda file: file.stem)
 def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
-    """Nothing is renamed, dropped, or rounded on its way into cluster.yaml, and the program's parser accepts it."""
+    """No value is renamed, dropped or rounded on the way into cluster.yaml, and the program's
+    parser accepts the file.
+    """
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())["config"]
     wanted = merged(values, yaml.safe_load(file.read_text()).get("config", {}))
     text = helm.template(file).cluster_yaml
@@ -45,7 +47,9 @@ def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
 
 
 def test_large_numbers_and_words_of_yaml_survive() -> None:
-    """Helm reads numbers as floats, and YAML 1.1 reads `on` as a boolean: neither changes the configuration."""
+    """Large numbers and the word `on` reach the configuration unchanged. Helm reads numbers as floats, and YAML 1.1
+    reads `on` as a boolean.
+    """
     config = {
         "gateway": {"max_message_bytes": 1 << 30, "queue": {"max_tokens": 123456789012}},
         "tenant_defaults": {"guards": [{"builtin": "sizes", "on": "output", "max_characters": 12345678}]},
@@ -60,7 +64,7 @@ def test_large_numbers_and_words_of_yaml_survive() -> None:
 
 
 def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
-    """With a password of the limits store the file is a Secret, otherwise a ConfigMap."""
+    """The configuration file is a Secret if the limits store has a password, otherwise a ConfigMap."""
     url = "rediss://:hidden@valkey:6379/0"
     assert helm.template({"config": {"store": {"limits_url": url}}}).only("Secret", "headrace-config")
     assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).only(
@@ -72,14 +76,14 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 
 
 def secrets_by_name() -> dict[str, Any]:
-    """Secrets made by `headrace pod secrets`: name -> key -> value."""
+    """Return the Secrets that `headrace pod secrets` makes: name -> key -> value."""
     made: Any = manifests(NAMESPACE, "headrace", (), None, 30).objects
     return {item["metadata"]["name"]: item["stringData"] for item in made}
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
 def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) -> None:
-    """Each pod's own arguments pass `--check`, with the files from its mounts and `pod secrets`."""
+    """The arguments of each pod pass `--check`, with the files from the pod's mounts and from `pod secrets`."""
     name = f"headrace-{part}"
     (workload,) = (
         o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name
@@ -101,7 +105,7 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
 
 
 def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
-    """`db upgrade` accepts the Job's options."""
+    """`db upgrade` accepts the options of the Job."""
     (container,) = preset.only("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["headrace"]
     done = CliRunner().invoke(app, [*container["args"], "--help"])
@@ -128,7 +132,9 @@ def test_the_notes_command_lines_are_known() -> None:
 
 
 def test_the_schema_of_config_is_the_programs() -> None:
-    """The chart's schema of config equals the program's (scripts/chart_schema.py, from cluster/config/schema.py)."""
+    """The chart's schema of config equals the program's schema (scripts/chart_schema.py, from
+    cluster/config/schema.py).
+    """
     command = [sys.executable, "scripts/chart_schema.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -163,7 +169,9 @@ print("ANSWER " + json.dumps(out))
 
 @pytest.mark.slow
 def test_ray_reads_every_cluster_and_places_every_model() -> None:
-    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their maximum hold all models."""
+    """Ray's autoscaler and `ray start` read each RayCluster alike, and the cluster's groups at their maximum hold all
+    models.
+    """
     rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
     clusters = [release.only("RayCluster") for release in rendered.values()]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Checks of docs/kubernetes.md: its arithmetic, command lines, files and links."""
+"""Checks of docs/kubernetes.md: arithmetic, command lines, files and links."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ UTILIZATION, OVERHEAD_GIB, BYTES_A_VALUE = 0.92, 2, 2
 
 
 def rows() -> list[list[str]]:
-    """Cells of the table of sizes."""
+    """Return the cells of the table of sizes."""
     table = DOCS[0].read_text().split("| model | parameters")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_sizes_follow_the_formula() -> None:
-    """Each row follows the formula, to the digits that it shows."""
+    """Each row of the table of sizes follows the formula, to the digits that the row shows."""
     table = rows()
     assert len(table) >= 8
     for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:
@@ -41,7 +41,7 @@ def test_sizes_follow_the_formula() -> None:
 
 
 def command_lines() -> list[tuple[str, list[str]]]:
-    """(file, words) of every documented `headrace ...` command line."""
+    """Return (file, words) of every documented `headrace ...` command line."""
     lines = []
     for file in (*DOCS, NOTES):
         for words in re.findall(r"(?:^|[\s`'>-])headrace ((?:[a-z-]+ ?)(?:[^`\n|'&]*))", file.read_text()):
@@ -64,7 +64,7 @@ GROUPS = {group.name for group in app.registered_groups} | {"status", "chat", "u
     ("file", "words"), command_lines(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40]
 )
 def test_command_lines_are_known(file: str, words: list[str]) -> None:
-    """Each command and each of its options exist."""
+    """Each documented command exists, and so does each option of the command."""
     path = [words[0]]
     if words[0] in {group.name for group in app.registered_groups} and len(words) > 1 and words[1].isalpha():
         path.append(words[1])
@@ -75,14 +75,16 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 
 def test_enough_command_lines_were_seen() -> None:
-    """The reader of command lines finds all of them: those of the five commands are there."""
+    """The reader of command lines finds the documented command lines: the lines of five known
+    commands are among them.
+    """
     commands = {" ".join(words[:2]) for _, words in command_lines()}
     assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
 def test_links_lead_somewhere(file: Path) -> None:
-    """Links to files of this repository lead to existing ones."""
+    """Every link to a file of this repository leads to an existing file."""
     for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
         assert (file.parent / target).exists(), target
     for target in re.findall(r"`(tests/[\w/.]+|deploy/[\w/.-]+)`", file.read_text()):

@@ -1,4 +1,6 @@
-"""Hooks: the configuration is checked before anything changes, using only objects that exist by then."""
+"""Hooks of the chart: the configuration is checked before any object changes, and the check uses only objects that
+exist by then.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,18 @@ BEFORE = {"pre-install", "pre-upgrade"}
 
 
 def hooks(item: dict[str, Any]) -> set[str]:
-    """Hook phases in which an object is made; empty for an object of the release itself."""
+    """Return the hook phases in which an object is made; empty for an object of the release itself."""
     named = item["metadata"].get("annotations", {}).get(HELM, "")
     return set(filter(None, named.split(",")))
 
 
 def weight(item: dict[str, Any]) -> int:
-    """Order among the hooks of a phase."""
+    """Return the order of an object among the hooks of a phase."""
     return int(item["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
 
 
 def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
-    """(kind, name) of the objects that a Job's pod cannot start without."""
+    """Return (kind, name) of the objects without which the pod of a Job cannot start."""
     spec = job["spec"]["template"]["spec"]
     needed = {("ServiceAccount", spec["serviceAccountName"])}
     for volume in spec["volumes"]:
@@ -46,7 +48,7 @@ def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("url", ["", "redis://:password@valkey:6379/0"])
 def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
-    """The check needs no object of the release: at the first install it would wait for ever."""
+    """The check needs no object of the release: at the first install a check that needs one would wait for ever."""
     rendered = helm.template({"config": {"store": {"limits_url": url}}, "priorityClasses": {"create": True}})
     job = rendered.only("Job", "headrace-check")
     assert hooks(job) == BEFORE
@@ -60,7 +62,7 @@ def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
 
 
 def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
-    """The check reads the same text with the same image as the release."""
+    """The check reads the same configuration text as the gateways, with the same image."""
     job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (gateway,) = (
@@ -81,7 +83,9 @@ def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
 
 
 def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_path: Path) -> None:
-    """The Job's own command, on the file that it mounts, exits with 0, or with 2, which fails the Job at once."""
+    """The command of the check exits with 0 on the mounted file of each preset, and with 2 on a wrong model, which
+    fails the Job at once.
+    """
     job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (mount,) = (item["mountPath"] for item in container["volumeMounts"] if item["name"] == "config")
@@ -104,10 +108,9 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
 
 
 def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
-    """Under Argo CD the Job of the tables runs with the release: Argo CD maps post-install and pre-upgrade to both
-    PreSync and
-    PostSync, unless an object names its own hook, and before the first sync there is neither the Job's account nor a
-    database.
+    """Under Argo CD the Job that makes the tables runs with the release. Argo CD maps post-install and pre-upgrade to
+    both PreSync and PostSync, unless an object names a hook of its own. Before the first sync there is neither the
+    Job's account nor a database.
     """
     job = preset.only("Job", "headrace-database")
     assert job["metadata"]["annotations"][ARGO] == "Sync"

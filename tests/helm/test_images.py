@@ -1,4 +1,4 @@
-"""Image recipes: hadolint finds no fault, nothing runs as root, and everything they name exists."""
+"""Image recipes: hadolint finds no fault, no image runs as root, and every file that a recipe names exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_hadolint_finds_no_fault(recipe: Path) -> None:
-    """hadolint passes in its strictest mode."""
+    """hadolint passes each recipe in its strictest mode."""
     hadolint = Path(sys.prefix) / "bin" / "hadolint"
     done = subprocess.run(
         [hadolint, "--failure-threshold", "style", str(recipe)], capture_output=True, text=True, check=False
@@ -30,7 +30,7 @@ def test_hadolint_finds_no_fault(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
-    """Base images have versions, the last user of each shipped image is a number, and copied files exist."""
+    """Base images have versions, the last user of each shipped image is a number, and every copied file exists."""
     text = recipe.read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
@@ -55,13 +55,13 @@ def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
 
 
 def by_stage(text: str) -> dict[str, str]:
-    """Lines of each build stage."""
+    """Return the lines of each build stage."""
     parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def test_the_gateways_image_has_no_engine() -> None:
-    """Its stages install only the base pins; Ray is in the controller's image."""
+    """The build stages of the gateway's image install only the base pins; Ray is in the controller's image."""
     stages = by_stage((DOCKER / "gateway.Dockerfile").read_text())
     pins = (ROOT / "requirements" / "base.txt").read_text()
     for name in ("torch", "vllm", "ray", "transformers"):
@@ -93,7 +93,9 @@ def test_versions_agree() -> None:
 
 
 def test_the_compose_file_starts_a_right_configuration() -> None:
-    """The program's parser accepts the file that it mounts, and its container has no privileges."""
+    """The program's parser accepts the configuration that the compose file mounts, and each container has no
+    privileges.
+    """
     for name, service in COMPOSE["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name

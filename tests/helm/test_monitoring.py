@@ -1,4 +1,6 @@
-"""Rules, dashboards and queries, checked by Prometheus' own tools and the names in cluster/observe/metrics.py."""
+"""Rules, dashboards and queries, checked by Prometheus' own tools and against the names in
+cluster/observe/metrics.py.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ RULES = helm.CHART / "files" / "alerts" / "headrace.yaml"
 DASHBOARDS = sorted((helm.CHART / "files" / "dashboards").glob("*.json"))
 MONITORED = next(path for path in helm.PRESETS if path.stem == "multi-tenant")
 SCRAPED = {"headrace_cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
-"""Labels that every series may carry: ours, and those added by scraping."""
+"""Labels that every series may carry: our labels, and the labels that scraping adds."""
 
 
 def program(name: str) -> str:
-    """Path of a program."""
+    """Return the path of a program. Skips the test if the program is missing."""
     if lack := doctor.missing_reason(name):
         pytest.skip(lack)
     path = doctor.find_tool(name)
@@ -36,7 +38,7 @@ def program(name: str) -> str:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Every rule of the file."""
+    """Return every rule of the rules file."""
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
@@ -44,7 +46,7 @@ RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 
 
 def panels() -> Iterator[tuple[str, str]]:
-    """(dashboard and panel, query), with Grafana's variables replaced as Grafana would."""
+    """Yield (dashboard and panel, query), with Grafana's variables replaced as Grafana replaces them."""
     for file in DASHBOARDS:
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel["targets"]:
@@ -55,13 +57,13 @@ def panels() -> Iterator[tuple[str, str]]:
 
 
 def scaling() -> Iterator[tuple[str, str]]:
-    """Queries of KEDA."""
+    """Yield the queries of KEDA."""
     for trigger in helm.template(MONITORED).only("ScaledObject")["spec"]["triggers"]:
         yield "keda", trigger["metadata"]["query"]
 
 
 def selectors(expression: Any) -> Iterator[Any]:
-    """Every selector of series in a parsed query."""
+    """Yield every selector of series in a parsed query."""
     if isinstance(expression, promql.VectorSelector):
         yield expression
     for name in ("expr", "lhs", "rhs", "vector_selector", "param"):
@@ -73,7 +75,7 @@ def selectors(expression: Any) -> Iterator[Any]:
 
 
 def labels_of(metric: str) -> set[str]:
-    """Labels of one of our metrics, by its name in Prometheus. Raises KeyError."""
+    """Return the labels of one of our metrics, by the name of the metric in Prometheus. Raises KeyError."""
     short = metric.removeprefix("headrace_")
     for suffix in ("", "_bucket", "_count", "_sum"):
         definition = DEFINITIONS.get(short.removesuffix(suffix)) if short.endswith(suffix) else None
@@ -90,12 +92,14 @@ VALUES = {
 
 
 def queries() -> list[tuple[str, str]]:
-    """Queries of rules, dashboards and the autoscaler."""
+    """Return the queries of the rules, of the dashboards and of the autoscaler."""
     return [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()] + [*panels(), *scaling()]
 
 
 def test_every_query_is_promql_over_metrics_that_exist() -> None:
-    """Prometheus' grammar parses each query; each metric, label and label value in it exists in the gateway."""
+    """Prometheus' grammar parses each query, and each metric, label and label value in the query
+    exists in the gateway.
+    """
     names = set()
     asked = queries()
     assert len(asked) > 60
@@ -125,7 +129,7 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 
 
 def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: Path) -> None:
-    """tests/helm/alerts.yaml has the series and the expected alerts; every alert of the rules file is covered."""
+    """tests/helm/alerts.yaml has the series and the expected alerts, and covers every alert of the rules file."""
     promtool = program("promtool")
     rendered = helm.template(MONITORED).only("PrometheusRule")["spec"]
     file = tmp_path / "rules.yaml"
@@ -141,7 +145,7 @@ def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: P
 
 
 def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
-    """Over no series each query has no value: one that the engine cannot type would be an error."""
+    """Each query has no value over no series. A query that the engine cannot type would be an error."""
     asked = [query for where, query in queries() if "absent(" not in query]
     expressions = [{"expr": query, "eval_time": "5m", "exp_samples": []} for query in asked]
     tests = tmp_path / "tests.yaml"
@@ -156,7 +160,7 @@ def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
 
 
 def test_alerts_reach_somebody() -> None:
-    """Alertmanager's own tool finds a receiver through the example's routes."""
+    """Alertmanager's own tool finds a receiver for every severity through the routes of the example."""
     amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
     done = subprocess.run([amtool, "check-config", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -170,7 +174,9 @@ def test_alerts_reach_somebody() -> None:
 
 
 def test_dashboards_travel_whole() -> None:
-    """Each dashboard is a ConfigMap that Grafana's sidecar finds, with disjoint panels and unchanged content."""
+    """Each dashboard is a ConfigMap that Grafana's sidecar finds, with panels that do not overlap and with unchanged
+    content.
+    """
     rendered = helm.template(MONITORED)
     for file in DASHBOARDS:
         manifest = rendered.only("ConfigMap", f"headrace-dashboard-{file.stem}")

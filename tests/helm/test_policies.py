@@ -21,7 +21,7 @@ INSIDE = next(path for path in helm.PRESETS if path.stem == "local-cpu")
 
 
 def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """(name, labels, spec) of every pod that would run, with the labels that KubeRay adds."""
+    """Yield (name, labels, spec) of every pod that would run, with the labels that KubeRay adds."""
     for item in rendered.objects:
         name = item["metadata"]["name"]
         if item["kind"] in ("StatefulSet", "Deployment", "Job"):
@@ -37,7 +37,9 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
 
 
 def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(pod and container, container), including KubeRay's autoscaler container, as far as the chart sets it."""
+    """Yield (pod and container, container), including KubeRay's autoscaler container with the settings that the chart
+    makes.
+    """
     for name, _, spec in pods(rendered):
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             yield f"{name}/{container['name']}", container
@@ -47,7 +49,7 @@ def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_pods_are_restricted(preset: Rendered) -> None:
-    """Pods meet the pod security standard `restricted`, and their root folder is read-only."""
+    """Every pod meets the pod security standard `restricted`, and the root folder of every container is read-only."""
     for name, _, spec in pods(preset):
         security = spec["securityContext"]
         assert security["runAsNonRoot"] is True, name
@@ -67,7 +69,7 @@ def test_pods_are_restricted(preset: Rendered) -> None:
 
 
 def test_every_container_says_what_it_needs(preset: Rendered) -> None:
-    """CPU and memory are requested, memory is limited, and shared memory fits in that limit."""
+    """Every container requests CPU and memory and limits memory, and the shared memory of a pod fits in that limit."""
     for name, container in containers(preset):
         assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
         assert "memory" in container["resources"]["limits"], name
@@ -81,13 +83,15 @@ def test_every_container_says_what_it_needs(preset: Rendered) -> None:
 
 
 def size(text: str) -> float:
-    """Bytes of 8Gi."""
+    """Return the number of bytes of a size such as 8Gi."""
     units = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     return float(text[:-2]) * units[text[-2:]]
 
 
 def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
-    """If the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
+    """If the root folder of a container is read-only, HOME, the folders named on the command line
+    and /tmp are mounted.
+    """
     for name, _, spec in pods(preset):
         for container in spec["containers"]:
             mounted = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
@@ -100,7 +104,9 @@ def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
 
 
 def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> None:
-    """Each container has three probes; readiness names the service that is SERVING from start to end of serving."""
+    """Each container has three probes. Readiness checks the gRPC health service that is SERVING from start to end of
+    serving.
+    """
     workloads = [*preset.all("StatefulSet"), *preset.all("Deployment")]
     assert len(workloads) >= 2
     for item in workloads:
@@ -113,7 +119,7 @@ def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> Non
 
 
 def test_selectors_meet_exactly_their_pods(preset: Rendered) -> None:
-    """Each selector of Services, budgets, monitors and workloads selects something, and nothing of another part."""
+    """Each selector of a Service, budget, monitor or workload selects at least one pod, and no pod of another part."""
     running = list(pods(preset))
     for item in preset.objects:
         spec = item.get("spec", {})
@@ -128,7 +134,9 @@ def test_selectors_meet_exactly_their_pods(preset: Rendered) -> None:
 
 
 def test_ports_are_the_programs(preset: Rendered) -> None:
-    """Containers and Services name the ports that the configuration listens on; each Service's target exists."""
+    """Containers and Services name the ports that the configuration listens on, and the target of
+    each Service exists.
+    """
     listen = parse(preset.cluster_yaml).gateway.listen
     gateway = next(item for name, item in containers(preset) if name == "headrace-gateway/gateway")
     ports = {item["name"]: item["containerPort"] for item in gateway["ports"]}
@@ -153,7 +161,9 @@ def test_ports_are_the_programs(preset: Rendered) -> None:
 
 
 def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
-    """The headless Service publishes pods that are not ready, and its port gives the SRV name that workers dial."""
+    """The headless Service publishes pods that are not ready, and the Service's port gives the SRV name that workers
+    dial.
+    """
     config = parse(preset.cluster_yaml)
     links = preset.only("Service", "headrace-links")["spec"]
     assert links["clusterIP"] == "None"
@@ -166,7 +176,7 @@ def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
 
 
 def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
-    """Kubernetes waits longer than the gateway's drain, including the pause before it."""
+    """Kubernetes waits longer than the gateway's drain, including the pause before the drain."""
     config = parse(preset.cluster_yaml)
     for name, labels, spec in pods(preset):
         if labels["app.kubernetes.io/component"] == "gateway" or labels.get("ray.io/node-type") == "worker":
@@ -177,7 +187,9 @@ def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
 
 
 def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
-    """Evictions are limited by a budget, updates by an order."""
+    """A disruption budget limits evictions of gateways, and the update order limits updates, to one
+    gateway at a time.
+    """
     budget = preset.only("PodDisruptionBudget", "headrace-gateway")["spec"]
     assert budget["maxUnavailable"] == 1
     for kind in ("StatefulSet", "Deployment"):
@@ -187,7 +199,7 @@ def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
 
 
 def test_rights_are_the_least(preset: Rendered) -> None:
-    """There is one Role, for one Lease; only the controller and a Ray head with an autoscaler have a token."""
+    """There is one Role, for one Lease. Only the controller and a Ray head with an autoscaler have a token."""
     assert not preset.all("ClusterRole")
     (role,) = preset.all("Role")
     assert [(rule["resources"], sorted(rule["verbs"])) for rule in role["rules"]] == [
@@ -206,7 +218,7 @@ def test_rights_are_the_least(preset: Rendered) -> None:
 
 
 def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> None:
-    """`headrace pod secrets` makes every Secret and key that a pod needs to start."""
+    """`headrace pod secrets` makes every Secret, and every key of a Secret, that a pod needs to start."""
     made = {
         str(item["metadata"]["name"]): set(item["stringData"])  # type: ignore[index,call-overload]
         for item in manifests(NAMESPACE, "headrace", (), None, 30).objects
@@ -236,7 +248,7 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
 
 
 def peers(rendered: Rendered) -> dict[str, Peer]:
-    """One pod of each part, by part; Ray's by head and worker."""
+    """Return one pod of each part, by part. Ray's pods are listed as head and worker."""
     by_part = {}
     for _, labels, _ in pods(rendered):
         part = labels["app.kubernetes.io/component"]
@@ -252,12 +264,14 @@ OPERATOR = Peer("kuberay", {"app": "operator"})
 
 
 def network(rendered: Rendered) -> Network:
-    """The policies of one release."""
+    """Return the network policies of one release."""
     return Network(NAMESPACE, rendered.all("NetworkPolicy"))
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """Each part reaches what it dials: links, Ray's dashboard, Ray's ports, DNS; Prometheus reaches its targets."""
+    """Each part reaches what that part dials: links, Ray's dashboard, Ray's ports, DNS. Prometheus
+    reaches its targets.
+    """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     assert allows(worker, gateway, LINK)
@@ -275,7 +289,9 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """Pods of this and other namespaces, outside addresses and unrelated parts of the release reach none of them."""
+    """No pod of this or another namespace, no outside address and no unrelated part of the release reaches Ray, the
+    links or the admin port.
+    """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)
@@ -295,7 +311,7 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
 
 
 def test_callers_reach_the_two_client_ports() -> None:
-    """Without a setting every caller reaches them, otherwise only the named ones."""
+    """Without a setting every caller reaches the two client ports; with a setting only the named callers do."""
     open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
     through = Peer("gateways", {"app": "envoy"})
     platform = Peer("platform", {"app": "shell"})
@@ -309,7 +325,7 @@ def test_callers_reach_the_two_client_ports() -> None:
 
 
 def test_stores_inside_are_reached_by_their_users_alone() -> None:
-    """Only gateways and the Job of the tables reach PostgreSQL, only gateways and Ray heads reach Valkey."""
+    """Only gateways and the Job that makes the tables reach PostgreSQL; only gateways and Ray heads reach Valkey."""
     rendered = helm.template(INSIDE)
     there, allows = peers(rendered), network(rendered).allows
     may = {("gateway", "postgresql"), ("database", "postgresql"), ("gateway", "valkey"), ("head", "valkey")}
@@ -322,7 +338,7 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
 
 
 def test_without_a_way_out_there_is_none() -> None:
-    """Airgapped: no pod reaches an address outside the site, on any port in use."""
+    """With the airgapped preset no pod reaches an address outside the site, on any port in use."""
     rendered = helm.template(next(item for item in helm.PRESETS if item.stem == "airgapped"))
     allows = network(rendered).allows
     for name, item in peers(rendered).items():
@@ -334,7 +350,7 @@ def test_without_a_way_out_there_is_none() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """Without policies everything is allowed, so the refusals above come from the policies."""
+    """Without policies every connection is allowed, so the refusals above come from the policies."""
     rendered = helm.template(INSIDE, {"networkPolicy": {"enabled": False}})
     assert not rendered.all("NetworkPolicy")
     assert network(rendered).allows(INTERNET, peers(rendered)["head"], 6379)
@@ -343,7 +359,9 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 @pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
 @pytest.mark.parametrize("scaling", ["none", "hpa", "keda"])
 def test_who_decides_the_number_of_gateways(kind: str, scaling: str) -> None:
-    """Either the workload's own number or an autoscaler that names it decides, never both."""
+    """The number of gateways is decided either by the workload itself or by an autoscaler that names the workload,
+    never by both.
+    """
     metrics = {"kind": scaling, "customMetrics": True}
     rendered = helm.template({"gateway": {"kind": kind, "autoscaling": metrics}})
     (workload,) = (item for item in rendered.all(kind) if item["metadata"]["name"] == "headrace-gateway")

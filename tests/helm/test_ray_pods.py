@@ -1,4 +1,4 @@
-"""Ray's pods: shared memory, the node's disk, and their drain time and preStop hooks."""
+"""Ray's pods: shared memory, the node's disk, the drain time and the preStop hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.network_policies import selects
 
 
 def ray_groups(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, group) of the head and of each worker group."""
+    """Yield (name, group) of the head and of each worker group."""
     for cluster in rendered.all("RayCluster"):
         yield "head", cluster["spec"]["headGroupSpec"]
         for group in cluster["spec"]["workerGroupSpecs"]:
@@ -26,7 +26,7 @@ def ray_groups(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def shared_memory(spec: dict[str, Any]) -> float:
-    """Bytes of a pod's /dev/shm."""
+    """Return the number of bytes of a pod's /dev/shm."""
     (mount,) = (item for item in spec["containers"][0]["volumeMounts"] if item["mountPath"] == "/dev/shm")
     (volume,) = (item for item in spec["volumes"] if item["name"] == mount["name"])
     assert volume["emptyDir"]["medium"] == "Memory"
@@ -34,7 +34,9 @@ def shared_memory(spec: dict[str, Any]) -> float:
 
 
 def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
-    """By Ray's own calculation the object store fits in /dev/shm without spilling, and leaves half for engines."""
+    """By Ray's own calculation the object store fits in /dev/shm without spilling, and leaves half of /dev/shm for
+    engines.
+    """
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
         memory = int(size(spec["containers"][0]["resources"]["limits"]["memory"]))
@@ -45,7 +47,7 @@ def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
 
 @pytest.mark.parametrize("shm", ["256Mi", "3Gi"])
 def test_the_object_store_follows_shared_memory(shm: str) -> None:
-    """Any size that the schema allows gives an object store that Ray accepts."""
+    """Any size of shared memory that the schema allows gives an object store that Ray accepts."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     rendered = helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
     (store,) = (
@@ -56,14 +58,16 @@ def test_the_object_store_follows_shared_memory(shm: str) -> None:
 
 @pytest.mark.parametrize("shm", ["255Mi"])
 def test_too_little_shared_memory_is_refused(shm: str) -> None:
-    """Shared memory whose half is less than Ray's minimum is refused."""
+    """Shared memory is refused if half of the memory is less than Ray's minimum."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     with pytest.raises(helm.HelmFailed, match="shmSize"):
         helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
 
 
 def test_what_is_written_to_the_nodes_disk_is_requested(preset: Rendered) -> None:
-    """Every emptyDir on disk is requested, so that the scheduler fills no node until the kubelet evicts pods."""
+    """Every emptyDir on disk is covered by a disk request, so that the scheduler fills no node until the kubelet evicts
+    pods.
+    """
     for name, _, spec in pods(preset):
         on_disk = [item["emptyDir"] for item in spec.get("volumes", ()) if "emptyDir" in item]
         sizes = [size(item["sizeLimit"]) for item in on_disk if item.get("medium") != "Memory"]
@@ -82,13 +86,13 @@ def test_a_disk_request_that_is_given_stays() -> None:
 
 
 def variables(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A container's environment by name."""
+    """Return the environment variables of a container, by name."""
     return {item["name"]: item for item in container["env"]}
 
 
 def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> None:
-    """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray; the head has
-    no replicas and does not wait.
+    """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray. The head has no
+    replicas and does not wait.
     """
     drain_timeout_s = parse(preset.cluster_yaml).gateway.drain_timeout_s
     for name, group in ray_groups(preset):
@@ -106,7 +110,7 @@ def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> No
 
 @pytest.mark.parametrize("drain_timeout_s", [0, 0.5, 1200])
 def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
-    """A longer drain_timeout_s lengthens every wait."""
+    """A longer drain_timeout_s lengthens every wait of Ray's pods."""
     rendered = helm.template({"config": {"gateway": {"drain_timeout_s": drain_timeout_s}}})
     spec = next(group["template"]["spec"] for name, group in ray_groups(rendered) if name != "head")
     waits_s = float(variables(spec["containers"][0])[TIMEOUT_ENV]["value"])
@@ -114,7 +118,7 @@ def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
 
 
 def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
-    """The downward API sets the names that join workers and usage records to Kubernetes."""
+    """The downward API sets the names by which workers and usage records are joined to Kubernetes objects."""
     for _, group in ray_groups(preset):
         by_name = variables(group["template"]["spec"]["containers"][0])
         assert by_name["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
@@ -124,8 +128,8 @@ def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
 
 
 def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rendered) -> None:
-    """Each group and head has its own budget, in pods: Kubernetes cannot resolve a percentage or maxUnavailable for the
-    pods of a RayCluster, and would then refuse every eviction.
+    """Each group and each head has a disruption budget of its own, in pods. Kubernetes cannot resolve a percentage or
+    maxUnavailable for the pods of a RayCluster, and would then refuse every eviction.
     """
     budgets = [item["spec"] for item in preset.all("PodDisruptionBudget")]
     for cluster in preset.all("RayCluster"):
@@ -142,7 +146,7 @@ def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rende
 
 
 def test_budgets_of_ray_can_be_set() -> None:
-    """Budgets can be set per group, and for a head that may be evicted."""
+    """Budgets can be set for each group, and for a head that may be evicted."""
     group = {"name": "g", "minReplicas": 3, "maxReplicas": 3, "podDisruptionBudget": {"minAvailable": 1}}
     cluster = {"name": "blue", "workerGroups": [group], "head": {"podDisruptionBudget": {"minAvailable": 0}}}
     rendered = helm.template({"ray": {"clusters": [cluster]}})

@@ -1,4 +1,4 @@
-"""`secrets.create`: the chart makes its Secret once, when it can see the cluster, and keeps an existing one."""
+"""`secrets.create`: the chart makes its Secret once, when Helm can see the cluster, and keeps an existing Secret."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ DISCOVERY: Mapping[str, Any] = {
 
 @contextlib.contextmanager
 def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
-    """URL of an API server with these objects, by `secrets/NAME` or `serviceaccounts/NAME`."""
+    """Run an API server with these objects, by `secrets/NAME` or `serviceaccounts/NAME`, and yield the URL of the
+    server.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -75,14 +77,16 @@ OWNED = {
 
 
 def secret(*keys: str) -> dict[str, Any]:
-    """The Secret as made by an earlier install of the release."""
+    """Return the Secret as an earlier install of the release made it."""
     data = dict.fromkeys(keys, "b2xk")
     return {"secrets/headrace-secrets": {"apiVersion": "v1", "kind": "Secret", "metadata": OWNED, "data": data}}
 
 
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chart without its other objects, whose kinds the server would have to know."""
+    """Folder with a copy of the chart that makes only the Secret. The API server would have to know the kinds of all
+    other objects.
+    """
     copy = tmp_path_factory.mktemp("charts") / "headrace"
     shutil.copytree(helm.CHART, copy)
     for file in (copy / "templates").iterdir():
@@ -92,7 +96,7 @@ def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[str, Any]:
-    """The chart's Secret on a cluster with these objects. Raises HelmFailed."""
+    """Return the Secret that the chart renders on a cluster with these objects. Raises HelmFailed."""
     with api_server(objects) as url:
         asked = ("--set", "secrets.create=true", "--dry-run=server", "--kube-apiserver", url, *arguments)
         text = helm.run("template", "headrace", chart, "-n", helm.NAMESPACE, "--disable-openapi-validation", *asked)
@@ -102,7 +106,7 @@ def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[s
 
 
 def test_the_first_install_makes_the_secret(chart: Path) -> None:
-    """The Secret is immutable and outlives the release; without it no pod starts."""
+    """The first install makes a Secret that is immutable and outlives the release. Without the Secret no pod starts."""
     made = rendered(chart, ACCOUNT)
     assert made["immutable"] is True
     assert made["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
@@ -112,7 +116,7 @@ def test_the_first_install_makes_the_secret(chart: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--is-upgrade",)])
 def test_what_is_there_is_kept(chart: Path, arguments: tuple[str, ...]) -> None:
-    """An existing Secret is kept, since a new one would invalidate every API key."""
+    """An existing Secret is kept, since a new Secret would invalidate every API key."""
     made = rendered(chart, {**ACCOUNT, **secret(*KEYS)}, *arguments)
     assert made["data"] == dict.fromkeys(KEYS, "b2xk")
 
@@ -128,6 +132,6 @@ def test_what_is_there_is_kept(chart: Path, arguments: tuple[str, ...]) -> None:
 def test_no_second_pepper_is_made(
     chart: Path, objects: Mapping[str, Any], arguments: tuple[str, ...], words: str
 ) -> None:
-    """A second pepper is refused, since it would silently invalidate every API key."""
+    """The chart refuses to make a second pepper, since a second pepper would silently invalidate every API key."""
     with pytest.raises(helm.HelmFailed, match=words):
         rendered(chart, objects, *arguments)

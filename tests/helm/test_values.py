@@ -1,4 +1,4 @@
-"""Wrong values are refused with a helpful message; values that the schema allows render to valid objects."""
+"""Wrong values are refused with a helpful message, and values that the schema allows render to valid objects."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GROUP = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
 
 
 def cluster(**changed: Any) -> dict[str, Any]:
-    """Values with one Ray cluster and changes in its only group."""
+    """Return values with one Ray cluster, and changes in the only group of that cluster."""
     return {"ray": {"clusters": [{"name": "blue", "workerGroups": [{**GROUP, **changed}]}]}}
 
 
 def models(*entries: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    """Values with these models over one group of two nodes with four H100 each, with changes."""
+    """Return values with these models over one group of two nodes with four H100 each, and changes in the group."""
     group = {"gpuType": "H100", "gpusPerNode": 4, "maxReplicas": 2, **changed}
     named = [{"name": f"m{at}", "source": "hf://o/m", **entry} for at, entry in enumerate(entries)]
     return {**cluster(**group), "config": {"models": named}}
@@ -84,12 +84,14 @@ WRONG_TOGETHER = [
     ),
     ({"config": {"link": {"tls": {"ca_file": "/tls/ca.crt"}}}}, "config.link.tls.ca_file is /tls/ca.crt"),
 ]
-"""Values that are valid in each half alone, but not together."""
+"""Values that are valid in each half of the configuration alone, but not together."""
 
 
 @pytest.mark.parametrize(("values", "words"), WRONG_TOGETHER)
 def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: str) -> None:
-    """Such values are refused: they would install, and fail at the first restart or never place a replica."""
+    """Values whose halves contradict each other are refused. Such values would install, and then fail at the first
+    restart or never place a replica.
+    """
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
     assert words in str(caught.value)
@@ -114,7 +116,7 @@ def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: st
     ],
 )
 def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
-    """Values that work are not refused."""
+    """Values whose halves fit are not refused."""
     assert helm.template(values).cluster_yaml
 
 
@@ -166,7 +168,7 @@ def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
     ],
 )
 def test_wrong_values_are_refused_in_words(values: Mapping[str, Any], words: str) -> None:
-    """The message names the value and the remedy."""
+    """The error message for a wrong value names the value and the remedy."""
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
     assert words in str(caught.value)
@@ -176,7 +178,9 @@ def test_wrong_values_are_refused_in_words(values: Mapping[str, Any], words: str
 
 
 def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Values of one of our schemas. Supports only the JSON schema keywords that helm/values.schema.json uses."""
+    """Return a strategy for values of one of our schemas. Only the JSON schema keywords that helm/values.schema.json
+    uses are supported.
+    """
     if "$ref" in schema:
         return from_schema(SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]])
     if "const" in schema:
@@ -211,12 +215,14 @@ def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
 
 PRINTED = st.characters(min_codepoint=33, max_codepoint=126)
 NOT_DRAWN = {"config", "extraObjects", "fullnameOverride"}
-"""config is checked by the program; the others repeat names from config."""
+"""Keys for which no random values are drawn. The program checks config; the other keys repeat names from config."""
 TOP = {key: item for key, item in SCHEMA["properties"].items() if key not in NOT_DRAWN}
 
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where needed."""
+    """Return the values with parts that agree, as the chart demands: groups in order, heads in config, a Valkey where
+    needed.
+    """
     made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
     if clusters is not None:
@@ -241,14 +247,14 @@ def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     if gateway.get("ingress", {}).get("enabled"):
         gateway["ingress"]["host"] = "llm.example.com"
     if not made.get("existingSecret"):
-        made.pop("secrets", None)  # the chart makes its Secret only when it can see the cluster
+        made.pop("secrets", None)  # the chart makes a Secret only when Helm can see the cluster
     for name in ("tolerations", "extraVolumes", "extraVolumeMounts"):
         gateway.pop(name, None)
     return made
 
 
 EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
-"""About a second each; `make chart-test EXAMPLES=200` tries more."""
+"""Number of random examples. An example takes about a second; `make chart-test EXAMPLES=200` tries more examples."""
 
 
 @settings(
@@ -256,7 +262,9 @@ EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
 )  # shrinking would take minutes and show little more
 @given(values=st.fixed_dictionaries({}, optional={key: from_schema(item) for key, item in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
-    """Every object is valid by the newest API's schemas or its definition, the configuration by our parser."""
+    """Every rendered object is valid by the newest API's schemas or by the object's own definition, and our parser
+    accepts the configuration.
+    """
     rendered = helm.template(draws(values))
     parse(rendered.cluster_yaml)
     names = [(item["kind"], item["metadata"]["name"]) for item in rendered.objects]

@@ -1,1 +1,1 @@
-"""Tests of the load tests: driver, metrics, harness."""
+"""Tests of the load tests: the driver, the metrics and the harness."""

@@ -1,4 +1,4 @@
-"""Servers for the driver: the simulated engine's SSE API in this process, and a scripted client."""
+"""Servers for the tests of the driver: the simulated engine's SSE API in this process, and a scripted client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = "bench"
 
 @dataclass
 class Scripted:
-    """A client that answers as `script` says; the driver's tests need no server then."""
+    """Scripted client that answers as `script` says, so that tests of the driver need no server."""
 
     script: Callable[[Request, OnText, int], AsyncIterator[Answer]]
     name: str = "scripted"
@@ -32,7 +32,7 @@ class Scripted:
     sent: list[str] = field(default_factory=list)
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """Run one step of the script."""
+        """Make one call: run the script for the request."""
         number, self.calls = self.calls, self.calls + 1
         self.running += 1
         self.most = max(self.most, self.running)
@@ -56,7 +56,7 @@ class SseServer:
     connections: list[Connection]
 
     def die(self) -> None:
-        """Stop accepting and abort every connection, as a killed process does."""
+        """Stop accepting connections and abort every connection, as when a process is killed."""
         self.listening.close()
         for connection in self.connections:
             connection.cut()
@@ -64,14 +64,14 @@ class SseServer:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
-    """A tiny tokenizer's bundle, and source parameters that limit the engine to tokens with their own text."""
+    """Bundle of a tiny tokenizer, and source parameters that limit the engine to tokens with a text of their own."""
     folder = build_tokenizer("llama", tmp_path_factory.mktemp("loadtests"))
     return build_bundle(folder), plain_tokens(folder)
 
 
 @pytest.fixture
 async def sse(bundle: tuple[Bundle, str]) -> AsyncIterator[SseServer]:
-    """A server with steps of 2 ms."""
+    """Server on the simulated engine with steps of 2 ms."""
     files, tokens = bundle
     engine = SimEngine(SimConfig.from_source(f"sim://?decode_ms=2&vocab=768&max_model_len=2048&{tokens}"))
     await engine.start()

@@ -1,4 +1,4 @@
-"""`python -m loadtests` from the command line: a smoke run, wrong arguments, no server, a server that dies."""
+"""`python -m loadtests` from the command line: a smoke run, wrong arguments, no server, and a server that dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path) -> None:
-    """All calls of each API are answered with equal texts; there are figures in the JSON and PNG files."""
+    """A smoke run answers all calls of each API with equal texts, and writes figures to the JSON file and PNG files."""
     code, out, err = await _run("smoke", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots"))
     assert code == 0, out + err
     report = json.loads((tmp_path / "out.json").read_text())
@@ -73,7 +73,7 @@ async def test_wrong_words_are_one_clear_line(arguments: list[str], message: str
 
 @pytest.mark.parametrize("scheme", ["grpc", "session", "http", "ray"])
 async def test_nobody_at_the_endpoint_is_said_at_once(scheme: str) -> None:
-    """A missing server is reported before any run, with its address."""
+    """A missing server is reported with its address before any run begins."""
     address = f"{scheme}://127.0.0.1:{free_port()}"
     code, _, err = await _run("endpoint", "--endpoint", address)
     assert code == 2
@@ -82,7 +82,7 @@ async def test_nobody_at_the_endpoint_is_said_at_once(scheme: str) -> None:
 
 @pytest.mark.slow
 async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServer, tmp_path: Path) -> None:
-    """The plot shows throughput against concurrency."""
+    """A sweep runs one round for each concurrency, and the plot shows throughput against concurrency."""
     code, out, err = await _run(
         "endpoint", "--endpoint", sse.url, "--model", MODEL, "--requests", "12", "--tokens", "8",
         "--concurrency", "1,4", "--slo-ttft-ms", "5000", "--json", str(tmp_path / "o.json"), "--plot", str(tmp_path),
@@ -96,7 +96,7 @@ async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServe
 
 @pytest.mark.slow
 async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_path: Path) -> None:
-    """Earlier results stay, the report says what happened, and the exit code is 1."""
+    """If the server dies, earlier results stay, the report says what happened, and the exit code is 1."""
     running = asyncio.create_task(
         _run(
             "endpoint",
@@ -129,7 +129,9 @@ async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_pa
 
 @pytest.mark.slow
 async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Path) -> None:
-    """After Ctrl-C in the middle of a scenario its gateway and worker are gone, and the JSON records the interrupt."""
+    """After Ctrl-C in the middle of a scenario the gateway and the worker are gone, and the JSON
+    records the interrupt.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "relay", "--only", "ours StreamChat", "--json", str(tmp_path / "o.json"),
         "--logs", str(tmp_path / "logs"), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

@@ -26,7 +26,7 @@ async def _answers(request: Request, on_text: OnText, number: int) -> AsyncItera
 
 
 async def test_a_closed_loop_makes_every_call_and_keeps_to_its_concurrency() -> None:
-    """Six callers make each of forty calls once, never more than six at a time."""
+    """In a closed loop six callers make each of forty calls once, with never more than six calls at a time."""
     face = Scripted(_answers)
     run = await drive(face, REQUESTS, concurrency=6)
     assert sorted(face.sent) == sorted(request.key for request in REQUESTS)
@@ -36,7 +36,7 @@ async def test_a_closed_loop_makes_every_call_and_keeps_to_its_concurrency() -> 
 
 
 async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> None:
-    """Calls that do not end do not delay later ones, and none is sent before it is due."""
+    """In an open loop a call that does not end delays no later call, and no call is sent before it is due."""
     release = asyncio.Event()
 
     async def waits(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
@@ -54,7 +54,9 @@ async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> No
 
 
 async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> None:
-    """Five tokens in three pieces give a time per token of a fourth of the duration."""
+    """The time per token of five tokens in three pieces is a fourth of the duration from the first
+    piece to the last.
+    """
     run = await drive(Scripted(_answers), REQUESTS[:1], concurrency=1)
     (record,) = run.records
     assert (record.tokens, record.pieces, len(record.gaps_s)) == (5, 3, 2)
@@ -63,7 +65,7 @@ async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> N
 
 
 async def test_a_call_without_end_is_a_timeout_and_the_others_go_on() -> None:
-    """One call hangs and is counted by its kind; the rest have complete answers."""
+    """A call that hangs is counted as a timeout, and all other calls have complete answers."""
 
     async def one_hangs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number == 3:
@@ -78,7 +80,7 @@ async def test_a_call_without_end_is_a_timeout_and_the_others_go_on() -> None:
 
 
 async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
-    """The running calls are recorded as not ended."""
+    """When a run reaches its time limit, the running calls are recorded as not ended."""
 
     async def hangs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         on_text("begun")
@@ -92,7 +94,7 @@ async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
 
 
 async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
-    """A long plan stops early on a dead server, and the answers before its death are kept."""
+    """A long plan stops early on a dead server, and the answers before the server's death are kept."""
 
     async def dies(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number >= 10:
@@ -109,7 +111,7 @@ async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
 
 
 async def test_refusals_do_not_look_like_a_death() -> None:
-    """A server that refuses every call is alive: all calls are made, and counted by their status."""
+    """A server that refuses every call is alive: all calls are made, and are counted by status."""
 
     async def refuses(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number >= 0:
@@ -122,7 +124,7 @@ async def test_refusals_do_not_look_like_a_death() -> None:
 
 
 async def test_equal_texts_are_told_from_different_ones() -> None:
-    """Two runs of the same requests are compared request by request, in any order."""
+    """Two runs of the same requests are compared request by request, whatever the order of the requests."""
 
     async def differs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         on_text("other" if request.key == REQUESTS[2].key else f"{request.key}/0 {request.key}/1 {request.key}/2 ")

@@ -1,4 +1,6 @@
-"""Every client against a real server: the gateway's own APIs, and the simulated engine behind an OpenAI API."""
+"""Every client of the load tests against a real server: the gateway's own APIs, and the simulated engine behind an
+OpenAI API.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ COMPLETIONS = fixed(12, 8, 20, seed=3, chat=False)
 
 @pytest.fixture
 async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Our gateway with a worker on the same simulated engine as the SSE server's."""
+    """Our gateway with a worker on the same simulated engine as the engine of the SSE server."""
     files, tokens = bundle
     ranges = dict(pair.split("=") for pair in tokens.split("&"))
     async with running_cluster(tmp_path) as cluster:
@@ -40,7 +42,7 @@ async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[Test
 @pytest.mark.parametrize("kind", ["grpc", "session"])
 @pytest.mark.slow
 async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestCluster, sse: SseServer) -> None:
-    """The same requests over our APIs and over SSE give all tokens and equal texts, for chats and completions."""
+    """The same requests over our APIs and over SSE get all tokens and equal texts, for chats and for completions."""
     address = ours.gateway.endpoints["grpc"]
     mine: Face = GrpcStream(address, MODEL, channels=2) if kind == "grpc" else Sessions(address, MODEL, sessions=2)
     plain = OpenAiSse(sse.url, MODEL)
@@ -57,7 +59,7 @@ async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestC
 
 
 async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
-    """On a kept-alive connection the first token of later calls comes without the 40 ms of a delayed ACK."""
+    """On a kept-alive connection the first token of a later call comes without the 40 ms of a delayed ACK."""
     face = OpenAiSse(f"http://{ours.gateway.endpoints['http']}", MODEL)
     try:
         run = await drive(face, fixed(10, 8, 4, seed=5), concurrency=1, limits=LIMITS)
@@ -68,7 +70,7 @@ async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
 
 @pytest.mark.parametrize("kind", ["grpc", "session", "http"])
 async def test_an_unknown_model_is_a_refusal_with_its_status(kind: str, ours: TestCluster) -> None:
-    """The call fails with the server's own status, not as if the server were dead."""
+    """A call to an unknown model fails with the server's own status, and the server does not count as dead."""
     endpoints = ours.gateway.endpoints
     faces: dict[str, Face] = {
         "grpc": GrpcStream(endpoints["grpc"], "nobody", channels=1),
@@ -87,7 +89,7 @@ async def test_an_unknown_model_is_a_refusal_with_its_status(kind: str, ours: Te
 
 @pytest.mark.parametrize("kind", ["grpc", "session", "http"])
 async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
-    """A closed port is reported at once."""
+    """A call to a closed port fails at once as unreachable."""
     address = f"127.0.0.1:{free_port()}"
     faces: dict[str, Face] = {
         "grpc": GrpcStream(address, MODEL, channels=1),
@@ -105,7 +107,9 @@ async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
 
 
 async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -> None:
-    """Running streams break, the next calls find no server, and the run ends with the server's death as its problem."""
+    """If a server is cut, running streams break, later calls find no server, and the run ends with the server's death
+    as the problem.
+    """
     face = OpenAiSse(sse.url, MODEL)
     requests = [*fixed(4, 8, 4, seed=1), *fixed(200, 8, 500, seed=2)]
     running = asyncio.create_task(drive(face, requests, concurrency=4, limits=LIMITS))
@@ -120,7 +124,7 @@ async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -
 
 
 async def test_a_server_that_speaks_something_else_is_named() -> None:
-    """A server that does not speak HTTP gives a protocol error with its first bytes."""
+    """A server that does not speak HTTP gives a protocol error with the server's first bytes."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Intervals, bounds, and figures that were not measured."""
+"""Figures: intervals, bounds, and rows that were not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS = st.lists(st.floats(0.1, 100.0), min_size=2, max_size=15)
 
 @given(ROUNDS, st.floats(0.1, 10.0))
 def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], ratio: float) -> None:
-    """Common factors of the rounds cancel, however different the rounds are."""
+    """A factor that all rounds have in common gives an interval without width, however different the rounds are."""
     interval = paired_ratio([ratio * value for value in theirs], theirs)
     assert interval.low == pytest.approx(ratio)
     assert interval.value == pytest.approx(ratio)
@@ -24,7 +24,7 @@ def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], rat
 
 @given(ROUNDS)
 def test_the_estimate_lies_in_its_interval_and_turning_it_round_inverts_it(values: list[float]) -> None:
-    """ours/theirs and theirs/ours give inverse intervals."""
+    """The estimate lies in its interval, and ours/theirs and theirs/ours give inverse intervals."""
     ones = [1.0] * len(values)
     there, back = paired_ratio(values, ones), paired_ratio(ones, values)
     assert there.low <= there.value * (1 + 1e-9)
@@ -34,7 +34,9 @@ def test_the_estimate_lies_in_its_interval_and_turning_it_round_inverts_it(value
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Of 200 experiments of twelve rounds around a mean of 5, some 95 % have it inside; 85 % at the least."""
+    """Of 200 experiments with twelve rounds around a mean of 5, about 95 % have an interval that contains 5; at least
+    85 % must.
+    """
     rng = random.Random(7)
     covered = 0
     for experiment in range(200):
@@ -48,7 +50,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     [("<=", 1.0, 0.9, True), ("<=", 1.0, 1.1, False), (">=", 1.0, 1.1, True), (">=", 1.0, 0.9, False)],
 )
 def test_met_looks_at_the_worse_end(sense: str, limit: float, ours: float, met: bool) -> None:
-    """With all rounds on one side of the bound it is met; one noisy round on the other side undoes that."""
+    """A bound is met only if the whole interval is inside. Rounds that spread to the other side of
+    the bound undo that.
+    """
     steady = ratio_figure("x", [ours] * MIN_ROUNDS, [1.0] * MIN_ROUNDS, Bound(sense, limit))
     assert steady.met is met
     spread = [ours * 8, ours / 8] * (MIN_ROUNDS // 2)
@@ -56,14 +60,14 @@ def test_met_looks_at_the_worse_end(sense: str, limit: float, ours: float, met: 
 
 
 def test_too_few_rounds_meet_nothing_and_say_so() -> None:
-    """Nine perfect rounds do not meet a bound."""
+    """Nine perfect rounds do not meet a bound, and the row says that there were only nine."""
     figure = ratio_figure("x", [0.1] * 9, [1.0] * 9, Bound("<=", 1.0))
     assert figure.met is False
     assert "9 rounds" in str(figure.reason)
 
 
 def test_the_difference_stands_beside_the_ratio_in_its_unit() -> None:
-    """A ratio row also shows 2 µs per token as its difference."""
+    """The row of a ratio also shows the absolute difference, here -2 µs per token, with its unit."""
     figure = ratio_figure("x", [8e-6] * 10, [10e-6] * 10, None, scale=1e6, difference_unit="µs/token")
     assert figure.value == pytest.approx(0.8)
     assert figure.difference == pytest.approx(-2)
@@ -72,7 +76,7 @@ def test_the_difference_stands_beside_the_ratio_in_its_unit() -> None:
 
 
 def test_what_was_not_measured_has_no_value_but_its_bound_and_the_reason() -> None:
-    """The row stays in the table."""
+    """A row without a measurement stays in the table, with the bound and the reason but without a value."""
     row = missing("x", Bound(">=", 1.5), "the peer did not start").as_json()
     assert row["value"] is None
     assert row["met"] is None
@@ -82,6 +86,6 @@ def test_what_was_not_measured_has_no_value_but_its_bound_and_the_reason() -> No
 
 @pytest.mark.parametrize("pairs", [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0])])
 def test_rounds_that_make_no_pairs_are_refused(pairs: tuple[list[float], list[float]]) -> None:
-    """Unpaired rounds are refused and give no figure."""
+    """Rounds that make no pairs are refused and give no figure."""
     with pytest.raises(ValueError, match=r"pairs|above 0"):
         paired_ratio(*pairs)

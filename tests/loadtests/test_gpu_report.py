@@ -1,4 +1,4 @@
-"""`make gpu-report`: missing parts are reported, memory is shared or refused, and a trial on CPU claims nothing."""
+"""`make gpu-report`: missing items are reported, GPU memory is shared or refused, and a trial on CPU claims nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CARD = Device("NVIDIA Example", 80 * GIB, 79 * GIB)
 
 
 def report() -> Report:
-    """A report with one measured row and one unmeasured."""
+    """Return a report with one measured row and one row that was not measured."""
     made = Report("gpu-report", started_at=datetime(2026, 1, 2, tzinfo=UTC))
     rows = [1.0, 1.1] * 5, [2.0, 2.1] * 5
     made.figures.append(ratio_figure("CPU | per token", *rows, Bound("<=", 0.6), scale=1e6, difference_unit="µs/token"))
@@ -35,7 +35,9 @@ def report() -> Report:
 
 
 def test_a_page_names_what_ran_where() -> None:
-    """It has GPUs counted by kind, driver, commit and command; a row with its interval, and one with its reason."""
+    """A page names the GPUs counted by kind, the driver, the commit and the command. A measured row has its interval; a
+    row without a value has its reason.
+    """
     subject = Subject("org/model-8b", "LlamaForCausalLM", 16 * GIB, "bfloat16", "python -m x", [CARD, CARD], "NVIDIA 1")
     text = page(subject, [("One GPU", report()), ("Two", report())], ["A note."])
     assert text.startswith("# Load test on GPUs, 2026-01-02\n")
@@ -51,7 +53,7 @@ def test_a_page_names_what_ran_where() -> None:
 
 
 def test_a_trial_says_so_first() -> None:
-    """A trial cannot be mistaken for a measurement."""
+    """The page of a trial says so first, so that a trial cannot be mistaken for a measurement."""
     text = page(Subject("tiny", "X", 0, "float32", "c"), [("peers", report())])
     assert text.splitlines()[0] == "# Trial of the GPU load test, on CPU, 2026-01-02"
     assert text.splitlines()[2] == TRIAL
@@ -59,7 +61,7 @@ def test_a_trial_says_so_first() -> None:
 
 
 def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
-    """Arms that fail for one reason are named together; a longer log is cut."""
+    """Arms that fail for one reason are named together, with the end of the log; a longer log is cut."""
     made = report()
     for name in ("SMG", "LiteLLM"):
         made.arm(name, "").problem = "server ended; its log ends:\n" + "\n".join(f"line {i}" for i in range(20))
@@ -69,7 +71,7 @@ def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
-    """A missing GPU, missing peers and a missing model are reported together, each with its remedy."""
+    """A missing GPU, missing peers and a missing model are reported together, each with the remedy."""
     text = "\n".join(gpu_report.lacking([], tmp_path, ""))
     assert "no GPU: torch sees none here" in text
     assert "make bench-peers" in text
@@ -78,7 +80,9 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_engines_share_the_memory_of_one_gpu() -> None:
-    """Three engines if they fit, two without Ray Serve's otherwise, and a clear refusal for less memory."""
+    """Three engines share the GPU if they fit, otherwise two engines without Ray Serve's; less memory is refused with a
+    clear message.
+    """
     arms, share, notes = gpu_report.share_memory(CARD, 16 * GIB, gpu_report.ARMS)
     assert (RAY_PROXY in arms, share, notes) == (True, 0.3, [])
     assert 3 * share * CARD.total_bytes <= CARD.free_bytes
@@ -90,7 +94,7 @@ def test_engines_share_the_memory_of_one_gpu() -> None:
 
 
 def test_engines_have_one_set_of_settings() -> None:
-    """All use bfloat16 and no longer context than the model's; ranks only if requested."""
+    """All engines use bfloat16 and a context no longer than the model's. Ranks are set only if requested."""
     settings = gpu_report.engine_settings(0.3, 1024)
     assert (settings["dtype"], settings["max_model_len"]) == ("bfloat16", 1024)
     assert "tensor_parallel_size" not in settings
@@ -99,13 +103,13 @@ def test_engines_have_one_set_of_settings() -> None:
 
 @pytest.mark.parametrize("model", ["nothing-here", "/nowhere/at/all", "a/b/c"])
 def test_a_model_that_is_none_is_refused(model: str) -> None:
-    """A name that is neither a folder nor an id is refused."""
+    """A model name that is neither a folder nor a Hugging Face id is refused."""
     with pytest.raises(gpu_report.Missing, match="neither a folder nor a Hugging Face id"):
         gpu_report.checkpoint(model)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    """The missing file is named."""
+    """A folder without weights is refused, and the message names the missing file."""
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(gpu_report.Missing, match=r"holds no \*\.safetensors"):
         gpu_report.checkpoint(str(tmp_path))
@@ -113,7 +117,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_path: Path) -> None:
-    """Its files are used in place; decoding is greedy on every API."""
+    """The files of a real checkpoint are used in place, and decoding is greedy on every API."""
     there = build_tokenizer("llama", tmp_path / "there" / "real-model")
     config = {"model_type": "llama", "vocab_size": 768, "max_position_embeddings": 4096, "eos_token_id": 7}
     (there / "config.json").write_text(json.dumps(config))
@@ -127,7 +131,7 @@ async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_pat
 
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-"""Hides all GPUs of this machine."""
+"""Environment variables that hide all GPUs of this machine."""
 
 
 async def _run(*arguments: str) -> tuple[int, str, str]:
@@ -141,7 +145,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> None:
-    """Exit code 2, no page, no traceback."""
+    """Without a GPU the command ends with exit code 2, without a page and without a traceback."""
     code, out, err = await _run("org/model", "--out", str(tmp_path / "page.md"))
     assert code == 2
     assert "error: no GPU" in err
@@ -151,7 +155,9 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 
 @pytest.mark.engine
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
-    """The real engine and our gateway run one tiny round: rows without a peer say so, and none is met."""
+    """A trial on CPU runs one tiny round with the real engine and our gateway. Rows without a peer say so, and no row
+    is met.
+    """
     where = tmp_path / "deep" / "page.md"
     code, out, err = await _run(
         "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)

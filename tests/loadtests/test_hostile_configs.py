@@ -1,4 +1,6 @@
-"""The hostile part about configuration files: its mutants are wrong, its oracle refuses them, and it is repeatable."""
+"""The hostile part about configuration files: the mutants are wrong, the oracle refuses them, and the part is
+repeatable.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_a_seed_repeats_its_mutants() -> None:
     ],
 )
 def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None:
-    """An oracle that accepts everything would find no gap in the checks."""
+    """The oracle refuses a configuration that processes refuse. An oracle that accepts everything would find no gap in
+    the checks.
+    """
     oracle = Oracle()
     try:
         assert oracle.refusals(EXAMPLE.read_text(), None, pod=False) == []
@@ -45,7 +49,9 @@ def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None
 
 @pytest.mark.engine
 def test_the_engine_is_asked_itself() -> None:
-    """vLLM itself refuses what the table calls wrong, and accepts what it calls right for this model."""
+    """vLLM itself refuses the arguments that the table calls wrong, and accepts the arguments that the table calls
+    right for this model.
+    """
     oracle = Oracle()
     try:
         engines = ("gpu_memory_utilization: 0.5", "kv_cache_dtype: auto", "enforce_eager: true, max_num_seqs: 8")

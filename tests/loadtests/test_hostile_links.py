@@ -1,4 +1,6 @@
-"""Hostile calls over all APIs: no link is lost, no stream of another caller is affected, and no call remains."""
+"""Hostile calls over all APIs: no link is lost, no stream of another caller is affected, and no
+hostile call remains.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ CALLS = 120
 
 
 def test_the_generator_covers_every_field() -> None:
-    """Every field is hostile in some call, and equal seeds give equal calls."""
+    """Every field is hostile in at least one call, and equal seeds give equal calls."""
     calls = list(Generator(5, "m").generate(400))
     assert {name for call in calls for name in call.fields} == set(FIELDS)
     assert [(call.message, call.body) for call in Generator(5, "m").generate(20)] == [
@@ -30,7 +32,9 @@ def test_the_generator_covers_every_field() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
 async def test_hostile_calls_touch_nobody(tmp_path: Path, places: int) -> None:
-    """A surrogate in a queued call's regex once ended the link of its worker, and with it all streams there."""
+    """Hostile calls end no link and change no stream of another tenant. A surrogate in a queued call's regex once ended
+    the link of its worker, and with the link all streams on that worker.
+    """
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)

@@ -1,4 +1,4 @@
-"""The scenario `hosts`: its comparison of texts, its network, its DNS, and a small run of it."""
+"""The scenario `hosts`: the comparison of texts, the network, the DNS, and a small run of the scenario."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
 
 @given(st.lists(st.text("abcdefg ", min_size=1, max_size=4), min_size=6, max_size=30), st.data())
 def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st.DataObject) -> None:
-    """Of two answers to one prompt one is a prefix of the other; a gateway that drops or repeats text must not pass."""
+    """A text that lost or doubled a piece is reported: of two answers to one prompt, one answer must be a prefix of the
+    other.
+    """
     pieces = [f"{number}{piece}" for number, piece in enumerate(pieces)]
     at = data.draw(st.integers(1, len(pieces) - 2))
     judge = Callers(PLAN, io.StringIO())
@@ -46,12 +48,12 @@ def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st
 def call(
     number: int, sent: float, first: float, ended: float, gaps: list[tuple[float, float]], error: str = ""
 ) -> Call:
-    """A call as recorded."""
+    """Return a call as the callers record it."""
     return Call(f"c{number}", 10, sent, first, ended, gaps, error, "", 10)
 
 
 def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
-    """Silences before the event, and failures before or after it, belong to another event."""
+    """A silence before the event, and a failure before or after the event, do not count for the event."""
     load = Load.__new__(Load)
     load.calls = [
         call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
@@ -69,14 +71,18 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
 
 
 def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
-    """The event `move` with these calls: struck at 100, the first Ray's workers gone at 120."""
+    """Return the results of the event `move` with these calls. The event struck at 100; the workers of the first Ray
+    were gone at 120.
+    """
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
     return evaluate(load, Episode("move", 100.0, over=150.0, moved=moved))
 
 
 def test_workers_are_found_in_what_replicas_print() -> None:
-    """Workers are found with and without colours in the output, whatever letter a name begins with."""
+    """Starts of workers are found in the output with and without colours, whatever letter the worker's name begins
+    with.
+    """
     plain = b"2026-11-25 22:48:04 [info     ] worker.up    engine=sim path=sim worker=mass-a54\n"
     bright = (
         b"\x1b[2m2026-11-25 22:48:05\x1b[0m [info] \x1b[1mworker.up\x1b[0m  \x1b[36mworker\x1b[0m=\x1b[35mm-1\x1b[0m\n"
@@ -86,7 +92,7 @@ def test_workers_are_found_in_what_replicas_print() -> None:
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
-    """A call that failed at any time before its end, or has another text, fails the row."""
+    """A call that fails before the event is over, or has a text that differs, fails the row of the move."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")
@@ -96,7 +102,7 @@ def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
 
 
 def test_a_move_that_moved_nothing_is_not_measured() -> None:
-    """Without a stream that had to change workers, or without the move, there is no value to meet the bound."""
+    """The row of the move has no value if no stream had to change workers, or if the model did not move."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(None).value is None
     assert lost_in_move(moving([goes_on], moved=None)).value is None
@@ -106,7 +112,9 @@ def test_a_move_that_moved_nothing_is_not_measured() -> None:
 
 
 def test_names_follow_readiness_but_for_the_links() -> None:
-    """Callers get only the addresses of ready gateways; workers also dial starting ones, by their own names."""
+    """Callers get only the addresses of ready gateways. Workers also dial starting gateways, by the gateways' own
+    names.
+    """
     link = {
         "metadata": {"name": "headrace-links"},
         "spec": {
@@ -134,13 +142,13 @@ def test_names_follow_readiness_but_for_the_links() -> None:
 
 
 def reaches(place: Place, other: Place) -> bool:
-    """Whether a packet gets there and back."""
+    """Return whether a packet reaches the other place and an answer comes back."""
     command = ["ping", "-c", "1", "-W", "1", other.address]
     return subprocess.run(place.command(*command), capture_output=True, check=False).returncode == 0
 
 
 def left_of(pid: int) -> list[str]:
-    """Namespaces that a run's process has left behind."""
+    """Return the namespaces that the process of a run has left behind."""
     return [path.name for path in Path("/run/netns").glob(f"{PREFIX}{pid}-*")]
 
 
@@ -148,7 +156,9 @@ def left_of(pid: int) -> list[str]:
 @pytest.mark.needs("ping")
 @pytest.mark.slow
 def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
-    """Pods on one host reach one another while it is cut off, no pod reaches this machine's network, all is removed."""
+    """Pods on one host reach one another while the host is cut off, no pod reaches this machine's network, and the
+    network is removed.
+    """
 
     def break_off() -> None:
         with fabric(("a", "b")) as net:
@@ -175,7 +185,9 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
-    """The whole cluster with one event: no call fails, texts and ledger are exact, no way out, all is removed."""
+    """When a gateway of the whole cluster dies, no call fails, texts and ledger are exact, no way leads out, and all is
+    removed.
+    """
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
@@ -200,7 +212,9 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_pods_share_processors_by_process(last: bool) -> None:
-    """The kernel reports the cgroup's weight, processes and their niceness as set; the cgroup is removed afterwards."""
+    """The kernel reports the weight and processes of the cgroup, and the processes' niceness, as set. The cgroup is
+    removed afterwards.
+    """
     with cgroup() as path:
         if path is None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")

@@ -17,7 +17,7 @@ from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
 
-# A program with a child, both of which ignore SIGTERM.
+# The program has a child process. Both processes ignore SIGTERM.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def _family(child: Child) -> list[psutil.Process]:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it runs, as opposed to being a zombie that waits to be reaped."""
+    """Return whether the process runs, as opposed to being a zombie that waits to be reaped."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -52,7 +52,7 @@ async def _says_up(child: Child) -> None:
 
 
 async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
-    """A child and its child ignore SIGTERM; neither outlives the context."""
+    """A child and a grandchild that ignore SIGTERM do not outlive the context."""
     async with Children(tmp_path, term_s=0.2) as children:
         child = children.start("stubborn", "x", [sys.executable, "-c", STUBBORN])
         await _says_up(child)
@@ -62,7 +62,9 @@ async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
 
 
 async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Path) -> None:
-    """Servers are descendants of the driver: bound with it, all measured processes would share one core."""
+    """Servers keep their cores when the driver is bound. Servers are descendants of the driver: bound with the driver,
+    all measured processes would share one core.
+    """
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("one core: nothing can be bound apart")
@@ -79,7 +81,7 @@ async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Pa
 
 
 async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
-    """The guard ends the group when its standard input closes, which happens when the harness dies."""
+    """No process stays when the harness is killed: the guard ends the group when the guard's standard input closes."""
     harness = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom loadtests.children import Children\n"
         "async def main():\n"
@@ -108,7 +110,9 @@ async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
-    """The failure comes at once, with the end of the log, not after the timeout."""
+    """The failure of a program that ends at once is reported at once, with the end of the log, not
+    after the timeout.
+    """
     async with Children(tmp_path) as children:
         child = children.start("broken", "x", [sys.executable, "-c", "raise SystemExit('no such model')"])
 
@@ -120,7 +124,7 @@ async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path:
 
 
 async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
-    """An interrupt during the stop leaves no process."""
+    """A stop that is interrupted still ends every process of the child."""
     async with Children(tmp_path, term_s=0.3) as children:
         child = children.start("stubborn", "x", [sys.executable, "-c", STUBBORN])
         await _says_up(child)
@@ -134,7 +138,7 @@ async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
 
 
 async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> None:
-    """A child that uses 0.3 s of CPU time has them in its own class and no other."""
+    """The 0.3 s of CPU time that a child uses are counted in the child's class and in no other class."""
     async with Children(tmp_path) as children:
         child = children.start("busy", "gateway", [sys.executable, "-c", BUSY])
         before = snapshot([(child.pid, child.kind)])
@@ -146,7 +150,7 @@ async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> No
 
 
 def test_processes_are_told_apart_by_their_command_lines() -> None:
-    """vLLM's and Ray's process titles give their classes; everything else has its parent's class."""
+    """vLLM's and Ray's process titles give a process its class. Every other process has the class of its parent."""
     assert classify("VLLM::EngineCore", "vllm server") == ENGINE_CORE
     assert classify("VLLM::Worker_TP0", "vllm server") == "engine rank"
     assert classify("ray::ProxyActor", "ray system") == "ray proxy"
@@ -155,7 +159,7 @@ def test_processes_are_told_apart_by_their_command_lines() -> None:
 
 
 def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
-    """The sums behind the figures exclude engines and uncounted classes."""
+    """The sums behind the figures exclude engines and classes that are not counted."""
     usage = Usage(
         {"gateway": 1.0, "worker replica": 2.0, "engine core": 4.0, "engine rank": 8.0, "simulated engine": 16.0}, {}
     )
@@ -164,7 +168,7 @@ def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
 
 
 def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
-    """A process that began in between counts from its beginning, and a reused pid is another process."""
+    """A process that began between the snapshots counts from its beginning, and a reused pid is another process."""
     before = {(5, 100.0): ProcessSample("gateway", 2.0, 10)}
     after = {(5, 200.0): ProcessSample("gateway", 0.5, 20), (6, 150.0): ProcessSample("gateway", 0.25, 30)}
     assert usage_between(before, after).cpu_s == {"gateway": 0.75}

@@ -1,4 +1,6 @@
-"""The scenario `processes`, small: both arms answer every call, and the row is there with too few rounds to be met."""
+"""A small run of the scenario `processes`: both arms answer every call, and the row is present with too few rounds to
+be met.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from loadtests.show import Screen
 
 @pytest.mark.slow
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
-    """Complete answers, equal texts, CPU time of gateways alone; one figure has a bound."""
+    """Both arms give complete answers with equal texts, only the CPU time of gateways is counted, and one figure has a
+    bound.
+    """
     report = Report("processes")
     options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
     async with Children(tmp_path / "logs", term_s=2.0) as children:

@@ -1,4 +1,4 @@
-"""Arrivals, datasets and traces: seeded, of the requested lengths, with clear errors for absent data."""
+"""Arrivals, datasets and traces: they are seeded and have the requested lengths, and absent data gives clear errors."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from loadtests.traces import NoData, Traced
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 4.0])
 def test_gaps_have_the_rate_and_the_burstiness_asked_for(cv: float) -> None:
-    """Twenty thousand gaps are within 10 % of both."""
+    """Rate and coefficient of variation of twenty thousand gaps are within 10 % of the requested values."""
     gaps = np.diff([0.0, *arrivals.gamma(20_000, 50.0, cv, seed=3)])
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.1)
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.1)
 
 
 def test_equal_seeds_give_equal_workloads_and_others_differ() -> None:
-    """Equal seeds give equal arrivals and prompts; other seeds differ."""
+    """Equal seeds give equal arrivals and prompts; other seeds give different arrivals and prompts."""
     assert arrivals.poisson(50, 10, 1) == arrivals.poisson(50, 10, 1) != arrivals.poisson(50, 10, 2)
     assert datasets.fixed(5, 20, 8, 1) == datasets.fixed(5, 20, 8, 1) != datasets.fixed(5, 20, 8, 2)
 
 
 def test_a_replay_begins_at_once_and_keeps_its_proportions() -> None:
-    """Twice the speed halves every gap."""
+    """A replay begins at 0, and twice the speed halves every gap."""
     assert arrivals.replay([100.0, 101.0, 105.0], 2.0) == [0.0, 0.5, 2.5]
 
 
 @pytest.mark.parametrize("wrong", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)])
 def test_impossible_arrivals_are_refused(wrong: tuple[float, float]) -> None:
-    """A rate or a variation of zero is refused, since it has no gaps."""
+    """A rate or a variation of zero is refused, since it allows no gaps."""
     with pytest.raises(ValueError, match="must be above 0"):
         arrivals.gamma(3, *wrong, seed=1)
 
 
 def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
-    """A group has fifty words in common; two groups differ in the first five words."""
+    """The prompts of a group have the first fifty words in common, and two groups have different first words."""
     requests = datasets.prefixes(30, 3, prefix_words=50, own_words=5, max_tokens=4, seed=1)
     heads = {request.group: set[str]() for request in requests}
     for request in requests:
@@ -51,7 +51,7 @@ def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
 
 
 def test_equal_blocks_of_a_trace_are_equal_text() -> None:
-    """A prefix cache finds the same hits as in the traced system."""
+    """Equal blocks of a trace give equal text, so a prefix cache finds the same hits as in the traced system."""
     one, other = datasets.from_trace([Traced(0, 1024, 10, "", (7, 8)), Traced(1, 1024, 10, "", (7, 9))], 0.125, seed=1)
     assert one.prompt.split()[:64] == other.prompt.split()[:64]
     assert one.prompt.split()[64:] != other.prompt.split()[64:]
@@ -79,7 +79,7 @@ def test_traces_are_read_in_each_of_their_formats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(traces.TRACES))
 def test_the_real_traces_can_be_read_whole(name: str) -> None:
-    """Traces beside the checkout can be read completely."""
+    """Traces beside the checkout can be read completely, in order of arrival."""
     if not traces.DEFAULT_FOLDER.is_dir():
         pytest.skip("optional data: the folder of traces is absent")
     requests = traces.load(name)
@@ -89,7 +89,9 @@ def test_the_real_traces_can_be_read_whole(name: str) -> None:
 
 
 def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
-    """Questions repeat from the beginning when there are too few, with their own keys."""
+    """The requested number of questions is returned. Too few questions are repeated from the beginning, with different
+    keys.
+    """
     (tmp_path / "fastchat").mkdir()
     questions = [{"question_id": i, "category": "c", "turns": [f"question {i}", "more"]} for i in range(3)]
     (tmp_path / "fastchat/mt_bench_question.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -99,7 +101,7 @@ def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
 
 
 def test_an_absent_folder_and_an_unknown_name_say_what_to_do(tmp_path: Path) -> None:
-    """Each message names what is missing."""
+    """The message for an absent folder or an unknown name says what is missing."""
     with pytest.raises(NoData, match=r"folder of traces is absent .*--traces"):
         traces.load("mooncake", tmp_path / "nowhere")
     with pytest.raises(NoData, match=r"unknown trace 'moon': there are azure-code"):

@@ -1,4 +1,4 @@
-"""Gateways with accounts, and workers that remember the requests they have accepted."""
+"""Gateways with accounts, and workers that record all requests that they have accepted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = itertools.count(1)
 
 
 class Witness(UsageKeeper):
-    """A usage keeper that also records every request ever accepted by the worker."""
+    """Usage keeper that also records every request that the worker has ever accepted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class Witness(UsageKeeper):
         return super().keep(usage, home, slot)
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
-        """Records sealed by gateways, with the engine's counts."""
+        """Return the records that gateways sealed, with the counts of the engine."""
         return [(sealer.open(ended.sealed), ended) for ended in self.seen if ended.sealed]
 
 
 class AccountedWorker:
-    """A worker in this process whose keeper is a witness."""
+    """Worker in this process with a usage keeper that is a witness."""
 
     def __init__(self, end: WorkerSession, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end
@@ -56,7 +56,7 @@ class AccountedWorker:
         self.task = asyncio.create_task(end.run())
 
     async def stop(self, drain_s: float = 5.0) -> None:
-        """Drain and stop it."""
+        """Drain the worker and stop it."""
         await self.end.drain(drain_s)
         await self.end.close()
         await asyncio.gather(self.task, return_exceptions=True)
@@ -71,7 +71,7 @@ async def start_worker(
     model: str = "sim",
     timing: Timing | None = None,
 ) -> AccountedWorker:
-    """Start an engine and link it."""
+    """Start an engine and link it to the gateways as a worker."""
     info = await engine.start()
     number, witness = next(_numbers), Witness()
     identity = WorkerIdentity(
@@ -99,14 +99,14 @@ async def start_worker(
 
 
 class Switch:
-    """A database that can be switched off."""
+    """A database that a test can switch off."""
 
     def __init__(self, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         self._insert = insert
         self.away = False
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Insert records. Raises StoreUnavailable while it is off."""
+        """Insert records. Raises StoreUnavailable while the database is switched off."""
         if self.away:
             raise StoreUnavailable("taken away by the test")
         self._insert(records)
@@ -116,7 +116,7 @@ class Switch:
 async def accounting_cluster(
     folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
-    """A gateway with accounts, without workers."""
+    """Run a gateway with accounts and without workers."""
     gateway = Gateway(parse(text), folder)
     gateway.keep_accounts([SECRET], insert)
     await gateway.start()
@@ -129,10 +129,10 @@ async def accounting_cluster(
 
 
 def records(ledger: Ledger) -> list[UsageRecord]:
-    """All usage except idle time, by time."""
+    """Return all usage records except those of idle time, by time."""
     return [record for record in ledger.usage.records(UsageQuery(), limit=100_000) if record.tenant != "_idle"]
 
 
 def idle_gpu_seconds(ledger: Ledger) -> float:
-    """GPU seconds of replicas that served no call."""
+    """Return the GPU seconds of replicas that served no call."""
     return sum(record.gpu_seconds for record in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))

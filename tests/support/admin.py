@@ -16,7 +16,9 @@ from tests.support.keyed import bearer, eventually
 
 
 class AdminClient:
-    """Stubs of every service, with one credential. `metadata` replaces `key` for credentials that are not a key."""
+    """Stubs of every admin service, with one credential. `metadata` replaces `key` for a credential
+    that is not a key.
+    """
 
     def __init__(
         self, address: str, key: str = "", *, metadata: Sequence[tuple[str, str]] = (), tls: Any = None
@@ -44,13 +46,13 @@ class AdminClient:
         await self.channel.close()
 
     async def ask(self, verb: str, request: Any, timeout_s: float = 20.0) -> Any:
-        """Answer of `Service.Method`; a stream's as a list. Raises AioRpcError."""
+        """Return the answer of `Service.Method`; the answers of a stream as a list. Raises AioRpcError."""
         service, method = verb.split(".")
         call = getattr(self._stubs[service], method)(request, metadata=self._metadata, timeout=timeout_s)
         return [message async for message in call] if hasattr(call, "__aiter__") else await call
 
     async def refused(self, verb: str, request: Any, timeout_s: float = 20.0) -> Answer:
-        """Error of a call that must fail."""
+        """Return the error of a call that must fail."""
         try:
             answer = await self.ask(verb, request, timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -58,7 +60,7 @@ class AdminClient:
         raise AssertionError(f"{verb} was granted: {answer}")
 
     async def code(self, verb: str, request: Any) -> str:
-        """Status of a call, including OK."""
+        """Return the status of a call, including OK."""
         try:
             await self.ask(verb, request)
         except grpc.aio.AioRpcError as error:
@@ -67,7 +69,7 @@ class AdminClient:
 
 
 async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
-    """A key with a role; the tenant is created if missing."""
+    """Return a key with a role. The tenant is created if missing."""
 
     def make() -> str:
         if tenant not in {entry.policy.name for entry in ledger.tenants.list()}:

@@ -1,4 +1,6 @@
-"""Tiny checkpoints of many architectures, as their published forms name and shape their tensors; random weights."""
+"""Tiny checkpoints of many architectures. Names and shapes of the tensors are those of the published checkpoints; the
+weights are random.
+"""
 
 from __future__ import annotations
 
@@ -80,11 +82,11 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     },
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "attn_layer_indices": [1]},
 }
-"""Extra configuration fields beside the common ones, by transformers' model type."""
+"""Extra configuration fields beside the common fields, by transformers' model type."""
 
 
 def save(model_type: str, folder: Path, **save_options: Any) -> Path:
-    """Write config.json and the weights of a random model; `save_options` are those of save_pretrained."""
+    """Write config.json and the weights of a random model. `save_options`: options of save_pretrained."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -13,19 +13,19 @@ from cluster.wire.dial import read
 
 
 def chat(text: str = "Hello, who are you?", *, model: str = "sim", **fields: Any) -> pb.ChatRequest:
-    """One user message; temperature 0 and 16 tokens by default."""
+    """Return a request with one user message; temperature 0 and 16 tokens by default."""
     fields = {"temperature": 0.0, "max_tokens": 16, **fields}
     return pb.ChatRequest(model=model, messages=[pb.Message(role="user", content=text)], **fields)
 
 
 def complete(text: str = "Once upon a time", *, model: str = "sim", **fields: Any) -> pb.CompleteRequest:
-    """A plain prompt; temperature 0 and 16 tokens by default."""
+    """Return a request with a plain prompt; temperature 0 and 16 tokens by default."""
     fields = {"temperature": 0.0, "max_tokens": 16, **fields}
     return pb.CompleteRequest(model=model, prompt=text, **fields)
 
 
 def text_of(chunks: Iterable[pb.ChatChunk], index: int = 0) -> str:
-    """The text of one choice over all chunks."""
+    """Return the text of one choice over all chunks."""
     return "".join(c.delta.content for chunk in chunks for c in chunk.choices if c.index == index)
 
 
@@ -62,7 +62,7 @@ class Answer:
 
 
 async def rest_of(call: Any) -> list[Any]:
-    """Remaining messages of a stream that has been begun with `read`."""
+    """Return the remaining messages of a stream that has been begun with `read`."""
     out = []
     while (message := await read(call)) is not None:
         out.append(message)
@@ -70,7 +70,7 @@ async def rest_of(call: Any) -> list[Any]:
 
 
 async def refused(awaitable: Any) -> Answer:
-    """Error of a call that must fail (unary, or a stream that is read to its end)."""
+    """Return the error of a call that must fail (a unary call, or a stream that is read to the end)."""
     try:
         if hasattr(awaitable, "__aiter__"):
             async for _ in awaitable:
@@ -83,7 +83,7 @@ async def refused(awaitable: Any) -> Answer:
 
 
 def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequest:
-    """Request that resumes after these chunks."""
+    """Return the request that resumes a call after these chunks."""
     tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
     offset = max((chunk.offset for chunk in chunks), default=0)
     kind = "chat" if isinstance(request, pb.ChatRequest) else "complete"

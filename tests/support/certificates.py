@@ -17,7 +17,7 @@ from cluster.wire.tls import TlsFiles
 
 
 class Authority:
-    """Issues certificates into its folder."""
+    """Certificate authority that writes certificates into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,7 +45,7 @@ class Authority:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(self, name: str, uris: Sequence[str] = (ANY_MODEL, CONTROLLER)) -> TlsFiles:
-        """A certificate for `name` on localhost and 127.0.0.1; `uris` are the identities of its holder."""
+        """Issue a certificate for `name` on localhost and 127.0.0.1. `uris`: identities of the certificate's holder."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = x509.SubjectAlternativeName(

@@ -1,8 +1,9 @@
-"""Builds tiny random checkpoints of the supported families, ordinary folders with safetensors and a fast tokenizer.
+"""Builders of tiny random checkpoints of the supported families. A checkpoint is an ordinary folder with safetensors
+and a fast tokenizer.
 
-Each takes well under a second after the first import of transformers. Sizes: hidden 128, 2 layers, 4 heads of 32
-(the smallest head the CPU attention kernels take), 2 KV heads, so tensor_parallel_size 1 and 2 work. Weights are
-float32 and spread widely enough that greedy decoding has clear winners and varied text.
+A checkpoint takes well under a second to build after the first import of transformers. Sizes: hidden 128, 2 layers, 4
+heads of 32 (the smallest head that the CPU attention kernels take), 2 KV heads, so that tensor_parallel_size 1 and 2
+work. Weights are float32 and spread widely enough that greedy decoding has clear winners and varied text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ TEMPLATES = Path(__file__).parent / "checkpoint_templates"
 
 
 def build_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
-    """Write a checkpoint of `family` (one of FAMILIES) into `folder` and return it; `seed` decides the weights."""
+    """Write a checkpoint of `family` (one of FAMILIES) into `folder` and return the folder. `seed`
+    decides the weights.
+    """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: one of {', '.join(FAMILIES)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +35,7 @@ def build_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
 
 
 def build_tokenizer(family: str, folder: Path) -> Path:
-    """Write only tokenizer.json, tokenizer_config.json and the chat template of `family`; needs no transformers."""
+    """Write only tokenizer.json, tokenizer_config.json and the chat template of `family`. Needs no transformers."""
     make = {
         "llama": tokenizer_kinds.llama3,
         "mistral": tokenizer_kinds.mistral,
@@ -49,7 +52,7 @@ def build_tokenizer(family: str, folder: Path) -> Path:
 
 
 def big_tokenizer(folder: Path, vocab_size: int = 128_000) -> Path:
-    """Write a byte-level tokenizer of `vocab_size` with made-up merges (no training); for start-up measurements."""
+    """Write a byte-level tokenizer of `vocab_size` with made-up merges (no training), for measurements of start-up."""
     tokenizer_kinds.synthetic(vocab_size).save(str(_made(folder) / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
@@ -102,7 +105,9 @@ def _config(family: str, folder: Path) -> Any:
 
 
 def _set_generation_defaults(generation: Any, family: str, config: Any) -> None:
-    """LLaMA ships sampling defaults and two end tokens, as the published models do; the others only their EOS."""
+    """Set the generation defaults. As in the published models, LLaMA has sampling defaults and two end tokens; the
+    other families have only their EOS.
+    """
     generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
     if family == "llama":
         end_of_text = config.vocab_size - len(tokenizer_kinds.LLAMA3_SPECIALS) + 1

@@ -1,4 +1,4 @@
-"""A cluster in one process for tests: a real gateway on loopback, real links, any engine behind them."""
+"""A cluster in one process for tests: a real gateway on loopback, real links, and any engine behind the links."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ models:
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-    """Wait for a condition that other tasks make true; fail with its name."""
+    """Wait for a condition that other tasks make true. Raises AssertionError with the name of the
+    condition on timeout.
+    """
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
@@ -58,13 +60,13 @@ class Worker:
     task: asyncio.Task[None]
 
     async def stop(self) -> None:
-        """End its links, as an orderly shutdown does."""
+        """Close the worker's links, as an orderly shutdown does."""
         await self.end.close()
         await asyncio.gather(self.task, return_exceptions=True)
 
 
 class TestCluster:
-    """A gateway and its added workers."""
+    """A gateway and the workers that a test has added."""
 
     __test__ = False
 
@@ -92,7 +94,7 @@ class TestCluster:
         pod: str = "",
         host: str = "",
     ) -> Worker:
-        """Start an engine (unless `info` says that it runs) and link it."""
+        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
@@ -124,12 +126,12 @@ class TestCluster:
         return worker
 
     def linked(self, worker_id: str) -> bool:
-        """Whether a worker's link is up and has granted credit."""
+        """Return whether the link of a worker is up and has granted credit."""
         return any(link.identity.worker_id == worker_id and link.free.sequences > 0 for link in self.gateway.hub.links)
 
     @property
     def idle(self) -> bool:
-        """Whether no call remains in gateway, links and engines."""
+        """Whether no call remains in the gateway, the links and the engines."""
         return (
             not self.gateway.service.statistics()
             and self.gateway.hub.statistics().running == 0
@@ -139,7 +141,7 @@ class TestCluster:
         )
 
     async def until_idle(self, timeout_s: float = 20.0) -> None:
-        """Wait until `idle`."""
+        """Wait until `idle` is true."""
         await until(lambda: self.idle, "nothing is left of any call", timeout_s)
 
 
@@ -154,7 +156,7 @@ async def _run(end: WorkerSession) -> None:
 async def running_cluster(
     folder: Path, text: str = LOOPBACK, timing: Timing | None = None
 ) -> AsyncIterator[TestCluster]:
-    """A gateway without workers; added ones are stopped at the end."""
+    """Run a gateway without workers. Workers that are added are stopped at the end."""
     config: Config = parse(text)
     gateway = Gateway(config, folder, timing)
     await gateway.start()
@@ -169,11 +171,11 @@ async def running_cluster(
 
 
 def sim_engine(folder: Path, **parameters: object) -> SimEngine:
-    """A simulated engine with the tokens of a checkpoint folder."""
+    """Return a simulated engine with the tokens of a checkpoint folder."""
     query = "&".join(f"{name}={value}" for name, value in parameters.items())
     return SimEngine(SimConfig.from_source(f"sim://{folder}?{query}"))
 
 
 def bundle_of(folder: Path) -> Bundle:
-    """The tokenizer bundle of a checkpoint folder."""
+    """Return the tokenizer bundle of a checkpoint folder."""
     return build_bundle(folder)

@@ -1,7 +1,7 @@
-"""A small built-in text in several scripts, from which the tests train their tokenizers in under a second.
+"""Small built-in text in several scripts. The tests train their tokenizers on this text in under a second.
 
-The rare scripts are meant to stay rare: a tokenizer of a few hundred pieces then splits their characters over
-several tokens, which is what the detokenizer's tests need.
+The rare scripts are meant to stay rare: a tokenizer of a few hundred pieces then splits characters of these scripts
+over several tokens, which the tests of the detokenizer need.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OTHER = """Москва - столица России, а река течёт ч
 SENTENCES: tuple[str, ...] = tuple(
     line for block, weight in ((ENGLISH, 8), (LATIN, 3), (OTHER, 1)) for line in block.splitlines() * weight
 )
-"""Training text of the tokenizers: mostly English, other scripts seldom."""
+"""Text on which the tokenizers are trained: mostly English, other scripts seldom."""
 
 SAMPLES: tuple[str, ...] = tuple((ENGLISH + LATIN + OTHER).splitlines())
-"""Every line once, for tests that want text in all scripts."""
+"""Every line once, for tests that need text in all scripts."""

@@ -1,4 +1,4 @@
-"""A relay of TCP connections on loopback that can be cut one way or both, to simulate a broken network."""
+"""Relay of TCP connections on loopback that can be cut in one direction or in both, to simulate a broken network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 65_536
 
 
 class Direction:
-    """One direction of all connections."""
+    """One direction of the relayed connections."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()
@@ -22,11 +22,11 @@ class Direction:
         self._open.clear()
 
     def heal(self) -> None:
-        """Pass on the blocked data and everything after it."""
+        """Pass on the blocked data and all later data."""
         self._open.set()
 
     async def relay_data(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Relay until the end."""
+        """Relay data until the reader has ended."""
         while data := await reader.read(CHUNK):
             await self._open.wait()
             writer.write(data)
@@ -34,8 +34,8 @@ class Direction:
 
 
 class Cuttable:
-    """Relay. `up` carries data from clients to `target`, `down` back; `ways` are those of the current connections, in
-    the order in which they were opened.
+    """Relay of TCP connections. `up` carries data from clients to `target`, `down` carries data back. `ways`: the
+    directions of the current connections, in the order in which the connections were opened.
     """
 
     def __init__(self, target: str, listen: str = "127.0.0.1") -> None:
@@ -49,12 +49,12 @@ class Cuttable:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen."""
+        """Listen on a free port."""
         self._server = await asyncio.start_server(self._serve, self._listen, 0)
         self.address = f"{self._listen}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Close every connection."""
+        """Stop listening and close every connection."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -62,7 +62,7 @@ class Cuttable:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def sever(self) -> None:
-        """Reset every current connection: both sides notice at once."""
+        """Reset every current connection, so that both sides notice at once."""
         for writer in list(self._writers):
             writer.transport.abort()
 
@@ -100,7 +100,7 @@ class Cuttable:
 
 @asynccontextmanager
 async def cuttable(target: str, listen: str = "127.0.0.1") -> AsyncIterator[Cuttable]:
-    """A relay to `host:port` that listens on an address of this host, stopped at the end."""
+    """Run a relay to `host:port` that listens on an address of this host. The relay is stopped at the end."""
     relay = Cuttable(target, listen)
     await relay.start()
     try:

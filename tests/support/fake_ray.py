@@ -1,4 +1,4 @@
-"""An instant Ray: the fake of rayserve's Backend port."""
+"""Fake of rayserve's Backend port: a Ray that does everything at once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from cluster.worker.settings import ReplicaSettings
 
 @dataclass
 class FakeRay:
-    """Applications in memory and a journal of requests; `away` makes every call fail."""
+    """Applications in memory and a journal of requests. If `away` is set, every call fails."""
 
     nodes: tuple[Mapping[str, float], ...] = ({"CPU": 8.0, "GPU": 8.0},)
     apps: dict[str, Observed] = field(default_factory=dict)
     journal: list[str] = field(default_factory=list)
     away: str = ""
     now_s: float = 0.0
-    """Deployment time of applications."""
+    """Deployment time of applications, in seconds."""
 
     def change(self, which: str, **fields: object) -> None:
-        """Change an application, or the only one of a model, as Ray does by itself."""
+        """Change an application, given by its name or as the only application of a model, as Ray
+        changes it by itself.
+        """
         app = which if which in self.apps else self.app_of(which)
         self.apps[app] = dataclasses.replace(self.apps[app], **fields)  # type: ignore[arg-type]
 
     def app_of(self, model: str, version: str = "v1") -> str:
-        """Name of a version's only application."""
+        """Return the name of the only application of a version."""
         (app,) = [app for app, seen in self.apps.items() if (seen.model, seen.version) == (model, version)]
         return app
 
@@ -38,7 +40,7 @@ class FakeRay:
         return RaySnapshot(dict(self.apps), self.nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Add an application; no replica has a process yet."""
+        """Add an application. No replica of the application has a process yet."""
         self._answer(f"deploy {_short(settings.app)}")
         replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
         made = Observed(
@@ -53,7 +55,7 @@ class FakeRay:
         self.apps[settings.app] = made
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Change the number of replicas."""
+        """Change the number of replicas of an application."""
         self._answer(f"scale {_short(app)} {replicas}")
         self.change(app, target=replicas)
 
@@ -78,6 +80,6 @@ class FakeRay:
 
 
 def _short(app: str) -> str:
-    """`m`, or `m@v2` for a version other than the first, since application names are long."""
+    """Return `m`, or `m@v2` for a version other than the first. Application names would be too long."""
     model, version, _ = app_parts(app)
     return model if version in ("", "v1") else f"{model}@{version}"

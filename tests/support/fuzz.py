@@ -1,4 +1,4 @@
-"""Fuzzing: batches of hypothesis examples for a bounded time, with checks after each."""
+"""Fuzzing: batches of hypothesis examples for a bounded time, with checks after each batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 20
 
 
 def batches(strategy: st.SearchStrategy[T]) -> Iterator[list[T]]:
-    """Lists of examples until FUZZ_S seconds are over; the seed is FUZZ_SEED, else the time."""
+    """Yield lists of examples until FUZZ_S seconds are over. The seed is FUZZ_SEED, else the time."""
     first = int(os.environ.get("FUZZ_SEED", time.time_ns() % 1_000_000))
     until = time.monotonic() + SECONDS
     number = first
@@ -52,7 +52,7 @@ def _batch(strategy: st.SearchStrategy[T], number: int) -> list[T]:
 
 @asynccontextmanager
 async def nothing_unexpected() -> AsyncIterator[None]:
-    """Fail if a handler raises an unexpected exception, or a task one that is never retrieved."""
+    """Fail if a handler raises an unexpected exception, or if a task raises an exception that is never retrieved."""
     loop = asyncio.get_running_loop()
     failures: list[str] = []
     before = loop.get_exception_handler()
@@ -71,7 +71,7 @@ async def nothing_unexpected() -> AsyncIterator[None]:
 
 
 async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> None:
-    """Run all attacks of a batch at once. A failing attack names its example."""
+    """Run all attacks of a batch at once. The error of a failing attack names the example."""
 
     async def run_attack(example: T) -> None:
         try:
@@ -83,7 +83,9 @@ async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> Non
 
 
 def messages(kind: type[Message], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Valid messages of a type, any field set or not; `fixed` are the values of top-level fields by name."""
+    """Return a strategy for valid messages of a type, with any field set or not set. `fixed`: values of top-level
+    fields by name.
+    """
     return _fields(kind.DESCRIPTOR, 3, fixed).map(lambda fields: kind(**fields))
 
 

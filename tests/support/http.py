@@ -1,4 +1,4 @@
-"""HTTP as bytes: requests and responses of the gateway's HTTP API, without a client library."""
+"""HTTP as bytes: requests to the gateway's HTTP API and responses from it, without a client library."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.cluster import TestCluster
 
 
 def client(cluster: TestCluster, **options: Any) -> openai.AsyncOpenAI:
-    """The official client, without retries."""
+    """Return the official openai client, without retries."""
     base_url = f"http://{cluster.gateway.endpoints['http']}/v1"
     return openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, **options)
 
 
 def chat_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any]:
-    """One user message; temperature 0 and 16 tokens by default."""
+    """Return the body of a chat request with one user message; temperature 0 and 16 tokens by default."""
     return {
         "model": "sim",
         "messages": [{"role": "user", "content": text}],
@@ -30,13 +30,13 @@ def chat_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any
 
 
 def completion_body(prompt: Any = "Once upon a time", **fields: Any) -> dict[str, Any]:
-    """A plain prompt; temperature 0 and 16 tokens by default."""
+    """Return the body of a completion request with a plain prompt; temperature 0 and 16 tokens by default."""
     return {"model": "sim", "prompt": prompt, "temperature": 0, "max_tokens": 16, **fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole response; `body` joins its chunks, `chunks` has them separately."""
+    """A whole response. `body` has all chunks joined; `chunks` has the chunks separately."""
 
     status: int
     headers: dict[str, str]
@@ -45,12 +45,12 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        """The body as JSON."""
+        """The response body, parsed as JSON."""
         return json.loads(self.body)
 
     @property
     def error(self) -> dict[str, Any]:
-        """Error object, in OpenAI's form."""
+        """Error object of the response, in OpenAI's form."""
         error = self.json["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert self.json.keys() == {"error"}
@@ -59,14 +59,14 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """Data of a stream's events, without its end marker and comments."""
+        """Data of the events of a stream, without the end marker and comments."""
         blocks = self.body.decode("ascii").split("\n\n")
         data = [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
         return [json.loads(item) for item in data if item != "[DONE]"]
 
 
 class Wire:
-    """One connection."""
+    """One connection to the gateway's HTTP API."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -74,12 +74,12 @@ class Wire:
 
     @classmethod
     async def open(cls, cluster: TestCluster, limit: int = 1 << 26) -> Wire:
-        """Connect to the HTTP API."""
+        """Connect to the HTTP API and return the connection."""
         host, port = cluster.gateway.endpoints["http"].rsplit(":", 1)
         return cls(*await asyncio.open_connection(host, int(port), limit=limit))
 
     def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> None:
-        """Send a request; a body that is not bytes is sent as JSON. Header names have `_` for `-`."""
+        """Send a request. A body that is not bytes is sent as JSON. Header names have `_` for `-`."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {"host": "test", **({} if body is None else {"content-type": "application/json"})}
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -90,20 +90,20 @@ class Wire:
         self.writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content)
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        """Status and headers."""
+        """Read the head of a response and return the status and the headers."""
         lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
         pairs = (line.split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split()[1]), {name: value for name, value in pairs}  # noqa: C416
 
     async def chunk(self) -> bytes:
-        """One chunk of a chunked body; empty at its end."""
+        """Read and return one chunk of a chunked body; empty at the end of the body."""
         size = int(await self.reader.readline(), 16)
         data = await self.reader.readexactly(size)
         assert await self.reader.readexactly(2) == b"\r\n"
         return data
 
     async def reply(self) -> Reply:
-        """The whole response."""
+        """Read and return the whole response."""
         status, headers = await self.head()
         if headers.get("transfer-encoding") != "chunked":
             return Reply(status, headers, await self.reader.readexactly(int(headers["content-length"])))
@@ -119,7 +119,7 @@ class Wire:
 
 
 async def fetch(cluster: TestCluster, path: str, body: Any = None, **options: Any) -> Reply:
-    """One request on a new connection."""
+    """Send one request on a new connection and return the response."""
     wire = await Wire.open(cluster)
     try:
         wire.ask(path, body, **options)

@@ -1,4 +1,4 @@
-"""A gateway with `auth` over its own ledger, and callers with keys, over both APIs."""
+"""A gateway with `auth` over a ledger of its own, and callers with keys, over both APIs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ SECRET, PEPPER = "s" * 32, "p" * 32
 
 
 def keyed_text(folder: Path, more: str = "", gateway: str = "") -> str:
-    """A configuration with keys, secrets and a ledger in a folder. `gateway`: more lines of that section."""
+    """Return a configuration with keys, secrets and a ledger in a folder. `gateway`: more lines of
+    the section gateway.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "secret").write_text(SECRET + "\n")
     (folder / "pepper").write_text(PEPPER + "\n")
@@ -40,42 +42,44 @@ def keyed_text(folder: Path, more: str = "", gateway: str = "") -> str:
 
 
 class Keyed:
-    """A cluster whose callers need keys."""
+    """A cluster whose callers need API keys."""
 
     def __init__(self, cluster: TestCluster, file: Path) -> None:
         self.cluster = cluster
         self.file = file
         self.ledger = Ledger(f"sqlite:///{file.parent / 'ledger.db'}", peppers=(PEPPER.encode(),))
-        """The same database, opened like the command line does."""
+        """The same database as the gateway's, opened as the command line opens it."""
 
     @property
     def gateway(self) -> Gateway:
-        """The gateway."""
+        """Gateway of the cluster."""
         return self.cluster.gateway
 
     @property
     def door(self) -> TenantAuthenticator:
-        """Its authenticator."""
+        """Authenticator of the gateway."""
         assert self.gateway.tenants is not None
         return self.gateway.tenants
 
     async def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command with the same configuration, as an operator does."""
+        """Run a command with the configuration of the cluster, as an operator does."""
         return await asyncio.to_thread(headrace, *arguments, "-f", str(self.file))
 
     async def suspend(self, tenant: str, suspended: bool = True) -> None:
-        """Run `tenants suspend` or `resume`."""
+        """Suspend or resume a tenant, as `tenants suspend` and `tenants resume` do."""
         await asyncio.to_thread(self.ledger.tenants.suspend, tenant, suspended)
 
     async def key(self, tenant: str, **fields: Any) -> str:
-        """A new tenant's key, already accepted; `fields` are those of its policy."""
+        """Create a tenant and return a key of the tenant, once the gateway accepts the key. `fields`: fields of the
+        tenant's policy.
+        """
         await asyncio.to_thread(self.ledger.tenants.create, TenantPolicy.from_json({"name": tenant, **fields}))
         key = await self.another_key(tenant)
         await self.until_known(tenant, key)
         return key
 
     async def another_key(self, tenant: str) -> str:
-        """Another key of a tenant, accepted soon."""
+        """Return another key of a tenant. The gateway accepts the key soon."""
         return (await asyncio.to_thread(self.ledger.keys.create, tenant, "")).secret
 
     async def until_known(self, tenant: str, key: str) -> None:
@@ -93,13 +97,13 @@ class Keyed:
         return entry is not None and entry.policy == wanted
 
     async def fetch(self, path: str, body: Any = None, *, key: str = "", **options: Any) -> Reply:
-        """One HTTP request on a new connection."""
+        """Send one HTTP request on a new connection and return the response."""
         named = {"authorization": f"Bearer {key}"} if key else {}
         return await fetch_raw(self.cluster, path, body, **named, **options)
 
 
 async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 10.0) -> None:
-    """Repeat until it is true; fail with its name."""
+    """Repeat `holds` until it returns a true value. Raises AssertionError with `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while not await holds():
         if time.monotonic() > deadline:
@@ -108,7 +112,7 @@ async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: 
 
 
 async def fetch_raw(cluster: TestCluster, path: str, body: Any, **options: Any) -> Reply:
-    """Like http.fetch, for any headers."""
+    """Send a request with any headers on a new connection and return the response."""
     wire = await Wire.open(cluster)
     try:
         wire.ask(path, body, **options)
@@ -118,7 +122,7 @@ async def fetch_raw(cluster: TestCluster, path: str, body: Any, **options: Any) 
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:
-    """gRPC metadata with a key."""
+    """Return the gRPC metadata with a key."""
     return (("authorization", f"Bearer {key}"),)
 
 
@@ -126,7 +130,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 async def keyed_cluster(
     folder: Path, more: str = "", gateway: str = "", timing: Timing | None = None
 ) -> AsyncIterator[Keyed]:
-    """A gateway without workers that requires keys."""
+    """Run a gateway without workers that requires keys."""
     text = keyed_text(folder, more, gateway)
     file = folder / "cluster.yaml"
     file.write_text(text)
@@ -139,7 +143,7 @@ async def keyed_cluster(
 
 
 async def session_end(stream: Any, call_id: int) -> str:
-    """Read a session until one of its calls has ended; return its reason, "" for a normal end."""
+    """Read a session until one of its calls has ended. Return the reason of the end, "" for a normal end."""
     while True:
         message = await asyncio.wait_for(read(stream), 20)
         assert message is not None, "the session ended early"
@@ -153,7 +157,7 @@ async def session_end(stream: Any, call_id: int) -> str:
 
 
 def reason_of(raw: bytes) -> str:
-    """ErrorInfo's reason in a serialized status."""
+    """Return the reason of the ErrorInfo in a serialized status; "" if there is no ErrorInfo."""
     for part in status_pb2.Status.FromString(raw).details:
         info = error_details_pb2.ErrorInfo()
         if part.Unpack(info):

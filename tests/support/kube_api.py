@@ -1,4 +1,6 @@
-"""A Kubernetes API with Leases only, over real HTTP(S): versions, conflicts, and a switch that turns it off."""
+"""A Kubernetes API with Leases only, over real HTTP(S), with versions, conflicts, and a switch that
+turns the API off.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TOKEN = "token of a service account"
 
 
 class FakeApi:
-    """Fake API. `leases`: by name; `away`: answer every call with 503; `seen`: (method, path) of each call."""
+    """Fake of the Kubernetes API. `leases`: Leases by name; `away`: answer every call with 503; `seen`: (method, path)
+    of each call.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.leases: dict[str, dict[str, Any]] = {}
@@ -30,11 +34,11 @@ class FakeApi:
         self._token_file.write_text(TOKEN + "\n")
 
     def lease(self, name: str = "headrace-controller", lease_s: float = 15.0) -> KubeLease:
-        """A client of this API."""
+        """Return a client of this API."""
         return KubeLease(self.url, "ns", name, lease_s, self._token_file)
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
-        """Answer one call."""
+        """Handle one call; return the status and the answer."""
         with self._lock:
             self.seen.append((method, path))
             folder = "/apis/coordination.k8s.io/v1/namespaces/ns/leases"
@@ -71,7 +75,7 @@ class FakeApi:
 
 @contextlib.contextmanager
 def kube_api(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[FakeApi]:
-    """A running API; the service account's token is in `folder`."""
+    """Run the fake API. The token of the service account is in `folder`."""
     api = FakeApi(folder)
 
     class Handler(BaseHTTPRequestHandler):

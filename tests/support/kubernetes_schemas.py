@@ -1,4 +1,6 @@
-"""Strict schemas: the API's own of four releases, and custom resources' from a folder of their definitions."""
+"""Strict schemas: the Kubernetes API's own schemas of four releases, and schemas of custom resources from a folder of
+their definitions.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,15 @@ from tests.support.helm import ROOT, Loader
 
 RELEASES = ("1.34", "1.35", "1.36", "1.37")
 CRDS = Path(os.environ.get("HEADRACE_CRDS", ROOT.parent / "shared" / "crds"))
-"""A folder of CustomResourceDefinitions: <group>_<plural>.yaml each."""
+"""Folder of CustomResourceDefinitions: <group>_<plural>.yaml each."""
 
 
 _taken: set[tuple[str, str]] = set()
-"""Objects already found valid: most are the same in all presets."""
+"""Objects that were already found valid. Most objects are the same in all presets."""
 
 
 class Invalid(AssertionError):
-    """An object that the API would refuse."""
+    """Raised for an object that the API would refuse."""
 
 
 @functools.cache
@@ -55,12 +57,12 @@ def _validator(release: str, api_version: str, kind: str) -> Any:
 
 
 def is_built_in(manifest: Mapping[str, Any]) -> bool:
-    """Whether the API itself knows this kind."""
+    """Return whether the API itself knows the kind of an object."""
     return _validator(RELEASES[-1], manifest["apiVersion"], manifest["kind"]) is not None
 
 
 def check_built_in(manifest: Mapping[str, Any], release: str) -> None:
-    """Raises Invalid for an object that a release of the API would refuse, an unknown field included."""
+    """Check an object. Raises Invalid if a release of the API would refuse the object, also for an unknown field."""
     validator = _validator(release, manifest["apiVersion"], manifest["kind"])
     if validator is None:
         raise Invalid(f"{release} has no {manifest['apiVersion']} {manifest['kind']}")
@@ -82,14 +84,14 @@ def _custom(group: str, version: str, kind: str) -> Any:
 
 
 def check_custom(manifest: Mapping[str, Any]) -> None:
-    """Raises Invalid for a custom resource that its definition would refuse or prune."""
+    """Check a custom resource. Raises Invalid if the resource's definition would refuse or prune it."""
     group, version = manifest["apiVersion"].split("/")
     # File names are <operator's domain>_<plural>: keda.sh, ray.io, monitoring.coreos.com, gateway.networking.k8s.io.
     _raise(_custom(group, version, manifest["kind"]), manifest, "its definition")
 
 
 def _strict(schema: Any, *, root: bool = False) -> Any:
-    """A structural schema as JSON schema; fields that the API would silently prune are refused."""
+    """Return a structural schema as a JSON schema that refuses the fields which the API would silently prune."""
     if not isinstance(schema, dict):
         return schema
     strict = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}

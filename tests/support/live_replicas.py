@@ -1,4 +1,4 @@
-"""A Backend whose applications are real replicas in this process: Ray's behaviour without Ray."""
+"""A Backend whose applications are real replicas in this process: the behaviour of Ray without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _App:
 
 
 class LiveReplicas:
-    """At most `gpus` replicas fit; leaving ones keep their GPUs until they have drained."""
+    """Backend with room for at most `gpus` replicas. Replicas that leave keep their GPUs until they have drained."""
 
     def __init__(self, gpus: int = 100) -> None:
         self._gpus = gpus
@@ -60,13 +60,13 @@ class LiveReplicas:
         return RaySnapshot(apps, nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Create an application."""
+        """Create an application and start as many of its replicas as fit."""
         replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
         self._apps[settings.app] = _App(settings, replicas, time.time())
         self._fill()
 
     async def scale(self, app: str, replicas: int) -> None:
-        """Change the number of replicas; the newest leave first."""
+        """Change the number of replicas of an application. The newest replicas leave first."""
         application = self._apps[app]
         application.target = replicas
         while len(application.replicas) > replicas:
@@ -74,7 +74,7 @@ class LiveReplicas:
         self._fill()
 
     async def delete(self, app: str) -> None:
-        """Drain every replica, then remove the application."""
+        """Drain every replica of an application, then remove the application."""
         application = self._apps[app]
         application.deleting, application.target = True, 0
         while application.replicas:
@@ -87,7 +87,7 @@ class LiveReplicas:
             await self.delete(app)
 
     async def close(self) -> None:
-        """Wait until all leaving replicas have gone."""
+        """Wait until all leaving replicas are gone."""
         await asyncio.gather(*self._tasks)
 
     def _fill(self) -> None:

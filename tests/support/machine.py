@@ -1,8 +1,9 @@
-"""Report which test tools this machine lacks, and install them if possible and wanted: the first step of `make test`.
+"""Report which test tools this machine lacks, and install the tools if possible and wanted. This is the first step of
+`make test`.
 
 On Debian, root is asked on a terminal, and not asked if CI is set. NO_INSTALL=1 forbids installing. Without a terminal,
-without root or on another system nothing is installed: the tests concerned are skipped, each with its remedy.
-Standard library only: it runs before the environment is made.
+without root or on another system no tool is installed: the tests concerned are skipped, and each names the remedy. This
+module uses the standard library only, since it runs before the environment is made.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from collections.abc import Sequence
 from cluster.cli.commands import doctor
 
 OTHER_PACKAGES = {"valkey-server": "redis-server"}
-"""Replacements for packages that older Debian releases do not have."""
+"""Replacements for packages that older Debian releases lack."""
 APT = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
 
 
 class Way(enum.Enum):
-    """Handling of missing packages; the value is the message."""
+    """Ways to handle missing packages. The value is the message."""
 
     INSTALL = "installing them"
     ASK = "install them now?"
@@ -33,7 +34,7 @@ class Way(enum.Enum):
 
 
 def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) -> Way:
-    """Choose the handling of missing packages."""
+    """Return the way to handle missing packages."""
     if forbidden:
         return Way.FORBIDDEN
     if not debian:
@@ -46,12 +47,14 @@ def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) 
 
 
 def packages(findings: Sequence[doctor.DoctorFinding]) -> list[str]:
-    """Debian packages of missing tools."""
+    """Return the Debian packages of the missing tools."""
     return sorted({finding.apt for finding in findings if finding.missing and finding.apt})
 
 
 def install(wanted: Sequence[str]) -> None:
-    """Install with apt-get: all at once, or one by one if that fails, so that one failure does not block others."""
+    """Install the packages with apt-get: all at once, or one by one if that fails, so that one failure does not block
+    the other packages.
+    """
     _apt("update")
     if _apt("install", "-y", "--no-install-recommends", *wanted):
         return
@@ -72,7 +75,7 @@ def _apt(*arguments: str) -> bool:
 
 
 def agreed() -> bool:
-    """Answer of the person at the terminal; an empty answer means yes."""
+    """Ask the person at the terminal and return the answer. An empty answer means yes."""
     try:
         return input(f"test: {Way.ASK.value} [Y/n] ").strip().lower() in ("", "y", "yes")
     except EOFError:
@@ -80,7 +83,7 @@ def agreed() -> bool:
 
 
 def found_way() -> Way:
-    """Handling of missing packages on this machine."""
+    """Return the way to handle missing packages on this machine."""
     return way(
         root=os.geteuid() == 0,
         debian=os.path.exists("/etc/debian_version") and shutil.which("apt-get") is not None,
@@ -91,7 +94,9 @@ def found_way() -> Way:
 
 
 def main() -> int:
-    """Report, ask and install; never prevents the tests from running. `make setup` follows and brings the rest."""
+    """Report the missing tools, ask, and install; never prevent the tests from running. `make setup` follows and brings
+    the rest.
+    """
     lacking = [
         finding for finding in doctor.examine() if finding.missing and not finding.remedy.startswith(doctor.SETUP)
     ]

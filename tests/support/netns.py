@@ -1,4 +1,6 @@
-"""Network namespaces joined by a bridge: several hosts on one machine. Created and removed by the test; needs root."""
+"""Network namespaces joined by a bridge: several hosts on one machine. A test creates and removes the namespaces; this
+needs root.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESOLVERS = Path("/etc/netns")
-"""Files of a namespace's folder here replace those of /etc under `ip netns exec`."""
+"""Folder of files for network namespaces. Under `ip netns exec`, the files in a namespace's folder here replace those
+of /etc.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,22 +26,24 @@ class Host:
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """Command line that runs `arguments` on this host."""
+        """Return the command line that runs `arguments` on this host."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
 
     @property
     def inode(self) -> int:
-        """Target of /proc/<pid>/ns/net for the processes on this host."""
+        """Inode of the host's network namespace, which is the target of /proc/<pid>/ns/net for
+        processes on the host.
+        """
         return os.stat(f"/run/netns/{self.namespace}").st_ino
 
     def holds(self, pid: int) -> bool:
-        """Whether a process runs on this host."""
+        """Return whether a process runs on this host."""
         return os.stat(f"/proc/{pid}/ns/net").st_ino == self.inode
 
 
 @dataclass(frozen=True)
 class Network:
-    """Hosts, and the address by which they reach this machine's own namespace."""
+    """Hosts of a network, and the address by which the hosts reach this machine's own namespace."""
 
     hosts: tuple[Host, ...]
     address: str
@@ -50,9 +56,8 @@ def _ip(*arguments: str) -> None:
 
 
 def _without_names(host: Host, unreachable: str, undo: contextlib.ExitStack) -> None:
-    """Make name lookups on a host fail at once: this machine's resolver is unreachable from there, and each lookup
-    would
-    wait 10 s for it (PyTorch's ranks look up their peers' names as they meet).
+    """Make name lookups on a host fail at once. This machine's resolver is unreachable from the host, and each lookup
+    would wait 10 s for it (PyTorch's ranks look up the names of their peers as they meet).
     """
     folder = RESOLVERS / host.namespace
     undo.callback(_forget, folder)
@@ -68,7 +73,7 @@ def _forget(folder: Path) -> None:
 
 @contextlib.contextmanager
 def network(count: int) -> Iterator[Network]:
-    """`count` hosts on their own bridge; names and the /24 are derived from this process's id."""
+    """Create `count` hosts on a bridge of their own. Names and the /24 are derived from the id of this process."""
     number = os.getpid() % 200 + 20
     prefix, bridge = f"10.199.{number}", f"hrb{number}"
     hosts = tuple(Host(f"hr{number}-{i}", f"{prefix}.{i}") for i in range(1, count + 1))
@@ -82,7 +87,7 @@ def network(count: int) -> Iterator[Network]:
             undo.callback(_ip, "netns", "del", host.namespace)
             _without_names(host, f"{prefix}.254", undo)
             _ip("link", "add", f"{bridge}v{i}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-            undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # else the kernel delays its removal
+            undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # else the kernel delays the removal of the link
             _ip("link", "set", f"{bridge}v{i}", "master", bridge, "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.namespace, "link", "set", "eth0", "up")

@@ -1,4 +1,6 @@
-"""Reachability under a set of NetworkPolicies, by the API's documentation: both ends must allow a connection."""
+"""Reachability under a set of NetworkPolicies, as the Kubernetes documentation defines it: both ends must allow a
+connection.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod or, with `address`, a peer outside the cluster."""
+    """One end of a connection: a pod or, with `address`, a peer outside the cluster."""
 
     namespace: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -18,12 +20,12 @@ class Peer:
 
     @property
     def namespace_labels(self) -> Mapping[str, str]:
-        """The label that every namespace has."""
+        """Labels of the namespace. Every namespace has this one label."""
         return {"kubernetes.io/metadata.name": self.namespace}
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether a label selector matches."""
+    """Return whether a label selector matches the labels."""
     if any(labels.get(key) != value for key, value in (selector.get("matchLabels") or {}).items()):
         return False
     for expression in selector.get("matchExpressions") or ():
@@ -40,14 +42,14 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 class Network:
-    """Policies of a namespace."""
+    """NetworkPolicies of one namespace."""
 
     def __init__(self, namespace: str, policies: Sequence[Mapping[str, Any]]) -> None:
         self._namespace = namespace
         self._policies = [policy["spec"] for policy in policies]
 
     def allows(self, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-        """Whether a connection is allowed."""
+        """Return whether the policies allow a connection."""
         return self._one_way("egress", source, target, port, protocol) and self._one_way(
             "ingress", target, source, port, protocol
         )
@@ -80,7 +82,8 @@ class Network:
 
     def _one_peer_fits(self, peer: Mapping[str, Any], other: Peer) -> bool:
         if "ipBlock" in peer:
-            # The API does not define whether pods' addresses count; here they do not, and tests use outside peers.
+            # The API does not define whether addresses of pods count. Here they do not count, and tests use outside
+            # peers.
             inside = ipaddress.ip_network(peer["ipBlock"]["cidr"])
             return bool(other.address) and ipaddress.ip_address(other.address) in inside
         if other.address:

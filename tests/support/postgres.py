@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: loopback only, a free port, a temporary folder, an unprivileged user."""
+"""A real PostgreSQL for tests, on loopback only, with a free port, a temporary folder and an unprivileged user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ START_S = 60.0
 
 
 def binaries() -> Path | None:
-    """Folder of the newest PostgreSQL's programs: Debian keeps them off PATH."""
+    """Return the folder with the programs of the newest PostgreSQL; None if there is none. Debian keeps these programs
+    off PATH.
+    """
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
     if installed:
         return installed[-1].parent
@@ -35,14 +37,16 @@ def binaries() -> Path | None:
 
 
 def free_port() -> int:
-    """A port that is free at the moment."""
+    """Return a port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class PostgresServer:
-    """Server that can be started, stopped, killed and frozen. `url` is that of one of its databases."""
+    """PostgreSQL server that can be started, stopped, killed and frozen. `url` returns the URL of one database of the
+    server.
+    """
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
@@ -66,12 +70,12 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
 
     def url(self, database: str, password: str = PASSWORD) -> str:
-        """A SQLAlchemy URL."""
+        """Return the SQLAlchemy URL of a database."""
         secret = f":{password.replace(' ', '%20')}" if password else ""
         return f"postgresql+psycopg://headrace{secret}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Start it, with the same data and port each time, and wait until it answers."""
+        """Start the server, with the same data and port each time, and wait until the server answers."""
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -97,34 +101,34 @@ class PostgresServer:
                     self._process.wait(timeout=0.05)
 
     def connect(self, database: str) -> psycopg.Connection[Any]:
-        """A connection for the test's own statements."""
+        """Return a connection for statements of the test itself."""
         return psycopg.connect(
             host="127.0.0.1", port=self.port, user="headrace", password=PASSWORD, dbname=database, autocommit=True
         )
 
     def new_database(self) -> str:
-        """An empty database; returns its URL."""
+        """Create an empty database and return the URL of the database."""
         name = f"t{uuid.uuid4().hex[:12]}"
         with self.connect("postgres") as connection:
             connection.execute(f'CREATE DATABASE "{name}"'.encode())
         return self.url(name)
 
     def kill(self) -> None:
-        """Kill it, as a crash would; `start` brings it back."""
+        """Kill the server, as a crash would. `start` brings the server back."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)
             self._process = None
 
     def remove(self) -> None:
-        """Stop it and remove its folder."""
+        """Stop the server and remove its folder."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def running() -> Iterator[PostgresServer]:
-    """A server for the duration of the context; skips the test if PostgreSQL is not installed."""
+    """Run a server for the duration of the context. Skips the test if PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
         pytest.skip(doctor.missing_reason("postgresql"))

@@ -1,7 +1,7 @@
-"""A Ray whose head can be lost and come back: Valkey keeps its tables, the GPUs are on another host.
+"""A Ray whose head can be lost and can come back: Valkey keeps the head's tables, and the GPUs are on another host.
 
-Two hosts in network namespaces (which needs root), and Valkey beside the gateway. Everything on the head's host ends
-with it, including Serve's controller.
+There are two hosts in network namespaces (which needs root), and Valkey beside the gateway. All processes on the head's
+host end with the head, including Serve's controller.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from tests.support.netns import Host, Network, network
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # default ports, since the namespaces are separate
 UP_S = 60.0
 OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""PID namespaces as in pods: an engine looks for its Ray node among the visible processes, and would find the head; a
-head that sees another node's processes assumes that it already runs.
+"""Command that gives a process PID namespaces as in pods. An engine looks for its Ray node among the visible processes,
+and would find the head. A head that sees the processes of another node assumes that the head already runs.
 """
 GCS_AWAY_S = 900
-"""Time for which the node and its processes wait for a head that is away (Ray's own default is 60 s)."""
+"""Time in seconds for which the node and the node's processes wait for a head that is away (Ray's
+own default is 60 s).
+"""
 
 
 @dataclass
 class HeadAndNode:
-    """A head without GPUs, a node with logical ones, and a Valkey."""
+    """A head without GPUs, a node with logical GPUs, and a Valkey."""
 
     net: Network
     folder: Path
@@ -51,27 +53,27 @@ class HeadAndNode:
 
     @property
     def head(self) -> Host:
-        """Host of the head."""
+        """Host on which the head runs."""
         return self.net.hosts[0]
 
     @property
     def node(self) -> Host:
-        """Host of the replicas."""
+        """Host on which the replicas run."""
         return self.net.hosts[1]
 
     @property
     def dashboard_url(self) -> str:
-        """URL of the head's dashboard, reached over the bridge."""
+        """URL of the head's dashboard, which is reached over the bridge."""
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
 
     def start(self) -> None:
-        """Start all three, each once the one before it listens."""
+        """Start Valkey, the head and the node, each once the previous one listens."""
         self.start_valkey()
         self.find_head()
         self._ray(self.node, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=16", "--num-gpus=16")
 
     def start_valkey(self) -> None:
-        """Start an empty Valkey. Skips the test if it is not installed."""
+        """Start an empty Valkey. Skips the test if Valkey is not installed."""
         server = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
         if server is None:
             pytest.skip(doctor.missing_reason("valkey-server"))
@@ -83,24 +85,24 @@ class HeadAndNode:
         _until_open(self.net.address, self._valkey_port, "Valkey")
 
     def lose_valkey(self) -> None:
-        """Kill Valkey; its data is lost."""
+        """Kill Valkey. The data in Valkey is lost."""
         if self._valkey is not None:
             self._valkey.kill()
             self._valkey.wait()
             self._valkey = None
 
     def lose_head(self) -> None:
-        """Kill every process on the head's host."""
+        """Kill every process on the host of the head."""
         _end(self.head)
 
     def find_head(self) -> None:
-        """Restart the head on the same host, with its data in Valkey."""
+        """Start the head on its host. After a loss, the head finds its data in Valkey."""
         words = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--include-dashboard=true"]
         self._ray(self.head, *words, f"--dashboard-port={DASHBOARD_PORT}", "--num-cpus=8", "--num-gpus=0")
         _until_open(self.head.address, GCS_PORT, "the head")
 
     def end(self) -> None:
-        """End every process."""
+        """End all processes of the head, the node and Valkey."""
         for host in self.net.hosts:
             _end(host)
         self.lose_valkey()
@@ -135,7 +137,7 @@ class HeadAndNode:
 
 
 def _end(host: Host) -> None:
-    """Kill all processes on a host, and wait until none is left."""
+    """Kill all processes on a host, and wait until no process is left."""
     deadline = time.monotonic() + 10.0
     while pids := [pid for pid in _pids() if _on(host, pid)]:
         for pid in pids:
@@ -151,7 +153,7 @@ def _pids() -> list[int]:
 
 
 def _on(host: Host, pid: int) -> bool:
-    """Whether a process runs on a host; a zombie has no namespace any longer."""
+    """Return whether a process runs on a host. A zombie process no longer has a namespace."""
     try:
         return host.holds(pid)
     except OSError:
@@ -171,7 +173,9 @@ def _until_open(address: str, port: int, what: str) -> None:
 
 @contextmanager
 def head_and_node(environment: Mapping[str, str], gcs_away_s: int = GCS_AWAY_S) -> Iterator[HeadAndNode]:
-    """Start everything, and remove it at the end. `environment`: variables for the replicas beside Ray's."""
+    """Start Valkey, the head and the node, and remove them at the end. `environment`: variables for the replicas beside
+    Ray's own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     (folder / "token").write_text(secrets.token_hex(32))
     try:

@@ -1,4 +1,4 @@
-"""A Ray of several nodes on this host: a head without replicas, and nodes that can be ended one by one."""
+"""A Ray of several nodes on this host: a head without replicas, and nodes that tests can end one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 
 @dataclass
 class RayNodes:
-    """Ray nodes. `add` starts one; `terminate` sends it the signal that Kubernetes sends to a pod's main process."""
+    """Ray nodes. `add` starts a node; `terminate` sends a node the signal that Kubernetes sends to a pod's main
+    process.
+    """
 
     head: LocalRay
     folder: Path
@@ -28,13 +30,12 @@ class RayNodes:
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def log_of(self, name: str) -> str:
-        """Output of a node's `ray start`."""
+        """Return the output of a node's `ray start`."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def add(self, name: str, *inside: str) -> None:
-        """Run `ray start --block`, with resources for replicas; returns before the node has joined. `inside`: a
-        wrapping
-        program, such as unshare.
+        """Run `ray start --block` with resources for replicas; return before the node has joined. `inside`: a program
+        that wraps the command, such as unshare.
         """
         command = [
             *inside,
@@ -59,14 +60,14 @@ class RayNodes:
             )
 
     def terminate(self, name: str) -> subprocess.Popen[bytes]:
-        """Send SIGTERM to a node's `ray start --block`."""
+        """Send SIGTERM to a node's `ray start --block`, and return the process."""
         self.nodes[name].send_signal(signal.SIGTERM)
         return self.nodes[name]
 
 
 @contextlib.contextmanager
 def ray_nodes(drain_timeout_s: float) -> Iterator[RayNodes]:
-    """A running head; everything ends with the context."""
+    """Run a head. The head and all nodes end with the context."""
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     head = LocalRay(LocalRaySettings(f"nodes-{uuid.uuid4().hex[:8]}", folder, cpus=0, gpus=0))
     made = RayNodes(head, folder, drain_timeout_s)

@@ -1,4 +1,4 @@
-"""A small real gRPC server with a scripted public and admin API, for tests of its clients."""
+"""Small real gRPC server with a scripted public API and admin API, for tests of the clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(
     violations: tuple[tuple[str, str], ...] = (),
     retry_after_s: float | None = None,
 ) -> status_pb2.Status:
-    """A google.rpc.Status as a gateway packs it."""
+    """Return a google.rpc.Status as a gateway packs it."""
     details: list[Any] = [error_details_pb2.ErrorInfo(domain="headrace", reason=reason)]
     if violations:
         fields = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
@@ -50,22 +50,22 @@ MODEL_NOT_FOUND = refusal(code_pb2.NOT_FOUND, "MODEL_NOT_FOUND", "no model is ca
 
 @dataclass
 class Script:
-    """Behaviour of the server, and the requests it has received."""
+    """Script of the server's behaviour, with the requests that the server has received."""
 
     models: list[pb.Model] = field(default_factory=list)
     page_size: int = 100
     refusals: list[status_pb2.Status] = field(default_factory=list)
-    """Errors for the next calls, one each, before any answer."""
+    """Errors for the next calls, one error for each call, before any answer."""
     pushback_ms: int | None = None
     break_after: int | None = None
-    """Pieces of a stream after which it fails with WORKER_LOST."""
+    """Number of pieces after which a stream fails with WORKER_LOST."""
     hold: threading.Event | None = None
-    """Event that streams wait for after their first piece."""
+    """Event that a stream waits for after its first piece."""
     requests: list[Any] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     deadlines_s: list[float | None] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
-    """Set when a stream's call has ended at the server, for any reason."""
+    """Event that is set when the call of a stream has ended at the server, for any reason."""
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
     changes: list[catalog_pb2.Change] = field(default_factory=list)
@@ -251,21 +251,21 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
 
 @dataclass
 class ScriptedGateway:
-    """The running server: `endpoint` is host:port; both APIs answer there."""
+    """The running server. `endpoint` is the host:port at which both APIs answer."""
 
     script: Script
     server: grpc.Server
     endpoint: str
 
     def stop(self) -> None:
-        """Stop it and every call."""
+        """Stop the server and every call."""
         if self.script.hold is not None:
             self.script.hold.set()
         self.server.stop(None).wait(10)
 
 
 def serve(script: Script, address: str = "127.0.0.1:0") -> ScriptedGateway:
-    """Start a server with the size limit of a real gateway."""
+    """Start a server with the message size limit of a real gateway."""
     limit = 16 * 1024 * 1024
     server = grpc.server(
         ThreadPoolExecutor(8),

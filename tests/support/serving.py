@@ -1,4 +1,4 @@
-"""Helpers of tests over a real Ray: a gateway's end of the links, and generation over it."""
+"""Helpers for tests on a real Ray: the gateway's end of the links, and generation over a link."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ T = TypeVar("T")
 
 @dataclass
 class Door(NoListener):
-    """A hub on a port, with the newest catalog and the links, as a gateway holds them."""
+    """Hub on a port that holds the newest catalog and the links, as a gateway does."""
 
     hub: Hub = field(init=False)
     address: str = ""
     entries: dict[str, CatalogEntry] = field(default_factory=dict)
 
     def link_up(self, link: WorkerLink) -> None:
-        """Do nothing: `hub.links` has it."""
+        """Handle a link coming up: do nothing, since `hub.links` has the link."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Do nothing: `hub.links` has it."""
+        """Handle a link ending: do nothing, since `hub.links` no longer has the link."""
 
     def link_changed(self, link: WorkerLink) -> None:
-        """Do nothing: `hub.links` has it."""
+        """Handle a changed link: do nothing, since `hub.links` has the link."""
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Store the newest catalog."""
+        """Handle a new catalog: store the entries."""
         self.entries = {entry.name: entry for entry in entries}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Refuse no worker."""
+        """Return no reason to refuse a worker."""
         return ""
 
     def demand(self) -> Sequence[ModelDemand]:
-        """Report no demand: nothing waits here."""
+        """Return no demand, since no call waits here."""
         return ()
 
     keeps_accounts: bool = False
 
     def version_tallies(self) -> Sequence[VersionTally]:
-        """Report no canary statistics."""
+        """Return no canary statistics."""
         return ()
 
     def link_of(self, model: str) -> WorkerLink | None:
-        """A link of the model that has granted credit."""
+        """Return a link to a worker of the model that has granted credit to this hub; None if there is none."""
         return next((x for x in self.hub.links if x.identity.model == model and x.free.sequences), None)
 
     async def worker(self, model: str, timeout_s: float = 120.0, but: str = "") -> WorkerLink:
-        """Wait for a worker of `model` whose incarnation is not `but`."""
+        """Wait for a worker of `model` whose incarnation is not `but`, and return the worker's link."""
         return await eventually(
             lambda: (x := self.link_of(model)) and (x if x.identity.incarnation != but else None),
             f"a worker of {model} has dialled in",
@@ -69,7 +69,7 @@ class Door(NoListener):
 
 @asynccontextmanager
 async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
-    """A hub on a free port of `host`."""
+    """Run a hub on a free port of `host`."""
     door = Door()
     door.hub = Hub("test", door)
     server = hub_server(door.hub)
@@ -85,42 +85,42 @@ async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
 
 @dataclass
 class _Answer:
-    """A sink that collects the tokens of one request."""
+    """Sink that collects the tokens of one request."""
 
     done: asyncio.Future[list[int]]
     tokens: list[int] = field(default_factory=list)
     heard_at: float = 0.0
 
     def accepted(self) -> None:
-        """Do nothing."""
+        """Handle the acceptance of the request: do nothing."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Fail: the request is invalid."""
+        """Handle a refusal of the request: fail the answer."""
         self.done.set_exception(AssertionError(f"refused: {reason} {field} {message}"))
 
     def token(self, token_id: int) -> None:
-        """Collect one token."""
+        """Handle one token: collect the token."""
         self.output(TokenOutput("", (token_id,)))
 
     def output(self, output: TokenOutput) -> None:
-        """Collect an output."""
+        """Handle an output: collect its tokens, and complete the answer if the output is the last."""
         self.tokens.extend(output.token_ids)
         if output.finish is not None and not self.done.done():
             self.done.set_result(self.tokens)
 
     def lost(self, why: str) -> None:
-        """Fail: the link is gone."""
+        """Handle the loss of the link: fail the answer."""
         if not self.done.done():
             self.done.set_exception(AssertionError(f"lost: {why}"))
 
     def failed(self, error: BaseException) -> None:
-        """Fail: a token could not be stored."""
+        """Handle a token that could not be stored: fail the answer."""
         if not self.done.done():
             self.done.set_exception(error)
 
 
 async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[int]:
-    """The next `count` tokens, greedily, over the link."""
+    """Return the next `count` tokens after a prompt, decoded greedily over the link."""
     answer = _Answer(asyncio.get_running_loop().create_future())
     sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
     link.submit(EngineRequest("", list(prompt), sampling), answer)
@@ -128,7 +128,7 @@ async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[in
 
 
 async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
-    """The first truthy result of `look`; fails with the name."""
+    """Return the first truthy result of `probe`. Raises AssertionError with `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while True:
         if value := probe():
@@ -141,7 +141,7 @@ async def eventually(probe: Callable[[], T | None], what: str, timeout_s: float 
 async def settled(
     backend: Backend, holds: Callable[[RaySnapshot], bool], what: str, timeout_s: float = 60.0
 ) -> RaySnapshot:
-    """The first snapshot of Ray for which `holds` is true; fails with the last snapshot."""
+    """Return the first snapshot of Ray for which `holds` is true. Fails with the last snapshot on timeout."""
     deadline = time.monotonic() + timeout_s
     while True:
         snapshot = await backend.observe()
@@ -153,12 +153,12 @@ async def settled(
 
 
 def apps_of(snapshot: RaySnapshot, model: str) -> list[Observed]:
-    """A model's applications on Ray."""
+    """Return the applications of a model on Ray."""
     return [seen for seen in snapshot.apps.values() if seen.model == model]
 
 
 async def removed(backend: Backend, *models: str) -> None:
-    """Delete all applications of these models and wait until they have gone."""
+    """Delete all applications of these models and wait until the applications are gone."""
     for app, seen in (await backend.observe()).apps.items():
         if seen.model in models:
             await backend.delete(app)

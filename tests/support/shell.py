@@ -1,4 +1,4 @@
-"""The command line as a user runs it, in a separate process."""
+"""The command line as a user runs it: in a separate process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
+    """Run one command to the end and return its result."""
     command = [sys.executable, "-m", "cluster.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
 
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
-    """Wait until a condition that other processes bring about is true; return its value."""
+    """Wait until a condition that other processes make true holds; return the condition's value."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         value = condition()

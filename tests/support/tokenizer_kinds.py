@@ -1,4 +1,4 @@
-"""Trains the tiny tokenizers: one of each kind that the supported families use, with their families' special tokens.
+"""Training of tiny tokenizers: one tokenizer of each kind in the supported families, with the family's special tokens.
 
 Each function returns (tokenizers.Tokenizer, tokenizer_config.json as a dict). Training is deterministic.
 """
@@ -44,7 +44,9 @@ METASPACE = "▁"
 
 
 def llama3(vocab_size: int) -> TokenizerAndConfig:
-    """Byte-level BPE with LLaMA 3's split and special tokens; a post-processor puts <|begin_of_text|> first."""
+    """Return a byte-level BPE with LLaMA 3's split and special tokens. A post-processor puts
+    <|begin_of_text|> first.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -68,7 +70,9 @@ def llama3(vocab_size: int) -> TokenizerAndConfig:
 
 
 def falcon(vocab_size: int) -> TokenizerAndConfig:
-    """Byte-level BPE with Falcon's pre-tokenizers: punctuation, byte level, digits in threes; no BOS."""
+    """Return a byte-level BPE with Falcon's pre-tokenizers: punctuation, byte level, digits in
+    threes. There is no BOS.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -91,14 +95,18 @@ def falcon(vocab_size: int) -> TokenizerAndConfig:
 
 
 def llama2(vocab_size: int) -> TokenizerAndConfig:
-    """BPE with byte fallback as in LLaMA 2's file: a normalizer prepends the space; loaded as LlamaTokenizer."""
+    """Return a BPE with byte fallback as in LLaMA 2's file. A normalizer prepends the space; the class is
+    LlamaTokenizer.
+    """
     tokenizer = Tokenizer(_byte_fallback_model(vocab_size))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)])
     return _finish_sentencepiece(tokenizer, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
 
 
 def mistral(vocab_size: int) -> TokenizerAndConfig:
-    """BPE with byte fallback as in Mistral v0.3's file: a Metaspace pre-tokenizer and instruction tokens."""
+    """Return a BPE with byte fallback as in Mistral v0.3's file, with a Metaspace pre-tokenizer and
+    instruction tokens.
+    """
     controls = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
     tokenizer = Tokenizer(_byte_fallback_model(vocab_size, (*controls, "[/TOOL_RESULTS]")))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=METASPACE, prepend_scheme="first", split=False)
@@ -108,7 +116,7 @@ def mistral(vocab_size: int) -> TokenizerAndConfig:
 
 
 def _finish_sentencepiece(tokenizer: Tokenizer, config: dict[str, Any]) -> TokenizerAndConfig:
-    """Add the decoder, special tokens and BOS post-processor that all sentencepiece conversions share."""
+    """Add the decoder, the special tokens and the BOS post-processor that all sentencepiece conversions share."""
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -135,7 +143,7 @@ def _put_first(tokenizer: Tokenizer, token: str) -> processors.TemplateProcessin
 
 
 def _train_byte_level(tokenizer: Tokenizer, vocab_size: int, specials: Sequence[str]) -> None:
-    """Train on the corpus; special tokens come after the ordinary ones, as in the published files."""
+    """Train a tokenizer on the corpus. Special tokens come after the ordinary tokens, as in the published files."""
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(specials),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -148,7 +156,9 @@ def _train_byte_level(tokenizer: Tokenizer, vocab_size: int, specials: Sequence[
 
 
 def _byte_fallback_model(vocab_size: int, controls: Sequence[str] = ()) -> BPE:
-    """<unk> <s> </s>, control tokens, 256 byte pieces, then trained pieces; rare characters have no piece."""
+    """Return a BPE model with <unk> <s> </s>, control tokens, 256 byte pieces, and then trained pieces. Rare characters
+    have no piece.
+    """
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement=METASPACE, prepend_scheme="first")
     head = ["<unk>", "<s>", "</s>", *controls, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -179,7 +189,7 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def synthetic(vocab_size: int) -> Tokenizer:
-    """An untrained byte-level tokenizer of `vocab_size` whose merges join earlier pieces in a fixed pattern."""
+    """Return an untrained byte-level tokenizer of `vocab_size`. Its merges join earlier pieces in a fixed pattern."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(letters)}
     pieces, merges = list(letters), []

@@ -1,7 +1,8 @@
-"""Program: callers that keep a number of streams running, over the SDK. `python -m loadtests.hosts.inside.callers F`.
+"""Program of callers that keep a number of streams running, over the SDK. `python -m loadtests.hosts.inside.callers F`.
 
-F is a JSON file (`Plan`). Events are written line by line to its `out`: every call at its end, the number of running
-streams every half second, and the end of connections. On SIGTERM no new streams begin; running ones complete.
+F is a JSON file (`Plan`). Events are written line by line to the file `out` of the plan: every call at the end of the
+call, the number of running streams every half second, and the end of connections. On SIGTERM no new streams begin;
+running streams complete.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from cluster.client.errors import HeadraceError
 
 LIVE_S = 0.5
 PAUSE_S = 0.5
-"""Pause after a failed call."""
+"""Pause in seconds after a failed call."""
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The callers' plan."""
+    """Plan of the callers."""
 
     out: str
     endpoint: str
@@ -48,13 +49,13 @@ class Plan:
     prompts: int = 16
     seed: int = 1
     ramp_s: float = 5.0
-    """Time over which the streams begin, so that they do not end together."""
+    """Time in seconds over which the streams begin, so that they do not end together."""
     gap_s: float = 0.12
-    """Shorter silences are not recorded."""
+    """Shortest silence that is recorded, in seconds."""
 
 
 class Callers:
-    """All callers."""
+    """All callers of a plan."""
 
     def __init__(self, plan: Plan, out: TextIO) -> None:
         self._plan = plan
@@ -72,7 +73,7 @@ class Callers:
         self.over = asyncio.Event()
 
     async def run(self) -> None:
-        """Run until `over`, then until the last stream has ended."""
+        """Run until `over` is set, then until the last stream has ended."""
         plan = self._plan
         self._clients = [
             AsyncClient(plan.endpoint, api_key=plan.api_key, tls_ca_file=plan.ca_file, timeout_s=900.0)
@@ -135,7 +136,9 @@ class Callers:
         return not record["error"]
 
     def compare(self, prompt: int, text: str) -> str:
-        """Compare greedy answers to one prompt: one must be a prefix of the other; "" if so."""
+        """Compare the greedy answers to one prompt. One answer must be a prefix of the other: return "" if so, else a
+        description of the difference.
+        """
         longest = self._longest[prompt]
         shorter, longer = sorted((text, longest), key=len)
         self._longest[prompt] = longer
@@ -151,7 +154,9 @@ class Callers:
             self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
 
     async def _watch(self, number: int, client: AsyncClient) -> None:
-        """Record when a client's connection ends, which is when its streams learn that they must resume elsewhere."""
+        """Record when a client's connection ends. At that moment the client's streams learn that they must resume
+        elsewhere.
+        """
         while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
             await asyncio.sleep(LIVE_S)
         channel = client._gateways.channels[0]
@@ -167,7 +172,7 @@ class Callers:
 
 
 async def main(arguments: Sequence[str]) -> None:
-    """Read the plan and play it."""
+    """Read the plan and run the callers."""
     data = json.loads(Path(arguments[0]).read_text())
     plan = Plan(**{**data, "tokens": tuple(data["tokens"])})
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

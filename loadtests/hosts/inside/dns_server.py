@@ -1,7 +1,8 @@
-"""Program: the part of a cluster's DNS that the pods here need. `python -m loadtests.hosts.inside.dns_server ZONE`.
+"""Program that serves the part of a cluster's DNS that these pods need. `python -m loadtests.hosts.inside.dns_server
+ZONE`.
 
 ZONE is a JSON file {"hosts": {name: [address]}, "srv": {name: [[target, port]]}}, read again whenever it changes.
-Addresses are shuffled for each question, which spreads callers as a Service does.
+Addresses are shuffled for each question, so that callers are spread over pods as by a Service.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PORT = 53
 
 
 class Zone:
-    """The current content of the zone file."""
+    """Current content of the zone file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -34,7 +35,7 @@ class Zone:
         self._data: dict[str, Any] = {"hosts": {}, "srv": {}}
 
     def answer(self, wire: bytes) -> bytes:
-        """Answer one DNS question."""
+        """Return the answer to one DNS question."""
         query = dns.message.from_wire(wire)
         response = dns.message.make_response(query)
         response.flags |= dns.flags.AA | dns.flags.RA
@@ -59,18 +60,18 @@ class Zone:
 
 
 class Listener(asyncio.DatagramProtocol):
-    """DNS answers over UDP."""
+    """Server of DNS answers over UDP."""
 
     def __init__(self, zone: Zone) -> None:
         self._zone = zone
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
+        """Handle the open socket: store the transport."""
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
-        """Answer one question."""
+        """Handle a datagram: answer one DNS question."""
         if self._transport is not None:
             self._transport.sendto(self._zone.answer(data), addr)
 

@@ -1,6 +1,6 @@
-"""Program: a Kubernetes API with Leases only. `python -m loadtests.hosts.inside.kube_api FOLDER`.
+"""Program that serves a Kubernetes API with Leases only. `python -m loadtests.hosts.inside.kube_api FOLDER`.
 
-FOLDER holds tls.crt, tls.key and token, the token of the service account that may write them.
+FOLDER holds tls.crt, tls.key and token. The token belongs to the service account that may write Leases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Leases:
         self._lock = threading.Lock()
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
-        """Answer one request."""
+        """Handle one request; return the status and the answer."""
         with self._lock:
             if token != f"Bearer {self._token}":
                 return 401, {"message": "Unauthorized"}

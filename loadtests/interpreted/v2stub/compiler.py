@@ -1,4 +1,4 @@
-"""A compiler that compiles nothing."""
+"""Compiler stub of the backend `cpu`. The stub compiles nothing."""
 
 from __future__ import annotations
 

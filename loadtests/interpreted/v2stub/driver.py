@@ -1,4 +1,4 @@
-"""A driver that drives nothing: the interpreter runs kernels itself."""
+"""Driver stub of the backend `cpu`. The stub drives no device: the interpreter runs kernels itself."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from triton.backends.driver import DriverBase
 
 
 class CpuStub(DriverBase):  # type: ignore[misc] # Triton is not there where types are checked
-    """Driver that is present and not active."""
+    """Driver that Triton finds present while the interpreter runs the kernels."""
 
     def __init__(self) -> None:
         pass
 
     @classmethod
     def is_active(cls) -> bool:
-        """False: vLLM checks whether Triton has an active driver."""
+        """Return True: vLLM checks whether Triton has an active driver."""
         return True
 
     def map_python_to_cpp_type(self, ty: Any) -> Any:
-        """Unreachable in the interpreter."""
+        """Raise NotImplementedError: the interpreter never calls this method."""
         raise NotImplementedError
 
     def get_current_target(self) -> Any:
-        """Unreachable in the interpreter."""
+        """Raise NotImplementedError: the interpreter never calls this method."""
         raise NotImplementedError
 
     def get_active_torch_device(self) -> Any:
-        """Device of the tensors."""
+        """Return the device of the tensors."""
         import torch
 
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        """Unreachable in the interpreter."""
+        """Raise NotImplementedError: the interpreter never calls this method."""
         raise NotImplementedError

@@ -7,20 +7,21 @@ import os
 from typing import Any
 
 ASYNC = "HEADRACE_TEST_ASYNC"
-"""Environment variable: 1 enables asynchronous scheduling, which vLLM's CPU platform otherwise switches off."""
+"""Name of an environment variable. 1 enables asynchronous scheduling, which vLLM's CPU platform
+otherwise switches off.
+"""
 
 
 def apply() -> None:
-    """Plugin for vllm.general_plugins. Idempotent."""
+    """Apply both changes. This is a plugin for vllm.general_plugins. Idempotent."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         _replace_top_k_top_p()
     _schedule_asynchronously()
 
 
 def _replace_top_k_top_p() -> None:
-    """Replace a kernel that the interpreter cannot run (`to` of a Python int); it keeps no state, and its PyTorch form
-    is
-    the same function.
+    """Replace a kernel that the interpreter cannot run (`to` of a Python int). The kernel keeps no state, and the
+    PyTorch form of the kernel computes the same function.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
