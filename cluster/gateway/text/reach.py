@@ -69,8 +69,8 @@ class Reach:
 
 
 def _longest(pieces: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the length of the longest piece that contains each byte value, at least 1; shape (256,). `pieces`: the
-    pieces, longest first."""
+    """Return an array of shape (256,): for each byte value, the length of the longest piece with that byte value, at
+    least 1. `pieces`: the pieces, longest first."""
     longest = np.ones(256)
     left = set(range(256))
     for piece in pieces:
@@ -114,8 +114,8 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """Return the bytes of text that each piece of the vocabulary covers; None if a byte of a text may have no token. A
-    piece with a space mark is returned with a byte more than it may cover."""
+    """Return the bytes of text that each piece of the vocabulary covers; None if a byte of a text may have no token.
+    The bytes of a piece with a space mark hold a space too, so they are longer than the text that the piece covers."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -131,7 +131,7 @@ def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[by
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte for each character by which byte-level tokenizers (since GPT-2) stand for bytes."""
+    """Return the alphabet of byte-level tokenizers (since GPT-2): the byte that each character stands for."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(plain)]
     alphabet = {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
