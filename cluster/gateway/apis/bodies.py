@@ -78,8 +78,8 @@ class Bodies:
         return await self._read_in_helper("message", data, tenant, name, max_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
-        """Parse a message of a session. Returns a small message decoded, a large message as the list of its items.
-        Raises CallError."""
+        """Parse a message of a session. Returns the decoded message if the message is small, else the list of the items
+        in the message. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request

@@ -102,7 +102,7 @@ class BodyReader:
         ids."""
         splitter, parse_body = self._http[name]
         parsed = parse_body(Fields({name: _field(name, raw, max_ids) for name, raw in _split(splitter, body).items()}))
-        for request in parsed.requests[:1]:  # all have the same options
+        for request in parsed.requests[:1]:  # all requests of a body have the same options
             check_request(request, parsed.names)
         return replace(parsed, requests=[_packed(request) for request in parsed.requests])
 
@@ -110,7 +110,7 @@ class BodyReader:
         """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""
         call = grpc_requests.READ[name]
         request = _message(call.kind, data, max_ids)
-        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before the large prompts
+        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # the options are checked before the large prompt is read
             check_options(grpc_requests.options_of(request))
         parsed = _read_ids(request, data) or call.read(request)
         if isinstance(parsed, GenerationRequest):
@@ -202,7 +202,7 @@ def _field(name: str, raw: bytes, max_ids: int) -> Any:
 
 def _count_messages(raw: bytes) -> None:
     """Raise CallError for a list of too many messages, before any of the messages is parsed."""
-    with suppress(msgspec.DecodeError, RecursionError):  # the parser reports what is not a list
+    with suppress(msgspec.DecodeError, RecursionError):  # the parser reports a value that is not a list
         count = len(_MEMBERS_DECODER.decode(raw))
         if count > MAX_MESSAGES:
             raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
@@ -251,7 +251,7 @@ def _too_many_ids(field: str, count: int) -> CallError:
 
 def _message(kind: type[Message], data: bytes | bytearray, max_ids: int = MAX_IDS) -> Any:
     """Decode a protobuf message. Raises CallError, also for a message that exceeds a bound of this module."""
-    if len(data) <= UNSCANNED_BYTES:  # decoding it takes no longer than a scan
+    if len(data) <= UNSCANNED_BYTES:  # decoding a short message takes no longer than a scan
         return grpc_requests.decoded(kind, data)
     scanned = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
     if scanned.field:

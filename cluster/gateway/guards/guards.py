@@ -278,7 +278,7 @@ class _Findings:
 
     def __init__(self) -> None:
         self.cancelled = False
-        """Whether the caller no longer waits. The search then ends at the next match."""
+        """Whether the caller has stopped waiting. If so, the search ends at the next match."""
         self.counts: Counter[str] = Counter()
         self.texts: list[str] = []
 
@@ -302,6 +302,6 @@ def _refusal(field: str, message: str) -> CallError:
 
 
 async def _run_by_size(size: int, work: Callable[[], T]) -> T:
-    """Run `work` on the event loop if it processes few characters, in a thread if it processes many. `size`: the number
-    of characters or tokens."""
+    """Run `work` on the event loop if `size` is small, else in a thread. `size`: the number of characters or tokens
+    that `work` processes."""
     return work() if size <= THREAD_CHARS else await asyncio.to_thread(work)

@@ -78,7 +78,7 @@ class GuardServers:
 
 
 def on_this_host(address: str) -> bool:
-    """Return whether an address is on this host. TLS is not needed only for addresses on this host."""
+    """Return whether an address is on this host. Every other address requires TLS."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

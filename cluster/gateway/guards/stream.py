@@ -89,8 +89,7 @@ class PatternStage:
         """See GuardStage."""
         self._text += text
         self._marks += marks
-        # It is certain whether a match begins at a position once the text reaches one character beyond the longest
-        # possible match from there.
+        # A position is decided once the text extends one character beyond the longest match that could begin there.
         limit = len(self._text) - (0 if last else self._patterns.longest)
         out = self._filtered(limit) if limit > self._at else ""
         return out, self._decided_marks(last and not self.refused)

@@ -141,7 +141,8 @@ class GuardedText:
 
 
 class GuardedLogprobs:
-    """Log probabilities of a sequence with guards. Each is held back until the text of the token is decided."""
+    """Log probabilities of a sequence with guards. Each log probability is held back until the text of its token is
+    decided."""
 
     def __init__(self, texts: LogprobTexts, text: GuardedText) -> None:
         self._texts = texts

@@ -85,9 +85,8 @@ class TextSource(Protocol):
 
 
 class WholeTexts(dict[int, str | None]):
-    """The texts of the tokens of a byte-level tokenizer; None for a token that is not made of complete characters.
-
-    The entry of a token is computed when the token is first looked up."""
+    """Table of the token texts of a byte-level tokenizer. The entry is None for a token that is not made of complete
+    characters. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
         """`unsafe_ids`: ids of added tokens, which may be skipped and do not stand for bytes."""

@@ -59,7 +59,9 @@ class Reach:
             if not self._composes:
                 weight += self._weigh(data)
             elif block.isascii():
-                weight += self._weigh(data) - 1  # the last character may combine with a mark in the next block
+                weight += (
+                    self._weigh(data) - 1
+                )  # the last character may combine with a mark at the start of the next block
             else:
                 weight += data.size * self._least / NFC_SHORTENS
         return max(int(weight * (1 - 1e-9)), 0)

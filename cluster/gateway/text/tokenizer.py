@@ -126,8 +126,8 @@ class TextModel:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the model's vocabulary. It may be padded beyond the size of the tokenizer's vocabulary. All token ids
-        are smaller."""
+        """Size of the model's vocabulary, which may be padded to more than the tokenizer's vocabulary. All token ids
+        are smaller than this size."""
         return self._vocab_size
 
     @property

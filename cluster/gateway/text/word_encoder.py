@@ -175,7 +175,7 @@ def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None
 
 
 def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether each step is known to be safe, and whether a step splits the text into words before or in the
+    """Return whether all steps are known to be safe, and at least one step splits the text into words before or in the
     byte-level step."""
     to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
     if to_bytes < 0 or not all(map(_is_safe, steps)):

@@ -60,7 +60,7 @@ TEXTS = st.one_of(
         st.sampled_from(["<s>", "<|eot_id|>", "[INST]", "<|endoftext|>", " ", "  ", "a", "\n", "é", "🎉"]), max_size=12
     ).map("".join),
 )
-"""Prompts in all scripts, with special tokens' texts and odd spaces among them."""
+"""Strategy for prompts in all scripts. Some prompts hold odd spaces or the texts of special tokens."""
 
 
 def with_template(kind: Kind, templates: Mapping[str, str]) -> TextModel:

@@ -30,8 +30,8 @@ TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
 SENDS_A_TURN, RUNS = 32, 8
 LEAST_GAIN = 2.0
-"""Least ratio of the event loop's longest turns in the best run: with threads (12 to 30 ms on an idle machine) against
-with helpers (1 to 4 ms). Other work on the machine makes both longer, never shorter."""
+"""Least ratio between the event loop's longest turn with threads (12 to 30 ms on an idle machine) and with helpers (1
+to 4 ms). Each is the best of several runs, since other work on the machine makes the turns longer, never shorter."""
 
 
 @pytest.fixture

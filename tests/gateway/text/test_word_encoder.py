@@ -54,7 +54,7 @@ MADE = {
     "qwen2": qwen2(700)[0],
     "synthetic": tokenizer_kinds.synthetic(1000),
 }
-"""synthetic: GPT-2's split, which the byte-level step does by itself."""
+"""Tokenizers that get a word encoder, by name. In `synthetic` the byte-level step itself does GPT-2's split."""
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -128,7 +128,7 @@ class AdminAuthorizer:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Run a function in one of a few threads, off the event loop. For functions that query the database."""
+        """Run a function in one of a few threads, off the event loop. Used for functions that query the database."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="admin")
         loop = asyncio.get_running_loop()
@@ -167,7 +167,7 @@ class AdminAuthorizer:
         )
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call from the call's headers; returns the tenant. Implements rpc.server.Gate."""
+        """Authenticate a call by the headers of the call. Returns the tenant. Implements rpc.server.Gate."""
         try:
             principal = await self._principal(call)
         except CallError as error:
@@ -203,7 +203,7 @@ class AdminAuthorizer:
                 await context.abort(grpc_code(error), error.message, trailers(error))
             except grpc.aio.AbortError:
                 raise
-            except Exception:  # callers get no traceback; it is logged with the number
+            except Exception:  # callers get no traceback; the log has it under the number
                 number = uuid.uuid4().hex
                 log.exception("unexpected", method=method.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")

@@ -160,7 +160,8 @@ def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set
 
 
 def _split_path(path: str, field: str) -> tuple[str, str]:
-    """Split a path like `limits.daily_tokens` into its two parts. Raises CallError for a field that callers cannot set."""
+    """Split a path like `limits.daily_tokens` into its two parts. Raises CallError for a field that callers cannot
+    set."""
     head, _, rest = path.partition(".")
     head = "class" if head == "priority_class" else head
     if head in OUTPUT_ONLY or head == "name":
@@ -187,7 +188,7 @@ def _set_path(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
 def tenant_and_paths(name: str, given: Mapping[str, Any]) -> tuple[pb.Tenant, list[str], list[str]]:
     """Build the Tenant message of a request from plain values, which are keyed by the configuration's field names.
 
-    Returns the message, the paths of all given values, and the paths of the empty ones (None or an empty map). Raises
+    Returns the message, the paths of all given values, and the paths of the empty values (None or an empty map). Raises
     LedgerError, which names the field, for an invalid value.
     """
     message = pb.Tenant(name=f"tenants/{name}")

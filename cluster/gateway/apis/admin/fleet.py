@@ -50,7 +50,8 @@ class FleetAdmin:
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
 
     async def Drain(self, request: pb.DrainRequest, caller: AdminCaller) -> pb.DrainResponse:
-        """Drain workers. Each worker reports the drain to all its gateways; running calls end normally."""
+        """Drain workers. Each worker reports the drain to all gateways that it is linked to. Running calls end
+        normally."""
         timeout_s = request.timeout_s or DRAIN_S
         if not 0 < timeout_s <= MAX_DRAIN_S:  # also false for NaN
             raise invalid("timeout_s", f"must be above 0 and at most {MAX_DRAIN_S:g} s")
@@ -86,7 +87,7 @@ class FleetAdmin:
         return targets
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """Return one note for each model that no remaining worker takes calls for."""
+        """Return one note for each model that has no remaining worker that takes calls."""
         still_served = {
             link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
         }
@@ -196,8 +197,8 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
 
 
 def _state(link: WorkerLink) -> str:
-    """Return a worker's state. The state is DRAINED only if no call runs: a call that was sent before the drain report
-    came may have reached the worker after that report."""
+    """Return a worker's state. The state is DRAINED only if no call runs, since a call that this gateway sent before it
+    received the worker's drain report may still have reached the worker."""
     if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.takes_new_requests else link.drain_state.value

@@ -77,7 +77,7 @@ class TenantServices:
 
 
 def _as_call_error(error: LedgerError) -> CallError:
-    if isinstance(error, StoreUnavailable):  # its address must not reach callers
+    if isinstance(error, StoreUnavailable):  # the text holds the address of the database, which must not reach callers
         log.warning("store_unavailable", error=str(error))
         return CallError(error.outcome, "the ledger's database does not answer; retry shortly")
     field, colon, remedy = str(error).partition(": ")

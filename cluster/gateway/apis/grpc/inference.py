@@ -146,7 +146,7 @@ class InferenceApi:
                 await self._abort(context, meta, error)
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
-            except Exception:  # callers get no traceback; it is logged with the request id
+            except Exception:  # callers get no traceback; the log has it under the request id
                 log.exception("unexpected", request_id=meta.request_id)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)

@@ -103,15 +103,16 @@ class SessionStream:
         self.parts: list[bytes] = []
         """Serialized events for the next message."""
         self.halted = False
-        """Whether output is halted because the client does not read. Each call then keeps its output and merges it."""
+        """Whether output is halted because the client does not read. Each call then keeps and merges its own output."""
         self._calls: dict[int, _SessionCall] = {}
         self._loop = asyncio.get_running_loop()
         self._reading = asyncio.Event()
         self._reading.set()
-        """Cleared while the client does not read. While it is cleared, requests of the client are not read either."""
+        """Event that is cleared while the client does not read. Until the event is set again, requests of the client
+        are not read either."""
         self._pass_scheduled = False
         self._slice_ends = 0.0
-        """The time at which reading requests must yield to the event loop."""
+        """Time of the event loop's clock at which the reader of requests must yield to the event loop."""
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._drain: asyncio.Task[None] | None = None
         self._half_closed = False
@@ -264,7 +265,8 @@ class SessionStream:
             self._end(opened, None)
 
     def _end_unstarted(self, opened: _SessionCall) -> None:
-        """End a call whose task was cancelled before the first step of the task, as its cancel came with its start."""
+        """End a call whose task was cancelled before the first step of the task. That happens if the client sends the
+        cancel together with the start."""
         if self._calls.get(opened.call_id) is opened:
             self._end(opened, CallError(Outcome.CANCELLED, "cancelled by the client"))
 

@@ -118,7 +118,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- the API's ClientConnection
 
     def send(self, data: bytes) -> None:
-        """Send one chunk of a chunked body; every response without a content-length is chunked."""
+        """Send one chunk of a chunked response body. Every response without a content-length is chunked."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def wait_until_writable(self) -> None:
@@ -126,8 +126,8 @@ class HttpProtocol(HttpToolsProtocol):
         await self.flow.drain()
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone; soon, if the client is gone already. Resumes reading, so that a
-        disconnect is noticed."""
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Reading is resumed, so
+        that a disconnect is noticed."""
         self.watch_paused(lost)
         self.flow.resume_reading()
 
@@ -182,7 +182,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._on_lost()
 
     def data_received(self, data: bytes) -> None:
-        """Handle received bytes: add the bytes to the unparsed ones and parse as far as allowed."""
+        """Handle received bytes: append the bytes to the unparsed bytes, and parse as far as allowed."""
         if self._ignoring_input:
             return
         self.timeouts.began_head(self.loop.time())
@@ -226,11 +226,12 @@ class HttpProtocol(HttpToolsProtocol):
         return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
 
     def _feed(self, piece: bytes) -> None:
-        """Parse a piece of the received bytes, and check the size of the request head, which the parser does not."""
+        """Parse a piece of the received bytes. Also check the size of the request head, which the parser does not
+        check."""
         self._in_head, self._progress = True, False
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as a plain one
+        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP
             self._stop_reading()
         except httptools.HttpParserError as error:
             cause = error.__context__

@@ -54,7 +54,7 @@ class ClientConnection(Transport, Protocol):
     transport: Any
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone; soon, if the client is gone already."""
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon."""
 
     def unwatch(self, lost: Callable[[], None]) -> None:
         """Stop calling `lost`."""
@@ -170,7 +170,7 @@ class _Endpoint:
         except CallError as error:
             scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
-        except Exception:  # callers get no traceback; it is logged with the request id
+        except Exception:  # callers get no traceback; the log has it under the request id
             log.exception("unexpected", request_id=exchange.request_id)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))

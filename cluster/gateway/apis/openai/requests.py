@@ -195,7 +195,7 @@ def parse_completion(body: Fields) -> ParsedRequest:
     if best_of is not None and best_of != (body.integer("n") or 1):
         raise unsupported("best_of", "ask for n choices and pick one")
     logprobs = body.integer("logprobs")
-    # OpenAI returns the sampled token besides the k most likely ones: one more than the engine is asked for.
+    # OpenAI returns the sampled token in addition to the k most likely tokens: one token more than `logprobs` says.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
     requests = [

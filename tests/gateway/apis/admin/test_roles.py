@@ -32,7 +32,8 @@ class World:
         self.keyed = keyed
         self.clients = clients
         self.keys = keys
-        """Ids of keys of each tenant to rotate and to revoke."""
+        """For each tenant, the id of a key to rotate and the id of a key to revoke, by (tenant, "rotate" or
+        "revoke")."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The effect of each admin method with valid and invalid input, and its audit events."""
+"""The effect and the audit events of each admin method, with valid and with invalid input."""
 
 from __future__ import annotations
 

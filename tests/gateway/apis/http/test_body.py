@@ -132,7 +132,7 @@ async def test_a_body_counts_until_it_is_parsed() -> None:
 
 
 async def test_a_small_body_needs_no_budget() -> None:
-    """A small body is read while its tenant's large bodies hold the budget."""
+    """A small body is read while large bodies of the same tenant hold the whole budget."""
     async with sink() as app:
         large = [await Upload.begin(app, "t", LIMIT) for _ in range(4)]
         for upload in large:

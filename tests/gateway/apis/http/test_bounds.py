@@ -25,7 +25,7 @@ QUICK = TimeoutLimits(
     unread_s=0.3,
 )
 END_S = 5.0
-"""Within which a connection that is to be cut must be."""
+"""Seconds within which the server must close a connection that exceeds a bound."""
 Handle = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
