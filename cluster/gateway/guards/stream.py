@@ -44,7 +44,7 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text with its marks. Returns the decided text and the decided marks. If `last` is set, or once a text is
+        """Add text and the marks of the text. Returns the decided text and marks. If `last` is set, or once the text is
         refused, all text is decided."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:

@@ -68,8 +68,8 @@ class TextSource(Protocol):
         on. Do not call again after the text has ended."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return the text of the token, which `pop_text` then does not return. Not allowed if
-        `searches_text`."""
+        """Add one token and return the text of the token, which `pop_text` then does not return. Not allowed
+        while `searches_text` is True."""
 
     def push_back(self, text: str) -> None:
         """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
@@ -106,9 +106,8 @@ class WholeTexts(dict[int, str | None]):
 
 
 class UnseenTokens(dict[int, bool]):
-    """Whether each token is skipped before decoding. The entry of a token is computed when the token is first looked
-    up.
-    """
+    """Table that says for each token whether the token is skipped before decoding. Each entry is computed when the
+    token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()

@@ -59,9 +59,7 @@ class Reach:
             if not self._composes:
                 weight += self._weigh(data)
             elif block.isascii():
-                weight += (
-                    self._weigh(data) - 1
-                )  # the last character may combine with a mark at the start of the next block
+                weight += self._weigh(data) - 1  # the last character may combine with a mark in the next block
             else:
                 weight += data.size * self._least / NFC_SHORTENS
         return max(int(weight * (1 - 1e-9)), 0)
@@ -116,8 +114,8 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """Return the bytes of text that each piece of the vocabulary covers; None if a byte of a text may have no token.
-    The bytes of a piece with a space mark hold a space too, so they are longer than the text that the piece covers."""
+    """Return the bytes of each piece in the vocabulary; None if a byte of a text may have no token. The bytes of a
+    piece with a space mark include a space, so they are longer than the text that the piece covers."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None

@@ -197,8 +197,8 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
 
 
 def _state(link: WorkerLink) -> str:
-    """Return a worker's state. The state is DRAINED only if no call runs, since a call that this gateway sent before it
-    received the worker's drain report may still have reached the worker."""
+    """Return the state of a worker. A worker that has reported DRAINED is DRAINING as long as a call runs: the gateway
+    may have sent that call before it received the report."""
     if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.takes_new_requests else link.drain_state.value

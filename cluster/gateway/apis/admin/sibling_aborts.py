@@ -109,6 +109,7 @@ def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     if tls is None:
         return grpc.aio.insecure_channel(address)
     files = TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
-    # The other process presents the certificate of these same files, so the host name in the certificate is expected.
+    # The other process presents the certificate from these same files. The host name in that certificate is expected,
+    # since it may differ from the address that is dialed.
     options = (("grpc.ssl_target_name_override", first_dns_name(tls.cert_file.read_bytes())),)
     return grpc.aio.secure_channel(address, files.channel_credentials(), options=options)

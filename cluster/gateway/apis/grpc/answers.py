@@ -30,7 +30,7 @@ def usage_pb(usage: CallUsage) -> pb.Usage:
 
 
 def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
-    """Return log probabilities as messages. Each message holds the alternatives at its position in `top_logprobs`."""
+    """Return log probabilities as messages. The alternatives at a token's position are in `top_logprobs`."""
     return [
         pb.TokenLogprob(
             token_id=t.token_id,
@@ -219,8 +219,8 @@ def progress_pb(progress: Progress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the capabilities that all workers of a model have in common, in the order of the first worker. The last
-    one is the weakest resume capability of any worker. `each`: the capabilities of each worker."""
+    """Return the capabilities that all workers of a model have in common, in the order of the first worker, followed by
+    the weakest resume capability of any worker. `each`: the capabilities of each worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])
