@@ -1,5 +1,5 @@
-"""Large request bodies yield the same requests as small bodies, but they are parsed in a helper process, counted before
-they are parsed, and parsed only as far as needed."""
+"""Large request bodies are parsed to the same requests as by the parser of small bodies. A large body is parsed in a
+helper process. Its values are counted before they are parsed, and only known fields are parsed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ LAW = settings(
 
 def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[str, str | None]:
     """Push ids one by one, and pop the text after some of them. Returns the popped text, and the stop string that ended
-    the text or None."""
+    the text, None if no stop string did."""
     text = ""
     for number, token_id in enumerate(ids):
         stop = ours.push([token_id])

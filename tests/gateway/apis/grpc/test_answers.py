@@ -1,4 +1,4 @@
-"""Hand-serialized messages are identical to those that protobuf serializes."""
+"""Messages that the gateway serializes by hand are identical to the messages that protobuf serializes."""
 
 from __future__ import annotations
 

@@ -153,7 +153,8 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
 
 
 async def test_usage_with_every_chunk(busy: TestCluster) -> None:
-    """With continuous_usage_stats, each chunk reports the number of tokens so far of the choice in that chunk."""
+    """With continuous_usage_stats, each chunk belongs to one choice and reports the number of tokens that this choice
+    has so far."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     reply = await fetch(busy, COMPLETIONS, completion_body(n=2, ignore_eos=True, stream=True, stream_options=options))
     for index in (0, 1):
@@ -210,8 +211,8 @@ async def test_vllms_extensions_have_their_effect(busy: TestCluster) -> None:
 
 
 async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
-    """Messages with parts, tool calls in the history or a prefilled answer yield the same prompt as over gRPC, and so
-    does a request without a generation prompt."""
+    """Messages with parts, tool calls in the history or a prefilled answer yield the same prompt as over gRPC. A
+    request without a generation prompt also yields the same prompt as over gRPC."""
     said = {"role": "user", "content": "Hi"}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}

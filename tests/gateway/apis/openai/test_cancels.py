@@ -102,8 +102,8 @@ async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bun
 async def test_a_slow_reader_gets_its_text_in_fewer_events(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Tokens for a client that does not read are merged, so they do not each cost memory. Such a client does not delay
-    the engine and loses no text."""
+    """Tokens for a client that does not read are merged, so that memory does not grow with each token. Such a client
+    does not delay the engine and loses no text."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.1, max_model_len=8_000, kv_blocks=4_000), bundle
     )
