@@ -1,5 +1,5 @@
-"""Effects of the admin API at other gateways and on running calls, and its answers without TLS or without a
-database."""
+"""Effects of admin requests at other gateways and on running calls, and the admin API without `auth`, with TLS, and
+while the database does not answer."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ async def assert_refused(
     cluster: TestCluster, path: str, body: dict[str, Any], param: str, code: str = "invalid_field"
 ) -> None:
     """Assert that a request gets status 400, with an error that holds `param` and `code` and names the field. The
-    request is sent both as a complete and as a streamed one."""
+    request is sent twice: for a complete answer and for a streamed answer."""
     wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
     for wanted_body in wanted:
         reply = await fetch(cluster, path, wanted_body)
