@@ -77,7 +77,7 @@ def test_every_familys_is_the_librarys(kind: Kind) -> None:
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS, {"dropout": None, "unk_token": None, "end_of_word_suffix": None}])
 def test_every_option_is_kept(options: dict[str, Any]) -> None:
-    """Each option of a BPE model is kept, also if the option is null, and a text gets the same ids as with the library."""
+    """Each option of a BPE model is kept, also if the option is null. A text gets the same ids as with the library."""
     parts: dict[str, Any] = {"model": model(**options)}
     if "vocab" in options:
         parts["added_tokens"] = []
