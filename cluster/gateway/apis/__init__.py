@@ -1,1 +1,1 @@
-"""The APIs that callers speak: decode requests, encode chunks, and map outcomes to statuses."""
+"""The gateway's APIs for callers. An API decodes requests, encodes chunks, and maps outcomes to statuses."""

@@ -1,7 +1,7 @@
-"""Parsing of request bodies: small ones on the event loop, large or dense ones in a helper process.
+"""Parsing of request bodies: small bodies on the event loop, large or dense bodies in a helper process.
 
 Parsing 16 MB, or a megabyte of tiny values, holds the interpreter lock for milliseconds to seconds, even in a thread.
-Size and counts of a few characters, which cost microseconds, decide which bodies are small.
+Whether a body is small is decided by its size and by counts of a few characters, which take microseconds.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ log = structlog.get_logger("bodies")
 SMALL_JSON_BYTES, LARGE_BYTES = 32_768, 1 << 20
 SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
-"""The most objects and arrays, and values, of a JSON body that is parsed on the event loop: one or two milliseconds."""
+"""Upper bounds on the containers (objects and arrays) and on the values in a JSON body that is parsed on the event
+loop. Parsing such a body takes one or two milliseconds."""
 PATIENCE_S: Final = 5.0
-"""Seconds that a helper may wait for a core (helpers/pool.py). Parsing in a thread instead would hold up all calls."""
+"""Seconds for which a helper process may wait for a core (helpers/pool.py). Parsing in a thread instead would delay all
+calls."""
 FEW_ELEMENTS: Final = 2048
-"""The most fields and list elements of a protobuf message that is parsed on the event loop."""
+"""Upper bound on the fields and list elements in a protobuf message that is parsed on the event loop."""
 _PARSERS: Final = {"chat": parse_chat, "completion": parse_completion}
 
 
@@ -49,8 +51,11 @@ class Bodies:
     async def http(
         self, name: str, body: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> ParsedRequest:
-        """Parse a body of the HTTP API, `chat` or `completion`. `max_ids` is called for large bodies only: a prompt
-        with more token ids is refused unread. Raises CallError."""
+        """Parse a request body of the HTTP API. Raises CallError.
+
+        `name`: `chat` or `completion`. `max_ids`: returns the largest allowed number of token ids in a prompt; a longer
+        prompt is refused before it is parsed. Called for large bodies only.
+        """
         if _is_small_json(body):
             with suppress(NotText):  # the helper names the field
                 return _PARSERS[name](read_object(bytes(body)))
@@ -60,7 +65,10 @@ class Bodies:
     async def message(
         self, name: str, data: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> Any:
-        """Parse a request of the gRPC API, as grpc.requests.READ does. `max_ids` as for `http`. Raises CallError."""
+        """Parse a request of the gRPC API with the parser of grpc.requests.READ. Raises CallError.
+
+        `name`: the gRPC method. `max_ids`: see `http`.
+        """
         call = requests.READ[name]
         if call.only_field and len(data) > requests.MAX_SMALL_BYTES:
             most = requests.MAX_SMALL_BYTES
@@ -70,7 +78,8 @@ class Bodies:
         return await self._read_in_helper("message", data, tenant, name, max_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
-        """Parse a session's message: returns a small one as it is, else its items. Raises CallError."""
+        """Parse a message of a session. Returns the decoded message if the message is small, else the list of the items
+        in the message. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request
@@ -91,7 +100,8 @@ class Bodies:
 
 
 def _read_in_thread(method: str, data: bytes | bytearray, *more: Any) -> Any:
-    """Parse as a helper would. The import is deferred: a gateway does not need these modules to start."""
+    """Parse a body in this process as a helper process would. The import is deferred because a gateway does not need
+    the imported module to start."""
     from cluster.gateway.apis.body_parser import BodyReader
 
     return getattr(BodyReader(), method)(data, *more)

@@ -1,8 +1,9 @@
-"""Parsing of large request bodies in a helper process: counts values first, then parses the known fields only.
+"""Parsing of large request bodies in a helper process: values are counted first, then only known fields are parsed.
 
-A JSON decoder splits the body's top level and skips unknown fields, at about a nanosecond a byte; each known field is
-then counted (json_values.py) and parsed by itself. protobuf messages are scanned first (message_scan.py). Prompts are
-returned packed (PackedPrompt) and token ids as arrays, so the gateway's process does not unpack them.
+A JSON decoder splits the top level of the body and skips unknown fields, at about a nanosecond a byte. The values in
+each known field are then counted (json_values.py), and the field is parsed by itself. protobuf messages are scanned
+before they are decoded (message_scan.py). Prompts are returned packed (PackedPrompt) and token ids as arrays, so the
+gateway process does not unpack prompts or token ids.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ from cluster.v1 import inference_pb2 as pb
 
 UNSCANNED_BYTES: Final = 1 << 17
 MAX_ELEMENTS: Final = 100_000
-"""Fields and list elements in one protobuf message, at all levels."""
+"""Upper bound on the fields and list elements in one protobuf message, at all levels of nesting."""
 MAX_MEMBERS: Final = 10_000
-"""Elements of one top-level field of a message."""
+"""Upper bound on the elements of one top-level field of a message."""
 IDS_FIELD: Final[Mapping[type[Message], str]] = {
     pb.CompleteRequest: "prompt_token_ids",
     pb.DetokenizeRequest: "token_ids",
 }
-"""The field that holds a message's token ids."""
+"""The name of the field that holds the token ids of a message, by message type."""
 MANY_IDS: Final = 4096
 IDS_PER_SLICE: Final = 65_536
 MAX_ID: Final = 2**31 - 1
@@ -70,7 +71,8 @@ _IDS_DECODER = msgspec.json.Decoder(list[int])
 _TEXT_DECODER = msgspec.json.Decoder(str)
 _MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 MAX_OPTION_BYTES: Final = 1 << 17
-"""Bytes of a field that is not a prompt. The longest valid ones, stop strings of escapes only, have 100 KB."""
+"""Upper bound on the bytes of a field that is not a prompt. The longest valid field, stop strings that consist of
+escapes only, has 100 KB."""
 _MAX_BYTES = {
     **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "tools", "functions", "documents"), 1 << 62),
     **dict.fromkeys(("response_format", "structured_outputs"), 2 << 20),
@@ -87,7 +89,7 @@ def _splitter(names: frozenset[str]) -> msgspec.json.Decoder[Any]:
 
 
 class BodyReader:
-    """The methods that Bodies calls in its helper processes."""
+    """Parser of request bodies. Bodies calls the methods of this class in helper processes."""
 
     def __init__(self) -> None:
         self._http = {
@@ -96,18 +98,19 @@ class BodyReader:
         }
 
     def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
-        """Parse a body of the HTTP API; refuses a prompt of more than `max_ids` token ids. Raises CallError."""
+        """Parse a request body of the HTTP API. Raises CallError, also for a prompt of more than `max_ids` token
+        ids."""
         splitter, parse_body = self._http[name]
         parsed = parse_body(Fields({name: _field(name, raw, max_ids) for name, raw in _split(splitter, body).items()}))
-        for request in parsed.requests[:1]:  # all have the same options
+        for request in parsed.requests[:1]:  # all requests of a body have the same options
             check_request(request, parsed.names)
         return replace(parsed, requests=[_packed(request) for request in parsed.requests])
 
     def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
-        """Parse a request of the gRPC API. `max_ids` as for `http`. Raises CallError."""
+        """Parse a request of the gRPC API. Raises CallError, also for a request of more than `max_ids` token ids."""
         call = grpc_requests.READ[name]
         request = _message(call.kind, data, max_ids)
-        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before the large prompts
+        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # the options are checked before the large prompt is read
             check_options(grpc_requests.options_of(request))
         parsed = _read_ids(request, data) or call.read(request)
         if isinstance(parsed, GenerationRequest):
@@ -115,12 +118,13 @@ class BodyReader:
         return _packed_all(parsed)
 
     def session(self, data: bytes | bytearray) -> list[Any]:
-        """Parse a session's message into its requests, in order. Raises CallError."""
+        """Parse a message of a session. Returns the requests in the message, in order. Raises CallError."""
         return [_packed_all(item) for item in grpc_requests.session_items(_message(pb.SessionRequest, data))]
 
 
 def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
-    """Refuse what the gateway would refuse, so that the request is not sent back to it. Raises CallError."""
+    """Check a parsed request as the gateway process would, so that an invalid request is not sent back to the gateway
+    process. Raises CallError."""
     try:
         check_options(request.options)
         check_metadata(request.metadata)
@@ -130,7 +134,7 @@ def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
 
 
 def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapping[str, bytes]:
-    """The known fields of a JSON object, each as JSON text."""
+    """Return the known fields of a JSON object, each as JSON text. Raises CallError."""
     try:
         check_utf8(body)
         fields_read = splitter.decode(body)
@@ -148,7 +152,8 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
 
 
 def _no_text(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray, at: int) -> CallError:
-    """The error for bytes that are not UTF-8; names the top-level field that holds them, if it is known."""
+    """Return the error for a body with bytes that are not UTF-8. The error names the top-level field that holds the
+    bytes, or the body if that field is not known."""
     part = body[at : at + 3]
     why = NO_UNICODE if part[:1] == b"\xed" else f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8"
     try:
@@ -171,7 +176,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _field(name: str, raw: bytes, max_ids: int) -> Any:
-    """Parse a field's value; token ids become an array."""
+    """Parse the value of a top-level field. A prompt of token ids is returned as an array. Raises CallError."""
     most = _MAX_BYTES.get(name, MAX_OPTION_BYTES)
     if len(raw) > most:
         raise invalid(name, f"is {len(raw)} bytes long; at most {most} are allowed: send less")
@@ -196,15 +201,15 @@ def _field(name: str, raw: bytes, max_ids: int) -> Any:
 
 
 def _count_messages(raw: bytes) -> None:
-    """Refuse too many messages before any is parsed. Raises CallError."""
-    with suppress(msgspec.DecodeError, RecursionError):  # the parser reports what is not a list
+    """Raise CallError for a list of too many messages, before any of the messages is parsed."""
+    with suppress(msgspec.DecodeError, RecursionError):  # the parser reports a value that is not a list
         count = len(_MEMBERS_DECODER.decode(raw))
         if count > MAX_MESSAGES:
             raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """Parse a message of many token ids, reading these from its bytes; None for any other message."""
+    """Parse a message with many token ids, which are read from the message's bytes. Returns None for other messages."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None
@@ -213,7 +218,7 @@ def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc
         return None
     if field == "token_ids":
         return grpc_requests.DetokenizeCall(request.model, ids)
-    if request.resumable:  # its digest covers the whole message
+    if request.resumable:  # the digest of a resumable request covers the whole message
         return None
     del request.prompt_token_ids[1:]
     parsed = grpc_requests.parse_complete(request)
@@ -221,12 +226,12 @@ def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc
 
 
 def _as_array(ids: list[int]) -> Any:
-    """Token ids as an array. Raises OverflowError for ids that do not fit into 32 bits."""
+    """Return token ids as an array. Raises OverflowError for ids that do not fit into 32 bits."""
     packed = np.empty(len(ids), np.int32)
     for at in range(0, len(ids), IDS_PER_SLICE):
         part = ids[at : at + IDS_PER_SLICE]
         try:
-            whole = np.frombuffer(array("I", part), np.uint32)  # takes a third of the time of signed ones
+            whole = np.frombuffer(array("I", part), np.uint32)  # three times as fast as signed numbers
         except OverflowError:
             packed[at : at + IDS_PER_SLICE] = array("i", part)
         else:
@@ -245,8 +250,8 @@ def _too_many_ids(field: str, count: int) -> CallError:
 
 
 def _message(kind: type[Message], data: bytes | bytearray, max_ids: int = MAX_IDS) -> Any:
-    """Decode a protobuf message within bounds. Raises CallError."""
-    if len(data) <= UNSCANNED_BYTES:  # decoding it takes no longer than a scan
+    """Decode a protobuf message. Raises CallError, also for a message that exceeds a bound of this module."""
+    if len(data) <= UNSCANNED_BYTES:  # decoding a short message takes no longer than a scan
         return grpc_requests.decoded(kind, data)
     scanned = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
     if scanned.field:

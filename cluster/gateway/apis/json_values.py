@@ -1,8 +1,9 @@
-"""Checks of callers' JSON before it is parsed: valid Unicode, and bounds on nesting and on the number of values.
+"""Checks of JSON from callers: valid Unicode, and bounds on the nesting and on the number of values.
 
-A JSON parser builds an object for every two bytes of `[[],[],...]`: 60 times their size, a tenth of a microsecond
-each, with the interpreter lock held. Long texts are therefore counted first, by searches for single characters at one
-or two nanoseconds a byte: first an upper bound, which is enough for ordinary texts, then exactly, without strings.
+Problem: a JSON parser builds an object for every two bytes of `[[],[],...]`. Each object takes 60 times the size of
+these two bytes, and a tenth of a microsecond with the interpreter lock held. The values of a long text are therefore
+counted before the text is parsed. Searches for single characters take one or two nanoseconds a byte: the first searches
+yield an upper bound, which is enough for ordinary texts; an exact count then leaves out the contents of strings.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any, Final
 from cluster.api.outcomes import CallError, invalid
 
 MAX_DEPTH: Final = 128
-"""Nesting of objects and arrays; the code that renders and checks them is recursive."""
+"""Upper bound on the nesting of objects and arrays, since the code that renders and checks values is recursive."""
 COUNTED_BYTES: Final = 16_384
-"""Shorter texts hold too little to be worth counting."""
+"""Length in bytes up to which a text is parsed without a count, because it holds too few values to matter."""
 MAX_SEARCHED_BYTES: Final = 32_768
-"""Longest text in which the path of invalid UTF-8 is searched for: the search costs a microsecond a byte."""
+"""Upper bound in bytes on a text that is searched for the path of invalid UTF-8. The search takes a microsecond a
+byte."""
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NO_UNICODE: Final = "the text is not valid Unicode (a lone surrogate): send well-formed text"
@@ -30,7 +32,8 @@ _UTF8_MARK: Final = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class JsonBounds:
-    """Upper bounds of one JSON text: objects and arrays; strings, member names included; all values."""
+    """Upper bounds on the contents of one JSON text. `containers`: objects and arrays. `strings`: strings, member names
+    included. `values`: all values."""
 
     containers: int
     strings: int
@@ -38,18 +41,18 @@ class JsonBounds:
 
 
 PIECE_BYTES: Final = 65_536
-"""Bytes that are processed together, so that they stay in the processor's cache."""
+"""Number of bytes that are processed together. A piece of this size stays in the processor's cache."""
 MAX_IDS: Final = 2_097_152
 BODY: Final = JsonBounds(containers=40_000, strings=200_000, values=MAX_IDS)
-"""Bounds of a request's body: ten thousand messages with parts, or two million token ids."""
+"""Bounds on the body of a request. They allow ten thousand messages with parts, or two million token ids."""
 MESSAGES: Final = JsonBounds(containers=32_000, strings=100_000, values=200_000)
 PROMPTS: Final = JsonBounds(containers=1000, strings=1000, values=MAX_IDS)
 ARGUMENTS: Final = JsonBounds(containers=10_000, strings=20_000, values=100_000)
-"""Bounds of template arguments, tool call arguments, a JSON schema and any other field."""
+"""Bounds on template arguments, tool call arguments, a JSON schema and any other field."""
 
 
 class NotText(CallError):
-    """Raised for a long text that is not valid UTF-8 at byte `at`."""
+    """Raised for a long text with invalid UTF-8. `at`: the offset of the first invalid byte."""
 
     def __init__(self, path: str, at: int) -> None:
         error = invalid(path, f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8")
@@ -57,9 +60,9 @@ class NotText(CallError):
 
 
 def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
-    """Parse the JSON text of the field `path`. Raises CallError with the path of the invalid value."""
+    """Parse the JSON text of the field `path`. Raises CallError, which names the path of the invalid value."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
-    if bounds is not None:  # None: counted already
+    if bounds is not None:  # None: the caller has counted the values already
         check_counts(path, data, bounds)
     try:
         characters, has_surrogates = data.decode(), False
@@ -82,7 +85,7 @@ def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, l
 
 
 def _with_surrogates(path: str, data: bytes, at: int) -> str:
-    """Decode bytes that are UTF-8 except for lone surrogates. Raises CallError for any other bytes."""
+    """Decode bytes that are UTF-8 except for lone surrogates. Raises CallError if anything else is invalid."""
     try:
         return data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -94,7 +97,8 @@ def _too_deep(path: str) -> CallError:
 
 
 def check_counts(path: str, data: bytes, bounds: JsonBounds) -> None:
-    """Refuse a text that exceeds its bounds, without parsing it. The text need not be JSON. Linear time."""
+    """Raise CallError for a text that exceeds the bounds. The text is not parsed and need not be JSON. Takes linear
+    time."""
     if len(data) <= COUNTED_BYTES:
         return
     if not _has_more_separators(data, min(bounds.containers, bounds.strings, bounds.values)):
@@ -114,7 +118,8 @@ def check_counts(path: str, data: bytes, bounds: JsonBounds) -> None:
 
 
 def check_utf8(data: bytes | bytearray | memoryview) -> None:
-    """Raise UnicodeDecodeError for bytes that are not UTF-8. Decodes in pieces, to save the whole text's memory."""
+    """Raise UnicodeDecodeError for bytes that are not UTF-8. The bytes are decoded in pieces, since decoding the whole
+    text at once would take more memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for at in range(0, len(data), PIECE_BYTES):
@@ -126,7 +131,7 @@ def check_utf8(data: bytes | bytearray | memoryview) -> None:
 
 
 def _has_more_separators(data: bytes, most: int) -> bool:
-    """Whether a text has more than `most` characters that begin or separate values."""
+    """Return whether a text has more than `most` characters that begin or separate values."""
     count = 0
     for at in range(0, len(data), PIECE_BYTES):
         piece = data[at : at + PIECE_BYTES]
@@ -147,7 +152,7 @@ def _too_full(path: str, count: int, what: str, most: int) -> CallError:
 
 
 def is_deeper(value: object, levels: int) -> bool:
-    """Whether objects and arrays are nested more than `levels` deep."""
+    """Return whether objects and arrays are nested more than `levels` deep."""
     level: list[Any] = [value]
     for _ in range(levels):
         inner: list[Any] = []
@@ -159,7 +164,7 @@ def is_deeper(value: object, levels: int) -> bool:
 
 
 def surrogate_path(value: object, at: str) -> str | None:
-    """The path of a text with a lone surrogate, which cannot be encoded; None if there is none."""
+    """Return the path of the first text that holds a lone surrogate and so cannot be encoded; None if no text does."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -184,7 +189,7 @@ def _surrogate_paths(value: object, at: str) -> Iterator[str]:
 
 
 def kind(value: object) -> str:
-    """The JSON type of a value, with its article, for error messages."""
+    """Return the JSON type of a value with an article, such as "an array", for error messages."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,5 @@
-"""Validation of the request ids that callers send, for all APIs: they reach logs, headers and workers."""
+"""Validation of the request ids that callers send, for all APIs. Request ids are passed on to logs, headers and
+workers."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ _LONGEST = 128
 
 
 def random_id() -> str:
-    """128 random bits in hexadecimal, for a request without an id."""
+    """Return 128 random bits in hexadecimal, as the id of a request that came without an id."""
     return os.urandom(16).hex()
 
 
 def request_id(value: object) -> str:
-    """A request id of 1 to 128 printable ASCII characters without a space; empty for any other value."""
+    """Return a valid request id unchanged, and "" for any other value. Valid is a text of 1 to 128 printable ASCII
+    characters without a space."""
     return _matched(_REQUEST_ID, value)
 
 
 def traceparent(value: object) -> str:
-    """A W3C traceparent; empty for any other value."""
+    """Return a valid W3C traceparent unchanged, and "" for any other value."""
     return _matched(_TRACEPARENT, value)
 
 

@@ -1,1 +1,1 @@
-"""Guards: filters of a call's input and output, set in its tenant's policy (docs/guards.md)."""
+"""Guards: filters of the prompts and outputs of calls, set in the policy of a tenant (docs/guards.md)."""

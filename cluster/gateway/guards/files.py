@@ -1,7 +1,8 @@
-"""Pattern files, with a line `name: expression` for each pattern, reloaded when they change.
+"""Pattern files of guards. A pattern file has a line `name: expression` for each pattern and is reloaded when it
+changes.
 
 If a changed file is invalid, the last valid patterns stay in force and an error is logged. A file that has never been
-valid raises PatternError; the guard then fails open or closed, as its `fail` says.
+valid raises PatternError; the guard then fails open or closed, as the setting `fail` of the guard says.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ Stamp = tuple[int, int, int]
 
 
 class PatternFiles:
-    """The pattern files that policies name, by path."""
+    """The pattern files that tenant policies name, by path."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Stamp | None, Patterns | PatternError]] = {}
 
     def get(self, path: str) -> Patterns:
-        """The current patterns of a file. Raises PatternError."""
+        """Return the current patterns of a file. Raises PatternError."""
         stamp = _stamp(path)
         known = self._known.get(path)
         if known is None or known[0] != stamp:
@@ -46,7 +47,7 @@ class PatternFiles:
 
 
 def read_patterns(path: str) -> Patterns:
-    """Read the patterns of a file. Raises PatternError with the file and the error."""
+    """Read the patterns of a file. Raises PatternError, which names the file and says what is wrong."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)

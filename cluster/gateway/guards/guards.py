@@ -1,8 +1,9 @@
-"""Application of a tenant's guards to a call: to its prompt before tokenization, and to its outputs as they stream.
+"""Application of a tenant's guards to a call: to the prompt before tokenization, and to the outputs while they stream.
 
-Each guard has a time limit (`timeout_s`) and a failure mode (`fail`). Closed: on failure the call is refused or the
-output ends. Open: everything passes that guard. At a call's end its decisions are counted and audited, one event for
-each guard and outcome; matched texts are kept only if the tenant's policy sets `log_prompts`.
+Each guard has a time limit (`timeout_s`) and a failure mode (`fail`). If a guard with the mode `closed` fails, the call
+is refused or the output ends. If a guard with the mode `open` fails, everything passes that guard. At the end of a call
+the decisions of the guards are counted and audited, with one event for each guard and outcome. Matched texts are kept
+only if the tenant's policy sets `log_prompts`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ log = structlog.get_logger("guards")
 T = TypeVar("T")
 
 THREAD_CHARS = 4096
-"""Longer prompts are filtered in a thread; the search releases the interpreter lock."""
+"""Length in characters above which a prompt is filtered in a thread. The search releases the interpreter lock."""
 MAX_AUDIT_TEXTS = 10
-"""Most texts in one audit event, if the policy keeps them."""
+"""Upper bound on the number of matched texts in one audit event, for policies that keep matched texts."""
 _OUTCOMES = {"redact": "redacted", "refuse": "refused", "flag": "flagged"}
 
 Audit = Callable[["GuardDecision"], None]
@@ -46,7 +47,8 @@ Audit = Callable[["GuardDecision"], None]
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """A guard's decision about one call. `found`: matches by name. `texts`: empty unless the policy keeps them."""
+    """A guard's decision about one call. `matches`: number of matches by name. `texts`: the first matched texts; empty
+    unless the policy keeps matched texts."""
 
     tenant: str
     model: str
@@ -59,7 +61,7 @@ class GuardDecision:
 
 
 class Guards:
-    """The state that all calls' guards share: pattern files, connections to guard servers, counters."""
+    """The state that the guards of all calls share: pattern files, connections to guard servers, counters."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class Guards:
         self.clock = clock
 
     def check(self, policies: Sequence[TenantPolicy]) -> None:
-        """Read the pattern files of the configured tenants. Raises ValueError that names the setting."""
+        """Read the pattern files of the configured tenants. Raises ValueError, which names the setting."""
         for policy in policies:
             for number, rule in enumerate(policy.guards):
                 if rule.patterns_file:
@@ -85,15 +87,15 @@ class Guards:
                         raise ValueError(f"{where}: {error.remedy}") from None
 
     def for_call(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
-        """The guards of one call."""
+        """Return the guards of one call."""
         return CallGuards(self, policy, model, request_id, actor)
 
     def patterns(self, rule: GuardRule) -> Patterns:
-        """The current patterns of a rule. Raises PatternError."""
+        """Return the current patterns of a rule. Raises PatternError."""
         return self._files.get(rule.patterns_file) if rule.patterns_file else patterns_of(tuple(rule.patterns.items()))
 
     def record_decision(self, decision: GuardDecision) -> None:
-        """Count and audit a decision."""
+        """Count a decision and write it to the audit."""
         by = sum(decision.matches.values())
         self._metrics.count("guard_actions_total", decision.tenant, decision.guard, decision.outcome, by=by)
         self._audit(decision)
@@ -104,7 +106,7 @@ class Guards:
 
 
 class CallGuards:
-    """The guards of one call."""
+    """The guards of one call, and the decisions that they have made so far."""
 
     def __init__(self, shared: Guards, policy: TenantPolicy, model: str, request_id: str, actor: str) -> None:
         self._shared = shared
@@ -118,7 +120,7 @@ class CallGuards:
         self._texts: dict[tuple[str, str], list[str]] = {}
 
     def close(self) -> None:
-        """Record the call's decisions, at its end."""
+        """Record the decisions about the call, at the end of the call."""
         for (guard, outcome), counts in self._counts.items():
             texts = tuple(self._texts.get((guard, outcome), ()))
             self._shared.record_decision(
@@ -131,8 +133,8 @@ class CallGuards:
     # ---- input
 
     async def prompt(self, prompt: Prompt, text: TextModel) -> Prompt:
-        """Apply the input guards; returns the same object if nothing changes. Raises CallError, with GUARD_REFUSED if a
-        guard refuses the prompt."""
+        """Apply the input guards to a prompt. Returns the filtered prompt, or the same object if nothing changes.
+        Raises CallError, with GUARD_REFUSED if a guard refuses the prompt."""
         if not self._inputs:
             return prompt
         if not isinstance(prompt, IdsPrompt):
@@ -167,7 +169,8 @@ class CallGuards:
         return texts
 
     async def _apply(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt, field: str) -> Sequence[str]:
-        """Apply one guard to the texts. Raises CallError if it refuses them."""
+        """Apply one guard to the texts of a prompt. Returns the filtered texts. Raises CallError if the guard refuses
+        the prompt."""
         if rule.address:
             answer = await self._shared.servers.check(rule, self._policy.name, self._model, self._request_id, texts)
             if answer.outcome:
@@ -218,7 +221,8 @@ class CallGuards:
     def output(
         self, detokenizer: Detokenizer, logprobs: LogprobTexts | None
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
-        """Wrap a sequence's detokenizer and log probabilities in its output guards. Raises CallError."""
+        """Wrap the detokenizer and the log probabilities of a sequence in the output guards. Raises CallError if a
+        guard that fails closed cannot work."""
         stages: list[GuardStage] = []
         rules: list[GuardRule] = []
         for rule in self._outputs:
@@ -250,7 +254,7 @@ class CallGuards:
     # ---- both
 
     def _failed(self, rule: GuardRule, error: Exception) -> bool:
-        """Record a guard's failure; returns whether everything passes this guard from now on."""
+        """Record the failure of a guard. Returns whether everything passes this guard from now on."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
         log.warning("guard_failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
@@ -263,23 +267,23 @@ class CallGuards:
             self._keep_texts(rule, outcome, [text])
 
     def _keep_texts(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
-        """Keep the first matched texts, if the policy allows it."""
+        """Keep the first matched texts for the audit, if the policy allows it."""
         if texts and self._policy.log_prompts:
             kept = self._texts.setdefault((_name(rule), outcome), [])
             kept += texts[: max(MAX_AUDIT_TEXTS - len(kept), 0)]
 
 
 class _Findings:
-    """The matches of a search in a thread: counts by name, and the first texts."""
+    """The matches of a search that runs in a thread: the counts by name, and the first matched texts."""
 
     def __init__(self) -> None:
         self.cancelled = False
-        """Set when the caller no longer waits; ends the search."""
+        """Whether the caller has stopped waiting. If so, the search ends at the next match."""
         self.counts: Counter[str] = Counter()
         self.texts: list[str] = []
 
     def add(self, name: str, text: str) -> None:
-        """Add a match; called in the thread. Raises TimeoutError once the search is cancelled."""
+        """Add a match. Called in the thread of the search. Raises TimeoutError once the search is cancelled."""
         if self.cancelled:
             raise TimeoutError
         self.counts[name] += 1
@@ -288,7 +292,7 @@ class _Findings:
 
 
 def _name(rule: GuardRule) -> str:
-    """A guard's name in metrics, audit and errors; without the guard server's address."""
+    """Return the name of a guard for metrics, audit and errors. The name does not hold a guard server's address."""
     return f"{rule.on}_{rule.builtin or 'server'}"
 
 
@@ -298,5 +302,6 @@ def _refusal(field: str, message: str) -> CallError:
 
 
 async def _run_by_size(size: int, work: Callable[[], T]) -> T:
-    """Run work on `size` characters: a little on the event loop, more in a thread."""
+    """Run `work` on the event loop if `size` is small, else in a thread. `size`: the number of characters or tokens
+    that `work` processes."""
     return work() if size <= THREAD_CHARS else await asyncio.to_thread(work)

@@ -1,8 +1,8 @@
-"""Extraction and replacement of the texts of a prompt that reach a model.
+"""Extraction and replacement of those texts of a prompt that reach the model.
 
-In messages these are all texts that a caller writes: contents, names, reasoning, tool calls with the keys of their
-arguments, and the values of template arguments. Each is searched by itself: a template inserts text between them, so
-no match can span two of them.
+In a chat prompt these are all texts that a caller writes: contents, names, reasoning, tool calls with the keys of the
+arguments, and the values of template arguments. Each text is searched by itself: a template inserts other text between
+two texts, so no match can span two texts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from cluster.api.outcomes import invalid
 from cluster.gateway.calls.request import ChatPrompt, TextPrompt
 
 _FIXED_KEYS = frozenset({"role", "type"})
-"""Keys of a message whose values are validated, and which templates compare with fixed words."""
+"""Keys of a message whose values are not free text. The values are validated, and templates compare them with fixed
+words."""
 
 
 def texts_of(prompt: ChatPrompt | TextPrompt) -> list[str]:
-    """The texts of a prompt, in order. Raises CallError if it is nested too deeply."""
+    """Return the texts of a prompt, in order. Raises CallError if the prompt is nested too deeply."""
     texts: list[str] = []
 
     def collect(text: str) -> str:
@@ -31,13 +32,13 @@ def texts_of(prompt: ChatPrompt | TextPrompt) -> list[str]:
 
 
 def with_texts(prompt: ChatPrompt | TextPrompt, texts: Sequence[str]) -> ChatPrompt | TextPrompt:
-    """The prompt with `texts` in place of those of `texts_of`."""
+    """Return the prompt with other texts. `texts`: the replacements, in the order of `texts_of`."""
     rest = iter(texts)
     return _rewritten(prompt, lambda text: next(rest))
 
 
 def messages_of(prompt: object) -> int:
-    """The number of messages of a prompt; 1 for a plain one."""
+    """Return the number of messages in a prompt; 1 for a prompt that is not a chat prompt."""
     return len(prompt.messages) if isinstance(prompt, ChatPrompt) else 1
 
 

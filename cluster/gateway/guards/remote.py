@@ -1,4 +1,4 @@
-"""Client of guard servers (cluster.guard.v1.Guard), which check a prompt before it is tokenized."""
+"""Client of guard servers (cluster.guard.v1.Guard). A guard server checks a prompt before the prompt is tokenized."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _OUTCOMES = {
 
 @dataclass(frozen=True, slots=True)
 class GuardReply:
-    """A guard server's answer. `outcome`: "", refused, redacted or flagged. `texts`: redacted. `finding`: a reason."""
+    """A guard server's answer. `outcome`: "" (allowed), refused, redacted or flagged. `texts`: the texts of the prompt,
+    redacted if the outcome is redacted. `finding`: the name of what the guard server found."""
 
     outcome: str
     texts: Sequence[str]
@@ -32,7 +33,7 @@ class GuardReply:
 
 
 class GuardServers:
-    """The channels to guard servers, one for each server that a policy names."""
+    """The gRPC channels to guard servers, one for each guard server that a policy names."""
 
     def __init__(self) -> None:
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
@@ -40,8 +41,8 @@ class GuardServers:
     async def check(
         self, rule: GuardRule, tenant: str, model: str, request_id: str, texts: Sequence[str]
     ) -> GuardReply:
-        """Have the rule's server check texts. Raises OSError if it cannot be reached or its ca_file cannot be read, and
-        ValueError for an invalid answer."""
+        """Send texts to the guard server of a rule and return the answer. Raises OSError if the server cannot be
+        reached or the ca_file cannot be read, and ValueError for an invalid answer."""
         request = guard_pb2.CheckRequest(tenant=tenant, model=model, request_id=request_id, texts=texts)
         stub = guard_pb2_grpc.GuardStub(self._channel(rule))
         try:
@@ -77,7 +78,7 @@ class GuardServers:
 
 
 def on_this_host(address: str) -> bool:
-    """Whether an address is on this host; only then TLS is not needed."""
+    """Return whether an address is on this host. Every other address requires TLS."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

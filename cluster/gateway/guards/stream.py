@@ -1,12 +1,14 @@
 """Output guards as stream filters: text is fed in chunks, and decided text is returned. No I/O, no clock.
 
-Invariant: however a text is cut into chunks, the outputs joined equal the output for the whole text, and no character
-of a redacted or refused match is ever returned. A stage holds back only text that may still become part of a match: at
-most as many characters as the longest pattern matches.
+Text is decided once no later text can change what the guard does with it. Invariant: however a text is cut into chunks,
+the joined outputs equal the output for the whole text, and no character of a redacted or refused match is ever
+returned. A stage holds back only text that may still become part of a match: at most as many characters as the longest
+possible match of any pattern.
 
-Marks travel with the text. A mark is one token and the characters [start, end) that it added. It is returned when its
-last character is decided, and is hidden if a redaction touched one of them. Log probabilities and token counts thus
-follow the text through any number of guards, each of which may shorten or lengthen it.
+Marks travel with the text. A mark stands for one token and holds the positions [start, end) of the characters that the
+token added. A mark is returned when the last of these characters is decided, and is hidden if a redaction touched any
+of these characters. Log probabilities and token counts thus follow the text through any number of guards, each of which
+may shorten or lengthen the text.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from cluster.policy.tenants.patterns import Patterns
 
 Action = Literal["refuse", "redact", "flag"]
 OnDecision = Callable[[str, str], None]
-"""Called for each decision with the name of the pattern or limit and the text that matched."""
+"""Function that is called for each decision, with the name of the pattern or limit and with the text that matched."""
 
 
 class GuardMark(NamedTuple):
-    """A token, by its index, and the characters that it added."""
+    """The positions of the characters that a token added to the text. `token`: the index of the token. `hidden`:
+    whether a redaction touched the characters."""
 
     start: int
     end: int
@@ -32,23 +35,25 @@ class GuardMark(NamedTuple):
 
 
 class GuardStage(Protocol):
-    """One guard's filter. `refused`: the name of the pattern or limit that ended the text, else ""."""
+    """The filter of one guard. `refused`: the name of the pattern or limit that ended the text, "" if none did."""
 
     refused: str
 
     @property
     def held(self) -> int:
-        """Characters held back."""
+        """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and return the decided text. With `last`, or once refused, all text is decided."""
+        """Add text and the marks of the text. Returns the decided text and marks. If `last` is set, or once the text is
+        refused, all text is decided."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """Return the text held back, unfiltered, after the guard has failed open."""
+        """Return the text that is held back, unfiltered, and its marks. Called after the guard has failed open."""
 
 
 class PatternStage:
-    """Redacts, refuses or flags pattern matches: the leftmost first, as in a search of the whole text."""
+    """Redacts, refuses or flags the matches of patterns. The leftmost match is handled first, as in a search of the
+    whole text."""
 
     __slots__ = (
         "_action",
@@ -68,9 +73,9 @@ class PatternStage:
         self._patterns = patterns
         self._action = action
         self._on_decision = on_decision
-        self._text = ""  # one decided character, which \b and ^ look back at, then the text held back
-        self._at = 0  # where in it the text held back begins
-        self._base = 0  # the position of `_text` in all text that was fed
+        self._text = ""  # one decided character, for \b and ^ to look back at, then the text that is held back
+        self._at = 0  # index in `_text` at which the text that is held back begins
+        self._base = 0  # position of `_text` in all text that was fed
         self._marks: deque[GuardMark] = deque()
         self._edits: deque[tuple[int, int, int]] = deque()  # redactions: (start, end, change in length)
         self._shift = 0
@@ -84,13 +89,13 @@ class PatternStage:
         """See GuardStage."""
         self._text += text
         self._marks += marks
-        # Whether a match begins at a position is certain one character after the longest possible match.
+        # A position is decided once the text extends one character beyond the longest match that could begin there.
         limit = len(self._text) - (0 if last else self._patterns.longest)
         out = self._filtered(limit) if limit > self._at else ""
         return out, self._decided_marks(last and not self.refused)
 
     def _filtered(self, limit: int) -> str:
-        """Decide all positions before `limit`, and return the filtered text up to there."""
+        """Decide all positions before `limit`. Returns the filtered text up to the last decided position."""
         text, at, out = self._text, self._at, []
         for start, end in self._patterns.find(text, at):
             if start >= limit:
@@ -114,7 +119,8 @@ class PatternStage:
         return "".join(out)
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
-        """Remove and return the marks whose last character is decided, with positions in the output."""
+        """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
+        `all_marks`: return all marks."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
@@ -177,8 +183,8 @@ class SizeStage:
 
 
 class GuardChain:
-    """Stages in order, each with a time limit for a step. A stage fails if it raises or exceeds its limit; then the
-    text ends, or the stage is skipped from then on."""
+    """A sequence of guard stages, each with a time limit for one step. A stage fails if it raises an error or exceeds
+    the time limit. After a failure the text ends, or the stage is skipped from then on."""
 
     __slots__ = ("_clock", "_on_failure", "_stages", "_timeouts", "done", "refused")
 
@@ -189,22 +195,23 @@ class GuardChain:
         on_failure: Callable[[int, Exception], bool],
         clock: Callable[[], float],
     ) -> None:
-        """`on_failure`: called with the failed stage's index; returns whether everything passes it from then on."""
+        """`timeouts_s`: the time limit of each stage. `on_failure`: called with the index of a failed stage; returns
+        whether the stage is skipped from then on."""
         self._stages = list(enumerate(stages))
         self._timeouts = timeouts_s
         self._on_failure = on_failure
         self._clock = clock
         self.refused = False
         self.done = False
-        """Whether the text has ended: nothing more is returned."""
+        """Whether the text has ended. After the end no text is returned."""
 
     @property
     def held(self) -> int:
-        """Characters held back."""
+        """Number of characters that all stages together hold back."""
         return sum(stage.held for _, stage in self._stages)
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool = False) -> tuple[str, Sequence[GuardMark]]:
-        """Feed text through all stages; see GuardStage.feed."""
+        """Feed text through all stages. Returns the decided text and the decided marks, as GuardStage.feed does."""
         if self.done:
             return "", ()
         for number, stage in list(self._stages):
@@ -238,10 +245,10 @@ class GuardChain:
 
 
 def replacement(name: str) -> str:
-    """The text that replaces a match of the pattern `name`."""
+    """Return the text that replaces a match of the pattern `name`."""
     return f"[redacted: {name}]"
 
 
 def filtered(stage: GuardStage, text: str) -> str:
-    """Filter a whole text through one stage."""
+    """Return a whole text, filtered by one stage."""
     return stage.feed(text, (), True)[0]

@@ -1,8 +1,9 @@
-"""A sequence's text filtered by its tenant's output guards, with the interface of the detokenizer.
+"""The text of a sequence, filtered by the tenant's output guards. The interface is that of the detokenizer.
 
-Stop strings apply first: the guards see the text that would be delivered. Guards and stop strings each hold back text.
-A token is returned with its text: before that it is neither billed nor reported in log probabilities, and a token that
-a redaction touched is never reported. The state lives as long as the sequence, across workers.
+Stop strings apply before the guards, so the guards see the text that would be delivered without guards. Guards and stop
+strings each hold back text. A token counts as returned when its text is returned. Before that the token is neither
+billed nor reported in log probabilities, and a token that a redaction touched is never reported. The state lives as
+long as the sequence, also when the sequence moves to another worker.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GUARD = "guard"
 
 
 class GuardedText:
-    """A detokenizer followed by guards."""
+    """A detokenizer whose text passes through a chain of guards."""
 
     __slots__ = (
         "_chain",
@@ -40,18 +41,19 @@ class GuardedText:
         self._chain = chain
         self.token_ids = inner.token_ids
         self.reportable: deque[bool] | None = None
-        """Whether the log probability of each returned token, in order, may be reported; None if none is requested."""
-        self._ready = ""  # decided and not taken
-        self._seen = 0  # characters that tokens have added
-        self._fed = 0  # of these, characters fed to the guards
-        self._open: list[int] = []  # tokens without a character so far
-        self._marks: list[GuardMark] = []  # of tokens whose characters are not fed to the guards yet
-        self._out = 0  # tokens whose text is decided
-        self._taken = 0  # of these, those whose text has been taken
+        """For each returned token, in order, whether the log probability may be reported. None if log probabilities are
+        not requested."""
+        self._ready = ""  # decided text that `pop_text` has not returned yet
+        self._seen = 0  # number of characters that tokens have added
+        self._fed = 0  # number of characters that were fed to the guards
+        self._open: list[int] = []  # tokens that have added no character so far
+        self._marks: list[GuardMark] = []  # marks of tokens whose characters are not fed to the guards yet
+        self._out = 0  # number of tokens whose text is decided
+        self._taken = 0  # number of tokens whose text `pop_text` has returned
 
     @property
     def searches_text(self) -> bool:
-        """Whether text must pass through this object; always so."""
+        """Whether every token must go through `push`. Always True, since guards search the text."""
         return True
 
     @property
@@ -61,16 +63,17 @@ class GuardedText:
 
     @property
     def pending_chars(self) -> int:
-        """Characters that have not been taken."""
+        """Number of characters that `pop_text` has not returned yet, including those that are held back."""
         held = 0 if self._chain.done else self._inner.pending_chars + self._chain.held
         return held + len(self._ready)
 
     def pending_tokens(self) -> int:
-        """The number of last tokens whose text has not been taken whole."""
+        """Return the number of tokens at the end whose text `pop_text` has not returned completely."""
         return len(self.token_ids) - self._taken
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add tokens, as Detokenizer.push; a guard's refusal ends the text as a stop string does."""
+        """Add the tokens of a step, as Detokenizer.push does. Returns the stop string that ended the text, GUARD if a
+        guard ended the text, else None."""
         if self._chain.done:
             return None
         stop = None
@@ -89,11 +92,13 @@ class GuardedText:
         return self.pop_text(False)
 
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned last and that could not be sent; `take` returns it."""
+        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
+        again."""
         self._ready = text + self._ready
 
     def pop_text(self, finished: bool) -> str:
-        """The decided text since the last take; all text if `finished`."""
+        """Return the decided text since the last call of `pop_text`. If `finished` is set, all text is decided
+        first."""
         if finished and not self._chain.done:
             self._marks += [GuardMark(self._seen, self._seen, token, True) for token in self._open]
             self._open = []
@@ -103,16 +108,17 @@ class GuardedText:
         return text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Raise ValueError: the guards' state cannot be derived from the delivered text."""
+        """Raise ValueError, since the state of the guards cannot be derived from the delivered text."""
         raise ValueError("its tenant's guards hold its text")
 
     def _mark(self, ends: bool) -> None:
-        """Record the characters that the last token added. If it ends the text, all remaining ones are its own."""
+        """Record the characters that the last token added. `ends`: whether the token ends the text; a token that ends
+        the text is recorded even if it added no character."""
         token = len(self.token_ids) - 1
         seen = self._fed + self._inner.pending_chars
         if seen > self._seen or ends:
             start = min(self._seen, seen)
-            # New characters may belong to any token since the last text. Tokens that never added any are hidden.
+            # New characters may belong to any token since the last text. Tokens without any character are hidden.
             self._marks += [GuardMark(start, seen, earlier, seen == start) for earlier in self._open]
             self._marks.append(GuardMark(start, seen, token))
             self._open, self._seen = [], seen
@@ -135,7 +141,8 @@ class GuardedText:
 
 
 class GuardedLogprobs:
-    """Log probabilities that are held until their tokens' text is decided."""
+    """Log probabilities of a sequence with guards. Each log probability is held back until the text of its token is
+    decided."""
 
     def __init__(self, texts: LogprobTexts, text: GuardedText) -> None:
         self._texts = texts
@@ -143,7 +150,8 @@ class GuardedLogprobs:
         self._waiting: deque[list[TokenLogprob]] = deque()
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add a step's positions; returns those that may be reported by now."""
+        """Add the positions of a step. Returns the log probabilities that may be reported by now, of this step and of
+        earlier ones."""
         self._waiting += [self._texts.push([position]) for position in positions]
         out: list[TokenLogprob] = []
         while self._reportable and self._waiting:
@@ -152,5 +160,5 @@ class GuardedLogprobs:
         return out
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Raise ValueError, as GuardedText.restore."""
+        """Raise ValueError, as GuardedText.restore does."""
         raise ValueError("its tenant's guards hold its text")

@@ -1,23 +1,24 @@
-"""Incremental detokenization of one running call, with exactly the text that vLLM's own front end produces.
+"""Incremental detokenization of one running sequence. The text is exactly the text that vLLM's own front end produces.
 
-Theory. A token's text depends on its neighbours: a character may be split over tokens, and sentencepiece models drop
-the first space of a text. So the stream is primed with the prompt and emits only complete text (tokenizers'
-DecodeStream). Three rules follow vLLM:
+Theory. The text of a token depends on the tokens around it: a character may be split over tokens, and sentencepiece
+models drop the first space of a text. So the stream (DecodeStream of the tokenizers library) is primed with the prompt,
+and emits only complete characters. Three rules follow vLLM:
 
-- A decode that contradicts emitted text (invalid bytes after valid ones) restarts the stream, unprimed.
-- Stop strings are searched in the text of each step. The one that ends first wins, the text ends before it, and tokens
-  after the one that completed it do not count. There is no search within the first `min_tokens` tokens.
-- The last max(len(stop)) - 1 characters, which may begin a stop string, are held back until the call ends.
+- If a decode contradicts the emitted text (invalid bytes after valid bytes), the stream is restarted without priming.
+- Stop strings are searched for in the text of each step. The stop string that ends first wins, and the text ends before
+  that stop string. Tokens after the token that completes the stop string do not count. The first `min_tokens` tokens
+  are not searched.
+- The last max(len(stop)) - 1 characters, which may begin a stop string, are held back until the text ends.
 
-With each token, DecodeStream decodes again all tokens that have no text yet. A call that never completes a character,
-or that ends in special tokens only, would cost the square of its length. Two kinds of tokens therefore bypass it:
-tokens that no decoder sees (skipped special tokens and ids without a token), which add no text, and an incomplete
-character of more than MAX_OPEN_TOKENS tokens, all but the last of which are decoded by themselves.
+With each token, DecodeStream decodes all tokens that have no text yet once more. For a sequence that never completes a
+character, or that ends in special tokens only, the cost would grow with the square of the length. Two kinds of tokens
+therefore bypass DecodeStream. Tokens that no decoder sees (skipped special tokens, and ids without a token) add no
+text. An incomplete character of more than MAX_OPEN_TOKENS tokens is decoded separately, except for the last tokens.
 
-A stop token that ends a call (EOS included) counts, but has no text.
+A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
 If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token of complete characters
-has the same text after every complete character. A table returns it in a tenth of the stream's time.
+has the same text after every complete character. A table returns that text in a tenth of the stream's time.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 
 INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
-"""How many tokens of a long prompt prime a stream, if that is equivalent to the whole prompt."""
+"""Number of tokens at the end of a long prompt that prime a stream, if they are equivalent to the whole prompt."""
 REPLACEMENT: Final = "\ufffd"
 MAX_OPEN_TOKENS: Final = 256
-"""Tokens without text after which they no longer count as one incomplete character. Each costs decoding all tokens
-before it, about 50 us on average."""
+"""Number of tokens without text above which the tokens no longer count as one incomplete character. Each further token
+costs a decode of all tokens before it, about 50 us on average."""
 KEPT_TOKENS: Final = 16
-"""How many of them, the last ones, are kept because they may begin a character."""
+"""Number of tokens at the end of such a run that stay in the stream, because they may begin a character."""
 
 
 class TextSource(Protocol):
-    """The interface of a sequence to its text: a Detokenizer, or guards wrapped around one."""
+    """The source of a sequence's text: a Detokenizer, or guards wrapped around a Detokenizer."""
 
     token_ids: list[int]
 
@@ -57,36 +58,38 @@ class TextSource(Protocol):
 
     @property
     def pending_chars(self) -> int:
-        """Characters that have not been taken."""
+        """Number of characters that `pop_text` has not returned yet."""
 
     def pending_tokens(self) -> int:
-        """Number of tokens at the end none of whose text has been taken."""
+        """Count the tokens at the end for which `pop_text` has returned no text yet."""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add a step's tokens. Returns what has ended the text, None if nothing has; after an end, do not push."""
+        """Add the tokens of a step. Returns the stop string or guard that has ended the text, None while the text goes
+        on. Do not call again after the text has ended."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return its text, which then counts as taken. Not allowed if `watches`."""
+        """Add one token and return the text of the token, which `pop_text` then does not return. Not allowed
+        while `searches_text` is True."""
 
     def push_back(self, text: str) -> None:
-        """Return the last text of `text_of`, which could not be sent, to be taken later."""
+        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
+        later."""
 
     def pop_text(self, finished: bool) -> str:
-        """Return the text since the last take."""
+        """Return the text since the last call of `pop_text`. `finished`: whether the text has ended."""
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Start from the state of another source with these tokens and `chars` taken characters.
+        """Start with the state of another source that has processed `token_ids` and returned `chars` characters.
 
         Raises ValueError if that is impossible."""
 
 
 class WholeTexts(dict[int, str | None]):
-    """Table of the texts of a byte-level tokenizer's tokens; None for tokens that are not complete characters.
-
-    Filled on first use of each token."""
+    """Table of the token texts of a byte-level tokenizer. The entry is None for a token that is not made of complete
+    characters. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
-        """`unsafe_ids`: added tokens, which may be skipped and are not bytes."""
+        """`unsafe_ids`: ids of added tokens, which may be skipped and do not stand for bytes."""
         super().__init__()
         self._tokenizer = tokenizer
         self._unsafe_ids = unsafe_ids
@@ -103,7 +106,8 @@ class WholeTexts(dict[int, str | None]):
 
 
 class UnseenTokens(dict[int, bool]):
-    """Table of whether a token is skipped before decoding. Filled on first use of each token."""
+    """Table that says for each token whether the token is skipped before decoding. Each entry is computed when the
+    token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()
@@ -121,14 +125,15 @@ class UnseenTokens(dict[int, bool]):
 
 
 def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts | None:
-    """A WholeTexts table if the tokenizer's decoder only joins bytes, else None."""
+    """Return a WholeTexts table if the tokenizer's decoder only joins bytes, else None."""
     return WholeTexts(tokenizer, unsafe_ids) if isinstance(tokenizer.decoder, ByteLevel) else None
 
 
 class Detokenizer:
-    """The text of one call. `push` adds a step's tokens, `take` returns the text that may be sent; neither blocks.
+    """The text of one sequence. `push` adds the tokens of a step, and `pop_text` returns the text that may be sent.
+    Neither method blocks.
 
-    `token_ids`: the output tokens that count; tokens after a stop string are removed from it.
+    `token_ids`: the output tokens that count. Tokens after a stop string are removed from the list.
     """
 
     __slots__ = (
@@ -159,8 +164,8 @@ class Detokenizer:
         whole_texts: WholeTexts | None = None,
         unseen: UnseenTokens | None = None,
     ) -> None:
-        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty. `unseen`: the table for
-        this tokenizer and `skip_special_tokens`; None makes a new one."""
+        """`prompt_ids`: the ids that prime the stream (see `priming_ids`). `stop`: stop strings, none of them empty.
+        `unseen`: the table for this tokenizer and `skip_special_tokens`; if None, a new table is made."""
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
@@ -175,16 +180,18 @@ class Detokenizer:
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
         self._whole_texts = None if stop else whole_texts
         self._whole = False
-        # With stop strings: the text lengths of the tokens of which nothing has been taken, and how many characters of
-        # the token before them have not been taken.
+        # Only with stop strings: the text length of each token for which `pop_text` has returned no text yet, and the
+        # number of characters that `pop_text` still has to return for the token before those tokens.
         self._lengths: deque[int] = deque()
         self._part_left = 0
-        self._text = ""  # not taken yet; a stop string can only begin in here, because enough is held back
+        # Text that `pop_text` has not returned yet. A stop string can only begin in this text, as enough is held back.
+        self._text = ""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add a step's tokens. Returns the stop string that their text completes, if any; then do not push again.
+        """Add the tokens of a step. Returns the stop string that is completed by the text of the tokens, or None. Do
+        not call again after a stop string.
 
-        `stop_terminated`: the last token is the stop token that ended the call.
+        `stop_terminated`: whether the last token is the stop token that ended the sequence.
         """
         if self._stop:
             return self._push_watching(token_ids, stop_terminated)
@@ -195,7 +202,8 @@ class Detokenizer:
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Add one token, not a stop token, and return its text, which then counts as taken. Not with stop strings."""
+        """Add one token that is not a stop token, and return the text of the token, which `pop_text` then does not
+        return. Not allowed if there are stop strings."""
         if self._whole:
             text = self._whole_texts[token_id]  # type: ignore[index]
             if text is not None:
@@ -204,18 +212,19 @@ class Detokenizer:
             self._stream = DecodeStream(ids=self.token_ids[-1:], skip_special_tokens=self._skip_special)
         self.token_ids.append(token_id)
         text = self._decode(token_id)
-        # Text means that no character is incomplete. After a token of complete characters the table is used; the
-        # stream does not see those tokens, so it later restarts after the last of them.
+        # If there is text, no character is incomplete. After a token of complete characters the table is used. The
+        # stream does not see the tokens that the table handles, so it is later restarted after the last of them.
         self._whole = bool(text) and self._whole_texts is not None and self._whole_texts[token_id] is not None
         return text
 
     @property
     def pending_chars(self) -> int:
-        """Characters that have not been taken."""
+        """Number of characters that `pop_text` has not returned yet."""
         return len(self._text)
 
     def pending_tokens(self) -> int:
-        """Number of tokens at the end none of whose text has been taken. Without stop strings, computed on demand."""
+        """Count the tokens at the end for which `pop_text` has returned no text yet. If there are no stop strings, the
+        count is computed here by decoding."""
         if self._stop:
             return len(self._lengths)
         if not self._text:
@@ -234,17 +243,18 @@ class Detokenizer:
 
     @property
     def refused(self) -> bool:
-        """Always False: a Detokenizer has no guards."""
+        """Whether a guard has ended the text. Always False, since a Detokenizer has no guards."""
         return False
 
     def push_back(self, text: str) -> None:
-        """Return the last text of `text_of`, which could not be sent, to be taken later."""
+        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
+        later."""
         self._text += text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Start from the state of another Detokenizer with these tokens and `chars` taken characters.
+        """Start with the state of another Detokenizer that has processed `token_ids` and returned `chars` characters.
 
-        Call before any `push`. Raises ValueError if the tokens have fewer characters."""
+        Call before any `push`. Raises ValueError if the text of the tokens has fewer characters."""
         step = self._decode if self._stop else self.text_of
         text = "".join([step(token_id) for token_id in token_ids])
         if len(text) < chars:
@@ -255,7 +265,8 @@ class Detokenizer:
         self._text = text[chars:]
 
     def pop_text(self, finished: bool) -> str:
-        """Return the text since the last take; unless `finished`, without the end that may begin a stop string."""
+        """Return the text since the last call of `pop_text`. Unless `finished` is set, the end of the text, which may
+        begin a stop string, is held back."""
         text = self._text
         if finished or not self._held_chars:
             self._text = ""
@@ -274,12 +285,13 @@ class Detokenizer:
         return f"Detokenizer({len(self.token_ids)} tokens, {len(self._text)} characters not taken)"
 
     def _push_watching(self, token_ids: Sequence[int], stop_terminated: bool) -> str | None:
-        """`push` for a call with stop strings: decode the step, then find the stop string that ends first."""
+        """Do the work of `push` if there are stop strings: decode the step, then find the stop string that ends
+        first."""
         before = len(self.token_ids)
         pieces = [self._decode(token_id) for token_id in (token_ids[:-1] if stop_terminated else token_ids)]
         if stop_terminated and token_ids:
             pieces.append("")
-        ends = list(accumulate(map(len, pieces), initial=len(self._text)))  # where each new token's text ends
+        ends = list(accumulate(map(len, pieces), initial=len(self._text)))  # the end of each new token's text
         self._text += "".join(pieces)
         self._lengths.extend(map(len, pieces))
         self.token_ids += token_ids
@@ -298,7 +310,8 @@ class Detokenizer:
         return stop
 
     def _first_stop(self, new_chars: int) -> tuple[str, int] | None:
-        """The stop string that ends first within the last `new_chars`, and its start in the text; None without any."""
+        """Return the stop string that ends first within the last `new_chars` characters, and the start of that stop
+        string in the text; None if no stop string ends there."""
         if not new_chars:
             return None
         hits = [(self._text.find(stop, 1 - new_chars - len(stop)), stop) for stop in self._stop]
@@ -323,14 +336,16 @@ class Detokenizer:
         return self._flush_open() if len(self._open) > MAX_OPEN_TOKENS else ""
 
     def _flush_open(self) -> str:
-        """The text of tokens that are too many to be one incomplete character, except for the last tokens."""
+        """Return the text of the open tokens, which are too many to be one incomplete character. The last open tokens
+        stay in the stream."""
         tokens, self._open = self._open, []
         cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         return self._text_of(tokens[:cut]) + "".join(map(self._decode, tokens[cut:]))
 
     def _cut(self, tokens: list[int]) -> int:
-        """An index at which tokens can be decoded in two parts to the same text, so not inside a broken character."""
+        """Return an index that is not inside a broken character. If the tokens are cut there, the texts of the two
+        parts joined equal the text of all tokens."""
         whole, latest = self._text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self._text_of(tokens[:cut]) + self._text_of(tokens[cut:]) == whole:
@@ -342,7 +357,8 @@ class Detokenizer:
         return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
-        """The text of a token on which the stream has failed. Raises `error` unless it is known to be harmless."""
+        """Return the text of a token on which the stream has failed with `error`. Raises `error` unless the error is
+        known to be harmless."""
         if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
             return None
         if not str(error).startswith(INVALID_PREFIX):
@@ -355,11 +371,12 @@ class Detokenizer:
 def priming_ids(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
 ) -> Sequence[int]:
-    """The part of a prompt that primes a stream as the whole prompt would; usually at most its last TAIL_TOKENS.
+    """Return a part of the prompt that primes a stream as the whole prompt would: usually at most the last TAIL_TOKENS.
 
-    DecodeStream decodes its priming ids twice at the first token, which takes milliseconds for a long prompt. The text
-    after a prompt depends only on the prompt's tail, if the tail begins with a token outside `unsafe_ids` (byte tokens,
-    whose runs decode together, and added tokens, which may be skipped), has text, and does not end inside a character.
+    Reason: DecodeStream decodes the priming ids twice at the first token, which takes milliseconds for a long prompt.
+    The text after a prompt depends only on the tail of the prompt if three conditions hold: the tail begins with a
+    token outside `unsafe_ids`, the tail has text, and the tail does not end inside a character. `unsafe_ids` are the
+    byte tokens, since runs of byte tokens are decoded together, and the added tokens, which may be skipped.
     """
     if len(prompt_ids) <= TAIL_TOKENS:
         return prompt_ids

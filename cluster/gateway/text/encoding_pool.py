@@ -1,4 +1,4 @@
-"""Helper processes that tokenize the long prompts of one model (helpers/pool.py)."""
+"""The pool of helper processes that tokenize the long prompts of one model (helpers/pool.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cluster.wire.bundle import Bundle
 
 
 class EncodingPool(HelperPool):
-    """Helpers that hold the model's tokenizer and chat template."""
+    """Pool of helper processes, each of which holds the tokenizer and the chat template of one model."""
 
     def __init__(self, bundle: Bundle, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
         """`size` and `patience_s`: see HelperPool."""

@@ -1,8 +1,9 @@
-"""Detection of slow regular expressions in tokenizers, which come with models and are not trusted.
+"""Detection of slow regular expressions in tokenizers. Tokenizers come with models and are not trusted.
 
-The regex engine backtracks: for `(a+)+$` the time doubles with each character. Such expressions are recognized by
-their form, conservatively: a repeated group that contains a repetition or a choice, a back reference, or many
-repetitions in sequence. A tokenizer with one runs only in helper processes, which have a CPU limit.
+Problem: the regex engine of the tokenizers library backtracks, so for `(a+)+$` the time doubles with each character.
+Expressions that may be slow are recognized by their form: a repeated group that contains a repetition or a choice, a
+back reference, or many repetitions in sequence. The test is conservative. A tokenizer with such an expression runs only
+in helper processes, which have a CPU limit.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Iterator
 from typing import Final
 
 MAX_REPETITIONS: Final = 6
-"""Maximum number of repetitions in one alternative of a group, since all of them may match parts of the same text."""
+"""Upper bound on the repetitions in one alternative of a group, as each repetition may match a part of the same
+text."""
 _UNBOUNDED = re.compile(r"[*+](?!\+)|\{\d*,\d*\}(?!\+)")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)
 
 
 def expressions_of(layout: object) -> Iterator[str]:
-    """All regular expressions in the parts of a tokenizer.json."""
+    """Yield all regular expressions in the parsed contents of a tokenizer.json."""
     if isinstance(layout, dict):
         pattern = layout.get("Regex")
         if isinstance(pattern, str):
@@ -31,10 +33,10 @@ def expressions_of(layout: object) -> Iterator[str]:
 
 
 def may_explode(pattern: str) -> bool:
-    """Whether a short text may keep a backtracking engine busy for a long time."""
+    """Return whether an expression may keep a backtracking engine busy for a long time on a short text."""
     if re.search(r"\\[1-9]|\\k<|\(\?P=", pattern):
         return True
-    groups: list[list[int]] = [[0, 0, 0]]  # repetitions of this alternative, of the largest one, alternatives beyond 1
+    groups: list[list[int]] = [[0, 0, 0]]  # repetitions in this alternative, most in one, alternatives - 1
     at = 0
     while at < len(pattern):
         char = pattern[at]

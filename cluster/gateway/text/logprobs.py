@@ -1,8 +1,8 @@
-"""Log probabilities of one call with the text and bytes of each token, as vLLM's server returns them.
+"""Log probabilities of one sequence with the text and bytes of each token, as vLLM's server returns them.
 
-A token by itself may be a part of a character. Its text is then what it adds to the sampled tokens before it: the
-whole character for the token that completes it, nothing for the others. Each alternative at a position is decoded
-after the same sampled tokens, independently of the other alternatives.
+A token by itself may be only a part of a character. The text of such a token is then what the token adds to the sampled
+tokens before it: the whole character for the token that completes the character, nothing for the other tokens. Each
+alternative at a position is decoded after the same sampled tokens, independently of the other alternatives.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from typing import Final, Protocol
 from cluster.api.types import PositionLogprobs
 
 LEAST_LOGPROB: Final = -9999.0
-"""The value reported for minus infinity, which JSON cannot represent."""
+"""The log probability that is reported instead of minus infinity, which JSON cannot represent."""
 CONTEXT_TOKENS: Final = 4
 REPLACEMENT: Final = "\ufffd"
 
 
 class TokenTexts(Protocol):
-    """The part of a tokenizer that this module needs."""
+    """The methods of a tokenizer that this module calls."""
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token by itself, a leading space included."""
+        """Return the text of one token by itself, a leading space included."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of several tokens."""
+        """Return the text of several tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token's log probability. `top` holds the most likely tokens at the position, the sampled one first."""
+    """The log probability of one token. `top`: the most likely tokens at the same position, with the sampled token
+    first."""
 
     token_id: int
     token: str
@@ -42,30 +43,31 @@ class TokenLogprob:
 
 
 class LogprobSource(Protocol):
-    """The interface of a sequence to its readable log probabilities: LogprobTexts, or guards around it."""
+    """The source of a sequence's log probabilities with texts: LogprobTexts, or guards wrapped around LogprobTexts."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add a step's positions. Returns the ones that may be sent."""
+        """Add the positions of a step. Returns the log probabilities that may be sent by now."""
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Continue after tokens that were sampled and sent before. Raises ValueError if that is impossible."""
+        """Continue after tokens that were sampled and sent earlier. Raises ValueError if that is impossible."""
 
 
 class LogprobTexts:
-    """Turns one call's positions, in order, into TokenLogprobs. Keeps the last sampled tokens between steps."""
+    """Converts the positions of one sequence, in order, to TokenLogprobs. Keeps the last sampled tokens between
+    steps."""
 
     def __init__(self, texts: TokenTexts, top_logprobs: int) -> None:
-        """`top_logprobs`: how many alternatives to return per position, the sampled token included."""
+        """`top_logprobs`: number of alternatives to return for each position, the sampled token included."""
         self._texts = texts
         self._top_logprobs = top_logprobs
         self._context: deque[int] = deque(maxlen=CONTEXT_TOKENS)
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Continue after tokens that were sampled and sent before."""
+        """Continue after tokens that were sampled and sent earlier."""
         self._context.extend(token_ids[-CONTEXT_TOKENS:])
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Convert a step's positions. A position without tokens is left out."""
+        """Return the positions of a step as TokenLogprobs. A position without tokens is left out."""
         return [self._position(position) for position in positions if position.token_ids]
 
     def _position(self, position: PositionLogprobs) -> TokenLogprob:
@@ -88,9 +90,10 @@ class LogprobTexts:
         return TokenLogprob(token_id, text, text.encode(errors="replace"), max(logprob, LEAST_LOGPROB))
 
     def _completed(self, token_id: int, context: Sequence[int]) -> str:
-        """The character that the token completes, decoded with the fewest sampled tokens before it; "" if none.
+        """Return the character that the token completes; "" if the token completes no character.
 
-        With the fewest, all of them are parts of that character.
+        The token is decoded with the fewest sampled tokens before it that yield a character. All these tokens are then
+        parts of the character.
         """
         for length in range(1, len(context) + 1):
             text = self._texts.decode([*context[-length:], token_id], skip_special_tokens=False)

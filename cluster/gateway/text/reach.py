@@ -1,11 +1,14 @@
-"""A lower bound of a text's number of tokens, without tokenizing it.
+"""Lower bound on the number of tokens in a text, computed without tokenizing the text.
 
 Theory. A token of n bytes covers n bytes of the text. Give each byte value the weight 1/m, where m is the length of the
-longest token that contains it. The weights under one token sum to at most 1, so a text has at least as many tokens as
-the sum of its bytes' weights. That needs only a histogram of the bytes, about a nanosecond per byte. The bound holds if
-each byte of the text is under some token: for byte-level BPE, and for BPE with byte fallback, if no normalizer shortens
-the text. NFC leaves ASCII unchanged and turns other text into at least 1/NFC_SHORTENS of its bytes, of any values;
-there each byte gets the weight from the longest token of all. For any other tokenizer `of` returns None.
+longest token that contains the byte value. The weights of the bytes that one token covers sum to at most 1. So the sum
+of the weights of all bytes in a text is a lower bound on the number of tokens. Computing the sum takes only a histogram
+of the bytes, about a nanosecond per byte.
+
+The bound holds if every byte of the text is covered by a token. That is the case for byte-level BPE, and for BPE with
+byte fallback, if no normalizer shortens the text. The normalizer NFC leaves ASCII unchanged, and shortens other text to
+no less than 1/NFC_SHORTENS of the bytes, which may have any values; there each byte gets the weight that belongs to the
+longest token of all. For any other tokenizer `of` returns None.
 """
 
 from __future__ import annotations
@@ -17,26 +20,28 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 NFC_SHORTENS: Final = 9
-"""Canonical composition may shorten a sequence to a third of its bytes, and singletons to a third of that."""
+"""Factor by which NFC may shorten a text: canonical composition of sequences shortens the bytes to a third, and the
+replacement of singletons shortens the result to a third again."""
 _NORMALIZERS: Final = frozenset({"NFC", "Prepend", "Replace", "none"})
 _PRE_TOKENIZERS: Final = frozenset({"ByteLevel", "Split", "Digits", "Punctuation", "Metaspace", "none"})
 MARK: Final = "▁"
-"""The character for a space in the vocabulary of sentencepiece tokenizers."""
+"""The character that stands for a space in the vocabulary of sentencepiece tokenizers."""
 BLOCK_BYTES: Final = 1 << 20
 
 
 class Reach:
-    """Lower bounds of texts' numbers of tokens. Create with `of`."""
+    """Computes a lower bound on the number of tokens in a text. Create with `of`."""
 
     def __init__(self, weights: np.ndarray[Any, np.dtype[np.float64]], composes: bool) -> None:
-        """`weights`: those of the 256 byte values. `composes`: whether the tokenizer normalizes to NFC."""
+        """`weights`: the weight of each of the 256 byte values. `composes`: whether the tokenizer normalizes to NFC."""
         self._weights = weights
         self._least = float(weights.min())
         self._composes = composes
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> Reach | None:
-        """The bounds for a tokenizer; None if no bound is certain. `layout`: tokenizer.json without the vocabulary."""
+        """Return a Reach for a tokenizer; None if no bound is certain. `layout`: the contents of tokenizer.json without
+        the vocabulary."""
         normalizers = list(_members(layout.get("normalizer"), "normalizers"))
         steps = list(_members(layout.get("pre_tokenizer"), "pretokenizers"))
         pieces = _pieces(tokenizer, steps) if _keeps_all(tokenizer, normalizers, steps) else None
@@ -46,7 +51,7 @@ class Reach:
         return cls(1.0 / _longest(sorted({*pieces, *added}, key=len, reverse=True)), _has(normalizers, "NFC"))
 
     def fewest(self, text: str) -> int:
-        """The least number of tokens that the text can have, without special tokens around it."""
+        """Return a lower bound on the number of tokens in the text, without special tokens around the text."""
         weight = 0.0
         for at in range(0, len(text), BLOCK_BYTES):
             block = text[at : at + BLOCK_BYTES]
@@ -64,7 +69,8 @@ class Reach:
 
 
 def _longest(pieces: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """For each byte value, the length of the longest piece that contains it, at least 1. `pieces`: longest first."""
+    """Return an array of shape (256,): for each byte value, the length of the longest piece with that byte value, at
+    least 1. `pieces`: the pieces, longest first."""
     longest = np.ones(256)
     left = set(range(256))
     for piece in pieces:
@@ -91,7 +97,7 @@ def _has(parts: Iterable[Mapping[str, Any]], kind: str) -> bool:
 def _keeps_all(
     tokenizer: Tokenizer, normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether tokens cover all of a text: no part is dropped or shortened."""
+    """Return whether the tokens cover every part of a text, so that no part is dropped or shortened."""
     return (
         {str(normalizer.get("type")) for normalizer in normalizers} <= _NORMALIZERS
         and all(
@@ -108,7 +114,8 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """The vocabulary as bytes of text (longer for pieces with a space mark); None if a byte may have no token."""
+    """Return the bytes of each piece in the vocabulary; None if a byte of a text may have no token. The bytes of a
+    piece with a space mark include a space, so they are longer than the text that the piece covers."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -124,7 +131,7 @@ def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[by
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers (since GPT-2) use for bytes."""
+    """Return the alphabet of byte-level tokenizers (since GPT-2): the byte that each character stands for."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(plain)]
     alphabet = {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}

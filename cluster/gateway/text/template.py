@@ -1,9 +1,9 @@
 """Chat templates: a model's Jinja template renders messages into one prompt, as transformers does.
 
-The environment is that of transformers: sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
-without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks, which only mark text for training and
-are transparent here. A render has limits on its CPU time, on the characters of its output and of intermediate texts
-(template_guard.py), and on the items of all its `range`s together.
+The Jinja environment equals that of transformers: sandboxed and immutable, trim_blocks and lstrip_blocks, loop
+controls, tojson without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks. A generation block
+only marks text for training, so only the contents are rendered here. Each render has limits on the CPU time, on the
+characters of the output and of intermediate texts (template_guard.py), and on the items of all `range` calls together.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ RESERVED_KWARGS: Final = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 CONTINUE_MARK: Final = "\ue000HEADRACE-CONTINUES-HERE "
-"""Appended to the final message to locate its end in the prompt; its last space shows whether the template trims."""
+"""Mark that is appended to the final message, to find the end of that message in the prompt. The space at the end of
+the mark shows whether the template trims messages."""
 
 
 class _Raised(TemplateError):
-    """Raised by a template's raise_exception. Its text is meant for the caller."""
+    """Raised when a template calls raise_exception. The text of the exception is meant for the caller."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}: renders its body, in a scope of its own as a call block has."""
+    """The block {% generation %}...{% endgeneration %}. Renders the body of the block in a separate scope, as a call
+    block does."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -78,7 +80,7 @@ def _environment(now: Callable[[], datetime]) -> Environment:
 
 
 class ChatTemplate:
-    """A model's chat templates, compiled once. Rendering is thread-safe, and pure except for `now`."""
+    """The chat templates of a model, compiled once. Rendering is thread-safe, and pure except for `now`."""
 
     def __init__(
         self,
@@ -87,9 +89,10 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`sources`: Jinja text by name; a single template is `default`. `special_tokens`: text by name (bos_token).
+        """`sources`: the Jinja text of each template by name; a single template has the name `default`.
+        `special_tokens`: the text of each special token by name, such as bos_token.
 
-        A template that does not compile is refused only at `render`, so the model can still serve completions.
+        A template that does not compile raises no error until `render`, so that the model can still serve completions.
         """
         environment = _environment(now)
         self._special_tokens = dict(special_tokens or {})
@@ -116,10 +119,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt's text, special tokens included. None and an empty list of tools are equivalent.
+        """Return the text of the prompt, special tokens included.
 
-        `continue_final_message` leaves the last message open, and so excludes the generation prompt. Raises CallError:
-        INVALID_FIELD on `messages` with the template's error text, UNSUPPORTED_FEATURE without a usable template.
+        `tools`: None and an empty list are equivalent. `continue_final_message`: leave the last message open; no
+        generation prompt is added then. Raises CallError: INVALID_FIELD on `messages` with the error text of the
+        template, or UNSUPPORTED_FEATURE if the model has no usable template.
         """
         if not messages:
             raise invalid("messages", "at least one message is needed")
@@ -166,7 +170,7 @@ def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _bounded_range() -> Callable[..., range]:
-    """Jinja's sandboxed `range` for one render, with a limit on the items of all calls together."""
+    """Return Jinja's sandboxed `range` for one render, with a limit on the items of all its calls together."""
     left = MAX_RANGE_ITEMS
 
     def bounded(*args: int) -> range:
@@ -181,7 +185,7 @@ def _bounded_range() -> Callable[..., range]:
 
 
 def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render a template. Raises every failure as a CallError on the field `messages`."""
+    """Render a template. Raises CallError on the field `messages` for every failure."""
     try:
         with bounded(MAX_RENDER_S):
             return "".join(_pieces(template.root_render_func(template.new_context(variables))))
@@ -208,7 +212,7 @@ def _pieces(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages, with CONTINUE_MARK appended to the last text of the last message."""
+    """Return the messages, with CONTINUE_MARK appended to the last text of the last message."""
     last = dict(messages[-1])
     content = last.get("content")
     if isinstance(content, str):
@@ -224,7 +228,7 @@ def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _cut_at_mark(text: str, content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text up to the mark, trimmed if the template trimmed the message."""
+    """Return the text before CONTINUE_MARK, with the end trimmed if the template trimmed the message."""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     final = parts[-1].removesuffix(CONTINUE_MARK)
     at = text.rfind(CONTINUE_MARK.strip())

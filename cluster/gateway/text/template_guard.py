@@ -1,8 +1,8 @@
 """A sandboxed Jinja environment that limits the time and the size of every render of a chat template.
 
-Problem: templates come with models, messages come from tenants, and Jinja limits neither. Each loop iteration and each
-call checks the render's CPU time. Operations that make a text longer than its parts (sums, repetitions, joins, captured
-blocks, replacements, field widths) are charged before the text is made.
+Problem: templates come with models, messages come from tenants, and Jinja limits neither. In this environment each loop
+iteration and each call checks the CPU time of the render. Operations that make new texts (sums, repetitions, joins,
+captured blocks, replacements, field widths) charge the length of the new text before the text is made.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from jinja2.visitor import NodeTransformer
 
 MAX_RENDERED_CHARS: Final = 16 * 1024 * 1024
 MAX_MADE_CHARS: Final = 512 * 1024 * 1024
-"""Limit on all texts that one render makes, intermediate ones included."""
+"""Upper bound on the characters of all texts that one render makes, intermediate texts included."""
 MAX_RENDER_S: Final = 2.0
-"""CPU time of the rendering thread."""
+"""Upper bound on the CPU time of one render, in seconds of the rendering thread."""
 CLOCK_EVERY: Final = 32
-"""Ticks between readings of the clock, since a reading costs more than a tick."""
+"""Number of ticks between two readings of the clock, since a reading costs more than a tick."""
 MAX_NUMBER: Final = 1_000_000
-"""Largest number that may be passed to a method or filter: widths, indents, counts."""
+"""Largest number that a template may pass to a method or filter as a width, indent or count."""
 MAX_JSON_INDENT: Final = 64
 _WIDE: Final = re.compile(r"\d{6,}|%[^%\w]*\*")
-"""An excessive field width, in the syntax of `%` or of `format`."""
+"""Pattern of an excessive field width, in the syntax of `%` or of `format`."""
 
 
 class RenderLimitExceeded(Exception):
-    """A render has exceeded one of the limits above."""
+    """Raised when a render exceeds one of the limits of this module."""
 
 
 class _Spent(threading.local):
-    """The consumption of the render that runs in this thread."""
+    """The CPU time limit and the consumption of the render that runs in this thread."""
 
     until: float = float("inf")
     made: int = 0
@@ -53,7 +53,7 @@ _spent = _Spent()
 
 @contextmanager
 def bounded(cpu_s: float) -> Iterator[None]:
-    """Apply the limits to one render in this thread."""
+    """Apply the limits to one render in this thread, for as long as the context is open."""
     _spent.until, _spent.made = time.thread_time() + cpu_s, 0
     try:
         yield
@@ -68,7 +68,7 @@ def _tick() -> None:
 
 
 def _charge(chars: int) -> None:
-    """Count a text of that length before it is made. Raises RenderLimitExceeded."""
+    """Count a text of `chars` characters before the text is made. Raises RenderLimitExceeded."""
     if chars > MAX_RENDERED_CHARS:
         raise RenderLimitExceeded(f"a text of more than {MAX_RENDERED_CHARS} characters")
     _spent.made += chars
@@ -125,7 +125,8 @@ def _joined(parts: Iterable[Any], between: object = "") -> list[Any]:
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Wrap a Jinja filter so that it refuses excessive numbers and charges long results first."""
+    """Return a wrapper of a Jinja filter. The wrapper refuses excessive numbers, and charges a long result before the
+    result is made."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
     grows = _GROWING_FILTERS.get(name)
 
@@ -164,17 +165,19 @@ _GROWING_FILTERS: Final[Mapping[str, Callable[..., None]]] = {
     "wordwrap": _wrapped,
     "tojson": _json,
 }
-"""Methods and filters that may make a text longer than its parts, each with the check that runs before it."""
+"""Methods and filters that may make long texts, each with the check that runs before the method or filter."""
 
 
 @jinja2.pass_context
 def _round(_context: object, _: object) -> None:
-    """Count one loop iteration. It takes the context only so that Jinja does not evaluate it at compile time."""
+    """Count one loop iteration. The function takes the context only to keep Jinja from evaluating the filter at compile
+    time."""
     _tick()
 
 
 class _Instrument(NodeTransformer):
-    """Adds a tick to each loop iteration and turns each `~` into a filter, since filters cost less than calls."""
+    """Adds a tick to each loop iteration, and replaces each `~` by a filter that charges the result. Both are filters,
+    since filters cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)
@@ -194,7 +197,9 @@ def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """A Jinja sandbox with the limits above. Compile with `guarded`; render within `bounded`."""
+    """A Jinja sandbox with the limits of this module. Compile templates with `guarded` and render them within
+    `bounded`.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_concat)
@@ -207,7 +212,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"join": _join_filter, _ROUND: _round, _CONCAT: lambda parts: _concat(map(str, parts))}
 
     def guarded(self, source: str) -> jinja2.Template:
-        """Compile a template with the limits built in. Raises TemplateSyntaxError."""
+        """Return a compiled template with the limits built in. Raises TemplateSyntaxError."""
         tree = self.parse(source)
         _Instrument().visit(tree)
         tree.set_lineno(1)  # for the inserted nodes, which have none

@@ -1,8 +1,9 @@
 """A model's tokenizer and chat templates, from its bundle: prompts become token ids, and token ids become text.
 
-The ids equal those of the model's own tools: transformers' tokenizer for a plain prompt (with special tokens added, as
-vLLM's server does for completions), apply_chat_template(tokenize=True) for messages (without, since the template has
-its own BOS). All functions are thread-safe; the Rust tokenizer releases the GIL.
+The ids equal those of the model's own tools. For a plain prompt, the tool is transformers' tokenizer with special
+tokens added, as in vLLM's server for completions. For messages, the tool is apply_chat_template(tokenize=True) without
+special tokens added, since the template contains the BOS. All functions are thread-safe; the Rust tokenizer releases
+the GIL.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ log = structlog.get_logger("text")
 
 ANY_LENGTH: Final = 2**62
 SURELY_FEW: Final = 8
-"""Characters per allowed token. Shorter texts are tokenized without computing a lower bound of their tokens."""
+"""Number of characters per allowed token up to which a text is tokenized without computing a lower bound on the number
+of tokens first."""
 ENCODE_OFFLOAD_CHARS: Final = 4096
-"""Longer texts are tokenized in a thread: about a millisecond of one core at 3-4 million characters a second."""
+"""Length in characters above which a text is tokenized in a thread. A text of this length takes about a millisecond of
+one core, at 3-4 million characters a second."""
 ENCODE_HELPER_CHARS: Final = 32_768
-"""Longer texts are tokenized in a helper process (encoding_pool.py) when one is available."""
+"""Length in characters above which a text is tokenized in a helper process (encoding_pool.py), if one is available."""
 _THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
-"""No more threads than cores, since everything but the Rust tokenizer runs under the GIL anyway."""
+"""Threads for tokenization, no more than cores. Everything but the Rust tokenizer runs under the GIL anyway."""
 SPECIAL_TOKEN_NAMES: Final = (
     "bos_token",
     "eos_token",
@@ -64,7 +67,7 @@ UNKNOWN: Final = _Unknown()
 
 
 class TextModel:
-    """One model's tokenizer and chat templates. Create with `from_bundle`; it keeps no state but caches."""
+    """The tokenizer and chat templates of one model. Create with `from_bundle`. The only state is caches."""
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class TextModel:
         model_config: Mapping[str, Any],
         pool: EncodingPool | None = None,
     ) -> None:
-        """`pool`: helper processes for long texts; None: long texts are tokenized in threads."""
+        """`pool`: the helper processes for long texts. If None, long texts are tokenized in threads."""
         self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
@@ -98,9 +101,10 @@ class TextModel:
     def from_bundle(
         cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now, in_helper: bool = False
     ) -> TextModel:
-        """Read a bundle. `now`: the clock of strftime_now in chat templates. `in_helper`: do not start helpers.
+        """Return the TextModel of a bundle. `now`: the clock of strftime_now in chat templates. `in_helper`: whether
+        this is a helper process, which starts no further helper processes.
 
-        Raises ValueError that names the file when one is missing or invalid.
+        Raises ValueError, which names the file, if a file is missing or invalid.
         """
         config = _json(bundle, "tokenizer_config.json")
         try:
@@ -122,17 +126,18 @@ class TextModel:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the model's vocabulary, which may be padded beyond the tokenizer's. Token ids are below it."""
+        """Size of the model's vocabulary, which may be padded to more than the tokenizer's vocabulary. All token ids
+        are smaller than this size."""
         return self._vocab_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Token ids that end a generation: the tokenizer's EOS first, then others of the generation config."""
+        """Token ids that end a generation: first the tokenizer's EOS, then the other ids in the generation config."""
         return self._eos_token_ids
 
     @property
     def family(self) -> str:
-        """The model_type of config.json: llama, mistral, falcon, ..."""
+        """The model_type in config.json, for example llama, mistral or falcon."""
         return self._family
 
     @property
@@ -144,11 +149,11 @@ class TextModel:
         return f"TextModel({self._family or 'unknown'}, {self._vocab_size} tokens, {self._template!r})"
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Tokenize a plain prompt, with the special tokens that the model expects (BOS)."""
+        """Return the token ids of a plain prompt, with the special tokens that the model expects (BOS)."""
         return self._encode(text, "prompt", add_special_tokens=True)
 
     def encode_raw(self, text: str) -> array[int]:
-        """Tokenize a text that already contains its special tokens: none are added."""
+        """Return the token ids of a text that already contains all special tokens. No special tokens are added."""
         return array("I", self._encode(text, "prompt_token_ids", add_special_tokens=False))
 
     def encode_chat(
@@ -160,7 +165,8 @@ class TextModel:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Render messages with the chat template and tokenize them. Raises CallError as ChatTemplate.render does."""
+        """Render messages with the chat template and tokenize the result. Raises CallError as ChatTemplate.render
+        does."""
         text = self.render_chat(
             messages,
             tools=tools,
@@ -179,7 +185,7 @@ class TextModel:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Render messages with the chat template: the text that encode_chat tokenizes."""
+        """Render messages with the chat template. Returns the text that encode_chat tokenizes."""
         return self._template.render(
             messages,
             tools=tools,
@@ -189,9 +195,10 @@ class TextModel:
         )
 
     def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Tokenize as encode_prompt does, into packed ids. Beginnings of long texts are cached, per tenant.
+        """Return the token ids of a plain prompt, as encode_prompt does, packed. The ids of the beginnings of long
+        texts are cached for each tenant.
 
-        Raises CallError before tokenizing if the text must have more than `max_tokens` tokens.
+        Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
         """
         self._refuse_long(text, max_tokens, chat=False)
         return self._packed(tenant, text, "prompt", add_special_tokens=True)
@@ -199,31 +206,33 @@ class TextModel:
     def chat_ids(
         self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
-        """Tokenize as encode_chat does, into packed ids, cached and limited as in `prompt_ids`."""
+        """Return the token ids of messages, as encode_chat does, packed. Caches and limits as `prompt_ids` does."""
         text = self.render_chat(messages, **options)
         self._refuse_long(text, max_tokens, chat=True)
         return self._packed(tenant, text, "messages", add_special_tokens=False)
 
     def packed_ids(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """Tokenize a packed prompt, as prompt_ids or chat_ids does."""
+        """Return the token ids of a packed prompt, as prompt_ids or chat_ids does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
             return self.prompt_ids(tenant, unpacked.text, max_tokens)
         return self.chat_ids(tenant, unpacked.messages, max_tokens, **unpacked.template_options)
 
     async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """prompt_ids, off the event loop if the text is long."""
+        """Return the result of prompt_ids. A long text is tokenized off the event loop."""
         return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, max_tokens), {}), "prompt")
 
     async def chat_ids_async(
         self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> array[int]:
-        """chat_ids, off the event loop if messages and options together are long."""
+        """Return the result of chat_ids. If messages and options together are long, the work is done off the event
+        loop.
+        """
         chars = _chars(messages) + _chars(options)
         return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, max_tokens), options), "messages")
 
     async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
-        """packed_ids, off the event loop."""
+        """Return the result of packed_ids. The work is done off the event loop."""
         size = memoryview(prompt.packed).nbytes
         job: Job = ("packed_ids", (tenant, prompt, max_tokens), {})
         return await self._ids(
@@ -231,7 +240,7 @@ class TextModel:
         )
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
-        """Decode token ids, with special tokens; off the event loop if there are many."""
+        """Return the text of token ids, special tokens included. Many ids are decoded off the event loop."""
         job: Job = ("decode", (token_ids, False), {})
         text: str = await self._offload(tenant, 4 * len(token_ids), job, field)
         return text
@@ -241,7 +250,8 @@ class TextModel:
         return ids
 
     async def _offload(self, tenant: str, chars: int, job: Job, field: str) -> Any:
-        """Run a job here, in a thread or in a helper process, so that it does not block the event loop."""
+        """Run a job without blocking the event loop: a short job here, a long job in a thread or in a helper
+        process."""
         method, positional, named = job
 
         def work() -> Any:
@@ -276,7 +286,9 @@ class TextModel:
             raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decode token ids by themselves. Ids beyond the tokenizer's vocabulary have no text."""
+        """Return the text of token ids without a prompt before them. Ids beyond the tokenizer's vocabulary have no
+        text.
+        """
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def detokenizer(
@@ -287,7 +299,7 @@ class TextModel:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> Detokenizer:
-        """A detokenizer for one call whose prompt was `prompt_ids`."""
+        """Return a detokenizer for one sequence. `prompt_ids`: the prompt of the sequence."""
         if self._tail_primes:
             prompt_ids = priming_ids(
                 self._tokenizer, prompt_ids, self._unsafe_ids, skip_special_tokens=skip_special_tokens
@@ -303,7 +315,8 @@ class TextModel:
         )
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token, special or not, with leading spaces that a decoder would strip. Cached."""
+        """Return the text of one token, special or not, with leading spaces that a decoder would strip. The texts are
+        cached."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self._text_of(token_id)
@@ -320,7 +333,7 @@ class TextModel:
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            # The batch method computes no offsets, is twice as fast, and releases the GIL.
+            # The batch method computes no offsets, so it is twice as fast. It also releases the GIL.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # raised by the Rust side for a lone surrogate
             raise _no_unicode(field) from None
@@ -342,7 +355,8 @@ class TextModel:
 
 
 def _panicked(error: BaseException, field: str) -> BaseException:
-    """The CallError for a panic of the Rust side, which is not an Exception; any other error unchanged."""
+    """Return the CallError for a panic of the Rust tokenizer, which is not an Exception. Any other error is returned
+    unchanged."""
     if type(error).__name__ != "PanicException":
         return error
     log.warning("tokenizer_panicked", reason=str(error)[:200])
@@ -364,7 +378,8 @@ def _json(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _template_sources(bundle: Bundle) -> dict[str, str]:
-    """The chat templates by name: chat_template.jinja is `default`, chat_template.NAME.jinja is NAME."""
+    """Return the sources of the chat templates by name. The file chat_template.jinja has the name `default`, the file
+    chat_template.NAME.jinja has the name NAME."""
     sources = {}
     for name, content in bundle.files.items():
         if name == "chat_template.jinja":
@@ -382,7 +397,8 @@ def _eos_ids(tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mappin
 
 
 def _without_model(tokenizer: Tokenizer) -> str:
-    """The tokenizer as JSON without its vocabulary, since serializing a large one takes a tenth of a second."""
+    """Return the tokenizer as JSON without the vocabulary, since serializing a large vocabulary takes a tenth of a
+    second."""
     shell = Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
     if tokenizer.normalizer is not None:
         shell.normalizer = tokenizer.normalizer
@@ -394,7 +410,8 @@ def _without_model(tokenizer: Tokenizer) -> str:
 
 
 def _space_mark(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """The character for a space in a Metaspace tokenizer, whose decoder strips the first one; None for others."""
+    """Return the character that stands for a space in a Metaspace tokenizer, whose decoder strips the first space; None
+    for any other tokenizer."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     return next((part.get("replacement", "▁") for part in parts if part.get("type") == "Metaspace"), None)
 
@@ -411,7 +428,7 @@ def _byte_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _chars(value: object) -> int:
-    """Approximate number of characters that a value of messages, tools or arguments takes in a prompt."""
+    """Return the approximate number of characters that messages, tools or arguments take in a prompt."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
-"""A reader of tokenizer.json with the tokenizers library's result, which blocks the event loop less for BPE models.
+"""A reader of tokenizer.json that blocks the event loop less than the tokenizers library does, with the same result.
 
-The library reads a file of 128,000 pieces and their merges in a quarter of a second while holding the GIL, so a gateway
-that loads another model stalls. Here pydantic's parser reads the file, the BPE model is built from its parts, and the
-library reads the small rest. That takes a tenth less time, in several steps between which an event loop can run. The
-library handles anything unusual, and reports all errors.
+Problem: the library reads a file of 128,000 pieces and their merges in a quarter of a second while holding the GIL, so
+a gateway that loads another model stalls. Here pydantic's parser reads the file, the BPE model is built from the parts,
+and the library reads the small rest. That takes a tenth less time, in several steps between which an event loop can
+run. Files that are unusual or not of a BPE model are left to the library, which also reports all errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "sp
 
 
 def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.from_buffer) -> Tokenizer:
-    """Read the contents of a tokenizer.json. `whole` reads unusual ones. Raises the library's Exception if invalid."""
+    """Return the tokenizer for the contents of a tokenizer.json. `whole`: reads contents that are unusual. Raises the
+    library's Exception for invalid contents."""
     try:
         tokenizer = from_parts(from_json(data, cache_strings="none"))
     except Exception:  # the library's error message is better
@@ -39,7 +40,8 @@ def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.
 
 
 def from_parts(layout: Mapping[str, Any]) -> Tokenizer | None:
-    """Build a tokenizer from a parsed file; None if only the library can. May raise any exception if invalid."""
+    """Return a tokenizer for the parsed contents of a tokenizer.json; None if only the library can build the tokenizer.
+    May raise any exception for invalid contents."""
     model, added = layout["model"], layout.get("added_tokens") or []
     if model.get("type") != "BPE" or not model.keys() <= _KEYS:
         return None

@@ -1,12 +1,13 @@
 """Tokenization of long texts in parts, for tokenizers where the ids provably equal those of the whole text.
 
 Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece separately.
-No expression in `WORD_PATTERNS` can match a non-space character together with a space after it, and the only
-look-ahead looks from white space to what follows. So there is always a split between a non-space character and a space
-after it, whatever the context, and the text on both sides can be encoded separately. Each distinct word of a text is
-encoded once, since long texts repeat most words. If too few words repeat, the text is encoded in blocks, whose pieces
-stay in the CPU caches. Blocks are cut from the beginning of the text, so the next turn of a conversation starts with
-the blocks of the previous one, and only the new text is encoded.
+No expression in `WORD_PATTERNS` can match a non-space character together with the space after it, and the only
+look-ahead in these expressions starts at white space. So there is always a split between a non-space character and the
+space after it, whatever the context, and the texts before and after the split can be encoded separately.
+
+Method. Each distinct word of a text is encoded once, since long texts repeat most words. If too few words repeat, the
+text is encoded in blocks, whose pieces stay in the CPU caches. Blocks are cut from the beginning of the text. The next
+turn of a conversation thus starts with the blocks of the previous turn, and only the new text is encoded.
 
 `of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a space.
 """
@@ -24,11 +25,14 @@ from typing import Any, Final
 from tokenizers import Encoding, Tokenizer, models, normalizers
 
 BLOCK_CHARS: Final = 16_384
-"""Work between two points at which another thread may take the GIL: about half a millisecond."""
+"""Length of a block in characters. Another thread may take the GIL between two blocks; a block takes about half a
+millisecond."""
 CACHE_BYTES: Final = 32 << 20
-"""Size of the block cache per process and model: the last turns of some tens of long conversations."""
+"""Size in bytes of the block cache of one process and model. It holds the last turns of some tens of long
+conversations."""
 DISTINCT_SHARE: Final = 0.3
-"""Share of distinct words among all words above which encoding words costs more than encoding blocks."""
+"""Share of distinct words among all words in a text. Above this share, encoding words costs more than encoding
+blocks."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -38,14 +42,14 @@ QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 WORD_PATTERNS: Final = frozenset((_GPT2, _LLAMA3, QWEN2))
 _DIGITS = "[0-9][0-9][0-9]"  # Falcon's
 _CUT = re.compile(r"(?<=[!-~\w]) ")
-"""A space after a character that is not white space in any version of Unicode."""
+"""Pattern of a cut: a space after a character that is not white space in any version of Unicode."""
 _ENDS_SURELY = re.compile(r"(?s:.*)[!-~\w]").fullmatch
 PackedIds = bytes
 """Token ids as uint32 in native byte order."""
 
 
 class WordEncoder:
-    """Encodes long texts with a tokenizer. Create with `of`; thread-safe."""
+    """Encodes long texts in parts with one tokenizer. Create with `of`. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, prefix: PackedIds, suffix: PackedIds, block_chars: int) -> None:
         """`prefix` and `suffix`: the special tokens that the tokenizer adds around a text."""
@@ -59,22 +63,23 @@ class WordEncoder:
     def of(
         cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, *, block_chars: int = BLOCK_CHARS
     ) -> WordEncoder | None:
-        """An encoder for a tokenizer; None if cutting may change ids. `pre_tokenizer`: that part of tokenizer.json."""
+        """Return an encoder for a tokenizer; None if cutting a text may change the ids. `pre_tokenizer`: the part of
+        tokenizer.json with this name."""
         around = _around(tokenizer)
         if around is None or not _cuts_are_safe(tokenizer, pre_tokenizer):
             return None
         return cls(tokenizer, *around, block_chars)
 
     def encode(self, text: str, *, add_special_tokens: bool, tenant: str = "") -> PackedIds:
-        """The ids of the whole text. Raises TypeError for a lone surrogate, as the tokenizer does.
+        """Return the ids of a whole text. Raises TypeError for a lone surrogate, as the tokenizer does.
 
-        Blocks at the beginning of the text that were recently encoded for the same tenant come from the cache.
+        If blocks at the beginning of the text were recently encoded for the same tenant, their ids come from the cache.
         """
         blocks = _blocks(text, self._block_chars)
         known = [self.cache.get(tenant, block) for block in blocks]
         fresh = iter(self._fresh([block for block, ids in zip(blocks, known, strict=True) if ids is None]))
         parts = [next(fresh) if ids is None else ids for ids in known]
-        for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last block ends with the text
+        for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last block may grow
             if old is None:
                 self.cache.put(tenant, block, ids)
         ids = b"".join(parts)
@@ -93,18 +98,18 @@ class WordEncoder:
 
 
 class BlockCache:
-    """LRU cache of encoded blocks. A tenant finds only its own blocks, so timing reveals nothing of other tenants'
-    texts."""
+    """LRU cache of encoded blocks. A tenant finds only the blocks of the same tenant, so timing reveals nothing about
+    the texts of other tenants."""
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._ids: OrderedDict[tuple[str, str], PackedIds] = OrderedDict()
         self._lock = Lock()
         self.bytes = 0
-        """Current size of the blocks (at most four bytes per character) and their ids."""
+        """Current size in bytes of the cached blocks, at most four bytes per character, and of their ids."""
 
     def get(self, tenant: str, block: str) -> PackedIds | None:
-        """The ids of a block, None if it is not cached."""
+        """Return the ids of a block; None if the block is not cached."""
         with self._lock:
             ids = self._ids.get((tenant, block))
             if ids is not None:
@@ -112,7 +117,7 @@ class BlockCache:
             return ids
 
     def put(self, tenant: str, block: str, ids: PackedIds) -> None:
-        """Cache the ids of a block."""
+        """Cache the ids of a block for a tenant."""
         with self._lock:
             if (tenant, block) in self._ids:
                 return
@@ -132,7 +137,7 @@ def _packed(encoding: Encoding) -> PackedIds:
 
 
 def _blocks(text: str, chars: int) -> list[str]:
-    """Cut a text before spaces into blocks of about `chars`. All blocks but the first begin with a space."""
+    """Cut a text before spaces into blocks of about `chars` characters. All blocks but the first begin with a space."""
     blocks, at = [], 0
     while (cut := _CUT.search(text, at + chars)) is not None:
         blocks.append(text[at : cut.start()])
@@ -142,7 +147,7 @@ def _blocks(text: str, chars: int) -> list[str]:
 
 
 def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """Each block's words, without the spaces between them, and the distinct words of all blocks."""
+    """Return the words of each block, without the spaces between words, and the distinct words of all blocks."""
     words = [block[1:].split(" ") for block in blocks]  # four times as fast as _CUT, and nearly always equal
     unsure = {word for word in set().union(*words) if not _ENDS_SURELY(word)}
     for at, block in enumerate(blocks):
@@ -170,7 +175,8 @@ def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None
 
 
 def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether each step is known to be safe, and one splits the text into words before or in the byte-level step."""
+    """Return whether all steps are known to be safe, and at least one step splits the text into words before or in the
+    byte-level step."""
     to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
     if to_bytes < 0 or not all(map(_is_safe, steps)):
         return False
@@ -194,7 +200,8 @@ def _regex(step: Mapping[str, Any]) -> str | None:
 
 
 def _around(tokenizer: Tokenizer) -> tuple[PackedIds, PackedIds] | None:
-    """The special tokens that a tokenizer adds before and after a text; None if they depend on the text."""
+    """Return the special tokens that a tokenizer adds before a text, and those that it adds after a text; None if the
+    special tokens depend on the text."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
     if len(bare) != 1 or whole.count(bare[0]) != 1:

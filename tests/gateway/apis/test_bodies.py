@@ -1,4 +1,5 @@
-"""Large bodies are parsed like small ones, but in a helper process, counted first, and only as far as needed."""
+"""Large request bodies are parsed to the same requests as by the parser of small bodies. A large body is parsed in a
+helper process. Its values are counted before they are parsed, and only known fields are parsed."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ MESSAGES = st.lists(
 
 
 def _outcome(read: Any) -> Any:
-    """The parsed request with unpacked prompts, or the invalid fields."""
+    """Return the parsed request with unpacked prompts, or the outcome and the invalid fields of the error."""
     try:
         parsed: ParsedRequest = read()
     except CallError as error:
@@ -74,7 +75,8 @@ def _plain(request: GenerationRequest) -> GenerationRequest:
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(["chat", "completion"]), data=st.data())
 def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> None:
-    """Both parsers yield the same request or the same invalid field; of several invalid ones either may be named."""
+    """For any body, the parser of large bodies and the parser of small bodies yield the same request or the same
+    invalid field."""
     fields = sorted(CHAT_FIELDS if name == "chat" else COMPLETION_FIELDS)
     good = chat_body() if name == "chat" else completion_body()
     odd_field = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
@@ -83,7 +85,7 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
 
     def at_once() -> ParsedRequest:
         parsed = PARSERS[name](read_object(body))
-        check_request(parsed.requests[0], parsed.names)  # the first check of the service
+        check_request(parsed.requests[0], parsed.names)  # as the service checks first
         return parsed
 
     assert _outcome(lambda: READER.http(body, name)) == _outcome(at_once)
@@ -91,7 +93,7 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
 
 @given(st.lists(st.integers(-1, 300_000), min_size=1, max_size=50), st.text(" \n\t", max_size=3))
 def test_token_ids_become_an_array(ids: list[int], space: str) -> None:
-    """Token ids become an array of the same numbers."""
+    """The parser of large bodies returns the token ids of a prompt as an array of the same numbers."""
     body = f'{{"prompt":{space}{json.dumps(ids)}{space},"model":"m"}}'.encode()
     (request,) = READER.http(body, "completion").requests
     assert isinstance(request.prompt, IdsPrompt)
@@ -100,7 +102,7 @@ def test_token_ids_become_an_array(ids: list[int], space: str) -> None:
 
 
 class _Recording(dict[str, Any]):
-    """A dictionary that records the names that are read."""
+    """A dictionary that records which names are looked up."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -116,7 +118,8 @@ class _Recording(dict[str, Any]):
 
 
 def test_no_field_that_is_read_is_skipped() -> None:
-    """The splitter passes on every field that the parser reads; a missing one would be lost in large bodies only."""
+    """The splitter of large bodies passes on every field that the parser reads. A missing field would be lost in large
+    bodies only."""
     for parse, body, known in (
         (parse_chat, chat_body(logprobs=True, stream=True), CHAT_FIELDS),
         (parse_completion, completion_body(stream=True), COMPLETION_FIELDS),
@@ -149,7 +152,8 @@ DENSE: list[tuple[str, bytes, str]] = [
 
 @pytest.mark.parametrize(("body", "field"), [(b, f) for _, b, f in DENSE], ids=[n for n, _, _ in DENSE])
 def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) -> None:
-    """A body over its bounds is refused unparsed, in far less than the 100 ns a byte of parsing."""
+    """A body that exceeds its bounds is refused before it is parsed. The refusal takes far less than the 100 ns a byte
+    that parsing takes."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
         READER.http(body, "chat")
@@ -158,7 +162,8 @@ def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) ->
 
 
 def test_too_many_ids_are_refused_by_their_number() -> None:
-    """7.5 million ids are refused unread; a million, a long context, are read."""
+    """A request with 7.5 million token ids is refused before it is parsed. A request with a million token ids, which is
+    a long context, is accepted."""
     with pytest.raises(CallError) as raised:
         READER.http(b'{"prompt":[' + b"1," * 7_500_000 + b"1]}", "completion")
     assert raised.value.violations[0].field == "prompt"
@@ -171,7 +176,7 @@ def test_too_many_ids_are_refused_by_their_number() -> None:
 
 
 def _count(message: Any) -> int:
-    """The fields and list elements of a message as on the wire, without packed numbers."""
+    """Return the number of fields and list elements in the serialized form of a message, without packed numbers."""
     total = 0
     for field, value in message.ListFields():
         entry = field.message_type is not None and field.message_type.GetOptions().map_entry
@@ -189,7 +194,8 @@ def _count(message: Any) -> int:
 
 @given(messages(pb.ChatRequest))
 def test_a_scan_counts_what_a_message_holds(request_: Any) -> None:
-    """A scan counts all levels; with a lower bound it stops right after exceeding it."""
+    """A scan counts the elements at all levels of a message. If the message has more elements than the bound, the scan
+    stops at the first element above the bound."""
     data = request_.SerializeToString()
     found = scan(pb.ChatRequest.DESCRIPTOR, data, 10**6, count_numbers=True)
     assert found.elements == _count(request_)
@@ -199,7 +205,7 @@ def test_a_scan_counts_what_a_message_holds(request_: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_a_scan_of_anything_ends(data: bytes) -> None:
-    """A scan of malformed bytes ends; protobuf refuses them."""
+    """A scan of any bytes ends after at most one element a byte, also if the bytes are malformed."""
     assert scan(pb.SessionRequest.DESCRIPTOR, data, 50).elements <= 51 + len(data)
 
 
@@ -230,7 +236,8 @@ ON_THE_WIRE = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ON_THE_WIRE, max_size=6).map(b"".join))
 def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
-    """A scan counts at least the objects that protobuf builds, with unknown fields and groups at all levels."""
+    """A scan counts at least as many elements as protobuf builds objects, also for messages with unknown fields and
+    groups at all levels."""
     try:
         made = pb.SessionRequest.FromString(data)
     except DecodeError:
@@ -265,7 +272,7 @@ def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
          "arguments", "model", "malformed"],
 )  # fmt: skip
 def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data: bytes, field: str) -> None:
-    """A message over its bounds is refused before protobuf builds an object for every two bytes."""
+    """A message that exceeds its bounds is refused before protobuf builds an object for every two bytes."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
         READER.message(data, name)
@@ -275,7 +282,8 @@ def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data:
 
 @given(messages(pb.ChatRequest, model=st.just("m")))
 def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
-    """Both parsers yield the same request or the same invalid field."""
+    """For any message, the parser of large messages and the parser of small messages yield the same request or the same
+    error."""
     call, data = READ["Chat"], request_.SerializeToString()
 
     def read(way: Any) -> Any:
@@ -296,7 +304,8 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 200), max_size=60), st.booleans())
 def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> None:
-    """Packed ids of any size and sign equal protobuf's; unpacked ones are left to protobuf."""
+    """Packed token ids of any size and sign are decoded to the same numbers as by protobuf. Unpacked token ids are left
+    to protobuf."""
     ids = [abs(token_id) % 128 for token_id in ids] if small else ids
     request_ = pb.CompleteRequest(model="m", prompt_token_ids=ids, temperature=1.0, stop=["a"], n=2)
     found = packed_ids(request_.SerializeToString(), 100)
@@ -313,14 +322,15 @@ def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> No
 
 @pytest.fixture
 async def bodies() -> AsyncIterator[Bodies]:
-    """A Bodies object with its helpers."""
+    """Create a Bodies object, and stop its helper processes after the test."""
     made = Bodies()
     yield made
     made.close()
 
 
 async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
-    """Helpers parse large bodies of both APIs and of sessions, with the errors of small ones."""
+    """Helper processes parse large bodies of both APIs and of sessions, with the same results and errors as for small
+    bodies."""
     long = "hello, " * 300_000
     parsed = await bodies.http("chat", json.dumps(chat_body(long)).encode())
     assert bodies.pool.pids
@@ -352,7 +362,7 @@ async def test_small_bodies_start_no_helper(bodies: Bodies) -> None:
 
 
 async def test_without_helpers_a_thread_reads(bodies: Bodies) -> None:
-    """A gateway that cannot start helpers parses in a thread."""
+    """If no helper process can be started, a large body is parsed in a thread."""
     bodies.close()
     (request,) = (await bodies.http("chat", json.dumps(chat_body("x" * 2_000_000)).encode())).requests
     assert isinstance(request.prompt, PackedPrompt)
@@ -361,7 +371,8 @@ async def test_without_helpers_a_thread_reads(bodies: Bodies) -> None:
 
 
 def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
-    """More ids than any context holds are refused before a list is built, which takes 20 ms for a million."""
+    """A prompt with more token ids than any model's context is refused before a list of the ids is built. Building the
+    list takes 20 ms for a million ids."""
     body = b'{"model":"m","prompt":[' + b"1," * 5000 + b"-1]}"
     with pytest.raises(CallError, match="prompt: has 5001 token ids") as caught:
         READER.http(body, "completion", 5000)
@@ -373,7 +384,7 @@ def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
 
 
 async def test_a_small_request_that_is_large_is_refused_unread() -> None:
-    """Megabytes for a method with one short field are refused unread."""
+    """A large request to a method whose only field is short is refused before it is parsed."""
     bodies = Bodies()
     for name, request, field in (
         ("GetModel", pb.GetModelRequest(name="x" * 70_000), "name"),

@@ -1,4 +1,4 @@
-"""Odd values in every field of every request get a status of the caller's error, never an unexpected failure."""
+"""A request with an odd value in any field gets the status of a caller's error, never of an unexpected failure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def busy(
 
 
 def _odd(kind: Any, depth: int = 3) -> Iterator[Any]:
-    """Messages of a type, each with one odd value and the model's name."""
+    """Yield messages of a type. Each message holds the name of the model and one odd value."""
     for field in kind.DESCRIPTOR.fields:
         for value in _values(field, depth):
             message = kind()
@@ -85,7 +85,8 @@ def _values(field: Any, depth: int) -> list[Any]:
 
 @pytest.mark.parametrize("method", [m.name for m in SERVICE.methods if m.name != "Session"])
 async def test_every_field_of_every_message(busy: TestCluster, method: str) -> None:
-    """JSON in texts, deep nesting and extreme numbers get an expected status."""
+    """A message with JSON in a text, deep nesting or an extreme number gets a status that is not INTERNAL or
+    UNKNOWN."""
     kind = getattr(pb, SERVICE.methods_by_name[method].input_type.name)
     limit = asyncio.Semaphore(16)
 
@@ -113,7 +114,7 @@ async def test_every_field_of_every_message(busy: TestCluster, method: str) -> N
 async def test_every_field_of_every_body(
     busy: TestCluster, path: str, good: dict[str, Any], fields: frozenset[str]
 ) -> None:
-    """Values of the wrong type get a status below 500, with the field."""
+    """A JSON body with an odd value in any field gets a status below 500."""
     wire = await Wire.open(busy)
     async with nothing_unexpected():
         for name in sorted(fields):

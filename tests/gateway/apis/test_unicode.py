@@ -1,4 +1,5 @@
-"""Invalid Unicode stops at the APIs; a lone surrogate in a queued grammar once broke a worker's link."""
+"""Invalid Unicode is refused by the APIs. Reason: a lone surrogate in the grammar of a queued call once broke the link
+to a worker."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def _escaped(value: Any) -> bytes:
 @pytest.mark.parametrize(("fields", "path"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("written", [_raw, _escaped])
 def test_half_a_pair_is_refused_by_its_path(fields: dict[str, Any], path: str, written: Callable[[Any], bytes]) -> None:
-    """Lone surrogates are refused, as an escape and as the bytes ED A0 80."""
+    """A lone surrogate in a JSON body is refused, whether it is an escape or the bytes ED A0 80."""
     with pytest.raises(CallError) as raised:
         read_object(written(chat_body(**fields)))
     assert (raised.value.outcome, raised.value.violations[0].field) == (Outcome.INVALID_FIELD, path)
@@ -56,7 +57,7 @@ def test_half_a_pair_is_refused_by_its_path(fields: dict[str, Any], path: str, w
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 def test_bodies_are_utf_8(encoding: str) -> None:
-    """UTF-16 and UTF-32, which JSON parsers accept, are refused."""
+    """A JSON body in UTF-16 or UTF-32, which JSON parsers accept, is refused."""
     body = json.dumps(chat_body("\ud800x"), ensure_ascii=False).encode(encoding, "surrogatepass")
     with pytest.raises(CallError) as raised:
         read_object(body)
@@ -65,7 +66,8 @@ def test_bodies_are_utf_8(encoding: str) -> None:
 
 
 def test_other_bytes_are_refused_where_they_are() -> None:
-    """Latin-1, truncated sequences and overlong forms are refused; a byte order mark is accepted."""
+    """A JSON body with Latin-1, overlong or out-of-range byte sequences is refused with the offset of the bytes. A byte
+    order mark is accepted."""
     for wrong in (b"\xe4", b"\xc0\x80", b"\xf4\x90\x80\x80"):
         with pytest.raises(CallError, match="invalid UTF-8 at byte 7"):
             read_object(b'{"a": "' + wrong + b'"}')
@@ -84,7 +86,7 @@ def test_other_bytes_are_refused_where_they_are() -> None:
     ids=["template arguments", "schema", "tool arguments"],
 )  # fmt: skip
 def test_json_within_a_message_is_looked_through(fields: dict[str, Any], path: str) -> None:
-    """A lone surrogate as an escape in a JSON text within a protobuf field is refused."""
+    """An escaped lone surrogate is refused in a JSON text that is the value of a protobuf field."""
     request = pb.ChatRequest(model="sim", messages=[pb.Message(role="user", content="x")])
     for name, value in fields.items():
         if name == "messages":
@@ -100,7 +102,7 @@ def test_json_within_a_message_is_looked_through(fields: dict[str, Any], path: s
 
 
 def test_tool_arguments_of_a_body_are_looked_through() -> None:
-    """Lone surrogates in tool arguments, which are JSON within JSON, are refused."""
+    """A lone surrogate is refused in the arguments of a tool call, which are JSON within JSON."""
     call = {"id": "1", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
     with pytest.raises(CallError) as raised:
         parse_chat(read_object(json.dumps(chat_body(messages=[{"role": "assistant", "tool_calls": [call]}])).encode()))
@@ -118,7 +120,7 @@ def _texts(kind: Any) -> list[Any]:
     ids=lambda kind: kind.DESCRIPTOR.name,
 )  # fmt: skip
 def test_messages_hold_no_surrogates(kind: Any) -> None:
-    """protobuf refuses lone surrogates in every string, also in repeated fields and maps."""
+    """protobuf refuses a lone surrogate in every string field, also in repeated fields."""
     for field in _texts(kind):
         raw = (
             bytes([field.number << 3 | 2])
@@ -130,7 +132,7 @@ def test_messages_hold_no_surrogates(kind: Any) -> None:
 
 
 def test_maps_hold_none_either() -> None:
-    """Lone surrogates in keys and values of metadata are refused."""
+    """protobuf refuses a lone surrogate in a key or a value of the metadata map."""
     for at in (b"\x0a\x03\xed\xa0\x80", b"\x12\x03\xed\xa0\x80"):
         with pytest.raises(DecodeError):
             pb.ChatRequest.FromString(b"\xfa\x01\x05" + at)
@@ -138,13 +140,14 @@ def test_maps_hold_none_either() -> None:
 
 @pytest.mark.parametrize("value", ["abc\n", "a b", "", "x" * 129, "ä", "\x1b[31m", None, b"abc", "x" * 10_000_000])
 def test_ids_of_requests_are_printable_and_short(value: object) -> None:
-    """Request ids are printable and short, also in sessions; a trailing newline is refused."""
+    """A request id or traceparent that is not short and printable is replaced by "", also if only a trailing newline is
+    wrong."""
     assert request_id(value) == ""
     assert traceparent(value) == ""
 
 
 def test_good_ids_pass() -> None:
-    """Valid ids are returned unchanged."""
+    """Valid request ids and traceparents are returned unchanged."""
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     assert (request_id("r-1"), request_id("!" * 128), traceparent(trace)) == ("r-1", "!" * 128, trace)
     assert traceparent(trace + "\n") == ""
@@ -170,7 +173,7 @@ def _strings(value: Any) -> int:
 
 @given(value=VALUES, slack=st.integers(-1, 0), escaped=st.booleans())
 def test_counts_are_exact(value: Any, slack: int, escaped: bool) -> None:
-    """A text with one container or string too many is refused; the content of its strings does not count."""
+    """A JSON text with one container or string too many is refused. The contents of strings do not count."""
     noise = '\\"[{,\\' * 4000
     text = json.dumps([noise, value], ensure_ascii=escaped).encode()
     containers, strings = 1 + _containers(value), 1 + _strings(value)
@@ -184,14 +187,14 @@ def test_counts_are_exact(value: Any, slack: int, escaped: bool) -> None:
 
 @given(VALUES)
 def test_parsing_is_json_s(value: Any) -> None:
-    """Accepted texts parse as by json.loads."""
+    """An accepted JSON text is parsed to the same value as by json.loads."""
     assert parse("x", json.dumps(value)) == value
     assert parse("x", json.dumps(value, ensure_ascii=False).encode(), BODY) == value
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" * 129 + "]" * 129, "[[],[]," * 9])
 def test_deep_and_broken_json_is_a_wrong_field(text: str) -> None:
-    """Deeply nested or invalid JSON is an invalid field, not an unexpected failure."""
+    """Deeply nested or invalid JSON is reported as an invalid field, not as an unexpected failure."""
     with pytest.raises(CallError) as raised:
         parse("chat_template_kwargs_json", text, ARGUMENTS)
     assert raised.value.violations[0].field == "chat_template_kwargs_json"

@@ -1,4 +1,4 @@
-"""Guards of calls through a real gateway with the simulated engine: gRPC, HTTP and sessions."""
+"""Guards of calls over gRPC, over HTTP and in sessions, through a real gateway with the simulated engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASK: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """A gateway with keys, and a worker whose text depends on the prompt and the tenant only."""
+    """Start a gateway with keys, and a worker whose output depends only on the prompt and the tenant."""
     async with keyed_cluster(tmp_path_factory.mktemp("guarded")) as keyed:
         engine = sim_engine(checkpoint, decode_ms=1, max_model_len=50_000)
         await keyed.cluster.add_worker(engine, bundle)
@@ -42,7 +42,7 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 class Tenant:
-    """A tenant whose guards a test sets."""
+    """A tenant whose guards the test sets."""
 
     def __init__(self, keyed: Keyed, name: str, key: str) -> None:
         self.keyed = keyed
@@ -52,27 +52,27 @@ class Tenant:
 
     @property
     def who(self) -> Any:
-        """The tenant's call metadata."""
+        """The gRPC metadata that authenticates calls of the tenant."""
         return bearer(self.key)
 
     async def guard(self, *rules: dict[str, Any], **fields: Any) -> None:
-        """Set the tenant's guards, and wait until the gateway has them."""
+        """Set the guards of the tenant, and wait until the gateway knows the new policy."""
         await asyncio.to_thread(self.keyed.ledger.tenants.update, self.name, {"guards": list(rules), **fields})
         await self.keyed.until_known(self.name, self.key)
 
     async def text(self, **fields: Any) -> str:
-        """The model's answer to the tenant's prompt."""
+        """Return the text of the model's answer to the tenant's chat request."""
         answer = await self.stub.Chat(chat(**{**ASK, **fields}), metadata=self.who)
         return str(answer.choices[0].message.content)
 
     def counted(self, guard: str, outcome: str) -> float:
-        """The tenant's guard_actions_total."""
+        """Return the value of guard_actions_total for the tenant, a guard and an outcome."""
         labels = {"headrace_cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
         registry = self.keyed.gateway.metrics.registry
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
 
     async def audited(self, at_least: int) -> Sequence[dict[str, Any]]:
-        """Wait for `at_least` policy events of the tenant, and return them."""
+        """Wait for `at_least` audit events of the kind policy for the tenant, and return the events."""
         found: Sequence[dict[str, Any]] = ()
 
         async def there() -> bool:
@@ -85,22 +85,22 @@ class Tenant:
 
 
 async def tenant(keyed: Keyed, name: str) -> Tenant:
-    """A new tenant without guards."""
+    """Create a tenant without guards."""
     return Tenant(keyed, name, await keyed.key(name))
 
 
 def literal(text: str) -> str:
-    """A pattern that matches exactly this text."""
+    """Return a pattern that matches exactly `text`."""
     return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def middle(text: str) -> str:
-    """A part of a text that begins and ends within words."""
+    """Return nine characters from the middle of a text."""
     return text[len(text) // 2 : len(text) // 2 + 9]
 
 
 def redacting(secret: str, **fields: Any) -> dict[str, Any]:
-    """An output guard that redacts this text."""
+    """Return an output guard that redacts the text `secret`."""
     return {
         "builtin": "patterns",
         "on": "output",
@@ -111,7 +111,7 @@ def redacting(secret: str, **fields: Any) -> dict[str, Any]:
 
 
 async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
-    """A secret that spans tokens is redacted over every API, and absent from log probabilities."""
+    """A secret that spans tokens is redacted over every API, and the log probabilities do not hold the secret."""
     lab = await tenant(keyed, "redact")
     bare = await lab.text()
     secret = middle(bare)
@@ -149,7 +149,8 @@ async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
 
 
 async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> None:
-    """With n = 3 each sequence has its own guards: a match in one neither continues in nor ends another."""
+    """Each sequence of a call with n = 3 has separate guards. A match in one sequence neither continues in another
+    sequence nor ends another sequence."""
     lab = await tenant(keyed, "several")
     ask = chat(n=3, seed=5, **{**ASK, "temperature": 1.0})
     bare = [choice.message.content for choice in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
@@ -162,7 +163,7 @@ async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> No
 
 
 async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None:
-    """A refused output ends the sequence in the engine, and later tokens are not billed."""
+    """The refusal of an output ends the sequence in the engine, and tokens after the refusal are not billed."""
     lab = await tenant(keyed, "refuse")
     bare = await lab.text(max_tokens=200)
     secret = middle(bare)
@@ -175,7 +176,7 @@ async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None
     assert 0 < last.usage.completion_tokens < 200
     await keyed.cluster.until_idle(5)
     reply = await keyed.fetch("/v1/completions", completion_body(**{**ASK, "max_tokens": 400}), key=lab.key)
-    assert reply.status == 200  # another prompt, another text
+    assert reply.status == 200  # with another prompt the model returns another text
     (event,) = await lab.audited(1)
     details = event["details"]
     assert (event["outcome"], details["guard"], details["found"]) == ("refused", "output_patterns", {"secret": 1})
@@ -183,7 +184,7 @@ async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None
 
 
 async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) -> None:
-    """A refusal names the guard and the pattern, but not the matched text."""
+    """The error of a refused prompt names the guard and the pattern, but not the matched text."""
     lab = await tenant(keyed, "prompts")
     await lab.guard({"builtin": "patterns", "patterns": {"card": r"\b\d{16}\b"}})
     answer = await refused(lab.stub.Chat(chat("my card is 4111111111111111"), metadata=lab.who))
@@ -210,7 +211,7 @@ async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) 
 
 
 async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
-    """The model gets the redacted prompt, as text, in a message, and as token ids."""
+    """The model gets the redacted prompt, whether the prompt is a text, a chat message or a list of token ids."""
     lab = await tenant(keyed, "seen")
     said, seen = "write to a@b.example now", "write to [redacted: mail] now"
     prompts = [
@@ -247,7 +248,8 @@ async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
 
 
 async def test_sizes(keyed: Keyed) -> None:
-    """Bounds on characters and messages refuse larger calls and pass smaller ones."""
+    """A size guard refuses prompts and outputs that exceed the bounds on characters and messages, and passes smaller
+    ones."""
     lab = await tenant(keyed, "sizes")
     bare = await lab.text()
     await lab.guard(
@@ -266,8 +268,8 @@ async def test_sizes(keyed: Keyed) -> None:
 
 
 async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) -> None:
-    """A changed pattern file is reloaded, an invalid one keeps the last valid patterns, and a missing one fails
-    closed."""
+    """A pattern file is reloaded when it changes. If the changed file is invalid, the last valid patterns stay in
+    force. If the file is missing, the guard fails as its setting `fail` says."""
     lab = await tenant(keyed, "files")
     file = tmp_path / "pii.yaml"
     await lab.guard({"builtin": "patterns", "patterns_file": str(file)})
@@ -286,13 +288,13 @@ async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) ->
 
 
 class Server(guard_pb2_grpc.GuardServicer):
-    """A guard server whose action the prompt chooses."""
+    """A guard server that takes its action from the first word of the last text."""
 
     def __init__(self) -> None:
         self.asked: list[guard_pb2.CheckRequest] = []
 
     async def Check(self, request: guard_pb2.CheckRequest, context: Any) -> guard_pb2.CheckResponse:
-        """Act by the first word of the last text."""
+        """Handle a check by the first word of the last text."""
         self.asked.append(request)
         kind = guard_pb2.CheckResponse
         match request.texts[-1].split()[0]:
@@ -312,8 +314,8 @@ class Server(guard_pb2_grpc.GuardServicer):
 
 
 async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
-    """If a guard server hangs, fails or is unreachable, the guard fails in time: closed, the call is refused; open, it
-    passes."""
+    """If a guard server hangs, fails or is unreachable, the guard fails within the time limit. A guard that fails
+    closed refuses the call; a guard that fails open lets the call pass."""
     lab = await tenant(keyed, "server")
     bare = await lab.text()
     servicer, server = Server(), grpc.aio.server()
@@ -374,12 +376,13 @@ async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path
     [("unix:/run/g", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False), ("guard:1", False)],
 )
 def test_what_is_on_this_host(address: str, here: bool) -> None:
-    """Only addresses on this host may be called without TLS."""
+    """Only addresses on this host count as local, so that a guard server there may be called without TLS."""
     assert on_this_host(address) is here
 
 
 async def test_guards_by_the_command_line(keyed: Keyed) -> None:
-    """The command line sets guards as the file does, and refuses those that a gateway could not apply."""
+    """The command line sets guards as the configuration file does, and refuses guards that a gateway could not
+    apply."""
     lab = await tenant(keyed, "typed")
     rule = "[{builtin: patterns, on: output, action: redact, patterns: {mail: '[a-z]{1,9}@x'}}]"
     done = await keyed.cli("tenants", "update", "typed", "--set", f"guards={rule}")
@@ -394,7 +397,7 @@ async def test_guards_by_the_command_line(keyed: Keyed) -> None:
 
 
 async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
-    """Calls without output guards keep the direct path from link to connection, without a wrapper."""
+    """The tokens of a call without output guards are sent directly from the link to the connection."""
     lab = await tenant(keyed, "bare")
     await lab.guard({"builtin": "sizes", "max_characters": 1000})
     stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 20_000}), metadata=lab.who)
@@ -409,7 +412,7 @@ async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
 
 
 async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A secret is redacted even if one worker emits its first half and another its second."""
+    """A secret is redacted even if one worker emits the first half of the secret and another worker the second half."""
     async with keyed_cluster(tmp_path) as keyed:
         engines = [sim_engine(checkpoint, decode_ms=5, max_model_len=50_000) for _ in range(2)]
         for engine in engines:
@@ -429,7 +432,7 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
 
 
 def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
-    """A gateway does not start if a configured tenant's pattern file is invalid."""
+    """A gateway does not start if the pattern file of a configured tenant is missing or invalid."""
     (tmp_path / "bad.yaml").write_text("mail: '.+@.+'\n")
     for name, error in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
         guards = f"[{{builtin: patterns, on: output, patterns_file: {tmp_path / name}}}]"

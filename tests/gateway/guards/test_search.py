@@ -1,4 +1,4 @@
-"""Pattern searches in long prompts: their cost on the event loop, and their end."""
+"""Pattern searches in long prompts: the time that a search takes on the event loop, and the end of a search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
-    """Matches in a long prompt cost no time on the event loop."""
+    """The matches in a long prompt are counted in the thread of the search, and take almost no time on the event
+    loop."""
     decided: list[GuardDecision] = []
     guards, model = _guards(60.0, decided), TextModel.from_bundle(bundle)
     began = time.thread_time()
@@ -39,7 +40,7 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
 
 
 def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
-    """A search ends after its guard's timeout, which frees its thread."""
+    """A search ends after the time limit of the guard, and the thread of the search is free again."""
 
     async def search() -> float:
         guards = _guards(0.05, [])
@@ -49,4 +50,4 @@ def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
         await asyncio.get_running_loop().shutdown_default_executor()
         return time.process_time() - began
 
-    assert asyncio.run(search()) < 0.5  # in its own event loop, so that other tests do not use its threads
+    assert asyncio.run(search()) < 0.5  # a separate event loop, whose threads no other test uses

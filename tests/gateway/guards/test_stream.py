@@ -1,4 +1,5 @@
-"""Guard stages as stream filters: however a text is cut, the output equals that of the whole text."""
+"""Guard stages as stream filters: however a text is cut into chunks, the output equals the output for the whole
+text."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.policy.tenants.test_patterns import accepted
 
 
 def whole(sources: dict[str, str], action: Action, text: str) -> str:
-    """The output of a pattern guard for a whole text, by Python's own matcher."""
+    """Return the output of a pattern guard for a whole text, computed with Python's `re`."""
     pattern = re.compile("|".join(f"(?P<{n}>{s})" for n, s in sorted(sources.items())), re.ASCII)
     if action == "redact":
         return pattern.sub(lambda found: replacement(str(found.lastgroup)), text)
@@ -33,11 +34,11 @@ def whole(sources: dict[str, str], action: Action, text: str) -> str:
 
 
 def ignore(name: str, text: str) -> None:
-    """Ignore decisions."""
+    """Ignore a decision."""
 
 
 def chain(stages: Sequence[GuardStage], **options: Any) -> GuardChain:
-    """A chain of stages without time limits that fails closed."""
+    """Return a chain of stages. By default all stages fail closed and the clock stands still."""
     options = {"on_failure": lambda number, error: False, "clock": lambda: 0.0, **options}
     return GuardChain(stages, [1.0] * len(stages), options["on_failure"], options["clock"])
 
@@ -55,12 +56,12 @@ CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
 def stage_of(what: Any, action: Action) -> GuardStage:
-    """A generated guard stage."""
+    """Return the guard stage of a generated description: a number is a size limit, anything else holds patterns."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
 
 def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
-    """The output of the stages applied in turn to the whole text."""
+    """Return the expected output: the stages applied one after the other to the whole text."""
     for what, action in guards:
         if not isinstance(what, int):
             text = whole(what, action, text)
@@ -71,7 +72,8 @@ def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
 
 @given(GUARDS, CHUNKS)
 def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]], chunks: list[str]) -> None:
-    """For any cut the output equals that of the whole text, and never more than the longest match is held back."""
+    """However a text is cut, the output equals the output for the whole text, and a stage never holds back more
+    characters than the longest possible match."""
     stages = [stage_of(what, action) for what, action in guards]
     filters, out = chain(stages), ""
     bound = sum(Patterns(what).longest for what, _ in guards if not isinstance(what, int))
@@ -88,7 +90,7 @@ def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]
 def test_marks_tell_which_tokens_a_redaction_has_touched(
     sources: dict[str, str], chunks: list[str], more: list[str]
 ) -> None:
-    """Exactly the tokens that a redaction touched are hidden from log probabilities."""
+    """A mark is hidden exactly if a redaction touched a character of the token."""
     chunks = chunks + more
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))
@@ -113,7 +115,7 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
 
 
 class Slow:
-    """A stage that advances the clock or raises at its second step."""
+    """A guard stage that advances the clock, and raises the given error if any, at the second step."""
 
     refused = ""
     held = 0
@@ -125,7 +127,7 @@ class Slow:
         self._kept = ""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Hold one character back."""
+        """Return the text except for the last character, which is held back."""
         self.steps += 1
         text, self._kept = self._kept + text, ""
         if self.steps == 2:
@@ -137,7 +139,7 @@ class Slow:
         return out, marks
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """Return the character held back."""
+        """Return the text that is held back."""
         text, self._kept = self._kept, ""
         return text, ()
 
@@ -145,7 +147,8 @@ class Slow:
 @pytest.mark.parametrize("error", [None, RuntimeError("broken")])
 @pytest.mark.parametrize("fails_open", [True, False])
 def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: bool) -> None:
-    """A stage that is late or raises ends the text if it fails closed, and is skipped without loss of text if open."""
+    """A stage fails if it is late or raises an error. A stage that fails closed ends the text, and a stage that fails
+    open is skipped without loss of text."""
     failures: list[tuple[int, Exception]] = []
 
     def on_failure(number: int, failure: Exception) -> bool:
@@ -163,7 +166,8 @@ def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: boo
 
 
 def test_decisions_are_told_once_with_their_text() -> None:
-    """Each match is reported once with its text, however often its characters are scanned."""
+    """Each match is reported once, with the text that matched, however often the characters of the match are
+    scanned."""
     decisions: list[tuple[str, str]] = []
     stage = PatternStage(
         Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: decisions.append((name, text))

@@ -1,4 +1,4 @@
-"""The families' tokenizers, built once a session."""
+"""Fixtures for the tokenizers of all model families, which are built once per test session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    """The tokenizers by family, built once per session."""
+    """Build the tokenizers of all families once per test session. Returns the tokenizers by family."""
     from transformers import AutoTokenizer
 
     made = {}
@@ -30,5 +30,5 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 @pytest.fixture(params=FAMILIES)
 def kind(request: pytest.FixtureRequest, kinds: dict[str, Kind]) -> Kind:
-    """The tokenizers of each family in turn."""
+    """Return the tokenizers of one family. A test that uses this fixture runs once for each family."""
     return kinds[request.param]

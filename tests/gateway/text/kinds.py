@@ -1,4 +1,4 @@
-"""The tokenizers under test: a tiny one per family, as loaded by transformers and by the gateway."""
+"""The tokenizers under test: one tiny tokenizer for each family, loaded by transformers and by the gateway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.corpus import SAMPLES
 
 @dataclass(frozen=True)
 class Kind:
-    """One family's tokenizer, loaded both ways, and token ids worth testing with it."""
+    """The tokenizer of one family, loaded by transformers and by the gateway, and token ids that are worth testing."""
 
     family: str
     folder: Path
@@ -28,14 +28,16 @@ class Kind:
 
 
 def kind_of(family: str, folder: Path, theirs: Any, ours: TextModel) -> Kind:
-    """Collect the ids: tokens that are not complete characters, special tokens, and tokens of the sample texts."""
+    """Return the Kind of a family. The token ids in the Kind are tokens that are not complete characters, special
+    tokens, and tokens of the sample texts."""
     broken = [i for i in range(len(theirs)) if "\ufffd" in theirs.decode([i])]
     sample = [token_id for text in SAMPLES for token_id in theirs.encode(text, add_special_tokens=False)]
     return Kind(family, folder, theirs, ours, tuple(broken), tuple(theirs.all_special_ids), tuple(sample))
 
 
 def token_ids(kind: Kind, *, beyond_vocabulary: bool = False) -> st.SearchStrategy[list[int]]:
-    """A strategy for runs of ids: any tokens, broken characters, special tokens, and pieces of real text."""
+    """Return a Hypothesis strategy for lists of token ids, made of any tokens, broken characters, special tokens, and
+    pieces of real text."""
     pieces = st.integers(0, len(kind.sample_ids) - 1).flatmap(
         lambda start: st.integers(1, 12).map(lambda size: list(kind.sample_ids[start : start + size]))
     )
@@ -58,11 +60,11 @@ TEXTS = st.one_of(
         st.sampled_from(["<s>", "<|eot_id|>", "[INST]", "<|endoftext|>", " ", "  ", "a", "\n", "é", "🎉"]), max_size=12
     ).map("".join),
 )
-"""Prompts in all scripts, with special tokens' texts and odd spaces among them."""
+"""Strategy for prompts in all scripts. Some prompts hold odd spaces or the texts of special tokens."""
 
 
 def with_template(kind: Kind, templates: Mapping[str, str]) -> TextModel:
-    """The kind's TextModel with these chat templates (name -> source) instead of its own."""
+    """Return a TextModel of the kind with other chat templates. `templates`: the source of each template by name."""
     from cluster.wire.bundle import Bundle
     from cluster.worker.weights.tokenizer_bundle import build_bundle
 

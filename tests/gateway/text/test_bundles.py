@@ -1,4 +1,5 @@
-"""A bundle holds what the gateway needs, survives every transfer, and reports what it cannot be built from."""
+"""A bundle holds the files that the gateway needs, is the same after every transfer, and cannot be built from a folder
+without a usable tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ BUNDLES = st.dictionaries(NAMES, st.binary(max_size=200), max_size=6).map(Bundle
 
 @given(bundle=BUNDLES)
 def test_pack_and_unpack(bundle: Bundle) -> None:
-    """Any bundle is restored from its bytes, with the same digest."""
+    """A bundle that is packed and unpacked again has the same files and the same digest."""
     again = Bundle.unpack(bundle.pack())
     assert again.files == bundle.files
     assert again.digest == bundle.digest
@@ -35,7 +36,7 @@ def test_digests_tell_contents_apart(bundle: Bundle, other: Bundle) -> None:
 
 @given(bundle=BUNDLES, data=st.data())
 def test_a_cut_bundle_is_refused(bundle: Bundle, data: st.DataObject) -> None:
-    """Truncated bytes are refused or yield a shorter list of whole files, never a different bundle."""
+    """The truncated bytes of a bundle are refused or yield some of the files unchanged, but never a changed file."""
     packed = bundle.pack()
     cut = packed[: data.draw(st.integers(0, max(len(packed) - 1, 0)))]
     try:
@@ -48,7 +49,7 @@ def test_a_cut_bundle_is_refused(bundle: Bundle, data: st.DataObject) -> None:
 @settings(max_examples=20, deadline=None)
 @given(files=st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=50), max_size=4))
 def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
-    """A saved bundle can be loaded, and saving it into its existing folder changes nothing."""
+    """A saved bundle can be loaded, and saving another bundle into the existing folder changes nothing."""
     folder = tmp_path_factory.mktemp("bundles") / "one"
     Bundle(files).save(folder)
     Bundle({"other": b"x"}).save(folder)
@@ -56,7 +57,7 @@ def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, files: dict[str
 
 
 def test_equal_folders_have_equal_digests(kind: Kind) -> None:
-    """Building twice yields the same bundle, with text files only."""
+    """Two bundles that are built from the same folder have the same digest, and hold text files only."""
     bundle = build_bundle(kind.folder)
     assert bundle.digest == build_bundle(kind.folder).digest
     assert sorted(bundle.files) == [
@@ -70,21 +71,21 @@ def test_equal_folders_have_equal_digests(kind: Kind) -> None:
 
 
 def test_generation_defaults_are_kept(kinds: dict[str, Kind]) -> None:
-    """generation_config.json is kept whole: its sampling defaults are the model's."""
+    """A bundle holds the whole generation_config.json, since the sampling defaults of the model are in that file."""
     generation = json.loads(build_bundle(kinds["llama"].folder).files["generation_config.json"])
     assert (generation["temperature"], generation["top_p"]) == (0.6, 0.9)
     assert len(generation["eos_token_id"]) == 2
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    """A model without tokenizer files gets an error that names the folder and the remedy."""
+    """Building a bundle from a folder without tokenizer files raises an error that names tokenizer.json."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         build_bundle(tmp_path)
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
-    """A tokenizer that exists only in Python gets an error that says how to convert it."""
+    """Building a bundle from a tokenizer that exists only in Python raises an error that says so."""
     (tmp_path / "config.json").write_text('{"model_type": "ctrl"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
     (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a</w>": 1}')

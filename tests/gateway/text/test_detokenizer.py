@@ -1,4 +1,4 @@
-"""The detokenizer's text equals vLLM's exactly, for every kind of tokenizer."""
+"""The text of the detokenizer equals the text of vLLM exactly, for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAW = settings(
 
 
 def vllm_detokenizer(kind: Kind, prompt: Sequence[int], **params: Any) -> Any:
-    """vLLM's own detokenizer for the same call."""
+    """Return vLLM's own detokenizer for the same call."""
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
@@ -40,7 +40,7 @@ def vllm_detokenizer(kind: Kind, prompt: Sequence[int], **params: Any) -> Any:
 def run_both(
     kind: Kind, prompt: list[int], steps: list[list[int]], takes: list[bool], stop_terminated: bool, **params: Any
 ) -> None:
-    """Push the steps into both detokenizers and compare texts, stop strings and token counts after each step."""
+    """Push the steps into both detokenizers, and compare texts, stop strings and token counts after each step."""
     theirs = vllm_detokenizer(kind, prompt, **params)
     ours = kind.ours.detokenizer(prompt, **params)
     for number, step in enumerate(steps):
@@ -60,7 +60,8 @@ def run_both(
 @given(data=st.data())
 @pytest.mark.slow
 def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
-    """Any ids in steps of any size after any prompt yield vLLM's text, stop string and token count at every step."""
+    """For any prompt and any token ids in steps of any size, the text, the stop string and the token count after every
+    step equal those of vLLM."""
     prompt = data.draw(token_ids(kind), label="prompt")
     if data.draw(st.booleans(), label="long prompt"):
         prompt = [*kind.sample_ids[:150], *prompt]
@@ -87,7 +88,7 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
 @given(data=st.data())
 @pytest.mark.slow
 def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> None:
-    """The tail of a long prompt primes the stream as the whole prompt would, whatever the tail contains."""
+    """The tail of a long prompt primes the stream as the whole prompt does, whatever tokens the tail contains."""
     tail = [t for part in data.draw(st.lists(token_ids(kind), min_size=3, max_size=8), label="tail") for t in part]
     prompt = [*kind.sample_ids[:200], *tail]
     steps = [[token_id] for token_id in data.draw(token_ids(kind), label="ids")]
@@ -97,8 +98,8 @@ def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("family", ["mistral", "llama2"])
 def test_tails_that_do_not_prime(kinds: dict[str, Kind], family: str) -> None:
-    """A tail without text, or inside a run of bytes that an earlier byte makes invalid, is not used: the whole prompt
-    primes."""
+    """The whole prompt primes the stream if the tail has no text, or if the tail is inside a run of bytes that an
+    earlier byte makes invalid."""
     kind = kinds[family]
     byte = kind.theirs.convert_tokens_to_ids
     emoji = [byte(f"<0x{b:02X}>") for b in "🎉".encode()]
@@ -112,7 +113,7 @@ def test_tails_that_do_not_prime(kinds: dict[str, Kind], family: str) -> None:
 
 
 def test_text_is_whole_again(kind: Kind) -> None:
-    """Token by token, every sample text is restored, with all characters and the first space."""
+    """Every sample text is restored token by token, with all characters and the first space."""
     from tests.support.corpus import SAMPLES
 
     prompt = kind.ours.encode_prompt("Once upon a time")
@@ -130,7 +131,7 @@ def test_text_is_whole_again(kind: Kind) -> None:
 
 @pytest.mark.parametrize("stop", [[], ["river"]])
 def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: list[str]) -> None:
-    """A call that ends in special tokens or broken characters only does not delay other calls."""
+    """The CPU time of a call that ends in thousands of special tokens or broken characters stays small."""
     for token_id in (kind.special_ids[0], kind.byte_ids[0], len(kind.theirs) + 1):
         detokenizer = kind.ours.detokenizer(list(kind.sample_ids[:20]), stop=stop)
         began = time.process_time()
@@ -140,7 +141,8 @@ def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: l
 
 
 def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> None:
-    """An endless incomplete character is sent as it decodes, nothing else is lost, and the text continues after it."""
+    """An incomplete character that never ends is sent as the decoder shows it. No other text is lost, and the text
+    after the incomplete character continues."""
     first = kind.theirs.encode("Once", add_special_tokens=False)
     for broken, special in [(10, 3), (70, 0), (500, 7)]:
         ids = [*[kind.byte_ids[0]] * broken, *[kind.special_ids[0]] * special, *kind.sample_ids[:30]]
@@ -156,7 +158,8 @@ def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> No
 
 
 def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None:
-    """Up to len(stop) - 1 characters are held back, and sent at the end if the stop string never comes."""
+    """The detokenizer holds back up to len(stop) - 1 characters, and returns them at the end if the stop string never
+    comes."""
     kind = kinds["llama"]
     detokenizer = kind.ours.detokenizer([0], stop=["river bank"])
     assert detokenizer.push(kind.theirs.encode("the river", add_special_tokens=False)) is None
@@ -167,7 +170,7 @@ def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None
 
 
 def test_tokens_after_a_stop_string_do_not_count(kinds: dict[str, Kind]) -> None:
-    """In a step of several tokens, those after the one that completes the stop string are dropped from text and
+    """If a token in a step completes a stop string, the later tokens of the step are dropped from the text and from the
     count."""
     kind = kinds["falcon"]
     ids = kind.theirs.encode("a b c d", add_special_tokens=False)
@@ -178,6 +181,6 @@ def test_tokens_after_a_stop_string_do_not_count(kinds: dict[str, Kind]) -> None
 
 
 def test_an_empty_stop_string_is_refused(kinds: dict[str, Kind]) -> None:
-    """An empty stop string would end every call at once."""
+    """An empty stop string is refused, since it would end every call at once."""
     with pytest.raises(ValueError, match="stop"):
         kinds["llama"].ours.detokenizer([], stop=["x", ""])

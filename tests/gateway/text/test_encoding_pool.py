@@ -1,4 +1,5 @@
-"""Long prompts are tokenized in helpers: the event loop stays free, ids are the same, lost helpers fail no call."""
+"""Long prompts are tokenized in helper processes. The event loop stays free, the ids are the same, and no call fails
+because of a lost helper."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
 SENDS_A_TURN, RUNS = 32, 8
 LEAST_GAIN = 2.0
-"""Least ratio of the event loop's longest turns in the best run: with threads (12 to 30 ms on an idle machine) against
-with helpers (1 to 4 ms). Other work on the machine makes both longer, never shorter."""
+"""Least ratio between the event loop's longest turn with threads (12 to 30 ms on an idle machine) and with helpers (1
+to 4 ms). Each is the best of several runs, since other work on the machine makes the turns longer, never shorter."""
 
 
 @pytest.fixture
 async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
-    """A model with a running helper."""
+    """Start a TextModel with a running helper."""
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder))
     assert model.pool is not None
     assert await asyncio.wait_for(model.pool.ready(), READY_S)
@@ -45,7 +46,8 @@ async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
 
 
 async def longest_turn_s(stop: asyncio.Event) -> float:
-    """The longest turn, until `stop`, of an event loop that sends tokens; each send releases the GIL."""
+    """Send tokens on the event loop until `stop` is set, where each send releases the GIL. Returns the longest turn of
+    the event loop in seconds."""
     ours, theirs = socket.socketpair()
     worst = 0.0
     with ours, theirs:
@@ -60,7 +62,8 @@ async def longest_turn_s(stop: asyncio.Event) -> float:
 
 
 async def turn_meanwhile_s(encode: Callable[[int], Awaitable[Sequence[int]]], expected: list[int]) -> float:
-    """The event loop's longest turn while it waits for many prompts of 220 KB, whose ids are `expected`."""
+    """Return the longest turn of the event loop in seconds while many prompts of 220 KB are tokenized. `expected`: the
+    ids of each prompt."""
     stop = asyncio.Event()
     witness = asyncio.create_task(longest_turn_s(stop))
     answers = await asyncio.gather(*map(encode, range(16)))
@@ -71,7 +74,8 @@ async def turn_meanwhile_s(encode: Callable[[int], Awaitable[Sequence[int]]], ex
 
 
 async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
-    """With many concurrent prompts, the event loop's longest turn is shorter than with the same work in threads."""
+    """While many prompts are tokenized in helpers, the longest turn of the event loop is shorter than while the same
+    prompts are tokenized in threads."""
     expected = model.encode_prompt(PROMPT)
     tenants = itertools.count()  # a new tenant each time, so that nothing comes from the cache
 
@@ -91,7 +95,8 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
 
 
 async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) -> None:
-    """While the first helper starts, long prompts are not tokenized in the gateway's own process."""
+    """A long prompt that comes before the first helper has started waits for the helper, and is not tokenized in the
+    gateway's own process."""
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder))
     assert model.pool is not None
     assert not model.pool.pids
@@ -108,7 +113,8 @@ async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) 
 
 @pytest.mark.parametrize("started", [False, True])
 async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], started: bool) -> None:
-    """When a pool is closed, callers that wait for a helper, starting or busy, do the work themselves."""
+    """When a pool is closed, all callers that wait for a helper get None and so do the work themselves, whether the
+    helper is starting or busy."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
     if started:
         assert await asyncio.wait_for(pool.ready(), READY_S)
@@ -120,14 +126,14 @@ async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], starte
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
-    """Chat messages are also tokenized in helpers, with their options."""
+    """Long chat messages are tokenized in helpers too, and the options apply."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
 
 
 def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
-    """A bundle whose tokenizer first splits by this expression."""
+    """Return a bundle whose tokenizer first splits a text by `pattern`."""
     bundle = build_bundle(kinds["llama"].folder)
     layout = json.loads(bundle.files["tokenizer.json"])
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -137,8 +143,8 @@ def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
 
 @pytest.mark.parametrize(("pattern", "text"), [("(a+)+$", "a" * 40 + "b"), ("(?:a|aa)+$", "a" * 60 + "b")])
 async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], pattern: str, text: str) -> None:
-    """A text that makes an expression backtrack endlessly gets an error. (40 characters blocked the event loop for
-    ever, or made the library panic.)"""
+    """A text that makes an expression of the tokenizer backtrack endlessly gets an error. Without the CPU limit, 40
+    characters blocked the event loop for ever or made the library panic."""
     model = TextModel.from_bundle(_exploding(kinds, pattern))
     assert model.pool is not None
     for _ in range(4):  # more often than helpers may be lost
@@ -151,7 +157,7 @@ async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], p
 
 
 async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
-    """A job that exceeds its CPU limit ends its helper, and the next job gets another helper."""
+    """A job that exceeds the CPU limit ends the helper that runs the job, and the next job gets another helper."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
     pool.cpu_s = 0.05
     with pytest.raises(TooMuchCpu):
@@ -163,7 +169,8 @@ async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
 
 
 async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
-    """A job that has ended two helpers runs neither in a third one nor in the gateway's own process."""
+    """A job that has ended two helpers is given up. It runs neither in a third helper nor in the gateway's own
+    process."""
     pool = model.pool
     assert pool is not None
     lost = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT * 40), {})))
@@ -181,7 +188,7 @@ async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
 
 
 async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
-    """Behind a hundred jobs of another tenant, a job is next but one."""
+    """A tenant's job that comes after a hundred jobs of another tenant is among the first three jobs to be done."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
     done: list[str] = []
 
@@ -197,7 +204,7 @@ async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:
-    """A text that cannot be tokenized gets the same error with and without a helper."""
+    """A text that cannot be tokenized gets INVALID_FIELD from a helper too, and the next text is tokenized."""
     with pytest.raises(CallError) as error:
         await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -205,7 +212,7 @@ async def test_errors_are_the_callers_own(model: TextModel) -> None:
 
 
 async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
-    """The jobs of killed helpers are done all the same, and new helpers start."""
+    """The jobs of a helper that is killed are still done, and a new helper starts."""
     pool = model.pool
     assert pool is not None
     expected = model.encode_prompt(PROMPT)
@@ -220,7 +227,7 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
 
 @pytest.fixture
 async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
-    """A pool whose only helper is stopped, and soon late."""
+    """Start a pool whose only helper is stopped by a signal, and so is late for any job."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
     assert await asyncio.wait_for(pool.ready(), READY_S)
     (pid,) = pool.pids
@@ -230,8 +237,8 @@ async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
 
 
 async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) -> None:
-    """Callers of a stopped helper, and callers that wait for it, do the work themselves; once it runs again it is used
-    again."""
+    """Callers whose helper is stopped, and callers that wait for that helper, get None and so do the work themselves.
+    Once the helper runs again, the pool uses it again."""
     calls = [asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
     assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
     assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
@@ -246,7 +253,9 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) 
 
 
 async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
-    """After a caller has been cancelled before its helper was late, later callers do not wait for that helper."""
+    """If a caller is cancelled before the helper of the caller is late, later callers still do not wait for that
+    helper.
+    """
     gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
     await asyncio.sleep(0)
     gone.cancel()
@@ -256,7 +265,7 @@ async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> N
 
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
-    """Calls cancelled while waiting or running do not disturb the answers of others."""
+    """Calls that are cancelled while they wait or run do not change the answers to other calls."""
     expected = model.encode_prompt(PROMPT)
     others = ["other " * (n + ENCODE_HELPER_CHARS) for n in range(6)]
     doomed = [asyncio.create_task(model.prompt_ids_async(TENANT, text)) for text in others]
@@ -273,7 +282,7 @@ async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
 
 
 async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
-    """A pool that has been closed, or that cannot start helpers, leaves the work to its callers."""
+    """A long prompt is tokenized without helpers, with the same ids, after the pool has been closed."""
     model = TextModel.from_bundle(build_bundle(kinds["mistral"].folder))
     assert model.pool is not None
     model.pool.close()
@@ -282,7 +291,7 @@ async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
 
 
 async def test_helpers_that_cannot_read_are_given_up(kinds: dict[str, Kind]) -> None:
-    """After several failed starts no further helper is started."""
+    """A pool starts no further helper after three helpers have failed to start."""
     pool = EncodingPool(Bundle({"tokenizer.json": b"{}"}), size=1)
     for _ in range(5):
         assert await pool.run(("prompt_ids", (TENANT, "a"), {})) is None

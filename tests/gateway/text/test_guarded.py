@@ -1,4 +1,5 @@
-"""Guards around a real detokenizer: the text is the whole text filtered, and logprobs reveal no more than the text."""
+"""Guards around a real detokenizer: the text equals the filtered whole text, and the log probabilities reveal no more
+than the text."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ LAW = settings(
 
 
 class Run:
-    """The result of a call: its text, the tokens that count, and the logprobs that were sent."""
+    """The result of a call: the text, the tokens that count, and the log probabilities that were sent."""
 
     def __init__(self, text: Any, logprobs: Any, steps: Sequence[list[int]], takes: Sequence[bool]) -> None:
         self.text = ""
@@ -49,14 +50,14 @@ class Run:
 
 
 def guarded(kind: Kind, patterns: Patterns, action: Action, steps: Any, takes: Any, stop: Sequence[str]) -> Run:
-    """The result of a call with one guard."""
+    """Return the result of a call with one guard."""
     chain = GuardChain([PatternStage(patterns, action, ignore)], [1e9], lambda number, error: False, lambda: 0.0)
     text = GuardedText(kind.ours.detokenizer([], stop=stop), chain)
     return Run(text, GuardedLogprobs(LogprobTexts(kind.ours, 1), text), steps, takes)
 
 
 def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
-    """The result of the same call without guards."""
+    """Return the result of the same call without guards."""
     return Run(kind.ours.detokenizer([], stop=stop), LogprobTexts(kind.ours, 1), steps, [False])
 
 
@@ -64,8 +65,8 @@ def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
 @given(data=st.data())
 @pytest.mark.slow
 def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> None:
-    """A secret that spans tokens does not leak as text, as a token's text or as its id; no other text is lost, and the
-    caller is not billed for tokens that a guard withheld."""
+    """A secret that spans tokens is sent neither in the text, nor as the text or id of a token in the log
+    probabilities. No other text is lost, and the caller is not billed for tokens that a guard withheld."""
     steps = data.draw(st.lists(token_ids(kind), min_size=1, max_size=6))
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=3))
     bare = plain(kind, steps, ())
@@ -91,7 +92,7 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
         assert run.tokens == alone.tokens[: len(run.tokens)]
     assert run.refused == (action == "refuse" and bool(spans))
     assert run.billed_early <= len(run.tokens)
-    # logprobs are sent in order, and nothing can be reconstructed across missing tokens
+    # Log probabilities are sent in order, and no text can be reconstructed across missing tokens.
     rest = iter(run.told)
     one = next(rest, None)
     told = ""
@@ -100,7 +101,8 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
         told += was.token if kept and was.token_id not in kind.special_ids else "\ue000"
         one = next(rest, None) if kept else one
     assert one is None
-    # (only the token has the space before a text's first word; broken bytes decode differently together)
+    # Texts with outer spaces or broken bytes are left out: the space before the first word is only in the token, and
+    # broken bytes are decoded differently when they are decoded together.
     whole = kind.ours.decode(alone.tokens)
     if not stop and secret == secret.strip() and "\ufffd" not in whole:
         assert secret not in told
@@ -109,7 +111,7 @@ def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> 
 
 
 def test_no_part_of_a_redacted_character_is_told(kind: Kind) -> None:
-    """The ids of a redacted character's first tokens are not sent."""
+    """If a redacted character consists of several tokens, no id of these tokens is sent."""
     ids = kind.theirs.encode("so 🦄 it", add_special_tokens=False)
     parts = [one for one in ids if "\ufffd" in kind.theirs.decode([one]) or one in kind.byte_ids]
     assert len(parts) > 1

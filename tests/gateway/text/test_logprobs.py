@@ -1,4 +1,4 @@
-"""Log probabilities equal those of vLLM's chat server."""
+"""Log probabilities with texts equal those that vLLM's chat server returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: int) -> list[Any]:
-    """The contents of `logprobs.content` from vLLM's server for such positions."""
+    """Return the `logprobs.content` that vLLM's server returns for the positions."""
     import numpy as np
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -54,7 +54,8 @@ def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: in
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
-    """Texts, bytes, numbers and alternatives equal vLLM's in order and count, split characters included."""
+    """For any tokens, split characters included, the texts, bytes, numbers and alternatives equal those of vLLM, also
+    in order and count."""
     sampled = data.draw(token_ids(kind), label="sampled")[:24]
     top = data.draw(st.integers(0, 4), label="top_logprobs")
     others = st.lists(
@@ -78,7 +79,7 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
 
 
 def test_the_token_that_completes_a_character_has_it_whole(kinds: dict[str, Kind]) -> None:
-    """Of the tokens of one split emoji, only the last has text: the emoji and its bytes."""
+    """If an emoji is split over several tokens, only the last token has a text: the whole emoji with all its bytes."""
     kind = kinds["mistral"]
     ids = kind.theirs.encode("x🎉", add_special_tokens=False)[-4:]
     told = LogprobTexts(kind.ours, 1).push(PositionLogprobs([i], [-1.0]) for i in ids)

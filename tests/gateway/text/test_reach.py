@@ -1,4 +1,5 @@
-"""Texts that certainly have too many tokens are refused before they are tokenized, and no other texts are."""
+"""A text that certainly has too many tokens is refused before it is tokenized, and no other text is refused. Slow
+regular expressions of tokenizers are recognized."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ LONG = TEXTS | st.lists(TEXTS, max_size=8).map("".join) | st.builds(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
 def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.DataObject, family: str) -> None:
-    """For all families and any text, the bound is at most the number of ids."""
+    """For each family and any text, the lower bound is at most the number of token ids."""
     model = kinds[family].ours
     reach = Reach.of(model._tokenizer, model._layout)
     if reach is None:
@@ -36,7 +37,7 @@ def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.Da
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
-    """Some families have a bound, without which the test above would prove nothing."""
+    """At least two families have a bound. If no family had a bound, the test above would prove nothing."""
     bounded = [f for f, kind in kinds.items() if Reach.of(kind.ours._tokenizer, kind.ours._layout) is not None]
     assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
 
@@ -61,7 +62,7 @@ def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     st.booleans(),
 )
 def test_composition_is_allowed_for(text: str, composes: bool) -> None:
-    """The bound allows for marks that combine with the character before them into fewer bytes."""
+    """The bound also holds if NFC combines marks with the characters before the marks, which yields fewer bytes."""
     tokenizer = _byte_level(normalizers.NFC() if composes else None)
     reach = Reach.of(tokenizer, {"normalizer": {"type": "NFC"} if composes else None,
                                  "pre_tokenizer": {"type": "ByteLevel"}})  # fmt: skip
@@ -82,12 +83,12 @@ def test_composition_is_allowed_for(text: str, composes: bool) -> None:
     ],
 )  # fmt: skip
 def test_what_may_drop_text_has_no_bound(layout: dict[str, object]) -> None:
-    """Tokenizers whose normalizers or splitters shorten text have no bound."""
+    """A tokenizer whose normalizer or pre-tokenizer may shorten a text has no bound."""
     assert Reach.of(_byte_level(None), {"pre_tokenizer": {"type": "ByteLevel"}, **layout}) is None
 
 
 def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) -> None:
-    """A huge text is refused at once. (15 MB without a space took the process to 1.2 GiB and over 40 s.)"""
+    """A huge text is refused at once. Without the bound, 15 MB without a space took 1.2 GiB of memory and over 40 s."""
     model = kinds["llama"].ours
     text = "a" * 15_000_000
     began = time.process_time()
@@ -105,7 +106,7 @@ def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) ->
     "pattern", ["(a+)+$", "(?:a|b)*c", "(a*)*", r"(\s+\S+)+", "(x{2,})+", r"(.)\1", "a*" * 9 + "$"]
 )
 def test_expressions_that_may_explode_are_told(pattern: str) -> None:
-    """Expressions whose backtracking time doubles with each character are recognized."""
+    """An expression whose backtracking time may double with each character is recognized as slow."""
     assert may_explode(pattern)
     assert list(expressions_of({"pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": pattern}}]}})) == [pattern]
 
@@ -123,11 +124,11 @@ DEEPSEEK = (
 
 @pytest.mark.parametrize("pattern", [*sorted(WORD_PATTERNS), QWEN2, O200K, DEEPSEEK, "[0-9][0-9][0-9]", r"\p{N}{1,3}"])
 def test_expressions_of_known_tokenizers_are_quick(pattern: str) -> None:
-    """The expressions of known tokenizers are not recognized as slow."""
+    """No expression of a known tokenizer is recognized as slow."""
     assert not may_explode(pattern)
 
 
 def test_models_of_all_families_are_quick(kind: Kind) -> None:
-    """No family needs a helper for a short prompt."""
+    """The tokenizer of each family is quick, so that a short prompt needs no helper."""
     assert isinstance(kind.ours, TextModel)
     assert kind.ours._is_quick

@@ -1,4 +1,5 @@
-"""A text that is interrupted anywhere and continued by another detokenizer equals the uninterrupted text."""
+"""If a text is interrupted anywhere and another detokenizer continues it, the whole text equals the uninterrupted
+text."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ LAW = settings(
 
 
 def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[str, str | None]:
-    """Push ids one by one with some takes. Returns the text taken and the stop string that ended it."""
+    """Push ids one by one, and pop the text after some of them. Returns the popped text, and the stop string that ended
+    the text, None if no stop string did."""
     text = ""
     for number, token_id in enumerate(ids):
         stop = ours.push([token_id])
@@ -33,8 +35,9 @@ def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[s
 @LAW
 @given(data=st.data())
 def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
-    """Interrupted in a character, in a stop string, after a special token or a run of bytes, the text before and the
-    text after equal the uninterrupted text, with the same stop string and tokens."""
+    """Wherever a text is interrupted, the text before and the text after the interruption joined equal the
+    uninterrupted text, with the same stop string and tokens. The interruption may be in a character, in a stop string,
+    after a special token or after a run of bytes."""
     prompt = data.draw(token_ids(kind), label="prompt")
     ids = data.draw(token_ids(kind), label="ids")
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=4), label="takes")
@@ -61,6 +64,6 @@ def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
 
 
 def test_tokens_without_their_text_are_refused(kind: Kind) -> None:
-    """Tokens whose text is shorter than the text already taken are refused."""
+    """A restore is refused if the text of the tokens is shorter than the text that was already returned."""
     with pytest.raises(ValueError, match="characters"):
         kind.ours.detokenizer([]).restore([], 1)

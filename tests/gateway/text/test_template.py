@@ -1,4 +1,4 @@
-"""Chat templates yield transformers' token ids, and their errors are understandable to callers."""
+"""Chat templates yield the same token ids as with transformers, and callers can understand the errors of a render."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """The ids, or the error: a template's own text, or `failed` if the template could not render."""
+    """Return the ids, or the error as a text: the template's own error text, or `failed` if the template could not
+    render."""
     from jinja2.exceptions import TemplateError, UndefinedError
 
     try:
@@ -87,7 +88,8 @@ def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwa
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("name", NAMES)
 def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: str, family: str) -> None:
-    """Every conversation, with and without tools and generation prompt, yields transformers' ids or its refusal."""
+    """A public template yields the same ids or the same error as with transformers, for every conversation, with and
+    without tools, and with and without a generation prompt."""
     kind = kinds[family]
     source = (PUBLIC / f"{name}.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -106,7 +108,7 @@ def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: st
 
 
 def test_own_templates_have_one_bos(kind: Kind) -> None:
-    """The families' own templates yield transformers' ids, with exactly one BOS."""
+    """The template of each family yields the same ids as with transformers, with exactly one BOS."""
     messages = CONVERSATIONS["one question"]
     ids = kind.ours.encode_chat(messages)
     assert ids == kind.theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -115,7 +117,8 @@ def test_own_templates_have_one_bos(kind: Kind) -> None:
 
 
 def test_every_public_template_names_its_origin() -> None:
-    """Each stored template has an entry with model, holder and permissive licence, and there are twelve or more."""
+    """Each public template in the repository has an index entry with the model, the holder and a permissive licence.
+    There are at least twelve public templates."""
     index = json.loads((PUBLIC / "index.json").read_text())
     assert sorted(Path(entry["file"]).stem for entry in index) == NAMES
     assert len(NAMES) >= 12
@@ -124,7 +127,9 @@ def test_every_public_template_names_its_origin() -> None:
 
 
 def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
-    """A model with templates `default` and `tool_use` uses the second if tools are given, as transformers does."""
+    """A model with the templates `default` and `tool_use` uses `tool_use` if the request has tools, as transformers
+    does.
+    """
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
@@ -148,7 +153,8 @@ def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
 @pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
 @pytest.mark.parametrize("name", ["chatml", "qwen2.5", "mistral-nemo", "phi3-training", "granite-3.3", "trims"])
 def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: str) -> None:
-    """The last message is left open exactly as by transformers, trimmed or not."""
+    """With continue_final_message the prompt equals the prompt of transformers, whether or not the template trims the
+    last message."""
     kind = kinds["mistral"]
     source = kinds["llama"].theirs.chat_template if name == "trims" else (PUBLIC / f"{name}.jinja").read_text()
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": final}]
@@ -159,7 +165,8 @@ def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: s
 
 
 def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
-    """Extra arguments reach the template; those that the request itself sets are refused by name."""
+    """Template arguments of a request reach the template. An argument that the request itself sets is refused, and the
+    error names the argument."""
     kind = kinds["llama"]
     source = (PUBLIC / "qwen3.5.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -175,18 +182,19 @@ def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
 
 
 def render(source: str, **kwargs: Any) -> str:
-    """Render one short message with a template of the test."""
+    """Render one short message with the template `source`."""
     return ChatTemplate({"default": source}).render([{"role": "user", "content": "hi"}], **kwargs)
 
 
 def test_the_date_is_given_from_outside() -> None:
-    """strftime_now uses the injected clock, so a prompt can be reproduced."""
+    """The template function strftime_now uses the clock that is passed in, so that a prompt can be reproduced."""
     template = ChatTemplate({"default": "{{ strftime_now('%d %B %Y') }}"}, now=lambda: datetime(2026, 3, 1))
     assert template.render([{"role": "user", "content": "hi"}]) == "01 March 2026"
 
 
 def test_a_templates_refusal_is_the_callers() -> None:
-    """A template's raise_exception reaches the caller as an error on `messages`, cut to a limited length."""
+    """The text that a template passes to raise_exception reaches the caller as an error on `messages`. A long text is
+    cut."""
     with pytest.raises(CallError, match="messages: no wizards here") as error:
         render("{{ raise_exception('no wizards here') }}")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -241,7 +249,8 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
 )
 @pytest.mark.slow
 def test_a_runaway_template_is_stopped(source: str) -> None:
-    """A template that grows without end, loops forever or leaves the sandbox fails soon and without harm."""
+    """A template that makes endless text, loops forever or tries to leave the sandbox fails soon, and takes little time
+    and memory."""
     began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CallError) as error:
         render(source)
@@ -251,7 +260,8 @@ def test_a_runaway_template_is_stopped(source: str) -> None:
 
 
 def test_bounds_are_each_renders_own() -> None:
-    """Each render has its own limits, whatever the previous one used; a long conversation is rendered."""
+    """The limits apply to each render separately, whatever earlier renders used. A long conversation is within the
+    limits."""
     template = ChatTemplate({"default": "{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}"})
     for _ in range(40):
         assert len(template.render([{"role": "user", "content": "x" * 1_000_000}] * 8)) == 16_000_000
@@ -259,8 +269,8 @@ def test_bounds_are_each_renders_own() -> None:
 
 
 def test_a_model_without_template_says_so() -> None:
-    """Without a template, without a default one, or with one that does not compile, Chat is refused with the remedy,
-    Complete."""
+    """A chat request is refused if the model has no template, no default template, or a template that does not compile.
+    The error names Complete as the remedy."""
     for sources in ({}, {"rag": "x"}, {"default": "{% if %}"}):
         with pytest.raises(CallError, match="use Complete") as error:
             ChatTemplate(sources).render([{"role": "user", "content": "hi"}])
@@ -274,7 +284,7 @@ def test_no_messages_is_refused() -> None:
 
 
 def test_a_message_without_text_cannot_be_continued() -> None:
-    """Continuing requires text in the last message, and a template that outputs it."""
+    """The last message can be continued only if it has text and the template outputs that text."""
     for source, content in (("{{ messages[0].content }}", None), ("nothing", "hi")):
         with pytest.raises(CallError, match="continue_final_message"):
             ChatTemplate({"default": source}).render(

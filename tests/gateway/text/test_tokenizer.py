@@ -1,4 +1,4 @@
-"""Prompts become the same ids that transformers and vLLM's server would send to the engine."""
+"""The token ids of a prompt equal those that transformers and vLLM's server would send to the engine."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 @LAW
 @given(text=TEXTS)
 def test_prompt_ids_equal_transformers(kind: Kind, text: str) -> None:
-    """A plain prompt has transformers' ids, BOS included."""
+    """The token ids of a plain prompt equal those of transformers, BOS included."""
     assert kind.ours.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
 
 
 @LAW
 @given(text=TEXTS)
 def test_decode_equals_transformers(kind: Kind, text: str) -> None:
-    """Decoding whole lists equals transformers', with and without special tokens."""
+    """The decoded text of a list of ids equals that of transformers, with and without special tokens."""
     ids = kind.ours.encode_prompt(text)
     for skip in (True, False):
         assert kind.ours.decode(ids, skip_special_tokens=skip) == kind.theirs.decode(ids, skip_special_tokens=skip)
 
 
 def test_token_text_equals_vllm(kind: Kind) -> None:
-    """Each token by itself has the text that vLLM reports in logprobs, a leading space included."""
+    """The text of each token by itself equals the text that vLLM reports in log probabilities, a leading space
+    included."""
     from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
     ids = list(range(len(kind.theirs)))
@@ -45,7 +46,7 @@ def test_token_text_equals_vllm(kind: Kind) -> None:
 
 
 def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
-    """Vocabulary size, family and end tokens come from the model's files."""
+    """The vocabulary size, the family and the end tokens of a TextModel are those in the model's files."""
     llama, falcon = kinds["llama"].ours, kinds["falcon"].ours
     assert llama.vocab_size == VOCAB_SIZES["llama"]
     assert llama.family == "llama"
@@ -56,7 +57,7 @@ def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
 
 
 async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
-    """A long prompt is tokenized off the event loop, which runs meanwhile, and the ids are the same."""
+    """A long prompt is tokenized off the event loop, so that the event loop runs meanwhile. The ids are the same."""
     model = kinds["llama"].ours
     text = " ".join(f"river{i} turns wheel{i * 7919}" for i in range(40 * ENCODE_OFFLOAD_CHARS // 27))  # no two alike
     turns = 0
@@ -71,7 +72,7 @@ async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
 
 
 async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
-    """A short prompt is tokenized at once, without a turn of the event loop."""
+    """A short prompt is tokenized at once, before the event loop runs anything else."""
     model = kinds["mistral"].ours
     with pytest.raises(StopIteration) as done:
         model.prompt_ids_async("t", "short").send(None)
@@ -79,7 +80,7 @@ async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
 
 
 def test_a_lone_surrogate_is_refused(kinds: dict[str, Kind]) -> None:
-    """Text that is not Unicode gets an error that names the field."""
+    """A prompt with a lone surrogate gets an error that names the field."""
     with pytest.raises(CallError) as error:
         kinds["llama"].ours.encode_prompt("a\ud800b")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -88,13 +89,13 @@ def test_a_lone_surrogate_is_refused(kinds: dict[str, Kind]) -> None:
 
 @pytest.mark.parametrize("files", [{}, {"tokenizer.json": b"{"}, {"tokenizer.json": b"{}", "config.json": b"[]"}])
 def test_a_broken_bundle_is_named(files: dict[str, bytes]) -> None:
-    """A bundle without a usable tokenizer is refused with the file's name."""
+    """A bundle without a usable tokenizer is refused with an error that names the file."""
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         TextModel.from_bundle(Bundle(files))
 
 
 def test_needs_no_engine_library() -> None:
-    """The text layer works without transformers, torch or vllm in its process."""
+    """The modules of the text layer do not import transformers, torch, vllm or ray."""
     code = (
         "import sys; import cluster.gateway.text.tokenizer, cluster.gateway.text.logprobs\n"
         "assert not {'transformers', 'torch', 'vllm', 'ray'} & sys.modules.keys()"
@@ -104,7 +105,8 @@ def test_needs_no_engine_library() -> None:
 
 @pytest.mark.slow
 def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The generated tokenizer of 128k tokens encodes, decodes, and has the family's special tokens."""
+    """The generated tokenizer of 128,000 tokens encodes and decodes a text, and has the special tokens of the
+    family."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     folder = big_tokenizer(tmp_path_factory.mktemp("big"))

@@ -1,4 +1,4 @@
-"""A tokenizer built from its parts equals the one that the library reads, in every part."""
+"""A tokenizer that is built from the parts of a tokenizer.json equals the tokenizer that the library reads."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ SMALL: dict[str, Any] = {
 
 
 def packed(**parts: Any) -> bytes:
-    """SMALL with other parts, as JSON."""
+    """Return the tokenizer.json SMALL with other parts, as bytes."""
     return json.dumps({**SMALL, **parts}).encode()
 
 
 def model(**options: Any) -> dict[str, Any]:
-    """SMALL's model with other options."""
+    """Return the model of SMALL with other options."""
     return {**SMALL["model"], **options}
 
 
 def same(data: bytes) -> bool:
-    """Whether both ways yield the same tokenizer; False if it is not built from its parts."""
+    """Return whether from_parts, read_tokenizer and the library yield the same tokenizer. Fails if from_parts leaves
+    the file to the library."""
     ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
 
 
 def test_what_is_read_is_read_from_its_parts() -> None:
-    """A supported file is not read by the library's own reader, which is the fallback."""
+    """A supported file is built from the parts. The library's own reader, which is the fallback, is not called."""
 
     def not_whole(_: bytes) -> Tokenizer:
         raise AssertionError("it was left to the library")
@@ -70,13 +71,13 @@ def test_what_is_read_is_read_from_its_parts() -> None:
 
 
 def test_every_familys_is_the_librarys(kind: Kind) -> None:
-    """The test tokenizers of all families are equal both ways."""
+    """The tokenizer of each family that is built from the parts equals the tokenizer that the library reads."""
     assert same(build_bundle(kind.folder).files["tokenizer.json"])
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS, {"dropout": None, "unk_token": None, "end_of_word_suffix": None}])
 def test_every_option_is_kept(options: dict[str, Any]) -> None:
-    """Each option of a BPE model is kept, null included, and a text has the same ids."""
+    """Each option of a BPE model is kept, also if the option is null. A text gets the same ids as with the library."""
     parts: dict[str, Any] = {"model": model(**options)}
     if "vocab" in options:
         parts["added_tokens"] = []
@@ -88,7 +89,7 @@ def test_every_option_is_kept(options: dict[str, Any]) -> None:
 
 
 def test_merges_as_older_releases_wrote_them() -> None:
-    """Merges may be single strings with both sides."""
+    """A merge may also be one string that holds both sides, as in files of older releases."""
     assert same(packed(model=model(merges=["a b", "ab c"])))
 
 
@@ -102,7 +103,8 @@ def test_merges_as_older_releases_wrote_them() -> None:
     ],
 )
 def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
-    """Another model type, an unknown option, or an added token whose id is not the next is left to the library."""
+    """A file with another model type, an unknown option, or an added token whose id is not the next id is left to the
+    library."""
     data = packed(**parts)
     assert from_parts(json.loads(data)) is None
     assert read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str()
@@ -113,7 +115,7 @@ def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
     [b"", b"{}", b"[]", packed()[:-3], packed(model=model(merges=[["a", "z"]])), packed(model=model(merges=["a b c"]))],
 )
 def test_what_is_broken_gets_the_librarys_words(data: bytes) -> None:
-    """A truncated or empty file, or a merge of an unknown piece, gets the library's error."""
+    """A file that is truncated, empty or holds a merge of an unknown piece raises the same error as in the library."""
     said = []
     for read in (Tokenizer.from_buffer, read_tokenizer):
         try:

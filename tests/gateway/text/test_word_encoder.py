@@ -1,4 +1,5 @@
-"""Encoding a long text by words or blocks yields the ids of the whole text, or is not done at all."""
+"""Encoding a long text by words or by blocks yields the ids of the whole text. A tokenizer for which this is not
+certain gets no word encoder."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ LAW = settings(max_examples=300, deadline=None)
 
 
 def qwen2(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
-    """LLaMA 3's tiny tokenizer with Qwen 2's split and normalizer."""
+    """Return the tiny LLaMA 3 tokenizer with the split and the normalizer of Qwen 2, and the tokenizer's
+    configuration."""
     tokenizer, config = tokenizer_kinds.llama3(vocab_size)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,7 +44,7 @@ def qwen2(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def encoder_of(tokenizer: Tokenizer, block_chars: int = 16) -> WordEncoder | None:
-    """The encoder, with blocks so small that short texts have many."""
+    """Return the word encoder of a tokenizer, or None. The blocks are so small that a short text has many blocks."""
     return WordEncoder.of(tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"], block_chars=block_chars)
 
 
@@ -52,12 +54,13 @@ MADE = {
     "qwen2": qwen2(700)[0],
     "synthetic": tokenizer_kinds.synthetic(1000),
 }
-"""synthetic: GPT-2's split, which the byte-level step does by itself."""
+"""Tokenizers that get a word encoder, by name. In `synthetic` the byte-level step itself does GPT-2's split."""
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_ids_equal_those_of_the_whole(name: str) -> None:
-    """Encoding by words (of a repeated text) and by blocks yields the same ids, with and without special tokens."""
+    """The ids of a text that is encoded by words or by blocks equal the ids of the whole text, with and without special
+    tokens."""
     tokenizer = MADE[name]
     encoder = encoder_of(tokenizer)
     assert encoder is not None
@@ -74,55 +77,55 @@ def test_ids_equal_those_of_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [tokenizer_kinds.llama2, tokenizer_kinds.mistral])
 def test_sentencepiece_is_encoded_whole(kind: Callable[[int], tuple[Tokenizer, dict[str, Any]]]) -> None:
-    """A tokenizer whose pieces may span a space gets no such encoder."""
+    """A sentencepiece tokenizer, whose pieces may span a space, gets no word encoder."""
     assert encoder_of(kind(700)[0]) is None
 
 
 def no_split(tokenizer: Tokenizer) -> None:
-    """Without a split into words: merges may span spaces."""
+    """Remove the split into words, so that merges may span spaces."""
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def space_first(tokenizer: Tokenizer) -> None:
-    """With a space added before every part."""
+    """Make the tokenizer add a space before every text."""
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
 
 
 def own_split(tokenizer: Tokenizer) -> None:
-    """With an expression that keeps a word together with the space after it."""
+    """Make the tokenizer split by an expression that keeps each word together with the space after the word."""
     split = pre_tokenizers.Split(Regex(r"\S+\s?"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def bytes_first(tokenizer: Tokenizer) -> None:
-    """With the split after the conversion to bytes, where no spaces are left."""
+    """Make the tokenizer split after the conversion to bytes, when no spaces are left."""
     late = pre_tokenizers.Split(Regex(QWEN2), "isolated")
     mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mapped, late])
 
 
 def greedy_token(tokenizer: Tokenizer) -> None:
-    """With an added token that absorbs the space before it."""
+    """Add a special token that absorbs the space before the token."""
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
 
 
 def spaced_token(tokenizer: Tokenizer) -> None:
-    """With an added token that contains a space."""
+    """Add a token that contains a space."""
     tokenizer.add_tokens(["the end"])
 
 
 def stripping(tokenizer: Tokenizer) -> None:
-    """With a normalizer that strips the ends of a part."""
+    """Set a normalizer that strips the ends of a text."""
     tokenizer.normalizer = normalizers.Strip()
 
 
 def dropping_out(tokenizer: Tokenizer) -> None:
-    """With random merges (dropout)."""
+    """Set a model whose merges are random (dropout)."""
     tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
 
 
 def truncating(tokenizer: Tokenizer) -> None:
-    """With truncation of the text."""
+    """Make the tokenizer truncate texts."""
     tokenizer.enable_truncation(8)
 
 
@@ -141,7 +144,7 @@ SPOILED = (
 
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], None]) -> None:
-    """Each condition is checked: if any one is violated, there is no encoder."""
+    """A tokenizer that violates any one of the conditions gets no word encoder."""
     tokenizer = Tokenizer.from_str(MADE["llama3"].to_str())
     assert encoder_of(tokenizer) is not None
     spoil(tokenizer)
@@ -149,7 +152,7 @@ def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], Non
 
 
 def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
-    """A lone surrogate raises TypeError, by words and by blocks."""
+    """A text with a lone surrogate raises TypeError, whether the text is encoded by words or by blocks."""
     encoder = encoder_of(MADE["llama3"])
     assert encoder is not None
     for text in ("a \ud800", "a " * 50 + "\ud800"):
@@ -161,8 +164,8 @@ TURN = " ".join(f"Turn {i} says, that {i * i} boats wait." for i in range(40))
 
 
 def test_a_longer_text_costs_its_new_part() -> None:
-    """The beginning that a text shares with an earlier one of the same tenant is not encoded again, and the ids are
-    those of the whole text."""
+    """If a text begins like an earlier text of the same tenant, the common beginning is not encoded again. The ids
+    equal those of the whole text."""
     encoder = encoder_of(MADE["llama3"], block_chars=100)
     assert encoder is not None
     encoder.encode(TURN, add_special_tokens=False, tenant="acme")
@@ -177,8 +180,8 @@ def test_a_longer_text_costs_its_new_part() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """The cache drops the least recently used blocks beyond its size, and finds a tenant's blocks for that tenant
-    only."""
+    """The cache drops the least recently used blocks when it exceeds its size, and returns the blocks of a tenant to
+    that tenant only."""
     cache = BlockCache(max_bytes=10_000)
     for n in range(100):
         cache.put("acme", f"{n:>1000}", b"1234")

@@ -1,8 +1,9 @@
 """Authentication and authorization of the admin port, and the conversion of errors to gRPC statuses.
 
-A tenant administrator acts on its own tenant only. Any other tenant name gets NOT_FOUND, whether the tenant exists or
-not; this is decided before any lookup. Without `auth` the port listens on loopback and every caller is an operator.
-The holder of the cluster secret is an operator too: a local cluster's own commands present a token derived from it.
+A tenant administrator acts on its own tenant only. A request that names any other tenant gets NOT_FOUND, whether that
+tenant exists or not; the error is raised before any lookup. Without `auth` the port listens on loopback and every
+caller is an operator. The holder of the cluster secret is an operator too: the commands of a local cluster present a
+token that is derived from the secret.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret"
 class Verb:
     """The grant that a method requires (policy/tenants/identity.py), and the request field that names the tenant.
 
-    `cluster_wide`: the method is not about one tenant. `any_tenant`: the field may be empty. `of_key`: the field
-    holds a key's name. `object`: for a method that the controller answers, the field that the audit event names.
+    `cluster_wide`: whether the method concerns the whole cluster instead of one tenant. `any_tenant`: whether the
+    tenant field may be empty. `of_key`: whether the tenant field holds the name of a key. `object`: the request field
+    that names the object of the audit event; set for methods that the controller answers.
     """
 
     grant: str
@@ -97,7 +99,7 @@ VERBS: Mapping[str, Verb] = {
 
 @dataclass(frozen=True, slots=True)
 class AdminCaller:
-    """An authorized caller and its address. `scope`: the only tenant that its role may access, "" for all."""
+    """An authorized caller and its address. `scope`: the only tenant that the caller may access, "" for all tenants."""
 
     principal: Principal
     source: str
@@ -105,7 +107,7 @@ class AdminCaller:
 
     @property
     def actor(self) -> str:
-        """The caller's name in the audit: `key:k1`, `jwt:subject`, `certificate:name`."""
+        """The caller's name in audit events, for example `key:k1`, `jwt:subject` or `certificate:name`."""
         return f"{self.principal.by}:{self.principal.subject}"
 
 
@@ -113,20 +115,20 @@ Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 
 class AdminAuthorizer:
-    """Builds gRPC handlers from services: objects with a coroutine `(request, caller)` for each method."""
+    """Builds gRPC handlers from services. A service is an object with a coroutine `(request, caller)` per method."""
 
     def __init__(self, tenants: TenantAuthenticator | None) -> None:
-        """`tenants`: the authenticator of a gateway with `auth`, else None."""
+        """`tenants`: the authenticator of a gateway with `auth`; None for a gateway without `auth`."""
         self._tenants = tenants
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Stop accepting work. Database queries under way end by themselves."""
+        """Stop accepting work. Running database queries are left to end by themselves."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Run a function that queries the database in one of a few threads, off the event loop."""
+        """Run a function in one of a few threads, off the event loop. Used for functions that query the database."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="admin")
         loop = asyncio.get_running_loop()
@@ -138,8 +140,8 @@ class AdminAuthorizer:
         services: Mapping[str, object],
         forwarded: Callable[[MethodDescriptor, Verb], Method] | None = None,
     ) -> Sequence[grpc.GenericRpcHandler]:
-        """Handlers for every service of a proto file; `services` by their short names. `forwarded`: builds the methods
-        that these lack (forwarding.py)."""
+        """Return the handlers of every service in a proto file. `services`: the service objects by short name.
+        `forwarded`: builds each method that the service objects lack (forwarding.py)."""
         generic = []
         for name, service in file.services_by_name.items():
             methods = {method.name: self._handler(method, services[name], forwarded) for method in service.methods}
@@ -165,7 +167,7 @@ class AdminAuthorizer:
         )
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call from its headers, as rpc.server.Gate requires."""
+        """Authenticate a call by the headers of the call. Returns the tenant. Implements rpc.server.Gate."""
         try:
             principal = await self._principal(call)
         except CallError as error:
@@ -201,7 +203,7 @@ class AdminAuthorizer:
                 await context.abort(grpc_code(error), error.message, trailers(error))
             except grpc.aio.AbortError:
                 raise
-            except Exception:  # callers get no traceback; it is logged with the number
+            except Exception:  # callers get no traceback; the log has it under the number
                 number = uuid.uuid4().hex
                 log.exception("unexpected", method=method.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")
@@ -263,7 +265,7 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an audit event, to the log if the gateway has no `auth`. Does not wait."""
+        """Write an audit event without waiting. A gateway without `auth` writes the event to the log."""
         if self._tenants is None:
             log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
@@ -285,13 +287,13 @@ class AdminAuthorizer:
 
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
-    """The details about the caller that each of its audit events carries."""
+    """Return the details about a caller that each audit event of the caller carries."""
     has_tenant = caller.principal not in (_LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 
 
 def _named_tenant(request: Message, verb: Verb) -> str:
-    """The tenant that a request names, "" for none. Raises CallError for an invalid name."""
+    """Return the tenant that a request names, "" if the request names none. Raises CallError for an invalid name."""
     value: Any = request
     for part in verb.field.split(".") if verb.field else []:
         value = getattr(value, part)
@@ -303,7 +305,7 @@ def _named_tenant(request: Message, verb: Verb) -> str:
 
 
 def _decoded(kind: type[Message], data: bytes) -> Message:
-    """Decode a request and check that a database can store its texts. Raises CallError."""
+    """Decode a request and check that a database can store the texts in the request. Raises CallError."""
     try:
         request = kind.FromString(data)
     except DecodeError as error:

@@ -1,7 +1,7 @@
 """Conversion of tenants and keys to and from cluster.admin.v1 messages, for the gateway and the command line.
 
-A message calls a priority class `priority_class`, since `class` is a keyword in most languages; JSON, field masks,
-errors and the configuration call it `class`.
+In messages the field of the priority class is `priority_class`, since `class` is a keyword in most languages. In JSON,
+field masks, errors and the configuration the same field is `class`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LAST_S = 253_402_300_799.0
 
 
 def tenant_name(value: str, field: str) -> str:
-    """`acme` of `tenants/acme`. Raises CallError that names the field."""
+    """Return `acme` for `tenants/acme`. Raises CallError, which names `field`, for any other form."""
     match = _NAME.fullmatch(value)
     if match is None or match[2]:
         raise invalid(field, "must be like tenants/acme: a-z, 0-9, '-', '_' and '.', 63 characters at most")
@@ -45,7 +45,7 @@ def tenant_name(value: str, field: str) -> str:
 
 
 def key_name(value: str, field: str) -> tuple[str, str]:
-    """Tenant and id of `tenants/acme/keys/k1`. Raises CallError that names the field."""
+    """Return the tenant and the key id of `tenants/acme/keys/k1`. Raises CallError, which names `field`."""
     match = _NAME.fullmatch(value)
     if match is None or not match[2]:
         raise invalid(field, "must be like tenants/acme/keys/k1")
@@ -56,7 +56,7 @@ def key_name(value: str, field: str) -> tuple[str, str]:
 
 
 def timestamp(at_s: float | None) -> Timestamp | None:
-    """A time as a message; None if there is no time or it is outside 1970 to 9999."""
+    """Return a time as a Timestamp message; None if `at_s` is None or outside the years 1970 to 9999."""
     if at_s is None or not 0 <= at_s <= _LAST_S:
         return None
     stamp = Timestamp()
@@ -65,12 +65,13 @@ def timestamp(at_s: float | None) -> Timestamp | None:
 
 
 def seconds(value: Timestamp) -> float:
-    """A timestamp as seconds since the epoch."""
+    """Return a Timestamp message as seconds since the Unix epoch."""
     return value.seconds + value.nanos / 1e9
 
 
 def seconds_or_none(message: Message, field: str) -> float | None:
-    """A timestamp field as seconds since the epoch; None if unset. Raises CallError for an invalid time."""
+    """Return a timestamp field as seconds since the Unix epoch; None if the field is unset. Raises CallError for an
+    invalid time."""
     if not message.HasField(field):
         return None
     at_s = seconds(getattr(message, field))
@@ -83,7 +84,7 @@ def seconds_or_none(message: Message, field: str) -> float | None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """The set fields of a message, by the configuration's names, as copies."""
+    """Return copies of a message's set fields, keyed by the field names of the configuration."""
     return {_config_name(message, field): _value(field, value) for field, value in message.ListFields()}
 
 
@@ -103,7 +104,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
 
 
 def tenant_pb(stored: StoredTenant) -> pb.Tenant:
-    """A stored tenant as an API message."""
+    """Return a stored tenant as a Tenant message."""
     row = stored.policy.as_json()
     row.pop("handle")
     row["name"] = f"tenants/{stored.policy.name}"
@@ -116,7 +117,8 @@ def tenant_pb(stored: StoredTenant) -> pb.Tenant:
 
 
 def stored_tenant(message: pb.Tenant) -> StoredTenant:
-    """Inverse of `tenant_pb`. Raises LedgerError for a message of another release that cannot be read."""
+    """Return a Tenant message as a stored tenant; the inverse of `tenant_pb`. Raises LedgerError for a message that
+    cannot be read because another release wrote the message."""
     row = {k: v for k, v in plain(message).items() if k in SETTABLE}
     row |= {"name": message.name.removeprefix("tenants/"), "suspended": message.suspended}
     try:
@@ -128,7 +130,8 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """The fields that a new tenant sets itself; `unset`: paths that stay empty although they have a default."""
+    """Return the fields that the Create request sets for a new tenant. `unset`: paths of fields that stay empty
+    although the fields have a default."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)
@@ -136,8 +139,9 @@ def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """The fields that an update changes (None removes one) and the maps that it replaces. An empty mask means all set
-    fields."""
+    """Return the fields that an update changes, and the names of the map fields that the update replaces as a whole.
+
+    The value None removes a field. An empty mask stands for all set fields."""
     values = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     if not mask:
         return values, set()
@@ -156,7 +160,8 @@ def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set
 
 
 def _split_path(path: str, field: str) -> tuple[str, str]:
-    """Split `limits.daily_tokens` into its two parts. Raises CallError for a field that cannot be changed."""
+    """Split a path like `limits.daily_tokens` into its two parts. Raises CallError for a field that callers cannot
+    set."""
     head, _, rest = path.partition(".")
     head = "class" if head == "priority_class" else head
     if head in OUTPUT_ONLY or head == "name":
@@ -181,8 +186,11 @@ def _set_path(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
 
 
 def tenant_and_paths(name: str, given: Mapping[str, Any]) -> tuple[pb.Tenant, list[str], list[str]]:
-    """Build a request's tenant from plain values, by the configuration's names: the message, the paths of all given
-    values, and those of values that are None. Raises LedgerError that names the field."""
+    """Build the Tenant message of a request from plain values, which are keyed by the configuration's field names.
+
+    Returns the message, the paths of all given values, and the paths of the empty values (None or an empty map). Raises
+    LedgerError, which names the field, for an invalid value.
+    """
     message = pb.Tenant(name=f"tenants/{name}")
     paths: list[str] = []
     empty: list[str] = []
@@ -214,7 +222,7 @@ def _parse_message(error: Exception) -> str:
 
 
 def key_pb(stored: StoredKey, now_s: float) -> pb.Key:
-    """A stored key as an API message."""
+    """Return a stored key as a Key message."""
     return pb.Key(
         name=f"tenants/{stored.tenant}/keys/{stored.id}" if stored.id else "",
         display_name=stored.name,
@@ -228,7 +236,7 @@ def key_pb(stored: StoredKey, now_s: float) -> pb.Key:
 
 
 def stored_key(message: pb.Key) -> StoredKey:
-    """Inverse of `key_pb`."""
+    """Return a Key message as a stored key; the inverse of `key_pb`."""
     tenant, _, key_id = message.name.removeprefix("tenants/").partition("/keys/")
     expires_at, revoked_at = (seconds_or_none(message, name) for name in ("expire_time", "revoke_time"))
     created_at = seconds(message.create_time)

@@ -1,6 +1,6 @@
 """The Fleet and Catalog services of cluster.admin.v1: workers, running calls and models of one gateway.
 
-authorization.py decides which callers may use them.
+authorization.py decides which callers may use the two services.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_DRAIN_S = 7 * 86_400.0
 
 
 class FleetAdmin:
-    """The Fleet service: workers linked to this gateway, and the calls that it runs."""
+    """The Fleet service: the workers that are linked to this gateway, and the calls that this gateway runs."""
 
     def __init__(
         self, hub: Hub, service: CallService, authorizer: AdminAuthorizer, siblings: SiblingAborts | None = None
@@ -50,7 +50,8 @@ class FleetAdmin:
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
 
     async def Drain(self, request: pb.DrainRequest, caller: AdminCaller) -> pb.DrainResponse:
-        """Drain workers: each reports it to all its gateways, and running calls end normally."""
+        """Drain workers. Each worker reports the drain to all gateways that it is linked to. Running calls end
+        normally."""
         timeout_s = request.timeout_s or DRAIN_S
         if not 0 < timeout_s <= MAX_DRAIN_S:  # also false for NaN
             raise invalid("timeout_s", f"must be above 0 and at most {MAX_DRAIN_S:g} s")
@@ -59,7 +60,7 @@ class FleetAdmin:
         return pb.DrainResponse(workers=[_worker(link) for link in links], notes=self._notes_on_lost_models(links))
 
     async def Cordon(self, request: pb.CordonRequest, caller: AdminCaller) -> pb.CordonResponse:
-        """Cordon workers: they take no new calls, running calls continue."""
+        """Cordon workers. A cordoned worker takes no new calls; running calls continue."""
         links = self._send_command("fleet.cordon", request.target, link_pb.Command(cordon=link_pb.Cordon()), caller)
         return pb.CordonResponse(workers=[_worker(link) for link in links], notes=self._notes_on_lost_models(links))
 
@@ -86,7 +87,7 @@ class FleetAdmin:
         return targets
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """One note for each model that is left without a worker that takes calls."""
+        """Return one note for each model that has no remaining worker that takes calls."""
         still_served = {
             link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
         }
@@ -96,7 +97,7 @@ class FleetAdmin:
         ]
 
     async def AbortRequest(self, request: pb.AbortRequestRequest, caller: AdminCaller) -> pb.AbortRequestResponse:
-        """Abort a call in any process of this host. Gateways on other hosts are not reached."""
+        """Abort a call that runs in any gateway process of this host. Gateways on other hosts are not reached."""
         wanted, tenant = request.request_id, ""
         if not wanted:
             raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")
@@ -133,7 +134,7 @@ class FleetAdmin:
 
 
 class CatalogAdmin:
-    """The Catalog service: models as this gateway knows them."""
+    """The Catalog service: the models that this gateway knows, with their state."""
 
     def __init__(self, hub: Hub, directory: ModelDirectory, scheduler: Scheduler) -> None:
         self._hub = hub
@@ -187,7 +188,8 @@ class CatalogAdmin:
 
 
 def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
-    """The links that a target names: a worker id, else all workers of a pod, a host or a Ray node id."""
+    """Return the links of the workers that `target` names. `target` is a worker id, or else a pod, a host or a Ray node
+    id, which names all the workers there."""
     if not target:
         return ()
     named = [link for link in links if link.identity.worker_id == target]
@@ -195,7 +197,8 @@ def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[Worker
 
 
 def _state(link: WorkerLink) -> str:
-    """A worker's state. DRAINED only if nothing runs: a call sent before the drain report may still have arrived."""
+    """Return the state of a worker. A worker that has reported DRAINED is DRAINING as long as a call runs: the gateway
+    may have sent that call before it received the report."""
     if link.drain_state is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.takes_new_requests else link.drain_state.value
@@ -228,7 +231,8 @@ def _worker(link: WorkerLink) -> pb.Worker:
 
 
 class NoLedger:
-    """Tenants, Keys, Usage and Audit of a gateway without `auth`: every method fails with UNSUPPORTED_FEATURE."""
+    """Stand-in for the Tenants, Keys, Usage and Audit services on a gateway without `auth`. Every method fails with
+    UNSUPPORTED_FEATURE."""
 
     def __getattr__(self, name: str) -> object:
         return self._refuse

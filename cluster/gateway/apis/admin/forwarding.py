@@ -1,4 +1,4 @@
-"""Forwarding of admin methods to the controller; the gateway authorizes and audits them."""
+"""Forwarding of admin methods to the controller. The gateway authorizes and audits the forwarded methods."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MAX_DETAIL = 256
 
 
 class ForwardedVerbs:
-    """Builds forwarded methods; passed to AdminAuthorizer.handlers as `forwarded`."""
+    """Builds methods that forward requests to the controller. Passed to AdminAuthorizer.handlers as `forwarded`."""
 
     def __init__(self, hub: Hub, authorizer: AdminAuthorizer) -> None:
         self._hub = hub
         self._authorizer = authorizer
 
     def __call__(self, method: MethodDescriptor, verb: Verb) -> Method:
-        """Build a method that calls the controller. Changes and refused changes are audited."""
+        """Return a method that forwards requests to the controller. Changes are audited, refused changes included."""
         name = f"{method.containing_service.name}.{method.name}"
         action = f"{method.containing_service.name.lower()}.{_snake(method.name)}"
         kind = GetMessageClass(method.output_type)
@@ -52,7 +52,7 @@ class ForwardedVerbs:
 
 
 def details(request: Message, excluded: str = "") -> Mapping[str, Any]:
-    """The scalar fields of a request for the audit, with long texts cut."""
+    """Return the scalar fields of a request for an audit event. Long texts are cut to MAX_DETAIL characters."""
     kept = {}
     for field, value in request.ListFields():
         if field.message_type is not None or field.is_repeated or field.name in (excluded, "reason"):

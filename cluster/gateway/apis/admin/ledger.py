@@ -41,7 +41,7 @@ _AUDIT_FILTER = {name: name for name in ("kind", "action", "actor", "object", "o
 
 
 class TenantServices:
-    """Runs ledger operations for a caller, and converts their errors to the API's."""
+    """Runs ledger operations for a caller, and converts ledger errors to errors of the admin API."""
 
     def __init__(self, config: Config, tenants: TenantAuthenticator, authorizer: AdminAuthorizer) -> None:
         self._tenants = tenants
@@ -69,14 +69,15 @@ class TenantServices:
             raise _as_call_error(error) from None
 
     def _write(self, event: AuditEvent) -> None:
-        """Write an audit event before its answer is sent; to the local file while the database is unreachable."""
+        """Write an audit event before the request is answered. While the database is unreachable, the event goes to the
+        local file."""
         self._tenants.audit.write(event)
         if event.outcome != Outcome.STORE_UNAVAILABLE.value:
             self._tenants.audit.flush()
 
 
 def _as_call_error(error: LedgerError) -> CallError:
-    if isinstance(error, StoreUnavailable):  # its address must not reach callers
+    if isinstance(error, StoreUnavailable):  # the text holds the address of the database, which must not reach callers
         log.warning("store_unavailable", error=str(error))
         return CallError(error.outcome, "the ledger's database does not answer; retry shortly")
     field, colon, remedy = str(error).partition(": ")
@@ -86,7 +87,7 @@ def _as_call_error(error: LedgerError) -> CallError:
 
 
 class TenantsAdmin:
-    """The Tenants service (tenants.proto); its callers are authorized already."""
+    """The Tenants service (tenants.proto). AdminAuthorizer has authorized each caller before a method runs."""
 
     def __init__(self, services: TenantServices) -> None:
         self._services = services
@@ -120,7 +121,7 @@ class TenantsAdmin:
         return pb.ListTenantsResponse(tenants=map(codec.tenant_pb, tenants[:size]), next_page_token=more)
 
     async def Update(self, request: pb.UpdateTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """Update the fields of a tenant that the mask names, or all set fields without a mask."""
+        """Update a tenant: the fields that the mask names, or without a mask all fields that the request sets."""
         name = codec.tenant_name(request.tenant.name, "tenant.name")
         changes, whole = codec.changes(request.tenant, request.update_mask.paths)
         options: dict[str, Any] = {"whole": whole, "validate_only": request.validate_only, "reason": request.reason}
@@ -129,7 +130,7 @@ class TenantsAdmin:
         )
 
     async def Delete(self, request: pb.DeleteTenantRequest, caller: AdminCaller) -> pb.DeleteTenantResponse:
-        """Delete a tenant, and with `erase` also all rows with its name."""
+        """Delete a tenant. With `erase`, all database rows with the tenant's name are deleted too."""
         name = codec.tenant_name(request.name, "name")
         options = {"erase": request.erase, "validate_only": request.validate_only}
         rows = await self._services.run(
@@ -169,13 +170,13 @@ def _request_id(value: str) -> str:
 
 
 class KeysAdmin:
-    """The Keys service (tenants.proto). Callers cannot create, rotate or revoke keys of a role above their own."""
+    """The Keys service (tenants.proto). A caller cannot create, rotate or revoke a key of a role above the caller's."""
 
     def __init__(self, services: TenantServices) -> None:
         self._services = services
 
     async def Create(self, request: pb.CreateKeyRequest, caller: AdminCaller) -> pb.NewKey:
-        """Create a key; its secret is returned once."""
+        """Create a key. The secret of the key is returned here and never again."""
         tenant, role = codec.tenant_name(request.parent, "parent"), request.key.role or "caller"
         options: dict[str, Any] = {
             "expires_at": codec.seconds_or_none(request.key, "expire_time"),
@@ -201,7 +202,7 @@ class KeysAdmin:
         return pb.ListKeysResponse(keys=[codec.key_pb(key, now_s) for key in page], next_page_token=more)
 
     async def Rotate(self, request: pb.RotateKeyRequest, caller: AdminCaller) -> pb.NewKey:
-        """Replace a key; the old one stays valid for `overlap_s` seconds."""
+        """Replace a key by a new key. The old key stays valid for `overlap_s` seconds."""
         tenant, key_id = codec.key_name(request.name, "name")
         overlap_s = request.overlap_s if request.HasField("overlap_s") else DEFAULT_OVERLAP_S
         options: dict[str, Any] = {"overlap_s": overlap_s, "reason": request.reason}
@@ -225,7 +226,7 @@ class UsageAdmin:
         self._services = services
 
     async def Query(self, request: usage_pb2.QueryUsageRequest, caller: AdminCaller) -> usage_pb2.QueryUsageResponse:
-        """Sum usage by groups."""
+        """Return sums of usage, one for each group of `group_by`."""
         groups = () if request.total else tuple(request.group_by) or ("tenant", "model")
         size = page_size(request.page_size)
         list_key = (
@@ -269,7 +270,8 @@ class UsageAdmin:
 
 
 def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecord:
-    """A usage record as a message. A caller limited to its tenant does not see where the call ran."""
+    """Return a usage record as a message. For a caller that may access one tenant only, the message leaves out where
+    the call ran."""
     fields = record.as_json()
     if caller.scope:
         fields |= dict.fromkeys(("worker", "pod", "node", "gateway"), "")
@@ -289,7 +291,7 @@ def _query(
 
 
 def _tenant(parent: str, caller: AdminCaller) -> str:
-    """The tenant whose rows are read; "" reads all that the caller may see."""
+    """Return the tenant whose rows are read, "" for the rows of all tenants."""
     return codec.tenant_name(parent, "parent") if parent else caller.scope
 
 
@@ -329,7 +331,8 @@ class AuditAdmin:
 
 
 def _event_pb(row: dict[str, Any], caller: AdminCaller) -> usage_pb2.AuditEvent:
-    """An audit event as a message. A caller limited to its tenant sees addresses of its own tenant's actors only."""
+    """Return an audit event as a message. For a caller that may access one tenant only, the message holds the actor's
+    address only if the actor belongs to that tenant."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}
     hidden = caller.scope and details.get("of") != caller.scope

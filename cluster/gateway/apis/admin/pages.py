@@ -1,7 +1,8 @@
 """Pagination and filters of the admin API (AIP-158 and a part of AIP-160).
 
-A page token holds the last row's position and a digest of the list's parameters: a token used with another filter is
-refused. It holds nothing that the caller has not seen and grants nothing: each page is authorized anew.
+A page token holds the position of a page's last row and a digest of the list's parameters. A token that is used with
+another filter is refused. A token holds nothing that the caller has not seen, and grants no access: the request for
+each page is authorized anew.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ _TERM = re.compile(r'\s*([a-z_]+(?:\.[A-Za-z0-9_./-]{1,63})?)\s*=\s*(?:"([^"\\]*
 
 
 def page_size(requested: int) -> int:
-    """The number of rows in a page. Raises CallError for a negative size."""
+    """Return the number of rows in a page, for the requested number. Raises CallError for a negative number."""
     if requested < 0:
         raise invalid("page_size", f"must not be negative, got {requested}")
     return min(requested or MAX_PAGE, MAX_PAGE)
 
 
 def next_token(after: Any, *list_key: str) -> str:
-    """The token of the page after the position `after`, of the list that `list_key` identifies."""
+    """Return the token of the page that begins after the position `after`. `list_key`: the parameters of the list."""
     raw = json.dumps([_digest(list_key), after], separators=(",", ":")).encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def position_of(token: str, kinds: tuple[type, ...], *list_key: str) -> tuple[Any, ...] | None:
-    """The position after which a page begins, one value of each kind; None for the first page. Raises CallError."""
+    """Return the position after which the page of a token begins; None for the first page. Raises CallError.
+
+    `kinds`: the type of each value of a position. `list_key`: the parameters of the list."""
     if not token:
         return None
     try:
@@ -60,9 +63,10 @@ def _digest(list_key: tuple[str, ...]) -> str:
 
 
 def parse_filter(text: str, known: Mapping[str, str]) -> dict[str, str]:
-    """The values of a filter `a = "x" AND b.c = y`, by field. `known`: the fields, with `labels` for `labels.x`.
+    """Return the values of a filter like `a = "x" AND b.c = y`, by field. Raises CallError.
 
-    Raises CallError."""
+    `known`: the fields that a filter may name, each with its form for error messages; `labels` stands for `labels.x`.
+    """
     values: dict[str, str] = {}
     if len(text) > MAX_FILTER:
         raise invalid("filter", f"must not be longer than {MAX_FILTER} characters")

@@ -1,7 +1,8 @@
-"""Aborts of calls in the other gateway processes of this host. They have no admin port and use their link ports.
+"""Aborts of calls in the other gateway processes of this host. Abort requests go to the link ports of these processes,
+since the processes have no admin port.
 
-Each request carries a tag derived from the cluster's secret, valid for this request and minute only: a program that
-listens on a dead process's port learns nothing that it can use elsewhere.
+Each abort request carries a tag that is derived from the cluster's secret. The tag is valid for that request and that
+minute only, so a program that listens on the port of a dead process learns nothing of use elsewhere.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Abort = Callable[[str, str], list[str]]
 
 
 class SiblingAborts:
-    """Sends and answers abort requests between processes. `abort` is CallService.abort. Without `secrets` (no `auth`)
-    requests carry no tag, as links are trusted then."""
+    """Sends and answers abort requests between the gateway processes of a host. `abort`: CallService.abort. `secrets`:
+    empty without `auth`; requests then carry no tag, as links are trusted without `auth`."""
 
     def __init__(
         self,
@@ -52,8 +53,8 @@ class SiblingAborts:
     # ---- requests
 
     async def abort(self, request_id: str, tenant: str) -> tuple[list[str], int]:
-        """Abort a request id's calls in all other processes; returns the tenant of each aborted call, and the number of
-        processes that did not answer."""
+        """Abort the calls with a request id in all other processes. Returns the tenant of each aborted call, and the
+        number of processes that did not answer."""
         request = pb.AbortRequestRequest(request_id=request_id, parent=tenant)
         answers = await asyncio.gather(*(self._ask(address, request) for address in self._addresses))
         return [tenant for answer in answers if answer for tenant in answer.tenants], answers.count(None)
@@ -81,7 +82,7 @@ class SiblingAborts:
     # ---- answers
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """The RPC handler for the link port."""
+        """Return the RPC handler of abort requests, for this process's link port."""
         method = grpc.unary_unary_rpc_method_handler(
             self._answer,
             request_deserializer=pb.AbortRequestRequest.FromString,
@@ -108,6 +109,7 @@ def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     if tls is None:
         return grpc.aio.insecure_channel(address)
     files = TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
-    # The other process presents the certificate of these files, whichever host name it holds.
+    # The other process presents the certificate from these same files. The host name in that certificate is expected,
+    # since it may differ from the address that is dialed.
     options = (("grpc.ssl_target_name_override", first_dns_name(tls.cert_file.read_bytes())),)
     return grpc.aio.secure_channel(address, files.channel_credentials(), options=options)

@@ -1,4 +1,4 @@
-"""Encoding of pieces, usage, progress and models as messages of inference.proto."""
+"""Encoding of output pieces, usage, progress and models as messages of inference.proto."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.v1 import inference_pb2 as pb
 
 
 def usage_pb(usage: CallUsage) -> pb.Usage:
-    """Counts and times of a call."""
+    """Return the token counts and times of a call as a Usage message."""
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -30,7 +30,7 @@ def usage_pb(usage: CallUsage) -> pb.Usage:
 
 
 def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
-    """Log probabilities with their alternatives."""
+    """Return log probabilities as messages. The alternatives at a token's position are in `top_logprobs`."""
     return [
         pb.TokenLogprob(
             token_id=t.token_id,
@@ -44,7 +44,7 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
 
 
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
-    """Pieces as a chunk; a call's last chunk carries its usage."""
+    """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call."""
     return pb.ChatChunk(
         id=call.shown_id,
         model=call.model,
@@ -65,9 +65,10 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
 
 
 def chat_text(head: bytes, text: str, offset: int) -> bytes:
-    """A ChatChunk with only a text of choice 0, serialized by hand; `head` is the serialized id and model.
+    """Return a serialized ChatChunk that holds only a text of choice 0. `head`: the serialized id and model.
 
-    This is the most frequent message. Built from protobuf objects it costs four times as much (docs/performance.md).
+    The chunk is serialized by hand because it is the most frequent message. Building the chunk from protobuf objects
+    costs four times as much (docs/performance.md).
     """
     data = text.encode()
     size = len(data)
@@ -76,41 +77,41 @@ def chat_text(head: bytes, text: str, offset: int) -> bytes:
 
 
 def complete_text(head: bytes, text: str, offset: int) -> bytes:
-    """A CompleteChunk with only a text of choice 0, serialized by hand like `chat_text`."""
+    """Return a serialized CompleteChunk that holds only a text of choice 0. `head`: see `chat_text`."""
     data = text.encode()
     choice = b"\x12" + _varint(len(data)) + data  # CompleteChoice.text
     return head + b"\x1a" + _varint(len(choice)) + choice + b"\x28" + _varint(offset)
 
 
 def empty_chunk(head: bytes, offset: int) -> bytes:
-    """A serialized ChatChunk or CompleteChunk without choices."""
+    """Return a serialized ChatChunk or CompleteChunk without choices."""
     return head + b"\x28" + _varint(offset)
 
 
 def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
-    """A serialized ChatChunk or CompleteChunk with resume_token and resume_token_whole appended."""
+    """Return a serialized ChatChunk or CompleteChunk with resume_token and resume_token_whole appended."""
     return chunk + b"\x32" + _varint(len(token)) + (token + b"\x40\x01" if whole else token)
 
 
 def resumed(is_chat: bool, chunk: bytes) -> bytes:
-    """A ResumeChunk that holds a serialized chunk."""
+    """Return a serialized ResumeChunk that holds a serialized chunk."""
     return (b"\x0a" if is_chat else b"\x12") + _varint(len(chunk)) + chunk
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
-    """A SessionEvent that holds a serialized chunk, as an element of SessionEvents."""
+    """Return a SessionEvent that holds a serialized chunk. The event is serialized as an element of SessionEvents."""
     head = b"\x08" + _varint(call_id) if call_id else b""
     body = head + (b"\x1a" if is_chat else b"\x22") + _varint(len(chunk)) + chunk
     return b"\x0a" + _varint(len(body)) + body
 
 
 def event_head(call_id: int) -> bytes:
-    """The bytes with which every event of a session's call begins, for `event_text`."""
+    """Return the bytes with which every text event of a call in a session begins, for `event_text`."""
     return (b"\x08" + _varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
 
 
 def event_text(head: bytes, text: str) -> bytes:
-    """A SessionEvent with only a text, as an element of SessionEvents, serialized by hand."""
+    """Return a SessionEvent that holds only a text. The event is serialized by hand, as an element of SessionEvents."""
     data = text.encode()
     size = len(data)
     length = len(head) + size
@@ -121,7 +122,7 @@ def event_text(head: bytes, text: str) -> bytes:
 
 
 def event(message: pb.SessionEvent) -> bytes:
-    """A SessionEvent as an element of SessionEvents."""
+    """Return a SessionEvent, serialized as an element of SessionEvents."""
     data = message.SerializeToString()
     return b"\x0a" + _varint(len(data)) + data
 
@@ -141,7 +142,8 @@ _SMALL = [bytes([value]) for value in range(128)]
 
 
 def _delta(size: int) -> bytes:
-    """The bytes before a text of `size` bytes: headers of ChatChunk.choices, ChoiceDelta.delta and Message.content."""
+    """Return the bytes before a text of `size` bytes in a ChatChunk: the headers of ChatChunk.choices,
+    ChoiceDelta.delta and Message.content."""
     content = b"\x12" + _varint(size)
     delta = b"\x12" + _varint(len(content) + size) + content
     return b"\x1a" + _varint(len(delta) + size) + delta
@@ -152,7 +154,7 @@ _OFFSET = [b"\x28" + _varint(offset) for offset in range(4096)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
-    """Pieces as a chunk; a call's last chunk carries its usage."""
+    """Return pieces as a CompleteChunk. The last chunk of a call carries the usage of the call."""
     return pb.CompleteChunk(
         id=call.shown_id,
         model=call.model,
@@ -175,7 +177,7 @@ def _choices(pieces: Sequence[Piece]) -> list[pb.CompleteChoice]:
 
 
 def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
-    """A complete answer; one piece for each choice."""
+    """Return a complete answer as a ChatResponse. `pieces`: one piece for each choice."""
     return pb.ChatResponse(
         id=call.shown_id,
         model=call.model,
@@ -194,7 +196,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
 
 
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
-    """A complete answer; one piece for each choice."""
+    """Return a complete answer as a CompleteResponse. `pieces`: one piece for each choice."""
     return pb.CompleteResponse(
         id=call.shown_id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
     )
@@ -207,7 +209,7 @@ def _now() -> Timestamp:
 
 
 def progress_pb(progress: Progress) -> pb.Progress:
-    """The progress of a call that has no output to send."""
+    """Return the progress of a call without output as a Progress message."""
     return pb.Progress(
         state=progress.state,
         queue_position=progress.queue_position,
@@ -217,8 +219,8 @@ def progress_pb(progress: Progress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The capabilities common to all workers of a model, in the order of the first worker, and the weakest of their
-    resume capabilities."""
+    """Return the capabilities that all workers of a model have in common, in the order of the first worker, followed by
+    the weakest resume capability of any worker. `each`: the capabilities of each worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])
@@ -226,7 +228,7 @@ def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
 
 
 def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
-    """A model as ListModels returns it, with the aliases that the caller may use."""
+    """Return a model as a Model message. `aliases`: the aliases of the model that the caller may use."""
     entry = model.entry
     links = list(model.links.values())
     link = next(iter(links), None)

@@ -1,4 +1,5 @@
-"""Chunk encoders of the gRPC API: a call's pieces as serialized chunks, with resume tokens if it is resumable."""
+"""Chunk encoders of the gRPC API. An encoder turns the pieces of a call into serialized chunks. The chunks of a
+resumable call carry resume tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The message builders of chat or of completion."""
+    """The functions that build the messages of one kind of call: chat or completion."""
 
     chunk: Callable[[Call, Sequence[Piece], int], Message]
     response: Callable[[Call, Sequence[Piece]], Message]
@@ -43,7 +44,7 @@ COMPLETE = Kind(
 
 
 class GrpcEncoder:
-    """Encodes a call's pieces as serialized chunks; a calls.stream_writer.ChunkEncoder."""
+    """Encodes the pieces of a call as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
     __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
 
@@ -52,7 +53,7 @@ class GrpcEncoder:
         self._kind = kind
         self._call = call
         self._service = service
-        self._head = pb.ChatChunk(id=call.shown_id, model=call.model).SerializeToString()  # CompleteChunk's is the same
+        self._head = pb.ChatChunk(id=call.shown_id, model=call.model).SerializeToString()  # same bytes in CompleteChunk
         self._offset = 0
         self.plain = len(call.sequences) == 1
 
@@ -62,7 +63,7 @@ class GrpcEncoder:
         return self._kind.text(self._head, text, self._offset)
 
     def begin(self) -> bytes:
-        """An empty first chunk."""
+        """Return an empty first chunk."""
         self._offset += 1
         return codec.empty_chunk(self._head, self._offset)
 
@@ -90,7 +91,7 @@ class GrpcEncoder:
 
 
 class ResumableEncoder(GrpcEncoder):
-    """Encodes the chunks of a resumable call, with resume tokens."""
+    """Encodes the pieces of a resumable call as serialized chunks that carry resume tokens."""
 
     __slots__ = ("_resume_tokens", "_wraps")
 
@@ -108,7 +109,8 @@ class ResumableEncoder(GrpcEncoder):
         return self._wrapped(codec.with_token(super().encode_text(text), token, self._resume_tokens.whole))
 
     def begin(self) -> bytes:
-        """A first chunk with only a resume token: earlier tokens of the stream can no longer be used."""
+        """Return a first chunk that holds only a resume token. The resume tokens that were sent before this chunk can
+        no longer be used."""
         return self._wrapped(codec.with_token(super().begin(), *self._token(())))
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
@@ -126,7 +128,7 @@ class ResumableEncoder(GrpcEncoder):
 
 
 def encoder_for(kind: Kind, call: Call, service: CallService, unwrapped: bool = False) -> GrpcEncoder:
-    """The encoder for a call. `unwrapped`: chunks of a resumed call are not wrapped in ResumeChunks."""
+    """Return the encoder for a call. `unwrapped`: do not wrap the chunks of a resumed call in ResumeChunks."""
     return (
         GrpcEncoder(kind, call, service)
         if call.resume_tokens is None

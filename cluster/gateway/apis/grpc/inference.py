@@ -1,4 +1,4 @@
-"""The cluster.v1.Inference service: decodes requests, streams chunks, and maps errors to statuses."""
+"""The service cluster.v1.Inference. It decodes requests, streams chunks, and maps errors to gRPC statuses."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ log = structlog.get_logger("grpc")
 
 SERVICE = "cluster.v1.Inference"
 UNCOUNTED = ("ListModels", "GetModel")
-"""Methods that do not count against request limits."""
+"""Methods whose requests do not count against the request limits of a tenant."""
 MAX_PAGE_SIZE = 1000
 RECHECK_S = 1.0
-"""Seconds after which a caller is authenticated again, because its request's body arrived that long after its headers.
-Also done when the snapshot of callers has changed meanwhile."""
+"""Longest time in seconds between the headers and the body of a request without a second authentication. If the body
+arrives later, or if the snapshot of callers has changed since the headers came, the caller is authenticated again."""
 
 
 class AdmittedCaller(NamedTuple):
-    """A caller that was authenticated at the time `at` against a snapshot of callers (`Authenticator.knows`)."""
+    """An authenticated caller. `at`: the time of the authentication. `snapshot`: the snapshot of callers that the
+    authentication used (`Authenticator.knows`)."""
 
     principal: Principal
     snapshot: object
@@ -46,7 +47,7 @@ class AdmittedCaller(NamedTuple):
 
 
 def _raw_body(data: bytes) -> bytes:
-    """Deserialize to the bytes themselves: the service decodes requests after its checks."""
+    """Return a request's bytes unchanged, as the deserializer of all methods. Requests are decoded after the checks."""
     return data
 
 
@@ -58,14 +59,14 @@ class InferenceApi:
     """The gRPC API of a CallService."""
 
     def __init__(self, service: CallService, session_age_s: float = 600.0) -> None:
-        """`session_age_s`: an older session takes no new calls and ends after its last one."""
+        """`session_age_s`: seconds after which a session takes no new calls; the session ends with its last call."""
         self._service = service
         self._bodies = service.bodies
         self._session_age_s = session_age_s
         self._delivery: ChunkDelivery | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The handler of all the service's methods."""
+        """Return the gRPC handler of all methods of the service."""
         methods: dict[str, tuple[Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
             "Chat": (lambda r, c, m: self._answer_unary(CHAT, r, c, m), False),
             "StreamChat": (lambda r, c, m: self._answer_stream(CHAT, r, c, m), True),
@@ -88,8 +89,8 @@ class InferenceApi:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call before more of its request is read (rpc.server.Gate). Health checks and reflection need
-        no credentials."""
+        """Authenticate a call before more of the request is read (rpc.server.Gate). Returns the tenant, or None for
+        health checks and reflection, which need no credentials."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
         authenticator, before = self._service.authenticator, call.caller
@@ -107,7 +108,8 @@ class InferenceApi:
         return str(principal.tenant.name)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
-        """Serve a session. Its caller is authenticated at its start, and again when the snapshot of callers changes."""
+        """Serve a session. The caller is authenticated when the session starts, and again whenever the snapshot of
+        callers changes."""
         authenticator = self._service.authenticator
         try:
             caller = await authenticator.register(self._credentials(context))
@@ -126,7 +128,8 @@ class InferenceApi:
         method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
         name: str,
     ) -> Callable[[Any, Any], Any]:
-        """Wrap a method: count and decode the request, map errors to statuses. `admit` authenticated the call."""
+        """Wrap a method in a handler, which counts and decodes the request and maps errors to gRPC statuses. `admit`
+        has authenticated the call before the handler runs."""
 
         async def handle(data: bytes, context: Any) -> Message | None:
             meta = self._meta(context, context.caller.principal)
@@ -143,7 +146,7 @@ class InferenceApi:
                 await self._abort(context, meta, error)
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
-            except Exception:  # callers get no traceback; it is logged with the request id
+            except Exception:  # callers get no traceback; the log has it under the request id
                 log.exception("unexpected", request_id=meta.request_id)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)
@@ -156,7 +159,7 @@ class InferenceApi:
         await context.abort(grpc_code(error), error.message, metadata)
 
     def _credentials(self, context: Any) -> Credentials:
-        """The credentials that the caller presents."""
+        """Return the credentials that the caller presents."""
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
         names = alternative_names(context.peer_certificate()) if self._service.authenticator.by_certificate else ()
@@ -221,7 +224,7 @@ class InferenceApi:
 
 
 def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
-    """One page of sorted names and the token of the next (AIP-158). Raises CallError."""
+    """Return one page of sorted names, and the token of the next page (AIP-158). Raises CallError."""
     if page_size < 0:
         raise invalid("page_size", f"must not be negative, got {page_size}")
     after = _after(page_token) if page_token else ""
@@ -233,7 +236,7 @@ def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Seq
 
 
 def _after(page_token: str) -> str:
-    """The name after which a page token's page begins. Raises CallError."""
+    """Return the name after which the page of a token begins. Raises CallError."""
     try:
         after = json.loads(bytes.fromhex(page_token[:MAX_PAGE_TOKEN]))["after"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,7 +1,7 @@
-"""Counts of fields and elements in a serialized protobuf message, taken before it is decoded.
+"""Counts of the fields and elements in a serialized protobuf message. The message is counted before it is decoded.
 
-protobuf builds an object for every two bytes of a list of empty messages. The scan reads tags, skips texts and packed
-numbers, and stops once the bound is exceeded. Malformed messages are left to protobuf, which reports the error.
+Reason: protobuf builds an object for every two bytes of a list of empty messages. The scan reads tags, skips texts and
+packed numbers, and stops once a bound is exceeded. Malformed messages are left to protobuf, which reports the error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 from google.protobuf.descriptor import FieldDescriptor
 
 BYTES_PER_ELEMENT: Final = 32
-"""Bytes of packed numbers that count as one element if numbers are not counted themselves."""
+"""Bytes of packed numbers that count as one element if the scan does not count the numbers one by one."""
 _LOW_BYTES: Final = bytes(range(128))
 _NUMBERS: Final = frozenset(
     (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
@@ -21,7 +21,8 @@ _NUMBERS: Final = frozenset(
 
 @dataclass(slots=True)
 class _Layout:
-    """A message type's field names by number, layouts of nested messages, and the numbers of packed fields."""
+    """The fields of a message type: names by field number, layouts of nested messages by field number, and the field
+    numbers of packed fields."""
 
     names: dict[int, str] = field(default_factory=dict)
     nested: dict[int, _Layout] = field(default_factory=dict)
@@ -46,7 +47,8 @@ def _layout(descriptor: Any) -> _Layout:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """The counts of a message. `field`: the top-level field that exceeded a bound and ended the scan, else ""."""
+    """The counts of a message. `field`: the top-level field at which the scan ended because a bound was exceeded, ""
+    if no bound was exceeded."""
 
     elements: int
     numbers: int = 0
@@ -56,10 +58,11 @@ class Scanned:
 def scan(
     descriptor: Any, data: bytes | bytearray, most: int, *, members: int = 0, count_numbers: bool = False
 ) -> Scanned:
-    """Count fields and list elements at all levels, until there are more than `most`, or more than `members` of one
-    top-level field.
+    """Count the fields and list elements of a message at all levels of nesting.
 
-    With `count_numbers` packed numbers are read and counted separately; without it they count as elements by size.
+    The scan ends once there are more than `most` elements in all, or more than `members` elements of one top-level
+    field. `count_numbers`: whether packed numbers are counted one by one, apart from the elements; if not, packed
+    numbers count as elements, one for each BYTES_PER_ELEMENT bytes.
     """
     state = _Scan(data, most, members or most, count_numbers)
     layout = _layout(descriptor)
@@ -79,10 +82,11 @@ class _Scan:
         self.elements = 0
         self.numbers = 0
         self.full = 0
-        """The number of the top-level field at which a bound was exceeded."""
+        """Field number of the top-level field at which a bound was exceeded; 0 if none was exceeded."""
 
     def run(self, layout: _Layout) -> None:
-        """Scan the message. Raises IndexError at a cut field. One-byte tags and lengths are read inline, for speed."""
+        """Scan the message. Raises IndexError at a field that is cut off. Tags and lengths of one byte are read inline,
+        for speed."""
         data, at, end, most = self._data, 0, len(self._data), self._most
         top = 0
         counts: dict[int, int] = {}
@@ -128,8 +132,8 @@ class _Scan:
         self.full = top
 
     def _group(self, at: int, end: int) -> int:
-        """Count the fields of a group, which protobuf keeps as unknown fields; returns the group's end. Raises
-        IndexError."""
+        """Count the fields of a group, which protobuf keeps as unknown fields. Returns the offset of the end of the
+        group. Raises IndexError."""
         data, depth = self._data, 1
         while depth and self.elements <= self._most:
             if at >= end:
@@ -159,7 +163,8 @@ class _Scan:
 
 
 def read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
-    """The number at `at` and the offset after it. Raises IndexError if the data ends before it."""
+    """Return the number that starts at the offset `at`, and the offset after the number. Raises IndexError if the data
+    ends within the number."""
     value = data[at]
     at += 1
     if value < 128:

@@ -9,12 +9,12 @@ import numpy as np
 from cluster.gateway.apis.grpc.message_scan import read_varint
 
 Ids = np.ndarray[Any, np.dtype[Any]]
-"""Whole numbers in the smallest type that holds them all."""
+"""Array of whole numbers, of one byte each if all numbers are below 128, else of 32 bits each."""
 
 
 def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
-    """The 32-bit numbers of a packed top-level field of a valid message; None if it is not packed. Takes half the time
-    of protobuf's own list."""
+    """Return the 32-bit numbers of a top-level field in a valid message; None if the field is not packed. `number`: the
+    field number. Takes half the time of building protobuf's own list."""
     at, parts = 0, []
     while at < len(data):
         tag, at = read_varint(data, at)
@@ -34,8 +34,8 @@ def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
 
 
 def _decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Ids:
-    """Decode varints, truncated to 32 bits as protobuf does."""
-    if not data.size or data.max() < 128:  # one byte each: as 32-bit numbers they would be four times as long
+    """Decode varints. Numbers are truncated to 32 bits, as protobuf does."""
+    if not data.size or data.max() < 128:  # one byte for each number, a quarter of the size of 32-bit numbers
         return data
     ends = np.flatnonzero(data < 128)
     starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1] + 1))

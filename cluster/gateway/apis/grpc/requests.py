@@ -1,4 +1,4 @@
-"""Parsing of inference.proto requests into generation requests; errors name the path of the wrong field."""
+"""Parsing of inference.proto requests into generation requests. Each error names the path of the wrong field."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from cluster.gateway.calls.request import (
 from cluster.v1 import inference_pb2 as pb
 
 MAX_BATCHED_REQUESTS = 1000
-"""Most requests in `more` of one session message."""
+"""Upper bound on the number of requests in the field `more` of one session message."""
 MAX_PAGE_TOKEN = 8192
 MAX_SMALL_BYTES = 65_536
-"""Longest request with an `only_field`; a longer one is refused unread."""
+"""Upper bound in bytes on a request with an `only_field`. A longer request is refused before it is parsed."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def unsupported(field: str, what: str) -> CallError:
-    """The error for a known field that this release does not support."""
+    """Return the error for a known field that this release does not support."""
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,
         f"{field}: {what} not in this release; leave it out",
@@ -115,7 +115,8 @@ def parse_resume(request: pb.ResumeRequest) -> GenerationRequest:
 
 
 def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
-    """The digest of a whole request; "" if the stream is not resumable, to save its cost."""
+    """Return the digest of a whole request; "" for a request that is not resumable, which saves the cost of a
+    digest."""
     if not request.resumable:
         return ""
     name = request.DESCRIPTOR.name.encode()
@@ -148,7 +149,7 @@ class DetokenizeCall:
 
 @dataclass(frozen=True, slots=True)
 class SessionStart:
-    """The start of a session's call, with its generation request or the error in it."""
+    """The start of a call in a session. `request`: the parsed generation request, or the error that parsing raised."""
 
     call_id: int
     is_chat: bool
@@ -160,7 +161,7 @@ class SessionStart:
 
 @dataclass(frozen=True, slots=True)
 class SessionCancel:
-    """The cancellation of a session's call."""
+    """The cancellation of a call in a session."""
 
     call_id: int
 
@@ -195,7 +196,7 @@ _SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest]] = {
 
 
 def session_items(request: pb.SessionRequest) -> Iterator[SessionStart | SessionCancel]:
-    """The starts and cancels of a session's message, in order. Raises CallError."""
+    """Yield the starts and cancels in a message of a session, in order. Raises CallError."""
     if len(request.more) > MAX_BATCHED_REQUESTS:
         raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_BATCHED_REQUESTS} fit in one message")
     for item in (request, *request.more):
@@ -221,12 +222,12 @@ def _session_call(start: pb.SessionStart) -> SessionStart:
 
 @dataclass(frozen=True, slots=True)
 class RequestReader:
-    """A method's request type and its parser."""
+    """The request type of a gRPC method, and the parser of the requests."""
 
     kind: type[Message]
     read: Callable[[Any], Any]
     only_field: str = ""
-    """The only field that can make this otherwise small request large; "" if the request may be large."""
+    """The only field that can make a request of this method large; "" if a request may be large."""
 
 
 def _session_ids(start: pb.SessionStart) -> tuple[str, str]:
@@ -280,7 +281,7 @@ def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
 
 
 def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
-    """The set fields of a request by name. Few are set, so reading only these is cheaper."""
+    """Return the set fields of a request by name. Reading only set fields is cheaper, as few fields are set."""
     return {field.name: value for field, value in request.ListFields()}
 
 
@@ -324,7 +325,7 @@ _COUNTED = (
 
 
 def _check_counts(given: Mapping[str, Any]) -> None:
-    """Check the lengths of lists before their elements are read."""
+    """Check the lengths of list fields before the elements are read. Raises CallError."""
     for name, most, what in _COUNTED:
         if name in given:
             _check_count(name, given[name], most, what)
@@ -387,7 +388,7 @@ def _message(index: int, message: pb.Message) -> dict[str, Any]:
 
 
 def _joined_text(at: str, parts: Sequence[pb.ContentPart]) -> str:
-    """Join text parts with newlines, as vLLM does for templates that take plain content."""
+    """Join the text parts of a message with newlines, as vLLM does for templates that take plain content."""
     texts = []
     for i, part in enumerate(parts):
         kind = part.WhichOneof("part")

@@ -1,8 +1,9 @@
-"""Inference.SessionStream: many calls of one client on one stream, with all their pieces of a tick in one message.
+"""Inference.SessionStream: many calls of one client on one stream. All output of a tick is sent in one message.
 
-A tick is one pass of the event loop: everything that one worker message brings, or that has gathered while the client
-did not read. A busy session thus costs one write a step instead of one a token, and a slow client gets larger
-messages, not later ones. Calls run through the same CallService as those of StreamChat; only the output differs.
+A tick is one pass of the event loop. The output of a tick is everything that one worker message brings, or everything
+that has gathered while the client did not read. A busy session thus costs one write for each engine step instead of
+one write for each token, and a slow client gets larger messages instead of later messages. Calls of a session run
+through the same CallService as calls of StreamChat; only the output differs.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ log = structlog.get_logger("session")
 
 MAX_CALLS = 10_000
 SLICE_S = 0.001
-"""Seconds for which requests are read before the event loop runs other tasks."""
+"""Longest time in seconds for which requests are read before the event loop runs other tasks."""
 MAX_UNREAD_CHARS = 1 << 20
-"""Characters and serialized bytes that may wait for a client that does not read; the session is closed beyond."""
+"""Upper bound on the characters and serialized bytes that wait for a client that does not read. A session with more
+waiting output is closed."""
 MAX_HALTED_S = 60.0
-"""Seconds until a session is closed whose client reads nothing but sends requests, which fill its tenant's budget."""
+"""Seconds after which a session is closed if the client sends requests but reads nothing. The unread requests fill the
+tenant's budget of request bytes."""
 
 
 class _SessionCall:
-    """A call of a session. `call` is set once it runs; `ended` once its context may close."""
+    """A call of a session. `call` is set once the call runs. `ended` is set once the call's context may close."""
 
     __slots__ = ("call", "call_id", "encoder", "end_written", "ended", "head", "is_chat", "offset", "session", "task")
 
@@ -52,20 +55,20 @@ class _SessionCall:
         self.head = codec.event_head(call_id)
         self.call: Call | None = None
         self.encoder: GrpcEncoder | None = None
-        """Set for a resumable call, whose every event is a chunk."""
+        """The chunk encoder of a resumable call, all of whose events are chunks; None for other calls."""
         self.ended = asyncio.Event()
         self.offset = 0
         self.end_written = False
         self.task: asyncio.Task[None] | None = None
 
     def mark(self) -> None:
-        """Mark the call: it has output for the next pass."""
+        """Mark this call as having output for the next pass."""
         session = self.session
         session.dirty[self.call_id] = self
         session.wake()
 
     def text(self, text: str) -> None:
-        """Append a token's text, called directly while the link's message is handled."""
+        """Append the text of a token to the next message. Called directly while a worker's message is handled."""
         session = self.session
         if session.halted:
             assert self.call is not None
@@ -85,30 +88,31 @@ class _SessionCall:
 
 
 class SessionStream:
-    """A session. `run` returns when the client has closed its side and every call has ended."""
+    """A session. `run` returns when the client has closed its side of the stream and every call has ended."""
 
     def __init__(self, service: CallService, context: Any, caller: Caller, trace: str, age_s: float) -> None:
-        """`caller`: the owner of the session. `trace`: the traceparent of calls without one. After `age_s` seconds no
-        new calls are accepted."""
+        """`caller`: the owner of the session. `trace`: the traceparent for calls that bring no traceparent. `age_s`:
+        seconds after which the session accepts no new calls."""
         self._service = service
         self._age_s = age_s
         self._context = context
         self._caller = caller
         self._trace = trace
         self.dirty: dict[int, _SessionCall] = {}
-        """Calls that have output for the next pass."""
+        """Calls that have output for the next pass, by call id."""
         self.parts: list[bytes] = []
-        """Serialized events of the next message."""
+        """Serialized events for the next message."""
         self.halted = False
-        """Whether the client does not read. Output then stays with its call, which merges it."""
+        """Whether output is halted because the client does not read. Each call then keeps and merges its own output."""
         self._calls: dict[int, _SessionCall] = {}
         self._loop = asyncio.get_running_loop()
         self._reading = asyncio.Event()
         self._reading.set()
-        """Cleared while the client does not read; its requests are not read then either."""
+        """Event that is cleared while the client does not read. Until the event is set again, requests of the client
+        are not read either."""
         self._pass_scheduled = False
         self._slice_ends = 0.0
-        """The time at which reading requests must yield to the event loop."""
+        """Time of the event loop's clock at which the reader of requests must yield to the event loop."""
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._drain: asyncio.Task[None] | None = None
         self._half_closed = False
@@ -116,7 +120,7 @@ class SessionStream:
         self._stalled = False
 
     async def run(self) -> None:
-        """Serve until the client is done. If it disconnects, its running calls are cancelled."""
+        """Serve the session until the client is done. If the client disconnects, the running calls are cancelled."""
         reader = asyncio.create_task(self._read())
         reader.add_done_callback(self._read_ended)
         aging = self._loop.call_later(self._age_s, self._retire)
@@ -163,19 +167,20 @@ class SessionStream:
         self.wake()
 
     async def _yield_after_slice(self) -> None:
-        """Yield to the event loop once a slice is over, and wait while the client does not read."""
+        """Yield to the event loop once a time slice is over, and wait while the client does not read."""
         if self._loop.time() >= self._slice_ends:
             await asyncio.sleep(0)
             await self._reading.wait()
             self._slice_ends = self._loop.time() + SLICE_S
 
     async def _next_request(self) -> Any:
-        """Wait until the client reads, then return its next message; None at the end."""
+        """Wait until the client reads, then return the client's next message; None at the end of the stream."""
         await self._reading.wait()
         return await read(self._context)
 
     def _retire(self) -> None:
-        """Accept no new calls; the stream ends after the last one. Meanwhile the client opens another session."""
+        """Stop accepting new calls. The stream ends after the last running call; the client opens another session for
+        new calls."""
         self._retired = True
         self.wake()
 
@@ -202,11 +207,11 @@ class SessionStream:
         opened.task.add_done_callback(lambda _: self._end_unstarted(opened))
 
     def _tenant(self) -> str:
-        """The session's tenant; "" once the caller may no longer call."""
+        """Return the tenant of the session; "" once the caller is no longer allowed to make calls."""
         return "" if self._caller.refused is not None else self._caller.principal.tenant.name
 
     def _call_meta(self, start: SessionStart) -> CallMeta:
-        """The metadata of a call. Raises CallError once the session's caller may no longer call."""
+        """Return the metadata of a call. Raises CallError once the caller is no longer allowed to make calls."""
         principal = self._caller.require()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
         own_id = start.request_id or random_id()
@@ -227,7 +232,7 @@ class SessionStream:
     async def _run(
         self, opened: _SessionCall, request: GenerationRequest | CallError, meta: CallMeta, deadline_s: float
     ) -> None:
-        """Run one call to its end. Its pieces are written by `_pass`."""
+        """Run one call to its end. `_pass` writes the output of the call."""
         try:
             meta = await self._service.count(meta)
             if isinstance(request, CallError):
@@ -260,7 +265,8 @@ class SessionStream:
             self._end(opened, None)
 
     def _end_unstarted(self, opened: _SessionCall) -> None:
-        """End a call whose task was cancelled before its first step, since its cancel came with its start."""
+        """End a call whose task was cancelled before the first step of the task. That happens if the client sends the
+        cancel together with the start."""
         if self._calls.get(opened.call_id) is opened:
             self._end(opened, CallError(Outcome.CANCELLED, "cancelled by the client"))
 
@@ -276,7 +282,7 @@ class SessionStream:
     # ---- output
 
     def wake(self) -> None:
-        """Schedule a pass: there is output, or the session may have ended."""
+        """Schedule a pass, because there is output or the session may have ended."""
         if not self._pass_scheduled and not self.halted:
             self._pass_scheduled = True
             self._loop.call_soon(self._pass)
@@ -293,12 +299,13 @@ class SessionStream:
                 self.halted = True
                 self._reading.clear()
                 self._drain = self._loop.create_task(self._await_reader())
-        # Also after a send: nothing else wakes a session whose client closed its side with its last request.
+        # This check also follows a send: if the client closed its side with the last request, nothing else wakes the
+        # session.
         if (self._half_closed or self._retired) and not self._calls and not self.halted:
             self._over.set_result(None)
 
     async def _await_reader(self) -> None:
-        """Wait until the client reads; close the session if it lets too much output gather."""
+        """Wait until the client reads. Close the session if the client lets too much output gather."""
         since = self._loop.time()
         while True:
             try:
@@ -321,7 +328,8 @@ class SessionStream:
         return sum(map(len, self.parts)) + sum(sequence.pending_chars for call in calls for sequence in call.sequences)
 
     def _gather(self) -> None:
-        """Append the output of all marked calls, after what was appended directly; at most one event a call."""
+        """Append the output of all marked calls to the next message, at most one event for each call. Events that were
+        appended directly stay first."""
         if not self.dirty:
             return
         dirty, self.dirty = self.dirty, {}

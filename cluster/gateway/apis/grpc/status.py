@@ -12,13 +12,13 @@ DOMAIN = "headrace"
 
 
 def grpc_code(error: CallError) -> grpc.StatusCode:
-    """The gRPC status code of an error."""
+    """Return the gRPC status code of an error."""
     return grpc.StatusCode[OUTCOME_STATUS[error.outcome].grpc]
 
 
 def details(error: CallError) -> status_pb2.Status:
-    """The google.rpc.Status of an error: ErrorInfo always, BadRequest for wrong fields, QuotaFailure for exceeded
-    limits, RetryInfo if a retry makes sense."""
+    """Return the google.rpc.Status of an error. The status always holds ErrorInfo, and where they apply BadRequest for
+    wrong fields, QuotaFailure for exceeded limits, and RetryInfo if a retry makes sense."""
     parts = [error_details_pb2.ErrorInfo(reason=error.outcome.name, domain=DOMAIN)]
     packed = [_pack(part) for part in parts]
     if error.violations:
@@ -45,7 +45,8 @@ def details(error: CallError) -> status_pb2.Status:
 
 
 def trailers(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
-    """Trailing metadata of an error. gRPC's built-in retries honour grpc-retry-pushback-ms, not RetryInfo."""
+    """Return the trailing metadata of an error. Besides RetryInfo the metadata holds grpc-retry-pushback-ms, since the
+    built-in retries of gRPC ignore RetryInfo."""
     out: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", details(error).SerializeToString())]
     if error.retry_after_s is not None:
         out.append(("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))))

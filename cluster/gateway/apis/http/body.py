@@ -1,8 +1,8 @@
-"""Reading of request bodies within the budget of request bytes that all ports of the process share.
+"""Reading of request bodies within the budget of request bytes, which all ports of the process share.
 
-The caller is authenticated first. A body that arrives in one read is accepted as it is. For a longer one its whole size
-is reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is granted. Unfinished
-bodies thus hold no more than the budget and one read each.
+The caller is authenticated before the body is read. A body that arrives in one read is accepted as it is. For a longer
+body the whole size is reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is
+granted. All unfinished bodies together thus hold no more than the budget plus one read for each body.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, Final, Protocol
 from cluster.policy.limits.request_bytes import RequestBytes, Reservation
 
 GRANT_TIMEOUT_S: Final = 30.0
-"""Seconds for which a body waits for its reservation, behind other bodies of its tenant or of the process."""
+"""Longest time in seconds for which a body waits for a reservation, behind other bodies of the same tenant or of the
+process."""
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class Refused(Exception):
-    """Raised for an HTTP error that is found before the request becomes a call."""
+    """Raised to answer a request with an HTTP error before the request becomes a call."""
 
     def __init__(self, status: int, code: str, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
@@ -30,7 +31,7 @@ class Refused(Exception):
 
 
 class HttpBodyConnection(Protocol):
-    """The connection on which a body arrives."""
+    """The HTTP connection on which a request body arrives."""
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
         """Call `lost` once the connection is lost, without resuming reading."""
@@ -56,8 +57,11 @@ class RequestBodies:
     async def read(
         self, receive: Receive, connection: HttpBodyConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
-        """Read a whole body; its bytes count against the budget within the context. `declared`: its content-length, or
-        empty. Raises Refused, and ConnectionResetError if the client disconnects before the body ends."""
+        """Read a whole body. The bytes of the body count against the budget until the context ends.
+
+        `declared`: the value of the content-length header, or empty. Raises Refused, and ConnectionResetError if the
+        client disconnects before the body ends.
+        """
         length = int(declared) if declared.isdigit() else None
         if length is not None and length > self._limit:
             raise self._too_large()
@@ -89,7 +93,8 @@ class RequestBodies:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
 
     async def _reserved(self, connection: HttpBodyConnection, size: int, tenant: str) -> Reservation:
-        """Wait for a reservation. Raises Refused if too many bodies wait or this one has waited too long."""
+        """Wait for a reservation of `size` bytes. Raises Refused if too many bodies wait or this body has waited too
+        long, and ConnectionResetError if the client disconnects."""
         if self._budget.full(tenant):
             raise _busy()
         granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -130,7 +135,7 @@ def _busy() -> Refused:
 
 
 async def _part(receive: Receive) -> tuple[bytes, bool]:
-    """The next part of the body, and whether more follows. Raises ConnectionResetError."""
+    """Return the next part of the body, and whether more parts follow. Raises ConnectionResetError."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ConnectionResetError

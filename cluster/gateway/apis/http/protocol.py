@@ -1,8 +1,8 @@
-"""uvicorn's HTTP/1 protocol with bounds on everything a client may send before a handler reads it.
+"""uvicorn's HTTP/1 protocol, with bounds on everything that a client may send before a handler reads the request.
 
-httptools parses all bytes that it is given, and uvicorn starts a task for each request. Received bytes are therefore
-parsed in small pieces, and no further piece is parsed while a request waits for an earlier response, or while a body
-waits to be read. Unparsed bytes stay here, and reading is paused meanwhile.
+Problem: httptools parses all bytes at once, and uvicorn starts a task for each request. Received bytes are therefore
+parsed in small pieces. No further piece is parsed while a request waits for an earlier response, or while a body waits
+to be read. Meanwhile this class keeps the unparsed bytes and pauses reading.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from cluster.http2 import ConnectionSlot, ConnectionStage
 from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
-"""The key of the protocol object in a request's ASGI scope."""
+"""The key under which the ASGI scope of a request holds the protocol object of the connection."""
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
-"""Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
+"""Number of bytes that are parsed at once outside of a body: about a hundred of the smallest requests, which take a
+millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
 UNPROVEN_REFUSALS_PER_S: Final = 10.0
 UNPROVEN_REFUSALS: Final = 100.0
-"""Refused requests that a connection without an accepted credential may have at once, and per second after these."""
+"""Size of a token bucket for the refused requests of a connection without an accepted credential. The bucket is
+refilled at UNPROVEN_REFUSALS_PER_S requests a second."""
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
 
@@ -40,7 +42,7 @@ class _Refused(Exception):
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control; parses received bytes before it reads more."""
+    """uvicorn's flow control, changed to parse the received bytes before more bytes are read."""
 
     def __init__(self, protocol: HttpProtocol) -> None:
         super().__init__(protocol.transport)
@@ -59,10 +61,10 @@ class _Flow(FlowControl):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. It is put into its requests' scope, as the API's `ClientConnection`."""
+    """One HTTP/1 connection. The ASGI scope of each request holds this object, as the API's `ClientConnection`."""
 
     full = False
-    """Whether the client must read before more is written. Read for each token, hence not a property."""
+    """Whether the client must read before more is written. A plain attribute, since every token checks it."""
     timeouts: ConnectionTimeouts
     requests = 0
     """The number of requests that have begun."""
@@ -72,7 +74,7 @@ class HttpProtocol(HttpToolsProtocol):
     _parsed_to = 0
     _parsing = False
     _ignoring_input = False
-    """Whether all further bytes of the client are ignored."""
+    """Whether all further bytes from the client are ignored."""
     _head_bytes = 0
     _in_head = True
     _in_body = False
@@ -80,7 +82,7 @@ class HttpProtocol(HttpToolsProtocol):
     """Whether the last piece ended a head or a request, or held a part of a body."""
 
     def __init__(self, config: Config, state: ServerState, held: ConnectionSlot, limits: TimeoutLimits) -> None:
-        """`held`: the connection's slot in its port's connection limit."""
+        """`held`: the slot of this connection within the connection limit of the port."""
         super().__init__(config, state, {})
         self._held = held
         self._limits = limits
@@ -100,13 +102,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._held.mark_authenticated()
 
     def charge_refusal(self) -> None:
-        """Count a refused request. An unauthenticated client with too many is disconnected after this answer."""
+        """Count a refused request. An unauthenticated client with too many refused requests is disconnected after the
+        current answer."""
         if not self._held.authenticated and self._refusals.charge(1, self.loop.time()) < 0:
             self.cycle.keep_alive = False
             self._ignoring_input = True
 
     def evict(self) -> None:
-        """Close the connection to free its slot for another."""
+        """Close this connection to free the slot for another connection."""
         if self._held.authenticated and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:
@@ -115,7 +118,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- the API's ClientConnection
 
     def send(self, data: bytes) -> None:
-        """Send one chunk of a chunked body; every response without a content-length is chunked."""
+        """Send one chunk of a chunked response body. Every response without a content-length is chunked."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def wait_until_writable(self) -> None:
@@ -123,7 +126,8 @@ class HttpProtocol(HttpToolsProtocol):
         await self.flow.drain()
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone, or soon if it is already. Resumes reading, to notice a disconnect."""
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Reading is resumed, so
+        that a disconnect is noticed."""
         self.watch_paused(lost)
         self.flow.resume_reading()
 
@@ -145,7 +149,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: Any) -> None:
-        """Start the timers of a new connection."""
+        """Handle a new connection: occupy the slot and start the timers."""
         super().connection_made(transport)
         self._held.connection = self
         if self._held.released:
@@ -156,17 +160,17 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
 
     def pause_writing(self) -> None:
-        """Set `full`: the client does not read."""
+        """Handle a full write buffer by setting `full`: the client does not read."""
         super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
-        """Clear `full`: the client reads again."""
+        """Handle a drained write buffer by clearing `full`: the client reads again."""
         self.full = False
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the slot and notify the watcher."""
+        """Handle the loss of the connection: release the slot and notify the watcher."""
         self._held.release()
         self._timer.cancel()
         self.full = False
@@ -178,7 +182,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._on_lost()
 
     def data_received(self, data: bytes) -> None:
-        """Add received bytes and parse them."""
+        """Handle received bytes: append the bytes to the unparsed bytes, and parse as far as allowed."""
         if self._ignoring_input:
             return
         self.timeouts.began_head(self.loop.time())
@@ -191,7 +195,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def unparsed_bytes(self) -> int:
-        """The number of bytes received and not yet parsed."""
+        """Number of bytes that are received and not yet parsed."""
         return len(self._unparsed) - self._parsed_to
 
     def parse_soon(self) -> None:
@@ -222,11 +226,12 @@ class HttpProtocol(HttpToolsProtocol):
         return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
 
     def _feed(self, piece: bytes) -> None:
-        """Parse a piece, and bound the size of a head, which the parser does not."""
+        """Parse a piece of the received bytes. Also check the size of the request head, which the parser does not
+        check."""
         self._in_head, self._progress = True, False
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as a plain one
+        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP
             self._stop_reading()
         except httptools.HttpParserError as error:
             cause = error.__context__
@@ -245,7 +250,8 @@ class HttpProtocol(HttpToolsProtocol):
         cast(dict[str, Any], self.scope)[CONNECTION] = self
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a header. Trailers, which come here too, are dropped: no proxy that checks heads has seen them."""
+        """Handle a parsed header or trailer. A trailer is dropped, since a proxy that checks headers does not see
+        trailers."""
         if self._in_body:
             return
         if len(self.headers) >= MAX_HEADERS:
@@ -282,7 +288,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Start the next request, or wait for one."""
+        """Handle the end of a response: start the next request, or wait for a request."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -312,7 +318,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _stop_reading(self) -> None:
-        """Answer the requests that were received, ignore the rest, and close."""
+        """Answer the requests that were received so far, ignore all further bytes, and close the connection."""
         self._ignoring_input = True
         self._unparsed, self._parsed_to = b"", 0
         last = self.pipeline[0][0] if self.pipeline else self.cycle
@@ -322,7 +328,8 @@ class HttpProtocol(HttpToolsProtocol):
             last.keep_alive = False
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer an invalid request and close. If earlier responses are outstanding, send these and no answer."""
+        """Answer an invalid request with an error and close the connection. If earlier responses are outstanding, only
+        those are sent before the connection is closed."""
         cycle = self.cycle
         if self._in_body and not cycle.response_complete:  # the last request is the invalid one
             if self.pipeline or cycle.response_started:

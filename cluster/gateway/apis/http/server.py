@@ -1,6 +1,7 @@
-"""HTTP server with uvicorn's protocol on the gateway's own event loop: bind, serve, drain, close.
+"""HTTP server that runs uvicorn's protocol on the gateway's own event loop: bind, serve, drain, close.
 
-Only the protocol of uvicorn is used: `uvicorn.Server` handles the process's signals and polls ten times a second.
+Of uvicorn only the protocol is used. `uvicorn.Server` is not used because it takes over the signals of the process and
+polls ten times a second.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class HttpServer:
     def __init__(
         self, app: Any, admission: http2.ConnectionAdmission | None = None, timeouts: TimeoutLimits | None = None
     ) -> None:
-        """`admission`: the connection limits of the port, for a process with several ports."""
+        """`admission`: the connection limits, which the ports of a process may share."""
         self._admission = admission or http2.ConnectionAdmission()
         self._timeouts = timeouts or TimeoutLimits()
         self._config = uvicorn.Config(
@@ -42,7 +43,8 @@ class HttpServer:
         self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
+        """Bind an address and serve; returns the port. `shared`: whether other processes may bind the same port. Raises
+        OSError."""
         self._config.load()
         listener = http2.listening_socket(host, port, shared=shared)
         self._listener = http2.Listener(listener, self._connection, self._admission, tls)
@@ -53,14 +55,16 @@ class HttpServer:
         return HttpProtocol(self._config, self._state, held, self._timeouts)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections that meet the condition, with their requests; returns their number."""
+        """Abort the connections that meet the condition, and the requests on them. Returns the number of aborted
+        connections."""
         cut = [connection.transport for connection in self._state.connections if condition(connection.transport)]
         for transport in cut:
             transport.abort()
         return len(cut)
 
     async def stop(self, drain_s: float) -> None:
-        """Stop accepting connections, wait `drain_s` seconds for running requests, then abort the remaining ones."""
+        """Stop accepting connections, wait up to `drain_s` seconds for running requests, then abort the requests that
+        still run."""
         if self._listener is None:
             return
         self._listener.close()

@@ -1,10 +1,10 @@
 """Time limits of one HTTP/1 connection: idle, request head, request body, and a response that the client does not read.
 
-Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as its
+Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as the
 client likes.
-Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. A body's rate is
-measured between two checks, and only if the gateway was reading all the time: its own pauses do not count against the
-client.
+Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. The rate of a body is
+measured between two checks, and only if the gateway was reading all the time, so that pauses of the gateway do not
+count against the client.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from enum import Enum, auto
 
 @dataclass(frozen=True, slots=True)
 class TimeoutLimits:
-    """Time limits and rates for each part of an exchange."""
+    """Time limits in seconds, and the least rate of a body, for the parts of a request and its response."""
 
     check_s: float = 5.0
-    """Time between two checks."""
+    """Seconds between two checks."""
     first_head_s: float = 10.0
-    """Time from the connection to the end of its first request's head."""
+    """Seconds from the start of the connection to the end of the first request's head."""
     head_s: float = 10.0
-    """Time from the first byte of a later request to the end of its head."""
+    """Seconds from the first byte of a later request to the end of that request's head."""
     keep_alive_s: float = 75.0
-    """Idle time between requests. Longer than clients keep idle connections in their pools, so that they do not write
-    to a closing one."""
+    """Idle seconds between requests. Longer than clients keep idle connections in their pools, so that no client writes
+    to a connection that is being closed."""
     min_body_bytes_per_s: int = 4096
     leftover_s: float = 5.0
-    """Time for the rest of a body whose request has been answered already."""
+    """Seconds for the rest of a body after the request has been answered."""
     unread_s: float = 60.0
-    """Time for which a client may read no byte of a waiting response."""
+    """Seconds for which a client may leave a waiting response unread."""
 
 
 class Part(Enum):
-    """The part of an exchange that is in progress."""
+    """The part of a request or response that is in progress."""
 
     IDLE = auto()
     HEAD = auto()
@@ -54,7 +54,7 @@ class Late(Enum):
 
 
 class ConnectionTimeouts:
-    """The state of one connection against its limits."""
+    """The state of one connection, checked against the time limits."""
 
     __slots__ = ("_body_bytes", "_first", "_limits", "_part", "_paused", "_since", "_unread_bytes", "_unread_since")
 
@@ -83,7 +83,7 @@ class ConnectionTimeouts:
         self._paused = True  # the time until the next check is shorter than check_s
 
     def body(self, size: int) -> None:
-        """Record received bytes of the request's body."""
+        """Record the receipt of `size` bytes of the request's body."""
         self._body_bytes += size
 
     def ended_body(self) -> None:
@@ -92,21 +92,22 @@ class ConnectionTimeouts:
             self._part = Part.ANSWER
 
     def paused(self) -> None:
-        """Record that the gateway paused reading since the last check."""
+        """Record that the gateway has paused reading since the last check."""
         self._paused = True
 
     def answered(self, now: float, *, complete: bool) -> None:
-        """Record that the response is sent. `complete`: the request's body has been received whole."""
+        """Record the end of the response. `complete`: whether the whole body of the request has been received."""
         self._part = Part.IDLE if complete else Part.LEFTOVER
         self._since = now
 
     def ended_leftover(self, now: float) -> None:
-        """Record the end of a body whose request was answered before."""
+        """Record the end of the rest of a body, after the request has been answered."""
         self._part = Part.IDLE
         self._since = now
 
     def overdue(self, now: float, unsent_bytes: int = 0) -> Late | None:
-        """The reason for closing the connection now, or None. `unsent_bytes`: bytes that the client has not read."""
+        """Return the reason for closing the connection now, None if no limit is exceeded. `unsent_bytes`: number of
+        bytes that the client has not read."""
         if self._unread(now, unsent_bytes):
             return Late.UNREAD
         waited, limits = now - self._since, self._limits

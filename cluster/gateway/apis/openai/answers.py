@@ -1,8 +1,8 @@
-"""Encoding of pieces, usage, models and errors as OpenAI's JSON, complete or as server-sent events.
+"""Encoding of output pieces, usage, models and errors as OpenAI's JSON: as complete answers or as server-sent events.
 
-Each token is an event. The JSON around its text is rendered once per call: encoding a dictionary for each token would
-cost more than sending it. The output is ASCII, as some clients split lines at U+2028 and U+0085, which JSON does
-not escape otherwise.
+Each token is an event. The JSON around the text of a token is rendered once per call, since encoding a dictionary for
+each token would cost more than sending the token. All output is ASCII: some clients split lines at U+2028 and U+0085,
+and JSON encoders escape these characters only in ASCII output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ERROR_TYPES: Mapping[int, str] = {
 
 
 def body(value: object) -> bytes:
-    """A value as compact JSON."""
+    """Return a value as compact JSON."""
     return _encode(value).encode("ascii")
 
 
@@ -43,19 +43,21 @@ def body(value: object) -> bytes:
 
 
 def error_body(message: str, status: int, code: str, param: str | None = None) -> bytes:
-    """An error as OpenAI's error object."""
+    """Return an error as the JSON of OpenAI's error object."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return body({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
 def call_error_body(error: CallError) -> bytes:
-    """A call's error; `code` is its reason in lower case, `param` the first wrong field."""
+    """Return the error of a call as the JSON of OpenAI's error object. `code` in the object is the outcome in lower
+    case, `param` is the first wrong field."""
     param = error.violations[0].field if error.violations else None
     return error_body(error.message, OUTCOME_STATUS[error.outcome].http, error.outcome.name.lower(), param)
 
 
 def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
-    """Headers of an error: the rate limits, and the retry delay in whole seconds and, for OpenAI's clients, in ms."""
+    """Return the headers of an error: the rate limits, the retry delay in whole seconds, and for OpenAI's clients the
+    retry delay in milliseconds."""
     headers = as_headers(error.headers)
     if error.retry_after_s is None:
         return headers
@@ -67,7 +69,7 @@ def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
 
 
 def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
-    """Headers as bytes."""
+    """Return headers as pairs of bytes."""
     return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
 
 
@@ -75,7 +77,7 @@ def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 
 def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
-    """The sum of the token counts of a request's calls."""
+    """Return OpenAI's usage object, with the token counts summed over all calls of a request."""
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
     return {
@@ -87,7 +89,7 @@ def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Log probabilities in the shape of chat completions."""
+    """Return log probabilities in the shape of OpenAI's chat completions."""
     return {"content": [{**_token(t), "top_logprobs": [_token(other) for other in t.top]} for t in logprobs]}
 
 
@@ -96,13 +98,14 @@ def _token(t: TokenLogprob) -> dict[str, Any]:
 
 
 class TextOffsets:
-    """Text offsets of a completion's tokens, counted in characters of the choice's earlier tokens."""
+    """Text offsets of the tokens in a completion. The offset of a token is the number of characters in the earlier
+    tokens of the same choice."""
 
     def __init__(self) -> None:
         self._next: defaultdict[int, int] = defaultdict(int)
 
     def logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Log probabilities of a choice's next tokens in the shape of completions."""
+        """Return the log probabilities of the next tokens of a choice, in the shape of OpenAI's completions."""
         offsets = []
         for t in logprobs:
             offsets.append(self._next[index])
@@ -137,7 +140,7 @@ class SseStream(ABC):
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
-        """Render one event for each piece. `shift`: the index of the call's first choice in the answer."""
+        """Return one event for each piece. `shift`: the index in the answer of the call's first choice."""
         parts = []
         for piece in pieces:
             if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
@@ -147,7 +150,8 @@ class SseStream(ABC):
         return b"".join(parts)
 
     def text(self, index: int, text: str) -> bytes:
-        """Render a piece with only a text, of a choice that has begun; not with continuous usage."""
+        """Return the event of a piece that holds only a text. Not for the first piece of a choice, and not with
+        continuous usage."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
@@ -167,18 +171,18 @@ class SseStream(ABC):
         return self._head + _encode(choice) + end
 
     def end(self, usages: Sequence[CallUsage]) -> bytes:
-        """The events after the last piece: usage if requested, and [DONE]."""
+        """Return the events after the last piece: the usage if it was requested, then [DONE]."""
         if not self._include_usage:
             return DONE
         return f'{self._head}],"usage":{_encode(usage_of(usages))}}}\n\n'.encode("ascii") + DONE
 
     @abstractmethod
     def _content(self, piece: Piece) -> dict[str, Any]:
-        """The fields of a choice that hold the piece's text."""
+        """Return the fields of a choice that hold the text of the piece."""
 
     @abstractmethod
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The piece's log probabilities in the shape of this API."""
+        """Return the log probabilities of a piece in the shape of this API."""
 
 
 class ChatStream(SseStream):
@@ -214,7 +218,8 @@ class CompletionStream(SseStream):
 
 
 def keep_alive(progress: Progress) -> bytes:
-    """An event stream comment, which clients ignore: a sign of life, or the progress of a starting model."""
+    """Return a comment of an event stream, which clients ignore. The comment shows that the call is alive, and the
+    progress of a model that is starting."""
     if not progress.eta_s:
         return KEEP_ALIVE
     text = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
@@ -222,7 +227,7 @@ def keep_alive(progress: Progress) -> bytes:
 
 
 class SseEncoder:
-    """Encodes a call's pieces as server-sent events; a calls.stream_writer.ChunkEncoder."""
+    """Encodes the pieces of a call as server-sent events. Implements calls.stream_writer.ChunkEncoder."""
 
     __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
 
@@ -255,7 +260,7 @@ class SseEncoder:
 
 
 def error_event(error: CallError) -> bytes:
-    """An error within a stream. No [DONE] follows, as the answer is incomplete."""
+    """Return an error as an event of a stream. No [DONE] follows the event, as the answer is incomplete."""
     return b"data: " + call_error_body(error) + b"\n\n"
 
 
@@ -263,7 +268,7 @@ def error_event(error: CallError) -> bytes:
 
 
 def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]) -> bytes:
-    """A complete chat answer; one piece for each choice."""
+    """Return a complete chat answer as JSON. `pieces`: one piece for each choice."""
     choices = [
         {
             "index": p.index,
@@ -279,7 +284,7 @@ def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call],
 def completion_answer(
     answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]
 ) -> bytes:
-    """A complete completion; one piece for each choice of all prompts."""
+    """Return a complete completion answer as JSON. `pieces`: one piece for each choice of each prompt."""
     offsets = TextOffsets()
     choices = [
         {
@@ -303,7 +308,7 @@ def _answer(
 
 
 def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[str, Any]:
-    """A model in the shape of /v1/models; fields that OpenAI does not have come last."""
+    """Return a model in the shape of /v1/models. The fields that OpenAI's API does not have come last."""
     return {
         "id": model.name,
         "object": "model",

@@ -1,8 +1,8 @@
 """The OpenAI-compatible HTTP API of a CallService, as an ASGI application.
 
-Pieces of a stream bypass ASGI: a StreamWriter writes them to the connection. A response starts with its first piece
-or keep-alive comment, so an earlier failure has its own status code. HTTP has no deadlines; instead a call is
-cancelled as soon as its client disconnects.
+The pieces of a stream bypass ASGI: a StreamWriter writes the pieces directly to the connection. A streamed response
+starts with the first piece or keep-alive comment, so a call that fails earlier is answered with the status code of the
+error. HTTP has no deadlines; instead a call is cancelled as soon as the client disconnects.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _EVENTS = [
 
 
 class ClientConnection(Transport, Protocol):
-    """The connection of a request, which the server puts into its ASGI scope."""
+    """The connection on which a request came. The server puts the connection into the ASGI scope of the request."""
 
     transport: Any
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone, or soon if it is already."""
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon."""
 
     def unwatch(self, lost: Callable[[], None]) -> None:
         """Stop calling `lost`."""
@@ -68,7 +68,7 @@ class ClientConnection(Transport, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The encoders of chat or of completion."""
+    """The encoders of one kind of call: chat or completion."""
 
     name: str
     stream: type[answers.SseStream]
@@ -80,7 +80,7 @@ _COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_a
 
 
 class Exchange:
-    """A request and its response."""
+    """One HTTP request and the response to the request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -89,16 +89,17 @@ class Exchange:
         self.started = False
         self.principal = DEFAULT_PRINCIPAL
         self.limit_headers: list[tuple[bytes, bytes]] = []
-        """Headers with the caller's rate limits, for a successful answer."""
+        """Headers that hold the caller's rate limits, for a successful answer."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self.header(b"x-request-id")) or random_id()
 
     def header(self, name: bytes) -> str:
-        """A header's value; "" if absent."""
+        """Return the value of a header; "" if the header is absent."""
         return self.headers.get(name, b"").decode("latin-1")
 
     def credentials(self, certificates: bool) -> Credentials:
-        """The credentials that the caller presents; with its certificate if `certificates` are accepted."""
+        """Return the credentials that the caller presents. `certificates`: whether client certificates are accepted; if
+        so, the credentials include the names in the caller's certificate."""
         authorization = tuple(v.decode("latin-1") for name, v in self.scope["headers"] if name == b"authorization")
         host, port = self.scope.get("client") or ("", 0)
         tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
@@ -106,13 +107,13 @@ class Exchange:
         return Credentials(authorization, names, f"{host}:{port}")
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Send the status and headers."""
+        """Send the status and the headers of the response."""
         self.started = True
         common = [(b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
 
     async def write(self, part: bytes, more: bool = True) -> None:
-        """Send a part of an event stream; the first call starts the response."""
+        """Send a part of an event stream. The first call of this method starts the response."""
         if not self.started:
             await self.start(200, [*_EVENTS, *self.limit_headers])
         await self.send({"type": "http.response.body", "body": part, "more_body": more})
@@ -124,7 +125,7 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
     async def fail(self, error: CallError) -> None:
-        """Send a call's error: as the response, or as an event of a stream that has begun."""
+        """Send the error of a call: as the response, or as an event if the stream has begun."""
         if self.started:
             await self.write(answers.error_event(error), more=False)
         else:
@@ -136,9 +137,9 @@ class Exchange:
 
 
 class _Endpoint:
-    """The ASGI application of a route: checks the HTTP method and maps errors to responses.
+    """The ASGI application of one route. It checks the HTTP method and maps errors to responses.
 
-    With an `authenticator` the caller is authenticated before the body is read.
+    If there is an `authenticator`, the caller is authenticated before the body is read.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class _Endpoint:
         except CallError as error:
             scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
-        except Exception:  # callers get no traceback; it is logged with the request id
+        except Exception:  # callers get no traceback; the log has it under the request id
             log.exception("unexpected", request_id=exchange.request_id)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))
@@ -185,7 +186,7 @@ class OpenAiApi:
         self._delivery: ChunkDelivery | None = None
 
     def app(self) -> Application:
-        """The ASGI application with all routes."""
+        """Return the ASGI application with all routes."""
         authenticator = self._service.authenticator
         endpoints = {
             "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), authenticator),
@@ -199,7 +200,8 @@ class OpenAiApi:
         router = Router(routes, redirect_slashes=False, default=_not_found)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            """Look up the path first: the router tries its expressions in turn, and most paths need none."""
+            """Look up the path in the table before the router is asked. The router tries one expression after the
+            other, and most paths need no expression."""
             endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
             await (endpoint or router)(scope, receive, send)
 
@@ -238,11 +240,11 @@ class OpenAiApi:
                 await _run_all([self._stream_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
             except CallError as error:
                 raise with_caller_names(error, parsed.names) from None
-        # The calls have released their slots by now, however slowly the client reads the end.
+        # The calls have released their slots by now, so a client that reads the end slowly holds no slot.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
 
     async def _stream_call(self, call: Call, stream: answers.SseStream, shift: int, exchange: Exchange) -> None:
-        """Stream a call's pieces until its end has been sent."""
+        """Stream the pieces of a call until the end of the call has been sent."""
         encoder = answers.SseEncoder(call, stream, shift, self._service.progress)
         while not exchange.started:
             await call.news()
@@ -270,7 +272,7 @@ class OpenAiApi:
         await exchange.respond(200, answer, exchange.limit_headers)
 
     async def _open(self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
-        """Open one call for each prompt."""
+        """Open one call for each prompt of a request. Raises CallError, which names the prompt."""
         calls = []
         for i, request in enumerate(parsed.requests):
             try:
@@ -302,7 +304,7 @@ class OpenAiApi:
         await exchange.respond(200, answers.body({"status": "ok"}))
 
     async def _ready(self, exchange: Exchange) -> None:
-        """Answer 200 while calls are accepted, even without a worker: calls may wait for one."""
+        """Answer 200 while calls are accepted, even if there is no worker, since calls may wait for a worker."""
         if self._service.closing:
             raise CallError(Outcome.NO_WORKER, "this gateway is stopping; call another")
         await exchange.respond(200, answers.body({"status": "ready"}))
@@ -319,7 +321,8 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _all_pieces(call: Call) -> list[Piece]:
-    """Wait for a call's end and return all its pieces. Raises the call's error, even if there was text before it."""
+    """Wait for the end of a call and return all pieces of the call. Raises the call's error, even if the call had
+    produced text before the error."""
     while not call.finished and call.error is None:
         await call.news()
     pieces = call.pop_pieces()
@@ -329,7 +332,7 @@ async def _all_pieces(call: Call) -> list[Piece]:
 
 
 async def _run_all(awaitables: Sequence[Awaitable[None]]) -> None:
-    """Run all concurrently. The first error cancels the others and is raised."""
+    """Run all awaitables concurrently. The first error is raised and cancels the other awaitables."""
     if len(awaitables) == 1:
         return await awaitables[0]
     tasks = [asyncio.ensure_future(work) for work in awaitables]
@@ -342,7 +345,7 @@ async def _run_all(awaitables: Sequence[Awaitable[None]]) -> None:
 
 
 async def _while_connected(work: Awaitable[None], connection: ClientConnection) -> None:
-    """Await `work`; cancel it and raise ConnectionResetError if the client disconnects."""
+    """Await `work`. If the client disconnects, cancel `work` and raise ConnectionResetError."""
     task, gone = asyncio.current_task(), False
 
     def lost() -> None:

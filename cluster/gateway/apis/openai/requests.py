@@ -1,7 +1,8 @@
 """Parsing of OpenAI request bodies, with vLLM's extensions, into generation requests.
 
-A field that would change the answer and is not supported is refused by name; hints and unknown fields are ignored, as
-OpenAI's servers do. Names and shapes are those of vLLM 0.32's `entrypoints/openai/*/protocol.py`.
+A known field that would change the answer and is not supported is refused; the error names the field. Hints and unknown
+fields are ignored, as OpenAI's servers do. The names and shapes of fields are those of vLLM 0.32
+(`entrypoints/openai/*/protocol.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ MAX_PROMPTS = 128
 MAX_SALT_CHARS = 512
 _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 
-# Known fields that would change the answer and are not supported: refused unless they hold one of these values.
+# Known fields that would change the answer and are not supported. Each field is listed with the values at which it has
+# no effect; a field with any other value is refused.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
@@ -96,7 +98,7 @@ _FIELDS = frozenset(
     }
 )
 COMPLETION_FIELDS = _FIELDS | _UNSERVED_COMPLETION.keys()
-"""All fields of a body that are read; others are ignored."""
+"""The fields that are read from a body of /v1/completions; all other fields are ignored."""
 CHAT_FIELDS = (
     (_FIELDS - {"best_of", "prompt"})
     | _UNSERVED_CHAT.keys()
@@ -115,7 +117,7 @@ _INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startsw
 
 
 def unsupported(path: str, remedy: str = "leave it out") -> CallError:
-    """The error for a known field that this release does not support."""
+    """Return the error for a known field that this release does not support."""
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,
         f"{path}: not supported in this release; {remedy}",
@@ -127,7 +129,7 @@ def unsupported(path: str, remedy: str = "leave it out") -> CallError:
 class ParsedRequest:
     """A parsed body: one generation request for each prompt, and the options of the answer.
 
-    `names` maps fields of a generation request to the caller's names for them.
+    `names` maps the name of a field in a generation request to the name of that field in the caller's body.
     """
 
     requests: Sequence[GenerationRequest]
@@ -138,7 +140,8 @@ class ParsedRequest:
 
 
 def with_caller_names(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """The error with the caller's field names; `prompt`: the index of its prompt, if there are several."""
+    """Return the error with the field names of the caller's body. `prompt`: the index of the prompt with the error, if
+    the request has several prompts."""
     if not error.violations:
         return error
     renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
@@ -192,7 +195,7 @@ def parse_completion(body: Fields) -> ParsedRequest:
     if best_of is not None and best_of != (body.integer("n") or 1):
         raise unsupported("best_of", "ask for n choices and pick one")
     logprobs = body.integer("logprobs")
-    # OpenAI returns the sampled token besides the k most likely ones: one more than the engine is asked for.
+    # OpenAI returns the sampled token in addition to the k most likely tokens: one token more than `logprobs` says.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
     requests = [
@@ -237,7 +240,8 @@ def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> N
 
 
 def _prompts(body: Fields) -> list[Prompt]:
-    """The prompts of a string, an array of strings, an array of token ids, or an array of such arrays."""
+    """Return the prompts in the field `prompt`: a string, an array of strings, an array of token ids, or an array of
+    arrays of token ids."""
     value = body.values.get("prompt")
     if hasattr(value, "dtype"):  # a helper's array; numpy is not imported here, to keep the start fast
         return [IdsPrompt(cast("Sequence[int]", value))]
@@ -275,7 +279,7 @@ def _messages(body: Fields) -> list[Mapping[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a message holds just a valid role and a text, and can be used as it is."""
+    """Return whether a message holds only a valid role and a text, so that the message can be used as it is."""
     if type(value) is not dict or len(value) != 2:
         return False
     return type(value.get("content")) is str and value.get("role") in ROLES
@@ -301,7 +305,8 @@ def _message(message: Fields) -> dict[str, Any]:
 
 
 def _content(message: Fields) -> str:
-    """The text of a message; parts are joined with newlines, as vLLM does for templates that take plain content."""
+    """Return the text of a message. Text parts are joined with newlines, as vLLM does for templates that take plain
+    content."""
     value = message.values.get("content")
     if isinstance(value, str):
         return value
@@ -430,7 +435,7 @@ def _structured_outputs(outputs: Fields) -> Grammar | None:
 
 
 def _schema(path: str, value: object) -> str:
-    """A schema as JSON text. Like vLLM's server, accepts an object or a text."""
+    """Return a JSON schema as JSON text. `value`: an object or a JSON text, as in vLLM's server."""
     if isinstance(value, str):
         value = parse(path, value)
     if not isinstance(value, dict):

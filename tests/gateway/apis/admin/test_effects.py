@@ -1,4 +1,5 @@
-"""Effects of the admin API beyond its answers: at other gateways, on running calls, and without its database."""
+"""Effects of admin requests at other gateways and on running calls, and the admin API without `auth`, with TLS, and
+while the database does not answer."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @asynccontextmanager
 async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
-    """Return an operator's client, once the gateway knows its key."""
+    """Yield the client of an operator, once the gateway knows the operator's key."""
     key = await role_key(keyed.ledger, "ops", "operator")
     async with AdminClient(keyed.gateway.endpoints["admin"], key) as client:
         await until_known(client, "Catalog.List", admin_pb2.ListRequest())
@@ -38,15 +39,15 @@ async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
 
 
 async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, **more: Any) -> None:
-    """Start a worker with long answers."""
+    """Start a worker that can generate long answers."""
     engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=40_000, **more)
     await cluster.add_worker(engine, bundle)
 
 
 @pytest.mark.slow
 async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Changes made at one gateway apply at the other: a tenant and its key are created, suspended, resumed and the key
-    revoked. Its running calls end at both."""
+    """Changes that are made at one gateway apply at the other gateway too, and end running calls at both gateways. The
+    test creates a tenant and a key, suspends and resumes the tenant, and revokes the key."""
     text = keyed_text(tmp_path)
     async with (
         keyed_cluster(tmp_path) as keyed,
@@ -96,8 +97,8 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 
 @pytest.mark.slow
 async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call aborted by its request id, over gRPC, HTTP or in a session, running or waiting, ends with CANCELLED and
-    frees the engine's only slot for the next call. Other calls and other tenants' calls are untouched."""
+    """A call that is aborted by its request id ends with CANCELLED and frees the engine's only slot for the next call.
+    This holds over gRPC, over HTTP and in a session, for running and for waiting calls. Other calls are untouched."""
     async with keyed_cluster(tmp_path) as keyed, operator_of(keyed) as operator:
         cluster = keyed.cluster
         await add_worker(cluster, checkpoint, bundle, max_num_seqs=1)
@@ -170,8 +171,8 @@ def _flushed(keyed: Keyed) -> list[dict[str, Any]]:
 
 
 async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Without `auth` no key is needed to list the fleet and abort calls, and tenant methods explain that there are no
-    tenants."""
+    """Without `auth` a caller needs no key to list the fleet and abort calls, and tenant methods fail with an error
+    that says that there are no tenants."""
     await add_worker(cluster, checkpoint, bundle)
     stream = cluster.stub.StreamChat(chat(**LONG), metadata=(("x-request-id", "mine"),))
     assert await read(stream) is not None
@@ -193,8 +194,8 @@ async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoin
 
 
 async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
-    """With gateway.tls the port accepts TLS only. A certificate with a role is an operator, one without is a caller.
-    Reflection lists the services for every client."""
+    """If gateway.tls is set, the admin port accepts TLS only. The holder of a certificate with a role is an operator,
+    and the holder of a certificate without a role is a caller. Reflection lists the services for every client."""
     authority, callers = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     files = authority.issue("gateway.example.com")
     shown = {name: callers.issue(f"{name}.example.com") for name in ("ops", "plain")}
@@ -221,9 +222,9 @@ async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_the_database_away(tmp_path: Path) -> None:
-    """While the database refuses or does not answer, methods that need it are UNAVAILABLE with a retry delay and
-    without its address. Other methods work, the event loop does not stall, and the failed change is in the audit
-    file."""
+    """While the database refuses connections or does not answer, methods that need the database fail with UNAVAILABLE.
+    The error holds a retry delay but not the address of the database. Other methods work, the event loop does not
+    stall, and the failed change is written to the audit file."""
     tenant = tenants_pb2.Tenant(name="tenants/late")
     verbs: tuple[tuple[str, Any], ...] = (
         ("Tenants.List", tenants_pb2.ListTenantsRequest()),
@@ -259,7 +260,7 @@ async def _all_unavailable(operator: AdminClient, verbs: Sequence[tuple[str, Any
 
 
 async def _longest_pause(work: Coroutine[Any, Any, None]) -> float:
-    """The longest time for which the event loop did not run during the work."""
+    """Return the longest time in seconds for which the event loop did not run during the work."""
     task, longest_s = asyncio.create_task(work), 0.0
     while not task.done():
         before = time.monotonic()

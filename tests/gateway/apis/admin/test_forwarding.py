@@ -1,4 +1,4 @@
-"""Forwarded methods from an operator's client to the controller and back, over real ports and a real link."""
+"""Admin methods that are forwarded from an operator's client to the controller, over real ports and a real link."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Controlled:
-    """A gateway, its operator, and a controller that records its requests."""
+    """A gateway, an operator's client, and a controller that records the requests that reach it."""
 
     def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerLinks) -> None:
         self.keyed = keyed
@@ -45,7 +45,7 @@ class Controlled:
         return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
 
     async def events(self, count: int) -> list[dict[str, Any]]:
-        """Wait for at least `count` audit events of Scale, and return them."""
+        """Wait for at least `count` audit events of Scale, and return the events."""
         events_now: list[dict[str, Any]] = []
 
         def there() -> bool:
@@ -58,7 +58,7 @@ class Controlled:
 
 @pytest.fixture
 async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
-    """Start the gateway, its operator's client and the controller."""
+    """Start a gateway, an operator's client and a controller."""
     async with keyed_cluster(tmp_path, "") as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         gateways = [keyed.gateway.endpoints["link"]]
@@ -75,7 +75,8 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
 
 
 async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
-    """The controller gets the caller's name, the operator its answers and errors, and the audit all three."""
+    """The controller gets the name of the caller, the operator gets the controller's answers and errors, and the audit
+    holds the name, the answers and the errors."""
     ask = controlled.operator.ask
     answer = await ask("Catalog.Scale", Scale(name="m", replicas=3, reason="a fair"))
     assert (answer.model.name, answer.model.desired) == ("m", 3)
@@ -103,7 +104,7 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
 
 
 async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
-    """A slow method does not delay others."""
+    """A slow forwarded method does not delay another method."""
     slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
     await until(lambda: len(controlled.requests) == 1, "the controller has the request")
     assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
@@ -113,7 +114,7 @@ async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
 
 
 def test_the_audit_keeps_plain_fields() -> None:
-    """Audit details hold a request's scalar fields, with long texts cut and without object and reason."""
+    """Audit details hold the scalar fields of a request except for the object and the reason. Long texts are cut."""
     request = Scale(name="m", reason="r" * 9999, replicas=2)
     assert details(request, "name") == {"replicas": 2}
     assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

@@ -1,4 +1,4 @@
-"""Page tokens and filters: valid ones are parsed, all others are refused."""
+"""Page tokens and filters of the admin API: valid tokens and filters are parsed, all others are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 @given(st.floats(allow_nan=False, allow_infinity=False), words, words)
 def test_a_token_leads_back(at_s: float, last: str, of: str) -> None:
-    """A token yields the last row's position, for its own list only."""
+    """A page token yields the position of the last row, but only with the list that the token was made for."""
     token = next_token([at_s, last], "audit", of)
     assert position_of(token, (float, str), "audit", of) == (at_s, last)
     with pytest.raises(CallError, match="another list"):
@@ -27,7 +27,7 @@ def test_a_token_leads_back(at_s: float, last: str, of: str) -> None:
 
 @given(st.text(max_size=200))
 def test_a_token_that_nobody_made(token: str) -> None:
-    """Any text that is not a token raises a CallError that names the field, never another exception."""
+    """A text that is not a page token raises CallError, which names the field, and never another exception."""
     if token:
         with pytest.raises(CallError) as caught:
             position_of(token, (str,), "tenants", "")
@@ -36,27 +36,29 @@ def test_a_token_that_nobody_made(token: str) -> None:
 
 @pytest.mark.parametrize("after", [[1.0], ["a", "b"], [float("nan")], [None], "a", {"a": 1}, ["a\0"]])
 def test_a_token_of_another_shape(after: Any) -> None:
-    """A token with the right digest and values of the wrong types is refused before it reaches the database."""
+    """A page token with the right digest and values of the wrong types is refused before the values reach the
+    database."""
     with pytest.raises(CallError, match="page_token"):
         position_of(next_token(after, "tenants"), (str,), "tenants")
 
 
 @given(words)
 def test_a_filter_reads_what_is_quoted(value: str) -> None:
-    """A quoted value is returned unchanged, with spaces and special characters."""
+    """A quoted value of a filter is returned unchanged, spaces and special characters included."""
     if " AND " not in f" {value} " and not any(c.isspace() and c != " " for c in value):
         assert parse_filter(f'class = "{value}" AND labels.team="x y"', KNOWN) == {"class": value, "labels.team": "x y"}
 
 
 @given(st.text(max_size=100))
 def test_a_filter_that_is_none(text: str) -> None:
-    """Any text is a valid filter or raises CallError."""
+    """A text is either parsed as a filter or raises CallError."""
     with contextlib.suppress(CallError):
         assert all(name == "class" or name.startswith("labels.") for name in parse_filter(text, KNOWN))
 
 
 def test_a_page_has_a_size() -> None:
-    """Zero means the maximum, larger sizes are reduced to it, and negative ones are refused."""
+    """A page size of zero stands for the maximum, a larger size is reduced to the maximum, and a negative size is
+    refused."""
     assert (page_size(0), page_size(5), page_size(10**9)) == (MAX_PAGE, 5, MAX_PAGE)
     with pytest.raises(CallError, match="page_size"):
         page_size(-1)

@@ -25,18 +25,20 @@ ROLES = ("nobody", "caller", "viewer", "tenant_admin", "operator")
 
 
 class World:
-    """A gateway, two tenants, and a client of each role; roles below operator belong to acme."""
+    """A gateway, two tenants, and one client for each role. The roles operator and viewer belong to the tenant ops, the
+    other roles to the tenant acme."""
 
     def __init__(self, keyed: Keyed, clients: dict[str, AdminClient], keys: dict[tuple[str, str], str]) -> None:
         self.keyed = keyed
         self.clients = clients
         self.keys = keys
-        """Ids of keys of each tenant to rotate and to revoke."""
+        """For each tenant, the id of a key to rotate and the id of a key to revoke, by (tenant, "rotate" or
+        "revoke")."""
 
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """Start the gateway with a model in the catalog and no worker, as no test makes a call."""
+    """Start a gateway that has a model in the catalog. No worker is started, since no test makes a call."""
     async with keyed_cluster(tmp_path_factory.mktemp("roles"), "tenants: [{name: fixed}]\n") as keyed:
         keyed.gateway.directory.apply_catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
         address, ledger = keyed.gateway.endpoints["admin"], keyed.ledger
@@ -59,7 +61,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 
 
 def request_of(world: World, verb: str, tenant: str) -> Any:
-    """A valid request about a tenant that does not change it."""
+    """Return a valid request of a method about a tenant."""
     name = f"tenants/{tenant}"
     t, u = tenants_pb2, usage_pb2
     made: dict[str, Any] = {
@@ -104,7 +106,7 @@ BY_CONTROLLER = tuple(
     f"Catalog.{verb}"
     for verb in ("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze")
 )
-# verb -> what viewer, tenant_admin and operator get for acme, and for its rival
+# For each verb: the answers to viewer, tenant_admin and operator, first for the tenant acme, then for the other tenant.
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
 READ = (OK, OK, OK), (OK, MISSING, OK)
 KEYS = (NO, OK, OK), (NO, MISSING, OK)
@@ -135,7 +137,7 @@ TABLE = {
 
 
 def test_the_table_is_whole() -> None:
-    """The table has a row for each method, so that none is left unprotected."""
+    """The table of this test and the table of the gateway have a row for each method, so no method is unprotected."""
     files = (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR)
     methods = {
         f"{service.name}.{method.name}"
@@ -149,7 +151,8 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("verb", TABLE)
 @pytest.mark.parametrize("role", ROLES)
 async def test_each_role_at_each_verb(world: World, verb: str, role: str) -> None:
-    """Each method is granted or refused as the table says, for the own tenant and for another."""
+    """Each method is granted or refused to each role as the table says, for the caller's own tenant and for another
+    tenant."""
     expected = {"nobody": ("UNAUTHENTICATED",) * 2, "caller": (NO, NO)}.get(role)
     if expected is None:
         at = ("viewer", "tenant_admin", "operator").index(role)
@@ -161,7 +164,8 @@ async def test_each_role_at_each_verb(world: World, verb: str, role: str) -> Non
 
 @pytest.mark.parametrize("verb", [v for v, rule in TABLE.items() if rule in (READ, KEYS)])
 async def test_another_tenant_reads_as_none(world: World, verb: str) -> None:
-    """A tenant administrator gets the same bytes for another tenant as for one that does not exist."""
+    """A tenant administrator gets the same error, byte for byte, for another tenant and for a tenant that does not
+    exist."""
     client, ghost = world.clients["tenant_admin"], "ghost"
     world.keys |= {(ghost, use): world.keys[OTHER, use] for use in ("rotate", "revoke")}
     there = await client.refused(verb, request_of(world, verb, OTHER))
@@ -173,8 +177,8 @@ async def test_another_tenant_reads_as_none(world: World, verb: str) -> None:
 
 
 async def test_lists_end_at_the_own_tenant(world: World) -> None:
-    """Without a tenant in the request an administrator gets its own tenant's rows, and a viewer those of all
-    tenants."""
+    """If a request names no tenant, a tenant administrator gets the rows of its own tenant, and a viewer gets the rows
+    of all tenants."""
     admin, viewer = world.clients["tenant_admin"], world.clients["viewer"]
     for client, tenants in ((admin, {OWN}), (viewer, {OWN, OTHER, "ops", "fixed"})):
         found = await client.ask("Tenants.List", tenants_pb2.ListTenantsRequest())
@@ -195,7 +199,7 @@ async def test_lists_end_at_the_own_tenant(world: World) -> None:
 
 
 async def test_where_calls_run_is_the_operators_to_know(world: World) -> None:
-    """A tenant's own records omit the names of workers, pods, nodes and gateways."""
+    """The records that a tenant administrator reads leave out the names of workers, pods, nodes and gateways."""
     place = {"worker": "m-1", "pod": "gpu-a", "node": "ip-10-0-3-7", "gateway": "gateway-0"}
     world.keyed.ledger.usage.insert([record("placed", tenant=OWN, model="placed", **place)])
     for role, expected in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
@@ -225,7 +229,8 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
-    """A tenant administrator cannot raise its tenant's limits, by any mask or by creating the tenant anew."""
+    """A tenant administrator cannot raise the limits of its own tenant, neither with any mask nor by creating the
+    tenant anew."""
     client = world.clients["tenant_admin"]
     before = world.keyed.ledger.tenants.get(OWN)
     wide = tenants_pb2.Tenant(name=f"tenants/{OWN}", limits=tenants_pb2.Limits(tokens_per_minute=10**9))
@@ -237,7 +242,8 @@ async def test_nobody_raises_the_own_limits(world: World) -> None:
 
 
 async def test_who_holds_the_secret_is_an_operator(world: World) -> None:
-    """The token derived from the cluster's secret is accepted; one derived from another secret is not."""
+    """The token that is derived from the cluster's secret is accepted. A token that is derived from another secret is
+    refused."""
     address = world.keyed.gateway.endpoints["admin"]
     for secret, code in ((SECRET, OK), ("t" * 32, "UNAUTHENTICATED")):
         async with AdminClient(address, admin_token(secret.encode())) as client:
@@ -245,7 +251,8 @@ async def test_who_holds_the_secret_is_an_operator(world: World) -> None:
 
 
 async def test_the_client_port_knows_no_roles(world: World) -> None:
-    """The client port serves no admin method, and does not accept the token derived from the secret."""
+    """The client port serves no admin method, and does not accept the token that is derived from the cluster's
+    secret."""
     async with AdminClient(world.keyed.gateway.endpoints["grpc"], admin_token(SECRET.encode())) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == "UNIMPLEMENTED"
     reply = await world.keyed.fetch("/v1/models", key=admin_token(SECRET.encode()))
@@ -253,7 +260,8 @@ async def test_the_client_port_knows_no_roles(world: World) -> None:
 
 
 async def test_refusals_are_in_the_audit(world: World) -> None:
-    """A refused caller, or one that named another tenant, is audited with the method and its address."""
+    """The refusal of a caller is audited with the method and the caller's address, also if the caller named another
+    tenant."""
     client, listing = world.clients["tenant_admin"], tenants_pb2.ListTenantsRequest()
     suspend = tenants_pb2.SuspendTenantRequest(name=f"tenants/{OWN}", reason="x")
 
@@ -281,7 +289,7 @@ async def test_refusals_are_in_the_audit(world: World) -> None:
 
 
 def test_limits_are_all_in_the_api() -> None:
-    """Every limit and field of a tenant policy can be set over the API."""
+    """Every limit and every other field of a tenant policy can be set over the admin API."""
     ours = {"class" if field.name == "priority_class" else field.name for field in dataclasses.fields(TenantPolicy)}
     theirs = {
         "class" if field.name == "priority_class" else field.name for field in tenants_pb2.Tenant.DESCRIPTOR.fields
@@ -293,7 +301,7 @@ def test_limits_are_all_in_the_api() -> None:
 
 
 async def test_a_suspended_tenants_administrator_is_out(world: World) -> None:
-    """A suspended tenant's administrator is refused on the admin port within two seconds."""
+    """The administrator of a suspended tenant is refused on the admin port within two seconds."""
     key = await role_key(world.keyed.ledger, "fallen", "tenant_admin")
     request = tenants_pb2.ListKeysRequest(parent="tenants/fallen")
     async with AdminClient(world.keyed.gateway.endpoints["admin"], key) as client:

@@ -1,4 +1,5 @@
-"""Aborts of calls in other processes of the host, which only processes of the same gateway may request."""
+"""Aborts of calls in the other gateway processes of the host. Only a process of the same gateway may request an
+abort."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @asynccontextmanager
 async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
-    """Start two processes of one gateway, both in this process."""
+    """Start the two processes of one gateway. Both run inside the test's own process."""
     config = choose_ports(parse(text.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
     async with AsyncExitStack() as stack:
         clusters = []
@@ -48,7 +49,7 @@ async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
 
 
 def tls_text(folder: Path) -> tuple[str, TlsFiles]:
-    """Link settings with mutual TLS."""
+    """Return link settings with mutual TLS, and the certificate files."""
     files = Authority(folder).issue("link.example.com")
     tls = f"{{cert_file: {files.cert_file}, key_file: {files.key_file}, ca_file: {files.ca_file}}}"
     return f"gateway:\n  link_tls: {tls}\n", files
@@ -57,7 +58,7 @@ def tls_text(folder: Path) -> tuple[str, TlsFiles]:
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
     """An abort request at the first process ends a call in either process, over plain links and over mutual TLS. If the
-    other process is gone, the answer says that it did not answer."""
+    other process is gone, the error says that a process did not answer."""
     text, files = LOOPBACK, None
     if tls:
         head, files = tls_text(tmp_path / "tls")
@@ -95,8 +96,8 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With `auth` a link port accepts an abort only with a valid tag: not without one, and not with a wrong tag, an
-    operator's token, or the tag of another request or of an hour ago."""
+    """If `auth` is set, a link port accepts an abort request only with a valid tag. No tag, a wrong tag, an operator's
+    token, the tag of another request and the tag of an hour ago are refused."""
     async with two(tmp_path, keyed_text(tmp_path)) as clusters:
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")

@@ -1,4 +1,4 @@
-"""The effect of each admin method with valid and invalid input, and its audit events."""
+"""The effect and the audit events of each admin method, with valid and with invalid input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COST = "cost: {currency: EUR, gpu_hour: {H100: 2.0}}\n"
 
 
 class World:
-    """A gateway and its operator."""
+    """A gateway and the client of an operator."""
 
     def __init__(self, keyed: Keyed, operator: AdminClient, key: str) -> None:
         self.keyed = keyed
@@ -41,28 +41,29 @@ class World:
         return await self.operator.ask(verb, request)
 
     async def create(self, name: str, **fields: Any) -> Any:
-        """Create a tenant; `fields` as in JSON."""
+        """Create a tenant. `fields`: the fields of the tenant, as in JSON."""
         tenant = ParseDict({"name": f"tenants/{name}", **fields}, Tenant())
         return await self.ask("Tenants.Create", tenants_pb2.CreateTenantRequest(tenant=tenant))
 
     async def update(self, name: str, *paths: str, **fields: Any) -> Any:
-        """Update a tenant, with a mask unless it is empty."""
+        """Update a tenant. `paths`: the update mask, which may be empty. `fields`: the fields of the tenant, as in
+        JSON."""
         tenant = ParseDict({"name": f"tenants/{name}", **fields}, Tenant())
         mask = FieldMask(paths=paths)
         return await self.ask("Tenants.Update", tenants_pb2.UpdateTenantRequest(tenant=tenant, update_mask=mask))
 
     def audited(self, name: str) -> list[dict[str, Any]]:
-        """The audit events of an object, newest first."""
+        """Return the audit events of an object, newest first."""
         return self.keyed.ledger.audit.list(equal={"object": name}, limit=1000)
 
     def audit_file(self) -> str:
-        """The content of the gateway's local audit file."""
+        """Return the contents of the gateway's local audit file."""
         return "".join(path.read_text() for path in self.keyed.file.parent.rglob("audit.jsonl"))
 
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """Start the gateway, with one tenant declared in its file."""
+    """Start a gateway whose configuration file declares one tenant."""
     declared = DEFAULTS + COST + "tenants: [{name: fixed}]\n"
     async with keyed_cluster(tmp_path_factory.mktemp("verbs"), declared) as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
@@ -75,7 +76,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 
 
 async def test_a_new_tenant_stands_over_the_defaults(world: World) -> None:
-    """Given fields override the file's defaults; `unset_mask` leaves a default empty."""
+    """The fields of a Create request override the defaults of the file. A field in `unset_mask` stays empty although
+    the field has a default."""
     made = await world.create("a1", **{"class": "interactive", "limits": {"daily_tokens": 5}, "labels": {"team": "x"}})
     assert (made.name, made.priority_class, list(made.models)) == ("tenants/a1", "interactive", ["m"])
     assert (made.limits.daily_tokens, made.limits.requests_per_minute, made.origin) == (5, 9, "api")
@@ -88,8 +90,8 @@ async def test_a_new_tenant_stands_over_the_defaults(world: World) -> None:
 
 
 async def test_a_create_that_is_repeated(world: World) -> None:
-    """A repeated request_id returns the same tenant. With another one, or none, a second tenant of that name is
-    refused."""
+    """A Create request that is repeated with the same request_id returns the same tenant. If the tenant differs, or if
+    the request_id is missing, the second request is refused."""
     request = tenants_pb2.CreateTenantRequest(tenant=Tenant(name="tenants/twice", weight=2), request_id="r1")
     first = await world.ask("Tenants.Create", request)
     assert await world.ask("Tenants.Create", request) == first
@@ -100,8 +102,8 @@ async def test_a_create_that_is_repeated(world: World) -> None:
 
 
 async def test_masks(world: World) -> None:
-    """An update sets the fields of its mask, removes those without a value, and keeps the others. Whole maps are
-    replaced."""
+    """An update sets the fields that the mask names, removes named fields without a value, and keeps all other fields.
+    A map that the mask names as a whole is replaced."""
     await world.create("mask", limits={"tokens_per_minute": 5}, labels={"a": "1", "b.c": "2"}, weight=2)
     changed = await world.update("mask", "limits.tokens_per_minute", "labels.b.c", weight=9)
     assert (changed.limits.HasField("tokens_per_minute"), dict(changed.labels)) == (False, {"a": "1"})
@@ -120,7 +122,7 @@ async def test_masks(world: World) -> None:
 
 
 async def test_validation_alone_changes_nothing(world: World) -> None:
-    """validate_only returns the answer and leaves database and audit unchanged."""
+    """A request with validate_only returns the usual answer, and leaves the database and the audit unchanged."""
     await world.create("valid")
     before = world.keyed.ledger.tenants.get("valid"), world.audited("tenants/valid")
     update = tenants_pb2.UpdateTenantRequest(tenant=Tenant(name="tenants/valid", weight=5), validate_only=True)
@@ -140,7 +142,8 @@ async def test_validation_alone_changes_nothing(world: World) -> None:
 
 
 async def test_deleted_and_erased(world: World) -> None:
-    """A deleted tenant keeps its usage; an erased one leaves no row with its name, not even in the audit."""
+    """The usage of a deleted tenant is kept. After a tenant is erased, no row holds the tenant's name, not even in the
+    audit."""
     await world.create("gone")
     world.keyed.ledger.usage.insert([record("gone-1", tenant="gone")])
     name: Any = {"name": "tenants/gone"}
@@ -158,7 +161,8 @@ async def test_deleted_and_erased(world: World) -> None:
 
 
 async def test_what_a_file_declares_is_read_only(world: World) -> None:
-    """Changing a tenant declared in the file fails with MANAGED_BY_FILE; its keys can be changed."""
+    """A change to a tenant that the configuration file declares fails with MANAGED_BY_FILE. Keys of such a tenant can
+    be created."""
     name = "tenants/fixed"
     for verb, request in (
         ("Tenants.Update", tenants_pb2.UpdateTenantRequest(tenant=Tenant(name=name, weight=2))),
@@ -176,7 +180,7 @@ async def test_what_a_file_declares_is_read_only(world: World) -> None:
 
 
 async def test_listing_by_page_and_filter(world: World) -> None:
-    """Pages of any size list every tenant once; a filter joins its terms with AND."""
+    """A list of tenants in pages holds every tenant once. A filter matches if all terms that AND joins match."""
     for at in range(5):
         await world.create(f"page{at}", labels={"row": str(at % 2)}, **{"class": "batch" if at else "standard"})
     for wanted, names in (
@@ -201,8 +205,8 @@ async def test_listing_by_page_and_filter(world: World) -> None:
 
 
 async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    """A key is shown once when created, listed without its secret, rotated with an overlap and revoked. No audit row
-    and no log holds its secret."""
+    """The secret of a key is returned when the key is created or rotated, and is in no list, audit row or log. A key
+    can be rotated with an overlap and revoked."""
     await world.create("keyed")
     expiry = Timestamp(seconds=int(time.time()) + 3600)
     asked = tenants_pb2.Key(display_name="ci", role="tenant_admin", expire_time=expiry)
@@ -237,8 +241,8 @@ async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> N
 
 
 async def test_a_key_is_not_made_twice(world: World) -> None:
-    """A repeated request_id returns the existing key, also concurrently and at any gateway; another one creates another
-    key."""
+    """A Create request for a key with a repeated request_id is refused, and the error names the existing key. A request
+    with another request_id creates another key."""
     await world.create("once")
     request = tenants_pb2.CreateKeyRequest(parent="tenants/once", request_id="abc")
     first = await world.ask("Keys.Create", request)
@@ -254,7 +258,8 @@ async def test_a_key_is_not_made_twice(world: World) -> None:
 
 
 async def test_usage_is_summed_paged_and_exported(world: World) -> None:
-    """Usage is grouped over pages, priced by the file's rates, and exported as records in order of time."""
+    """Sums of usage are returned in groups over several pages, with the costs at the configured rates. Usage records
+    are exported in order of time."""
     rows = [record(f"u{at}", tenant="spender", model=f"m{at % 3}", gpu_seconds=1800.0) for at in range(6)]
     world.keyed.ledger.usage.insert([*rows, record("u9", tenant="spender", model="m0", gpu="?", gpu_seconds=1.0)])
     query = usage_pb2.QueryUsageRequest(parent="tenants/spender", group_by=["model", "label:team"], cost=True)
@@ -278,7 +283,8 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
 
 
 async def test_a_long_export_has_every_record_once(world: World) -> None:
-    """An export over several messages holds each record once, even if thousands have the same time."""
+    """An export in several messages holds each usage record once, even if more than a thousand records have the same
+    time."""
     world.keyed.ledger.usage.insert([record(f"long{at:04}", tenant="long") for at in range(1201)])
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/long"))
     assert len(pages) == 3
@@ -286,8 +292,8 @@ async def test_a_long_export_has_every_record_once(world: World) -> None:
 
 
 async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
-    """Each change, granted or refused, is one event with the key's id, the address and the reason; pages list each
-    event once."""
+    """Each change, granted or refused, is one audit event with the key's id, the address and the reason. A list in
+    pages holds each event once."""
     await world.create("watched")
     suspend = tenants_pb2.SuspendTenantRequest(name="tenants/watched", reason="unpaid")
     await world.ask("Tenants.Suspend", suspend)
@@ -314,7 +320,8 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
 
 
 async def test_the_documented_calls(world: World) -> None:
-    """The gateway accepts each example of docs/admin.md; for the call that does not run it says so."""
+    """The gateway accepts each example of docs/admin.md. The example that aborts a call gets NOT_FOUND, since no such
+    call runs."""
     shown = [shlex.split(line) for line in DOCS.read_text().splitlines() if line.startswith("    ask ")]
     assert len(shown) >= 8
     for _, method, body in shown:
@@ -422,7 +429,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("verb", "request_", "field"), BAD, ids=[f"{verb}-{at}" for at, (verb, _, _) in enumerate(BAD)]
 )
 async def test_bad_input(world: World, verb: str, request_: Any, field: str) -> None:
-    """Each invalid value gets INVALID_ARGUMENT with its field, and nothing changes."""
+    """A request with an invalid value gets INVALID_ARGUMENT with the name of the field, and changes nothing."""
     before = world.keyed.ledger.snapshots.read()
     answer = await world.operator.refused(verb, request_)
     assert (answer.code.name, answer.reason, answer.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", [field]), answer
@@ -431,7 +438,8 @@ async def test_bad_input(world: World, verb: str, request_: Any, field: str) -> 
 
 
 async def test_a_page_token_is_of_its_list_alone(world: World) -> None:
-    """A token of another filter, tenant or method is refused, and no token widens a caller's access."""
+    """A page token that was made for another filter, tenant or method is refused, and no page token widens a caller's
+    access."""
     page = await world.ask("Tenants.List", T.ListTenantsRequest(page_size=1))
     for request in (
         T.ListTenantsRequest(page_token=page.next_page_token, filter="origin = api"),
@@ -446,7 +454,7 @@ async def test_a_page_token_is_of_its_list_alone(world: World) -> None:
 
 
 async def test_what_is_no_message(world: World) -> None:
-    """Malformed bytes are reported as such, and a request of megabytes is not read."""
+    """A request of malformed bytes gets INVALID_ARGUMENT, and a request of megabytes is refused before it is read."""
     channel = world.operator.channel
     raw: Any = channel.unary_unary("/cluster.admin.v1.Tenants/Get")
     metadata = (("authorization", f"Bearer {world.key}"),)

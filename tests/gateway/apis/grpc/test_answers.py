@@ -1,4 +1,4 @@
-"""Hand-serialized messages are identical to those that protobuf serializes."""
+"""Messages that the gateway serializes by hand are identical to the messages that protobuf serializes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ offsets = st.integers(1, 2**63)
 
 @given(st.text(), st.text(), texts, offsets)
 def test_text_chunks_by_hand(call_id: str, model: str, text: str, offset: int) -> None:
-    """Chunks of chat and completion are equal byte for byte, at all lengths."""
+    """Text chunks of chat and completion that are serialized by hand equal protobuf's byte for byte, at all lengths."""
     head = pb.ChatChunk(id=call_id, model=model).SerializeToString()
     assert head == pb.CompleteChunk(id=call_id, model=model).SerializeToString()
     chat = pb.ChatChunk(

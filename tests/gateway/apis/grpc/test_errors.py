@@ -1,4 +1,4 @@
-"""gRPC errors name the field, the reason and a remedy, and do not affect other calls."""
+"""Errors of the gRPC API name the field, the reason and a remedy. A call that fails does not affect other calls."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ async def busy(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> TestCl
 
 
 async def test_every_wrong_field_is_named(busy: TestCluster) -> None:
-    """Each invalid request gets its reason and its field's path; a valid call beside them is unaffected."""
+    """The error of each invalid request holds the reason and the path of the field. A valid call that runs at the same
+    time is unaffected."""
     expected = text_of([c async for c in busy.stub.StreamChat(chat(max_tokens=100, ignore_eos=True))])
     good = asyncio.ensure_future(busy.stub.Chat(chat(max_tokens=100, ignore_eos=True)))
     for name, request, reason, field in BAD_CHATS:
@@ -85,13 +86,13 @@ async def test_every_wrong_field_is_named(busy: TestCluster) -> None:
 
 
 async def test_all_wrong_fields_at_once(busy: TestCluster) -> None:
-    """An answer lists all invalid fields of a request."""
+    """The error of a request lists all invalid fields of the request."""
     answer = await refused(busy.stub.Chat(chat(temperature=-1, top_p=2, n=0)))
     assert answer.fields == ["temperature", "top_p", "n"]
 
 
 async def test_unknown_model(busy: TestCluster) -> None:
-    """Every method that takes a model returns NOT_FOUND for an unknown one."""
+    """Every method that takes a model name returns NOT_FOUND for an unknown model."""
     calls: list[Any] = [
         busy.stub.Chat(chat(model="nope")),
         busy.stub.StreamComplete(complete(model="nope")),
@@ -106,7 +107,7 @@ async def test_unknown_model(busy: TestCluster) -> None:
 
 
 async def test_prompt_longer_than_the_context(busy: TestCluster) -> None:
-    """The error states the prompt's length and the context's."""
+    """A prompt that is longer than the context is refused, and the error states the length of the prompt."""
     answer = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 256)))
     assert answer.reason == "CONTEXT_LENGTH_EXCEEDED"
     assert "256 tokens" in answer.message
@@ -116,7 +117,7 @@ async def test_prompt_longer_than_the_context(busy: TestCluster) -> None:
 
 
 async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:
-    """An id outside the vocabulary is named by its index."""
+    """The error of a prompt with a token id outside the vocabulary names the index of that token id."""
     answer = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[1, -1])))
     assert answer.fields == ["prompt_token_ids[1]"]
     both = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt="x", prompt_token_ids=[1])))
@@ -131,7 +132,7 @@ async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:
 )
 @pytest.mark.parametrize("method", ["Chat", "StreamChat", "Complete"])
 async def test_malformed_bytes(busy: TestCluster, body: bytes, method: str) -> None:
-    """Malformed messages, also with invalid UTF-8 in a string, are the caller's error, with details."""
+    """A malformed message gets INVALID_ARGUMENT with details, also if the message holds invalid UTF-8 in a string."""
     path = f"/cluster.v1.Inference/{method}"
     make = busy.channel.unary_stream if method == "StreamChat" else busy.channel.unary_unary
     call = make(path, request_serializer=lambda b: b, response_deserializer=lambda b: b)
@@ -141,7 +142,7 @@ async def test_malformed_bytes(busy: TestCluster, body: bytes, method: str) -> N
 
 
 async def test_message_over_the_limit(busy: TestCluster) -> None:
-    """A message over max_message_bytes is refused, and the connection's other calls continue."""
+    """A message of more than max_message_bytes is refused, and other calls on the same connection continue."""
     async with grpc.aio.insecure_channel(
         busy.gateway.endpoints["grpc"], options=[("grpc.max_send_message_length", -1)]
     ) as channel:
@@ -153,13 +154,13 @@ async def test_message_over_the_limit(busy: TestCluster) -> None:
 
 
 async def test_unknown_method(busy: TestCluster) -> None:
-    """An unknown method is UNIMPLEMENTED."""
+    """A call of an unknown method gets UNIMPLEMENTED."""
     call: Any = busy.channel.unary_unary("/cluster.v1.Inference/Nope", request_serializer=lambda b: b)
     assert (await refused(call(b""))).code is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_bad_page_tokens(busy: TestCluster) -> None:
-    """Forged page tokens and negative page sizes are refused by field."""
+    """Forged page tokens and negative page sizes are refused, and the error names the field."""
     for request, field in (
         (pb.ListModelsRequest(page_token="zz"), "page_token"),
         (pb.ListModelsRequest(page_size=-1), "page_size"),
@@ -168,7 +169,7 @@ async def test_bad_page_tokens(busy: TestCluster) -> None:
 
 
 async def test_failed_model_is_told_at_once(cluster: TestCluster, bundle: Bundle, tmp_path: Path) -> None:
-    """A call for a failed model does not wait: it gets the model's state and the reason."""
+    """A call for a failed model does not wait. The call ends with an error that holds the reason of the failure."""
     await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
     entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
     cluster.gateway.worker_events.apply_catalog([entry])
@@ -184,7 +185,8 @@ async def test_failed_model_is_told_at_once(cluster: TestCluster, bundle: Bundle
 
 
 async def test_gateway_that_knows_nothing_says_so(cluster: TestCluster) -> None:
-    """Before any controller or worker has connected, a model is not reported missing: the caller is asked to retry."""
+    """Before any controller or worker has connected, a call for a model gets MODEL_LOADING with a retry delay. The
+    model is not reported as missing."""
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")
     assert answer.retry_s is not None
@@ -192,7 +194,8 @@ async def test_gateway_that_knows_nothing_says_so(cluster: TestCluster) -> None:
 
 @pytest.mark.slow
 async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A full queue refuses with QUEUE_FULL and a retry delay; calls that wait longer than max_wait_s are shed."""
+    """A call that finds a full queue is refused with QUEUE_FULL and a retry delay. A call that waits longer than
+    max_wait_s is shed."""
     config = LOOPBACK.replace(
         "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 3, max_tokens: 100000, max_wait_s: 0.4}"
     )
@@ -214,7 +217,7 @@ async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 
 @pytest.mark.parametrize("token", ['{"after": 5}', '{"after": null}', "[" * 5000, '{"after": ["a"]}', "5", '"after"'])
 def test_a_page_token_of_ones_own_is_a_wrong_field(token: str) -> None:
-    """A forged page token of any JSON value is an invalid field, never an unexpected failure."""
+    """A forged page token that holds any JSON value is reported as an invalid field, never as an unexpected failure."""
     for page_token in (token.encode().hex(), token):
         with pytest.raises(CallError) as raised:
             paginate(["a", "b"], 1, page_token)
@@ -223,7 +226,7 @@ def test_a_page_token_of_ones_own_is_a_wrong_field(token: str) -> None:
 
 @pytest.mark.parametrize("field", ["response_format.regex", "grammar", "prompt_token_ids", ""])
 def test_a_refusal_of_an_engine_names_its_field_once(field: str) -> None:
-    """An engine's refusal names its field once, not `response_format: response_format:`."""
+    """The message of an engine's refusal names the field once, not twice as in `response_format: response_format:`."""
     words = "unrolls to 20000 positions"
     error = refusal_of("INVALID_FIELD", f"{field}: {words}" if field else words, field)
     caller = {"grammar": "response_format", "prompt_token_ids": "prompt"}.get(field, field)

@@ -1,4 +1,6 @@
-"""Sessions: many calls on one stream, each with the output of StreamChat, with all pieces of a tick in one message."""
+"""Sessions: many calls on one stream. Each call has the output of StreamChat, and all output of a tick is in one
+message.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class ReceivedEvents:
-    """The events of each call of a session, as a client gathers them."""
+    """The events that a client has received in a session, gathered for each call."""
 
     def __init__(self) -> None:
         self.text: dict[int, str] = defaultdict(str)
@@ -63,7 +65,7 @@ def _reason(raw: bytes) -> str:
 
 
 def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: Any) -> pb.SessionRequest:
-    """A session message that starts a call."""
+    """Return a session message that starts a call."""
     message = pb.SessionStart(call_id=call_id, **fields)
     if isinstance(request, pb.ChatRequest):
         message.chat.CopyFrom(request)
@@ -73,7 +75,7 @@ def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: 
 
 
 async def gather(stream: Any, received: ReceivedEvents, *call_ids: int) -> None:
-    """Read until all of `call_ids` have ended."""
+    """Read messages of a session until all calls in `call_ids` have ended."""
     while not all(received.ended(i) for i in call_ids):
         message = await asyncio.wait_for(read(stream), 20)
         assert message is not None, "the session ended early"
@@ -81,7 +83,8 @@ async def gather(stream: Any, received: ReceivedEvents, *call_ids: int) -> None:
 
 
 async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Forty concurrent calls get the same text and usage as streams, in far fewer messages than tokens."""
+    """Forty concurrent calls of a session get the same text as calls of StreamChat, in far fewer messages than
+    tokens."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     requests = [chat(f"call {i}", max_tokens=30, ignore_eos=True) for i in range(40)]
     alone = [text_of([c async for c in cluster.stub.StreamChat(r)]) for r in requests[:5]]
@@ -100,7 +103,7 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
 
 
 async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> None:
-    """A message with too many requests ends the session."""
+    """A message with too many requests ends the session with INVALID_ARGUMENT."""
     stream = cluster.stub.Session()
     await stream.write(pb.SessionRequest(more=[pb.SessionRequest()] * 1001))
     with pytest.raises(grpc.aio.AioRpcError, match="at most 1000") as raised:
@@ -112,8 +115,8 @@ async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> 
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool
 ) -> None:
-    """An invalid, a cancelled and a late call end with their own status, sent in one message or several; the session's
-    other calls continue."""
+    """An invalid call, a cancelled call and a late call of a session each end with their own status, and the other
+    calls continue. This holds whether the requests are sent in one message or in several."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     requests = [
@@ -150,7 +153,8 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
 
 
 async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A second start with a running call's id is refused without effect on it; the id may be reused after its end."""
+    """A second start with the id of a running call is refused without an effect on the running call. After the end of
+    that call the id may be used again."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     await stream.write(start(1, chat(max_tokens=20, ignore_eos=True)))
@@ -170,7 +174,7 @@ async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoin
 
 
 async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A cancelled session frees all its calls' slots."""
+    """The end of a cancelled session frees the slots of all calls of the session."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=8), bundle)
     stream = cluster.stub.Session()
     for i in range(30):
@@ -181,7 +185,8 @@ async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path
 
 
 async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A client that does not read its session gets all output later; another stream keeps the engine's pace."""
+    """A client that does not read a session gets all output later. Meanwhile another call gets its tokens at the pace
+    of the engine."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     stream = cluster.stub.Session()
     for i in range(32):
@@ -201,7 +206,8 @@ async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: 
 async def test_a_session_retires_without_cutting_a_call(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, by: str
 ) -> None:
-    """An old session, or one of a stopping gateway, refuses new calls, says so, and ends after its last call."""
+    """A session that is old, or whose gateway is stopping, refuses new calls with NO_WORKER and ends after the last
+    running call."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20")
     if by == "age":
         config = config.replace("drain_timeout_s: 20", "drain_timeout_s: 20\n  max_connection_age_s: 0.4")
@@ -225,7 +231,7 @@ async def test_a_session_retires_without_cutting_a_call(
 
 
 async def test_malformed_requests(cluster: TestCluster) -> None:
-    """Bytes that are not a SessionRequest end the session with a caller's error."""
+    """A message that is not a SessionRequest ends the session with INVALID_ARGUMENT."""
     call: Any = cluster.channel.stream_stream("/cluster.v1.Inference/Session", request_serializer=lambda b: b)
     stream = call()
     await stream.write(b"\xff\xff\xff")
@@ -233,7 +239,7 @@ async def test_malformed_requests(cluster: TestCluster) -> None:
 
 
 async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> None:
-    """The gateway stops reading from a client that sends refused starts and never reads."""
+    """The gateway stops reading from a client that sends starts of refused calls and never reads the refusals."""
     data = start(1, chat("x" * 1000, model="none")).SerializeToString()
     framed = b"\x00" + len(data).to_bytes(4, "big") + data
     async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
@@ -253,7 +259,8 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
 
 
 async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
-    """CPU time of the event loop's longest pass while a session handles these requests and refuses a start."""
+    """Return the CPU time in seconds of the event loop's longest pass, while a session handles `messages` and then
+    refuses a start."""
     loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
 
     def tick() -> None:
@@ -282,13 +289,15 @@ async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
 
 
 async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -> None:
-    """A window full of empty messages is read in slices like requests, not in one pass of the event loop."""
-    await _longest_pass_s(cluster, bytes(5))  # in which modules are loaded
+    """A flow-control window full of empty messages is read in time slices, as requests are, and not in one pass of the
+    event loop."""
+    await _longest_pass_s(cluster, bytes(5))  # this first run loads modules
     assert min([await _longest_pass_s(cluster, bytes(5 * 12_800)) for _ in range(3)]) < 0.02
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
-    """A session ends even if its only request is refused at the moment in which its client closes its side."""
+    """A session ends even if the only request is refused at the moment in which the client closes its side of the
+    stream."""
     start = pb.SessionStart(call_id=1, chat=chat(model="none"))
 
     async def asked() -> list[pb.SessionEvent]:

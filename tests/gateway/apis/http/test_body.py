@@ -1,4 +1,4 @@
-"""Unfinished request bodies over HTTP: they stay within the budget, and each can be completed."""
+"""Unfinished request bodies over HTTP: all bodies together stay within the budget, and each body can be completed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WAIT_S = 10.0
 
 @dataclass
 class Sink:
-    """An application that reads bodies, with a budget of two of the largest, and answers with their length."""
+    """An ASGI application that reads request bodies and answers each with the length of the body. The budget allows two
+    bodies of the largest size."""
 
     budget: RequestBytes = field(
         default_factory=lambda: RequestBytes(ByteBounds(2 * LIMIT, 2 * LIMIT, 3 * LIMIT), time.monotonic)
@@ -32,7 +33,7 @@ class Sink:
     running: int = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """ASGI application; the path is the tenant."""
+        """Handle a request. The path of the request is the tenant."""
         declared = dict(scope["headers"]).get(b"content-length", b"")
         bodies, status = RequestBodies(LIMIT, self.budget), 200
         self.running += 1
@@ -54,7 +55,7 @@ class Sink:
 
 @asynccontextmanager
 async def sink() -> AsyncIterator[Sink]:
-    """Serve the application on loopback; bodies count as parsed at once."""
+    """Serve the application on loopback. Each body counts as parsed as soon as it is read."""
     app = Sink()
     app.parsing.set()
     server = HttpServer(app)
@@ -66,7 +67,7 @@ async def sink() -> AsyncIterator[Sink]:
 
 
 class Upload:
-    """A body of `size` bytes that is being sent."""
+    """A request whose body of `size` bytes is being sent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, chunked: bool) -> None:
         self.reader, self.writer, self.size, self.chunked = reader, writer, size, chunked
@@ -74,39 +75,39 @@ class Upload:
 
     @classmethod
     async def begin(cls, app: Sink, tenant: str, size: int, *, chunked: bool = False) -> Upload:
-        """Send the head."""
+        """Connect and send the head of the request."""
         upload = cls(*await asyncio.open_connection("127.0.0.1", app.port), size, chunked)
         how = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
         upload.writer.write(f"POST /{tenant} HTTP/1.1\r\nhost: a\r\n{how}\r\nconnection: close\r\n\r\n".encode())
         return upload
 
     def send(self, size: int) -> None:
-        """Send a part, as far as the socket accepts it."""
+        """Send a part of `size` bytes, as far as the socket accepts the bytes."""
         self.sent += size
         data = b" " * size
         self.writer.write(b"%x\r\n%b\r\n" % (size, data) if self.chunked else data)
 
     async def finish(self) -> bytes:
-        """Send the rest, and return the answer."""
+        """Send the rest of the body, and return the answer."""
         self.send(self.size - self.sent)
         if self.chunked:
             self.writer.write(b"0\r\n\r\n")
         return await self.answer()
 
     async def answer(self) -> bytes:
-        """Read the status and content."""
+        """Read the answer, and return the status and the content."""
         answer = await asyncio.wait_for(self.reader.read(), WAIT_S)
         head, _, content = answer.partition(b"\r\n\r\n")
         return head.split(b" ")[1] + b" " + content
 
     def abort(self) -> None:
-        """Disconnect."""
+        """Abort the connection."""
         self.writer.transport.abort()
 
 
 async def test_unfinished_bodies_of_a_tenant_hold_its_budget_and_each_can_be_completed() -> None:
-    """Twenty unfinished bodies hold no more than the budget, and each can be completed, as reservations are granted
-    whole."""
+    """The unfinished bodies of a tenant hold no more than the budget. Each body can be completed, since a reservation
+    is granted for the whole body."""
     async with sink() as app:
         uploads = [await Upload.begin(app, "t", LIMIT, chunked=i % 2 == 0) for i in range(8)]
         for upload in uploads:
@@ -131,7 +132,7 @@ async def test_a_body_counts_until_it_is_parsed() -> None:
 
 
 async def test_a_small_body_needs_no_budget() -> None:
-    """A small body is read while its tenant's large bodies hold the budget."""
+    """A small body is read while large bodies of the same tenant hold the whole budget."""
     async with sink() as app:
         large = [await Upload.begin(app, "t", LIMIT) for _ in range(4)]
         for upload in large:
@@ -145,7 +146,7 @@ async def test_a_small_body_needs_no_budget() -> None:
 
 
 async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
-    """A stalled body is ended while others of its tenant wait."""
+    """A body that stalls is refused with 408 while another body of the same tenant waits."""
     async with sink() as app:
         stalled = [await Upload.begin(app, "t", LIMIT) for _ in range(2)]
         for upload in stalled:
@@ -161,7 +162,7 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
 
 
 async def test_too_large_bodies_are_refused() -> None:
-    """A body over the limit is refused before it is held whole."""
+    """A body over the limit is refused before the whole body is held in memory."""
     async with sink() as app:
         declared = await Upload.begin(app, "t", LIMIT + 1)
         assert await declared.answer() == b"413 request_too_large"

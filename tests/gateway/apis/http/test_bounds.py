@@ -1,4 +1,4 @@
-"""Bounds on a client's bytes and time, over a real socket and with a minimal application."""
+"""Bounds on the bytes and the time of an HTTP client, tested over a real socket with a minimal application."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ QUICK = TimeoutLimits(
     unread_s=0.3,
 )
 END_S = 5.0
-"""Within which a connection that is to be cut must be."""
+"""Seconds within which the server must close a connection that exceeds a bound."""
 Handle = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
 @dataclass
 class Echo:
-    """An application that answers with the request's path, headers and body length."""
+    """An ASGI application that records the scope of each request and answers with the length of the body."""
 
     seen: list[dict[str, Any]] = field(default_factory=list)
     port: int = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """ASGI application."""
+        """Handle a request."""
         self.seen.append(scope)
         size, more = 0, scope["path"] != "/refuse"
         if scope["path"] == "/charged":
@@ -57,7 +57,7 @@ class Echo:
 
 @asynccontextmanager
 async def echo(timeouts: TimeoutLimits | None = None) -> AsyncIterator[Echo]:
-    """Serve the application on loopback."""
+    """Serve an Echo application on loopback."""
     app = Echo()
     server = HttpServer(app, timeouts=timeouts)
     app.port = await server.start("127.0.0.1", 0)
@@ -68,7 +68,7 @@ async def echo(timeouts: TimeoutLimits | None = None) -> AsyncIterator[Echo]:
 
 
 async def exchange(app: Echo, data: bytes) -> bytes:
-    """Send bytes, and return everything received until the server closes."""
+    """Send bytes, and return everything that is received until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     try:
         writer.write(data)
@@ -80,7 +80,7 @@ async def exchange(app: Echo, data: bytes) -> bytes:
 
 
 async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
-    """Send `data`, then `byte` repeatedly until the server closes; returns its answer."""
+    """Send `data`, then `byte` repeatedly until the server closes the connection. Returns the server's answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     reading = asyncio.create_task(reader.read())
     try:
@@ -98,7 +98,8 @@ async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
 
 
 async def test_trailers_are_no_headers() -> None:
-    """Trailers are dropped: a proxy that checks headers would not see an `authorization` after the body."""
+    """Trailers of a request are dropped, since a proxy that checks headers would not see an `authorization` after the
+    body."""
     body = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n2\r\nab\r\n0\r\n"
     async with echo() as app:
         answer = await exchange(app, body + b"authorization: Bearer x\r\nhost: b\r\ncontent-type: a/b\r\n\r\n")
@@ -123,7 +124,7 @@ async def test_trailers_are_no_headers() -> None:
     ],
 )
 async def test_a_head_that_is_wrong_reaches_no_handler(head: bytes) -> None:
-    """An ambiguous head is refused: two parsers could read different requests from it."""
+    """An ambiguous request head is refused, since two parsers could read different requests from the same head."""
     async with echo() as app:
         answer = await exchange(app, head)
     assert answer.startswith(b"HTTP/1.1 400 ")
@@ -131,7 +132,7 @@ async def test_a_head_that_is_wrong_reaches_no_handler(head: bytes) -> None:
 
 
 async def test_the_callers_address_is_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller's address is its connection's, not one from a header."""
+    """The address of a caller is the address of the connection, not an address from a header."""
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
     async with echo() as app:
         await exchange(
@@ -142,7 +143,7 @@ async def test_the_callers_address_is_its_connections(monkeypatch: pytest.Monkey
 
 
 async def test_a_refusal_waits_for_the_answers_before_it() -> None:
-    """A refusal is sent after earlier answers, not within them."""
+    """The refusal of a request is not sent within an earlier answer; the earlier answer is sent whole."""
     good = b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n"
     async with echo() as app:
         answer = await exchange(app, good + b"GET /a HTTP/1.1\r\n\r\n")
@@ -152,7 +153,7 @@ async def test_a_refusal_waits_for_the_answers_before_it() -> None:
 
 
 async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as_bytes() -> None:
-    """Thousands of pipelined requests are answered in order. Until then they are held as bytes, not as tasks."""
+    """Thousands of pipelined requests are answered in order. Requests that wait are held as bytes, not as tasks."""
     count = 3000
     requests = b"".join(b"POST /%d HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nab" % i for i in range(count - 1))
     held = 0
@@ -170,7 +171,8 @@ async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as
 
 
 async def test_a_stranger_with_many_refused_requests_loses_the_connection() -> None:
-    """An unauthenticated client with many refused requests is disconnected: checking each credential takes time."""
+    """An unauthenticated client with many refused requests is disconnected, since each check of a credential takes
+    time."""
     async with echo() as app:
         answer = await exchange(app, b"GET /charged HTTP/1.1\r\nhost: a\r\n\r\n" * 2000)
     assert UNPROVEN_REFUSALS <= answer.count(b"HTTP/1.1 200 ") < 2 * UNPROVEN_REFUSALS
@@ -183,7 +185,7 @@ async def test_a_stranger_with_many_refused_requests_loses_the_connection() -> N
     ids=["silent", "half a head", "empty lines", "dribbled header", "dribbled path"],
 )
 async def test_a_head_that_does_not_end_ends_its_connection(data: bytes, byte: bytes) -> None:
-    """A head that does not end in time closes its connection."""
+    """A connection is closed if a request head does not end in time."""
     async with echo(QUICK) as app:
         await dribble(app, data, byte)
         again = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" + data
@@ -193,7 +195,7 @@ async def test_a_head_that_does_not_end_ends_its_connection(data: bytes, byte: b
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_a_dribbled_body_ends_its_connection(chunked: bool) -> None:
-    """A body that arrives too slowly closes its connection."""
+    """A connection is closed with 408 if a request body arrives too slowly."""
     how = b"transfer-encoding: chunked" if chunked else b"content-length: 1000000"
     async with echo(QUICK) as app:
         answer = await dribble(
@@ -203,7 +205,7 @@ async def test_a_dribbled_body_ends_its_connection(chunked: bool) -> None:
 
 
 async def test_the_rest_of_a_refused_body_is_not_read_for_ever() -> None:
-    """The rest of an answered request's body is read for a limited time only."""
+    """After a request is answered, the rest of the request's body is read for a limited time only."""
     async with echo(QUICK) as app:
         answer = await dribble(
             app, b"POST /refuse HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999\r\n\r\n", b"x" * 1000
@@ -212,7 +214,7 @@ async def test_the_rest_of_a_refused_body_is_not_read_for_ever() -> None:
 
 
 async def test_a_response_that_is_not_read_ends_its_connection() -> None:
-    """A response that the client does not read closes its connection."""
+    """A connection is closed if the client does not read a response."""
     async with echo(QUICK) as app:
         reader, writer = await asyncio.open_connection("127.0.0.1", app.port, limit=1024)
         writer.write(b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n")
@@ -223,7 +225,7 @@ async def test_a_response_that_is_not_read_ends_its_connection() -> None:
 
 
 async def write_on(writer: asyncio.StreamWriter) -> None:
-    """Send without reading, until a write fails."""
+    """Send bytes without reading, until a write fails."""
     while True:
         writer.write(b" ")
         await writer.drain()
@@ -231,7 +233,7 @@ async def write_on(writer: asyncio.StreamWriter) -> None:
 
 
 async def test_what_strangers_send_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Bad requests of unauthenticated clients are not logged, as they could fill the disk."""
+    """Invalid requests of unauthenticated clients are not logged, since the log could fill the disk."""
     caplog.set_level(logging.DEBUG)
     async with echo() as app:
         for data in (

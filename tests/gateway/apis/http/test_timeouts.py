@@ -1,4 +1,4 @@
-"""Time limits of an HTTP/1 connection, as properties over virtual time."""
+"""Time limits of an HTTP/1 connection, tested as properties over virtual time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ LIMITS = TimeoutLimits()
 
 
 def checked(timeouts: ConnectionTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
-    """The first check in (start, end] that finds the client late, and the reason."""
+    """Return the time and the reason of the first check in (start, end] that finds the client late; None if no check
+    does."""
     now = start + LIMITS.check_s
     while now <= end:
         if (late := timeouts.overdue(now, unsent_bytes)) is not None:
@@ -22,7 +23,7 @@ def checked(timeouts: ConnectionTimeouts, start: float, end: float, unsent_bytes
 
 @given(gap_s=st.floats(0.1, 30.0))
 def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
-    """A first head that does not end in time is cut, however its bytes arrive."""
+    """A connection is closed if the first request head does not end in time, however the bytes of the head arrive."""
     timeouts, now = ConnectionTimeouts(LIMITS, 0.0), 0.0
     due = LIMITS.check_s
     while now < 60.0:
@@ -39,7 +40,7 @@ def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
 
 
 def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests() -> None:
-    """A connection without any request is closed sooner than an idle one between requests."""
+    """A connection that has sent no request is closed sooner than a connection that is idle between two requests."""
     silent = checked(ConnectionTimeouts(LIMITS, 0.0), 0.0, 60.0)
     assert silent is not None
     assert silent[0] <= 20.0
@@ -59,7 +60,8 @@ def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests(
 def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
     rates: list[int], data: st.DataObject
 ) -> None:
-    """A body is cut after a slow period, but never for time in which the gateway did not read."""
+    """A connection is closed after a period in which the body arrived slowly, but never for a period in which the
+    gateway did not read."""
     timeouts = ConnectionTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
@@ -77,7 +79,8 @@ def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
 
 
 def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -> None:
-    """A client that reads no byte of its response is cut; one that reads a little is not."""
+    """The connection of a client that reads no byte of a response is closed. The connection of a client that reads a
+    little is kept."""
     timeouts = ConnectionTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
@@ -92,7 +95,7 @@ def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -
 
 
 def test_the_rest_of_a_refused_body_has_seconds() -> None:
-    """The rest of a refused body must arrive within seconds."""
+    """A connection is closed if the rest of a refused body does not arrive within seconds."""
     timeouts = ConnectionTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()

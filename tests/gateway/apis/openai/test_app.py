@@ -1,4 +1,5 @@
-"""OpenAI's API over HTTP through a real gateway with the simulated engine, by the official client and as bytes."""
+"""OpenAI's API over HTTP through a real gateway with the simulated engine, called by the official client and by raw
+requests."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ async def busy(
 
 
 async def test_the_official_client_chats(busy: TestCluster) -> None:
-    """Complete and streamed answers equal each other and gRPC's; usage is in the last chunk if requested."""
+    """Complete and streamed chat answers to the official client equal the answer over gRPC. The last chunk holds the
+    usage if the client requests usage."""
     body = chat_body(max_tokens=40, extra_body={"ignore_eos": True})
     expected = await busy.stub.Chat(chat(max_tokens=40, ignore_eos=True))
     async with client(busy) as ai:
@@ -65,7 +67,7 @@ async def test_the_official_client_chats(busy: TestCluster) -> None:
 
 
 async def test_the_official_client_completes(busy: TestCluster, bundle: Bundle) -> None:
-    """Text and token ids, complete and streamed, get gRPC's answers."""
+    """Complete and streamed completions for a prompt of text or of token ids equal the answer over gRPC."""
     expected = (await busy.stub.Complete(complete(max_tokens=30, ignore_eos=True))).choices[0].text
     ids = TextModel.from_bundle(bundle).encode_prompt("Once upon a time")
     async with client(busy) as ai:
@@ -80,7 +82,7 @@ async def test_the_official_client_completes(busy: TestCluster, bundle: Bundle) 
 
 
 async def test_the_official_client_without_asyncio(busy: TestCluster) -> None:
-    """The synchronous client lists models, chats and streams."""
+    """The official synchronous client can list models, chat and stream."""
 
     def work() -> tuple[list[str], str, str]:
         url = f"http://{busy.gateway.endpoints['http']}/v1"
@@ -96,8 +98,8 @@ async def test_the_official_client_without_asyncio(busy: TestCluster) -> None:
 
 
 async def test_several_prompts_and_choices(busy: TestCluster) -> None:
-    """Choices of several prompts are numbered consecutively, and each equals its prompt's own answer. Token counts are
-    summed."""
+    """The choices of a request with several prompts are numbered consecutively, and each choice equals the answer to a
+    request with only that prompt. Token counts are summed."""
     options = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     async with client(busy) as ai:
         alone = [await ai.completions.create(**completion_body(p, **options)) for p in ("one", "two")]
@@ -123,7 +125,8 @@ async def test_several_prompts_and_choices(busy: TestCluster) -> None:
 
 
 async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
-    """Exact framing: ASCII events of one line, a blank line after each, one end mark, one id."""
+    """The bytes of a stream are ASCII events of one line each, with a blank line after each event. All events have one
+    id, and one end mark follows the events."""
     wire = await Wire.open(busy)
     wire.ask(CHAT, chat_body(stream=True, max_tokens=30, ignore_eos=True, stream_options={"include_usage": True}))
     reply = await wire.reply()
@@ -150,7 +153,8 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
 
 
 async def test_usage_with_every_chunk(busy: TestCluster) -> None:
-    """continuous_usage_stats reports the tokens so far in each chunk, for each choice by itself."""
+    """With continuous_usage_stats, each chunk belongs to one choice and reports the number of tokens that this choice
+    has so far."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     reply = await fetch(busy, COMPLETIONS, completion_body(n=2, ignore_eos=True, stream=True, stream_options=options))
     for index in (0, 1):
@@ -163,7 +167,8 @@ async def test_usage_with_every_chunk(busy: TestCluster) -> None:
 
 
 async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
-    """Chat and completion logprobs equal gRPC's, in OpenAI's two shapes, complete and streamed."""
+    """The log probabilities of chat and completion have OpenAI's two shapes and equal those over gRPC, both complete
+    and streamed."""
     grpc_ = (await busy.stub.Complete(complete(logprobs=True, top_logprobs=3, ignore_eos=True))).choices[0].logprobs
     body = completion_body(logprobs=2, ignore_eos=True)
     whole = (await fetch(busy, COMPLETIONS, body)).json["choices"][0]["logprobs"]
@@ -186,7 +191,7 @@ async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
 
 
 async def test_vllms_extensions_have_their_effect(busy: TestCluster) -> None:
-    """Options under vLLM's names give the answers of the same options over gRPC."""
+    """A request with options under vLLM's names gets the same answer as a gRPC request with the same options."""
     stop = (await busy.stub.Chat(chat(max_tokens=30, ignore_eos=True, logprobs=True))).choices[0].logprobs[5].token_id
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"stop_token_ids": [stop], "ignore_eos": True}, {}),
@@ -206,8 +211,8 @@ async def test_vllms_extensions_have_their_effect(busy: TestCluster) -> None:
 
 
 async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
-    """Parts, tool calls in the history, a prefilled answer and a prompt without a generation turn give gRPC's
-    prompt."""
+    """Messages with parts, tool calls in the history or a prefilled answer yield the same prompt as over gRPC. A
+    request without a generation prompt also yields the same prompt as over gRPC."""
     said = {"role": "user", "content": "Hi"}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -243,7 +248,7 @@ async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
 
 
 async def test_hints_and_unknown_fields_are_let_be(busy: TestCluster) -> None:
-    """Fields that do not change an answer are ignored; null counts as absent."""
+    """Fields that do not change an answer are ignored, and a field that holds null counts as absent."""
     plain = (await fetch(busy, CHAT, chat_body())).json["choices"]
     body = chat_body(user="me", store=False, metadata={"a": "b"}, service_tier="auto", wholly_unknown={"x": [1]})
     body |= {"tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "echo": False}
@@ -252,7 +257,8 @@ async def test_hints_and_unknown_fields_are_let_be(busy: TestCluster) -> None:
 
 
 async def test_request_ids_and_headers(busy: TestCluster) -> None:
-    """A valid x-request-id is returned, also with errors; an invalid one is replaced and never reflected."""
+    """A valid x-request-id is returned with the answer, also with an error. An invalid x-request-id is replaced and
+    never returned."""
     reply = await fetch(busy, CHAT, chat_body(), x_request_id="abc-1")
     assert reply.headers["x-request-id"] == "abc-1"
     assert "server" not in reply.headers
@@ -264,7 +270,7 @@ async def test_request_ids_and_headers(busy: TestCluster) -> None:
 
 
 async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Models are listed with their state. A gateway without workers is ready, a stopping one is not."""
+    """Models are listed with their state. A gateway without workers is ready, and a stopping gateway is not."""
     entry = CatalogEntry("sim", aliases=("default", "Org/Sim"), state=ModelState.LOADING, max_model_len=256)
     cluster.gateway.worker_events.apply_catalog([entry])
     assert (await fetch(cluster, "/ready")).json == {"status": "ready"}
@@ -288,7 +294,7 @@ async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A comment is sent after every keepalive_s of silence, before the first token and between tokens."""
+    """A stream gets a comment after every keepalive_s seconds of silence, before the first token and between tokens."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
@@ -312,7 +318,7 @@ async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_calls_are_counted_by_their_face(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """An answered stream is counted once, as ok over http."""
+    """An answered stream is counted once, with the API http and the outcome ok."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await fetch(cluster, CHAT, chat_body(stream=True))).events
     await until(lambda: not cluster.gateway.service.statistics(), "the call is over")

@@ -1,4 +1,5 @@
-"""Clients that disconnect free the engine's slots at once, in any state of a call; slow clients delay no others."""
+"""Cancels over HTTP: a client that disconnects frees the engine's slots at once, in any state of a call. A slow client
+delays no other client."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 def outcomes(cluster: TestCluster) -> dict[str, float]:
-    """Counts of calls by outcome."""
+    """Return the number of calls by outcome."""
     counted: dict[str, float] = {}
     for labels, count in cluster.gateway.metrics._counters["requests_total"].items():
         counted[labels[-1]] = counted.get(labels[-1], 0) + count
@@ -30,7 +31,8 @@ def outcomes(cluster: TestCluster) -> dict[str, float]:
 async def test_a_client_gone_frees_its_place(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, where: str, stream: bool
 ) -> None:
-    """A call whose connection closes leaves queue and engine at once, while it waits, prefills or decodes."""
+    """A call leaves the queue and the engine at once when the client disconnects, whether the call waits, prefills or
+    decodes."""
     slow = {"prefill_tokens_per_s": 5} if where == "prefill" else {}
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=1, **slow), bundle)
     body = chat_body(max_tokens=3000, ignore_eos=True, stream=stream)
@@ -52,7 +54,7 @@ async def test_a_client_gone_frees_its_place(
 
 
 async def test_the_official_client_closes_a_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream that the client closes is ended; the client's next call is answered."""
+    """The call of a stream that the official client closes is ended, and the client's next call is answered."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     async with client(cluster) as ai:
         stream = await ai.chat.completions.create(
@@ -68,7 +70,7 @@ async def test_the_official_client_closes_a_stream(cluster: TestCluster, checkpo
 async def test_one_of_several_prompts_does_not_outlive_the_others(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A request of several prompts ends as a whole, when its client disconnects or one prompt is invalid."""
+    """All calls of a request with several prompts end together when the client disconnects or one prompt is invalid."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     wire = await Wire.open(cluster)
     wire.ask(COMPLETIONS, completion_body(["a", "b", "c"], n=2, max_tokens=3000, ignore_eos=True, stream=True))
@@ -82,7 +84,8 @@ async def test_one_of_several_prompts_does_not_outlive_the_others(
 
 
 async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Three hundred streams, running and waiting, leave nothing behind when their connections break at once."""
+    """Three hundred streams, some running and some waiting, leave no calls behind when their connections break at the
+    same time."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=32), bundle)
     wires = await asyncio.gather(*(Wire.open(cluster) for _ in range(300)))
     for wire in wires:
@@ -99,7 +102,8 @@ async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bun
 async def test_a_slow_reader_gets_its_text_in_fewer_events(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A client that does not read costs no memory per token, does not delay the engine, and loses no text."""
+    """Tokens for a client that does not read are merged, so that memory does not grow with each token. Such a client
+    does not delay the engine and loses no text."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.1, max_model_len=8_000, kv_blocks=4_000), bundle
     )
@@ -125,7 +129,7 @@ async def test_a_slow_reader_gets_its_text_in_fewer_events(
 
 
 async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
-    """A client that disconnects within its request leaves nothing behind, and no error in the log."""
+    """A client that disconnects within a request leaves no running request behind, and no error in the log."""
     wire = await Wire.open(cluster)
     wire.ask(CHAT, b'{"model"', content_length="1000")
     await until(lambda: bool(cluster.gateway.http._state.tasks), "the request is being read")
@@ -134,7 +138,7 @@ async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
 
 
 async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stopping gateway refuses new connections, closes idle ones at once and lets streams finish."""
+    """A stopping gateway refuses new connections, closes idle connections at once, and lets streams finish."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         idle, busy = await Wire.open(cluster), await Wire.open(cluster)
@@ -156,7 +160,7 @@ async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundl
 
 
 async def test_stopping_does_not_wait_for_ever(tmp_path: Path, bundle: Bundle) -> None:
-    """Calls still running at the end of the drain are cut, and leave nothing behind."""
+    """Calls that still run at the end of the drain are ended and leave nothing behind in the gateway."""
     async with running_cluster(tmp_path) as cluster:
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)

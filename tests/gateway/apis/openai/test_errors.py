@@ -1,4 +1,5 @@
-"""HTTP errors have OpenAI's shape, name the field, the reason and a remedy, and do not affect other calls."""
+"""Errors of the HTTP API have OpenAI's shape and name the field, the reason and a remedy. A call that fails does not
+affect other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 NAN, INF = float("nan"), float("inf")
 
-# fields added to a valid chat request, the expected parameter, and the code if it is not invalid_field
+# For each case: its name, the fields that are added to a valid chat request, and the expected parameter of the error.
 BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("no messages", {"messages": []}, "messages"),
     ("messages of a wrong type", {"messages": "hi"}, "messages"),
@@ -142,7 +143,8 @@ async def busy(
 async def assert_refused(
     cluster: TestCluster, path: str, body: dict[str, Any], param: str, code: str = "invalid_field"
 ) -> None:
-    """Assert a 400 answer with this parameter and code that names the field, complete and streamed."""
+    """Assert that a request gets status 400, with an error that holds `param` and `code` and names the field. The
+    request is sent twice: for a complete answer and for a streamed answer."""
     wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
     for wanted_body in wanted:
         reply = await fetch(cluster, path, wanted_body)
@@ -155,13 +157,13 @@ async def assert_refused(
 
 @pytest.mark.parametrize(("fields", "param"), [case[1:] for case in BAD_CHATS], ids=[c[0] for c in BAD_CHATS])
 async def test_a_wrong_field_is_named(busy: TestCluster, fields: dict[str, Any], param: str) -> None:
-    """Each invalid chat request gets its field's path."""
+    """The error of an invalid chat request names the path of the invalid field."""
     await assert_refused(busy, CHAT, chat_body() | fields, param)
 
 
 @pytest.mark.parametrize(("fields", "param"), [case[1:] for case in UNSERVED_CHATS], ids=[c[0] for c in UNSERVED_CHATS])
 async def test_what_is_not_served_is_refused_by_name(busy: TestCluster, fields: dict[str, Any], param: str) -> None:
-    """A known field that would change the answer is never ignored."""
+    """A known field that would change the answer and is not supported is refused, never ignored."""
     await assert_refused(busy, CHAT, chat_body() | fields, param, "unsupported_feature")
 
 
@@ -169,12 +171,13 @@ async def test_what_is_not_served_is_refused_by_name(busy: TestCluster, fields: 
     ("fields", "param", "code"), [case[1:] for case in BAD_COMPLETIONS], ids=[c[0] for c in BAD_COMPLETIONS]
 )
 async def test_a_wrong_completion_is_named(busy: TestCluster, fields: dict[str, Any], param: str, code: str) -> None:
-    """Each invalid completion request gets its field's path, under the caller's name for it."""
+    """The error of an invalid completion request names the path of the invalid field, with the names of the caller's
+    body."""
     await assert_refused(busy, COMPLETIONS, completion_body() | fields, param, code)
 
 
 async def test_errors_disturb_nobody(busy: TestCluster) -> None:
-    """A valid call beside invalid ones gets its usual answer; one error lists several invalid fields."""
+    """A valid call that runs beside an invalid one gets its usual answer. One error lists several invalid fields."""
     good = chat_body(max_tokens=100, ignore_eos=True)
     expected = (await fetch(busy, CHAT, good)).json["choices"]
     beside = asyncio.ensure_future(fetch(busy, CHAT, good))
@@ -202,14 +205,15 @@ async def test_errors_disturb_nobody(busy: TestCluster) -> None:
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_body_that_is_no_request(busy: TestCluster, path: str, body: bytes, says: str) -> None:
-    """Malformed JSON of any kind is the caller's error, in the same shape."""
+    """A body that is not a JSON request gets status 400, with an error in OpenAI's shape."""
     reply = await fetch(busy, path, body, method="POST", content_length=str(len(body)))
     assert (reply.status, reply.error["param"], reply.error["code"]) == (400, "body", "invalid_field")
     assert says in reply.error["message"]
 
 
 async def test_a_body_over_the_limit(tmp_path: Path) -> None:
-    """A too large body is refused with 413: unread by its content-length, else by its size."""
+    """A body over the limit is refused with 413. A content-length over the limit is refused before the body is read,
+    and a chunked body is refused once its size exceeds the limit."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  max_message_bytes: 65536")
     async with running_cluster(tmp_path, config) as cluster:
         wire = await Wire.open(cluster)
@@ -230,7 +234,7 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 
 async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
-    """404, 405 and 415 have OpenAI's shape; cross-site form posts are refused."""
+    """Errors with status 404, 405 and 415 have OpenAI's shape. Media types of cross-site form posts are refused."""
     nowhere = await fetch(busy, "/v1/nope", {})
     assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
     get = await fetch(busy, CHAT)
@@ -242,7 +246,7 @@ async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
 
 
 async def test_garbage_and_endless_heads(busy: TestCluster) -> None:
-    """Invalid HTTP, or a head that never ends, is answered with 400 and the connection closed."""
+    """A client that sends invalid HTTP or an endless request head gets status 400, and the connection is closed."""
     endless = b"GET /health HTTP/1.1\r\n" + b"x-a: " + b"a" * 70_000
     for data in (b"\x16\x03\x01garbage\r\n\r\n", endless, b"GET /" + b"a" * 70_000):
         wire = await Wire.open(busy)
@@ -254,7 +258,8 @@ async def test_garbage_and_endless_heads(busy: TestCluster) -> None:
 
 
 async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestCluster) -> None:
-    """Each error raises the client's matching exception, with code and parameter; the retry delay is in two headers."""
+    """The official client raises the exception that matches each error, with code and parameter. Two headers hold the
+    retry delay."""
     async with client(busy) as ai:
         with pytest.raises(openai.NotFoundError) as missing:
             await ai.chat.completions.create(**chat_body(model="nope"))
@@ -274,7 +279,8 @@ async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestC
 
 
 async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Without resume a stream ends with an error event after its text, and without [DONE]; the client raises."""
+    """If a worker is lost and the call is not resumed, the stream ends with an error event and without [DONE], and the
+    official client raises an exception."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
@@ -299,7 +305,8 @@ async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bun
 
 
 async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A full queue refuses with 503, a reason and a retry delay; so does a call that waited too long."""
+    """A call that finds a full queue, or that has waited too long, is refused with status 503, a reason and a retry
+    delay."""
     config = LOOPBACK.replace(
         "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 2, max_tokens: 100000, max_wait_s: 0.3}"
     )
@@ -318,7 +325,7 @@ async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 
 
 def test_every_reader_takes_its_defaults() -> None:
-    """The smallest requests are valid and leave every option to the model's defaults."""
+    """The smallest requests are valid and set no option, so that the defaults of the model apply."""
     for asked in (
         parse_chat(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
         parse_completion(Fields({"model": "m", "prompt": "x"})),
