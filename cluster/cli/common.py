@@ -41,7 +41,7 @@ class SafeConsole(Console):
         return super().render_str(safe(text), **options)
 
 
-# Rich cuts tables to the terminal's width; without a terminal it would assume 80 columns.
+# Rich cuts tables to the terminal's width. Without a terminal, Rich would assume a width of 80 columns.
 out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = SafeConsole(highlight=False, soft_wrap=True, stderr=True)
 

@@ -56,7 +56,7 @@ class ConfigFinding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The findings for one file. `config` is None if there are errors."""
+    """The findings for one file. `config` is the configuration, or None if there are errors."""
 
     name: str
     config: Config | None = None

@@ -1,4 +1,4 @@
-"""The command line for processes only. main.py runs it for `headrace gateway`, `headrace pod ...` and so on.
+"""The command line for processes only. `headrace gateway`, `headrace pod ...` and so on use this command line.
 
 This module imports nothing that only other commands need. The pod commands are imported only in a pod.
 """

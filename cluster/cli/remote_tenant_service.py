@@ -40,7 +40,7 @@ class RemoteTenantService:
         self._audit = usage_pb2_grpc.AuditStub(self._channel)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to the gateway."""
         self._channel.close()
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:

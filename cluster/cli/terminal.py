@@ -17,7 +17,11 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]|\r(?!\n)"
 )
-"""C0 and C1 controls except tab and line ends; directional and invisible marks; line separators; surrogates; tags."""
+"""Pattern of unsafe characters.
+
+The unsafe characters are C0 and C1 controls except tab and line ends, directional and invisible marks, line
+separators, surrogates and tags.
+"""
 
 
 def safe(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Results of calls: whole answers, and the state of a stream while it is read."""
+"""Results of calls: whole answers, and the state of a stream while the stream is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateways of a client. The client uses one gateway at a time, and the next gateway if the current is silent."""
+"""The gateways of a client. The client uses one gateway until the gateway does not answer, then the next gateway."""
 
 from __future__ import annotations
 

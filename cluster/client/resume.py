@@ -26,7 +26,7 @@ RETRIED_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
 class Resumption:
-    """State from which one stream is resumed. Does no I/O. Time is read from `clock` only."""
+    """The state that is needed to resume a stream. The class does no I/O, and reads the time only from `clock`."""
 
     def __init__(
         self,

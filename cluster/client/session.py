@@ -105,12 +105,12 @@ class SessionCall:
         self._wake()
 
     def restart_as_stream(self) -> None:
-        """Start the call over as a plain stream."""
+        """Start the call again, as a plain stream."""
         self._stream = self._open_stream()
         self._wake()
 
     def restart_in_session(self) -> bool:
-        """Start the call over in another session.
+        """Start the call again, in another session.
 
         Returns False if a part of the answer was received already, or the call was moved MAX_MOVES times already.
         """
@@ -143,7 +143,7 @@ class _Session:
         self._task = asyncio.create_task(self._run())
 
     def start(self, call: SessionCall) -> None:
-        """Queue the start message of a call."""
+        """Queue the message that starts a call."""
         number = next(self._numbers)
         self._calls[number] = call
         call.endpoint = self.endpoint
@@ -267,6 +267,6 @@ class Sessions:
             self._newest = None
 
     async def close(self) -> None:
-        """End every session."""
+        """End all sessions of the client."""
         await asyncio.gather(*(session.close() for session in self._all))
         self._all.clear()

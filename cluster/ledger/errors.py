@@ -6,7 +6,7 @@ from cluster.api.outcomes import Outcome
 
 
 class LedgerError(Exception):
-    """Base class: the ledger has rejected an operation."""
+    """Error: the ledger has rejected an operation. Base class of the ledger's errors."""
 
     outcome = Outcome.INVALID_FIELD
 

@@ -60,7 +60,7 @@ class StoredTenant:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """The metadata of a stored key, without the key or its digest. Times are seconds since the epoch."""
+    """The metadata of a stored key, without the key and the key's digest. Times are seconds since the epoch."""
 
     id: str
     tenant: str

@@ -115,5 +115,5 @@ def test_every_command_prints_by_one_module() -> None:
                 name = ast.unparse(node.func)
                 if name in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "Console"):
                     calls.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
-    allowed = ("base.py", "processes.py")  # `fail` and `warn` escape their message; prepare's JSON is ASCII
+    allowed = ("base.py", "processes.py")  # `fail` and `warn` escape messages; the JSON of `prepare` is ASCII
     assert [call for call in calls if not call.startswith(allowed)] == []

@@ -34,7 +34,7 @@ class Pair:
 
     @property
     def endpoints(self) -> list[str]:
-        """The gRPC endpoints of both gateways."""
+        """The gRPC endpoints of the first and the second gateway."""
         return [cluster.gateway.endpoints["grpc"] for cluster in (self.first, self.second)]
 
 

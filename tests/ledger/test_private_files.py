@@ -92,7 +92,7 @@ async def test_a_gateways_folder_is_private(tmp_path: Path) -> None:
 
 
 def test_shared_folders_stay_as_they_are(tmp_path: Path) -> None:
-    """Shared folders such as /tmp keep their mode."""
+    """A shared folder, such as /tmp, keeps its mode."""
     tmp_path.chmod(0o1777)
     narrow(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777

@@ -1,5 +1,8 @@
-"""Commands for link certificates: make an authority, issue certificates for gateways, workers and the controller, and
-maintain the lists of revoked certificates."""
+"""Commands for link certificates.
+
+The commands make an authority, issue certificates for gateways, workers and the controller, and maintain the lists of
+revoked certificates.
+"""
 
 from __future__ import annotations
 

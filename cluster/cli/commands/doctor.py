@@ -59,7 +59,7 @@ def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> DoctorFindi
 
 
 def check_python() -> DoctorFinding:
-    """Check that Python is 3.11 to 3.14."""
+    """Check that the version of Python is 3.11 to 3.14."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 14):
         return DoctorFinding("python", needed_for="everything", found=f"{version} ({sys.executable})")
@@ -113,7 +113,7 @@ def check_namespaces() -> DoctorFinding:
 
 
 def check_memory() -> DoctorFinding:
-    """Check for enough memory for one engine and its Ray."""
+    """Check that this machine has enough memory for one engine together with Ray."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

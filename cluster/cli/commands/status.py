@@ -1,4 +1,4 @@
-"""Commands status, workers and abort for operators, over the gateway's admin API."""
+"""Commands status, workers and abort for operators. The commands use the gateway's admin API."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Admin:
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to the gateway."""
         self._channel.close()
 
     def workers(self) -> list[admin_pb2.Worker]:

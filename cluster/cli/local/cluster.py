@@ -52,7 +52,7 @@ class StartFailed(Exception):
 
 
 class LocalCluster:
-    """One run of a local cluster: call `start`, then `supervise`, then `stop`."""
+    """One run of a local cluster. Call `start` first, then `supervise`, and `stop` at the end."""
 
     def __init__(self, config: Config, run: RunFolder, report: Callable[[str], None]) -> None:
         """Prepare the parts of a cluster. `report` prints messages for the user.
@@ -61,7 +61,7 @@ class LocalCluster:
         """
         self.config = config
         self.run = run
-        self.instance = uuid.uuid4().hex[:12]  # short: it is part of a unix socket's path
+        self.instance = uuid.uuid4().hex[:12]  # short, because the id is part of a unix socket's path
         self._report = report
         self._ray: LocalRay | None = None if config.ray else self._new_ray()
         self._ray_up = asyncio.Event()

@@ -111,11 +111,11 @@ class RunFolder:
         return [dict(endpoints) for endpoints in siblings] if isinstance(siblings, list) else []
 
     def instance(self) -> str:
-        """The instance id that all processes of the cluster have in their environment."""
+        """Return the cluster's instance id, which every process of the cluster has in its environment variables."""
         return str(self.state().get("instance", ""))
 
     def supervisor(self) -> ProcessId | None:
-        """The process that runs the cluster; None if it has ended."""
+        """Return the process that runs the cluster, or None if that process has ended."""
         recorded = self.state().get("supervisor")
         if not isinstance(recorded, dict):
             return None

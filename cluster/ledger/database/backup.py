@@ -33,7 +33,7 @@ TABLES: tuple[Table, ...] = (
     audit,
     erased,
     budget_notices,
-)  # in an order that satisfies foreign keys
+)  # a table comes after the tables to which its foreign keys refer
 BATCH_ROWS = 5_000
 SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]

@@ -75,7 +75,7 @@ def main() -> None:
         prepare_database(sys.stdin.read())
     except LedgerError as error:
         reason = str(error)
-    except Exception as error:  # the parent would show only the last line of a traceback, often not the helpful one
+    except Exception as error:  # the parent would show only the last line of a traceback, often no helpful line
         first = next(iter(str(error).strip().splitlines()), "")
         reason = f"the database cannot be checked: {type(error).__name__}: {first}"
     else:

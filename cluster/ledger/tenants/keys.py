@@ -20,7 +20,7 @@ _ID_BYTES = 6
 
 
 class Keys:
-    """The table of keys. Every method is one transaction."""
+    """The table of API keys. Every method runs in one transaction."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float], peppers: tuple[bytes, ...]) -> None:
         self._engine = engine

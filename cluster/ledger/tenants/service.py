@@ -84,7 +84,7 @@ class TenantService(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The actor and source of an operation, for the audit log."""
+    """The actor and the source of an operation, which the audit log records."""
 
     actor: str
     source: str = ""

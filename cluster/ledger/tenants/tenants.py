@@ -28,7 +28,7 @@ def digest_of_name(tenant: str) -> str:
 
 
 class Tenants:
-    """The table of tenants. Every method is one transaction."""
+    """The table of tenants. Every method runs in one transaction."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self._engine = engine

@@ -132,7 +132,7 @@ class Watcher:
         return WatchStatistics(view.sequence, age_s, len(view.tenants), len(view.keys), self._error)
 
     def start(self) -> None:
-        """Start polling."""
+        """Start the thread that polls the database."""
         self._thread = threading.Thread(target=self._run, name="ledger-watch", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,4 @@
-"""Export of usage as CSV."""
+"""Export of usage rows as CSV."""
 
 from __future__ import annotations
 

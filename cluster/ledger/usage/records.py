@@ -64,7 +64,7 @@ class OpenRecord:
         _check(self)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `from_json` is the inverse."""
+        """Return all fields as plain JSON values. `from_json` is the inverse."""
         return _plain(self)
 
     def json_text(self) -> str:
@@ -79,7 +79,10 @@ class OpenRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> OpenRecord:
-        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
+        """Build a record from the value of `as_json`. Raises RecordError.
+
+        Unknown fields are dropped, because a later release may have more fields.
+        """
         return _build(OpenRecord, value)
 
     def to_usage_record(self, **counts: Any) -> UsageRecord:
@@ -132,12 +135,15 @@ class UsageRecord:
         return datetime.datetime.fromtimestamp(self.opened_at_s, datetime.UTC).strftime("%Y-%m-%d")
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `from_json` is the inverse."""
+        """Return all fields as plain JSON values. `from_json` is the inverse."""
         return _plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> UsageRecord:
-        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
+        """Build a record from the value of `as_json`. Raises RecordError.
+
+        Unknown fields are dropped, because a later release may have more fields.
+        """
         return _build(UsageRecord, value)
 
 
@@ -189,7 +195,7 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
 def _check(record: OpenRecord | UsageRecord) -> None:
     """Raise RecordError for values that a database would reject.
 
-    Every record is checked when it is made, while the error can still reach the caller.
+    A record is checked when the record is made, while the error can still reach the caller.
     """
     fields = _fields(record)
     texts, counts, seconds = fields.texts_of(record), fields.counts_of(record), fields.seconds_of(record)
@@ -215,7 +221,7 @@ def _check(record: OpenRecord | UsageRecord) -> None:
 def _are_plain(texts: Sequence[Any]) -> bool:
     """Return whether all texts are short ASCII texts without NUL.
 
-    This is nearly always so, and then no text needs a check of its own.
+    The result is nearly always True. If the result is True, no text has to be checked individually.
     """
     try:
         joined = "".join(texts)

@@ -300,7 +300,7 @@ class Replayer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread that moves records."""
         self._thread = threading.Thread(target=self._run, name="ledger-replay", daemon=True)
         self._thread.start()
 

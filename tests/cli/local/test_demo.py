@@ -127,7 +127,7 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
 
 
 def test_interrupt_leaves_nothing(demo: Demo) -> None:
-    """Ctrl-C ends every process that the demo has started."""
+    """Ctrl-C (SIGINT) ends every process that the demo has started."""
     instance = demo.run.instance()
     assert len(reaper.find(instance)) >= 4
     demo.process.send_signal(signal.SIGINT)

@@ -32,7 +32,7 @@ class Clocks:
         self.wall, self.monotonic = 1000.0, 50.0
 
     def pass_(self, seconds: float) -> None:
-        """Advance both clocks."""
+        """Advance the wall clock and the monotonic clock."""
         self.wall += seconds
         self.monotonic += seconds
 
@@ -63,7 +63,7 @@ def clocks() -> Clocks:
 
 @pytest.fixture
 def source(clocks: Clocks) -> Source:
-    """A fake database."""
+    """A fake database that is reachable at first."""
     return Source(clocks)
 
 
@@ -248,7 +248,7 @@ def own_server() -> Iterator[postgres.PostgresServer]:
 
 
 def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -> None:
-    """Suspending and resuming a tenant reaches a watching gateway in less than two seconds."""
+    """A watcher gets the suspension and the resumption of a tenant in less than two seconds."""
     seen = Seen()
     ledger.tenants.create(TenantPolicy("acme"))
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=60, on_change=seen)
@@ -271,7 +271,7 @@ def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresS
     ledger.tenants.create(TenantPolicy("acme"))
     seen = Seen()
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=3600, on_change=seen, period_s=0.05)
-    assert watcher.poll()  # on disk when `ask` returns; `on_change` may be called before that
+    assert watcher.poll()  # the file is written before `poll` returns, but may be written after `on_change` is called
     watcher.start()
     own_server.kill()
     restarted = Watcher(Ledger(url).snapshots.read, tmp_path / "s", stale_after_s=3600)

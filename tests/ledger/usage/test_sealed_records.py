@@ -1,4 +1,4 @@
-"""Workers can neither read, change nor forge sealed records."""
+"""A worker, which has no secret, cannot read, change or forge a sealed record."""
 
 from __future__ import annotations
 
