@@ -1,4 +1,4 @@
-"""Write two files that keep the chart and the program equal. With `--check`, only compare the files.
+"""Write two files that keep the chart and the program consistent. With `--check`, only compare the files.
 
 helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`. cluster/cli/chart_values.json
 gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part.

@@ -101,7 +101,7 @@ def allowed_range(field: FieldInfo) -> str:
 
 
 def default_value(field: FieldInfo) -> str:
-    """Return the default of a configuration key in YAML.
+    """Return the default value of a configuration key as YAML.
 
     The text is empty for a section, because the keys of a section have their own defaults.
     """

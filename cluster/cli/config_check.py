@@ -277,9 +277,10 @@ def _warnings(config: Config) -> Iterator[Problem]:
 
 
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
-    """Yield a warning for each pattern in `models` of a tenant that matches no model.
+    """Yield a warning for each pattern that matches no model. The patterns are in `models` of a tenant.
 
-    Callers of a tenant without a matching model get MODEL_NOT_FOUND.
+    The callers of such a tenant get MODEL_NOT_FOUND. If no pattern in `models` of tenant_defaults matches a model, a
+    warning is yielded too.
     """
     from_defaults = False
     for at, tenant in enumerate(config.tenants):

@@ -22,7 +22,7 @@ class GatewayList(Generic[Channel, Stub]):
 
     @property
     def endpoint(self) -> str:
-        """The endpoint that the client uses now, as host:port."""
+        """The endpoint that the client uses now."""
         return self.endpoints[self._current]
 
     @property

@@ -21,8 +21,8 @@ MAX_ATTEMPTS = 5  # gRPC's own upper bound
 KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
 """Silence after which the client sends an HTTP/2 ping, and the time in which the gateway must acknowledge the ping.
 
-Pings are sent only while calls are running. Without an acknowledgement the client closes the connection: after a pulled
-cable or a lost node nothing else would end the connection.
+Both times are in seconds. Pings are sent only while calls are running. Without an acknowledgement the client closes the
+connection: after a pulled cable or a lost node nothing else would end the connection.
 """
 DNS_INTERVAL_S = 0.5
 """Minimum time between two DNS queries for a name, in seconds.

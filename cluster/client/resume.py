@@ -19,7 +19,7 @@ StreamChunk = pb.ChatChunk | pb.CompleteChunk
 MAX_FAILURES = 10
 """Number of consecutive failures, without text between the failures, after which a stream ends.
 
-The pauses after that many failures add up to some 15 s.
+The pauses after these failures add up to some 15 s.
 """
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
 RETRIED_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")

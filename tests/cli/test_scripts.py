@@ -86,7 +86,7 @@ WITHOUT_HASH = {"never.txt": "overrides, which nothing installs", "torch.txt": "
 
 @pytest.mark.parametrize("file", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda file: file.name)
 def test_every_pin_has_its_hashes(file: Path) -> None:
-    """Every pin has a hash, so that a package that was replaced in an index is not installed."""
+    """Every pin has a hash, so a package that was replaced in an index cannot be installed."""
     whole = re.sub(r" *\\\n *", " ", file.read_text())
     lines = [line for line in whole.splitlines() if line and not line.startswith("#")]
     bare = [line for line in lines if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", line)]

@@ -29,8 +29,8 @@ SETUP = "make setup"
 class DoctorFinding:
     """The result of one check.
 
-    `missing` says what is missing, or is empty. `remedy` is a command that installs what is missing. `apt` is the name
-    of the Debian package.
+    `missing` says what is missing, and is empty if nothing is missing. `remedy` is one command. `apt` is the name of
+    the Debian package.
     """
 
     name: str

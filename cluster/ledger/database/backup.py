@@ -115,7 +115,7 @@ def restore(engine: Engine, file: Path) -> Counts:
 
 
 def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
-    """Insert rows directly through the driver. SQLAlchemy's typed insert takes 1.5 times the CPU time."""
+    """Insert rows through the driver. The driver takes two thirds of the CPU time of SQLAlchemy's typed insert."""
     for at, name in enumerate(columns):
         if isinstance(table.c[name].type, JSON):
             for row in rows:

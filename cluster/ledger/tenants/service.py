@@ -28,7 +28,7 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
 class TenantService(Protocol):
-    """Operations on tenants, keys, usage and audit. Every operation raises LedgerError or a subclass of LedgerError.
+    """Operations on tenants, keys, usage and audit. Every operation may raise LedgerError or a subclass of LedgerError.
 
     The names in `changes` and `own` are the configuration's field names. A value of None removes the field's value.
     """

@@ -292,8 +292,9 @@ def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path
 
 
 def test_the_secrets_fit_together(tmp_path: Path) -> None:
-    """The link's certificates cover the names in SRV records, and the client ports' certificate the Service's names.
+    """The certificates of the link cover the names in SRV records.
 
+    The certificate of the client ports covers the names of the Service.
     A certificate of one authority is not accepted where the other authority is trusted.
     """
     files = write_secrets(tmp_path)
@@ -317,7 +318,7 @@ def test_the_secrets_fit_together(tmp_path: Path) -> None:
 
 
 def test_certificates_say_what_their_holders_may_be(tmp_path: Path) -> None:
-    """A worker's certificate grants only the role of workers; a controller's certificate only the controller's role."""
+    """The certificate of a worker or a controller grants exactly one role."""
     from cryptography import x509
 
     files = write_secrets(tmp_path)
