@@ -294,8 +294,8 @@ def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path
 def test_the_secrets_fit_together(tmp_path: Path) -> None:
     """The certificates of the link cover the names in SRV records.
 
-    The certificate of the client ports covers the names of the Service.
-    A certificate of one authority is not accepted where the other authority is trusted.
+    The certificate of the client ports covers the names of the Service. A certificate of one authority is not accepted
+    where the other authority is trusted.
     """
     files = write_secrets(tmp_path)
     for role in ("worker", "controller"):
