@@ -1,7 +1,8 @@
-"""Print the test files of what was changed: `make test-changed` runs them.
+"""Print the test files to run for the changed files. `make test-changed` runs the printed files.
 
-Changed are the files that differ from BASE (default: HEAD), untracked ones included. A changed test file is its own
-test. For a changed module these are the test files that import it, and those in the folder that mirrors its package.
+A file is changed if the file is untracked or differs from BASE (default: HEAD). For a changed test file, the script
+prints the file itself. For a changed module, the script prints the test files that import the module, and the test
+file of the same name in the folder that mirrors the module's package.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ PACKAGES = ("cluster", "loadtests", "scripts")
 
 
 def module_of(path: str) -> str:
-    """The dotted name of a Python file: `cluster/wire/codec.py` is `cluster.wire.codec`."""
+    """Return the dotted module name of a Python file, e.g. `cluster.wire.codec` for `cluster/wire/codec.py`."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def imported_by(source: str) -> set[str]:
-    """Modules, and names in modules, that a source file imports, as dotted names."""
+    """Return the dotted names of the modules, and of the names in modules, that a source file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -33,7 +34,10 @@ def imported_by(source: str) -> set[str]:
 
 
 def select_tests(changed: Iterable[str], tests: Mapping[str, set[str]]) -> list[str]:
-    """The test files to run for these changed files. `tests`: every test file with what it imports."""
+    """Return the test files to run for the changed files, sorted.
+
+    `tests` has every test file, with the dotted names that the test file imports.
+    """
     picked: set[str] = set()
     for path in changed:
         if path in tests:
@@ -47,7 +51,7 @@ def select_tests(changed: Iterable[str], tests: Mapping[str, set[str]]) -> list[
 
 
 def main() -> None:
-    """Print the test files, one a line."""
+    """Print the test files to run, one per line."""
     base = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
     commands = (["git", "diff", "--name-only", base], ["git", "ls-files", "--others", "--exclude-standard"])
     changed = [

@@ -1,7 +1,7 @@
-"""Keep the chart and the program in step.
+"""Write two files that keep the chart and the program consistent. With `--check`, only compare the files.
 
-`config` in helm/values.schema.json is the schema that `headrace config schema` prints. cluster/cli/chart_values.json
-is the part of helm/values.yaml into which `headrace config check` merges values. `--check` only compares.
+helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`. cluster/cli/chart_values.json
+gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "cli" / "chart_
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The chart's schema with the program's schema inserted as `config`."""
+    """Return the chart's schema, with the program's schema inserted as `config`."""
     config = dict(config)
     definitions = config.pop("$defs", {})
     own = {name: value for name, value in chart["$defs"].items() if not name.startswith("Config.")}
@@ -39,12 +39,15 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def checked_part(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of the chart's values that the program reads: the configuration and the worker groups."""
+    """Return the part of the chart's values that the program reads: the configuration and the worker groups."""
     return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
 
 
 def main(arguments: list[str]) -> int:
-    """Write both files, or with --check compare them. Returns the exit code: 0 if they are up to date."""
+    """Write both files. With --check, only compare the files.
+
+    Returns the exit code: 0 if both files are up to date.
+    """
     before = SCHEMA.read_text()
     after = json.dumps(with_config(json.loads(before), Config.model_json_schema(by_alias=True)), indent=1) + "\n"
     values = json.dumps(checked_part(yaml.safe_load(VALUES.read_text())), indent=1) + "\n"

@@ -1,7 +1,8 @@
-"""Failover demo, run by `make demo-failover`: kill the worker that is generating an answer; the other one resumes it.
+"""Failover demo: kill the worker that is generating an answer. Another worker resumes the answer.
 
-Starts its own local cluster with two workers, asks once undisturbed and once with the kill, and stops the cluster.
-Exit code 0 if both answers are equal and the second was resumed.
+`make demo-failover` runs the demo. The demo starts a local cluster with two workers, sends the same question twice, and
+stops the cluster. The worker is killed during the second answer. The exit code is 0 if both answers are equal and the
+second answer was resumed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ENGINE, REPLICA = "VLLM::EngineCore", "ServeReplica"
 
 
 class CannotShow(Exception):
-    """The demo cannot be shown; the message gives the reason."""
+    """Error: the demo cannot be shown. The message gives the reason."""
 
 
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,7 +54,10 @@ def wait_for_both(run: RunFolder) -> None:
 
 
 def busy_worker(run: RunFolder) -> psutil.Process:
-    """The replica process whose engine uses the most CPU time now. Raises CannotShow if there is none."""
+    """Return the replica process whose engine uses the most CPU time now.
+
+    Raises CannotShow if there is no engine process, or the engine belongs to no replica.
+    """
     processes = [psutil.Process(pid) for pid in reaper.find(run.instance()) if psutil.pid_exists(pid)]
     engines = [process for process in processes if ENGINE in " ".join(process.cmdline())]
     before = {engine.pid: sum(engine.cpu_times()[:2]) for engine in engines}
@@ -68,7 +72,10 @@ def busy_worker(run: RunFolder) -> psutil.Process:
 
 
 def show(run: RunFolder) -> bool:
-    """Ask twice, with the kill during the second answer; whether the answers are equal and the call was resumed."""
+    """Send the question twice, and kill the busy worker during the second answer.
+
+    Returns whether the answers are equal and the second call was resumed.
+    """
     with Client(run.endpoints()["grpc"], timeout_s=120) as client:
         options: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS}
         undisturbed = client.chat("default", QUESTION, **options).text
@@ -97,7 +104,7 @@ def show(run: RunFolder) -> bool:
 
 
 def main() -> int:
-    """Start the cluster, run the demo, stop the cluster; returns the exit code."""
+    """Start the cluster, run the demo and stop the cluster. Returns the exit code."""
     run = RunFolder(NAME)
     up = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(CONFIG), "--detach"], cwd=ROOT, check=False

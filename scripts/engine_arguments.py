@@ -1,7 +1,7 @@
-"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their types and ranges.
+"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM, with types and ranges.
 
-`headrace config check` reads this table, because it may run where vLLM is not installed. `--check` only compares the
-committed table with the installed vLLM. Needs vLLM.
+`headrace config check` reads this table, because the command may run where vLLM is not installed. With `--check`, the
+script only compares the committed table with the installed vLLM. The script needs vLLM.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ TABLE = Path(__file__).resolve().parent.parent / "cluster" / "config" / "vllm_ar
 BOUNDS = ("gt", "ge", "lt", "le")
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 DEPTH = 3
-"""Levels of nested configuration objects whose fields are listed."""
+"""Number of levels of nested configuration objects for which the table lists fields."""
 
 Alternatives = list[dict[str, Any]]
 
 
 def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
-    """The forms that YAML may have for a type hint, one entry per form; None: anything. Types that YAML cannot express
-    are left out."""
+    """Return the forms that a YAML value may have for a type hint, one entry per form. None means any form.
+
+    Types that YAML cannot express are left out.
+    """
     if hint is Any or isinstance(hint, typing.ForwardRef | str):
         return None
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -64,7 +66,7 @@ def _unique(forms: Alternatives) -> Alternatives:
 
 
 def argument_row(hint: Any, default: Any, bounds: Mapping[str, float], depth: int) -> dict[str, Any]:
-    """Build the table row of one argument: its forms and its range."""
+    """Build the table row of one argument, with the forms and the range of the argument's value."""
     forms = alternatives(hint, depth)
     row: dict[str, Any] = {}
     if forms is not None:
@@ -75,7 +77,7 @@ def argument_row(hint: Any, default: Any, bounds: Mapping[str, float], depth: in
 
 
 def fields_of(config: type, depth: int = DEPTH) -> dict[str, Any]:
-    """The table rows of a vLLM configuration class, by field name."""
+    """Return the table rows for the fields of a vLLM configuration class, by field name."""
     hints = hints_of(config)
     rows = {}
     for field in dataclasses.fields(config):
@@ -85,7 +87,7 @@ def fields_of(config: type, depth: int = DEPTH) -> dict[str, Any]:
 
 
 def hints_of(config: type) -> dict[str, Any]:
-    """The types of a class's fields; Any for a type that vLLM imports only for the type checker."""
+    """Return the types of a class's fields. A type that vLLM imports only for the type checker becomes Any."""
     try:
         return typing.get_type_hints(config, include_extras=True)
     except NameError:
@@ -93,7 +95,7 @@ def hints_of(config: type) -> dict[str, Any]:
 
 
 def bounds_of(config: type, name: str) -> dict[str, float]:
-    """The range that pydantic enforces for a field."""
+    """Return the range that pydantic enforces for a field."""
     field = getattr(config, "__pydantic_fields__", {}).get(name)
     bounds: dict[str, float] = {}
     for mark in getattr(field, "metadata", ()):
@@ -102,7 +104,7 @@ def bounds_of(config: type, name: str) -> dict[str, float]:
 
 
 def configurations() -> list[type]:
-    """All configuration classes of vllm.config, sorted by name."""
+    """Return all configuration classes of vllm.config, sorted by name."""
     import vllm.config
 
     classes: dict[str, type] = {}
@@ -139,7 +141,10 @@ def table() -> dict[str, Any]:
 
 
 def _refine(rows: dict[str, Any]) -> None:
-    """Narrow rows whose vLLM type hint is wider than what vLLM accepts: take the values from a registry or a class."""
+    """Narrow the rows of arguments for which vLLM accepts fewer values than the type hint allows.
+
+    The accepted values are taken from a registry or a class of vLLM.
+    """
     from vllm.config import OffloadConfig, SpeculativeConfig
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.transformers_utils.config import ConfigFormat
@@ -153,13 +158,13 @@ def _refine(rows: dict[str, Any]) -> None:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """The table as JSON with one argument per line, so that a diff shows what changed in vLLM."""
+    """Return the table as JSON, with one argument per line, so that a diff shows what changed in vLLM."""
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(content["arguments"].items()))
     return f'{{\n "vllm": {json.dumps(content["vllm"])},\n "arguments": {{\n{rows}\n }}\n}}\n'
 
 
 def main(arguments: list[str]) -> int:
-    """Write the table, or with --check compare it. Returns the exit code: 0 if it is up to date."""
+    """Write the table. With --check, only compare the table. Returns the exit code: 0 if the table is up to date."""
     text = to_json(table())
     if "--check" in arguments:
         same = TABLE.exists() and TABLE.read_text() == text

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prints the Python to create the environment with: $PYTHON if set, else the first of 3.11 ... 3.14 that has venv.
-# 3.11 comes first because the pinned set is tested most with it.
+# Prints the Python with which to create the environment: $PYTHON if set, else the first of 3.11 ... 3.14 that has venv.
+# Python 3.11 comes first, because the pinned packages are tested most with Python 3.11.
 seen=""
 for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
   # tries every match on PATH: the first may be a version manager's shim without an installed version

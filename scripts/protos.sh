@@ -1,5 +1,5 @@
 #!/bin/bash
-# Regenerates the Python code of protos/ in place; with --check only compares it.
+# Regenerates the Python code for protos/ in place. With --check, the script only compares the code.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

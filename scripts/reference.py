@@ -1,4 +1,7 @@
-"""Write docs/reference/ from the code of configuration, metrics, errors and commands. `--check` only compares."""
+"""Write the pages in docs/reference/ from the code of configuration, metrics, errors and commands.
+
+With `--check`, the script only compares the pages with the code.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def attribute_docstrings(owner: type) -> dict[str, str]:
-    """The string below each attribute in the body of a class and of its bases, by attribute name."""
+    """Return the string below each attribute in the body of a class and of the base classes, by attribute name."""
     found: dict[str, str] = {}
     for base in (base for base in reversed(owner.__mro__) if base.__module__.startswith("cluster.")):
         body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(base)).body[0]).body
@@ -43,31 +46,31 @@ def attribute_docstrings(owner: type) -> dict[str, str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table with a head row and further rows."""
     escaped = ([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *escaped))
 
 
 def wrapped(text: str) -> str:
-    """A paragraph in lines of at most 120 characters."""
+    """Return a text as one paragraph with lines of at most 120 characters."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 def page(title: str, introduction: str, source: str, *parts: str) -> str:
-    """A page: its title, its introduction, the code that it is written from, and its parts."""
+    """Return the Markdown text of a page: title, introduction, a line that names the source code, and the parts."""
     origin = f"`{COMMAND}` writes this page from `{source}`."
     return "\n\n".join((f"# {title}", wrapped(introduction), origin, *parts)) + "\n"
 
 
 def section_in(hint: Any) -> type[BaseModel] | None:
-    """The configuration section in a type hint, None if there is none."""
+    """Return the class of the configuration section in a type hint, or None if the hint has no section."""
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         return hint
     return next(filter(None, map(section_in, typing.get_args(hint))), None)
 
 
 def type_name(hint: Any) -> str:
-    """A type hint in words of YAML. An optional value has the type of the value."""
+    """Describe a type hint in terms of YAML. `None` in the hint of an optional value is left out."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return type_name(arguments[0])
@@ -81,7 +84,7 @@ def type_name(hint: Any) -> str:
 
 
 def constraints(hint: Any, metadata: Iterable[Any]) -> Iterator[Any]:
-    """Every constraint of a value, and of the values in it if it is a list or map."""
+    """Yield every constraint of a value. For a list or a map, also yield the constraints of the contained values."""
     for item in metadata:
         yield from constraints(None, item.metadata) if isinstance(item, FieldInfo) else (item,)
     for argument in typing.get_args(hint):
@@ -89,7 +92,7 @@ def constraints(hint: Any, metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def allowed_range(field: FieldInfo) -> str:
-    """The allowed range of a configuration key."""
+    """Describe the allowed range of a configuration key. The text is empty if there is no range."""
     every = [*constraints(field.annotation, field.metadata)]
     found = {name: getattr(item, name) for name in BOUNDS for item in every if getattr(item, name, None) is not None}
     if found.keys() == {"ge", "le"}:
@@ -98,7 +101,10 @@ def allowed_range(field: FieldInfo) -> str:
 
 
 def default_value(field: FieldInfo) -> str:
-    """The default of a configuration key in YAML; empty for a section, whose keys have defaults."""
+    """Return the default value of a configuration key as YAML.
+
+    The text is empty for a section, because the keys of a section have their own defaults.
+    """
     value = None if field.is_required() else field.get_default(call_default_factory=True)
     if value is None or isinstance(value, BaseModel):
         return "required" if field.is_required() else "none" if value is None else ""
@@ -106,7 +112,10 @@ def default_value(field: FieldInfo) -> str:
 
 
 def keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, ...]]:
-    """The rows of a section's keys and of the sections in it. A tenant's rows are without those of tenant_defaults."""
+    """Yield a row for each key of a section and of the sections inside the section.
+
+    For the section of a tenant, the keys of tenant_defaults are left out.
+    """
     descriptions = attribute_docstrings(section)
     for name, field in section.model_fields.items():
         if section is Tenant and name in TenantDefaults.model_fields:
@@ -119,7 +128,7 @@ def keys(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, ...]]:
 
 
 def configuration() -> str:
-    """The page of the configuration keys."""
+    """Return the page about the configuration keys."""
     head, groups = ("key", "type", "default", "range", "description"), dict[str, list[Sequence[str]]]()
     for key, kind, *rest in sorted(keys(Config)):
         top = key.split(".")[0].removesuffix("[]") if "." in key or "section" in kind else "Top level"
@@ -134,7 +143,7 @@ def configuration() -> str:
 
 
 def metrics() -> str:
-    """The page of the metrics."""
+    """Return the page about the metrics."""
     names = sorted(DEFINITIONS.items())
     rows = [(f"`headrace_{name}`", m.kind, ", ".join(f"`{label}`" for label in m.labels), m.help) for name, m in names]
     introduction = (
@@ -146,7 +155,7 @@ def metrics() -> str:
 
 
 def errors() -> str:
-    """The page of the errors."""
+    """Return the page about the errors."""
     descriptions, rows = attribute_docstrings(Outcome), []
     for outcome in sorted(set(Outcome) - {Outcome.OK}, key=lambda outcome: outcome.name):
         status, (meaning, _, remedy) = OUTCOME_STATUS[outcome], descriptions[outcome.name].partition(". ")
@@ -161,7 +170,7 @@ def errors() -> str:
 
 
 def commands(command: Any, path: str) -> Iterator[str]:
-    """A command's part of the page, and those of its subcommands."""
+    """Yield the part of the page about a command, and the parts about the command's subcommands."""
     context = command.make_context(path, [], resilient_parsing=True)
     records = [record for parameter in command.params if (record := parameter.get_help_record(context))]
     options = sorted((r for r in records if r[0].startswith("-")), key=lambda record: record[0].lstrip("-"))
@@ -174,7 +183,7 @@ def commands(command: Any, path: str) -> Iterator[str]:
 
 
 def cli() -> str:
-    """The page of the commands."""
+    """Return the page about the commands."""
     introduction = f"Every command with its options, for operators; `--help` prints the same. {app.info.epilog}"
     return page("Commands", introduction, "cluster/cli", *commands(typer.main.get_command(app), "headrace"))
 
@@ -183,7 +192,7 @@ PAGES = {"cli": cli, "configuration": configuration, "errors": errors, "metrics"
 
 
 def main(arguments: Sequence[str], folder: Path = FOLDER) -> int:
-    """Write the pages, or with --check compare them. Returns the exit code: 0 if they are up to date."""
+    """Write the pages. With --check, only compare the pages. Returns the exit code: 0 if all pages are up to date."""
     texts = {folder / f"{name}.md": write() for name, write in PAGES.items()}
     stale = [file for file, text in texts.items() if not file.exists() or file.read_text() != text]
     for file in stale:

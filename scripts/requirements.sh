@@ -1,8 +1,8 @@
 #!/bin/bash
-# Recompiles the pinned files, each pin with the hashes of its files. Existing pins stay unless --upgrade is given.
+# Recompiles the pinned files. Each pin has the hashes of the package's files. Pins stay unless --upgrade is given.
 # cpu.txt: engine, tools and demo model, without CUDA builds (requirements/never.txt lists what is left out and why).
-# torch.txt: torch's CPU build; separate because it comes from its own index and has its own hashes.
-# peers.txt: the servers that the load tests compare ours with.
+# torch.txt: torch's CPU build, in a separate file because the build comes from another index and has other hashes.
+# peers.txt: the servers with which the load tests compare Headrace.
 # base.txt: dependencies of the gateway, the client and the command line, at the same versions.
 # ray.txt: additional dependencies of the controller.
 # tools.txt: the installers that `make setup` uses. build.txt: the build requirements of our own package.

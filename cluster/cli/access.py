@@ -1,7 +1,8 @@
 """Access of a command to an admin port: address, credential and trusted certificate.
 
-For a local cluster none of the three has to be given. The configuration lies in the run folder; a user who may read
-the cluster secret is an operator; and the port is on this host, so it must present the certificate on disk.
+For a local cluster, the user has to give none of the three. The address is in the run folder. The credential is made
+from the cluster secret: a user who may read the cluster secret is an operator. The trusted certificate is the
+certificate on disk, because the admin port is on the same host.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from cluster.config.schema import Config, ConfigError, load, secret_files
 class Access:
     """Address, credential and TLS settings of an admin port.
 
-    `roots`: PEM certificates that are trusted; None means plain text. `name`: the expected name in the certificate.
+    `roots` has the trusted certificates in PEM format; None means a connection without TLS. `name` is the name that
+    the certificate must have.
     """
 
     address: str
@@ -30,7 +32,7 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The gRPC metadata sent with each call."""
+        """The gRPC metadata that is sent with each call."""
         return (("authorization", f"Bearer {self.key}"),) if self.key else ()
 
     def channel(self) -> grpc.Channel:
@@ -44,14 +46,14 @@ class Access:
 
 
 def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
-    """Resolve a command's options. An unreadable file ends the command with exit code 2."""
+    """Return the access that a command's options select. An unreadable file ends the command with exit code 2."""
     address = admin_endpoint(endpoint, admin)
     run = local_run()
     local = Access(address)
     if run is not None and run.endpoints().get("admin") == address:
         try:
             local = local_access(address, load(run.config_file))
-        except ConfigError:  # the file is from another release, or gone
+        except ConfigError:  # the file is from another release, or does not exist any more
             local = Access(address)
     key = (api_key(api_key_file) if api_key_file else local.key) or api_key(None)
     if tls_ca is None:
@@ -63,7 +65,10 @@ def admin_access(endpoint: str | None, admin: str | None, api_key_file: Path | N
 
 
 def local_access(address: str, config: Config) -> Access:
-    """Access to a gateway on this host with this configuration; parts that this user may not read are left out."""
+    """Return the access to a gateway on this host with this configuration.
+
+    The credential and the certificate are left out if the user may not read their files.
+    """
     from cluster.gateway.auth.tls import first_dns_name
 
     tls = config.gateway.tls

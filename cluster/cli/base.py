@@ -22,7 +22,7 @@ FileOption = Annotated[
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Print an error to standard error and exit with a code."""
+    """Print an error to standard error and exit with the exit code `code`."""
     typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {safe(message)}", err=True)
     raise typer.Exit(code)
 
@@ -33,7 +33,7 @@ def warn(message: str) -> None:
 
 
 def read_config(file: Path) -> Config:
-    """Load and check the configuration; an invalid one ends the command with exit code 2."""
+    """Load and check a configuration file. An invalid configuration ends the command with exit code 2."""
     try:
         return load(file)
     except ConfigError as error:
@@ -41,7 +41,7 @@ def read_config(file: Path) -> Config:
 
 
 def read_leniently(file: Path, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
-    """Load the configuration but tolerate invalid models; any other error ends the process with exit code 2."""
+    """Load a configuration file and tolerate invalid models. Any other error ends the process with exit code 2."""
     try:
         return lenient(file)
     except ConfigError as error:
@@ -49,16 +49,16 @@ def read_leniently(file: Path, lenient: Callable[[Path], PartialConfig]) -> Part
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Replace a file atomically: write a temporary file beside it, then rename.
+    """Replace a file atomically: write a temporary file in the same folder, then rename the temporary file.
 
-    Not durable across a power cut; ledger/files.py syncs to disk.
+    The new file may be lost in a power cut. The functions of ledger/files.py also sync the file to disk.
     """
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "w") as target:
             target.write(text)
         Path(scratch).replace(file)
-    except BaseException:  # no temporary file stays behind, whatever interrupts
+    except BaseException:  # also on KeyboardInterrupt: remove the temporary file
         with contextlib.suppress(OSError):
             Path(scratch).unlink()
         raise

@@ -1,4 +1,4 @@
-"""Create keys and certificates as files: a certificate authority and the certificates it issues."""
+"""Create keys and certificates as files: a certificate authority, and certificates that the authority issues."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cluster.policy.tenants.revocation_list import Revocation
 
 ISSUED = "issued"
-"""The file in an authority's folder that lists the certificates it issued, in the format of a revocation list."""
+"""Name of the file in an authority's folder that lists all issued certificates, in the format of a revocation list."""
 CLOCK_SKEW = datetime.timedelta(minutes=5)
-"""Clock skew allowed for: another machine's clock may be this far behind."""
+"""Tolerated clock skew: the clock of another machine may be behind by this time."""
 
 
 def make_authority(cert_file: Path, key_file: Path, days: int, subject: str = "headrace link authority") -> None:
-    """Create an authority: a key and its self-signed certificate."""
+    """Create a certificate authority: a key, and a self-signed certificate for the key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(subject)
     builder = (
@@ -36,7 +36,7 @@ def make_authority(cert_file: Path, key_file: Path, days: int, subject: str = "h
 
 
 def issue_server(folder: Path, name: str, hosts: Sequence[str], days: int) -> tuple[Path, Path]:
-    """Issue a server certificate for these host names and IP addresses. Returns the certificate and key files.
+    """Issue a server certificate for host names and IP addresses. Returns the certificate file and the key file.
 
     Raises ValueError if the folder has no authority.
     """
@@ -44,9 +44,9 @@ def issue_server(folder: Path, name: str, hosts: Sequence[str], days: int) -> tu
 
 
 def issue_client(folder: Path, name: str, uris: Sequence[str], days: int) -> tuple[Path, Path]:
-    """Issue a client certificate; the URIs name the roles it grants. Returns the certificate and key files.
+    """Issue a client certificate. Returns the certificate file and the key file.
 
-    Raises ValueError if the folder has no authority.
+    `uris` names the roles that the certificate grants. Raises ValueError if the folder has no authority.
     """
     names = [x509.UniformResourceIdentifier(uri) for uri in uris]
     return _issue(folder, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, days)
@@ -80,13 +80,13 @@ def _issue(
 
 
 def revocation_of(certificate: x509.Certificate, note: str = "") -> Revocation:
-    """The revocation list entry that revokes a certificate."""
+    """Return the entry of a revocation list that revokes a certificate."""
     full_note = f"{note}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}".removeprefix(", ")
     return Revocation(certificate.serial_number, certificate.issuer.rfc4514_string(), full_note)
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Load a folder's authority: certificate and key. Raises ValueError if there is none."""
+    """Load the certificate and the key of a folder's authority. Raises ValueError if the folder has no authority."""
     try:
         certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
         key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
@@ -134,7 +134,7 @@ def _public_pem(certificate: x509.Certificate) -> bytes:
 
 
 def _write(file: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file atomically; its mode is set at creation, so a key is never readable by other users."""
+    """Replace a file atomically. The new file is created with its final mode, so other users can never read a key."""
     draft = file.with_name(f"{file.name}.new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:

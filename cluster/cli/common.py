@@ -1,4 +1,4 @@
-"""Helpers shared by the commands: options, finding the cluster, and turning errors into one line and an exit code."""
+"""Helpers shared by the commands: options, the cluster's addresses, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
 
 class SafeConsole(Console):
-    """A rich console that escapes control characters in every text, including table cells, before layout."""
+    """A rich console. Control characters in texts and table cells are escaped before the layout is computed."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Escape the text, then let rich style it."""
+        """Escape a text, then let rich style the escaped text."""
         return super().render_str(safe(text), **options)
 
 
-# Rich cuts tables to the terminal's width; without a terminal it would assume 80 columns.
+# Rich cuts tables to the terminal's width. Without a terminal, Rich would assume a width of 80 columns.
 out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = SafeConsole(highlight=False, soft_wrap=True, stderr=True)
 
@@ -76,13 +76,16 @@ def print_json(value: Any) -> None:
 
 
 def local_run() -> RunFolder | None:
-    """The local cluster, if exactly one is up."""
+    """Return the run folder of the local cluster if exactly one local cluster is up, else None."""
     running = RunFolder.running()
     return running[0] if len(running) == 1 else None
 
 
 def grpc_endpoint(given: str | None) -> str:
-    """The gRPC endpoint for callers: the given one, else that of the only local cluster, else the default."""
+    """Return the gRPC endpoint for callers.
+
+    The order of preference is: the given endpoint, the endpoint of the only local cluster, the default endpoint.
+    """
     if given:
         return given
     run = local_run()
@@ -90,7 +93,10 @@ def grpc_endpoint(given: str | None) -> str:
 
 
 def admin_endpoint(endpoint: str | None, given: str | None) -> str:
-    """The admin address: the given one, else the local cluster's, else port 50053 on the endpoint's host."""
+    """Return the admin address.
+
+    The order of preference is: the given address, the local cluster's address, port 50053 on the endpoint's host.
+    """
     if given:
         return given
     run = local_run()
@@ -103,14 +109,18 @@ def admin_endpoint(endpoint: str | None, given: str | None) -> str:
 
 
 def _is_same_address(first: str, second: str) -> bool:
-    """Whether two host:port addresses are the same; all names of the loopback interface count as one host."""
+    """Return whether two host:port addresses are equal. All names of the loopback interface count as one host."""
     hosts = [address.rpartition(":")[0] for address in (first, second)]
     ports = [address.rpartition(":")[2] for address in (first, second)]
     return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (first, second)))
 
 
 def api_key(file: Path | None) -> str:
-    """The API key for a command's calls: from the file, else from HEADRACE_API_KEY, else empty."""
+    """Return the API key for a command's calls.
+
+    The key is read from the file. Without a file, the environment variable HEADRACE_API_KEY has the key, or the result
+    is empty.
+    """
     if file is None:
         return os.environ.get("HEADRACE_API_KEY", "")
     try:
@@ -122,7 +132,7 @@ def api_key(file: Path | None) -> str:
 def make_client(
     endpoint: str | None, api_key_file: Path | None, tls_ca: Path | None, timeout_s: float | None = None
 ) -> Client:
-    """Create the SDK client for a command's options."""
+    """Create an SDK client from a command's options."""
     try:
         return Client(grpc_endpoint(endpoint), api_key=api_key(api_key_file), tls_ca_file=tls_ca, timeout_s=timeout_s)
     except (ValueError, OSError) as error:
@@ -130,7 +140,7 @@ def make_client(
 
 
 def _how_to_reach() -> str:
-    """A hint for the error message when no gateway answers."""
+    """Return a hint for the error message when no gateway answers."""
     running = [run.path.name for run in RunFolder.running()]
     if len(running) > 1:
         names = ", ".join(running)
@@ -141,7 +151,10 @@ def _how_to_reach() -> str:
 
 @contextlib.contextmanager
 def rpc_errors(endpoint: str) -> Iterator[None]:
-    """Turn a failed RPC into a one-line error. Exit code 3: unreachable; 2: invalid value; else 1."""
+    """Turn a failed RPC into a one-line error.
+
+    The exit code is 3 if the gateway is unreachable or cannot reach its store, 2 for an invalid value, and 1 otherwise.
+    """
     try:
         try:
             yield

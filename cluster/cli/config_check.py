@@ -1,7 +1,7 @@
-"""The checks of `headrace config check`: errors that a process would refuse, and warnings of likely mistakes.
+"""The checks of `headrace config check`. Errors are settings that a process would refuse; warnings are likely mistakes.
 
-Rules that need only the file are in cluster/config/schema.py. The rules here need more: a model folder on this
-machine, files that the configuration names, or facts that hold only for pods or are only in a chart's values.
+Rules that need only the file are in cluster/config/schema.py. The rules in this module also need a model folder on
+this machine, the files that the configuration names, the restrictions of pods, or the values of a chart.
 """
 
 from __future__ import annotations
@@ -25,18 +25,25 @@ DEMO_SHAPE = {
     "num_hidden_layers": 30,
     "max_position_embeddings": 8192,
 }
-"""Excerpt of demo://smollm2's config.json."""
+"""Excerpt from the config.json of the model demo://smollm2."""
 MIN_BATCHED_TOKENS = 2048
-"""The smallest default of vLLM's max_num_batched_tokens on any hardware."""
+"""Smallest default value of vLLM's max_num_batched_tokens on any hardware, in tokens."""
 _POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
-"""Sections that the pod rules read. If one has errors, its bad keys are replaced by defaults, and the pod rules are
-skipped: they would complain about values that are not in the file."""
+"""Sections of the configuration that the pod rules read.
+
+If a section has errors, the section's invalid keys are replaced by defaults. The pod rules are skipped then, because
+the pod rules would complain about values that are not in the file.
+"""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFinding:
-    """An error or a warning: the path of the key, the message with the remedy, the line in the file (0: none)."""
+    """An error or a warning about a key of the configuration.
+
+    `path` is the path of the key. `message` includes the remedy. `line` is the line in the file, or 0 if the key is
+    not in the file.
+    """
 
     path: str
     message: str
@@ -49,7 +56,7 @@ class ConfigFinding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The findings for one file. `config` is None if there are errors."""
+    """The findings for one file. `config` is the configuration, or None if there are errors."""
 
     name: str
     config: Config | None = None
@@ -57,7 +64,7 @@ class Report:
     warnings: tuple[ConfigFinding, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The report as printed by --json; the keys are the same with and without errors."""
+        """Return the report as --json prints the report. The keys are the same with and without errors."""
 
         def plain(findings: tuple[ConfigFinding, ...]) -> list[dict[str, Any]]:
             return [{"path": finding.path, "message": finding.message, "line": finding.line} for finding in findings]
@@ -74,8 +81,8 @@ class Report:
 def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Report:
     """Check the text of a cluster.yaml, of a chart's values or of a ConfigMap.
 
-    `pod`: apply the rules for pods; values and ConfigMaps always get them. `files`: files that the configuration
-    names must exist on this machine.
+    With `pod`, the rules for pods are applied. To values and ConfigMaps, the rules for pods are always applied. With
+    `files`, all files that the configuration names must exist on this machine.
     """
     try:
         given = read_input(text)
@@ -101,7 +108,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
-    """Whether the problem's model already has schema errors; further problems of it would be misleading."""
+    """Return whether the problem's model already has schema errors. Further problems of that model would mislead."""
     return any(other.path[:2] == problem.path[:2] or other.path == ("models",) for other in wrong)
 
 
@@ -115,7 +122,7 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
-    """Yield errors for which a replica would not start: its source, or its degrees of parallelism."""
+    """Yield errors in a model's source or degrees of parallelism that would keep a replica from starting."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)
@@ -163,7 +170,7 @@ def _folder_problems(path: tuple[str | int, ...], model: Model, config: Config) 
 
 
 def checkpoint_config(source: str) -> Mapping[str, Any]:
-    """Read a checkpoint's config.json; empty if it is not on this machine."""
+    """Read a checkpoint's config.json. The result is empty if the checkpoint is not on this machine."""
     if source.startswith("demo://"):
         return DEMO_SHAPE
     if "://" in source:
@@ -179,9 +186,10 @@ def checkpoint_config(source: str) -> Mapping[str, Any]:
 
 
 def parallelism_problem(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Check the degrees of parallelism against a checkpoint's config.json.
+    """Check a model's degrees of parallelism against the checkpoint's config.json.
 
-    Returns the key that does not fit and the message; None if all fit or the checkpoint is unknown.
+    Returns the key with an invalid degree and a message, or None. The result is also None if the checkpoint is
+    unknown.
     """
     if text := _heads_problem(spec.tensor_parallel_size, shape):
         return "tensor_parallel_size", text
@@ -195,7 +203,7 @@ def parallelism_problem(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str,
 
 
 def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
-    """The message if the attention heads cannot be divided among this number of ranks; else ""."""
+    """Return a message if the attention heads cannot be divided among `ranks` ranks, else ""."""
     heads, kv_heads = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     if isinstance(heads, int) and heads > 0 and heads % ranks:
         divisors = ", ".join(str(n) for n in range(1, 65) if not heads % n)
@@ -212,7 +220,7 @@ def _heads_problem(ranks: int, shape: Mapping[str, Any]) -> str:
 
 
 def _pod_problems(config: Config) -> Iterator[Problem]:
-    """Yield settings for which the processes of a pod would not start."""
+    """Yield a problem for each setting that would keep the processes of a pod from starting."""
     from cluster.cli.commands.pod import controller_problems, gateway_problems
 
     if config.gateway.processes != 1:
@@ -223,7 +231,7 @@ def _pod_problems(config: Config) -> Iterator[Problem]:
 
 
 def _file_problems(config: Config) -> Iterator[Problem]:
-    """Yield files that the configuration names and that are missing or invalid."""
+    """Yield a problem for each file that the configuration names and that is missing or invalid."""
     from cluster.cli.commands.pod import controller_problems, gateway_problems, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
@@ -254,7 +262,7 @@ def _file_problems(config: Config) -> Iterator[Problem]:
 
 
 def _warnings(config: Config) -> Iterator[Problem]:
-    """Yield likely mistakes, which no process refuses."""
+    """Yield a problem for each likely mistake. No process refuses a configuration with likely mistakes."""
     names = [name for model in config.models for name in (model.name, *model.aliases)]
     if config.auth is not None and names:
         yield from _unknown_models(config, names)
@@ -269,7 +277,11 @@ def _warnings(config: Config) -> Iterator[Problem]:
 
 
 def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
-    """Warn of tenants whose `models` match no model: their callers get MODEL_NOT_FOUND."""
+    """Yield a warning for each pattern that matches no model. The patterns are in `models` of a tenant.
+
+    The callers of such a tenant get MODEL_NOT_FOUND. If no pattern in `models` of tenant_defaults matches a model, a
+    warning is yielded too.
+    """
     from_defaults = False
     for at, tenant in enumerate(config.tenants):
         if "models" not in tenant.model_fields_set:
@@ -298,7 +310,10 @@ def _matches(pattern: str, names: list[str]) -> bool:
 
 
 def _length_problem(model: Model, shape: Mapping[str, Any]) -> str:
-    """The message if vLLM by default refuses an entry's max_model_len; "" if it accepts it or that is unknown."""
+    """Return a message if vLLM by default refuses the max_model_len of an entry.
+
+    The result is "" if vLLM accepts the length, or if the model's number of positions is unknown.
+    """
     positions, length = shape.get("max_position_embeddings"), model.max_model_len
     rope = shape.get("rope_parameters")
     scaled = shape.get("rope_scaling") or (isinstance(rope, dict) and rope.get("rope_type", "default") != "default")

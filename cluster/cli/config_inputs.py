@@ -1,7 +1,8 @@
 """Read the input of `headrace config check`: a cluster.yaml, values of the chart, or a ConfigMap with a cluster.yaml.
 
-Values are merged over the chart's defaults as Helm does: mappings are merged, everything else is replaced, and null
-removes a key. chart_values.json is a part of the chart's values.yaml; scripts/chart_schema.py keeps the two equal.
+The chart's values are merged over the chart's default values in the same way as in Helm: mappings are merged,
+everything else is replaced, and null removes a key. chart_values.json is a copy of a part of the chart's values.yaml.
+scripts/chart_schema.py keeps the copy up to date.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ CHART_VALUES = Path(__file__).parent / "chart_values.json"
 _CLUSTER_KEYS = frozenset({"api_version", "name", "models"})
 """Keys of a cluster.yaml that never occur at the top level of the chart's values."""
 _HELM_HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
-"""Keys that the first line of `helm get values` adds."""
+"""Headings in the first line that `helm get values` prints. YAML reads a heading as a key."""
 
 
 class NoConfiguration(Exception):
-    """The text contains no configuration, for the given reasons."""
+    """Error: the text contains no configuration. `reasons` has the reasons."""
 
     def __init__(self, *reasons: str) -> None:
         super().__init__("; ".join(reasons))
@@ -35,9 +36,10 @@ class NoConfiguration(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A configuration and its position in the input.
+    """A configuration and the position of the configuration in the input.
 
-    `prefix` goes before each path in messages; `values` are the chart's complete values if it came from values.
+    `prefix` is put before each path in messages. If the input has the chart's values, `values` has the values merged
+    over the chart's defaults.
     """
 
     document: Document
@@ -46,17 +48,17 @@ class Input:
     for_pods: bool = False
     problems: tuple[Problem, ...] = ()
     lines: Document | None = None
-    """The document that gives line numbers, if it is not `document`."""
+    """The document from which line numbers are taken. None means that line numbers are taken from `document`."""
 
     def line_of(self, path: KeyPath) -> int:
-        """The line of a configuration path; 0 if it is not in the text."""
+        """Return the line of a configuration path, or 0 if the path is not in the text."""
         if self.lines is None:
             return self.document.line_of(path)
         return self.lines.line_of(("config", *path)) if path else 0
 
 
 def read_input(text: str) -> Input:
-    """Detect the kind of input and read its configuration. Raises NoConfiguration."""
+    """Detect the kind of an input and read the configuration in the input. Raises NoConfiguration."""
     try:
         documents = [document for document in read_documents(text) if document.data is not None]
         for document in documents:
@@ -83,7 +85,7 @@ def _require_mapping(document: Document) -> Document:
 
 
 def _cluster_yaml_in(data: Any) -> str | None:
-    """The cluster.yaml text in a ConfigMap or Secret manifest; None if the data is no such manifest."""
+    """Return the text of the cluster.yaml in a ConfigMap or Secret. Returns None for any other data."""
     if not isinstance(data, dict) or data.get("kind") not in ("ConfigMap", "Secret"):
         return None
     for holder in ("data", "stringData"):
@@ -112,7 +114,7 @@ def _read_values(document: Document) -> Input:
 
 
 def merge_values(under: Any, over: Any) -> Any:
-    """Merge `over` into `under` as Helm merges values."""
+    """Merge `over` into `under` in the same way as Helm merges values."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     merged = {key: merge_values(under[key], over[key]) if key in over else value for key, value in under.items()}
@@ -124,14 +126,17 @@ def merge_values(under: Any, over: Any) -> Any:
 
 
 def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Report models whose `replicas.min` replicas do not fit into the worker groups of their Ray cluster."""
+    """Yield a problem for each model with more minimum replicas than fit into the worker groups.
+
+    The minimum is `replicas.min`, and the worker groups are the groups of the model's Ray cluster.
+    """
     clusters = {cluster.get("name"): cluster for cluster in _list(values, "ray", "clusters")}
     for at, model in enumerate(config.models):
         choices = []
         for spec in model.model_copy(update={"canary": None}).specs():
             cluster = clusters.get(spec.ray or (config.ray[0].name if config.ray else ""))
             if cluster is None or spec.source.startswith("sim://"):
-                break  # nothing is known of a Ray cluster outside this release
+                break  # nothing is known about a Ray cluster outside this release
             choices.append((spec, [group for group in _list(cluster, "workerGroups") if isinstance(group, dict)]))
         else:
             reasons = [worker_group_shortage(spec, groups) for spec, groups in choices]
@@ -140,7 +145,7 @@ def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator
 
 
 def worker_group_shortage(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) -> str:
-    """The message if these worker groups cannot hold a model's minimum of replicas; "" if they can."""
+    """Return a message if the worker groups cannot hold a model's minimum number of replicas, else ""."""
     from cluster.policy.catalog.placement import may_spread, world_size
 
     matching = [group for group in groups if not spec.gpu or group.get("gpuType") == spec.gpu]

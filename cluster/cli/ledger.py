@@ -1,7 +1,8 @@
-"""Helpers of the tenant commands: open the ledger, turn its errors into exit codes, print rows.
+"""Helpers of the tenant commands: open the ledger, turn ledger errors into exit codes, print rows.
 
-The database is taken from --database-url, else from store.database_url of the -f file, else from the local cluster
-that is up, else it is the local SQLite file in the cache folder.
+The database is selected by --database-url. Without this option, store.database_url of the -f file selects the
+database. Without a file, the local cluster that is up selects the database. Otherwise the database is the local SQLite
+file in the cache folder.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for th
 class Settings:
     """The settings that a ledger command reads from the configuration.
 
-    `made_here`: the database is the local one or a configured SQLite file. The first command that needs it creates
-    it, as `headrace up` would.
+    If `made_here`, the database is the local SQLite file or a configured SQLite file. The first command that needs
+    such a database creates the database, as `headrace up` does.
     """
 
     database_url: str
@@ -64,19 +65,20 @@ class Settings:
 
     @property
     def rates(self) -> Prices | None:
-        """Prices from the file's `cost` section; None without one."""
+        """Prices from the file's `cost` section, or None if the file has no such section."""
         return Prices(self.cost.currency, dict(self.cost.gpu_hour)) if self.cost else None
 
 
 def local_pepper() -> Path:
-    """The pepper file of local clusters; the only pepper file that is created if missing."""
+    """Return the path of the pepper file of local clusters. No other pepper file is created if the file is missing."""
     return cache_dir() / "key-pepper"
 
 
 def read_settings(file: Path | None, database_url: str | None, pepper_file: Path | None = None) -> Settings:
-    """Read the ledger settings from the options and the file; without both, from the local cluster that is up.
+    """Read the ledger settings from the options and the file.
 
-    Invalid settings end the command with exit code 2.
+    Without a file and a database URL, the settings of the local cluster that is up are read. Invalid settings end the
+    command with exit code 2.
     """
     data: Any = {}
     if file is None and database_url is None and (run := local_run()) is not None and run.config_file.exists():
@@ -109,7 +111,10 @@ def _section(kind: type[Section], data: Mapping[str, Any], name: str, file: Path
 
 @contextlib.contextmanager
 def ledger_errors() -> Iterator[None]:
-    """Turn a ledger error into a one-line error. Exit code 3: database unreachable; 2: invalid value; else 1."""
+    """Turn a ledger error into a one-line error.
+
+    The exit code is 3 if the database is unreachable, 2 for an invalid value, and 1 otherwise.
+    """
     from cluster.ledger.errors import LedgerError, StoreUnavailable
 
     try:
@@ -126,9 +131,10 @@ def ledger_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_ledger(settings: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
-    """Open the ledger. A database with `made_here` is created at first use; others must have been upgraded.
+    """Open the ledger.
 
-    `keys`: also read the peppers. `check`: require a usable schema.
+    If `made_here` is set, a missing database is created. Any other database must have been upgraded before. With
+    `keys`, the peppers are read too. With `check`, the database's schema must be usable.
     """
     from cluster.ledger import files
     from cluster.ledger.database import migrate
@@ -152,7 +158,7 @@ def open_ledger(settings: Settings, *, keys: bool = False, check: bool = True) -
 
 
 def split_pair(text: str, option: str) -> tuple[str, str]:
-    """Split an option's name=value. Any other form ends the command with exit code 2."""
+    """Split an option's value of the form name=value. A value of another form ends the command with exit code 2."""
     name, sign, value = text.partition("=")
     if not sign or not name:
         fail(f"{option} {text}: expected name=value", USAGE)
@@ -160,14 +166,14 @@ def split_pair(text: str, option: str) -> tuple[str, str]:
 
 
 def shown_time(at_s: float | None) -> str:
-    """Format a Unix time as UTC, to the second; empty for None."""
+    """Format a Unix time as a UTC time with seconds. The result is empty if the time is None."""
     if at_s is None:
         return ""
     return datetime.datetime.fromtimestamp(at_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], nothing: str) -> None:
-    """Print rows with equal keys as a table, or the text `nothing` if there are none."""
+    """Print rows as a table, or the text `nothing` if there are no rows. All rows have the same keys."""
     if not rows:
         out.print(nothing)
         return

@@ -1,6 +1,7 @@
 """Entry point of the command line, installed as `headrace` and `cluster`.
 
-A process of the cluster starts without the modules of the other commands; this makes a gateway restart a fifth faster.
+A process of the cluster starts without importing the modules of other commands. This makes the restart of a gateway a
+fifth faster.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ PROCESSES = ("gateway", "controller", "prepare", "pod")
 
 
 def main() -> None:
-    """Run the command line. Refuses to run beside PyPI's `cluster` package, whose files would mix with ours."""
+    """Run the command line.
+
+    If PyPI's `cluster` package is installed, the command line exits with an error: the files of both packages would be
+    in the same folder.
+    """
     other = doctor.foreign_cluster_package()
     if other is not None:
         finding = doctor.check_name_clash()
@@ -26,7 +31,7 @@ def main() -> None:
         if sys.argv[1] != "prepare":  # weights are not secret, and other users may share them
             os.umask(0o077)
         if "gateway" in sys.argv[1:3]:
-            gc.disable()  # until it serves: objects made at start stay, and collecting takes a tenth of the start time
+            gc.disable()  # until the gateway serves: objects made at start stay; collecting takes 10% of the start time
             os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # plugin discovery reads a file per package
         _without_rich()
         from cluster.cli.process_commands import app_of
@@ -39,7 +44,10 @@ def main() -> None:
 
 
 def _without_rich() -> None:
-    """Import structlog without rich and pygments, which it imports if installed and which only a console needs."""
+    """Import structlog without rich and pygments.
+
+    structlog imports rich and pygments if they are installed, and only output to a console needs them.
+    """
     if "rich" in sys.modules:
         return
     sys.modules["rich"] = None  # type: ignore[assignment]

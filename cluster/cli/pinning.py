@@ -1,7 +1,7 @@
-"""Set keys of models in YAML text and keep everything else, including comments and layout. Pure.
+"""Set keys of models in a YAML text and keep everything else, including comments and layout. Does no I/O.
 
-The YAML parser gives the position of each value; the new value is spliced in there. The result is parsed again and
-rejected unless exactly these keys have changed.
+The YAML parser gives the position of each value, and the new value replaces the text at that position. The result is
+parsed again, and rejected unless exactly the given keys have changed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 
 
 def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
-    """Return the text with `keys` set in one model's entry.
+    """Return the text with `keys` set in the entry of one model.
 
-    Raises ValueError where splicing cannot work: an alias of an anchor, a merge key, text that is not YAML.
+    Raises ValueError if the text is not YAML, or if the entry cannot be changed alone, because the text uses an alias
+    of an anchor or a merge key.
     """
     try:
         before = yaml.safe_load(text)
@@ -34,7 +35,7 @@ def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
 
 
 def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
-    """The parsed file with the keys of one model set: what parsing the edited text must give."""
+    """Return the parsed file with the keys of one model set. The edited text must have this value when parsed."""
     return {
         **data,
         "models": [
@@ -45,7 +46,11 @@ def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
 
 
 def _set_key(text: str, model: str, key: str, value: str) -> str:
-    """Replace the key's value in the text, or insert the key after `source` (without one, after the last key)."""
+    """Replace a key's value in the text, or insert the key.
+
+    A new key is inserted after the key `source`. If the entry has no `source`, the new key is inserted after the last
+    key.
+    """
     entry = _model_node(text, model)
     pairs = {pair[0].value: pair for pair in entry.value if isinstance(pair[0], yaml.ScalarNode)}
     scalar = _scalar(value)
@@ -65,7 +70,7 @@ def _set_key(text: str, model: str, key: str, value: str) -> str:
 
 
 def _model_node(text: str, model: str) -> yaml.MappingNode:
-    """Find a model's entry in the text. Raises ValueError if there is none."""
+    """Find the entry of a model in the text. Raises ValueError if the text has no such entry."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     models = next(
         (value for key, value in (root.value if isinstance(root, yaml.MappingNode) else ()) if key.value == "models"),

@@ -1,6 +1,6 @@
-"""The command line of the processes alone, which main.py runs for `headrace gateway`, `headrace pod ...` and so on.
+"""The command line for processes only. `headrace gateway`, `headrace pod ...` and so on use this command line.
 
-Nothing that only other commands need is imported; the pod commands are imported only for a pod.
+This module imports nothing that only other commands need. The pod commands are imported only in a pod.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PROCESSES = (processes.gateway, processes.controller, processes.prepare)
 
 
 def add_processes(app: typer.Typer) -> None:
-    """Add the processes as commands; those that only `up` starts are hidden."""
+    """Add the processes as commands. The processes that only `up` starts are hidden commands."""
     for process in PROCESSES:
         app.command(hidden=True)(process)
     add_pods(app)
@@ -28,7 +28,7 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Build the command line that contains this process."""
+    """Build the command line that contains the process with the given name."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

@@ -1,4 +1,4 @@
-"""The tenant service over a gateway's admin API; ledger/tenants/service.py works on the database directly."""
+"""The tenant service over a gateway's admin API. ledger/tenants/service.py has the service that uses the database."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 class RemoteTenantService:
     """A TenantService over the admin API.
 
-    Raises the same LedgerErrors as the one on a database; any other refusal (credentials, role) is a HeadraceError.
+    The methods raise the same LedgerErrors as LedgerTenantService. For any other error, e.g. because of credentials or
+    the caller's role, the methods raise HeadraceError.
     """
 
     def __init__(self, access: Access) -> None:
@@ -39,7 +40,7 @@ class RemoteTenantService:
         self._audit = usage_pb2_grpc.AuditStub(self._channel)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to the gateway."""
         self._channel.close()
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
@@ -49,13 +50,13 @@ class RemoteTenantService:
             raise self._converted(error) from None
 
     def _converted(self, error: grpc.RpcError) -> Exception:
-        """The LedgerError with the error's reason, else a HeadraceError."""
+        """Convert a gRPC error to the LedgerError with the same reason, or to a HeadraceError if there is none."""
         converted = from_rpc(error, endpoint=self._access.address)
         kind = _KINDS.get(converted.reason)
         return converted if kind is None else kind(converted.message)
 
     def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
-        """Call a list method until its last page."""
+        """Call a list method for all pages, and yield the pages."""
         request.page_size = PAGE
         while True:
             page = self._call(method, request)

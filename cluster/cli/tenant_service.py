@@ -1,7 +1,8 @@
-"""Selection of the tenant service for a command: on the database itself, or over a gateway's admin API.
+"""Selection of the tenant service for a command: the service on the database, or the service over the admin API.
 
---database-url, -f and --pepper-file select the database; --admin, --endpoint, --api-key-file and --tls-ca a gateway.
-Typed options take precedence over the environment; with neither it is the local ledger.
+--database-url, -f and --pepper-file select the database. --admin, --endpoint, --api-key-file and --tls-ca select a
+gateway's admin API. Options on the command line take precedence over environment variables. Without options and
+environment variables, the local ledger is selected.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TenantBackend:
-    """The options that select the tenant service; `typed` names those given on the command line."""
+    """The options that select the tenant service. `typed` names the options that the user gave on the command line."""
 
     typed: frozenset[str] = frozenset()
 
@@ -56,9 +57,10 @@ class TenantBackend:
 
 
 def with_tenant_service(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: pass a command an open tenant service as `service`, and add the options that select it.
+    """Return a decorator that passes an open tenant service to a command, as the argument `service`.
 
-    `keys`: the command creates keys and needs the pepper.
+    The decorator also adds the options that select the service. With `keys`, the command creates keys and needs the
+    pepper.
     """
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 
@@ -89,7 +91,7 @@ def with_tenant_service(*, keys: bool = False) -> Callable[[Callable[..., None]]
 
 @contextlib.contextmanager
 def open_tenant_service(where: TenantBackend, *, keys: bool = False) -> Iterator[TenantService]:
-    """Open the tenant service; its errors end the command with their exit code."""
+    """Open the tenant service. An error of the service ends the command with the exit code for that error."""
     if not _over_api(where):
         settings = read_settings(where.file, where.database_url, where.pepper_file)
         with open_ledger(settings, keys=keys) as ledger:
@@ -120,7 +122,10 @@ def _is_typed(context: typer.Context, name: str) -> bool:
 
 
 def _over_api(where: TenantBackend) -> bool:
-    """Whether the options select a gateway. Options of both kinds end the command with exit code 2."""
+    """Return whether the options select a gateway.
+
+    Options for the database together with options for a gateway end the command with exit code 2.
+    """
     database = [option for name, option in DATABASE_OPTIONS.items() if name in where.typed]
     gateway = [option for name, option in GATEWAY_OPTIONS.items() if name in where.typed]
     if database and gateway:

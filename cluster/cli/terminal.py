@@ -1,8 +1,9 @@
-"""Terminal output with untrusted text made safe; every command prints through this module.
+"""Terminal output in which untrusted text is made safe. Every command prints through this module.
 
 Names, reasons, token subjects, error messages and model output reach an operator's terminal. Control characters in
-them could move the cursor, rewrite lines, set the window's title or type for the user; directional marks could reorder
-the displayed text. Such characters are printed as escapes, in JSON as JSON escapes: \\x1b, \\u202e.
+such texts could move the cursor, rewrite lines, set the window's title or type for the user. Directional marks could
+reorder the displayed text. So control characters and directional marks are printed as escapes, e.g. \\x1b and \\u202e.
+In JSON the escapes are JSON escapes.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]|\r(?!\n)"
 )
-"""C0 and C1 controls except tab and line ends; directional and invisible marks; line separators; surrogates; tags."""
+"""Pattern of unsafe characters.
+
+The unsafe characters are C0 and C1 controls except tab and line ends, directional and invisible marks, line
+separators, surrogates and tags.
+"""
 
 
 def safe(text: str) -> str:
-    """Replace each unsafe character by an escape."""
+    """Replace each unsafe character of a text by an escape."""
     return _UNSAFE.sub(_escaped, text)
 
 
 def safe_json(text: str) -> str:
-    """Replace each unsafe character of a JSON text by a JSON escape; the parsed value stays the same."""
+    """Replace each unsafe character of a JSON text by a JSON escape. The parsed value of the text stays the same."""
     return _UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def write(text: str) -> None:
-    """Write to standard output and flush: escaped on a terminal, unchanged into a file or a pipe."""
+    """Write a text to standard output and flush.
+
+    On a terminal, unsafe characters are escaped. Into a file or a pipe, the text is written unchanged.
+    """
     sys.stdout.write(safe(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -41,7 +49,7 @@ def write_json(value: Any) -> None:
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Write a line for people to standard output or standard error."""
+    """Write a line of text to standard output, or to standard error with `error`. Unsafe characters are escaped."""
     stream = sys.stderr if error else sys.stdout
     stream.write(safe(text) + "\n")
     stream.flush()

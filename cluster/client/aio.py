@@ -1,4 +1,4 @@
-"""The client for asyncio code, with the same calls as cluster.client.sync."""
+"""The client for asyncio code. The client has the same methods as the client in cluster.client.sync."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ Response = TypeVar("Response")
 
 
 class AsyncStream(StreamState, Generic[Chunk]):
-    """A streamed answer. Iterate it for the first choice's text, or `chunks()` for every message of all choices.
+    """A streamed answer.
 
-    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` hold what was received so far; usage comes last.
-    Leaving an `async with` block, `cancel()` or dropping the object ends the call at the gateway.
+    Iterate over the stream to read the first choice's text. Iterate over `chunks()` to read every message of all
+    choices. `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` have the values received so far; the
+    usage is received last. Leaving an `async with` block, calling `cancel()` or dropping the stream object ends the
+    call at the gateway.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class AsyncStream(StreamState, Generic[Chunk]):
         attempts: _AsyncAttempts,
         on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`chunk_of` makes a chunk from a text, as sessions send it. `attempts` resumes a broken call.
-        `on_end` is called once."""
+        """Initialize the stream of a running call.
+
+        Sessions send plain texts, and `chunk_of` makes a chunk from a text. `attempts` resumes a broken call. `on_end`
+        is called once, when the stream ends.
+        """
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
@@ -70,7 +75,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 return text
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Every chunk as the API sends it, including progress. Raises HeadraceError."""
+        """Yield every chunk in the form of the API, including progress messages. Raises HeadraceError."""
         while True:
             try:
                 chunk = await self._next()
@@ -121,13 +126,13 @@ class AsyncStream(StreamState, Generic[Chunk]):
             on_end()
 
     def cancel(self) -> None:
-        """End the call now. Does nothing if it has ended."""
+        """End the call now. Does nothing if the call has ended."""
         self._cancelled = True
         self._call.cancel()
         self._finish()
 
     def __del__(self) -> None:
-        if self._on_end is not None:  # dropped before its end: its session would continue to receive it
+        if self._on_end is not None:  # dropped before the end: the session would continue to receive chunks
             self.cancel()
 
     async def __aenter__(self) -> Self:
@@ -140,7 +145,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
 
 
 class _AsyncAttempts:
-    """The calls of one stream: the first, and those that resume it."""
+    """The calls of one stream: the first call, and the calls that resume the stream."""
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class _AsyncAttempts:
         request_id: str,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
-        """`method` starts the first call."""
+        """Prepare the calls of a stream. `method` starts the first call."""
         self._gateways = gateways
         self._sessions = sessions
         self._method = method
@@ -161,15 +166,21 @@ class _AsyncAttempts:
         self._endpoint = ""
 
     def begin(self, shared: bool) -> Any:
-        """Start the first call, in a session if `shared`."""
+        """Start the first call. If `shared`, the call is started in a session."""
         return self._call(self.resumption.request, self._method, shared)
 
     def switch_gateway(self, broken: Any) -> None:
-        """Use the next gateway, because that of `broken` does not answer. No effect with one endpoint."""
+        """Use the next gateway, because the gateway of the call `broken` does not answer.
+
+        Does nothing if the client has only one endpoint.
+        """
         self._gateways.switch_from(broken.endpoint if isinstance(broken, SessionCall) else self._endpoint)
 
     def resume_call(self, broken: Any) -> Any:
-        """Switch gateways and start the call that resumes `broken`, in a session if `broken` was in one."""
+        """Switch gateways and start the call that resumes `broken`.
+
+        If `broken` was a call in a session, the new call is started in a session too.
+        """
         self.switch_gateway(broken)
         request, shared = self.resumption.resume_request, isinstance(broken, SessionCall)
         if request is None:
@@ -191,12 +202,15 @@ class _AsyncAttempts:
 
 
 class AsyncClient:
-    """A connection to a gateway. Belongs to the event loop that creates it. `close` it, or use `async with`.
+    """A connection to a gateway. Call `close` at the end, or use an `async with` block.
 
-    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call and is passed on to the
-    engine. `request_id` is generated if not given. UNAVAILABLE is retried until a part of the answer has arrived.
-    Concurrent streams share a session (cluster.client.session). A broken stream is resumed unless `resume` is False,
-    on another gateway if `endpoint` names several (a list, or comma-separated) or resolves to several addresses.
+    The client belongs to the event loop in which the client is created. A failed call raises HeadraceError.
+    `timeout_s` is the deadline of the whole call, and the gateway passes the deadline on to the engine. `request_id`
+    is generated if the caller gives none. A call that fails with UNAVAILABLE is retried unless a part of the answer
+    has arrived. Concurrent streams share a session (cluster.client.session).
+
+    A broken stream is resumed unless `resume` is False. `endpoint` may name several gateways, as a list or
+    comma-separated, or resolve to several addresses; then the stream is resumed on another gateway.
     """
 
     def __init__(
@@ -250,7 +264,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection and end its calls."""
+        """Close the connection and end all calls on the connection."""
         for task in self._reconnect_tasks:
             task.cancel()
         await asyncio.gather(*self._reconnect_tasks, return_exceptions=True)
@@ -268,7 +282,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> ChatAnswer:
-        """The whole answer to a prompt (a string) or a conversation."""
+        """Return the whole answer to a prompt (a string) or to a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
         raw = await self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers)
@@ -284,7 +298,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> AsyncStream[pb.ChatChunk]:
-        """The answer as a stream."""
+        """Return the answer to a prompt (a string) or to a conversation, as a stream."""
         request = chat_request(model, messages, params)
         return self._stream(lambda stub: stub.StreamChat, request, _chat_text, timeout_s, request_id, headers)
 
@@ -298,7 +312,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> CompleteAnswer:
-        """The continuation of a plain prompt (a text or token ids)."""
+        """Return the whole continuation of a plain prompt (a text or token ids)."""
         request_id = request_id or new_request_id()
         request = complete_request(model, prompt, params)
         raw = await self._unary(lambda stub: stub.Complete, request, timeout_s, request_id, headers)
@@ -314,12 +328,12 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> AsyncStream[pb.CompleteChunk]:
-        """The continuation as a stream."""
+        """Return the continuation of a plain prompt (a text or token ids), as a stream."""
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, _complete_text, timeout_s, request_id, headers)
 
     async def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
-        """The token ids of a text, or of messages under the model's chat template."""
+        """Return the token ids of a text. Messages are converted to a text by the model's chat template first."""
         request = pb.TokenizeRequest(model=model)
         if isinstance(text, str):
             request.text = text
@@ -329,13 +343,13 @@ class AsyncClient:
         return list(answer.token_ids)
 
     async def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
-        """The text of token ids."""
+        """Return the text for a sequence of token ids."""
         request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
         answer = await self._unary(lambda stub: stub.Detokenize, request, timeout_s)
         return answer.text
 
     async def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
-        """All models that the caller may use, with their state."""
+        """Return all models that the caller may use, with each model's state."""
         models: list[pb.Model] = []
         page = ""
         while True:
@@ -346,7 +360,7 @@ class AsyncClient:
                 return models
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
-        """One model by name or alias."""
+        """Return the model with a name or alias."""
         return await self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
 
     async def _unary(
@@ -401,7 +415,8 @@ class AsyncClient:
     async def _reconnect_early(self, channel: aio.Channel) -> None:
         """While streams are running, reconnect as soon as a draining gateway gives up the connection.
 
-        A stream that it hands over is then resumed at once. gRPC itself reconnects only for the next call.
+        So a stream that the draining gateway hands over is resumed at once. gRPC itself reconnects only for the next
+        call.
         """
         state = channel.get_state()
         while state is not grpc.ChannelConnectivity.SHUTDOWN:

@@ -1,4 +1,4 @@
-"""Results of calls: whole answers, and the state of a stream while it is read."""
+"""Results of calls: whole answers, and the state of a stream while the stream is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Chunk = TypeVar("Chunk", pb.ChatChunk, pb.CompleteChunk)
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[Raw]):
-    """A whole answer. `text` and `finish_reason` are the first choice's; `raw` is the message with all of them."""
+    """A whole answer.
+
+    `text` and `finish_reason` are the values of the first choice. `raw` is the response message with all choices.
+    """
 
     text: str
     finish_reason: str
@@ -32,22 +35,22 @@ CompleteAnswer = Answer[pb.CompleteResponse]
 
 
 def chat_answer(raw: pb.ChatResponse, request_id: str) -> ChatAnswer:
-    """Convert the response message of a chat."""
+    """Convert the response message of a chat to a ChatAnswer."""
     first = raw.choices[0] if raw.choices else pb.Choice()
     return Answer(first.message.content, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
 def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer:
-    """Convert the response message of a completion."""
+    """Convert the response message of a completion to a CompleteAnswer."""
     first = raw.choices[0] if raw.choices else pb.CompleteChoice()
     return Answer(first.text, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
 class StreamState:
-    """The parts of a streamed answer received so far.
+    """The parts of a streamed answer that were received so far.
 
-    `finish_reason` and `usage` are set at the end. `progress` is set while the last chunk only reports that the call
-    is still queued. `request_id` identifies the call in the operator's logs.
+    `finish_reason` and `usage` are set at the end of the stream. `progress` is set while the last received chunk only
+    reports that the call is still queued. `request_id` identifies the call in the operator's logs.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -61,11 +64,11 @@ class StreamState:
 
     @property
     def text(self) -> str:
-        """The first choice's text received so far."""
+        """The part of the first choice's text that was received so far."""
         return "".join(self._parts)
 
     def _record(self, chunk: pb.ChatChunk | pb.CompleteChunk | str) -> str:
-        """Record a chunk or a piece of text. Returns the first choice's new text, "" if there is none."""
+        """Record a chunk or a piece of text. Returns the first choice's new text, or "" if there is no new text."""
         if isinstance(chunk, str):
             self.progress = None
             self._parts.append(chunk)

@@ -1,4 +1,4 @@
-"""`HeadraceError`, the exception of every failed call, parsed from google.rpc.Status.
+"""`HeadraceError`, the exception that every failed call raises. The exception is parsed from google.rpc.Status.
 
 No other module of the SDK reads gRPC errors.
 """
@@ -21,9 +21,9 @@ UNREACHABLE = "UNREACHABLE"
 class HeadraceError(Exception):
     """A failed call.
 
-    `reason` is that of ErrorInfo (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...). Without an ErrorInfo it is
-    UNREACHABLE (no gateway answered, or the connection broke) or the gRPC status name. `code` is the gRPC status name.
-    `retry_after_s` is None if a retry is pointless or the server sent no delay.
+    `reason` is the reason from ErrorInfo (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...). Without an ErrorInfo, the
+    reason is UNREACHABLE if no gateway answered or the connection broke, and the name of the gRPC status otherwise.
+    `code` is the name of the gRPC status. `retry_after_s` is None if a retry is pointless or the server sent no delay.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class HeadraceError(Exception):
 
 
 class _RpcOutcome(Protocol):
-    """The methods that blocking and asyncio gRPC errors share."""
+    """The methods that the gRPC errors of blocking calls and of asyncio calls have in common."""
 
     def code(self) -> grpc.StatusCode: ...
 
@@ -62,7 +62,7 @@ class _RpcOutcome(Protocol):
 
 
 def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> HeadraceError:
-    """Convert the gRPC error of a call to `endpoint`."""
+    """Convert the gRPC error of a call to `endpoint` to a HeadraceError."""
     outcome = cast(_RpcOutcome, error)
     trailing = dict(outcome.trailing_metadata() or ())
     code, text = outcome.code(), outcome.details() or ""
@@ -71,14 +71,14 @@ def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> He
     if not status.details:
         failed.reason, failed.code, failed.message = code.name, code.name, text
     if not status.details and code is grpc.StatusCode.UNAVAILABLE:
-        # gRPC's text lists every address with its own prefix; the last part says what happened
+        # gRPC's text lists every address with a prefix per address; the last part of the text names the failure
         failed.reason = UNREACHABLE
         failed.message = f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
     return failed
 
 
 def from_status(status: status_pb2.Status, *, request_id: str = "") -> HeadraceError:
-    """Convert a google.rpc.Status."""
+    """Convert a google.rpc.Status to a HeadraceError."""
     info = error_details_pb2.ErrorInfo()
     bad = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
@@ -100,7 +100,7 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 def _status(packed: str | bytes | None) -> status_pb2.Status:
-    """The unpacked google.rpc.Status; empty if the server sent none, or if a proxy has mangled it."""
+    """Unpack a google.rpc.Status. The result is empty if the server sent no status or a proxy damaged the status."""
     try:
         return status_pb2.Status.FromString(packed if isinstance(packed, bytes) else b"")
     except DecodeError:

@@ -1,4 +1,4 @@
-"""The gateways of a client. One is used at a time; when it does not answer, the next one is."""
+"""The gateways of a client. The client uses one gateway until the gateway does not answer, then the next gateway."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Stub = TypeVar("Stub")
 
 
 class GatewayList(Generic[Channel, Stub]):
-    """Gateway endpoints and their channels, which are opened on first use. Thread-safe."""
+    """Gateway endpoints, with one channel per endpoint. A channel is opened on first use. Thread-safe."""
 
     def __init__(self, endpoints: Sequence[str], connect: Callable[[str], tuple[Channel, Stub]]) -> None:
         self.endpoints = tuple(endpoints)
@@ -22,12 +22,12 @@ class GatewayList(Generic[Channel, Stub]):
 
     @property
     def endpoint(self) -> str:
-        """The endpoint in use."""
+        """The endpoint that the client uses now."""
         return self.endpoints[self._current]
 
     @property
     def stub(self) -> Stub:
-        """The gRPC stub of the endpoint in use."""
+        """The gRPC stub of the endpoint that the client uses now."""
         with self._lock:
             endpoint = self.endpoint
             opened = self._channels.get(endpoint)
@@ -36,12 +36,12 @@ class GatewayList(Generic[Channel, Stub]):
             return opened[1]
 
     def switch_from(self, failed: str) -> None:
-        """Use the next endpoint, unless another thread has already switched from `failed`."""
+        """Use the next endpoint. Does nothing if another thread has already switched from `failed`."""
         with self._lock:
             if self.endpoint == failed:
                 self._current = (self._current + 1) % len(self.endpoints)
 
     @property
     def channels(self) -> Sequence[Channel]:
-        """All channels opened so far."""
+        """All channels that were opened so far."""
         return [channel for channel, _ in self._channels.values()]

@@ -19,13 +19,19 @@ DEFAULT_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ATTEMPTS = 5  # gRPC's own upper bound
 KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
-"""Silence after which a gateway with running calls gets an HTTP/2 ping, and the time it has to acknowledge the ping.
-Otherwise the connection is closed: after a pulled cable or a lost node nothing else would end it."""
-DNS_INTERVAL_S = 0.5
-"""Minimum time between two DNS queries of a name. gRPC queries only when a connection is lost or cannot be made."""
+"""Silence after which the client sends an HTTP/2 ping, and the time in which the gateway must acknowledge the ping.
 
-# gRPC retries a call only before any part of its answer has arrived. It waits for the server's
-# `grpc-retry-pushback-ms`, which gateways send with every error that carries RetryInfo.
+Both times are in seconds. Pings are sent only while calls are running. Without an acknowledgement the client closes the
+connection: after a pulled cable or a lost node nothing else would end the connection.
+"""
+DNS_INTERVAL_S = 0.5
+"""Minimum time between two DNS queries for a name, in seconds.
+
+gRPC sends a query only when a connection is lost or cannot be made.
+"""
+
+# gRPC retries a call only before any part of the answer has arrived. Before a retry, gRPC waits for the time in the
+# server's `grpc-retry-pushback-ms`, which gateways send with every error that carries RetryInfo.
 # RESOURCE_EXHAUSTED is not retried: an exhausted budget may have a retry delay of a minute.
 SERVICE_CONFIG = {
     "methodConfig": [
@@ -45,7 +51,10 @@ SERVICE_CONFIG = {
 
 @dataclass(frozen=True, slots=True)
 class ChannelOptions:
-    """Endpoints of the gateways and options of their channels. `timeout_s` is the default deadline of a call."""
+    """Endpoints of gateways, and the options of the channels to the gateways.
+
+    `timeout_s` is the default deadline of a call.
+    """
 
     endpoints: tuple[str, ...]
     api_key: str = field(default="", repr=False)
@@ -58,16 +67,17 @@ class ChannelOptions:
 
     @property
     def endpoint(self) -> str:
-        """All endpoints, comma-separated, for messages."""
+        """All endpoints in one comma-separated text, for messages."""
         return ",".join(self.endpoints)
 
     @classmethod
     def build(
         cls, endpoint: str | Sequence[str] | None, api_key: str | None, tls_ca_file: str | Path | None, **rest: Any
     ) -> ChannelOptions:
-        """Options from arguments; HEADRACE_ENDPOINT and HEADRACE_API_KEY replace None.
+        """Build options from a client's arguments. Raises ValueError.
 
-        Raises ValueError for an empty endpoint and for one with a URL scheme other than unix or dns.
+        If an argument is None, the environment variable HEADRACE_ENDPOINT or HEADRACE_API_KEY has the value. An
+        endpoint must not be empty, and must not have a URL scheme other than unix or dns.
         """
         endpoint = endpoint or os.environ.get("HEADRACE_ENDPOINT") or DEFAULT_ENDPOINT
         endpoints = tuple(endpoint.split(",") if isinstance(endpoint, str) else endpoint)
@@ -82,18 +92,22 @@ class ChannelOptions:
         )
 
     def channel_options(self) -> list[tuple[str, Any]]:
-        """gRPC channel arguments. The reconnect backoff starts at 0.1 s: gRPC's default, 1 s, outlasts a restart."""
+        """Return gRPC channel arguments.
+
+        The reconnect backoff starts at 0.1 s, because gRPC's default of 1 s is longer than a gateway's restart.
+        """
         return [
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 5000),
-            # A rolling restart of gateways changes a name's addresses twice within seconds; gRPC's default is 30 s.
+            # gRPC's default is 30 s, but a rolling restart of gateways changes a name's addresses twice within seconds.
             ("grpc.dns_min_time_between_resolutions_ms", round(DNS_INTERVAL_S * 1000)),
             ("grpc.keepalive_time_ms", round(KEEPALIVE_INTERVAL_S * 1000)),
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
-            # Also limits pings that estimate bandwidth: while one is unanswered (60 s by default) no other is sent.
+            # Also the limit for pings that estimate bandwidth, 60 s by default: while a ping is unanswered, gRPC
+            # sends no other ping.
             ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
             ("grpc.http2.max_pings_without_data", 0),  # a client that reads a stream sends no data
             ("grpc.enable_retries", int(self.retries)),
@@ -101,19 +115,22 @@ class ChannelOptions:
         ]
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """TLS credentials with the given or the system's root certificates; None for plaintext."""
+        """Return TLS credentials, or None for plaintext.
+
+        The root certificates are from `tls_ca_file`, or the system's root certificates if no file is given.
+        """
         if self.tls_ca_file is not None:
             return grpc.ssl_channel_credentials(self.tls_ca_file.read_bytes())
         return grpc.ssl_channel_credentials() if self.tls else None
 
     def make_resumable(self, request: Request) -> Request:
-        """Set `resumable` on a stream's request, unless the caller has set it or `resume` is off."""
+        """Set `resumable` in a stream's request, unless the caller has set `resumable` or `resume` is off."""
         if self.resume and not request.HasField("resumable"):
             request.resumable = True
         return request
 
     def metadata(self, request_id: str, extra: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """gRPC metadata of a call: request id, API key and `extra`."""
+        """Return the gRPC metadata of a call: request id, API key and the pairs in `extra`."""
         pairs = {"x-request-id": request_id, **(extra or {})}
         if self.api_key:
             pairs.setdefault("authorization", f"Bearer {self.api_key}")
@@ -121,5 +138,5 @@ class ChannelOptions:
 
 
 def new_request_id() -> str:
-    """A unique request id."""
+    """Return a new, unique request id."""
     return uuid.uuid4().hex

@@ -1,4 +1,7 @@
-"""Convert plain Python values to request messages. Invalid values raise ValueError or TypeError naming the field."""
+"""Convert plain Python values to request messages.
+
+An invalid value raises ValueError or TypeError. The error message names the field.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ Messages = str | Sequence[Mapping[str, Any] | pb.Message]
 
 
 class SamplingParams(TypedDict, total=False):
-    """Parameters of both chat and completion, named as in the API. An absent one means the model's default."""
+    """Parameters of chat and completion requests, with the names of the API.
+
+    If a parameter is absent, the model's default is used.
+    """
 
     max_tokens: int
     min_tokens: int
@@ -40,7 +46,7 @@ class SamplingParams(TypedDict, total=False):
 
 
 class ChatParams(SamplingParams, total=False):
-    """Parameters of chat."""
+    """Parameters of chat requests."""
 
     tools: Sequence[Mapping[str, Any] | pb.Tool]
     tool_choice: str | Mapping[str, Any] | pb.ToolChoice
@@ -52,7 +58,7 @@ class ChatParams(SamplingParams, total=False):
 
 
 def chat_request(model: str, messages: Messages, params: ChatParams) -> pb.ChatRequest:
-    """Build a ChatRequest. A string is one message with the role user."""
+    """Build a ChatRequest. If `messages` is a string, the string becomes one message with the role user."""
     fields = _common(params, ChatParams)
     if "tools" in fields:
         fields["tools"] = [_tool(tool, i) for i, tool in enumerate(fields["tools"])]
@@ -64,7 +70,7 @@ def chat_request(model: str, messages: Messages, params: ChatParams) -> pb.ChatR
 
 
 def complete_request(model: str, prompt: str | Sequence[int], params: SamplingParams) -> pb.CompleteRequest:
-    """Build a CompleteRequest. The prompt is a text or token ids."""
+    """Build a CompleteRequest. The prompt is either a text or a sequence of token ids."""
     fields = _common(params, SamplingParams)
     if isinstance(prompt, str):
         return pb.CompleteRequest(model=model, prompt=prompt, **fields)
@@ -92,7 +98,7 @@ def _common(params: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _known_fields(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
-    """The entries of `data` that are not None. Raises ValueError for a key that is not in `keys`."""
+    """Return the entries of `data` with a value other than None. Raises ValueError for a key that is not in `keys`."""
     for key in data:
         if key not in keys:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(keys)}")

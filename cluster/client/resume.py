@@ -1,7 +1,8 @@
-"""Resume a broken stream: the resume tokens to keep, when to retry, and after which pause.
+"""Resume a broken stream: keep resume tokens, decide whether to retry, and compute the pause before a retry.
 
-Each chunk of a resumable stream carries a resume token, a sealed record of what was delivered (docs/resume.md). With
-these tokens any gateway of the cluster continues the stream after the last chunk read, without repetition or gap.
+Each chunk of a resumable stream carries a resume token, which is a sealed record of the delivered part of the answer
+(docs/resume.md). With these tokens any gateway of the cluster can continue the stream after the last chunk that the
+client has read, without repetition or gap.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ Request = pb.ChatRequest | pb.CompleteRequest
 StreamChunk = pb.ChatChunk | pb.CompleteChunk
 
 MAX_FAILURES = 10
-"""Consecutive failures, without text between them, after which a stream ends. Their pauses add up to some 15 s."""
+"""Number of consecutive failures, without text between the failures, after which a stream ends.
+
+The pauses after these failures add up to some 15 s.
+"""
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
 RETRIED_CODES = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
 class Resumption:
-    """State from which one stream is resumed. Does no I/O; `clock` is its only input from outside."""
+    """The state that is needed to resume a stream. The class does no I/O, and reads the time only from `clock`."""
 
     def __init__(
         self,
@@ -32,7 +36,10 @@ class Resumption:
         clock: Callable[[], float] = time.monotonic,
         enabled: bool = True,
     ) -> None:
-        """`endpoints` is the number of gateways to try. Unless `enabled`, any error ends the stream."""
+        """Begin the state of a stream. `endpoints` is the number of gateways to try.
+
+        If `enabled` is False, any error ends the stream.
+        """
         self._enabled = enabled
         self.request = request
         self._clock = clock
@@ -45,11 +52,11 @@ class Resumption:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds to the deadline of the whole call."""
+        """Seconds until the deadline of the whole call, or None if the call has no deadline."""
         return None if self._deadline is None else max(self._deadline - self._clock(), 0.001)
 
     def record(self, chunk: StreamChunk | pb.ResumeChunk | str) -> StreamChunk | str | None:
-        """Keep the chunk's resume token. Returns the chunk, or None if it carries nothing for the reader."""
+        """Keep a chunk's resume token. Returns the chunk, or None if the chunk has no content for the reader."""
         if isinstance(chunk, str):
             self._received = True
             return chunk
@@ -66,7 +73,7 @@ class Resumption:
         return chunk if chunk.HasField("usage") or chunk.HasField("progress") else None
 
     def pause_s(self, error: HeadraceError) -> float | None:
-        """Pause before the next attempt; None if the error ends the stream."""
+        """Return the pause before the next attempt in seconds, or None if the error ends the stream."""
         remaining_s = self.remaining_s
         if not self._can_retry(error) or self._failures >= MAX_FAILURES:
             return None
@@ -80,18 +87,18 @@ class Resumption:
         if not self._enabled:
             return False
         if self._tokens:
-            # RESOURCE_EXHAUSTED is retried only while the stream is being resumed: for some seconds the tenant's
-            # limits still count the call of the lost gateway.
+            # RESOURCE_EXHAUSTED is retried only while the stream is being resumed: for some seconds the lost gateway's
+            # call still counts against the tenant's limits.
             return error.code == "UNAVAILABLE" or (bool(self._failures) and _is_transient(error))
         if self._received or error.reason != UNREACHABLE or self._failures >= self._endpoints:
             return False
-        # No chunk was received. gRPC itself has already retried the connection, but it retries no call whose gateway
-        # has begun to answer.
+        # No chunk was received. gRPC itself has already retried the connection, but gRPC does not retry a call after
+        # the gateway has begun to answer.
         return self._endpoints > 1 or "failed to connect" not in error.message
 
     @property
     def resume_request(self) -> pb.ResumeRequest | None:
-        """The request that resumes the stream; None if no token was received and the call has to start over."""
+        """The request that resumes the stream, or None if no resume token was received and the call must start over."""
         if not self._tokens:
             return None
         out = pb.ResumeRequest(resume_tokens=self._tokens, offset=self._offset)

@@ -1,8 +1,8 @@
 """Concurrent streams share one Inference.Session, so that the gateway can send chunks of several calls in one message.
 
-AsyncClient opens a stream in a session while another stream is running. A session that accepts no more calls
-(its connection is old, or its gateway stops) ends with its last call; new calls, and those it refused, go to another.
-A gateway without sessions gets plain streams.
+AsyncClient opens a stream in a session while another stream is running. A session accepts no more calls if the
+connection is old or the gateway stops. Such a session ends when the last call of the session ends. New calls and
+refused calls go to another session. If a gateway does not support sessions, calls are plain streams.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ if TYPE_CHECKING:
     from cluster.v1.inference_pb2_grpc import InferenceAsyncStub
 
 DEADLINE_GRACE_S = 1.0
-"""Time after a call's deadline that the client waits for the gateway's own DEADLINE_EXCEEDED."""
+"""Time after a call's deadline for which the client waits for a DEADLINE_EXCEEDED from the gateway, in seconds."""
 MAX_MOVES = 3
 MAX_BATCH, MAX_BATCH_BYTES = 100, 48 << 10
-"""Limits of the requests sent in one message: number and total size. Every gateway accepts messages of 64 KiB."""
+"""Largest number and largest total size of the requests in one message. Every gateway accepts messages of 64 KiB."""
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
 
 class SessionCall:
-    """A call of a session, read like a gRPC stream. Items are chunks, or a str with the next text of choice 0."""
+    """A call in a session. Reading works like reading a gRPC stream.
+
+    An item is a chunk, or a str with the next text of choice 0.
+    """
 
     def __init__(
         self,
@@ -47,12 +50,12 @@ class SessionCall:
         open_stream: Callable[[], Any],
         sessions: Sessions,
     ) -> None:
-        """`open_stream` makes the same call as a plain stream, for gateways without sessions."""
+        """Prepare a call. For gateways without sessions, `open_stream` starts the same call as a plain stream."""
         self.request = request
         self.request_id = request_id
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self.endpoint = ""
-        """The gateway whose session carries the call."""
+        """Endpoint of the gateway to which the call's session is connected."""
         self.answered = False
         self.moves = 0
         self.cancel_in_session: Callable[[], None] = lambda: None
@@ -64,11 +67,14 @@ class SessionCall:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds until the deadline; None without one."""
+        """Seconds until the deadline, or None if the call has no deadline."""
         return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
 
     async def read(self) -> Any:
-        """The next chunk or text, or aio.EOF. Raises HeadraceError, or grpc.RpcError from a plain stream."""
+        """Return the next chunk or text, or aio.EOF at the end. Raises HeadraceError.
+
+        If the call was restarted as a plain stream, the method raises grpc.RpcError instead.
+        """
         while not self._inbox and self._stream is None:
             self._waiter = asyncio.get_running_loop().create_future()
             remaining_s = self.remaining_s
@@ -88,7 +94,7 @@ class SessionCall:
         return await self._stream.read()
 
     def cancel(self) -> None:
-        """End the call now. Does nothing if it has ended."""
+        """End the call now. Does nothing if the call has ended."""
         self.cancel_in_session()
         if self._stream is not None:
             self._stream.cancel()
@@ -99,12 +105,15 @@ class SessionCall:
         self._wake()
 
     def restart_as_stream(self) -> None:
-        """Start the call over as a plain stream."""
+        """Start the call again, as a plain stream."""
         self._stream = self._open_stream()
         self._wake()
 
     def restart_in_session(self) -> bool:
-        """Start the call over in another session. False if it was answered already, or moved MAX_MOVES times."""
+        """Start the call again, in another session.
+
+        Returns False if a part of the answer was received already, or the call was moved MAX_MOVES times already.
+        """
         if self.answered or self.moves >= MAX_MOVES:
             return False
         self.moves += 1
@@ -117,7 +126,7 @@ class SessionCall:
 
 
 class _Session:
-    """One Inference.Session stream and its calls."""
+    """One Inference.Session stream and the calls in the stream."""
 
     def __init__(
         self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, on_end: Callable[[_Session], None]
@@ -134,7 +143,7 @@ class _Session:
         self._task = asyncio.create_task(self._run())
 
     def start(self, call: SessionCall) -> None:
-        """Queue the start message of a call."""
+        """Queue the message that starts a call."""
         number = next(self._numbers)
         self._calls[number] = call
         call.endpoint = self.endpoint
@@ -158,7 +167,7 @@ class _Session:
             self._outbox.put_nowait(pb.SessionRequest(cancel=pb.SessionCancel(call_id=number)))
 
     async def close(self) -> None:
-        """End the stream and all its calls."""
+        """End the session's stream and all calls in the stream."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -179,7 +188,7 @@ class _Session:
             self._end_calls(error)
 
     async def _write(self) -> None:
-        """Send queued requests in batches, because every write has to pass through gRPC's own threads."""
+        """Send queued requests in batches, because every single write has to pass through gRPC's threads."""
         while True:
             message = self._next or await self._outbox.get()
             self._next, bytes_left = None, MAX_BATCH_BYTES - message.ByteSize()
@@ -237,7 +246,7 @@ class _Session:
 
 
 class Sessions:
-    """The client's sessions. The newest gets new calls; it is opened on first use."""
+    """The sessions of a client. New calls go to the newest session. A session is opened on first use."""
 
     def __init__(self, gateways: GatewayList[aio.Channel, InferenceAsyncStub], options: ChannelOptions) -> None:
         self._gateways = gateways
@@ -258,6 +267,6 @@ class Sessions:
             self._newest = None
 
     async def close(self) -> None:
-        """End every session."""
+        """End all sessions of the client."""
         await asyncio.gather(*(session.close() for session in self._all))
         self._all.clear()

@@ -1,4 +1,4 @@
-"""The client for blocking code, built on gRPC's own blocking calls, without an event loop."""
+"""The client for blocking code. The client uses gRPC's blocking calls and needs no event loop."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ Response = TypeVar("Response")
 
 
 class Stream(StreamState, Generic[Chunk]):
-    """A streamed answer. Iterate it for the first choice's text, or `chunks()` for every message of all choices.
+    """A streamed answer.
 
-    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` hold what was received so far; usage comes last.
-    Leaving a `with` block, `cancel()` or dropping the object ends the call at the gateway.
+    Iterate over the stream to read the first choice's text. Iterate over `chunks()` to read every message of all
+    choices. `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` have the values received so far; the
+    usage is received last. Leaving a `with` block, calling `cancel()` or dropping the stream object ends the call at
+    the gateway.
     """
 
     def __init__(self, call: Any, request_id: str, endpoint: str, attempts: _SyncAttempts) -> None:
-        """`attempts` resumes a broken call."""
+        """Initialize the stream of a running call. `attempts` resumes a broken call."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
@@ -54,7 +56,7 @@ class Stream(StreamState, Generic[Chunk]):
                 return text
 
     def chunks(self) -> Iterator[Chunk]:
-        """Every chunk as the API sends it, including progress. Raises HeadraceError."""
+        """Yield every chunk in the form of the API, including progress messages. Raises HeadraceError."""
         while True:
             try:
                 chunk = self._next()
@@ -89,7 +91,7 @@ class Stream(StreamState, Generic[Chunk]):
         return True
 
     def cancel(self) -> None:
-        """End the call now. Does nothing if it has ended."""
+        """End the call now. Does nothing if the call has ended."""
         self._cancelled.set()
         self._call.cancel()
 
@@ -103,7 +105,7 @@ class Stream(StreamState, Generic[Chunk]):
 
 
 class _SyncAttempts:
-    """The calls of one stream: the first, and those that resume it."""
+    """The calls of one stream: the first call, and the calls that resume the stream."""
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class _SyncAttempts:
         resumption: Resumption,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
-        """`method` starts the first call."""
+        """Prepare the calls of a stream. `method` starts the first call."""
         self._gateways = gateways
         self._method = method
         self.resumption = resumption
@@ -126,7 +128,10 @@ class _SyncAttempts:
         return method(self.resumption.request, timeout=self.resumption.remaining_s, metadata=self._metadata)
 
     def switch_gateway(self) -> None:
-        """Use the next gateway, because the current one does not answer. No effect with one endpoint."""
+        """Use the next gateway, because the current gateway does not answer.
+
+        Does nothing if the client has only one endpoint.
+        """
         self._gateways.switch_from(self._endpoint)
 
     def resume_call(self) -> Any:
@@ -140,12 +145,14 @@ class _SyncAttempts:
 
 
 class Client:
-    """A connection to a gateway. Thread-safe. `close` it, or use it in a `with` block.
+    """A connection to a gateway. Thread-safe. Call `close` at the end, or use a `with` block.
 
-    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call and is passed on to the
-    engine. `request_id` is generated if not given. UNAVAILABLE is retried until a part of the answer has arrived.
-    A broken stream is resumed unless `resume` is False, on another gateway if `endpoint` names several (a list, or
-    comma-separated) or resolves to several addresses.
+    A failed call raises HeadraceError. `timeout_s` is the deadline of the whole call, and the gateway passes the
+    deadline on to the engine. `request_id` is generated if the caller gives none. A call that fails with UNAVAILABLE
+    is retried unless a part of the answer has arrived.
+
+    A broken stream is resumed unless `resume` is False. `endpoint` may name several gateways, as a list or
+    comma-separated, or resolve to several addresses; then the stream is resumed on another gateway.
     """
 
     def __init__(
@@ -195,7 +202,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection and end its calls."""
+        """Close the connection and end all calls on the connection."""
         for channel in self._gateways.channels:
             channel.close()
 
@@ -209,7 +216,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> ChatAnswer:
-        """The whole answer to a prompt (a string) or a conversation."""
+        """Return the whole answer to a prompt (a string) or to a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
         return chat_answer(self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers), request_id)
@@ -224,7 +231,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> Stream[pb.ChatChunk]:
-        """The answer as a stream."""
+        """Return the answer to a prompt (a string) or to a conversation, as a stream."""
         request = chat_request(model, messages, params)
         return self._stream(lambda stub: stub.StreamChat, request, timeout_s, request_id, headers)
 
@@ -238,7 +245,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> CompleteAnswer:
-        """The continuation of a plain prompt (a text or token ids)."""
+        """Return the whole continuation of a plain prompt (a text or token ids)."""
         request_id = request_id or new_request_id()
         request = complete_request(model, prompt, params)
         raw = self._unary(lambda stub: stub.Complete, request, timeout_s, request_id, headers)
@@ -254,12 +261,12 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> Stream[pb.CompleteChunk]:
-        """The continuation as a stream."""
+        """Return the continuation of a plain prompt (a text or token ids), as a stream."""
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
 
     def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
-        """The token ids of a text, or of messages under the model's chat template."""
+        """Return the token ids of a text. Messages are converted to a text by the model's chat template first."""
         request = pb.TokenizeRequest(model=model)
         if isinstance(text, str):
             request.text = text
@@ -268,12 +275,12 @@ class Client:
         return list(self._unary(lambda stub: stub.Tokenize, request, timeout_s).token_ids)
 
     def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
-        """The text of token ids."""
+        """Return the text for a sequence of token ids."""
         request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
         return self._unary(lambda stub: stub.Detokenize, request, timeout_s).text
 
     def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
-        """All models that the caller may use, with their state."""
+        """Return all models that the caller may use, with each model's state."""
         models: list[pb.Model] = []
         page = ""
         while True:
@@ -284,7 +291,7 @@ class Client:
                 return models
 
     def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
-        """One model by name or alias."""
+        """Return the model with a name or alias."""
         return self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
 
     def _unary(

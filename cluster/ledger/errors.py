@@ -1,4 +1,4 @@
-"""Errors of the ledger. Each class maps to one status of the admin API; the message names the object and the remedy."""
+"""Errors of the ledger. Each class maps to one status of the admin API. Messages name the object and the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cluster.api.outcomes import Outcome
 
 
 class LedgerError(Exception):
-    """Base class: the ledger has rejected an operation."""
+    """Error: the ledger has rejected an operation. Base class of the ledger's errors."""
 
     outcome = Outcome.INVALID_FIELD
 
@@ -18,13 +18,13 @@ class NotFound(LedgerError):
 
 
 class AlreadyExists(LedgerError):
-    """An object of that name exists already."""
+    """An object of the same name exists already."""
 
     outcome = Outcome.ALREADY_EXISTS
 
 
 class ManagedByFile(LedgerError):
-    """The object is declared in a file and read-only over the API."""
+    """The object is declared in a file, so the API cannot change it."""
 
     outcome = Outcome.MANAGED_BY_FILE
 
@@ -36,6 +36,6 @@ class NotPermitted(LedgerError):
 
 
 class StoreUnavailable(LedgerError):
-    """The database does not answer, or this release cannot work on its tables."""
+    """The database does not answer, or this release cannot work on the database's tables."""
 
     outcome = Outcome.STORE_UNAVAILABLE

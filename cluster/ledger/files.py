@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and files of secrets."""
+"""Functions that replace a file atomically, and functions that read and create files of secrets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_SECRET_CHARACTERS = 32
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file atomically, with permissions for its owner only. Raises OSError."""
+    """Replace a file atomically. The new file is readable and writable by its owner only. Raises OSError."""
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -29,7 +29,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to disk, so that they survive a power cut."""
+    """Sync a folder to disk, so that the names of the files in the folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,9 +38,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
-    """Read the secrets of a file, one a line; `#` begins a comment. The first secret signs, all of them verify.
+    """Read secrets from a file with one secret per line and comment lines that begin with `#`.
 
-    Raises ValueError that names the setting and the remedy, and never a secret.
+    The first secret signs; every secret verifies. Raises ValueError. The error message names the setting and the
+    remedy, and never contains a secret.
     """
     remedy = "write one secret of 32 or more random characters per line: `openssl rand -hex 32`"
     try:
@@ -61,9 +62,9 @@ def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
 
 
 def make_secret(path: Path) -> None:
-    """Create a file with one new secret, for local mode. An existing file, also of a concurrent call, is kept.
+    """Create a file with one new secret, for local mode. Raises OSError.
 
-    Raises OSError.
+    An existing file is kept, even if a concurrent call has just created the file.
     """
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

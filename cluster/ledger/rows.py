@@ -1,4 +1,4 @@
-"""Values read from a ledger, also over the admin API. Imports no SQLAlchemy."""
+"""Values read from a ledger, directly or over the admin API. This module imports no SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """A query of usage sums. `group_by` holds DIMENSIONS or `label:<name>`. Days are UTC; `until_day` is inclusive."""
+    """A query for usage sums.
+
+    `group_by` holds names from DIMENSIONS, or `label:<name>`. Days are UTC days; `until_day` is inclusive.
+    """
 
     group_by: tuple[str, ...] = ("tenant", "model")
     since_day: str = ""
@@ -38,7 +41,7 @@ class UsageQuery:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Price of a GPU hour by accelerator type; `""` is the rate of usage records without a type."""
+    """Prices of a GPU hour by accelerator type. The key `""` has the price for usage records without a type."""
 
     currency: str
     gpu_hour: Mapping[str, float]
@@ -46,7 +49,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class StoredTenant:
-    """A tenant as stored. Times are seconds since the epoch."""
+    """A tenant as stored in the database. Times are seconds since the epoch."""
 
     policy: TenantPolicy
     origin: str
@@ -57,7 +60,7 @@ class StoredTenant:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """The metadata of a stored key, without the key or its digest. Times are seconds since the epoch."""
+    """The metadata of a stored key, without the key and the key's digest. Times are seconds since the epoch."""
 
     id: str
     tenant: str
@@ -71,7 +74,7 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key just created. `secret` is the whole key; it is not stored and not part of the repr."""
+    """A key that was just created. `secret` is the whole key; `secret` is not stored and not part of the repr."""
 
     stored: StoredKey
     secret: str
@@ -81,7 +84,7 @@ class NewKey:
 
 
 def key_state(stored: StoredKey, now_s: float) -> str:
-    """The state of a key: active, expired or revoked."""
+    """Return the state of a key: active, expired or revoked."""
     if stored.revoked_at is not None:
         return "revoked"
     return "expired" if stored.expires_at is not None and stored.expires_at <= now_s else "active"

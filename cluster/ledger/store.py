@@ -1,4 +1,4 @@
-"""The ledger: all operations on one database. Synchronous; event loops call it in a thread."""
+"""The ledger: all operations on one database. The operations are synchronous, so event loops call them in a thread."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cluster.ledger.usage.usage import UsageTable
 class Ledger:
     """Tenants, keys, usage, audit and snapshots of one database.
 
-    The first of `peppers` stores new keys, all of them verify; only `keys` needs one. `clock` returns seconds since
-    the epoch.
+    New keys are stored under the first pepper; every pepper verifies. Only the attribute `keys` needs a pepper.
+    `clock` returns seconds since the epoch.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Ledger:
         self._engine.dispose()
 
     def check(self) -> migrate.Check:
-        """Compare the tables with those of this release. Raises StoreUnavailable."""
+        """Compare the database's tables with the tables of this release. Raises StoreUnavailable."""
         return migrate.check(self._engine)
 
     def require_usable(self) -> None:
@@ -63,7 +63,7 @@ class Ledger:
         migrate.require_usable(self._engine)
 
     def upgrade(self, *, contract: bool = False) -> tuple[str, ...]:
-        """Migrate the tables to this release. Returns the revisions applied."""
+        """Migrate the tables to this release. Returns the applied revisions."""
         return migrate.upgrade(self._engine, contract=contract)
 
     def backup(self, file: Path) -> Counts:
@@ -75,7 +75,7 @@ class Ledger:
         return restore(self._engine, file)
 
     def record(self, action: str, object_name: str, *, tenant: str = "", reason: str = "", actor: str = "") -> None:
-        """Audit an admin action, in the table and in the audit file if there is one."""
+        """Record an admin action in the audit table, and in the audit file if there is a file."""
         event = AuditEvent(
             at_s=self._clock(),
             kind="admin",
@@ -90,7 +90,7 @@ class Ledger:
         self.audit.insert([event])
 
     def erase(self, tenant: str) -> int:
-        """Remove a tenant, its keys and every row that names it. Returns the number of rows.
+        """Remove a tenant, the tenant's keys and every row that names the tenant. Returns the number of rows removed.
 
         Raises NotFound, ManagedByFile.
         """

@@ -1,4 +1,4 @@
-"""Fixtures for CLI tests: a scripted gateway that serves both APIs, a command runner, and a temporary cache folder."""
+"""Fixtures for CLI tests: a scripted gateway with the gRPC and admin APIs, a command runner, and a cache folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use a temporary cache folder, so that run folders of these tests are not among the user's."""
+    """Use a temporary cache folder, so that the tests' run folders are not in the user's cache folder."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def gateway() -> Iterator[ScriptedGateway]:
-    """A scripted gateway on a free port, stopped at the end of the test."""
+    """A scripted gateway on a free port. The gateway is stopped at the end of the test."""
     server = serve(Script())
     yield server
     server.stop()
@@ -31,7 +31,7 @@ def gateway() -> Iterator[ScriptedGateway]:
 
 @pytest.fixture
 def run() -> Callable[..., Result]:
-    """Run the command line in this process; `input` is what the user types."""
+    """Function that runs the command line in this process. The argument `input` is the user's input."""
 
     def invoke(*arguments: str, input: str | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=input)

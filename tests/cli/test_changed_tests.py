@@ -1,4 +1,4 @@
-"""Which tests `make test-changed` runs."""
+"""`make test-changed` runs the tests that belong to the changed files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TESTS = {
     ],
 )
 def test_importers_and_mirrors_are_picked(changed: str, picked: list[str]) -> None:
-    """A module has the tests that import it or mirror it; a test file has itself."""
+    """For a changed module, the test files that import or mirror the module are picked; a test file picks itself."""
     assert select_tests([changed], TESTS) == picked
 
 
 def test_both_forms_of_import_are_read() -> None:
-    """`import a.b` and `from a import b` name the same module, in functions too."""
+    """Modules in `import` statements and in `from` imports are found, also inside functions."""
     source = "import a.b\ndef f():\n    from c.d import e\n"
     assert {"a.b", "c.d", "c.d.e"} <= imported_by(source)
     assert module_of("cluster/wire/__init__.py") == "cluster.wire"

@@ -1,4 +1,4 @@
-"""Start of `make test`: missing tools are listed, and installed only where that is possible and wanted."""
+"""At the start of `make test`, missing tools are listed, and are installed only if that is possible and wanted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_installed_unasked_or_against_a_word() -> None:
-    """Only root on Debian installs: in CI without asking, else after a question on a terminal; NO_INSTALL forbids it.
-    All combinations are tried."""
+    """Tools are installed only by root on Debian: without a question in CI, else after a question on a terminal.
+
+    NO_INSTALL forbids the installation. The test tries all combinations.
+    """
     for root, debian, ci, forbidden, terminal in itertools.product((False, True), repeat=5):
         way = machine.way(root=root, debian=debian, ci=ci, forbidden=forbidden, terminal=terminal)
         may = root and debian and not forbidden
@@ -30,7 +32,7 @@ def test_nothing_is_installed_unasked_or_against_a_word() -> None:
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """An environment whose PATH has only a fake apt-get, which records its calls and fails for valkey-server."""
+    """An environment with only a fake apt-get on PATH. The fake records all calls and fails for valkey-server."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "apt-get").write_text(
@@ -47,14 +49,14 @@ needs_apt = pytest.mark.skipif(
 
 
 def calls(tmp_path: Path) -> list[str]:
-    """The recorded calls of apt-get."""
+    """Return the recorded calls of apt-get."""
     file = tmp_path / "calls"
     return file.read_text().splitlines() if file.exists() else []
 
 
 @pytest.mark.parametrize("words", [{}, {"CI": "1", "NO_INSTALL": "1"}])
 def test_what_is_lacking_is_said_and_left(bare: dict[str, str], tmp_path: Path, words: dict[str, str]) -> None:
-    """Without a terminal nothing is asked or installed; each missing tool is listed with its command."""
+    """Without a terminal, each missing tool is listed with an install command, and no tool is installed."""
     done = subprocess.run(
         COMMAND,
         env=bare | words,
@@ -74,7 +76,10 @@ def test_what_is_lacking_is_said_and_left(bare: dict[str, str], tmp_path: Path, 
 
 @needs_apt
 def test_ci_installs_and_one_that_cannot_be_had_costs_no_other(bare: dict[str, str], tmp_path: Path) -> None:
-    """If installing all packages at once fails they are installed one by one, and Redis in place of Valkey."""
+    """In CI, packages are installed one by one if installing all packages at once fails.
+
+    Redis is installed if Valkey cannot be installed.
+    """
     subprocess.run(COMMAND, env=bare | {"CI": "true"}, capture_output=True, check=True, timeout=30, cwd=ROOT)
     wanted = [line.split("--no-install-recommends ", 1)[1] for line in calls(tmp_path) if "install" in line]
     assert {"iputils-ping", "valkey-server", "prometheus-alertmanager"} <= set(wanted[0].split())
@@ -85,7 +90,7 @@ def test_ci_installs_and_one_that_cannot_be_had_costs_no_other(bare: dict[str, s
 @needs_apt
 @pytest.mark.parametrize(("answer", "installs"), [(b"\n", True), (b"y\n", True), (b"n\n", False), (b"\x04", False)])
 def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes, installs: bool) -> None:
-    """Nothing is installed before the answer, nor after a no."""
+    """On a terminal, no package is installed before the user has answered, or after the answer no."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(COMMAND, env=bare, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
@@ -100,7 +105,7 @@ def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes
 
 
 def test_every_lack_has_its_line() -> None:
-    """A skip reason has what is missing and its remedy; an unknown check name raises KeyError."""
+    """A skip reason names the missing tool and the remedy, and an unknown name of a check raises KeyError."""
     for check in doctor.CHECKS:
         finding = check()
         reason = doctor.missing_reason(finding.name)

@@ -1,4 +1,4 @@
-"""Processes of the cluster start without the modules that only the other commands need."""
+"""A process of the cluster starts without importing modules that only other commands need."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _names(app: typer.Typer) -> set[str]:
 
 
 def test_what_starts_alone_is_what_there_is_to_start() -> None:
-    """Each process has its own command line, and is a command of the complete command line too."""
+    """Each process has a command line of its own, and is also a command of the complete command line."""
     assert {name: _names(process_commands.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(
         PROCESSES, True
     )
@@ -41,7 +41,7 @@ def test_what_starts_alone_is_what_there_is_to_start() -> None:
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
 def test_a_process_imports_no_console(words: list[str]) -> None:
-    """A process has its own help, and imports neither rich nor pygments nor the other commands."""
+    """A process prints the help of its command, and imports neither rich nor pygments nor the other commands."""
     program = PROGRAM.format(words=words)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_a_process_imports_no_console(words: list[str]) -> None:
 
 
 def test_another_command_has_all() -> None:
-    """Other commands do import rich, pygments and all commands: the test above can fail."""
+    """A command that is no process imports rich, pygments and all commands, so the test above can fail."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
     )

@@ -1,4 +1,4 @@
-"""Setting keys of a model in YAML text changes nothing else in it."""
+"""Setting keys of a model in a YAML text changes nothing else in the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST = "sha256:" + "0" * 64
 
 
 def test_block_and_flow() -> None:
-    """Comments stay; a new key goes below `source`, an existing one is replaced."""
+    """A new key is inserted below `source`, the value of an existing key is replaced, and comments stay."""
     text = set_keys(FILE, "big", {"revision": "abc", "digest": DIGEST})
     text = set_keys(text, "small", {"revision": "123", "digest": DIGEST})
     text = set_keys(text, "last", {"revision": "y"})
@@ -58,7 +58,7 @@ models:
     ],
 )
 def test_what_cannot_be_cut_is_refused(text: str, message: str) -> None:
-    """Text that splicing would damage is refused."""
+    """A text in which a key cannot be set without damage to other parts is refused."""
     with pytest.raises(ValueError, match=message):
         set_keys(text, "m", {"revision": "r"})
 
@@ -69,7 +69,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size
 @settings(deadline=None)
 @given(WORDS, st.booleans(), st.lists(st.sampled_from(["# c", "", "  # d"]), max_size=3))
 def test_whatever_the_value_and_the_layout(value: str, flow: bool, noise: list[str]) -> None:
-    """Any value in any layout is read back as given, and all other lines stay."""
+    """Any value can be set in any layout: the new text has the value, and all other lines stay."""
     entry = "{name: m, source: /m}" if flow else "name: m\n    source: /m\n    gpu: L4"
     text = "\n".join([*noise, "models:", f"  - {entry}", *noise, "name: x"])
     changed = set_keys(text, "m", {"revision": value})

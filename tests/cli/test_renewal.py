@@ -1,4 +1,4 @@
-"""The certificate renewal that docs/kubernetes.md documents: it renews certificates and keeps every other secret."""
+"""The certificate renewal in docs/kubernetes.md renews all certificates and keeps every other secret."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RENEWAL = Line(["pod", "certificates", "--authority", "authority"], "apply")
 
 
 async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> None:
-    """API keys and clients that pin the CA still work after running the documented renewal twice."""
+    """API keys, and clients that pin the CA, still work after two runs of the documented renewal."""
     async with Children(tmp_path / "logs") as children:
         assert await renew(children, tmp_path / "release", 2, lambda text: None) == 1.0
 
 
 def test_the_documentation_has_an_install_and_a_renewal() -> None:
-    """The documentation has one install and one renewal line, so the test above runs something."""
+    """The documentation has one command line for the install and one for the renewal, which the test above runs."""
     assert [line.verb for line in documented_lines(DOCS.read_text())] == ["create", "apply"]
 
 
@@ -42,7 +42,10 @@ def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
 
 
 def test_a_second_install_is_refused(tmp_path: Path) -> None:
-    """Applying a second install is refused, because the Secret is immutable: a new pepper would void every API key."""
+    """Applying a second install is refused, because the Secret is immutable.
+
+    A new pepper would make every API key invalid.
+    """
     store = SecretStore()
     run_line(INSTALL, tmp_path, store)
     again = Line(["pod", "secrets"], "apply")
@@ -51,7 +54,10 @@ def test_a_second_install_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_authorities_are_kept(tmp_path: Path) -> None:
-    """Renewals keep the authorities of link and client ports, so workers and clients that pin the CA still connect."""
+    """A renewal keeps the authorities of the link and of the client ports, and the authorities' keys are private.
+
+    So workers, and clients that pin the CA, can still connect.
+    """
     authorities = []
     for _ in range(2):
         objects: Any = manifests("ns", "headrace", (), tmp_path / "authority", 30).objects
@@ -64,7 +70,7 @@ def test_both_authorities_are_kept(tmp_path: Path) -> None:
 
 
 def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
-    """A renewal without `--host` still covers the host names of the first install."""
+    """A certificate that is renewed without `--host` still has the host names of the first install."""
     folder = tmp_path / "authority"
     manifests("ns", "headrace", ("llm.example.com", "10.0.0.7"), folder, 30)
     (tls,) = (
@@ -79,7 +85,10 @@ def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
-    """A folder from `certs ca`, which has only the link's authority, counts as a renewal and gets the missing one."""
+    """A folder from `certs ca`, which has only the link's authority, is renewed and gets an authority for client ports.
+
+    If a key of an authority is missing, the commands print no Secrets.
+    """
     assert headrace("certs", "ca", str(tmp_path / "authority")).returncode == 0
     done = headrace("pod", "certificates", "--authority", str(tmp_path / "authority"))
     objects = list(yaml.safe_load_all(done.stdout))

@@ -1,4 +1,7 @@
-"""The scripts that `make` runs: choice of the Python, choice of torch's build, pinned files, skipped tests."""
+"""The scripts that `make` runs choose a suitable Python and a suitable build of torch.
+
+The tests in this module also check the pinned files, and the list of skipped tests at the end of a test run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def fake_python(folder: Path, name: str, version: str, *, venv: bool = True) -> Path:
-    """A fake Python that answers the calls of find-python.sh."""
+    """Create a fake Python that answers the calls of find-python.sh. Returns the path of the fake."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     file.write_text(
@@ -45,7 +48,7 @@ def find(*folders: Path, python: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tested_version_comes_first(tmp_path: Path) -> None:
-    """3.11 is preferred to newer versions, whatever `python3` is."""
+    """Python 3.11 is preferred to newer versions, even if `python3` is a newer version."""
     fake_python(tmp_path / "a", "python3", "3.13.1")
     fake_python(tmp_path / "a", "python3.13", "3.13.1")
     eleven = fake_python(tmp_path / "b", "python3.11", "3.11.9")
@@ -53,7 +56,7 @@ def test_the_tested_version_comes_first(tmp_path: Path) -> None:
 
 
 def test_a_shim_without_a_version_is_passed_over(tmp_path: Path) -> None:
-    """A failing shim of a version manager does not hide a working Python later on PATH."""
+    """A working Python is found even if a failing shim of a version manager comes earlier on PATH."""
     shim = fake_python(tmp_path / "a", "python3.11", "")
     shim.write_text("#!/bin/sh\nexit 127\n")
     real = fake_python(tmp_path / "b", "python3.11", "3.11.9")
@@ -61,7 +64,7 @@ def test_a_shim_without_a_version_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_wanted_python_is_taken(tmp_path: Path) -> None:
-    """PYTHON selects the Python, by path or by name."""
+    """The environment variable PYTHON selects the Python, by path or by name."""
     fake_python(tmp_path / "a", "python3.11", "3.11.9")
     other = fake_python(tmp_path / "a", "python3.14", "3.14.0")
     assert find(tmp_path / "a", python="python3.14").stdout.strip() == str(other)
@@ -69,7 +72,7 @@ def test_a_wanted_python_is_taken(tmp_path: Path) -> None:
 
 
 def test_what_was_found_and_what_to_do(tmp_path: Path) -> None:
-    """Without a suitable Python the error lists why each candidate was rejected, and how to install one."""
+    """If no Python is suitable, the error says why each candidate was rejected and how to install a suitable Python."""
     fake_python(tmp_path / "a", "python3", "3.10.2")
     fake_python(tmp_path / "a", "python3.12", "3.12.0", venv=False)
     done = find(tmp_path / "a")
@@ -83,7 +86,7 @@ WITHOUT_HASH = {"never.txt": "overrides, which nothing installs", "torch.txt": "
 
 @pytest.mark.parametrize("file", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda file: file.name)
 def test_every_pin_has_its_hashes(file: Path) -> None:
-    """Every pin has a hash, so a package replaced in an index is not installed."""
+    """Every pin has a hash, so a package that was replaced in an index cannot be installed."""
     whole = re.sub(r" *\\\n *", " ", file.read_text())
     lines = [line for line in whole.splitlines() if line and not line.startswith("#")]
     bare = [line for line in lines if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", line)]
@@ -98,7 +101,7 @@ OFFICIAL = "torch==2.13.0 \\\n    --hash=sha256:" + "a" * 64 + "\n"
 
 
 def wheel(version: str = "2.13.0+cpu", url: str = "https://mirror/t.whl", digit: str = "a") -> setup.Wheel:
-    """A wheel that pip would install."""
+    """Return a wheel that pip would install."""
     return setup.Wheel("torch", version, url, digit * 64)
 
 
@@ -115,12 +118,15 @@ def wheel(version: str = "2.13.0+cpu", url: str = "https://mirror/t.whl", digit:
     ],
 )
 def test_torch_that_pip_finds_is_known_or_on_this_disk(found: list[setup.Wheel], expected: str | None) -> None:
-    """Pip installs torch only if the CPU build has a pinned hash or is on a local disk."""
+    """pip installs torch only if all wheels of the CPU build have pinned hashes or are on a local disk."""
     assert setup.torch_for_pip(found, OFFICIAL) == expected
 
 
 def test_pins_hold_for_every_machine() -> None:
-    """Pins have no local version, no CUDA library and no index address; base.txt is a subset of cpu.txt."""
+    """The pinned files have no local version, no CUDA library and no index address.
+
+    The pins of base.txt are a subset of the pins of cpu.txt.
+    """
     cpu = (ROOT / "requirements" / "cpu.txt").read_text()
     base = (ROOT / "requirements" / "base.txt").read_text()
     for text in (cpu, base):
@@ -134,7 +140,7 @@ def test_pins_hold_for_every_machine() -> None:
 
 @pytest.mark.parametrize("file", [".ci/run", *(f"scripts/{n}.sh" for n in ("find-python", "protos", "requirements"))])
 def test_scripts_are_runnable(file: str) -> None:
-    """The shell scripts parse and are executable."""
+    """The shell scripts have valid syntax and are executable."""
     path = ROOT / file
     assert os.access(path, os.X_OK)
     shell = path.read_text().splitlines()[0].removeprefix("#!")

@@ -1,4 +1,4 @@
-"""Tenant commands over a gateway's admin API: same results as on the database, with a gateway's exit codes."""
+"""Tenant commands over a gateway's admin API have the same results as tenant commands on the database."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ DECLARED = (
     "cost: {currency: EUR, gpu_hour: {H100: 2}}\n"
 )
 OTHER_WORDS = {"bad name", "unknown field"}
-"""Steps whose error names a protobuf field in place of the configuration's; their texts are not compared."""
+"""Steps with an error that names a protobuf field instead of a field of the configuration.
+
+The error texts of these steps are not compared.
+"""
 
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Keyed]:
-    """A gateway with a declared tenant."""
+    """A gateway with authentication and a declared tenant."""
     async with keyed_cluster(tmp_path_factory.mktemp("desk"), DECLARED) as keyed:
         yield keyed
 
@@ -54,18 +57,18 @@ async def key(keyed: Keyed) -> str:
 
 @pytest.fixture
 def at(keyed: Keyed, key: str, tmp_path: Path) -> tuple[str, ...]:
-    """The options that select the gateway."""
+    """The command line options that select the gateway."""
     (tmp_path / "key").write_text(key + "\n")
     return ("--admin", keyed.gateway.endpoints["admin"], "--api-key-file", str(tmp_path / "key"))
 
 
 async def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a subprocess."""
+    """Run a command in a subprocess and return the completed process."""
     return await asyncio.to_thread(headrace, *arguments)
 
 
 async def good(*arguments: str) -> Any:
-    """The JSON that a command printed."""
+    """Run a command with --json and return the JSON value that the command printed."""
     done = await cli(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -75,7 +78,10 @@ async def good(*arguments: str) -> Any:
 
 
 def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]], Any]]]:
-    """Steps of an operator, valid and invalid, with a tenant of this name. An action gets the service and the keys."""
+    """Yield the steps of an operator with a tenant of the given name, as pairs of a title and a function.
+
+    Some steps are invalid. The function gets the tenant service and the keys that earlier steps have created.
+    """
     usage = UsageQuery(("model", "label:team"), tenant=name)
     yield "create", lambda d, _: d.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})
     yield "twice", lambda d, _: d.create_tenant(name, {})
@@ -117,7 +123,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]]
 
 
 def transcript(service: TenantService, name: str) -> list[tuple[str, Any]]:
-    """The result of each step, without names, ids and times."""
+    """Return the result of each step, without names, ids and times."""
     results: list[tuple[str, Any]] = []
     made: list[Any] = []
     for step, act in script(name):
@@ -152,7 +158,7 @@ def _plain(value: Any, name: str, made: list[NewKey]) -> Any:
 
 
 async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
-    """Each step gives the same rows, or the same error text, on the database and over the gateway."""
+    """Each step has the same result or the same error text on the database and over the gateway's admin API."""
     for name in ("t-here", "t-over"):
         keyed.ledger.usage.insert(
             [
@@ -196,7 +202,7 @@ def _rates(cost: Any) -> Any:
 
 @pytest.mark.slow
 async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None:
-    """Create a tenant and a key, list, suspend, and read usage and audit, all over the admin port."""
+    """An operator can create a tenant and a key, suspend the tenant, and read usage and audit over the admin port."""
     made = await good("tenants", "create", "shop", "--weight", "4", "--set", "limits.daily_tokens=null", *at)
     assert (made["weight"], made["limits"]["daily_tokens"], made["origin"]) == (4.0, None, "api")
     done = await cli("keys", "create", "shop", "--name", "ci", *at)
@@ -217,7 +223,7 @@ async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None
 
 @pytest.mark.slow
 async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> None:
-    """Exit codes are 0 ok, 1 failed, 2 bad usage, 3 unreachable; an error has no traceback."""
+    """The exit code of a command is 0 ok, 1 failed, 2 bad usage or 3 unreachable, and an error has no traceback."""
     (tmp_path / "bad").write_text("hr_k1_" + "x" * 43)
     admin = keyed.gateway.endpoints["admin"]
     for arguments, code, words in (
@@ -247,7 +253,7 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
 
 @pytest.mark.slow
 async def test_the_environment_says_where(keyed: Keyed, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HEADRACE_ENDPOINT and HEADRACE_API_KEY select the gateway; -f on the command line takes precedence."""
+    """HEADRACE_ENDPOINT and HEADRACE_API_KEY select a gateway, unless -f is given on the command line."""
     host = keyed.gateway.endpoints["admin"].rsplit(":", 1)[0]
     monkeypatch.setenv("HEADRACE_ENDPOINT", f"{host}:1")
     monkeypatch.setenv("HEADRACE_API_KEY", key)
@@ -259,8 +265,10 @@ async def test_the_environment_says_where(keyed: Keyed, key: str, monkeypatch: p
 
 @pytest.mark.slow
 async def test_a_local_cluster_needs_no_key(tmp_path: Path, cache: Path) -> None:
-    """With TLS and auth on, commands reach a local cluster with the credentials in its run folder; without that folder
-    they are unauthenticated."""
+    """Commands reach a local cluster with TLS and authentication by the credentials in the cluster's run folder.
+
+    Without a configuration in the run folder, the commands are refused as unauthenticated.
+    """
     files = Authority(tmp_path / "ours").issue("gateway.example.com")
     tls = f"  tls: {{cert_file: {files.cert_file}, key_file: {files.key_file}}}\n"
     async with keyed_cluster(tmp_path / "k", "tenants: [{name: fixed}]\n", tls) as keyed:

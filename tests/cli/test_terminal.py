@@ -1,4 +1,4 @@
-"""Untrusted text on an operator's terminal: no command prints control characters in it."""
+"""No command prints control characters of untrusted texts on an operator's terminal."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ Run = Callable[..., Result]
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1A\u202e\ud800\r"
 CLI = Path(terminal.__file__).parent
 WRITES_ITSELF = {"terminal.py", "step_lines.py"}
-"""Modules that write to the terminal directly: the one that escapes text, and the redrawn lines of `up`."""
+"""Modules that write to the terminal directly: the module that escapes text, and the module that redraws lines."""
 
 
 def unsafe(text: str) -> list[str]:
-    """The control characters and surrogates in a text, other than line ends and tabs."""
+    """Return the control characters and surrogates in a text, except line ends and tabs."""
     rest = text.replace("\r\n", "")
     return [char for char in rest if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"]
 
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_no_control_character_is_left(text: str) -> None:
-    """No text moves the cursor, sets the title, or types for the operator."""
+    """An escaped text contains no control character, so it cannot move the cursor or set the window's title."""
     assert unsafe(terminal.safe(text)) == []
 
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_json_means_the_same_to_a_program(text: str) -> None:
-    """Escaped JSON parses to the same value."""
+    """An escaped JSON text has the same value as the original text when parsed."""
     written = terminal.safe_json(json.dumps(text, ensure_ascii=False))
     assert json.loads(written) == text
     assert unsafe(written) == []
 
 
 def test_plain_text_stays_as_it_is() -> None:
-    """Other languages, emoji, tabs and line ends are printed unchanged."""
+    """A text with other languages, emoji, tabs and line ends is printed unchanged."""
     text = "naïve 日本語 עברית \U0001f469\u200d\U0001f4bb\n\tindent\r\n"
     assert terminal.safe(text) == text
 
 
 def test_tables_and_lines_are_safe(capsys: pytest.CaptureFixture[str]) -> None:
-    """Tables, lines, JSON and error messages escape control characters that a worker or a caller has sent."""
+    """Control characters from workers and callers are escaped in tables, lines, JSON and error messages."""
     console = SafeConsole(highlight=False)
     table = Table("name", title=EVIL)
     table.add_row(EVIL)
@@ -77,7 +77,7 @@ def test_tables_and_lines_are_safe(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
-    """Ledger commands escape token subjects, labels and names of tenants."""
+    """Commands of the ledger escape control characters in token subjects, labels and names of tenants."""
     url, evil = f"sqlite:///{tmp_path / 'ledger.db'}", EVIL.replace("\ud800", "")
     ledger = Ledger(url, peppers=(b"p" * 32,))
     ledger.upgrade()
@@ -115,5 +115,5 @@ def test_every_command_prints_by_one_module() -> None:
                 name = ast.unparse(node.func)
                 if name in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "Console"):
                     calls.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
-    allowed = ("base.py", "processes.py")  # `fail` and `warn` escape their message; prepare's JSON is ASCII
+    allowed = ("base.py", "processes.py")  # `fail` and `warn` escape messages; the JSON of `prepare` is ASCII
     assert [call for call in calls if not call.startswith(allowed)] == []

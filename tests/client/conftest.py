@@ -1,4 +1,4 @@
-"""A scripted gateway for each test."""
+"""Fixture of a scripted gateway for each test of the client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture
 def gateway() -> Iterator[ScriptedGateway]:
-    """A scripted gateway on a free port, stopped after the test."""
+    """A scripted gateway on a free port. The gateway is stopped after the test."""
     running = serve(Script())
     yield running
     running.stop()

@@ -1,4 +1,4 @@
-"""The asyncio client against a real gRPC server."""
+"""The asyncio client works with a real gRPC server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = "".join(WORDS)
 
 
 async def test_every_call_answers(gateway: ScriptedGateway) -> None:
-    """Whole answers, streams, tokens and models work as in the blocking client."""
+    """The calls for whole answers, streams, tokens and models give the results of the blocking client."""
     gateway.script.models = [pb.Model(name=f"m{i}") for i in range(3)]
     gateway.script.page_size = 2
     async with AsyncClient(gateway.endpoint) as client:
@@ -29,7 +29,7 @@ async def test_every_call_answers(gateway: ScriptedGateway) -> None:
 
 
 async def test_stream_keeps_account(gateway: ScriptedGateway) -> None:
-    """Iterating yields text only, `chunks()` yields every chunk, and usage is set at the end."""
+    """Iterating over a stream yields only texts, `chunks()` yields every chunk, and the usage is set at the end."""
     async with AsyncClient(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "x", request_id="r-1")
         assert [t async for t in stream] == list(WORDS)
@@ -44,7 +44,7 @@ async def test_stream_keeps_account(gateway: ScriptedGateway) -> None:
 
 
 async def test_errors_are_read(gateway: ScriptedGateway) -> None:
-    """An error carries its reason; a failure in mid-stream is raised and the call is not repeated."""
+    """An error has a reason, and a failure in the middle of a stream is raised after the received text."""
     async with AsyncClient(gateway.endpoint) as client:
         with pytest.raises(HeadraceError, match="MODEL_NOT_FOUND: no model is called 'nope'"):
             await client.model("nope")
@@ -56,7 +56,7 @@ async def test_errors_are_read(gateway: ScriptedGateway) -> None:
 
 
 async def test_unavailable_is_retried(gateway: ScriptedGateway) -> None:
-    """A call refused with UNAVAILABLE before any answer is retried."""
+    """A call is retried if the gateway refused the call with UNAVAILABLE before any part of the answer."""
     gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none", retry_after_s=0.05)]
     gateway.script.pushback_ms = 50
     async with AsyncClient(gateway.endpoint) as client:
@@ -66,7 +66,7 @@ async def test_unavailable_is_retried(gateway: ScriptedGateway) -> None:
 
 @pytest.mark.slow
 async def test_nobody_there_is_unreachable() -> None:
-    """A closed port gives UNREACHABLE."""
+    """A call to a closed port raises HeadraceError with the reason UNREACHABLE."""
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(HeadraceError) as caught:
             await client.models(timeout_s=10)

@@ -1,4 +1,4 @@
-"""Python values become request messages, and errors name the invalid field."""
+"""Python values are converted to request messages, and errors name the invalid field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.v1 import inference_pb2 as pb
 
 
 def test_openai_dictionaries_become_messages() -> None:
-    """Parts, images and tool calls keep their content."""
+    """Messages as OpenAI dictionaries, with parts, images and tool calls, are converted to messages of the API."""
     assistant = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": "{}"}}]}
     parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     assert to_messages([{"role": "user", "content": parts}, assistant, pb.Message(role="user", content="y")]) == [
@@ -26,7 +26,7 @@ def test_openai_dictionaries_become_messages() -> None:
 
 
 def test_tools_formats_and_template_arguments() -> None:
-    """OpenAI's forms of tools, tool choice and response format are converted."""
+    """OpenAI's forms of tools, tool choice and response format are converted to the API's forms."""
     schema = {"type": "object"}
     request = chat_request(
         "m",
@@ -45,7 +45,7 @@ def test_tools_formats_and_template_arguments() -> None:
 
 
 def test_choice_and_plain_schema() -> None:
-    """A choice list and a schema without OpenAI's wrapper are passed on unchanged."""
+    """A list of choices, and a schema without OpenAI's wrapper, are passed on unchanged."""
     request = complete_request("m", "x", {"response_format": {"type": "choice", "choice": ["a", "b"]}})
     assert list(request.response_format.choice) == ["a", "b"]
     request = complete_request("m", "x", {"response_format": {"type": "json_schema", "json_schema": {"type": "null"}}})
@@ -61,13 +61,13 @@ def test_choice_and_plain_schema() -> None:
     ],
 )
 def test_wrong_messages_name_their_field(message: dict[str, Any], field: str) -> None:
-    """The error names the path of the invalid key."""
+    """The error for an invalid message contains the path of the invalid key."""
     with pytest.raises(ValueError, match=field):
         to_messages([message])
 
 
 def test_an_unknown_parameter_is_an_error() -> None:
-    """A misspelt parameter raises, and so does a chat parameter passed to a completion."""
+    """A misspelt parameter, and a chat parameter in a completion request, raise TypeError."""
     wrong: Any = {"max_token": 3}
     with pytest.raises(TypeError, match="unknown parameter 'max_token'"):
         chat_request("m", "x", wrong)

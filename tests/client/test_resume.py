@@ -1,4 +1,4 @@
-"""The SDK resumes a stream whose gateway is lost: the caller reads the text of an undisturbed stream, once."""
+"""The SDK resumes a stream after the loss of the gateway, and the caller reads every part of the text exactly once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["bundle", "checkpoint"]
 
 @dataclass
 class Pair:
-    """Two gateways with one secret and one worker."""
+    """Two gateways that have the same secret and the same worker."""
 
     first: TestCluster
     second: TestCluster
 
     @property
     def endpoints(self) -> list[str]:
-        """The gRPC endpoints of both gateways."""
+        """The gRPC endpoints of the first and the second gateway."""
         return [cluster.gateway.endpoints["grpc"] for cluster in (self.first, self.second)]
 
 
@@ -42,7 +42,7 @@ class Pair:
 async def pair(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    """Two gateways and a worker connected to both."""
+    """Two gateways, and a worker that is connected to both gateways."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
         links = [cluster.gateway.endpoints["link"] for cluster in (first, second)]
@@ -53,7 +53,7 @@ async def pair(
 
 
 def kill(gateway: Gateway) -> None:
-    """Leave the gateway's client port as a killed process would: connections reset, no listener."""
+    """Reset all client connections of a gateway and close the listener, which is what a killed process leaves."""
     clients = gateway._clients
     assert clients is not None
     assert clients._listener is not None
@@ -64,9 +64,9 @@ def kill(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 async def test_streams_outlive_their_gateway(pair: Pair) -> None:
-    """After the gateway is killed, plain streams and session streams continue on the other gateway.
+    """After a gateway is killed, plain streams and session streams continue on the other gateway.
 
-    Each yields the text of an undisturbed stream and usage at its end. New calls go to the other gateway.
+    Each stream yields the text of an undisturbed stream, and the usage at the end. New calls go to the other gateway.
     """
     async with AsyncClient(pair.endpoints) as client:
         wanted = [
@@ -93,7 +93,7 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_blocking_code_too(pair: Pair) -> None:
-    """A stream of the blocking client is resumed too, with the text of every choice exactly once."""
+    """A stream of the blocking client is resumed too, and the text of every choice is received exactly once."""
     begun = threading.Event()
 
     def read_twice() -> tuple[dict[int, str], dict[int, str]]:
@@ -117,9 +117,10 @@ async def test_blocking_code_too(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
-    """A connection that goes silent without closing, as after a pulled cable, fails its keepalive within seconds.
+    """A connection that becomes silent without being closed fails the keepalive within seconds.
 
-    A plain stream and a session stream then continue on the other gateway, long before the kernel's own timeout.
+    A pulled cable causes such a silence. A plain stream and a session stream then continue on the other gateway, long
+    before the kernel's timeout.
     """
     async with cuttable(pair.endpoints[0]) as relay, AsyncClient([relay.address, pair.endpoints[1]]) as client:
         wanted = (await client.chat("sim", "Once", max_tokens=400, ignore_eos=True, temperature=0.0)).text
@@ -142,7 +143,7 @@ async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
-    """A gateway that shuts down gracefully hands its streams over to the other gateway in time."""
+    """A stream of a gateway that stops gracefully continues on the other gateway, with the same text."""
     async with AsyncClient(pair.endpoints) as client:
         wanted = (await client.complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)).text
         stream = client.stream_complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)
@@ -156,7 +157,10 @@ async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> None:
-    """While a stream runs on a draining gateway, the client connects to the other address of the same name."""
+    """While a stream still runs on a draining gateway, the client already connects to the other gateway.
+
+    Both gateways are addresses of the same name.
+    """
     clients = pair.second.gateway._clients
     assert clients is not None
     async with AsyncClient(["ipv4:" + ",".join(pair.endpoints)]) as client:
@@ -174,7 +178,7 @@ async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> N
 
 
 async def test_it_can_be_turned_off(pair: Pair) -> None:
-    """With `resume=False` chunks carry no resume token, and a lost gateway raises after the text received so far."""
+    """With `resume=False`, chunks have no resume token, and the loss of the gateway raises HeadraceError."""
     async with AsyncClient(pair.endpoints, resume=False) as client:
         stream = client.stream_chat("sim", "hello", max_tokens=300, ignore_eos=True)
         chunks = stream.chunks()
@@ -188,7 +192,7 @@ async def test_it_can_be_turned_off(pair: Pair) -> None:
 
 
 def test_what_a_whole_token_says_need_not_be_kept() -> None:
-    """A resume request carries the newest whole token and those after it, none before."""
+    """A resume request has the newest whole token and all later tokens, but no earlier token."""
     resumption = Resumption(pb.ChatRequest(model="m"), None, 1)
     for number, whole in enumerate([False, False, True, False, True, False], start=1):
         resumption.record(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))
@@ -198,7 +202,10 @@ def test_what_a_whole_token_says_need_not_be_kept() -> None:
 
 
 def test_tries_are_bounded_and_the_deadline_stays() -> None:
-    """A stream is retried MAX_FAILURES times with growing pauses, until its deadline. Text resets the count."""
+    """A stream is retried up to MAX_FAILURES times with growing pauses, and never after the stream's deadline.
+
+    Received text resets the number of failures.
+    """
     now = 100.0
     resumption = Resumption(pb.ChatRequest(model="m"), 60.0, 1, clock=lambda: now)
     lost = HeadraceError("UNREACHABLE", "connection reset", code="UNAVAILABLE")

@@ -1,4 +1,7 @@
-"""The asyncio client shares sessions: same answers as plain streams, separate errors, old and stopping gateways."""
+"""Streams of the asyncio client that share a session give the same answers and errors as plain streams.
+
+The client also handles old connections, gateways without sessions, and gateways that stop.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ __all__ = ["bundle", "checkpoint", "cluster"]
 
 @pytest.fixture
 async def client(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> AsyncIterator[AsyncClient]:
-    """A client of a cluster with one worker."""
+    """An asyncio client that is connected to a cluster with one worker."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     async with AsyncClient(cluster.gateway.endpoints["grpc"]) as client:
         yield client
 
 
 async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCluster) -> None:
-    """Twenty concurrent streams over one session each yield the same text as alone, with usage."""
+    """Each of twenty concurrent streams in one session yields the text of a single call, and the usage."""
     alone = (await client.chat("sim", "call 3", max_tokens=25, ignore_eos=True, temperature=0.0)).text
 
     async def read_stream(i: int) -> tuple[str, int]:
@@ -55,14 +58,14 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
 
 
 class Counting(inference_pb2_grpc.InferenceServicer):
-    """Servicer that records how many calls each session message starts, and answers nothing."""
+    """Servicer that answers nothing and records the size and the number of started calls of each session message."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.bytes: list[int] = []
 
     async def Session(self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any) -> Any:
-        """Read messages until the client disconnects."""
+        """Read and record messages until the client disconnects."""
         async for message in request_iterator:
             self.starts.append(sum(request.HasField("start") for request in (message, *message.more)))
             self.bytes.append(message.ByteSize())
@@ -70,7 +73,7 @@ class Counting(inference_pb2_grpc.InferenceServicer):
 
 
 async def test_calls_that_begin_together_go_together() -> None:
-    """Calls started together are sent in as few messages as the size limit allows."""
+    """Calls that are started together are sent in as few messages as the size limit allows."""
     counting = Counting()  # type: ignore[abstract]
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(counting, server)
@@ -86,7 +89,7 @@ async def test_calls_that_begin_together_go_together() -> None:
         tasks = [asyncio.create_task(first(prompt)) for prompt in prompts]
         await until(
             lambda: sum(counting.starts) >= len(prompts) - 1, "all calls have arrived"
-        )  # the first has a plain stream
+        )  # the first call has a plain stream
         assert len(counting.starts) <= 10
         assert max(counting.starts) > 50
         assert max(counting.bytes) < MAX_BATCH_BYTES + 1024 < 64 << 10
@@ -97,7 +100,7 @@ async def test_calls_that_begin_together_go_together() -> None:
 
 
 async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
-    """`chunks()` yields messages in a session too, each with id and model."""
+    """In a session too, `chunks()` yields messages of the API, and each message has the id and the model."""
     first = client.stream_chat("sim", "a", max_tokens=30, ignore_eos=True)
     second = client.stream_complete("sim", "b", max_tokens=10, ignore_eos=True)
     chunks = [c async for c in second.chunks()]
@@ -107,7 +110,10 @@ async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
 
 
 async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestCluster) -> None:
-    """An invalid call of a session raises as it would alone; cancelled and dropped calls end at the gateway."""
+    """An invalid call in a session raises the same error as an invalid single call, and other calls are not affected.
+
+    Cancelled calls and dropped calls end at the gateway.
+    """
     running = client.stream_chat("sim", "a", max_tokens=60, ignore_eos=True)
     with pytest.raises(HeadraceError) as caught:
         [t async for t in client.stream_chat("nope", "b")]
@@ -130,7 +136,7 @@ async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestClust
 
 @pytest.mark.slow
 async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """When a session's connection has reached its maximum age, new calls go to another session, and none is lost."""
+    """New calls go to another session after a session's connection has reached the maximum age, and no call is lost."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20\n  max_connection_age_s: 0.5")
     async with running_cluster(tmp_path, config) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
@@ -149,7 +155,7 @@ async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundl
 
 
 async def test_a_gateway_without_sessions_gets_streams(gateway: ScriptedGateway) -> None:
-    """UNIMPLEMENTED makes the client fall back to one stream per call."""
+    """The client uses one plain stream per call if the gateway answers a session with UNIMPLEMENTED."""
     async with AsyncClient(gateway.endpoint) as client:
         streams = [client.stream_chat("tiny", "x") for _ in range(5)]
         texts = await asyncio.gather(*(_text(s) for s in streams))
@@ -161,7 +167,7 @@ async def _text(stream: AsyncIterator[str]) -> str:
 
 
 async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
-    """Calls that are not resumable raise when the session's gateway is lost; none hangs."""
+    """All calls of a session that are not resumable raise HeadraceError when the session's gateway is lost."""
     streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True, resumable=False) for i in range(4)]
     for stream in streams:
         await anext(stream)

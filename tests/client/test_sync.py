@@ -1,4 +1,4 @@
-"""The blocking client against a real gRPC server."""
+"""The blocking client works with a real gRPC server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = "".join(WORDS)
 
 
 def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:
-    """A whole answer carries its text, finish reason, usage and ids."""
+    """A whole answer has the text, the finish reason, the usage and the ids of the call."""
     with Client(gateway.endpoint) as client:
         answer = client.chat("tiny", "Where?", request_id="r-1", temperature=0.0, stop="\n")
     assert (answer.text, answer.finish_reason, answer.usage.total_tokens) == (TEXT, "stop", 10)
@@ -28,7 +28,7 @@ def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:
 
 
 def test_temperature_zero_is_sent_and_unset_is_not(gateway: ScriptedGateway) -> None:
-    """A parameter of zero is sent; an absent one is not."""
+    """A parameter with the value zero is sent in the request, and an absent parameter is not sent."""
     with Client(gateway.endpoint) as client:
         client.chat("tiny", "x", temperature=0.0)
         client.chat("tiny", "x")
@@ -38,7 +38,7 @@ def test_temperature_zero_is_sent_and_unset_is_not(gateway: ScriptedGateway) -> 
 
 
 def test_stream_yields_text_and_keeps_account(gateway: ScriptedGateway) -> None:
-    """Iterating yields text only; finish reason, usage, id and model are attributes of the stream."""
+    """Iterating over a stream yields only texts; finish reason, usage, id and model are attributes of the stream."""
     with Client(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "Where?")
         usage_before = stream.usage
@@ -50,7 +50,7 @@ def test_stream_yields_text_and_keeps_account(gateway: ScriptedGateway) -> None:
 
 
 def test_chunks_show_progress_too(gateway: ScriptedGateway) -> None:
-    """`chunks()` yields every message, including progress of a queued call."""
+    """`chunks()` yields every message, including messages about the progress of a queued call."""
     with Client(gateway.endpoint) as client:
         chunks = list(client.stream_chat("tiny", "Where?").chunks())
     assert [c.HasField("progress") for c in chunks] == [True, False, False, False]
@@ -58,7 +58,7 @@ def test_chunks_show_progress_too(gateway: ScriptedGateway) -> None:
 
 
 def test_completion_takes_text_or_token_ids(gateway: ScriptedGateway) -> None:
-    """The prompt is a text or token ids, streamed or not."""
+    """The prompt of a completion is a text or token ids, both for whole answers and for streams."""
     with Client(gateway.endpoint) as client:
         assert client.complete("tiny", "Once").text == TEXT
         assert list(client.stream_complete("tiny", [1, 2], max_tokens=3)) == list(WORDS)
@@ -68,7 +68,7 @@ def test_completion_takes_text_or_token_ids(gateway: ScriptedGateway) -> None:
 
 
 def test_tokens_of_text_and_messages(gateway: ScriptedGateway) -> None:
-    """Tokenize accepts a text or messages, and detokenize converts ids back."""
+    """`tokenize` accepts a text or messages, and `detokenize` converts token ids to a text."""
     with Client(gateway.endpoint) as client:
         assert client.tokenize("tiny", "Hé") == list("Hé".encode())
         assert client.tokenize("tiny", [{"role": "user", "content": "Hi"}]) == [72, 105]
@@ -76,7 +76,7 @@ def test_tokens_of_text_and_messages(gateway: ScriptedGateway) -> None:
 
 
 def test_models_reads_every_page(gateway: ScriptedGateway) -> None:
-    """A list longer than one page is returned whole."""
+    """A list of models that is longer than one page is returned completely."""
     gateway.script.models = [pb.Model(name=f"m{i}") for i in range(5)]
     gateway.script.page_size = 2
     with Client(gateway.endpoint) as client:
@@ -85,7 +85,7 @@ def test_models_reads_every_page(gateway: ScriptedGateway) -> None:
 
 
 def test_metadata_carries_key_request_id_and_headers(gateway: ScriptedGateway) -> None:
-    """The API key is sent as a bearer token and is absent from repr."""
+    """The API key is sent as a bearer token, together with the request id and headers, and is absent from repr."""
     client = Client(gateway.endpoint, api_key="sk-1")
     with client:
         client.chat("tiny", "x", request_id="r-9", headers={"traceparent": "00-1"})
@@ -95,7 +95,7 @@ def test_metadata_carries_key_request_id_and_headers(gateway: ScriptedGateway) -
 
 
 def test_deadline_travels_and_a_call_may_name_its_own(gateway: ScriptedGateway) -> None:
-    """The client's deadline reaches the server, and the deadline of a single call overrides it."""
+    """The client's deadline is sent to the server, and a deadline of a single call overrides the client's deadline."""
     with Client(gateway.endpoint, timeout_s=100) as client:
         client.chat("tiny", "x")
         client.chat("tiny", "x", timeout_s=7)
@@ -107,7 +107,7 @@ def test_deadline_travels_and_a_call_may_name_its_own(gateway: ScriptedGateway) 
 
 
 def test_deadline_passed_is_told(gateway: ScriptedGateway) -> None:
-    """A stream that does not end in time raises DEADLINE_EXCEEDED."""
+    """A stream that does not end before the deadline raises HeadraceError with the reason DEADLINE_EXCEEDED."""
     gateway.script.hold = threading.Event()
     with Client(gateway.endpoint) as client, pytest.raises(HeadraceError) as caught:
         list(client.stream_chat("tiny", "x", timeout_s=0.3))
@@ -115,7 +115,7 @@ def test_deadline_passed_is_told(gateway: ScriptedGateway) -> None:
 
 
 def test_error_is_read_whole(gateway: ScriptedGateway) -> None:
-    """Reason, message, violations, retry delay and request id come from the details of the status."""
+    """An error has the reason, message, violations, retry delay and request id from the details of the gRPC status."""
     violations = (("messages[0].role", "unknown role 'boss'"),)
     gateway.script.refusals = [
         refusal(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "bad", violations=violations, retry_after_s=1.5)
@@ -134,7 +134,7 @@ def test_error_is_read_whole(gateway: ScriptedGateway) -> None:
 
 
 def test_unavailable_is_retried_after_the_servers_pause(gateway: ScriptedGateway) -> None:
-    """A call refused with UNAVAILABLE before any answer is retried with the same request id."""
+    """A call that is refused with UNAVAILABLE before any answer is retried with the same request id."""
     loading = refusal(code_pb2.UNAVAILABLE, "MODEL_LOADING", "loading", retry_after_s=0.05)
     gateway.script.refusals = [loading, loading]
     gateway.script.pushback_ms = 50
@@ -145,7 +145,7 @@ def test_unavailable_is_retried_after_the_servers_pause(gateway: ScriptedGateway
 
 
 def test_a_negative_pause_forbids_the_retry(gateway: ScriptedGateway) -> None:
-    """A negative retry pushback stops retries, and the server's reason is raised."""
+    """After a negative retry pushback the call is not retried, and the error has the server's reason."""
     gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none")] * 2
     gateway.script.pushback_ms = -1
     with Client(gateway.endpoint) as client, pytest.raises(HeadraceError, match="NO_WORKER: none"):
@@ -154,7 +154,7 @@ def test_a_negative_pause_forbids_the_retry(gateway: ScriptedGateway) -> None:
 
 
 def test_retries_can_be_turned_off(gateway: ScriptedGateway) -> None:
-    """With retries off the first refusal is raised."""
+    """If retries are turned off, the first refusal of a call is raised."""
     gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none", retry_after_s=1)]
     with Client(gateway.endpoint, retries=False) as client, pytest.raises(HeadraceError) as caught:
         client.chat("tiny", "x")
@@ -162,7 +162,7 @@ def test_retries_can_be_turned_off(gateway: ScriptedGateway) -> None:
 
 
 def test_a_broken_stream_is_not_repeated(gateway: ScriptedGateway) -> None:
-    """After text was received, a failure is raised, the text is kept and the call is not repeated."""
+    """A failure after received text is raised, the text is kept, and the call is not repeated."""
     gateway.script.break_after = 1
     with Client(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "x")
@@ -175,7 +175,7 @@ def test_a_broken_stream_is_not_repeated(gateway: ScriptedGateway) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "with", "dropped"])
 def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> None:
-    """Cancelling, leaving the `with` block and dropping the stream each end the call at the gateway."""
+    """Cancelling a stream, leaving the `with` block of a stream or dropping a stream ends the call at the gateway."""
     gateway.script.hold = threading.Event()
     client = Client(gateway.endpoint)
     stream = client.stream_chat("tiny", "x")
@@ -193,7 +193,7 @@ def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> N
 
 @pytest.mark.slow
 def test_nobody_there_is_unreachable() -> None:
-    """A closed port gives UNREACHABLE with the endpoint, not a gRPC dump."""
+    """A call to a closed port raises HeadraceError with the reason UNREACHABLE, and the message has the endpoint."""
     with Client("127.0.0.1:1") as client, pytest.raises(HeadraceError) as caught:
         client.models(timeout_s=10)
     assert caught.value.reason == UNREACHABLE
@@ -202,7 +202,7 @@ def test_nobody_there_is_unreachable() -> None:
 
 @pytest.mark.slow
 def test_four_megabytes_and_more_pass(gateway: ScriptedGateway) -> None:
-    """Messages above gRPC's default of 4 MB pass, up to the gateway's limit."""
+    """Messages larger than gRPC's default limit of 4 MB are accepted, up to the gateway's limit."""
     with Client(gateway.endpoint) as client:
         assert len(client.tokenize("tiny", "x" * 5_000_000)) == 5_000_000
         with pytest.raises(HeadraceError) as caught:
@@ -211,7 +211,7 @@ def test_four_megabytes_and_more_pass(gateway: ScriptedGateway) -> None:
 
 
 def test_endpoint_and_key_come_from_the_environment(gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HEADRACE_ENDPOINT and HEADRACE_API_KEY replace absent arguments."""
+    """The environment variables HEADRACE_ENDPOINT and HEADRACE_API_KEY replace absent arguments of the client."""
     monkeypatch.setenv("HEADRACE_ENDPOINT", gateway.endpoint)
     monkeypatch.setenv("HEADRACE_API_KEY", "sk-env")
     with Client() as client:
@@ -221,12 +221,12 @@ def test_endpoint_and_key_come_from_the_environment(gateway: ScriptedGateway, mo
 
 @pytest.mark.parametrize("endpoint", ["http://localhost:50051", "grpc://x:1"])
 def test_a_scheme_is_refused(endpoint: str) -> None:
-    """The error for an endpoint with a scheme says which form is expected."""
+    """An endpoint with a scheme raises an error that names the expected form."""
     with pytest.raises(ValueError, match="give host:port"):
         Client(endpoint)
 
 
 def test_a_missing_certificate_file_is_named(tmp_path: Path) -> None:
-    """A missing CA file raises at once, and the error names it."""
+    """A missing CA file raises an error when the client is created, and the error names the file."""
     with pytest.raises(FileNotFoundError, match="no-ca"):
         Client("localhost:1", tls_ca_file=tmp_path / "no-ca.crt")

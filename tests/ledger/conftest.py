@@ -1,4 +1,4 @@
-"""Ledgers over both databases: a SQLite file and a database of a real PostgreSQL."""
+"""Fixtures of ledgers on a SQLite file and on a database of a real PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PEPPER = b"p" * 32
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[postgres.PostgresServer]:
-    """One PostgreSQL server for the session; each test creates its own database."""
+    """One PostgreSQL server for the whole test session. Each test creates a database of its own."""
     with postgres.running() as running:
         yield running
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of an empty database, of each kind in turn."""
+    """URL of an empty database: a SQLite file in one run of the test, a PostgreSQL database in another run."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     running: postgres.PostgresServer = request.getfixturevalue("server")
@@ -31,7 +31,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ledger(database_url: str) -> Iterator[Ledger]:
-    """A ledger with its tables created."""
+    """A ledger on a database with all tables."""
     ledger = Ledger(database_url, peppers=(PEPPER,))
     ledger.upgrade()
     yield ledger

@@ -10,7 +10,7 @@ DAY_S = 86400.0
 
 
 def record(record_id: str = "r1", **changes: Any) -> UsageRecord:
-    """A usage record of 1970-01-02."""
+    """Return a usage record for a call on 1970-01-02, with `changes` to the fields."""
     values: dict[str, Any] = {
         "record_id": record_id,
         "tenant": "acme",

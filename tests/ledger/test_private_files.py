@@ -1,4 +1,4 @@
-"""State is private to its owner under any umask: folders have mode 0700, databases 0600."""
+"""Stored state is private to the files' owner under any umask: folders have mode 0700, databases have mode 0600."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    """Set the process's umask for a block."""
+    """Set the process's umask for a `with` block."""
     before = os.umask(mask)
     try:
         yield
@@ -31,14 +31,14 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def accessible(folder: Path) -> dict[str, str]:
-    """Modes of the paths in a folder, including itself, that other users may enter, read or write."""
+    """Return the modes of all paths in a folder that other users may enter, read or write, including the folder."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if path.stat().st_mode & 0o077}
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o777])
 def test_a_ledgers_files_are_private(tmp_path: Path, mask: int) -> None:
-    """A ledger's database, its WAL and its index, which hold names, key hashes and the audit, are private."""
+    """A ledger's database file, WAL file and index file are private: they hold names, key hashes and the audit log."""
     folder = tmp_path / "state"
     with umask(mask):
         make_private_folder(folder)
@@ -52,7 +52,7 @@ def test_a_ledgers_files_are_private(tmp_path: Path, mask: int) -> None:
 
 
 def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
-    """Files that an earlier release created with wider permissions become private."""
+    """Files that an earlier release created with wider permissions are made private."""
     folder = tmp_path / "state"
     make_private_folder(folder)
     url = f"sqlite:///{folder / 'ledger.db'}"
@@ -69,21 +69,21 @@ def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
 
 
 async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
-    """The SQLite file of resume claims and its folders are private."""
+    """The SQLite file of resume claims and the folders above the file are private."""
     with umask(0o000):
         assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
         assert accessible(tmp_path / "deep") == {}
 
 
 def test_a_run_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder and the folders created above it, which hold secrets, are private."""
+    """A run folder, and the folders that are created above the run folder, are private, because they hold secrets."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "new" / "cache"))
     with umask(0o000), RunFolder("x").lock():
         assert {path for path in accessible(tmp_path / "new") if Path(path).is_dir()} == set()
 
 
 async def test_a_gateways_folder_is_private(tmp_path: Path) -> None:
-    """The tokenizers, catalog, spool and snapshot of a running gateway are private, also in an older, wider folder."""
+    """The files of a running gateway are private, even if the gateway's folder had wider permissions before."""
     folder = tmp_path / "gateway"
     folder.mkdir(mode=0o755)
     with umask(0o000):
@@ -92,7 +92,7 @@ async def test_a_gateways_folder_is_private(tmp_path: Path) -> None:
 
 
 def test_shared_folders_stay_as_they_are(tmp_path: Path) -> None:
-    """Shared folders such as /tmp keep their mode."""
+    """A shared folder, such as /tmp, keeps its mode."""
     tmp_path.chmod(0o1777)
     narrow(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777

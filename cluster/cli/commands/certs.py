@@ -1,5 +1,8 @@
-"""Commands for link certificates: make an authority, issue certificates for gateways, workers and the controller, and
-maintain the lists of revoked certificates."""
+"""Commands for link certificates.
+
+The commands make an authority, issue certificates for gateways, workers and the controller, and maintain the lists of
+revoked certificates.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ def revoke(
 
 
 def _replace(file: Path, text: str) -> None:
-    """Replace the file atomically. A new file is world-readable: serial numbers are not secret."""
+    """Replace a file atomically. A new file is readable by all users, because serial numbers are not secret."""
     draft = file.with_name(f".{file.name}.new")
     draft.write_text(text)
     draft.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
@@ -120,7 +123,7 @@ def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
 
 
 def _revocation(text: str, issuer: str, note: str) -> Revocation:
-    """The revocation entry for a certificate file or a serial number. Raises ValueError."""
+    """Return the revocation entry for a certificate, given as a file or as a serial number. Raises ValueError."""
     if not Path(text).exists():
         return Revocation(serial_of(text), issuer, note)
     from cryptography import x509

@@ -123,7 +123,7 @@ def list_models(
 
 
 def model_row(model: pb.Model) -> dict[str, Any]:
-    """A model as --json prints it; the state without its enum prefix."""
+    """Return a model in the form that --json prints. The state has no prefix `STATE_`."""
     row: dict[str, Any] = MessageToDict(model, preserving_proto_field_name=True)
     return row | {
         "name": model.name,
@@ -141,7 +141,10 @@ def _print_message(message: pb.ChatResponse | pb.CompleteResponse) -> None:
 
 
 def _print_stream(stream: Stream[Any]) -> None:
-    """Print the text as it arrives; on standard error, that the answer was cut at max_tokens."""
+    """Print each text of a stream as soon as the text arrives.
+
+    If the answer was cut at max_tokens, a note is printed to standard error.
+    """
     ended = False
     try:
         for text in stream:
@@ -158,7 +161,7 @@ def _print_stream(stream: Stream[Any]) -> None:
 
 
 def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Message], params: ChatParams) -> None:
-    """Chat until an empty line or the end of input; Ctrl-C stops an answer, not the chat."""
+    """Chat until the user enters an empty line or the input ends. Ctrl-C stops an answer, but not the chat."""
     out.print(f"[dim]chat with {escape(model)}; an empty line or Ctrl-D ends it, Ctrl-C stops an answer[/dim]")
     with rpc_errors(endpoint):
         client.model(model)

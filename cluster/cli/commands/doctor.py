@@ -1,7 +1,8 @@
-"""Check what this machine lacks, each with the command that installs it.
+"""Check which tools and resources this machine lacks. Each finding has the command that installs what is missing.
 
-Standard library only: `make doctor` runs this before the environment exists. `.ci/run` installs the packages it lists,
-and tests/conftest.py skips the tests that cannot run here.
+This module imports only the standard library, because `make doctor` runs the module before the environment exists.
+`.ci/run` installs the Debian packages that the module lists. tests/conftest.py uses the checks to skip tests that
+cannot run on this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ SETUP = "make setup"
 
 @dataclass(frozen=True, slots=True)
 class DoctorFinding:
-    """The result of one check. `missing`: empty if present; `remedy`: one command; `apt`: the Debian package."""
+    """The result of one check.
+
+    `missing` says what is missing, and is empty if nothing is missing. `remedy` is one command. `apt` is the name of
+    the Debian package.
+    """
 
     name: str
     missing: str = ""
@@ -37,7 +42,10 @@ class DoctorFinding:
 
 
 def find_tool(name: str) -> str | None:
-    """Find a program: beside this Python, in the checkout's .venv, on PATH, or in the sbin folders."""
+    """Return the path of a program, or None.
+
+    The program is searched in the folder of this Python, in the checkout's .venv, on PATH, and in the sbin folders.
+    """
     folders = [Path(sys.executable).parent, ROOT / ".venv" / "bin"]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     return shutil.which(name, path=path)
@@ -51,7 +59,7 @@ def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> DoctorFindi
 
 
 def check_python() -> DoctorFinding:
-    """Check that Python is 3.11 to 3.14."""
+    """Check that the version of Python is 3.11 to 3.14."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 14):
         return DoctorFinding("python", needed_for="everything", found=f"{version} ({sys.executable})")
@@ -65,7 +73,7 @@ def check_python() -> DoctorFinding:
 
 
 def check_environment() -> DoctorFinding:
-    """Check that `.venv` exists (in a checkout) or the package is installed (elsewhere)."""
+    """Check that `.venv` exists in a checkout. Outside a checkout, check that the package is installed."""
     if not (ROOT / "Makefile").exists():
         return DoctorFinding("environment", needed_for="everything", found="installed package")
     if (ROOT / ".venv" / "bin" / "headrace").exists():
@@ -105,7 +113,7 @@ def check_namespaces() -> DoctorFinding:
 
 
 def check_memory() -> DoctorFinding:
-    """Check for enough memory for one engine and its Ray."""
+    """Check that this machine has enough memory for one engine together with Ray."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -144,7 +152,10 @@ def check_processor() -> DoctorFinding:
 
 
 def foreign_cluster_package() -> str | None:
-    """Name and version of PyPI's `cluster` distribution if installed; its import name is `cluster`, as ours is."""
+    """Return the name and version of PyPI's `cluster` distribution if the distribution is installed, else None.
+
+    The distribution's import name is `cluster`, and Headrace's import name is `cluster` too.
+    """
     try:
         distribution = importlib.metadata.distribution("cluster")
     except importlib.metadata.PackageNotFoundError:
@@ -153,7 +164,7 @@ def foreign_cluster_package() -> str | None:
 
 
 def check_name_clash() -> DoctorFinding:
-    """Check that PyPI's `cluster` package, whose import name is the same, is not installed."""
+    """Check that PyPI's `cluster` package is not installed. The package has the same import name as Headrace."""
     other = foreign_cluster_package()
     if other is None:
         return DoctorFinding("import name", needed_for="everything", found="`cluster` is Headrace's")
@@ -166,7 +177,7 @@ def check_name_clash() -> DoctorFinding:
 
 
 def check_valkey() -> DoctorFinding:
-    """Check for Valkey, the store for limits that gateways share; Redis works too."""
+    """Check for Valkey, which stores the limits that gateways share. Redis works too."""
     needed_for = "tests of limits that gateways share"
     if (redis := find_tool("redis-server")) and not find_tool("valkey-server"):
         return DoctorFinding("valkey-server", needed_for=needed_for, found=redis)
@@ -186,12 +197,12 @@ def check_postgresql() -> DoctorFinding:
 
 
 def check_promtool() -> DoctorFinding:
-    """Check for promtool, Prometheus' validator of rules and queries."""
+    """Check for promtool, the program of Prometheus that validates rules and queries."""
     return _tool("promtool", "tests of alert rules", "apt-get install -y prometheus", "prometheus")
 
 
 def check_amtool() -> DoctorFinding:
-    """Check for amtool, Alertmanager's validator of routes."""
+    """Check for amtool, the program of Alertmanager that validates routes."""
     return _tool(
         "amtool", "tests of alert routes", "apt-get install -y prometheus-alertmanager", "prometheus-alertmanager"
     )
@@ -218,7 +229,10 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
 
 
 def missing_reason(name: str) -> str:
-    """Describe in one line what one check misses and its remedy; empty if nothing. Raises KeyError for other names."""
+    """Return one line that says what a check has found missing, with the remedy. Raises KeyError for an unknown name.
+
+    The line is empty if nothing is missing.
+    """
     for check in CHECKS:
         finding = check()
         if finding.name == name:
@@ -227,12 +241,15 @@ def missing_reason(name: str) -> str:
 
 
 def examine() -> list[DoctorFinding]:
-    """Run all checks."""
+    """Run all checks and return the findings."""
     return [check() for check in CHECKS]
 
 
 def report(findings: Sequence[DoctorFinding]) -> str:
-    """Format the findings: one line each, then one line that installs all missing Debian packages."""
+    """Format findings as text, with one line per finding.
+
+    If Debian packages are missing, the last line has the command that installs all of them.
+    """
     lines = []
     for finding in findings:
         mark = "lacks" if finding.missing else "ok"
@@ -247,7 +264,10 @@ def report(findings: Sequence[DoctorFinding]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the report; with `--apt` only the missing Debian packages. Exit code 0 if nothing is missing, else 1."""
+    """Print the report. Returns the exit code: 0 if nothing is missing, else 1.
+
+    With `--apt`, print only the names of the missing Debian packages and return 0.
+    """
     findings = examine()
     if "--apt" in arguments:
         terminal.say(" ".join(sorted({finding.apt for finding in findings if finding.missing and finding.apt})))

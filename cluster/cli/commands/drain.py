@@ -1,4 +1,4 @@
-"""Commands drain, cordon and uncordon: set through the admin API whether workers take new work."""
+"""Commands drain, cordon and uncordon. The commands set, through the admin API, whether workers take new work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cluster.cli.common import (
 
 POLL_S = 0.2
 LAG_S = 2.0
-"""Extra wait until the workers' new state has reached the gateway."""
+"""Additional time to wait until the workers' new state has reached the gateway, in seconds."""
 
 TargetArgument = Annotated[
     str,
@@ -103,7 +103,7 @@ def uncordon(
 
 
 def _request_and_wait(verb: str, request: Any, state: str, as_json: bool, access: Access) -> None:
-    """Send the request, and wait until the workers report the state."""
+    """Send a request, and wait until the workers report the given state."""
     api = Admin(access)
     try:
         with rpc_errors(access.address):
@@ -117,7 +117,10 @@ def _request_and_wait(verb: str, request: Any, state: str, as_json: bool, access
 
 
 def _wait_for_state(api: Admin, targets: Collection[str], until: float, state: str = "DRAINED") -> list[pb.Worker]:
-    """Wait until all workers have the state or the time is over; return them without those that have disconnected."""
+    """Wait until all target workers have the state, or until the time `until`.
+
+    Returns the target workers that are still connected.
+    """
     while True:
         rows = [worker for worker in api.workers() if worker.worker_id in targets]
         if all(worker.state == state for worker in rows) or time.monotonic() > until:

@@ -1,4 +1,7 @@
-"""Commands apply, diff, and those of `models` that control which versions get calls. The controller executes them."""
+"""Commands apply and diff, and the subcommands of `models` that control which versions of a model get calls.
+
+The controller executes the changes.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,10 @@ PruneOption = Annotated[bool, typer.Option("--prune", help="Remove the models th
 
 
 def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
-    """Read the models of each file, a folder's files by name; return them and the other top-level keys of the files.
+    """Read the models of each file. The files of a folder are read in order of name.
 
-    An invalid file ends the command with exit code 2.
+    Returns one list of models per document, and the other top-level keys of the files. An invalid file ends the
+    command with exit code 2.
     """
     layers: list[list[Mapping[str, Any]]] = []
     others: set[str] = set()
@@ -76,7 +80,7 @@ def _yaml_files(path: Path) -> Sequence[Path]:
 
 
 def _document(files: Sequence[Path]) -> bytes:
-    """Merge the files' models into the JSON document that the admin API takes."""
+    """Merge the models of the files, and return the JSON document that the admin API accepts."""
     layers, others = read_layers(files)
     if others:
         names = escape(", ".join(others))

@@ -1,8 +1,9 @@
-"""Commands `headrace pod gateway|controller`: the processes of a pod, one per container, as the chart starts them.
+"""Commands `headrace pod gateway|controller`: the processes of a pod, one process per container. The chart runs them.
 
-In a pod Kubernetes restarts the process and probes it on a separate port (grpc.health.v1 in plain text, since a
-kubelet's probe has no TLS), and of several controllers only the holder of a Lease acts. Missing settings and files are
-reported before anything starts; `--check` stops there.
+Kubernetes restarts the process of a container, and probes the process on a separate port. The probes use
+grpc.health.v1 in plain text, because a kubelet's probe has no TLS. If there are several controllers, only the
+controller that holds a Lease acts. Missing settings and files are reported before anything starts. With `--check`,
+nothing is started after the report.
 """
 
 from __future__ import annotations
@@ -116,10 +117,11 @@ async def run_pod_controller(
     *,
     loaded: PartialConfig | None = None,
 ) -> None:
-    """Run the controller until `stop`; if `lease` names a Lease, only while this pod holds it.
+    """Run the controller until `stop` is set.
 
-    `account` is the folder of the pod's service account, `loaded` the configuration with its problems. Raises
-    ValueError if a Lease is named outside a pod.
+    If `lease` names a Lease, the controller runs only while this pod holds the Lease. `account` is the folder of the
+    pod's service account. `loaded` has the configuration and the configuration's problems. Raises ValueError if a
+    Lease is named outside a pod.
     """
     from cluster.controller.controller import run_controller
 
@@ -151,7 +153,10 @@ async def run_pod_controller(
 
 @contextlib.asynccontextmanager
 async def probe_server(address: str) -> AsyncIterator[None]:
-    """Serve grpc.health.v1 at host:port; it answers SERVING while this event loop runs. "" serves nothing."""
+    """Serve grpc.health.v1 at `address` (host:port). Does nothing if `address` is empty.
+
+    The server answers SERVING while this event loop runs.
+    """
     if not address:
         yield
         return
@@ -166,7 +171,7 @@ async def probe_server(address: str) -> AsyncIterator[None]:
 
 
 def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
-    """Load the configuration and tolerate invalid models; with `check` they are errors too."""
+    """Load the configuration and tolerate invalid models. With `check`, invalid models are errors too."""
     loaded = PartialConfig(read_config(file)) if check else read_leniently(file, lenient)
     config = loaded.config
     if config.gateway.processes != 1:
@@ -175,7 +180,7 @@ def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> 
 
 
 def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
-    """Exit with code 2 if anything is missing; with `check` exit with code 0 if nothing is."""
+    """Exit with code 2 if anything is missing. With `check`, exit with code 0 if nothing is missing."""
     messages = [f"{file}: {lack}" for lack in lacks]
     if messages:
         fail("\n".join(messages), USAGE)
@@ -185,9 +190,10 @@ def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
 
 
 def gateway_problems(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
-    """Yield a message for each thing that a gateway with this configuration lacks.
+    """Yield a message for each setting or file that a gateway with this configuration lacks.
 
-    `pod`: settings that a pod needs; `files`: files that the configuration names and that cannot be read.
+    With `pod`, the settings that a pod needs are checked. With `files`, the files that the configuration names are
+    checked.
     """
     if pod:
         yield from _missing_pod_settings(config)
@@ -212,7 +218,10 @@ def _missing_pod_settings(config: Config) -> Iterator[str]:
 
 
 def controller_problems(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
-    """Yield a message for each thing that a controller with this configuration lacks; parameters as above."""
+    """Yield a message for each setting or file that a controller with this configuration lacks.
+
+    `pod` and `files` have the same meaning as in `gateway_problems`.
+    """
     if pod and not config.ray:
         yield "ray: empty: a controller in a pod starts no Ray: set the dashboard_url of the Ray cluster"
     if pod and not config.link.gateways:

@@ -1,10 +1,13 @@
-"""Commands `headrace pod secrets`, which prints the chart's Secrets for a first install, and `headrace pod
-certificates`, which prints those that a renewal replaces.
+"""Commands `headrace pod secrets` and `headrace pod certificates`.
 
-Only a first install prints the key pepper, the cluster secret, the database password and Ray's token; Kubernetes
-protects their Secret against changes (`immutable`). `--authority FOLDER` keeps what renewals need:
+`headrace pod secrets` prints the chart's Secrets for a first install. `headrace pod certificates` prints the Secrets
+that a renewal replaces.
 
-    FOLDER/ca.crt, ca.key            the link's authority, as `headrace certs ca` makes it
+Only a first install prints the key pepper, the cluster secret, the database password and Ray's token. These four are
+in one Secret with the field `immutable`, so Kubernetes protects the Secret against changes. `--authority FOLDER` keeps
+the files that renewals need:
+
+    FOLDER/ca.crt, ca.key            the link's authority, with the same files as from `headrace certs ca`
     FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate; clients pin it
     FOLDER/clients/hosts             additional host names of the client ports, one per line
     FOLDER/issued, clients/issued    serial numbers of issued certificates, for `headrace certs revoke`
@@ -31,7 +34,7 @@ DAYS = 365
 AUTHORITY_DAYS = 3650
 CHARTS = "headrace"
 MADE_ONCE = ("cluster", "key-pepper", "database-password", "auth_token")
-"""Keys of the Secret that is made at the first install and never replaced."""
+"""Keys in the Secret that is created at the first install and never replaced."""
 Manifest = dict[str, object]
 NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="The namespace of the chart.")]
 NameOption = Annotated[str, typer.Option("--name", help="The chart's fullnameOverride.")]
@@ -104,9 +107,9 @@ def manifests(
     *,
     with_namespace: bool = False,
 ) -> Manifests:
-    """Build the objects of a first install, or of a renewal if the folder `authority` already has an authority.
+    """Build the objects for a first install, or for a renewal if the folder `authority` already has an authority.
 
-    Raises ValueError for files that are no authority, OSError.
+    Raises ValueError if the files in the folder are no authority. Raises OSError.
     """
     objects: list[Manifest] = []
     if with_namespace:
@@ -126,7 +129,10 @@ def manifests(
 
 
 def renewal(namespace: str, name: str, hosts: Sequence[str], authority: Path, days: int) -> Manifests:
-    """Issue new certificates from a folder's authorities. Raises ValueError for a folder without one, OSError."""
+    """Issue new certificates from the authorities in a folder.
+
+    Raises ValueError if the folder has no authority. Raises OSError.
+    """
     if not _is_authority(authority):
         raise ValueError(f"{authority}: has no authority (ca.crt, ca.key): name the folder of the first install")
     notes = [f"Only certificates are printed: the Secret {name}-secrets stays unchanged."]
@@ -153,7 +159,7 @@ def _is_authority(folder: Path) -> bool:
 
 
 def _make_missing_authorities(folder: Path) -> list[Path]:
-    """Make the authorities that a folder lacks; return their folders. Raises OSError."""
+    """Make the authorities that a folder lacks. Returns the folders of the new authorities. Raises OSError."""
     from cluster.cli import certificates
 
     made = []
@@ -166,7 +172,7 @@ def _make_missing_authorities(folder: Path) -> list[Path]:
 
 
 def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """Add `hosts` to the stored host names of the client ports; return all of them. Raises OSError."""
+    """Add `hosts` to the stored host names of the client ports. Returns all stored host names. Raises OSError."""
     file = folder / "clients" / "hosts"
     stored = file.read_text().split() if file.exists() else []
     all_hosts = list(dict.fromkeys([*stored, *hosts]))
@@ -176,8 +182,10 @@ def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
 
 
 def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> dict[str, Mapping[str, str]]:
-    """Issue all certificates; return the data of each Secret by its name's suffix. Raises ValueError for files that
-    are no authority."""
+    """Issue all certificates. Returns the data of each Secret, by the suffix of the Secret's name.
+
+    Raises ValueError if the files in `folder` are no authority.
+    """
     from cluster.cli import certificates
 
     domains = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")

@@ -1,4 +1,7 @@
-"""Hidden commands: the processes that `up` starts. Each reads one configuration; SIGTERM, SIGINT or SIGHUP ends it."""
+"""Hidden commands: the processes that `up` starts.
+
+Each process reads one configuration file. SIGTERM, SIGINT or SIGHUP ends the process.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ def gateway(
 
 
 def bound_link(config: Config, process: int = 0) -> socket.socket:
-    """Bind the link port before the gateway's modules are imported; a port in use ends the command."""
+    """Bind the link port. A port in use ends the command.
+
+    Call this function before the gateway's modules are imported.
+    """
     from cluster.gateway.links.listener import bind_link
 
     try:
@@ -86,7 +92,7 @@ def bound_link(config: Config, process: int = 0) -> socket.socket:
 
 
 def part_name(process: int) -> str:
-    """The name of a gateway process in logs, run folders and messages."""
+    """Return the name of a gateway process in logs, run folders and messages."""
     return f"gateway-{process}" if process else "gateway"
 
 
@@ -161,7 +167,7 @@ def prepare(file: FileOption) -> None:
 
 
 def source_rules(config: Config) -> SourceRules:
-    """The rules for weight sources: cache folder, hub access, and the allowed sources, formats and licenses."""
+    """Return the rules for weight sources: cache folder, hub access, and the allowed sources, formats and licenses."""
     from cluster.worker.weights.sources import SourceRules
 
     weights = config.weights
@@ -182,7 +188,7 @@ def _write_json_line(value: dict[str, Any]) -> None:
 
 
 def stop_on_signal() -> asyncio.Event:
-    """Return an event that SIGTERM, SIGINT and SIGHUP set."""
+    """Return an event. SIGTERM, SIGINT and SIGHUP set the event from now on."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -191,7 +197,7 @@ def stop_on_signal() -> asyncio.Event:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a process's main coroutine; an error of the environment (a port, a file) becomes a one-line error."""
+    """Run the main coroutine of a process. An error of the environment (a port, a file) becomes a one-line error."""
     try:
         asyncio.run(main)
     except (RuntimeError, OSError, ValueError) as error:

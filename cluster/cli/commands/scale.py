@@ -1,4 +1,7 @@
-"""Commands scale, freeze, unfreeze and explain scaling, which control replica counts. The controller executes them."""
+"""Commands scale, freeze, unfreeze and explain scaling, which set and explain the numbers of replicas.
+
+The controller executes the changes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands status, workers and abort for operators, over the gateway's admin API."""
+"""Commands status, workers and abort for operators. The commands use the gateway's admin API."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAGE_SIZE = 500
 
 
 class Admin:
-    """Client of a gateway's admin services Fleet and Catalog; lists are read to the last page."""
+    """Client of a gateway's admin services Fleet and Catalog. The client reads all pages of a list."""
 
     def __init__(self, access: Access) -> None:
         self._metadata = access.metadata
@@ -43,11 +43,11 @@ class Admin:
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to the gateway."""
         self._channel.close()
 
     def workers(self) -> list[admin_pb2.Worker]:
-        """List the workers linked to this gateway. Raises grpc.RpcError."""
+        """Return the workers that are linked to this gateway. Raises grpc.RpcError."""
         workers: list[admin_pb2.Worker] = []
         page = ""
         while True:
@@ -68,9 +68,9 @@ class Admin:
         return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
 
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
-        """List the models; also returns the seconds since the controller's last message (negative: none yet).
+        """Return the models, and the number of seconds since the controller's last message. Raises grpc.RpcError.
 
-        Raises grpc.RpcError.
+        The number is negative if the controller has not sent a message yet.
         """
         models: list[admin_pb2.CatalogEntry] = []
         page = ""
@@ -83,14 +83,17 @@ class Admin:
                 return models, answer.age_s
 
     def abort(self, request_id: str, tenant: str, reason: str) -> int:
-        """Abort the calls with a request id on this gateway; returns their number. Raises grpc.RpcError."""
+        """Abort all calls with a request id on this gateway. Returns the number of aborted calls.
+
+        Raises grpc.RpcError.
+        """
         parent = f"tenants/{tenant}" if tenant else ""
         request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
         return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """Convert a message to a dictionary with every field, including unset ones, and 64-bit integers as numbers."""
+    """Convert a message to a dictionary with all fields, including unset fields. 64-bit integers become numbers."""
     row: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -103,7 +106,7 @@ def plain(message: Any) -> dict[str, Any]:
 def gather(
     endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None, tls_ca: Path | None = None
 ) -> dict[str, Any]:
-    """Collect the data that `status --json` prints. An unreachable gateway ends the command."""
+    """Return the data that `status --json` prints. An unreachable gateway ends the command."""
     access = admin_access(endpoint, admin_address, api_key_file, tls_ca)
     address, admin = access.address, Admin(access)
     try:
@@ -233,7 +236,7 @@ def _model_table(rows: list[dict[str, Any]]) -> Table | str:
 
 
 def worker_table(rows: list[dict[str, Any]]) -> Table | str:
-    """A table of workers with their load."""
+    """Return a table of workers, with the load of each worker."""
     if not rows:
         return "no workers are linked"
     in_pods = any(row.get("pod", "") for row in rows)

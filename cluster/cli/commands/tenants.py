@@ -1,4 +1,4 @@
-"""Commands for tenants and their API keys, on the database or over a gateway (see tenant_service.py)."""
+"""Commands for tenants and API keys. The commands use the database or a gateway's admin API (see tenant_service.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SetOption = Annotated[
 def _changes(
     class_: str | None, weight: float | None, model: list[str] | None, label: list[str] | None, sets: list[str] | None
 ) -> dict[str, Any]:
-    """Collect the fields given by options, under their names in the configuration."""
+    """Return the fields that the options set, under the names of the configuration."""
     changes: dict[str, Any] = {}
     if class_ is not None:
         changes["class"] = class_

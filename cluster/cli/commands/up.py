@@ -1,4 +1,7 @@
-"""Commands `up` and `down`: start a local cluster (with --detach in the background), and stop it."""
+"""Commands `up`, which starts a local cluster, and `down`, which stops a local cluster.
+
+`up --detach` starts the cluster in the background.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def up(
 
 
 def make_secrets(config: Config) -> None:
-    """Create missing secret files of a local cluster. With an external Ray they must exist: all hosts share them."""
+    """Create the missing secret files of a local cluster.
+
+    With an external Ray, no file is created, because all hosts share the secret files.
+    """
     if config.ray:
         return
     for setting, path in secret_files(config).items():
@@ -78,7 +84,7 @@ def make_secrets(config: Config) -> None:
 
 
 def _check_installed(config: Config) -> None:
-    """Exit with an error if Ray or vLLM is needed and not installed; the base install has neither."""
+    """Exit with an error if Ray or vLLM is needed and not installed. The base install has neither Ray nor vLLM."""
     needed = [] if config.ray else ["ray"]
     if not config.ray and any(not model.source.startswith("sim://") for model in config.models):
         needed.append("vllm")
@@ -123,7 +129,10 @@ def _choose_run(name: str | None) -> RunFolder:
 
 
 def _end_leftovers(run: RunFolder) -> None:
-    """End processes left over from a crashed cluster; its instance id and its Ray's folder identify them."""
+    """End the processes that are left over from a crashed cluster.
+
+    The instance id and the folder of the cluster's Ray identify the processes.
+    """
     state = run.state()
     instance = run.instance()
     if not instance:
@@ -139,7 +148,7 @@ def _end_leftovers(run: RunFolder) -> None:
 
 
 async def _run_cluster(config: Config, run: RunFolder, *, demo: bool, background: bool) -> int:
-    """Start the cluster, supervise it until a signal, stop it; returns the exit code."""
+    """Start the cluster, supervise the cluster until a signal, and stop the cluster. Returns the exit code."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -163,7 +172,7 @@ async def _run_cluster(config: Config, run: RunFolder, *, demo: bool, background
 
 
 async def _run_unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
-    """Run the work until it is done or `stopping` is; returns whether it was done."""
+    """Run `work` until `work` or `stopping` is done. Returns whether `work` is done."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
@@ -198,7 +207,10 @@ def _state_text(entry: admin_pb2.CatalogEntry) -> str:
 
 
 async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
-    """Run `prepare`, which gets every model's files onto this disk; returns the model names. Raises StartFailed."""
+    """Run the command `prepare` in a child process. `prepare` fetches or builds the files of every model.
+
+    Returns the models' names. Raises StartFailed.
+    """
     replace_file(cluster.run.config_file, cluster.config_text())
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cluster.cli.main", "prepare", "-f", str(cluster.run.config_file),
@@ -227,7 +239,7 @@ async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
 
 
 async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
-    """Ask the first model one question and show the answer with its speed. Raises StartFailed."""
+    """Send one question to the first model and show the answer, with the speed of the model. Raises StartFailed."""
     model = cluster.config.models[0].name
     step.show(f"asking {model}")
     async with AsyncClient(cluster.endpoints["grpc"], timeout_s=120) as client:
@@ -277,7 +289,10 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
 
 
 def _command_to_type(tool: str) -> str:
-    """The command line name of a tool: its bare name if PATH finds the one beside this Python, else its path."""
+    """Return the text that a user types to run a tool.
+
+    The text is the tool's name if PATH leads to the tool in the folder of this Python, else the tool's path.
+    """
     here = Path(sys.executable).parent / tool
     on_path = shutil.which(tool)
     if on_path is not None and (not here.exists() or Path(on_path).absolute() == here):
@@ -304,7 +319,10 @@ async def _stop(cluster: LocalCluster) -> None:
 
 
 def _detach(file: Path, config: Config) -> int:
-    """Start `up` as a background process and print its output until it is ready; returns the exit code."""
+    """Start `up` as a background process. Returns the exit code.
+
+    The output of the background process is printed until the cluster is ready.
+    """
     run = RunFolder(config.name)
     make_private_folder(run.path)
     supervisor = run.supervisor()
@@ -326,7 +344,10 @@ def _detach(file: Path, config: Config) -> int:
 
 
 def _follow(process: subprocess.Popen[bytes], run: RunFolder, output: IO[bytes]) -> int:
-    """Copy the background process's output to the terminal until it is ready (0) or has ended (its exit code)."""
+    """Copy the output of the background process to the terminal until the cluster is ready or the process has ended.
+
+    Returns 0 if the cluster is ready, else the exit code of the process.
+    """
     while True:
         code = process.poll()
         supervisor = run.supervisor()

@@ -1,4 +1,4 @@
-"""Commands usage and audit: token usage of tenants, and the audit log."""
+"""Commands usage, which prints the token usage of tenants, and audit, which prints the audit log."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A local cluster run by `headrace up`: its processes, ports, run folder and terminal output."""
+"""A local cluster that `headrace up` runs: processes, ports, run folder and terminal output."""

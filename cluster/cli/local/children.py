@@ -1,4 +1,4 @@
-"""Child processes of a local cluster, with their output in a log file, and their restart when they die."""
+"""Child processes of a local cluster. A child writes its output to a log file, and is restarted after it has died."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ HEALTHY_S = 60.0
 
 
 class Backoff:
-    """Pause before a restart. Doubles with each death, up to a limit; resets after HEALTHY_S seconds of life."""
+    """Pause before a restart. The pause doubles with each death, up to `longest_s`.
+
+    After a process has lived for HEALTHY_S seconds, the pause is `first_s` again.
+    """
 
     def __init__(self, first_s: float = FIRST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:
         self._first_s = first_s
@@ -22,7 +25,7 @@ class Backoff:
         self._next_s = first_s
 
     def after(self, lived_s: float) -> float:
-        """The pause in seconds after a process that lived `lived_s` seconds."""
+        """Return the pause in seconds before the restart of a process that has lived for `lived_s` seconds."""
         if lived_s >= HEALTHY_S:
             self._next_s = self._first_s
         pause = self._next_s
@@ -31,7 +34,7 @@ class Backoff:
 
 
 class Child:
-    """One child process. It can be started again after it has ended."""
+    """A child process. After the process has ended, the child can be started again."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> None:
         self.name = name
@@ -45,11 +48,11 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process id; None while the process does not run."""
+        """The process id, or None while the process does not run."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def start(self) -> None:
-        """Start the process in its own session, so that the terminal's Ctrl-C reaches only the supervisor."""
+        """Start the process in a session of its own, so that Ctrl-C in the terminal reaches only the supervisor."""
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.command,
@@ -61,7 +64,7 @@ class Child:
             )
 
     async def wait(self) -> int:
-        """Wait for the end; returns the exit code (negative: the signal that ended it).
+        """Wait for the end of the process. Returns the exit code, or minus the number of the signal that ended it.
 
         Raises RuntimeError if the process was never started.
         """
@@ -70,7 +73,10 @@ class Child:
         return await self._process.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """Send SIGTERM, and SIGKILL after `grace_s` seconds. Does nothing if the process does not run."""
+        """Send SIGTERM to the process. After `grace_s` seconds, send SIGKILL.
+
+        Does nothing if the process does not run.
+        """
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -85,7 +91,7 @@ class Child:
             await process.wait()
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines of the log, indented; empty if it cannot be read."""
+        """Return the last lines of the log, indented. The result is empty if the log cannot be read."""
         try:
             text = self.log_file.read_text(errors="replace")
         except OSError:
@@ -99,7 +105,10 @@ async def keep_alive(
     report: Callable[[str], None],
     backoff: Backoff | None = None,
 ) -> None:
-    """Restart the child whenever it ends, after a pause, and report it. Runs until cancelled."""
+    """Restart a child after each end of the child's process. Runs until cancelled.
+
+    Before the restart, the end is reported and the pause of `backoff` passes.
+    """
     backoff = backoff or Backoff()
     clock = asyncio.get_running_loop().time
     while True:
@@ -111,5 +120,5 @@ async def keep_alive(
         await asyncio.sleep(pause_s)
         try:
             await restart()
-        except Exception as error:  # whatever the error, it is tried again
+        except Exception as error:  # after any error, the restart is tried again
             report(f"{child.name} did not start: {error}")

@@ -1,7 +1,8 @@
-"""A local cluster: start Ray, gateway processes and a controller, keep them alive, and end them all.
+"""A local cluster: start Ray, gateway processes and a controller, restart processes that die, and end all processes.
 
-Every process has the cluster's instance id in its environment (HEADRACE_INSTANCE). Stopping a cluster ends all
-processes with that id, so none is left over, and another Ray, vLLM or Headrace on the machine is never touched.
+Every process of a cluster has the cluster's instance id in the environment variable HEADRACE_INSTANCE. Stopping the
+cluster ends all processes with the cluster's instance id. So no process is left over, and another Ray, vLLM or Headrace
+on the machine is never touched.
 """
 
 from __future__ import annotations
@@ -37,27 +38,30 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 
 GATEWAY_START_S = 30.0
 DRAIN_S = 2.0
-"""Time that running streams get to finish when a local cluster stops."""
+"""Time that running streams have to finish when a local cluster stops, in seconds."""
 CONTROLLER_GRACE_S = 8.0
 POLL_S = 0.1
 RAY_WATCH_S = 0.5
 MODELS_WATCH_S = 1.0
 PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
-"""State reasons that resolve by themselves and are not reported."""
+"""Pattern of state reasons that are not reported, because they resolve without an action of the user."""
 
 
 class StartFailed(Exception):
-    """The cluster did not start; the message names the part, the reason and the log."""
+    """Error: the cluster did not start. The message names the part, the reason and the log."""
 
 
 class LocalCluster:
-    """One run of a local cluster: call `start`, then `supervise`, then `stop`."""
+    """One run of a local cluster. Call `start` first, then `supervise`, and `stop` at the end."""
 
     def __init__(self, config: Config, run: RunFolder, report: Callable[[str], None]) -> None:
-        """`config` has no open ports (see ports.decide); `report` prints messages for the user."""
+        """Prepare the parts of a cluster. `report` prints messages for the user.
+
+        Every port in `config` must be chosen already (see ports.choose_ports).
+        """
         self.config = config
         self.run = run
-        self.instance = uuid.uuid4().hex[:12]  # short: it is part of a unix socket's path
+        self.instance = uuid.uuid4().hex[:12]  # short, because the id is part of a unix socket's path
         self._report = report
         self._ray: LocalRay | None = None if config.ray else self._new_ray()
         self._ray_up = asyncio.Event()
@@ -70,7 +74,7 @@ class LocalCluster:
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Listener name -> host:port of the first gateway process; empty before it is up."""
+        """Addresses (host:port) of the first gateway process by listener name; empty before that process is up."""
         return dict(self._endpoints.get(0, {}))
 
     # ---- start
@@ -95,7 +99,10 @@ class LocalCluster:
         self.write_state("starting")
 
     async def wait_for_models(self, step: StepLine) -> list[admin_pb2.CatalogEntry]:
-        """Wait until the gateway's catalog has each model READY or FAILED. Raises StartFailed if none is READY."""
+        """Wait until each model is READY or FAILED in the gateway's catalog. Returns the catalog's entries.
+
+        Raises StartFailed if no model is READY.
+        """
         wanted = {model.name for model in self.config.models}
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
@@ -114,7 +121,10 @@ class LocalCluster:
         return entries
 
     def _link_ray_logs(self) -> None:
-        """Link `ray-session` in the run folder to Ray's session folder; delete the previous run's session folder."""
+        """Create a symbolic link `ray-session` in the run folder. The link points to Ray's session folder.
+
+        The session folder of the previous run is deleted.
+        """
         link = self.run.path / "ray-session"
         if link.is_symlink():
             previous = link.readlink()
@@ -126,7 +136,7 @@ class LocalCluster:
 
     @property
     def ray_logs(self) -> str:
-        """The location of the replicas' logs."""
+        """The location of the replicas' logs, as a text for messages."""
         return str(self._ray.folder) if self._ray is not None else "on the Ray cluster"
 
     async def _catalog(self, admin: Admin) -> list[admin_pb2.CatalogEntry]:
@@ -171,7 +181,10 @@ class LocalCluster:
         self._ray_up.set()
 
     async def _stop_starting_ray(self, starting: asyncio.Future[None]) -> None:
-        """Stop a Ray that is still starting. Its start runs in a thread, which ends only when the Ray process does."""
+        """Stop a Ray that is still starting.
+
+        The start runs in a thread, and the thread ends only when the Ray process ends.
+        """
         while self._ray is not None and not starting.done():
             await asyncio.to_thread(self._ray.stop)
             await asyncio.wait([starting], timeout=POLL_S)
@@ -189,7 +202,7 @@ class LocalCluster:
     # ---- supervision
 
     async def supervise(self) -> None:
-        """Restart parts that die, and report it. Runs until cancelled."""
+        """Restart each part that dies, and report the death to the user. Runs until cancelled."""
         watches = [
             *(
                 keep_alive(gateway, partial(self._restart_gateway, process), self._report)
@@ -205,7 +218,10 @@ class LocalCluster:
                 group.create_task(watch)
 
     async def _report_models(self) -> None:
-        """Report new state reasons of models in the catalog: why one failed, how a replica's engine ended."""
+        """Report new state reasons of models in the catalog.
+
+        A state reason says why a model failed or how a replica's engine ended.
+        """
         reported: dict[str, frozenset[str]] = {}
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
@@ -225,12 +241,15 @@ class LocalCluster:
         self.write_state("ready")
 
     async def _replace_dead_ray(self) -> None:
-        """Replace a local Ray whose head has ended. Its engines end with it, so all its processes are ended, and
-        keep_alive restarts the controller on the new one."""
+        """Start a new local Ray after the head of the old Ray has ended.
+
+        The engines end together with the old Ray's head. So all processes of the old Ray are ended, and `keep_alive`
+        restarts the controller on the new Ray.
+        """
         while True:
             await asyncio.sleep(RAY_WATCH_S)
             if self._ray is not None and self._ray.is_draining and await self._has_no_workers():
-                self._ray.kill()  # otherwise it waits for Ray Serve's own processes until the drain timeout
+                self._ray.kill()  # otherwise Ray waits for the processes of Ray Serve until the drain timeout
             if self._ray is None or self._ray.pid is not None:
                 continue
             self._ray_up.clear()
@@ -244,7 +263,7 @@ class LocalCluster:
                 self._report(str(error))
 
     async def _has_no_workers(self) -> bool:
-        """Whether no worker is linked any more; False if no gateway answers."""
+        """Return True if no worker is linked any more, and False otherwise or if no gateway answers."""
         admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
             return not await asyncio.to_thread(admin.workers)
@@ -256,7 +275,7 @@ class LocalCluster:
     # ---- end
 
     async def stop(self, step: StepLine) -> int:
-        """Stop all parts; returns the number of processes left over, normally 0."""
+        """Stop all parts. Returns the number of processes that are left over, normally 0."""
         self.write_state("stopping")
         step.show("gateway")
         await asyncio.gather(*(gateway.stop(DRAIN_S + 2.0) for gateway in self._gateways))
@@ -275,7 +294,7 @@ class LocalCluster:
     # ---- state and command lines of the parts
 
     def write_state(self, phase: str) -> None:
-        """Write state.json, which `status`, `down` and a second `up` read."""
+        """Write state.json. The commands `status`, `down` and a second `up` read this file."""
         processes: dict[str, Any] = {}
         ray = self._ray.pid if self._ray is not None else None
         pids = {child.name: child.pid for child in (*self._gateways, self._controller)} | {"ray": ray}
@@ -300,7 +319,7 @@ class LocalCluster:
         )
 
     def config_text(self) -> str:
-        """The configuration as YAML for the parts: the user's, with every port chosen."""
+        """Return the configuration for the parts as YAML: the user's configuration, with every port chosen."""
         plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True, by_alias=True)
         plain.setdefault("gateway", {})["listen"] = self.config.gateway.listen.model_dump(mode="json")
         return yaml.safe_dump(plain, sort_keys=False)
@@ -336,6 +355,9 @@ class LocalCluster:
 
 
 def _dial_address(address: str) -> str:
-    """The address to dial for a listener on this host: loopback if it listens on all interfaces."""
+    """Return the address to dial for a listener on this host.
+
+    If the listener listens on all interfaces, the address is the loopback address.
+    """
     host, port = address.rsplit(":", 1)
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104 - compared, not bound

@@ -1,4 +1,7 @@
-"""Gateway figures for `status`, read from the /metrics of each local gateway process; only the first serves admin."""
+"""Gateway figures for `status`, read from the /metrics endpoint of each local gateway process.
+
+The admin API cannot be used for this, because only the first gateway process serves the admin API.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ TIMEOUT_S = 2.0
 
 
 def gateway_rows(endpoints: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """One row per process, in order. For a process that does not answer, `up` is false and the numbers are 0."""
+    """Return one row per gateway process, in the order of `endpoints`.
+
+    In the row of a process that does not answer, `up` is false and the numbers are 0.
+    """
     return [_row(process, addresses) for process, addresses in enumerate(endpoints)]
 
 
@@ -40,7 +46,10 @@ def _row(process: int, addresses: Mapping[str, str]) -> dict[str, Any]:
 
 
 def scrape(address: str) -> list[tuple[str, dict[str, str], float]] | None:
-    """Fetch (name, labels, value) of every sample of a /metrics endpoint; None if it does not answer."""
+    """Fetch all samples of a /metrics endpoint, each as (name, labels, value).
+
+    Returns None if the endpoint does not answer.
+    """
     host, _, port = address.rpartition(":")
     if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound
         host = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Ports of a local cluster: choose those given as 0, and check before anything starts that all are free."""
+"""Ports of a local cluster: choose a port for each port 0. All ports are checked before a process is started."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ TRIES = 50
 
 
 class PortTaken(Exception):
-    """A listener's address is in use or does not belong to this machine; the message names setting and address."""
+    """Error: a listener's address is in use or does not belong to this machine.
+
+    The message names the setting and the address.
+    """
 
 
 def choose_ports(config: Config) -> Config:
-    """Return the configuration with every port 0 replaced by a free one. Raises PortTaken if an address is not free.
+    """Return the configuration with a free port instead of each port 0. Raises PortTaken if an address is not free.
 
-    With several gateway processes the ports of all are checked: port 0 becomes a number such that the derived ports
-    of the other processes are free too.
+    With several gateway processes, the ports of all processes are checked. The ports of the other processes are
+    derived from the ports of the first process, so a free port is chosen only if the derived ports are free too.
     """
     listen, last = config.gateway.listen, config.gateway.processes - 1
     with contextlib.ExitStack() as held:
@@ -34,7 +37,7 @@ def choose_ports(config: Config) -> Config:
 
 
 def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
-    """Return `listen` with one listener's port chosen; sockets bound meanwhile are added to `held`."""
+    """Return `listen` with a port chosen for one listener. The sockets that are bound to the ports go into `held`."""
     address = getattr(listen, name)
     for remaining in reversed(range(tries)):
         with contextlib.ExitStack() as bound:
@@ -54,7 +57,7 @@ def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: in
 
 
 def split(address: str) -> tuple[str, int]:
-    """Split host:port; an IPv6 host loses its brackets."""
+    """Split host:port into the host and the port. The brackets around an IPv6 host are removed."""
     host, port = address.rsplit(":", 1)
     return host.strip("[]"), int(port)
 
@@ -82,7 +85,10 @@ def _bind(name: str, address: str) -> socket.socket:
 
 
 def _owner(port: int) -> str:
-    """The process that listens on a port, as text for a message; empty if this user may not see it."""
+    """Return the process that listens on a port, as text for a message.
+
+    The text is empty if this user may not see the process.
+    """
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             address: Any = connection.laddr

@@ -1,4 +1,4 @@
-"""Run folder of a local cluster: its supervisor process, its endpoints and the logs of its parts."""
+"""Run folder of a local cluster, with the cluster's supervisor process, endpoints and logs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from cluster.process.private_files import make_private_folder
 
 
 class AlreadyUp(Exception):
-    """A cluster of this name is already run by another process."""
+    """Error: another process already runs a cluster with the same name."""
 
 
 def runs_dir() -> Path:
-    """The folder that contains all run folders."""
+    """Return the path of the folder that contains all run folders."""
     return cache_dir() / "run"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A pid and its start time (Unix seconds), so that a reused pid is not mistaken for the process."""
+    """A process id and the process's start time (Unix seconds).
+
+    A new process with the same process id has another start time, so the two processes are not confused.
+    """
 
     pid: int
     created: float
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """The id of a running process. Raises psutil.NoSuchProcess."""
+        """Return the ProcessId of a running process. Raises psutil.NoSuchProcess."""
         return cls(pid, psutil.Process(pid).create_time())
 
     def alive(self) -> bool:
-        """Whether this very process still runs."""
+        """Return whether the process still runs."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -47,7 +50,11 @@ class ProcessId:
 
 
 class RunFolder:
-    """`<cache>/run/<name>`: state.json, logs, the configuration in use, and a lock held by the process that runs it."""
+    """The folder `<cache>/run/<name>` of a local cluster.
+
+    The folder has state.json, logs, the configuration in use, and a lock. The process that runs the cluster holds the
+    lock.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -58,13 +65,13 @@ class RunFolder:
 
     @classmethod
     def running(cls) -> list[RunFolder]:
-        """The folders of clusters that are up, sorted by name."""
+        """Return the run folders of the clusters that are up, sorted by name."""
         folders = sorted(runs_dir().iterdir()) if runs_dir().is_dir() else []
         return [run for run in (cls(folder.name) for folder in folders) if run.supervisor() is not None]
 
     @classmethod
     def known(cls) -> list[RunFolder]:
-        """The folders of clusters that are up or that crashed."""
+        """Return the run folders of the clusters that are up or have crashed, sorted by name."""
         folders = sorted(runs_dir().iterdir()) if runs_dir().is_dir() else []
         return [run for run in (cls(folder.name) for folder in folders) if run.state()]
 
@@ -75,15 +82,18 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The path of the configuration that the parts read: the user's, with every port chosen."""
+        """The path of the configuration file that the parts read.
+
+        The file has the user's configuration, with every port chosen.
+        """
         return self.path / "cluster.yaml"
 
     def log_file(self, part: str) -> Path:
-        """The path of a part's log."""
+        """Return the path of a part's log."""
         return self.path / f"{part}.log"
 
     def state(self) -> dict[str, Any]:
-        """Read the state last written; empty if there is none or it cannot be read."""
+        """Read the last state from state.json. The result is empty if state.json is missing or cannot be read."""
         try:
             state = json.loads(self.state_file.read_text())
         except (OSError, ValueError):
@@ -91,21 +101,21 @@ class RunFolder:
         return state if isinstance(state, dict) else {}
 
     def endpoints(self) -> dict[str, str]:
-        """Listener name -> host:port of the first gateway process."""
+        """Return the addresses (host:port) of the first gateway process by listener name."""
         endpoints = self.state().get("endpoints")
         return dict(endpoints) if isinstance(endpoints, dict) else {}
 
     def siblings(self) -> list[dict[str, str]]:
-        """The endpoints of the other gateway processes."""
+        """Return the endpoints of the other gateway processes, by listener name."""
         siblings = self.state().get("siblings")
         return [dict(endpoints) for endpoints in siblings] if isinstance(siblings, list) else []
 
     def instance(self) -> str:
-        """The instance id that all processes of the cluster have in their environment."""
+        """Return the cluster's instance id, which every process of the cluster has in its environment variables."""
         return str(self.state().get("instance", ""))
 
     def supervisor(self) -> ProcessId | None:
-        """The process that runs the cluster; None if it has ended."""
+        """Return the process that runs the cluster, or None if that process has ended."""
         recorded = self.state().get("supervisor")
         if not isinstance(recorded, dict):
             return None
@@ -117,11 +127,11 @@ class RunFolder:
         replace_file(self.state_file, json.dumps(state, indent=2) + "\n")
 
     def clear(self) -> None:
-        """Delete state.json; the logs stay."""
+        """Delete state.json. The logs stay in the folder."""
         self.state_file.unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
-        """Lock the folder while the returned file is open. Raises AlreadyUp."""
+        """Lock the folder. The lock is held while the returned file is open. Raises AlreadyUp."""
         make_private_folder(cache_dir())
         make_private_folder(self.path)
         handle = (self.path / "lock").open("a")

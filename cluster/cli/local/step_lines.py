@@ -1,4 +1,7 @@
-"""Progress lines of `up`: one per step, redrawn in place on a terminal, otherwise written once at the end."""
+"""Progress lines of `up`, one line per step.
+
+On a terminal, a line is redrawn in place. Otherwise, a line is written once, at the end of the step.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ BAR = 20
 
 
 def duration(seconds: float) -> str:
-    """Format a duration for people: 0.6 s, 21 s, 1m22s."""
+    """Format a duration as a short text: 0.6 s, 21 s, 1m22s."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -35,7 +38,10 @@ class StepLine:
         return time.monotonic() - self.started
 
     def show(self, text: str, part: float | None = None) -> None:
-        """Redraw the line on a terminal, with a bar if `part` in [0, 1] is given; elsewhere print nothing."""
+        """Redraw the line on a terminal. Prints nothing if standard output is no terminal.
+
+        The line has a bar if `part`, the progress in [0, 1], is given.
+        """
         if self._live:
             bar = "" if part is None else " " + ("█" * int(part * BAR)).ljust(BAR, "·")
             self._write(f"\r\033[K{self._head} {safe(text)}{bar} {duration(self.elapsed_s)}")
@@ -57,5 +63,5 @@ class StepLine:
 
 
 def say(text: str) -> None:
-    """Print a line of its own."""
+    """Print a separate line of text."""
     terminal.say(text)

@@ -1,1 +1,1 @@
-"""The audit log, as JSON lines and as a table."""
+"""The audit log, as a file of JSON lines and as a database table."""

@@ -1,8 +1,8 @@
 """Audit events: admin actions, failed authentications and policy decisions.
 
-Each event is a JSON line in a file, and a row if there is a database. Every text of an event passes `scrub`, which
-hides what has the shape of a key or token, because callers may paste a key into a name or a reason. Standard library
-only.
+Each event is a JSON line in a file. If there is a database, each event is also a row. Callers may paste a key into a
+name or a reason, so every text of an event passes `scrub`, which hides parts that look like a key or token. This
+module imports only the standard library and `cluster.process.private_files`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SECRET = re.compile(
 
 
 def scrub(text: str) -> str:
-    """Hide what looks like a key or token, and truncate the text to MAX_TEXT characters."""
+    """Hide all parts of a text that look like a key or token, and truncate the text to MAX_TEXT characters."""
     clean = text.encode("utf-8", "replace").decode().replace("\0", "")
     hidden = _SECRET.sub(HIDDEN, clean[: 4 * MAX_TEXT])
     return hidden if len(hidden) <= MAX_TEXT else hidden[: MAX_TEXT - 1] + "…"
 
 
 def hide_secrets(value: Any) -> Any:
-    """Hide what looks like a key or token in plain values of any length."""
+    """Hide all parts of a value's texts that look like a key or token. Texts are not truncated."""
     if isinstance(value, str):
         return _SECRET.sub(HIDDEN, value)
     if isinstance(value, Mapping):
@@ -63,10 +63,11 @@ def _clean(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """An audit event. `at_s` is since the epoch; `action` is e.g. keys.create, `object` e.g. tenants/acme/keys/k1.
+    """An audit event. The constructor scrubs all texts.
 
-    `actor` is `key:<id>`, `jwt:<subject>` or `cli:<user>`; for a failed authentication, the claimed id. `source` is
-    the peer's address. The constructor scrubs all texts.
+    `at_s` is in seconds since the epoch. An example of `action` is keys.create, an example of `object` is
+    tenants/acme/keys/k1. `actor` is `key:<id>`, `jwt:<subject>` or `cli:<user>`; after a failed authentication,
+    `actor` is the claimed id. `source` is the peer's address.
     """
 
     at_s: float
@@ -88,12 +89,15 @@ class AuditEvent:
         object.__setattr__(self, "details", _clean(self.details))
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
+        """Return all fields as plain JSON values."""
         return {attribute.name: getattr(self, attribute.name) for attribute in dataclasses.fields(self)}
 
 
 class AuditLog:
-    """File of audit events, one JSON line each, with permissions for its owner only. Thread-safe."""
+    """File of audit events, with one JSON line per event. Thread-safe.
+
+    The file is readable and writable by its owner only.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -101,7 +105,10 @@ class AuditLog:
         make_missing_folders(path.parent)
 
     def write(self, event: AuditEvent) -> None:
-        """Append an event in one system call. Creates the file again after log rotation. Raises OSError."""
+        """Append an event to the file in one system call. Raises OSError.
+
+        After a log rotation the file is created again.
+        """
         line = json.dumps(event.as_json(), ensure_ascii=False, separators=(",", ":")) + "\n"
         with self._lock:
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

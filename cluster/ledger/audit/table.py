@@ -1,4 +1,4 @@
-"""The audit table: the events of the JSON lines in the database, for queries."""
+"""The audit table: the events of the audit file, stored in the database for queries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AuditTable:
         self._engine = engine
 
     def insert(self, events: Sequence[AuditEvent]) -> None:
-        """Insert events. Leaves existing ones unchanged. Raises StoreUnavailable."""
+        """Insert events. Events that are already stored stay unchanged. Raises StoreUnavailable."""
         if not events:
             return
         with writing(self._engine) as connection:
@@ -37,9 +37,9 @@ class AuditTable:
         before: tuple[float, str] | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """Events, newest first. `equal` maps columns to required values.
+        """Return a page of events, newest first. `equal` maps columns to required values.
 
-        `before` is the (at_s, event_id) of the last event of the previous page.
+        `before` is the (at_s, event_id) of the last event on the previous page.
         """
         query = select(audit).where(audit.c.at_s >= since_s)
         if tenant:
@@ -56,7 +56,10 @@ class AuditTable:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove events older than `before_s`, of one tenant or of all except some. Returns the number removed."""
+        """Remove events older than `before_s`. Returns the number of events removed.
+
+        `tenant` limits the removal to one tenant. Events of `except_tenants` stay.
+        """
         old = delete(audit).where(audit.c.at_s < before_s)
         if tenant:
             old = old.where(audit.c.tenant == tenant)

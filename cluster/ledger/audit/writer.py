@@ -1,8 +1,9 @@
-"""Asynchronous writer of audit events to the file and the table, with a rate limit.
+"""Asynchronous writer of audit events to the audit file and the audit table, with a rate limit.
 
 A caller that guesses keys causes a failure per request. So `write` does not block, the list of waiting events is
-bounded, and at most `per_second` failures and decisions are written individually. The rest of that second becomes
-one event per kind with their number. Admin actions are never rate-limited.
+bounded, and at most `per_second` failures and decisions are written individually in each second. Further failures and
+decisions in the same second are summarized in one event per kind, action and outcome, with the number of events.
+Admin actions are never rate-limited.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Insert = Callable[[Sequence[AuditEvent]], None]
 
 @dataclass(frozen=True, slots=True)
 class AuditStatistics:
-    """Numbers of events.
+    """Numbers of audit events, and the last error.
 
-    `written`: in the file. `suppressed`: only counted in a summary. `waiting`: not yet in the table. `lost`: dropped
-    because the list for the table was full or the table rejected them (they are in the file).
+    `written` events are in the file. `suppressed` events are only counted in a summary. `waiting` events are not in
+    the table yet. `lost` events are in the file but not in the table, because the list of waiting events was full or
+    because the table rejected the events.
     """
 
     written: int
@@ -42,7 +44,7 @@ class AuditStatistics:
 
 
 class AuditWriter:
-    """Writer thread of audit events. `insert` is `Ledger.audit.insert`, None without a database."""
+    """Writer thread of audit events. `insert` is `Ledger.audit.insert`, or None without a database."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class AuditWriter:
         self._thread.start()
 
     def write(self, event: AuditEvent) -> None:
-        """Queue an event. Never blocks on the disk or the database."""
+        """Queue an event for the thread. The call never waits for the disk or the database."""
         with self._lock:
             if event.kind == "admin" or self._within_limit():
                 self._fresh.append(event)
@@ -101,7 +103,7 @@ class AuditWriter:
         return [dataclasses.replace(event, details={"suppressed": True}) for event in events]
 
     def statistics(self) -> AuditStatistics:
-        """Current numbers of events, and the last error."""
+        """Return the current numbers of events, and the last error."""
         with self._lock:
             waiting = len(self._waiting) + len(self._fresh)
             return AuditStatistics(self._written, self._suppressed, waiting, self._lost, self._error)
@@ -119,7 +121,7 @@ class AuditWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write queued events in the caller's thread. Events that the database did not accept are retried later."""
+        """Write queued events in the caller's thread. Events that the database did not accept are inserted later."""
         with self._flushing:
             self._flush()
 

@@ -1,8 +1,9 @@
 """Backup and restore. A backup is one gzipped file of JSON lines, the same for SQLite and PostgreSQL.
 
-The first line is a head (format, migration, time). Then each table has a line with its columns and one array per row.
-The last line has the number of rows by table and the SHA-256 of everything before it. A backup is a consistent
-snapshot of the database. Restore checks the whole file before it writes, needs empty tables, and is one transaction.
+The first line is a head with the format, the migration and the time. Then each table has one line with the names of
+the table's columns, followed by one array per row. The last line has the number of rows by table and the SHA-256 of
+all previous lines. A backup is a consistent snapshot of the database. A restore checks the whole file before the first
+write, needs empty tables, and is one transaction.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TABLES: tuple[Table, ...] = (
     audit,
     erased,
     budget_notices,
-)  # in an order that satisfies foreign keys
+)  # a table comes after the tables to which its foreign keys refer
 BATCH_ROWS = 5_000
 SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]
@@ -40,9 +41,9 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def backup(engine: Engine, file: Path, now_s: float) -> Counts:
-    """Write a backup atomically, with permissions for its owner only. Returns the number of rows by table.
+    """Write a backup atomically. Returns the number of rows by table. Raises LedgerError, OSError.
 
-    Raises LedgerError, OSError.
+    The file is readable and writable by its owner only.
     """
     number = migrate.check(engine).database
     if not number:
@@ -63,7 +64,7 @@ def backup(engine: Engine, file: Path, now_s: float) -> Counts:
 
 
 class _HashingWriter:
-    """Writer of JSON lines that hashes what it writes."""
+    """Writer of JSON lines. The writer hashes every line that it writes."""
 
     def __init__(self, text: TextIO) -> None:
         self._text = text
@@ -114,7 +115,7 @@ def restore(engine: Engine, file: Path) -> Counts:
 
 
 def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
-    """Insert rows through the driver, which takes two thirds of the CPU time of SQLAlchemy's typed insert."""
+    """Insert rows through the driver. The driver takes two thirds of the CPU time of SQLAlchemy's typed insert."""
     for at, name in enumerate(columns):
         if isinstance(table.c[name].type, JSON):
             for row in rows:
@@ -129,7 +130,8 @@ def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: 
 def _advance_sequence(connection: Connection) -> None:
     """Continue the change sequence far above every number in the backup, and make all readers reload.
 
-    A reader may have seen numbers of the lost database above those of the backup; no new change may reuse them.
+    A reader may have seen higher numbers in the lost database than the backup contains. No new change may reuse such
+    a number.
     """
     newest = 1
     for table in (tenants, keys):
@@ -141,7 +143,7 @@ def _advance_sequence(connection: Connection) -> None:
 def verify(file: Path) -> Counts:
     """Check the format and the checksum of a whole backup. Returns the number of rows by table.
 
-    Raises LedgerError for a file that is no backup, is truncated or was changed.
+    Raises LedgerError if the file is not a backup, is truncated or was changed.
     """
     digest = hashlib.sha256()
     last = b""
@@ -162,7 +164,10 @@ def verify(file: Path) -> Counts:
 
 
 def _batches(file: Path) -> Iterator[tuple[Table, list[str], list[list[Any]]]]:
-    """Batches of at most BATCH_ROWS rows of one table. Raises LedgerError for unknown formats, tables and columns."""
+    """Yield a backup's rows in batches of at most BATCH_ROWS. Every batch has rows of one table.
+
+    Raises LedgerError for an unknown format, table or column.
+    """
     by_name = {table.name: table for table in TABLES}
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         head = json.loads(next(lines))

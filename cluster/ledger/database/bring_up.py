@@ -1,8 +1,8 @@
-"""Prepare a database for this release: migrate SQLite, check PostgreSQL, or report why it cannot be used.
+"""Prepare a database for this release: migrate SQLite, check PostgreSQL, or report why the database cannot be used.
 
-Also a program that reads the database's URL from standard input, for a gateway that is already serving calls. The
-check imports alembic and compares every table, which takes 0.2 s of a core; in a thread of the gateway it has blocked
-the event loop for 60 ms.
+This module is also a program, which reads the database's URL from standard input. A gateway that is already serving
+calls runs the program. The check imports alembic and compares every table, which takes 0.2 s of a core. In a thread of
+the gateway, the check has blocked the event loop for 60 ms.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Final
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 
 REFUSED: Final = 3
-"""Exit code of the program when the database cannot be used; standard output has the reason."""
+"""Exit code of the program if the database cannot be used. The program prints the reason to standard output."""
 TIMEOUT_S: Final = 600.0
 
 
 def prepare_database(database_url: str) -> None:
-    """Create and migrate the tables on SQLite; only check them on PostgreSQL. Raises LedgerError."""
+    """Create and migrate the tables of a SQLite database; only check a PostgreSQL database. Raises LedgerError."""
     from cluster.ledger.database.migrate import SchemaState
     from cluster.ledger.store import Ledger
 
     ledger = Ledger(database_url)
     try:
         check = ledger.check()
-        # Only if needed: an upgrade takes SQLite's only write lock, which is needed to store the usage of calls.
+        # Upgrade only if needed: an upgrade takes SQLite's only write lock, which gateways need to store usage.
         if database_url.startswith("sqlite") and check.state in (SchemaState.EMPTY, SchemaState.BEHIND):
             ledger.upgrade()
             check = ledger.check()
@@ -40,7 +40,10 @@ def prepare_database(database_url: str) -> None:
 async def prepare_database_in_process(
     database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Run `bring_up` in a child process, which is killed on cancellation. `begun` gets its pid. Raises LedgerError."""
+    """Run this module in a child process. Raises LedgerError.
+
+    `begun` is called with the child's process id. Cancellation kills the child.
+    """
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
@@ -67,12 +70,12 @@ async def prepare_database_in_process(
 
 
 def main() -> None:
-    """Prepare the database whose URL is on standard input."""
+    """Read a database's URL from standard input and prepare the database."""
     try:
         prepare_database(sys.stdin.read())
     except LedgerError as error:
         reason = str(error)
-    except Exception as error:  # the parent would show only the last line of a traceback, often not the helpful one
+    except Exception as error:  # the parent would show only the last line of a traceback, often no helpful line
         first = next(iter(str(error).strip().splitlines()), "")
         reason = f"the database cannot be checked: {type(error).__name__}: {first}"
     else:

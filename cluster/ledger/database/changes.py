@@ -1,4 +1,4 @@
-"""The change sequence, and the dialects' INSERT with ON CONFLICT."""
+"""The change sequence, and an INSERT statement with ON CONFLICT for each SQL dialect."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from cluster.ledger.database.tables import change_sequence
 
 
 def next_change(connection: Connection) -> int:
-    """Increment the change sequence and return the new number. Call it first in a transaction: it locks the row."""
+    """Increment the change sequence and return the new number.
+
+    Call this function first in a transaction, because the increment locks the sequence's row until the commit.
+    """
     statement = update(change_sequence).where(change_sequence.c.id == 1).values(value=change_sequence.c.value + 1)
     return int(connection.execute(statement.returning(change_sequence.c.value)).scalar_one())
 
 
 def require_reload(connection: Connection, number: int) -> None:
-    """Make readers reload everything, because rows were deleted."""
+    """Make readers reload all tenants and keys, because rows were deleted."""
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
 
 
 def dialect_insert(connection: Connection, table: Table) -> Any:
-    """The INSERT of the connection's dialect, which supports ON CONFLICT."""
+    """Return an INSERT statement of the connection's SQL dialect. The statement supports ON CONFLICT."""
     if connection.dialect.name == "postgresql":  # local imports: a process needs only one of the two
         from sqlalchemy.dialects import postgresql
 

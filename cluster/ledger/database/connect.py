@@ -1,4 +1,4 @@
-"""Create SQLAlchemy engines whose transactions behave the same on SQLite and PostgreSQL."""
+"""Create SQLAlchemy engines. Transactions behave the same on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _SQLITE_RETRY_S = 0.01
 
 
 def parse_url(database_url: str, password: str = "") -> URL:
-    """Parse and check a database URL. Raises ValueError that names the remedy and never a password."""
+    """Parse and check a database URL. Raises ValueError.
+
+    The error message names the remedy and never contains a password.
+    """
     try:
         url = make_url(database_url)
     except ArgumentError:
@@ -43,7 +46,10 @@ def parse_url(database_url: str, password: str = "") -> URL:
 
 
 def make_engine(database_url: str, password: str | None = None) -> Engine:
-    """Create an engine, without connecting. HEADRACE_DATABASE_PASSWORD replaces a `password` of None."""
+    """Create an engine without connecting to the database.
+
+    If `password` is None, the environment variable HEADRACE_DATABASE_PASSWORD has the password.
+    """
     url = parse_url(database_url, os.environ.get("HEADRACE_DATABASE_PASSWORD", "") if password is None else password)
     if url.drivername == "sqlite":
         return _sqlite(url)
@@ -52,7 +58,7 @@ def make_engine(database_url: str, password: str | None = None) -> Engine:
         "connect_timeout": CONNECT_TIMEOUT_S,
         "options": settings,
         "application_name": "headrace",
-        # detect a database that became unreachable without closing the connection, while a statement waits
+        # while a statement waits, detect a database that became unreachable without closing the connection
         "tcp_user_timeout": 5000,
         "keepalives_idle": 5,
         "keepalives_interval": 2,
@@ -87,14 +93,17 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         reading = connection.get_execution_options().get("headrace_reading")
-        # with a plain BEGIN, a transaction that reads and then writes fails if another one wrote in between
+        # with a plain BEGIN, a transaction that reads and then writes fails if another transaction wrote in between
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
 
 
 def _enable_wal(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging. Retries, because busy_timeout does not apply when two processes switch at once."""
+    """Switch a database to write-ahead logging.
+
+    The switch is retried, because busy_timeout does not apply when two processes switch at the same time.
+    """
     give_up_at = time.monotonic() + SQLITE_BUSY_MS / 1000
     while True:
         try:
@@ -108,7 +117,7 @@ def _enable_wal(connection: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def translate_errors(engine: Engine) -> Iterator[None]:
-    """Raise StoreUnavailable for errors of an unreachable, busy or unusable database; pass other errors on."""
+    """Raise StoreUnavailable if the database is unreachable, busy or unusable. Other errors pass unchanged."""
     try:
         yield
     except DBAPIError as error:
@@ -134,13 +143,13 @@ def _first_line(error: DBAPIError) -> str:
 
 
 def url_of(engine: Engine) -> str:
-    """The database's URL for messages, without its password."""
+    """Return the database's URL without the password, for messages."""
     return engine.url.render_as_string(hide_password=True)
 
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A read-only transaction: all statements see the same snapshot."""
+    """Open a read-only transaction. All statements in the transaction read the same snapshot."""
     with translate_errors(engine):
         options: dict[str, Any] = {"headrace_reading": True}
         if engine.dialect.name == "postgresql":
@@ -151,6 +160,6 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction, committed at the end and rolled back on an exception."""
+    """Open a transaction that can write. The transaction is committed at the end and rolled back on an exception."""
     with translate_errors(engine), engine.begin() as connection:
         yield connection

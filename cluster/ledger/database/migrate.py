@@ -1,9 +1,10 @@
 """Migrate a database's tables to this release: first expand, then contract.
 
-During an upgrade two releases use the same database. So a migration declares its kind: `expand` only adds, and the
-previous release still works; `contract` only removes what no supported release uses. `upgrade` stops before the first
-`contract` migration unless told otherwise. `schema_history` records what was applied, so that an older release can
-see whether a newer database was only expanded, and continues to work if so.
+During an upgrade two releases use the same database. So every migration declares a kind. A migration of kind `expand`
+only adds, so the previous release still works. A migration of kind `contract` only removes what no supported release
+uses. `upgrade` stops before the first `contract` migration unless the argument `contract` is set. The table
+`schema_history` records the applied migrations. From this table an older release finds out whether a newer release
+has only expanded the database. If so, the older release continues to work.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ USABLE = frozenset({SchemaState.CURRENT, SchemaState.TO_CONTRACT, SchemaState.AH
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of `check`. `database` and `release` are migration numbers, 0 for none; `pending` are those to apply."""
+    """Result of `check`.
+
+    `database` and `release` are migration numbers; 0 means no migration. `pending` has the revisions still to apply.
+    """
 
     state: SchemaState
     database: int
@@ -58,11 +62,11 @@ class Check:
 
     @property
     def usable(self) -> bool:
-        """True if this release can work on the database as it is."""
+        """True if this release can work on the database without a migration."""
         return self.state in USABLE
 
     def message(self) -> str:
-        """The state in one line, with the remedy."""
+        """Return the state in one line, with the remedy."""
         numbers = f"the database is at migration {self.database}, this release at {self.release}"
         return {
             SchemaState.CURRENT: f"current: {numbers}",
@@ -77,12 +81,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Migrations:
-    """The migrations of a release, oldest first. Tests add `folders`."""
+    """The migrations of a release, oldest first. Tests pass additional `folders`."""
 
     folders: tuple[Path, ...] = (FOLDER / "versions",)
 
     def config(self, connection: Connection | None = None) -> Config:
-        """Alembic's configuration, built without a file."""
+        """Return a configuration for Alembic. The configuration is built without a file."""
         from alembic.config import Config
 
         config = Config()
@@ -93,19 +97,19 @@ class Migrations:
         return config
 
     def scripts(self) -> Sequence[Script]:
-        """The migration scripts, oldest first."""
+        """Return the migration scripts, oldest first."""
         from alembic.script import ScriptDirectory
 
         return list(ScriptDirectory.from_config(self.config()).walk_revisions())[::-1]
 
 
 def migration_number(revision: str | None) -> int:
-    """The number of a revision: 7 for `r0007`, 0 for None (a database without tables)."""
+    """Return the number of a revision: 7 for `r0007`, 0 for None (a database without tables)."""
     return int(revision[1:]) if revision else 0
 
 
 def migration_kind(script: Script) -> str:
-    """The KIND of a migration, `expand` or `contract`."""
+    """Return the KIND of a migration, `expand` or `contract`."""
     return str(getattr(script.module, "KIND", ""))
 
 
@@ -116,7 +120,10 @@ def _revision(connection: Connection) -> str | None:
 
 
 def check(engine: Engine, migrations: Migrations | None = None) -> Check:
-    """Compare the database's tables with those of this release. Raises StoreUnavailable if it does not answer."""
+    """Compare the database's tables with the tables of this release.
+
+    Raises StoreUnavailable if the database does not answer.
+    """
     scripts = (migrations or Migrations()).scripts()
     release = migration_number(scripts[-1].revision)
     with reading(engine) as connection:
@@ -150,9 +157,10 @@ def _differences(connection: Connection) -> list[str]:
 
 
 def upgrade(engine: Engine, *, contract: bool = False, migrations: Migrations | None = None) -> tuple[str, ...]:
-    """Apply pending migrations in one transaction, one process at a time. Returns the revisions applied.
+    """Apply pending migrations in one transaction. Returns the applied revisions.
 
-    Stops before the first `contract` migration unless `contract` is set.
+    Only one process at a time applies migrations. The function stops before the first `contract` migration unless
+    `contract` is set.
     """
     from alembic import command
 
@@ -180,13 +188,13 @@ def upgrade(engine: Engine, *, contract: bool = False, migrations: Migrations | 
 
 
 def require_usable(engine: Engine) -> None:
-    """Raise StoreUnavailable with the remedy if this release cannot work on the database as it is."""
+    """Raise StoreUnavailable with the remedy if this release cannot work on the database without a migration."""
     result = check(engine)
     if not result.usable:
         raise StoreUnavailable(f"the database {url_of(engine)} is {result.message()}")
 
 
 def table_names(engine: Engine) -> list[str]:
-    """The names of the database's tables."""
+    """Return the names of the database's tables."""
     with translate_errors(engine):
         return inspect(engine).get_table_names()

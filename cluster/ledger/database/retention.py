@@ -1,4 +1,4 @@
-"""Retention of usage and audit: the cluster's number of days, or a tenant's own if its policy sets one."""
+"""Retention of usage and audit. A number of days in a tenant's policy overrides the cluster's number of days."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Numbers of rows removed."""
+    """Numbers of rows that `expire` has removed from the usage table and from the audit table."""
 
     usage: int
     audit: int
 
 
 def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) -> Expired:
-    """Remove rows older than their retention. A tenant's `retention` may be shorter or longer than the cluster's."""
+    """Remove usage and audit rows that are older than the retention.
+
+    A tenant's `retention` may be shorter or longer than `usage_days` and `audit_days`, the retention of the cluster.
+    """
     own: dict[str, Retention] = {}
     after = ""
     while page := ledger.tenants.list(after=after):

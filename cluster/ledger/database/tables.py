@@ -1,9 +1,12 @@
-"""The tables as of the newest migration. Times are seconds since the epoch; JSON columns are JSON on both databases.
+"""The tables after the newest migration. Times are seconds since the epoch.
 
-`change_sequence` has one row. Every transaction that changes tenants or keys first adds 1 to it, which locks the row
-until commit. So numbers become visible in order, and a reader that has seen n has seen all changes up to n. (With a
-database sequence, 6 could be committed before 5, and a reader would miss 5.) Each row of `tenants` and `keys` carries
-the number of its last change, and readers select newer rows. `reload_from` is raised when rows are deleted.
+JSON columns have the type JSON on SQLite and on PostgreSQL.
+
+`change_sequence` has one row. Every transaction that changes tenants or keys first adds 1 to the row's value, which
+locks the row until the commit. So numbers become visible in order, and a reader that has seen n has seen all changes
+up to n. (With a database sequence, 6 could be committed before 5, and a reader would miss 5.) Each row of `tenants`
+and `keys` carries the number of the row's last change, and readers select newer rows. `reload_from` is raised when
+rows are deleted.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Import teams, keys, limits, budgets and aliases from LiteLLM. All keys stay valid.
 
-LiteLLM stores the SHA-256 of each key, from which Headrace computes its digests. `read` reads the rows (of any schema
-since LiteLLM has teams; missing columns count as empty). `plan` decides without a database what each row becomes, and
-notes everything that cannot be imported and what follows from that. `apply` writes a plan and can be repeated.
+LiteLLM stores the SHA-256 of each key, and Headrace computes a key's digest from the SHA-256. `read` reads LiteLLM's
+rows. Any LiteLLM schema with teams is accepted; missing columns count as empty. `plan` decides without a database what
+each row becomes. The plan's notes name everything that cannot be imported, and the consequences. `apply` writes a plan
+and can be repeated.
 
-Rules: A team becomes a tenant. A key without a team belongs to its user's tenant, or becomes a tenant. A key that is
-more restricted than its team (models, limits, budget, aliases) becomes a tenant, because Headrace's keys have no
-limits and the import must not extend a key's rights. LiteLLM's budgets are money and Headrace's are tokens: they are
-imported only with a price.
+Rules: A team becomes a tenant. A key without a team belongs to the tenant of the key's user, or becomes a tenant. A
+key with its own models, limits, budget or aliases is more restricted than the key's team and becomes a tenant, because
+Headrace's keys have no limits and the import must not extend a key's rights. A budget is money in LiteLLM and tokens
+in Headrace, so budgets are imported only if a price is given.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ LiteLLMRows = Mapping[str, Sequence[Row]]
 
 @dataclass(frozen=True, slots=True)
 class PlannedTenant:
-    """A tenant to create, and the LiteLLM object it comes from."""
+    """A tenant to create. `source` names the LiteLLM object that becomes the tenant."""
 
     policy: TenantPolicy
     source: str
@@ -75,7 +76,7 @@ class PlannedTenant:
 
 @dataclass(frozen=True, slots=True)
 class PlannedKey:
-    """A key to import. `expires_at` is seconds since the epoch."""
+    """A key to import. `expires_at` is in seconds since the epoch."""
 
     tenant: str
     sha256_hex: str
@@ -86,7 +87,7 @@ class PlannedKey:
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """The tenants and keys to import. Each note names a LiteLLM object and what of it cannot be imported."""
+    """The tenants and keys to import. Each note names a LiteLLM object and the part that cannot be imported."""
 
     tenants: tuple[PlannedTenant, ...]
     keys: tuple[PlannedKey, ...]
@@ -95,7 +96,7 @@ class ImportPlan:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Numbers of tenants and keys written; `skipped` says which existed already."""
+    """Numbers of tenants and keys that `apply` has written. `skipped` names the tenants and keys that it skipped."""
 
     tenants: int
     keys: int
@@ -103,7 +104,10 @@ class Applied:
 
 
 def read(database_url: str, password: str | None = None) -> LiteLLMRows:
-    """Read LiteLLM's rows, by the keys of TABLES. Raises StoreUnavailable; ValueError if its tables are missing."""
+    """Read LiteLLM's rows. The keys of the returned mapping are the keys of TABLES.
+
+    Raises StoreUnavailable. Raises ValueError if LiteLLM's tables are missing.
+    """
     engine = make_engine(database_url, password)
     try:
         with reading(engine) as connection:
@@ -122,14 +126,15 @@ def read(database_url: str, password: str | None = None) -> LiteLLMRows:
 
 
 def plan(rows: LiteLLMRows, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
-    """Decide which tenants and keys the rows become."""
+    """Decide which tenants and keys are created from LiteLLM's rows."""
     return _Planner(rows, now_s, tokens_per_dollar).plan()
 
 
 def apply(import_plan: ImportPlan, ledger: Ledger) -> Applied:
-    """Write a plan. Tenants and keys of an earlier import stay unchanged.
+    """Write a plan into the ledger. Raises LedgerError.
 
-    A tenant of the same name that is not from LiteLLM gets no keys. Raises LedgerError.
+    Tenants and keys of an earlier import stay unchanged. If a planned tenant has the name of an existing tenant that
+    was not imported from the same LiteLLM object, the planned tenant and its keys are skipped.
     """
     skipped, tenants, keys = [], 0, 0
     foreign: set[str] = set()
@@ -163,7 +168,7 @@ def _source_of(ledger: Ledger, name: str) -> str:
     try:
         return ledger.tenants.get(name).policy.labels.get(SOURCE_LABEL, "")
     except NotFound:
-        return ""  # deleted, with its usage still kept
+        return ""  # the tenant is deleted, and its usage is still kept
 
 
 class _Planner:
@@ -223,7 +228,7 @@ class _Planner:
         self._keys.append(PlannedKey(tenant, digest, printable, expires_at, bool(row.get("blocked"))))
 
     def _tenant_of_key(self, where: str, row: Row) -> str:
-        """The name of the tenant that gets a key; plans the tenant if needed."""
+        """Return the name of the tenant that gets a key. Plans the tenant if no planned tenant fits."""
         team, user = row.get("team_id"), row.get("user_id")
         alias = row.get("key_alias") or str(row["token"])[:8]
         own = self._own_restrictions(row)
@@ -242,7 +247,7 @@ class _Planner:
         )
 
     def _own_restrictions(self, row: Row) -> list[str]:
-        """The names of the restrictions that a key itself has."""
+        """Return the names of a key's own restrictions."""
         words = []
         if [m for m in _list(row.get("models")) if m not in ALL_MODELS]:
             words.append("models")
@@ -253,7 +258,8 @@ class _Planner:
     def _restricted_tenant(self, where: str, wanted_name: str, parent: str, row: Row) -> str:
         """Plan a tenant for a restricted key of a team.
 
-        The tenant gets the team's models unless the key's are narrower, and is suspended if the team is.
+        The tenant gets the team's models unless the key's models are narrower. If the team is suspended, the tenant is
+        suspended too.
         """
         team = self._tenants[parent]
         merged = dict(self._with_budget(row))
@@ -284,13 +290,13 @@ class _Planner:
         return self._by_user[user]
 
     def _with_budget(self, row: Row) -> Row:
-        """The row, with the fields of its budget where the row itself has none."""
+        """Return the row with the limits of the row's budget added. A limit in the row itself has precedence."""
         budget = self._budgets.get(row.get("budget_id"), {})
         names = (*_LIMITS, "max_budget", "budget_duration", "soft_budget", "model_max_budget")
         return {**row, **{name: budget[name] for name in names if row.get(name) is None and name in budget}}
 
     def _plan_old_key(self, row: Row) -> None:
-        """Plan a rotated key that is still valid for some time."""
+        """Plan a key that was rotated and stays valid until a later time."""
         tenant, until = self._by_token.get(str(row["active_token_id"])), _seconds(row["revoke_at"])
         digest = _sha256(str(row["token"]))
         if tenant is not None and digest is not None and until is not None and until > self._now_s:
@@ -386,7 +392,11 @@ def _list(value: Any) -> list[str]:
 
 
 def _json(value: Any) -> dict[str, Any]:
-    """A value parsed as a JSON object; a list becomes an object keyed by index, other text one with the key `text`."""
+    """Parse a value as a JSON object.
+
+    A list becomes an object with the list's indexes as keys. A text that is not JSON becomes an object with the key
+    `text`.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -410,7 +420,7 @@ def _sha256(token: str) -> str | None:
 
 
 def _seconds(value: Any) -> float | None:
-    """Seconds since the epoch of one of LiteLLM's times, which are UTC without a time zone."""
+    """Convert a time from LiteLLM to seconds since the epoch. A time without a time zone is in UTC."""
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if not isinstance(value, datetime):

@@ -1,4 +1,4 @@
-"""The table of API keys. A new key is returned once; only its digest under a pepper is stored."""
+"""The table of API keys. A new key is returned once. Only the key's digest under a pepper is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ID_BYTES = 6
 
 
 class Keys:
-    """The table of keys. Every method is one transaction."""
+    """The table of API keys. Every method runs in one transaction."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float], peppers: tuple[bytes, ...]) -> None:
         self._engine = engine
@@ -37,10 +37,9 @@ class Keys:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """Create a key of a tenant of either origin.
+        """Create a key for a tenant with the origin `file` or `api`. Raises LedgerError, NotFound, AlreadyExists.
 
-        With `request_id` the key's id is derived from it, so that a repeated request creates no second key. Raises
-        LedgerError, NotFound, AlreadyExists.
+        With `request_id`, the key's id is derived from `request_id`, so that a repeated request creates no second key.
         """
         key_id = _new_id() if not request_id else self._derived_id(tenant, request_id)
         with writing(self._engine) as connection:
@@ -69,7 +68,7 @@ class Keys:
         expires_at: float | None = None,
         revoked: bool = False,
     ) -> StoredKey:
-        """Store a key of which only the SHA-256 is known. Raises LedgerError, NotFound, AlreadyExists."""
+        """Store a key, given only the key's SHA-256. Raises LedgerError, NotFound, AlreadyExists."""
         try:
             inner = bytes.fromhex(sha256_hex)
         except ValueError:
@@ -81,21 +80,21 @@ class Keys:
             return self._insert(connection, number, tenant, name, expires_at, "caller", "", _new_id(), inner, revoked)
 
     def list(self, tenant: str) -> list[StoredKey]:
-        """A tenant's keys, including revoked ones, oldest first. Raises NotFound."""
+        """Return a tenant's keys, including revoked keys, oldest first. Raises NotFound."""
         with reading(self._engine) as connection:
             _require_tenant(connection, tenant)
             query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created_at, keys.c.id)
             return [_stored(row) for row in connection.execute(query)]
 
     def get(self, tenant: str, key_id: str) -> StoredKey:
-        """A key of a tenant. Raises NotFound, also for another tenant's key."""
+        """Return a key of a tenant. Raises NotFound, also if the key belongs to another tenant."""
         with reading(self._engine) as connection:
             return _stored(_row(connection, tenant, key_id))
 
     def rotate(self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None) -> NewKey:
-        """Create a successor with the same name and role. The old key stays valid for `overlap_s`.
+        """Create a successor of a key, with the same name and role. Raises LedgerError, NotFound.
 
-        Raises LedgerError, NotFound.
+        The old key stays valid for `overlap_s`, or until the old key expires if that is earlier.
         """
         if not 0 <= overlap_s <= 366 * 86400:
             raise LedgerError("overlap_s: must be between 0 and 366 days")
@@ -111,7 +110,7 @@ class Keys:
             return self._add(connection, number, tenant, old.name, expires_at, old.role, key_id, _new_id())
 
     def revoke(self, tenant: str, key_id: str) -> StoredKey:
-        """Revoke a key now. Idempotent. Raises NotFound."""
+        """Revoke a key immediately. A repeated call changes nothing. Raises NotFound."""
         with writing(self._engine) as connection:
             number = next_change(connection)
             if _row(connection, tenant, key_id).revoked_at is None:

@@ -1,7 +1,8 @@
 """The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
 
-`TenantService` is the interface. `LedgerTenantService` implements it on a database, the CLI's `RemoteTenantService`
-over the admin API. Every change is audited, also if it fails. Suspending, deleting and revoking need a reason.
+`TenantService` is the interface. `LedgerTenantService` implements the interface on a database. The CLI's
+`RemoteTenantService` implements the interface over the admin API. Every change is audited, also a failed change.
+Suspending a tenant, deleting a tenant and revoking a key need a reason.
 """
 
 from __future__ import annotations
@@ -22,41 +23,41 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PAGE = 1000
 DEFAULT_OVERLAP_S = 86400.0
-"""Default time for which a rotated key stays valid."""
+"""Default time for which a rotated key stays valid, in seconds."""
 PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
 class TenantService(Protocol):
-    """Operations on tenants, keys, usage and audit. All raise LedgerError and its subclasses.
+    """Operations on tenants, keys, usage and audit. Every operation may raise LedgerError or a subclass of LedgerError.
 
-    `changes` and `own` use the configuration's field names; None removes a value.
+    The names in `changes` and `own` are the configuration's field names. A value of None removes the field's value.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """Create a tenant from the defaults, overridden by `own`."""
+        """Create a tenant. The values in `own` override the tenant defaults."""
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """The tenant of that name."""
+        """Return the tenant with the given name."""
 
     def tenants(self) -> Iterator[StoredTenant]:
-        """All tenants, ordered by name."""
+        """Return all tenants, ordered by name."""
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """Change the given fields; limits, retention and labels are merged key by key."""
+        """Change the given fields of a tenant. Limits, retention and labels are merged key by key."""
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
         """Suspend or resume a tenant."""
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
-        """Delete a tenant, or erase all its rows. Returns the number of rows erased."""
+        """Delete a tenant. With `erase`, erase all rows that name the tenant. Returns the number of erased rows."""
 
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:
-        """Create a key."""
+        """Create a key for a tenant."""
 
     def keys(self, tenant: str) -> list[StoredKey]:
-        """A tenant's keys, oldest first."""
+        """Return a tenant's keys, oldest first."""
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
@@ -64,23 +65,26 @@ class TenantService(Protocol):
         """Create the successor of a key. The old key stays valid for `overlap_s`."""
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """Revoke a key."""
+        """Revoke a tenant's key."""
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """Usage sums by group. With `cost` they are priced, by `rates` or by the service's own rates."""
+        """Return usage sums by group. With `cost`, each sum has a cost.
+
+        The costs are computed with `rates`, or with the service's own rates if `rates` is None.
+        """
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """Usage records in order of time."""
+        """Return usage records in order of time."""
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """Audit events, newest first."""
+        """Return audit events, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The actor and source of an operation, for the audit log."""
+    """The actor and the source of an operation, which the audit log records."""
 
     actor: str
     source: str = ""
@@ -88,11 +92,11 @@ class Actor:
 
 
 class LedgerTenantService:
-    """TenantService on a database, in the caller's thread. Cheap to construct: each caller gets its own.
+    """TenantService on a database. Operations run in the caller's thread.
 
-    `policy_of` builds a policy from a name and the given fields. `write` receives audit events. `classes` are the
-    valid priority classes; empty means any. `may_grant` tells for a role whether the caller may create, rotate and
-    revoke keys of it.
+    Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a name and the
+    given fields. `write` receives audit events. `classes` has the valid priority classes; if `classes` is empty, every
+    class is valid. `may_grant` returns whether the caller may create, rotate and revoke keys of a role.
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. With `request_id` an existing tenant with exactly this policy is returned."""
+        """See TenantService. With `request_id`, an existing tenant with exactly the same policy is returned."""
 
         def operation() -> StoredTenant:
             policy = self._with_known_class(self._policy_of(name, own))
@@ -142,7 +146,7 @@ class LedgerTenantService:
         return self._audited("tenants.create", f"tenants/{name}", name, reason, operation, quiet=validate_only)
 
     def _find_same(self, policy: TenantPolicy) -> StoredTenant | None:
-        """The existing tenant of the API with exactly this policy, or None."""
+        """Return the existing tenant with origin `api` and exactly the given policy, or None."""
         try:
             existing = self.ledger.tenants.get(policy.name)
         except LedgerError:
@@ -154,7 +158,7 @@ class LedgerTenantService:
         return self.ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See TenantService. Only tenants after the name `after`."""
+        """See TenantService. Returns only tenants with a name after `after`."""
         while page := self.ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name
@@ -168,7 +172,7 @@ class LedgerTenantService:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. `whole` names the maps that are replaced instead of merged key by key."""
+        """See TenantService. The maps named in `whole` are replaced instead of merged key by key."""
 
         def operation() -> StoredTenant:
             if not changes:
@@ -312,7 +316,7 @@ class LedgerTenantService:
         details: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> T:
-        """Run an operation and audit its outcome, unless `quiet` (a dry run)."""
+        """Run an operation and audit the outcome. With `quiet`, which marks a dry run, the outcome is not audited."""
         outcome, result = "internal", None
         try:
             result = operation()
@@ -356,13 +360,13 @@ class LedgerTenantService:
 
 
 def require_reason(reason: str) -> None:
-    """Raise LedgerError if the reason of a destructive operation is empty."""
+    """Raise LedgerError if the reason for a destructive operation is empty."""
     if not reason.strip():
         raise LedgerError("reason: must say why; it goes to the audit log")
 
 
 def _paths(changes: Mapping[str, Any]) -> list[str]:
-    """The changed fields as sorted paths, e.g. limits.daily_tokens."""
+    """Return the changed fields as sorted paths, e.g. limits.daily_tokens."""
     paths = []
     for name, value in changes.items():
         paths += [f"{name}.{key}" for key in value] if isinstance(value, Mapping) and value else [name]

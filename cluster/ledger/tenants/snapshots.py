@@ -1,4 +1,4 @@
-"""Incremental reading of access snapshots: tenants and keys, consistent as of one transaction."""
+"""Incremental reader of access snapshots. The tenants and keys of a snapshot are read in one transaction."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Snapshots:
         self._clock = clock
 
     def read(self, before: AccessSnapshot | None = None) -> AccessSnapshot:
-        """The newest snapshot. With `before` only rows changed since then are read.
+        """Return the newest snapshot. Raises StoreUnavailable.
 
-        If none changed, `before` is returned with a new `taken_at_s` and the same maps. Raises StoreUnavailable.
+        With `before`, only rows that were changed after the snapshot `before` are read. If no row was changed, the
+        result is a copy of `before` with a new `taken_at_s` and the same maps.
         """
-        taken_at_s = self._clock()  # before the read: the snapshot is at least this recent
+        taken_at_s = self._clock()  # before the read, so that the snapshot is at least as recent as taken_at_s
         with reading(self._engine) as connection:
             sequence, reload_from = connection.execute(
                 select(change_sequence.c.value, change_sequence.c.reload_from)

@@ -1,7 +1,8 @@
-"""The table of tenants: a policy per name, with its origin, `file` or `api`.
+"""The table of tenants. Each tenant has a policy and an origin, `file` or `api`.
 
-Tenants declared in the configuration file are read-only here and replaced as a whole by `declare`. A deleted tenant's
-row stays, marked as removed, as long as its usage: a new tenant of that name would read the old usage.
+Tenants that are declared in the configuration file have the origin `file` and are read-only here; only `declare`
+replaces their policies. The row of a deleted tenant is marked as removed and stays, because a new tenant with the same
+name would read the old tenant's usage.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 
 def digest_of_name(tenant: str) -> str:
-    """The digest that is kept of an erased tenant's name."""
+    """Return the digest of a tenant's name. After a tenant is erased, only this digest of the name is kept."""
     return hashlib.sha256(b"headrace/erased\0" + tenant.encode()).hexdigest()
 
 
 class Tenants:
-    """The table of tenants. Every method is one transaction."""
+    """The table of tenants. Every method runs in one transaction."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self._engine = engine
@@ -40,7 +41,10 @@ class Tenants:
         model_aliases: Mapping[str, str] | None = None,
         validate_only: bool = False,
     ) -> StoredTenant:
-        """Create a tenant. Raises AlreadyExists, also for a deleted tenant whose usage is still kept."""
+        """Create a tenant.
+
+        Raises AlreadyExists, also if a deleted tenant with the same name still has usage.
+        """
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
@@ -58,12 +62,12 @@ class Tenants:
         return StoredTenant(policy, "api", now, now, dict(model_aliases or {}))
 
     def get(self, name: str) -> StoredTenant:
-        """The tenant of that name. Raises NotFound."""
+        """Return the tenant with the given name. Raises NotFound."""
         with reading(self._engine) as connection:
             return _stored(_existing_row(connection, name))
 
     def list(self, *, after: str = "", limit: int = 1000) -> list[StoredTenant]:
-        """Tenants in order of name, after the name `after`."""
+        """Return at most `limit` tenants in order of name, beginning after the name `after`."""
         query = select(tenants).where(tenants.c.name > after, tenants.c.removed_at.is_(None))
         with reading(self._engine) as connection:
             return [_stored(row) for row in connection.execute(query.order_by(tenants.c.name).limit(limit))]
@@ -76,10 +80,11 @@ class Tenants:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """Change fields of the policy, named as in the configuration (`class`, `limits`). Null or `{}` removes a value.
+        """Change fields of a tenant's policy. Raises LedgerError, NotFound, ManagedByFile.
 
-        `limits`, `retention` and `labels` are merged key by key, where null removes a key, unless `whole` names them.
-        Raises LedgerError, NotFound, ManagedByFile.
+        Fields have the configuration's names, e.g. `class` and `limits`. Null or `{}` removes a field's value. The
+        fields `limits`, `retention` and `labels` are merged key by key, and null removes a key. A field that is named
+        in `whole` is replaced instead of merged.
         """
         if "name" in changes:
             raise LedgerError("name: a tenant cannot be renamed; create another one")
@@ -104,7 +109,7 @@ class Tenants:
         return self._change(name, lambda policy: replace(policy, suspended=suspended))
 
     def set_model_aliases(self, name: str, model_aliases: Mapping[str, str]) -> StoredTenant:
-        """Set the model names that are valid for this tenant only. Raises NotFound, ManagedByFile."""
+        """Set a tenant's model aliases, which are valid for this tenant only. Raises NotFound, ManagedByFile."""
         return self._change(name, lambda policy: policy, model_aliases)
 
     def _change(
@@ -127,7 +132,7 @@ class Tenants:
         return replace(before, policy=policy, model_aliases=aliases, updated_at=now)
 
     def delete(self, name: str, *, validate_only: bool = False) -> None:
-        """Delete a tenant and revoke its keys; its usage stays. Raises NotFound, ManagedByFile."""
+        """Delete a tenant and revoke the tenant's keys. The tenant's usage stays. Raises NotFound, ManagedByFile."""
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
@@ -141,9 +146,10 @@ class Tenants:
             connection.execute(update(keys).where(mine).values(revoked))
 
     def erase(self, name: str, *, validate_only: bool = False) -> int:
-        """Remove every row that names a tenant, deleted or not. Returns the number of rows.
+        """Remove every row that names a tenant. Returns the number of rows removed. Raises NotFound, ManagedByFile.
 
-        Keeps a digest of the name, so that late usage records of a gateway are dropped. Raises NotFound, ManagedByFile.
+        The tenant may be deleted already. A digest of the tenant's name is kept, so that late usage records from
+        gateways are dropped.
         """
         now = self._clock()
         with writing(self._engine) as connection:
@@ -165,10 +171,10 @@ class Tenants:
         return removed
 
     def declare(self, policies: Sequence[TenantPolicy]) -> None:
-        """Make `policies` the tenants of the configuration file. Writes nothing if nothing differs.
+        """Make `policies` the tenants of the configuration file. Writes nothing if no policy differs.
 
-        A tenant of the API with such a name becomes the file's. Tenants no longer declared are marked as removed; their
-        keys work again if they are declared again.
+        A tenant with origin `api` and a declared name gets the origin `file`. Tenants that are no longer declared are
+        marked as removed. If a removed tenant is declared again, the tenant's keys work again.
         """
         now = self._clock()
         declared = {policy.name: policy for policy in policies}

@@ -1,9 +1,10 @@
 """Access snapshots of a gateway: tenants and keys, polled from the database every half second, with a copy on disk.
 
-While the database is unreachable the last snapshot is used, so that an outage locks no caller out, but no longer than
-`stale_after_s`, because a key revoked meanwhile would still work. The age counts from the last successful poll: by
-the wall clock across a restart, by the monotonic clock within a process. So a step of the wall clock neither locks
-callers out nor keeps an old snapshot valid. A daemon thread polls; readers get a reference to an immutable snapshot.
+While the database is unreachable, the gateway uses the last snapshot, so that an outage locks no caller out. The last
+snapshot is used for at most `stale_after_s`, because a key that was revoked during the outage would still work. The
+age of a snapshot counts from the last successful poll: by the wall clock across a restart, by the monotonic clock
+within a process. So a step of the wall clock neither locks callers out nor keeps an old snapshot valid. A daemon
+thread polls the database. Readers get a reference to an immutable snapshot.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ Read = Callable[[AccessSnapshot | None], AccessSnapshot]
 
 
 def save(path: Path, snapshot: AccessSnapshot) -> None:
-    """Write a snapshot atomically, with permissions for its owner only. Raises OSError."""
+    """Write a snapshot to a file atomically. Only the file's owner can read and write the file. Raises OSError."""
     body = json.dumps(snapshot.as_json(), separators=(",", ":")).encode()
     head = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
     write_atomically(path, head + b"\n" + body)
 
 
 def load(path: Path) -> AccessSnapshot | None:
-    """Read a saved snapshot; None if it is missing, damaged or in another release's format."""
+    """Read a saved snapshot. Returns None if the file is missing, damaged or in another release's format."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         header = json.loads(head)
@@ -56,9 +57,10 @@ def load(path: Path) -> AccessSnapshot | None:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatistics:
-    """State of a Watcher. `age_s` counts from the last successful poll (infinite without one).
+    """State of a Watcher.
 
-    `error` is that of the last poll, empty if it succeeded.
+    `age_s` is the time since the last successful poll in seconds, or infinite if no poll has succeeded. `error` is the
+    error of the last poll, or empty if the last poll succeeded.
     """
 
     sequence: int
@@ -71,8 +73,8 @@ class WatchStatistics:
 class Watcher:
     """Poller of the newest snapshot. `read` is `Ledger.snapshots.read`.
 
-    `declared` are the configuration file's tenants, which override the database's, also while it is unreachable.
-    `on_change` is called in the poller's thread.
+    `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, also while
+    the database is unreachable. `on_change` is called in the poller's thread.
     """
 
     def __init__(
@@ -102,11 +104,14 @@ class Watcher:
         saved = load(file)
         self._stored = saved
         self._view = (saved or AccessSnapshot()).with_declared(self._declared)
-        # time of the monotonic clock at which the snapshot was last known to be the newest
+        # the monotonic clock's time when the snapshot was last known to be the newest
         self._confirmed = monotonic() - max(wall() - saved.taken_at_s, 0.0) if saved else -float("inf")
 
     def current(self) -> AccessSnapshot:
-        """The newest snapshot. Raises CallError if the database has been unreachable for longer than stale_after_s."""
+        """Return the newest snapshot.
+
+        Raises CallError if the database has been unreachable for longer than `stale_after_s`.
+        """
         age_s = self._monotonic() - self._confirmed
         if age_s > self._stale_after_s:
             raise CallError(Outcome.STORE_UNAVAILABLE, self._stale_message(age_s))
@@ -121,18 +126,18 @@ class Watcher:
         )
 
     def statistics(self) -> WatchStatistics:
-        """Size and age of the snapshot, and the last error."""
+        """Return the size and age of the snapshot, and the last error."""
         view = self._view
         age_s = self._monotonic() - self._confirmed
         return WatchStatistics(view.sequence, age_s, len(view.tenants), len(view.keys), self._error)
 
     def start(self) -> None:
-        """Start polling."""
+        """Start the thread that polls the database."""
         self._thread = threading.Thread(target=self._run, name="ledger-watch", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread. Leaves it behind, as a daemon, if it still waits for the database after `timeout_s`."""
+        """End the thread. If the thread still waits for the database after `timeout_s`, the daemon thread is left."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -143,7 +148,7 @@ class Watcher:
             self._stop.wait(self._period_s)
 
     def poll(self) -> bool:
-        """Poll once, in the caller's thread. Returns whether the database has answered."""
+        """Poll the database once, in the caller's thread. Returns whether the database has answered."""
         began = self._monotonic()
         try:
             newest = self._read(self._stored)

@@ -1,7 +1,8 @@
-"""Budget notices to send to a webhook. The first gateway that finds a notice stores it; one at a time sends it.
+"""Budget notices to send to a webhook. The first gateway that finds a notice stores the notice.
 
-A gateway claims an attempt before it sends, by moving `next_try_at`. So a gateway that dies while sending delays the
-notice and does not lose it. A receiver may then get a notice twice, with the same id.
+Only one gateway at a time sends a notice: before each attempt, a gateway claims the attempt by moving `next_try_at`.
+If a gateway dies while sending, the notice is delayed and not lost. The receiver may then get the notice twice, with
+the same id.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from cluster.policy.limits.budgets import BudgetNotice, BudgetUse
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 3600.0
 KEPT_S = 62 * 86_400.0
-"""Longer than any budget's period: within a period a threshold must not be reported again."""
+"""Time for which notices are kept, in seconds.
+
+Longer than any budget's period, because a threshold must not be reported twice in the same period.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimedNotice:
-    """A notice that this gateway has claimed and must send now. `attempts` includes this one."""
+    """A notice that this gateway has claimed and must send now. `attempts` includes the claimed attempt."""
 
     notice: BudgetNotice
     noticed_at_s: float
@@ -31,7 +35,7 @@ class ClaimedNotice:
 
 
 def retry_delay_s(attempts: int) -> float:
-    """Seconds until the next attempt, after `attempts` attempts."""
+    """Return the number of seconds until the next attempt, after `attempts` attempts."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
 
@@ -42,7 +46,7 @@ class BudgetNotices:
         self._engine = engine
 
     def insert_new(self, notices: Sequence[BudgetNotice], now_s: float) -> None:
-        """Store the notices that are new. Raises StoreUnavailable."""
+        """Store the notices that are not stored yet. Raises StoreUnavailable."""
         if not notices:
             return
         ids = [notice.id for notice in notices]
@@ -56,7 +60,7 @@ class BudgetNotices:
                 )
 
     def claim_due(self, now_s: float, limit: int = 20) -> list[ClaimedNotice]:
-        """Claim the notices whose attempt is due, for this gateway alone. Raises StoreUnavailable."""
+        """Claim at most `limit` due notices for this gateway alone. Raises StoreUnavailable."""
         due = table.c.delivered_at.is_(None) & (table.c.next_try_at <= now_s)
         with reading(self._engine) as connection:
             rows = connection.execute(select(table).where(due).order_by(table.c.next_try_at).limit(limit)).all()
@@ -73,12 +77,12 @@ class BudgetNotices:
         return claims
 
     def mark_delivered(self, notice_id: str, now_s: float) -> None:
-        """Mark a notice as delivered: no more attempts."""
+        """Mark a notice as delivered, so that no further attempt is made."""
         with writing(self._engine) as connection:
             connection.execute(update(table).where(table.c.id == notice_id).values(delivered_at=now_s))
 
     def expire(self, now_s: float) -> int:
-        """Remove notices older than KEPT_S, delivered or not. Returns the number removed."""
+        """Remove notices older than KEPT_S, delivered or not. Returns the number of notices removed."""
         with writing(self._engine) as connection:
             return connection.execute(delete(table).where(table.c.noticed_at < now_s - KEPT_S)).rowcount
 

@@ -1,4 +1,4 @@
-"""Export of usage as CSV."""
+"""Export of usage rows as CSV."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV by RFC 4180 with a header line; labels are one JSON column.
+    """Return rows as CSV by RFC 4180, with a header line. All labels are in one JSON column.
 
-    Text that a spreadsheet would run as a formula is prefixed with an apostrophe, because callers choose labels and
-    request ids.
+    Callers choose labels and request ids. So a text that a spreadsheet would run as a formula gets an apostrophe as
+    its first character.
     """
     if not rows:
         return ""

@@ -1,10 +1,11 @@
-"""Records of a call: the open record at its Submit, the usage record at its end, both as plain JSON.
+"""Records of a call: the open record when the call is submitted, and the usage record when the call ends.
 
-The `record_id` is chosen once, when the call opens, and is sent to the worker in the sealed open record. Gateways and
-workers may report the end of a call several times and in any order; every report writes the row of that id. Only an
-estimate is replaced, by an exact report or by a larger estimate. (`delivered_unknown` marks an estimate: the gateway
-was lost, and delivery is taken from what was written to its link.) So all reports of a call end in one row, whatever
-their order.
+Both records have a form in plain JSON. The `record_id` is chosen once, when the call opens, and is sent to the worker
+in the sealed open record. Gateways and workers may report the end of a call several times and in any order; every
+report writes the row with the call's `record_id`. A row is replaced only if the row is an estimate, and only by an
+exact report or by a larger estimate. (`delivered_unknown` marks an estimate: the gateway was lost, and the delivered
+tokens are taken from what the worker had written to the gateway's link.) So all reports of a call, in any order, end
+in one row.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any, TypeVar
 R = TypeVar("R", "OpenRecord", "UsageRecord")
 
 SEGMENTS_PER_RESUME = 1000
-"""Offset of segment numbers per resume. The `n` outputs of a call are segments 0, 1, …; after the first resume they
-are SEGMENTS_PER_RESUME, SEGMENTS_PER_RESUME + 1, …; after the second 2 * SEGMENTS_PER_RESUME, … Only segment 0 counts
-as a request."""
+"""Offset of segment numbers per resume.
+
+The `n` outputs of a call are segments 0, 1, … After the first resume, the outputs are segments SEGMENTS_PER_RESUME,
+SEGMENTS_PER_RESUME + 1, … After the second resume, the outputs are segments 2 * SEGMENTS_PER_RESUME, … Only segment 0
+counts as a request.
+"""
 MAX_ID = 128
 MAX_NAME = 255
 MAX_LABELS_BYTES = 8192
@@ -32,12 +36,15 @@ MAX_COUNT = 2**53
 
 
 class RecordError(ValueError):
-    """An invalid record; the message names the field."""
+    """Error for an invalid record. The message names the field."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRecord:
-    """The fields known when a call is submitted. Its worker keeps a sealed copy. `opened_at_s` is since the epoch."""
+    """The fields that are known when a call is submitted. The call's worker keeps a sealed copy.
+
+    `opened_at_s` is in seconds since the epoch.
+    """
 
     record_id: str
     tenant: str
@@ -57,11 +64,14 @@ class OpenRecord:
         _check(self)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `from_json` is the inverse."""
+        """Return all fields as plain JSON values. `from_json` is the inverse."""
         return _plain(self)
 
     def json_text(self) -> str:
-        """`as_json` as text. Used for every call: the general JSON encoder takes five times as long."""
+        """Return the value of `as_json` as JSON text.
+
+        The general JSON encoder takes five times as long as this method, which runs for every call.
+        """
         texts = zip(_OPEN.texts, map(encode_basestring_ascii, _OPEN.texts_of(self)), strict=True)
         numbers = zip(_OPEN.numbers, map(repr, _OPEN.numbers_of(self)), strict=True)
         labels = json.dumps(dict(self.labels)) if self.labels else "{}"
@@ -69,21 +79,25 @@ class OpenRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> OpenRecord:
-        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
+        """Build a record from the value of `as_json`. Raises RecordError.
+
+        Unknown fields are dropped, because a later release may have more fields.
+        """
         return _build(OpenRecord, value)
 
     def to_usage_record(self, **counts: Any) -> UsageRecord:
-        """The usage record of this call; `counts` are the other fields of UsageRecord."""
+        """Return the usage record of this call. `counts` has the other fields of UsageRecord."""
         return UsageRecord(**(_OPEN.values(self) | counts))
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """The counts of an admitted call that has ended. Times are in seconds, `opened_at_s` since the epoch.
+    """The counts of an admitted call that has ended. Times are in seconds; `opened_at_s` counts from the epoch.
 
     `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `gpu` is the
-    accelerator's type, by which `gpu_seconds` are priced. `outcome` is the value of an Outcome. `worker`, `pod` and
-    `node` say where the call ended, `gateway` which gateway admitted it; they are empty in records of older releases.
+    accelerator's type and determines the price of `gpu_seconds`. `outcome` is the value of an Outcome. `worker`, `pod`
+    and `node` are the place where the call ended. `gateway` is the gateway that admitted the call. Records of older
+    releases have empty values for `worker`, `pod`, `node` and `gateway`.
     """
 
     record_id: str
@@ -121,17 +135,23 @@ class UsageRecord:
         return datetime.datetime.fromtimestamp(self.opened_at_s, datetime.UTC).strftime("%Y-%m-%d")
 
     def as_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `from_json` is the inverse."""
+        """Return all fields as plain JSON values. `from_json` is the inverse."""
         return _plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> UsageRecord:
-        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
+        """Build a record from the value of `as_json`. Raises RecordError.
+
+        Unknown fields are dropped, because a later release may have more fields.
+        """
         return _build(UsageRecord, value)
 
 
 class _Fields:
-    """The fields of a record class, grouped by type. Precomputed, because every call makes two records."""
+    """The fields of a record class, grouped by type.
+
+    The groups are computed once per class, because every call makes two records.
+    """
 
     def __init__(self, kind: type[OpenRecord] | type[UsageRecord]) -> None:
         types = {attribute.name: str(attribute.type) for attribute in dataclasses.fields(kind)}
@@ -147,7 +167,7 @@ class _Fields:
         self.numbers_of = attrgetter(*self.numbers)
 
     def values(self, record: OpenRecord | UsageRecord) -> dict[str, Any]:
-        """The record's values by field name."""
+        """Return the record's values by field name."""
         return dict(zip(self.names, self.values_of(record), strict=True))
 
 
@@ -173,7 +193,10 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
 
 
 def _check(record: OpenRecord | UsageRecord) -> None:
-    """Raise RecordError for values that a database would reject, while the error can still reach the caller."""
+    """Raise RecordError for values that a database would reject.
+
+    A record is checked when the record is made, while the error can still reach the caller.
+    """
     fields = _fields(record)
     texts, counts, seconds = fields.texts_of(record), fields.counts_of(record), fields.seconds_of(record)
     if not _are_plain(texts):
@@ -196,7 +219,10 @@ def _check(record: OpenRecord | UsageRecord) -> None:
 
 
 def _are_plain(texts: Sequence[Any]) -> bool:
-    """True if all texts are short ASCII without NUL, as nearly always; then none has to be checked individually."""
+    """Return whether all texts are short ASCII texts without NUL.
+
+    The result is nearly always True. If the result is True, no text has to be checked individually.
+    """
     try:
         joined = "".join(texts)
     except TypeError:  # not all are texts

@@ -1,4 +1,4 @@
-"""Resume claims: each segment of a broken stream can be resumed once, by the first gateway that claims it."""
+"""Resume claims. Each segment of a broken stream can be resumed once: the first gateway that claims a segment wins."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from cluster.ledger.database.tables import resumed
 
 
 class ResumedSegments:
-    """The table of claimed segment names. Not part of backups, because resume tokens are valid for minutes."""
+    """The table of claimed segment names.
+
+    Backups do not contain the table, because resume tokens are valid for minutes only.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-        """Claim each (name, expires_at_s) in one transaction; True where it was unclaimed. Raises StoreUnavailable."""
+        """Claim segments in one transaction. Each entry of `names` is a (name, expires_at_s).
+
+        Returns one value per entry: True if the segment was unclaimed. Raises StoreUnavailable.
+        """
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):
             first.setdefault(name, at)
@@ -31,6 +37,6 @@ class ResumedSegments:
         return [name in claimed and first[name] == at for at, (name, _) in enumerate(names)]
 
     def expire(self, now_s: float) -> int:
-        """Remove claims whose tokens have expired. Returns the number removed."""
+        """Remove the claims of expired resume tokens. Returns the number of claims removed."""
         with writing(self._engine) as connection:
             return int(connection.execute(delete(resumed).where(resumed.c.expires_at_s < now_s)).rowcount)

@@ -1,9 +1,10 @@
-"""Authenticated encryption of data that workers and clients keep for the gateways: open records and resume tokens.
+"""Authenticated encryption of open records and resume tokens, which workers and clients keep for the gateways.
 
-AES-256-GCM under keys derived from the gateways' common secret. Each process derives its own key from a random salt,
-and a new one after MESSAGES_PER_SALT messages: a key with random 96-bit nonces is safe for 2^32 messages, and a busy
-cluster seals that many in weeks. Layout: version (1 byte), number of the secret (4), salt (16), nonce (12), ciphertext
-and tag. Everything before the nonce is authenticated too.
+The cipher is AES-256-GCM, under keys derived from the gateways' common secret. Each process derives a key from the
+secret and a random salt. After MESSAGES_PER_SALT messages the process draws a new salt and derives a new key, because
+a key with random 96-bit nonces is safe for 2^32 messages, and a busy cluster seals 2^32 messages in weeks. The layout
+of sealed data is: version (1 byte), number of the secret (4 bytes), salt (16 bytes), nonce (12 bytes), ciphertext and
+tag. The bytes before the nonce are authenticated too.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _MAX_KEYS = 1024
 
 
 class SealError(ValueError):
-    """The data was not sealed under any of the secrets, or was changed."""
+    """Error: the data was not sealed under any of the secrets, or the data was changed."""
 
 
 class UnknownSecret(SealError):
-    """The data was sealed under a secret that this process does not have, or no longer has."""
+    """Error: the data was sealed under a secret that this process does not have or no longer has."""
 
 
 class Envelopes:
-    """Seals bytes with the first secret and opens with any of them.
+    """Encryption of bytes: seals with the first secret, and opens with any of the secrets.
 
-    Data sealed for one `purpose` does not open for another. `what` names the data in errors. Sealed data longer than
-    `max_bytes` does not open.
+    Data that was sealed for one `purpose` does not open for another purpose. `what` names the data in error messages.
+    Sealed data longer than `max_bytes` does not open.
     """
 
     def __init__(self, secrets: Sequence[bytes], purpose: str, what: str, max_bytes: int = MAX_BYTES) -> None:
@@ -59,7 +60,7 @@ class Envelopes:
         self._encrypt = AESGCM(self._derive(self._own_head)).encrypt
 
     def seal(self, body: bytes) -> bytes:
-        """Encrypt. The result is 49 bytes longer than `body` and different each time."""
+        """Encrypt `body`. The result is 49 bytes longer than `body`, and different for each call."""
         if not self._messages_left:
             self._new_key()
         self._messages_left -= 1
@@ -67,7 +68,7 @@ class Envelopes:
         return self._own_head + nonce + self._encrypt(nonce, body, self._own_head)
 
     def open(self, data: bytes) -> bytes:
-        """Decrypt. Raises SealError."""
+        """Decrypt sealed data. Raises SealError."""
         if not HEAD_BYTES + NONCE_BYTES + TAG_BYTES <= len(data) <= self._max_bytes or data[0] != VERSION:
             raise SealError(f"not a {self._what} of this release")
         head, nonce = data[:HEAD_BYTES], data[HEAD_BYTES : HEAD_BYTES + NONCE_BYTES]
@@ -91,13 +92,13 @@ class Envelopes:
 
 
 class Sealer:
-    """Seals open records for the workers that keep them."""
+    """Encryption of open records. Workers keep the sealed records."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         self._envelopes = Envelopes(secrets, "sealed-record", "sealed record")
 
     def seal(self, record: OpenRecord) -> bytes:
-        """Seal a record. About 350 bytes without labels."""
+        """Seal a record. A sealed record without labels has about 350 bytes."""
         return self._envelopes.seal(record.json_text().encode())
 
     def open(self, data: bytes) -> OpenRecord:

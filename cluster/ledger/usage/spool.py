@@ -1,18 +1,19 @@
 """The spool: usage records are written to local files first, then to the database, exactly once despite crashes.
 
-No record is lost: a record is *durable* once its line is fsynced, and only then is it acknowledged (its worker drops
-its copy). A segment file is deleted only after the database has committed all its records. So a durable record is
-always in a segment or in the database.
+No record is lost: a record is *durable* once the record's line is fsynced. Only a durable record is acknowledged, and
+only then does the worker drop its copy of the record. A segment file is deleted only after the database has committed
+all records of the segment. So a durable record is always in a segment or in the database.
 
-No record is stored twice: after a crash between commit and deletion the segment is replayed, and the database stores a
-record id once.
+No record is stored twice: after a crash between commit and deletion the segment is replayed, and the database stores
+each record id once.
 
 Damaged lines: each line has a checksum. A last line without a newline belongs to a write that was never fsynced, and
-so never acknowledged; it is dropped. A later process never appends to an old segment, so a torn line stays the last.
-Records that the database rejects permanently go to `rejected.jsonl` and are counted, because an invalid record must
-not block all later ones.
+so never acknowledged; such a line is dropped. A later process never appends to an old segment, so a torn line stays
+the last line of the segment. Records that the database rejects permanently go to `rejected.jsonl` and are counted,
+because an invalid record must not block all later records.
 
-The hot path only appends a reference to a list; one thread encodes, writes and fsyncs the records in batches.
+On the hot path, a caller only appends a reference to a list. One thread encodes, writes and fsyncs the records in
+batches.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def encode(record: UsageRecord) -> bytes:
 
 
 def decode(line: bytes) -> UsageRecord:
-    """Decode a line without its newline. Raises ValueError."""
+    """Decode a line, given without the newline. Raises ValueError."""
     checksum, _, body = line.partition(b" ")
     if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
         raise ValueError("the checksum does not match")
@@ -61,9 +62,10 @@ def decode(line: bytes) -> UsageRecord:
 class SpoolStatistics:
     """State of a spool.
 
-    `written` counts records since the start, `durable` those of them that are fsynced. `pending` records are not in the
-    database yet; `oldest_at_s` is the time of the oldest of them since the epoch, None without any. `error` is the last
-    failure.
+    `written` is the number of records appended since the spool was opened. `durable` is how many of the written
+    records are fsynced. `pending` is the number of records that are not in the database yet.
+    `oldest_at_s` is the modification time of the oldest segment file in seconds since the epoch, or None if the spool
+    has no segment file. `error` is the last failure.
     """
 
     written: int
@@ -75,7 +77,10 @@ class SpoolStatistics:
 
 
 class Spool:
-    """A folder of segment files: appends records, and returns closed segments. A lock allows one process per folder."""
+    """A folder of segment files. The spool appends records and returns closed segments.
+
+    A lock in the folder makes sure that only one process uses the folder.
+    """
 
     def __init__(
         self,
@@ -110,10 +115,10 @@ class Spool:
         self._thread.start()
 
     def append(self, record: UsageRecord) -> int:
-        """Queue a record. Never blocks on the disk.
+        """Queue a record. The call never waits for the disk.
 
-        Returns the record's position, which `wait_durable` accepts and `on_durable` reports. Raises ValueError once
-        closed.
+        Returns the record's position, which `wait_durable` accepts and `on_durable` reports. Raises ValueError if the
+        spool is closed.
         """
         with self._changed:
             if self._closing:
@@ -125,12 +130,12 @@ class Spool:
             return self._written
 
     def wait_durable(self, position: int, timeout_s: float) -> bool:
-        """Wait until the record at a position is on disk. False after `timeout_s`."""
+        """Wait until the record at a position is on disk. Returns False if `timeout_s` has passed before."""
         with self._changed:
             return self._changed.wait_for(lambda: self._durable >= position, timeout_s)
 
     def statistics(self) -> SpoolStatistics:
-        """Numbers of records by state, and the last error."""
+        """Return the numbers of records by state, the age of the oldest segment, and the last error."""
         with self._changed:
             in_open_segment = self._segment.records if self._segment else 0
             pending = sum(self._closed_segments.values()) + in_open_segment + len(self._waiting)
@@ -139,7 +144,10 @@ class Spool:
             return SpoolStatistics(self._written, self._durable, pending, self._rejected, oldest, self._error)
 
     def close(self) -> None:
-        """Write queued records, end the thread and unlock the folder, where records not in the database remain."""
+        """Write queued records, end the thread and unlock the folder.
+
+        Records that are not in the database yet stay in the folder.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -148,7 +156,7 @@ class Spool:
         os.close(self._lock_file)
 
     def roll(self) -> list[Path]:
-        """Close the current segment if there is one. Returns all closed segments, oldest first."""
+        """Close the current segment, if there is a current segment. Returns all closed segments, oldest first."""
         with self._writing, self._changed:
             segment, self._segment = self._segment, None
             if segment is not None:
@@ -157,14 +165,14 @@ class Spool:
             return sorted(self._closed_segments)
 
     def forget(self, path: Path) -> None:
-        """Delete a closed segment, after the database has committed its records."""
+        """Delete a closed segment. Call this method only after the database has committed the segment's records."""
         path.unlink()
         sync_folder(self._folder)
         with self._changed:
             del self._closed_segments[path]
 
     def reject(self, line: bytes, why: str) -> None:
-        """Append a line that can never be stored to `rejected.jsonl`, durably. Raises OSError."""
+        """Append to `rejected.jsonl` a line that can never be stored, and fsync the file. Raises OSError."""
         text = json.dumps({"why": why, "line": line.decode("utf-8", "replace")}) + "\n"
         handle = os.open(self._folder / REJECTED, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -185,14 +193,14 @@ class Spool:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                # wait briefly for more records, so that they share one fsync
+                # wait briefly for more records, so that several records share one fsync
                 self._changed.wait_for(lambda: self._closing, self._linger_s)
                 batch, self._waiting = self._waiting, []
             if not self._write(batch):
                 with self._changed:
                     self._waiting[:0] = batch
                     if self._closing:
-                        return  # visible in statistics; its worker was not acknowledged and reports to another gateway
+                        return  # visible in statistics; an unacknowledged worker reports to another gateway
                     self._changed.wait_for(lambda: self._closing, 1.0)
 
     def _write(self, batch: Sequence[UsageRecord]) -> bool:
@@ -222,7 +230,7 @@ class Spool:
         return self._segment
 
     def _abandon_segment(self, error: str) -> None:
-        """Close the segment after a failed write: its last line may be torn, so nothing may be appended."""
+        """Close the segment after a failed write. The last line may be torn, so no line may be appended."""
         log.error("spool_write_failed", error=error)
         with self._writing, self._changed:
             self._error = error
@@ -233,7 +241,7 @@ class Spool:
 
 
 class _Segment:
-    """The segment file being written."""
+    """The segment file that is being written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -268,10 +276,10 @@ def _modified_at(path: Path) -> float:
 
 
 class Replayer:
-    """Thread that moves closed segments into the database.
+    """Thread that moves the records of closed segments into the database.
 
-    `insert` is `Ledger.usage.insert`: it writes records, all or none, each id once, and raises StoreUnavailable while
-    the database is unreachable.
+    `insert` is `Ledger.usage.insert`, which writes all of the given records or none, and stores each record id once.
+    `insert` raises StoreUnavailable while the database is unreachable.
     """
 
     def __init__(
@@ -292,12 +300,12 @@ class Replayer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread that moves records."""
         self._thread = threading.Thread(target=self._run, name="ledger-replay", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread. Records not yet moved stay in the spool."""
+        """End the thread. Records that are not in the database yet stay in the spool."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -313,7 +321,10 @@ class Replayer:
                 log.warning("usage_insert_delayed", error=str(error), pending=self._spool.statistics().pending)
 
     def replay(self) -> int:
-        """Move all records spooled so far. Returns their number. Raises StoreUnavailable, OSError."""
+        """Move all records of the spool into the database. Returns the number of moved records.
+
+        Raises StoreUnavailable, OSError.
+        """
         moved = 0
         for path in self._spool.roll():
             for batch in self._batches(path):
@@ -341,7 +352,7 @@ class Replayer:
             self._insert(batch)
         except StoreUnavailable:
             raise
-        except Exception as error:  # the database rejects a record: find it by bisection, insert the others
+        except Exception as error:  # the database rejects a record: find the record by bisection, insert the others
             if len(batch) == 1:
                 self._spool.reject(encode(batch[0]), f"{type(error).__name__}: {error}")
                 return

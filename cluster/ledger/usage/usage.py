@@ -1,4 +1,4 @@
-"""The usage table: one row per record id, however often it is reported, and sums over the rows."""
+"""The usage table, and sums over the rows. A record id has one row, even if the record is reported several times."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ class UsageTable:
         self._engine = engine
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Insert records, all or none.
+        """Insert all of the records, or none. Raises StoreUnavailable.
 
-        An existing row stays, unless it is an estimate and the new record is exact or estimates more tokens (a retried
-        call has an estimate of each worker). Records of a tenant erased after the call opened are dropped. Raises
-        StoreUnavailable.
+        An existing row stays unless the row is an estimate and the new record is exact or estimates more tokens. (A
+        retried call has one estimate per worker.) A record is dropped if the tenant was erased after the call opened.
         """
         deduplicated = _best_per_id(records)
         if not deduplicated:
@@ -51,9 +50,9 @@ class UsageTable:
             )
 
     def query(self, usage_query: UsageQuery, rates: Prices | None = None) -> list[dict[str, Any]]:
-        """Sums by group, ordered by group. A missing label reads "".
+        """Return sums by group, ordered by group. A missing label has the value "".
 
-        With `rates` each group also has its `cost`, None if one of its accelerators has no rate.
+        With `rates`, each group also has a `cost`. The cost is None if an accelerator of the group has no rate.
         """
         dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(usage_query.group_by)]
         by_gpu = [usage.c.gpu.label("_gpu")] if rates is not None else []
@@ -66,7 +65,10 @@ class UsageTable:
     def records(
         self, usage_query: UsageQuery, *, after: tuple[float, str] | None = None, limit: int = 1000
     ) -> list[UsageRecord]:
-        """Records in order of time. `after` is the (opened_at_s, record_id) of the last record of the previous page."""
+        """Return a page of records in order of time.
+
+        `after` is the (opened_at_s, record_id) of the last record on the previous page.
+        """
         query = select(usage).where(*_conditions(usage_query))
         if after is not None:
             at_s, record_id = after
@@ -80,7 +82,10 @@ class UsageTable:
     def tokens_since(
         self, since_day: str, tenants: Iterable[str] | None = None, *, before_day: str = ""
     ) -> dict[str, int]:
-        """Prompt plus completion tokens by tenant, as budgets count them, from `since_day` to before `before_day`."""
+        """Return prompt plus completion tokens by tenant, which is how budgets count tokens.
+
+        The sums begin with `since_day` and end before `before_day`.
+        """
         query = select(usage.c.tenant, func.sum(usage.c.prompt_tokens + usage.c.completion_tokens))
         query = query.where(usage.c.day >= since_day).group_by(usage.c.tenant)
         if before_day:
@@ -91,9 +96,10 @@ class UsageTable:
             return {tenant: int(total) for tenant, total in connection.execute(query)}
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove records of calls opened before `before_s`, of one tenant or of all except some. Returns the number.
+        """Remove records of calls that opened before `before_s`. Returns the number of records removed.
 
-        Works in batches, so that inserts never wait long for the database.
+        `tenant` limits the removal to one tenant. Records of `except_tenants` stay. Records are removed in batches, so
+        that inserts never wait long for the database.
         """
         old = select(usage.c.record_id).where(usage.c.opened_at_s < before_s)
         if tenant:
@@ -112,9 +118,10 @@ class UsageTable:
 
 
 def _best_per_id(records: Sequence[UsageRecord]) -> list[UsageRecord]:
-    """The best record per id, because a statement may not touch a row twice: an exact one, or the largest estimate.
+    """Return the best record of each id: an exact record, or else the largest estimate.
 
-    Ordered by id, so that gateways that report the same calls lock rows in the same order.
+    One SQL statement may not change the same row twice. The records are ordered by id, so that gateways that report
+    the same calls lock rows in the same order.
     """
     best: dict[str, UsageRecord] = {}
     for record in records:
@@ -133,7 +140,10 @@ def _row(record: UsageRecord) -> dict[str, Any]:
 
 
 def _request_count() -> ColumnElement[Any]:
-    """Number of requests: only segment 0 counts, not further outputs, resumed segments or records of idle GPUs."""
+    """Return the SQL expression for the number of requests.
+
+    Only segment 0 counts as a request. Further outputs, resumed segments and records of idle GPUs do not count.
+    """
     return func.sum(case((and_(usage.c.segment == 0, usage.c.tenant != IDLE_TENANT), 1), else_=0))
 
 
@@ -158,7 +168,7 @@ def _conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
 
 
 def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
-    """Sum rows by group. With rates there is one row per group and accelerator."""
+    """Sum rows by group. With `rates`, the argument `rows` has one row per group and accelerator."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(str(row[f"d{at}"]) for at in range(len(usage_query.group_by)))

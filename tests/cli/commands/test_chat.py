@@ -1,4 +1,4 @@
-"""Commands chat, complete and models against a real gRPC server."""
+"""The commands chat, complete and models work with a real gRPC server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[..., Result]
 
 
 def test_chat_prints_the_answer(run: Run, gateway: ScriptedGateway) -> None:
-    """The answer is printed to standard output with a final newline, and the options are in the request."""
+    """`chat` prints the answer to standard output with a final newline, and the request has the given options."""
     options = ("--temperature", "0", "--max-tokens", "9", "--seed", "4", "--system", "Be brief")
     done = run("chat", "tiny", "Where?", *options, "--endpoint", gateway.endpoint)
     assert (done.exit_code, done.stdout) == (0, TEXT + "\n")
@@ -29,7 +29,7 @@ def test_chat_prints_the_answer(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:
-    """--json prints the whole response message."""
+    """`chat --json` prints the whole response message."""
     done = run("chat", "tiny", "Where?", "--json", "--endpoint", gateway.endpoint)
     answer = json.loads(done.stdout)
     assert answer["choices"][0]["message"]["content"] == TEXT
@@ -37,14 +37,14 @@ def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_chat_reads_a_piped_prompt(run: Run, gateway: ScriptedGateway) -> None:
-    """Without a terminal the prompt is read from standard input; an empty one is bad usage."""
+    """Without a terminal, `chat` reads the prompt from standard input, and an empty prompt is bad usage."""
     assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="From a pipe\n").exit_code == 0
     assert gateway.script.requests[0].messages[0].content == "From a pipe"
     assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="").exit_code == 2
 
 
 def test_complete_continues(run: Run, gateway: ScriptedGateway) -> None:
-    """A completion is printed as text, or as JSON."""
+    """`complete` prints the completion as text, or as JSON with --json."""
     done = run("complete", "tiny", "Once", "--endpoint", gateway.endpoint)
     assert done.stdout == TEXT + "\n"
     done = run("complete", "tiny", "Once", "--json", "--endpoint", gateway.endpoint)
@@ -52,7 +52,7 @@ def test_complete_continues(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_models_lists_names_aliases_and_states(run: Run, gateway: ScriptedGateway) -> None:
-    """The table shows the reason of a failure; the JSON has state names without prefix."""
+    """`models` prints a table with the reason of each failure, and --json prints states without a prefix."""
     gateway.script.models = [
         pb.Model(name="tiny", aliases=["default"], state=pb.Model.STATE_READY, max_model_len=64),
         pb.Model(name="big", state=pb.Model.STATE_FAILED, state_reason="models[big].source: no folder"),
@@ -68,7 +68,7 @@ def test_models_lists_names_aliases_and_states(run: Run, gateway: ScriptedGatewa
 
 
 def test_an_error_is_one_line_and_exit_code_one(run: Run, gateway: ScriptedGateway) -> None:
-    """The error line has reason, message and retry delay, and there is no traceback."""
+    """A failed command prints one error line with the reason, the message and the retry delay, and no traceback."""
     gateway.script.refusals = [refusal(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", retry_after_s=2)]
     done = run("chat", "tiny", "x", "--endpoint", gateway.endpoint)
     assert (done.exit_code, done.stdout) == (1, "")
@@ -77,7 +77,7 @@ def test_an_error_is_one_line_and_exit_code_one(run: Run, gateway: ScriptedGatew
 
 @pytest.mark.slow
 def test_nobody_there_is_exit_code_three(run: Run) -> None:
-    """An unreachable gateway is exit code 3, and the error has its address."""
+    """A command exits with code 3 if the gateway is unreachable, and the error has the gateway's address."""
     done = run("models", "--endpoint", "127.0.0.1:1")
     assert done.exit_code == 3
     assert "no gateway answers at 127.0.0.1:1 (Connection refused)" in done.stderr
@@ -87,12 +87,12 @@ def test_nobody_there_is_exit_code_three(run: Run) -> None:
     "arguments", [("chat",), ("models", "--nope"), ("chat", "tiny", "x", "--endpoint", "http://localhost:1")]
 )
 def test_bad_usage_is_exit_code_two(run: Run, arguments: tuple[str, ...]) -> None:
-    """A missing argument, an unknown option or an address with a scheme is bad usage."""
+    """A command exits with code 2 for a missing argument, an unknown option or an address with a scheme."""
     assert run(*arguments).exit_code == 2
 
 
 def test_the_key_comes_from_its_file(run: Run, gateway: ScriptedGateway, tmp_path: Path) -> None:
-    """The key is read from --api-key-file without its newline."""
+    """The API key is read from the file of --api-key-file, without the newline at the end."""
     (tmp_path / "key").write_text("sk-7\n")
     run("models", "--endpoint", gateway.endpoint, "--api-key-file", str(tmp_path / "key"))
     assert gateway.script.metadata[0]["authorization"] == "Bearer sk-7"

@@ -1,4 +1,4 @@
-"""`headrace config check` refuses whatever a restarted process would refuse, with path, line and remedy."""
+"""`headrace config check` refuses every file that a restarted process would refuse, with path, line and remedy."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CIRCLE = HEAD + "models: [{name: a, source: hf://o/m, fallback: [b]}, {name: b, 
 
 
 def model(keys: str) -> str:
-    """A cluster.yaml with one model that has these keys."""
+    """Return a cluster.yaml with one model that has the given keys."""
     return f"{HEAD}models: [{{name: m, source: hf://o/m, {keys}}}]\n"
 
 
 def values(keys: str) -> str:
-    """A chart's values with one model that has these keys, over two nodes of four GPUs."""
+    """Return values of the chart: one model with the given keys, and a worker group with two nodes of four GPUs."""
     group = "{name: g, gpuType: H100, gpusPerNode: 4, minReplicas: 0, maxReplicas: 2}"
     entry = f"{{name: m, source: hf://o/m, {keys}}}"
     return f"config: {{models: [{entry}]}}\nray: {{clusters: [{{name: blue, workerGroups: [{group}]}}]}}"
@@ -140,7 +140,7 @@ def values(keys: str) -> str:
     ],
 )
 def test_what_a_process_would_refuse_is_refused(text: str, words: str) -> None:
-    """A file that would stop a process at its next restart is an error now."""
+    """The check reports an error for a file with which a process would not start."""
     errors = [str(finding) for finding in check(text, "f.yaml").errors]
     assert any(words in error for error in errors), errors
 
@@ -157,7 +157,7 @@ def test_what_a_process_would_refuse_is_refused(text: str, words: str) -> None:
     ],
 )
 def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words: str) -> None:
-    """A likely mistake is printed as a warning and does not fail the check."""
+    """A likely mistake is printed as a warning, and the check exits with code 0."""
     file = tmp_path / "f.yaml"
     file.write_text(text)
     done = run("config", "check", str(file))
@@ -187,7 +187,7 @@ def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words
     ],
 )
 def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
-    """A valid file has no errors and no warnings."""
+    """The check of a valid file reports no errors and no warnings."""
     report = check(text, "f.yaml")
     assert not report.errors
     assert not report.warnings
@@ -196,7 +196,10 @@ def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
 @given(name=st.from_regex(r"[a-z-][.a-z@-]{0,4}/[a-z._-]{1,5}(\.git)?", fullmatch=True))
 @example(name="o/a" + "b" * 96)
 def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> None:
-    """A repository name is accepted exactly if huggingface_hub accepts it; a replica with any other cannot start."""
+    """The check accepts a name of a repository exactly if huggingface_hub accepts the name.
+
+    A replica with any other name cannot start.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -209,14 +212,14 @@ def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> 
 
 
 def test_a_wrong_section_brings_no_errors_about_its_defaults() -> None:
-    """An error in a section brings no errors about default values, which are not in the file."""
+    """A section with an error causes no further errors about default values, which are not in the file."""
     names = "[{san: a.b, tenant: t}, {san: A.B., tenant: u}]"
     report = check(f"config: {{auth: {{client_certificates: {names}}}}}", "values.yaml")
     assert [finding.path for finding in report.errors] == ["config.auth"]
 
 
 def test_all_errors_come_at_once() -> None:
-    """One run reports all errors, each with its line."""
+    """One check reports all errors of a file, and each error has a line number."""
     text = (
         HEAD + "observe: {log_level: loud}\ngateway: {drain_timeout_s: 5m}\nmodels:\n"
         " - {name: A, source: hf://o/m}\n - {name: b, source: nope://x, engine: {port: 1, sed: 0}, fallback: [zz]}\n"
@@ -241,7 +244,7 @@ def test_all_errors_come_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["a: [", "", "- 1", HEAD + "models: 3", "a: 1\n---\nb: 2", HEAD + "x: 2024-99-99"])
 def test_json_is_printed_whatever_is_wrong(run: Run, text: str) -> None:
-    """--json prints JSON with exit code 2 for any invalid input."""
+    """`config check --json` prints JSON and exits with code 2 for any invalid input."""
     done = run("config", "check", "-", "--json", input=text)
     assert done.exit_code == 2
     answer = json.loads(done.stdout)
@@ -251,14 +254,17 @@ def test_json_is_printed_whatever_is_wrong(run: Run, text: str) -> None:
 
 
 def test_json_of_a_file_that_is_not_there(run: Run) -> None:
-    """--json prints JSON with exit code 2 for a path that cannot be read."""
+    """`config check --json` prints JSON and exits with code 2 for a path that cannot be read."""
     done = run("config", "check", "/nowhere.yaml", "--json")
     assert (done.exit_code, json.loads(done.stdout)["ok"]) == (2, False)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "presets").glob("*.yaml")), ids=lambda file: file.stem)
 def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
-    """Every preset passes, and its values give the same configuration as the ConfigMap that Helm would render."""
+    """Every preset passes the check.
+
+    The values of a preset give the same configuration as the ConfigMap that Helm would render from the values.
+    """
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
     merged = merge_values(json.loads(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
@@ -270,7 +276,10 @@ def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
 
 
 def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
-    """With --files a named file that is missing or too short is an error; without, it may be on another machine."""
+    """With --files, a named file that is missing or too short is an error.
+
+    Without --files there is no error, because the file may be on another machine.
+    """
     short = tmp_path / "short"
     short.write_text("x\n")
     guard = "{builtin: patterns, patterns_file: /nowhere/p.yaml}"
@@ -286,7 +295,7 @@ def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_local_checkpoint_is_asked_for_its_heads(tmp_path: Path) -> None:
-    """Degrees of parallelism are checked against a local checkpoint's numbers of heads and layers."""
+    """Degrees of parallelism are checked against the numbers of heads and layers of a local checkpoint."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_hidden_layers": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"x")
 
@@ -312,7 +321,7 @@ YAMLS = st.recursive(
     key=st.sampled_from(["gateway", "models", "auth", "tenants", "ray", "weights", "classes", "scaling"]), value=YAMLS
 )
 def test_any_value_anywhere_is_answered(key: str, value: Any) -> None:
-    """The check never raises, and a configuration that passes can be loaded."""
+    """The check never raises an exception, and a configuration that passes the check can be loaded."""
     text = json.dumps({"api_version": "headrace/v1", "name": "c", "models": [], key: value})
     report = check(text, "f")
     if not report.errors:

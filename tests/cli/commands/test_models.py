@@ -1,4 +1,4 @@
-"""Commands apply, diff and models against a scripted admin API over gRPC."""
+"""The commands apply, diff and models work with a scripted admin API over gRPC."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANGES = [
 
 @pytest.fixture
 def layers(tmp_path: Path) -> Path:
-    """A folder of two files; the second overrides the first."""
+    """A folder with two files of models. The second file overrides the first file."""
     (tmp_path / "10-base.yaml").write_text(
         "api_version: headrace/v1\nname: prod\nobserve: {}\nmodels: [{name: m, source: /m, replicas: {max: 2}}]\n"
     )
@@ -44,7 +44,10 @@ def layers(tmp_path: Path) -> Path:
 
 
 def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """A folder's files are merged in the order of their names; other keys are named and not sent; changes are shown."""
+    """`apply` merges the files of a folder in order of name, sends only models, and shows the changes.
+
+    Keys other than models are named in a note.
+    """
     gateway.script.changes = CHANGES
     over = layers / "over.yaml.last"
     over.write_text("models: [{name: m, revision: b}]")
@@ -64,7 +67,7 @@ def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, la
 
 
 def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """`diff` exits with 0 if nothing differs and with 2 if something does; --json prints the changes."""
+    """`diff` exits with 0 if nothing differs and with 2 if something differs, and --json prints the changes."""
     at = ("-f", str(layers), "--admin", gateway.endpoint)
     same = run("diff", *at)
     assert (same.exit_code, same.stdout.strip()) == (0, "nothing differs")
@@ -85,7 +88,7 @@ def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: 
 def test_files_that_are_none_are_not_sent(
     run: Run, gateway: ScriptedGateway, tmp_path: Path, text: str, words: str
 ) -> None:
-    """An invalid file is bad usage: the file or entry is named and nothing is sent."""
+    """An invalid file is bad usage: the error names the file or the entry, and no request is sent."""
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     done = run("apply", "-f", str(file), "--admin", gateway.endpoint)
@@ -97,7 +100,7 @@ def test_files_that_are_none_are_not_sent(
 
 
 def test_versions(run: Run, gateway: ScriptedGateway) -> None:
-    """Each command sends its arguments and shows the resulting versions."""
+    """The commands weigh, promote, rollback and quarantine send their arguments and show the resulting versions."""
     at = ("--admin", gateway.endpoint)
     assert "25%" in run("models", "weigh", "m", "v2", "0.25", *at).stdout
     assert run("models", "promote", "m", *at).exit_code == 0
@@ -110,7 +113,7 @@ def test_versions(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
-    """`models get` shows the model with its versions and the fields of its card."""
+    """`models get` shows a model with the versions and the fields of the model's card."""
     versions = [pb.VersionStatus(version="v1", weight=1.0, state="READY", replicas=1, replicas_desired=2)]
     gateway.script.entries = [
         admin_pb2.CatalogEntry(name="m", license="apache-2.0", card={"language": "en"}, versions=versions)
@@ -124,8 +127,10 @@ def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
-    """`models pin` adds the digest and changes nothing else; a second run changes nothing; --check detects changed
-    weights."""
+    """`models pin` adds the digest of the weights to the file and changes nothing else.
+
+    `models pin --check` exits with 2 if a digest is missing or the weights have changed.
+    """
     weights = tmp_path / "model"
     weights.mkdir()
     (weights / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Commands config, doctor, version, prepare and down, and the refusals of `up` before it starts anything."""
+"""The commands config, doctor, version, prepare and down work, and `up` refuses invalid input before the start."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Run = Callable[..., Result]
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_shipped_configurations_are_right(run: Run, file: Path) -> None:
-    """Every configuration in deploy/ passes the check."""
+    """Every configuration in deploy/ passes `config check`."""
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
     assert load(file).name in done.stdout
 
 
 def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
-    """A wrong configuration is exit code 2 with one line per key, for `config check` and for `up`."""
+    """`config check` and `up` exit with code 2 for an invalid configuration, with one error line per invalid key."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: x\nmodels: [{name: a, sorce: b}]\n")
     for command in (("config", "check", str(file)), ("up", "-f", str(file)), ("up", "-f", str(file), "--detach")):
@@ -42,17 +42,17 @@ def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_schema_is_json(run: Run) -> None:
-    """`config schema` prints a JSON schema."""
+    """`config schema` prints a valid JSON schema with the key `models`."""
     assert "models" in json.loads(run("config", "schema").stdout)["properties"]
 
 
 def test_version_names_headrace(run: Run) -> None:
-    """The printed version is the package's."""
+    """`version` prints the version of the installed package."""
     assert f"headrace {__version__}" in run("version").stdout
 
 
 def test_up_refuses_a_name_that_is_up(run: Run, tmp_path: Path) -> None:
-    """`up` refuses a name while another process holds its lock."""
+    """`up` refuses a cluster's name while another process holds the lock of that name."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: twice\nmodels: []\n")
     with RunFolder("twice").lock():
@@ -62,7 +62,7 @@ def test_up_refuses_a_name_that_is_up(run: Run, tmp_path: Path) -> None:
 
 
 def test_down_without_a_cluster_says_so(run: Run) -> None:
-    """`down` reports that no cluster is up, or that none has the name."""
+    """`down` reports that no cluster is up, or that no cluster has the given name."""
     assert "no local cluster is up" in run("down").stderr
     done = run("down", "nope")
     assert done.exit_code == 1
@@ -70,7 +70,7 @@ def test_down_without_a_cluster_says_so(run: Run) -> None:
 
 
 def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) -> None:
-    """A missing source fails in `prepare`, before Ray is started, with the key's path."""
+    """`prepare` fails for a missing source, before Ray is started, and the error has the path of the key."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: x\nmodels: [{name: a, source: /no/such/folder}]\n")
     done = run("prepare", "-f", str(file))
@@ -79,7 +79,7 @@ def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) ->
 
 
 def test_the_report_ends_with_the_line_that_installs() -> None:
-    """The report ends with one line that installs each missing Debian package once."""
+    """The report of the doctor ends with one command line that installs each missing Debian package once."""
     lack = doctor.DoctorFinding("ip", "not found", "apt-get install -y iproute2", "two nodes", "iproute2")
     text = doctor.report([lack, doctor.DoctorFinding("git", found="/usr/bin/git"), lack])
     assert text.splitlines()[-1] == "install with: apt-get install -y iproute2"
@@ -88,7 +88,7 @@ def test_the_report_ends_with_the_line_that_installs() -> None:
 
 
 def test_doctor_runs_without_the_environment() -> None:
-    """The doctor runs with the standard library alone, since `make doctor` comes before any installation."""
+    """The doctor runs with only the standard library, because `make doctor` runs before any installation."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
         "from cluster.cli.commands import doctor; doctor.main(['--apt'])"
@@ -99,5 +99,5 @@ def test_doctor_runs_without_the_environment() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.64, "0.6 s"), (21.2, "21 s"), (82, "1m22s"), (59.7, "60 s")])
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    """Durations are rounded to a readable precision."""
+    """A duration is printed with a precision that is easy to read."""
     assert duration(seconds) == text

@@ -1,4 +1,7 @@
-"""Processes of a pod: missing settings are reported, probes answered, one controller acts, and the Secrets match."""
+"""The processes of a pod report missing settings and answer probes, and only one controller acts at a time.
+
+The tests also check that the Secrets from `pod secrets` fit together.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ Run = Callable[..., Result]
 
 
 def write_secrets(folder: Path) -> Path:
-    """Write the Secrets of `pod secrets` as files: link-gateway/tls.crt, secrets/cluster, ..."""
+    """Write the Secrets of `pod secrets` as files, e.g. link-gateway/tls.crt, secrets/cluster. Returns the folder."""
     for manifest in manifests("ns", "headrace", ("llm.example.com",), None, 30).objects:
         data: Any = manifest["stringData"]
         metadata: Any = manifest["metadata"]
@@ -47,7 +50,7 @@ def write_secrets(folder: Path) -> Path:
 
 
 def pod_config(files: Path, **ports: int) -> str:
-    """The cluster.yaml of a pod, with these files and ports."""
+    """Return the cluster.yaml of a pod, with the given folder of files and the given ports."""
     listen = {
         name: f"0.0.0.0:{ports.get(name, at)}"
         for at, name in enumerate(("grpc", "http", "link", "admin", "metrics"), 1)
@@ -87,7 +90,7 @@ def pod_config(files: Path, **ports: int) -> str:
 
 
 def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
-    """`--check` passes for gateway and controller with the files that `pod secrets` makes."""
+    """`pod gateway --check` and `pod controller --check` pass with the files that `pod secrets` makes."""
     file = tmp_path / "cluster.yaml"
     file.write_text(pod_config(write_secrets(tmp_path)))
     for part in ("gateway", "controller"):
@@ -122,7 +125,10 @@ def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
 def test_what_a_pod_lacks_is_said_before_it_starts(
     run: Run, tmp_path: Path, part: str, change: dict[str, Any], words: str
 ) -> None:
-    """A missing setting or file is exit code 2 with the setting's name, with and without `--check`."""
+    """A process of a pod exits with code 2 and the setting's name if a setting or file is missing.
+
+    The exit code and the name are the same with and without `--check`.
+    """
 
     def laid_over(under: Any, over: Any) -> Any:
         if isinstance(under, dict) and isinstance(over, dict):
@@ -138,7 +144,10 @@ def test_what_a_pod_lacks_is_said_before_it_starts(
 
 
 def health(address: str, service: str = "") -> int:
-    """The status that grpc.health.v1 reports in plain text, as a kubelet requests it. Raises grpc.RpcError."""
+    """Return the status that grpc.health.v1 reports over a connection without TLS. Raises grpc.RpcError.
+
+    A kubelet sends the same request.
+    """
     with grpc.insecure_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
@@ -147,7 +156,7 @@ def health(address: str, service: str = "") -> int:
 
 @pytest.mark.slow
 def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, tmp_path: Path) -> None:
-    """A pod's gateway answers probes in plain text and callers over TLS with a key, and ends on SIGTERM."""
+    """A pod's gateway answers probes in plain text, serves callers with a key over TLS, and ends on SIGTERM."""
     files = write_secrets(tmp_path)
     names = ("grpc", "http", "link", "admin", "metrics")
     ports = {name: free_port() for name in names}
@@ -179,7 +188,7 @@ def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, t
 
 
 def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
-    """Wait until the process answers probes; False if it ends first."""
+    """Wait until a process answers probes. Returns False if the process ends first or does not answer in time."""
     for _ in range(200):
         if process.poll() is not None:
             return False
@@ -194,7 +203,10 @@ def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
 
 
 async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
-    """Probes are answered while the controller runs and not afterwards; without an address none are."""
+    """Probes are answered while the probe server runs, and no probe is answered afterwards.
+
+    Without an address no server is started.
+    """
     address = f"127.0.0.1:{free_port()}"
     async with pod.probe_server(address):
         assert await asyncio.to_thread(health, address) == health_pb2.HealthCheckResponse.SERVING
@@ -207,8 +219,10 @@ async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
 async def test_one_controller_acts_by_the_lease_and_gives_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A controller takes the Lease and releases it at its end, over HTTPS with the pod's service account, even while
-    Ray and gateways are unreachable."""
+    """A controller acquires the Lease and releases the Lease at the end, also while Ray and gateways are unreachable.
+
+    The requests are sent over HTTPS, with the pod's service account.
+    """
     certificates.make_authority(tmp_path / "ca.crt", tmp_path / "ca.key", 1)
     cert, key = certificates.issue_server(tmp_path, "api", ["127.0.0.1"], 1)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -236,14 +250,14 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
 
 
 async def test_a_lease_is_not_to_be_had_outside_a_pod(tmp_path: Path) -> None:
-    """Outside a pod a controller with a Lease refuses to run."""
+    """A controller with a Lease raises ValueError outside a pod."""
     config: Config = parse(pod_config(write_secrets(tmp_path)))
     with pytest.raises(ValueError, match="needs a pod"):
         await pod.run_pod_controller(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
 
 
 def test_an_account_of_a_pod_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The API server's address and the namespace are read from the pod; an IPv6 address gets brackets."""
+    """The API server's address and the namespace are read from the pod, and an IPv6 address gets brackets."""
     (tmp_path / "namespace").write_text("ns\n")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "6443")
@@ -255,7 +269,7 @@ def test_an_account_of_a_pod_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path) -> bool:
-    """Whether an in-memory TLS handshake with that server name succeeds."""
+    """Return whether a TLS handshake in memory succeeds with the given server name."""
     serving = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     serving.load_cert_chain(server / "tls.crt", server / "tls.key")
     dialling = ssl.create_default_context(cafile=str(roots / "ca.crt"))
@@ -278,8 +292,11 @@ def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path
 
 
 def test_the_secrets_fit_together(tmp_path: Path) -> None:
-    """Link certificates cover the names in SRV records, the clients' certificate covers the Service's names, and
-    neither authority is accepted for the other."""
+    """The certificates of the link cover the names in SRV records.
+
+    The certificate of the client ports covers the names of the Service. A certificate of one authority is not accepted
+    where the other authority is trusted.
+    """
     files = write_secrets(tmp_path)
     for role in ("worker", "controller"):
         for name in (
@@ -301,7 +318,7 @@ def test_the_secrets_fit_together(tmp_path: Path) -> None:
 
 
 def test_certificates_say_what_their_holders_may_be(tmp_path: Path) -> None:
-    """A worker's certificate grants only the worker's role, a controller's only the controller's."""
+    """The certificate of a worker or a controller grants exactly one role."""
     from cryptography import x509
 
     files = write_secrets(tmp_path)
@@ -312,7 +329,7 @@ def test_certificates_say_what_their_holders_may_be(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_manifests_that_differ_each_time(run: Run) -> None:
-    """Each run prints new secrets of 64 characters, in an immutable Secret."""
+    """Each run of `pod secrets` prints new secrets of 64 characters in an immutable Secret."""
     outputs = [run("pod", "secrets", "-n", "ns", "--with-namespace").stdout for _ in range(2)]
     first, second = (list(yaml.safe_load_all(output)) for output in outputs)
     assert [manifest["kind"] for manifest in first] == ["Namespace"] + ["Secret"] * 5

@@ -1,4 +1,4 @@
-"""Commands status and workers against a scripted admin API over gRPC."""
+"""The commands status and workers work with a scripted admin API over gRPC."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 
 
 def fill(gateway: ScriptedGateway) -> None:
-    """Let the gateway report one model and one worker."""
+    """Make the scripted gateway report one model and one worker."""
     gateway.script.entries = [
         admin_pb2.CatalogEntry(name="tiny", aliases=["default"], state="READY", replicas_desired=1, ready_workers=1)
     ]
@@ -28,7 +28,7 @@ def fill(gateway: ScriptedGateway) -> None:
 
 
 def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: ScriptedGateway) -> None:
-    """The JSON has every key, zero values included, and numbers are numbers."""
+    """`status --json` prints every key, including keys with the value zero, and prints numbers as JSON numbers."""
     fill(gateway)
     status = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
     assert status["endpoints"]["admin"] == gateway.endpoint
@@ -39,7 +39,7 @@ def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: Scripte
 
 
 def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
-    """The text output has a table of models and one of workers with their load."""
+    """`status` prints a table of models, and a table of workers with each worker's load."""
     fill(gateway)
     text = run("status", "--admin", gateway.endpoint).stdout
     assert "1 of 1" in text
@@ -49,14 +49,14 @@ def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_an_empty_cluster_says_so(run: Run, gateway: ScriptedGateway) -> None:
-    """An empty cluster is reported in words."""
+    """`status` reports in words that a cluster has no models and no workers."""
     text = run("status", "--admin", gateway.endpoint).stdout
     assert "no models" in text
     assert "no workers are linked" in text
 
 
 def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway) -> None:
-    """With one local cluster up, commands need no address."""
+    """Commands need no address if exactly one local cluster is up."""
     fill(gateway)
     folder = RunFolder("here")
     folder.path.mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway
 
 
 def test_unreachable_is_exit_code_three(run: Run) -> None:
-    """An unreachable admin port is exit code 3, with its address and a hint."""
+    """`status` exits with code 3 if the admin port is unreachable, and the error has the address and a hint."""
     done = run("status", "--admin", "127.0.0.1:1")
     assert done.exit_code == 3
     assert "127.0.0.1:1" in done.stderr

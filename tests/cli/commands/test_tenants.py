@@ -1,4 +1,4 @@
-"""Commands tenants, keys, usage, audit, db and import on a database, as an operator types them."""
+"""The commands tenants, keys, usage, audit, db and import work on a database."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    """The URL of a new database."""
+    """The URL of a SQLite database that does not exist yet."""
     return f"sqlite:///{tmp_path / 'ledger.db'}"
 
 
 @pytest.fixture
 def run() -> Run:
-    """Run commands in this process."""
+    """Function that runs a command in this process."""
 
     def invoke(*arguments: str, input: str | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=input)
@@ -43,13 +43,13 @@ def run() -> Run:
 
 
 def good(result: Result) -> Any:
-    """The JSON that a command printed."""
+    """Return the JSON value that a successful command printed."""
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
-    """Without options the local ledger and its pepper are created, and the new key authenticates its tenant."""
+    """Commands without options create the local ledger and the local pepper, and the new key can be authenticated."""
     made = good(run("tenants", "create", "acme", "--weight", "4", "--set", "limits.tokens_per_minute=5000", "--json"))
     assert (made["weight"], made["limits"]["tokens_per_minute"], made["origin"]) == (4.0, 5000, "api")
     result = run("keys", "create", "acme", "--name", "ci")
@@ -65,8 +65,10 @@ def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
 
 
 def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp_path: Path) -> None:
-    """The first operator can be created before anything has started, as docs/admin.md says: the SQLite database is
-    created."""
+    """The first operator can be created before any process has started, as documented in docs/admin.md.
+
+    The commands create the SQLite database of the configuration.
+    """
     file = tmp_path / "cluster.yaml"
     file.write_text(f"auth: {{api_keys: {{}}}}\nstore: {{database_url: 'sqlite:///{tmp_path / 'l.db'}'}}\n")
     good(run("tenants", "create", "ops", "-f", str(file), "--json"))
@@ -75,7 +77,7 @@ def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp
 
 
 def test_the_database_of_the_local_cluster_is_taken(run: Run, cache: Path, tmp_path: Path) -> None:
-    """Without options commands use the database of the local cluster that is up."""
+    """Commands without options use the database of the local cluster that is up."""
     folder = RunFolder("here")
     folder.path.mkdir(parents=True)
     own = ProcessId.of(os.getpid())
@@ -88,7 +90,10 @@ def test_the_database_of_the_local_cluster_is_taken(run: Run, cache: Path, tmp_p
 
 
 def test_a_tenants_life(run: Run) -> None:
-    """A tenant is created, changed, suspended, resumed, deleted and erased; the audit has each step with its reason."""
+    """A tenant can be created, changed, suspended, resumed, deleted and erased.
+
+    The audit log has an event with the reason for each step, and after the erasure no event names the tenant.
+    """
     good(run("tenants", "create", "acme", "--class", "batch", "--label", "team=a", "--model", "tiny", "--json"))
     changed = good(run("tenants", "update", "acme", "--set", "labels.team=null", "--set", "on_budget=stop", "--json"))
     assert (changed["labels"], changed["on_budget"], changed["class"]) == ({}, "stop", "batch")
@@ -116,7 +121,7 @@ def test_a_tenants_life(run: Run) -> None:
 
 
 def test_keys_are_rotated_and_revoked(run: Run) -> None:
-    """A rotated key names the key it replaces, a revoked key is listed as revoked, and unknown keys are refused."""
+    """A rotated key names the replaced key, a revoked key is listed as revoked, and unknown keys are refused."""
     run("tenants", "create", "acme")
     first = good(run("keys", "create", "acme", "--expires-days", "2", "--json"))
     second = good(run("keys", "rotate", "acme", first["id"], "--overlap-s", "3600", "--json"))
@@ -131,7 +136,10 @@ def test_keys_are_rotated_and_revoked(run: Run) -> None:
 
 
 def test_usage_in_all_its_forms(run: Run, url: str, tmp_path: Path) -> None:
-    """Usage is printed as sums in a table, CSV or JSON, as single records, and priced by the file or by options."""
+    """`usage` prints sums as a table, CSV or JSON, and prints single records.
+
+    The prices for costs are read from the file or from options.
+    """
     ledger = Ledger(url)
     ledger.upgrade()
     ledger.usage.insert([record("a", gpu_seconds=3600.0), record("b", model="big", labels={"team": "b"})])
@@ -155,7 +163,7 @@ def test_usage_in_all_its_forms(run: Run, url: str, tmp_path: Path) -> None:
 
 
 def test_what_is_declared_in_a_file_is_read_only(run: Run, url: str) -> None:
-    """A tenant declared in a file cannot be changed, and the error says so."""
+    """A tenant that is declared in a file cannot be changed, and the error names the reason."""
     ledger = Ledger(url)
     ledger.upgrade()
     ledger.tenants.declare([TenantPolicy("acme")])
@@ -166,7 +174,10 @@ def test_what_is_declared_in_a_file_is_read_only(run: Run, url: str) -> None:
 
 
 def test_the_database_is_checked_upgraded_and_moved(run: Run, url: str, tmp_path: Path) -> None:
-    """`db check` says what to run, `db upgrade` does it, and a backup is restored into another database."""
+    """A database can be checked with `db check` and upgraded with `db upgrade`.
+
+    A backup can be restored into another, empty database.
+    """
     at = ("--database-url", url)
     done = run("tenants", "list", *at)
     assert (done.exit_code, "db upgrade" in done.stderr) == (3, True)
@@ -205,13 +216,13 @@ def test_the_database_is_checked_upgraded_and_moved(run: Run, url: str, tmp_path
     ],
 )
 def test_bad_input(run: Run, arguments: tuple[str, ...], code: int, words: str) -> None:
-    """Each invalid value gives its exit code and an error that names it."""
+    """Each invalid command line has the expected exit code and an error that names the invalid value."""
     done = run(*arguments)
     assert (done.exit_code, words in done.stderr) == (code, True), done.output
 
 
 def test_a_wrong_section_is_named(run: Run, tmp_path: Path) -> None:
-    """An invalid section is reported with the key's path in the file."""
+    """An invalid section of the configuration is reported with the path of the invalid key."""
     file = tmp_path / "cluster.yaml"
     file.write_text("store: {stale_after_s: -1}\n")
     done = run("tenants", "list", "-f", str(file))
@@ -220,7 +231,10 @@ def test_a_wrong_section_is_named(run: Run, tmp_path: Path) -> None:
 
 
 def test_litellm_comes_over(run: Run, url: str) -> None:
-    """A dry run lists what cannot be imported and writes nothing; the import creates tenants and keys."""
+    """An import from LiteLLM creates tenants and keys.
+
+    A dry run prints what cannot be imported and writes nothing.
+    """
     with postgres.running() as server:
         theirs = server.new_database()
         with server.connect(theirs.rsplit("/", 1)[1]) as connection:

@@ -1,4 +1,4 @@
-"""A whole local cluster from the command line: real Ray, two gateway processes, controller, simulated engine."""
+"""The command line runs a whole local cluster, with real Ray, two gateways, a controller and a simulated engine."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ gateway:
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
 """
 DIES_AFTER = 200
-"""Steps after which the simulated engine dies: more than all other tests need from one engine."""
+"""Number of steps after which the simulated engine dies: more steps than all other tests need from one engine."""
 
 
 @dataclass
 class Up:
-    """A running cluster."""
+    """A running local cluster, with the output of `up`."""
 
     name: str
     file: Path
@@ -51,18 +51,18 @@ class Up:
     instance: str
 
     def process(self, part: str) -> int:
-        """A part's pid in state.json."""
+        """Return the process id of a part of the cluster, from state.json."""
         return int(self.run.state()["processes"][part]["pid"])
 
     def ask(self) -> str:
-        """Get one answer, with the client's retries."""
+        """Return one answer of the model. The client retries failed calls."""
         with Client(self.run.endpoints()["grpc"], timeout_s=30) as client:
             return client.chat("default", "Hello", max_tokens=5, temperature=0.0).text
 
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A cluster started with --detach; `down` stops it whatever the tests did to it."""
+    """A cluster that was started with --detach. `down` stops the cluster after all tests of the module."""
     folder = tmp_path_factory.mktemp("up")
     before = os.environ.get("HEADRACE_CACHE_DIR")
     os.environ["HEADRACE_CACHE_DIR"] = str(folder / "cache")
@@ -86,11 +86,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """Override the fixture that gives each test its own cache folder: this module has one for all."""
+    """Override the fixture that gives each test a new cache folder. All tests of this module use one cache folder."""
 
 
 def test_it_says_ready_and_answers(up: Up) -> None:
-    """The output ends with the endpoints and the stop command, and the model answers."""
+    """The output of `up` ends with the endpoints and the command that stops the cluster, and the model answers."""
     ready = next(line for line in up.output.splitlines() if line.startswith("ready"))
     assert up.run.endpoints()["grpc"].replace("127.0.0.1", "localhost") in ready
     assert "down uptest" in up.output.splitlines()[-1]
@@ -98,7 +98,7 @@ def test_it_says_ready_and_answers(up: Up) -> None:
 
 
 def test_status_finds_it(up: Up) -> None:
-    """Without an address `status --json` shows the endpoints, the ready model and its worker."""
+    """`status --json` without an address shows the local cluster's endpoints, the ready model and the worker."""
     status = json.loads(headrace("status", "--json").stdout)
     assert status["endpoints"] == up.run.endpoints()
     assert [(model["name"], model["state"]) for model in status["models"]] == [("sim", "READY")]
@@ -106,7 +106,7 @@ def test_status_finds_it(up: Up) -> None:
 
 
 def test_both_gateways_are_linked(up: Up) -> None:
-    """Worker and controller get only the first gateway's address, and link to the second process too."""
+    """The worker and the controller link to both gateway processes, given only the address of the first process."""
 
     def linked() -> list[tuple[int, int]]:
         rows = json.loads(headrace("status", "--json").stdout)["gateways"]
@@ -116,7 +116,7 @@ def test_both_gateways_are_linked(up: Up) -> None:
 
 
 def test_a_second_up_is_refused(up: Up) -> None:
-    """A second `up` is refused, and the first cluster keeps serving."""
+    """A second `up` with the same name is refused, and the first cluster continues to serve calls."""
     done = headrace("up", "-f", str(up.file), "--detach")
     assert done.returncode == 1
     assert "already up" in done.stderr
@@ -125,7 +125,7 @@ def test_a_second_up_is_refused(up: Up) -> None:
 
 @pytest.mark.parametrize("part", ["gateway", "gateway-1", "controller"])
 def test_a_killed_part_comes_back(up: Up, part: str) -> None:
-    """A killed part is restarted, the restart is reported, and callers are served."""
+    """A killed part of the cluster is restarted, the restart is reported, and callers are served again."""
     before = up.process(part)
     os.kill(before, signal.SIGKILL)
     until(lambda: up.process(part) not in (before, None) and psutil.pid_exists(up.process(part)), f"a new {part}")
@@ -139,8 +139,10 @@ def _state_reason() -> str:
 
 
 def test_the_end_of_an_engine_is_said(up: Up) -> None:
-    """The end of an engine is reported with its reason by `up`, by `status` and in the catalog; the running call is
-    resumed by the replacement replica."""
+    """The end of an engine is reported with the reason by `up`, by `status` and in the catalog.
+
+    The replacement replica resumes the running call.
+    """
     with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
         client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
     why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
@@ -150,7 +152,7 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
 
 
 def _workers() -> Any:
-    """The workers that `status` lists; empty if a busy gateway did not answer in time."""
+    """Return the workers that `status` lists. The result is empty if a busy gateway did not answer in time."""
     status = headrace("status", "--json")
     late = "DEADLINE_EXCEEDED" in status.stderr
     assert late or status.returncode == 0, status.stderr
@@ -159,8 +161,11 @@ def _workers() -> Any:
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
-    """When Ray's head ends, its engines end too; a new Ray is started, and the same gateway serves the model again.
-    After SIGTERM Ray waits for its replicas, but not for the rest of drain_timeout_s once they are gone."""
+    """A new Ray is started after the head of Ray has ended, and the same gateway process serves the model again.
+
+    The engines end together with Ray's head. After SIGTERM, Ray waits for the replicas, but does not wait for the rest
+    of drain_timeout_s after all replicas have ended.
+    """
     before, gateway = up.process("ray"), up.process("gateway")
     lost = up.run.log_file("up").read_text().count("ray ended")
     os.kill(before, end)
@@ -172,7 +177,7 @@ def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
 
 
 def test_down_leaves_nothing(up: Up) -> None:
-    """`down` ends every process of the cluster and no other, and frees the name."""
+    """`down` ends every process of the cluster and no other process, and the cluster's name can be used again."""
     admin = up.run.endpoints()["admin"]
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as foreign:
         assert reaper.find(up.instance)
@@ -187,7 +192,10 @@ def test_down_leaves_nothing(up: Up) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
-    """Ctrl-C ends all processes within seconds; after a SIGKILL of `up`, `down` ends the processes left over."""
+    """Ctrl-C ends all processes of a foreground cluster within seconds.
+
+    If `up` was killed with SIGKILL, `down` ends the processes that are left over.
+    """
     name = f"end-{end.name.lower()}"
     file = up.file.with_name(f"{name}.yaml")
     file.write_text(CONFIG.format(name=name, source="sim://").split("models:")[0] + "models: []\n")

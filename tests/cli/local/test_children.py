@@ -1,4 +1,4 @@
-"""Child processes (real ones) are restarted when they die and stopped on request."""
+"""Child processes are restarted after they have died and are stopped on request. The tests use real processes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ time.sleep(600)
 
 
 def child(program: str, log: Path) -> Child:
-    """A child that runs a Python program."""
+    """Return a child that runs a Python program and writes to a log file."""
     return Child("part", [sys.executable, "-c", program], dict(os.environ), log)
 
 
 @given(st.lists(st.floats(0, 2 * HEALTHY_S), max_size=30))
 def test_the_pause_grows_to_its_bound_and_forgets_after_health(lives: list[float]) -> None:
-    """Pauses double from the first to the longest, and a healthy life resets them."""
+    """The pause doubles from the first pause up to the longest, and is reset after a process was healthy."""
     backoff = Backoff(1.0)
     expected = 1.0
     for lived in lives:
@@ -40,7 +40,7 @@ def test_the_pause_grows_to_its_bound_and_forgets_after_health(lives: list[float
 
 
 async def test_a_dead_part_is_started_again_and_told(tmp_path: Path) -> None:
-    """A dead child is reported with cause and log, and a new process is started."""
+    """The death of a child is reported with the cause and the log file, and a new process is started."""
     part = child("import time; print('up', flush=True); time.sleep(600)", tmp_path / "log")
     await part.start()
     reports: list[str] = []
@@ -64,7 +64,7 @@ async def test_a_dead_part_is_started_again_and_told(tmp_path: Path) -> None:
 
 
 async def test_a_failing_restart_is_tried_again(tmp_path: Path) -> None:
-    """A failed restart is reported and tried again."""
+    """A failed restart of a child is reported, and the restart is tried again."""
     part = child("raise SystemExit(7)", tmp_path / "log")
     await part.start()
     reports: list[str] = []
@@ -87,7 +87,7 @@ async def test_a_failing_restart_is_tried_again(tmp_path: Path) -> None:
 
 
 async def test_a_stubborn_part_is_killed(tmp_path: Path) -> None:
-    """A child that ignores SIGTERM is killed, and the end of its log is kept."""
+    """A child that ignores SIGTERM is killed, and the end of the child's log can still be read."""
     ready = tmp_path / "ready"
     os.mkfifo(ready)
     part = child(STUBBORN.format(ready=str(ready)), tmp_path / "log")
@@ -100,7 +100,7 @@ async def test_a_stubborn_part_is_killed(tmp_path: Path) -> None:
 
 
 async def test_stop_of_what_never_ran_is_nothing(tmp_path: Path) -> None:
-    """Stopping a child that never ran does nothing; waiting for it is an error."""
+    """Stopping a child that was never started does nothing, and waiting for such a child raises RuntimeError."""
     part = child("pass", tmp_path / "log")
     await part.stop(1.0)
     with pytest.raises(RuntimeError, match="never started"):

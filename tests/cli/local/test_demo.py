@@ -1,4 +1,4 @@
-"""The demo as a new user runs it: the real model on the real engine placed by Ray, asked by the SDK and the CLI."""
+"""The demo works for a new user, with the real model on the real engine under Ray, from the SDK and the CLI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTION = "What is the capital of France?"
 
 @dataclass
 class Demo:
-    """A running `up --demo` in the foreground."""
+    """A process `up --demo` that runs in the foreground, with the lines that it has printed."""
 
     process: subprocess.Popen[str]
     lines: list[str]
@@ -36,13 +36,13 @@ class Demo:
 
     @property
     def grpc(self) -> str:
-        """The gRPC endpoint."""
+        """The gRPC endpoint of the demo's gateway."""
         return str(self.run.endpoints()["grpc"])
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """The demo with free ports and a temporary run folder; the converted weights stay in the user's cache."""
+    """The running demo, with free ports and a temporary run folder. The converted weights stay in the user's cache."""
     folder = tmp_path_factory.mktemp("demo")
     weights = cache_dir() / "models"
     weights.mkdir(parents=True, exist_ok=True)
@@ -82,11 +82,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """Override the fixture that gives each test its own cache folder: this module has one for all."""
+    """Override the fixture that gives each test a new cache folder. All tests of this module use one cache folder."""
 
 
 def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
-    """The demo prints a first answer and a line that begins with `ready`; at temperature 0 the answer is Paris."""
+    """The demo prints a line that begins with `ready` and a first answer that contains Paris.
+
+    A whole answer and a streamed answer of the SDK have the same text.
+    """
     assert any(line.startswith("ready") for line in demo.lines), "\n".join(demo.lines)
     assert any("Paris" in line for line in demo.lines), "\n".join(demo.lines)
     with Client(demo.grpc) as client:
@@ -99,7 +102,7 @@ def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
 
 
 def test_status_and_chat(demo: Demo) -> None:
-    """`status --json` shows the model READY on the fast path of the real engine; `chat` answers from the shell."""
+    """`status --json` shows the model as READY on the fast path of the real engine, and `chat` prints an answer."""
     status = json.loads(headrace("status", "--json").stdout)
     assert [(m["name"], m["state"]) for m in status["models"]] == [("smollm2-135m-instruct", "READY")]
     assert status["workers"][0]["engine_path"] == "fastpath", status["workers"]
@@ -109,7 +112,7 @@ def test_status_and_chat(demo: Demo) -> None:
 
 
 def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
-    """A cancelled stream is removed from the engine at once."""
+    """The engine stops running a call soon after the client has cancelled the stream."""
 
     def running() -> int:
         status = json.loads(headrace("status", "--json").stdout)
@@ -124,7 +127,7 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
 
 
 def test_interrupt_leaves_nothing(demo: Demo) -> None:
-    """Ctrl-C ends every process that the demo has started."""
+    """Ctrl-C (SIGINT) ends every process that the demo has started."""
     instance = demo.run.instance()
     assert len(reaper.find(instance)) >= 4
     demo.process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Ports are chosen and checked before anything starts."""
+"""The ports of a local cluster are chosen and checked before any process starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.config.schema import Config, ConfigError, parse
 
 
 def config(processes: int = 1, **listen: str) -> Config:
-    """A configuration with the given listeners and port 0 for the others."""
+    """Return a configuration with the given listeners. All other listeners have port 0."""
     ports = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0") | listen
     lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
     return parse(
@@ -22,7 +22,7 @@ def config(processes: int = 1, **listen: str) -> Config:
 
 
 def test_open_ports_are_chosen_all_different() -> None:
-    """Port 0 becomes a free port, another one for each listener."""
+    """Each listener with port 0 gets a free port, and all listeners get different ports."""
     addresses = choose_ports(config()).gateway.listen.model_dump().values()
     ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
     assert len(ports) == 5
@@ -33,7 +33,7 @@ def test_open_ports_are_chosen_all_different() -> None:
 
 
 def test_a_taken_port_names_key_and_owner() -> None:
-    """The message has the listener's key and the process that has the port."""
+    """The error for a port in use names the listener's key and the process that uses the port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
@@ -45,20 +45,20 @@ def test_a_taken_port_names_key_and_owner() -> None:
 
 
 def test_one_port_for_two_listeners_is_told() -> None:
-    """Two listeners on one address are refused."""
+    """A configuration with the same address for two listeners is refused."""
     address = "127.0.0.1:50051"
     with pytest.raises(ConfigError, match=r"gateway\.listen\.admin: .* listen\.grpc's too"):
         config(grpc=address, admin=address)
 
 
 def test_a_foreign_address_is_told() -> None:
-    """An address of another machine is refused with its key."""
+    """An address of another machine is refused, and the error names the listener's key."""
     with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
         choose_ports(config(metrics="192.0.2.1:9400"))
 
 
 def test_open_ports_are_chosen_for_all_processes() -> None:
-    """With several processes every chosen port is free, and no two are equal."""
+    """With several gateway processes, every chosen port is free, and no two ports are equal."""
     decided = choose_ports(config(processes=5)).gateway
     own = [address for i in range(5) for address in (decided.listen.of(i).link, decided.listen.of(i).metrics)]
     addresses = [*own, decided.listen.grpc, decided.listen.http, decided.listen.admin]
@@ -70,7 +70,7 @@ def test_open_ports_are_chosen_for_all_processes() -> None:
 
 
 def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
-    """The error has the address of the later process, not the one in the file."""
+    """The error for a port of a later process has the address of that process, not the address in the file."""
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
         with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):
@@ -78,7 +78,7 @@ def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
 
 
 def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:
-    """A port in use below the ephemeral range, such that the port `distance` below it is free."""
+    """Return a port below the ephemeral range. The port is in use, and the port `distance` below the port is free."""
     for port in range(20000, 32000, distance + 1):
         taken, below = (stack.enter_context(socket.socket()) for _ in range(2))
         try:

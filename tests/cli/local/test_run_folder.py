@@ -1,4 +1,4 @@
-"""Run folders: the recorded supervisor of a cluster, and the lock on its name."""
+"""A run folder records the supervisor of a cluster and has a lock on the cluster's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.cli.local.run_folder import AlreadyUp, ProcessId, RunFolder
 
 
 def test_a_name_is_held_by_one() -> None:
-    """A locked name is refused with the remedy, and is free again after the lock is closed."""
+    """Locking a locked name raises an error with the remedy, and the name is free again after the lock is closed."""
     with RunFolder("a").lock(), pytest.raises(AlreadyUp, match="headrace down a"):
         RunFolder("a").lock()
     RunFolder("a").lock().close()
@@ -21,7 +21,7 @@ def test_a_name_is_held_by_one() -> None:
 
 
 def test_a_lock_ends_with_its_process() -> None:
-    """A killed process leaves no lock behind."""
+    """The lock of a run folder is free after the process that held the lock was killed."""
     program = (
         "from cluster.cli.local.run_folder import RunFolder; "
         "h = RunFolder('a').lock(); print('held', flush=True); input()"
@@ -36,14 +36,14 @@ def test_a_lock_ends_with_its_process() -> None:
 
 
 def test_a_pid_used_again_is_not_ours() -> None:
-    """A process with the same pid and another start time is a different one."""
+    """A process id with another start time is not taken for the running process."""
     own = ProcessId.of(os.getpid())
     assert own.alive()
     assert not ProcessId(own.pid, own.created - 60).alive()
 
 
 def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
-    """The folder of a crashed cluster is known, so that `down` can clean it up, but does not count as running."""
+    """The folder of a crashed cluster is listed as known but not as running, so that `down` can clean up the folder."""
     dead, alive = RunFolder("dead"), RunFolder("alive")
     own = ProcessId.of(os.getpid())
     for run, created in ((dead, own.created - 60), (alive, own.created)):
@@ -54,7 +54,7 @@ def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
 
 
 def test_unreadable_state_is_no_state() -> None:
-    """A damaged state.json reads as empty, so it does not stop the next start."""
+    """A damaged state.json is read as an empty state, so that the file does not prevent the next start."""
     run = RunFolder("a")
     run.path.mkdir(parents=True)
     run.state_file.write_text("{")

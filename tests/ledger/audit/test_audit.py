@@ -1,4 +1,4 @@
-"""The audit log records actor, action and reason, and never a key."""
+"""The audit log records the actor, the action and the reason of each event, and never records a key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_keys_never(secret: str, tmp_path: Path) -> None:
-    """A key pasted into any text of an event is not written to the file."""
+    """A key in any text of an event is not written to the audit file."""
     event = AuditEvent(
         1.0,
         "auth_failure",
@@ -49,7 +49,7 @@ def test_keys_never(secret: str, tmp_path: Path) -> None:
 
 
 def test_key_ids_and_plain_words_stay() -> None:
-    """Text without secrets is kept, also key ids; long texts are truncated and invalid characters replaced."""
+    """Texts without secrets, including key ids, are kept; long texts are truncated; invalid characters are replaced."""
     for text in ("tenants/acme/keys/k123", "rotated by ops-team@example.com", "task-list", "hr_k123", "漢字"):
         assert scrub(text) == text
     assert len(scrub("x" * 5000)) == 1000
@@ -57,7 +57,7 @@ def test_key_ids_and_plain_words_stay() -> None:
 
 
 def test_lines_of_many_threads_stay_whole(tmp_path: Path) -> None:
-    """Concurrent writes give one JSON object per line; the file is private, and created again after rotation."""
+    """Concurrent writes produce one JSON object per line, in a private file that is created again after rotation."""
     log = AuditLog(tmp_path / "folder" / "audit.jsonl")
 
     def write(name: str) -> None:
@@ -78,7 +78,7 @@ def test_lines_of_many_threads_stay_whole(tmp_path: Path) -> None:
 
 
 def test_the_ledger_audits_in_file_and_table(tmp_path: Path) -> None:
-    """One admin action is one line and one row with the same id, actor, reason and object."""
+    """An admin action is written as one line and as one row, with the same id, actor, reason and object."""
     ledger = Ledger(f"sqlite:///{tmp_path / 'l.db'}", audit_file=tmp_path / "a.jsonl", clock=lambda: 7.0)
     ledger.upgrade()
     ledger.record("tenants.suspend", "tenants/acme", tenant="acme", reason="unpaid", actor="k1")
@@ -89,7 +89,7 @@ def test_the_ledger_audits_in_file_and_table(tmp_path: Path) -> None:
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:
-    """Secrets are read one a line, with comments; a created file is private; errors never show a file's content."""
+    """A file of secrets has one secret per line and comments; a new file is private; errors show no file's content."""
     path = tmp_path / "s" / "secret"
     make_secret(path)
     (created,) = read_secrets(path, "auth.cluster_secret_file")

@@ -1,4 +1,4 @@
-"""The audit writer loses no admin action, and a flood of failures fills neither the file nor the table."""
+"""The audit writer loses no admin action, and many failures per second fill neither the file nor the table."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ pytestmark = pytest.mark.slow
 
 
 class Table:
-    """Fake audit table that can fail."""
+    """Fake audit table. Inserts fail while `failure` is set."""
 
     def __init__(self) -> None:
         self.rows: dict[str, AuditEvent] = {}
         self.failure: Exception | None = None
         self.meanwhile: Callable[[], None] | None = None
-        """Called once, while a batch is being inserted."""
+        """Function that is called once, while the next batch is being inserted."""
 
     def insert(self, events: Sequence[AuditEvent]) -> None:
-        """Store each id once."""
+        """Insert events. Each event id is stored once."""
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile is not None:
             meanwhile()
@@ -38,13 +38,16 @@ class Table:
 
 @pytest.fixture
 def table() -> Table:
-    """A fake table."""
+    """A fake audit table."""
     return Table()
 
 
 @pytest.fixture
 def make(tmp_path: Path, table: Table) -> Iterator[Callable[..., AuditWriter]]:
-    """Factory of writers to one file, with a constant clock and a thread that writes only on close."""
+    """Factory of audit writers to one file.
+
+    A writer has a constant clock, and the writer's thread writes only when the writer is closed.
+    """
     writers: list[AuditWriter] = []
 
     def make_writer(**options: object) -> AuditWriter:
@@ -58,17 +61,17 @@ def make(tmp_path: Path, table: Table) -> Iterator[Callable[..., AuditWriter]]:
 
 
 def failure(number: int = 0) -> AuditEvent:
-    """A failed authentication."""
+    """Return the event of a failed authentication."""
     return AuditEvent(float(number), "auth_failure", "authenticate", outcome="unknown", source=f"10.0.0.{number}")
 
 
 def lines(tmp_path: Path) -> list[dict[str, object]]:
-    """The events in the file."""
+    """Return the events in the audit file."""
     return [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
 
 
 def test_events_reach_file_and_table(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """Every event is written to the file and the table once, in order."""
+    """Every event is written to the file once and to the table once, in order."""
     writer = make()
     for at in range(5):
         writer.write(failure(at))
@@ -80,7 +83,10 @@ def test_events_reach_file_and_table(make: Callable[..., AuditWriter], table: Ta
 
 
 def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """Of 100,000 failures in a second the first are written and the rest counted; all admin actions are written."""
+    """Of 100,000 failures in a second, the first 10 are written and the rest are counted in one event.
+
+    All admin actions in the same second are written.
+    """
     now = [5.5]
     writer = make(per_second=10, monotonic=lambda: now[0])
     for at in range(100_000):
@@ -99,7 +105,7 @@ def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table
 
 
 def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) -> None:
-    """Two threads that write and flush while another's batch is being inserted lose no event, even if one fails."""
+    """No event is lost if two threads write and flush while a third thread inserts a batch and one insert fails."""
     writer = make()
     events = [AuditEvent(float(at), "admin", f"a{at}") for at in range(3)]
     threads: list[threading.Thread] = []
@@ -126,7 +132,7 @@ def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) 
 
 
 def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter], tmp_path: Path) -> None:
-    """Closing a writer writes the last events and the last count of suppressed ones."""
+    """Closing a writer writes the last events, and the last number of suppressed events."""
     writer = make(per_second=1)
     for _ in range(3):
         writer.write(failure())
@@ -135,7 +141,10 @@ def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter]
 
 
 def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """While the table fails, events are in the file at once and in the table later; the oldest may be dropped."""
+    """While the table is unavailable, events are written to the file at once and inserted into the table later.
+
+    The oldest events are dropped for the table if more than MAX_WAITING events wait.
+    """
     writer = make(per_second=10**9)
     table.failure = StoreUnavailable("away")
     writer.write(failure(1))
@@ -155,7 +164,10 @@ def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], 
 def test_a_refused_batch_does_not_stand_before_others(
     make: Callable[..., AuditWriter], table: Table, tmp_path: Path
 ) -> None:
-    """Events that the table rejects stay in the file only, with an error in the statistics; later ones are inserted."""
+    """Events that the table rejects are only in the file and cause an error in the statistics.
+
+    Later events are inserted into the table.
+    """
     writer = make()
     table.failure = ValueError("no such column")
     writer.write(failure(1))

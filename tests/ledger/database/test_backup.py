@@ -1,4 +1,4 @@
-"""Backups are consistent, portable between SQLite and PostgreSQL, and restored whole or not at all."""
+"""Backups are consistent and portable between SQLite and PostgreSQL. A restore is complete or changes nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def fill(ledger: Ledger) -> str:
-    """Write rows into every table; returns an API key."""
+    """Write rows into every table. Returns an API key."""
     ledger.tenants.create(TenantPolicy("acme", labels={"ü": "x"}), model_aliases={"a": "b"})
     ledger.tenants.create(TenantPolicy("gone"))
     ledger.erase("gone")
@@ -42,7 +42,7 @@ def fill(ledger: Ledger) -> str:
 
 
 def content(database_url: str) -> dict[str, list[Any]]:
-    """All rows by table."""
+    """Return all rows of a database, by table."""
     engine = make_engine(database_url)
     with engine.connect() as connection:
         rows = {t.name: sorted(map(repr, connection.execute(select(t)))) for t in TABLES}
@@ -52,7 +52,7 @@ def content(database_url: str) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
-    """Factory of URLs of empty databases, by kind."""
+    """Factory of empty databases. The factory takes `sqlite` or `postgresql` and returns the URL of a new database."""
     numbers = itertools.count()
 
     def make(kind: str) -> str:
@@ -67,7 +67,10 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str
 def test_a_backup_moves_between_databases(
     ledger: Ledger, database_url: str, tmp_path: Path, empty: Callable[[str], str], kind: str
 ) -> None:
-    """A restored database has the same rows, its keys work, and its change sequence continues above the old numbers."""
+    """A restored database has the rows of the backup and valid keys.
+
+    The change sequence of the restored database continues above the old numbers.
+    """
     key = fill(ledger)
     counts = ledger.backup(tmp_path / "b.gz")
     assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1, "budget_notices": 1}
@@ -86,7 +89,7 @@ def test_a_backup_moves_between_databases(
 
 
 def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str], str]) -> None:
-    """A truncated, changed or foreign file raises before the first row is written."""
+    """Restoring a truncated, changed or foreign file raises LedgerError before the first row is written."""
     ledger = Ledger(empty("sqlite"), peppers=(PEPPER,))
     ledger.upgrade()
     fill(ledger)
@@ -117,7 +120,7 @@ def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str],
 
 
 def test_nothing_to_back_up(tmp_path: Path, empty: Callable[[str], str]) -> None:
-    """Backing up a database without tables raises and leaves no file."""
+    """A backup of a database without tables raises LedgerError and leaves no file."""
     with pytest.raises(LedgerError, match="nothing to back up"):
         Ledger(empty("sqlite")).backup(tmp_path / "b.gz")
     assert list(tmp_path.glob("*.gz*")) == []
@@ -125,7 +128,7 @@ def test_nothing_to_back_up(tmp_path: Path, empty: Callable[[str], str]) -> None
 
 @pytest.mark.slow
 def test_a_million_records(tmp_path: Path) -> None:
-    """A million records are summed in seconds, backed up and restored, and the sums are the same."""
+    """A million records are summed in less than 30 s, and the sums are equal after a backup and a restore."""
     source = Ledger(f"sqlite:///{tmp_path / 'a.db'}")
     source.upgrade()
     source.usage.insert([record("r")])

@@ -1,4 +1,4 @@
-"""`bring_up_elsewhere` prepares a database in a child process, with the results and errors of `bring_up`."""
+"""`prepare_database_in_process` has the same results and errors as `prepare_database`, in a child process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 
 
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
-    """SQLite's tables are created. PostgreSQL without tables raises the same error as `bring_up`."""
+    """Tables are created on SQLite. A PostgreSQL database without tables raises the error of `prepare_database`."""
     if database_url.startswith("sqlite"):
         await prepare_database_in_process(database_url)
     else:
@@ -47,20 +47,20 @@ async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
 
 
 async def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
-    """The error for a closed port does not show the password."""
+    """The error message for a closed port does not contain the password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as error:
         await prepare_database_in_process("postgresql://headrace:hush@127.0.0.1:1/ledger")
     assert "hush" not in str(error.value)
 
 
 async def test_what_is_no_address_is_told_too() -> None:
-    """The error of an invalid URL names the exception of the child process."""
+    """The error message for an invalid URL names the exception in the child process."""
     with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
         await prepare_database_in_process("nonsense")
 
 
 async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
-    """Cancellation kills the child process."""
+    """Cancelling `prepare_database_in_process` kills the child process."""
     before = {child.pid for child in psutil.Process().children()}
     task = asyncio.create_task(prepare_database_in_process(f"sqlite:///{tmp_path / 'ledger.db'}"))
     new: set[int] = set()
@@ -77,7 +77,7 @@ async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
 
 
 def test_whoever_asks_imports_nothing_of_it(tmp_path: Path) -> None:
-    """The calling process imports neither alembic nor SQLAlchemy."""
+    """A process that calls `prepare_database_in_process` imports neither alembic nor SQLAlchemy."""
     program = PROGRAM.format(url=f"sqlite:///{tmp_path / 'ledger.db'}")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""

@@ -1,4 +1,4 @@
-"""Migrations create the declared tables, and a release recognises which databases it can work on."""
+"""Migrations create the declared tables, and a release recognises the databases on which the release can work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def upgrade():
 
 
 def newer(folder: Path, *kinds: str) -> migrate.Migrations:
-    """The migrations of a later release, with further ones of these kinds."""
+    """Return the migrations of a later release: this release's, and further migrations of the given kinds."""
     last = migrate.migration_number(migrate.Migrations().scripts()[-1].revision)
     for at, kind in enumerate(kinds, start=last + 1):
         source = (EXPAND if kind == "expand" else CONTRACT).format(n=f"{at:04}", before=f"{at - 1:04}")
@@ -42,7 +42,7 @@ def newer(folder: Path, *kinds: str) -> migrate.Migrations:
 
 
 def test_migrations_make_what_the_tables_say(database_url: str) -> None:
-    """An upgrade takes a database from EMPTY to CURRENT, without differences; a second upgrade applies nothing."""
+    """An upgrade changes a database's state from EMPTY to CURRENT, and a second upgrade applies nothing."""
     engine = make_engine(database_url)
     assert migrate.check(engine).state is migrate.SchemaState.EMPTY
     with pytest.raises(StoreUnavailable, match="db upgrade"):
@@ -56,7 +56,7 @@ def test_migrations_make_what_the_tables_say(database_url: str) -> None:
 
 
 def test_a_drifted_table_is_told(database_url: str) -> None:
-    """The check names a column that was dropped by hand."""
+    """The check of a database names a column that was dropped by hand."""
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     with engine.begin() as connection:
@@ -68,7 +68,10 @@ def test_a_drifted_table_is_told(database_url: str) -> None:
 
 
 def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> None:
-    """Upgrade stops before a `contract` migration; the previous release works until that is applied, then refuses."""
+    """An upgrade stops before a `contract` migration.
+
+    The previous release can work on the database until the `contract` migration is applied.
+    """
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     ahead = newer(tmp_path, "expand", "contract")
@@ -86,7 +89,7 @@ def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> No
 
 
 def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
-    """Of four concurrent upgrades one applies the migrations and the others nothing."""
+    """Of four concurrent upgrades, one upgrade applies all migrations and the other upgrades apply nothing."""
     applied: list[tuple[str, ...]] = []
 
     def start() -> None:
@@ -103,7 +106,10 @@ def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
 
 
 def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
-    """Opening a database retries the switch to WAL, which fails with "locked" at once while another process writes."""
+    """A new SQLite file can be opened while another connection writes, because the switch to WAL is retried.
+
+    Without retries the switch fails immediately with "locked".
+    """
     file = tmp_path / "ledger.db"
     other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     other.execute("CREATE TABLE theirs (a)")
@@ -118,7 +124,7 @@ def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
 
 
 def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) -> None:
-    """If a later migration fails, the whole upgrade is rolled back."""
+    """The whole upgrade is rolled back if one migration fails."""
     ahead = newer(tmp_path, "expand")
     last = migrate.migration_number(migrate.Migrations().scripts()[-1].revision)
     source = EXPAND.format(n=f"{last + 1:04}", before=f"{last:04}")
@@ -132,7 +138,7 @@ def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) ->
 
 
 def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
-    """An `expand` migration removes no table or column, and each new column is nullable or has a default."""
+    """An `expand` migration removes no table and no column, and every new column is nullable or has a default."""
     engine = make_engine(database_url)
     before: dict[str, set[str]] = {}
     for script in migrate.Migrations().scripts():
@@ -171,14 +177,14 @@ def test_urls_are_checked(url: str, word: str) -> None:
 
 
 def test_the_password_comes_from_elsewhere() -> None:
-    """A separate password is put into the URL and is absent from repr."""
+    """A separate password is put into the URL, and the repr of a ledger does not contain the password."""
     url = parse_url("postgresql://headrace@db/x", "s3cret")
     assert (url.drivername, url.password) == ("postgresql+psycopg", "s3cret")
     assert "s3cret" not in repr(Ledger("postgresql://headrace@db/x", password="s3cret"))
 
 
 def test_a_database_that_is_not_there(tmp_path: Path) -> None:
-    """A closed port and a file that is no database raise StoreUnavailable, without the password."""
+    """A closed port and a file that is no database raise StoreUnavailable, and the message contains no password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as caught:
         Ledger("postgresql://u:s3cret@127.0.0.1:1/x").check()
     assert "s3cret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""LiteLLM's tables as release 1.108 creates them in PostgreSQL (schema.prisma), with the columns the import reads."""
+"""LiteLLM's tables in PostgreSQL, with the columns that the import reads, from schema.prisma of release 1.108."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ CREATE TABLE "LiteLLM_TeamMembership" (
 
 
 def make(connection: psycopg.Connection[object]) -> None:
-    """Create the tables."""
+    """Create LiteLLM's tables."""
     connection.execute(SCHEMA.encode())

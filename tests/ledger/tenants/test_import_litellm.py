@@ -1,4 +1,4 @@
-"""Import from LiteLLM: every key stays valid, and none gains rights."""
+"""After an import from LiteLLM every key is still valid, and no key has gained rights."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ NOW = 1_795_000_000.0  # 2026-11-18
 
 
 def sha(key: str) -> str:
-    """The hash of a key that LiteLLM stores."""
+    """Return the hash that LiteLLM stores for a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def team(team_id: str, **more: Any) -> dict[str, Any]:
-    """A row of LiteLLM's table of teams."""
+    """Return a row of LiteLLM's table of teams."""
     return {"team_id": team_id, "team_alias": None, "models": [], **more}
 
 
 def key(secret: str, **more: Any) -> dict[str, Any]:
-    """A row of LiteLLM's table of keys."""
+    """Return a row of LiteLLM's table of keys."""
     return {"token": sha(secret), "key_alias": secret, "models": [], "team_id": None, "user_id": None, **more}
 
 
 def tenant(import_plan: ImportPlan, name: str) -> PlannedTenant:
-    """The planned tenant of that name."""
+    """Return the planned tenant with the given name."""
     (match,) = [planned for planned in import_plan.tenants if planned.policy.name == name]
     return match
 
 
 def owner(import_plan: ImportPlan, secret: str) -> str:
-    """The planned tenant of a key."""
+    """Return the name of the planned tenant of a key."""
     (match,) = [planned for planned in import_plan.keys if planned.sha256_hex == sha(secret)]
     return match.tenant
 
 
 def test_limits_models_and_aliases() -> None:
-    """A tenant gets the limits, models, aliases and suspension of its team."""
+    """A tenant gets the limits, models, aliases and suspension of the LiteLLM team."""
     rows = {
         "teams": [
             team(
@@ -88,7 +88,10 @@ def test_limits_models_and_aliases() -> None:
     ],
 )
 def test_budgets_come_over_at_a_price(duration: str | None, limits: dict[str, int], note: str) -> None:
-    """A budget in dollars becomes tokens per day or month; without a price or such a period it becomes a note."""
+    """A budget in dollars per day or month becomes tokens per day or month.
+
+    A budget with another period, and any budget without a price, becomes a note.
+    """
     rows = {"teams": [team("t", max_budget=2.0, budget_duration=duration, spend=0.5)], "keys": []}
     import_plan = plan(rows, NOW, tokens_per_dollar=10_000)
     assert tenant(import_plan, "t").policy.limits == TenantLimits(**limits)
@@ -99,7 +102,7 @@ def test_budgets_come_over_at_a_price(duration: str | None, limits: dict[str, in
 
 
 def test_a_key_that_is_narrower_gains_nothing() -> None:
-    """A key with its own models, limits, budget or aliases becomes a tenant, with no model that its team lacks."""
+    """A key with its own models, limits, budget or aliases becomes a tenant without more models than the key's team."""
     rows = {
         "teams": [team("t", team_alias="acme", models=["a", "b"]), team("s", team_alias="stopped", blocked=True)],
         "keys": [
@@ -127,7 +130,7 @@ def test_a_key_that_is_narrower_gains_nothing() -> None:
 
 
 def test_keys_without_a_team() -> None:
-    """A key without a team belongs to its user's tenant, with the user's limits, or becomes a tenant."""
+    """A key without a team belongs to the tenant of the key's user, or becomes a tenant if the key has no user."""
     rows = {
         "teams": [],
         "users": [{"user_id": "u1", "user_alias": "Ada", "rpm_limit": 9, "models": []}],
@@ -150,7 +153,7 @@ def test_keys_without_a_team() -> None:
 
 
 def test_what_does_not_map_is_told() -> None:
-    """Notes name zero and negative limits, missing models, unusable keys and every feature without a counterpart."""
+    """The notes of a plan name zero and negative limits, missing models, unusable keys and unsupported features."""
     rows = {
         "teams": [
             team("zero", rpm_limit=0),
@@ -195,7 +198,10 @@ def test_what_does_not_map_is_told() -> None:
 
 
 def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
-    """After an import from PostgreSQL all keys work; a second one changes nothing; a foreign tenant gets no keys."""
+    """All imported keys work after an import from PostgreSQL, and a second import changes nothing.
+
+    A tenant with the same name that is not from LiteLLM gets no keys.
+    """
     url = server.new_database()
     with server.connect(url.rsplit("/", 1)[1]) as connection:
         litellm_schema.make(connection)
@@ -241,13 +247,13 @@ def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
 
 
 def test_another_database_is_refused(tmp_path: Path) -> None:
-    """The error for a database without LiteLLM's tables names a missing one."""
+    """The error for a database without LiteLLM's tables names a missing table."""
     with pytest.raises(ValueError, match="LiteLLM_TeamTable"):
         read(f"sqlite:///{tmp_path / 'x.db'}")
 
 
 def test_the_tables_are_those_of_the_real_schema() -> None:
-    """The tables that an import reads exist in the test's schema."""
+    """The schema in litellm_schema.py has every table that an import reads, except the table of JWT mappings."""
     assert all(
         f'"{name}"' in litellm_schema.SCHEMA for at, name in import_litellm.TABLES.items() if at != "jwt_mappings"
     )

@@ -1,4 +1,4 @@
-"""Tenants and keys, on SQLite and PostgreSQL."""
+"""Operations on tenants and keys have the same results on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ACME = TenantPolicy(
 
 
 def reason(snapshot: AccessSnapshot, key: str, now_s: float = 0.0) -> str:
-    """The result of authenticating a key with a snapshot."""
+    """Return the reason that the authentication of a key with a snapshot gives."""
     return authenticate(snapshot, key, (PEPPER,), now_s).reason
 
 
 def test_a_policy_rests_whole(ledger: Ledger) -> None:
-    """A tenant is read as created, field by field; lists are ordered and paged."""
+    """A tenant is read with all fields with which it was created, and lists of tenants are ordered and paged."""
     ledger.tenants.create(ACME, model_aliases={"gpt-4o": "tiny"})
     ledger.tenants.create(TenantPolicy("b"))
     stored = ledger.tenants.get("acme")
@@ -43,7 +43,10 @@ def test_a_policy_rests_whole(ledger: Ledger) -> None:
 
 
 def test_updates_name_their_fields(ledger: Ledger) -> None:
-    """Maps are merged and null removes a value; an invalid field raises with its path and changes nothing."""
+    """An update merges maps, and null removes a value.
+
+    An invalid field raises an error with the field's path, and the tenant is not changed.
+    """
     ledger.tenants.create(ACME)
     changed = ledger.tenants.update(
         "acme",
@@ -66,7 +69,7 @@ def test_updates_name_their_fields(ledger: Ledger) -> None:
 
 
 def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
-    """Every change to a declared tenant raises ManagedByFile; keys can still be created."""
+    """Every change to a declared tenant raises ManagedByFile, but keys of the tenant can be created."""
     ledger.tenants.declare([TenantPolicy("acme")])
     for change in (
         lambda: ledger.tenants.update("acme", {"weight": 2.0}),
@@ -82,7 +85,10 @@ def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
 
 
 def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None:
-    """A tenant removed from the file returns with its keys; tenants of the API stay; no change takes no number."""
+    """A tenant that is removed from the file and declared again has the same keys, and the API's tenants stay.
+
+    Declaring the same tenants again does not increment the change sequence.
+    """
     ledger.tenants.create(TenantPolicy("api"))
     ledger.tenants.declare([TenantPolicy("a"), TenantPolicy("b")])
     key = ledger.keys.create("b").secret
@@ -99,7 +105,7 @@ def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None
 
 
 def test_a_key_is_shown_once_and_kept_as_a_digest(ledger: Ledger, database_url: str) -> None:
-    """Neither the key nor its plain hash is in any row, and the new key's repr does not show it."""
+    """The database contains neither a key nor the key's plain hash, and the repr of a new key does not show the key."""
     ledger.tenants.create(ACME)
     created = ledger.keys.create("acme", "ci")
     assert created.secret.startswith(f"hr_{created.stored.id}_")
@@ -115,7 +121,10 @@ def test_a_key_is_shown_once_and_kept_as_a_digest(ledger: Ledger, database_url: 
 
 
 def test_rotation_without_downtime(database_url: str) -> None:
-    """Old and new key work during the overlap, then only the new; an expired key cannot be rotated."""
+    """The old key and the new key work during the overlap, and afterwards only the new key works.
+
+    An expired key cannot be rotated.
+    """
     now = [1000.0]
     ledger = Ledger(database_url, peppers=(PEPPER,), clock=lambda: now[0])
     ledger.upgrade()
@@ -133,7 +142,7 @@ def test_rotation_without_downtime(database_url: str) -> None:
 
 
 def test_keys_of_others_are_not_found(ledger: Ledger) -> None:
-    """Another tenant's key raises the same error as a key that does not exist."""
+    """An operation on another tenant's key raises the same error as an operation on a key that does not exist."""
     ledger.tenants.create(ACME)
     ledger.tenants.create(TenantPolicy("b"))
     key = ledger.keys.create("acme").stored.id
@@ -144,7 +153,7 @@ def test_keys_of_others_are_not_found(ledger: Ledger) -> None:
 
 
 def test_bad_keys_are_refused_with_the_field(ledger: Ledger) -> None:
-    """The errors for invalid names, roles, expiries, hashes and overlaps name the field."""
+    """The error for an invalid name, role, expiry, hash or overlap of a key names the field."""
     ledger.tenants.create(ACME)
     for make, word in (
         (lambda: ledger.keys.create("acme", "x" * 256), "name"),
@@ -161,7 +170,7 @@ def test_bad_keys_are_refused_with_the_field(ledger: Ledger) -> None:
 
 
 def test_no_pepper_no_keys(database_url: str) -> None:
-    """Without a pepper the error names the setting."""
+    """Creating a key without a pepper raises an error that names the setting `pepper_file`."""
     ledger = Ledger(database_url)
     ledger.upgrade()
     ledger.tenants.create(ACME)
@@ -171,7 +180,7 @@ def test_no_pepper_no_keys(database_url: str) -> None:
 
 
 def test_snapshots_follow_every_change(ledger: Ledger) -> None:
-    """An incremental read equals a full read, after each kind of change."""
+    """An incremental read of a snapshot equals a full read after each kind of change."""
     snapshot = ledger.snapshots.read()
     keys: list[str] = []
 
@@ -205,7 +214,7 @@ def test_snapshots_follow_every_change(ledger: Ledger) -> None:
 
 
 def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
-    """With concurrent writers, a reader at number n has always read every change up to n."""
+    """A reader with change number n has read every change up to n, also while several threads write."""
     created: list[str] = []
 
     def write(prefix: str) -> None:
@@ -226,7 +235,10 @@ def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
 
 
 def test_a_deleted_name_passes_to_nobody_until_erased(ledger: Ledger) -> None:
-    """Deleting a tenant revokes its keys and keeps its usage and name; erasing removes every row that names it."""
+    """Deleting a tenant revokes the tenant's keys and keeps the tenant's usage and name.
+
+    Erasing the tenant removes every row that names the tenant.
+    """
     ledger.tenants.create(ACME)
     key = ledger.keys.create("acme").secret
     record = UsageRecord("r1", "acme", "k", "m", "v1", "q", 1.0, "ok")

@@ -1,4 +1,4 @@
-"""The watcher's snapshot while the database is reachable, unreachable, back again and silent."""
+"""A watcher has the right snapshot while the database is reachable, unreachable, reachable again, and silent."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ DEADLINE_S = 20.0
 
 
 class Clocks:
-    """A wall clock and a monotonic clock that the test moves."""
+    """A wall clock and a monotonic clock. A test advances the clocks."""
 
     def __init__(self) -> None:
         self.wall, self.monotonic = 1000.0, 50.0
 
     def pass_(self, seconds: float) -> None:
-        """Advance both clocks."""
+        """Advance the wall clock and the monotonic clock."""
         self.wall += seconds
         self.monotonic += seconds
 
 
 class Source:
-    """Fake database that can be unreachable."""
+    """Fake database. Reads fail while `unreachable` is set."""
 
     def __init__(self, clocks: Clocks) -> None:
         self.clocks = clocks
@@ -47,7 +47,7 @@ class Source:
         self.tenants = {"acme": TenantEntry(TenantPolicy("acme"))}
 
     def read(self, before: AccessSnapshot | None) -> AccessSnapshot:
-        """The newest snapshot. Raises StoreUnavailable while unreachable."""
+        """Return the newest snapshot. Raises StoreUnavailable while `unreachable` is set."""
         if self.unreachable:
             raise StoreUnavailable("the database is away")
         if before is not None and before.sequence == self.sequence:
@@ -57,19 +57,19 @@ class Source:
 
 @pytest.fixture
 def clocks() -> Clocks:
-    """Clocks that the test moves."""
+    """A wall clock and a monotonic clock that the test advances."""
     return Clocks()
 
 
 @pytest.fixture
 def source(clocks: Clocks) -> Source:
-    """A fake database."""
+    """A fake database that is reachable at first."""
     return Source(clocks)
 
 
 @pytest.fixture
 def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watcher]:
-    """Factory of a gateway's watcher; a second watcher is the same gateway restarted."""
+    """Factory of watchers for one gateway. A second watcher stands for the gateway after a restart."""
 
     def make_watcher(**options: object) -> Watcher:
         arguments = {"stale_after_s": 100.0, **options}
@@ -85,7 +85,7 @@ def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watche
 
 
 def refusal(watcher: Watcher) -> str:
-    """The message with which a call is rejected."""
+    """Return the message with which a watcher rejects a call."""
     with pytest.raises(CallError) as caught:
         watcher.current()
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
@@ -94,7 +94,7 @@ def refusal(watcher: Watcher) -> str:
 
 
 def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], source: Source) -> None:
-    """Without a database and without a file calls are rejected with the reason, even for declared tenants."""
+    """Calls are rejected with a reason if there is neither a database nor a file, even calls of declared tenants."""
     source.unreachable = True
     watcher = make(declared=[TenantPolicy("filed")])
     assert not watcher.poll()
@@ -105,7 +105,7 @@ def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], 
 def test_the_last_snapshot_serves_for_a_while_then_not(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
-    """The age counts from the last successful poll; beyond stale_after_s calls are rejected, until the next one."""
+    """Calls are rejected once the last successful poll is older than stale_after_s, until the next successful poll."""
     watcher = make()
     assert watcher.poll()
     clocks.pass_(90)
@@ -123,7 +123,10 @@ def test_the_last_snapshot_serves_for_a_while_then_not(
 
 
 def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """A gateway that starts while the database is unreachable uses the file, whose age includes the downtime."""
+    """A gateway that starts while the database is unreachable uses the saved file.
+
+    The age of the snapshot includes the gateway's downtime.
+    """
     make().poll()
     source.unreachable = True
     clocks.pass_(60)
@@ -136,7 +139,7 @@ def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source:
 
 
 def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """The file is refreshed although nothing changes, so that it is recent enough for a restart."""
+    """The saved file is refreshed without changes too, so that the file is recent enough for a restart."""
     watcher = make()
     for _ in range(400):
         clocks.pass_(0.5)
@@ -150,7 +153,7 @@ def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Sour
 def test_clock_steps_neither_lock_out_nor_let_in(
     make: Callable[..., Watcher], source: Source, clocks: Clocks, step_s: float
 ) -> None:
-    """A step of the wall clock in a running gateway does not change when its snapshot becomes stale."""
+    """The time when a running gateway's snapshot becomes stale does not change if the wall clock is stepped."""
     watcher = make()
     watcher.poll()
     source.unreachable = True
@@ -165,7 +168,7 @@ def test_clock_steps_neither_lock_out_nor_let_in(
 def test_a_file_from_the_future_does_not_last_forever(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
-    """A file dated in the future counts as new at a restart and then becomes stale as usual."""
+    """A saved file with a time in the future counts as new at a restart, and becomes stale after stale_after_s."""
     make().poll()
     source.unreachable = True
     clocks.wall -= 1e6
@@ -176,7 +179,7 @@ def test_a_file_from_the_future_does_not_last_forever(
 
 
 def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher], source: Source) -> None:
-    """A declared tenant's policy overrides the database's, from the first poll on and after each change."""
+    """The policy of a declared tenant overrides the policy in the database, after the first poll and each change."""
     seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
     watcher.poll()
@@ -188,7 +191,7 @@ def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher],
 
 
 def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
-    """A saved snapshot reads back equal and is private; a damaged, truncated or foreign file loads as None."""
+    """A saved snapshot is private and is loaded without changes, and a damaged or foreign file is loaded as None."""
     path = tmp_path / "s"
     snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
     watch.save(path, snapshot)
@@ -210,7 +213,7 @@ def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_path: Path, source: Source) -> None:
-    """If the file cannot be written, the gateway serves from memory."""
+    """A gateway serves the snapshot from memory if the file cannot be written."""
     (tmp_path / "snapshot").mkdir()
     watcher = make()
     assert watcher.poll()
@@ -218,7 +221,7 @@ def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_pat
 
 
 class Seen:
-    """Callback that waits for a snapshot."""
+    """Callback that records the last snapshot, with a method that waits for a snapshot."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -230,7 +233,7 @@ class Seen:
             self._changed.notify_all()
 
     def wait(self, condition: Callable[[AccessSnapshot], bool], deadline_s: float = DEADLINE_S) -> float:
-        """Wait until the last snapshot meets a condition; returns the seconds waited."""
+        """Wait until the last snapshot meets a condition. Returns the time waited in seconds."""
         began = time.monotonic()
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self._last), deadline_s), "no such snapshot in time"
@@ -239,13 +242,13 @@ class Seen:
 
 @pytest.fixture
 def own_server() -> Iterator[postgres.PostgresServer]:
-    """A PostgreSQL that the test may kill."""
+    """A PostgreSQL server that the test may kill."""
     with postgres.running() as server:
         yield server
 
 
 def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -> None:
-    """Suspending and resuming a tenant reaches a watching gateway in less than two seconds."""
+    """A watcher gets the suspension and the resumption of a tenant in less than two seconds."""
     seen = Seen()
     ledger.tenants.create(TenantPolicy("acme"))
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=60, on_change=seen)
@@ -258,14 +261,17 @@ def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -
 
 
 def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """While the database is down, the last snapshot serves, after a restart from disk; later changes arrive again."""
+    """A watcher serves the last snapshot while the database is down, and gets later changes when it is up again.
+
+    A watcher that is started while the database is down serves the snapshot from disk.
+    """
     url = own_server.new_database()
     ledger = Ledger(url, peppers=(PEPPER,))
     ledger.upgrade()
     ledger.tenants.create(TenantPolicy("acme"))
     seen = Seen()
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=3600, on_change=seen, period_s=0.05)
-    assert watcher.poll()  # on disk when `ask` returns; `on_change` may be called before that
+    assert watcher.poll()  # the file is written before `poll` returns, but may be written after `on_change` is called
     watcher.start()
     own_server.kill()
     restarted = Watcher(Ledger(url).snapshots.read, tmp_path / "s", stale_after_s=3600)
@@ -283,7 +289,7 @@ def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresS
 
 
 def test_a_stop_does_not_wait_for_a_silent_database(tmp_path: Path) -> None:
-    """`stop` returns although the database does not answer a running query."""
+    """`stop` returns in time although the database does not answer a running query."""
     asked, answer = threading.Event(), threading.Event()
 
     def read(_before: AccessSnapshot | None) -> AccessSnapshot:

@@ -1,4 +1,4 @@
-"""Workers can neither read, change nor forge sealed records."""
+"""A worker, which has no secret, cannot read, change or forge a sealed record."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ SEALED = Sealer((A,)).seal(OPENED)
 
 
 def test_any_gateway_opens_what_one_has_sealed() -> None:
-    """A sealed record opens in any process with the secret; it is small, hides its content, and differs each time."""
+    """A sealed record can be opened by any process with the secret, is small and hides the record's content.
+
+    Sealing the same record again gives different bytes.
+    """
     assert Sealer((A,)).open(SEALED) == OPENED
     assert len(SEALED) < 500
-    # Only long names: two given letters occur by chance in one of some hundred sealed records.
+    # Only long names are checked: two given letters occur by chance in one of some hundred sealed records.
     hidden = (OPENED.tenant, OPENED.key_id, OPENED.model, *OPENED.labels.values())
     assert not any(name.encode() in SEALED for name in hidden)
     sealer = Sealer((A,))
@@ -29,7 +32,7 @@ def test_any_gateway_opens_what_one_has_sealed() -> None:
 
 
 def test_a_secret_is_replaced_without_loss() -> None:
-    """The first secret seals and all open; a removed secret opens nothing."""
+    """The first secret seals records and every secret opens records, and a record of a removed secret is not opened."""
     assert Sealer((B, A)).open(SEALED) == OPENED
     assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
     with pytest.raises(SealError, match="does not have"):
@@ -38,7 +41,7 @@ def test_a_secret_is_replaced_without_loss() -> None:
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
 def test_no_byte_can_be_changed(at: int, flip: int) -> None:
-    """A change of any single byte raises SealError."""
+    """Opening a sealed record raises SealError if any single byte was changed."""
     changed = bytearray(SEALED)
     changed[at] ^= flip
     with pytest.raises(SealError):
@@ -47,7 +50,7 @@ def test_no_byte_can_be_changed(at: int, flip: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(data: bytes) -> None:
-    """Arbitrary bytes and truncated records raise SealError and no other exception."""
+    """Opening arbitrary bytes or a truncated record raises SealError and no other exception."""
     with pytest.raises(SealError):
         Sealer((A,)).open(data)
     with pytest.raises(SealError):
@@ -55,7 +58,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 
 
 def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
-    """Oversized data is rejected before decryption, and the cache of keys by salt is bounded."""
+    """Sealed data that is too large is rejected before the decryption, and the cache of keys by salt is bounded."""
     with pytest.raises(SealError, match="not a sealed record"):
         Sealer((A,)).open(SEALED + b"x" * 1_000_000)
     opener = Sealer((A,))
@@ -65,7 +68,7 @@ def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
 
 
 def test_without_a_secret_nothing_is_sealed() -> None:
-    """The setting to make is named."""
+    """Creating a Sealer without a secret raises an error that names the setting `cluster_secret_file`."""
     with pytest.raises(ValueError, match="cluster_secret_file"):
         Sealer(())
 
@@ -76,7 +79,7 @@ def test_without_a_secret_nothing_is_sealed() -> None:
     st.floats(0, 1e9),
 )
 def test_a_records_text_is_its_json(text: str, count: int, seconds: float) -> None:
-    """Written by hand for speed, it holds what the general encoder would write."""
+    """`json_text`, which does not use the general JSON encoder, gives a text with the same value as `as_json`."""
     record = OpenRecord(
         "r", text, text, text, "v", text, seconds, text, count, count, seconds, labels={text: text}, gateway=text
     )

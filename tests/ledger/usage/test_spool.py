@@ -1,4 +1,4 @@
-"""The spool stores every record acknowledged as durable in the database exactly once, despite crashes."""
+"""Every record that the spool acknowledges as durable is stored in the database exactly once, despite crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ HOSTILE = HealthCheck.function_scoped_fixture
 
 
 class Database:
-    """Fake database that stores each id once. `deaths` makes inserts fail before or after the commit."""
+    """Fake database that stores each record id once.
+
+    Each entry of `deaths` makes one insert fail before or after the commit.
+    """
 
     def __init__(self, deaths: Sequence[str] = ()) -> None:
         self.rows: dict[str, UsageRecord] = {}
@@ -37,7 +40,7 @@ class Database:
         self.calls = 0
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Insert in one transaction."""
+        """Insert records in one transaction."""
         self.calls += 1
         death = self.deaths.pop(0) if self.deaths else ""
         if death == "before":
@@ -52,7 +55,7 @@ class Database:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
-    """Factory of spools over one folder, closed at the end."""
+    """Factory of spools in one folder. The spools are closed at the end of the test."""
     spools: list[Spool] = []
 
     def make_spool(**options: object) -> Spool:
@@ -68,14 +71,14 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
 
 
 def fill(spool: Spool, *numbers: int) -> None:
-    """Append records and wait until they are on disk."""
+    """Append records with the given numbers and wait until all records are on disk."""
     for number in numbers:
         position = spool.append(record(f"r{number}"))
     assert spool.wait_durable(position, 10)
 
 
 def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """Appended records reach the database; then nothing is pending and no segment file is left."""
+    """Appended records are moved to the database, and afterwards no record is pending and no segment file is left."""
     spool, database = make(), Database()
     fill(spool, 1, 2, 3)
     assert (spool.statistics().pending, spool.statistics().durable) == (3, 3)
@@ -88,7 +91,7 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
 
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
-    """Reported positions only grow, and the last one covers all records."""
+    """The reported positions of durable records only grow, and the last position covers all records."""
     positions: list[int] = []
     done = threading.Event()
 
@@ -104,7 +107,7 @@ def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
 
 
 def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool]) -> None:
-    """Records spooled while the database is unreachable survive a restart and keep their order."""
+    """Records that are spooled while the database is unreachable survive a restart of the spool, in the same order."""
     first = make()
     fill(first, 1, 2)
     with pytest.raises(StoreUnavailable):
@@ -126,7 +129,7 @@ def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool
 def test_no_crash_loses_or_doubles(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], deaths: list[str]
 ) -> None:
-    """Any sequence of appends, replays, restarts and database failures stores each record exactly once."""
+    """Each record is stored exactly once by any sequence of appends, replays, restarts and database failures."""
     folder, database, number = tmp_path_factory.mktemp("spool"), Database(deaths), 0
     spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
     for step in steps:
@@ -151,7 +154,7 @@ def test_no_crash_loses_or_doubles(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HOSTILE])
 @given(st.data())
 def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Of a segment truncated at any byte all complete lines are stored, and later records too."""
+    """All complete lines of a segment that was truncated at any byte are stored, and later records are stored too."""
     folder = tmp_path_factory.mktemp("spool")
     lines = [encode(record(f"r{n}")) for n in range(4)]
     whole = b"".join(lines)
@@ -167,7 +170,7 @@ def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """A line with a wrong checksum is rejected, counted and kept in a file; the others are stored."""
+    """A line with a wrong checksum is rejected, counted and kept in a file, and the other lines are stored."""
     folder = tmp_path / "spool"
     folder.mkdir()
     bad = encode(record("r2")).replace(b'"prompt_tokens":10', b'"prompt_tokens":99')
@@ -182,7 +185,7 @@ def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path
 
 
 def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """Records that the database rejects are isolated and kept in a file; all others are stored."""
+    """Records that the database rejects are kept in a file, and all other records are stored."""
     spool, database = make(), Database()
     database.bad = {"r13", "r40"}
     fill(spool, *range(64))
@@ -193,7 +196,10 @@ def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tm
 
 
 def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """While no segment can be created, nothing is durable and statistics show the error; later nothing is missing."""
+    """While no segment can be created, no record is durable and the statistics show the error.
+
+    After the failure is repaired, all records are stored.
+    """
     spool, database = make(), Database()
     blocker = tmp_path / "spool" / "usage-000000000001.jsonl"
     blocker.mkdir()  # no file can be created at this path
@@ -209,7 +215,7 @@ def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], t
 
 
 def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
-    """A folder in use raises for a second spool, and a closed spool accepts no records."""
+    """Opening a second spool in the same folder raises ValueError, and a closed spool accepts no records."""
     spool = make()
     with pytest.raises(ValueError, match="in use by another process"):
         make()
@@ -220,7 +226,7 @@ def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
 
 
 def test_lines_read_back() -> None:
-    """Decoding reverses encoding, including unusual labels, and raises for damaged lines."""
+    """Decoding an encoded record gives the same record, and decoding a damaged line raises ValueError."""
     odd = record("r1", labels={"ü\n": "🎈 '\""}, ttft_s=None)
     assert decode(encode(odd)[:-1]) == odd
     for bad in (b"", b"zzzzzzzz {}", b"00000000", encode(odd)[1:-1]):
@@ -252,7 +258,7 @@ for n in range(100_000):
 
 @pytest.mark.slow
 def test_killed_at_random_points(database_url: str, tmp_path: Path) -> None:
-    """Of processes killed at random points, every record reported as durable is in the database exactly once."""
+    """Every record that was reported as durable is in the database exactly once after kills at random points."""
     ledger = Ledger(database_url)
     ledger.upgrade()
     chance, durable = random.Random(3), set[str]()

@@ -1,4 +1,4 @@
-"""Usage: one row per call, sums by group, cost, retention, CSV and JSON export."""
+"""The usage table has one row per call, and supports sums by group, costs, retention, and CSV and JSON export."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.ledger.samples import DAY_S, record
 
 
 def total(ledger: Ledger) -> dict[str, Any]:
-    """Sums over all records."""
+    """Return the sums over all usage records."""
     (row,) = ledger.usage.query(UsageQuery(group_by=()))
     return row
 
 
 def test_a_record_rests_whole(ledger: Ledger) -> None:
-    """Records are read as written, including extreme values and unusual labels."""
+    """Usage records are read without changes, including extreme values and unusual labels."""
     records = [
         record(),
         record("r2", ttft_s=None, labels={}, opened_at_s=0.0, gpu="", completion_tokens=2**53 - 1),
@@ -45,7 +45,7 @@ def test_a_record_rests_whole(ledger: Ledger) -> None:
 
 
 def test_a_call_counts_once(ledger: Ledger) -> None:
-    """A repeated report, in the same batch or a later one, changes nothing."""
+    """A repeated report of a call changes nothing, in the same batch or in a later batch."""
     ledger.usage.insert([record(), record()])
     before = total(ledger)
     ledger.usage.insert([record(), record("r2")])
@@ -57,7 +57,7 @@ def test_a_call_counts_once(ledger: Ledger) -> None:
 def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
     """Further outputs, resumed segments and records of idle GPUs do not count as requests.
 
-    They once did, and 504 calls were reported as 679 requests.
+    An earlier version counted such records, and reported 504 calls as 679 requests.
     """
     outputs_and_resumptions = [(1, 0), (4, 0), (1, 3), (3, 2)]
     parts = [
@@ -80,7 +80,10 @@ REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]
 def test_order_and_repetition_do_not_matter(
     tmp_path_factory: pytest.TempPathFactory, reports: list[tuple[int, int | None]], data: st.DataObject
 ) -> None:
-    """Reports in any order and batches leave one row per call: the exact report, else the largest estimate."""
+    """Reports in any order and in any batches leave one row per call.
+
+    The row has the exact report if there is an exact report, and the largest estimate otherwise.
+    """
     ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
     ledger.upgrade()
     records = [
@@ -100,7 +103,7 @@ def test_order_and_repetition_do_not_matter(
 
 
 def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:
-    """Four concurrent writers of the same records in different orders all succeed, and each record is stored once."""
+    """Four threads that insert the same records in different orders all succeed, and each record is stored once."""
     records = [record(f"r{at}") for at in range(200)]
     failures: list[Exception] = []
 
@@ -123,7 +126,10 @@ def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:
 
 
 def test_sums_by_group(ledger: Ledger) -> None:
-    """Sums by tenant, model, day, month and label, or in total, of some days or one tenant; a missing label is ""."""
+    """Usage can be summed by tenant, model, day, month and label, and can be limited to days, a tenant or a model.
+
+    A missing label has the value "".
+    """
     ledger.usage.insert(
         [
             record("a", model="m1"),
@@ -150,7 +156,10 @@ def test_sums_by_group(ledger: Ledger) -> None:
 
 
 def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
-    """Each accelerator is priced by its own rate and summed by group; an accelerator without a rate makes cost None."""
+    """The cost of a group is the sum of GPU seconds times the rate of each accelerator.
+
+    The cost is None if an accelerator of the group has no rate.
+    """
     ledger.usage.insert(
         [
             record("a", gpu="H100", gpu_seconds=3600.0),
@@ -179,7 +188,7 @@ def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
     ],
 )
 def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
-    """The error for an invalid dimension or day names the field."""
+    """The error for a query with an invalid dimension or day names the field."""
     with pytest.raises(LedgerError, match=next(iter(bad))):
         UsageQuery(**bad)
 
@@ -208,13 +217,13 @@ def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
     ],
 )
 def test_a_record_that_no_database_would_take_is_never_made(field: str, value: Any) -> None:
-    """The constructor checks counts, times and texts, and the error names the field."""
+    """The constructor of a usage record checks counts, times and texts, and the error names the invalid field."""
     with pytest.raises(RecordError, match=field):
         record(**{field: value})
 
 
 def test_an_open_record_becomes_a_usage_record() -> None:
-    """A usage record contains the fields of its open record; unknown fields of a later release are dropped."""
+    """A usage record has the fields of the call's open record, and unknown fields of a later release are dropped."""
     opened = OpenRecord("r1", "acme", "k1", "tiny", "v1", "q1", 5.0, queue_s=0.5, labels={"a": "b"}, segment=2)
     assert OpenRecord.from_json({**opened.as_json(), "later": 1}) == opened
     ended = opened.to_usage_record(outcome="cancelled", prompt_tokens=3, completion_tokens=2)
@@ -225,7 +234,7 @@ def test_an_open_record_becomes_a_usage_record() -> None:
 
 
 def test_what_is_old_goes(ledger: Ledger) -> None:
-    """Rows are kept for the cluster's number of days, or for the tenant's own if it has one."""
+    """Rows are kept for the cluster's number of days, or for the number of days in the tenant's policy."""
     for name, days in (("acme", None), ("short", 1), ("long", 1000)):
         ledger.tenants.create(TenantPolicy(name, retention=Retention(usage_days=days, audit_days=days)))
         for age in (0.5, 5, 50):
@@ -237,7 +246,7 @@ def test_what_is_old_goes(ledger: Ledger) -> None:
 
 
 def test_csv(ledger: Ledger) -> None:
-    """CSV contains every row, and no caller's text becomes a spreadsheet formula."""
+    """The CSV export contains every row, and no text from a caller becomes a spreadsheet formula."""
     ledger.usage.insert([record("a", labels={"team": '=HYPERLINK("x")'}), record("b", labels={"team": 'x,"y"\n'})])
     rows = ledger.usage.query(UsageQuery(("label:team",)))
     parsed = list(csv.DictReader(io.StringIO(export.as_csv(rows), newline="")))
@@ -249,7 +258,7 @@ def test_csv(ledger: Ledger) -> None:
 
 
 def test_audit_pages(ledger: Ledger) -> None:
-    """Audit pages are newest first, filtered by tenant and kind, and contain each event once."""
+    """Pages of audit events are newest first, contain each event once, and can be filtered by tenant and kind."""
     events = [AuditEvent(float(at // 2), "admin" if at % 3 else "policy", f"a{at}", tenant="t") for at in range(10)]
     ledger.audit.insert(events)
     ledger.audit.insert(events[:3])
@@ -265,7 +274,7 @@ def test_audit_pages(ledger: Ledger) -> None:
 
 
 def test_a_missing_table_is_a_store_that_is_unavailable(tmp_path: Path) -> None:
-    """The error for a database without tables names the command to run."""
+    """The error for a database without tables names the command `headrace db check`."""
     ledger = Ledger(f"sqlite:///{tmp_path / 'x.db'}")
     with pytest.raises(Exception, match="headrace db check"):
         ledger.usage.query(UsageQuery())

@@ -1,1 +1,1 @@
-"""Alembic's environment and versions; `cluster.ledger.database.migrate` runs them."""
+"""Alembic's environment and the migrations. `cluster.ledger.database.migrate` runs the migrations."""

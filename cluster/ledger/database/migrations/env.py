@@ -1,4 +1,4 @@
-"""Alembic's environment: runs a migration on the connection that `migrate` passes, in its transaction."""
+"""Alembic's environment: runs a migration on the connection that `migrate` passes, in the connection's transaction."""
 
 from __future__ import annotations
 

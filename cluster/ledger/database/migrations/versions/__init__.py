@@ -1,1 +1,1 @@
-"""Migrations, one file each, named r<number>_<subject>.py. KIND is `expand` or `contract`."""
+"""Migrations. Each migration is one file, named r<number>_<subject>.py, with a KIND of `expand` or `contract`."""

@@ -1,4 +1,4 @@
-"""Table of budget notices: the thresholds that were crossed, and their delivery."""
+"""Table of budget notices: the budget thresholds that were crossed, and the state of each notice's delivery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table `budget_notices`."""
     op.create_table(
         "budget_notices",
         sa.Column("id", sa.String(32), nullable=False),

@@ -1,4 +1,4 @@
-"""Table of claimed segments of broken streams."""
+"""Table of the segments of broken streams that a gateway has claimed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table `resumed`."""
     op.create_table(
         "resumed",
         sa.Column("name", sa.String(128), nullable=False),

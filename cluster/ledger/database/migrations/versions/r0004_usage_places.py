@@ -1,4 +1,7 @@
-"""Columns for the place where a call ended and its gateway. The previous release inserts without them."""
+"""Columns for a call's gateway and for the worker, pod and node where the call ended.
+
+The previous release inserts rows without these columns.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,6 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the columns, empty in existing rows."""
+    """Add the columns. The columns are empty in existing rows."""
     for name in ("worker", "pod", "node", "gateway"):
         op.add_column("usage", sa.Column(name, sa.String(255), nullable=False, server_default=sa.text("''")))
