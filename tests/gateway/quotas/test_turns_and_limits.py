@@ -159,8 +159,8 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
 
 
 async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With `on_budget: stop`, a running call ends with finish reason "length" when it exceeds the budget by less than a
-    quantum, and the next call is refused."""
+    """With `on_budget: stop`, a running call ends with finish reason "length" once the budget is spent. The call
+    exceeds the budget by less than a quantum of tokens, and the next call is refused."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_model_len=4000), bundle)
         key = await keyed.key("poor", limits={"daily_tokens": 400}, on_budget="stop")
