@@ -55,7 +55,7 @@ class DemandTally:
         return counters
 
     def arrived(self, waiting: WaitingSequence) -> None:
-        """Count the arrival of a sequence, whether or not the queue accepts it."""
+        """Count the arrival of a sequence, whether or not the queue accepts the sequence."""
         counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.arrived_requests += 1
         counters.arrived_prompt_tokens += max(waiting.tokens - waiting.cached_tokens, 0)

@@ -66,7 +66,8 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
 
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
-    """The models that a policy's patterns allow are cached for the newest catalog only."""
+    """The models that a caller may use follow the newest catalog, because the models allowed by a policy are cached for
+    that catalog only."""
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")

@@ -41,7 +41,8 @@ seconds."""
 
 
 LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context")
-"""Types that the event loop frees late: cancelled timers, with their contexts. Live timers are counted separately."""
+"""Names of types that are not counted, because the event loop frees cancelled timers and their contexts late. Live
+timers are counted separately."""
 
 
 def _name(called: Any) -> str:
@@ -122,7 +123,7 @@ async def losses(cluster: TestCluster) -> None:
 
 
 async def at_rest(cluster: TestCluster) -> None:
-    """Wait until no call runs and the worker's link is up, at both ends."""
+    """Wait until no call runs and the worker's link is up at both ends."""
     await cluster.until_idle()
     (worker,) = cluster.workers
     await until(lambda: cluster.linked(worker.identity.worker_id), "the worker is back")
@@ -168,7 +169,8 @@ async def test_nothing_is_left_behind(
 
 
 async def test_calls_are_freed_without_the_collector(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A call's prompt, text and tokens are freed at its end, without the garbage collector, which runs rarely."""
+    """The prompt, text and tokens of a call are freed when the call ends, without the garbage collector, which runs
+    rarely."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle)
     await calls(cluster)
     gc.unfreeze()  # objects that another test's gateway froze would be counted, though the collector never visits them

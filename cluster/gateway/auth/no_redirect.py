@@ -10,7 +10,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Handler that refuses redirects, because a redirect could lead from an operator's https URL to any host."""
 
     def redirect_request(self, *_arguments: Any, **_options: Any) -> None:
-        """Follow no redirect."""
+        """Refuse the redirect: no new request is made."""
         return
 
 

@@ -37,7 +37,7 @@ class CallUsage:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     resumed: int = 0
-    """Number of times a sequence of the call was resumed on another worker."""
+    """Number of resumes on another worker, over all sequences of the call."""
     resume: str = ""
     """The weakest resume capability (RESUME_CAPABILITIES) of all workers that resumed a sequence of the call; "" if no
     sequence was resumed."""
@@ -55,7 +55,7 @@ class CallEvents(Protocol):
         cache."""
 
     def answered(self, link: WorkerLink) -> None:
-        """Handle a worker's first output for a sequence."""
+        """Handle the first output that a worker sends for a sequence."""
 
     def worker_failed(self, link: WorkerLink) -> None:
         """Handle a worker whose engine could not continue a sequence."""

@@ -173,7 +173,7 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raise CallError for metadata that a usage record cannot hold."""
+    """Check the metadata of a request. Raises CallError for metadata that a usage record cannot hold."""
     if len(metadata) > MAX_METADATA:
         raise invalid("metadata", f"must not have more than {MAX_METADATA} entries; has {len(metadata)}")
     for name, value in metadata.items():

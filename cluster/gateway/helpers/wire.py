@@ -23,7 +23,7 @@ PIECE_BYTES: Final = 1 << 20
 OK, REFUSED, FAILED = "ok", "refused", "failed"
 """Kinds of an answer: a result, a CallError, and the text of any other exception."""
 OUT_OF_TIME: Final = signal.SIGPROF
-"""The signal whose default action ends a process when its job exceeds the CPU limit."""
+"""Signal that ends a helper process, by its default action, when a job exceeds the CPU limit."""
 Parts = list["bytes | memoryview"]
 
 

@@ -48,7 +48,7 @@ class PrefillPacing:
         return f"PrefillPacing({self.resumed_tokens} resumed and {self.new_tokens} new tokens wait)"
 
     def add(self, slot: int, tokens: int, resumed: bool) -> None:
-        """Count a request that has been sent."""
+        """Count the tokens of a request that has been sent."""
         self._waiting[slot] = (tokens, resumed)
         self._count(tokens, resumed)
 

@@ -61,7 +61,7 @@ class ResumeTokens:
         expires_s: float,
         gateway: str = "",
     ) -> None:
-        """`gateway`: incarnation of this gateway."""
+        """`gateway`: incarnation of this gateway. `expires_s`: seconds after which a token expires."""
         self.head = head
         self._gateway = gateway
         self.generation = 0

@@ -30,7 +30,8 @@ millisecond."""
 
 
 def check_size(request: EngineRequest) -> None:
-    """Raise CallError for a request that is too large for a worker. Called before the request is queued."""
+    """Check the size of a request before the request is queued. Raises CallError for a request that is too large for a
+    worker."""
     if max_submit_bytes(request) <= MAX_SUBMIT_BYTES:
         return
     parts = submit_bytes(request)

@@ -226,7 +226,7 @@ async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
 
 
 async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
-    """Health probes need no key, and a service named like a model is unknown."""
+    """Health probes need no key, and the health service does not know a service that is named like a model."""
     health: Any = health_pb2_grpc.HealthStub(keyed.cluster.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     assert (await refused(health.Check(health_pb2.HealthCheckRequest(service="hidden")))).code.name == "NOT_FOUND"

@@ -203,7 +203,7 @@ async def test_other_schemes(keyed: Keyed, key: str, value: str) -> None:
 
 
 async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> None:
-    """A body or header that names another tenant has no effect: the key alone determines the tenant."""
+    """A body or header that names another tenant has no effect, because the key alone determines the tenant."""
     other = await keyed.key("rival", models=["nothing"])
     for headers in ({"x-headrace-tenant": "acme"}, {"openai-organization": "acme"}):
         reply = await keyed.fetch("/v1/chat/completions", chat_body(user="acme"), key=other, **headers)
@@ -214,7 +214,7 @@ async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> No
 
 
 async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
-    """An unauthenticated call is refused at its headers, without waiting for its announced body."""
+    """An unauthenticated call is refused after the headers, without waiting for the announced body."""
     wire = await Wire.open(keyed.cluster)
     wire.ask("/v1/chat/completions", b"", content_length="1000000", content_type="application/json")
     status, _ = await asyncio.wait_for(wire.head(), 5)

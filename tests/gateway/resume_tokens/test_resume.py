@@ -126,7 +126,7 @@ def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], c
 async def test_those_that_go_on_come_before_those_that_begin(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Resumed calls are sent before new ones."""
+    """Resumed calls are sent before new calls."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle)
     begun = [cluster.stub.StreamChat(chat(str(i), max_tokens=80, ignore_eos=True)) for i in range(2)]
     for call in begun:
