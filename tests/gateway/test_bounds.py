@@ -128,7 +128,7 @@ def test_metadata_is_refused_in_few_words(metadata: dict[str, str], times: int) 
 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_engines_table(ids: int, min_tokens: int, fits: bool) -> None:
-    """With `min_tokens`, a call may have at most 128 stop token ids, the EOS ids included. One id more crashes the
+    """A call with `min_tokens` may have at most 128 stop token ids, the EOS ids included. One more id crashes the
     engine core of vLLM's V2 runner."""
     options = RequestOptions(stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     check_options(options)

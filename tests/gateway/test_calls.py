@@ -212,8 +212,8 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With resume off, the loss of a worker in mid-stream ends the call UNAVAILABLE with a reason, after all text of
-    the call."""
+    """The loss of a worker in mid-stream, with resume off, ends the call UNAVAILABLE with a reason, after all received
+    text has been delivered."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)

@@ -52,7 +52,8 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
 
 
 LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
-"""For each sequence: expected output tokens, actual output tokens, and whether the sequence ever runs."""
+"""Strategy for the lengths of a sequence: the expected output tokens, the actual output tokens, and whether the
+sequence ever runs."""
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=40), st.randoms())

@@ -312,7 +312,7 @@ def _reason(error: jwt.InvalidTokenError) -> str:
 
 
 def check_url(url: str) -> str:
-    """Return the URL if keys may be fetched from it, which means https or this host. Raises ValueError otherwise."""
+    """Return a URL from which keys may be fetched. Raises ValueError unless the URL uses https or names this host."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host:

@@ -106,7 +106,7 @@ def _described(tls: ssl.SSLObject) -> str:
 
 
 class RevocablePort(Protocol):
-    """A server that can close those of its connections whose certificate is revoked."""
+    """A server that can close connections with a revoked certificate."""
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
         """Close the connections that satisfy the condition. Returns the number of closed connections."""

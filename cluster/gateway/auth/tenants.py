@@ -168,8 +168,8 @@ class TenantAuthenticator:
         )
 
     async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """In process 0, migrate the database, declare the tenants of the configuration file, then delete expired rows
-        daily.
+        """Migrate the database, declare the tenants of the configuration file, then delete expired rows daily. Only
+        process 0 does this.
 
         `serving`: whether calls already run, which the check must not slow down. `tried` is set after the first
         attempt."""

@@ -96,7 +96,8 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 class OutputSequence(Generic[Owner]):
     """One of a call's n outputs. Implements the Sink of worker_link.py.
 
-    `direct`, if an API has set it, is called with the text of each further token that brings nothing but text.
+    `direct` is a function that an API may set. The function is called with the text of each further token that brings
+    nothing but text.
     """
 
     __slots__ = (

@@ -118,8 +118,8 @@ class Hub(pb_grpc.LinkServicer):
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
         self._bundle_holders: dict[str, WorkerLink | None] = {}
-        """By digest of each bundle that is being fetched: the worker from which the bundle was requested, None for the
-        controller."""
+        """The link from which each bundle was requested, by the digest of the bundle; None for the controller. Only
+        bundles that are being fetched have an entry."""
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self._lost = LostEngines()
         self.catalog_at: float | None = None

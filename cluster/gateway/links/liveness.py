@@ -135,8 +135,8 @@ class LinkLiveness:
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """Yield what the worker must do, as tuples: the reason of the suspicion if the worker does not do it, the time
-        since when it is due, and the seconds that it may take."""
+        """Yield the worker's obligations as tuples: the reason of the suspicion if the obligation is not met, the time
+        since which the obligation exists, and the seconds allowed for it."""
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:

@@ -64,8 +64,7 @@ class ServiceCharges:
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
-        """By model, the largest difference between the service accounts of two backlogged tenants. Updated every
-        second."""
+        """Largest difference between the service accounts of two backlogged tenants, by model. Updated every second."""
 
     def weight_of(self, tenant: str) -> float:
         """Return the weight of a tenant, given by its handle; 1 if unknown."""

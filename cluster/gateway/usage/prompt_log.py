@@ -98,7 +98,7 @@ class PromptLog:
             self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
     def _run_logged(self, work: Callable[[], None]) -> None:
-        """Run `work`. An exception is counted. It is logged unless it is the same as the last exception."""
+        """Run `work`. An exception is counted, and is logged unless the last run failed with the same exception."""
         error = ""
         try:
             work()

@@ -97,7 +97,7 @@ def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
 def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
-    """In whatever order requests arrive and end, no request counts after its end."""
+    """No request counts after its end, in whatever order requests arrive and end."""
     link = linked()
     waiting: list[int] = []
     slots: list[int] = []

@@ -79,8 +79,8 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
 
 
 async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Of many concurrent calls over both APIs, as many are admitted as the limit allows. The errors of the other calls
-    name the limit and when to retry."""
+    """The gateway admits as many of many concurrent calls over both APIs as the limit allows. The errors of the other
+    calls name the limit and when to retry."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("few", limits={"requests_per_minute": 7})
@@ -159,8 +159,8 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
 
 
 async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With `on_budget: stop`, a running call ends with finish reason "length" once the budget is spent. The call
-    exceeds the budget by less than a quantum of tokens, and the next call is refused."""
+    """A running call of a tenant with `on_budget: stop` ends with finish reason "length" once the budget is spent. The
+    call exceeds the budget by less than a quantum of tokens, and the next call is refused."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_model_len=4000), bundle)
         key = await keyed.key("poor", limits={"daily_tokens": 400}, on_budget="stop")

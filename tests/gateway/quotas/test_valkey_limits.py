@@ -182,8 +182,8 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
-    """Of a hundred concurrent calls over two gateways, as many are admitted as the limit allows. The store's own clock
-    is used."""
+    """Two gateways together admit as many of a hundred concurrent calls as the limit allows. The store's own clock is
+    used."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0
     )  # a busy machine must not count as an unreachable store

@@ -142,8 +142,8 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
-    """A resumed call is sent to that one of three workers that computed its tokens, and this worker computes less than
-    a KV block again. The same holds after the call has changed workers."""
+    """A resumed call is sent to the worker that computed the call's tokens, although there are two other workers. This
+    worker computes less than a KV block again. The same holds after the call has changed workers."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -237,8 +237,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Of several resumes with the same tokens at two gateways, at once or later, one resume succeeds and all others are
-    refused."""
+    """Only one of several resumes with the same tokens succeeds, at once or later and at either of two gateways. All
+    other resumes are refused."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)

@@ -143,8 +143,8 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """In any interleaving of cancels and resumes, at any prefix and at two gateways, one generation runs and each
-    prompt is charged. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one
+    """One generation of a call runs and each prompt is charged, in any interleaving of cancels and resumes at any
+    prefix and at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one
     prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
@@ -276,7 +276,7 @@ async def test_it_cannot_be_resumed_for_ever() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
 def test_a_worker_runs_nothing_that_is_outdated(takeovers: list[tuple[str, int]], call: str, generation: int) -> None:
-    """In whatever order the takeovers of a call arrive, a worker runs only the newest generation of the call."""
+    """A worker runs only the newest generation of a call, in whatever order the takeovers of the call arrive."""
     generations = ResumeGenerations()
     for name, number in takeovers:
         generations.record(name, number)

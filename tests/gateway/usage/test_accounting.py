@@ -255,8 +255,8 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """For a replica with 4 GPUs, the GPU seconds of all tenants and of `_idle` add up to 4 times the replica's
-    lifetime, within 1 %."""
+    """The GPU seconds of all tenants and of `_idle` add up to 4 times the lifetime of a replica with 4 GPUs, within 1
+    %."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=4)
