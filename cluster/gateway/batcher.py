@@ -1,8 +1,9 @@
-"""Batching of requests to a store: requests that arrive while a batch is running form the next batch.
+"""Batching of requests to a store. The requests that arrive while a batch is running form the next batch.
 
 Each call makes one request to a store. When a gateway dies, or a batch of jobs starts, a hundred calls arrive at once;
-sent one by one, each request would cost its own connection or transaction, and the last would wait for all others. A
-single request is sent at once; under load it waits for at most one batch, as in a database's group commit.
+if these requests were sent one by one, each would cost its own connection or transaction, and the last would wait for
+all others. A single request is sent at once. Under load a request waits for at most one batch, as in a database's group
+commit.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ Answer = TypeVar("Answer")
 
 
 class Batcher(Generic[Ask, Answer]):
-    """Sends one batch at a time. Belongs to the event loop in which it is first used."""
+    """Batcher of requests to one store, which sends one batch at a time. A batcher belongs to the event loop in which
+    it is first used."""
 
     def __init__(
         self, ask: Callable[[Sequence[Ask]], Awaitable[Sequence[Answer | Exception]]], most: int = 1000
     ) -> None:
-        """`ask` returns the answers to a batch of at most `most` requests. If it raises, all waiting requests fail."""
+        """`ask` sends a batch of at most `most` requests and returns their answers. If `ask` raises, all waiting
+        requests fail."""
         self._ask = ask
         self._most = most
         self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
         self._asking: asyncio.Task[None] | None = None
 
     def __call__(self, request: Ask) -> asyncio.Future[Answer]:
-        """Queue a request and return the future of its answer. Cancelling the future before its batch drops it."""
+        """Queue a request and return the future of its answer. A request is dropped if its future is cancelled before
+        the request's batch is sent."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._asking is None:
@@ -49,7 +53,7 @@ class Batcher(Generic[Ask, Answer]):
                         future.set_exception(answer)
                     else:
                         future.set_result(answer)
-        except Exception as error:  # the waiting requests fail too, as they would most likely get the same error
+        except Exception as error:  # the waiting requests fail too: most likely they would get the same error
             failed, self._waiting = [*due, *self._waiting], []
             for _, future in failed:
                 if not future.done():

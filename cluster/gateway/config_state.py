@@ -1,7 +1,7 @@
 """The validity of a gateway's configuration file, checked again whenever the file changes.
 
-An invalid file has no effect until a process restarts. Checking it at each change reports the error while everything
-still serves.
+An invalid file has no effect until a process restarts. Because the file is checked at each change, its errors are
+reported while everything still serves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ MAX_SHOWN = 10
 
 
 class ConfigState:
-    """The validity of one file. `watch` runs in the background of the gateway."""
+    """The validity of one configuration file. `watch` runs in the background of the gateway."""
 
     def __init__(self, path: Path | None = None, problems: Sequence[str] = (), look_s: float = LOOK_S) -> None:
-        """`problems`: the errors found at the start. Without a path, `watch` does nothing."""
+        """`path`: the configuration file; without a path, `watch` does nothing. `problems`: the errors found at the
+        start."""
         self._path = path
         self._look_s = look_s
         self._stamp = self._read_stamp()
@@ -34,11 +35,11 @@ class ConfigState:
 
     @property
     def valid(self) -> bool:
-        """Whether the file has no errors, so that a gateway that starts now would use all of it."""
+        """Whether the file has no errors. A gateway that starts now would use all of a valid file."""
         return not self.problems
 
     async def watch(self) -> None:
-        """Check the file whenever it has changed. Runs until cancelled."""
+        """Check the file after each change. Runs until cancelled."""
         while self._path is not None:
             await asyncio.sleep(self._look_s)
             stamp = self._read_stamp()

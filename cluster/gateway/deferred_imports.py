@@ -1,7 +1,7 @@
-"""Modules that a gateway imports after its start, because only large requests need them.
+"""Modules that only large requests need and that a gateway therefore imports after its start.
 
-Importing numpy takes about 60 ms and psutil 8 ms, together a twentieth of a start. They are usually imported before the
-first large request; an earlier request imports them at their place of use.
+Importing numpy takes about 60 ms and importing psutil 8 ms, together a twentieth of a start. These modules are usually
+imported before the first large request. A large request that arrives earlier imports the modules where it uses them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ AFTER_S, AT_LATEST_S, LOOK_S = 1.0, 10.0, 0.1
 
 
 async def import_later(idle: Callable[[], bool], after_s: float = AFTER_S, at_latest_s: float = AT_LATEST_S) -> None:
-    """Import MODULES in a thread, once `idle()` holds after `after_s` seconds, at the latest after `at_latest_s`.
+    """Import MODULES in a thread when `idle()` first holds after `after_s` seconds, at the latest after `at_latest_s`.
 
-    Loading native code holds the GIL for about 15 ms, which callers would notice."""
+    Callers would notice an import during a call, because loading native code holds the GIL for about 15 ms."""
     latest = time.monotonic() + at_latest_s
     await asyncio.sleep(after_s)
     while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - there is no event for idleness

@@ -1,9 +1,10 @@
-"""The demand that a gateway reports to the controller, counted when sequences arrive, grow and end.
+"""The demand that a gateway reports to the controller. Demand is counted when sequences arrive, grow and end.
 
-A sequence counts as arrived once, even if it is queued again. Waiting sequences are kept by model and priority class,
-so that a report needs no scan of the queue. A sequence's output counts with the expected length at arrival and is
-corrected when it exceeds that and at its end, so the sum is finally what was generated. Counters never decrease, so an
-excess of expected tokens is subtracted from later additions. Pure: `now` is an argument.
+A sequence counts as arrived once, even if the sequence is queued again. Waiting sequences are kept by model and
+priority class, so that a report needs no scan of the queue. At arrival a sequence's output counts with its expected
+length. This count is corrected when the output exceeds the expected length and when the sequence ends, so that the
+final sum is the number of generated tokens. Counters never decrease: an excess of expected tokens is subtracted from
+later additions. The module is pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from cluster.api.demand import ClassCounts
 from cluster.policy.fairness.order import WaitingSequence
 
 GROWTH_TOKENS = 64
-"""Output beyond the expected length is counted in steps of this many tokens."""
+"""Step, in tokens, in which output beyond the expected length is counted."""
 SCANNED = 256
-"""How many of the longest-waiting sequences are searched for the nearest deadline."""
+"""Number of longest-waiting sequences that are searched for the nearest deadline."""
 
 
 @dataclass(slots=True)
@@ -26,9 +27,9 @@ class _Class:
     arrived_requests: int = 0
     arrived_prompt_tokens: int = 0
     output_tokens: int = 0
-    """Current estimate of all output; may decrease."""
+    """Current estimate of all output, in tokens. The estimate may decrease."""
     expected_output_tokens: int = 0
-    """Maximum of `output_tokens` so far: the counter that is reported."""
+    """Maximum of `output_tokens` so far. This counter is reported."""
     within_slo: int = 0
     outside_slo: int = 0
     queued_tokens: int = 0
@@ -36,13 +37,13 @@ class _Class:
 
 
 class DemandTally:
-    """The demand for all models and priority classes at one gateway."""
+    """Tally of the demand for all models and priority classes at one gateway."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str, _Class]] = {}
         self._queued_in: dict[str, _Class] = {}
         self._counted_output: dict[str, int] = {}
-        """How many output tokens are counted for each sequence that has arrived and has not ended."""
+        """Number of counted output tokens of each sequence that has arrived and has not ended."""
 
     def _class(self, model: str, priority_class: str, rank: int) -> _Class:
         classes = self._models.get(model)
@@ -54,7 +55,7 @@ class DemandTally:
         return counters
 
     def arrived(self, waiting: WaitingSequence) -> None:
-        """Count the arrival of a sequence, whether or not the queue accepts it."""
+        """Count the arrival of a sequence, whether or not the queue accepts the sequence."""
         counters = self._class(waiting.model, waiting.priority_class, waiting.rank)
         counters.arrived_requests += 1
         counters.arrived_prompt_tokens += max(waiting.tokens - waiting.cached_tokens, 0)
@@ -62,12 +63,14 @@ class DemandTally:
         self._count_output(waiting, waiting.output_tokens)
 
     def record_output(self, waiting: WaitingSequence, tokens: int) -> None:
-        """Record the output tokens so far of a running sequence. Ignores sequences that arrived at another gateway."""
+        """Record the number of output tokens that a running sequence has so far. Sequences that arrived at another
+        gateway are ignored."""
         if tokens >= self._counted_output.get(waiting.call_id, tokens) + GROWTH_TOKENS:
             self._count_output(waiting, tokens)
 
     def ended(self, waiting: WaitingSequence, tokens: int, ran: bool) -> None:
-        """Record a sequence's end with its output tokens. If it never ran, its expected length stays counted."""
+        """Record a sequence's end with its number of output tokens. If the sequence never ran, its expected length
+        stays counted."""
         if ran and waiting.call_id in self._counted_output:
             self._count_output(waiting, tokens)
         self._counted_output.pop(waiting.call_id, None)
@@ -86,13 +89,13 @@ class DemandTally:
         counters.queued_tokens += waiting.tokens
 
     def dequeue(self, call_id: str) -> None:
-        """Stop counting a sequence as queued. Does nothing if it is not."""
+        """Stop counting a sequence as queued. Does nothing if the sequence is not queued."""
         counters = self._queued_in.pop(call_id, None)
         if counters is not None:
             counters.queued_tokens -= counters.queued.pop(call_id).tokens
 
     def count_slo(self, model: str, priority_class: str, rank: int, within: bool) -> None:
-        """Count an ended call as within or outside its model's SLO."""
+        """Count an ended call as within or outside the SLO of its model."""
         counters = self._class(model, priority_class, rank)
         if within:
             counters.within_slo += 1
@@ -100,12 +103,13 @@ class DemandTally:
             counters.outside_slo += 1
 
     def classes(self, model: str, now: float, served: bool) -> tuple[ClassCounts, ...]:
-        """The counts for a model by priority class. `served`: whether a worker takes the model's calls."""
+        """Return the counts for a model, one entry for each priority class. `served`: whether a worker takes the
+        model's calls."""
         classes = self._models.get(model, {})
         return tuple(_counts(name, counters, now, served) for name, counters in sorted(classes.items()))
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget all models except these and those with queued sequences."""
+        """Forget all models except `models` and the models with queued sequences."""
         kept = set(models)
         for model in [m for m, classes in self._models.items() if m not in kept]:
             if not any(counters.queued for counters in self._models[model].values()):
@@ -140,9 +144,10 @@ def _longest_waiting(queued: dict[str, WaitingSequence]) -> Iterator[WaitingSequ
 
 
 def within_slo(ttft_s: float | None, itl_s: float, asked_ttft_s: float, asked_itl_s: float) -> bool:
-    """Whether a call met its SLO: the time to its first token, and the mean gap between its tokens.
+    """Return whether a call met its SLO, which has an objective for the time to first token and one for the mean gap
+    between tokens.
 
-    An objective of 0 is always met. `ttft_s` of None: there was no first token."""
+    An objective of 0 is always met. A `ttft_s` of None means that the call had no first token."""
     if ttft_s is None:
         return False
     return (not asked_ttft_s or ttft_s <= asked_ttft_s) and (not asked_itl_s or itl_s <= asked_itl_s)

@@ -1,4 +1,5 @@
-"""The /metrics page of one process as an ASGI application. A thread renders it once for all concurrent scrapes."""
+"""The /metrics page of one process as an ASGI application. A thread renders the page once for all concurrent
+scrapes."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class MetricsPage:
-    """The ASGI application of the metrics page."""
+    """ASGI application that serves the metrics page."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._making: dict[tuple[str, bool], asyncio.Task[tuple[str, bytes]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, as ASGI defines."""
+        """Serve one HTTP request, with the arguments that ASGI defines."""
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, 405, [(b"allow", b"GET, HEAD")], b"")
             return
@@ -40,7 +41,7 @@ class MetricsPage:
         await _answer(send, 200, [(b"content-type", kind.encode()), *encoding], content)
 
     async def _page(self, accept: str, zipped: bool) -> tuple[str, bytes]:
-        """The content type and the page. Scrapes that arrive while a page is rendered share it."""
+        """Return the content type and the page. Scrapes that arrive while a page is being rendered share that page."""
         key = accept, zipped
         making = self._making.get(key)
         if making is None:
@@ -55,7 +56,8 @@ class MetricsPage:
 
 @asynccontextmanager
 async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
-    """Serve the metrics page on its own port, for a process without other servers. Yields the port. Raises OSError."""
+    """Serve the metrics page on a separate port, for a process that has no other server. Yields the bound port. Raises
+    OSError."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     server = HttpServer(MetricsPage(metrics), http2.ConnectionAdmission(table.pools[http2.Port.METRICS]))
     bound = await server.start(host, port)

@@ -1,7 +1,7 @@
-"""The models that a gateway knows, by name and alias, from the controller's catalog and the workers' Hellos.
+"""The models that a gateway knows, by name and alias. The sources are the controller's catalog and the workers' Hellos.
 
-A gateway that starts before its controller knows the models of its workers. A gateway that starts before its workers
-knows the catalog, whose last version it keeps on disk for the next start.
+A gateway that starts before the controller knows the models of its workers. A gateway that starts before its workers
+knows the last catalog, which every gateway keeps on disk for its next start.
 """
 
 from __future__ import annotations
@@ -33,53 +33,59 @@ _T = TypeVar("_T")
 
 
 MAX_PROGRESS = 0.99
-"""The reported progress of a start that takes longer than expected."""
+"""Upper bound of the reported progress of a model's start, used when the start takes longer than expected."""
 
 
 MAX_REMEMBERED = 64
-"""Maximum number of a model's retired generations, and of their compatibility keys, that are remembered."""
+"""Maximum number of retired generations, and of compatibility keys of departed workers, that are remembered for a
+model."""
 
 MAX_POLICIES = 1000
-"""Maximum number of distinct model lists of policies whose visible models are cached."""
+"""Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
 
 
 class KnownModel:
-    """A model, as this gateway knows it."""
+    """What this gateway knows of one model."""
 
     def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
         self.last_info: EngineInfo | None = None
-        """Info of the last worker that left. Used while no worker is linked, for fields that the catalog lacks."""
+        """Engine info of the last worker that left. While no worker is linked, this info is used for fields that the
+        catalog lacks."""
         self._replaced: dict[str, None] = {}
-        """Generations that the catalog has retired, the newest last."""
+        """Generations that the catalog has retired. The newest is last."""
         self._departed: dict[CompatibilityKey, None] = {}
-        """Compatibility keys of departed workers of retired generations, the newest last."""
+        """Compatibility keys of workers that belonged to a retired generation and have left. The newest is last."""
 
     @property
     def name(self) -> str:
-        """The model's own name."""
+        """Name of the model in the catalog, not an alias."""
         return self.entry.name
 
     def open_to(self, principal: Principal) -> bool:
-        """Whether the caller may use the model: its tenant's policy allows one of the model's names."""
+        """Return whether the caller may use the model: the policy of the caller's tenant must allow one of the model's
+        names."""
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
     @property
     def served(self) -> bool:
-        """Whether a worker takes the model's new calls."""
+        """Whether at least one worker takes new calls for the model."""
         return any(map(self.takes_calls, self.links.values()))
 
     @property
     def leaving(self) -> bool:
-        """Whether the model is being removed from the catalog: accepted calls are served, new ones are refused."""
+        """Whether the model is being removed from the catalog. Meanwhile accepted calls are served and new calls are
+        refused."""
         return self.in_catalog and self.entry.state is ModelState.DRAINING
 
     def start_progress(self, wall_s: float) -> tuple[float, float]:
-        """Progress of the model's start in [0, 1] and the remaining seconds, estimated from earlier starts.
+        """Return the progress of the model's start in [0, 1] and the remaining seconds, both estimated from earlier
+        starts.
 
-        (0, 0) if unknown. Meaningful only while no worker serves the model. `wall_s`: seconds since the epoch."""
+        The result is (0, 0) if the progress is unknown, and has a meaning only while no worker serves the model.
+        `wall_s`: seconds since the epoch."""
         whole_s, since_s = self.entry.cold_start_s, self.entry.starting_since_s
         if whole_s <= 0 or self.entry.state in (ModelState.FAILED, ModelState.GONE):
             return 0.0, 0.0
@@ -88,7 +94,8 @@ class KnownModel:
 
     @property
     def state(self) -> ModelState:
-        """DRAINING while it is being removed, READY while a worker takes its calls, else the catalog's state."""
+        """State of the model: DRAINING while the model is being removed, READY while a worker takes its calls, else the
+        state in the catalog."""
         if self.leaving:
             return ModelState.DRAINING
         if self.served:
@@ -98,11 +105,12 @@ class KnownModel:
         return self.entry.state
 
     def takes_calls(self, link: WorkerLink) -> bool:
-        """Whether a worker gets new calls: it serves, and is neither retired nor of a quarantined version."""
+        """Return whether a worker gets new calls: the worker takes new requests, is not retired, and its version is not
+        quarantined."""
         return link.takes_new_requests and not self.retired(link)
 
     def retired(self, link: WorkerLink) -> bool:
-        """Whether no new calls may go to a worker, though its running calls may continue."""
+        """Return whether a worker must get no new calls. The running calls of a retired worker may continue."""
         identity = link.identity
         return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
 
@@ -117,35 +125,38 @@ class KnownModel:
                 self._replaced.pop(link.identity.generation, None)
 
     def add_link(self, link: WorkerLink) -> None:
-        """Add a worker's link that is up."""
+        """Add the link of a worker that has connected."""
         self.links[link.identity.worker_id] = link
         self._departed.pop(link.compatibility_key, None)
 
     def remove_link(self, link: WorkerLink) -> None:
-        """Remove a worker's link that has ended."""
+        """Remove a link that has ended."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
 
     def is_replaced(self, likeness: CompatibilityKey | None) -> bool:
-        """Whether no compatible worker is linked or expected, because incompatible replacements serve the model."""
+        """Return whether a sequence with this compatibility key cannot resume any more: incompatible replacement
+        workers serve the model, and no compatible worker is linked or expected."""
         if likeness is None or not self.served or not any(key.can_resume(likeness) for key in self._departed):
             return False
         return not any(link.compatibility_key.can_resume(likeness) for link in self.links.values())
 
     def quarantined(self, link: WorkerLink) -> bool:
-        """Whether a worker's version is quarantined, so that its running calls move to other workers if they can."""
+        """Return whether a worker's version is quarantined. The running calls of such a worker move to other workers if
+        possible."""
         share = self.share(link.identity.version)
         return share is not None and share.quarantined
 
     def share(self, version: str) -> VersionShare | None:
-        """The catalog's share of a version, None if the catalog does not have it."""
+        """Return the catalog's share of a version; None if the catalog does not have the version."""
         return next((share for share in self.entry.versions if share.version == version), None)
 
     def choose_version(self, call_id: str, bundle_digest: str = "") -> Versions:
-        """Choose the version for a call, and the versions with the same tokenizer that may replace it when it is full.
+        """Choose the version for a call, and the versions with the same tokenizer that may replace the chosen version
+        when that version is full.
 
-        `bundle_digest`: the tokenizer with which a resumed call began. Raises CallError."""
+        `bundle_digest`: digest of the tokenizer with which a resumed call began. Raises CallError."""
         shares = [share for share in self.entry.versions if not share.quarantined]
         if len(shares) == len(self.entry.versions) <= 1:
             return Versions()
@@ -166,7 +177,8 @@ class KnownModel:
         return Versions(first, frozenset((first, *others)))
 
     def _link_of(self, version: str) -> WorkerLink | None:
-        """A worker of the version ("": of any version), preferably one that gets new calls."""
+        """Return the link of a worker of this version, preferably of a worker that gets new calls. A version of ""
+        stands for any version."""
         other = None
         for link in self.links.values():
             if version in ("", link.identity.version):
@@ -177,7 +189,8 @@ class KnownModel:
 
     @property
     def max_model_len(self) -> int:
-        """Context length in tokens: the smallest of all workers, so that a call fits every worker. 0: unknown.
+        """Context length of the model in tokens; 0 if unknown. The smallest length of all workers is used, so that a
+        call fits every worker.
 
         Workers that do not report a length are ignored."""
         lengths = [length for link in self.links.values() if (length := link.info.max_model_len)]
@@ -187,11 +200,11 @@ class KnownModel:
 
     @property
     def bundle_digest(self) -> str:
-        """The digest of the tokenizer; "" while unknown."""
+        """Digest of the model's tokenizer bundle; "" while unknown."""
         return self.bundle_digest_of("")
 
     def bundle_digest_of(self, version: str) -> str:
-        """The digest of a version's tokenizer; "" while unknown."""
+        """Return the digest of a version's tokenizer bundle; "" while unknown."""
         link = self._link_of(version)
         if link is not None:
             return link.identity.bundle_digest
@@ -199,7 +212,7 @@ class KnownModel:
         return share.bundle_digest if share is not None and share.bundle_digest else self.entry.bundle_digest
 
     def default_sampling_of(self, version: str = "") -> Mapping[str, object]:
-        """The sampling defaults of a version, from its generation config."""
+        """Return the sampling defaults of a version, which come from the version's generation config."""
         link = self._link_of(version)
         if link is not None:
             return link.info.default_sampling
@@ -209,7 +222,7 @@ class KnownModel:
 
 
 def _remember(past: dict[_T, None], *items: _T) -> None:
-    """Append items, or move them to the end. Forget the oldest beyond MAX_REMEMBERED."""
+    """Append items to `past`, or move known items to its end. Forget the oldest items beyond MAX_REMEMBERED."""
     for item in items:
         past.pop(item, None)
         past[item] = None
@@ -218,7 +231,8 @@ def _remember(past: dict[_T, None], *items: _T) -> None:
 
 
 class ModelDirectory:
-    """Models by name and alias, and their tokenizers by digest (from memory, then disk, then `fetch`)."""
+    """Directory of the models by name and alias, and of their tokenizers by digest. A tokenizer comes from memory, else
+    from disk, else from `fetch`."""
 
     def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:
         self._folder = folder
@@ -226,17 +240,18 @@ class ModelDirectory:
         self._models: dict[str, KnownModel] = {}
         self._names: dict[str, str] = {}
         self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
-        """For a policy's list of model patterns, the models that it allows, by each of their names."""
+        """Cache of visible models: for each policy's list of model patterns, the models that the policy allows, by each
+        of the models' names."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._any_known = False
-        """Whether a catalog or a worker has ever named a model."""
+        """Whether any catalog or worker has named a model so far."""
         self._has_catalog = False
         self._restore()
 
     # ---- updates
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Replace the previous catalog. Models of linked workers stay."""
+        """Replace the previous catalog. Models with a linked worker stay in the directory."""
         self._any_known = self._has_catalog = True
         known = {entry.name: entry for entry in entries}
         for name, model in list(self._models.items()):
@@ -252,7 +267,7 @@ class ModelDirectory:
         self._save(entries)
 
     def add_link(self, link: WorkerLink) -> None:
-        """Add a worker's link, and its model if it is new."""
+        """Add a worker's link. If the worker's model is unknown, add the model too."""
         self._any_known = True
         name = link.identity.model
         entry = CatalogEntry(name=name, state=ModelState.READY, bundle_digest=link.identity.bundle_digest)
@@ -262,7 +277,7 @@ class ModelDirectory:
         self._prefetch(model)
 
     def remove_link(self, link: WorkerLink) -> None:
-        """Remove a worker's link that has ended."""
+        """Remove a link that has ended."""
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
@@ -281,7 +296,8 @@ class ModelDirectory:
         self._visible = {}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Why a worker may not serve its model: the catalog pins other weights. "" if it may."""
+        """Return the reason why a worker may not serve its model, which is that the catalog pins other weights; "" if
+        the worker may serve."""
         known = self._models.get(identity.model)
         if known is None or not known.in_catalog:
             return ""
@@ -298,24 +314,26 @@ class ModelDirectory:
         return [self._models[name] for name in sorted(self._models)]
 
     def open_to(self, principal: Principal) -> Sequence[KnownModel]:
-        """The models that a caller may use, sorted by name."""
+        """Return the models that a caller may use, sorted by name."""
         return [model for model in self.models if model.open_to(principal)]
 
     def aliases(self, model: KnownModel, principal: Principal) -> Sequence[str]:
-        """A model's aliases for a caller: its tenant's own, and the catalog's unless the tenant redefines them."""
+        """Return the aliases of a model for a caller: the aliases of the caller's tenant, and the aliases in the
+        catalog that the tenant does not redefine."""
         own = principal.model_aliases
         of_tenant = [name for name, target in own.items() if self.find(target) is model]
         return [*(name for name in model.entry.aliases if name not in own), *of_tenant]
 
     def find(self, name: str) -> KnownModel | None:
-        """The model with a name or an alias of the catalog; None without one."""
+        """Return the model with this name or catalog alias; None if no model has the name."""
         return self._models.get(self._names.get(name, ""))
 
     def resolve(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> KnownModel:
-        """The model with a name or alias; the tenant's aliases take precedence over the catalog's.
+        """Return the model with this name or alias. The tenant's aliases take precedence over the aliases in the
+        catalog.
 
-        Raises CallError, the same for a model that the caller may not use as for one that does not exist. A model that
-        is being removed is returned only for calls that `began` earlier."""
+        Raises CallError; the error is the same whether the model does not exist or the caller may not use the model. A
+        model that is being removed is returned only if `began` is true, which means that the call began earlier."""
         # The same lookup for forbidden and for missing models, so that timing does not reveal which models exist.
         model = self._visible_to(principal).get(principal.model_aliases.get(name, name))
         if model is not None:
@@ -333,7 +351,7 @@ class ModelDirectory:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
 
     def _visible_to(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """The models that a caller may use, by the catalog's names and aliases."""
+        """Return the models that a caller may use, by each model's name and catalog aliases."""
         patterns = tuple(principal.tenant.models)
         visible = self._visible.get(patterns)
         if visible is None:
@@ -345,12 +363,14 @@ class ModelDirectory:
         return visible
 
     def starts_in_s(self, name: str) -> float:
-        """The extra time that a call may wait for a model without a worker: twice the duration of the model's start."""
+        """Return the extra seconds that a call may wait for a model without a worker: twice the duration of the model's
+        start. 0 if a worker serves the model."""
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def fallback_of(self, model: KnownModel, principal: Principal) -> KnownModel | None:
-        """The first of a model's fallbacks that has a worker and that the caller may use; None without one."""
+        """Return the first fallback of a model that has a worker and that the caller may use; None if there is no such
+        fallback."""
         for name in model.entry.fallback:
             other = self.find(name)
             if other is not None and other.served and not other.leaving and other.open_to(principal):
@@ -358,7 +378,8 @@ class ModelDirectory:
         return None
 
     async def text_model(self, model: KnownModel, version: str = "") -> TextModel:
-        """The tokenizer and chat template of a version. Raises CallError while it is not available."""
+        """Return the tokenizer and chat template of a version. Raises CallError while the tokenizer is not
+        available."""
         digest = model.bundle_digest_of(version)
         if not digest:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared: no tokenizer yet")
@@ -371,7 +392,7 @@ class ModelDirectory:
             raise CallError(Outcome.MODEL_LOADING, f"cannot fetch the tokenizer of {model.name}: {error}") from None
 
     def _prefetch(self, model: KnownModel) -> None:
-        """Fetch a model's tokenizer before the first call needs it."""
+        """Fetch a model's tokenizer now, before the first call needs the tokenizer."""
         digest = model.bundle_digest
         if digest and digest not in self._texts:
             task = self._texts[digest] = asyncio.create_task(self._load(digest))

@@ -1,4 +1,5 @@
-"""grpc.health.v1 without TLS, on a separate port with its own connection limits, for the probes of a pod."""
+"""The grpc.health.v1 service without TLS, for the probes of a pod. The service has a separate port with separate
+connection limits."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ LIMITS = http2.ServerLimits(max_message_bytes=1 << 16, max_calls=16)
 
 
 def probe_server(servicer: health.aio.HealthServicer, admission: http2.ConnectionAdmission) -> http2.Server:
-    """A server of the health service, not yet started."""
+    """Return a server for the health service. The caller must start the server."""
     server = http2.Server(LIMITS, admission)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)  # type: ignore[arg-type]
     return server
@@ -22,7 +23,7 @@ def probe_server(servicer: health.aio.HealthServicer, admission: http2.Connectio
 
 @asynccontextmanager
 async def health_served(host: str, port: int) -> AsyncIterator[None]:
-    """Report SERVING while this event loop runs, for a process without other servers. Raises OSError."""
+    """Report SERVING while this event loop runs, for a process that has no other server. Raises OSError."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     servicer = health.aio.HealthServicer()
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)

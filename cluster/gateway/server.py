@@ -1,4 +1,4 @@
-"""One gateway process: builds its parts and listeners from the configuration, starts, drains and stops them."""
+"""One gateway process. The parts and listeners are built from the configuration, then started, drained and stopped."""
 
 from __future__ import annotations
 
@@ -68,24 +68,26 @@ log = structlog.get_logger("gateway")
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 ADMIN_BOUNDS = ByteBounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 LAG_S = 0.1
-"""Interval at which the event loop's lag is measured."""
+"""Interval in seconds at which the lag of the event loop is measured."""
 SLOW_BODIES_S = 1.0
-"""Interval at which request bodies that arrive too slowly are searched for."""
+"""Interval in seconds of the search for request bodies that arrive too slowly."""
 HAND_OVER = 0.5
-"""Last part of the drain time, in which a stopping gateway hands resumable streams over to other gateways, if any."""
+"""Fraction of the drain time, at its end, in which a stopping gateway hands resumable streams over to the other
+gateways, if there are any."""
 FINAL_STATUS_S = 0.5
-"""Time after the drain time for calls that still run to send their final status."""
+"""Seconds after the drain time in which calls that still run can send their final status."""
 
 
 class Gateway:
-    """All parts of a gateway process. `start` binds the ports; `stop` drains running calls and closes the ports."""
+    """A gateway process with all its parts. `start` binds the ports. `stop` drains running calls and closes the
+    ports."""
 
     def __init__(
         self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0, probes: str = ""
     ) -> None:
-        """`folder`: holds tokenizer bundles, the last catalog and, with `auth`, the snapshot of tenants and keys.
-        `process`: the index of this process among `gateway.processes`. `probes`: an address for grpc.health.v1 without
-        TLS, "" for none. Raises ValueError for an unusable secret file."""
+        """`folder`: the folder for tokenizer bundles, the last catalog and, with `auth`, the snapshot of tenants and
+        keys. `process`: the index of this process among `gateway.processes`. `probes`: an address for grpc.health.v1
+        without TLS, "" for no such listener. Raises ValueError for an unusable secret file."""
         make_private_folder(folder)
         self.config = config
         self.config_state = ConfigState()
@@ -173,8 +175,8 @@ class Gateway:
         return http2.ConnectionAdmission(self.connections.pools[port], self._notices)
 
     def _resumes(self) -> ResumeService:
-        """The service that resumes streams of lost gateways. Without `auth` the secret and the claims are files in the
-        cache folder, which the gateways of one host share."""
+        """Return the service that resumes the streams of lost gateways. Without `auth` the secret and the claims are
+        files in the cache folder, which all gateways of a host share."""
         from cluster.gateway.resume_tokens.first_claims import (
             FileFirstClaims,
             FirstClaims,
@@ -198,23 +200,23 @@ class Gateway:
     # ---- scheduling.scheduler.SchedulerHost
 
     def model_unserved(self) -> None:
-        """Report the demand now: a call waits for a model that no worker serves."""
+        """Report the demand to the controller now, because a call waits for a model that no worker serves."""
         self.hub.report_now()
 
     def state_changed(self) -> None:
-        """Bring the health service up to date."""
+        """Update the health service."""
         if self._tasks:
             self._update_health()
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """Calls of a model that were resumed here, with their generations."""
+        """Return the ids of a model's calls that were resumed at this gateway, each with its generation."""
         return self._resume_service.taken_over(model)
 
     def _starts_in_s(self, model: str) -> float:
         return self.directory.starts_in_s(model)
 
     async def start(self, link: socket.socket | None = None) -> None:
-        """Bind all listeners. `link`: the socket from bind_link, on which workers may already wait.
+        """Bind all listeners. `link`: the listening socket from bind_link, at which workers may already be waiting.
 
         Raises RuntimeError when an address cannot be bound."""
         gateway = self.config.gateway
@@ -259,7 +261,7 @@ class Gateway:
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
 
     def keep_accounts(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
-        """Start keeping accounts of usage. Call before any worker or caller connects."""
+        """Start to record usage. Must be called before any worker or caller connects."""
         from cluster.gateway.usage.accounting import Accounting
         from cluster.ledger.usage.sealed_records import Sealer
 
@@ -313,7 +315,8 @@ class Gateway:
         return await server.start(host, port, self._tls("h2"))
 
     def _sibling_aborts(self) -> SiblingAborts | None:
-        """The means for the host's processes to abort each other's calls, since only process 0 has an admin port."""
+        """Return the object by which the gateway processes of a host abort each other's calls, which is needed because
+        only process 0 has an admin port. None with a single process."""
         if self.config.gateway.processes == 1:
             return None
         from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
@@ -371,13 +374,13 @@ class Gateway:
 
     @property
     def _shared(self) -> bool:
-        """Whether other processes also listen on the client ports."""
+        """Whether other gateway processes also listen on the client ports."""
         return self.config.gateway.processes > 1
 
     async def stop(self, drain_s: float) -> None:
-        """Refuse new calls, let running ones finish for `drain_s` seconds, then close everything.
+        """Refuse new calls, let running calls finish for `drain_s` seconds, then close everything.
 
-        In the last part of that time, resumable streams are handed over to other gateways."""
+        In the last part of the drain time, resumable streams are handed over to other gateways."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
@@ -407,16 +410,16 @@ class Gateway:
         await self._metrics_server.stop(0)
 
     async def _hand_over(self, drain_s: float) -> None:
-        if self.hub.gateways > self.config.gateway.processes:  # only if there are other gateways
+        if self.hub.gateways > self.config.gateway.processes:  # there are other gateways
             await asyncio.sleep(drain_s * (1 - HAND_OVER))
             await self.service.hand_over(self.service.clock() + drain_s * HAND_OVER)
 
     # ---- health and metrics
 
     def _update_health(self) -> None:
-        """Set the grpc.health.v1 status of each model name and alias.
+        """Set the grpc.health.v1 status for each model name and alias.
 
-        Not with `auth`: the health service requires no key, so it must not reveal models."""
+        With `auth` no status is set, because the health service requires no key and must not reveal models."""
         if self.tenants is not None:
             return
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -496,7 +499,8 @@ def _info_labels(identity: WorkerIdentity) -> tuple[str, ...]:
 
 
 def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:
-    """The authenticator of a configuration with `auth`, else None. Database and token modules load only if needed."""
+    """Return the authenticator for a configuration with `auth`, else None. The database and token modules are imported
+    only if needed."""
     if config.auth is None:
         return None
     from cluster.gateway.auth.tenants import TenantAuthenticator
@@ -505,7 +509,8 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
 
 
 def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None) -> Guards | None:
-    """The guards of the tenants' policies; None without tenants. Raises ValueError for an unusable pattern file."""
+    """Return the guards that the tenants' policies name; None without tenants. Raises ValueError for an unusable
+    pattern file."""
     if tenants is None:
         return None
     from cluster.gateway.guards.guards import Guards
@@ -516,7 +521,8 @@ def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | Non
 
 
 def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
-    """The limits shared by all gateways, if the configuration names a store. Imports its client only if needed."""
+    """Return the limits that all gateways share; None if the configuration names no store. The client of the store is
+    imported only if needed."""
     if not config.store.limits_url:
         return None
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
@@ -525,7 +531,7 @@ def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
 
 
 def _cached_secrets() -> Sequence[bytes]:
-    """The secrets of a cluster without `auth`, from the cache folder. Creates them if missing."""
+    """Return the secrets of a cluster without `auth`, from a file in the cache folder. A missing file is created."""
     from cluster.ledger.files import make_secret, read_secrets
 
     path = cache_dir() / "cluster-secret"
@@ -535,7 +541,8 @@ def _cached_secrets() -> Sequence[bytes]:
 
 
 def _turn_tokens(model: KnownModel) -> float:
-    """U of docs/tenancy.md: the weighted tokens of the longest input, or of one worker's KV cache full of outputs."""
+    """Return U of docs/tenancy.md, in weighted tokens: the larger of the cost of the longest input and the cost of
+    outputs that fill one worker's KV cache."""
     kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
     return max(2.0 * kv_tokens, float(model.max_model_len), 1.0)
 
@@ -551,9 +558,10 @@ async def run_gateway(
     link: socket.socket | None = None,
     config_state: ConfigState | None = None,
 ) -> None:
-    """Serve until `stop` is set, then drain. `ready` is called with the bound endpoints by listener name.
+    """Run a gateway until `stop` is set, then drain the gateway. `ready` is called with the bound endpoints by listener
+    name.
 
-    `config_state`: the state of the file that `config` was read from."""
+    `config_state`: the validity of the file from which `config` was read."""
     interpreter.shorten_switch_interval()
     gateway = Gateway(config, folder, process=process, probes=probes)
     gateway.config_state = config_state or gateway.config_state

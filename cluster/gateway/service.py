@@ -1,4 +1,5 @@
-"""Call service: one call from arrival to end, for all APIs. The file follows the order of a call's steps."""
+"""The call service, which carries a call from arrival to end, for all APIs. The file follows the order of a call's
+steps."""
 
 from __future__ import annotations
 
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger("calls")
 
 FEW_IDS = 4096
-"""Prompts with more ids are checked as a numpy array."""
+"""Maximum number of token ids that are checked without numpy. Longer prompts are checked as a numpy array."""
 START_PROGRESS_S = 1.0
-"""Interval of progress reports to a call that waits for its model to start."""
+"""Interval in seconds of the progress reports to a call that waits for its model to start."""
 SHORT_OF_CAPACITY = (
     Outcome.QUEUE_FULL,
     Outcome.SHED,
@@ -59,19 +60,20 @@ SHORT_OF_CAPACITY = (
     Outcome.NO_WORKER,
     Outcome.WORKER_LOST,
 )
-"""Outcomes that more replicas might have prevented."""
+"""Outcomes that might have been prevented by more replicas."""
 FALLBACK_LABEL = "fallback_for"
-"""Label of a usage record with the requested model, if its fallback served the call."""
+"""Name of the label in a usage record that holds the requested model, if a fallback model served the call."""
 DEADLINE_SLACK_S = 0.1
-"""Tolerance for callers that cancel at their deadline: it started before the request arrived, so it passes there
-first."""
+"""Tolerance in seconds for callers that cancel at their deadline. The caller's clock for the deadline started before
+the request arrived here, so the deadline passes at the caller first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a silent call. `state` is queued, prefill, running, resuming (its worker was lost) or the model's
-    state; `queue_position` counts from 1, 0 if not queued. While no worker serves the model, `fraction` is the progress
-    of its start in [0, 1] and `eta_s` the estimated rest of it in seconds, from earlier starts; 0 if unknown."""
+    """Progress of a silent call. `state` is queued, prefill, running, resuming (the call's worker was lost) or the
+    model's state. `queue_position` counts from 1 and is 0 if the call is not queued. While no worker serves the model,
+    `fraction` is the progress of the model's start in [0, 1], and `eta_s` is the estimated remaining time of the start
+    in seconds. Both are estimated from earlier starts, and 0 if unknown."""
 
     state: str
     queue_position: int
@@ -81,17 +83,17 @@ class Progress:
 
 @dataclass(slots=True)
 class Opening:
-    """State of a call that is being opened."""
+    """What is known so far of a call that is being opened."""
 
     request: requests.GenerationRequest
     meta: CallMeta
     arrived: float
     model_name: str = ""
     chain: TokenChain | None = None
-    """Resume tokens of a call that began at another gateway."""
+    """Chain of the presented resume tokens, if the call began at another gateway."""
     requested: KnownModel = field(init=False)
     model: KnownModel = field(init=False)
-    """The model that serves the call: the requested one or its fallback."""
+    """The model that serves the call: the requested model or a fallback model."""
     versions: Versions = field(init=False)
     text: TextModel = field(init=False)
     max_model_len: int = 0
@@ -101,8 +103,8 @@ class Opening:
 
 
 class CallService:
-    """Call service of one gateway: opens calls. Leaving a call's context frees its slots, leaves the queue and settles
-    its accounts and metrics."""
+    """Call service of one gateway, which opens calls. When the context of a call is left, the call's slots are freed,
+    the call leaves the queue, and its accounts and metrics are settled."""
 
     def __init__(
         self,
@@ -119,8 +121,9 @@ class CallService:
         prompts: PromptLog | None = None,
     ) -> None:
         """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
-        of workers that may be lost in a row without a token between. `guards`: required if policies name guards.
-        `resumes`: None if streams cannot be resumed. `prompts`: log for tenants whose policy asks for one."""
+        of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
+        guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
+        whose policy asks for prompt logging."""
         self.max_attempts = max_attempts
         self.max_silent_losses = max_silent_losses
         self._guards = guards
@@ -140,7 +143,7 @@ class CallService:
         self.prompts = prompts
 
     def statistics(self) -> dict[str, int]:
-        """Number of open calls by model; empty when idle."""
+        """Return the number of open calls by model. The mapping is empty when the gateway is idle."""
         counts: dict[str, int] = {}
         for call in list(self._open.values()):
             counts[call.model] = counts.get(call.model, 0) + 1
@@ -148,7 +151,7 @@ class CallService:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is open."""
+        """Whether at least one call is open."""
         return bool(self._open)
 
     def _resume_service(self) -> ResumeService:
@@ -157,8 +160,9 @@ class CallService:
         return self.resumes
 
     async def hand_over(self, by: float) -> None:
-        """End the resumable streams one after the other until `by`, those with the most tokens left first. Evenly over
-        time, so that each finds capacity and a short prefill queue at another gateway."""
+        """End the resumable streams one after the other until the time `by`. The streams with the most tokens left end
+        first. The ends are spread evenly over time, so that each stream finds capacity and a short prefill queue at
+        another gateway."""
         streams = [
             call for call in self._open.values() if call.resume_tokens is not None and call.first_token_at is not None
         ]
@@ -170,7 +174,7 @@ class CallService:
                 await asyncio.sleep(left_s / (len(streams) + 1))
 
     def end_all(self) -> None:
-        """End all open calls; clients can continue the resumable ones at another gateway."""
+        """End all open calls. Clients can continue resumable calls at another gateway."""
         for call in list(self._open.values()):
             self._end_for_resume(call, retry_after_s=0.1)
 
@@ -179,7 +183,7 @@ class CallService:
         call.fail(CallError(Outcome.NO_WORKER, message, retry_after_s=retry_after_s))
 
     def close(self, why: str) -> None:
-        """Refuse new calls, and notify sessions so that they end with their last call."""
+        """Refuse new calls, and notify the sessions, each of which then ends with its last call."""
         self._closing = why
         for notify in list(self.on_close):
             notify()
@@ -190,7 +194,7 @@ class CallService:
         return bool(self._closing)
 
     def progress(self, call: Call) -> Progress:
-        """Progress of a silent call."""
+        """Return the progress of a silent call."""
         position = self.scheduler.queues.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
@@ -201,18 +205,20 @@ class CallService:
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
     async def count(self, meta: CallMeta) -> CallMeta:
-        """Count a request of a tenant before its body is read, whatever its outcome. Raises CallError, RATE_LIMITED."""
+        """Count a tenant's request before the body is read, whatever the outcome will be. Returns metadata that marks
+        the request as counted. Raises CallError RATE_LIMITED."""
         await self._reservations.count_request(meta.principal.tenant)
         return CallMeta(meta.request_id, meta.api, meta.deadline, meta.traceparent, meta.principal, counted=True)
 
     def longest_context(self, principal: Principal) -> int:
-        """Longest context in tokens of the models open to a caller; MAX_IDS if that of a model is unknown."""
+        """Return the longest context, in tokens, of the models that a caller may use; MAX_IDS if the context of one of
+        these models is unknown."""
         lengths = [model.max_model_len for model in self.directory.open_to(principal)]
         return max(lengths) if lengths and all(lengths) else MAX_IDS
 
     async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
-        """Encode a prompt and charge its tokens to the tenant; returns token ids and the model's context length. Raises
-        CallError."""
+        """Encode a prompt and charge its tokens to the tenant. Returns the token ids and the model's context length.
+        Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
         text = await self.directory.text_model(model)
         ids = await encode(prompt, text, meta.tenant, model.max_model_len)
@@ -220,7 +226,7 @@ class CallService:
         return ids, model.max_model_len
 
     async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
-        """Decode token ids into text and charge them to the tenant. Raises CallError."""
+        """Decode token ids into text and charge the ids to the tenant. Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
         text = await self.directory.text_model(model)
         if model.max_model_len and len(token_ids) > model.max_model_len:
@@ -231,8 +237,8 @@ class CallService:
 
     @asynccontextmanager
     async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
-        """Open a call for the time of the context. Raises CallError if it cannot run; an error raised in the context
-        ends it with that outcome."""
+        """Open a call that lasts as long as the context. Raises CallError if the call cannot run. An error that is
+        raised in the context ends the call with the outcome of the error."""
         cleanup = Cleanup(meta.request_id)
         opening = Opening(request, meta, self.clock())
         cleanup.add(lambda outcome: self._count_end(opening, outcome))
@@ -262,7 +268,8 @@ class CallService:
             await cleanup.run()
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
-        """Take the steps from a request to a queued call, in order. Each step registers its undo."""
+        """Take the steps from a request to a queued call, in order. Each step registers its undo step with
+        `cleanup`."""
         if self._closing:
             raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
         if opening.request.resume is not None:
@@ -287,7 +294,7 @@ class CallService:
         await self._reservations.admit(call)
         if opening.model is not opening.requested:
             call.add_headers([("x-headrace-model", opening.model.name)])
-        if call.error is not None:  # its tenant was suspended while its limits were checked
+        if call.error is not None:  # the tenant was suspended while its limits were checked
             raise call.error
         if opening.chain is not None:
             await self._resume_service().take_over(call, opening.chain)
@@ -305,7 +312,7 @@ class CallService:
         opening.meta = replace(opening.meta, deadline=deadline)
 
     def _choose_model(self, opening: Opening) -> None:
-        """Choose the requested model or its fallback, and the versions on which the call may begin."""
+        """Choose the requested model or one of its fallbacks, and the versions on which the call may begin."""
         chain, principal = opening.chain, opening.meta.principal
         name = opening.request.model if chain is None else chain.call_head.model
         requested = model = self.directory.resolve(name, principal, began=chain is not None)
@@ -316,7 +323,7 @@ class CallService:
         opening.versions = model.choose_version(request_id, "" if chain is None else chain.bundle_digest)
 
     async def _encode(self, opening: Opening, cleanup: Cleanup) -> None:
-        """Encode the prompt, and again if the tenant's guards have changed it."""
+        """Encode the prompt. If the tenant's guards change the prompt, encode the changed prompt again."""
         policy, model, request = opening.meta.principal.tenant, opening.model, opening.request
         opening.text = text = await self.directory.text_model(model, opening.versions.first)
         max_model_len = model.max_model_len
@@ -326,7 +333,7 @@ class CallService:
         opening.prompt_ids = await encode(request.prompt, text, policy.name, max_model_len)
         if not policy.guards:
             return
-        # After the first encoding, which bounds the prompt's length: guards search all of it.
+        # Guards search the whole prompt, so they run after the first encoding, which bounds the prompt's length.
         guards = opening.guards = self._guards_of(opening.meta, model.name)
         cleanup.add(lambda outcome: guards.close())
         guarded = await guards.prompt(request.prompt, text)
@@ -335,7 +342,7 @@ class CallService:
             opening.prompt_ids = await encode(guarded, text, policy.name, max_model_len)
 
     def _hold_open(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
-        """Keep the call among the open ones until its end."""
+        """Keep the call among the open calls until the call ends."""
         opening.call = call
 
         def close(outcome: Outcome) -> None:
@@ -350,7 +357,7 @@ class CallService:
         self._open[call.id] = call
 
     def _create_call(self, opening: Opening) -> Call:
-        """Create the call with its sequences, not yet queued."""
+        """Create the call and its sequences, without queueing them."""
         request, meta, model, text = opening.request, opening.meta, opening.model, opening.text
         prompt_ids, max_model_len, versions, guards = (
             opening.prompt_ids, opening.max_model_len, opening.versions, opening.guards
@@ -409,18 +416,19 @@ class CallService:
         return call
 
     def _record_fallback(self, call: Call, requested: KnownModel) -> None:
-        """Count a call that a fallback serves as demand for the requested model, and label its usage record."""
+        """Count a call that is served by a fallback model as demand for the requested model, and label the call's usage
+        record."""
         self.scheduler.count_missed(call, requested)
         call.add_label(FALLBACK_LABEL, requested.name)
         self.metrics.count("route_decisions_total", requested.name, "fallback")
 
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
-        """The guards of a call whose tenant's policy names some."""
+        """Return the guards of a call. The policy of the call's tenant must name at least one guard."""
         assert self._guards is not None, "a policy names guards, but the service has none"
         return self._guards.for_call(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
 
     def _count_end(self, opening: Opening, outcome: Outcome) -> None:
-        """Count the metrics of a call that has ended or could not begin."""
+        """Update the metrics for a call that has ended or could not begin."""
         call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self.metrics
         metrics.count("requests_total", model, meta.tenant, meta.api, outcome.value)
@@ -441,8 +449,8 @@ class CallService:
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
 
     def _count_slo(self, call: Call, outcome: Outcome) -> None:
-        """Count whether the call met its model's SLO. Cancelled or invalid calls do not count, unless their time to
-        first token was already missed."""
+        """Count whether a call met the SLO of its model. A cancelled or invalid call does not count, unless the call
+        had already missed the objective for the time to first token."""
         known = self.directory.find(call.model)
         if known is None or call.is_resumed:
             return
@@ -455,7 +463,7 @@ class CallService:
         self.scheduler.queues.tally.count_slo(call.model, call.policy.priority_class, call.rank, met)
 
     def _end_suspended(self) -> None:
-        """End all open calls of tenants that may no longer call."""
+        """End all open calls of tenants that may no longer make calls."""
         errors = {
             tenant: self.authenticator.tenant_error(tenant) for tenant in {call.tenant for call in self._open.values()}
         }
@@ -465,24 +473,24 @@ class CallService:
                 call.fail(error)
 
     def abort(self, request_id: str, tenant: str = "") -> list[str]:
-        """End the open calls of a request id or call id, only those of `tenant` if it is not empty. Returns the tenant
-        of each ended call."""
+        """End the open calls with this request id or call id. If `tenant` is not empty, only calls of that tenant are
+        ended. Returns the tenant of each ended call."""
         calls = [c for c in self._open.values() if request_id in (c.request_id, c.id) and tenant in ("", c.tenant)]
         for call in calls:
             call.fail(CallError(Outcome.CANCELLED, "cancelled by the cluster's operators"))
         return [call.tenant for call in calls]
 
     def _waits_for_start(self, call: Call) -> bool:
-        """Whether the call waits for a model that no worker serves."""
+        """Return whether the call waits for a model that no worker serves."""
         if call.first_token_at is not None:
             return False
         model = self.directory.find(call.model)
         return model is not None and not model.served
 
     async def send_keepalives(self, keepalive_s: float) -> None:
-        """End calls that waited too long, update service accounts, and have calls send a keep-alive that were silent
-        for `keepalive_s`, or for START_PROGRESS_S if no worker serves their model. Runs until cancelled, with a pass
-        every 0.25 s or less."""
+        """Send keep-alives for silent calls, end calls that have waited too long, and update service accounts. A call
+        gets a keep-alive after `keepalive_s` seconds of silence, or after START_PROGRESS_S if no worker serves its
+        model. Runs until cancelled, with a pass every 0.25 s or less."""
         while True:
             await ticks.sleep_to_tick(min(keepalive_s / 4, 0.25))
             try:
@@ -506,9 +514,9 @@ class CallService:
 async def encode(
     prompt: requests.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0
 ) -> array[int]:
-    """Encode a prompt, outside the event loop if it is long. A `max_model_len` of 0 allows any length.
+    """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
 
-    Raises CallError; for a text that certainly leaves no room for output, before it is tokenized.
+    Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
     """
     if requests.is_chat(prompt) and not text.has_chat_template:
         raise CallError(

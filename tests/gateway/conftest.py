@@ -1,4 +1,4 @@
-"""Fixtures: a cluster with simulated engines, in this process."""
+"""Fixtures for a cluster with simulated engines in this process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.support.cluster import TestCluster, bundle_of, running_cluster
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint folder; the simulated engine uses its tokenizer."""
+    """Provide the folder of a tiny checkpoint, whose tokenizer the simulated engine uses."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path) -> Bundle:
-    """The tokenizer bundle of the checkpoint."""
+    """Provide the tokenizer bundle of the checkpoint."""
     return bundle_of(checkpoint)
 
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """A gateway without workers."""
+    """Provide a running gateway without workers."""
     async with running_cluster(tmp_path) as cluster:
         yield cluster

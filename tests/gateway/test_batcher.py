@@ -1,4 +1,4 @@
-"""Batcher: requests that arrive while a batch is running are sent together in the next one."""
+"""The batcher, which sends the requests that arrive while a batch is running together in the next batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.gateway.batcher import Batcher
 
 
 class Store:
-    """Store that answers once `go` is set, with the uppercase request; "bad" gets an error of its own."""
+    """A store that answers each request with its uppercase text, once `go` is set. The request "bad" gets an error."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -19,7 +19,7 @@ class Store:
         self.away = False
 
     async def __call__(self, asks: Sequence[str]) -> Sequence[str | Exception]:
-        """Answer one batch."""
+        """Answer the requests of one batch."""
         self.asked.append(list(asks))
         await self.go.wait()
         if self.away:
@@ -28,7 +28,8 @@ class Store:
 
 
 async def test_what_comes_meanwhile_goes_together() -> None:
-    """The first request is sent at once, later ones in the next batch, up to its size; each gets its own answer."""
+    """The first request is sent at once, later requests are sent in the next batch up to the maximum size, and each
+    request gets its own answer."""
     store = Store()
     ask = Batcher(store, most=3)
     first = ask("a")
@@ -46,7 +47,7 @@ async def test_what_comes_meanwhile_goes_together() -> None:
 
 
 async def test_a_store_that_is_away_is_everyones_error() -> None:
-    """All requests of a batch fail with the store's error; the next request asks the store again."""
+    """All requests of a batch fail with the store's error, and the next request is sent to the store again."""
     store = Store()
     store.go.set()
     store.away = True
@@ -58,7 +59,8 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
 
 
 async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
-    """Requests that waited for a failed batch fail with it, so that a lost store is waited for only once."""
+    """Requests that waited for a failed batch fail together with the batch, so that a lost store delays requests only
+    once."""
     store = Store()
     store.away = True
     ask = Batcher(store)
@@ -72,7 +74,8 @@ async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
 
 
 async def test_who_no_longer_waits_is_not_asked() -> None:
-    """A request that is cancelled before its batch is left out; one cancelled during it does not affect the others."""
+    """A request that is cancelled before its batch is sent is left out, and a request that is cancelled later does not
+    affect the other requests of the batch."""
     store = Store()
     ask = Batcher(store)
     first, gone = ask("a"), ask("b")

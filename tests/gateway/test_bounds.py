@@ -1,4 +1,5 @@
-"""Bounds of validation: no request makes an error long or slow. Counts are checked first, quoted values are cut."""
+"""Bounds of validation. No request makes an error long or slow, because counts are checked first and quoted values are
+cut."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def _error(options: RequestOptions) -> CallError:
     ],
 )
 def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) -> None:
-    """A list of 300,000 invalid entries is one violation, found in well under a second (it took hours)."""
+    """A list of 300,000 invalid entries is one violation, which is found in well under a second. Formerly the check
+    took hours."""
     began = time.process_time()
     error = with_caller_names(_error(RequestOptions(**{field: value})), {"logprobs": "top_logprobs"})
     assert time.process_time() - began < 1.0
@@ -57,7 +59,7 @@ def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) 
 
 
 def test_an_answer_names_ten_wrong_fields_at_most() -> None:
-    """An error names ten invalid fields at most: more would cost more to render than to find."""
+    """An error names at most ten invalid fields, because more fields would cost more to render than to find."""
     error = _error(RequestOptions(stop_token_ids=(-1,) * 1000, temperature=-1.0))
     assert len(error.violations) == MAX_VIOLATIONS
     assert error.violations[0].field == "temperature"
@@ -66,7 +68,7 @@ def test_an_answer_names_ten_wrong_fields_at_most() -> None:
 
 @given(field=st.text(), words=st.text(min_size=1), times=st.integers(0, 100_000), count=st.integers(0, 30))
 def test_no_error_is_long(field: str, words: str, times: int, count: int) -> None:
-    """The message and every violation of an error are short, whatever a caller sends."""
+    """The message of an error and every violation in the error are short, whatever a caller sends."""
     long = words * times
     error = CallError(Outcome.INVALID_FIELD, long, violations=[Violation(field + long, long)] * count)
     for one in (error, invalid(field + long, long)):
@@ -91,8 +93,8 @@ BAD_CHATS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", BAD_CHATS, ids=lambda fields: next(iter(fields)))
 def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
-    """An error quotes no field of an HTTP body in full. 10 MB in gave 10 MB out, and long lists were searched before
-    they were counted."""
+    """An error quotes no field of an HTTP body in full. Formerly a request of 10 MB got an answer of 10 MB, and long
+    lists were searched before they were counted."""
     with pytest.raises(CallError) as raised:
         openai_requests.parse_chat(Fields(chat_body(**fields)))
     assert len(raised.value.message) < 1024
@@ -107,7 +109,7 @@ def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
     ids=["role", "format"],
 )
 def test_no_field_of_a_message_is_echoed_whole(request_: pb.ChatRequest) -> None:
-    """An error quotes no field of a gRPC message in full; the status text is sent in a header."""
+    """An error quotes no field of a gRPC message in full, because the status text is sent in a header."""
     with pytest.raises(CallError) as raised:
         grpc_requests.parse_chat(request_)
     assert len(raised.value.message) < 1024
@@ -115,7 +117,7 @@ def test_no_field_of_a_message_is_echoed_whole(request_: pb.ChatRequest) -> None
 
 @given(st.dictionaries(st.text(max_size=80), st.text(max_size=300), max_size=20), st.integers(0, 100_000))
 def test_metadata_is_refused_in_few_words(metadata: dict[str, str], times: int) -> None:
-    """The error for invalid metadata is short, with names and values of any size."""
+    """The error for invalid metadata is short, whatever the size of names and values."""
     found = ""
     try:
         check_metadata({name: value * times for name, value in metadata.items()})
@@ -126,7 +128,8 @@ def test_metadata_is_refused_in_few_words(metadata: dict[str, str], times: int) 
 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_engines_table(ids: int, min_tokens: int, fits: bool) -> None:
-    """At most 128 stop token ids with the EOS ids: one more crashes the engine core of vLLM's V2 runner."""
+    """A call with `min_tokens` may have at most 128 stop token ids, the EOS ids included. One more id crashes the
+    engine core of vLLM's V2 runner."""
     options = RequestOptions(stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     check_options(options)
     wish = GenerationRequest("m", TextPrompt("x"), options)

@@ -1,4 +1,4 @@
-"""Calls through a real gateway and real links on the simulated engine: answers, streams, usage, listings."""
+"""Calls through a real gateway and real links to a simulated engine: answers, streams, usage and listings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 
 
 async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream's pieces are the whole answer; its last chunk alone has finish_reason and usage; offsets grow."""
+    """The pieces of a stream add up to the whole answer, only the last chunk has finish_reason and usage, and offsets
+    grow."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks = [c async for c in cluster.stub.StreamChat(chat(max_tokens=40, ignore_eos=True))]
     whole = await cluster.stub.Chat(chat(max_tokens=40, ignore_eos=True))
@@ -42,7 +43,7 @@ async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: P
 
 
 async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The caller gets the text of exactly the ids that the engine alone generates for the same prompt."""
+    """The caller gets the text of exactly those ids that the engine generates for the same prompt without a gateway."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     text = TextModel.from_bundle(bundle)
     answer = await cluster.stub.Complete(complete(max_tokens=30, ignore_eos=True))
@@ -62,7 +63,8 @@ async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bu
 
 
 async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """n choices run as n requests; the prompt counts once; a seed makes each of them repeatable and different."""
+    """A call with n choices runs as n requests, and the prompt counts once. With a seed, each choice is repeatable and
+    the choices differ."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     request = chat(n=3, temperature=1.0, seed=11, max_tokens=12, ignore_eos=True)
     first = [c async for c in cluster.stub.StreamChat(request)]
@@ -77,7 +79,7 @@ async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: B
 
 
 async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stop string ends the call, is not delivered, and frees the engine's slot at once."""
+    """A stop string ends the call and frees the engine's slot at once, and is not delivered."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     whole = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
     stop = whole[20:24]
@@ -90,7 +92,8 @@ async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoin
 
 
 async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A given request id is returned at once and at the end, an invalid one is replaced; other metadata is ignored."""
+    """A valid request id of the caller is returned at the beginning and at the end, an invalid request id is replaced,
+    and other metadata is ignored."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     call = cluster.stub.StreamChat(
         chat(), metadata=(("x-request-id", "abc-1"), ("x-whatever", "7"), ("x-b-bin", b"\xff"))
@@ -106,7 +109,7 @@ async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint:
 
 
 async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Text and messages become ids and ids become text; the answer has the context length."""
+    """Tokenize turns text and messages into ids and returns the context length, and Detokenize turns ids into text."""
     await cluster.add_worker(sim_engine(checkpoint, max_model_len=512), bundle)
     text = TextModel.from_bundle(bundle)
     plain = await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text="Grüße, 世界"))
@@ -121,7 +124,8 @@ async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, b
 
 
 async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Catalog entries without workers are listed with their state; a worker makes its model READY and SERVING."""
+    """A model without workers is listed with its state in the catalog, and a worker makes its model READY and
+    SERVING."""
     cluster.gateway.worker_events.apply_catalog(
         [
             CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256),
@@ -154,7 +158,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
 
 
 async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls beyond the engines' capacity wait in the gateway, not in the engines, and all are answered."""
+    """Calls beyond the capacity of the engines wait in the gateway, not in the engines, and all calls are answered."""
     workers = [await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=4), bundle) for _ in range(2)]
     deepest = 0
 
@@ -177,7 +181,7 @@ async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Pa
 
 @pytest.mark.slow
 async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A long prompt arrives complete, in chunks on a connection of its own."""
+    """A long prompt is sent in chunks on a separate connection and arrives complete."""
     await cluster.add_worker(
         sim_engine(checkpoint, max_model_len=400_000, kv_blocks=40_000, prefill_tokens_per_s=1e7), bundle
     )
@@ -190,7 +194,7 @@ async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """After every keepalive_s without a token a chunk with only progress is sent, for queued and running calls."""
+    """After every keepalive_s without a token, a chunk that has only progress is sent for queued and running calls."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         cluster.gateway.worker_events.apply_catalog(
@@ -208,7 +212,8 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker lost in mid-stream, with resume off, ends the call UNAVAILABLE with a reason, after all its text."""
+    """The loss of a worker in mid-stream, with resume off, ends the call UNAVAILABLE with a reason, after all received
+    text has been delivered."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
@@ -237,8 +242,7 @@ async def test_a_call_without_tokens_moves_to_another_worker(
 async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, kind: str
 ) -> None:
-    """If an engine crashes or computes NaN and there is no other, its calls end with an error, never with wrong or
-    missing tokens."""
+    """If the only engine crashes or computes NaN, the calls end with an error, never with wrong or missing tokens."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_wait_s: 0.2}")
     async with running_cluster(tmp_path, config) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault=kind), bundle)
@@ -250,7 +254,8 @@ async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
 async def test_a_grammar_without_a_way_on_is_the_callers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If a grammar allows no further token, the call's parameters contradict each other: the error is the caller's."""
+    """If a grammar allows no further token, the call's parameters contradict each other, and the call ends with an
+    error about the request."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:3"), bundle)
     form = pb.ResponseFormat(type="regex", regex="a+")
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True, response_format=form)))

@@ -1,4 +1,4 @@
-"""Deadlines, cancels and lost clients free the engine's slots at once and do not affect other calls."""
+"""Deadlines, cancels and lost clients, which free the engine's slots at once and do not affect other calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.cluster import TestCluster, sim_engine, until
 
 
 class StepClock:
-    """Engine wrapper that records the step in which each request left the engine."""
+    """A wrapper of an engine that records the step in which each request left the engine."""
 
     def __init__(self, engine: SimEngine) -> None:
         self._engine = engine
@@ -50,7 +50,8 @@ class StepClock:
 
 @pytest.mark.slow
 async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """At 20 ms a step a slot is free within two steps of the cancel (p99 of 1,000); other calls keep their tokens."""
+    """At 20 ms a step, a cancelled call's slot is free within two steps of the cancel (p99 of 1,000 cancels), and other
+    calls keep their tokens."""
     engine = StepClock(sim_engine(checkpoint, decode_ms=20, max_num_seqs=256, kv_blocks=2_000))
     await cluster.add_worker(engine, bundle)
     steady = chat("steady", max_tokens=150, ignore_eos=True)
@@ -82,7 +83,7 @@ async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkp
 
 @pytest.mark.slow
 async def test_a_thousand_cancels_at_once(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A thousand calls, waiting and running, cancelled together leave nothing behind."""
+    """A thousand waiting and running calls that are cancelled together leave nothing behind."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=32), bundle)
     calls = [cluster.stub.StreamChat(chat(f"call {i}", max_tokens=500, ignore_eos=True)) for i in range(1000)]
     await until(lambda: sum(cluster.gateway.service.statistics().values()) >= 900, "the calls are under way")
@@ -95,7 +96,7 @@ async def test_a_thousand_cancels_at_once(cluster: TestCluster, checkpoint: Path
 
 @pytest.mark.parametrize("queued", [False, True], ids=["running", "queued"])
 async def test_deadlines_reach_the_engine(cluster: TestCluster, checkpoint: Path, bundle: Bundle, queued: bool) -> None:
-    """A call past its deadline ends DEADLINE_EXCEEDED and leaves queue and engine."""
+    """A call past its deadline ends DEADLINE_EXCEEDED and leaves the queue and the engine."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=1), bundle)
     others = []
     if queued:
@@ -111,7 +112,7 @@ async def test_deadlines_reach_the_engine(cluster: TestCluster, checkpoint: Path
 
 
 async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A connection that breaks under its streams frees all of them."""
+    """All streams of a client connection that breaks are freed."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     channel = grpc.aio.insecure_channel(
         cluster.gateway.endpoints["grpc"], options=[("grpc.use_local_subchannel_pool", 1)]
@@ -128,7 +129,8 @@ async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path,
 async def test_slow_reader_gets_whole_text_in_fewer_chunks(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A client that does not read gets its text in larger chunks; the engine does not wait for it."""
+    """A client that does not read for a time gets all text in fewer and larger chunks, and the engine does not wait for
+    the client."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.2, max_model_len=4_000, kv_blocks=4_000), bundle
     )

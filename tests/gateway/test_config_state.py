@@ -1,4 +1,5 @@
-"""Invalid models in the configuration: the gateway serves its last catalog, reports it, and checks the file again."""
+"""Invalid models in the configuration. The gateway serves its last catalog, reports the errors, and checks the file
+again."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ WRONG = LOOPBACK + '  - {name: sim, source: "sim:///elsewhere"}\n'
 
 
 async def no_bundle(_: str) -> object:
-    """Fetch nothing."""
+    """Raise, because no bundle may be fetched."""
     raise LookupError
 
 
 @pytest.mark.slow
 async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Path) -> None:
-    """A gateway starts with an invalid file. Each gateway that restarted exited: the fleet was gone within days."""
+    """A gateway with an invalid configuration file starts and serves its last catalog. Formerly each restarted gateway
+    exited, and the fleet was gone within days."""
     folder = tmp_path / "gateway"
     ModelDirectory(folder, no_bundle).apply_catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
     async with gateway_process(folder, WRONG) as process:
@@ -39,12 +41,13 @@ async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Pat
 
 
 def seen(state: ConfigState, valid: bool) -> bool:
-    """Whether the file's state is reported as `valid`."""
+    """Return whether the state of the file is reported as `valid`."""
     return state.valid is valid
 
 
 async def test_a_file_that_becomes_wrong_is_seen_before_a_restart(tmp_path: Path) -> None:
-    """A file that becomes invalid, or valid again, is reported without a restart: after one, the alarm is too late."""
+    """A configuration file that becomes invalid, or valid again, is reported without a restart, because an alarm after
+    a restart is too late."""
     file = tmp_path / "cluster.yaml"
     file.write_text(LOOPBACK)
     state = ConfigState(file, look_s=0.01)

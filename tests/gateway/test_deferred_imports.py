@@ -1,4 +1,4 @@
-"""Deferred imports of a gateway."""
+"""Imports that a gateway defers until after its start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.gateway import deferred_imports
 
 
 def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
-    """Neither numpy nor the modules for large bodies are imported with the gateway."""
+    """A gateway's start imports neither numpy nor the modules for large bodies."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -24,8 +24,7 @@ def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
 async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
     busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deferred modules are imported at the first idle moment, or after a time limit if the gateway is never
-    idle."""
+    """The deferred modules are imported at the first idle moment, or at the time limit if the gateway is never idle."""
     name = f"imported_later_{busy}".lower()
     (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

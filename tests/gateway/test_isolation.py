@@ -1,4 +1,4 @@
-"""Isolation of calls: an exception of one call reaches no link, no other call and no other account."""
+"""Isolation of calls. An exception of one call affects no link, no other call and no other account."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ PLAIN = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 class Broken(Exception):
-    """Exception that the faulty parts raise."""
+    """The exception that the faulty parts raise."""
 
 
 def breaks(*_: object) -> Any:
-    """Raise Broken."""
+    """Raise the exception Broken."""
     raise Broken
 
 
 class PanicException(BaseException):
-    """Stand-in for the exception of a Rust extension that panics, which has this name."""
+    """A stand-in for the exception of a panic in a Rust extension, which has this name."""
 
 
 @dataclass
 class FaultyText:
-    """A text source that fails in one of its methods."""
+    """A text source that fails in one method."""
 
     plain: TextSource
     at: str
@@ -103,7 +103,7 @@ class FaultyText:
 
 @dataclass
 class Poison:
-    """A fault in one step of a call."""
+    """A fault that is put into one step of a call."""
 
     sampling: Sampling = PLAIN
     request: Mapping[str, Any] = field(default_factory=dict)
@@ -143,13 +143,13 @@ EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submissio
 
 @dataclass
 class Rig:
-    """A cluster with one worker, and calls that bypass the APIs' checks."""
+    """A cluster with one worker, whose calls bypass the checks of the APIs."""
 
     cluster: TestCluster
     text: TextModel
 
     def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
-        """Create a call as CallService does, with this fault."""
+        """Create a call with this fault, in the same way as CallService creates calls."""
         scheduler = self.cluster.gateway.scheduler
         events = SimpleNamespace(**{**{name: getattr(scheduler, name) for name in EVENTS}, **poison.call})
         call = Call(
@@ -174,7 +174,7 @@ class Rig:
 
     @asynccontextmanager
     async def entered(self, calls: Sequence[Call]) -> AsyncIterator[None]:
-        """Queue these calls; at the end leave each, as its API does."""
+        """Queue these calls, and at the end of the context leave each call, as the service does."""
         scheduler = self.cluster.gateway.scheduler
         model = self.cluster.gateway.directory.find("sim")
         assert model is not None
@@ -189,7 +189,8 @@ class Rig:
                     scheduler.host.accounting.ended(call, Outcome.INTERNAL)
 
     def held(self) -> object:
-        """Everything that the gateway and the link hold for calls; equal before and after a test."""
+        """Return everything that the gateway and the link hold for calls, which must be equal before and after a
+        test."""
         scheduler, (link,) = self.cluster.gateway.scheduler, self.cluster.gateway.hub.links
         order = scheduler.charges.fair.order("sim").statistics()
         return (
@@ -205,7 +206,8 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncIterator[Rig]:
-    """A rig with this engine. Afterwards checks that the link is the same, with all its credit and nothing held."""
+    """Provide a rig with this engine. Afterwards check that the link is the same, has all its credit and holds
+    nothing."""
     worker = await cluster.add_worker(engine, bundle)
     await cluster.stub.Complete(complete(max_tokens=2))
     await cluster.until_idle()
@@ -224,7 +226,7 @@ async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncI
 
 
 def ended(call: Call) -> bool:
-    """Whether a call has ended."""
+    """Return whether a call has ended."""
     return call.error is not None or call.finished
 
 
@@ -232,7 +234,8 @@ def ended(call: Call) -> bool:
 async def test_no_exception_of_one_call_reaches_a_link(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, places: int
 ) -> None:
-    """No exception of a call ends a link. A lone surrogate in a regex ended one, and with it other tenants' streams."""
+    """No exception of a call ends a link. Formerly a lone surrogate in a regex ended a link, and with the link the
+    streams of other tenants."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)) as rig:
         alone = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
         stream = asyncio.ensure_future(cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True)))
@@ -250,21 +253,22 @@ async def test_no_exception_of_one_call_reaches_a_link(
 
 
 class FaultySealer:
-    """Sealer that fails."""
+    """A sealer that fails."""
 
     def seal(self, record: OpenRecord) -> bytes:
-        """Raise Broken."""
+        """Raise the exception Broken."""
         raise Broken
 
     def open(self, sealed: bytes) -> OpenRecord:
-        """Not called."""
+        """Never called."""
         raise NotImplementedError
 
 
 async def test_a_record_that_cannot_be_sealed_ends_its_call(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A record that cannot be sealed or sent ends its call; it ended the link and left the account open."""
+    """A record that cannot be sealed or sent ends its call. Formerly such a record ended the link and left the account
+    open."""
     written: list[UsageRecord] = []
     for number, sealer in enumerate((cast(Sealer, FaultySealer()), Sealer([b"s" * 32]))):
         accounting = Accounting(
@@ -285,7 +289,8 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
 
 
 async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Every cleanup step runs if a text fails when it is read or counted; the slot and queue entry were not freed."""
+    """Every cleanup step runs if a call's text fails when it is read or counted. Formerly the slot and the queue entry
+    were not freed."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
         call = rig.call(Poison(text="take"))
         async with rig.entered([call]):
@@ -296,7 +301,7 @@ async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoi
 
 @dataclass
 class FaultyEngine:
-    """A simulated engine that fails on requests with one seed."""
+    """A simulated engine that fails on requests with a certain seed."""
 
     inner: SimEngine
     error: Callable[[], BaseException]
@@ -320,10 +325,11 @@ class FaultyEngine:
 async def test_an_engine_that_fails_on_a_request_refuses_that_one(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, error: Callable[[], BaseException]
 ) -> None:
-    """An exception of the engine's submit refuses that request; it ended the worker's reader and the link."""
+    """If the engine raises in `submit`, only that request is refused. Formerly such an exception ended the worker's
+    reader and the link."""
     engine = FaultyEngine(sim_engine(checkpoint, decode_ms=2), error)
     async with rig_of(cluster, bundle, cast(Engine, engine)) as rig:
-        grammar = Grammar("regex", "a*")  # these are submitted beside the reader
+        grammar = Grammar("regex", "a*")  # requests with a grammar are submitted beside the reader
         poisons = [rig.call(Poison(replace(PLAIN, seed=13, grammar=kind))) for kind in (None, grammar)]
         healthy = rig.call(Poison())
         async with rig.entered([*poisons, healthy]):
@@ -336,7 +342,7 @@ async def test_an_engine_that_fails_on_a_request_refuses_that_one(
 
 
 def test_a_link_outlives_its_sinks() -> None:
-    """All sinks learn of a link's end although one raises; the others did not."""
+    """When a link ends, all sinks are called, even if one sink raises. Formerly the other sinks were not called."""
 
     class Raises(Silent):
         failure: BaseException | None = None

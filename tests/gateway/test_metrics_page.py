@@ -1,4 +1,4 @@
-"""Metrics endpoint of a process: content negotiation, and the cost of many scrapers."""
+"""The metrics endpoint of a process: content negotiation, and the cost of many scrapers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD = "GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n{more}\r\n"
 
 
 async def scrape(port: int, more: str = "", path: str = "/metrics") -> tuple[str, bytes]:
-    """Head and body of the answer to a scrape."""
+    """Return the head and the body of the answer to a scrape."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(HEAD.format(path=path, more=more).encode())
     head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
@@ -24,7 +24,7 @@ async def scrape(port: int, more: str = "", path: str = "/metrics") -> tuple[str
 
 
 async def test_scrapers_get_the_form_that_they_ask_for() -> None:
-    """Scrapers get the requested format: Prometheus requests OpenMetrics and gzip."""
+    """Scrapers get the format that they request. Prometheus requests OpenMetrics and gzip."""
     metrics = Metrics("c")
     metrics.count("rejected_total", "m", "queue_full", by=3)
     async with metrics_served(metrics, "127.0.0.1", 0) as port:
@@ -45,7 +45,8 @@ async def test_scrapers_get_the_form_that_they_ask_for() -> None:
 
 
 async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page() -> None:
-    """Idle connections have no thread, and simultaneous scrapes share a page; 300 idle connections had 300 threads."""
+    """Idle connections have no thread, and simultaneous scrapes share a page. Formerly 300 idle connections had 300
+    threads."""
     metrics, made = Metrics("c"), 0
     go = threading.Event()
 

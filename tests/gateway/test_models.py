@@ -1,4 +1,4 @@
-"""Model access: neither an error's text nor its time reveals a model that a caller may not use."""
+"""Access to models. Neither the text nor the timing of an error reveals a model that a caller may not use."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from cluster.wire.bundle import Bundle
 
 
 async def no_bundle(digest: str) -> Bundle:
-    """Raise: no bundle is available."""
+    """Raise LookupError, because no bundle is available."""
     raise LookupError(digest)
 
 
 def caller(*models: str) -> Principal:
-    """A principal whose tenant may use these models."""
+    """Return a principal whose tenant may use these models."""
     return Principal(TenantPolicy("acme", models=models), by="key", subject="k")
 
 
 def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[str, int]]:
-    """Every line of code that runs to refuse a name."""
+    """Return every line of code that runs when `who` is refused the model `name`."""
     lines: list[tuple[str, int]] = []
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -48,7 +48,8 @@ def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[
 
 @pytest.mark.parametrize("mine", [("open",), ("open", "other-*"), ("nothing",)])
 def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ...]) -> None:
-    """Another tenant's model is refused like one that does not exist; it took 12 to 18 us longer."""
+    """Another tenant's model is refused with the same work as a model that does not exist. Formerly the refusal took 12
+    to 18 us longer."""
     directory = ModelDirectory(tmp_path, no_bundle)
     aliases = tuple(f"alias-{number}" for number in range(20))
     directory.apply_catalog(
@@ -58,14 +59,15 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
         ]
     )
     who = caller(*mine)
-    work_of(directory, "absent", who)  # the models that its policy allows are looked up once
+    work_of(directory, "absent", who)  # the models that the policy allows are looked up once
     warm = work_of(directory, "absent", who)
     for name in ("secret", "alias-7", "none-of-that-name"):
         assert work_of(directory, name, who) == warm
 
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
-    """The models that a policy's patterns allow are cached for the newest catalog only."""
+    """The models that a caller may use follow the newest catalog, because the models allowed by a policy are cached for
+    that catalog only."""
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")

@@ -1,4 +1,4 @@
-"""Short soak: a thousand calls and many lost links leave nothing behind in gateway, worker and engine.
+"""A short soak test. A thousand calls and many lost links leave nothing behind in gateway, worker and engine.
 
 The test counts objects, since memory use shows nothing within seconds; `python -m loadtests faults --only soak` checks
 memory for minutes.
@@ -33,13 +33,16 @@ pytestmark = pytest.mark.slow
 CALLS, AT_ONCE, LINKS = 400, 20, 8
 ROUNDS, KEPT = 2, 0.2
 REST_S = 30.0
-"""Seconds until all that has ended must be freed. One count of all objects takes seconds, more on a busy machine."""
+"""Seconds within which everything that has ended must be freed. One count of all objects takes seconds, and more on a
+busy machine."""
 QUICK = Timing(redial_min_s=0.01, redial_max_s=0.02, silence_s=60.0, hang_s=60.0)
-"""Heartbeat timeout: counting all objects may block this process's one event loop for seconds."""
+"""Timing with long heartbeat timeouts, because counting all objects may block this process's only event loop for
+seconds."""
 
 
 LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context")
-"""Types that the event loop frees late: cancelled timers, with their contexts. Live timers are counted separately."""
+"""Names of types that are not counted, because the event loop frees cancelled timers and their contexts late. Live
+timers are counted separately."""
 
 
 def _name(called: Any) -> str:
@@ -55,7 +58,7 @@ def _file(number: str) -> str:
 
 @dataclass(frozen=True)
 class Held:
-    """Everything that this process holds when idle."""
+    """Counts of everything that this process holds when idle."""
 
     tasks: Counter[str]
     timers: Counter[str]
@@ -65,7 +68,7 @@ class Held:
 
     @classmethod
     def now(cls) -> Held:
-        """Count after a garbage collection."""
+        """Return the counts after a garbage collection."""
         gc.unfreeze()  # objects frozen at start (process/memory.py) would not be counted
         gc.collect()
         loop: Any = asyncio.get_running_loop()
@@ -78,7 +81,7 @@ class Held:
         return cls(tasks, timers, files, Counter(t.name for t in threading.enumerate()), kinds)
 
     def grown(self, before: Held, objects: float) -> dict[str, int]:
-        """All that has grown since `before`; each type may grow by `objects`."""
+        """Return everything that has grown since `before`. Each type may grow by `objects`."""
         found = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
         for name in ("tasks", "timers", "files", "threads"):
             now, then = getattr(self, name), getattr(before, name)
@@ -88,7 +91,7 @@ class Held:
 
 
 async def calls(cluster: TestCluster) -> None:
-    """Make many calls at once: unary, streamed, and streams that are cancelled midway."""
+    """Make many calls at once: unary calls, streams, and streams that are cancelled midway."""
     turns = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> None:
@@ -120,7 +123,7 @@ async def losses(cluster: TestCluster) -> None:
 
 
 async def at_rest(cluster: TestCluster) -> None:
-    """Wait until no call runs and the worker's link is up, at both ends."""
+    """Wait until no call runs and the worker's link is up at both ends."""
     await cluster.until_idle()
     (worker,) = cluster.workers
     await until(lambda: cluster.linked(worker.identity.worker_id), "the worker is back")
@@ -128,7 +131,8 @@ async def at_rest(cluster: TestCluster) -> None:
 
 
 async def settled() -> Held:
-    """Everything held once a new link is complete: its threads and stubs are created a little later."""
+    """Return everything that is held once a new link is complete. The threads and stubs of a link are created a little
+    after the link."""
     held = [Held.now()]
 
     def still() -> bool:
@@ -148,8 +152,8 @@ async def test_nothing_is_left_behind(
     what: Callable[[TestCluster], Awaitable[None]],
     count: int,
 ) -> None:
-    """After the first round, which fills caches and pools, further rounds leave no task, timer, file or thread, and of
-    each type less than one object per five calls or lost links."""
+    """Further rounds, after a first round that fills caches and pools, leave no task, timer, file or thread behind, and
+    less than one object of each type per five calls or lost links."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)
     await what(cluster)
     await at_rest(cluster)
@@ -165,7 +169,8 @@ async def test_nothing_is_left_behind(
 
 
 async def test_calls_are_freed_without_the_collector(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A call's prompt, text and tokens are freed at its end, without the garbage collector, which runs rarely."""
+    """The prompt, text and tokens of a call are freed when the call ends, without the garbage collector, which runs
+    rarely."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle)
     await calls(cluster)
     gc.unfreeze()  # objects that another test's gateway froze would be counted, though the collector never visits them

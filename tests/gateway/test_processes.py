@@ -1,4 +1,5 @@
-"""Two gateway processes on one port: both serve, each has its own metrics, and either serves without the other."""
+"""Two gateway processes on one port. Both processes serve, each has its own metrics, and each serves without the
+other."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ CONNECTIONS, TOKENS = 16, 8
 
 @pytest.fixture
 async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[serving.Ours]:
-    """Two gateway processes, and a worker process that is configured with the first one only."""
+    """Provide two gateway processes, and a worker process whose configuration names only the first gateway process."""
     bundle.save(tmp_path / "bundle")
     async with Children(tmp_path / "logs", term_s=2.0) as children:
         yield await serving.start(
@@ -42,13 +43,13 @@ async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
 
 
 def configuration_of(folder: Path) -> str:
-    """The first process's configuration, as `up` writes it to the run folder."""
+    """Return the path of the first process's configuration, written as `up` would write the file to the run folder."""
     (file,) = folder.glob("*-gateway/cluster.yaml")
     return file.read_text()
 
 
 async def ask(ours: serving.Ours, connections: int) -> list[Any]:
-    """Make two unary calls over each of many connections; returns the answers."""
+    """Make two unary calls over each of many connections. Returns the answers."""
     channels = [grpc.aio.insecure_channel(ours.grpc, options=OWN_CONNECTION) for _ in range(connections)]
     try:
         stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
@@ -61,20 +62,20 @@ async def ask(ours: serving.Ours, connections: int) -> list[Any]:
 
 
 def answered(endpoints: Mapping[str, str]) -> int:
-    """Number of answered calls in a process's metrics."""
+    """Return the number of answered calls in the metrics of a process."""
     found = gateway_metrics.scrape(endpoints["metrics"])
     assert found is not None
     return int(sum(value for name, _, value in found if name == "headrace_requests_total"))
 
 
 def own_process(child: Any) -> int:
-    """Pid of the gateway itself, not of its guard process."""
+    """Return the pid of the gateway itself, not of the gateway's guard process."""
     (process,) = child.commands()
     return int(process.pid)
 
 
 def sockets(child: Any, address: str) -> Counter[str]:
-    """A process's sockets at an address, by their state."""
+    """Return the sockets of a process at an address, by state."""
     port = int(address.rsplit(":", 1)[1])
     found = psutil.Process(own_process(child)).net_connections("tcp")
     return Counter(one.status for one in found if one.laddr and one.laddr.port == port)
@@ -83,8 +84,8 @@ def sockets(child: Any, address: str) -> Counter[str]:
 async def test_both_serve_and_one_goes_on_alone(
     ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both get connections, their metrics add up to all calls, and `status` shows both; after either is killed, the
-    other one serves the port alone."""
+    """Both processes get connections, the metrics of both add up to all calls, and `status` shows both. After one
+    process is killed, the other process serves the port alone."""
     ((second, at_second),) = ours.siblings
     assert at_second["grpc"] == ours.grpc
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
@@ -116,7 +117,8 @@ async def test_both_serve_and_one_goes_on_alone(
 
 
 async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
-    """The worker learnt the second gateway's address from the first, and keeps it after the first was killed."""
+    """A worker learns the second gateway's address from the first gateway, and keeps the address after the first
+    gateway is killed."""
     ((_, at_second),) = ours.siblings
     os.kill(own_process(ours.gateway), signal.SIGKILL)
     await until(lambda: not ours.gateway.alive, "the first is gone")
@@ -134,7 +136,8 @@ async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
 async def test_what_cannot_be_shared_is_told(
     tmp_path: Path, processes: int, arguments: list[str], code: int, message: str
 ) -> None:
-    """A process number that is not configured, and ports of 0, which other processes could not know, are refused."""
+    """A process number that is not configured is refused, and so are ports of 0, which other processes could not
+    know."""
     await tenants.make_key(tmp_path)
     file = tmp_path / "cluster.yaml"
     file.write_text(serving.configuration("m", tmp_path).replace("processes: 1", f"processes: {processes}"))

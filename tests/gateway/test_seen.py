@@ -1,4 +1,4 @@
-"""Metrics as Prometheus reads them, and gRPC reflection as a stock tool reads it."""
+"""Metrics as Prometheus reads them, and gRPC reflection as a standard tool uses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 async def scrape(cluster: TestCluster) -> Samples:
-    """All samples by name and labels."""
+    """Return all samples of the metrics page, by name and labels."""
     url = f"http://{cluster.gateway.endpoints['metrics']}/metrics"
     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
     return {
@@ -31,7 +31,8 @@ async def scrape(cluster: TestCluster) -> Samples:
 
 
 async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Metrics have requests by outcome, tokens, times, queue and workers, with the cluster's name and fixed buckets."""
+    """The metrics report requests by outcome, tokens, times, the queue and workers, with the cluster's name and fixed
+    buckets."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, pod="gpu-a", host="ip-10-0-3-7")
     for _ in range(3):
         await cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))
@@ -64,7 +65,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
 
 
 def test_every_label_is_of_the_vocabulary() -> None:
-    """No metric has a label outside the common vocabulary, except build_info."""
+    """No metric except build_info has a label outside the common vocabulary."""
     allowed = {
         "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit",
         "state", "gpu", "pod", "node", "file", "path",
@@ -75,7 +76,7 @@ def test_every_label_is_of_the_vocabulary() -> None:
 
 
 async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """`buf curl` finds the service by reflection, calls it, and gets a readable error for an invalid request."""
+    """`buf curl` finds the service by reflection, makes a call, and gets a readable error for an invalid request."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     base = f"http://{cluster.gateway.endpoints['grpc']}/cluster.v1.Inference/StreamChat"
     command = [str(Path(sys.executable).parent / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]

@@ -1,4 +1,4 @@
-"""SIGTERM to a gateway process: running calls finish, new ones are refused."""
+"""SIGTERM to a gateway process. Running calls finish, and new calls are refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.cluster import LOOPBACK, sim_engine, until
 
 @pytest.mark.slow
 async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A running stream is completed, a new call is refused with a hint to call another gateway, and the process exits
-    with 0 as soon as the stream has ended."""
+    """After SIGTERM a running stream is completed, a new call is refused with a hint to call another gateway, and the
+    process exits with code 0 as soon as the stream has ended."""
     file, ready = tmp_path / "cluster.yaml", tmp_path / "ready.json"
     file.write_text(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 30"))
     arguments = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))

@@ -1,7 +1,7 @@
-"""The authenticator interface that the APIs and the service use, and its implementation without `auth`.
+"""The authenticator interface, which the APIs and the service use, and the implementation for a gateway without `auth`.
 
-Without `auth` there is one tenant and no keys. With `auth` the implementation is in tenants.py, which a gateway
-without `auth` does not import.
+Without `auth` there is one tenant and no keys. The implementation for a gateway with `auth` is in tenants.py, which a
+gateway without `auth` does not import.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ DEFAULT_PRINCIPAL = Principal(TenantPolicy("default"), by="nothing")
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a caller presents: all values of `authorization`, the names in its verified certificate, its address."""
+    """Credentials that a caller presents: all values of the header `authorization`, the names in the caller's verified
+    certificate, and the caller's address."""
 
     authorization: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -28,7 +29,7 @@ class Credentials:
 
 
 class Caller:
-    """A long-lived caller, such as a session, which is authenticated again whenever tenants or keys change."""
+    """A long-lived caller, such as a session. The caller is authenticated again whenever tenants or keys change."""
 
     __slots__ = ("credentials", "principal", "refused")
 
@@ -38,47 +39,52 @@ class Caller:
         self.refused: CallError | None = None
 
     def require(self) -> Principal:
-        """The caller's current principal. Raises CallError when its last authentication failed."""
+        """Return the caller's current principal. Raises CallError if the caller's last authentication failed."""
         if self.refused is not None:
             raise CallError(
                 self.refused.outcome, self.refused.message, retry_after_s=self.refused.retry_after_s
-            )  # a new exception object for each call
+            )  # each call gets a new exception object
         return self.principal
 
 
 class Authenticator(Protocol):
-    """Turns credentials into principals.
+    """Authenticator of callers, which turns credentials into principals.
 
-    `by_certificate`: whether client certificates authenticate. `on_change`: callbacks for when any tenant's state may
-    have changed.
+    `by_certificate`: whether client certificates authenticate callers. `on_change`: functions that are called when the
+    state of any tenant may have changed.
     """
 
     by_certificate: bool
     on_change: set[Callable[[], None]]
 
     async def principal(self, credentials: Credentials) -> Principal:
-        """Authenticate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
+        """Authenticate a caller and return its principal. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED,
+        STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """The current snapshot of callers. Each change makes a new object; compare by identity.
+        """Return the current snapshot of the known callers. Each change makes a new object, so snapshots are compared
+        by identity.
 
         Raises CallError STORE_UNAVAILABLE."""
 
     async def register(self, credentials: Credentials) -> Caller:
-        """Authenticate a long-lived caller and keep it up to date until `leave`. Raises as `principal` does."""
+        """Authenticate a long-lived caller and keep its principal up to date until `unregister`. Raises the same errors
+        as `principal`."""
 
     def unregister(self, caller: Caller) -> None:
-        """Stop keeping a caller from `visit` up to date."""
+        """Stop keeping the principal of a registered caller up to date."""
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """The error with which a tenant's calls, running ones included, must end; None when they may continue."""
+        """Return the error with which all calls of a tenant must end, running calls included; None if the calls may
+        continue."""
 
     def cache_salt(self, principal: Principal, own: str) -> str:
-        """The prefix-cache salt of a call. `own` is the caller's salt; it only subdivides its tenant's cache."""
+        """Return the prefix-cache salt of a call. `own`: the caller's own salt, which only subdivides the tenant's
+        cache."""
 
 
 class NoAuthentication:
-    """Accepts every caller as the one default tenant."""
+    """Authenticator that accepts every caller as the default tenant."""
 
     by_certificate = False
 
@@ -110,6 +116,7 @@ class NoAuthentication:
 
 
 def alternative_names(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The subject alternative names of type URI and DNS, as `kind:name`, from the dict of ssl's getpeercert."""
+    """Return the subject alternative names of type URI and DNS as `kind:name`. `certificate`: the dict from ssl's
+    getpeercert."""
     pairs: Iterable[tuple[str, str]] = (certificate or {}).get("subjectAltName", ())
     return tuple(f"{kind}:{name}" for kind, name in pairs if kind in ("URI", "DNS"))

@@ -1,6 +1,6 @@
 """The distinction of JWTs from API keys, and the error for a refused token.
 
-Separate from oidc.py, which verifies JWTs, because that module is slow to import.
+This module is separate from oidc.py, which verifies JWTs, because oidc.py is slow to import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from cluster.policy.tenants.identity import BAD_KEY
 
 
 class TokenRefused(CallError):
-    """A refused token. The caller gets the same message as for a bad key; `reason` is for audit and metrics."""
+    """The error for a refused token. The caller gets the same message as for a bad key. `reason` is for audit and
+    metrics."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(Outcome.UNAUTHENTICATED_KEY, BAD_KEY)
@@ -18,5 +19,5 @@ class TokenRefused(CallError):
 
 
 def looks_like_jwt(token: str) -> bool:
-    """Whether a bearer token is a JWT rather than an API key, by its first characters only."""
+    """Return whether a bearer token is a JWT and not an API key. Only the first characters of the token decide."""
     return token.startswith("eyJ")

@@ -1,8 +1,8 @@
-"""Authentication of a call by bearer token (an API key or an issuer's JWT) or client certificate.
+"""Authentication of a call by a bearer token (an API key or an issuer's JWT) or by a client certificate.
 
-If a token is present, it alone decides: a valid certificate never makes up for a bad token, or a proxy's certificate
-would admit every request that the proxy forwards. A call with several tokens is refused, because smuggling attacks
-rely on which of them counts.
+If a token is present, the token alone decides. A valid certificate never makes up for a bad token; otherwise a proxy's
+certificate would admit every request that the proxy forwards. A call with several tokens is refused, because smuggling
+attacks exploit the choice between the tokens.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ NO_CREDENTIALS = "no credentials: send `authorization: Bearer <key>`"
 
 
 class FailureCallback(Protocol):
-    """Called for each failed authentication."""
+    """Function that is called for each failed authentication."""
 
     def __call__(self, reason: str, subject: str, peer: str) -> None:
-        """`reason`: a word for audit and metrics. `subject`: the claimed key id or subject. Must not block."""
+        """Handle a failed authentication. Must not block. `reason`: a word for audit and metrics. `subject`: the
+        claimed key id or subject."""
 
 
 class CredentialChecker:
-    """Turns a call's credentials into a principal. `current` is `Watcher.current`."""
+    """Checker of credentials, which turns the credentials of a call into a principal. `current` is
+    `Watcher.current`."""
 
     def __init__(
         self,
@@ -59,9 +61,9 @@ class CredentialChecker:
     async def principal(
         self, authorization: Sequence[str], alternative_names: Sequence[str] = (), peer: str = ""
     ) -> Principal:
-        """Authenticate a call. `authorization` holds all values of that header or metadata key, `alternative_names`
-        those of a verified client certificate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED,
-        STORE_UNAVAILABLE."""
+        """Authenticate a call and return its principal. `authorization`: all values of the header or metadata key of
+        this name. `alternative_names`: the names in a verified client certificate. Raises CallError:
+        UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
         try:
             verdict = await self._verdict(authorization, alternative_names)
         except TokenRefused as refused:

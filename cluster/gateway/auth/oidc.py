@@ -1,10 +1,11 @@
-"""Verification of JSON Web Tokens from the configured OpenID issuers: a token becomes a tenant, a role and a subject.
+"""Verification of JSON Web Tokens from the configured OpenID issuers. A verified token yields a tenant, a role and a
+subject.
 
-Trusted are only the issuers' own keys, fetched over TLS from the address in their discovery document, and the
-asymmetric algorithms in ALGORITHMS. So `none`, and HS256 keyed with a public key, fail before any key is looked up.
-Tokens with an unknown key id cause at most one fetch per issuer in MIN_REFETCH_S, however many arrive. While an issuer
-is unreachable, known keys stay valid for MAX_KEY_AGE_S. The length is checked first, so a token of a megabyte costs
-nothing.
+Only the issuers' own keys and the asymmetric algorithms in ALGORITHMS are trusted. The keys are fetched over TLS from
+the address in the issuer's discovery document. So the algorithm `none`, and HS256 keyed with a public key, fail before
+any key is looked up. However many tokens with an unknown key id arrive, they cause at most one fetch per issuer in
+MIN_REFETCH_S. While an issuer is unreachable, known keys stay valid for MAX_KEY_AGE_S. The length of a token is checked
+first, so a token of a megabyte costs nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ Fetch = Callable[[str], Awaitable[Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
-    """A configured issuer. `issuer` must match exactly; claim names may be paths (`realm_access.tenant`)."""
+    """A configured issuer. The issuer named in a token must equal `issuer` exactly. Claim names may be paths
+    (`realm_access.tenant`)."""
 
     issuer: str
     audience: str
@@ -60,7 +62,7 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class TokenClaims:
-    """The claims of a verified token. `expires_at_s`: seconds since the epoch."""
+    """The claims of a verified token. `expires_at_s` is in seconds since the epoch."""
 
     issuer: str
     subject: str
@@ -71,7 +73,8 @@ class TokenClaims:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A public key. `algorithm`: the one that its key set restricts it to, "" for any of its kind."""
+    """A public key of an issuer. `algorithm`: the only algorithm that the key set allows for the key, "" for any
+    algorithm of the key's kind."""
 
     id: str
     kind: str
@@ -79,7 +82,7 @@ class _Key:
     public: Any
 
     def fits(self, algorithm: str) -> bool:
-        """Whether the key may verify tokens of this algorithm."""
+        """Return whether the key may verify tokens with this algorithm."""
         return self.algorithm in ("", algorithm) and algorithm.startswith(_SIGNS[self.kind])
 
 
@@ -88,7 +91,7 @@ _SIGNS: Mapping[str, tuple[str, ...]] = {"RSA": ("RS", "PS"), "EC": ("ES",), "OK
 
 @dataclass(slots=True)
 class _Keys:
-    """An issuer's keys. Times are of the monotonic clock."""
+    """The keys of an issuer. Times are monotonic."""
 
     known: tuple[_Key, ...] = ()
     fetched_at: float = -float("inf")
@@ -97,7 +100,8 @@ class _Keys:
 
 
 class OidcVerifier:
-    """Verifies tokens. Belongs to one event loop. `wall`: seconds since the epoch."""
+    """Verifier of tokens from the configured issuers. A verifier belongs to one event loop. `wall` returns seconds
+    since the epoch."""
 
     def __init__(
         self,
@@ -116,8 +120,8 @@ class OidcVerifier:
         self._refreshing: set[asyncio.Task[None]] = set()
 
     async def verify(self, token: str) -> TokenClaims:
-        """The token's claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while its issuer's keys cannot be
-        fetched."""
+        """Verify a token and return its claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while the issuer's
+        keys cannot be fetched."""
         if len(token) > MAX_TOKEN_BYTES:
             raise TokenRefused("too_long")
         digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
@@ -158,7 +162,8 @@ class OidcVerifier:
         raise TokenRefused("bad_signature")
 
     def _unverified(self, token: str) -> tuple[dict[str, Any], Issuer]:
-        """The header and the issuer that the unverified token names. Raises TokenRefused if either is unacceptable."""
+        """Return the header of an unverified token, and the issuer that the token names. Raises TokenRefused if the
+        header or the issuer is unacceptable."""
         try:
             header = jwt.get_unverified_header(token)
             body = jwt.decode(token, options={"verify_signature": False, "verify_exp": False, "verify_aud": False})
@@ -198,7 +203,8 @@ class OidcVerifier:
         )
 
     async def _candidates(self, issuer: Issuer, key_id: str) -> Sequence[_Key]:
-        """The keys that may have signed a token: the one that it names, or all if it names none."""
+        """Return the keys that may have signed a token. If the token names a key, only keys with that id are returned,
+        else all keys of the issuer."""
         keys = self._keys[issuer.issuer]
         age_s = self._monotonic() - keys.fetched_at
         candidates = _pick(keys, key_id)
@@ -223,7 +229,8 @@ class OidcVerifier:
             task.add_done_callback(self._refreshing.discard)
 
     async def _refresh(self, issuer: Issuer) -> None:
-        """Fetch the issuer's keys, unless tried within MIN_REFETCH_S. A failure keeps the old keys."""
+        """Fetch the issuer's keys, unless a fetch was tried within the last MIN_REFETCH_S. If the fetch fails, the old
+        keys stay."""
         keys = self._keys[issuer.issuer]
         async with keys.lock:
             if self._monotonic() - keys.tried_at < MIN_REFETCH_S:
@@ -252,14 +259,15 @@ class OidcVerifier:
         return keys
 
     async def close(self) -> None:
-        """Cancel running fetches."""
+        """Cancel all running fetches."""
         for task in list(self._refreshing):
             task.cancel()
         await asyncio.gather(*self._refreshing, return_exceptions=True)
 
 
 def _key(entry: object) -> _Key | None:
-    """A public signing key from a key set entry; None for shared secrets, encryption keys, weak and unknown keys."""
+    """Return the public signing key in an entry of a key set; None for shared secrets, encryption keys, weak keys and
+    unknown kinds of keys."""
     if not isinstance(entry, Mapping) or entry.get("kty") not in _SIGNS or entry.get("use") == "enc":
         return None
     try:
@@ -276,7 +284,8 @@ def _pick(keys: _Keys, key_id: str) -> list[_Key]:
 
 
 def _claim(body: Mapping[str, Any], path: str) -> Any:
-    """The value of a claim, by its name or else by its dotted path; None if absent."""
+    """Return the value of a claim; None if the claim is absent. `path`: the claim's name, or else a dotted path to the
+    claim."""
     if path in body:
         return body[path]
     value: Any = body
@@ -303,7 +312,7 @@ def _reason(error: jwt.InvalidTokenError) -> str:
 
 
 def check_url(url: str) -> str:
-    """Return the URL if it is allowed for fetching keys (https, or this host). Raises ValueError otherwise."""
+    """Return a URL from which keys may be fetched. Raises ValueError unless the URL uses https or names this host."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host:

@@ -1,6 +1,7 @@
-"""Certificate revocation at the gateway's ports: handshakes fail, and open connections are closed.
+"""Certificate revocation at the gateway's ports. Handshakes with a revoked certificate fail, and open connections with
+such a certificate are closed.
 
-A revocation list is reread when its file changes, as certificates are. While the file is missing or invalid, the last
+Like certificates, a revocation list is reread when its file changes. While the file is missing or invalid, the last
 valid list stays in force, so a revoked certificate stays revoked.
 """
 
@@ -19,21 +20,21 @@ from cluster.policy.tenants.revocation_list import RevocationList
 log = structlog.get_logger("tls")
 
 LOOK_S = 0.5
-"""Interval at which the lists are checked on behalf of open connections."""
+"""Interval in seconds at which changed lists are applied to open connections."""
 
 
 class RevokedFile:
     """A file that lists revoked certificates."""
 
     def __init__(self, path: Path, setting: str) -> None:
-        """Read the list. Raises ValueError that names the setting."""
+        """Read the list from the file. Raises ValueError with a message that names the setting."""
         self._path = path
         self._setting = setting
         self._stamp = self._file_stamp()
         self._last = self._read()
 
     def current(self) -> RevocationList:
-        """The list now in the file; the same object until the file changes."""
+        """Return the list that is now in the file. The object stays the same until the file changes."""
         stamp = self._file_stamp()
         if stamp != self._stamp:
             self._stamp = stamp
@@ -62,16 +63,17 @@ class RevokedFile:
 
 
 class CheckedContext(ssl.SSLContext):
-    """A TLS context that refuses connections whose peer certificate is revoked."""
+    """A TLS context that refuses a connection if the peer's certificate is revoked."""
 
     revoked: RevokedFile | None = None
 
 
 class CheckedObject(ssl.SSLObject):
-    """The TLS state of one connection."""
+    """TLS state of one connection, which checks the peer's certificate for revocation."""
 
     def do_handshake(self) -> None:
-        """Complete the handshake, then check the peer certificate against the list. Raises ssl.SSLError."""
+        """Complete the handshake, then check the peer's certificate against the revocation list. Raises
+        ssl.SSLError."""
         super().do_handshake()
         if is_revoked(self):
             log.warning("revoked_refused", certificate=_described(self))
@@ -82,7 +84,7 @@ CheckedContext.sslobject_class = CheckedObject
 
 
 def is_revoked(tls: ssl.SSLObject) -> bool:
-    """Whether the peer's certificate is revoked now."""
+    """Return whether the peer's certificate is revoked now."""
     file = getattr(tls.context, "revoked", None)
     revoked = file.current() if isinstance(file, RevokedFile) else None
     if not revoked:
@@ -104,14 +106,14 @@ def _described(tls: ssl.SSLObject) -> str:
 
 
 class RevocablePort(Protocol):
-    """A server whose connections can be closed by the certificate that they present."""
+    """A server that can close connections with a revoked certificate."""
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Close the connections that satisfy the condition. Returns their number."""
+        """Close the connections that satisfy the condition. Returns the number of closed connections."""
 
 
 async def cut_revoked(files: Sequence[RevokedFile], ports: Callable[[], Sequence[RevocablePort]]) -> None:
-    """Close open connections whose certificate becomes revoked. Runs until cancelled."""
+    """Close open connections when their certificate becomes revoked. Runs until cancelled."""
     before = [file.current() for file in files]
     while True:
         await asyncio.sleep(LOOK_S)

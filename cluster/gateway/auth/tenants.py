@@ -1,8 +1,10 @@
-"""The authenticator of a gateway with `auth`: API keys, JWTs and certificates against the ledger's snapshot.
+"""The authenticator of a gateway with `auth`, which checks API keys, JWTs and certificates against the ledger's
+snapshot.
 
-Calls never wait for the database: a thread reads it, and while it is unreachable the last snapshot serves
-(ledger/tenants/watch.py). A change takes effect within one pass of the watcher: running calls of a tenant that may no
-longer call are ended, and long-lived callers are authenticated again. Failures go to the audit log and the metrics.
+Calls never wait for the database. A thread reads the database, and while the database is unreachable the last snapshot
+is used (ledger/tenants/watch.py). A change takes effect within one pass of the watcher: the running calls of a tenant
+that may no longer make calls are ended, and long-lived callers are authenticated again. Failed authentications are
+recorded in the audit log and the metrics.
 """
 
 from __future__ import annotations
@@ -53,29 +55,31 @@ if TYPE_CHECKING:
 log = structlog.get_logger("tenants")
 
 FIRST_ANSWER_S = 5.0
-"""How long a start waits for the database when there is no snapshot of an earlier run to serve from."""
+"""Seconds that a start waits for the database if there is no snapshot from an earlier run."""
 CHECK_AFTER_S = 2.0
-"""Delay before the schema of a database that has answered is checked, in a separate process, so that first calls are
-not slowed."""
+"""Seconds between the database's first answer and the check of its schema. The check runs in a separate process. The
+delay keeps the check from slowing the first calls."""
 SOON_S = 30.0
-"""Time limit for a check at idle priority; after it the check is started again at a priority that gets a core."""
+"""Time limit, in seconds, for a schema check at idle priority. After this time the check is started again at a priority
+that gets a core."""
 RETRY_S, MAX_RETRY_S = 5.0, 60.0
 REAUTHENTICATE_S = 30.0
-"""Sessions are authenticated again this often without any change, since keys and tokens expire."""
+"""Interval in seconds at which sessions are authenticated again without any change, since keys and tokens expire."""
 FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 
 
 class TenantAuthenticator:
-    """Implements Authenticator. Only process 0 of a host prepares the database and removes expired rows."""
+    """Authenticator of a gateway with `auth`. Only process 0 of a host prepares the database and removes expired
+    rows."""
 
     def __init__(self, config: Config, folder: Path, metrics: Metrics, process: int = 0) -> None:
-        """`folder` holds the snapshot and the audit log of this process. Raises ValueError for an unusable secret
-        file."""
+        """`folder`: the folder for this process's snapshot, audit log and prompt log. Raises ValueError for an unusable
+        secret file."""
         assert config.auth is not None
         files = secret_files(config)
         secrets = {setting: read_secrets(path, setting) for setting, path in files.items()}
         self.secrets = secrets["auth.cluster_secret_file"]
-        """The cluster's secrets: the first signs, all verify."""
+        """The cluster's secrets. The first secret signs; every secret verifies."""
         self.by_certificate = bool(config.auth.client_certificates)
         self.on_change: set[Callable[[], None]] = set()
         self._config = config
@@ -116,11 +120,11 @@ class TenantAuthenticator:
     # ---- start and stop
 
     async def start(self) -> None:
-        """Load a snapshot of tenants and keys, or log why there is none yet."""
+        """Load a snapshot of tenants and keys. If there is no snapshot yet, log the reason."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")
-        if waits and self._may_exist():  # its schema is most likely current, so read the snapshot before checking it
+        if waits and self._may_exist():  # the schema is most likely current, so read the snapshot before the check
             waits = not await asyncio.to_thread(self._watcher.poll)
         self._tasks = [
             asyncio.create_task(self._prepare(tried, serving=not waits)),
@@ -135,7 +139,7 @@ class TenantAuthenticator:
         self.prompts.start()
 
     async def stop(self) -> None:
-        """Stop the threads after writing the pending audit events and prompts."""
+        """Write the pending audit events and prompts, then stop the threads."""
         self._loop = None
         for task in self._tasks:
             task.cancel()
@@ -148,7 +152,7 @@ class TenantAuthenticator:
         self.ledger.close()
 
     def budgets(self, on_sums: SumsCallback) -> BudgetWatch:
-        """The watch over all tenants' budgets. Raises ValueError for an unusable webhook secret file."""
+        """Return the watch over the budgets of all tenants. Raises ValueError for an unusable webhook secret file."""
         observe = self._config.observe
         webhook = observe.budget_webhook if self._first else None
         setting = "observe.budget_webhook.secret_file"
@@ -164,9 +168,11 @@ class TenantAuthenticator:
         )
 
     async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """In process 0, migrate the database, declare the file's tenants, then delete expired rows daily.
+        """Migrate the database, declare the tenants of the configuration file, then delete expired rows daily. Only
+        process 0 does this.
 
-        `serving`: calls already run, so the check must not slow them. `tried` is set after the first attempt."""
+        `serving`: whether calls already run, which the check must not slow down. `tried` is set after the first
+        attempt."""
         url, retry_s = database_url(self._config), RETRY_S
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         while self._first:
@@ -178,7 +184,7 @@ class TenantAuthenticator:
                         await prepare_database_in_process(url, lower_priority)
                 else:
                     await asyncio.to_thread(prepare_database, url)
-                    memory.freeze_objects()  # since bring_up has imported the migration modules
+                    memory.freeze_objects()  # because bring_up has imported the migration modules
                 await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
                 break
             except LedgerError as error:
@@ -204,7 +210,8 @@ class TenantAuthenticator:
                 log.warning("ledger_not_expired", error=str(error))
 
     def _may_exist(self) -> bool:
-        """Whether the database may have been prepared before; False for a missing SQLite file."""
+        """Return whether the database may have been prepared before, which is not the case for a missing SQLite
+        file."""
         url = database_url(self._config)
         return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
 
@@ -231,14 +238,14 @@ class TenantAuthenticator:
         self._callers.discard(caller)
 
     def snapshot(self) -> AccessSnapshot:
-        """The current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
+        """Return the current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
 
     def _policies_by_tenant(self) -> dict[str, TenantPolicy]:
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """See Authenticator. While the snapshot is too old, new calls are refused but running ones continue."""
+        """See Authenticator. While the snapshot is too old, running calls continue, although new calls are refused."""
         try:
             entry = self._watcher.current().tenants.get(tenant)
         except CallError:
@@ -253,7 +260,8 @@ class TenantAuthenticator:
         return cache_salt(self.secrets, policy, own) if own else self._derive(policy)[2]
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """The snapshot's policy, the same with its handle, and its cache salt. Computed once per policy."""
+        """Return three values: the policy of the snapshot, the same policy with the tenant's handle, and the policy's
+        cache salt. They are computed once per policy."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self.secrets, policy.name)
@@ -286,7 +294,7 @@ class TenantAuthenticator:
     # ---- changes and failures
 
     def _changed(self, snapshot: AccessSnapshot) -> None:
-        """Schedule the callbacks on the event loop. Called in the watcher's thread."""
+        """Schedule the `on_change` functions on the event loop. The watcher's thread calls this method."""
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):  # the loop has just been closed
@@ -316,7 +324,7 @@ class TenantAuthenticator:
         self._metrics.count("auth_failures_total", reason)
         event = AuditEvent(
             time.time(), "auth_failure", "authenticate", actor=subject, outcome=reason, source=peer
-        )  # records nothing of a wrong key but the id that it claims
+        )  # of a wrong key, only the claimed key id is recorded
         self.audit.write(event)
 
 

@@ -1,7 +1,7 @@
-"""TLS of the listening ports, with certificates that are reread when their files change.
+"""TLS of the listening ports. Certificates are reread when their files change.
 
-A listener gets a NewestContext, which starts each connection with a context made from the current files. Files that do
-not match each other (a renewal is half written) leave the last valid context in force.
+A listener gets a NewestContext, which starts each connection with a context made from the current files. If the files
+do not match each other, because a renewal is half written, the last valid context stays in force.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 class NewestContext(ssl.SSLContext):
-    """An SSL context for a listener that always uses the newest files. asyncio calls `wrap_bio` per connection."""
+    """An SSL context for a listener. Each connection uses the newest certificate files, because asyncio calls
+    `wrap_bio` for each connection."""
 
     _files: tuple[Path, ...]
     _tls: ClientTls
@@ -35,14 +36,15 @@ class NewestContext(ssl.SSLContext):
 
     @classmethod
     def of(cls, tls: ClientTls, *protocols: str) -> Self:
-        """The context of a client port. `protocols`: ALPN names. Raises ValueError that names the setting."""
-        # Optional, since a caller with an API key needs no certificate.
+        """Return the context for a client port. `protocols`: ALPN names. Raises ValueError with a message that names
+        the setting."""
+        # A client certificate is optional, since a caller with an API key needs no certificate.
         return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)
 
     @classmethod
     def of_link(cls, tls: Tls) -> Self:
-        """The context of the link port, which requires a certificate of both sides. Raises ValueError that names the
-        setting."""
+        """Return the context for the link port, which requires certificates from both sides. Raises ValueError with a
+        message that names the setting."""
         revoked = tls.revoked_serials_file if isinstance(tls, LinkTls) else None
         files = ClientTls(
             cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file, revoked_serials_file=revoked
@@ -63,7 +65,7 @@ class NewestContext(ssl.SSLContext):
         return context
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
-        """Start a connection with the newest context."""
+        """Start a connection with a context made from the newest files."""
         self._refresh()
         return self._now.wrap_bio(*arguments, **named)
 
@@ -106,15 +108,16 @@ class NewestContext(ssl.SSLContext):
 
 
 def revoked_file(tls: ClientTls | LinkTls | None, setting: str) -> RevokedFile | None:
-    """The revocation list that a TLS section configures, None without one. Raises ValueError that names the setting."""
+    """Return the revocation list that a TLS section configures; None if the section has no list. Raises ValueError with
+    a message that names the setting."""
     path = None if tls is None else tls.revoked_serials_file
     return None if path is None else RevokedFile(path, f"{setting}.revoked_serials_file")
 
 
 def first_dns_name(certificate: bytes) -> str:
-    """The first DNS name of a PEM certificate, "" if it has none.
+    """Return the first DNS name in a PEM certificate; "" if the certificate has no DNS name.
 
-    A client that has the server's certificate file can verify the server by this name."""
+    A client that has the certificate file of a server can verify the server by this name."""
     from cryptography import x509
 
     try:

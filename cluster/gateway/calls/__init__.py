@@ -1,1 +1,1 @@
-"""One call and its sequences, from the parsed request to the last chunk."""
+"""Handling of a call and its sequences, from the parsed request to the last chunk."""

@@ -1,4 +1,4 @@
-"""A running call, from arrival to end: its sequences, its counts, and how its API is notified."""
+"""The state of a call from arrival to end: the sequences, the counts, and the notification of the call's API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ CallSequence: TypeAlias = "OutputSequence[Call]"
 
 @dataclass(slots=True)
 class CallUsage:
-    """Token counts of a call as the engine reports them, and its queue time and time to first token in seconds."""
+    """Usage of a call: the token counts as the engine reports them, and the queue time and the time to first token in
+    seconds."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -36,30 +37,31 @@ class CallUsage:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     resumed: int = 0
-    """Number of times a sequence of the call was resumed on another worker."""
+    """Number of resumes on another worker, over all sequences of the call."""
     resume: str = ""
-    """The weakest resume capability (RESUME_CAPABILITIES) of the workers that resumed a sequence; empty if none was
-    resumed."""
+    """The weakest resume capability (RESUME_CAPABILITIES) of all workers that resumed a sequence of the call; "" if no
+    sequence was resumed."""
 
 
 class CallEvents(Protocol):
-    """Events of calls, for the gateway's scheduler, accounts and metrics. The methods run in a link's reader: they must
-    be short and cannot await."""
+    """Receiver of the events of calls, for the gateway's scheduler, accounts and metrics. The methods run in a link's
+    reader, so every method must be short and cannot await."""
 
     def requeue(self, sequence: CallSequence) -> None:
-        """Queue the sequence again: in the waiting room or the resume queue, by its state."""
+        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Handle a sequence's first output; `cached_tokens` of its prompt were in the worker's cache."""
+        """Handle a sequence's first output. `cached_tokens`: number of prompt tokens that were in the worker's
+        cache."""
 
     def answered(self, link: WorkerLink) -> None:
-        """Handle a worker's first output for a sequence."""
+        """Handle the first output that a worker sends for a sequence."""
 
     def worker_failed(self, link: WorkerLink) -> None:
         """Handle a worker whose engine could not continue a sequence."""
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Handle a sequence resumed on another worker, `gap_s` after its last token."""
+        """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""
 
     def submission_refused(self, sequence: CallSequence) -> None:
         """Handle a worker's refusal of a sequence."""
@@ -67,7 +69,8 @@ class CallEvents(Protocol):
 
 @dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
 class Call:
-    """One call from arrival to end. `rank` is its priority class's; `arrived` and `deadline` are read from `clock`."""
+    """One call from arrival to end. `rank` is the rank of the call's priority class. `arrived` and `deadline` are times
+    of `clock`."""
 
     id: str
     model: str
@@ -82,35 +85,38 @@ class Call:
     request_id: str = ""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels for its usage records."""
+    """Labels for the usage records of the call."""
     versions: Versions = field(default_factory=Versions)
-    """Model versions on which the first sequence may begin; the other sequences use the version that it gets."""
+    """Model versions on which the first sequence may begin. The other sequences use the version on which the first
+    sequence has begun."""
     bundle_digest: str = ""
-    """Digest of the tokenizer bundle that encoded the prompt."""
+    """Digest of the tokenizer bundle with which the prompt was encoded."""
     counted: bool = False
-    """Whether the call is already counted as a request of its tenant."""
+    """Whether the call is already counted as a request of the call's tenant."""
     began_at: WorkerIdentity | None = None
     """The worker that got the call's first Submit."""
     sequences: list[CallSequence] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
-    """Response headers, among them the state of the tenant's limits at admission."""
+    """Response headers, including the state of the tenant's limits at admission."""
     resume_tokens: ResumeTokens | None = None
-    """Source of the resume tokens in its chunks; None if the call is not resumable."""
+    """Generator of the resume tokens in the call's chunks; None if the call is not resumable."""
     is_resumed: bool = False
-    """Whether the call began at another gateway, which has counted its prompt and the tokens that it delivered."""
+    """Whether the call began at another gateway. That gateway has counted the prompt and the tokens that it
+    delivered."""
     terms: ResumeTerms = ResumeTerms.FREE
-    """Terms of its resume: they decide who pays if its prompt is computed again."""
+    """Terms of the call's resume, which decide who pays if the prompt is computed again."""
     blamed: bool = False
-    """Whether the call may have crashed its workers; it must not be resumed."""
+    """Whether the call may have crashed its workers. A blamed call must not be resumed."""
     first_token_at: float | None = None
     silent_since: float = 0.0
     """Time of the last keep-alive."""
     silent: bool = False
     """Whether a keep-alive is due on the caller's connection."""
     listener: Callable[[], None] | None = None
-    """Called at every update instead of waking `news`, for an API that batches the updates of many calls."""
+    """Function that is called at every update, in place of waking `news`, for an API that batches the updates of many
+    calls."""
     _pays_again: bool = False
     _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
@@ -118,30 +124,31 @@ class Call:
 
     @property
     def shown_id(self) -> str:
-        """Call id as the caller knows it: for a resumed call, the first gateway's."""
+        """Call id that the caller knows. For a resumed call this is the id from the first gateway."""
         return self.resume_tokens.head.call_id if self.is_resumed and self.resume_tokens is not None else self.id
 
     @property
     def tenant(self) -> str:
-        """Name of its tenant."""
+        """Name of the call's tenant."""
         return self.policy.name
 
     @property
     def flow(self) -> str:
-        """Key of its tenant in the fair queue: the handle under which workers know the tenant."""
+        """Key of the call's tenant in the fair queue. The key is the handle under which workers know the tenant."""
         return self.policy.handle or self.policy.name
 
     @property
     def prompt_computed(self) -> bool:
-        """Whether an engine has computed its prompt. A prompt whose worker was lost before any token is not charged."""
+        """Whether an engine has computed the call's prompt. If the worker was lost before any token, the prompt is not
+        charged."""
         return self.first_token_at is not None or (
             self.error is None and any(sequence.computed for sequence in self.sequences)
         )
 
     @property
     def pays_prompt(self) -> bool:
-        """Whether this gateway charges the prompt. The prompt of a resumed call that its client ended before a token
-        came may have been computed again."""
+        """Whether this gateway charges the prompt. If a client ended a resumed call before any token arrived, the
+        prompt may have been computed again."""
         if not self.is_resumed or self._pays_again:
             return True
         unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
@@ -150,16 +157,16 @@ class Call:
     # ---- operations of the service, the scheduler and the APIs
 
     def make_resumable(self, tokens: ResumeTokens) -> None:
-        """Add these resume tokens to its chunks from now on."""
+        """Make the call resumable: from now on its chunks carry tokens from this generator."""
         self.resume_tokens = tokens
 
     def continue_from(self, request_id: str) -> None:
-        """Mark the call as begun at another gateway, under this request id."""
+        """Mark the call as one that began at another gateway under this request id."""
         self.is_resumed = True
         self.request_id = self.request_id and request_id
 
     def claim(self, terms: ResumeTerms) -> None:
-        """Set the terms on which its resume tokens were claimed."""
+        """Set the terms on which the call's resume tokens were claimed."""
         self.terms = terms
 
     def set_versions(self, versions: Versions) -> None:
@@ -167,7 +174,7 @@ class Call:
         self.versions = versions
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """Record that a sequence was sent to this worker."""
+        """Record the submission of a sequence to this worker."""
         if sequence.index == 0 and not sequence.emitted:
             self.usage.queue_s = now - self.arrived
         self.began_at = self.began_at or identity
@@ -175,31 +182,31 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def blame(self, error: CallError) -> None:
-        """End the call because it may have crashed its workers."""
+        """End the call with `error`, because the call may have crashed its workers."""
         self.blamed = True
         self.fail(error)
 
     def add_label(self, name: str, value: str) -> None:
-        """Add a label to its usage records."""
+        """Add a label to the call's usage records."""
         self.labels = {**self.labels, name: value}
 
     def add_headers(self, headers: Sequence[tuple[str, str]]) -> None:
-        """Add response headers."""
+        """Add headers to the response of the call."""
         self.headers = (*self.headers, *headers)
 
     def fall_silent(self, now: float) -> None:
-        """Have its API send a keep-alive."""
+        """Make the call's API send a keep-alive."""
         self.silent_since, self.silent = now, True
         self.wake()
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener` at every update; None wakes `news` again."""
+        """Set the function that is called at every update. With None, updates wake `news` again."""
         self.listener = listener
 
     # ---- reports of its sequences
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
-        """Handle the first output of a sequence's worker."""
+        """Handle the first output that a worker sends for a sequence."""
         cached = output.cached_tokens or 0
         if not sequence.emitted:
             if sequence.index == 0:
@@ -211,10 +218,10 @@ class Call:
         if self.is_resumed and (
             self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
         ):
-            self._pays_again = True  # the client pays for computing its prompt once more
+            self._pays_again = True  # the client pays for the second computation of the prompt
 
     def progressed(self, sequence: CallSequence, tokens: int) -> None:
-        """Handle a sequence's output of a step that was more than one plain token."""
+        """Handle a sequence's output of one step, if the output is more than one plain token."""
         if tokens:
             now = self.clock()
             if self.first_token_at is None:
@@ -226,7 +233,7 @@ class Call:
         self.wake()
 
     def resumed(self, sequence: CallSequence, reason: str) -> None:
-        """Handle a sequence's first token from another worker."""
+        """Handle the first token of a sequence after its resume on another worker."""
         self.usage.resumed += 1
         if sequence.link is not None:
             self.usage.resume = weakest_resume_capability(
@@ -235,7 +242,7 @@ class Call:
         self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
 
     def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
-        """Report a worker whose engine could not continue a sequence."""
+        """Report to `events` a worker whose engine could not continue a sequence."""
         self.events.worker_failed(link)
 
     def requeue(self, sequence: CallSequence) -> None:
@@ -243,21 +250,22 @@ class Call:
         self.events.requeue(sequence)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Report a worker's refusal of a sequence."""
+        """Report to `events` a worker's refusal of a sequence."""
         self.events.submission_refused(sequence)
 
     @property
     def heard_at(self) -> float:
-        """Time of the latest of: its last token, its last keep-alive, its arrival."""
+        """Time of the call's last token, last keep-alive or arrival, whichever is latest."""
         return max(self.arrived, self.silent_since, *(sequence.heard_at for sequence in self.sequences))
 
     def count(self) -> None:
-        """Update `usage` with the tokens received so far."""
+        """Update `usage` with the number of tokens received so far."""
         self.usage.completion_tokens = sum(len(sequence.emitted) for sequence in self.sequences)
 
     @property
     def mean_gap_s(self) -> float:
-        """Mean time between the tokens of its first sequence as received here; 0 with fewer than two tokens."""
+        """Mean seconds between the tokens of the call's first sequence, as this gateway received them; 0 with fewer
+        than two tokens."""
         first = self.sequences[0]
         tokens = len(first.emitted) - first.restored
         if self.first_token_at is None or tokens < 2:
@@ -266,11 +274,12 @@ class Call:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens received by this gateway."""
+        """Number of tokens that this gateway has received for the call."""
         return sum(len(sequence.emitted) - sequence.restored for sequence in self.sequences)
 
     def fail(self, error: CallError) -> None:
-        """End the call with this error and abort its running sequences. Never raises: its callers serve other calls."""
+        """End the call with this error and abort the running sequences. The method never raises, because the code that
+        calls it serves other calls too."""
         if self.error is None:
             self.error = error
         try:
@@ -280,8 +289,8 @@ class Call:
             log.exception("call_not_notified", request_id=self.request_id)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call with INTERNAL because its own work raised `error`. Raises `error` again if it is a cancellation
-        or an exit."""
+        """End the call with INTERNAL, because work for this call raised `error`. Raises `error` again if `error` is a
+        cancellation or an exit."""
         if not is_call_failure(error):
             raise error
         if self.error is None:
@@ -290,7 +299,7 @@ class Call:
         self.fail(CallError(Outcome.INTERNAL, message))
 
     def wake(self) -> None:
-        """Notify the API of an update."""
+        """Notify the call's API of an update."""
         self._news = True
         if self.listener is not None:
             self.listener()
@@ -310,7 +319,8 @@ class Call:
         self._news = False
 
     def pop_pieces(self) -> list[Piece]:
-        """Return the new pieces. Raises the call's error once all text before it was returned."""
+        """Return the new pieces of all sequences. Once all text before the call's error has been returned, raises that
+        error."""
         try:
             pieces = [piece for sequence in self.sequences if (piece := sequence.pop_piece()) is not None]
         except Exception:
@@ -323,8 +333,8 @@ class Call:
         return pieces
 
     def pop_text(self) -> str | None:
-        """The fast path of `pop_pieces`: the new text of a call with one sequence, "" while text is held back. None if
-        there is more to deliver than text."""
+        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. The text is "" while text is
+        held back. None if there is more to deliver than text."""
         sequences = self.sequences
         if len(sequences) != 1 or self.error is not None or self.silent:
             return None
@@ -337,10 +347,10 @@ class Call:
 
     @property
     def end_delivered(self) -> bool:
-        """Whether the last piece of every sequence was returned: nothing more will come."""
+        """Whether the last piece of every sequence has been returned, so that nothing more follows."""
         return all(sequence.end_delivered for sequence in self.sequences)
 
     def release(self) -> None:
-        """End every sequence that has not ended, and abort it in its engine."""
+        """End all sequences that have not ended, and abort them in their engines."""
         for sequence in self.sequences:
             sequence.end()

@@ -1,4 +1,5 @@
-"""Cleanup at the end of a call: each acquisition registers its undo step; one that fails does not skip the others."""
+"""Cleanup at the end of a call. Each acquisition registers an undo step. If an undo step fails, the other steps still
+run."""
 
 from __future__ import annotations
 
@@ -16,22 +17,23 @@ Undo = Callable[[Outcome], Awaitable[None] | None]
 
 
 class Cleanup:
-    """The undo steps of one call."""
+    """Undo steps of one call, which run at the end of the call."""
 
     def __init__(self, request_id: str) -> None:
         self.outcome = Outcome.OK
-        """Outcome of the call; every step is called with it."""
+        """Outcome of the call. Every step gets the outcome as its argument."""
         self._request_id = request_id
         self._steps: list[Undo] = []
 
     def add(self, undo: Undo) -> None:
-        """Register an undo step, before the acquisition if the step is idempotent, else after it."""
+        """Register an undo step. An idempotent step must be registered before the acquisition, any other step after the
+        acquisition."""
         self._steps.append(undo)
 
     async def run(self) -> None:
-        """Run every step, the last one first. Awaitable steps, which may wait for a store, finish after all others, so
-        that slots and accounts are freed at once. Exceptions of steps are logged; a cancellation is raised again after
-        the last step."""
+        """Run all steps, the last registered step first. Awaitable steps may wait for a store. They finish after all
+        other steps, so that slots and accounts are freed at once. Exceptions of steps are logged. A cancellation is
+        raised again after the last step."""
         waiting: list[Awaitable[None]] = []
         stopped: BaseException | None = None
         for step in reversed(self._steps):

@@ -1,8 +1,9 @@
-"""The state machine of a sequence: its states, its events, and what to do after a loss. Pure; `now` is an argument.
+"""The state machine of a sequence: the states, the events, and the actions after a loss. The module is pure: `now` is
+an argument.
 
-Problem: a sequence may lose its worker at any moment, more than once, before or after its first token, and must end
-exactly once. Invariant: `MOVES` has every legal pair of state and event; any other pair is a programming error. `DONE`
-and `FAILED` are final: later events change nothing.
+Problem: a sequence may lose its worker at any moment, more than once, before or after the first token, and must end
+exactly once. Invariant: `MOVES` has every legal pair of state and event, and any other pair is a programming error.
+`DONE` and `FAILED` are final: later events change nothing.
 
 docs/architecture.md shows the table as a diagram; a test compares the two.
 """
@@ -20,32 +21,33 @@ class State(enum.Enum):
     """State of a sequence."""
 
     QUEUED = "queued"
-    """In the waiting room; no worker has begun it."""
+    """The sequence is in the waiting room, and no worker has begun the sequence."""
     SENT = "sent"
-    """Sent to its first worker, which has not answered."""
+    """The sequence has been sent to its first worker, which has not answered."""
     RUNNING = "running"
-    """On a worker that has sent tokens for it."""
+    """The sequence runs on a worker that has sent output for the sequence."""
     RESUMING = "resuming"
-    """In the resume queue: it waits for a compatible worker."""
+    """The sequence is in the resume queue and waits for a compatible worker."""
     RESENT = "resent"
-    """Sent to another worker, which has not answered."""
+    """The sequence has been sent to another worker, which has not answered."""
     DONE = "done"
-    """Finished: by the model, by a stop string or a guard, or cut at its budget."""
+    """The sequence has finished: the model ended it, a stop string or a guard stopped it, or it was cut at the
+    budget."""
     FAILED = "failed"
-    """Failed with its call."""
+    """The sequence has failed with its call."""
 
 
 class Event(enum.Enum):
-    """Event of a sequence."""
+    """An event in the life of a sequence."""
 
     SUBMITTED = "submitted"
-    """Sent to a worker."""
+    """The sequence is sent to a worker."""
     ANSWERED = "answered"
-    """The first output of that worker has arrived."""
+    """The first output of the worker arrives."""
     RETRY = "retry"
-    """Left its worker; starts over in the waiting room."""
+    """The sequence leaves its worker and starts over in the waiting room."""
     RESUME = "resume"
-    """Left its worker or its gateway; continues after its emitted tokens on another worker."""
+    """The sequence leaves its worker or its gateway, and continues after its emitted tokens on another worker."""
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -73,60 +75,63 @@ ENDED = (State.DONE, State.FAILED)
 
 
 class IllegalSequenceMove(RuntimeError):
-    """An event that `MOVES` does not allow in this state."""
+    """The error for an event that `MOVES` does not allow in the current state."""
 
 
 class Next(enum.Enum):
-    """Action for the owner of a sequence after a loss."""
+    """The action that the owner of a sequence must take after a loss."""
 
     REQUEUE = "requeue"
-    """Put the sequence into the waiting room or the resume queue, by its state."""
+    """Put the sequence into the waiting room or the resume queue. The state of the sequence decides which."""
     FAIL = "fail"
-    """Fail the call: `max_attempts` workers have failed the sequence."""
+    """Fail the call, because `max_attempts` workers have failed the sequence."""
 
 
 @dataclass(slots=True)
 class Loss:
-    """Workers that a sequence lost unexpectedly in a row, without a new token between; see worker_losses.py."""
+    """The unexpected losses of workers that a sequence had in a row, without a new token in between; see
+    worker_losses.py."""
 
     links: tuple[str, ...] = ()
-    """Names of their links."""
+    """Names of the links to the lost workers."""
     tokens: int = 0
-    """Tokens that the sequence had at the last loss."""
+    """Number of tokens that the sequence had at the last loss."""
     first_at: float | None = None
-    """Time of the first loss (monotonic)."""
+    """Monotonic time of the first loss."""
     last_at: float = -math.inf
     last_node: str = ""
-    """Node of the worker that was lost last."""
+    """Node on which the last lost worker ran."""
 
 
 @dataclass(slots=True)
 class Life:
-    """State of one sequence, and the history of its workers."""
+    """The state of one sequence, and the history of the sequence's workers."""
 
     max_attempts: int = 3
-    """Number of workers that may fail the sequence; the call fails with the last of them."""
+    """Maximum number of workers that may fail the sequence. When this number is reached, the call fails."""
     max_silent_losses: int = 2
-    """Number of workers that may be lost in a row, with no token between, before the sequence is a suspect."""
+    """Number of workers lost in a row, without a token in between, at which the sequence becomes suspect."""
     state: State = State.QUEUED
     attempt: int = 1
-    """Number of the next Submit, unique per sequence: increases with each worker that the sequence leaves."""
+    """Number of the next Submit. The number is unique per sequence and increases with each worker that the sequence
+    leaves."""
     failures: int = 0
     """Number of workers that have failed the sequence."""
     loss: Loss = field(default_factory=Loss)
     excluded: frozenset[str] = frozenset()
-    """Incarnations of workers whose engine could not continue the sequence."""
+    """Incarnations of the workers whose engine could not continue the sequence."""
     compatibility: CompatibilityKey | None = None
-    """Key of the worker that computed its first token; the sequence resumes only on workers with a compatible key."""
+    """Compatibility key of the worker that computed the sequence's first token. The sequence resumes only on workers
+    with a compatible key."""
     last_worker: str = ""
-    """Incarnation of the worker that got its last Submit."""
+    """Incarnation of the worker that got the last Submit of the sequence."""
     reason: str = ""
-    """Reason of the resume, until the next token: lost, error, moved or gateway."""
+    """Reason of the current resume: lost, error, moved or gateway. "" once the next worker has sent output."""
     computed: bool = False
     """Whether a worker has accepted the sequence or emitted tokens for it."""
 
     def apply(self, event: Event) -> State:
-        """Move to the next state. Raises IllegalSequenceMove."""
+        """Apply an event: move to the next state and return that state. Raises IllegalSequenceMove."""
         try:
             self.state = MOVES[self.state, event]
         except KeyError:
@@ -135,37 +140,40 @@ class Life:
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that still holds its KV blocks, after its gateway was lost; "" after its worker
-        failed or drained."""
+        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of its gateway; "" if the
+        sequence left its worker for another reason."""
         return self.last_worker if self.reason == "gateway" else ""
 
     def suspect(self, tokens: int) -> bool:
-        """Whether it lost so many workers in a row that it may crash them. `tokens`: emitted so far."""
+        """Return whether the sequence is suspect: it has lost so many workers in a row that it may be the cause.
+        `tokens`: number of tokens emitted so far."""
         return len(self.loss.links) >= self.max_silent_losses and tokens <= self.loss.tokens
 
     def silent_since(self, tokens: int) -> float | None:
-        """Time of the first loss since its last token; None if a token has come since the losses."""
+        """Return the time of the first loss since the sequence's last token; None if there was no loss, or a token has
+        arrived since the losses."""
         return self.loss.first_at if self.loss.links and tokens <= self.loss.tokens else None
 
     def submitted(self, incarnation: str, key: CompatibilityKey | None) -> None:
-        """Record a Submit to a worker. `key` replaces the compatibility key; None keeps it."""
+        """Record a Submit to a worker. `key` replaces the compatibility key; None keeps the old key."""
         self.apply(Event.SUBMITTED)
         self.last_worker, self.computed = incarnation, True
         if key is not None:
             self.compatibility = key
 
     def answered(self) -> str:
-        """Record the first output of its worker; returns the reason of its resume, "" if it was not resumed."""
+        """Record the first output of the current worker. Returns the reason of the resume; "" if the sequence was not
+        resumed."""
         self.apply(Event.ANSWERED)
         reason, self.reason = self.reason, ""
         return reason
 
     def submission_refused(self, tokens: int) -> None:
-        """Record its worker's refusal; `tokens` were emitted before."""
+        """Record the refusal of the sequence by its worker. `tokens`: number of tokens emitted before."""
         self.computed = bool(tokens)
 
     def lost(self, link: str, node: str, tokens: int, now: float) -> None:
-        """Record the unexpected loss of its worker, with link and node."""
+        """Record the unexpected loss of the sequence's worker. `link`: name of the link. `node`: node of the worker."""
         loss = self.loss
         if tokens > loss.tokens:
             loss.links = ()
@@ -175,15 +183,15 @@ class Life:
         loss.tokens, loss.last_at, loss.last_node = tokens, now, node
 
     def acquit(self) -> None:
-        """Forget its losses: other workers were lost too, so the sequence is not the cause."""
+        """Forget the losses of the sequence. Other workers were lost too, so the sequence is not the cause."""
         self.loss.links = ()
 
     def restore_losses(self, losses: tuple[str, ...], tokens: int) -> None:
-        """Set the losses that another gateway has recorded."""
+        """Set the losses in a row that another gateway has recorded."""
         self.loss.links, self.loss.tokens = losses, tokens
 
     def fail_worker(self, reason: str, tokens: int) -> Next:
-        """Record that its worker has failed it; returns what the owner has to do."""
+        """Record that a worker has failed the sequence. Returns the action that the owner must take."""
         self.failures += 1
         if self.failures >= self.max_attempts:
             return Next.FAIL
@@ -191,19 +199,20 @@ class Life:
         return Next.REQUEUE
 
     def leave(self, reason: str, tokens: int) -> None:
-        """Leave the worker and wait for another one; `tokens` were emitted so far."""
+        """Leave the worker and wait for another worker. `tokens`: number of tokens emitted so far."""
         self.attempt += 1
         if tokens:
             self.reason = reason
         self.wait(tokens)
 
     def wait(self, tokens: int) -> None:
-        """Wait again: in the resume queue if tokens were emitted or workers are avoided, else in the waiting room."""
+        """Wait again. The sequence waits in the resume queue if it has emitted tokens, has excluded workers or is
+        suspect, else in the waiting room."""
         resumes = tokens or self.excluded or self.suspect(tokens)
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue a sequence that another gateway or an earlier call began on this worker."""
+        """Continue a sequence that another gateway, or an earlier call, began on this worker."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"
@@ -211,7 +220,7 @@ class Life:
 
 
 def diagram() -> str:
-    """The table as a Mermaid state diagram; moves that stay in a state are left out."""
+    """Return the table `MOVES` as a Mermaid state diagram. Moves that stay in a state are left out."""
     lines = ["stateDiagram-v2", "    [*] --> queued"]
     lines += [
         f"    {state.value} --> {target.value}: {event.value}"

@@ -1,4 +1,4 @@
-"""Metadata of a call: everything beside its body."""
+"""Metadata of a call, which is everything except the call's body."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cluster.policy.tenants.identity import Principal
 
 @dataclass(frozen=True, slots=True)
 class CallMeta:
-    """Context of a call. `api` is the name of the API that received it; `deadline` is a time of the service's clock,
-    or None."""
+    """Metadata of one call. `api` is the name of the API that received the call. `deadline` is a time of the service's
+    clock, or None."""
 
     request_id: str
     api: str
@@ -19,9 +19,9 @@ class CallMeta:
     traceparent: str = ""
     principal: Principal = DEFAULT_PRINCIPAL
     counted: bool = False
-    """Whether the call is already counted as a request of its tenant (`CallService.count`)."""
+    """Whether the call is already counted as a request of the call's tenant (`CallService.count`)."""
 
     @property
     def tenant(self) -> str:
-        """Name of its tenant."""
+        """Name of the call's tenant."""
         return self.principal.tenant.name

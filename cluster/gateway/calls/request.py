@@ -1,6 +1,7 @@
-"""The generation request that every API parses a caller's body into, checked field by field, without model defaults.
+"""The generation request, into which every API parses a caller's body. The request is checked field by field and has no
+model defaults.
 
-Ranges are vLLM's own (sampling_params.py), so that vLLM accepts every request that passes these checks.
+The allowed ranges are those of vLLM (sampling_params.py), so that vLLM accepts every request that passes these checks.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from cluster.api.types import Grammar, Sampling
 
 MAX_N = 64
 MAX_NAME_CHARS = 1024
-"""Longest model name in a request."""
+"""Maximum number of characters in the model name of a request."""
 MAX_MESSAGES = 10_000
-"""Most messages of a chat; also most parts and most tool calls of one message."""
+"""Maximum number of messages in a chat, of parts in a message and of tool calls in a message."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
-"""Most stop token ids, the model's EOS ids included, with `min_tokens` of 1 or more: vLLM's limit per request."""
+"""Maximum number of stop token ids, the model's EOS ids included, if `min_tokens` is 1 or more. This is vLLM's limit
+per request."""
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 1024
@@ -34,7 +36,7 @@ DEFAULT_COMPLETE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """Sampling options of a request. None means unset: the model's default applies."""
+    """Sampling options of a request. None means that an option is unset and the model's default applies."""
 
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -52,14 +54,15 @@ class RequestOptions:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     logprobs_returned: int | None = None
-    """Number of tokens reported per position, including the sampled one; None means `logprobs`."""
+    """Number of tokens that are reported per position, the sampled token included; None means the value of
+    `logprobs`."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages for the model's chat template, as plain mappings in OpenAI's shape."""
+    """Chat messages for the model's chat template. Each message is a plain mapping in OpenAI's format."""
 
     messages: Sequence[Mapping[str, Any]]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class ChatPrompt:
 
     @property
     def template_options(self) -> Mapping[str, Any]:
-        """The arguments of the chat template beside the messages."""
+        """Arguments of the chat template, without the messages."""
         return {
             "template_kwargs": self.template_kwargs,
             "continue_final_message": self.continue_final_message,
@@ -78,55 +81,57 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """A plain prompt."""
+    """A prompt as plain text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class IdsPrompt:
-    """A prompt in token ids."""
+    """A prompt as token ids."""
 
     token_ids: Sequence[int]
-    """The ids, as an array if there are many."""
+    """The token ids. Many ids are an array."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompt:
-    """A long ChatPrompt or TextPrompt, parsed and pickled by one helper process and tokenized by another.
+    """A long ChatPrompt or TextPrompt, which one helper process has parsed and pickled and another helper process
+    tokenizes.
 
-    The gateway process passes it on unopened: unpacking megabytes would block its event loop.
+    The gateway process passes the pickle on without unpacking it, because unpacking megabytes would block the event
+    loop.
     """
 
     is_chat: bool
     packed: Any
-    """A pickle, as bytes or a buffer."""
+    """The pickle of the prompt, as bytes or a buffer."""
 
     def unpacked(self) -> ChatPrompt | TextPrompt:
-        """Unpack the prompt. Must not run on an event loop."""
+        """Return the unpacked prompt. Must not run on an event loop."""
         prompt: ChatPrompt | TextPrompt = pickle.loads(self.packed)  # noqa: S301 - written by this gateway's helper
         return prompt
 
     @classmethod
     def of(cls, prompt: ChatPrompt | TextPrompt) -> PackedPrompt:
-        """Pack a prompt. Must not run on an event loop."""
+        """Return the packed form of a prompt. Must not run on an event loop."""
         return cls(isinstance(prompt, ChatPrompt), pickle.dumps(prompt, protocol=5))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
-        return PackedPrompt, (self.is_chat, pickle.PickleBuffer(self.packed))  # a buffer is not copied
+        return PackedPrompt, (self.is_chat, pickle.PickleBuffer(self.packed))  # pickle does not copy a buffer
 
 
 Prompt = ChatPrompt | TextPrompt | IdsPrompt | PackedPrompt
 
 
 def is_chat(prompt: Prompt) -> bool:
-    """Whether a prompt is a list of chat messages."""
+    """Return whether a prompt is a list of chat messages."""
     return isinstance(prompt, ChatPrompt) or (isinstance(prompt, PackedPrompt) and prompt.is_chat)
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeFrom:
-    """Position of a broken stream: its resume tokens in order, and the number of the newest chunk."""
+    """Position of a broken stream: the stream's resume tokens in order, and the number of the newest chunk."""
 
     tokens: Sequence[bytes]
     offset: int
@@ -134,24 +139,24 @@ class ResumeFrom:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One parsed request for generation."""
+    """A parsed request for generation."""
 
     model: str
     prompt: Prompt
     options: RequestOptions
     default_max_tokens: int | None = None
     cache_salt: str = ""
-    """Salt of the prefix cache, chosen by the caller: only calls with the same salt share a cached prefix."""
+    """Salt of the prefix cache, which the caller chooses. Only calls with the same salt share a cached prefix."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Labels for the usage record; the tenant's labels of the same name take precedence."""
+    """Labels for the usage record. A label of the tenant with the same name takes precedence."""
     resumable: str = ""
-    """Digest of the whole request if its chunks must carry resume tokens, else empty."""
+    """Digest of the whole request if the chunks of the answer must carry resume tokens, else ""."""
     resume: ResumeFrom | None = None
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256
 
-# field -> (lowest, highest, whether the lowest itself is allowed); None means unbounded.
+# field -> (lowest value, highest value, whether the lowest value itself is allowed); None means unbounded.
 RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "max_tokens": (1, None, True),
     "min_tokens": (0, None, True),
@@ -168,7 +173,7 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raise CallError for metadata that a usage record cannot hold."""
+    """Check the metadata of a request. Raises CallError for metadata that a usage record cannot hold."""
     if len(metadata) > MAX_METADATA:
         raise invalid("metadata", f"must not have more than {MAX_METADATA} entries; has {len(metadata)}")
     for name, value in metadata.items():
@@ -180,11 +185,11 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def check_options(options: RequestOptions) -> None:
-    """Raise one CallError that names every wrong field."""
+    """Check the options of a request. Raises a single CallError that names every wrong field, up to MAX_VIOLATIONS."""
     wrong = [v for name in RANGES if (v := _range_violation(name, getattr(options, name))) is not None]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
-    if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each sequence has the next seed
+    if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each further sequence has the next seed
         wrong.append(Violation("seed", f"must be at most {MAX_SEED} - (n - 1), got {options.seed} with n {options.n}"))
     wrong += _stop_violations(options)
     wrong += _bias_violations(options.logit_bias)
@@ -197,12 +202,14 @@ def check_options(options: RequestOptions) -> None:
 
 
 def _fits_in(text: str, most_bytes: int) -> bool:
-    """Whether a text's UTF-8 has at most so many bytes; a text with more characters than that is not encoded."""
+    """Return whether a text has at most `most_bytes` bytes in UTF-8. A text with more than `most_bytes` characters is
+    not encoded."""
     return len(text) <= most_bytes and len(text.encode("utf-8", "replace")) <= most_bytes
 
 
 def _stop_violations(options: RequestOptions) -> list[Violation]:
-    """Violations of the stop fields. Counts are checked before contents: a list that is too long costs nothing."""
+    """Return the violations of the stop fields. Counts are checked before contents, so that a list that is too long
+    costs nothing."""
     wrong: list[Violation] = []
     if len(options.stop) > MAX_STOP_STRINGS:
         wrong.append(too_many("stop", "strings", MAX_STOP_STRINGS, len(options.stop)))
@@ -234,7 +241,7 @@ def _bias_violations(biases: Mapping[int, float]) -> list[Violation]:
 
 
 def too_many(field: str, what: str, most: int, got: int) -> Violation:
-    """The violation of a list with too many entries."""
+    """Return the violation for a list with too many entries."""
     return Violation(field, f"at most {most} {what}, got {got}")
 
 
@@ -270,7 +277,8 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
 
 
 def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str = "") -> CallError:
-    """The error for a prompt that leaves no room for output. `surely`: "at least " if its tokens were not counted."""
+    """Return the error for a prompt that leaves no room for output. `surely`: "at least " if the prompt's tokens were
+    not counted."""
     return CallError(
         Outcome.CONTEXT_LENGTH_EXCEEDED,
         f"the prompt has {surely}{prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "
@@ -288,11 +296,12 @@ def sampling(
     max_output_tokens: int | None = None,
     eos_token_ids: Collection[int] = (),
 ) -> Sampling:
-    """The engine's sampling parameters: from the request, else the model's generation config, else vLLM's defaults.
+    """Return the sampling parameters for the engine. Each value comes from the request, else from the model's
+    generation config, else from vLLM's defaults.
 
-    `max_model_len` and `max_output_tokens` are the caller's limits for context and output. Raises CallError if the
-    prompt leaves no room for output, a token id lies outside the vocabulary, or a request with `min_tokens` has too
-    many stop token ids.
+    `max_model_len` and `max_output_tokens` are the caller's limits for context and output, in tokens. Raises CallError
+    if the prompt leaves no room for output, if a token id lies outside the vocabulary, if a request with `min_tokens`
+    has too many stop token ids, or if `min_tokens` is above the tokens that the call may produce.
     """
     o = request.options
     room = max_model_len - prompt_tokens

@@ -1,9 +1,10 @@
-"""One of a call's n outputs: its tokens arrive from the link, become text, and wait for the API or go directly to it.
+"""One of a call's n outputs. The tokens arrive from the link, become text, and wait for the API or go directly to the
+API.
 
-Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once,
-even with a slow client. A slow client gets several tokens in one piece.
+Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
+the client is slow. A slow client gets several tokens in one piece.
 
-life.py decides the state of a sequence; the class here acts on it.
+life.py decides the state of a sequence; the class in this module acts on the state.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ _FINISH_WORDS = {
 }
 
 CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
-"""Caller's field name of each engine field."""
+"""Names of request fields as callers know them, by the name of the engine field."""
 
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:
-    """Translate an engine's refusal into the caller's error. An engine's message begins with its own field name."""
+    """Translate an engine's refusal into the error for the caller. An engine's message begins with the engine's name of
+    the field."""
     outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
     if not field:
         return CallError(outcome, message)
@@ -40,7 +42,7 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
 
 @dataclass(slots=True)
 class Piece:
-    """New text, log probabilities and finish reason of one sequence since its last piece."""
+    """New text, log probabilities and finish reason of one sequence since the sequence's last piece."""
 
     index: int
     text: str
@@ -50,39 +52,39 @@ class Piece:
 
 
 class SequenceOwner(Protocol):
-    """Interface that a sequence needs of its call. The methods run in a link's reader: they must be short and cannot
-    await."""
+    """Interface of a call that a sequence needs. The methods run in a link's reader, so every method must be short and
+    cannot await."""
 
     id: str
     arrived: float
 
     @property
     def clock(self) -> Callable[[], float]:
-        """Monotonic seconds."""
+        """Clock that returns monotonic seconds."""
 
     def fail(self, error: CallError) -> None:
         """End the call with this error."""
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call with INTERNAL because its own work raised `error`."""
+        """End the call with INTERNAL, because work for the call raised `error`."""
 
     def wake(self) -> None:
-        """Notify the API of an update."""
+        """Notify the call's API of an update."""
 
     def progressed(self, sequence: OutputSequence[Any], tokens: int) -> None:
-        """Handle the output of a step that was more than one plain token."""
+        """Handle the output of a step, if the output is more than one plain token."""
 
     def began(self, sequence: OutputSequence[Any], output: TokenOutput) -> None:
-        """Handle the first output of a worker."""
+        """Handle the first output that a worker sends for the sequence."""
 
     def resumed(self, sequence: OutputSequence[Any], reason: str) -> None:
-        """Handle the first token of another worker after a resume."""
+        """Handle the first token after a resume on another worker."""
 
     def worker_failed(self, sequence: OutputSequence[Any], link: WorkerLink) -> None:
         """Handle a worker whose engine could not continue the sequence."""
 
     def requeue(self, sequence: OutputSequence[Any]) -> None:
-        """Queue the sequence again, by its state."""
+        """Queue the sequence again. The state of the sequence decides in which queue."""
 
     def submission_refused(self, sequence: OutputSequence[Any]) -> None:
         """Handle a worker's refusal of the sequence."""
@@ -92,9 +94,10 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 
 class OutputSequence(Generic[Owner]):
-    """One of a call's n outputs. Implements the link's Sink.
+    """One of a call's n outputs. Implements the Sink of worker_link.py.
 
-    `direct`, if set by an API, gets the text of each further token that brings nothing but text.
+    `direct` is a function that an API may set. The function is called with the text of each further token that brings
+    nothing but text.
     """
 
     __slots__ = (
@@ -135,18 +138,20 @@ class OutputSequence(Generic[Owner]):
         self.key = f"{call.id}#{index}"
         """Name of the sequence in this gateway's queues and accounts."""
         self.emitted = detokenizer.token_ids
-        """Tokens so far: the detokenizer's own list, which leaves out those after a stop string."""
+        """Tokens emitted so far. This is the detokenizer's own list, which leaves out the tokens after a stop
+        string."""
         self.restored = 0
-        """Number of tokens that were emitted before this gateway continued the sequence."""
+        """Number of tokens that had been emitted when this gateway continued the sequence."""
         self.admitted = False
         """Whether an engine has accepted the sequence."""
         self.link: WorkerLink | None = None
         self.slot = 0
         self.finish_reason = ""
         self.heard_at = 0.0
-        """Time of its last token (monotonic)."""
+        """Monotonic time of the sequence's last token."""
         self.cached_tokens = 0
-        """Prompt tokens that its first worker, or the worker that resumed it here, had in its cache."""
+        """Number of prompt tokens that were cached on the sequence's first worker, or on the worker that resumed the
+        sequence for this gateway."""
         self.direct: Callable[[str], None] | None = None
         self._life = life or Life()
         self._piece_popped = False
@@ -161,81 +166,84 @@ class OutputSequence(Generic[Owner]):
 
     @property
     def state(self) -> State:
-        """State in its life."""
+        """State of the sequence."""
         return self._life.state
 
     @property
     def tokens(self) -> int:
-        """Prompt and emitted tokens: those that a new worker must compute before the next one."""
+        """Number of prompt tokens and emitted tokens together. A new worker must compute all of them before the next
+        token."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     @property
     def attempt(self) -> int:
-        """Number of its next Submit, from 1."""
+        """Number of the sequence's next Submit, from 1."""
         return self._life.attempt
 
     @property
     def failures(self) -> int:
-        """Number of workers that have failed it."""
+        """Number of workers that have failed the sequence."""
         return self._life.failures
 
     @property
     def compatibility(self) -> CompatibilityKey | None:
-        """Key of the worker that computed its first token."""
+        """Compatibility key of the worker that computed the sequence's first token."""
         return self._life.compatibility
 
     @property
     def last_worker(self) -> str:
-        """Incarnation of the worker that got its last Submit."""
+        """Incarnation of the worker that got the sequence's last Submit."""
         return self._life.last_worker
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that holds its KV blocks after its gateway was lost, else ""."""
+        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of its gateway, else
+        ""."""
         return self._life.cached_on
 
     @property
     def excluded(self) -> frozenset[str]:
-        """Incarnations of excluded workers."""
+        """Incarnations of the workers to which the sequence must not be sent again."""
         return self._life.excluded
 
     @property
     def moved(self) -> bool:
-        """Whether it resumes because its worker is draining."""
+        """Whether the sequence resumes because its worker was draining."""
         return self._life.reason == "moved"
 
     @property
     def computed(self) -> bool:
-        """Whether a worker has accepted it or emitted tokens for it."""
+        """Whether a worker has accepted the sequence or emitted tokens for it."""
         return self._life.computed
 
     @property
     def lost_links(self) -> tuple[str, ...]:
-        """Links that it lost in a row without a new token between."""
+        """Names of the links that the sequence lost in a row, without a new token in between."""
         return self._life.loss.links
 
     @property
     def lost_at(self) -> float:
-        """Time of its last unexpected loss of a worker (monotonic)."""
+        """Monotonic time at which the sequence last lost a worker unexpectedly."""
         return self._life.loss.last_at
 
     @property
     def lost_node(self) -> str:
-        """Node of the worker that it lost last."""
+        """Node of the worker that the sequence lost last."""
         return self._life.loss.last_node
 
     @property
     def silent_since(self) -> float | None:
-        """Time of the first loss since its last token; None if a token has come since the losses."""
+        """Time of the first loss since the sequence's last token; None if there was no loss, or a token has arrived
+        since the losses."""
         return self._life.silent_since(len(self.emitted))
 
     @property
     def suspect(self) -> bool:
-        """Whether it lost so many workers in a row that it may crash them; see worker_losses.py."""
+        """Whether the sequence has lost so many workers in a row that it may be the cause; see worker_losses.py."""
         return self._life.suspect(len(self.emitted))
 
     def acquit(self) -> None:
-        """Forget its losses: it is not their cause."""
+        """Forget the losses of the sequence, which is not their cause."""
         self._life.acquit()
 
     def restore_losses(self, losses: tuple[str, ...]) -> None:
@@ -247,8 +255,8 @@ class OutputSequence(Generic[Owner]):
     def restore(
         self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
     ) -> None:
-        """Continue after these tokens of another gateway, of whose text `chars` characters were delivered. Raises
-        ValueError if the tokens have less text."""
+        """Continue the sequence after these tokens, which another gateway has received. `chars`: number of characters
+        of their text that were delivered. Raises ValueError if the tokens have less text."""
         self.detokenizer.restore(token_ids, chars)
         if self._logprob_texts is not None:
             self._logprob_texts.restore(token_ids)
@@ -258,11 +266,12 @@ class OutputSequence(Generic[Owner]):
         if finish_reason:
             self._finish(finish_reason)
         elif len(token_ids) >= self.request.sampling.max_tokens:
-            self._finish("length")  # its last token was delivered, its end was not
+            self._finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, older: OutputSequence[Owner]) -> None:
         """Take over the further tokens that this gateway has received for an earlier reader of the same sequence, so
-        that they are not computed again. Not with log probabilities, which are not kept."""
+        that these tokens are not computed again. A sequence with log probabilities takes no tokens over, because log
+        probabilities are not kept."""
         more = older.emitted[len(self.emitted) :]
         if self.finish_reason or older.finish_reason or self._logprob_texts is not None or not more:
             return
@@ -277,13 +286,13 @@ class OutputSequence(Generic[Owner]):
     # ---- sending
 
     def submission(self) -> EngineRequest:
-        """The request for the next worker, with the tokens emitted so far."""
+        """Return the request for the next worker, which includes the tokens emitted so far."""
         if not self.emitted:
             return self.request
         return replace(self.request, emitted_token_ids=tuple(self.emitted))
 
     def bind(self, link: WorkerLink, slot: int) -> None:
-        """Record the worker and slot that the request was sent to."""
+        """Record the worker and the slot to which the request was sent."""
         self.link, self.slot = link, slot
         key = None
         if not self.emitted:
@@ -293,12 +302,12 @@ class OutputSequence(Generic[Owner]):
     # ---- Sink
 
     def accepted(self) -> None:
-        """Record that an engine has accepted the sequence: it is charged from now on."""
+        """Record that an engine has accepted the sequence, which is charged from now on."""
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle a refusal: requeue the sequence if the engine had no room, else fail the call, whose request is
-        invalid."""
+        """Handle a refusal by the engine. If the engine had no room, the sequence is queued again. Otherwise the
+        request is invalid and the call fails."""
         self.link = None
         self._life.submission_refused(len(self.emitted))
         self.call.submission_refused(self)
@@ -331,7 +340,7 @@ class OutputSequence(Generic[Owner]):
         call.progressed(self, added)
 
     def _record_first_output(self, output: TokenOutput) -> None:
-        """Record the first output of a worker."""
+        """Record the first output that a worker sends for the sequence."""
         cached = output.cached_tokens or 0
         if not self.emitted:
             self.cached_tokens = cached
@@ -343,7 +352,8 @@ class OutputSequence(Generic[Owner]):
             self.call.resumed(self, reason)
 
     def token(self, token_id: int) -> None:
-        """Handle a step's only token: the fast path of `output`, never the first one. The link sets `heard_at`."""
+        """Handle a step's only token, as a fast path of `output`. Never called for the first token. The link sets
+        `heard_at`."""
         direct = self.direct
         if direct is not None:
             text = self.detokenizer.text_of(token_id)
@@ -355,7 +365,8 @@ class OutputSequence(Generic[Owner]):
         self.call.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass each further token's text to `direct`, if a piece was delivered and further tokens bring only text."""
+        """Pass the text of each further token to `direct`, if a piece has been delivered and further tokens bring only
+        text."""
         if (
             not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.searches_text)
             and self._piece_popped
@@ -363,16 +374,17 @@ class OutputSequence(Generic[Owner]):
             self.direct = direct
 
     def stop_direct(self) -> None:
-        """Keep all further text for `pop_piece`."""
+        """Stop passing text to `direct`, and keep all further text for `pop_piece`."""
         self.direct = None
 
     def give_back(self, text: str) -> None:
-        """Put back the text that `direct` just got, and keep it and all further text for `pop_piece`."""
+        """Put back the text that was just passed to `direct`. This text and all further text is kept for
+        `pop_piece`."""
         self.direct = None
         self.detokenizer.push_back(text)
 
     def cut(self) -> None:
-        """Finish with the tokens so far, with finish reason "length"."""
+        """Finish the sequence with the tokens emitted so far and the finish reason "length"."""
         if not self.finish_reason:
             self.direct = None
             self._finish("length")
@@ -383,13 +395,13 @@ class OutputSequence(Generic[Owner]):
         self._life.apply(Event.FINISHED)
 
     def _stopped(self) -> None:
-        """Finish because of a stop string or a guard's refusal, and abort the engine's work."""
+        """Finish the sequence because of a stop string or a guard's refusal, and abort the engine's work."""
         self._finish("content_filter" if self.detokenizer.refused else "stop")
         self.leave_engine()
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """Handle an error finish. With a grammar, ERROR means that the grammar allowed no token; otherwise the engine
-        is at fault and another one may continue."""
+        """Handle an output that finishes with ERROR or ABORT. If the request has a grammar, ERROR means that the
+        grammar allowed no token. Otherwise the engine is at fault, and another engine may continue."""
         if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
             self.call.fail(
                 invalid(
@@ -406,12 +418,12 @@ class OutputSequence(Generic[Owner]):
         self._retry_or_fail(Outcome.INTERNAL, "error", message)
 
     def failed(self, error: BaseException) -> None:
-        """End the call: handling a message for it raised `error`."""
+        """End the call, because the handling of a message for the call raised `error`."""
         self.link = None
         self.call.fail_unexpectedly(error)
 
     def lost(self, why: str) -> None:
-        """Handle the loss of the worker: continue on another one from here."""
+        """Handle the loss of the worker. The sequence continues on another worker after the tokens emitted so far."""
         link, self.link = self.link, None
         if link is not None and not link.draining:
             self._life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
@@ -426,7 +438,7 @@ class OutputSequence(Generic[Owner]):
             self.call.requeue(self)
 
     def move(self) -> None:
-        """Leave its draining worker; another one continues from here."""
+        """Leave the draining worker. Another worker continues after the tokens emitted so far."""
         if self.link is not None and not self.finish_reason:
             self.leave_engine()
             self._life.leave("moved", len(self.emitted))
@@ -435,13 +447,13 @@ class OutputSequence(Generic[Owner]):
     # ---- the API
 
     def pop_piece(self) -> Piece | None:
-        """The text, finish reason and log probabilities since the last piece; None if there are none."""
+        """Return the text, finish reason and log probabilities since the last piece; None if there is nothing new."""
         if self._end_popped:
             return None
         finished = bool(self.finish_reason)
         text = self.detokenizer.pop_text(finished)
         if finished:
-            if self.detokenizer.refused:  # by a guard, for text that was held back to the end
+            if self.detokenizer.refused:  # a guard refused text that was held back to the end
                 self.finish_reason = "content_filter"
             if self._logprob_texts is not None:
                 self._logprobs += self._logprob_texts.push(())
@@ -454,42 +466,44 @@ class OutputSequence(Generic[Owner]):
         return piece
 
     def pop_text(self) -> str | None:
-        """The text since the last piece if there is nothing but text, else None: then call `pop_piece`."""
+        """Return the text since the last piece if there is nothing else to deliver. Returns None otherwise; then
+        `pop_piece` must be called."""
         if self.finish_reason or self._logprobs or not self._piece_popped:
             return None
         return self.detokenizer.pop_text(False)
 
     @property
     def pending_chars(self) -> int:
-        """Upper bound of the characters that wait for `pop_piece`."""
+        """Upper bound on the number of characters that wait for `pop_piece`."""
         return self.detokenizer.pending_chars
 
     @property
     def delivered(self) -> int:
-        """Number of tokens whose text was delivered, at least in part."""
+        """Number of tokens whose text was delivered at least in part."""
         return len(self.emitted) if self._end_popped else len(self.emitted) - self.detokenizer.pending_tokens()
 
     @property
     def shown(self) -> int:
-        """Number of tokens of which the caller has got text or a log probability."""
+        """Number of tokens for which the caller has got text or a log probability."""
         return self.delivered if self._logprob_texts is None else len(self.emitted)
 
     @property
     def end_delivered(self) -> bool:
-        """Whether its last piece was returned."""
+        """Whether the last piece of the sequence has been returned."""
         return self._end_popped
 
     def unlink_call(self) -> None:
-        """Drop the reference to its ended call, so that both are freed without the garbage collector."""
+        """Drop the reference to the ended call, so that the call and the sequence are freed without the garbage
+        collector."""
         del self.call
 
     def end(self) -> None:
-        """End the sequence with its call, and abort it in the engine."""
+        """End the sequence with its call, and abort the sequence in the engine."""
         self._life.apply(Event.FAILED)
         self.leave_engine()
 
     def leave_engine(self) -> None:
-        """Abort the sequence in its engine, if it runs there."""
+        """Abort the sequence in the engine, if the sequence runs there."""
         if self.link is not None:
             self.link.abort(self.slot)
             self.link = None

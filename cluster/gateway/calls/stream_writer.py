@@ -1,10 +1,11 @@
-"""Delivery of chunks from links to client connections, for all calls of a worker's message in one callback.
+"""Delivery of chunks from links to client connections. One callback serves all calls for which a worker's message
+brought tokens.
 
 Waking a task for each piece costs about as much as all other Python work for that piece. So a running stream is written
-without a task. A token that brings nothing but text goes from the link directly to its connection
-(`OutputSequence.direct`). For anything else, the call's listener marks its stream writer, and one callback writes the
-chunks of all marked writers. A writer pauses, and its task takes over, when its call has ended or its client reads too
-slowly; tokens that arrive meanwhile are sent afterwards in one larger piece.
+without a task. A token that brings nothing but text goes from the link directly to the connection
+(`OutputSequence.direct`). For anything else, the call's listener marks the call's stream writer, and one callback
+writes the chunks of all marked writers. When the call has ended or the client reads too slowly, the writer pauses and
+the writer's task takes over. Tokens that arrive during a pause are sent afterwards in one larger piece.
 """
 
 from __future__ import annotations
@@ -17,42 +18,44 @@ from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call import Call
 
 MAX_WRITES_A_CALLBACK = 128
-"""About a millisecond of writes, before other callbacks of the event loop run."""
+"""Number of writes, about a millisecond of work, before other callbacks of the event loop run."""
 
 
 class Transport(Protocol):
-    """A client's connection, or one stream of it, as a stream writer needs it."""
+    """Interface that a stream writer needs of a client's connection, or of one stream of a connection."""
 
     @property
     def full(self) -> bool:
         """Whether nothing more may be sent until the client reads."""
 
     def send(self, data: bytes) -> None:
-        """Send or buffer these bytes; never waits."""
+        """Send or buffer these bytes. Never waits."""
 
     async def wait_until_writable(self) -> None:
-        """Wait until the transport is no longer full, or is closed."""
+        """Wait until the transport is no longer full or is closed."""
 
 
 class ChunkEncoder(Protocol):
-    """Encoder of a call's chunks in the bytes of its API."""
+    """Encoder of a call's chunks into the bytes of the call's API."""
 
     ended: bool
     """Whether the end of the call has been encoded."""
 
     def encode_new(self) -> bytes:
-        """Encode all that is new, empty if nothing is. Raises the call's error once all before it was encoded."""
+        """Encode everything that is new in the call; b"" if nothing is new. Once everything before the call's error has
+        been encoded, raises that error."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode a further token that brings nothing but text."""
+        """Encode the text of a further token that brings nothing but text."""
 
     @property
     def plain(self) -> bool:
-        """Whether further tokens can be encoded by `encode_text`."""
+        """Whether `encode_text` can encode further tokens."""
 
 
 class StreamWriter:
-    """Writer of one call's chunks to its client. `run` returns when the call's end is sent; raises the call's error."""
+    """Writer of one call's chunks to the client. `run` returns when the end of the call has been sent, or raises the
+    call's error."""
 
     def __init__(self, call: Call, encoder: ChunkEncoder, transport: Transport, delivery: ChunkDelivery) -> None:
         self._call = call
@@ -67,7 +70,7 @@ class StreamWriter:
         self.marked = False
 
     async def run(self) -> None:
-        """Write chunks until the call ends."""
+        """Write chunks until the call ends. Raises the call's error."""
         self._call.listen(self.mark)
         try:
             self.mark()
@@ -86,13 +89,13 @@ class StreamWriter:
             raise self._error
 
     def mark(self) -> None:
-        """Schedule a write: the call has an update."""
+        """Schedule a write, because the call has an update."""
         if not self.marked:
             self.marked = True
             self._delivery.add(self)
 
     def write(self) -> None:
-        """Send all that is new, or pause."""
+        """Send everything that is new in the call, or pause."""
         self.marked = False
         if not self._open:
             return
@@ -115,13 +118,13 @@ class StreamWriter:
             self._call.sequences[0].go_direct(self._send_text)
 
     def fail(self, error: BaseException) -> None:
-        """End the call: writing for it raised `error`."""
+        """End the call, because writing the call's chunks raised `error`."""
         self._call.fail_unexpectedly(error)
         self._error = self._call.error
         self._pause(True)
 
     def _send_text(self, text: str) -> None:
-        """Send a token's text directly; called by the link's reader."""
+        """Send the text of a token directly. The link's reader calls this method."""
         transport = self._transport
         if self._open and not transport.full:
             transport.send(self._encode_text(text))
@@ -130,21 +133,21 @@ class StreamWriter:
         self.mark()
 
     def _pause(self, ended: bool) -> None:
-        """Stop writing; `run` continues once the client has read, or returns if the call has ended."""
+        """Stop writing. Afterwards `run` waits until the client has read, or returns if the call has ended."""
         self._open = False
         if not self._paused.done():
             self._paused.set_result(ended)
 
 
 class ChunkDelivery:
-    """Writes the marked stream writers of one API."""
+    """Scheduler of the writes of one API, which runs all marked stream writers in one callback."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._marked: deque[StreamWriter] = deque()
 
     def add(self, writer: StreamWriter) -> None:
-        """Write this stream in the next callback."""
+        """Run this writer in the next callback."""
         if not self._marked:
             self.loop.call_soon(self._write_marked)
         self._marked.append(writer)
@@ -155,7 +158,7 @@ class ChunkDelivery:
             writer = marked.popleft()
             try:
                 writer.write()
-            except BaseException as error:  # ends its own call, not the other streams
+            except BaseException as error:  # ends the writer's own call, not the other streams
                 writer.fail(error)
         if marked:
             self.loop.call_soon(self._write_marked)

@@ -1,19 +1,19 @@
-"""A pool of helper processes for a gateway's CPU-bound work, so that its event loop never waits for that.
+"""A pool of helper processes for a gateway's CPU-bound work, so that the event loop never waits for that work.
 
 Problem: parsing, rendering and tokenizing hold the GIL for milliseconds at a time even in a thread, and the event loop
-waits for the GIL after every system call; with many such threads that adds up to a quarter of a second. Helpers
-(process.py) start with the first job, which waits for the first helper (0.2 to 0.6 s, once). They run at idle priority
-(SCHED_IDLE) and exit after a time without work. If no helper can be started, or one gets no core for seconds, `run`
-returns None and the caller does the work itself.
+waits for the GIL after every system call. With many such threads the waits add up to a quarter of a second. Helpers
+(process.py) start with the first job, which waits for the first helper (0.2 to 0.6 s, once). The helpers run at idle
+priority (SCHED_IDLE) and exit after a time without work. If no helper can be started, or a helper gets no core for
+seconds, `run` returns None and the caller does the work itself.
 
-Tenants take turns: of the tenants with waiting jobs, the one served longest ago is next. Each job has a CPU limit
-(TooMuchCpu beyond it). A job that ends two helpers in a row is given up (Lost): it runs neither in a third helper nor
-in the gateway's own process.
+Tenants take turns: of the tenants with waiting jobs, the tenant that was served longest ago is next. Each job has a CPU
+limit; a job that exceeds the limit raises TooMuchCpu. A job that ends two helpers in a row is given up with JobLost:
+the job runs neither in a third helper nor in the gateway's own process.
 
-The scheduler treats a core that runs only an idle-priority process as idle. With a merely nice process there, the event
-loop would wait on the other core behind other processes, 15 to 30 ms at a time. Each helper has its own session: if
-Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the gateway's session
-would use up its share.
+Linux's scheduler treats a core that runs only an idle-priority process as idle. If that process were merely nice, the
+event loop would wait on the other core behind other processes, 15 to 30 ms at a time. Each helper has its own session:
+if Linux divides the CPU by session (autogroup, the default outside of control groups), helpers in the gateway's session
+would use up the gateway's share.
 """
 
 from __future__ import annotations
@@ -41,26 +41,29 @@ log = structlog.get_logger("text")
 
 MAX_HELPERS: Final = 4
 MAX_FAILURES: Final = 3
-"""Helpers lost in succession without completing a job, after which no more are started for RETRY_S."""
+"""Number of helpers that may be lost in succession without completing a job. After that no helper is started for
+RETRY_S."""
 RETRY_S: Final = 60.0
 MAX_LOSSES: Final = 2
-"""Helpers that one job may end before it is given up."""
+"""Number of helpers that a job may end before the job is given up."""
 CPU_S, CPU_S_PER_MB = 10.0, 4.0
-"""CPU limit of a job, and the addition per megabyte of its data; legitimate jobs use a hundredth to a tenth of it."""
+"""CPU limit of a job in seconds, and the addition to the limit per megabyte of the job's data. Legitimate jobs use a
+hundredth to a tenth of their limit."""
 PATIENCE_S: Final = 2.0
-"""Time after which a helper that has not answered is late, plus a second per megabyte. No other job waits for a late
-helper, and if it has got less than LEAST_SHARE of a core, the caller does the work itself."""
+"""Seconds after which a helper that has not answered is late; the job's data adds a second per megabyte. No other job
+waits for a late helper. If a late helper has got less than LEAST_SHARE of a core, the caller does the work itself."""
 LEAST_SHARE: Final = 0.2
 _ENVIRONMENT: Final = {
     "TOKENIZERS_PARALLELISM": "false",  # the helpers already run in parallel
-    # Keeps freed memory for the next body: fresh memory takes a third of the time for a body of 16 MB.
+    # These settings keep freed memory for the next body. Fresh memory takes a third of the time for a body of 16 MB.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
 Job = tuple[str, tuple[Any, ...], dict[str, Any]]
-"""Name of a method of the object that the helpers serve, its arguments and its keyword arguments."""
+"""A call of a method on the object that the helpers serve: the method's name, the arguments and the keyword
+arguments."""
 Setup = Callable[[], tuple[str, bytes]]
-"""Returns the kind of object that the helpers serve, and the data to create it."""
+"""A function that returns the kind of object that the helpers serve, and the data to create such an object."""
 
 
 TOO_MUCH: Final = "too much"
@@ -68,15 +71,15 @@ _NOTHING: Final[Job] = ("__repr__", (), {})
 
 
 class TooMuchCpu(Exception):
-    """A job has exceeded its CPU limit."""
+    """The error of a job that has exceeded its CPU limit."""
 
 
 class JobLost(Exception):
-    """A job has ended MAX_LOSSES helpers, or raised an unexpected exception."""
+    """The error of a job that has ended MAX_LOSSES helpers, or has raised an unexpected exception."""
 
 
 class _Helper:
-    """One helper process and the socket to it. Runs one job at a time."""
+    """One helper process, and the socket to the process. A helper runs one job at a time."""
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
@@ -101,11 +104,11 @@ class _Helper:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """Id of the helper process."""
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """CPU time that the process has used so far; 0 if that cannot be read."""
+        """Return the CPU seconds that the process has used so far; 0 if the time cannot be read."""
         import psutil  # imported late, to keep the gateway's start fast
 
         with suppress(psutil.Error):
@@ -115,13 +118,14 @@ class _Helper:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the process ended because its job exceeded the CPU limit. Waits up to 0.1 s for its end."""
+        """Whether the process ended because its job exceeded the CPU limit. Reading the property waits up to 0.1 s for
+        the process to end."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(0.1) == -OUT_OF_TIME
         return False
 
     async def do(self, job: Job, cpu_s: float) -> tuple[str, Any]:
-        """Run a job and return its answer. Raises OSError when the process has ended."""
+        """Run a job and return the answer of the process. Raises OSError if the process has ended."""
         loop = asyncio.get_running_loop()
         self._busy = True
         try:
@@ -161,7 +165,7 @@ class _Helper:
     def end(self) -> None:
         """Kill the process at once; a helper has no state to save."""
         self._ended = True
-        if self._busy:  # closing now would let a new socket reuse the file descriptor that the loop still waits for
+        if self._busy:  # if closed now, a new socket could reuse the file descriptor that the loop still waits for
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         else:
@@ -171,14 +175,14 @@ class _Helper:
 
 
 class HelperPool:
-    """A pool of helpers that serve the same kind of object. Belongs to one event loop."""
+    """A pool of helpers that serve the same kind of object. A pool belongs to one event loop."""
 
     def __init__(self, setup: Setup, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
         """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS."""
         self._setup = setup
         self._patience_s = patience_s
         self.cpu_s = CPU_S
-        """CPU limit of a small job."""
+        """CPU limit of a small job, in seconds."""
         self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
         self._helpers: set[_Helper] = set()
         self._idle: list[_Helper] = []
@@ -187,7 +191,7 @@ class HelperPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
         self.failures = 0
-        """Helpers lost since the last one that completed a job."""
+        """Number of helpers lost since a helper last completed a job."""
         self._failed_at = 0.0
         self._closed = False
         self._end = weakref.finalize(self, _end_all, self._helpers)
@@ -198,10 +202,12 @@ class HelperPool:
         return frozenset(helper.pid for helper in self._helpers)
 
     async def run(self, job: Job, *, size: int = 0, tenant: str = "", local_fallback: bool = True) -> Any:
-        """Run a job and return its result; None if no helper is available in time and the caller must run it itself.
+        """Run a job and return its result. Returns None if no helper is available in time; then the caller must do the
+        work itself.
 
-        `size`: bytes that the job works on. `local_fallback=False`: the caller cannot run the job itself, so `run` also
-        waits for a helper that gets no core. Raises the job's CallError, TooMuchCpu or Lost."""
+        `size`: number of bytes that the job works on. `local_fallback=False` means that the caller cannot do the work
+        itself, so `run` waits even for a helper that gets no core. Raises the job's CallError, TooMuchCpu or
+        JobLost."""
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:
@@ -221,7 +227,7 @@ class HelperPool:
         raise JobLost("its helpers ended")
 
     async def ready(self) -> bool:
-        """Wait until all helpers have started. False if none could be started."""
+        """Wait until all helpers have started. Returns False if no helper could be started."""
         if not self._helpers:
             self._start()
         while self._starting:
@@ -229,7 +235,7 @@ class HelperPool:
         return bool(self._helpers)
 
     def close(self) -> None:
-        """End all helpers; the callers of running jobs do their work themselves."""
+        """End all helpers. The callers of running jobs do the work themselves."""
         self._closed = True
         self._end()
         self._idle.clear()
@@ -251,7 +257,7 @@ class HelperPool:
             raise
 
     def _next_waiting(self) -> asyncio.Future[_Helper | None] | None:
-        """Remove and return the first waiting job of the tenant that was served longest ago."""
+        """Remove the first waiting job of the tenant that was served longest ago, and return the job's future."""
         while self._waiting:
             tenant, futures = self._waiting.popitem(last=False)
             future = futures.popleft()
@@ -269,7 +275,7 @@ class HelperPool:
         self._idle.append(helper)
 
     async def _work(self, helper: _Helper, job: Job, patience_s: float, cpu_s: float) -> tuple[str, Any] | None:
-        """Run a job on a helper and return its answer; None if the helper was lost."""
+        """Run a job on a helper and return the helper's answer; None if the helper was lost."""
         late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)
@@ -291,7 +297,8 @@ class HelperPool:
         return answer
 
     def _replace_stopped(self, helper: _Helper, method: str, cpu_s: float) -> None:
-        """Replace a helper that ended because its job exceeded the CPU limit. Does not count as a failure."""
+        """Replace a helper that ended because its job exceeded the CPU limit. Such an end does not count as a
+        failure."""
         log.warning("helper_stopped", job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
@@ -305,7 +312,7 @@ class HelperPool:
 
     @property
     def _may_become_free(self) -> bool:
-        """Whether a helper may become free soon."""
+        """Whether a helper may soon become free."""
         return self._starting or bool(self._helpers - self._late)
 
     def _remove_lost(self, helper: _Helper, error: OSError | None) -> None:
@@ -323,7 +330,7 @@ class HelperPool:
         self._release_waiting()
 
     def _release_waiting(self) -> None:
-        """Let waiting callers do their work themselves, if no helper may become free."""
+        """If no helper may soon become free, let the waiting callers do the work themselves."""
         while not self._may_become_free and (future := self._next_waiting()) is not None:
             future.set_result(None)
 
@@ -335,7 +342,8 @@ class HelperPool:
             self._spawn(self._begin())
 
     async def _begin(self) -> None:
-        """Start one helper, then the next. A start blocks the event loop briefly, so all are started early."""
+        """Start one helper, then the next. All helpers are started early, because each start blocks the event loop
+        briefly."""
         try:
             helper = await asyncio.to_thread(_Helper, self._setup)
             try:
@@ -351,7 +359,7 @@ class HelperPool:
             self._starting = False
             self._release_waiting()
             raise
-        run_when_idle(helper.pid)  # only now, because callers wait for the start, which must get a core
+        run_when_idle(helper.pid)  # not earlier, because callers wait for the start, which must get a core
         self._starting = False
         if self._closed:
             helper.end()
@@ -369,7 +377,7 @@ class HelperPool:
 
 
 async def _wait_while_running(work: asyncio.Task[Any], helper: _Helper, patience_s: float) -> bool:
-    """Wait for a job as long as its helper gets CPU time. Returns whether the job is done."""
+    """Wait for a job as long as the helper gets CPU time. Returns whether the job is done."""
     used_s = helper.cpu_s()
     while True:
         done, _ = await asyncio.wait({work}, timeout=patience_s)

@@ -1,7 +1,8 @@
-"""Program: one process of a HelperPool. Its standard input is a socket, which carries the setup and then the jobs.
+"""Program of one process of a HelperPool. The standard input of the process is a socket, on which the setup and then
+the jobs arrive.
 
-A job that exceeds its CPU limit ends the process by a signal, even inside native code, and the pool starts another
-process. The process ends with the gateway, or after IDLE_S without a job.
+A job that exceeds its CPU limit ends the process by a signal, even inside native code. The pool then starts another
+process. A process also ends with the gateway, or after IDLE_S without a job.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ IDLE_S: Final = 600.0
 
 
 def serve(connection: socket.socket) -> None:
-    """Run jobs until the socket is closed or idle for IDLE_S."""
+    """Run jobs from the socket until the socket is closed or has been idle for IDLE_S."""
     worker = _worker(*receive(connection))
     while True:
         cpu_s, method, positional, named = receive(connection)
@@ -50,7 +51,7 @@ def _answer(worker: object, method: str, positional: tuple[Any, ...], named: dic
 
 
 def main() -> None:
-    """Serve jobs from the socket on standard input."""
+    """Run the jobs that arrive on the socket at standard input."""
     signal.signal(OUT_OF_TIME, signal.SIG_DFL)
     connection = socket.socket(fileno=os.dup(0))
     connection.settimeout(IDLE_S)

@@ -1,8 +1,9 @@
-"""The protocol between a HelperPool and its processes: a pickle and the large buffers it refers to, each with a length.
+"""The protocol between a HelperPool and its processes. A message is a pickle and the large buffers that the pickle
+refers to, each with its length.
 
-Pickle is safe here, because the socket pair has no name and only these two processes write to it. Buffers are bytes,
-arrays and PickleBuffers of any size. They are sent and received in pieces and never copied into the pickle, so no step
-blocks the event loop for long.
+Pickle is safe here, because the socket pair has no name and only the pool and the helper process write to the pair.
+Buffers are bytes, arrays and PickleBuffers of any size. Buffers are sent and received in pieces and never copied into
+the pickle, so no step blocks the event loop for long.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 HEAD: Final = struct.Struct("<QI")
-"""Number of bytes of the pickle, and number of buffers that follow it."""
+"""Head of a message: the number of bytes in the pickle, and the number of buffers after the pickle."""
 SIZE: Final = struct.Struct("<Q")
 PIECE_BYTES: Final = 1 << 20
-"""Bytes sent or received before other tasks of the event loop may run."""
+"""Number of bytes that are sent or received before other tasks of the event loop may run."""
 OK, REFUSED, FAILED = "ok", "refused", "failed"
-"""Kind of an answer: a result, a CallError, or the text of any other exception."""
+"""Kinds of an answer: a result, a CallError, and the text of any other exception."""
 OUT_OF_TIME: Final = signal.SIGPROF
-"""The signal whose default action ends a process when its job exceeds the CPU limit."""
+"""Signal that ends a helper process, by its default action, when a job exceeds the CPU limit."""
 Parts = list["bytes | memoryview"]
 
 
 def pack(value: object) -> Parts:
-    """Encode a value as parts to be sent in order."""
+    """Encode a value into parts, which must be sent in order."""
     buffers: list[pickle.PickleBuffer] = []
     packed = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts: Parts = [HEAD.pack(len(packed), len(buffers)) + packed]
@@ -43,13 +44,13 @@ def unpack(packed: bytes | bytearray, buffers: Sequence[bytearray]) -> Any:
 
 
 def send(connection: socket.socket, value: object) -> None:
-    """Send a value. Blocks until it is sent."""
+    """Send a value. Blocks until the value is sent."""
     for part in pack(value):
         connection.sendall(part)
 
 
 def receive(connection: socket.socket) -> Any:
-    """Receive the next value. Blocks. Raises EOFError when the other end is closed."""
+    """Wait for the next value and return it. Raises EOFError when the other end is closed."""
     size, count = HEAD.unpack(_exactly(connection, HEAD.size))
     packed = _exactly(connection, size)
     buffers = [_exactly(connection, SIZE.unpack(_exactly(connection, SIZE.size))[0]) for _ in range(count)]

@@ -1,1 +1,1 @@
-"""The gateway's end of the links that workers and controllers open."""
+"""The gateway's end of the links, which workers and controllers open."""

@@ -1,4 +1,5 @@
-"""The gateway's server for links: it accepts workers and the controller and passes messages to their WorkerLink."""
+"""The gateway's server for links. The server accepts workers and the controller, and passes each worker's messages to
+its WorkerLink."""
 
 from __future__ import annotations
 
@@ -34,48 +35,50 @@ from cluster.wire.lost_engines import LostEngine, LostEngines
 log = structlog.get_logger("hub")
 
 TICKS = 10
-"""Minimum number of liveness checks in the time after which a worker is suspected."""
+"""Minimum number of liveness checks within the time after which an inactive worker is suspected."""
 LEAST_REST_S = 0.002
 CALM = 0.6
-"""Part of that time that must remain for every worker before checks become less frequent."""
+"""Fraction of the time until suspicion. Checks become less frequent when more than this fraction remains for every
+worker."""
 REPORT_S = 0.5
-"""Interval of the demand and fleet reports to the controller."""
+"""Interval in seconds of the demand and fleet reports to the controller."""
 NOTICING_S = 0.02
-"""Part of the time in which an inactive worker must be detected that the detection itself may take."""
+"""Seconds that the detection itself may take. They are part of the time within which an inactive worker must be
+detected."""
 
 
 class HubListener(LinkListener, Protocol):
-    """The receiver of the hub's events. Methods are called on the event loop and must not block."""
+    """The receiver of a hub's events. The methods are called on the event loop and must not block."""
 
     @property
     def keeps_accounts(self) -> bool:
         """Whether the usage of ended requests is recorded."""
 
     def link_up(self, link: WorkerLink) -> None:
-        """A worker's link is up."""
+        """Handle a worker's link coming up."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """A worker's link has ended, and `lost` has been called on its sinks."""
+        """Handle the end of a worker's link. `lost` has already been called on the link's sinks."""
 
     def link_changed(self, link: WorkerLink) -> None:
-        """A worker's credit or drain state has changed."""
+        """Handle a change of a worker's credit or drain state."""
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """The controller has sent a new catalog."""
+        """Handle a new catalog from the controller."""
 
     def demand(self) -> Sequence[ModelDemand]:
-        """The demand to report to the controller."""
+        """Return the demand to report to the controller."""
 
     def version_tallies(self) -> Sequence[VersionTally]:
-        """The canary statistics to report to the controller."""
+        """Return the canary statistics to report to the controller."""
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Why a worker may not serve its model; "" if it may."""
+        """Return the reason why a worker may not serve its model; "" if the worker may serve."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubStatistics:
-    """Number of worker links, of requests that run on them, and of controllers."""
+    """Counts of a hub: the number of worker links, of requests that run on these links, and of controllers."""
 
     workers: int
     running: int
@@ -86,12 +89,13 @@ class _Controller:
     def __init__(self, hello: pb.ControllerHello) -> None:
         self.controller_id = hello.controller_id
         self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
-        """Frames to send to the controller besides the periodic reports."""
+        """Frames to send to the controller in addition to the periodic reports."""
         self.questions = AdminRequests(self.frames.put_nowait, frozenset(hello.verbs))
 
 
 class Hub(pb_grpc.LinkServicer):
-    """Serves cluster.link.v1.Link in grpc.aio's read/write style (the stubs are typed for the generator style)."""
+    """Server of cluster.link.v1.Link, in the read/write style of grpc.aio. The stubs are typed for the generator
+    style."""
 
     def __init__(
         self,
@@ -101,8 +105,8 @@ class Hub(pb_grpc.LinkServicer):
         siblings: Sequence[str] = (),
         by_certificate: bool = False,
     ) -> None:
-        """`siblings`: link addresses of the other processes that share the client ports; see link.siblings.
-        `by_certificate`: the port has TLS, and a peer's certificate must name its role."""
+        """`siblings`: link addresses of the other gateway processes that share the client ports; see link.siblings.
+        `by_certificate`: whether the port has TLS, so that a peer's certificate must name the peer's role."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
@@ -114,32 +118,34 @@ class Hub(pb_grpc.LinkServicer):
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
         self._bundle_holders: dict[str, WorkerLink | None] = {}
-        """By digest of a bundle being fetched, the worker that it was requested from, None for the controller."""
+        """The link from which each bundle was requested, by the digest of the bundle; None for the controller. Only
+        bundles that are being fetched have an entry."""
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self._lost = LostEngines()
         self.catalog_at: float | None = None
         self.gateways = 0
-        """Number of gateways that the controller has links to, including this one; 0 until it reports."""
+        """Number of gateways to which the controller has links, this gateway included; 0 until the controller reports
+        the number."""
 
     def statistics(self) -> HubStatistics:
-        """A snapshot of the counts."""
+        """Return the current counts."""
         return HubStatistics(
             len(self._links), sum(link.running for link in self._links.values()), int(self._controller is not None)
         )
 
     def lost_engines(self) -> Sequence[LostEngine]:
-        """Engines that have ended in the last minutes, with the reasons that their workers reported."""
+        """Return the engines that have ended in the last minutes, with the reasons that the workers reported."""
         return self._lost.recent(time.time())
 
     @property
     def links(self) -> Sequence[WorkerLink]:
-        """Worker links that are up, sorted by worker id."""
+        """All worker links that are up, sorted by worker id."""
         return [self._links[key] for key in sorted(self._links)]
 
     # ---- workers
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """One epoch of one worker, from its Hello to its end."""
+        """Serve one epoch of one worker, from the worker's Hello to the end of the link."""
         first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
@@ -158,7 +164,7 @@ class Hub(pb_grpc.LinkServicer):
         await self._admit(context, identity, info, hello.epoch)
         link = WorkerLink(identity, info, hello.epoch, self._listener)
         link.liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
-        self._attach(link)  # before the Welcome, because the worker may open Bulk as soon as it reads that
+        self._attach(link)  # before the Welcome: once the worker has read the Welcome, it may open Bulk
         parts = [
             asyncio.create_task(self._write(link, context, protocol)),
             asyncio.create_task(self._read(link, context)),
@@ -178,7 +184,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
 
     async def _first_message(self, context: Any) -> Any:
-        """The first message of a stream; None if it does not arrive within `welcome_s`."""
+        """Return the first message of a stream; None if no message arrives within `welcome_s`."""
         try:
             async with asyncio.timeout(self._timing.welcome_s):
                 return await read(context)
@@ -186,8 +192,8 @@ class Hub(pb_grpc.LinkServicer):
             return None
 
     async def _admit(self, context: Any, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
-        """Abort the stream of a peer that may not be this worker. Only a peer with the right certificate learns more
-        than that its certificate is wrong."""
+        """Abort the stream of a peer that may not act as this worker. A peer with a wrong certificate learns only that
+        the certificate is wrong."""
         certificate = context.peer_certificate()
         older = self._links.get(identity.worker_id)
         for model in {identity.model, older.identity.model if older is not None else identity.model}:
@@ -266,7 +272,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.write(message)
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Heartbeats of one worker, each answered by a GatewayBeat."""
+        """Serve the heartbeats of one worker. Each heartbeat is answered with a GatewayBeat."""
         certificate = context.peer_certificate()
         while (beat := await read(context)) is not None:
             link = self._links.get(beat.worker_id)
@@ -280,11 +286,11 @@ class Hub(pb_grpc.LinkServicer):
             await context.write(pb.GatewayBeat(seq=beat.seq))
 
     def _now(self) -> float:
-        """The waking time, which excludes pauses of this process."""
+        """Return the waking time, which excludes pauses of this process."""
         return self._waking.at(time.monotonic())
 
     async def watch(self) -> None:
-        """Close the links of workers that are considered lost. Runs until cancelled."""
+        """Check all links, and close the links of workers that are considered lost. Runs until cancelled."""
         while True:
             now = self._now()
             due = math.inf
@@ -302,8 +308,9 @@ class Hub(pb_grpc.LinkServicer):
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Seconds until the next check, when the first worker would be suspected in `left_s`: aligned with the other
-        periodic work of the process while all workers are active, more often once one is overdue."""
+        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. While
+        all workers are active, checks are aligned with the other periodic work of the process. Once a worker is
+        overdue, checks are more frequent."""
         if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
             return ticks.seconds_to_tick(asyncio.get_running_loop().time(), ticks.TICK_S)
         return min(self._timing.hang_s / TICKS, left_s)
@@ -311,7 +318,7 @@ class Hub(pb_grpc.LinkServicer):
     # ---- bulk
 
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Large data, such as prompts and bundles, to and from one worker or controller."""
+        """Serve the stream of large data, such as prompts and bundles, to and from one worker or controller."""
         hello = await self._first_message(context)
         if hello is None or not hello.worker_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must hold worker_id")
@@ -361,7 +368,7 @@ class Hub(pb_grpc.LinkServicer):
                 waiting.set_result(bundle)
 
     async def fetch_bundle(self, digest: str, timeout_s: float = 30.0) -> Bundle:
-        """Fetch a bundle from a worker that has it, or else from the controller. Raises LookupError."""
+        """Fetch a bundle from a worker that has the bundle, else from the controller. Raises LookupError."""
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():
             waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
@@ -379,7 +386,8 @@ class Hub(pb_grpc.LinkServicer):
                 self._bundle_holders.pop(digest, None)
 
     def _request_bundle(self, digest: str) -> bool:
-        """Request a bundle from a worker that has it, or else from the controller. False if neither is connected."""
+        """Request a bundle from a worker that has the bundle, else from the controller. Returns False if neither is
+        connected."""
         holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
         if holder is not None:
             holder.box.fetch(digest)
@@ -392,7 +400,8 @@ class Hub(pb_grpc.LinkServicer):
         return True
 
     def _request_bundles_again(self) -> None:
-        """Request again the bundles whose holders' links have ended. Call when a link has begun or ended."""
+        """Request bundles again if the link of the worker from which they were requested has ended. Must be called when
+        a link has begun or ended."""
         for digest, holder in list(self._bundle_holders.items()):
             if holder is not None and self._links.get(holder.identity.worker_id) is not holder:
                 self._request_bundle(digest)
@@ -406,7 +415,8 @@ class Hub(pb_grpc.LinkServicer):
         return await self._controller.questions.ask(verb, body, actor, timeout_s)
 
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """The controller's stream: it sends the catalog, and receives demand and fleet reports."""
+        """Serve the controller's stream, on which the controller sends the catalog and receives demand and fleet
+        reports."""
         first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
@@ -444,7 +454,7 @@ class Hub(pb_grpc.LinkServicer):
                 await context.write(frame)
 
     def report_now(self) -> None:
-        """Send the demand to the controller at once, not with the next periodic report."""
+        """Report the demand to the controller at once, not with the next periodic report."""
         if self._controller is not None:
             self._controller.frames.put_nowait(self._frame())
 
@@ -507,13 +517,14 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
 
 
 def hub_server(hub: Hub, admission: http2.ConnectionAdmission | None = None) -> http2.Server:
-    """A server of the hub, for the gateway to start. `admission`: the connection limits of the port."""
+    """Return a server for the hub's services, which the gateway must start. `admission`: the connection limits of the
+    port."""
     server = http2.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
     return server
 
 
-# Generous, because peers are the cluster's own processes and the link's credit limits what they send.
+# These limits are generous: peers are the cluster's own processes, and the link's credit limits what they send.
 LIMITS = http2.ServerLimits(
     max_message_bytes=MAX_MESSAGE_BYTES,
     max_calls=256,

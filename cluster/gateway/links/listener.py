@@ -1,7 +1,8 @@
 """The link port, bound before the rest of a gateway is imported.
 
 Workers redial while a gateway starts. Their connections wait in the socket's backlog and are accepted as soon as the
-link is served; with the port unbound, each would be refused and wait up to two seconds for its next attempt.
+link is served. If the port were unbound, each connection would be refused, and the worker would wait up to two seconds
+before its next attempt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cluster.config.schema import Config
 
 
 def bind_link(config: Config, process: int = 0) -> socket.socket:
-    """Bind the link port and return its listening socket. Raises RuntimeError that names the setting."""
+    """Bind the link port and return the listening socket. Raises RuntimeError with a message that names the setting."""
     address = config.gateway.listen.of(process).link
     host, port = address.rsplit(":", 1)
     try:
@@ -23,5 +24,5 @@ def bind_link(config: Config, process: int = 0) -> socket.socket:
 
 
 def bind_failure(name: str, address: str, error: OSError) -> str:
-    """The error message for a listener whose address cannot be bound."""
+    """Return the error message for a listener whose address cannot be bound."""
     return f"gateway.listen.{name}: {address} cannot be bound: {error.strerror}"

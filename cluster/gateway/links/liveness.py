@@ -1,14 +1,16 @@
-"""Failure detection for one worker, from its link: heartbeats, engine steps, acknowledgements and message counts.
+"""Failure detection for one worker, from what arrives on the worker's link: heartbeats, engine steps, acknowledgements
+and message counts.
 
-Problem: a stopped process, a stuck engine and a connection cut in one direction all leave the link up. Callers must
-not wait for TCP to notice, yet a long prefill, a grammar compilation or a busy machine must not count as a failure.
-Invariant: a worker is never suspected while it sends beats, its engine steps or reports why it is busy, and messages
-are acknowledged in both directions. A wrong suspicion costs its calls one prefill on another worker; epochs keep later
-messages of the suspected worker from being applied.
+Problem: the link stays up when the worker's process is stopped, its engine is stuck or the connection is cut in one
+direction. Callers must not wait until TCP detects such a failure. Yet a long prefill, a grammar compilation or a busy
+machine must not count as a failure. Invariant: a worker is never suspected while these three conditions hold: the
+worker sends beats, its engine steps or reports why it is busy, and messages are acknowledged in both directions. A
+wrong suspicion costs the worker's calls one prefill on another worker. Epochs keep later messages of the suspected
+worker from being applied.
 
-Time is the gateway's *waking* time (`Waking`), which excludes seconds in which the gateway was due to run and did not.
-Otherwise a pause of the gateway, or a machine too busy for both, would look like the failure of all workers. This
-module reads no clock.
+Time is the gateway's *waking* time (`Waking`), which excludes seconds in which the gateway was due to run and did not
+run. Otherwise a pause of the gateway, or a machine that is too busy for gateway and workers, would look like the
+failure of all workers. This module reads no clock.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from dataclasses import dataclass
 from cluster.api.types import EngineLoad
 
 STEPS = 5
-"""How many of its longest steps (p99) an engine may take without stepping before it counts as stuck."""
+"""Time without a step after which an engine counts as stuck, as a multiple of the engine's longest step (p99)."""
 LATE_S = 0.01
-"""Oversleeping that counts as waking time: it is no sign of a busy machine, and excluding it would delay detection."""
+"""Seconds of oversleeping that count as waking time. Such short oversleeping is no sign of a busy machine, and
+excluding it would delay detection."""
 
 
 _WHY = {
@@ -35,17 +38,18 @@ _WHY = {
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """Why a worker is considered lost. `reason`: one word, a metric label. `why`: a text for people."""
+    """The reason why a worker is considered lost. `reason`: one word, used as a metric label. `why`: a text for
+    people."""
 
     reason: str
     why: str
 
 
 class Waking:
-    """A clock that stops while its owner should be running and is not.
+    """A clock that stops while the clock's owner is due to run and does not run.
 
-    The owner announces each sleep; oversleeping by more than LATE_S does not count. On a machine where every process
-    waits for a core, beats arrive as late as the checks for them.
+    The owner announces each sleep. The part of oversleeping beyond LATE_S does not count. On a machine where every
+    process waits for a core, beats arrive as late as the checks for beats.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:
@@ -54,11 +58,11 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """The waking time at `now`."""
+        """Return the waking time at `now`."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
-        """Record that the owner goes to sleep at `now` for `rest_s`."""
+        """Record that the owner goes to sleep at `now` for `rest_s` seconds."""
         self._waked, self._since, self._counts_s = self.at(now), now, rest_s + LATE_S
 
 
@@ -66,8 +70,8 @@ class LinkLiveness:
     """Failure detection for one epoch of one worker. `now` is always waking time."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
-        """`hang_s`: the minimum time before an inactive worker is suspected. `silence_s`: the same before its first
-        beat, since beats need a connection of their own."""
+        """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: the same time for a
+        worker that has not sent a beat yet, since beats need a separate connection."""
         self._hang_s = hang_s
         self._silence_s = silence_s
         self._heard = now
@@ -83,23 +87,23 @@ class LinkLiveness:
 
     @property
     def bound_s(self) -> float:
-        """How long the worker may be inactive before it is suspected."""
+        """Seconds for which the worker may be inactive before it is suspected."""
         return max(STEPS * self._slowest_s, self._hang_s)
 
     @property
     def silent_since(self) -> float:
-        """When the last message or beat arrived."""
+        """Waking time at which the last message or beat arrived."""
         return self._heard
 
     def record_load(self, load: EngineLoad, now: float) -> None:
-        """Record a load report, from a beat or a message."""
+        """Record a load report that arrived with a beat or a message."""
         self._slowest_s = max(load.step_p99_s, load.step_s)
         if load.steps != self._steps or not load.running or load.busy:
             self._steps, self._stepped = load.steps, now
         self._stuck_with = load
 
     def record_beat(self, load: EngineLoad, acked_seq: int, sent_seq: int, now: float) -> None:
-        """Record a beat. `sent_seq`: the last message that the worker has sent by its own count."""
+        """Record a beat. `sent_seq`: number of the last message that the worker says it has sent."""
         self._heard, self._beats = now, True
         self.record_load(load, now)
         self._acked(acked_seq)
@@ -107,7 +111,7 @@ class LinkLiveness:
         self._compare(now)
 
     def record_received(self, seq: int, acked_seq: int, now: float) -> None:
-        """Record a message from the worker."""
+        """Record a message that the worker has sent."""
         self._heard = now
         if seq > self._received:
             self._received, self._missing_since = seq, None
@@ -115,11 +119,11 @@ class LinkLiveness:
         self._compare(now)
 
     def record_sent(self, seq: int, now: float) -> None:
-        """Record a message to the worker, which it must acknowledge."""
+        """Record a message that was sent to the worker. The worker must acknowledge this message."""
         self._unacked.append((seq, now))
 
     def suspicion(self, now: float) -> Suspicion | None:
-        """Why the worker is considered lost at `now`; None while it is not."""
+        """Return the reason why the worker is considered lost at `now`; None if the worker is not considered lost."""
         for reason, since, bound_s in self._obligations():
             if now > since + bound_s:
                 return Suspicion(reason, _WHY[reason].format(now - since))
@@ -127,11 +131,12 @@ class LinkLiveness:
 
     @property
     def due(self) -> float:
-        """When the worker will be suspected if nothing more arrives from it."""
+        """Waking time at which the worker will be suspected if nothing more arrives from the worker."""
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """What the worker must do next: (reason if it does not, since when, how long it may take)."""
+        """Yield the worker's obligations as tuples: the reason of the suspicion if the obligation is not met, the time
+        since which the obligation exists, and the seconds allowed for it."""
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:

@@ -1,15 +1,15 @@
-"""Prefill pacing: how many prompt tokens wait for a worker's steps, and how many may.
+"""Prefill pacing: how many prompt tokens wait for a worker's steps, and how many tokens may wait.
 
-Problem: when a worker dies, its calls move to the other workers all at once, and each must recompute all its tokens.
-Sent together, they make one step so long that every sequence's next token is late, more so with the prompts of new
-calls in the same step. Sent one by one, each after the previous one's first token, every other step has no prefill.
-Invariants: the counts cover requests that have been sent and that no step is known to have begun with; requests that
-have ended are not counted. A step is known to have begun with the requests that the engine had accepted when the
-previous step ended, up to the step's token capacity.
-The budget is the number of tokens that makes a step STRETCH times as long as its 95th percentile. It follows from the
-cost of a prompt token at this worker, learned from steps that produced a first token; before that it is half a step's
-capacity. Prompts of other gateways are invisible here and make ours look more expensive, so the budget has a minimum.
-"""
+Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
+recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
+prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
+token of the previous call, every other step has no prefill. Invariants: a request is counted from its submission until
+a step is known to have begun with the request. Requests that have ended are not counted. A step is known to have begun
+with the requests that the engine had accepted when the previous step ended, up to the step's token capacity.
+The budget is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step lengths.
+The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a first
+token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are invisible
+to this gateway and make its own prompts look more expensive, so the budget has a minimum."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from collections import deque
 
 STRETCH = 1.5
 ORDER, STEPS, LEAST_STEPS = 0.95, 64, 16
-"""Quantile of the step lengths, number of steps in its window, and steps needed before the cost is learned."""
+"""Quantile of the step lengths, number of steps over which the quantile is taken, and number of steps that are needed
+before a cost is learned."""
 UNKNOWN, LEAST = 0.5, 0.25
-"""Fractions of a step's token capacity: the budget before a cost is known, and the minimum budget."""
+"""Two fractions of a step's token capacity: the budget before a cost is known, and the minimum budget."""
 SAMPLE_TOKENS = 16
-"""Minimum number of prompt tokens in a step from which the cost of one is learned."""
+"""Minimum number of prompt tokens in a step from which the cost of a token is learned."""
 SMOOTH = 1 / 8
 
 
 class PrefillPacing:
-    """The pacing of one gateway's requests at one worker."""
+    """The prefill pacing of one gateway's requests at one worker."""
 
     __slots__ = ("_accepted", "_max_tokens", "_per_token_s", "_steps_s", "_waiting", "new_tokens", "resumed_tokens")
 
     def __init__(self, max_tokens: int) -> None:
-        """`max_tokens`: the maximum that one step computes."""
+        """`max_tokens`: maximum number of tokens that a step computes."""
         self._max_tokens = max_tokens
         self._waiting: dict[int, tuple[int, bool]] = {}
         self._accepted: list[int] = []
         self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._per_token_s: float | None = None
         self.resumed_tokens = 0
-        """Tokens of resumed requests that wait for a step."""
+        """Number of tokens that wait for a step and belong to resumed requests."""
         self.new_tokens = 0
-        """Tokens of new requests that wait for a step."""
+        """Number of tokens that wait for a step and belong to new requests."""
 
     def __repr__(self) -> str:
         return f"PrefillPacing({self.resumed_tokens} resumed and {self.new_tokens} new tokens wait)"
 
     def add(self, slot: int, tokens: int, resumed: bool) -> None:
-        """Count a request that has been sent."""
+        """Count the tokens of a request that has been sent."""
         self._waiting[slot] = (tokens, resumed)
         self._count(tokens, resumed)
 
@@ -58,17 +59,18 @@ class PrefillPacing:
             self.new_tokens += tokens
 
     def mark_accepted(self, slot: int) -> None:
-        """Record that the engine has accepted the request."""
+        """Record that the engine has accepted the request in this slot."""
         if slot in self._waiting:
             self._accepted.append(slot)
 
     def remove(self, slot: int) -> None:
-        """Stop counting a request that has its first token or has been aborted."""
+        """Stop counting a request, because its first token has arrived or the request was refused or aborted."""
         tokens, resumed = self._waiting.pop(slot, (0, False))
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Count off what the next step can begin with. Returns whether that may be any of these requests."""
+        """Stop counting the tokens with which the next step can begin. Returns whether the step can begin with any
+        accepted request."""
         if not self._accepted:
             return False
         capacity = self._max_tokens
@@ -85,7 +87,8 @@ class PrefillPacing:
         return True
 
     def record_step(self, step_s: float, prompt_tokens: int) -> None:
-        """Record the duration of a step, and the tokens of the prompts that it completed, 0 for none."""
+        """Record the duration of a step, and the number of tokens in the prompts that the step completed, 0 for
+        none."""
         self._steps_s.append(step_s)
         if SAMPLE_TOKENS <= prompt_tokens <= self._max_tokens and len(self._steps_s) >= LEAST_STEPS:
             cost_s = max(step_s - statistics.median(self._steps_s), 0.0) / prompt_tokens
@@ -93,7 +96,7 @@ class PrefillPacing:
             self._per_token_s = cost_s if old_s is None else old_s + SMOOTH * (cost_s - old_s)
 
     def budget(self) -> int:
-        """How many tokens may wait for a step."""
+        """Return the number of tokens that may wait for a step."""
         per_token_s = self._per_token_s
         if per_token_s is None:
             return int(UNKNOWN * self._max_tokens)

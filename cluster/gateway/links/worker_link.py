@@ -1,7 +1,7 @@
-"""The gateway's state of one epoch of one worker: its credit, the requests that run there, and their sinks.
+"""The gateway's state of one epoch of one worker: the credit, the requests that run on the worker, and their sinks.
 
-When a link ends, for whatever reason, each slot's sink gets one `lost`, and no message of that epoch is applied
-afterwards. Slots are not reused within a link.
+When a link ends, for whatever reason, `lost` is called once on each slot's sink, and no message of that epoch is
+applied afterwards. Slots are not reused within a link.
 """
 
 from __future__ import annotations
@@ -40,43 +40,46 @@ from cluster.wire.outbox import CommandBox
 
 log = structlog.get_logger("link")
 
-# Longer prompts are sent in chunks on the Bulk stream, so that no large message delays a token.
+# Prompts with more bytes are sent in chunks on the Bulk stream, so that no large message delays a token.
 TURN_PROMPT_BYTES = 32_768
 MAX_REASON_CHARS = 2_000
-"""How much of the reason for the end of a worker's engine is kept."""
+"""Number of characters that are kept of the reason why a worker's engine has ended."""
 
 
 class Sink(Protocol):
-    """The receiver of one slot's events.
+    """The receiver of the events of one slot.
 
     The link's reader calls the methods, which must be short and must not block. An exception from a method is passed to
-    `failed`; it affects neither the link nor the other slots."""
+    `failed`, and affects neither the link nor the other slots."""
 
     def accepted(self) -> None:
-        """The engine has accepted the request."""
+        """Handle the acceptance of the request by the engine."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """The engine has refused the request. Last call."""
+        """Handle the refusal of the request by the engine. No further method is called."""
 
     heard_at: float
-    """When the last token arrived (monotonic). Set by the link before `token`, by the sink in `output`."""
+    """Monotonic time at which the last token arrived. The link sets the time before it calls `token`; the sink sets the
+    time in `output`."""
 
     def token(self, token_id: int) -> None:
-        """Shortcut for an `output` of one token and nothing else. Never the first token."""
+        """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
+        token."""
 
     def output(self, output: TokenOutput) -> None:
-        """One step's tokens. With `finish` it is the last call."""
+        """Handle the tokens of one step. If the output has `finish`, no further method is called."""
 
     def lost(self, why: str) -> None:
-        """The link has ended. Last call."""
+        """Handle the end of the link. No further method is called."""
 
     def failed(self, error: BaseException) -> None:
-        """Another method has raised `error`; the request has been aborted. Last call."""
+        """Handle an exception of another method. `error`: the exception. The request has been aborted, and no further
+        method is called."""
 
 
 class LinkStream(NamedTuple):
-    """A sequence that a client may resume. `generation`: how often it was resumed. `begun_at`: the gateway that it was
-    resumed from, "" if irrelevant."""
+    """Name under which a client may resume a sequence. `generation`: generation of the sequence's last resume, 0 if the
+    sequence was not resumed. `begun_at`: the gateway from which the sequence was resumed, "" if irrelevant."""
 
     name: str
     generation: int = 0
@@ -84,25 +87,27 @@ class LinkStream(NamedTuple):
 
 
 class LinkListener(Protocol):
-    """The receiver of what workers report. Methods are called by a link's reader; they must not block."""
+    """The receiver of workers' reports. The methods are called by a link's reader and must not block."""
 
     def token_gaps(self, model: str) -> Callable[[float, int], None]:
-        """A function that takes a gap between tokens (s) and the number of tokens that came after that gap."""
+        """Return a function that records gaps between tokens. Its arguments are a gap in seconds and the number of
+        tokens that came after this gap."""
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """A step has begun with requests that were sent for it; `resumed`: resumed ones were among them."""
+        """Handle the beginning of a step with requests that were sent for the step. `resumed`: whether resumed requests
+        were among them."""
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """The usage of ended requests."""
+        """Handle a worker's report of the usage of ended requests."""
 
     def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Each tenant's service that the worker has counted."""
+        """Handle a worker's report of the service that the worker has counted for each tenant."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Another gateway's backlog for the worker's model."""
+        """Handle another gateway's backlog for the worker's model."""
 
     def drain_state_changed(self, link: WorkerLink) -> None:
-        """The worker's drain state has changed."""
+        """Handle a change of the worker's drain state."""
 
 
 class NoListener:
@@ -139,15 +144,15 @@ class WorkerLink:
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.pacing = PrefillPacing(info.max_num_batched_tokens)
-        """Requests that this gateway has sent and that no step is known to have begun with."""
+        """Prefill pacing of the requests that this gateway sends to the worker."""
         self.load = EngineLoad()
         self.work = ComputedWork()
-        """What the engine has computed since its start."""
+        """Work that the engine has computed since its start."""
         self.drain_state = DrainState.SERVING
         self.move_requests_at = float("inf")
-        """When the requests still running on a draining worker must move to other workers (monotonic)."""
+        """Monotonic time at which the requests that still run on a draining worker must move to other workers."""
         self.liveness: LinkLiveness | None = None
-        """Set and updated by the hub."""
+        """Failure detection for the worker. Set and updated by the hub."""
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
@@ -156,14 +161,14 @@ class WorkerLink:
         self._sinks: dict[int, Sink] = {}
         self._prefilling: dict[int, int] = {}
         self.prefill_tokens = 0
-        """Prompt tokens of this gateway's requests on the worker that have no output yet."""
+        """Number of tokens of this gateway's requests that run on the worker and have no output yet."""
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
-        """How the link ended, in one word. `lost`: the connection broke."""
+        """Reason of the link's end, in one word. `lost` means that the connection broke."""
         self.engine_ended = ""
-        """Why the worker's engine has ended, "" until the worker reports it."""
+        """Reason why the worker's engine has ended; "" until the worker reports an end."""
         self._ended = False
 
     def __repr__(self) -> str:
@@ -174,22 +179,22 @@ class WorkerLink:
 
     @property
     def name(self) -> str:
-        """A name unique among all links that the gateway has had."""
+        """Name of the link, unique among all links that the gateway has had."""
         return f"{self.identity.worker_id}/{self.identity.incarnation}/{self.epoch}"
 
     @property
     def draining(self) -> bool:
-        """Whether the worker has announced that it drains, so that the link's end is expected."""
+        """Whether the worker has announced a drain, so that the end of the link is expected."""
         return self.drain_state in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
     def free(self) -> Capacity:
-        """Credit granted to this gateway and not yet used; zero once the link has ended."""
+        """Credit that the worker has granted to this gateway and that is not used yet; zero once the link has ended."""
         return self._credit.free if not self._ended else Capacity(0, 0)
 
     @property
     def running(self) -> int:
-        """Number of this gateway's requests on this worker."""
+        """Number of this gateway's requests that run on the worker."""
         return len(self._sinks)
 
     def submit(
@@ -203,12 +208,12 @@ class WorkerLink:
         fresh_tokens: int = 0,
         stream: LinkStream | None = None,
     ) -> int:
-        """Send a request and return its slot. The caller must have checked `free`.
+        """Send a request to the worker and return the request's slot. The caller must have checked `free`.
 
-        The worker returns `sealed_record` with the request's usage, and with `earlier_tokens`, the number of tokens
-        that other workers have generated under that record. `turn`: the tenant's flow and the service charged.
-        `fresh_tokens`: tokens of a resumed request likely to be computed again, 0 for all. `stream`: the name by which
-        another gateway may resume the request."""
+        `sealed_record`: the usage record, which the worker returns with the request's usage. `earlier_tokens`: number
+        of tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
+        tenant's flow and the charged service. `fresh_tokens`: number of tokens of a resumed request that are likely to
+        be computed again, 0 for all. `stream`: the name by which another gateway may resume the request."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
@@ -234,7 +239,8 @@ class WorkerLink:
         return slot
 
     def _prompt_blobs(self, message: pb.Submit) -> Sequence[pb.Blob]:
-        """Move a long prompt out of the Submit into chunks for the Bulk stream, if that is open. Returns the chunks."""
+        """Move a long prompt from the Submit into chunks for the Bulk stream, if the Bulk stream is open. Returns the
+        chunks."""
         if len(message.prompt_ids) <= TURN_PROMPT_BYTES or self.blobs is None:
             return ()
         key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
@@ -244,9 +250,10 @@ class WorkerLink:
         return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]
 
     def tokens_to_recompute(self, tokens: int) -> int:
-        """How many of `tokens`, all computed by this engine before, it must compute again before the next token.
+        """Return how many of `tokens` the engine must compute again before the next token. The engine has computed all
+        of them before.
 
-        Full KV blocks are reused, except for the block with the last token."""
+        The engine reuses full KV blocks, except for the block with the last token."""
         size = max(self.info.block_size, 1)
         return tokens - max(tokens - 1, 0) // size * size
 
@@ -260,18 +267,19 @@ class WorkerLink:
         self.box.command(command)
 
     def abort(self, slot: int) -> None:
-        """Abort a request; its sink gets no more calls. Does nothing if the request has ended."""
+        """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
+        has ended."""
         if self._sinks.pop(slot, None) is not None:
             self._prefilled(slot)
             self.box.aborts([slot])
 
     def _prefilled(self, slot: int) -> None:
-        """Stop counting a slot's prompt as waiting for prefill."""
+        """Stop counting the prompt in a slot as waiting for prefill."""
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
         self.pacing.remove(slot)
 
     def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
-        """Abort a request whose sink has raised, and call the sink's `failed`. The link continues."""
+        """Abort a request whose sink has raised an exception, and call `failed` on the sink. The link continues."""
         if not is_call_failure(error):
             raise error
         self.abort(slot)
@@ -282,18 +290,18 @@ class WorkerLink:
 
     @property
     def sinks(self) -> Sequence[Sink]:
-        """The sinks of the requests that run on the worker."""
+        """Sinks of the requests that run on the worker."""
         return list(self._sinks.values())
 
     def close(self, why: str, reason: str = "closed") -> None:
-        """End this link from the gateway's side. `reason`: one word, a metric label."""
+        """End this link from the gateway's side. `reason`: one word, used as a metric label."""
         self.why, self.reason = why, reason
         self.closed.set()
 
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Apply a message from the worker. Returns whether credit or drain state changed."""
+        """Apply a message from the worker. Returns whether the worker's credit or drain state has changed."""
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
@@ -368,9 +376,10 @@ class WorkerLink:
                 self._sink_failed(slot, sink, error)
 
     def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> float:
-        """Deliver to the slots that got one token and nothing else.
+        """Deliver tokens to the slots that got one token and nothing else. Slots in `without` are skipped.
 
-        Returns how long this step took, measured by slots that also got a token in the previous step; 0 without any."""
+        Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
+        there are no such slots."""
         now, before = self.last_heard, self._step_at
         self._step_at = now
         sink_of, in_step = self._sinks.get, 0
@@ -395,7 +404,7 @@ class WorkerLink:
         return now - before
 
     def end(self, why: str) -> None:
-        """Call `lost` on every slot's sink, once."""
+        """End the link: call `lost` once on the sink of every slot."""
         self._ended = True  # first, because a sink looks for another worker at once
         sinks, self._sinks = self._sinks, {}
         for slot, sink in sinks.items():

@@ -1,1 +1,2 @@
-"""Rate limits and budgets: reserved at admission, settled at a call's end, shared between gateways."""
+"""Rate limits and budgets. Tokens are reserved when a call is admitted and settled when the call ends. Limits can be
+shared between gateways."""

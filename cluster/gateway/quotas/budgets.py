@@ -1,8 +1,10 @@
-"""Watch over all tenants' budgets in the ledger: the metric, the webhook, and the sums that survive a gateway restart.
+"""Watch over the budgets of all tenants in the ledger. The watch updates the metric, calls the webhook, and provides
+the sums that survive a gateway restart.
 
-Calls never wait for it: a thread queries the database every INTERVAL_S, or less often if queries are slow. While the
-database is unreachable, the last ratios stay and no notices are sent; thresholds crossed meanwhile are noticed
-afterwards. Valkey is not needed: budgets are measured by what the ledger has recorded, not by what is reserved.
+Calls never wait for the watch: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
+the database is unreachable, the last ratios stay and no notices are sent. Thresholds that are crossed meanwhile cause
+notices afterwards. Valkey is not needed, because budgets are measured by the usage that the ledger has recorded, not by
+reservations.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ log = structlog.get_logger("budgets")
 
 INTERVAL_S = 10.0
 PART_OF_TIME = 20
-"""Queries take at most 1/PART_OF_TIME of the time."""
+"""Queries may take at most 1/PART_OF_TIME of the time."""
 PAST_DAYS_S = 3600.0
-"""Interval at which past days are summed again, since records may arrive late."""
+"""Interval in seconds at which past days are summed again, since records may arrive late."""
 SumsCallback = Callable[[Mapping[str, int], Mapping[str, int], float], None]
 
 
 class BudgetWatch:
-    """The budget watch of one gateway process. Without a `webhook` no notices are sent."""
+    """The budget watch of one gateway process. Without `webhook` no notices are sent."""
 
     def __init__(
         self,
@@ -51,8 +53,9 @@ class BudgetWatch:
         interval_s: float = INTERVAL_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`policies` may raise CallError. `on_sums` is called with the sums of the day and of the month by tenant.
-        `max_tenants`: how many tenants the metric reports, those closest to their budgets first."""
+        """`policies` returns the policies of all tenants and may raise CallError. `on_sums` is called with the sums of
+        the day and the sums of the month, both by tenant, and the time. `max_tenants`: number of tenants in the metric.
+        The tenants closest to their budgets come first."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies
@@ -70,7 +73,7 @@ class BudgetWatch:
         self._error = ""
 
     async def run(self) -> None:
-        """Query the ledger periodically until cancelled."""
+        """Query the ledger periodically. Runs until cancelled."""
         while True:
             began = time.monotonic()
             sums = await asyncio.to_thread(self.check)
@@ -80,9 +83,9 @@ class BudgetWatch:
             await asyncio.sleep(max(self._interval_s, PART_OF_TIME * took_s))
 
     def check(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
-        """Sum the usage, record crossed thresholds and send due notices, in the calling thread.
+        """Sum the usage, record crossed thresholds and send due notices. Everything runs in the calling thread.
 
-        Returns the day's sums, the month's sums and the time; None while the database is unreachable."""
+        Returns the sums of the day, the sums of the month and the time; None while the database is unreachable."""
         try:
             policies = [
                 policy for policy in self._policies() if policy.limits.daily_tokens or policy.limits.monthly_tokens
@@ -103,7 +106,7 @@ class BudgetWatch:
         return today, month, now_s
 
     def gauges(self) -> Iterator[Sample]:
-        """The samples of `budget_used_ratio`."""
+        """Yield the samples of the metric `budget_used_ratio`."""
         for use in self._uses[: 2 * self._max_tenants]:
             yield "budget_used_ratio", (use.tenant, use.budget), use.ratio
 

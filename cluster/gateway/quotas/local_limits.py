@@ -1,4 +1,5 @@
-"""The interface to limits, and the implementation that keeps them in this process. valkey_limits.py shares them."""
+"""The interface to tenants' limits, and the implementation that keeps the limits in this process. valkey_limits.py has
+the implementation with shared limits."""
 
 from __future__ import annotations
 
@@ -11,36 +12,38 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class LimitsPort(Protocol):
-    """Reservations against tenants' limits, independent of where the limits are kept."""
+    """Interface for reservations against tenants' limits, whether the limits are kept in this process or in a store."""
 
     degraded: bool
-    """Whether the store of shared limits is unreachable: the gauge `limits_degraded`."""
+    """Whether the store of shared limits is unreachable. The gauge `limits_degraded` reports this flag."""
     synchronous: bool
-    """Whether methods complete without suspending, so that no other task runs in between."""
+    """Whether the methods complete without suspending, so that no other task runs during a method."""
 
     async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
-        """Reserve the tokens and the place of a call, or refuse it."""
+        """Reserve the tokens and the concurrency slot of a call, or refuse the call."""
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """Count requests, or tokens computed outside of any call, or refuse them. Returns None when counted."""
+        """Count requests, and tokens that are computed outside of any call. Returns None when they are counted, else
+        the refusal."""
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """Extend a reservation to at least this many output tokens. False: the call must stop."""
+        """Extend a call's reservation to at least `output_tokens`. Returns False if the call must stop."""
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """Replace a call's reservation, at its end, with the tokens that the engine counted. Never fails."""
+        """Settle an ended call: replace the call's reservation with the tokens that the engine counted. Never fails."""
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise budget sums to at least what the ledger has recorded for this day and month, by tenant.
+        """Raise each tenant's budget sums at least to the tokens that the ledger has recorded for this day and this
+        month.
 
-        Not needed by a store that outlives the gateway."""
+        A store that outlives the gateway does not need these sums."""
 
     def sweep(self) -> None:
-        """Forget tenants whose sums are all zero. Call once a minute."""
+        """Forget tenants whose sums are all zero. Must be called once a minute."""
 
 
 class LocalLimits:
-    """Limits of this process alone, for a cluster with one gateway."""
+    """Limits that are kept in this process alone, for a cluster with one gateway."""
 
     degraded = False
     synchronous = True
@@ -66,7 +69,7 @@ class LocalLimits:
         self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """See LimitsPort. A restarted gateway continues from the ledger's sums."""
+        """See LimitsPort. A restarted gateway continues from the sums in the ledger."""
         self._limiter.spent(today, month, epoch_s)
 
     def sweep(self) -> None:

@@ -1,8 +1,10 @@
-"""Quota reservations: made before a call waits, topped up as its output grows, settled at its end.
+"""Quota reservations of calls. A reservation is made before the call waits, topped up as the call's output grows, and
+settled when the call ends.
 
-Every reservation is settled, even if its call is cancelled while the reservation is being made: with a remote store,
-reserving and settling run in their own tasks, which the caller's cancellation does not stop. The token path does no
-accounting; instead, a few times a second, a pass over the running calls tops up those that have grown.
+Every reservation is settled, even if the call is cancelled while the reservation is being made. With a remote store,
+reserving and settling run in separate tasks, which a cancellation of the call does not stop. The token path does no
+accounting. Instead, a pass over the running calls, a few times a second, tops up the reservations of calls that have
+grown.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ T = TypeVar("T")
 
 LOOK_S = 0.25
 MAX_CONCURRENT = 64
-"""How many reservations are topped up concurrently."""
+"""Maximum number of reservations that are topped up concurrently."""
 SWEEP_S = 60.0
 UTILIZATION_S = 60.0
 NO_LIMITS = TenantLimits()
@@ -35,7 +37,7 @@ NO_LIMITS = TenantLimits()
 
 @dataclass(slots=True)
 class _Reservation:
-    """A call's reservation. `due`: the number of output tokens at which it must be topped up."""
+    """The reservation of one call. `due`: number of output tokens at which the reservation must be topped up."""
 
     call: Call
     due: int
@@ -43,7 +45,7 @@ class _Reservation:
 
 
 class QuotaReservations:
-    """The reservations of all calls of tenants with limits. Calls of tenants without limits are skipped."""
+    """The reservations of all calls at one gateway. Calls of tenants without limits have no reservation."""
 
     def __init__(
         self,
@@ -54,8 +56,8 @@ class QuotaReservations:
         clock: Callable[[], float] = time.monotonic,
         max_tenants: int = 500,
     ) -> None:
-        """`cut` ends a call whose budget is spent, keeping its output so far. `max_tenants`: how many the metrics
-        report."""
+        """`cut` ends a call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: number of
+        tenants in the metrics."""
         self._limits = limits
         self._learnt = learnt
         self._metrics = metrics
@@ -72,7 +74,8 @@ class QuotaReservations:
         return len(self._held)
 
     async def admit(self, call: Call) -> None:
-        """Reserve what the call is likely to use, and set its rate-limit headers. Raises CallError."""
+        """Reserve the tokens that the call is likely to use, and set the call's rate-limit headers. Raises
+        CallError."""
         policy = call.policy
         if policy.limits == NO_LIMITS:
             return
@@ -88,13 +91,13 @@ class QuotaReservations:
         call.headers = headers(result)
 
     async def count_request(self, policy: TenantPolicy) -> None:
-        """Count an attempt as a request, whatever its outcome. Raises CallError when the tenant has used up its
-        requests per minute."""
+        """Count an attempt as a request of the tenant, whatever the outcome of the attempt. Raises CallError if the
+        tenant has used up its requests per minute."""
         if policy.limits.requests_per_minute is not None:
             await self._charge(policy, 1, 0)
 
     async def charge(self, policy: TenantPolicy, tokens: int) -> None:
-        """Charge tokens that were processed outside of any call. Raises CallError."""
+        """Charge the tenant for tokens that were processed outside of any call. Raises CallError."""
         if policy.limits != NO_LIMITS and tokens:
             await self._charge(policy, 0, tokens)
 
@@ -105,7 +108,8 @@ class QuotaReservations:
             raise refusal(refused)
 
     async def settle(self, call: Call) -> None:
-        """Settle an ended call: keep what the engine counted, return the rest. Idempotent."""
+        """Settle the reservation of an ended call: charge the tokens that the engine counted, and return the rest.
+        Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
         prompt = call.usage.prompt_tokens if call.prompt_computed and call.pays_prompt else 0
@@ -113,7 +117,7 @@ class QuotaReservations:
         await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
-        """Top up the reservations of calls that have grown. Runs until cancelled."""
+        """Top up the reservations of calls that have grown, periodically. Runs until cancelled."""
         swept = self._clock()
         while True:
             await ticks.sleep_to_tick(LOOK_S)
@@ -125,11 +129,12 @@ class QuotaReservations:
                 self._limits.sweep()
 
     async def close(self) -> None:
-        """Wait until the store has received all pending operations."""
+        """Wait until all pending operations on the store have ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def utilization(self) -> Iterator[tuple[str, str, float]]:
-        """(tenant, limit, used part in [0, 1]) of each tenant that has called within UTILIZATION_S."""
+        """Yield a tuple (tenant, limit, used fraction in [0, 1]) for each limit of each tenant that has made a call
+        within UTILIZATION_S."""
         oldest = self._clock() - UTILIZATION_S
         for (tenant, limit), (when, ratio) in list(self._used.items()):
             if when >= oldest:
@@ -148,8 +153,8 @@ class QuotaReservations:
             raise
 
     def _is_due(self, held: _Reservation) -> bool:
-        """Whether a reservation must be topped up now: one interval early if its call gains over half a quantum in
-        one."""
+        """Return whether a reservation must be topped up now. The reservation is topped up early if the call gained
+        more than half a quantum of tokens since the last pass."""
         tokens = held.call.new_tokens
         gained, held.seen = tokens - held.seen, tokens
         return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
@@ -158,13 +163,13 @@ class QuotaReservations:
         call, policy = held.call, held.call.policy
         wanted = max(held.seen, held.due)
         may_continue = await self._limits.top_up(policy, call.id, wanted)
-        # A call that stops at its budget may have got less than a quantum, so it is due again as soon as it grows.
+        # With on_budget "stop" the call may have got less than a quantum, so it is due again as soon as it grows.
         held.due = wanted + (1 if policy.on_budget == "stop" else QUANTUM_TOKENS)
         if not may_continue and call.id in self._held:
             self._cut(call)
 
     async def _undo(self, asking: asyncio.Task[Granted | LimitRefusal], call_id: str) -> None:
-        """Settle the reservation of a call that was cancelled while it was being reserved."""
+        """Settle the reservation of a call that was cancelled while the reservation was being made."""
         await asyncio.wait([asking])
         await self._limits.settle(call_id, 0, 0)
 
@@ -189,7 +194,7 @@ class QuotaReservations:
 
 
 def headers(result: Granted | LimitRefusal) -> tuple[tuple[str, str], ...]:
-    """The rate-limit headers of a response, with the names that OpenAI's clients read."""
+    """Return the rate-limit headers of a response. The names are those that OpenAI's clients read."""
     out: list[tuple[str, str]] = []
     for name, use in (("requests", result.requests), ("tokens", result.tokens)):
         if use is not None:
@@ -206,7 +211,8 @@ def _use_headers(name: str, use: LimitUse) -> Sequence[tuple[str, str]]:
 
 
 def refusal(refused: LimitRefusal) -> CallError:
-    """The error for the caller: which limit, its state, and when to retry, if ever."""
+    """Return the error for a refused caller. The error names the limit, its state, and when to retry, if a retry can
+    succeed."""
     fields = headers(refused)
     if refused.retry_after_s is None:
         fields = (*fields, ("x-should-retry", "false"))  # OpenAI's clients retry any 429 otherwise

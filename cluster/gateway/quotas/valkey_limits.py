@@ -1,12 +1,12 @@
-"""Limits shared by several gateways in Valkey or Redis, with a local fallback while the store is unreachable.
+"""Limits that several gateways share in Valkey or Redis, with a local fallback while the store is unreachable.
 
-Problem: a tenant's limits hold for the whole cluster, yet a failed store must not fail requests. So one script in the
-store makes each reservation, and a mirror in this process repeats it; while the store is unreachable, each gateway
-enforces its share of each limit by the mirror.
-Invariants: a call is settled once, both where it was reserved and in the mirror; what was counted while the store was
-unreachable is added to it afterwards; running calls of a dead gateway count for at most ALIVE_S.
-Not guaranteed: in the first minute after the store is lost, the gateways together may exceed a limit that one gateway
-had used up alone, by at most the other gateways' shares.
+Problem: a tenant's limits hold for the whole cluster, yet a failed store must not fail requests. So a script in the
+store makes each reservation, and a mirror in this process repeats the reservation. While the store is unreachable, each
+gateway uses its mirror to enforce its share of each limit.
+Invariants: a call is settled once in the store and once in the mirror. Tokens that were counted while the store was
+unreachable are added to the store afterwards. The running calls of a dead gateway count for at most ALIVE_S.
+Not guaranteed: if one gateway alone has used up a limit, the gateways together may exceed this limit in the first
+minute after the loss of the store, by at most the shares of the other gateways.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TO
 
 @dataclass(slots=True)
 class _HeldReservation:
-    """A call's reservation. `taken`: its (second, weighted tokens) in the store. `in_store`: False for one that was
-    made while the store was unreachable."""
+    """The reservation of one call. `taken`: pairs (second, weighted tokens) that the store has counted for the call.
+    `in_store`: whether the store knows the reservation, which is not the case if the store was unreachable when the
+    reservation was made."""
 
     tenant: str
     prompt_tokens: int
@@ -63,7 +64,8 @@ class _HeldReservation:
 
 
 class ValkeyLimits:
-    """Shared limits. Call `start` first and `close` last; the other methods work without the store too."""
+    """Limits shared through a store. `start` must be called first and `close` last. The other methods also work while
+    the store is unreachable."""
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class ValkeyLimits:
         beat_s: float = BEAT_S,
         store_clock: Callable[[], float] | None = None,
     ) -> None:
-        """`gateway`: this process's instance id. `store_clock`: replaces the store's own clock in tests."""
+        """`gateway`: instance id of this process. `store_clock`: a clock for tests, in place of the store's own
+        clock."""
         self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._gateway = gateway
         self._weights = weights or TokenWeights()
@@ -86,21 +89,22 @@ class ValkeyLimits:
         self._store_clock = store_clock
         self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
         self._held: dict[str, _HeldReservation] = {}
-        self._owed: dict[str, int] = {}  # tenant -> budget tokens counted here and not yet in the store
+        self._owed: dict[str, int] = {}  # tenant -> budget tokens that are counted here and not yet in the store
         self._heartbeat: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self.gateways_alive = 1
         self.synchronous = False
         self.degraded = False
-        """Whether the store is unreachable: the gauge `limits_degraded`."""
+        """Whether the store is unreachable. The gauge `limits_degraded` reports this flag."""
 
     async def start(self) -> None:
-        """Register this gateway and start its heartbeat. Waits for the store at most once, for its timeout."""
+        """Register this gateway in the store and start the heartbeat. If the store is unreachable, the method waits for
+        one timeout."""
         await self._beat()
         self._heartbeat = asyncio.create_task(self._beat_periodically(), name="limits heartbeat")
 
     async def close(self) -> None:
-        """Stop the heartbeat and remove this gateway from the set of gateways."""
+        """Stop the heartbeat and remove this gateway from the store's set of gateways."""
         self._closing.set()  # not cancelled: the client may swallow a cancellation that coincides with its timeout
         if self._heartbeat is not None:
             await self._heartbeat
@@ -148,7 +152,7 @@ class ValkeyLimits:
         return None
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """See LimitsPort. Calls the store only when the reservation is used up."""
+        """See LimitsPort. The store is called only if the reservation is used up."""
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
@@ -172,7 +176,7 @@ class ValkeyLimits:
         return bool(go)
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """See LimitsPort. Idempotent; unknown ids are ignored."""
+        """See LimitsPort. Idempotent. Unknown call ids are ignored."""
         held = self._held.pop(call_id, None)
         if held is None:
             return
@@ -191,11 +195,12 @@ class ValkeyLimits:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """See LimitsPort. Updates only the mirror, since the store keeps its own sums."""
+        """See LimitsPort. Only the mirror is updated, since the store keeps its own sums."""
         self._mirror.spent(today, month, epoch_s)
 
     async def first(self, name: str, expires_s: float) -> bool | None:
-        """Claim a name for `expires_s` seconds: True if no gateway holds it; None while the store is unreachable."""
+        """Claim a name for `expires_s` seconds. Returns True if no gateway had claimed the name, False otherwise; None
+        while the store is unreachable."""
         if self.degraded:
             return None
         try:
@@ -229,8 +234,8 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
-        """Run the script and return its numbers. Returns None while the store is unreachable; immediately when it is
-        known to be."""
+        """Run the script and return the numbers of the script's reply. Returns None while the store is unreachable,
+        without waiting if the store is known to be unreachable."""
         if self.degraded:
             return None
         try:
@@ -253,7 +258,8 @@ class ValkeyLimits:
         return [float(x) for x in reply]
 
     async def _commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Any]:
-        """Send commands in one pipeline, each atomic by itself. An error reply belongs to its own command only."""
+        """Send commands in one pipeline. Each command is atomic by itself, and an error reply affects only its own
+        command."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
@@ -288,7 +294,7 @@ class ValkeyLimits:
         return seconds + micros / 1e6
 
     async def _resynchronize(self) -> None:
-        """Add to the store what was counted without it, then use it again."""
+        """Add the tokens and calls that were counted without the store to the store, then use the store again."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:
@@ -308,7 +314,8 @@ def _in_order(limits: TenantLimits) -> list[int | None]:
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """The use of the per-minute limits, from (requests, seconds to reset, tokens, seconds to reset)."""
+    """Return the use of the two limits per minute. `sums`: requests, seconds until their reset, tokens, seconds until
+    their reset."""
 
     def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
         return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)
@@ -317,7 +324,8 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
-    """A refusal, from the script's reply: number of the limit, used, retry seconds, reset seconds, then the sums."""
+    """Return the refusal that the script's reply describes. `reply`: number of the limit, its use, seconds until a
+    retry, seconds until the reset, then the sums."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

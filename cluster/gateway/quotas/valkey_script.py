@@ -1,4 +1,5 @@
-"""The Lua script that atomically changes one tenant's limits in Valkey or Redis. valkey_limits.py calls it."""
+"""The Lua script that atomically changes the limits of one tenant in Valkey or Redis. valkey_limits.py runs the
+script."""
 
 import hashlib
 
@@ -130,4 +131,4 @@ return redis.error_reply('unknown operation ' .. op)
 """
 
 SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-"""The digest by which EVALSHA names the script."""
+"""Digest by which EVALSHA names the script."""

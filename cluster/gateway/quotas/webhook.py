@@ -1,6 +1,6 @@
-"""Delivery of signed JSON events to an operator's web server. Blocks; call it in a thread.
+"""Delivery of signed JSON events to an operator's web server. Delivery blocks, so it must run in a thread.
 
-The signature is HMAC-SHA256 over the time and the body, so that a receiver can reject old or forged events:
+The signature is an HMAC-SHA256 of the time and the body, so that a receiver can reject old or forged events:
 `x-headrace-signature: t=<seconds>,v1=<hex of HMAC(secret, "<seconds>." + body)>`.
 """
 
@@ -21,17 +21,18 @@ TIMEOUT_S = 5.0
 
 
 class NotDelivered(Exception):
-    """The receiver was unreachable or refused the event. The message, for the log, holds neither body nor secret."""
+    """The error if the receiver was unreachable or refused the event. The error's message is for the log and contains
+    neither body nor secret."""
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
-    """The value of the x-headrace-signature header."""
+    """Return the value of the x-headrace-signature header."""
     digest = hmac.new(secret, b"%d." % at_s + body, hashlib.sha256).hexdigest()
     return f"t={at_s},v1={digest}"
 
 
 def post(url: str, secret: bytes, event: str, event_id: str, body: Mapping[str, Any], at_s: float) -> None:
-    """Send an event; any 2xx response counts as delivered. Raises NotDelivered."""
+    """Send an event. Any 2xx response counts as delivery. Raises NotDelivered."""
     data = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
     headers = {
         "content-type": "application/json",

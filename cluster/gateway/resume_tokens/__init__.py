@@ -1,1 +1,2 @@
-"""Resume of streams after the loss of their gateway: resume tokens in chunks, and calls that continue from them."""
+"""Resume of streams after the loss of their gateway. Chunks carry resume tokens, and a call can continue from these
+tokens at another gateway."""

@@ -1,10 +1,12 @@
-"""Claims on resumes of a call, decided once for all gateways: the generation, and who pays for the prompt.
+"""Claims on resumes of a call. A claim decides, once for all gateways, the generation of the resume and who pays for
+the prompt.
 
 Problem: a client may present any prefix of a stream's resume tokens, at any gateway, while the stream still runs. If
-each resume were served, a client could get many streams for the price of one prompt.
-Invariants: one atomic write gives each resume of a call a generation of its own, higher than that of the presented
-tokens; only the highest is served. The prompt is computed again free of charge only once per generation, if its gateway
-was lost or gave the call up; in all other cases the client pays for it.
+every such resume were served, a client could get many streams for the price of one prompt.
+Invariants: an atomic write gives each resume of a call a separate generation, which is higher than the generation of
+the presented tokens. Only the highest generation is served. The prompt is computed again free of charge only once per
+generation, and only if the gateway of that generation was lost or gave the call up. In all other cases the client pays
+for the prompt.
 """
 
 from __future__ import annotations
@@ -18,43 +20,47 @@ from cluster.gateway.resume_tokens.first_claims import FirstClaims
 from cluster.gateway.resume_tokens.token_chain import Maker, TokenChain
 
 MOST_RESUMPTIONS = 32
-"""Most resumes from the tokens of one generation; each prefix that a client presents is one."""
+"""Maximum number of resumes from the tokens of one generation. Each prefix that a client presents counts as one
+resume."""
 TAKEN = "has been resumed from here already: read that stream, or send a new call"
 TOO_OFTEN = "has been resumed too often from tokens of this generation: send a new call"
 
 
 class ResumeTerms(enum.Enum):
-    """Terms of a resume: who pays if an engine computes the prompt again."""
+    """Terms of a resume, which decide who pays if an engine computes the prompt again."""
 
     FREE = "free"
-    """The cluster pays: the previous gateway gave the call up, or its release does not name itself in tokens."""
+    """The cluster pays, because the previous gateway gave the call up, or has an older release that does not name the
+    gateway in tokens."""
     IF_ALIVE = "if alive"
-    """The client pays, unless the previous gateway is lost; the worker reports whether it is."""
+    """The client pays, unless the previous gateway is lost. The worker reports whether that gateway is lost."""
     PAID = "paid"
-    """The client pays: it left a gateway that still serves, or presents tokens that were resumed before."""
+    """The client pays, because the client left a gateway that still serves, or presents tokens of a generation that was
+    resumed before."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumeClaim:
-    """Result of a successful claim."""
+    """The result of a successful claim."""
 
     generation: int
     terms: ResumeTerms
     silent: int
-    """Number of resumes in a row without a new token between, including this one."""
+    """Number of resumes in a row without a new token in between, this resume included."""
     origin: str
-    """Incarnation of the gateway that made the presented tokens, if `terms` depend on it, else empty."""
+    """Incarnation of the gateway that made the presented tokens if `terms` depend on that gateway, else ""."""
 
 
 class ResumeClaims:
-    """Resume claims of one gateway, in the store that all gateways share."""
+    """The resume claims that one gateway makes, in the store that all gateways share."""
 
     def __init__(self, first_claims: FirstClaims, gateway: str) -> None:
         self._first_claims = first_claims
         self._gateway = gateway
 
     async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
-        """Claim the call from this point on. Raises CallError if these tokens or too many prefixes were used before."""
+        """Claim the call from the end of `chain` on. Raises CallError if these tokens, or too many prefixes, were used
+        before."""
         call_id, maker = chain.call_head.call_id, chain.maker
         if not await self._first_claims.take(f"{call_id}.{chain.last.hex()}", lasts_s):
             raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
@@ -73,7 +79,8 @@ class ResumeClaims:
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
     def _terms(self, maker: Maker, first: bool, given_up: bool) -> ResumeTerms:
-        """Terms of a resume from the tokens of `maker`. `first`: it is the first one from this generation's tokens."""
+        """Return the terms of a resume from the tokens of `maker`. `first`: whether this is the first resume from the
+        tokens of this generation."""
         if not maker.gateway:
             return ResumeTerms.FREE
         if not first:
@@ -83,7 +90,7 @@ class ResumeClaims:
         return ResumeTerms.PAID if maker.gateway == self._gateway else ResumeTerms.IF_ALIVE
 
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Record that this gateway ends a call through no fault of its client: its next resume is free. Raises
+        """Record that this gateway ends a call through no fault of the client, so that the next resume is free. Raises
         CallError."""
         await self._first_claims.take(_given_up_name(call_id, generation), lasts_s)
 

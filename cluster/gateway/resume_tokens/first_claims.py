@@ -1,9 +1,9 @@
-"""First claims: of all resumes with the same tokens, at whatever gateway, only the first succeeds.
+"""First claims. Of all resumes with the same tokens, at whatever gateway, only the first succeeds.
 
-One atomic write decides: in the limits store if there is one and it answers, else in the ledger's database, else in a
-file beside the secret that sealed the tokens, so that every gateway that can open the tokens sees the claims on them.
-Without any of these stores nothing is resumed. A store that loses its data, or is unavailable to one of two gateways,
-lets a second resume through; that one has the same caller and is accounted.
+An atomic write decides. The write is made in the limits store if that store is configured and answers, else in the
+ledger's database, else in a file beside the secret that sealed the tokens. So every gateway that can open the tokens
+sees the claims on them. Without any of these stores nothing is resumed. A store that loses its data, or is unavailable
+to one of two gateways, lets a second resume through. The second resume has the same caller and is accounted.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ log = structlog.get_logger("resume")
 
 BUSY_S = 5.0
 Requested = tuple[str, float]
-"""A name, and for how many seconds it is claimed."""
+"""A name, and the number of seconds for which the name is claimed."""
 
 
 class FirstClaims(Protocol):
-    """Store of first claims."""
+    """A store of first claims."""
 
     async def take(self, name: str, expires_s: float) -> bool:
-        """Claim a name for `expires_s` seconds. Returns whether this is the first claim on it. Raises CallError."""
+        """Claim a name for `expires_s` seconds. Returns whether this is the first claim on the name. Raises
+        CallError."""
 
 
 def stores_unavailable() -> CallError:
-    """The error if no store can say whether a name is claimed."""
+    """Return the error for the case that no store can decide a claim."""
     return CallError(
         Outcome.STORE_UNAVAILABLE, "neither the limits store nor the database answers: resume after the given delay"
     )
 
 
 class FileFirstClaims:
-    """First claims in a SQLite file, for the gateways of one host without a ledger. The file outlives them, as their
-    tokens do."""
+    """First claims in a SQLite file, for the gateways of one host without a ledger. Like the resume tokens, the file
+    outlives the gateways."""
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._path = path
@@ -82,8 +83,8 @@ class LedgerFirstClaims:
         take: Callable[[Sequence[tuple[str, float]], float], Sequence[bool]],
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`take([(name, expires_at_s)], now_s)` claims the names and returns for each whether it was the first claim;
-        raises StoreUnavailable."""
+        """`take([(name, expires_at_s)], now_s)` claims the names and returns, for each name, whether the claim was the
+        first; raises StoreUnavailable."""
         self._take = take
         self._wall = wall
         self._batcher = Batcher(self._take_all)
@@ -104,10 +105,11 @@ class LedgerFirstClaims:
 
 
 class StoreFirstClaims:
-    """First claims in the limits store, and in another store while that one is unavailable."""
+    """First claims in the limits store, with another store for the time in which the limits store is unavailable."""
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
-        """`first(name, expires_s)` claims a name in the limits store; returns None if the store does not answer."""
+        """`first(name, expires_s)` claims a name in the limits store, and returns None if that store does not answer.
+        `otherwise`: the other store."""
         self._first = first
         self._otherwise = otherwise
 

@@ -1,8 +1,9 @@
-"""Resume of calls after the loss of their gateway: it adds resume tokens to streams and opens calls from such tokens.
+"""Resume of calls after the loss of their gateway. Resume tokens are added to streams, and calls are opened from such
+tokens.
 
-token_chain.py defines the content of tokens; here they are sealed, opened, checked against caller and request, and
-claimed once. A resumed call is then like any other call that has lost its worker: its sequences continue after the
-delivered tokens, on a compatible worker only.
+token_chain.py defines the content of resume tokens. This module seals and opens the tokens, checks them against caller
+and request, and claims them once. A resumed call is then like any other call that has lost its worker: the sequences
+continue after the delivered tokens, on a compatible worker only.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ log = structlog.get_logger("resume")
 PURPOSE = "resume-token"
 MAX_TOKEN_BYTES = 4 << 20
 AT_ONCE = 200
-"""Number of tokens to open (some milliseconds) before other callbacks of the event loop run."""
+"""Number of tokens that are opened before other callbacks of the event loop run. Opening so many tokens takes some
+milliseconds."""
 NOT_OF_CALL = (
     "is not a token of this call: send every token of one call, in order, as the same caller, with the same request"
 )
 TAKEN_OVER = "the call was resumed elsewhere: its stream continues there"
 CLOCK_SKEW_S = 60.0
-"""Largest difference between the clocks of gateways."""
+"""Largest assumed difference, in seconds, between the clocks of two gateways."""
 STORE_TIMEOUT_S = 1.0
-"""Longest wait of a call's end for the store of claims."""
+"""Longest time, in seconds, that the end of a call waits for the store of claims."""
 GIVEN_UP = (
     Outcome.NO_WORKER,
     Outcome.WORKER_LOST,
@@ -52,11 +54,11 @@ GIVEN_UP = (
     Outcome.SHED,
     Outcome.INTERNAL,
 )
-"""Outcomes that are not the client's fault."""
+"""Outcomes that are not the fault of the client."""
 
 
 class ResumeService:
-    """Resume service of one gateway. It reads the secret when it first needs it."""
+    """The resume service of one gateway. The secret is read when it is first needed."""
 
     def __init__(
         self,
@@ -68,9 +70,10 @@ class ResumeService:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`secrets` returns the cluster's secrets, of which the first seals and all open; it may raise ValueError.
-        `on_taken_over` is called when a call was resumed here, so that every worker ends what it runs for earlier
-        readers. Tokens expire after `expires_s`. `gateway`: incarnation of this gateway."""
+        """`secrets` returns the cluster's secrets and may raise ValueError. The first secret seals tokens; every secret
+        opens tokens. `on_taken_over` is called with a call that was resumed at this gateway and the generation of the
+        resume, so that all workers end what they run for earlier readers. `expires_s`: seconds after which tokens
+        expire. `gateway`: incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
         self._claims = ResumeClaims(first_claims, gateway)
@@ -83,9 +86,10 @@ class ResumeService:
         self._cannot_seal = False
 
     def _sealer(self) -> Envelopes | None:
-        """The sealer of tokens; None if there is no secret and none can be made: then streams carry no tokens."""
+        """Return the sealer of tokens. Returns None if there is no secret and no secret can be made; then streams carry
+        no tokens."""
         if self._envelopes is None and not self._cannot_seal:
-            from cluster.ledger.usage.sealed_records import Envelopes  # only gateways that seal need it
+            from cluster.ledger.usage.sealed_records import Envelopes  # imported only by gateways that seal
 
             try:
                 self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)
@@ -99,8 +103,8 @@ class ResumeService:
     def begin(
         self, call: Call, request: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
     ) -> None:
-        """Make a call resumable, and let a resumed one continue after the tokens of `chain`. `bundle_digest` is the
-        tokenizer bundle's. Raises CallError."""
+        """Make a call resumable. If `chain` is given, the call is a resumed call and continues after the tokens of
+        `chain`. `bundle_digest`: digest of the tokenizer bundle. Raises CallError."""
         envelopes = self._sealer()
         if envelopes is None:
             return
@@ -137,8 +141,8 @@ class ResumeService:
     # ---- a resumed call
 
     async def read(self, request: GenerationRequest, principal: Principal) -> TokenChain:
-        """Open the tokens of a resume request. Raises CallError unless all are of one call, of this caller and
-        request."""
+        """Open the tokens of a resume request and return their chain. Raises CallError unless all tokens belong to one
+        call of this caller with this request."""
         resume = request.resume
         assert resume is not None
         if not request.resumable:
@@ -175,7 +179,8 @@ class ResumeService:
         return chain
 
     def deadline(self, chain: TokenChain, requested: float | None) -> float | None:
-        """The earlier of the call's first deadline and the one requested now. Times of the service's clock."""
+        """Return the deadline of a resumed call: the deadline of the call's first request or the deadline requested
+        now, whichever is earlier. Deadlines are times of the service's clock."""
         until_s = chain.call_head.deadline_s
         if not until_s:
             return requested
@@ -183,7 +188,7 @@ class ResumeService:
         return first if requested is None else min(first, requested)
 
     async def take_over(self, call: Call, chain: TokenChain) -> None:
-        """Claim a resumed call and end its earlier readers. Raises CallError."""
+        """Claim a resumed call for this gateway, and end the call's earlier readers. Raises CallError."""
         lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCK_SKEW_S
         claim = await self._claims.claim(chain, lasts_s)
         tokens = call.resume_tokens
@@ -204,7 +209,8 @@ class ResumeService:
         self._on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
-        """Ids of a model's calls that were resumed here and are still open, with their generations."""
+        """Return the ids of a model's calls that were resumed at this gateway and are still open, each with its
+        generation."""
         return [
             (call_id, call.resume_tokens.generation)
             for call_id, call in self._live.items()
@@ -212,13 +218,14 @@ class ResumeService:
         ]
 
     def leave(self, call: Call) -> None:
-        """Forget a call that has ended here."""
+        """Forget a call that has ended at this gateway."""
         if call.resume_tokens is not None and self._live.get(call.resume_tokens.head.call_id) is call:
             del self._live[call.resume_tokens.head.call_id]
 
     async def give_up(self, call: Call, outcome: Outcome) -> None:
-        """Record the end of a call for its resume, if the store answers in time: free if the client was not at fault,
-        impossible if the call may have crashed workers."""
+        """Record in the store how a call ended, which decides about the call's next resume. The resume is free if the
+        client was not at fault, and impossible if the call may have crashed workers. Nothing is recorded if the store
+        does not answer in time."""
         tokens = call.resume_tokens
         if tokens is None or not tokens.number or not (call.blamed or outcome in GIVEN_UP):
             return
@@ -244,7 +251,7 @@ def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest:
 
 
 def unsupported(why: str) -> CallError:
-    """The error of a call that cannot be continued exactly."""
+    """Return the error for a call that cannot be continued exactly."""
     return CallError(Outcome.RESUME_UNSUPPORTED, f"the call cannot be resumed: {why}; send a new call")
 
 

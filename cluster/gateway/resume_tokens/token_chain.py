@@ -1,22 +1,23 @@
-"""Content of resume tokens: the tokens of a stream's chunks form a chain that records what was delivered.
+"""Content of resume tokens. The tokens in the chunks of a stream form a chain, which records what was delivered.
 
-Problem: a stream that lost its gateway must continue at another one that does not know it, exactly, and only for its
-own caller. So each chunk carries a sealed record of the model tokens that it delivered; the first record also names
-caller, model and request. Invariant: a list of resume tokens is accepted only if it is the complete list of one call in
-its order; each holds the digest of the sealed bytes of the one before.
-So that a client need not keep thousands, a resume token is *whole* now and then: it repeats all that was delivered
-before, and the list may begin with it.
+Problem: a stream that lost its gateway must continue exactly at another gateway, which does not know the stream, and
+only for the stream's own caller. So each chunk carries a sealed record of the model tokens that the chunk delivers. The
+first record also names caller, model and request. Invariant: a list of resume tokens is accepted only if it is the
+complete list of one call in the right order. Each resume token holds the digest of the sealed bytes of the previous
+resume token.
+So that a client need not keep thousands of resume tokens, a resume token is *whole* now and then. A whole token repeats
+everything that was delivered before, and a list may begin with a whole token.
 
-A choice is recorded as far as its text was delivered: `token_ids` are the ids of which at least one character was
-delivered, `chars` is the number of characters delivered of the choice in total. Ids whose text is held back, since it
-may begin a stop string, belong to the next resume token.
+A choice is recorded as far as its text was delivered. `token_ids` are the ids of which at least one character was
+delivered. `chars` is the total number of delivered characters of the choice. Text that may begin a stop string is held
+back; the ids of such text belong to the next resume token.
 
-Layout, little-endian: number (8), expiry in seconds since the epoch (8), digest of the token before (16), count of
+Layout, little-endian: number (8), expiry in seconds since the epoch (8), digest of the previous token (16), count of
 choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then JSON with
 fields that are sent once: `call` in the first token, `likeness` (the compatibility key) by index with a choice's first
 ids, and `homes` (the worker) by index whenever a choice's worker has changed. A whole token has `whole` and all of
-these fields; its choices have all their ids. `maker` is in the first token that a gateway makes for a call, and in
-whole ones; gateways of older releases make none and ignore it. `now` is an argument.
+these fields, and its choices have all their ids. `maker` is in the first token that a gateway makes for a call, and in
+whole tokens. Gateways of older releases do not make this field and ignore it. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ DIGEST_BYTES = 16
 _HEAD = struct.Struct(f"<QQ{DIGEST_BYTES}sH")
 _CHOICE = struct.Struct("<HBQI")
 _SINGLE_ID = struct.Struct(f"<QQ{DIGEST_BYTES}sHHBQII")
-"""A resume token with one id of one choice, as nearly all are."""
+"""Layout of a resume token with one id of one choice. Nearly all resume tokens have this layout."""
 FINISHES = ("", "stop", "length", "tool_calls", "content_filter")
 FIRST = b"\0" * DIGEST_BYTES
-"""Digest in the first token, which has none before it."""
+"""Digest in the first token, which has no previous token."""
 
 
 class InvalidToken(ValueError):
-    """Bytes that are not a resume token, or not the next one of the call."""
+    """The error for bytes that are not a resume token, or not the next resume token of the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallHead:
-    """Identity of a call: its caller, model and request. Times are seconds since the epoch; a `deadline_s` of 0 means
-    none. `request` and `prompt` are digests; `seed` is the requested or the drawn one."""
+    """The identity of a call: caller, model and request. Times are seconds since the epoch. A `deadline_s` of 0 means
+    no deadline. `request` and `prompt` are digests. `seed` is the requested seed or the drawn seed."""
 
     call_id: str
     request_id: str
@@ -62,8 +63,9 @@ class CallHead:
 
 
 class Maker(NamedTuple):
-    """Origin of a resume token: the gateway's incarnation; the number of resumes of the call until that gateway; how
-    many of these, the last in a row, brought no new token; and whether one has come since."""
+    """The origin of a resume token. `gateway`: incarnation of the gateway. `generation`: generation of the call at that
+    gateway. `silent`: number of resumes in a row, up to that gateway, without a new token. `progressed`: whether a new
+    token has been delivered since."""
 
     gateway: str = ""
     generation: int = 0
@@ -72,37 +74,37 @@ class Maker(NamedTuple):
 
 
 UNKNOWN = Maker()
-"""Origin of tokens of older releases, which name none."""
+"""Origin of the tokens of older releases, which name no origin."""
 _HEAD_FIELDS = tuple(head_field.name for head_field in fields(CallHead))
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The part of one choice that a resume token adds."""
+    """The part of a choice that one resume token adds."""
 
     index: int
     token_ids: Sequence[int]
     chars: int
-    """Characters of the choice delivered in total, not by this token alone."""
+    """Total number of delivered characters of the choice, not only those of this token."""
     finish_reason: str = ""
 
 
 @dataclass(slots=True)
 class ChoiceState:
-    """State of a choice after all tokens of a chain."""
+    """The state of a choice after all tokens of a chain."""
 
     token_ids: list[int] = field(default_factory=list)
     chars: int = 0
     finish_reason: str = ""
     compatibility: CompatibilityKey | None = None
     worker: str = ""
-    """Incarnation of its last worker, which may still hold its KV blocks."""
+    """Incarnation of the choice's last worker, which may still hold the choice's KV blocks."""
 
 
 @dataclass(slots=True)
 class TokenChain:
-    """State of a call as recorded by a list of resume tokens. `last` is the newest token's digest, `number` its
-    number."""
+    """The state of a call that a list of resume tokens records. `last` is the digest of the newest token, and `number`
+    is the number of the newest token."""
 
     head: CallHead | None = None
     maker: Maker = field(default_factory=lambda: UNKNOWN)
@@ -114,18 +116,19 @@ class TokenChain:
 
     @property
     def call_head(self) -> CallHead:
-        """Identity of the call; only for a chain that has a token."""
+        """Identity of the call. The chain must have at least one token."""
         assert self.head is not None, "nothing was added"
         return self.head
 
     @property
     def bundle_digest(self) -> str:
-        """Digest of the tokenizer bundle that the call began with; "" if no choice has begun."""
+        """Digest of the tokenizer bundle with which the call began; "" if no choice has begun."""
         keys = (choice.compatibility for choice in self.choices.values())
         return next((key.bundle_digest for key in keys if key is not None), "")
 
     def add(self, sealed: bytes, body: bytes) -> None:
-        """Add the next token and its opened content. Raises InvalidToken; then the chain must not be used further."""
+        """Add the next token, given as sealed bytes and opened content. Raises InvalidToken; then the chain must not be
+        used further."""
         if self.number and len(body) == _SINGLE_ID.size:
             number, expires_s, before, count, index, finish, chars, tokens, token_id = _SINGLE_ID.unpack(body)
             if (count, finish, tokens) == (1, 0, 1):
@@ -171,20 +174,21 @@ class TokenChain:
 
 
 def digest_of(sealed: bytes) -> bytes:
-    """The digest of a token that the next one holds. Short, since only gateways make tokens: a caller cannot search for
-    two with the same digest."""
+    """Return the digest of a token, which the next token holds. The digest is short: only gateways make tokens, so a
+    caller cannot search for two tokens with the same digest."""
     return hashlib.sha256(sealed).digest()[:DIGEST_BYTES]
 
 
 def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id: int) -> bytes:
-    """Fast path of `encode`: one further id of choice 0, which does not finish."""
+    """Return the content of a resume token that adds one id to choice 0, without a finish. This is a fast path of
+    `encode`."""
     return _SINGLE_ID.pack(number, expires_s, before, 1, 0, 0, chars, 1, token_id)
 
 
 def encode(
     number: int, expires_s: int, before: bytes, choices: Sequence[Choice], more: Mapping[str, Any] | None = None
 ) -> bytes:
-    """The content of a resume token, to be sealed."""
+    """Return the content of a resume token, which must then be sealed."""
     parts = [_HEAD.pack(number, expires_s, before, len(choices))]
     for choice in choices:
         count = len(choice.token_ids)
@@ -196,7 +200,8 @@ def encode(
 
 
 def decode(body: bytes) -> tuple[int, int, bytes, list[Choice], Mapping[str, Any]]:
-    """Number, expiry, digest of the token before, choices and JSON fields of a token's content. Raises InvalidToken."""
+    """Decode the content of a token. Returns the number, the expiry, the digest of the previous token, the choices and
+    the JSON fields. Raises InvalidToken."""
     try:
         number, expires_s, before, count = _HEAD.unpack_from(body)
         at, choices = _HEAD.size, []
@@ -222,12 +227,12 @@ def _maker(more: Mapping[str, Any]) -> Maker:
 
 
 def head_json(head: CallHead) -> dict[str, Any]:
-    """The JSON field "call" of a token."""
+    """Return the value of a token's JSON field "call"."""
     return {name: getattr(head, name) for name in _HEAD_FIELDS}
 
 
 def compatibility_json(key: CompatibilityKey) -> list[str]:
-    """An entry of a token's JSON field "likeness"."""
+    """Return one entry of a token's JSON field "likeness"."""
     return [key.weight_digest, key.bundle_digest, key.engine_class]
 
 

@@ -1,4 +1,5 @@
-"""Generator of one call's resume tokens: each chunk of its stream carries the next. Content: token_chain.py."""
+"""Generator of the resume tokens of one call. Each chunk of the call's stream carries the next token. token_chain.py
+defines the content of tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +22,13 @@ from cluster.gateway.resume_tokens.token_chain import (
 )
 
 WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""A token is whole after WHOLE_TOKENS others, or after WHOLE_SHARE times the number of delivered ids if that is more:
-so the ids that are sealed again stay in proportion to all sealed ones, and a client needs few tokens to resume."""
+"""A token is whole after WHOLE_TOKENS other tokens, or after WHOLE_SHARE times the number of delivered ids if that is
+more. So the number of ids that are sealed again stays in proportion to the number of all sealed ids, and a client needs
+few tokens to resume."""
 
 
 class ResumeTokens:
-    """Resume tokens of one call: each chunk gets the next one."""
+    """Generator of the resume tokens of one call. Each chunk gets the next token."""
 
     __slots__ = (
         "_before",
@@ -59,22 +61,23 @@ class ResumeTokens:
         expires_s: float,
         gateway: str = "",
     ) -> None:
-        """`gateway`: incarnation of this gateway."""
+        """`gateway`: incarnation of this gateway. `expires_s`: seconds after which a token expires."""
         self.head = head
         self._gateway = gateway
         self.generation = 0
-        """Generation of the call's last resume, 0 if it began here."""
+        """Generation of the call's last resume, 0 if the call began at this gateway."""
         self.silent = 0
-        """Number of resumes in a row without a new token, up to this gateway."""
+        """Number of resumes in a row, up to this gateway, without a new token."""
         self.begun_at = ""
-        """Incarnation of the gateway that the call was resumed from, if that decides who pays for its prompt."""
+        """Incarnation of the gateway from which the call was resumed, if that gateway's state decides who pays for the
+        prompt, else ""."""
         self.number = 0
         self.begun: set[int] = set()
-        """Indexes of choices whose compatibility key has been sent."""
+        """Indexes of the choices whose compatibility key has been sent."""
         self.whole = False
-        """Whether the newest token is whole: it repeats all that was delivered before."""
+        """Whether the newest token is whole, which means that it repeats everything that was delivered before."""
         self.timer: asyncio.TimerHandle | None = None
-        """Timer that ends a resumed call at its first deadline."""
+        """Timer that ends a resumed call at the deadline of the call's first request."""
         self._seal = seal
         self._wall = wall
         self._expires_s = expires_s
@@ -87,16 +90,16 @@ class ResumeTokens:
         self._due = WHOLE_TOKENS
 
     def continue_after(self, chain: TokenChain) -> None:
-        """Continue after the tokens of this chain."""
+        """Continue the call's tokens after the tokens of this chain."""
         self.number, self._before = chain.number, chain.last
-        self._due = chain.number  # the next token is whole: the client need not keep the presented ones
+        self._due = chain.number  # the next token is whole: the client need not keep the presented tokens
         for index, choice in chain.choices.items():
             self._delivered[index], self._chars[index] = len(choice.token_ids), choice.chars
             self._workers[index], self._finishes[index] = choice.worker, choice.finish_reason
             self.begun.add(index)
 
     def stream(self, index: int) -> LinkStream:
-        """Name of a choice at workers: the same at every gateway that continues it."""
+        """Return the name of a choice at workers. The name is the same at every gateway that continues the choice."""
         return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
 
     def _maker(self) -> Maker:
@@ -106,7 +109,7 @@ class ResumeTokens:
         return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
-        """Make the token for a chunk that has nothing but this text of choice 0."""
+        """Return the token for a chunk that has nothing but this text of choice 0."""
         sequence = self._sequences[0]
         ids, shown, delivered = sequence.emitted, sequence.shown, self._delivered[0]
         if (
@@ -124,7 +127,8 @@ class ResumeTokens:
         return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[delivered]))
 
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
-        """Make the token for a chunk with these pieces; without pieces it only records how far the call has got."""
+        """Return the token for a chunk with these pieces. Without pieces, the token only records how far the call has
+        got."""
         more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
         keys, workers = {}, {}
         choices = []
@@ -158,7 +162,7 @@ class ResumeTokens:
         return self._sealed(encode(self.number, expires_s, self._before, choices, more))
 
     def _all(self) -> tuple[list[Choice], dict[str, list[str]], dict[str, str]]:
-        """All choices as delivered so far, and the compatibility key and worker of each."""
+        """Return all choices as delivered so far, and the compatibility key and the worker of each choice."""
         choices, keys, workers = [], {}, {}
         for index, sequence in enumerate(self._sequences):
             delivered = self._delivered[index]

@@ -1,7 +1,7 @@
-"""Binder of waiting sequences to workers that have granted capacity.
+"""The binder, which sends waiting sequences to workers that have granted capacity.
 
-The waiting room picks the next sequence, the router (policy/routing/router.py) its worker; the binder sends the one to
-the other. Resumed sequences go before new ones, each to a compatible worker.
+The waiting room picks the next sequence. The router (policy/routing/router.py) picks a worker for the sequence. The
+binder sends the sequence to the worker. Resumed sequences are sent before new sequences, each to a compatible worker.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = structlog.get_logger("dispatch")
 
 
 class Binder:
-    """Binder of one gateway, for all models."""
+    """The binder of one gateway, for all models."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Binder:
         accounting: Callable[[], Accounting | None],
         clock: Callable[[], float],
     ) -> None:
-        """`accounting` returns the gateway's accounts, or None if it keeps none."""
+        """`accounting` returns the gateway's accounts, or None if the gateway keeps no accounts."""
         self.breakers = Breakers()
         self._queues = queues
         self._charges = charges
@@ -63,7 +63,7 @@ class Binder:
     # ---- new sequences
 
     def send_queued(self, model: KnownModel) -> None:
-        """Send queued sequences while a worker has capacity."""
+        """Send queued sequences of a model as long as a worker has capacity."""
         now = self._clock()
         while (routed := self._next(model, now)) is not None:
             waiting, decision = routed
@@ -76,7 +76,8 @@ class Binder:
                 self._bind(model.links[decision.worker_id], sequence, decision, waiting)
 
     def _next(self, model: KnownModel, now: float) -> tuple[WaitingSequence, RoutingDecision | Exception] | None:
-        """Pop the next sequence from the waiting room, if a worker has capacity for it or its routing raised."""
+        """Pop the next sequence from the waiting room, if a worker has capacity for the sequence or if routing the
+        sequence raised an exception. Returns the sequence and the routing decision or the exception."""
         decision: RoutingDecision | Exception | None = None
 
         def fits(sequence: CallSequence, waiting: WaitingSequence) -> bool:
@@ -94,7 +95,8 @@ class Binder:
     def _route(
         self, model: KnownModel, sequence: CallSequence, waiting: WaitingSequence, now: float
     ) -> RoutingDecision:
-        """Pick the worker for the next sequence: of the call's first version, else of any version that it may use."""
+        """Pick the worker for the next sequence: a worker of the call's first version, else a worker of any version
+        that the call may use."""
         keep_free = self._charges.fair.order(model.name).slots_to_keep_free(waiting)
         versions = sequence.call.versions
         candidates = self.candidates(model, now)
@@ -107,7 +109,7 @@ class Binder:
     # ---- resumed sequences
 
     def send_resumed(self, model: KnownModel, sequences: Sequence[CallSequence]) -> None:
-        """Resume these sequences, each on a compatible worker with capacity."""
+        """Resume `sequences`, each on a compatible worker with capacity."""
         if not sequences:
             return
         now = self._clock()
@@ -120,7 +122,7 @@ class Binder:
             return known
 
         for sequence in sequences:
-            if sequence.call.error is not None:  # its API is about to end it
+            if sequence.call.error is not None:  # the call's API is about to end the call
                 continue
             try:
                 worker_id = self._resume(model, sequence, candidate_of, now)
@@ -134,7 +136,8 @@ class Binder:
     def _resume(
         self, model: KnownModel, sequence: CallSequence, candidate_of: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
-        """Send a sequence to a compatible worker; returns the worker's id, None if none has capacity."""
+        """Send a sequence to a compatible worker. Returns the worker's id; None if no compatible worker has
+        capacity."""
         cached_on = self._queues.resumed.waits_for(sequence, now)
         cached = next((link for link in model.links.values() if link.identity.incarnation == cached_on), None)
         candidates = [candidate_of(cached)] if cached is not None and cached_on not in sequence.excluded else []
@@ -156,7 +159,8 @@ class Binder:
         return None
 
     def _acquitted(self, sequence: CallSequence, now: float) -> bool:
-        """Whether a sequence that lost several workers in a row may go to another one; ends its call if it may not."""
+        """Return whether a sequence that lost several workers in a row may be sent to another worker now. The call is
+        ended if the verdict is that the sequence must not be sent again."""
         verdict = self._losses.verdict(sequence.lost_links, sequence.lost_at, now)
         if verdict is LossVerdict.RESUME:
             sequence.acquit()
@@ -167,8 +171,8 @@ class Binder:
         return verdict is LossVerdict.RESUME
 
     def move(self, link: WorkerLink, model: KnownModel) -> None:
-        """Move sequences off a draining worker, as many as other workers have capacity for now. Called again for the
-        rest."""
+        """Move sequences from a draining worker to other workers, as many as the other workers have capacity for now.
+        The remaining sequences are moved by later calls."""
         for sequence in [sink for sink in link.sinks if isinstance(sink, OutputSequence)]:
             candidates = [
                 other
@@ -199,7 +203,8 @@ class Binder:
             self._metrics.count("route_decisions_total", sequence.call.model, decision.reason)
 
     def candidates(self, model: KnownModel, now: float, resumed: bool = False) -> list[Candidate]:
-        """The workers of a model as the router's candidates. `resumed`: for a sequence to be resumed."""
+        """Return the workers of a model as candidates for the router. `resumed`: whether a sequence is to be
+        resumed."""
         return [self._candidate(model, link, now, resumed) for link in model.links.values()]
 
     def _candidate(self, model: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:

@@ -1,6 +1,6 @@
-"""Statistics of a model's two versions that the controller judges a canary by (policy/catalog/canary.py).
+"""Statistics of a model's two versions, by which the controller judges the canary (policy/catalog/canary.py).
 
-The counts restart at zero when a model's versions change.
+The counts of a model restart at zero when the model's versions change.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.calls.call import Call
 
 FAULTS = (Outcome.INTERNAL, Outcome.WORKER_LOST)
-"""Outcomes that count as the worker's error; a call that another worker had to continue counts, too."""
+"""Outcomes that count as an error of the worker. A call that another worker had to continue also counts as an error."""
 
 
 @dataclass(slots=True)
 class _Trial:
-    """Counts of a model with a canary. `key` identifies the trial; `first_s` is the stable version's last time from
-    Submit to first token that is not yet paired with a call of the canary."""
+    """The trial of a model's canary, with its counts. `key` identifies the trial. `first_s` is the stable version's
+    last time from Submit to first token, in seconds; None once this time has been paired with a call of the canary."""
 
     key: tuple[object, ...]
     stable: str
@@ -30,13 +30,13 @@ class _Trial:
 
 
 class CanaryStatistics:
-    """Canary statistics of one gateway."""
+    """The canary statistics of one gateway."""
 
     def __init__(self) -> None:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog: begin and end trials."""
+        """Apply a new catalog, which begins and ends trials."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:
@@ -49,7 +49,7 @@ class CanaryStatistics:
         self._trials = trials
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """Count an ended call, if it began here and was sent to a worker."""
+        """Count an ended call, if the call began at this gateway and was sent to a worker."""
         trial, worker = self._trials.get(call.model), call.began_at
         if trial is None or worker is None or call.is_resumed:
             return
@@ -68,5 +68,5 @@ class CanaryStatistics:
         trial.tallies[key] = tally
 
     def tallies(self) -> Sequence[VersionTally]:
-        """The counts of all current trials."""
+        """Return the counts of all current trials."""
         return [tally for trial in self._trials.values() for tally in trial.tallies.values()]

@@ -1,4 +1,4 @@
-"""Conversion of this gateway's links and sequences into the router's candidates and requests."""
+"""Conversion of links into candidates for the router, and of resumed sequences into routing requests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from cluster.policy.routing.router import Candidate, RouteCall, is_compatible
 def resumed_request(
     sequence: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
 ) -> RouteCall:
-    """The routing request of a resumed sequence. `cached_tokens` of its prompt are expected in any worker's cache.
+    """Return the routing request for a resumed sequence. `cached_tokens`: number of prompt tokens that are expected in
+    the cache of any worker.
 
-    Workers that failed the sequence are excluded, and those on the node of a worker that was lost just now: a lost host
-    loses all its workers, one after the other. An exclusion that leaves no compatible worker is dropped: Ray may be
-    about to replace the worker, and it is not certain that the worker was at fault."""
+    Two groups of workers are excluded: the workers that failed the sequence, and the workers on the node of a worker
+    that was lost just now. The second group is excluded because a lost host loses all its workers, one after the other.
+    An exclusion that leaves no compatible worker is dropped: Ray may be about to replace the excluded worker, and it is
+    not certain that the worker was at fault."""
     holder = (
         next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)
         if sequence.cached_on
@@ -42,7 +44,7 @@ def resumed_request(
 
 
 def _on_lost_node(sequence: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
-    """Incarnations of the workers on the node of a worker that the sequence lost just now."""
+    """Return the incarnations of all workers on the node where the sequence lost a worker just now."""
     node = sequence.lost_node
     if not node or now - sequence.lost_at >= SETTLE_S:
         return frozenset()
@@ -51,7 +53,7 @@ def _on_lost_node(sequence: CallSequence, known: KnownModel, now: float) -> froz
 
 
 def candidate(link: WorkerLink, *, healthy: bool, resumed: bool, retired: bool) -> Candidate:
-    """A worker as the router's candidate. `resumed`: for a sequence to be resumed."""
+    """Return a worker as a candidate for the router. `resumed`: whether a sequence is to be resumed."""
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,

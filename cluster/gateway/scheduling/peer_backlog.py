@@ -1,8 +1,10 @@
-"""Reports of a gateway's queues: its claim on capacity goes to every worker, its tenants' backlogs to some of them.
+"""Reports of a gateway's queues to workers. The gateway's claim on capacity is sent to every worker, and the backlogs
+of the tenants are sent to some workers.
 
-Workers divide their capacity by the gateways' claims, so a queue that becomes empty or non-empty is reported at once;
-other changes a few times a second. Backlogs are repeated every half second, since gateways forget a peer that does not
-report. Workers forward them to the other gateways; two workers suffice, since the next report replaces a lost one.
+Workers divide their capacity by the gateways' claims. So a queue that becomes empty or non-empty is reported at once,
+and other changes are reported a few times a second. Backlogs are repeated every half second, since gateways forget a
+peer that does not report. Workers forward the backlogs to the other gateways. Two forwarding workers suffice, since the
+next report replaces a lost report.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ REPORT_S = 0.1
 REPEAT_S = 0.5
 FORWARDING_WORKERS = 2
 FLOWS_A_REPORT = 1000
-"""Number of flows above which backlogs are reported less often in proportion."""
+"""Number of flows per report interval. With more flows, backlogs are reported less often in proportion."""
 
 
 @dataclass(slots=True)
 class _Reported:
-    """The last report of one model."""
+    """The last report for one model."""
 
     claim: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
@@ -40,7 +42,7 @@ _NOTHING = _Reported()
 
 
 class BacklogReports:
-    """Backlog reports of one gateway, for all models."""
+    """Reporter of one gateway's claims and backlogs, for all models."""
 
     def __init__(
         self,
@@ -50,8 +52,8 @@ class BacklogReports:
         links: Callable[[str], Sequence[WorkerLink]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` returns the number of a model's waiting sequences and their tokens, those in the queue `resumed`
-        included; `links` returns the links of its workers, ordered by worker id."""
+        """`waiting` returns the number of a model's waiting sequences and the number of their tokens. The sequences in
+        the queue `resumed` are included. `links` returns the links to a model's workers, ordered by worker id."""
         self._charges = charges
         self._waiting = waiting
         self._resumed = resumed
@@ -60,8 +62,8 @@ class BacklogReports:
         self._reported: dict[str, _Reported] = {}
 
     def changed(self, model: str) -> None:
-        """Handle a change of a model's queues. Reports at once if they became empty or non-empty, or if the number of
-        sequences whose KV blocks a worker holds has changed."""
+        """Handle a change of a model's queues. A report is sent at once if the queues became empty or non-empty, or if
+        the number of sequences whose KV blocks a worker holds has changed."""
         reported = self._reported.get(model, _NOTHING)
         if (reported.claim > 0) != (self._waiting(model)[0] > 0) or (
             reported.cached != self._resumed.cached_counts(model)
@@ -69,12 +71,12 @@ class BacklogReports:
             self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
-        """Report everything again: a worker has joined that has no report yet."""
+        """Report everything again, because a worker has joined that has no report yet."""
         self._reported.pop(model, None)
         self.changed(model)
 
     async def watch(self) -> None:
-        """Report the backlogs periodically, until cancelled."""
+        """Report claims and backlogs periodically. Runs until cancelled."""
         while True:
             await ticks.sleep_to_tick(REPORT_S)
             now = self._clock()

@@ -1,4 +1,5 @@
-"""Errors of calls that end while they wait for a worker: the outcome, and a message that names the remedy."""
+"""Errors of calls that end while waiting for a worker. Each error has an outcome and a message that names the
+remedy."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ _REFUSED = {
 
 
 def refused(outcome: Outcome) -> CallError:
-    """The error of a call that the waiting room refused."""
+    """Return the error for a call that the waiting room refused."""
     return CallError(outcome, _REFUSED[outcome])
 
 
 def shed() -> CallError:
-    """The error of a waiting call that was shed for others."""
+    """Return the error for a waiting call that was shed in favour of other calls."""
     return CallError(Outcome.SHED, "the cluster is short of room; retry after the given delay")
 
 
 def not_servable(model: KnownModel) -> CallError | None:
-    """The error of calls for a model that will not be served; None if it may be served."""
+    """Return the error for calls to a model that will not be served; None if the model may be served."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
         return None
     reason = model.entry.state_reason or "no reason known"
@@ -32,7 +33,7 @@ def not_servable(model: KnownModel) -> CallError | None:
 
 
 def too_late(name: str, model: KnownModel | None, deadline_passed: bool) -> CallError:
-    """The error of a call that has waited for a worker of model `name` for the longest time allowed."""
+    """Return the error for a call that has waited the longest allowed time for a worker of the model `name`."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
     if model is not None and model.links:
@@ -43,19 +44,20 @@ def too_late(name: str, model: KnownModel | None, deadline_passed: bool) -> Call
 
 
 def replaced(tokens: int) -> CallError:
-    """The error of a call that lost its worker and is incompatible with the replacement workers."""
+    """Return the error for a call that lost its worker and is incompatible with the replacement workers."""
     why = "the replacement replicas have different weights, tokenizer or dtype, so the stream cannot continue"
     return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}, and {why}; retry the call")
 
 
 def blamed(tokens: int, workers: int) -> CallError:
-    """The error of a call that lost several workers in a row and may be the reason."""
+    """Return the error for a call that lost several workers in a row and may have caused the losses."""
     why = f"the call lost {workers} workers in a row without a token between, so it is sent to no other worker"
     return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}; {why}; retry the call later, or change it")
 
 
 def not_resumed(tokens: int, deadline_passed: bool) -> CallError:
-    """The error of a call that lost its worker and has waited for a compatible one for the longest time allowed."""
+    """Return the error for a call that lost its worker and has waited the longest allowed time for a compatible
+    worker."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for another worker")
     why = "no other worker with the same weights had capacity in time"

@@ -1,12 +1,12 @@
-"""Queue of sequences that lost their worker after their first token. They are sent before all new sequences.
+"""Queue of sequences that lost their worker after their first token. These sequences are sent before all new sequences.
 
-Why a separate queue: such a sequence can resume only on a compatible worker. At the head of the waiting room it would
-block sequences that could go to any other worker. It was charged when it was first sent, so neither the fair queue nor
-the service accounts are involved again.
+A separate queue is needed because such a sequence can resume only on a compatible worker. At the head of the waiting
+room the sequence would block other sequences, which could be sent to any other worker. A sequence to be resumed was
+charged when it was first sent, so neither the fair queue nor the service accounts are involved again.
 
-Invariant: a sequence in the queue has emitted a token and has no worker; it leaves when it resumes, when its call ends
-or when it has waited too long. Order: higher class first, first come first served within a class. `now` is an argument.
-"""
+Invariant: a sequence in the queue has emitted a token and has no worker. The sequence leaves the queue when it resumes,
+when its call ends or when it has waited too long. Order: the higher class first, first come first served within a
+class. `now` is an argument."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from cluster.gateway.calls.call import CallSequence
 
 HOME_S = 0.1
-"""Seconds that a sequence waits for capacity on the worker that holds its KV blocks before another one may compute it
-again: its slot there is free since its gateway was lost, and is granted as soon as a gateway claims it."""
+"""Seconds that a sequence waits for capacity on the worker that holds its KV blocks. After that time another worker may
+compute the sequence again. The slot on the first worker has been free since the sequence's gateway was lost, and is
+granted as soon as a gateway claims the slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class _Place:
 
 
 class ResumeQueue:
-    """Resume queue of one gateway, for all models."""
+    """The resume queue of one gateway, for all models."""
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
@@ -42,7 +43,8 @@ class ResumeQueue:
         self._cached_counts: dict[str, Counter[str]] = {}
 
     def add(self, sequence: CallSequence, now: float, silent_since: float | None = None) -> None:
-        """Queue a sequence. `silent_since`: time since which it has had neither a worker nor a token, `now` if None."""
+        """Queue a sequence. `silent_since`: time since when the sequence has had neither a worker nor a token; None
+        means `now`."""
         since = now if silent_since is None else silent_since
         deadline = math.inf if sequence.call.deadline is None else sequence.call.deadline
         self.remove(sequence)
@@ -55,7 +57,7 @@ class ResumeQueue:
             self._cached_counts.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
 
     def remove(self, sequence: CallSequence) -> bool:
-        """Remove a sequence; False if it was not queued."""
+        """Remove a sequence. Returns False if the sequence was not queued."""
         model = sequence.call.model
         places = self._places.get(model, {})
         place = places.pop(sequence.key, None)
@@ -72,7 +74,7 @@ class ResumeQueue:
         return True
 
     def in_order(self, model: str) -> Sequence[CallSequence]:
-        """The sequences of a model, the next one first."""
+        """Return the sequences of a model, the next sequence first."""
         places = self._places.get(model)
         if not places:
             return ()
@@ -80,7 +82,7 @@ class ResumeQueue:
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[CallSequence]:
         """Remove and return the sequences that have waited too long. `longer_s(model)` extends the longest wait for a
-        model's sequences, to twice the usual one at most."""
+        model's sequences, at most to twice the usual longest wait."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             place.sequence
@@ -93,22 +95,23 @@ class ResumeQueue:
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Number of a model's sequences, and of the tokens to compute for them."""
+        """Return the number of a model's sequences, and the number of tokens to compute for these sequences."""
         places = self._places.get(model)
         return (len(places), self._tokens[model]) if places else (0, 0)
 
     def cached_counts(self, model: str) -> Mapping[str, int]:
-        """Number of a model's sequences whose KV blocks each worker holds, by the worker's incarnation."""
+        """Return, by worker incarnation, the number of a model's queued sequences whose KV blocks that worker holds."""
         return self._cached_counts.get(model, {})
 
     def waits_for(self, sequence: CallSequence, now: float) -> str:
-        """Incarnation of the worker whose capacity the sequence must wait for, "" if it may go to any other by now."""
+        """Return the incarnation of the worker for which the sequence must wait; "" if the sequence may now be sent to
+        any worker."""
         place = self._places.get(sequence.call.model, {}).get(sequence.key)
         return place.cached_on if place is not None and now < place.since + HOME_S else ""
 
     @property
     def models(self) -> Sequence[str]:
-        """The models with sequences in the queue."""
+        """Names of the models with sequences in the queue."""
         return list(self._places)
 
     def __contains__(self, sequence: CallSequence) -> bool:

@@ -1,7 +1,8 @@
-"""Scheduler: queues the sequences of calls, sends them to workers, and queues them again after a loss.
+"""The scheduler, which queues the sequences of calls, sends sequences to workers, and queues sequences again after the
+loss of a worker.
 
-Policies decide: the waiting room which sequence is next, the router which worker gets it. The scheduler runs them when
-something has changed, and acts on their decisions.
+Two policies decide: the waiting room decides which sequence is next, and the router decides which worker gets the
+sequence. The scheduler runs these policies when something has changed, and carries out their decisions.
 """
 
 from __future__ import annotations
@@ -36,24 +37,25 @@ SWEEP_S = 1.0
 
 
 class SchedulerHost(Protocol):
-    """Interface that the scheduler needs of its gateway."""
+    """Interface of a gateway that the scheduler needs."""
 
     @property
     def accounting(self) -> Accounting | None:
-        """The gateway's accounts; None if it keeps none."""
+        """The gateway's accounts; None if the gateway keeps no accounts."""
 
     @property
     def directory(self) -> ModelDirectory:
-        """The models that the gateway knows."""
+        """Directory of the models that the gateway knows."""
 
     def model_unserved(self) -> None:
-        """Handle the first waiting call for a model that no worker serves: the controller may have to start it."""
+        """Handle the first waiting call for a model that no worker serves. The controller may have to start the
+        model."""
 
     def state_changed(self) -> None:
-        """Handle a change of what the gateway can serve, by a worker or the catalog."""
+        """Handle a change, by a worker or by the catalog, of what the gateway can serve."""
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """Ids of a model's calls that were resumed here, with their generations."""
+        """Return the ids of a model's calls that were resumed at this gateway, each with its generation."""
 
 
 class Scheduler:
@@ -69,7 +71,7 @@ class Scheduler:
         resume_wait_s: float = 30.0,
         max_silent_losses: int = MOST_SILENT,
     ) -> None:
-        """`resume_wait_s`: longest wait of a sequence for a compatible worker. `max_silent_losses`: see
+        """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
         worker_losses.py."""
         self.host = host
         self.charges = charges
@@ -82,14 +84,14 @@ class Scheduler:
         self._metrics = metrics
         self._clock = clock
         self._unserved: set[str] = set()
-        """Models that calls wait for and that no worker serves."""
+        """Names of models that no worker serves and for which calls wait."""
         self._swept = clock()
 
     # ---- calls
 
     def enter(self, call: Call, model: KnownModel) -> None:
-        """Queue every sequence of a call, and send those that a worker has capacity for. Raises CallError; then no
-        sequence is queued."""
+        """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError;
+        then no sequence of the call is queued."""
         not_servable = queue_errors.not_servable(model)
         if not_servable is not None:
             raise not_servable
@@ -98,7 +100,7 @@ class Scheduler:
         for sequence in call.sequences:
             if sequence.finish_reason:
                 continue
-            if sequence.emitted:  # by another gateway, where it passed the waiting room
+            if sequence.emitted:  # at another gateway, where the sequence passed the waiting room
                 self.queues.resume(sequence)
                 resumed.append(sequence)
                 continue
@@ -116,12 +118,12 @@ class Scheduler:
         self._note_unserved(model)
 
     def count_missed(self, call: Call, model: KnownModel) -> None:
-        """Count a call as demand for the requested model although its fallback serves the call."""
+        """Count a call as demand for the requested model, although a fallback model serves the call."""
         self.queues.count(model.name, call.sequences)
         self._note_unserved(model)
 
     def leave(self, call: Call) -> None:
-        """End a call's sequences, remove them from the queues, and settle their service accounts."""
+        """End the sequences of a call, remove the sequences from the queues, and settle their service accounts."""
         waited = [self.queues.remove(sequence) for sequence in call.sequences]
         call.release()
         for sequence in call.sequences:
@@ -134,14 +136,14 @@ class Scheduler:
             self.backlogs.changed(call.model)
 
     def cut(self, call: Call) -> None:
-        """Finish a call with the tokens so far; sequences that are still queued finish without any."""
+        """Finish a call with the tokens that it has so far. Sequences that are still queued finish without tokens."""
         for sequence in call.sequences:
             self.queues.remove(sequence)
             sequence.cut()
         call.wake()
 
     def follow(self, call: Call) -> None:
-        """Update a running call's charges and demand; called a few times a second."""
+        """Update the charges and the demand of a running call. Called a few times a second."""
         for sequence in call.sequences:
             if sequence.finish_reason:
                 self._settle(sequence)
@@ -156,16 +158,17 @@ class Scheduler:
         self.charges.settle(sequence)
 
     def take_over(self, call: Call, generation: int) -> None:
-        """Have the workers end what they run for earlier readers of a call that was resumed here."""
+        """Send the workers the new generation of a call that was resumed at this gateway. The workers then end what
+        they run for earlier readers of the call."""
         for link in self.links(call.model):
             link.box.takeover(call.shown_id, generation)
 
     # ---- calls.call.CallEvents
 
     def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence that has left its worker: in the resume queue, or at the head of its tenant's queue if it
-        starts over."""
-        if sequence.state not in WAITING:  # its call has ended in the meantime
+        """Queue a sequence that has left its worker. A sequence that starts over is put at the head of its tenant's
+        queue, any other sequence into the resume queue."""
+        if sequence.state not in WAITING:  # the call has ended in the meantime
             return
         model = self.host.directory.find(sequence.call.model)
         if sequence.state is State.RESUMING:
@@ -180,11 +183,11 @@ class Scheduler:
             self._note_unserved(model)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Correct a sequence's charge by its first output."""
+        """Correct the charge of a sequence when its first output has arrived."""
         self.charges.began(sequence, cached_tokens)
 
     def answered(self, link: WorkerLink) -> None:
-        """Record a success of a worker: the first output of a sequence."""
+        """Record a success of a worker, which has sent the first output of a sequence."""
         self.breakers.record_success(link.identity.incarnation)
 
     def worker_failed(self, link: WorkerLink) -> None:
@@ -193,18 +196,18 @@ class Scheduler:
         self.breakers.record_failure(link.identity.incarnation, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Count a resume, `gap_s` after the sequence's last token."""
+        """Count a resume that came `gap_s` seconds after the sequence's last token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Cancel the account of a Submit that a worker refused: it cost nothing."""
+        """Cancel the account of a Submit that a worker refused. A refused Submit costs nothing."""
         if self.host.accounting is not None:
             self.host.accounting.refused(sequence)
 
     def _choose_versions(self, call: Call) -> None:
-        """Allow a call that has delivered nothing to begin on any version with the same tokenizer: its own version may
-        have lost its last worker."""
+        """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
+        own version may have lost its last worker."""
         model = self.host.directory.find(call.model)
         begun = any(sequence.emitted or sequence.link for sequence in call.sequences)
         if model is None or not call.versions.all or begun:
@@ -215,7 +218,7 @@ class Scheduler:
             call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
 
     def _note_unserved(self, model: KnownModel) -> None:
-        """Report demand for a model that no worker serves at once, not with the next periodic report."""
+        """If no worker serves a model, report the demand for the model at once, not with the next periodic report."""
         if model.name not in self._unserved and not model.served:
             self._unserved.add(model.name)
             self.host.model_unserved()
@@ -223,7 +226,7 @@ class Scheduler:
     # ---- sending
 
     def pump(self, name: str) -> None:
-        """Send the waiting sequences of a model while a worker has capacity."""
+        """Send waiting sequences of a model as long as a worker has capacity."""
         model = self.host.directory.find(name)
         if model is None:
             return
@@ -232,26 +235,27 @@ class Scheduler:
         self.backlogs.changed(name)
 
     def _send_resumed(self, model: KnownModel, sequences: Sequence[CallSequence]) -> None:
-        """Try to send only these sequences, since nothing else has changed. A lost gateway or worker requeues many, and
-        trying the whole queue for each would cost the square of their number."""
+        """Try to send only `sequences`, since nothing else has changed. After the loss of a gateway or worker many
+        sequences are requeued. If the whole queue were tried for each of these sequences, the cost would be the square
+        of their number."""
         self.binder.send_resumed(model, sequences)
         self.backlogs.changed(model.name)
 
     def step_begun(self, model: str, resumed: bool) -> None:
-        """Send further sequences after a worker's step began with those that were sent for it: resumed ones, and new
-        ones that resumed ones had held back."""
+        """Send further sequences after a worker's step has begun with the sequences that were sent for the step.
+        Further sequences are resumed sequences, and new sequences that resumed sequences had held back."""
         if resumed or self.queues.resumed.waiting(model)[0]:
             self.pump(model)
 
     def links(self, model: str) -> Sequence[WorkerLink]:
-        """Links of a model's workers, ordered by worker id."""
+        """Return the links to a model's workers, ordered by worker id."""
         known = self.host.directory.find(model)
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     # ---- time
 
     def expire(self) -> None:
-        """End calls that have waited too long; called a few times a second."""
+        """End calls that have waited too long. Called a few times a second."""
         now, directory = self._clock(), self.host.directory
         if now - self._swept >= SWEEP_S:
             self._swept = now

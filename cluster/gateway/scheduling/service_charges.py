@@ -1,8 +1,8 @@
-"""Service charges of a gateway's sequences: first their predicted cost, then their actual one.
+"""Service charges for a gateway's sequences: first the predicted cost, later the actual cost.
 
-policy/fairness/fair_queue.py keeps the service accounts; this module applies them to the gateway's calls. Nothing runs
-per token: a charge is made when a sequence is sent, and corrected at its first output, a few times a second while it
-exceeds the prediction, and at its end.
+policy/fairness/fair_queue.py keeps the service accounts, and this module applies the accounts to the gateway's calls.
+Nothing runs per token. A charge is made when a sequence is sent. The charge is corrected at the sequence's first
+output, a few times a second while the output exceeds the prediction, and at the sequence's end.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
-"""Beyond its prediction, a sequence's charge is corrected every so many tokens."""
+"""Number of tokens after which the charge of a sequence is corrected again, once the output exceeds the prediction."""
 GONE_S = 600.0
-"""A worker without a link for so long is forgotten."""
+"""Seconds without a link after which a worker is forgotten."""
 SPEED_DECAY = 0.98
-"""Factor by which a model's best speed decays in each second in which it is slower."""
+"""Factor by which a model's best speed decays in each second in which the model is slower."""
 
 
 @dataclass(slots=True)
 class _Charge:
-    """One sequence's charge. `due`: number of tokens at which it is corrected next."""
+    """The charge of one sequence. `due`: number of tokens at which the charge is corrected next."""
 
     place: WaitingSequence
     due: int = 0
@@ -39,7 +39,8 @@ class _Charge:
 
 @dataclass(slots=True)
 class _Speed:
-    """Best recent speed of one model: weighted tokens a second that this gateway sent while calls waited for it."""
+    """Best recent speed of one model. `per_s`: weighted tokens a second that this gateway sent while calls waited for
+    the model."""
 
     charged: float = 0.0
     waited: bool = False
@@ -47,10 +48,10 @@ class _Speed:
 
 
 class ServiceCharges:
-    """Service charges of one gateway. Tenants are named by the handles under which workers know them."""
+    """The service charges of one gateway. A tenant is named by the handle under which workers know the tenant."""
 
     def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
-        """`ranks`: rank of each priority class; an unknown class gets the last rank."""
+        """`ranks`: the rank of each priority class. An unknown class gets the last rank."""
         self._ranks = dict(ranks)
         self._last_rank = max(ranks.values(), default=0)
         self._metrics = metrics
@@ -63,20 +64,21 @@ class ServiceCharges:
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
-        """Largest difference between two backlogged tenants' service accounts, by model; updated every second."""
+        """Largest difference between the service accounts of two backlogged tenants, by model. Updated every second."""
 
     def weight_of(self, tenant: str) -> float:
-        """Weight of a tenant, by its handle; 1 if unknown."""
+        """Return the weight of a tenant, given by its handle; 1 if unknown."""
         return self._weights.get(tenant, 1.0)
 
     def rank_of(self, priority_class: str) -> int:
-        """Rank of a priority class; 0 is served first."""
+        """Return the rank of a priority class. Rank 0 is served first."""
         return self._ranks.get(priority_class, self._last_rank)
 
     # ---- one sequence
 
     def waiting(self, sequence: CallSequence) -> WaitingSequence:
-        """The sequence as the waiting room queues it. A sequence that is put back keeps its first entry and charge."""
+        """Return the waiting room's entry for a sequence. A sequence that is put back keeps its first entry and its
+        charge."""
         if (place := self.place(sequence)) is not None:
             return place
         call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
@@ -98,18 +100,20 @@ class ServiceCharges:
         return place
 
     def place(self, sequence: CallSequence) -> WaitingSequence | None:
-        """The sequence as it was queued; None if it never was."""
+        """Return the waiting room's entry for a sequence; None if the sequence was never queued."""
         charge = self._charges.get(sequence.key)
         return None if charge is None else charge.place
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Correct the charge of a sequence whose first output has come, by the cached tokens of its prompt."""
+        """Correct the charge of a sequence whose first output has arrived. `cached_tokens`: number of prompt tokens
+        that were in the worker's cache."""
         call = sequence.call
         self.fair.order(call.model).cached(sequence.key, cached_tokens)
         self._learnt_cached.observe(call.flow, call.model, cached_tokens)
 
     def grew(self, sequence: CallSequence) -> None:
-        """Raise the charge of a running sequence if it has exceeded it; called a few times a second."""
+        """Raise the charge of a running sequence if the sequence's output exceeds the charge. Called a few times a
+        second."""
         tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
         if charge is not None and tokens >= charge.due:
             self.fair.order(sequence.call.model).generated(sequence.key, tokens)
@@ -135,22 +139,22 @@ class ServiceCharges:
             self.learnt.observe(call.flow, call.model, tokens, cut=sequence.finish_reason == "length")
 
     def forget(self, sequence: CallSequence) -> None:
-        """Drop the charge of a sequence whose call has ended."""
+        """Forget the charge of a sequence whose call has ended."""
         self._charges.pop(sequence.key, None)
 
     # ---- reports of workers
 
     def joined(self, worker: WorkerIdentity) -> None:
-        """Record that a worker's link is up."""
+        """Record that a worker has connected."""
         self._gone.pop((worker.model, worker.worker_id), None)
 
     def left(self, worker: WorkerIdentity, now: float) -> None:
-        """Record that a worker's link has ended; it may reconnect."""
+        """Record that a worker's link has ended. The worker may reconnect."""
         self.fair.order(worker.model).link_ended(worker.worker_id)
         self._gone[worker.model, worker.worker_id] = now
 
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
-        """Apply a worker's report of the service that each tenant got from it through all gateways."""
+        """Apply a worker's report, which has the service that the worker gave to each tenant through all gateways."""
         for total in totals:
             self._weights[total.value.tenant] = total.weight
         self.fair.order(worker.model).apply_served_report(
@@ -160,7 +164,7 @@ class ServiceCharges:
     def replace_peer_backlog(
         self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
     ) -> None:
-        """Replace what is known of the backlog for a model at another gateway."""
+        """Replace what is known of another gateway's backlog for a model."""
         for flow in waiting:
             self._weights[flow.value.flow.tenant] = flow.weight
         flows = {flow.value.flow: flow.value.backlog for flow in waiting}
@@ -169,15 +173,16 @@ class ServiceCharges:
     # ---- time
 
     def starts_in_s(self, call: Call) -> float:
-        """Lower bound of a call's wait: the service ahead of it in any case, at the model's best recent speed."""
+        """Return a lower bound on a call's wait in seconds: the service that certainly comes before the call, at the
+        model's best recent speed."""
         speed = self._speeds.get(call.model)
         if speed is None or speed.per_s <= 0:
             return 0.0
         return self.fair.order(call.model).service_ahead(call.flow, call.rank) / speed.per_s
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Update speeds and spreads and forget lost workers; called once a second. `models`: all models, and whether a
-        worker serves each."""
+        """Update the speeds and spreads, and forget workers that are long gone. Called once a second. `models`: all
+        models, each with whether a worker serves it."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]

@@ -1,9 +1,9 @@
-"""Submission of one sequence to the worker that routing picked: completely, or not at all.
+"""Submission of one sequence to the worker that routing picked. A sequence is submitted completely or not at all.
 
-Problem: the code runs in a link's reader, while all waiting calls are sent or a lost worker's calls are requeued. An
-exception of one call would end that link, and with it the calls of every tenant on it.
-Invariant: `submit` raises no exception of a call; a sequence that could not be sent holds no slot, credit, account or
-probe, and its call ends INTERNAL.
+Problem: the code runs in a link's reader, while all waiting calls are sent or the calls of a lost worker are requeued.
+An exception of one call would end that link, and with the link the calls of every tenant on that worker.
+Invariant: `submit` raises no exception of a call. A sequence that could not be sent holds no slot, credit, account or
+probe, and the call of that sequence ends INTERNAL.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 
 MAX_SUBMIT_BYTES = 100_000
-"""Largest request on a link, without its token ids: a worker decodes it in about a millisecond."""
+"""Size in bytes of the largest request on a link, without the token ids. A worker decodes such a request in about a
+millisecond."""
 
 
 def check_size(request: EngineRequest) -> None:
-    """Raise CallError for a request that is too large for a worker. Called before the request is queued."""
+    """Check the size of a request before the request is queued. Raises CallError for a request that is too large for a
+    worker."""
     if max_submit_bytes(request) <= MAX_SUBMIT_BYTES:
         return
     parts = submit_bytes(request)
@@ -51,10 +53,11 @@ def submit(
     now: float,
     fresh_tokens: int = 0,
 ) -> bool:
-    """Send a sequence that was removed from its queue to this worker. Returns False if it could not be sent; then its
-    call has ended. `fresh_tokens`: tokens of a resumed sequence that the worker is likely to compute, 0 for all."""
+    """Send a sequence to this worker. The sequence must have been removed from its queue. Returns False if the sequence
+    could not be sent; then its call has ended. `fresh_tokens`: number of tokens of a resumed sequence that the worker
+    is likely to compute, 0 for all."""
     call = sequence.call
-    if call.error is not None:  # another sequence has ended the call; its API is about to close it
+    if call.error is not None:  # another sequence has ended the call, and the API is about to close it
         return False
     sealed: bytes | None = None
     try:
@@ -71,9 +74,9 @@ def submit(
 
 
 def _send(sequence: CallSequence, link: WorkerLink, waiting: WaitingSequence, sealed: bytes, fresh_tokens: int) -> int:
-    """Send the request; returns its slot."""
+    """Send the request of a sequence and return the request's slot."""
     call = sequence.call
-    if sequence.moved:  # its last worker has given back the charge for tokens that it did not generate
+    if sequence.moved:  # the last worker has given back the charge for tokens that were not generated
         waiting = replace(waiting, output_tokens=len(sequence.emitted))
     weighted = WeightedValue(waiting, call.policy.weight)
     earlier = len(sequence.emitted) - sequence.restored

@@ -1,4 +1,5 @@
-"""Events of the links for the scheduler: workers that connect and disconnect, the catalog, and the demand."""
+"""Events of the links that the scheduler handles: workers that connect and disconnect, workers' reports, and new
+catalogs. The demand for the controller is also made here."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 STALLED = ("silent", "hung", "deaf", "mute")
 """Link-end reasons after which a reconnecting worker must pass a half-open probe."""
 PROVEN_BY_STEPS = ("silent", "hung")
-"""Reasons among STALLED after which reported engine steps pass the probe, too."""
+"""The reasons in STALLED after which a worker also passes the probe by reporting engine steps."""
 
 
 class WorkerEvents:
-    """Implements links.hub.HubListener."""
+    """The scheduler's handler of link events. Implements links.hub.HubListener."""
 
     def __init__(self, scheduler: Scheduler, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._scheduler = scheduler
@@ -33,7 +34,7 @@ class WorkerEvents:
         self._clock = clock
 
     def link_up(self, link: WorkerLink) -> None:
-        """Add a worker whose link is up, and send it waiting sequences."""
+        """Handle a worker's link coming up: add the worker, and send waiting sequences to it."""
         identity, scheduler = link.identity, self._scheduler
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
@@ -45,7 +46,7 @@ class WorkerEvents:
         self._host.state_changed()
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Remove a worker whose link has ended; its sequences are requeued already."""
+        """Handle the end of a worker's link: remove the worker. The worker's sequences have already been requeued."""
         identity, now = link.identity, self._clock()
         self._host.directory.remove_link(link)
         self._charges.left(identity, now)
@@ -59,11 +60,11 @@ class WorkerEvents:
         self._host.state_changed()
 
     def link_changed(self, link: WorkerLink) -> None:
-        """Send waiting sequences after a change of a worker's credit or drain state."""
+        """Handle a change of a worker's credit or drain state: send waiting sequences."""
         self._scheduler.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog."""
+        """Apply a new catalog from the controller."""
         directory = self._host.directory
         directory.apply_catalog(entries)
         self._scheduler.canaries.catalog(entries)
@@ -77,11 +78,11 @@ class WorkerEvents:
         self._host.state_changed()
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """The reason why a worker may not serve its model; empty if it may."""
+        """Return the reason why a worker may not serve its model; "" if the worker may serve."""
         return self._host.directory.refusal_of(identity)
 
     def demand(self) -> Sequence[ModelDemand]:
-        """The demand for each model, for the controller."""
+        """Return the demand for each model, to be reported to the controller."""
         queues, now = self._queues, self._clock()
         return [
             ModelDemand(
@@ -101,32 +102,32 @@ class WorkerEvents:
         return self._host.accounting is not None
 
     def version_tallies(self) -> Sequence[VersionTally]:
-        """The canary statistics, for the controller."""
+        """Return the canary statistics, to be reported to the controller."""
         return self._scheduler.canaries.tallies()
 
     # ---- links.worker_link.LinkListener
 
     def token_gaps(self, model: str) -> Callable[[float, int], None]:
-        """The model's histogram of times between tokens."""
+        """Return the function that adds to the model's histogram of times between tokens."""
         return self._metrics.histogram("inter_token_latency_seconds", model).observe
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """A worker's step has begun with sequences that were sent for it."""
+        """Handle the beginning of a worker's step with sequences that were sent for the step."""
         self._scheduler.step_begun(link.identity.model, resumed)
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """A worker reports the usage of ended requests."""
+        """Handle a worker's report of the usage of ended requests."""
         if self._host.accounting is not None:
             self._host.accounting.usage(link, ended)
 
     def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """A worker reports the service of each tenant that it has counted."""
+        """Handle a worker's report of the service that the worker has counted for each tenant."""
         self._charges.served(link.identity, totals, self._clock())
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """A worker forwards another gateway's backlog."""
+        """Handle another gateway's backlog, which a worker has forwarded."""
         self._charges.replace_peer_backlog(link.identity.model, gateway, waiting, self._clock())
 
     def drain_state_changed(self, link: WorkerLink) -> None:
-        """A worker's drain state has changed."""
+        """Handle a change of a worker's drain state."""
         self._host.state_changed()

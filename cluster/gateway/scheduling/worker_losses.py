@@ -1,12 +1,14 @@
-"""Verdict on sequences that lost workers: one that lost two in a row, without a token between, gets no third.
+"""Verdict on sequences that lost workers. A sequence that lost two workers in a row, without a token in between, is not
+sent to a third worker.
 
 Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
-there. The gateway sees that a worker is lost, not why.
+on these workers. The gateway sees that a worker is lost, but not why.
 Invariant: a sequence that lost `most` workers unexpectedly, without a new token since before the first loss, is sent to
-no other, unless more workers that it was not on were lost at about the same time. The verdict comes SETTLE_S after its
-last loss, since the losses of one host or network are detected one after the other.
-A loss is not unexpected if the worker was draining, or was unreachable and its process has reconnected before the
-verdict. `now` is an argument.
+no other worker. The exception: more workers on which the sequence did not run were lost at about the same time. The
+verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are detected one after
+the other.
+A loss counts as expected in two cases: the worker was draining, or the worker was only unreachable and the same process
+has reconnected before the verdict. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from collections import deque
 from collections.abc import Collection
 
 MOST_SILENT = 2
-"""Default of gateway.resume.max_silent_losses."""
+"""Default of the setting gateway.resume.max_silent_losses."""
 CARRIED = "at another gateway"
-"""Entry in a sequence's lost links for a resume at another gateway after which no token came."""
+"""Entry in a sequence's list of lost links that stands for a resume at another gateway after which no token came."""
 SETTLE_S = 1.0
 WINDOW_S = 30.0
 """Age in seconds after which a loss is forgotten."""
 
 
 class LossVerdict(enum.Enum):
-    """Verdict on a sequence that has lost the most workers in a row that it may."""
+    """Verdict on a sequence that has lost the maximum number of workers in a row."""
 
     WAIT = "wait"
     RESUME = "resume"
@@ -33,24 +35,27 @@ class LossVerdict(enum.Enum):
 
 
 class WorkerLosses:
-    """Recent unexpected losses of workers at one gateway."""
+    """The recent unexpected losses of workers at one gateway."""
 
     def __init__(self, most: int = MOST_SILENT) -> None:
         self._most = most
         self._lost: deque[tuple[float, str, str]] = deque()
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
-        """Record the end of a link, by its name. `unreachable`: the worker's incarnation if its process may live."""
+        """Record the end of a link, given by its name. `unreachable`: the worker's incarnation if the worker's process
+        may still live, else ""."""
         self._lost.append((now, link, unreachable))
         self._forget(now)
 
     def returned(self, incarnation: str) -> None:
-        """Forget the loss of a worker that has reconnected with the same process: it was only unreachable."""
+        """Forget the loss of a worker that has reconnected with the same process. Such a worker was only
+        unreachable."""
         if any(name == incarnation for *_, name in self._lost):
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def verdict(self, own: Collection[str], since: float, now: float) -> LossVerdict:
-        """Verdict on a sequence that was on the links `own` when they ended, the last of them at `since`."""
+        """Return the verdict on a sequence. `own`: names of the links on which the sequence ran when they ended.
+        `since`: time at which the last of these links ended."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)

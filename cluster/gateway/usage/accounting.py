@@ -1,17 +1,19 @@
-"""Accounting: exactly one usage record per admitted sequence, whichever process dies.
+"""Accounting, which writes exactly one usage record for each admitted sequence, whichever process dies.
 
-A record is opened with the sequence's Submit and written at its end. A call of n sequences has n records, segments 0 to
-n-1, since each sequence runs and ends on its own, perhaps on another worker; the prompt is counted in segment 0 alone.
-Parts that a client resumed have segments from SEGMENTS_PER_RESUME on. A record's id is fixed before the first Submit
-and kept over retries.
+A record is opened with the sequence's Submit and written when the sequence ends. A call of n sequences has n records,
+segments 0 to n-1, since the sequences run and end independently, perhaps on different workers. The prompt is counted in
+segment 0 alone. The parts of a call after a client's resume have segments from SEGMENTS_PER_RESUME on. The id of a
+record is fixed before the first Submit and stays the same over retries.
 
-Counts: the gateway knows what was delivered, the engine what was generated and what it cost; a record is written once
-both are known. If the engine's counts do not come in time (its link is down), the record has the gateway's own. Usage
-that a worker offers for an account that is not open here belongs to a call of a lost gateway: it is written as an
-estimate, which the exact record replaces if it exists.
+Counts: the gateway knows how many tokens were delivered. The engine knows how many tokens were generated and what they
+cost. A record is written once the counts of both are known. If the engine's counts do not arrive in time, because its
+link is down, the record has the gateway's own counts. A worker may offer usage for an account that is not open at this
+gateway. Such usage belongs to a call of a lost gateway and is written as an estimate. If the exact record exists, that
+record replaces the estimate.
 
-Durability: a record is appended to the local spool and moved from there into the database; a worker's copy is
-acknowledged only once the database has committed. So a record is lost only with the gateway's disk *and* the worker.
+Durability: a record is appended to the local spool and moved from the spool into the database. The worker's copy is
+acknowledged only after the database has committed. So a record is lost only if the gateway's disk *and* the worker are
+lost.
 
 Nothing in this module runs per token.
 """
@@ -46,7 +48,8 @@ from cluster.wire.ended_requests import EndedUsage
 log = structlog.get_logger("ledger")
 
 GRACE_S = 10.0
-"""Longest wait of an ended call for the engine's counts: enough for a worker to reconnect a broken link."""
+"""Longest wait, in seconds, of an ended call for the engine's counts. In this time a worker can reconnect a broken
+link."""
 SWEEP_S = 0.5
 LAST_COUNTS_S = 1.0
 LAST_MOVE_S = 5.0
@@ -54,29 +57,30 @@ LAST_MOVE_S = 5.0
 
 @dataclass(eq=False, slots=True)
 class CallAccount:
-    """Account of one submitted sequence. `awaited`: number of Submits whose counts have not been reported."""
+    """The account of one submitted sequence. `awaited`: number of Submits whose counts have not been reported yet."""
 
     record: OpenRecord
     sealed: bytes
     awaited: int = 0
     reported: set[tuple[str, int]] = field(default_factory=set)
-    """Worker incarnations and keys of the reports that are counted already."""
+    """Worker incarnation and report key of each report that is already counted."""
     continued: bool = False
-    """Whether the last worker continued the sequence: then its cached tokens are not those of the caller's prompt."""
+    """Whether the last worker continued the sequence. If so, the cached tokens in that worker's report are not those of
+    the caller's prompt."""
     cached_tokens: int = 0
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
     worker: WorkerIdentity | None = None
-    """Worker of the last Submit."""
+    """Worker that got the last Submit."""
     end: dict[str, Any] | None = None
-    """Record fields that the gateway knows at the end of the sequence."""
+    """Fields of the record that the gateway knows when the sequence has ended."""
     admitted: bool = False
     written: bool = False
 
 
 class Accounting:
-    """All accounts of one gateway process."""
+    """The accounts of all sequences at one gateway process."""
 
     def __init__(
         self,
@@ -90,9 +94,9 @@ class Accounting:
         grace_s: float = GRACE_S,
         gateway: str = "",
     ) -> None:
-        """`incarnation` is the prefix of record ids, `gateway` the name written into records, `folder` the spool's.
-        `insert` writes to the database and raises StoreUnavailable while it is unavailable. Raises ValueError if
-        another process uses the folder."""
+        """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records. `folder`: the
+        folder of the spool. `insert` writes records to the database and raises StoreUnavailable while the database is
+        unavailable. Raises ValueError if another process uses the folder."""
         self._incarnation = incarnation
         self._sealer = sealer
         self._insert = insert
@@ -115,25 +119,25 @@ class Accounting:
         return f"<Accounting open {len(self._calls)} pending {self._spool.statistics().pending}>"
 
     def statistics(self) -> SpoolStatistics:
-        """Statistics of the records that wait for the database."""
+        """Return the statistics of the records that wait for the database."""
         return self._spool.statistics()
 
     @property
     def open_accounts(self) -> int:
-        """Number of submitted sequences whose record is not written yet."""
+        """Number of submitted sequences whose record has not been written yet."""
         return len(self._calls)
 
     # ---- start and stop
 
     def start(self) -> None:
-        """Start to move records into the database."""
+        """Start moving records into the database."""
         self._loop = asyncio.get_running_loop()
         self._sweeper = asyncio.create_task(self._sweep())
         self._replayer.start()
 
     async def stop(self) -> None:
-        """Stop after all calls have ended: wait a moment for their counts, write their records, and move what can be
-        moved."""
+        """Stop accounting, after all calls have ended. The method waits a moment for the engines' counts, writes the
+        records, and moves as many records as possible into the database."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_COUNTS_S):
                 await self._all_reported()
@@ -145,7 +149,7 @@ class Accounting:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_MOVE_S):
                 await asyncio.to_thread(self._last_move)
-        await asyncio.sleep(0)  # lets the acknowledgements of that move run
+        await asyncio.sleep(0)  # lets the scheduled acknowledgements run
         self._loop = None
         await asyncio.to_thread(self._spool.close)
 
@@ -171,8 +175,8 @@ class Accounting:
     # ---- one sequence
 
     def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
-        """Open the account of a sequence that is about to be submitted on this link, also for a retry. Returns the
-        sealed record for the Submit."""
+        """Open the account of a sequence that is about to be submitted on this link, or return to the open account for
+        a retry. Returns the sealed record for the Submit."""
         account = self._by_sequence.get(sequence.key)
         if account is None:
             record = self._record(sequence, link)
@@ -211,14 +215,15 @@ class Accounting:
         )
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """Write, once, the record of each submitted sequence of an ended call, or wait for the engine's counts."""
+        """Close the account of each submitted sequence of an ended call. The record is written now, or later if the
+        engine's counts are still missing. Idempotent."""
         now = self._clock()
         first_resumed = call.is_resumed
         for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
             if account is None or account.end is not None:
                 continue
-            if first_resumed:  # only now is it known who pays for a prompt that was computed again
+            if first_resumed:  # it is known only now who pays for a prompt that was computed again
                 prompt_tokens = len(sequence.request.prompt_token_ids) if call.pays_prompt else 0
                 account.record, first_resumed = replace(account.record, prompt_tokens=prompt_tokens), False
             elif call.is_resumed:
@@ -239,12 +244,12 @@ class Accounting:
                 self._close(account)
 
     def refused(self, sequence: CallSequence) -> None:
-        """Expect no counts of a Submit that its worker refused: it cost nothing."""
+        """Stop waiting for the counts of a Submit that the worker refused. A refused Submit costs nothing."""
         if (account := self._by_sequence.get(sequence.key)) is not None:
             account.awaited -= 1
 
     def _give_up(self, account: CallAccount) -> None:
-        """Close an account, if it is still open, whose engine counts have not come in time."""
+        """Close an account for which the engine's counts have not arrived in time, if the account is still open."""
         if not account.written:
             self._close(account)
 
@@ -268,23 +273,24 @@ class Accounting:
     def _write(self, record: UsageRecord) -> None:
         try:
             self._spool.append(record)
-        except ValueError:  # the spool is closed; the worker has no acknowledgement and offers the usage elsewhere
+        except ValueError:  # the spool is closed; the worker will offer the unacknowledged usage elsewhere
             log.warning("usage_after_the_end", record=record.record_id)
 
     # ---- reports of workers
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """Apply a worker's usage reports of ended requests: this gateway's, or those of lost gateways."""
+        """Apply a worker's usage reports for ended requests. The requests are those of this gateway or of lost
+        gateways."""
         refused = []
         for report in ended:
             try:
                 self._apply_report(link, report)
-            except SealError as error:  # another gateway may have the secret
+            except SealError as error:  # another gateway may have the secret for this report
                 log.warning("usage_not_ours", worker=link.identity.worker_id, reason=str(error))
             except RecordError as error:
                 log.error("usage_refused", worker=link.identity.worker_id, reason=str(error))
                 refused.append(report.key)
-            except Exception:  # concerns one record: the worker offers it again, and keeps its link
+            except Exception:  # concerns one record only: the worker offers the record again, and keeps its link
                 log.exception("usage_not_taken", worker=link.identity.worker_id)
         if refused:
             link.box.usage_acks(refused)
@@ -310,7 +316,8 @@ class Accounting:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
-        """Write a report that has no open account here: idle time, or a call of a lost gateway."""
+        """Write the record for a report without an open account at this gateway. The report is of idle time or of a
+        call of a lost gateway."""
         record = self._idle(link, report) if report.idle_id else self._estimate(link, report)
         self._acks.setdefault(record.record_id, []).append((link, report.key))
         self._write(record)
@@ -332,8 +339,8 @@ class Accounting:
         )
 
     def _estimate(self, link: WorkerLink, report: EndedUsage) -> UsageRecord:
-        """The record of a call whose gateway was lost. Its delivered tokens are those that this worker and earlier ones
-        wrote to that gateway's link."""
+        """Return the record of a call whose gateway was lost. The tokens that this worker and earlier workers wrote to
+        the lost gateway's link count as delivered."""
         opened = self._sealer.open(report.sealed)
         return opened.to_usage_record(
             outcome=report.outcome,
@@ -350,13 +357,13 @@ class Accounting:
     # ---- into the database
 
     def _move(self, records: Sequence[UsageRecord]) -> None:
-        """Insert records into the database. Runs in the replayer's thread."""
+        """Insert records into the database. This method runs in the replayer's thread."""
         try:
             self._insert(records)
         except StoreUnavailable:
             raise
         except Exception:  # the database rejects a record
-            if len(records) == 1:  # rejected for good: the spool sets it aside, and its worker need not offer it again
+            if len(records) == 1:  # rejected for good: the spool sets it aside, and the worker need not offer it
                 self._schedule_acks(records)
             raise
         self._schedule_acks(records)
@@ -368,7 +375,7 @@ class Accounting:
                 loop.call_soon_threadsafe(self._acknowledge, [record.record_id for record in records])
 
     def _acknowledge(self, record_ids: Sequence[str]) -> None:
-        """Acknowledge committed records to their workers, which may then forget them."""
+        """Acknowledge committed records to the workers that offered them. A worker may then forget these records."""
         keys: dict[WorkerLink, list[int]] = {}
         for record_id in record_ids:
             for link, key in self._acks.pop(record_id, ()):
@@ -378,19 +385,20 @@ class Accounting:
 
 
 def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
-    """Record fields of the worker on which a call ended."""
+    """Return the record fields that describe the worker on which a call ended."""
     if worker is None:
         return {}
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
 
 
 def _prompt_tokens(sequence: CallSequence) -> int:
-    """Prompt tokens to record for a sequence: those of the call for its first sequence, else 0."""
+    """Return the number of prompt tokens to record for a sequence: the call's prompt tokens for the first sequence, 0
+    for all others."""
     return 0 if sequence.index else len(sequence.request.prompt_token_ids)
 
 
 def _fit(text: str) -> str:
-    """Cut and clean a text of a caller or worker so that a record accepts it."""
+    """Return a text from a caller or worker, cut and cleaned so that a record accepts the text."""
     if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
         return text
     return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()

@@ -1,9 +1,9 @@
-"""Prompt log: prompts and outputs as JSON lines, only of tenants whose policy sets `log_prompts`.
+"""Prompt log, with prompts and outputs as JSON lines. Only calls of tenants whose policy sets `log_prompts` are logged.
 
-The log has one folder a tenant and one file a day (UTC) under the gateway's folder, readable by their owner only, so
-that old days and erased tenants are removed as whole files. A thread writes; calls never wait for it: if its queue is
-full, calls are not logged and are counted as lost. Texts that look like keys or tokens are hidden, as in the audit log.
-"""
+Under the gateway's folder the log has one folder for each tenant and one file for each day (UTC), so that old days and
+erased tenants are removed as whole files. Only the owner can read the files. A thread writes the log, and calls never
+wait for this thread: if the queue is full, a call is not logged and is counted as lost. Texts that look like keys or
+tokens are hidden, as in the audit log."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class _Ended:
 
 
 class PromptLog:
-    """Prompt log of one gateway process."""
+    """The prompt log of one gateway process."""
 
     def __init__(
         self, folder: Path, policies: Policies, days: int, metrics: Metrics, wall: Callable[[], float] = time.time
     ) -> None:
-        """`policies` returns the policies of all tenants and may raise CallError. `days`: retention where a tenant's
-        policy sets none."""
+        """`policies` returns the policies of all tenants and may raise CallError. `days`: retention in days for tenants
+        whose policy sets no retention."""
         self._folder = folder
         self._policies = policies
         self._days = days
@@ -69,13 +69,13 @@ class PromptLog:
         self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is queued and stop."""
+        """Write the queued calls and stop the thread."""
         if self._thread.is_alive():
             self._waiting.put(None)
             self._thread.join(timeout_s)
 
     def ended(self, call: Call, prompt: request.Prompt, text: TextModel, outcome: Outcome) -> None:
-        """Log an ended call if its tenant's policy says so."""
+        """Log an ended call, if the policy of the call's tenant asks for prompt logging."""
         if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
             return
         try:
@@ -98,11 +98,11 @@ class PromptLog:
             self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
     def _run_logged(self, work: Callable[[], None]) -> None:
-        """Run `work`; count its exception, and log it if it is not the last one again."""
+        """Run `work`. An exception is counted, and is logged unless the last run failed with the same exception."""
         error = ""
         try:
             work()
-        except Exception as problem:  # of any kind: the next call is written all the same
+        except Exception as problem:  # any kind of exception: the next call must still be written
             self._metrics.count("prompt_log_lost_total")
             error = f"{type(problem).__name__}: {problem.strerror if isinstance(problem, OSError) else ''}"
         if error and error != self._error:
@@ -119,7 +119,7 @@ class PromptLog:
             file.write(line.encode("utf-8", "replace"))
 
     def sweep(self) -> None:
-        """Remove files older than their tenant's retention, and all files of tenants that no longer exist."""
+        """Remove files that are older than the tenant's retention, and all files of tenants that no longer exist."""
         if not self._folder.is_dir():
             return
         try:

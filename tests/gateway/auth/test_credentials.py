@@ -1,4 +1,4 @@
-"""Authentication of a call: its credentials yield one principal, or one refusal that reveals nothing."""
+"""Authentication of a call. The credentials of a call yield one principal, or one refusal that reveals nothing."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ SPIFFE = "URI:spiffe://example.com/ns/billing"
 
 
 async def documents(url: str) -> Mapping[str, Any]:
-    """The issuer's discovery document and keys."""
+    """Return the issuer's discovery document or keys."""
     if url.endswith("openid-configuration"):
         return {"issuer": ISSUER, "jwks_uri": "https://sso.example.com/keys"}
     return {"keys": [jwt.algorithms.OKPAlgorithm.to_jwk(SIGNING.public_key(), as_dict=True)]}
 
 
 def token(tenant: str) -> str:
-    """A valid token of a tenant's operator."""
+    """Return a valid token for an operator of a tenant."""
     body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": tenant, "role": "operator", "exp": NOW + 60}
     return jwt.encode(body, SIGNING, "EdDSA")
 
 
 class World:
-    """A CredentialChecker and the failures that it has reported."""
+    """A CredentialChecker, and the failures that the checker has reported."""
 
     def __init__(self, *, oidc: bool = True) -> None:
         self.failures: list[tuple[str, str, str]] = []
@@ -66,18 +66,19 @@ class World:
         )
 
     async def principal(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
-        """The principal for these credentials."""
+        """Return the principal for these credentials."""
         return await self.authenticator.principal(authorization, names, "10.0.0.9")
 
     async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
-        """The error for these credentials."""
+        """Return the error with which these credentials are refused."""
         with pytest.raises(CallError) as caught:
             await self.principal(*authorization, names=names)
         return caught.value
 
 
 async def test_keys_tokens_and_certificates() -> None:
-    """Keys, tokens and certificates each yield tenant, role and subject; the case of the scheme does not matter."""
+    """A key, a token and a certificate each yield a tenant, a role and a subject, and the case of the scheme does not
+    matter."""
     world = World()
     key = await world.principal(f"Bearer {KEY}")
     assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
@@ -112,7 +113,8 @@ async def test_keys_tokens_and_certificates() -> None:
     ],
 )
 async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
-    """Missing, mangled, duplicate, smuggled and foreign credentials are each audited with their own reason."""
+    """Each kind of wrong credentials (missing, mangled, duplicate, smuggled, foreign) is audited with a separate
+    reason."""
     world = World()
     error = await world.refused(*values)
     assert error.outcome is Outcome.UNAUTHENTICATED_KEY
@@ -124,7 +126,7 @@ async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
 
 
 async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
-    """If there is a token, it alone decides."""
+    """If a call has a token, the token alone decides, even next to a valid certificate."""
     world = World()
     await world.refused("Bearer nonsense", names=(SPIFFE,))
     await world.refused("", names=(SPIFFE,))
@@ -132,27 +134,29 @@ async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
 
 
 async def test_a_certificate_of_nobody() -> None:
-    """A certificate that no rule names is distinguished in the audit only."""
+    """A certificate that no rule names is distinguished from missing credentials in the audit only."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
     assert world.failures[0][0] == "unknown_certificate"
 
 
 async def test_a_suspended_tenant() -> None:
-    """A suspended tenant is told that it is suspended, whatever its credentials."""
+    """Every call of a suspended tenant is refused with the error for suspended tenants, whatever the kind of
+    credentials."""
     world = World()
     assert (await world.refused(f"Bearer {token('gone')}")).outcome is Outcome.TENANT_SUSPENDED
 
 
 async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
-    """Without a configured issuer, a JWT gets the same answer as a bad key."""
+    """A gateway without a configured issuer answers a JWT in the same way as a bad key."""
     world = World(oidc=False)
     assert (await world.refused(f"Bearer {token('acme')}")).message == BAD_KEY
     assert world.failures[0][0] == "unknown"
 
 
 async def test_a_stale_snapshot_is_no_bad_key() -> None:
-    """While the snapshot is too old, the caller may retry, and no failure is reported."""
+    """While the snapshot is too old, the caller gets an error that allows a retry, and no failed authentication is
+    reported."""
     world = World()
 
     def stale() -> AccessSnapshot:

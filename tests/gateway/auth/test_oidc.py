@@ -1,4 +1,5 @@
-"""Tokens of a real issuer are accepted; forged, foreign, expired and malformed ones are refused at little cost."""
+"""OIDC tokens. Tokens of a real issuer are accepted; forged, foreign, expired and malformed tokens are refused at
+little cost."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ WEAK_KEY = rsa.generate_private_key(65537, 1024)  # noqa: S505 - weak on purpose
 
 
 class RealIssuer:
-    """oidc-provider-mock, which can be restarted; each start has new keys."""
+    """An issuer that runs oidc-provider-mock. The issuer can be restarted, and each start makes new keys."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -44,11 +45,11 @@ class RealIssuer:
 
     @property
     def url(self) -> str:
-        """The issuer's URL, which is its name."""
+        """URL of the issuer, which is also the issuer's name."""
         return f"http://localhost:{self.port}"
 
     def start(self) -> None:
-        """Start the issuer, with users of two tenants."""
+        """Start the issuer, which has users of two tenants."""
         users = [
             oidc_provider_mock.User(sub="ada", claims={"org": "acme", "headrace_role": "operator"}),
             oidc_provider_mock.User(sub="bob", claims={"nested": {"org": "b"}}),
@@ -61,7 +62,7 @@ class RealIssuer:
         self._stack.close()
 
     def token(self, user: str, audience: str = "headrace") -> str:
-        """An ID token from the authorization code flow, as a browser and its application would get it."""
+        """Return an ID token from the authorization code flow, as an application in a browser would get it."""
         back = "http://localhost/back"
         query = {"client_id": audience, "redirect_uri": back, "response_type": "code", "scope": "openid"}
         code = urllib.parse.parse_qs(
@@ -72,7 +73,7 @@ class RealIssuer:
         return str(json.loads(answer)["id_token"])
 
     def _post(self, path: str, form: Mapping[str, str]) -> str:
-        """The response body, or the target of a redirect."""
+        """Send a form and return the response body, or the target of a redirect."""
         request = urllib.request.Request(self.url + path, urllib.parse.urlencode(form).encode())  # noqa: S310 - loopback
         try:
             with open_no_redirect(request, 10) as answer:
@@ -84,7 +85,7 @@ class RealIssuer:
 
 @pytest.fixture
 def real() -> Iterator[RealIssuer]:
-    """A real issuer on loopback."""
+    """Provide a running real issuer on loopback."""
     issuer = RealIssuer()
     yield issuer
     issuer.stop()
@@ -110,7 +111,7 @@ class Scripted:
         self.discovery: dict[str, Any] = {"issuer": ISSUER, "jwks_uri": "https://sso.example.com/keys"}
 
     async def fetch(self, url: str) -> Mapping[str, Any]:
-        """The discovery document or the keys."""
+        """Return the discovery document or the keys."""
         self.fetched += 1
         await asyncio.sleep(0)
         if self.away:
@@ -119,7 +120,7 @@ class Scripted:
 
 
 def public(key: Any, key_id: str = "k1", **extra: Any) -> dict[str, Any]:
-    """The public key as a JWK."""
+    """Return the public key as a JWK."""
     kinds: dict[type, Any] = {
         rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
         ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
@@ -131,7 +132,7 @@ def public(key: Any, key_id: str = "k1", **extra: Any) -> dict[str, Any]:
 
 
 def sign(key: Any = RSA_KEY, algorithm: str = "RS256", key_id: str | None = "k1", **changes: Any) -> str:
-    """A signed token; a claim that is None is left out."""
+    """Return a signed token. Claims that are None are left out."""
     body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": "acme", "exp": NOW + 60, "iat": NOW, **changes}
     headers = {} if key_id is None else {"kid": key_id}
     return jwt.encode({k: v for k, v in body.items() if v is not None}, key, algorithm, headers=headers)
@@ -139,25 +140,25 @@ def sign(key: Any = RSA_KEY, algorithm: str = "RS256", key_id: str | None = "k1"
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock that the test moves."""
+    """Provide a clock that the test moves."""
     return Clock()
 
 
 @pytest.fixture
 def scripted() -> Scripted:
-    """An issuer with one RSA key."""
+    """Provide a scripted issuer with one RSA key."""
     return Scripted(public(RSA_KEY))
 
 
 @pytest.fixture
 def verifier(scripted: Scripted, clock: Clock) -> OidcVerifier:
-    """A verifier of that issuer."""
+    """Provide a verifier for the scripted issuer."""
     issuer = Issuer(ISSUER, "headrace", "org", "headrace_role")
     return OidcVerifier([issuer], fetch=scripted.fetch, wall=clock, monotonic=clock)
 
 
 async def reason(verifier: OidcVerifier, token: str) -> str:
-    """The reason for which a token is refused. The caller gets the message for any bad key."""
+    """Return the reason for which a token is refused, and check that the caller gets the message for a bad key."""
     with pytest.raises(TokenRefused) as caught:
         await verifier.verify(token)
     assert caught.value.outcome is Outcome.UNAUTHENTICATED_KEY
@@ -166,7 +167,7 @@ async def reason(verifier: OidcVerifier, token: str) -> str:
 
 
 async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
-    """Tenants are found by claim name and by claim path; a token for another audience is refused."""
+    """A token's tenant is found by claim name and by claim path, and a token for another audience is refused."""
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org", "headrace_role")])
     claims = await verifier.verify(real.token("ada"))
     assert (claims.tenant, claims.role, claims.subject, claims.issuer) == ("acme", "operator", "ada", real.url)
@@ -179,8 +180,8 @@ async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
 
 
 async def test_a_real_issuer_renews_its_keys(real: RealIssuer) -> None:
-    """After a restart with new keys, new tokens are accepted once the keys may be fetched again; old ones are
-    refused."""
+    """After the issuer's restart with new keys, new tokens are accepted once the keys may be fetched again, and old
+    tokens are refused."""
     clock = Clock()
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org")], monotonic=clock)
     old = real.token("ada")
@@ -190,7 +191,7 @@ async def test_a_real_issuer_renews_its_keys(real: RealIssuer) -> None:
     new = real.token("ada")
     assert await reason(verifier, new) in ("unknown_key", "bad_signature")
     clock.now += oidc.KEY_AGE_S + 1
-    for _ in range(50):  # without key ids the old key is tried while the new ones are being fetched
+    for _ in range(50):  # without key ids the old key is tried while the new keys are being fetched
         try:
             assert (await verifier.verify(new)).tenant == "acme"
             break
@@ -215,7 +216,7 @@ async def test_a_real_issuer_renews_its_keys(real: RealIssuer) -> None:
 async def test_the_algorithms_that_are_allowed(
     verifier: OidcVerifier, scripted: Scripted, key: Any, algorithm: str
 ) -> None:
-    """RSA, elliptic curves and Ed25519 verify, with and without a key id."""
+    """Tokens signed with RSA, elliptic curves and Ed25519 are accepted, with and without a key id."""
     scripted.keys = [public(key)]
     expected = TokenClaims(ISSUER, "ada", "acme", "viewer", NOW + 60)
     assert await verifier.verify(sign(key, algorithm, headrace_role="viewer")) == expected
@@ -223,7 +224,8 @@ async def test_the_algorithms_that_are_allowed(
 
 
 async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """alg=none in any spelling, and HMAC with the issuer's public key in any form, are refused without a fetch."""
+    """Tokens with alg=none in any spelling, and tokens with an HMAC keyed with the issuer's public key in any form, are
+    refused without a fetch."""
     good = sign()
     _, body, signature = good.split(".")
     for word in ("none", "None", "NONE", "", "nOnE"):
@@ -239,7 +241,7 @@ async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier,
 
 
 def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
-    """An HMAC token made by hand, since the library refuses to make one."""
+    """Return an HMAC token, made by hand because the library refuses to make such a token."""
     head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm, "kid": "k1"}).encode()).rstrip(b"=").decode()
     tag = hmac.digest(secret, f"{head}.{body}".encode(), digest)
     return f"{head}.{body}.{base64.urlsafe_b64encode(tag).rstrip(b'=').decode()}"
@@ -273,12 +275,13 @@ def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
     ],
 )
 async def test_tokens_that_are_refused(verifier: OidcVerifier, changes: dict[str, Any], word: str) -> None:
-    """A wrong key, issuer, audience, time or shape is audited with its own reason."""
+    """A token with a wrong key, issuer, audience, time or shape is refused with a separate reason for each fault."""
     assert await reason(verifier, sign(**changes)) == word
 
 
 async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """Empty, truncated, huge, deeply nested or mistyped tokens and surrogates raise only TokenRefused."""
+    """Empty, truncated, huge, deeply nested and mistyped tokens, and tokens with surrogates, raise only
+    TokenRefused."""
     good = sign()
 
     def part(value: Any) -> str:
@@ -310,7 +313,7 @@ async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) ->
 
 
 async def test_a_truncated_signature(verifier: OidcVerifier) -> None:
-    """A token with a truncated signature is refused, and a valid one is still accepted."""
+    """A token with a truncated signature is refused, and afterwards a valid token is still accepted."""
     assert await reason(verifier, sign()[:-4]) in ("bad_signature", "malformed")
     assert (await verifier.verify(sign())).tenant == "acme"
 
@@ -333,7 +336,7 @@ async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted
 
 
 async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
-    """A new key id causes one fetch; thousands of unknown ids cause at most one in MIN_REFETCH_S."""
+    """A new key id causes one fetch, and thousands of unknown key ids cause at most one fetch in MIN_REFETCH_S."""
     await verifier.verify(sign())
     before = scripted.fetched
     assert before == 2
@@ -350,8 +353,8 @@ async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, sc
 
 
 async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
-    """Without any keys the error is STORE_UNAVAILABLE. Known keys stay valid for a day, are renewed in the background,
-    then expire."""
+    """While the issuer is unreachable, a verifier without keys raises STORE_UNAVAILABLE. Known keys stay valid for a
+    day, are renewed in the background, and then expire."""
     scripted.away = True
     with pytest.raises(CallError) as caught:
         await verifier.verify(sign())
@@ -381,7 +384,7 @@ async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted
 async def test_a_discovery_document_that_leads_astray(
     verifier: OidcVerifier, scripted: Scripted, change: dict[str, Any]
 ) -> None:
-    """A document with another issuer's name, or with keys at an unprotected URL, is refused."""
+    """A discovery document that names another issuer, or places the keys at an unprotected URL, is refused."""
     scripted.discovery |= change
     with pytest.raises(CallError) as caught:
         await verifier.verify(sign())
@@ -391,7 +394,7 @@ async def test_a_discovery_document_that_leads_astray(
 async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
     verifier: OidcVerifier, scripted: Scripted, clock: Clock
 ) -> None:
-    """A repeated token is not verified again within CACHE_S, but is refused once it has expired."""
+    """A token that is presented again within CACHE_S is not verified again, but is refused once it has expired."""
     token = sign(exp=NOW + 20)
     await verifier.verify(token)
     scripted.keys = []
@@ -401,14 +404,14 @@ async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
 
 
 def test_which_tokens_are_for_this_module() -> None:
-    """JWTs are distinguished from keys by their first characters."""
+    """A JWT is distinguished from an API key by its first characters."""
     looks: Callable[[str], bool] = bearer_tokens.looks_like_jwt
     assert [looks(sign()), looks("hr_k1_abc"), looks("sk-eyJ"), looks("")] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("url", ["http://example.com/", "ftp://localhost/", "https://", "", "//localhost"])
 def test_documents_come_over_tls(url: str) -> None:
-    """Plain http is allowed for this host only."""
+    """Documents may be fetched over plain http from this host only."""
     with pytest.raises(ValueError, match="https"):
         oidc.check_url(url)
     assert oidc.check_url("http://127.0.0.1:1/x")

@@ -1,4 +1,5 @@
-"""Revoked certificates are refused at every port, and their open connections are closed within about a second."""
+"""Certificate revocation. A revoked certificate is refused at every port, and open connections with that certificate
+are closed within about a second."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from tests.support.keyed import Keyed, bearer, keyed_cluster
 pytestmark = pytest.mark.slow
 
 SOON_S = 5.0
-"""A second or so, on a busy host."""
+"""Longest wait in seconds for an effect that takes about a second, with time to spare for a busy host."""
 
 
 def headrace(*arguments: str | Path) -> str:
@@ -43,7 +44,7 @@ def headrace(*arguments: str | Path) -> str:
 
 
 class World:
-    """A gateway with TLS and revocation lists on all ports; the callers `ada` and `bob` are operators."""
+    """A gateway with TLS and revocation lists on all ports. The callers `ada` and `bob` are operators."""
 
     def __init__(self, keyed: Keyed, folder: Path, authority: Authority) -> None:
         self.keyed = keyed
@@ -53,31 +54,31 @@ class World:
         self.clients, self.links = folder / "clients", folder / "links"
 
     def address(self, listener: str) -> str:
-        """The address of a listener, with the host name in the certificate."""
+        """Return the address of a listener, with the host name that is in the certificate."""
         return f"localhost:{self.keyed.gateway.endpoints[listener].rsplit(':', 1)[1]}"
 
     @staticmethod
     def shown(files: TlsFiles) -> grpc.ChannelCredentials:
-        """Channel credentials of a caller."""
+        """Return the channel credentials of a caller."""
         return files.channel_credentials()
 
     def channel(self, files: TlsFiles) -> grpc.aio.Channel:
-        """A separate connection to the client port."""
+        """Return a channel with a separate connection to the client port."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         return grpc.aio.secure_channel(self.address("grpc"), self.shown(files), options=options)
 
     def http(self, files: TlsFiles) -> httpx.AsyncClient:
-        """A separate HTTP client."""
+        """Return a separate HTTP client."""
         context = ssl.create_default_context(cafile=str(files.ca_file))
         context.load_cert_chain(files.cert_file, files.key_file)
         return httpx.AsyncClient(base_url=f"https://{self.address('http')}", verify=context, timeout=20)
 
     def admin(self, files: TlsFiles) -> AdminClient:
-        """A separate client of the admin port."""
+        """Return a separate client for the admin port."""
         return AdminClient(self.address("admin"), tls=self.shown(files))
 
     async def let_in(self, files: TlsFiles) -> set[str]:
-        """The ports that accept a new connection with this certificate."""
+        """Return the names of the ports that accept a new connection with this certificate."""
         found = set()
         async with self.channel(files) as channel:
             try:
@@ -104,7 +105,7 @@ class World:
 
 @asynccontextmanager
 async def world_in(folder: Path) -> AsyncIterator[World]:
-    """A running world without workers."""
+    """Run a world without workers."""
     authority = Authority(folder / "authority")
     ours = authority.issue("gateway.example.com")
     for name in ("clients", "links"):
@@ -130,7 +131,8 @@ async def world_in(folder: Path) -> AsyncIterator[World]:
 
 
 async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A revoked certificate no longer calls or administers; other callers continue."""
+    """A caller whose certificate is revoked can no longer make calls or use the admin port, and other callers
+    continue."""
     async with world_in(tmp_path) as world:
         engine = sim_engine(checkpoint, decode_ms=20)
         await world.keyed.cluster.add_worker(engine, bundle, tls=world.workers["one"])
@@ -159,7 +161,7 @@ async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint:
 
 
 async def test_a_revoked_worker_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker with a revoked certificate no longer serves; its calls continue on another worker."""
+    """A worker whose certificate is revoked no longer serves, and the worker's calls continue on another worker."""
     async with world_in(tmp_path) as world:
         cluster = world.keyed.cluster
         one, two = [
@@ -177,7 +179,8 @@ async def test_a_revoked_worker_is_ended_and_refused(tmp_path: Path, checkpoint:
 
 
 def _revoked_by_serial(world: World) -> Path:
-    """Revoke the first worker by serial number, as openssl prints it, and return the list's path."""
+    """Revoke the first worker's certificate by its serial number in openssl's notation, and return the path of the
+    revocation list."""
     from cryptography import x509
 
     certificate = x509.load_pem_x509_certificate(world.workers["one"].cert_file.read_bytes())
@@ -186,7 +189,7 @@ def _revoked_by_serial(world: World) -> Path:
 
 
 def test_a_list_that_breaks_leaves_the_last_one_in_force(tmp_path: Path) -> None:
-    """While the list is invalid or missing, revoked certificates stay revoked."""
+    """While the revocation list is invalid or missing, revoked certificates stay revoked."""
     path = tmp_path / "revoked"
     path.write_text("0A\n")
     file = RevokedFile(path, "gateway.tls.revoked_serials_file")
@@ -201,7 +204,8 @@ def test_a_list_that_breaks_leaves_the_last_one_in_force(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", [None, "zz\n"])
 def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | None) -> None:
-    """A gateway does not start with an invalid list; the message names the setting and the file."""
+    """A gateway with an invalid revocation list does not start, and the error message names the setting and the
+    file."""
     files = Authority(tmp_path / "a").issue("x")
     path = tmp_path / "revoked"
     if text is not None:
@@ -212,7 +216,8 @@ def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | N
 
 
 def test_an_authority_lists_what_it_issued(tmp_path: Path) -> None:
-    """A certificate whose file is lost can be revoked from the list of issued ones, in the same line format."""
+    """A certificate whose file is lost can be revoked with its line from the list of issued certificates, which has the
+    same line format."""
     headrace("certs", "ca", tmp_path)
     headrace("certs", "worker", tmp_path, "--model", "m")
     headrace("certs", "worker", tmp_path, "--controller", "--name", "controller")

@@ -1,4 +1,4 @@
-"""Tenants over both APIs: a key gives access to its tenant's models, and a suspension ends running calls."""
+"""Tenants over both APIs. A key gives access to the models of the key's tenant, and a suspension ends running calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """A gateway with keys, a worker of the model `sim` and one of `hidden`."""
+    """Provide a gateway with keys, a worker of the model `sim` and a worker of the model `hidden`."""
     declared = "tenants: [{name: fixed, models: [sim]}]\n"
     async with keyed_cluster(tmp_path_factory.mktemp("keyed"), declared) as keyed:
         for model in ("sim", "hidden"):
@@ -46,8 +46,8 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 async def test_from_nothing_to_a_call_and_to_its_end(keyed: Keyed) -> None:
     """A key made by `tenants create` and `keys create` works over both APIs, and calls without a key are refused.
-    `tenants suspend` ends a stream, an HTTP stream and a session's call within two seconds; `tenants resume` admits
-    calls again."""
+    `tenants suspend` ends a gRPC stream, an HTTP stream and a session's call within two seconds, and `tenants resume`
+    admits calls again."""
     stub = keyed.cluster.stub
     assert (await keyed.cli("tenants", "create", "lab", "--model", "*")).returncode == 0
     key = (await keyed.cli("keys", "create", "lab")).stdout.strip()
@@ -112,7 +112,7 @@ async def _last_event(wire: Wire) -> Any:
 
 
 async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
-    """A suspension also ends the tenant's queued calls."""
+    """The suspension of a tenant also ends the tenant's queued calls."""
     key = await keyed.key("waits")
     entry = CatalogEntry(name="away", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -125,7 +125,8 @@ async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: 
 
 
 async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
-    """A revoked key is refused for calls and for starts in its open session; the tenant's other key still works."""
+    """A revoked key is refused for new calls, also in a session that the key had opened, and the tenant's other key
+    still works."""
     key = await keyed.key("revokes")
     other = await keyed.another_key("revokes")
     session = keyed.cluster.stub.Session(metadata=bearer(key))
@@ -139,7 +140,7 @@ async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
 
 
 async def test_a_key_revoked_while_its_request_comes_opens_nothing(keyed: Keyed) -> None:
-    """A call whose headers were accepted is refused if its key is revoked before its body arrives."""
+    """A call whose headers were accepted is refused if the call's key is revoked before the body arrives."""
     key = await keyed.key("slow")
     service, shown = "cluster.v1.Inference", f"Bearer {key}"
     name = pb.GetModelRequest(name="sim").SerializeToString()
@@ -156,7 +157,7 @@ async def test_a_key_revoked_while_its_request_comes_opens_nothing(keyed: Keyed)
 
 
 async def _unknown(keyed: Keyed, key: str) -> bool:
-    """Whether the key is refused."""
+    """Return whether the key is refused as unknown."""
     try:
         await keyed.cluster.stub.GetModel(pb.GetModelRequest(name="sim"), metadata=bearer(key))
     except grpc.aio.AioRpcError as error:
@@ -174,7 +175,7 @@ async def test_a_deleted_tenants_calls_end(keyed: Keyed) -> None:
 
 
 async def test_what_the_file_declares_is_there(keyed: Keyed) -> None:
-    """The configuration file's tenants are in the ledger, can have keys, and are read-only."""
+    """The tenants of the configuration file are in the ledger, can have keys, and are read-only."""
     key = await keyed.another_key("fixed")
     await keyed.until_known("fixed", key)
     models = await keyed.cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
@@ -185,7 +186,7 @@ async def test_what_the_file_declares_is_there(keyed: Keyed) -> None:
 
 
 async def test_bounds_of_a_tenant(keyed: Keyed) -> None:
-    """A tenant's policy limits context and output below what the model allows."""
+    """The policy of a tenant can limit context and output to less than the model allows."""
     key = await keyed.key("short", max_context_tokens=64, max_output_tokens=7)
     stub = keyed.cluster.stub
     answer = await stub.Chat(chat(max_tokens=50, ignore_eos=True), metadata=bearer(key))
@@ -201,7 +202,8 @@ async def test_bounds_of_a_tenant(keyed: Keyed) -> None:
 
 
 async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
-    """A tenant's own alias resolves to its model and is listed for that tenant; other tenants do not have it."""
+    """An alias of a tenant resolves to the alias's model and is listed for that tenant, and other tenants do not have
+    the alias."""
     key, other = await keyed.key("aliased"), await keyed.key("plain")
     aliases = {"gpt-4o": "sim", "sim-alias": "hidden"}
     await asyncio.to_thread(keyed.ledger.tenants.set_model_aliases, "aliased", aliases)
@@ -224,7 +226,7 @@ async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
 
 
 async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
-    """Health probes need no key, and a service named like a model is unknown."""
+    """Health probes need no key, and the health service does not know a service that is named like a model."""
     health: Any = health_pb2_grpc.HealthStub(keyed.cluster.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     assert (await refused(health.Check(health_pb2.HealthCheckRequest(service="hidden")))).code.name == "NOT_FOUND"
@@ -232,7 +234,8 @@ async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
 
 
 async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
-    """Failures are counted by reason and audited with the id that a key claims, never with the key."""
+    """Failed authentications are counted by reason and audited with the key id that the key claims, never with the key
+    itself."""
     key = await keyed.key("seen")
     wrong = key[:-1] + ("A" if key[-1] != "A" else "B")
     assert (await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(wrong)))).reason == "UNAUTHENTICATED_KEY"
@@ -254,7 +257,7 @@ async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
 
 
 def test_metrics_name_so_many_tenants() -> None:
-    """Metrics name the first tenants; all others share one series, so that names cannot flood a scraper."""
+    """Metrics name the first tenants, and all other tenants share one series, so that names cannot flood a scraper."""
     metrics = Metrics("c", max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):
         metrics.count("prompt_tokens_total", "m", tenant)
@@ -263,7 +266,8 @@ def test_metrics_name_so_many_tenants() -> None:
 
 
 async def test_a_gateway_that_knows_nobody_says_so(tmp_path: Path) -> None:
-    """If the database has never answered, callers of both APIs are told to retry, and probes are answered."""
+    """If the database has never answered, callers of both APIs get an error that asks for a retry, and probes are
+    answered."""
     (tmp_path / "ledger.db").mkdir()  # no database can be opened there
     store = f"store: {{database_url: 'sqlite:///{tmp_path / 'ledger.db'}'}}\n"
     async with keyed_cluster(tmp_path / "k", store) as keyed:

@@ -1,4 +1,5 @@
-"""A tenant learns nothing about another: names, models, errors, queue positions, usage, cached prefixes."""
+"""Isolation of tenants. A tenant learns nothing about another tenant's name, models, errors, queue positions, usage or
+cached prefixes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ DATED = ("date", "x-request-id")
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """A gateway with keys and two models, `sim` and `secret`."""
+    """Provide a gateway with keys and two models, `sim` and `secret`."""
     async with keyed_cluster(tmp_path_factory.mktemp("apart"), gateway="  keepalive_s: 0.2\n") as keyed:
         for model in ("sim", "secret"):
             await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_num_seqs=4), bundle, model=model)
@@ -36,20 +37,20 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 def whole(error: grpc.aio.AioRpcError) -> tuple[Any, ...]:
-    """All that a client learns from an error, except for its request id."""
+    """Return everything that a client learns from an error, except for the request id."""
     trailers = sorted((k, v) for k, v in error.trailing_metadata() or () if k != "x-request-id")
     return error.code(), error.details(), trailers
 
 
 async def error_of(awaitable: Any) -> tuple[Any, ...]:
-    """The error of a call that must fail."""
+    """Return the error of a call, which must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await awaitable
     return whole(caught.value)
 
 
 def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """The error with `name`, of six letters, replaced by `secret`."""
+    """Return the error with `name`, which has six letters, replaced by `secret`."""
     code, details, trailers = told
     plain = [(k, v.replace(name.encode(), b"secret") if isinstance(v, bytes) else v) for k, v in trailers]
     return code, details.replace(name, "secret"), plain
@@ -57,7 +58,8 @@ def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("method", ["Chat", "Complete", "Tokenize", "Detokenize", "GetModel"])
 async def test_a_forbidden_model_is_an_unknown_one_over_grpc(keyed: Keyed, method: str) -> None:
-    """For every method, code, message and all trailers are identical byte by byte."""
+    """Over gRPC, a forbidden model and an unknown model give the same code, message and trailers, byte by byte, for
+    every method."""
     key = await keyed.key(f"grpc-{method.lower()}", models=["sim"])
     requests: dict[str, Any] = {
         "Chat": lambda name: chat(model=name),
@@ -74,7 +76,7 @@ async def test_a_forbidden_model_is_an_unknown_one_over_grpc(keyed: Keyed, metho
 
 
 async def test_a_forbidden_model_is_an_unknown_one_over_http(keyed: Keyed) -> None:
-    """Status, headers and body are identical byte by byte."""
+    """Over HTTP, a forbidden model and an unknown model give the same status, headers and body, byte by byte."""
     key = await keyed.key("http-forbidden", models=["sim"])
     for path, body in (("/v1/chat/completions", True), ("/v1/models/{}", False)):
         replies = [
@@ -88,7 +90,8 @@ async def test_a_forbidden_model_is_an_unknown_one_over_http(keyed: Keyed) -> No
 
 
 async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
-    """A failed model's reason is shown only to callers that may use it; for others the model is unknown."""
+    """The reason why a model failed is shown only to callers that may use the model; for other callers the model is
+    unknown."""
     key = await keyed.key("not-of-failed", models=["sim"])
     entry = CatalogEntry(name="broken", state=ModelState.FAILED, state_reason="acme's weights are gone")
     keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -100,7 +103,8 @@ async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
 
 
 async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
-    """Over both APIs, and with pages, neither names nor page tokens reveal another model."""
+    """Over both APIs, also with pages, neither the listed names nor the page tokens reveal a model that the tenant may
+    not use."""
     key = await keyed.key("lists", models=["sim"])
     stub = keyed.cluster.stub
     found = await stub.ListModels(pb.ListModelsRequest(page_size=1), metadata=bearer(key))
@@ -111,7 +115,7 @@ async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
 
 
 async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
-    """No response, errors included, contains another tenant's name."""
+    """No response contains the name of another tenant, and no error does."""
     await keyed.key("the-neighbour")
     key = await keyed.key("curious", models=["sim"])
     shown = [
@@ -122,13 +126,13 @@ async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
         await keyed.fetch("/v1/models", key="hr_k_the"),
     ]
     texts = [str(reply.headers).encode() + reply.body for reply in shown]
-    texts[1] = texts[1].replace(b"model 'the-neighbour' does", b"")  # its own word
+    texts[1] = texts[1].replace(b"model 'the-neighbour' does", b"")  # the tenant's own word
     assert not [text for text in texts if b"the-neighbour" in text]
 
 
 async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
-    """A cached prompt is found by its own tenant and by its cache group, but by no other tenant, even with a copied
-    salt."""
+    """A cached prompt is found by the tenant that sent the prompt and by the tenant's cache group, but by no other
+    tenant, even with a copied salt."""
     keys = {
         "warm": await keyed.key("warm"),
         "cold": await keyed.key("cold"),
@@ -166,7 +170,7 @@ async def _principal(keyed: Keyed, key: str) -> Any:
 
 
 async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
-    """Workers get only a salt and a handle derived from the cluster's secret, different for each tenant."""
+    """Workers get only a salt and a handle, which are derived from the cluster's secret and differ for each tenant."""
     who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
     handles = {one.tenant.handle for one in who}
     salts = {keyed.door.cache_salt(one, "") for one in who}
@@ -176,7 +180,8 @@ async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
 
 
 async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -> None:
-    """Fifty queued calls of another tenant do not change a call's queue position; one of its own tenant does."""
+    """Fifty queued calls of another tenant do not change a call's queue position, and one queued call of the same
+    tenant does."""
     busy, key = await keyed.key("busy"), await keyed.key("patient")
     entry = CatalogEntry(name="line", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -196,8 +201,8 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
 
 
 async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
-    """Remaining requests, tokens and budgets count only the tenant's own calls, over both APIs. A tenant that has used
-    up its limit is refused; the other is not."""
+    """Over both APIs, a tenant's remaining requests, tokens and budgets depend only on the tenant's own calls. A tenant
+    that has used up its limit is refused, and the other tenant is not."""
     limits = {"requests_per_minute": 6, "tokens_per_minute": 5_000, "daily_tokens": 5_000}
     mine, other = await keyed.key("spares", limits=limits), await keyed.key("spends", limits=limits)
 
@@ -215,8 +220,8 @@ async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
 
 
 async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
-    """An answer's usage does not depend on other tenants' concurrent calls, and no path of the client ports reveals
-    usage, tenants or metrics."""
+    """The usage in an answer does not depend on concurrent calls of other tenants, and no path of the client ports
+    reveals usage, tenants or metrics."""
     mine, other = await keyed.key("counts"), await keyed.key("counted")
     request = pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 50, max_tokens=5, temperature=0, ignore_eos=True)
     alone = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
@@ -232,8 +237,8 @@ async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
 
 
 async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
-    """Metrics name tenants, so they have a separate port, on loopback by default; the client ports do not serve
-    them."""
+    """Metrics, which name tenants, are served on a separate port, on loopback by default, and not on the client
+    ports."""
     where = keyed.gateway.endpoints
     assert len({where[name] for name in ("metrics", "grpc", "http", "link", "admin")}) == 5
     defaults = keyed.gateway.config.gateway.listen.__class__()
@@ -244,8 +249,8 @@ async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
 
 
 async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A prompt that takes a fifth of a second to compute is fast the second time for its own tenant, and as slow as the
-    first time for another."""
+    """If a prompt takes a fifth of a second to compute, the second call with the prompt is fast for the same tenant and
+    as slow as the first call for another tenant."""
     async with keyed_cluster(tmp_path) as slow:
         engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
         await slow.cluster.add_worker(engine, bundle)

@@ -1,4 +1,5 @@
-"""deploy/tenants.yaml, used as its first lines say: secrets are made, keys created, and tenants isolated."""
+"""The example deploy/tenants.yaml, used as the first lines of the file say. Secrets are made, keys are created, and
+tenants are isolated."""
 
 from __future__ import annotations
 
@@ -28,13 +29,14 @@ PORTS = '{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep the secrets and the ledger of these tests apart from the user's."""
+    """Keep the secrets and the ledger of these tests apart from the user's files."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The keys of the declared tenant and of one made by hand call the model, also by the CLI; no other key does."""
+    """The model can be called, also by the CLI, with a key of the declared tenant and with a key of a tenant created by
+    hand, and with no other key."""
     text = FILE.read_text() + f"gateway: {{drain_timeout_s: 0, listen: {PORTS}}}\n"
     make_secrets(parse(text))
     async with running_cluster(tmp_path / "gateway", text) as cluster:
@@ -72,7 +74,7 @@ async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bun
 
 
 def test_secrets_are_made_once(cache: Path) -> None:
-    """Existing secrets are kept, since every salt and every key depends on them."""
+    """Existing secrets are kept, since every salt and every key depends on the secrets."""
     make_secrets(load(FILE))
     before = [(cache / name).read_bytes() for name in ("cluster-secret", "key-pepper")]
     make_secrets(load(FILE))
@@ -81,6 +83,6 @@ def test_secrets_are_made_once(cache: Path) -> None:
 
 
 def test_the_parts_read_what_the_user_wrote() -> None:
-    """`up` passes the same configuration to its processes, tenant sections included."""
+    """`up` passes the user's configuration to the started processes, sections on tenants included."""
     config = load(FILE)
     assert parse(LocalCluster(config, RunFolder("tenants"), lambda text: None).config_text()).tenants == config.tenants

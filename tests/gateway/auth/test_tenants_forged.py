@@ -1,4 +1,5 @@
-"""Forged credentials over both APIs: all are refused with the same message, and no other call is delayed."""
+"""Forged credentials over both APIs. All forged credentials are refused with the same message, and no other call is
+delayed."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ PUBLIC = SIGNING.public_key().public_bytes(serialization.Encoding.PEM, serializa
 
 
 class _Issuer(BaseHTTPRequestHandler):
-    """An issuer's discovery document and keys."""
+    """HTTP handler that serves an issuer's discovery document and keys."""
 
     def do_GET(self) -> None:
         if self.path.endswith("openid-configuration"):
@@ -52,13 +53,13 @@ class _Issuer(BaseHTTPRequestHandler):
 
 
 def issuer_of(server: Any) -> str:
-    """The issuer URL of a server."""
+    """Return the issuer URL of a server."""
     return f"http://127.0.0.1:{server.server_port}/"
 
 
 @pytest.fixture(scope="module")
 def issuer() -> Iterator[str]:
-    """An issuer on this host."""
+    """Provide an issuer on this host."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Issuer)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -72,7 +73,7 @@ def issuer() -> Iterator[str]:
 async def keyed(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle, issuer: str
 ) -> AsyncIterator[Keyed]:
-    """A gateway with keys and an issuer."""
+    """Provide a gateway with keys and an issuer."""
     folder = tmp_path_factory.mktemp("forged")
     auth = (
         f"auth: {{cluster_secret_file: {folder / 'secret'}, api_keys: {{pepper_file: {folder / 'pepper'}}}, "
@@ -86,30 +87,31 @@ async def keyed(
 
 @pytest.fixture(scope="module")
 async def key(keyed: Keyed) -> str:
-    """A valid key."""
+    """Provide a valid key."""
     return await keyed.key("acme")
 
 
 def token(iss: str, key: Any = SIGNING, **claims: Any) -> str:
-    """An issuer's token for acme; claims of None are left out."""
+    """Return an issuer's token for the tenant acme. Claims that are None are left out."""
     body = {"iss": iss, "aud": "headrace", "sub": "ada", "org": "acme", "exp": time.time() + 60, **claims}
     return jwt.encode({k: v for k, v in body.items() if v is not None}, key, "ES256")
 
 
 def part(value: Any) -> str:
-    """One encoded part of a token."""
+    """Return one encoded part of a token."""
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def unsigned(iss: str, algorithm: str) -> str:
-    """A token without a signature, whose algorithm is a spelling of none."""
+    """Return a token without a signature. `algorithm` is a spelling of "none"."""
     body = {"iss": iss, "aud": "headrace", "org": "acme", "exp": time.time() + 60}
     return f"{part({'alg': algorithm, 'typ': 'JWT'})}.{part(body)}."
 
 
 def with_public_key(iss: str) -> str:
-    """An HS256 token keyed with the issuer's public key, which a careless verifier takes for a shared secret."""
+    """Return an HS256 token that is keyed with the issuer's public key. A careless verifier would treat this key as a
+    shared secret."""
     body = {"iss": iss, "aud": "headrace", "org": "acme", "exp": time.time() + 60}
     text = f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part(body)}"
     return f"{text}.{part(hmac.digest(PUBLIC, text.encode(), hashlib.sha256))}"
@@ -144,7 +146,7 @@ FORGED: dict[str, Any] = {
 
 
 async def test_the_good_ones_come_in(keyed: Keyed, key: str, issuer: str) -> None:
-    """Valid credentials are accepted, without which the other tests would prove nothing."""
+    """Valid credentials are accepted. Without this result the other tests would prove nothing."""
     for good in (key, token(issuer)):
         assert (await keyed.cluster.stub.Chat(chat(), metadata=bearer(good))).choices
         assert (await keyed.fetch("/v1/chat/completions", chat_body(), key=good)).status == 200
@@ -152,7 +154,7 @@ async def test_the_good_ones_come_in(keyed: Keyed, key: str, issuer: str) -> Non
 
 @pytest.mark.parametrize("what", FORGED)
 async def test_forged(keyed: Keyed, key: str, issuer: str, what: str) -> None:
-    """Forged credentials are refused over both APIs, with the same message for all."""
+    """All forged credentials are refused over both APIs with the same message."""
     forged = FORGED[what](key, issuer)
     answer = await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(forged)))
     assert (answer.code.name, answer.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED_KEY")
@@ -165,7 +167,7 @@ async def test_forged(keyed: Keyed, key: str, issuer: str, what: str) -> None:
 
 
 async def test_a_megabyte(keyed: Keyed, key: str) -> None:
-    """Headers of a megabyte are not read to their end, and other calls are served meanwhile."""
+    """Headers of a megabyte are not read to the end, and other calls are served meanwhile."""
     big = "hr_" + "x" * (1 << 20)
     wire = await Wire.open(keyed.cluster)
     wire.ask("/v1/models", authorization=f"Bearer {big}")
@@ -179,7 +181,7 @@ async def test_a_megabyte(keyed: Keyed, key: str) -> None:
 
 @pytest.mark.parametrize("good_first", [True, False])
 async def test_smuggled(keyed: Keyed, key: str, good_first: bool) -> None:
-    """Two authorization headers are refused, whichever is valid."""
+    """A call with two authorization headers is refused, whichever header is valid."""
     values = [f"Bearer {key}", "Bearer hr_x_y"]
     values = values if good_first else values[::-1]
     pairs = tuple(("authorization", value) for value in values)
@@ -193,7 +195,7 @@ async def test_smuggled(keyed: Keyed, key: str, good_first: bool) -> None:
 
 @pytest.mark.parametrize("value", ["{key}", "Basic {key}", "Bearer", "Token {key}"])
 async def test_other_schemes(keyed: Keyed, key: str, value: str) -> None:
-    """Only `Bearer KEY` is accepted; the answer says how to send it."""
+    """Only the form `Bearer KEY` is accepted, and the answer says how to send a key."""
     shown = value.format(key=key)
     answer = await refused(keyed.cluster.stub.Chat(chat(), metadata=(("authorization", shown),)))
     assert (answer.reason, "authorization: Bearer" in answer.message) == ("UNAUTHENTICATED_KEY", True)
@@ -201,7 +203,7 @@ async def test_other_schemes(keyed: Keyed, key: str, value: str) -> None:
 
 
 async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> None:
-    """A body or header that names another tenant has no effect: the key alone determines the tenant."""
+    """A body or header that names another tenant has no effect, because the key alone determines the tenant."""
     other = await keyed.key("rival", models=["nothing"])
     for headers in ({"x-headrace-tenant": "acme"}, {"openai-organization": "acme"}):
         reply = await keyed.fetch("/v1/chat/completions", chat_body(user="acme"), key=other, **headers)
@@ -212,7 +214,7 @@ async def test_another_tenants_key_is_that_tenants(keyed: Keyed, key: str) -> No
 
 
 async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
-    """An unauthenticated call is refused at its headers, without waiting for its announced body."""
+    """An unauthenticated call is refused after the headers, without waiting for the announced body."""
     wire = await Wire.open(keyed.cluster)
     wire.ask("/v1/chat/completions", b"", content_length="1000000", content_type="application/json")
     status, _ = await asyncio.wait_for(wire.head(), 5)
@@ -237,13 +239,13 @@ async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
 async def test_an_issuers_role_on_the_admin_port(
     keyed: Keyed, key: str, issuer: str, claims: dict[str, Any], code: str
 ) -> None:
-    """The role claim of a valid token is used; an unknown role counts as a caller's."""
+    """The role claim of a valid token is used on the admin port, and an unknown role counts as the role of a caller."""
     async with AdminClient(keyed.gateway.endpoints["admin"], token(issuer, **claims)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == code
 
 
 @pytest.mark.parametrize("what", FORGED)
 async def test_forged_on_the_admin_port(keyed: Keyed, key: str, issuer: str, what: str) -> None:
-    """The same forgeries are refused on the admin port."""
+    """The credentials that are refused at the client ports are also refused at the admin port."""
     async with AdminClient(keyed.gateway.endpoints["admin"], FORGED[what](key, issuer)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == "UNAUTHENTICATED"

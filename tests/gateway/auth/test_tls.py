@@ -1,4 +1,5 @@
-"""TLS of the client ports: keys over TLS, client certificates instead of keys, renewal while the gateway runs."""
+"""TLS of the client ports: API keys over TLS, client certificates in place of keys, and renewal of certificates while
+the gateway runs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 class World:
-    """A gateway with TLS, its certificate authority, and that of its callers."""
+    """A gateway with TLS, the certificate authority of the gateway, and the certificate authority of the callers."""
 
     def __init__(self, keyed: Keyed, authority: Authority, files: TlsFiles, callers: Authority) -> None:
         self.keyed = keyed
@@ -38,25 +39,25 @@ class World:
         self.callers = callers
 
     def address(self, listener: str) -> str:
-        """The address of a listener, with the host name in the certificate."""
+        """Return the address of a listener, with the host name that is in the certificate."""
         return f"localhost:{self.keyed.gateway.endpoints[listener].rsplit(':', 1)[1]}"
 
     def channel(self, shown: TlsFiles | None = None) -> grpc.aio.Channel:
-        """A separate gRPC connection."""
+        """Return a channel with a separate gRPC connection."""
         roots = self.files.ca_file.read_bytes()
         own = (None, None) if shown is None else (shown.key_file.read_bytes(), shown.cert_file.read_bytes())
         options = (("grpc.use_local_subchannel_pool", 1),)
         return grpc.aio.secure_channel(self.address("grpc"), grpc.ssl_channel_credentials(roots, *own), options=options)
 
     def http(self, shown: TlsFiles | None = None) -> httpx.AsyncClient:
-        """A separate HTTP client."""
+        """Return a separate HTTP client."""
         context = ssl.create_default_context(cafile=str(self.files.ca_file))
         if shown is not None:
             context.load_cert_chain(shown.cert_file, shown.key_file)
         return httpx.AsyncClient(base_url=f"https://{self.address('http')}", verify=context)
 
     async def certificate(self, listener: str) -> bytes:
-        """The server certificate that a new connection gets."""
+        """Return the server certificate that a new connection gets."""
         context = ssl.create_default_context(cafile=str(self.files.ca_file))
         host, port = self.address(listener).split(":")
         _, writer = await asyncio.open_connection(host, int(port), ssl=context)
@@ -67,7 +68,7 @@ class World:
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[World]:
-    """A gateway where certificates of `billing.example.com` belong to tenant billing."""
+    """Provide a gateway at which certificates for `billing.example.com` belong to the tenant billing."""
     folder = tmp_path_factory.mktemp("tls")
     authority, callers = Authority(folder / "ours"), Authority(folder / "theirs")
     files, caller = authority.issue("gateway.example.com"), callers.issue("somebody")
@@ -87,7 +88,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 async def test_keys_over_tls(world: World) -> None:
-    """Keys work over TLS with both APIs and the SDK; plain text is refused."""
+    """API keys work over TLS with both APIs and the SDK, and connections in plain text are refused."""
     key = await world.keyed.key("tls-key")
     async with AsyncClient(world.address("grpc"), api_key=key, tls_ca_file=world.files.ca_file) as client:
         assert (await client.chat("sim", "Hello", max_tokens=4)).text
@@ -104,8 +105,8 @@ async def test_keys_over_tls(world: World) -> None:
 
 
 async def test_a_certificate_in_place_of_a_key(world: World) -> None:
-    """Certificates authenticate in both APIs and in sessions. An unknown name is refused, and so is a bad key with a
-    good certificate."""
+    """A client certificate authenticates calls in both APIs and in sessions. A certificate with an unknown name is
+    refused, and so is a bad key with a good certificate."""
     billing, other = world.callers.issue("billing.example.com"), world.callers.issue("other.example.com")
     async with world.channel(billing) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -125,7 +126,7 @@ async def test_a_certificate_in_place_of_a_key(world: World) -> None:
 
 
 async def test_a_strangers_certificate_ends_the_handshake(world: World, tmp_path: Path) -> None:
-    """A certificate of another authority fails the handshake, whatever its name."""
+    """A handshake with a certificate from another authority fails, whatever name is in the certificate."""
     forged = Authority(tmp_path / "forged").issue("billing.example.com")
     async with world.channel(forged) as channel:
         answer = await refused(pb_grpc.InferenceStub(channel).Chat(chat(), timeout=10))
@@ -136,8 +137,8 @@ async def test_a_strangers_certificate_ends_the_handshake(world: World, tmp_path
 
 
 async def test_renewed_certificates_serve_new_connections(world: World) -> None:
-    """Both ports use a renewed certificate without a restart. Open connections continue, and a half-written renewal has
-    no effect."""
+    """Both client ports use a renewed certificate without a restart. Open connections continue, and a half-written
+    renewal has no effect."""
     key = await world.keyed.key("renews")
     old = [await world.certificate(listener) for listener in ("grpc", "http")]
     assert old[0] == old[1]
@@ -162,7 +163,7 @@ async def test_renewed_certificates_serve_new_connections(world: World) -> None:
     [("cert_file", "cannot be used"), ("key_file", "cannot be used"), ("client_ca_file", "client_ca_file")],
 )
 def test_wrong_files_are_named(tmp_path: Path, broken: str, words: str) -> None:
-    """A missing or damaged file ends the start with a message that names it."""
+    """A gateway with a missing or damaged certificate file does not start, and the error message names the file."""
     files = Authority(tmp_path / "a").issue("x")
     given: dict[str, Any] = {"cert_file": files.cert_file, "key_file": files.key_file, "client_ca_file": files.ca_file}
     for contents in ("rubbish", None):

@@ -1,4 +1,4 @@
-"""What a call gives back at its end."""
+"""Cleanup at the end of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ KINDS = st.sampled_from(["works", "raises", "waits", "waits and raises"])
 
 @given(st.lists(KINDS, max_size=8))
 def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
-    """All steps run once with the call's outcome: the last first, those that wait after all others."""
+    """All steps run once with the call's outcome, whichever steps fail. The last step runs first, and steps that wait
+    run after all other steps."""
     taken: list[int] = []
 
     async def wait(number: int, kind: str) -> None:
@@ -47,7 +48,7 @@ def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
 
 
 async def test_a_cancellation_ends_it_after_the_last_step() -> None:
-    """A caller that goes away while a store is waited for leaves nothing held."""
+    """If the cleanup is cancelled while a step waits for a store, the remaining steps still run."""
     taken: list[str] = []
     entered = asyncio.Event()
 

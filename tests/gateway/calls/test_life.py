@@ -1,4 +1,4 @@
-"""The life of a sequence: the table, and what it remembers of its workers."""
+"""The life of a sequence: the table of moves, and the history of the sequence's workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ NOW = 100.0
 
 @pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda one: one.value)
 def test_every_pair_moves_or_is_illegal(state: State, event: Event) -> None:
-    """`apply` follows the table, and a pair that is not in it leaves the state and names both."""
+    """`apply` follows the table. A pair of state and event that is not in the table leaves the state unchanged and
+    raises an error that names state and event."""
     life = Life(state=state)
     if (state, event) in MOVES:
         assert life.apply(event) is MOVES[state, event] is life.state
@@ -28,7 +29,7 @@ def test_every_pair_moves_or_is_illegal(state: State, event: Event) -> None:
 
 @given(st.lists(st.sampled_from(Event), max_size=30))
 def test_an_ended_sequence_stays_ended(events: list[Event]) -> None:
-    """Whatever arrives after the end changes nothing."""
+    """No event changes the state of a sequence that has ended."""
     for end in ENDED:
         life = Life(state=end)
         for event in events:
@@ -37,7 +38,7 @@ def test_an_ended_sequence_stays_ended(events: list[Event]) -> None:
 
 @given(st.data())
 def test_every_live_state_reaches_both_ends(data: st.DataObject) -> None:
-    """A sequence can finish and fail from wherever it is."""
+    """A sequence can finish and fail from every state that is not final."""
     life = Life()
     for _ in range(data.draw(st.integers(0, 20))):
         life.apply(data.draw(st.sampled_from([event for state, event in MOVES if state is life.state])))
@@ -48,12 +49,12 @@ def test_every_live_state_reaches_both_ends(data: st.DataObject) -> None:
 
 
 def state_of(life: Life) -> State:
-    """Its state, as a value that later moves do not narrow."""
+    """Return the state of `life`, so that the type checker does not narrow it across later moves."""
     return life.state
 
 
 def running(tokens: int = 0, max_attempts: int = 3, max_silent_losses: int = 2) -> Life:
-    """A sequence at its first worker, with tokens or without."""
+    """Return the life of a sequence at its first worker, with or without emitted tokens."""
     life = Life(max_attempts, max_silent_losses)
     life.submitted("w1", None)
     if tokens:
@@ -63,7 +64,8 @@ def running(tokens: int = 0, max_attempts: int = 3, max_silent_losses: int = 2) 
 
 @given(st.integers(0, 50), st.sampled_from(["lost", "error", "moved"]))
 def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int, reason: str) -> None:
-    """After a loss it waits in the queue that fits, with the next attempt number and the reason."""
+    """After a loss, a sequence with tokens waits in the resume queue and a sequence without tokens in the waiting room,
+    with the next attempt number and the reason."""
     life = running(tokens)
     life.leave(reason, tokens)
     assert life.state is (State.RESUMING if tokens else State.QUEUED)
@@ -76,7 +78,7 @@ def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int,
 
 @given(st.integers(1, 6))
 def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
-    """The last allowed failure fails the call; none before does."""
+    """The last allowed failure of a worker fails the call, and no earlier failure does."""
     life = running(tokens=1, max_attempts=most)
     for failure in range(1, most + 1):
         outcome = life.fail_worker("lost", 1)
@@ -88,7 +90,8 @@ def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
 
 @given(st.integers(1, 4), st.integers(0, 3))
 def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int) -> None:
-    """Losses in a row make it suspect; a token between them, or an acquittal, starts the count anew."""
+    """A sequence becomes suspect after losses in a row. A token between the losses, or an acquittal, restarts the
+    count."""
     life = running(tokens=1, max_silent_losses=most)
     for number in range(most):
         assert not life.suspect(tokens)
@@ -104,7 +107,8 @@ def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int
 
 
 def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
-    """It must not start over in the waiting room, where it would be sent at once."""
+    """A suspect sequence without tokens waits in the resume queue, because it would be sent at once from the waiting
+    room."""
     life = running(max_silent_losses=1)
     life.lost("link", "node", 0, NOW)
     assert life.fail_worker("lost", 0) is Next.REQUEUE
@@ -116,7 +120,7 @@ def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
 
 
 def test_only_a_lost_gateway_leaves_kv_blocks_to_return_to() -> None:
-    """A sequence returns to its worker after a gateway loss, and after no other."""
+    """A sequence returns to its worker after the loss of its gateway, and after no other loss."""
     life = Life()
     life.restore("w1", None, tokens=3)
     assert (life.state, life.cached_on) == (State.RESUMING, "w1")

@@ -1,4 +1,5 @@
-"""A killed gateway's streams run on briefly at their workers, where a client that resumes finds them."""
+"""Streams of a killed gateway. The streams run on briefly at their workers, where a resume at another gateway finds
+them."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ PLACES = 6
 
 @dataclass
 class Doomed:
-    """A gateway in its own process besides the test's, and a worker linked to both."""
+    """A gateway in a separate process, a gateway in the test's process, and a worker that is linked to both
+    gateways."""
 
     pid: int
     stub: Any
@@ -35,11 +37,11 @@ class Doomed:
     worker: Worker
 
     def kill(self) -> None:
-        """Kill the gateway at once, with its connections."""
+        """Kill the separate gateway at once, which breaks all its connections."""
         os.kill(self.pid, signal.SIGKILL)
 
     def count(self, kind: str) -> int:
-        """A counter of the worker's engine."""
+        """Return the value of a counter of the worker's engine."""
         found: int = getattr(self.worker.engine.statistics(), kind)  # type: ignore[attr-defined]
         return found
 
@@ -48,7 +50,7 @@ class Doomed:
 async def doomed(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Doomed]:
-    """Two gateways that read the secret from one cache folder."""
+    """Provide two gateways that read the secret from the same cache folder."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "survivor") as survivor, gateway_process(tmp_path / "doomed") as other:
         links = [survivor.gateway.endpoints["link"], other.link]
@@ -59,7 +61,7 @@ async def doomed(
 
 
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
-    """Read some chunks of each stream, then kill the gateway. Returns all chunks that had arrived."""
+    """Read some chunks of each stream, then kill the separate gateway. Returns all chunks that had arrived."""
     calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
     chunks = [[await asyncio.wait_for(read(call), 10) for _ in range(4)] for call in calls]
     doomed.kill()
@@ -77,14 +79,15 @@ async def _to_its_break(call: Any, chunks: list[Any]) -> None:
 
 
 async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[Any]]) -> list[list[Any]]:
-    """Resume all streams at the surviving gateway. Returns all chunks of each stream, those read before included."""
+    """Resume all streams at the surviving gateway. Returns all chunks of each stream, including the chunks that were
+    read before."""
     calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
     rests = await asyncio.gather(*(asyncio.wait_for(rest_of(call), 20) for call in calls))
     return [[*first, *(one.chat for one in rest)] for first, rest in zip(chunks, rests, strict=True)]
 
 
 def of_any_kind(tokens: int) -> list[Any]:
-    """Requests whose tokens depend on more than the prompt."""
+    """Return requests whose tokens depend on more than the prompt."""
     return [
         chat("One", max_tokens=tokens, ignore_eos=True, resumable=True),
         chat("Two", max_tokens=tokens, ignore_eos=True, resumable=True, temperature=0.8, seed=5),
@@ -95,8 +98,8 @@ def of_any_kind(tokens: int) -> list[Any]:
 
 @pytest.mark.parametrize("tokens", [60, 500], ids=["end-meanwhile", "go-on"])
 async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
-    """Streams that still run, or have ended meanwhile, are found without another submission or computation, and callers
-    read the output they would have read."""
+    """Streams that still run or have ended meanwhile are resumed without another submission or computation, and callers
+    get the output that they would have got without the loss of the gateway."""
     requests = of_any_kind(tokens)
     whole = await asyncio.gather(*(rest_of(doomed.survivor.stub.StreamChat(request)) for request in requests))
     submitted = doomed.count("submitted")
@@ -120,7 +123,8 @@ async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
 
 
 async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
-    """A stream whose last chunks were in flight when its gateway died gets them without an engine."""
+    """If the last chunks of a stream were in flight when its gateway died, a resume delivers these chunks without
+    another submission to the engine."""
     request = chat(max_tokens=40, ignore_eos=True, resumable=True)
     chunks = await rest_of(doomed.stub.StreamChat(request, wait_for_ready=True))
     submitted = doomed.count("submitted")
@@ -132,8 +136,8 @@ async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
 
 
 async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -> None:
-    """If a stopped gateway's streams are resumed at another gateway while its links last, its requests end at once, and
-    none is kept when its links end."""
+    """If a stopped gateway's streams are resumed at another gateway while the stopped gateway's links are still up, the
+    stopped gateway's requests end at once, and no request is kept when the links end."""
     request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
     call = doomed.stub.StreamChat(request, wait_for_ready=True)
     chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
@@ -150,7 +154,8 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
 
 
 async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
-    """Detached requests that nobody resumes free their slots after a moment; those that cannot be resumed, at once."""
+    """A detached request that is not resumed frees its slot after a moment, and a request that cannot be resumed frees
+    its slot at once."""
     lasting = [chat(max_tokens=3000, ignore_eos=True, resumable=resumable) for resumable in (True, False)]
     kinds = [*lasting, chat(max_tokens=3000, ignore_eos=True, resumable=True, logprobs=True)]
     await begun(doomed, kinds)
@@ -164,8 +169,8 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
 
 
 async def test_they_keep_their_places(doomed: Doomed) -> None:
-    """With all slots held by detached requests, new calls wait until those have been resumed and have ended; resumed
-    calls start at once."""
+    """While detached requests hold all slots, resumed calls start at once, and new calls wait until the detached
+    requests have been resumed and have ended."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
     await until(lambda: doomed.worker.end.statistics().detached == PLACES, "all are without a gateway")

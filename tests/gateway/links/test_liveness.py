@@ -1,5 +1,5 @@
-"""Failure detection from a worker's beats, steps and acknowledgements: failed workers are found, busy ones are not
-suspected."""
+"""Failure detection from a worker's beats, steps and acknowledgements. Failed workers are found, and busy workers are
+not suspected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
 
 def alive(load: EngineLoad = BUSY) -> LinkLiveness:
-    """The state of a worker that has sent a beat at 0."""
+    """Return the liveness of a worker that has sent a beat at time 0."""
     liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     liveness.record_beat(load, 0, 0, 0.0)
     return liveness
@@ -33,8 +33,8 @@ def alive(load: EngineLoad = BUSY) -> LinkLiveness:
     )
 )
 def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
-    """No mixture of steps, reported work, idle time and messages in either direction raises a false alarm, which would
-    cost prefills."""
+    """No mixture of steps, reported work, idle time and messages in either direction raises a false alarm. A false
+    alarm would cost prefills."""
     liveness, now, load, sent = alive(), 0.0, BUSY, 0
     for pause_s, what, messages in story:
         now += pause_s
@@ -57,7 +57,7 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
     [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
 )
 def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
-    """Each failure is found on time with its reason, which a breaker and a metric use."""
+    """Each kind of failure is found on time, with the reason that a breaker and a metric use."""
     liveness = alive()
     if reason == "deaf":
         liveness.record_sent(1, 0.0)
@@ -91,7 +91,8 @@ def test_long_steps_get_longer() -> None:
 
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
-    """A worker is not suspected while it connects for beats, which may take longer than a hang."""
+    """A worker is not suspected while it connects for beats. Connecting may take longer than the time after which a
+    hang is detected."""
     liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     assert liveness.suspicion(4.9) is None
     assert liveness.suspicion(5.1) is not None
@@ -99,7 +100,7 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """Waking time counts each sleep in full and oversleeping by at most LATE_S, and it never goes backward or overtakes
+    """Waking time includes each sleep in full and at most LATE_S of oversleeping, and never goes backward or overtakes
     the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
@@ -114,8 +115,8 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """Beats that are as late as the gateway's checks raise no alarm, and a dead worker is found after the usual number
-    of checks."""
+    """Beats that are as late as the gateway's own checks raise no alarm, and a dead worker is found after the usual
+    number of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0
     liveness = alive()

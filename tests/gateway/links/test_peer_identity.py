@@ -1,4 +1,4 @@
-"""The link port against wrong peers: certificates made by `headrace certs`, a running gateway, and impostors."""
+"""Wrong peers at the link port of a running gateway, with certificates from `headrace certs`."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ QUICK = Timing(welcome_s=0.5, redial_max_s=0.2)
 
 
 def certs(*arguments: str) -> None:
-    """Run a `headrace certs` command, which must succeed."""
+    """Run a command of `headrace certs`, which must succeed."""
     done = CliRunner().invoke(app, ["certs", *arguments])
     assert done.exit_code == 0, done.output
 
 
 def make_files(folder: Path) -> None:
-    """Make an authority, a gateway's certificate, and those of three peers."""
+    """Make an authority, a gateway's certificate, and the certificates of three peers."""
     certs("ca", str(folder))
     certs("gateway", str(folder), "--host", "127.0.0.1", "--host", "localhost")
     certs("worker", str(folder), "--model", "sim")
@@ -55,7 +55,7 @@ def make_files(folder: Path) -> None:
 
 @dataclass
 class Secured:
-    """A gateway with link_tls and one worker that serves."""
+    """A gateway with link_tls and one linked worker."""
 
     cluster: TestCluster
     folder: Path
@@ -63,20 +63,21 @@ class Secured:
 
     @property
     def address(self) -> str:
-        """The address of the link port."""
+        """Address of the link port."""
         return self.cluster.gateway.endpoints["link"]
 
     def files(self, name: str) -> TlsFiles:
-        """A certificate of the cluster's authority."""
+        """Return the files of a certificate from the cluster's authority."""
         return TlsFiles(self.folder / f"{name}.crt", self.folder / f"{name}.key", self.folder / "ca.crt")
 
     def hello(self, **fields: Any) -> pb.Hello:
-        """The Hello of a worker of `sim` that does not exist."""
+        """Return a Hello for a worker of `sim` that does not exist."""
         told = {"worker_id": "rogue", "incarnation": "x", "model": "sim", "epoch": 1, **fields}
         return pb.Hello(protocol_min=1, protocol_max=1, **told)
 
     async def says(self, credentials: grpc.ChannelCredentials | None, method: str, message: Any) -> CODE:
-        """Open a stream, send one message, and return how the stream ends. No message may arrive."""
+        """Open a stream, send one message, and return the status code of the stream. The gateway must not send a
+        message."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         channel = (
             grpc.aio.insecure_channel(self.address, options=options)
@@ -93,11 +94,11 @@ class Secured:
             return code
 
     async def as_holder(self, name: str, method: str, message: Any) -> CODE:
-        """As `says`, with a certificate of the cluster's authority."""
+        """Call `says` with the certificate `name`, which comes from the cluster's authority."""
         return await self.says(self.files(name).channel_credentials(), method, message)
 
     async def undisturbed(self) -> None:
-        """Assert that the worker still has its link, that there is no other, and that calls are served."""
+        """Assert that the worker still has its link, that there is no other link, and that calls are served."""
         (link,) = self.cluster.gateway.hub.links
         assert (link.identity, link.epoch) == (self.worker.identity, 1)
         assert self.cluster.gateway.hub.statistics().controllers == 0
@@ -106,7 +107,7 @@ class Secured:
 
 @pytest.fixture(scope="module")
 async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Secured]:
-    """One gateway for all attempts, none of which may disturb it."""
+    """Provide one gateway for all attempts. No attempt may disturb this gateway."""
     folder = tmp_path_factory.mktemp("certs")
     make_files(folder)
     async with running_cluster(folder / "state", config(folder), QUICK) as cluster:
@@ -116,14 +117,14 @@ async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bu
 
 
 def config(folder: Path) -> str:
-    """The configuration of a gateway whose link port uses the folder's certificate."""
+    """Return the configuration of a gateway whose link port uses the certificate in the folder."""
     files = f"{{cert_file: {folder}/gateway.crt, key_file: {folder}/gateway.key, ca_file: {folder}/ca.crt}}"
     return LOOPBACK.replace("drain_timeout_s: 0", f"drain_timeout_s: 0\n  link_tls: {files}")
 
 
 async def test_without_a_certificate_of_ours(secured: Secured, tmp_path: Path) -> None:
-    """Plain text, no certificate, another authority's certificate, and a gateway's own server certificate get no
-    stream."""
+    """A peer gets no stream over plain text, without a certificate, with a certificate from another authority, or with
+    the gateway's own server certificate."""
     roots = secured.files("worker").ca_file.read_bytes()
     forged = Authority(tmp_path / "forged").issue("worker")
     shown = grpc.ssl_channel_credentials(roots, forged.key_file.read_bytes(), forged.cert_file.read_bytes())
@@ -134,8 +135,9 @@ async def test_without_a_certificate_of_ours(secured: Secured, tmp_path: Path) -
 
 
 async def test_a_certificate_for_something_else(secured: Secured) -> None:
-    """A model's worker cannot act as another model's worker, replace its link, read its prompts, prevent suspicion of
-    it, or act as the controller; nor can the controller act as a worker."""
+    """A worker of one model cannot act as a worker of another model: it cannot replace that worker's link, read that
+    worker's prompts or keep that worker from being suspected. A worker cannot act as the controller, and the controller
+    cannot act as a worker."""
     mine = secured.worker.identity
     place: dict[str, Any] = {"worker_id": mine.worker_id, "incarnation": mine.incarnation, "epoch": 1}
     attempts: list[tuple[str, str, Any]] = [
@@ -162,7 +164,7 @@ async def test_a_hello_is_taken_once(secured: Secured) -> None:
 
 @pytest.mark.parametrize("method", ["Turn", "Bulk", "Beat", "Control"])
 async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> None:
-    """Invalid or oversized messages end their stream; so does silence."""
+    """A stream ends after an invalid or oversized message, and after silence."""
     options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1))
     credentials = secured.files("worker").channel_credentials()
     async with grpc.aio.secure_channel(secured.address, credentials, options=options) as channel:
@@ -172,13 +174,13 @@ async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> No
             with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(data)
             assert await call.code() is code
-        if method != "Beat":  # silence there keeps no worker alive
+        if method != "Beat":  # silence on a Beat stream keeps no worker alive
             assert await stream(timeout=20).code() is CODE.INVALID_ARGUMENT
     await secured.undisturbed()
 
 
 async def test_noise_within_tls(secured: Secured) -> None:
-    """Bytes that are not HTTP/2, over a connection with a valid certificate, end the connection."""
+    """A connection with a valid certificate ends when it carries bytes that are not HTTP/2."""
     files = secured.files("worker")
     context = ssl.create_default_context(cafile=str(files.ca_file))
     context.load_cert_chain(files.cert_file, files.key_file)
@@ -192,8 +194,8 @@ async def test_noise_within_tls(secured: Secured) -> None:
 
 
 async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> None:
-    """Once the catalog pins a model's weights, a worker with other weights is refused and one with these is accepted.
-    The catalog is accepted from any peer with the controller's certificate."""
+    """Once the catalog pins a model's weights, a worker with other weights is refused, and a worker with the pinned
+    weights is accepted. The catalog is accepted from any peer with the controller's certificate."""
     end = ControllerLinks(
         controller_id="c", gateways=[secured.address], tls=secured.files("controller"), bundles=lambda _: None
     )
@@ -217,7 +219,7 @@ async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> No
 async def test_a_worker_says_nothing_to_who_is_no_gateway(
     secured: Secured, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A peer that listens as a gateway with a worker's certificate gets no Hello and no calls."""
+    """A peer that pretends to be a gateway with a worker's certificate gets no Hello from workers and no calls."""
     files = secured.files("other")
     seen: list[str] = []
 
@@ -245,8 +247,8 @@ async def test_a_worker_says_nothing_to_who_is_no_gateway(
 
 @pytest.mark.slow
 async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With all files replaced by another authority's and no restart, the open link continues and the next link uses the
-    new files. A moment without the key is only a pause."""
+    """If all certificate files are replaced by files of another authority, no restart is needed: the open link
+    continues and the next link uses the new files. A missing key only delays the next link."""
     make_files(tmp_path / "old")
     make_files(tmp_path / "new")
     used = tmp_path / "used"
@@ -283,7 +285,7 @@ async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: 
     ],
 )
 def test_what_cannot_be_issued_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    """A wrong command exits with code 2 and the remedy, and writes no file."""
+    """A wrong command exits with code 2, names the remedy, and writes no file."""
     done = CliRunner().invoke(app, ["certs", *(one.format(tmp_path) for one in arguments)])
     assert done.exit_code == 2
     assert says in done.stderr
@@ -291,7 +293,7 @@ def test_what_cannot_be_issued_is_refused(tmp_path: Path, arguments: tuple[str, 
 
 
 def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> None:
-    """A second `certs ca` does not overwrite the authority's key, and keys are readable by their owner only."""
+    """A second `certs ca` does not overwrite the authority's key, and only the owner can read key files."""
     make_files(tmp_path)
     before = (tmp_path / "ca.key").read_bytes()
     assert CliRunner().invoke(app, ["certs", "ca", str(tmp_path)]).exit_code == 2
@@ -300,7 +302,7 @@ def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> N
 
 
 def test_old_incarnations_are_forgotten() -> None:
-    """The number of remembered Hellos is limited, and the newest are kept."""
+    """The number of remembered Hellos is limited, and the newest Hellos are kept."""
     admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):

@@ -1,4 +1,4 @@
-"""Prefill pacing: a link knows how many tokens of resumed requests its engine has yet to begin."""
+"""Prefill pacing. A link knows how many tokens of resumed requests the worker's engine has not begun to compute."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ INFO = EngineInfo("sim", "sim", "1", 16, 1024, 32, STEP_TOKENS, 4096, 1000)
 
 
 class Silent:
-    """A sink that ignores all events."""
+    """Sink that ignores all events."""
 
     heard_at = 0.0
 
     def accepted(self) -> None:
-        """Ignore the event, as all methods do."""
+        """Ignore the event. All other methods also ignore theirs."""
 
     def refused(self, reason: str, message: str, field: str) -> None: ...
 
@@ -35,30 +35,30 @@ class Silent:
 
 
 class StepCounts(NoListener):
-    """Notes how many resumed tokens are left at each begun step."""
+    """Listener that records the number of remaining resumed tokens at the beginning of each step."""
 
     def __init__(self) -> None:
         self.resumed_tokens: list[int] = []
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """Note it."""
+        """Record the number of remaining resumed tokens."""
         self.resumed_tokens.append(link.pacing.resumed_tokens)
 
 
 def linked(listener: LinkListener | None = None) -> WorkerLink:
-    """A link whose worker has granted ample credit."""
+    """Return a link to a worker that has granted ample credit."""
     link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1, listener or NoListener())
     link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
     return link
 
 
 def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
-    """Submit a request of so many prompt and emitted tokens, and return its slot."""
+    """Submit a request with these numbers of prompt and emitted tokens, and return the request's slot."""
     return link.submit(EngineRequest("", [5] * prompt, Sampling(max_tokens=99), [6] * emitted), Silent())
 
 
 def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
-    """A worker's message about a step without first tokens."""
+    """Return a worker's message about a step without first tokens."""
     message = pb.WorkerTurn(accepted=[pb.Accepted(slot=slot) for slot in accepted])
     if step:
         message.step.SetInParent()
@@ -66,8 +66,8 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 
 
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
-    """Requests stop counting when a step has begun with them. Waiting for their first tokens would leave every other
-    step without prefill, and counting time alone would overfill one."""
+    """A request stops counting when a step has begun with the request. If requests counted until their first tokens,
+    every other step would have no prefill; if only time counted, a step would be overfilled."""
     listener = StepCounts()
     link, counts_at_begin = linked(listener), listener.resumed_tokens
     submit(link, 10, 0)
@@ -85,7 +85,7 @@ def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
-    """The part of a prompt that does not fit into a step keeps counting."""
+    """The part of a prompt that does not fit into a step keeps counting until the next step."""
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
@@ -97,7 +97,7 @@ def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
 def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
-    """In whatever order requests come and end, none counts after its end."""
+    """No request counts after its end, in whatever order requests arrive and end."""
     link = linked()
     waiting: list[int] = []
     slots: list[int] = []
@@ -121,8 +121,8 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
 
 @given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.lists(st.integers(16, 2048), min_size=1, max_size=9))
 def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_s: float, prompts: list[int]) -> None:
-    """Learned from prompts with a fixed cost per token, the full budget makes a step STRETCH times as long as a long
-    one."""
+    """If the cost is learned from prompts with a fixed cost per token, a step that uses the full budget takes STRETCH
+    times as long as a long step."""
     most = 2048
     replays = PrefillPacing(most)
     assert replays.budget() == int(UNKNOWN * most)
@@ -139,7 +139,7 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
-    """If one step in ten is long anyway, a step with resumed requests may be longer than that."""
+    """If one step in ten is long anyway, a step with resumed requests may be longer than these long steps."""
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):

@@ -1,4 +1,5 @@
-"""One of two gateways is stopped (SIGSTOP): the other's streams keep the engine's pace, and its own continue later."""
+"""A stopped gateway (SIGSTOP) beside another gateway. The streams of the other gateway keep the engine's pace, and the
+streams of the stopped gateway continue later."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ pytestmark = pytest.mark.slow
 
 STREAMS, TOKENS = 4, 1200
 SILENCE_S = 1.5
-"""After which the worker lets go of a gateway that says nothing."""
+"""Seconds of silence after which the worker closes the link to a gateway."""
 
 
 @pytest.fixture
 async def other(tmp_path: Path) -> AsyncIterator[GatewayProcess]:
-    """A second gateway."""
+    """Provide a second gateway, in a separate process."""
     async with gateway_process(tmp_path / "other") as made:
         yield made
 
 
 async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle) -> Worker:
-    """A worker with slots for the streams of both gateways."""
+    """Add a worker that is linked to both gateways and has slots for the streams of both."""
     engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=32, kv_blocks=4096)
     links = [cluster.gateway.endpoints["link"], other.link]
     timing = Timing(silence_s=SILENCE_S, redial_min_s=0.05, redial_max_s=0.1)
@@ -43,8 +44,9 @@ async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint
 async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
-    """While a gateway is stopped, a stream at the other gets a token of every step, and after a long stop it holds no
-    slot in the engine. Its own streams are complete either way, and after a short pause it suspects no worker."""
+    """While a gateway is stopped, a stream at the other gateway gets a token from every step. After a long stop the
+    stopped gateway holds no slot in the engine. The streams of the stopped gateway are complete after a long and after
+    a short stop, and after a short stop this gateway suspects no worker."""
     worker = await linked_to_both(cluster, other, checkpoint, bundle)
     request = chat(max_tokens=TOKENS, ignore_eos=True)
     whole = text_of([chunk async for chunk in cluster.stub.StreamChat(request)])

@@ -1,4 +1,5 @@
-"""Budget notices are sent once, signed, retried, and by one gateway, whatever is unreachable meanwhile."""
+"""Budget notices. Each notice is signed, retried, and delivered once by one gateway, whatever is unreachable
+meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ NOON = 1_795_608_000.0
 
 
 class Receiver:
-    """A web server that records requests and answers with `status`."""
+    """A web server that records requests and answers each request with `status`."""
 
     def __init__(self) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
@@ -62,7 +63,7 @@ class Receiver:
 
     @property
     def notices(self) -> list[tuple[str, str, float]]:
-        """Tenant, budget and threshold of each notice."""
+        """Tenant, budget and threshold of each received notice."""
         bodies = [json.loads(body) for _, body in self.got]
         return sorted((one["tenant"], one["budget"], one["threshold"]) for one in bodies)
 
@@ -75,7 +76,7 @@ class Receiver:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """A web server on loopback."""
+    """Provide a web server on loopback."""
     made = Receiver()
     yield made
     made.close()
@@ -83,7 +84,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """A SQLite ledger with its tables."""
+    """Provide a SQLite ledger with its tables."""
     made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     made.upgrade()
     yield made
@@ -91,7 +92,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 class Clock:
-    """The wall clock of a watch."""
+    """The wall clock of a budget watch."""
 
     def __init__(self) -> None:
         self.now_s = NOON
@@ -101,7 +102,7 @@ class Clock:
 
 
 def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: float) -> BudgetWatch:
-    """A gateway's budget watch, for a tenant with 1000 tokens a day and 10,000 a month."""
+    """Return a gateway's budget watch for a tenant with 1000 tokens a day and 10,000 tokens a month."""
     policy = TenantPolicy("acme", limits=TenantLimits(daily_tokens=1000, monthly_tokens=10_000))
     webhook = BudgetWebhook(url=receiver.url, secret_file=Path("unread"), thresholds=thresholds or (0.8, 1.0))
     return BudgetWatch(
@@ -110,13 +111,13 @@ def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: floa
 
 
 def use(ledger: Ledger, name: str, tokens: int, at_s: float = NOON) -> None:
-    """Record an ended call of so many tokens."""
+    """Record an ended call with this number of tokens."""
     ledger.usage.insert([record(name, opened_at_s=at_s, prompt_tokens=tokens, cached_tokens=0, completion_tokens=0)])
 
 
 def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> None:
-    """Each threshold (80 %, 100 %) causes one notice per day; the next day starts again, and a month is counted
-    separately."""
+    """Each threshold (80 %, 100 %) causes one notice per day. The next day starts again, and the month has separate
+    notices."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
     watch.check()
@@ -145,8 +146,8 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
 
 
 def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> None:
-    """The body names tenant, budget, use and limit and nothing secret. The signature matches only this secret, time and
-    body."""
+    """The body of a notice names tenant, budget, use and limit, and contains no secret. The signature matches only this
+    secret, time and body."""
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).check()
     ((headers, body),) = receiver.got
@@ -173,7 +174,8 @@ def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> N
 
 @pytest.mark.parametrize("status", [500, 429, 302])
 def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver, status: int) -> None:
-    """Delivery is retried with growing pauses and the same id until it succeeds; redirects are not followed."""
+    """Delivery of a notice is retried with growing pauses and the same id until delivery succeeds. Redirects are not
+    followed."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock, 0.8)
     use(ledger, "1", 900)
@@ -196,13 +198,13 @@ def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver
 
 
 def test_pauses_grow_to_an_hour() -> None:
-    """Retries continue, with pauses that grow up to an hour."""
+    """Retries of a delivery continue, and the pauses between retries grow to an hour."""
     assert [retry_delay_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
     assert retry_delay_s(10_000) == LONGEST_PAUSE_S
 
 
 def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: Path) -> None:
-    """Eight gateways that query at the same moment send one request."""
+    """Eight gateways that query the ledger at the same moment send one request."""
     use(ledger, "1", 820)
     ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.db'}") for _ in range(8)]
     watches = [watch_of(one, receiver, Clock()) for one in ledgers]
@@ -215,7 +217,7 @@ def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: P
 
 
 def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiver) -> None:
-    """A notice that a gateway has taken and not sent is sent by another, after the pause."""
+    """A notice that a gateway has claimed and not sent is sent by another gateway after the pause."""
     clock = Clock()
     use(ledger, "1", 820)
     found = BudgetUse("acme", "daily_tokens", day_name(NOON), 820, 1000)
@@ -230,8 +232,8 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
 
 
 def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
-    """While the database is down, nothing is sent and the last ratio stays; thresholds crossed meanwhile are noticed
-    afterwards."""
+    """While the database is down, nothing is sent and the last ratio stays. Thresholds that are crossed meanwhile cause
+    notices afterwards."""
     with postgres.running() as server:
         ledger = Ledger(server.new_database())
         ledger.upgrade()
@@ -250,7 +252,7 @@ def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
 
 
 def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -> None:
-    """Erasing a tenant also erases its notices; notices of periods long over are deleted too."""
+    """The notices of an erased tenant are erased, and notices of long past periods are deleted."""
     ledger.tenants.create(TenantPolicy("acme"))
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).check()
@@ -260,8 +262,8 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """While the store of shared limits is down, calls take a tenant over half its budget: the metric and the operator's
-    server report it, and a new gateway on the same ledger knows the use."""
+    """If calls take a tenant over half of its budget while the store of shared limits is down, the metric and a notice
+    to the operator's server report the use, and a new gateway on the same ledger knows the use."""
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"

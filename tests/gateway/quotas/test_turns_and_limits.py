@@ -1,4 +1,5 @@
-"""Fairness and limits in a real gateway over real links: the order of calls, refusals, and what stays open."""
+"""Fairness and limits in a real gateway over real links: the order of calls, refusals, and reservations that stay
+open."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 async def end_of(keyed: Keyed, key: str, **fields: Any) -> str:
-    """OK, or the reason for which a call was refused."""
+    """Return OK, or the reason for which a call was refused."""
     try:
         await keyed.cluster.stub.Complete(complete(**fields), metadata=bearer(key))
     except grpc.aio.AioRpcError as error:
@@ -33,12 +34,12 @@ async def end_of(keyed: Keyed, key: str, **fields: Any) -> str:
 
 
 def open_charges(keyed: Keyed) -> int:
-    """Number of calls whose service accounts are open."""
+    """Return the number of calls whose service account is open."""
     return keyed.gateway.scheduler.charges.fair.order("sim").statistics().open_charges
 
 
 async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Behind a hundred calls of another tenant, a call runs as soon as a slot is free."""
+    """A call that is queued behind a hundred calls of another tenant runs as soon as a slot is free."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=4), bundle)
         loud, quiet = await keyed.key("loud"), await keyed.key("quiet")
@@ -59,7 +60,8 @@ async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoin
 
 
 async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If the queue is full, a call of a higher class replaces one of a lower class, which ends with SHED."""
+    """If the queue is full, a call of a higher class replaces a call of a lower class, and the replaced call ends with
+    SHED."""
     async with keyed_cluster(tmp_path, gateway="  queue: {max_requests: 2}\n") as keyed:
         worker = sim_engine(checkpoint, decode_ms=5, max_num_seqs=1)
         await keyed.cluster.add_worker(worker, bundle)
@@ -77,8 +79,8 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
 
 
 async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Of many concurrent calls over both APIs, as many are admitted as the limit allows; the others are told the limit
-    and when to retry."""
+    """The gateway admits as many of many concurrent calls over both APIs as the limit allows. The errors of the other
+    calls name the limit and when to retry."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("few", limits={"requests_per_minute": 7})
@@ -106,7 +108,8 @@ async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundl
 async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that can never fit gets no retry time, and a header that keeps clients from retrying."""
+    """A call that can never fit into its limit gets no retry time, but gets a header that keeps clients from
+    retrying."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("tiny", limits={"tokens_per_minute": 5})
@@ -119,8 +122,8 @@ async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
 
 
 async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """However calls end (with several outputs, cancelled, late, or with a lost worker), what they used stays counted
-    and every reservation is settled."""
+    """However calls end (with several outputs, cancelled, late, or with a lost worker), every reservation is settled
+    and the used tokens stay counted."""
     async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
         worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})
@@ -150,14 +153,14 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         reply = await keyed.fetch("/v1/chat/completions", chat_body(max_tokens=4, ignore_eos=True), key=key)
         assert reply.status == 200
-        prompts = 7 * whole.usage.prompt_tokens  # of this call and those above, all of which an engine computed
+        prompts = 7 * whole.usage.prompt_tokens  # of this call and the calls above, all of which an engine computed
         remaining = int(reply.headers["x-ratelimit-remaining-tokens"])
         assert used <= 10_000 - remaining - prompts <= used + 6 * 100, "no more than what came, and its own four"
 
 
 async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With `on_budget: stop` a call ends as if at its length, over budget by less than a quantum; the next call is
-    refused."""
+    """A running call of a tenant with `on_budget: stop` ends with finish reason "length" once the budget is spent. The
+    call exceeds the budget by less than a quantum of tokens, and the next call is refused."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_model_len=4000), bundle)
         key = await keyed.key("poor", limits={"daily_tokens": 400}, on_budget="stop")
@@ -172,7 +175,8 @@ async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Pa
 
 
 async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway learns from the shared worker what another gateway's calls were served and that calls wait there."""
+    """A gateway learns from the shared worker how much service another gateway's calls got, and that calls wait at the
+    other gateway."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         engine = sim_engine(checkpoint, decode_ms=5, max_num_seqs=2)
         end = WorkerSession(
@@ -204,7 +208,8 @@ async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint:
 
 
 async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Every attempt counts as a request, including invalid ones, Tokenize and Detokenize, whose bodies must be read."""
+    """Every attempt counts as a request. Invalid attempts, Tokenize and Detokenize also count, since their bodies must
+    be read."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         stub = keyed.cluster.stub
@@ -231,7 +236,7 @@ async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle
 
 
 async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Three prompts in one body count as three requests, and a served call as one."""
+    """Three prompts in one body count as three requests, and a served call counts as one request."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         key = await keyed.key("three", limits={"requests_per_minute": 4})
@@ -242,7 +247,7 @@ async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint:
 
 
 async def test_tokens_that_no_call_has_count_too(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Tokenize and Detokenize use up tokens_per_minute, and accept no more ids than the model's context holds."""
+    """Tokenize and Detokenize use up tokens_per_minute, and refuse more ids than the model's context holds."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, max_model_len=256), bundle)
         stub = keyed.cluster.stub

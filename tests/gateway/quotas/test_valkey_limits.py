@@ -1,4 +1,4 @@
-"""Shared limits with a real server: the same contract as local limits, races of gateways, and loss of the store."""
+"""Shared limits with a real store: the same contract as local limits, races between gateways, and loss of the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
 
 
 class Server:
-    """A store on a free loopback port."""
+    """A store that listens on a free loopback port."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -36,7 +36,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The store's URL."""
+        """URL of the store."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     async def start(self) -> None:
@@ -64,14 +64,15 @@ class Server:
             await self._process.wait()
 
     def freeze(self, on: bool) -> None:
-        """Stop the process, so that it keeps its connections and answers nothing, or let it continue."""
+        """Stop the store's process, so that the store keeps its connections and answers nothing, or let the process
+        continue."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
 
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    """A running store."""
+    """Provide a running store."""
     one = Server(tmp_path)
     await one.start()
     yield one
@@ -79,7 +80,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 
 class Gateways:
-    """The limits of several gateways, closed at the end."""
+    """The limits of several gateways, which are closed at the end of a test."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -89,7 +90,7 @@ class Gateways:
     async def add(
         self, name: str, *, virtual: bool = True, quantum_tokens: int = 16, timeout_s: float = TIMEOUT_S
     ) -> ValkeyLimits:
-        """Add a gateway with a fast heartbeat."""
+        """Add the limits of a gateway with a fast heartbeat."""
         clock = (lambda: self.now) if virtual else None
         one = ValkeyLimits(
             self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s
@@ -101,7 +102,7 @@ class Gateways:
 
 @pytest.fixture
 async def gateways(server: Server) -> AsyncIterator[Gateways]:
-    """An empty set of gateways."""
+    """Provide an empty set of gateways."""
     them = Gateways(server)
     yield them
     for one in them.all:
@@ -109,12 +110,12 @@ async def gateways(server: Server) -> AsyncIterator[Gateways]:
 
 
 def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
-    """A tenant with these limits."""
+    """Return the policy of a tenant with these limits."""
     return TenantPolicy.from_json({"name": "acme", "limits": limits, "on_budget": on_budget})
 
 
 async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
-    """The behaviour that both kinds of limits share."""
+    """Check the behaviour that local and shared limits have in common."""
     policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
     got = await limits.reserve(policy, ReservationRequest("a", 10, 20))
     assert isinstance(got, Granted)
@@ -162,7 +163,7 @@ async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
 
 
 async def test_contract_in_process() -> None:
-    """Local limits reserve, top up, settle and refuse."""
+    """Local limits reserve, top up, settle and refuse as the contract says."""
     now = [1000.0]
 
     def pass_minute() -> None:
@@ -172,7 +173,7 @@ async def test_contract_in_process() -> None:
 
 
 async def test_contract_in_the_store(gateways: Gateways) -> None:
-    """Shared limits do the same, by the script."""
+    """Shared limits reserve, top up, settle and refuse as the contract says."""
 
     def pass_minute() -> None:
         gateways.now += 61.0
@@ -181,8 +182,8 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
-    """Of a hundred concurrent calls over two gateways, as many are admitted as the limit allows, by the store's own
-    clock."""
+    """Two gateways together admit as many of a hundred concurrent calls as the limit allows. The store's own clock is
+    used."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0
     )  # a busy machine must not count as an unreachable store
@@ -195,7 +196,7 @@ async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> 
 
 
 async def test_a_dead_gateways_calls_do_not_run_for_ever(gateways: Gateways, server: Server) -> None:
-    """Concurrency held by a gateway without heartbeats is released after ten seconds."""
+    """The concurrency slots of a gateway without heartbeats are released after ten seconds."""
     one = await gateways.add("g1")
     policy = tenant(concurrent_requests=1)
     async with Redis.from_url(server.url) as client:
@@ -212,7 +213,7 @@ async def _one_alive(client: Redis) -> bool:
 
 
 async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> None:
-    """Admitted calls count for their whole minute, though the store's clock goes back an hour meanwhile."""
+    """Admitted calls count for a whole minute, even if the store's clock goes back an hour meanwhile."""
     one = await gateways.add("g1")
     policy = tenant(requests_per_minute=1)
     assert isinstance(await one.reserve(policy, ReservationRequest("a", 1, 1)), Granted)
@@ -225,8 +226,8 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
-    """With the store killed or silent no request fails, each gateway admits its half of the limit, and the flag is set
-    until the store is back."""
+    """While the store is killed or silent, no request fails, each of two gateways admits half of the limit, and
+    `degraded` is set until the store is back."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0
     )  # a busy machine must not count as an unreachable store
@@ -272,7 +273,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
 
 
 async def test_a_store_that_never_was(tmp_path: Path) -> None:
-    """A gateway starts without its store, degraded."""
+    """A gateway starts even if its store is unreachable, and is then degraded."""
     limits = ValkeyLimits(Server(tmp_path).url, "g1", beat_s=0.05)
     await limits.start()
     assert limits.degraded

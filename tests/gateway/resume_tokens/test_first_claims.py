@@ -1,4 +1,4 @@
-"""First claims in the limits store, else in the database, else in a file; without any store nothing is resumed."""
+"""First claims in the limits store, else in the database, else in a file. Without any store nothing is resumed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ __all__ = ["server"]
 
 
 async def firsts(stores: list[FirstClaims], name: str) -> int:
-    """Number of first claims on a name, if each store is asked four times at once."""
+    """Return the number of claims on a name that were first, if the name is claimed four times at once in each
+    store."""
     return sum(await asyncio.gather(*(store.take(name, 60.0) for store in stores * 4)))
 
 
 async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
-    """Two gateways of a host agree, a restarted gateway knows earlier claims, and expired claims are forgotten."""
+    """Two gateways of a host agree on the first claim, a restarted gateway knows earlier claims, and expired claims are
+    forgotten."""
     now = 100.0
     file = tmp_path / "new" / "resumed.db"
     assert await firsts([FileFirstClaims(file, lambda: now), FileFirstClaims(file, lambda: now)], "a.1") == 1
@@ -34,12 +36,12 @@ async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
 
 
 def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-    """Raise as a database that does not answer."""
+    """Raise StoreUnavailable, like a database that does not answer."""
     raise StoreUnavailable("it is away")
 
 
 async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
-    """If no store answers, the caller gets STORE_UNAVAILABLE with a retry delay."""
+    """If no store answers, a claim fails with STORE_UNAVAILABLE and a retry delay."""
     (tmp_path / "file").write_text("no folder")
     for stores in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
         with pytest.raises(CallError) as raised:
@@ -50,8 +52,8 @@ async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_path: Path) -> None:
-    """Two gateways with one limits store agree; while it is unavailable, the next store decides, and without either the
-    claim fails."""
+    """Two gateways with one limits store agree on the first claim. While the limits store is unavailable, the next
+    store decides. If both stores are unavailable, the claim fails."""
     limits = [ValkeyLimits(server.url, f"g{i}") for i in range(2)]
     for one in limits:
         await one.start()

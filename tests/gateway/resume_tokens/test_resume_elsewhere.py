@@ -1,4 +1,5 @@
-"""Resume of a stream at another gateway with its resume tokens: exact, once, and only for its own caller."""
+"""Resume of a stream at another gateway, with the stream's resume tokens. A resume is exact, succeeds once, and is
+allowed only for the stream's own caller."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume
 
 @dataclass
 class Pair:
-    """Two gateways with one secret, and a worker that has dialled both."""
+    """Two gateways with one secret, and a worker that is linked to both gateways."""
 
     first: TestCluster
     second: TestCluster
@@ -41,7 +42,7 @@ class Pair:
 async def pair(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    """Two gateways without keys. Their secret is in the cache folder, which both share."""
+    """Provide two gateways without keys. The secret is in the cache folder, which both gateways share."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
         yield Pair(first, second, await both(first, second, checkpoint, bundle))
@@ -58,17 +59,18 @@ async def both(first: TestCluster, second: TestCluster, checkpoint: Path, bundle
 
 
 async def until_linked(cluster: TestCluster, worker: Worker) -> None:
-    """Wait for the worker's link."""
+    """Wait until the worker is linked to this gateway."""
     await until(lambda: cluster.linked(worker.identity.worker_id), "the worker has dialled the other gateway too")
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
-    """The chunks whose tokens a frugal client keeps: from the last whole token on."""
+    """Return the chunks whose resume tokens a frugal client keeps, which are the chunks from the last whole token
+    on."""
     return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
 async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
-    """Read the first chunks of a stream and cancel it."""
+    """Read the first chunks of a stream, then cancel the stream. Returns the chunks."""
     method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
     call = method(request)
     chunks = [await asyncio.wait_for(read(call), 10) for _ in range(after)]
@@ -77,7 +79,7 @@ async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
 
 
 async def broken(call: Any, chunks: list[Any]) -> Answer:
-    """The error that ends a stream; the chunks before it are appended to `chunks`."""
+    """Read a stream to its error and return the error. The chunks before the error are appended to `chunks`."""
     try:
         while (message := await asyncio.wait_for(read(call), 10)) is not None:
             chunks.append(message.chat if isinstance(message, pb.ResumeChunk) else message)
@@ -87,7 +89,7 @@ async def broken(call: Any, chunks: list[Any]) -> Answer:
 
 
 async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
-    """All chunks of a resumed stream, unwrapped."""
+    """Return all chunks of a resumed stream, unwrapped."""
     kind = "chat" if request.HasField("chat") else "complete"
     return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 20)]
 
@@ -106,8 +108,8 @@ async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
 )
 @pytest.mark.parametrize("frugal", [True, False])
 async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any], frugal: bool) -> None:
-    """A stream cut twice and resumed at the other gateway delivers the same text, log probabilities and counts, whether
-    the client keeps all tokens or those since the last whole one."""
+    """A stream that is cut twice and resumed at the other gateway delivers the same text, log probabilities and counts
+    as an uncut stream. The client may keep all resume tokens or only the tokens since the last whole token."""
     request = chat(max_tokens=100, resumable=True, **{"ignore_eos": True, **fields})
     undisturbed = await rest_of(pair.first.stub.StreamChat(request))
     chunks = await cut(pair.first, request, 70)
@@ -140,8 +142,8 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
-    """Of three workers, a resumed call gets the one that computed its tokens, which computes less than a KV block
-    again; also after the call has changed workers."""
+    """A resumed call is sent to the worker that computed the call's tokens, although there are two other workers. This
+    worker computes less than a KV block again. The same holds after the call has changed workers."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -172,8 +174,8 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
 async def test_all_of_a_lost_gateway_go_back_at_once(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the loss of a gateway each call resumes on the worker that has its KV blocks, all at once, although a
-    worker could prefill only few such prompts in a step; no prompt is computed again."""
+    """After the loss of a gateway, all calls resume at once, each on the worker that has the call's KV blocks, although
+    a worker could prefill only few such prompts in a step. No prompt is computed again."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     engine = {"decode_ms": 30, "max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_blocks": 4096}
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
@@ -204,7 +206,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
 
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
-    """A session's calls carry resume tokens like streams, and resume in a session of another gateway."""
+    """The calls of a session carry resume tokens like streams, and can be resumed in a session of another gateway."""
     request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
     if kind == "complete":
         request = complete(max_tokens=60, ignore_eos=True, resumable=True)
@@ -227,7 +229,7 @@ async def test_in_a_session(pair: Pair, kind: str) -> None:
 
 
 async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
-    """A call that is not resumable gets chunks without tokens, and no secret is made."""
+    """The chunks of a call that is not resumable carry no resume tokens, and no secret is made."""
     chunks = await rest_of(pair.first.stub.StreamChat(chat()))
     assert not any(c.resume_token for c in chunks)
     assert pair.first.gateway.service.resumes is not None
@@ -235,8 +237,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Of several resumes with the same tokens at two gateways, at once or later, one succeeds; the others are
-    refused."""
+    """Only one of several resumes with the same tokens succeeds, at once or later and at either of two gateways. All
+    other resumes are refused."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)
@@ -252,7 +254,8 @@ async def test_each_segment_is_resumed_once(pair: Pair) -> None:
 
 
 async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
-    """Anything but all tokens in order with the same request is refused, with the field's name, and starts nothing."""
+    """A resume that does not present all tokens in order with the same request is refused with the name of the wrong
+    field, and starts nothing."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 6)
     others = await cut(pair.first, request, 6)
@@ -290,8 +293,8 @@ async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
 
 @pytest.mark.parametrize("drain_s", [0.05, 1.0])
 async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: float) -> None:
-    """At the end of the drain time a stream ends UNAVAILABLE with a retry delay, and its tokens suffice to resume; also
-    on an old connection that has as long to close."""
+    """At the end of the drain time, a stream ends UNAVAILABLE with a retry delay, and the stream's tokens suffice for a
+    resume. The same holds for a stream on an old connection that has as much time to close."""
     assert pair.first.gateway.config.gateway.drain_timeout_s <= 1.0
     request = chat(max_tokens=800, ignore_eos=True, resumable=True)
     whole = await pair.second.stub.Chat(request)
@@ -310,8 +313,9 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
 
 
 async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
-    """If the controller knows another gateway, the streams end evenly in the second half of the drain time, those with
-    the most tokens left first; streams that are not resumable stay to the end."""
+    """If the controller knows another gateway, the resumable streams end evenly over the second half of the drain time,
+    and the streams with the most tokens left end first. Streams that are not resumable run to the end of the drain
+    time."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
     end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
@@ -352,8 +356,8 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
 async def test_it_waits_for_a_worker_and_can_be_asked_again(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a compatible worker in time a resume ends UNAVAILABLE; with the tokens so far it succeeds once there is
-    one. A worker with other weights or another dtype is never used."""
+    """A resume ends UNAVAILABLE if no compatible worker connects in time. Another resume with the tokens so far
+    succeeds once there is a compatible worker. A worker with other weights or another dtype is never used."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     text = IMPATIENT
     async with running_cluster(tmp_path / "a", text) as first, running_cluster(tmp_path / "b", text) as second:
@@ -376,7 +380,8 @@ async def test_it_waits_for_a_worker_and_can_be_asked_again(
 async def test_tokens_expire_and_deadlines_stay(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Expired tokens are refused with RESUME_EXPIRED; a resumed call ends at its first deadline."""
+    """Expired tokens are refused with RESUME_EXPIRED, and a resumed call ends at the deadline of the call's first
+    request."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 1}")
     async with running_cluster(tmp_path / "a", short) as cluster:
@@ -402,9 +407,9 @@ async def test_tokens_expire_and_deadlines_stay(
 
 
 async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Another tenant or key gets the same error as for forged tokens, and a suspended tenant is refused. The ledger has
-    each delivered token once, under the request's id, and the prompt twice: its client had left a gateway that
-    serves."""
+    """A resume by another tenant or with another key gets the same error as a resume with forged tokens, and a
+    suspended tenant is refused. The ledger has each delivered token once, under the request's id. The ledger has the
+    prompt twice, because the client had left a gateway that still serves."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])

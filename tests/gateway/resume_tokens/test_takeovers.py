@@ -1,4 +1,5 @@
-"""Resume claims: a call has one live generation; a resume ends its earlier reader and pays for its prompt."""
+"""Resume claims. A call has one live generation, and a resume ends the call's earlier reader and pays for the
+prompt."""
 
 from __future__ import annotations
 
@@ -33,39 +34,39 @@ NAMED = "the-call"
 
 @dataclass
 class Rig:
-    """Two gateways with one ledger, and two workers that are linked to both."""
+    """Two gateways with one ledger, and two workers that are linked to both gateways."""
 
     keyed: Keyed
     gateways: list[TestCluster]
     workers: list[Worker]
     key: str
     relay: Cuttable
-    """Link of the first worker to the first gateway."""
+    """The link of the first worker to the first gateway, which the test can cut."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The caller's gRPC metadata."""
+        """gRPC metadata of the caller."""
         return (*bearer(self.key), ("x-request-id", NAMED))
 
     def running(self) -> int:
-        """Number of requests that run in the engines."""
+        """Return the number of requests that run in the engines."""
         return sum(worker.engine.load().running for worker in self.workers)
 
     def submitted(self) -> int:
-        """Number of requests that were submitted to the engines."""
+        """Return the number of requests that were submitted to the engines."""
         return sum(worker.engine.statistics().submitted for worker in self.workers)  # type: ignore[attr-defined]
 
     async def begin(self, request: Any, chunks: int) -> tuple[Any, list[Any]]:
-        """Start a stream at the first gateway; returns it with its first chunks."""
+        """Start a stream at the first gateway. Returns the stream and its first chunks."""
         call = self.gateways[0].stub.StreamChat(request, metadata=self.metadata)
         return call, [await asyncio.wait_for(read(call), 10) for _ in range(chunks)]
 
     def resume(self, gateway: int, request: Any, chunks: Sequence[Any]) -> Any:
-        """Resume a stream after these chunks."""
+        """Resume a stream at a gateway, after these chunks."""
         return self.gateways[gateway].stub.Resume(resume(request, chunks), metadata=self.metadata)
 
     async def records(self, count: int) -> list[UsageRecord]:
-        """The call's usage records, once `count` are written."""
+        """Wait until `count` usage records of the call are written, and return these records."""
         found: list[UsageRecord] = []
 
         async def written() -> bool:
@@ -78,7 +79,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 2) -> AsyncIterator[Rig]:
-    """A rig of two gateways with `auth`."""
+    """Provide a rig of two gateways with `auth`."""
     async with keyed_cluster(folder) as keyed, running_cluster(folder / "other", keyed_text(folder)) as other:
         first = keyed.cluster
         async with cuttable(first.gateway.endpoints["link"]) as relay:
@@ -103,12 +104,12 @@ async def _knows(cluster: TestCluster, key: str) -> bool:
 
 
 def lasting(tokens: int = 600) -> Any:
-    """A resumable request for many tokens."""
+    """Return a resumable request for many tokens."""
     return chat("Tell me " + "a long story " * 8, max_tokens=tokens, ignore_eos=True, resumable=True)
 
 
 async def error_of(call: Any) -> Answer:
-    """The error that ends a stream."""
+    """Return the error that ends a stream."""
     return await asyncio.wait_for(refused(rest_of(call)), 5)
 
 
@@ -117,7 +118,8 @@ async def error_of(call: Any) -> Answer:
 async def test_a_resumption_ends_the_reader_before_it(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateway: int
 ) -> None:
-    """A resume ends the call's earlier reader. Both were served to the end, and only one was charged."""
+    """A resume ends the call's earlier reader. Formerly, both readers were served to the end and only one reader
+    was charged."""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting()
         whole = await rest_of(rig.gateways[0].stub.StreamChat(request, metadata=bearer(rig.key)))
@@ -141,8 +143,9 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """In any interleaving of cancels and resumes at any prefix, at two gateways, one generation runs and each prompt is
-    charged. Resumes at prefixes of one stream gave 22 generations for the price of one prompt."""
+    """One generation of a call runs and each prompt is charged, in any interleaving of cancels and resumes at any
+    prefix and at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one
+    prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(2000)
@@ -172,7 +175,8 @@ async def test_one_generation_and_every_prompt_is_paid(
 
 @pytest.mark.slow
 async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The first resume of a lost gateway's call is not charged its prompt; a second one, from another prefix, is."""
+    """The first resume of a lost gateway's call is not charged for the prompt, and a second resume from another prefix
+    is charged for the prompt."""
     async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 12)
@@ -194,7 +198,7 @@ async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: P
 
 @pytest.mark.slow
 async def test_what_a_gateway_gives_up_is_resumed_free(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream whose gateway stops resumes at another without a second charge for its prompt."""
+    """A stream whose gateway stops is resumed at another gateway without a second charge for the prompt."""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 6)
@@ -207,7 +211,7 @@ async def test_what_a_gateway_gives_up_is_resumed_free(tmp_path: Path, checkpoin
 
 
 class Kept:
-    """First claims in memory, for all gateways of a test."""
+    """Store of first claims in memory, for all gateways of a test."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -221,15 +225,15 @@ class Kept:
 
 
 def chain(last: int, maker: Maker) -> TokenChain:
-    """A chain of one call's tokens."""
+    """Return a chain of the tokens of one call."""
     head = CallHead("c", "r", "t", "s", "m", "d", "p")
     return TokenChain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
 def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
-    """For any prefixes of any generations, claimed at two gateways at once: all resumes have different generations,
-    each higher than that of its tokens, and at most one per generation is free."""
+    """If any prefixes of any generations are claimed at two gateways at once, all resumes have different generations,
+    each resume has a higher generation than the presented tokens, and at most one resume per generation is free."""
 
     async def run() -> None:
         kept = Kept()
@@ -246,7 +250,8 @@ def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
 
 
 async def test_who_pays() -> None:
-    """A client pays if it leaves a gateway that serves, and not if its gateway gave the call up or is lost."""
+    """A client pays for a resume if the client left a gateway that still serves, and does not pay if the gateway gave
+    the call up or is lost."""
     kept = Kept()
     mine = ResumeClaims(kept, "a")
     assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is ResumeTerms.PAID
@@ -271,7 +276,7 @@ async def test_it_cannot_be_resumed_for_ever() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
 def test_a_worker_runs_nothing_that_is_outdated(takeovers: list[tuple[str, int]], call: str, generation: int) -> None:
-    """In whatever order takeovers arrive, a worker runs only the newest generation of a call."""
+    """A worker runs only the newest generation of a call, in whatever order the takeovers of the call arrive."""
     generations = ResumeGenerations()
     for name, number in takeovers:
         generations.record(name, number)

@@ -1,4 +1,4 @@
-"""Resume tokens of a call: the complete list in order records what was delivered, and no other list is accepted."""
+"""Resume tokens of a call. The complete list in order records what was delivered, and no other list is accepted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sealed(
     call_id: str = "chatcmpl-1",
     wholes: Set[int] = frozenset(),
 ) -> list[bytes]:
-    """Sealed tokens of these steps; those with the numbers in `wholes` are whole."""
+    """Return the sealed tokens for these steps. The tokens with the numbers in `wholes` are whole."""
     out: list[bytes] = []
     before = TokenChain().last
     chars = [0, 0, 0]
@@ -61,7 +61,7 @@ def sealed(
 
 
 def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
-    """The chain of all these tokens."""
+    """Return the chain of all these tokens."""
     chain = TokenChain()
     for token in tokens:
         chain.add(token, envelopes.open(token))
@@ -71,7 +71,7 @@ def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
 @settings(deadline=None)
 @given(STEPS)
 def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
-    """With the secret, all tokens together give every choice's ids in order and the call's head."""
+    """All opened tokens of a call together give every choice's ids in order and the call's head."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
     chain = opened(tokens, envelopes)
@@ -87,7 +87,8 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
 @settings(deadline=None)
 @given(STEPS, st.sets(st.integers(2, 12), min_size=1))
 def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
-    """A list from any whole token on records the same as the complete list; it may not begin with any other token."""
+    """A list that begins with a whole token gives the same state as the complete list. A list that begins with any
+    other token, except the first, is refused."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, envelopes, wholes=wholes)
     chain = opened(tokens, envelopes)
@@ -108,7 +109,7 @@ def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]
 @given(st.data())
 def test_nothing_else_is_accepted(data: st.DataObject) -> None:
     """A list is refused if a token is missing, repeated, moved, changed, cut, of another call or sealed with another
-    secret; only a prefix of the list is accepted."""
+    secret. A prefix of the complete list is accepted."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed([[(0, [1])]] * data.draw(st.integers(2, 6), label="length"), envelopes)
     foreign = sealed([[(0, [1])]] * 8, envelopes, "chatcmpl-2")
@@ -141,14 +142,14 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_sealed_bytes_are_refused(body: bytes) -> None:
-    """Sealed bytes of another purpose or release are refused, whatever their content."""
+    """Sealed bytes that were made for another purpose or by another release are refused, whatever their content."""
     with pytest.raises(InvalidToken):
         TokenChain().add(b"token", body)
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**31), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
 def test_the_short_way_is_the_same(number: int, expires_s: int, chars: int, token_id: int) -> None:
-    """`encode_one` gives the same bytes as `encode`."""
+    """The fast path `encode_one` gives the same bytes as `encode`."""
     before = b"b" * 16
     assert encode_one(number, expires_s, before, chars, token_id) == encode(
         number, expires_s, before, [Choice(0, [token_id], chars)]

@@ -1,4 +1,5 @@
-"""Scaling from zero and back, with a real gateway, controller and link, simulated engines and a fake Ray.
+"""Scaling of a model from zero and back to zero, with a real gateway, controller and link, simulated engines and a fake
+Ray.
 
 The fake Ray starts the engines in this process. A start ends when the test sets an event, so no test depends on timing.
 """
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 
 class RayHere(FakeRay):
-    """Starts and ends simulated workers in this process; a start waits for `may_start`."""
+    """A fake Ray that starts and ends simulated workers in this process. Each start waits for `may_start`."""
 
     def __init__(self, cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class RayHere(FakeRay):
         self._follow(self.apps[self.app_of("sim")].target)
 
     async def scale(self, model: str, replicas: int) -> None:
-        """Start or stop workers to match."""
+        """Start or stop workers until there are `replicas` workers."""
         await super().scale(model, replicas)
         self._follow(replicas)
 
@@ -78,7 +79,7 @@ class Scaled:
         self.cluster, self.ray, self.end, self.controller = cluster, ray, end, controller
 
     def state(self) -> ModelState | None:
-        """State of the model at the gateway."""
+        """Return the state of the model at the gateway."""
         model = self.cluster.gateway.directory.find("sim")
         return None if model is None else model.state
 
@@ -89,7 +90,7 @@ class Scaled:
 
 @asynccontextmanager
 async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: float = 0.5) -> AsyncIterator[Scaled]:
-    """A model that was started, has served no call and is scaled to zero."""
+    """Provide a gateway whose model was started, has served no call and is scaled to zero."""
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
@@ -118,8 +119,8 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
 async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call for a model at zero is not refused: it starts the model at once, gets state, fraction and estimate of the
-    start, and then its complete answer."""
+    """A call for a model at zero is not refused. The call starts the model at once, gets the state, the progress and
+    the estimated time of the start, and then gets the complete answer."""
     async with scaled(tmp_path, checkpoint, bundle, DECIDE_S) as at_zero:
         ray, stub = at_zero.ray, at_zero.cluster.stub
         ray.journal.clear()
@@ -142,7 +143,7 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
 
 
 async def test_many_at_zero_are_all_served(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls for a model at zero succeed over gRPC and with the openai client, streamed or not."""
+    """Many calls for a model at zero succeed, over gRPC and with the openai client, streamed or not."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         cluster = at_zero.cluster
         async with client(cluster) as ai:
@@ -168,14 +169,14 @@ async def test_a_deadline_ends_a_held_call(tmp_path: Path, checkpoint: Path, bun
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         late = await refused(at_zero.cluster.stub.Chat(chat(), timeout=0.6))
         assert late.code.name == "DEADLINE_EXCEEDED"
-        # the caller's clock ends the call, and its cancel takes a moment to arrive
+        # the caller's clock ends the call, and the cancel takes a moment to arrive
         await until(
             lambda: at_zero.cluster.gateway.scheduler.queues.waiting("sim") == (0, 0), "it is held no longer", 5
         )
 
 
 async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The caller gets Ray's reason for a failed start at once, not at its deadline."""
+    """If a model's start fails, the caller gets Ray's reason at once, not at the call's deadline."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         call = asyncio.ensure_future(refused(at_zero.cluster.stub.Chat(chat(), timeout=60)))
         await until(lambda: at_zero.ray.apps[at_zero.ray.app_of("sim")].placed == 1, "it is being started")
@@ -186,7 +187,8 @@ async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bu
 
 
 async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A restarted gateway tokenizes and holds calls with the state in its folder, until a worker has connected."""
+    """A gateway that is restarted while a model is at zero tokenizes and holds calls by the state in its folder, until
+    a worker has connected."""
     async with scaled(tmp_path / "first", checkpoint, bundle):
         pass
     async with running_cluster(tmp_path / "first") as later:
@@ -197,14 +199,15 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 
 
 def test_comments_of_event_streams() -> None:
-    """A comment is a keep-alive or the progress of a start, in one line, so that every client skips it."""
+    """A comment in an event stream is one line with a keep-alive or the progress of a start, so that every client skips
+    the comment."""
     assert keep_alive(Progress("queued", 3)) == KEEP_ALIVE
     comment = keep_alive(Progress("loading", 1, 0.4, 18.0))
     assert comment == b": loading 40%, about 18 s to go\n\n"
 
 
 async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream that is resumed when its model is at zero counts as demand like a new call, and starts the model."""
+    """A stream that is resumed while its model is at zero counts as demand like a new call, and starts the model."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     async with scaled(tmp_path, checkpoint, bundle) as its:
         its.ray.may_start.set()

@@ -1,4 +1,4 @@
-"""Resume queue: its order, the workers that hold KV blocks, and the longest waits."""
+"""The resume queue: the order of sequences, the workers that hold KV blocks, and the longest waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Call:
 
 @dataclass
 class _Sequence:
-    """The attributes of a sequence that the queue reads."""
+    """A stand-in for a sequence, with the attributes that the queue reads."""
 
     key: str
     cached_on: str = ""
@@ -26,7 +26,7 @@ class _Sequence:
 
 
 def queue_of(*sequences: Any, now: float = 0.0) -> ResumeQueue:
-    """A queue with these sequences."""
+    """Return a resume queue with these sequences."""
     queue = ResumeQueue(30.0)
     for one in sequences:
         queue.add(one, now)
@@ -34,7 +34,7 @@ def queue_of(*sequences: Any, now: float = 0.0) -> ResumeQueue:
 
 
 def test_who_has_computed_them_is_counted() -> None:
-    """The queue counts the sequences cached on each worker; one that is added twice counts once."""
+    """The queue counts the sequences cached on each worker, and a sequence that is added twice counts once."""
     a, b, c, d = (_Sequence(name, home) for name, home in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "")))
     queue = queue_of(a, b, c, d, a)
     assert queue.cached_counts("m") == {"x": 2, "y": 1}
@@ -48,8 +48,8 @@ def test_who_has_computed_them_is_counted() -> None:
 
 
 def test_each_waits_for_its_own_worker_for_a_moment() -> None:
-    """A sequence waits a moment for the worker that holds its KV blocks, then for any worker; without such a worker,
-    for any at once."""
+    """A sequence waits a moment for the worker that holds its KV blocks, then for any worker. A sequence whose KV
+    blocks no worker holds waits for any worker from the beginning."""
     home, none, away = _Sequence("a", "x"), _Sequence("b"), _Sequence("c", "x")
     queue = queue_of(home, none, now=5.0)
     asked: list[Any] = [home, none, away]
@@ -58,8 +58,8 @@ def test_each_waits_for_its_own_worker_for_a_moment() -> None:
 
 
 def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
-    """Order is by class, then first come first served. A sequence expires at the longest wait, sooner at its deadline,
-    later while its model starts."""
+    """The queue is ordered by class, then first come first served. A sequence expires after the longest wait, earlier
+    at its deadline, and later while its model starts."""
     low, high = _Sequence("a", call=_Call(rank=2)), _Sequence("b", call=_Call(rank=0))
     late = _Sequence("c", call=_Call(rank=2, deadline=10.0))
     queue = queue_of(low, late, high)
@@ -73,7 +73,8 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
 
 
 def test_no_wait_is_longer_than_twice_the_bound() -> None:
-    """No wait exceeds twice the bound. The whole start time was added: a stream waited 49 s with max_wait_s 20."""
+    """No wait exceeds twice the bound. Formerly the whole start time was added, and a stream waited 49 s with
+    max_wait_s 20."""
     queue = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
     queue.add(waits, 0.0)
@@ -84,11 +85,11 @@ def test_no_wait_is_longer_than_twice_the_bound() -> None:
 
 
 def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
-    """A worker that is lost before its first token does not restart the wait."""
+    """The wait of a sequence does not restart when a worker is lost before that worker's first token."""
     queue = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
     queue.add(waits, 0.0)
-    assert queue.remove(waits)  # to a worker that is lost at once
+    assert queue.remove(waits)  # sent to a worker that is lost at once
     queue.add(waits, 15.0, silent_since=0.0)
     assert queue.expired(19.9) == []
     assert queue.expired(20.0) == [waits]

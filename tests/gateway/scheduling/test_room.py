@@ -1,4 +1,5 @@
-"""Slots are filled and the engine's own queue stays short, with one, two and eight real gateways before a worker."""
+"""Use of a worker's slots with one, two and eight real gateways. The slots are filled, and the engine's own queue stays
+short."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ PLACES, CALLS, TOKENS = 8, 24, 25
 
 
 class Watch:
-    """Counter of the engine's steps in which a slot was free while a call waited at a gateway. Steps, not seconds,
-    since they stop with this process on a busy machine."""
+    """Counter of the engine's steps in which a slot was free while a call waited at a gateway. Steps are counted, not
+    seconds, because on a busy machine steps stop together with this process."""
 
     def __init__(self, clusters: list[TestCluster], end: WorkerSession, engine: SimEngine) -> None:
         self._clusters = clusters
@@ -29,7 +30,7 @@ class Watch:
         self.longest_steps = 0
 
     async def run(self) -> None:
-        """Check every few milliseconds, until cancelled."""
+        """Check slots and queues every few milliseconds. Runs until cancelled."""
         since, running = 0, 0
         while True:
             step, were = self._engine.statistics().steps, running
@@ -46,8 +47,9 @@ class Watch:
 async def test_places_are_filled_and_the_engines_queue_is_short(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateways: int
 ) -> None:
-    """With three times as many calls as slots, first at one half of the gateways, then at the other, credit follows the
-    calls: at most two wait in the engine, and no slot is free for 200 ms while a call waits at a gateway."""
+    """Credit follows the calls when three times as many calls as slots arrive first at one half of the gateways and
+    then at the other half. At most two calls wait in the engine, and no slot is free for 200 ms while a call waits at a
+    gateway."""
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(running_cluster(tmp_path / f"{i}")) for i in range(gateways)]
         engine = sim_engine(checkpoint, decode_ms=10, max_num_seqs=PLACES)

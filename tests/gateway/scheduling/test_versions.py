@@ -1,4 +1,4 @@
-"""Model versions at a gateway: canaries, versions that are removed, and fallback models."""
+"""Versions of a model at a gateway: canaries, removed versions, and fallback models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TWO = (VersionShare("v1", 0.75), VersionShare("v2", 0.25, ttft_ratio=1.2))
 
 
 def entry(**fields: Any) -> CatalogEntry:
-    """The model's catalog entry as a controller sends it."""
+    """Return the model's catalog entry as a controller would send it."""
     return dataclasses.replace(CatalogEntry("sim", state=ModelState.READY), **fields)
 
 
@@ -35,7 +35,7 @@ def apply_catalog(cluster: TestCluster, *entries: CatalogEntry) -> None:
 
 
 async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
-    """Make one call; returns the id of the worker that ran it."""
+    """Make one call. Returns the id of the worker that ran the call."""
     before = {worker.identity.worker_id: worker.engine.load().steps for worker in cluster.workers}
     fields = {"max_tokens": 4, "ignore_eos": True, **fields}
     await cluster.stub.Chat(chat(**fields), metadata=(("x-request-id", request_id),))
@@ -44,7 +44,7 @@ async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
 
 
 def of_version(version: str, shares: Sequence[VersionShare]) -> str:
-    """A request id that is assigned to this version."""
+    """Return a request id that is assigned to this version."""
     pairs = [(one.version, one.weight) for one in shares]
     return next(name for name in map("r{}".format, range(1000)) if choose_version(name, pairs) == version)
 
@@ -65,8 +65,8 @@ async def two_workers(
 async def test_calls_are_shared_out_by_weight_and_stay_so(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The same request id always gets the same version; the calls are shared by weight; all are counted for the
-    controller."""
+    """The same request id always gets the same version, the calls are divided between the versions by weight, and all
+    calls are counted for the controller."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry(versions=TWO))
     went = [await ask(cluster, f"r{i}") for i in range(40)]
@@ -83,7 +83,8 @@ async def test_calls_are_shared_out_by_weight_and_stay_so(
 async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A slower first token counts against the canary, and so does a lost worker although its call is resumed."""
+    """A slower first token counts against the canary, and so does a lost worker, even if the worker's call is
+    resumed."""
     _, second = await two_workers(cluster, checkpoint, bundle, prefill_tokens_per_s=300)
     even = (VersionShare("v1", 0.5), VersionShare("v2", 0.5, ttft_ratio=1.2))
     apply_catalog(cluster, entry(versions=even))
@@ -104,7 +105,8 @@ async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
 async def test_a_version_without_room_or_workers_is_stood_in_for(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Calls of a version without capacity or workers go to the other one, since both have the same tokenizer."""
+    """Calls of a version without capacity or workers are sent to the other version, since both versions have the same
+    tokenizer."""
     first, second = await two_workers(cluster, checkpoint, bundle, max_num_seqs=1)
     apply_catalog(cluster, entry(versions=TWO))
     mine = of_version("v2", TWO)
@@ -123,7 +125,8 @@ async def test_a_version_without_room_or_workers_is_stood_in_for(
 async def test_several_outputs_of_a_call_come_from_one_version(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If its version has capacity for some sequences only, the others wait for that version."""
+    """If a call's version has capacity for only some of the call's sequences, the other sequences wait for the same
+    version."""
     await two_workers(cluster, checkpoint, bundle, max_num_seqs=2)
     apply_catalog(cluster, entry(versions=TWO))
     for i in range(12):
@@ -133,7 +136,8 @@ async def test_several_outputs_of_a_call_come_from_one_version(
 async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A retired generation finishes its streams and gets no new ones; the other one keeps the model READY."""
+    """A retired generation finishes its streams and gets no new streams, and the other generation keeps the model
+    READY."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry())
     streams = [cluster.stub.StreamChat(chat(max_tokens=300, ignore_eos=True)) for _ in range(8)]
@@ -155,8 +159,9 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
 async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is none and the new
-    generation serves, it fails at once. It waits while the new generation does not serve yet, or is rolled back."""
+    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is no compatible worker
+    and the new generation serves, the stream fails at once. The stream waits if the new generation does not serve yet
+    or is rolled back."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
@@ -200,8 +205,8 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
 
 
 async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A quarantined version gets no new call, and its streams move to workers with the same weights. If all versions
-    are quarantined, calls are refused."""
+    """A quarantined version gets no new calls, and the version's streams move to workers with the same weights. If all
+    versions are quarantined, calls are refused."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     twin = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g3", weight_digest="two"
@@ -224,7 +229,8 @@ async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: P
 
 
 async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A model that is removed finishes its streams and waiting calls; new calls are refused."""
+    """The streams and waiting calls of a model that is being removed are served to their end, and new calls are
+    refused."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_num_seqs=1), bundle)
     apply_catalog(cluster, entry())
     stream = cluster.stub.StreamChat(chat(max_tokens=200, ignore_eos=True))
@@ -239,8 +245,8 @@ async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, ch
 
 
 async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The first fallback with a worker answers, and is named in the answer and a header; the call counts as demand for
-    the requested model."""
+    """The first fallback model with a worker answers a call, and is named in the answer and in a header. The call
+    counts as demand for the requested model."""
     apply_catalog(
         cluster,
         CatalogEntry("big", state=ModelState.LOADING, fallback=("away", "sim"), bundle_digest=bundle.digest),
@@ -268,7 +274,7 @@ async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, che
 
 
 async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
-    """The JSON of an HTTP answer, and the model named in its header."""
+    """Return the JSON of an HTTP answer, and the model that is named in the answer's header."""
 
     def send() -> tuple[Any, str | None]:
         with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - of a loopback port
@@ -281,7 +287,7 @@ async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
 async def test_each_version_has_its_own_pin(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, digest: str, taken: bool
 ) -> None:
-    """A worker with the weights of one version is not admitted as the other version."""
+    """A worker with the weights of one version is not admitted as a worker of the other version."""
     pinned = VersionShare("v1", weight_digests=("one",), weights_pinned=True), VersionShare("v2", 0.0)
     apply_catalog(cluster, entry(versions=pinned))
     engine = sim_engine(checkpoint, decode_ms=1)

@@ -1,4 +1,4 @@
-"""A request that crashes engines takes down two workers at most, and no oversized request is queued."""
+"""Requests that crash engines. Such a request takes down at most two workers, and no oversized request is queued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEADLY = 13
 
 @dataclass
 class Mortal:
-    """A simulated engine that crashes on a request with the seed DEADLY after `tokens` tokens of it."""
+    """A simulated engine that crashes on a request with the seed DEADLY, after `tokens` tokens of the request."""
 
     inner: SimEngine
     tokens: int = 0
@@ -62,7 +62,7 @@ class Mortal:
 async def test_a_query_of_death_takes_two_workers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tokens: int
 ) -> None:
-    """A request that crashes its engine takes down two workers, not max_attempts of them with all their streams."""
+    """A request that crashes its engine takes down two workers, not max_attempts workers with all their streams."""
     for _ in range(4):
         await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2), tokens)), bundle)
     request = complete(max_tokens=700, ignore_eos=True)
@@ -75,7 +75,7 @@ async def test_a_query_of_death_takes_two_workers(
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
     assert "lost 2 workers" in answer.message
     assert sum(worker.task.done() for worker in cluster.workers) == MOST_SILENT
-    if tokens:  # no resume sends it to a third worker, at whatever gateway
+    if tokens:  # no resume sends the call to a third worker, at whatever gateway
         assert (await refused(cluster.stub.Resume(resume(deadly, chunks)))).reason == "RESUME_EXPIRED"
     assert [(await stream).choices[0].text for stream in streams] == [whole] * 6
     await cluster.until_idle()
@@ -88,7 +88,7 @@ async def _kept(call: Any, chunks: list[Any]) -> None:
 
 @pytest.mark.slow
 async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """If many workers are lost at once, a stream that was on two of them still resumes."""
+    """If many workers are lost at once, a stream that ran on two of the lost workers still resumes."""
     for _ in range(2):
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=400), bundle)
     call = cluster.stub.StreamComplete(complete(max_tokens=12, ignore_eos=True))
@@ -113,7 +113,7 @@ async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoin
 
 
 def test_a_broken_connection_is_no_lost_worker() -> None:
-    """A worker that reconnects with the same process within SETTLE_S does not count as lost."""
+    """A worker whose process reconnects within SETTLE_S does not count as lost."""
     for came_back, verdict in ((False, LossVerdict.END), (True, LossVerdict.RESUME)):
         losses = WorkerLosses()
         losses.lost("a", 0.0, "ia")
@@ -128,7 +128,8 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
     others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
-    """A suspect sequence waits until all losses of one event are known; it resumes only if most were not its own."""
+    """A suspect sequence waits until all losses of one event are known, and resumes only if most of the losses were not
+    losses of the sequence itself."""
     losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):
@@ -152,7 +153,8 @@ REQUESTS = st.builds(
 
 @given(sampling=REQUESTS, ids=st.lists(st.integers(0, 9), max_size=9), salt=st.sampled_from(["", "s" * 150_000]))
 def test_no_large_request_is_queued(sampling: Sampling, ids: list[int], salt: str) -> None:
-    """A request that is too large for a link is refused: 16 million stop token ids blocked five workers in turn."""
+    """A request that is too large for a link is refused before it is queued. Formerly, 16 million stop token ids
+    blocked five workers in turn."""
     request = EngineRequest("", ids, sampling, cache_salt=salt)
     size = submit_to_pb(1, 1, EngineRequest("", [], sampling, cache_salt=salt)).ByteSize()
     if size <= MAX_SUBMIT_BYTES:

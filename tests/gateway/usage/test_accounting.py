@@ -1,4 +1,5 @@
-"""One usage record for each admitted sequence, however its call ends, and none for what no worker accepted."""
+"""Usage records. Each admitted sequence has one record, however its call ends, and a call that no worker accepted has
+no record."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """A SQLite ledger with its tables created."""
+    """Provide a SQLite ledger with its tables."""
     made = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     made.upgrade()
     yield made
@@ -41,12 +42,12 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 async def linked(cluster: TestCluster) -> None:
-    """Wait until a worker's link is up at this gateway and has granted credit."""
+    """Wait until a worker is linked to this gateway and has granted credit."""
     await until(lambda: any(link.free.sequences for link in cluster.gateway.hub.links), "a worker is linked")
 
 
 async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
-    """Wait until every record is in the database and acknowledged to its worker."""
+    """Wait until every record is in the database and is acknowledged to the worker."""
     accounting = cluster.gateway.accounting
     assert accounting is not None
     await until(lambda: accounting.open_accounts == 0, "every account is closed")
@@ -57,8 +58,8 @@ async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
 
 
 async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """Every sequence has one record with its delivered and generated tokens: finished, stopped by a stop string, one of
-    several, cancelled, past its deadline, or failed in the engine."""
+    """Every sequence has one record with its delivered and generated tokens, whether the sequence finished, was stopped
+    by a stop string, was one of several, was cancelled, passed its deadline, or failed in the engine."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=2)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]])
@@ -111,7 +112,7 @@ async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle
 async def test_what_no_worker_accepted_has_no_record(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Calls that the engine refuses, that end in the queue, or that are invalid have no record."""
+    """A call has no record if the engine refuses the call, if the call ends in the queue, or if the call is invalid."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         waiting = cluster.stub.Chat(chat(max_tokens=2), timeout=0.2)
         await refused(waiting)
@@ -128,7 +129,8 @@ async def test_what_no_worker_accepted_has_no_record(
 
 
 async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """A call whose worker is lost before the first token has one record, with the generated tokens of both workers."""
+    """A call that is retried after the loss of its worker before the first token has one record, with the generated
+    tokens of both workers."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         first = await start_worker(sim_engine(checkpoint, decode_ms=2000), bundle, [cluster.gateway.endpoints["link"]])
         await linked(cluster)
@@ -153,7 +155,8 @@ async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, b
 async def test_counts_wait_while_the_database_is_away(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Calls are served without the database; the worker keeps their counts until the database has them."""
+    """Calls are served while the database is down, and the worker keeps the calls' counts until the database has
+    them."""
     switch = Switch(ledger.usage.insert)
     async with accounting_cluster(tmp_path / "g", switch.insert) as cluster:
         worker = await start_worker(sim_engine(checkpoint, decode_ms=1), bundle, [cluster.gateway.endpoints["link"]])
@@ -180,8 +183,8 @@ async def test_counts_wait_while_the_database_is_away(
 async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """After the loss of a call's worker and then of its gateway, the second worker's report includes every token that
-    the caller has read."""
+    """After the loss of a call's first worker and then of the call's gateway, the second worker's report includes every
+    token that the caller has read."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with (
@@ -211,8 +214,8 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
 async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Records that a lost gateway had not written to the database are written by another one as estimates. If the lost
-    gateway's disk returns, its exact records replace them; no record is there twice."""
+    """Records that a lost gateway had not written to the database are written by another gateway as estimates. If the
+    lost gateway's disk returns, the exact records on the disk replace the estimates, and no record is there twice."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with accounting_cluster(tmp_path / "b", ledger.usage.insert) as other:
@@ -252,7 +255,8 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """With 4 GPUs a replica, the GPU seconds of tenants and `_idle` are 4 times the replica's lifetime within 1 %."""
+    """The GPU seconds of all tenants and of `_idle` add up to 4 times the lifetime of a replica with 4 GPUs, within 1
+    %."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=4)
@@ -268,7 +272,7 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
         assert await worker.end.drain(5)
         lifetime_s = (
             worker.witness.told_at - began
-        )  # time of its last idle record, after which the worker waits for its acknowledgement
+        )  # time of its last idle record, after which the worker waits for an acknowledgement
         await settled(cluster, worker)
         calls = sum(one.gpu_seconds for one in records(ledger))
         idle_s = idle_gpu_seconds(ledger)
@@ -283,8 +287,8 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
 async def test_a_short_call_is_charged_its_own_steps(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call with a single token is charged the step that computed it, and no call is charged the idle time before
-    it."""
+    """A call with a single token is charged for the step that computed the token, and no call is charged for the idle
+    time before the call."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=20)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=1)
@@ -306,7 +310,7 @@ async def test_a_short_call_is_charged_its_own_steps(
 
 
 def test_a_gateway_without_a_ledger_imports_none() -> None:
-    """Without `auth` neither accounts nor a database are imported."""
+    """A gateway without `auth` imports neither the modules for accounts nor those for a database."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -315,7 +319,7 @@ def test_a_gateway_without_a_ledger_imports_none() -> None:
 
 
 async def test_without_accounts_nothing_is_kept(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway without accounts seals no records, and its workers keep none."""
+    """A gateway without accounts seals no records, and its workers keep no records."""
     async with running_cluster(tmp_path) as cluster:
         worker = await start_worker(sim_engine(checkpoint), bundle, [cluster.gateway.endpoints["link"]], gpus=1)
         await linked(cluster)

@@ -1,5 +1,5 @@
-"""Accounting under faults: gateways are killed at random points, their disks deleted, the database stopped; every
-admitted call is recorded exactly once."""
+"""Accounting under faults. Gateways are killed at random points, their disks are deleted and the database is stopped,
+and every admitted call is recorded exactly once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODEL = "sim"
 
 
 class Database:
-    """Database that the test makes unavailable: it kills PostgreSQL, or locks the SQLite file."""
+    """A database that a test can make unavailable. PostgreSQL is killed; a SQLite file is locked."""
 
     def __init__(self, url: str, server: postgres.PostgresServer | None) -> None:
         self.url = url
@@ -68,7 +68,8 @@ class Database:
 
 
 class Site:
-    """Two gateway processes at fixed ports; each incarnation has its own folder, which is deleted with it."""
+    """Two gateway processes at fixed ports. Each incarnation has its own folder, which is deleted when the incarnation
+    is killed."""
 
     def __init__(self, children: Children, folder: Path, database_url: str) -> None:
         (folder / "secret").write_bytes(SECRET)
@@ -98,11 +99,11 @@ class Site:
         )
 
     def address(self, number: int, listener: str) -> str:
-        """Address of a gateway's listener, the same in all its incarnations."""
+        """Return the address of a gateway's listener. The address is the same for all incarnations of the gateway."""
         return str(yaml.safe_load(self._text[number])["gateway"]["listen"][listener])
 
     def config_file(self, number: int) -> Path:
-        """Configuration file of a gateway's current incarnation."""
+        """Return the configuration file of a gateway's current incarnation."""
         return self.running[number][1] / "cluster.yaml"
 
     def _start(self, number: int) -> tuple[Child, Path]:
@@ -111,12 +112,13 @@ class Site:
         return exec_gateway(self._children, self._folder, name, self._text[number]), self._folder / name
 
     async def knows_callers(self, number: int) -> None:
-        """Wait until a gateway has loaded its tenants and keys; it then serves without the database."""
+        """Wait until a gateway has loaded the tenants and keys. From then on the gateway serves without the
+        database."""
         home = self.running[number][1]
         await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call", 30)
 
     async def kill(self, number: int) -> None:
-        """Kill a gateway with SIGKILL, delete its disk, and start its next incarnation."""
+        """Kill a gateway with SIGKILL, delete the gateway's disk, and start the next incarnation of the gateway."""
         child, home = self.running[number]
         await until(lambda: bool(child.commands()), "its process has begun")
         (process,) = child.commands()
@@ -127,8 +129,8 @@ class Site:
 
 
 async def call_for_ever(address: str, key: str, chance: random.Random, stop: asyncio.Event) -> None:
-    """Make calls of random kinds, one after the other: plain, streamed, with several outputs, cancelled, or past their
-    deadline. Failures are ignored."""
+    """Make calls of random kinds without end, one after the other. The kinds are plain, streamed, with several outputs,
+    cancelled, and past the deadline. Failures are ignored."""
     metadata = (("authorization", f"Bearer {key}"),)
     async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -167,7 +169,7 @@ async def _pause(stop: asyncio.Event) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty database of each kind."""
+    """Provide an empty database of each kind."""
     if request.param == "sqlite":
         yield Database(f"sqlite:///{tmp_path / 'ledger.db'}", None)
         return
@@ -179,8 +181,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 async def test_every_admitted_call_is_there_once(
     database: Database, tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """After five kills, two of them without the database and one after which no gateway has any record on disk, the
-    ledger has every sequence that workers have accepted exactly once, and nothing else."""
+    """After five kills, the ledger has every sequence that workers have accepted exactly once, and nothing else. Two
+    kills happen while the database is down, and after one kill no gateway has any record on disk."""
     chance = random.Random(20261124)
     ledger = await asyncio.to_thread(Ledger, database.url, peppers=[PEPPER.encode()])
     await asyncio.to_thread(ledger.upgrade)

@@ -1,4 +1,5 @@
-"""Prompt log: only prompts of tenants whose policy asks for it are written, and kept as long as it says."""
+"""The prompt log. Only prompts of tenants whose policy asks for logging are written, and prompts are kept as long as
+the policy says."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ WORDS = "a sentence that nobody else says"
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """A gateway with keys and a worker."""
+    """Provide a gateway with keys and a worker."""
     async with keyed_cluster(tmp_path_factory.mktemp("prompts")) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         yield keyed
 
 
 async def lines_of(keyed: Keyed, tenant: str, count: int) -> list[dict[str, Any]]:
-    """The log lines of a tenant, once `count` are written."""
+    """Wait until `count` log lines of a tenant are written, and return these lines."""
     folder = keyed.file.parent / "gateway" / "prompts" / tenant
     found: list[dict[str, Any]] = []
 
@@ -49,8 +50,8 @@ async def lines_of(keyed: Keyed, tenant: str, count: int) -> list[dict[str, Any]
 
 
 async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None:
-    """Prompts and outputs are logged over gRPC and HTTP, with request id and outcome, readable by the owner only, with
-    keys hidden."""
+    """Prompts and outputs of calls over gRPC and HTTP are logged with request id and outcome. Keys in the texts are
+    hidden, and only the owner can read the files."""
     key = await keyed.key("wants-it", log_prompts=True)
     answer = await keyed.cluster.stub.Chat(chat(WORDS), metadata=bearer(key))
     await keyed.cluster.stub.Complete(complete(f"{WORDS} {key}"), metadata=bearer(key))
@@ -70,8 +71,8 @@ async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None
 
 
 async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.CaptureFixture[str]) -> None:
-    """The text of other tenants' calls, failed or not, is in no file of the gateway, its ledger or spool, and in no log
-    line."""
+    """The text of calls of other tenants, failed calls included, is in no file of the gateway, the ledger or the spool,
+    and in no log line."""
     key = await keyed.key("says-nothing")
     rare = "zanzibarquokka"
     await keyed.cluster.stub.Chat(chat(rare), metadata=bearer(key))
@@ -88,8 +89,8 @@ async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.
 
 
 def test_what_is_too_old_goes(tmp_path: Path) -> None:
-    """Files are removed after the cluster's retention, or the tenant's own; all files of an erased tenant are
-    removed."""
+    """Files are removed after the tenant's retention, or after the cluster's retention if the tenant has none. All
+    files of an erased tenant are removed."""
     policies = {
         "plain": TenantPolicy("plain", log_prompts=True),
         "short": TenantPolicy("short", log_prompts=True, retention=Retention(prompts_days=1)),
@@ -106,7 +107,7 @@ def test_what_is_too_old_goes(tmp_path: Path) -> None:
 
 
 async def test_a_disk_that_cannot_be_written_stops_no_call(keyed: Keyed) -> None:
-    """If the disk cannot be written, calls are answered and the lost log entries counted."""
+    """If the disk cannot be written, calls are still answered, and the lost log entries are counted."""
     key = await keyed.key("no-disk", log_prompts=True)
     folder = keyed.file.parent / "gateway" / "prompts"
     folder.mkdir(exist_ok=True)
