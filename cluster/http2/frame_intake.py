@@ -49,7 +49,7 @@ class IntakeConnection(Protocol):
         None."""
 
     def send_h2_output(self) -> None:
-        """Add the bytes that h2 has prepared to the send of this event-loop pass, after the bytes already queued."""
+        """Append h2's pending output to the buffer that is sent at the end of this event-loop pass."""
 
     def refuse(self, reason: str) -> None:
         """Close the connection, which violated HTTP/2. h2 has already prepared the GOAWAY."""

@@ -1,4 +1,4 @@
-"""Environment of processes in which vLLM's V2 model runner runs on CPUs, interpreted. See v2stub."""
+"""Environment of processes that run vLLM's V2 model runner on CPUs, with its Triton kernels interpreted. See v2stub."""
 
 from __future__ import annotations
 

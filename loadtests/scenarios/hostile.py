@@ -23,7 +23,7 @@ NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
-    """Interface of a module of loadtests/hostile."""
+    """Protocol that every module of loadtests/hostile implements."""
 
     ROWS: Mapping[str, Bound]
     """Rows of the part, with the bound of each row."""

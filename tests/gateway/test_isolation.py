@@ -1,4 +1,4 @@
-"""Isolation of calls. An exception of one call affects no link, no other call and no other account."""
+"""Isolation of calls. An exception in one call affects no link, no other call and no other usage record."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ def template_of(rendered: Rendered, name: str) -> Any:
 
 
 def test_a_new_model_restarts_no_gateway() -> None:
-    """A new model restarts no gateway, since the controller announces the model. Settings that a gateway reads at start
-    do.
+    """A new model restarts no gateway, since the controller announces the model. A change to a
+    setting that a gateway reads at its start does restart the gateways.
     """
     preset = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     before = helm.template(preset)

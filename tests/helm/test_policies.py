@@ -104,8 +104,8 @@ def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
 
 
 def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> None:
-    """Each container has three probes. Readiness checks the gRPC health service that is SERVING from start to end of
-    serving.
+    """Each container has three probes. The readiness probe asks the gRPC health service, which is SERVING
+    while the process accepts calls, whatever the state of its links.
     """
     workloads = [*preset.all("StatefulSet"), *preset.all("Deployment")]
     assert len(workloads) >= 2

@@ -84,7 +84,7 @@ def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Model
 
 
 def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
-    """Merge the applications of one version into one observation, or return None without any application.
+    """Merge the applications of one version into one observation. Return None if there are no applications.
 
     `wanted` are the wanted applications; `before` are older applications that still serve in place of the wanted ones.
     Failures of wanted applications are reported even while older applications serve.

@@ -266,9 +266,9 @@ def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role:
 
 @dataclass(frozen=True, slots=True)
 class CertificateRule:
-    """Rule that maps client certificates with one subject alternative name to a tenant and a role.
+    """Rule that maps every client certificate that contains the subject alternative name `san` to a tenant and a role.
 
-    `san` is `spiffe://...` or a DNS name, with or without the kind of name as a prefix.
+    `san` is a SPIFFE URI or a DNS name; a type prefix (`URI:`, `DNS:`) is optional.
     """
 
     san: str

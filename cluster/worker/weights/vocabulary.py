@@ -98,7 +98,7 @@ def _lacks_merges(folder: Path) -> bool:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the tokenizer's ids that are outside the model's vocabulary and that no text needs.
+    """Return the tokenizer's ids that are outside the model's vocabulary and that encoding a text never gives.
 
     Raises ValueError for other ids outside the vocabulary, and for configured EOS ids outside the vocabulary.
     """

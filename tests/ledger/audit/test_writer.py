@@ -143,7 +143,7 @@ def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter]
 def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
     """While the table is unavailable, events are written to the file at once and inserted into the table later.
 
-    The oldest events are dropped for the table if more than MAX_WAITING events wait.
+    If more than MAX_WAITING events wait, the oldest are not inserted into the table; the file has them.
     """
     writer = make(per_second=10**9)
     table.failure = StoreUnavailable("away")

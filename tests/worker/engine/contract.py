@@ -204,7 +204,7 @@ class Driver:
         return [self.answers[i] for i in ids]
 
     async def empty(self) -> None:
-        """Check that nothing runs or waits two steps after the last request has ended or was aborted."""
+        """Check that, two steps after the last request has ended or was aborted, no request runs and none waits."""
         for _ in range(2):
             load = self.engine.load()
             if load.running == load.waiting == 0:
@@ -489,9 +489,10 @@ async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tup
 
 
 async def cut_everywhere(subject: Subject, prompt: Sequence[int], tokens: int, changes: Mapping[str, object]) -> Answer:
-    """Cut a request at every token, resume all parts at once and compare them with the uncut answer.
+    """Resume a request after every prefix of its answer, all at the same time, and compare each whole answer with the
+    uninterrupted one.
 
-    Returns the uncut answer.
+    Returns the uninterrupted answer.
     """
     driver = Driver(subject)
     (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))

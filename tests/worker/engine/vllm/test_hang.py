@@ -134,7 +134,7 @@ class Forgetful(CheckedEngine):
     """A checked engine whose reference a test can change, as if the engine had changed since its start."""
 
     def forget(self) -> None:
-        """Replace the reference by an answer that other weights could have given."""
+        """Replace the stored reference answer by one that does not match the weights of this model."""
         right = self._reference
         self._reference = GoldenAnswer(list(reversed(right.positions)))
 

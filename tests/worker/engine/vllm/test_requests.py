@@ -80,7 +80,8 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     ],
 )
 def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
-    """An engine that cannot install emitted ids as output refuses parameters that depend on the output, by name."""
+    """An engine that can only append emitted ids to the prompt refuses parameters that depend on earlier output. The
+    error names the parameter."""
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:
