@@ -51,8 +51,8 @@ class HeldResources:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """Results of the soak test. `slope` is the growth of the gateway's memory in MB an hour for each thousand requests a
-    second, with its 95 % interval.
+    """Results of the soak test. `slope` is the growth of the gateway's memory in MB an hour for each thousand requests
+    a second, with its 95 % interval.
     """
 
     seconds: float

@@ -57,7 +57,8 @@ def test_replicas_are_counted_by_state() -> None:
 
 
 def test_refusal_and_bad_luck() -> None:
-    """The error reported for an application is the whole reason of a refusal, otherwise the last line of the traceback."""
+    """The error reported for an application is the whole reason of a refusal, otherwise the last line of the
+    traceback."""
     refused = converted(application(message=f"failed to start. Retrying\nTraceback\n{ModelRefused('no such folder')}"))
     assert (refused.refused, refused.gave_up, refused.trouble) == (True, False, "no such folder")
     broken = converted(

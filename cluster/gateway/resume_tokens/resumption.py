@@ -72,8 +72,8 @@ class ResumeService:
     ) -> None:
         """`secrets` returns the cluster's secrets and may raise ValueError. The first secret seals tokens; every secret
         opens tokens. `on_taken_over` is called with a call that was resumed at this gateway and the generation of the
-        resume, so that all workers end the sequences that they run for earlier generations. `expires_s`: seconds after which tokens
-        expire. `gateway`: incarnation of this gateway."""
+        resume, so that all workers end the sequences that they run for earlier generations. `expires_s`: seconds after
+        which tokens expire. `gateway`: incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
         self._claims = ResumeClaims(first_claims, gateway)

@@ -357,7 +357,8 @@ async def test_it_waits_for_a_worker_and_can_be_asked_again(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume ends UNAVAILABLE if no compatible worker connects in time. Another resume with the same
-    resume tokens succeeds once there is a compatible worker. A worker with other weights or another dtype is never used."""
+    resume tokens succeeds once there is a compatible worker. A worker with other weights or another dtype is never
+    used."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     text = IMPATIENT
     async with running_cluster(tmp_path / "a", text) as first, running_cluster(tmp_path / "b", text) as second:
