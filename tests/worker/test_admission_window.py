@@ -84,7 +84,7 @@ class LookaheadMachine(RuleBasedStateMachine):
         self.pending: set[str] = set()
         self.count = 0
 
-    @precondition(lambda self: self.ahead.sequences > 0)
+    @precondition(lambda self: self.ahead.admissible_sequences > 0)
     @rule(tokens=st.integers(1, 3000))
     def submit(self, tokens: int) -> None:
         self.count += 1

@@ -182,9 +182,9 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("drain", "nobody"), "no worker and no node"),
+        (("drain", "nobody"), "no worker, node or pod"),
         (("cordon", ""), "name a worker or a node"),
-        (("uncordon", "nobody"), "no worker and no node"),
+        (("uncordon", "nobody"), "no worker, node or pod"),
     ],
 )
 @pytest.mark.slow

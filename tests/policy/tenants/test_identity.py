@@ -7,6 +7,8 @@ import hashlib
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -22,6 +24,8 @@ from cluster.policy.tenants.policy import TenantPolicy
 NOW = 1_000_000.0
 PEPPER, OLD_PEPPER = b"p" * 32, b"o" * 32
 SECRETS = (b"1" * 32, b"2" * 32)
+MAX_GAP = 0.05
+"""Between the medians of two kinds of refused keys, relative to the smaller."""
 
 
 def key_of(number: int) -> str:
@@ -152,20 +156,17 @@ def _gap(samples: dict[str, list[int]]) -> float:
     return (max(medians) - min(medians)) / min(medians)
 
 
-def test_refusals_take_the_same_time() -> None:
-    """Unknown, expired, revoked and suspended keys cannot be told apart by time, over 10,000 interleaved tries.
-
-    The test compares the medians of the lower three quarters of the times, which scheduling does not affect. One of
-    five rounds must pass, since a busy machine can only widen the gap and never hides a different code path.
-    """
+def refusal_gaps() -> list[float]:
+    """Gaps between refusals of unknown, expired, revoked and suspended keys: up to five rounds of 10,000 interleaved
+    tries, until a round is below the bound."""
     keys = [entry(key_of(n)) for n in range(1000)]
     keys += [entry(key_of(5000), expires_at_s=NOW), entry(key_of(5001), revoked=True)]
     snapshot = world(*keys, entry(key_of(5002), tenant="gone"))
     tokens = {"expired": key_of(5000), "revoked": key_of(5001), "suspended": key_of(5002), "unknown": key_of(5003)}
     assert {kind: reason(snapshot, token) for kind, token in tokens.items()} == {kind: kind for kind in tokens}
     order = random.Random(1)
-    gaps = []
-    for _ in range(5):
+    gaps: list[float] = []
+    while len(gaps) < 5 and min(gaps, default=1.0) >= MAX_GAP:
         samples: dict[str, list[int]] = {kind: [] for kind in tokens}
         plan = [kind for kind in tokens for _ in range(2500)]
         order.shuffle(plan)
@@ -177,9 +178,21 @@ def test_refusals_take_the_same_time() -> None:
         finally:
             gc.enable()
         gaps.append(_gap(samples))
-        if gaps[-1] < 0.05:
-            return
-    pytest.fail(f"gaps between medians {[f'{gap:.1%}' for gap in gaps]}")
+    return gaps
+
+
+def test_refusals_take_the_same_time() -> None:
+    """Unknown, expired, revoked and suspended keys cannot be told apart by time.
+
+    The test compares the medians of the lower three quarters of the times, which scheduling does not affect. One of
+    five rounds must pass, since a busy machine can only widen the gap and never hides a different code path. The times
+    are taken in a process of their own: in one that has run a thousand tests, each further object that a kind of key
+    looks up is a miss of the processor's cache.
+    """
+    program = "from tests.policy.tenants.test_identity import refusal_gaps; print(*refusal_gaps())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    gaps = [float(gap) for gap in done.stdout.split()]
+    assert min(gaps) < MAX_GAP, f"gaps between medians {[f'{gap:.1%}' for gap in gaps]}"
 
 
 def test_the_timing_test_would_see_an_early_return() -> None:

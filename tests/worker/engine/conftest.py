@@ -59,8 +59,9 @@ def schedules_asynchronously(subject: Subject) -> bool:
 
 
 def engine_children(process: psutil.Process) -> list[psutil.Process]:
-    """Return the engine cores of a process, or the ranks of a core."""
-    return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
+    """Return the engine cores of a process, or the ranks of a core. Zombies are children of other tests."""
+    living = [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 def left_by_vllm() -> set[Path]:
