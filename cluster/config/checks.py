@@ -111,15 +111,6 @@ def names(models: Sequence[Entry]) -> Iterator[Problem]:
             owner.setdefault(name, (at, model.name))
 
 
-def clashing(models: Sequence[Entry]) -> frozenset[int]:
-    """Return the positions of all models that share a name or alias with another model."""
-    owners: dict[str, set[int]] = {}
-    for at, model in enumerate(models):
-        for name in (model.name, *model.aliases):
-            owners.setdefault(name, set()).add(at)
-    return frozenset(at for positions in owners.values() if len(positions) > 1 for at in positions)
-
-
 def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator[Problem]:
     """Yield a problem for each fallback that names no model, names the model itself, or leads back to the model.
 

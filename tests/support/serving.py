@@ -12,9 +12,10 @@ from typing import TypeVar
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, VersionTally, WorkerIdentity
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.worker_link import NoListener, WorkerLink
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.catalog.reconcile import Observed
 from cluster.ray.backend import Backend, RaySnapshot
+from tests.support.links import NoListener
 
 T = TypeVar("T")
 

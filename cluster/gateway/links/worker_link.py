@@ -110,29 +110,6 @@ class LinkListener(Protocol):
         """Handle a change of the worker's drain state."""
 
 
-class NoListener:
-    """A LinkListener that ignores all reports."""
-
-    def token_gaps(self, model: str) -> Callable[[float, int], None]:
-        """See LinkListener."""
-        return lambda gap_s, count: None
-
-    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """See LinkListener."""
-
-    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """See LinkListener."""
-
-    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """See LinkListener."""
-
-    def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """See LinkListener."""
-
-    def drain_state_changed(self, link: WorkerLink) -> None:
-        """See LinkListener."""
-
-
 class WorkerLink:
     """The gateway's state of one epoch of one worker."""
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
-from cluster.gateway.links.worker_link import LinkListener, NoListener, WorkerLink
+from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
+from tests.support.links import NoListener
 
 STEP_TOKENS = 64
 INFO = EngineInfo("sim", "sim", "1", 16, 1024, 32, STEP_TOKENS, 4096, 1000)

@@ -177,10 +177,6 @@ class SimModel:
         self._end(sequence)
         return True
 
-    def is_live(self, request_id: str) -> bool:
-        """Return whether the request is still running or waiting."""
-        return request_id in self._live
-
     def has_work(self) -> bool:
         """Return whether any request is running or waiting, so that a step has work."""
         return bool(self._live)

@@ -1,0 +1,33 @@
+"""A listener for links whose reports no test reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
+
+
+class NoListener:
+    """A LinkListener that ignores all reports."""
+
+    def token_gaps(self, model: str) -> Callable[[float, int], None]:
+        """See LinkListener."""
+        return lambda gap_s, count: None
+
+    def step_begun(self, link: WorkerLink, resumed: bool) -> None:
+        """See LinkListener."""
+
+    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
+        """See LinkListener."""
+
+    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+        """See LinkListener."""
+
+    def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
+        """See LinkListener."""
+
+    def drain_state_changed(self, link: WorkerLink) -> None:
+        """See LinkListener."""
