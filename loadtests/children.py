@@ -49,7 +49,7 @@ def free_port() -> int:
 
 @dataclass(eq=False)
 class Child:
-    """One started process with all its descendants."""
+    """A started process with all its descendants."""
 
     name: str
     kind: str

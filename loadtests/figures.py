@@ -48,7 +48,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of a scenario's table. If `value` is None, `reason` says why. `met` is None if the row has no bound."""
+    """A row of a scenario's table. If `value` is None, `reason` says why. `met` is None if the row has no bound."""
 
     name: str
     value: float | None = None

@@ -16,7 +16,7 @@ TRIAL = "**A trial on CPU with a tiny model of random weights. No GPU was used: 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One GPU."""
+    """A GPU."""
 
     name: str
     total_bytes: int

@@ -25,7 +25,7 @@ ARMS_A_TABLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run of one arm, with the resource usage of the arm's serving side."""
+    """A run of one arm, with the resource usage of the arm's serving side."""
 
     number: int
     run: Run
@@ -49,7 +49,7 @@ class Round:
 
 @dataclass(slots=True)
 class Arm:
-    """One server under one protocol, and the rounds of this server."""
+    """A server under one protocol, and the rounds of this server."""
 
     name: str
     description: str

@@ -18,7 +18,7 @@ class NoData(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """One request of a trace: time, lengths, tenant, and the prompt's blocks of 512 tokens."""
+    """A request of a trace: time, lengths, tenant, and the prompt's blocks of 512 tokens."""
 
     at_s: float
     prompt_tokens: int

@@ -46,7 +46,7 @@ HEAVY = ("torch", "vllm", "ray", "transformers")
 
 @dataclass(frozen=True)
 class Import:
-    """One import: the importing module, and the imported target as a dotted name."""
+    """An import: the importing module, and the imported target as a dotted name."""
 
     module: str
     target: str

@@ -11,7 +11,7 @@ from cluster.api.types import CatalogEntry
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One changed key of a model's entry: the path of the key, and the plain values before and after the change.
+    """A changed key of a model's entry: the path of the key, and the plain values before and after the change.
 
     A value is None where the key is not set.
     """

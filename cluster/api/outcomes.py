@@ -119,7 +119,7 @@ OUTCOME_STATUS: dict[Outcome, OutcomeStatus] = {
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One wrong field of a request: the path of the field (such as `messages[2].role`) and a description of the
+    """A wrong field of a request: the path of the field (such as `messages[2].role`) and a description of the
     remedy."""
 
     field: str

@@ -342,7 +342,7 @@ class VersionShare:
 
 @dataclass(frozen=True, slots=True)
 class VersionTally:
-    """One gateway's counts for one version of a model, since the gateway's start.
+    """A gateway's counts for one version of a model, since the gateway's start.
 
     `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with that
     of the stable version's latest call. `slower`: calls among `pairs` whose time to first token was more than

@@ -126,7 +126,7 @@ class SessionCall:
 
 
 class _Session:
-    """One Inference.Session stream and the calls in the stream."""
+    """An Inference.Session stream and the calls in the stream."""
 
     def __init__(
         self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, on_end: Callable[[_Session], None]

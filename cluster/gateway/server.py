@@ -1,4 +1,4 @@
-"""One gateway process. The parts and listeners are built from the configuration, then started, drained and stopped."""
+"""A gateway process. The parts and listeners are built from the configuration, then started, drained and stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One gRPC call on a server connection: a servicer context like grpc.aio's, whose `send` does not block."""
+"""A gRPC call on a server connection: a servicer context like grpc.aio's, whose `send` does not block."""
 
 from __future__ import annotations
 

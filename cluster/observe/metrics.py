@@ -119,7 +119,7 @@ _TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() 
 
 
 class Histogram:
-    """One histogram series: the counts by bucket, and the sum of the values."""
+    """A histogram series: the counts by bucket, and the sum of the values."""
 
     __slots__ = ("_bounds", "counts", "sum")
 

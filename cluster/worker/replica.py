@@ -1,4 +1,4 @@
-"""One engine replica: open the model, start the engine, serve it over the links.
+"""An engine replica: open the model, start the engine, serve it over the links.
 
 Ray does not appear here; the Ray part is cluster/ray/replica_actor.py.
 A replica ends in one of four ways:

@@ -16,7 +16,7 @@ from cluster.worker.gpu_meter import GpuShare
 
 @dataclass(eq=False, slots=True)
 class LinkState:
-    """One connection with one gateway."""
+    """A connection with one gateway."""
 
     number: int
     credit_order: int

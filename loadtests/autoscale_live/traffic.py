@@ -29,7 +29,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One planned call. `at_s`: seconds from the run's beginning; `face`: 0 is the SDK, 1 the stock openai client."""
+    """A planned call. `at_s`: seconds from the run's beginning; `face`: 0 is the SDK, 1 the stock openai client."""
 
     at_s: float
     tokens: int

@@ -14,7 +14,7 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call. `key` names the content of the request, so that the answers of two servers to the same request can be
+    """A call. `key` names the content of the request, so that the answers of two servers to the same request can be
     compared.
     """
 

@@ -53,7 +53,7 @@ class _Call:
 
 
 class _Stream:
-    """One session. The first call opens the session; after a broken stream the session is reopened."""
+    """A session. The first call opens the session; after a broken stream the session is reopened."""
 
     def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata

@@ -39,7 +39,7 @@ _Tokens = Mapping[int, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class FaultRequest:
-    """One request of a given kind, with a key that identifies the request."""
+    """A request of a given kind, with a key that identifies the request."""
 
     key: str
     kind: str

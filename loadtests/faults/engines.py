@@ -94,7 +94,7 @@ NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One fault: the kind, the worker hit, the number of pieces that each call had received, and the number of
+    """A fault: the kind, the worker hit, the number of pieces that each call had received, and the number of
     sequences hit.
     """
 

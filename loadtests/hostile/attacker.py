@@ -20,7 +20,7 @@ CONNECT_S: Final = 10.0
 
 
 class Attacker:
-    """One attacking connection. `received` counts frames by type."""
+    """An attacking connection. `received` counts frames by type."""
 
     def __init__(self, address: str, key: str = "") -> None:
         """Connect. With a key, make a call that succeeds, so that the connection belongs to a tenant."""

@@ -44,7 +44,7 @@ SCHEMAS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """One hostile call. `chat`: whether the bytes are a chat request or a completion request. `fields`: names of the
+    """A hostile call. `chat`: whether the bytes are a chat request or a completion request. `fields`: names of the
     hostile fields, for a report.
     """
 

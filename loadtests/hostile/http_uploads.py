@@ -52,7 +52,7 @@ def half_head() -> Iterator[bytes]:
 
 
 class Upload:
-    """One attacking connection."""
+    """An attacking connection."""
 
     def __init__(self, parts: Iterator[bytes]) -> None:
         self._parts = parts

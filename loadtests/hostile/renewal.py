@@ -115,7 +115,7 @@ def run_line(line: Line, folder: Path, store: SecretStore) -> None:
 
 
 class Release:
-    """One gateway of an installed chart. The gateway reads the files that a SecretStore has written to `files`."""
+    """A gateway of an installed chart. The gateway reads the files that a SecretStore has written to `files`."""
 
     def __init__(self, children: Children, files: Path) -> None:
         self._children = children

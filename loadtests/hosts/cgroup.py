@@ -1,4 +1,4 @@
-"""One cgroup of the cpu controller for the processes of all pods. All processes compete equally for processors, except
+"""A cgroup of the cpu controller for the processes of all pods. All processes compete equally for processors, except
 processes with a nice value (pods.py).
 
 Without the cgroup the kernel shares this machine's processors by session. A pod that starts a session for each process,

@@ -1,4 +1,4 @@
-"""One real engine over two hosts: TP 2 with a rank on each host. An upgrade of the chart adds the engine; then a cut
+"""A real engine over two hosts: TP 2 with a rank on each host. An upgrade of the chart adds the engine; then a cut
 separates the hosts.
 """
 

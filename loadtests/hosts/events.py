@@ -38,7 +38,7 @@ class NotWhole(RuntimeError):
 
 @dataclass(slots=True)
 class Episode:
-    """One event, with the measurements of the cluster."""
+    """An event, with the measurements of the cluster."""
 
     name: str
     struck: float

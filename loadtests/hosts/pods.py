@@ -51,7 +51,7 @@ CALM_S = 600.0
 
 @dataclass(eq=False, slots=True)
 class Pod:
-    """One pod, across restarts of the pod's process."""
+    """A pod, across restarts of the pod's process."""
 
     spec: Spec
     place: Place

@@ -14,7 +14,7 @@ LOOK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One log line about a link. `at`: wall-clock time."""
+    """A log line about a link. `at`: wall-clock time."""
 
     at: float
     name: str

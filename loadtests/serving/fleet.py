@@ -1,4 +1,4 @@
-"""One gateway and several simulated workers. Each worker runs in its own process and behind a relay that can be cut.
+"""A gateway and several simulated workers. Each worker runs in its own process and behind a relay that can be cut.
 
 Scenarios of faults use the fleet to kill, stop and cut workers, and to see when the gateway has noticed. Killed workers
 restart automatically.
@@ -30,7 +30,7 @@ REDIAL_MAX_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line about a link in the gateway's log. `at`: wall-clock time."""
+    """A line about a link in the gateway's log. `at`: wall-clock time."""
 
     at: float
     name: str
@@ -100,7 +100,7 @@ class LinkLog:
 
 @dataclass(eq=False, slots=True)
 class SimWorker:
-    """One simulated worker, across restarts of the worker's process."""
+    """A simulated worker, across restarts of the worker's process."""
 
     id: str
     relay: Cuttable

@@ -50,7 +50,7 @@ class GatewayCallbacks:
 
 
 class SimGateway:
-    """One simulated gateway. `fair` None: calls are served first come, first served."""
+    """A simulated gateway. `fair` None: calls are served first come, first served."""
 
     def __init__(
         self,

@@ -103,7 +103,7 @@ class OurPolicy:
 
 
 class _SimulatedModel:
-    """One model of the simulation run."""
+    """A model of the simulation run."""
 
     def __init__(
         self, name: str, spec: SimModelSpec, cold_start_s: float, tick_s: float, learnt: LearntOutputs

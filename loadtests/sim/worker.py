@@ -43,7 +43,7 @@ class _RunningCall:
 
 
 class SimWorker:
-    """One simulated worker. The number of a link is the number of its gateway."""
+    """A simulated worker. The number of a link is the number of its gateway."""
 
     def __init__(
         self, name: str, config: SimConfig, gateways: int, event_queue: EventQueue, callbacks: WorkerCallbacks

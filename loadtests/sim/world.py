@@ -51,7 +51,7 @@ class WorldConfig:
 
 
 class World:
-    """One simulation. Results of `run` are in `observer`, `workers` and `gateways`."""
+    """A simulation. Results of `run` are in `observer`, `workers` and `gateways`."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config

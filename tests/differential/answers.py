@@ -20,7 +20,7 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass
 class Choice:
-    """One output of a call. `logprobs`: log probabilities in the form of the side; `token_ids`: token ids, if the side
+    """An output of a call. `logprobs`: log probabilities in the form of the side; `token_ids`: token ids, if the side
     returns them.
     """
 

@@ -49,7 +49,7 @@ GRAMMARS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One request. `options` has the field names of inference.proto; `top_logprobs` None means no log probabilities."""
+    """A request. `options` has the field names of inference.proto; `top_logprobs` None means no log probabilities."""
 
     number: int
     prompt: Prompt

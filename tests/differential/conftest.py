@@ -1,4 +1,4 @@
-"""One real engine behind a gateway for all tests of this folder, and vLLM's own server beside it with the same
+"""A real engine behind a gateway for all tests of this folder, and vLLM's own server beside it with the same
 arguments.
 """
 

@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class OddCall:
-    """One odd call. `leave_after`: number of pieces of a stream, or milliseconds of a unary call, after which the
+    """An odd call. `leave_after`: number of pieces of a stream, or milliseconds of a unary call, after which the
     caller leaves; None: the caller stays.
     """
 

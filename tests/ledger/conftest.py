@@ -15,7 +15,7 @@ PEPPER = b"p" * 32
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[postgres.PostgresServer]:
-    """One PostgreSQL server for the whole test session. Each test creates a database of its own."""
+    """A PostgreSQL server for the whole test session. Each test creates a database of its own."""
     with postgres.running() as running:
         yield running
 

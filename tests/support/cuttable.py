@@ -11,7 +11,7 @@ CHUNK = 65_536
 
 
 class Direction:
-    """One direction of the relayed connections."""
+    """A direction of the relayed connections."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()

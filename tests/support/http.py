@@ -66,7 +66,7 @@ class Reply:
 
 
 class Wire:
-    """One connection to the gateway's HTTP API."""
+    """A connection to the gateway's HTTP API."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader

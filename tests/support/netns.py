@@ -20,7 +20,7 @@ of /etc.
 
 @dataclass(frozen=True)
 class Host:
-    """One namespace with one interface, `eth0`, on the bridge."""
+    """A namespace with one interface, `eth0`, on the bridge."""
 
     namespace: str
     address: str

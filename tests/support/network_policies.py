@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """One end of a connection: a pod or, with `address`, a peer outside the cluster."""
+    """An end of a connection: a pod or, with `address`, a peer outside the cluster."""
 
     namespace: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -52,7 +52,7 @@ class StartFailed(Exception):
 
 
 class LocalCluster:
-    """One run of a local cluster. Call `start` first, then `supervise`, and `stop` at the end."""
+    """A run of a local cluster. Call `start` first, then `supervise`, and `stop` at the end."""
 
     def __init__(self, config: Config, run: RunFolder, report: Callable[[str], None]) -> None:
         """Prepare the parts of a cluster. `report` prints messages for the user.

@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 
 
 class StepLine:
-    """One progress line, such as `[2/4] model         SmolLM2 ████  15 s`."""
+    """A progress line, such as `[2/4] model         SmolLM2 ████  15 s`."""
 
     def __init__(self, number: str, name: str) -> None:
         self._head = f"{number} {name:<13}" if number else f"{name:<13}"

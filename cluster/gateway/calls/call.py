@@ -69,7 +69,7 @@ class CallEvents(Protocol):
 
 @dataclass(eq=False, slots=True)  # slots: with this many attributes, each access through a dictionary would be slower
 class Call:
-    """One call from arrival to end. `rank` is the rank of the call's priority class. `arrived` and `deadline` are times
+    """A call from arrival to end. `rank` is the rank of the call's priority class. `arrived` and `deadline` are times
     of `clock`."""
 
     id: str

@@ -79,7 +79,7 @@ class JobLost(Exception):
 
 
 class _Helper:
-    """One helper process, and the socket to the process. A helper runs one job at a time."""
+    """A helper process, and the socket to the process. A helper runs one job at a time."""
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()

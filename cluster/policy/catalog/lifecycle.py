@@ -132,7 +132,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a model, as the controller sees this version now."""
+    """A version of a model, as the controller sees this version now."""
 
     spec: ModelSpec
     share: ReplicaShare

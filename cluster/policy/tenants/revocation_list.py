@@ -22,7 +22,7 @@ _SERIAL = re.compile(r"(?:serial=)?(?:0x)?([0-9a-fA-F]+)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """One revoked certificate. An empty `issuer` matches any issuer."""
+    """A revoked certificate. An empty `issuer` matches any issuer."""
 
     serial: int
     issuer: str = ""

@@ -219,7 +219,7 @@ def test_a_wrong_section_brings_no_errors_about_its_defaults() -> None:
 
 
 def test_all_errors_come_at_once() -> None:
-    """One check reports all errors of a file, and each error has a line number."""
+    """A check reports all errors of a file, and each error has a line number."""
     text = (
         HEAD + "observe: {log_level: loud}\ngateway: {drain_timeout_s: 5m}\nmodels:\n"
         " - {name: A, source: hf://o/m}\n - {name: b, source: nope://x, engine: {port: 1, sed: 0}, fallback: [zz]}\n"

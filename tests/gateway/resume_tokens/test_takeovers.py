@@ -143,7 +143,7 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """One generation of a call runs and each prompt is charged, in any interleaving of cancels and resumes at any
+    """A generation of a call runs and each prompt is charged, in any interleaving of cancels and resumes at any
     prefix and at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one
     prompt."""
     rng = random.Random(seed)

@@ -330,7 +330,7 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 
 
 def test_image_identifiers_carry_the_salt() -> None:
-    """One image has different identifiers under the salts of two tenants."""
+    """An image has different identifiers under the salts of two tenants."""
     a, b = (identity.cache_salt(SECRETS, TenantPolicy(n)) for n in "ab")
     assert identity.salted_identifier(a, "img") != identity.salted_identifier(b, "img")
 

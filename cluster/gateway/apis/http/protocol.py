@@ -61,7 +61,7 @@ class _Flow(FlowControl):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One HTTP/1 connection. The ASGI scope of each request holds this object, as the API's `ClientConnection`."""
+    """An HTTP/1 connection. The ASGI scope of each request holds this object, as the API's `ClientConnection`."""
 
     full = False
     """Whether the client must read before more is written. A plain attribute, since every token checks it."""

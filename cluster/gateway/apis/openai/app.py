@@ -80,7 +80,7 @@ _COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_a
 
 
 class Exchange:
-    """One HTTP request and the response to the request."""
+    """An HTTP request and the response to the request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope

@@ -53,7 +53,7 @@ class Backtest:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """One stretch of demand: its load in replicas, and its number of calls.
+    """A stretch of demand: its load in replicas, and its number of calls.
 
     `slack_s` is the time that a call may wait in the queue. `behind_s` is the maximum of outstanding decoding work, in
     replica-seconds, with which streams still keep the pace of the SLO.

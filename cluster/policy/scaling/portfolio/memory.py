@@ -15,7 +15,7 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """One stretch within the last cold start and patience.
+    """A stretch within the last cold start and patience.
 
     `at_s` is the end of the stretch; `means`, `signals` and `plans` are the values at that time. A plan is the maximum
     of its signal during the patience; the plan keeps the replicas of a rule from leaving.

@@ -40,7 +40,7 @@ class ClassDemand:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSeen:
-    """One replica that holds GPUs now. A replica that is only wanted is not listed."""
+    """A replica that holds GPUs now. A replica that is only wanted is not listed."""
 
     replica_id: str
     state: ReplicaState

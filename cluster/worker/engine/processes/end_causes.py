@@ -59,7 +59,7 @@ _SEEN_BEFORE = "Some common causes include"
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One entry of the notes file. `kind` is `error` (an error that a process logged), `killed` or `ended`."""
+    """An entry of the notes file. `kind` is `error` (an error that a process logged), `killed` or `ended`."""
 
     at: float
     kind: str
@@ -69,7 +69,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of an engine: the name of the process, and the files of its stdout and stderr."""
+    """A process of an engine: the name of the process, and the files of its stdout and stderr."""
 
     name: str
     log: str = ""

@@ -31,7 +31,7 @@ IDLE_SHARE = 0.2
 
 
 class Task(NamedTuple):
-    """One thread: the seconds that it ran, the seconds that it waited for a core, and whether it is runnable now."""
+    """A thread: the seconds that it ran, the seconds that it waited for a core, and whether it is runnable now."""
 
     ran_s: float
     waited_s: float

@@ -30,7 +30,7 @@ _TIMED = ("slow", "block")
 
 @dataclass(frozen=True, slots=True)
 class SimFault:
-    """One fault to inject. The constructor raises ValueError for an action that is not possible at the point."""
+    """A fault to inject. The constructor raises ValueError for an action that is not possible at the point."""
 
     action: str
     point: str

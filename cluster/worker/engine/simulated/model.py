@@ -47,7 +47,7 @@ class SimStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One scheduled step: the number of tokens to compute for each sequence, and the duration of the step."""
+    """A scheduled step: the number of tokens to compute for each sequence, and the duration of the step."""
 
     work: Sequence[tuple[SimSequence, int]]
     prefill_tokens: int
@@ -57,7 +57,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One step that was computed at once. Its outputs are due at `ends_at`."""
+    """A step that was computed at once. Its outputs are due at `ends_at`."""
 
     ends_at: float
     outputs: Sequence[TokenOutput]

@@ -52,7 +52,7 @@ size of grammars.
 
 
 class VllmEngine:
-    """One vLLM engine: its engine core and rank processes, owned by this object until `close`."""
+    """A vLLM engine: its engine core and rank processes, owned by this object until `close`."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ def core_exit(client: Any) -> int | None:
 
 
 class EnginePath(Protocol):
-    """One way to drive the engine core. Only `prepare` raises vLLM's own errors; a dead core raises EngineDead."""
+    """A way to drive the engine core. Only `prepare` raises vLLM's own errors; a dead core raises EngineDead."""
 
     stats: StepStats
 

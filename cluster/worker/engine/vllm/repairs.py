@@ -232,7 +232,7 @@ def seeds_are_safe() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One named repair. `needed` returns whether this process has the fault."""
+    """A named repair. `needed` returns whether this process has the fault."""
 
     name: str
     make: Callable[[], None]
