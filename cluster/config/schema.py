@@ -106,7 +106,7 @@ class HuggingFace(Section):
 
 
 class Allow(Section):
-    """What models may load. Empty `licenses` allow any license, and models without one."""
+    """The files that models may load. Empty `licenses` allow any license, and models without one."""
 
     sources: tuple[str, ...] = ("*",)
     """Globs of the sources that models may name."""

@@ -318,7 +318,7 @@ class Guard(Section):
     on: Literal["input", "output"] = "input"
     """Text that is checked."""
     action: Literal["refuse", "redact", "flag"] = "refuse"
-    """What happens on a match: refuse the text, replace the match (`patterns` only), or count and audit it."""
+    """Action on a match: refuse the text, replace the match (`patterns` only), or count and audit it."""
     patterns_file: str = ""
     """YAML file of expressions by name, re-read when it changes. Instead of `patterns`."""
     patterns: Mapping[str, str] = Field(default_factory=dict)
@@ -328,7 +328,7 @@ class Guard(Section):
     max_messages: int | None = None
     """Most messages of a prompt: 1 or more; none: no bound. `sizes` on input only."""
     fail: Literal["closed", "open"] = "closed"
-    """When the guard cannot decide: `closed` refuses, `open` lets the text pass."""
+    """Result if the guard cannot decide: `closed` refuses, `open` lets the text pass."""
     timeout_s: float = 1.0
     """Seconds for each prompt and for each step of an output: above 0, at most 60."""
 
@@ -364,7 +364,7 @@ class _TenantFields(Section):
     max_output_tokens: int | None = None
     """Longest output in tokens: 1 or more. None: the model's."""
     on_budget: Literal["finish", "stop"] = "finish"
-    """When a budget is used up, running calls end (`stop`) or continue (`finish`)."""
+    """Effect of a spent budget on running calls: they end (`stop`) or continue (`finish`)."""
     guards: tuple[Guard, ...] = ()
     """Guards run in this order."""
     retention: TenantRetention = TenantRetention()

@@ -45,7 +45,7 @@ MAX_POLICIES = 1000
 
 
 class KnownModel:
-    """What this gateway knows of one model."""
+    """This gateway's knowledge of one model."""
 
     def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
         self.entry = entry

@@ -83,7 +83,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Opening:
-    """What is known so far of a call that is being opened."""
+    """The facts known so far of a call that is being opened."""
 
     request: requests.GenerationRequest
     meta: CallMeta
