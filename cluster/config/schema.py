@@ -106,7 +106,7 @@ class HuggingFace(Section):
 
 
 class Allow(Section):
-    """The files that models may load. Empty `licenses` allow any license, and models without one."""
+    """Rules for the weights that models may load. Empty `licenses` allow any license, and models without one."""
 
     sources: tuple[str, ...] = ("*",)
     """Globs of the sources that models may name."""
