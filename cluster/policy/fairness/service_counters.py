@@ -32,17 +32,21 @@ class FlowKey(NamedTuple):
 
 
 class FifoQueue:
-    """FIFO queue whose entries have serial numbers. Operations take O(1), except for removals from the middle."""
+    """FIFO queue whose entries have serial numbers.
 
-    __slots__ = ("_first", "_gone", "_line")
+    Operations take O(1), amortised. Removals from the middle and `position` take O(log removed entries).
+    """
+
+    __slots__ = ("_first", "_gone", "_line", "_skipped")
 
     def __init__(self) -> None:
         self._line: deque[WaitingSequence] = deque()
         self._first = 0  # serial number of the first entry in _line
-        self._gone: list[int] | None = None  # serial numbers of removed entries still in _line, sorted
+        self._gone: list[int] | None = None  # serial numbers of entries removed from the middle, sorted
+        self._skipped = 0  # number of entries at the start of _gone that are no longer in _line
 
     def __len__(self) -> int:
-        return len(self._line) - len(self._gone or ())
+        return len(self._line) - len(self._gone or ()) + self._skipped
 
     def push(self, waiting: WaitingSequence) -> int:
         """Append an entry. Returns the serial number that identifies the entry."""
@@ -65,17 +69,22 @@ class FifoQueue:
             self._skip(self._gone)
 
     def _skip(self, gone: list[int]) -> None:
-        """Drop removed entries from the front, so that the first entry is a waiting entry."""
-        dropped = 0
-        while dropped < len(gone) and gone[dropped] == self._first:
+        """Drop removed entries from the front, so that the first entry is a waiting entry.
+
+        The start of `gone` is cut off only once it is the larger part. So a turn does not copy the whole list.
+        """
+        while self._skipped < len(gone) and gone[self._skipped] == self._first:
             self._line.popleft()
             self._first += 1
-            dropped += 1
-        self._gone = gone[dropped:] or None
+            self._skipped += 1
+        if 2 * self._skipped > len(gone):
+            del gone[: self._skipped]
+            self._skipped = 0
+            self._gone = gone or None
 
     def position(self, serial: int) -> int:
         """Number of entries ahead of the entry with this serial number."""
-        return serial - self._first - bisect_left(self._gone or (), serial)
+        return serial - self._first - bisect_left(self._gone or (), serial) + self._skipped
 
     def __repr__(self) -> str:
         return f"FifoQueue({len(self)} waiting)"

@@ -412,6 +412,22 @@ def test_a_line_forgets_those_who_left() -> None:
     assert (head.call_id, len(line), line.position(serials[5])) == ("4", 2, 1)
 
 
+@given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=120))
+def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
+    """After any pushes (None) and removals (place among the waiting), the queue agrees with a list."""
+    line = FifoQueue()
+    waiting: list[tuple[str, int]] = []
+    for number, step in enumerate(steps):
+        if step is None:
+            waiting.append((str(number), line.push(call(str(number)))))
+        elif waiting:
+            line.remove(waiting.pop(step % len(waiting))[1])
+        head = line.head()
+        assert (head.call_id if head is not None else None) == (waiting[0][0] if waiting else None)
+        assert len(line) == len(waiting)
+        assert [line.position(serial) for _, serial in waiting] == list(range(len(waiting)))
+
+
 def test_learnt_outputs() -> None:
     """The mean and the p95 of the last outputs are within the allowed maximum. The number of pairs is bounded."""
     learnt = LearntOutputs(default_tokens=50, max_pairs=2)
