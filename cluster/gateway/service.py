@@ -30,11 +30,11 @@ from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.worker_losses import MOST_SILENT
 from cluster.policy.tenants.identity import Principal
 from cluster.process import ticks
 from cluster.process.call_errors import is_call_failure

@@ -49,6 +49,10 @@ class FifoOrder:
             return len(self._returned) + list(self._line).index(call_id)
         return self._place(call_id)
 
+    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
+        """0, because this order knows no tenants."""
+        return 0
+
     def _place(self, call_id: str) -> int:
         for place, (_, _, waiting) in enumerate(self._returned):
             if waiting.call_id == call_id:

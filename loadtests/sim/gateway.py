@@ -1,18 +1,21 @@
-"""Simulated gateway: the production code for the waiting room, fair order, credits and routing, without a network."""
+"""Simulated gateway: the production code for scheduling, fair order and credits, without a network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.api.types import EngineRequest, TokenOutput
+from cluster.api.types import CompatibilityKey, EngineRequest, TokenOutput
 from cluster.policy.fairness.fair_queue import FairOrders
 from cluster.policy.fairness.order import Order, WaitingSequence
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, pick
+from cluster.policy.routing.router import Candidate
+from cluster.policy.scheduling.instructions import Send
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.wire.credit import CreditBalance, Grant
 from loadtests.sim.fifo import FifoOrder
 from loadtests.sim.worker import SimSubmit, SimWorker
@@ -66,7 +69,8 @@ class SimGateway:
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntOutputs(default_tokens=0)
         order_of: Callable[[str], Order] = (lambda model: FifoOrder()) if fair is None else fair.order
-        self.room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
+        room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
+        self._policy = SchedulingPolicy(room, self, 1e9, WorkerLosses())
         self._workers = workers
         self._service = service
         self._balances = [CreditBalance() for _ in workers]
@@ -77,7 +81,7 @@ class SimGateway:
     def enter(self, call: SimCall, now: float) -> None:
         """Admit a new call."""
         self.calls[call.waiting.call_id] = call
-        self.room.admit(call.waiting, now)
+        self._policy.admit(call.waiting, now)
         self.pump(now)
 
     def granted(self, worker: int, grant: Grant, now: float) -> None:
@@ -114,29 +118,21 @@ class SimGateway:
 
     def head(self) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits."""
-        return self.room.head(MODEL)
+        return self._policy.room.head(MODEL)
+
+    def waiting(self) -> int:
+        """Number of waiting calls."""
+        return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
         """Backlog claim of this gateway, to report to the workers."""
-        return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claimed_turns()
+        return self.waiting() if self.fair is None else self.fair.order(MODEL).claimed_turns()
 
     def pump(self, now: float) -> None:
         """Send waiting calls to workers, while a worker has capacity."""
-        while True:
-            decision: RoutingDecision | None = None
-
-            def fits(waiting: WaitingSequence) -> bool:
-                nonlocal decision
-                keep_free = 0 if self.fair is None else self.fair.order(MODEL).slots_to_keep_free(waiting)
-                decision = pick(RouteCall(MODEL, waiting.tokens, keep_free), self._candidates())
-                return decision.worker_id is not None
-
-            if not any(balance.free.sequences for balance in self._balances):
-                return
-            waiting = self.room.pop_next(MODEL, fits, now)
-            if waiting is None or decision is None or decision.worker_id is None:
-                return
-            self._bind(waiting, int(decision.worker_id), now)
+        for instruction in self._policy.assign(MODEL, now):
+            assert isinstance(instruction, Send), "no worker is lost in this simulation"
+            self._bind(instruction.entry, int(instruction.worker_id), now)
 
     def _bind(self, waiting: WaitingSequence, worker: int, now: float) -> None:
         call = self.calls[waiting.call_id]
@@ -149,23 +145,36 @@ class SimGateway:
         self._callbacks.submit(self.number, worker, SimSubmit(call.request, flow, charge))
         self._callbacks.bound(self.number, call)
 
-    def _candidates(self) -> list[Candidate]:
-        return [
-            Candidate(
-                worker_id=str(at),
-                model=MODEL,
-                version="",
-                free_sequences=balance.free.sequences,
-                free_tokens=balance.free.tokens,
-                running=self._running[at],
-                waiting=0,
-                kv_usage=self._workers[at].kv_usage,
-                healthy=True,
-                draining=False,
-                prefill_tokens=self._prefill_tokens[at],
-            )
-            for at, balance in enumerate(self._balances)
-        ]
+    # ---- policy.scheduling.scheduling_policy.Workers
+
+    def candidates(self, model: str, now: float, resumed: bool) -> list[Candidate]:
+        """Return all workers."""
+        return [self._candidate(at) for at in range(len(self._workers))]
+
+    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
+        """Return one worker."""
+        return self._candidate(int(incarnation))
+
+    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
+        """False, because no worker is ever lost."""
+        return False
+
+    def _candidate(self, at: int) -> Candidate:
+        free = self._balances[at].free
+        return Candidate(
+            worker_id=str(at),
+            model=MODEL,
+            version="",
+            free_sequences=free.sequences,
+            free_tokens=free.tokens,
+            running=self._running[at],
+            waiting=0,
+            kv_usage=self._workers[at].kv_usage,
+            healthy=True,
+            draining=False,
+            prefill_tokens=self._prefill_tokens[at],
+            incarnation=str(at),
+        )
 
     def __repr__(self) -> str:
-        return f"SimGateway({self.number}: {self.room})"
+        return f"SimGateway({self.number}: {self._policy.room})"

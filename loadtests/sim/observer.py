@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cluster.api.types import TokenOutput
 from cluster.policy.fairness.token_cost import ServiceWeights
 from loadtests.sim.events import EventQueue
-from loadtests.sim.gateway import MODEL, SimCall, SimGateway
+from loadtests.sim.gateway import SimCall, SimGateway
 from loadtests.sim.worker import SimWorker
 
 SAMPLE_S = 0.1
@@ -159,7 +159,7 @@ class Observer:
 
     def waiting(self) -> int:
         """Number of waiting calls in all gateways."""
-        return sum(gateway.room.waiting(MODEL)[0] for gateway in self._gateways)
+        return sum(gateway.waiting() for gateway in self._gateways)
 
     def __repr__(self) -> str:
         return f"Observer({len(self._tenants)} tenants, {self.waiting()} waiting)"

@@ -25,7 +25,7 @@ from cluster.gateway.resume_tokens.claim import TAKEN, ResumeClaims
 from cluster.gateway.resume_tokens.first_claims import FirstClaims
 from cluster.gateway.resume_tokens.token_chain import CallHead, InvalidToken, TokenChain
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
-from cluster.gateway.scheduling.worker_losses import CARRIED
+from cluster.policy.scheduling.worker_losses import CARRIED
 from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Scheduling of waiting sequences to workers."""
+"""The queues of a gateway: asks the scheduling policy and carries out the policy's instructions."""

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.scheduling.resume_queue import ResumeQueue
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
+from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.process import ticks
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
 

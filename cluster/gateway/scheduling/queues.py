@@ -1,5 +1,5 @@
-"""The sequences that wait for a worker at one gateway. New sequences are in the waiting room, sequences to be resumed
-are in the resume queue."""
+"""The sequences that wait for a worker at one gateway, with the demand that they make. The scheduling policy keeps the
+order of the sequences by name; this module has the sequences."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from cluster.api.outcomes import Outcome
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.demand import DemandTally
-from cluster.gateway.scheduling.resume_queue import ResumeQueue
 from cluster.gateway.scheduling.service_charges import ServiceCharges
-from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
+from cluster.policy.scheduling.instructions import ResumingSequence
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,14 @@ class QueueAdmission:
 
 
 class Queues:
-    """The waiting room and the resume queue of one gateway, with the demand tally."""
+    """The waiting sequences of one gateway, with the demand tally."""
 
-    def __init__(
-        self, room: WaitingRoom, charges: ServiceCharges, resume_wait_s: float, clock: Callable[[], float]
-    ) -> None:
-        """`room`: the waiting room, which orders sequences by `charges`. `resume_wait_s`: longest wait in the resume
-        queue."""
-        self._room = room
+    def __init__(self, policy: SchedulingPolicy, charges: ServiceCharges, clock: Callable[[], float]) -> None:
+        """`policy` orders sequences by `charges`."""
+        self._policy = policy
         self._charges = charges
         self._clock = clock
-        self._queued: dict[str, CallSequence] = {}
-        self.resumed = ResumeQueue(resume_wait_s)
+        self._sequences: dict[str, CallSequence] = {}
         self.tally = DemandTally()
         self.arrived: Counter[str] = Counter()
         """Number of sequences that have arrived, by model."""
@@ -51,79 +47,78 @@ class Queues:
     def admit(self, sequence: CallSequence, starts_in_s: float) -> QueueAdmission:
         """Queue a new sequence, unless the waiting room refuses the sequence. `starts_in_s`: seconds until the earliest
         possible start, 0 if unknown."""
-        waiting = self._charges.waiting(sequence)
-        self.tally.arrived(waiting)
-        admission = self._room.admit(waiting, self._clock(), starts_in_s)
-        shed = [popped for other in admission.shed if (popped := self.pop(other.call_id)) is not None]
+        entry = self._charges.waiting(sequence)
+        self.tally.arrived(entry)
+        admission = self._policy.admit(entry, self._clock(), starts_in_s, sequence.call.versions)
+        shed = [left for other in admission.shed if (left := self.left(other.call_id)) is not None]
         if admission.outcome is None:
-            self._queued[sequence.key] = sequence
-            self.tally.enqueue(waiting)
+            self._sequences[sequence.key] = sequence
+            self.tally.enqueue(entry)
         return QueueAdmission(shed, admission.outcome)
 
     def put_back(self, sequence: CallSequence) -> None:
         """Queue a sequence that starts over. The sequence is put at the head of its tenant's queue."""
-        waiting = self._charges.waiting(sequence)
-        self._queued[sequence.key] = sequence
-        self._room.put_back(waiting, self._clock())
-        self.tally.enqueue(waiting)
+        entry = self._charges.waiting(sequence)
+        self._sequences[sequence.key] = sequence
+        self._policy.put_back(entry, self._clock(), sequence.call.versions)
+        self.tally.enqueue(entry)
 
-    def resume(self, sequence: CallSequence) -> None:
-        """Queue a sequence to be resumed, and count the sequence as demand from now on."""
-        now = self._clock()
-        self.resumed.add(sequence, now, sequence.silent_since)
-        self.tally.enqueue(replace(self._charges.waiting(sequence), arrived=now))
+    def resume(self, sequence: CallSequence) -> ResumingSequence:
+        """Queue a sequence to be resumed, and count the sequence as demand from now on. Returns the queue's entry."""
+        now, entry = self._clock(), self.resuming(sequence)
+        self._sequences[sequence.key] = sequence
+        self._policy.resume(entry, now)
+        self.tally.enqueue(replace(entry.entry, arrived=now))
+        return entry
 
-    def next(
-        self, model: str, fits: Callable[[CallSequence, WaitingSequence], bool], now: float
-    ) -> WaitingSequence | None:
-        """Remove the next sequence from the waiting room if `fits` accepts the sequence, and return its queue entry.
-        The caller must also `pop` the sequence."""
-        return self._room.pop_next(model, lambda waiting: fits(self._queued[waiting.call_id], waiting), now)
+    def resuming(self, sequence: CallSequence) -> ResumingSequence:
+        """Return a sequence in the form of the resume queue."""
+        return ResumingSequence(
+            self._charges.waiting(sequence),
+            sequence.tokens,
+            sequence.compatibility,
+            sequence.excluded,
+            sequence.cached_on,
+            sequence.silent_since,
+            sequence.suspect,
+            sequence.lost_links,
+            sequence.lost_at,
+            sequence.lost_node,
+        )
 
-    def pop(self, key: str) -> CallSequence | None:
-        """Remove a queued sequence and return it; None if no sequence with this key was queued."""
+    def versions_changed(self, call: Call) -> None:
+        """Apply a change of the versions on which the call's queued sequences may begin."""
+        for sequence in call.sequences:
+            if sequence.key in self._sequences and sequence.key not in self._policy.resuming:
+                self._policy.set_versions(sequence.key, call.versions)
+
+    def sequence(self, key: str) -> CallSequence:
+        """Return a waiting sequence. Raises KeyError if no sequence with this key waits."""
+        return self._sequences[key]
+
+    def left(self, key: str) -> CallSequence | None:
+        """Forget a sequence that has left the policy's queues, and return it; None if no such sequence waited."""
         self.tally.dequeue(key)
-        return self._queued.pop(key, None)
-
-    def stop_resuming(self, sequence: CallSequence) -> bool:
-        """Remove a sequence from the resume queue. Returns False if the sequence was not in the queue."""
-        waited = self.resumed.remove(sequence)
-        if waited:
-            self.tally.dequeue(sequence.key)
-        return waited
+        return self._sequences.pop(key, None)
 
     def remove(self, sequence: CallSequence) -> bool:
-        """Remove a sequence from both queues. Returns whether the sequence was in one of the queues."""
-        waited = self.resumed.remove(sequence)
-        if self.pop(sequence.key) is not None:
-            waited |= self._room.cancel(sequence.key)
-        return waited
-
-    def expired(self, now: float, extra_s: Callable[[str], float]) -> tuple[list[CallSequence], list[CallSequence]]:
-        """Remove the sequences that have waited too long. Returns first the new sequences, then the sequences to be
-        resumed, which may wait `extra_s(model)` longer."""
-        new = [popped for waiting in self._room.pop_expired(now) if (popped := self.pop(waiting.call_id)) is not None]
-        resumed = list(self.resumed.expired(now, extra_s))
-        for sequence in resumed:
-            self.tally.dequeue(sequence.key)
-        return new, resumed
+        """Remove a sequence from its queue. Returns whether the sequence was queued."""
+        return self.left(sequence.key) is not None and self._policy.remove(sequence.key)
 
     def queued(self) -> Sequence[CallSequence]:
         """Return all sequences in the waiting room."""
-        return list(self._queued.values())
+        return [sequence for key, sequence in self._sequences.items() if key not in self._policy.resuming]
 
     def position(self, call: Call) -> int:
         """Return the position, from 1, of the call's first queued sequence in the queue of the call's tenant; 0 if no
         sequence of the call is queued."""
-        keys = (sequence.key for sequence in call.sequences)
-        positions = [self._room.position(key) for key in keys if key in self._queued]
+        positions = [self._policy.room.position(sequence.key) for sequence in call.sequences]
         return min((place + 1 for place in positions if place is not None), default=0)
 
     def is_resuming(self, call: Call) -> bool:
         """Return whether a sequence of the call waits to be resumed."""
-        return any(sequence in self.resumed for sequence in call.sequences)
+        return any(sequence.key in self._policy.resuming for sequence in call.sequences)
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's waiting sequences, and the number of tokens to compute for these sequences."""
-        (new, prompt_tokens), (resumed, tokens) = self._room.waiting(model), self.resumed.waiting(model)
-        return new + resumed, prompt_tokens + tokens
+        return self._policy.waiting(model)

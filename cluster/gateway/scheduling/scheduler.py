@@ -1,8 +1,8 @@
 """The scheduler, which queues the sequences of calls, sends sequences to workers, and queues sequences again after the
 loss of a worker.
 
-Two policies decide: the waiting room decides which sequence is next, and the router decides which worker gets the
-sequence. The scheduler runs these policies when something has changed, and carries out their decisions.
+policy/scheduling decides which sequence goes to which worker. The scheduler asks the policy when something has changed,
+and the executor carries out the policy's instructions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import structlog
 
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.life import WAITING, State
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling import queue_errors
-from cluster.gateway.scheduling.binder import Binder
 from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
+from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.service_charges import ServiceCharges
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT, WorkerLosses
+from cluster.gateway.scheduling.workers import LinkedWorkers
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.instructions import ResumingSequence
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+from cluster.policy.scheduling.worker_losses import MOST_SILENT, WorkerLosses
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
@@ -72,15 +77,19 @@ class Scheduler:
         max_silent_losses: int = MOST_SILENT,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
-        worker_losses.py."""
+        policy/scheduling/worker_losses.py."""
         self.host = host
         self.charges = charges
-        self.losses = WorkerLosses(max_silent_losses)
         self.canaries = CanaryStatistics()
-        self.queues = Queues(room, charges, resume_wait_s, clock)
-        self.binder = Binder(self.queues, charges, self.losses, metrics, lambda: host.accounting, clock)
-        self.breakers = self.binder.breakers
-        self.backlogs = BacklogReports(charges, self.queues.waiting, self.queues.resumed, self.links, clock)
+        self.breakers = Breakers()
+        workers = LinkedWorkers(host, self.breakers)
+        self.policy = SchedulingPolicy(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
+        self.queues = Queues(self.policy, charges, clock)
+        self._executor = Executor(
+            self.queues, workers, self.breakers, metrics, lambda: host.directory, lambda: host.accounting, clock
+        )
+        self.links = workers.links
+        self.backlogs = BacklogReports(charges, self.queues.waiting, self.policy.resuming, workers.links, clock)
         self._metrics = metrics
         self._clock = clock
         self._unserved: set[str] = set()
@@ -96,13 +105,12 @@ class Scheduler:
         if not_servable is not None:
             raise not_servable
         starts_in_s = 0.0 if call.deadline is None else self.charges.starts_in_s(call)
-        resumed = []
+        resumed: list[ResumingSequence] = []
         for sequence in call.sequences:
             if sequence.finish_reason:
                 continue
             if sequence.emitted:  # at another gateway, where the sequence passed the waiting room
-                self.queues.resume(sequence)
-                resumed.append(sequence)
+                resumed.append(self.queues.resume(sequence))
                 continue
             self.queues.count(model.name, [sequence])
             admitted = self.queues.admit(sequence, starts_in_s)
@@ -172,9 +180,9 @@ class Scheduler:
             return
         model = self.host.directory.find(sequence.call.model)
         if sequence.state is State.RESUMING:
-            self.queues.resume(sequence)
+            resumed = self.queues.resume(sequence)
             if model is not None:
-                self._send_resumed(model, (sequence,))
+                self._send_resumed(model, (resumed,))
         else:
             self._choose_versions(sequence.call)
             self.queues.put_back(sequence)
@@ -216,6 +224,7 @@ class Scheduler:
         same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
         if same:
             call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
+            self.queues.versions_changed(call)
 
     def _note_unserved(self, model: KnownModel) -> None:
         """If no worker serves a model, report the demand for the model at once, not with the next periodic report."""
@@ -227,30 +236,23 @@ class Scheduler:
 
     def pump(self, name: str) -> None:
         """Send waiting sequences of a model as long as a worker has capacity."""
-        model = self.host.directory.find(name)
-        if model is None:
+        if self.host.directory.find(name) is None:
             return
-        self.binder.send_resumed(model, self.queues.resumed.in_order(name))
-        self.binder.send_queued(model)
+        self._executor.carry_out(self.policy.assign(name, self._clock()))
         self.backlogs.changed(name)
 
-    def _send_resumed(self, model: KnownModel, sequences: Sequence[CallSequence]) -> None:
+    def _send_resumed(self, model: KnownModel, sequences: Sequence[ResumingSequence]) -> None:
         """Try to send only `sequences`, since nothing else has changed. After the loss of a gateway or worker many
         sequences are requeued. If the whole queue were tried for each of these sequences, the cost would be the square
         of their number."""
-        self.binder.send_resumed(model, sequences)
+        self._executor.carry_out(self.policy.assign_resumed(model.name, sequences, self._clock()))
         self.backlogs.changed(model.name)
 
     def step_begun(self, model: str, resumed: bool) -> None:
         """Send further sequences after a worker's step has begun with the sequences that were sent for the step.
         Further sequences are resumed sequences, and new sequences that resumed sequences had held back."""
-        if resumed or self.queues.resumed.waiting(model)[0]:
+        if resumed or self.policy.resuming.waiting(model)[0]:
             self.pump(model)
-
-    def links(self, model: str) -> Sequence[WorkerLink]:
-        """Return the links to a model's workers, ordered by worker id."""
-        known = self.host.directory.find(model)
-        return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     # ---- time
 
@@ -260,14 +262,9 @@ class Scheduler:
         if now - self._swept >= SWEEP_S:
             self._swept = now
             self._sweep(now)
-        new, resumed = self.queues.expired(now, directory.starts_in_s)
-        for sequence in new:
-            call = sequence.call
-            call.fail(queue_errors.too_late(call.model, directory.find(call.model), self._is_late(call)))
-        for sequence in resumed:
-            sequence.call.fail(queue_errors.not_resumed(len(sequence.emitted), self._is_late(sequence.call)))
+        self._executor.carry_out(self.policy.expire(now, directory.starts_in_s))
         # A sequence may have waited long enough for the worker that holds its KV blocks.
-        for name in self.queues.resumed.models:
+        for name in self.policy.resuming.models:
             self.pump(name)
         if self.breakers.open:  # a worker's pause may be over
             for model in directory.models:
@@ -284,7 +281,15 @@ class Scheduler:
         for model in models:
             for link in list(model.links.values()):
                 if now >= link.move_requests_at or model.quarantined(link):
-                    self.binder.move(link, model)
+                    self._move(link, now)
 
-    def _is_late(self, call: Call) -> bool:
-        return call.deadline is not None and self._clock() >= call.deadline
+    def _move(self, link: WorkerLink, now: float) -> None:
+        """Move sequences from a draining worker to other workers, as many as the other workers have capacity for now.
+        The remaining sequences are moved by later calls."""
+        sequences = {sink.key: sink for sink in link.sinks if isinstance(sink, OutputSequence)}
+        running = [self.queues.resuming(sequence) for sequence in sequences.values()]
+        for key in self.policy.movable(running, link.identity.worker_id, now):
+            try:
+                sequences[key].move()
+            except Exception as error:
+                sequences[key].call.fail_unexpectedly(error)

@@ -39,7 +39,7 @@ class WorkerEvents:
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
         self._charges.joined(identity)
-        scheduler.losses.returned(identity.incarnation)
+        scheduler.policy.losses.returned(identity.incarnation)
         self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
         scheduler.pump(identity.model)
@@ -53,7 +53,7 @@ class WorkerEvents:
         self._metrics.count("worker_detected_total", identity.model, link.reason)
         if not link.draining:
             unreachable = "" if link.reason == "hung" else identity.incarnation
-            self._scheduler.losses.lost(link.name, now, unreachable)
+            self._scheduler.policy.losses.lost(link.name, now, unreachable)
         if link.reason in STALLED:
             self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
         self._scheduler.pump(identity.model)

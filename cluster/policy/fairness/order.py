@@ -62,3 +62,6 @@ class Order(Protocol):
     def position(self, call_id: str) -> int:
         """Number of sequences ahead, as far as the tenant of the sequence may know. Raises KeyError for an unknown
         id."""
+
+    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
+        """Number of slots that must stay free for other tenants when this waiting sequence takes its turn."""

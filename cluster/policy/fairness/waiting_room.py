@@ -162,6 +162,10 @@ class WaitingRoom:
         self._bound += 1
         return head
 
+    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
+        """Number of slots that must stay free for other tenants when this waiting sequence takes its turn."""
+        return self._queues[waiting.model].order.slots_to_keep_free(waiting)
+
     def cancel(self, call_id: str) -> bool:
         """Cancel a waiting sequence. Returns False if no sequence with this id waits."""
         entry = self._entries.get(call_id)

@@ -52,6 +52,9 @@ class Candidate:
     retired: bool = False
     """Whether the worker is being replaced, or the version of the worker is quarantined. The worker may resume calls,
     but gets no new calls."""
+    node: str = ""
+    block_size: int = 0
+    """Number of tokens in a KV block of the worker's engine."""
 
 
 @dataclass(frozen=True, slots=True)

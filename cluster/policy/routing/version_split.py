@@ -28,6 +28,9 @@ class Versions:
     all: frozenset[str] = frozenset()
 
 
+ANY_VERSION = Versions()
+
+
 def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
     """Return the version for the call, or "" if no weight is above 0."""
     best, lowest = "", math.inf

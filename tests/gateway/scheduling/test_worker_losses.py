@@ -16,7 +16,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES, check_size
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, LossVerdict, WorkerLosses
+from cluster.policy.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, LossVerdict, WorkerLosses
 from cluster.wire.bundle import Bundle
 from cluster.wire.codec import submit_to_pb
 from cluster.wire.dial import read

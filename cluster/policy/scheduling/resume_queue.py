@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.gateway.calls.call import CallSequence
+from cluster.policy.scheduling.instructions import ResumingSequence
 
-HOME_S = 0.1
+CACHED_WORKER_WAIT_S = 0.1
 """Seconds that a sequence waits for capacity on the worker that holds its KV blocks. After that time another worker may
 compute the sequence again. The slot on the first worker has been free since the sequence's gateway was lost, and is
 granted as soon as a gateway claims the slot."""
@@ -25,9 +25,7 @@ granted as soon as a gateway claims the slot."""
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    sequence: CallSequence
-    tokens: int
-    cached_on: str
+    sequence: ResumingSequence
     since: float
     until: float
     deadline: float
@@ -38,60 +36,70 @@ class ResumeQueue:
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
+        self._models: dict[str, str] = {}
         self._places: dict[str, dict[str, _Place]] = {}
         self._tokens: Counter[str] = Counter()
         self._cached_counts: dict[str, Counter[str]] = {}
 
-    def add(self, sequence: CallSequence, now: float, silent_since: float | None = None) -> None:
-        """Queue a sequence. `silent_since`: time since when the sequence has had neither a worker nor a token; None
-        means `now`."""
-        since = now if silent_since is None else silent_since
-        deadline = math.inf if sequence.call.deadline is None else sequence.call.deadline
-        self.remove(sequence)
-        places = self._places.setdefault(sequence.call.model, {})
-        places[sequence.key] = _Place(
-            sequence, sequence.tokens, sequence.cached_on, now, since + self._max_wait_s, deadline
-        )
-        self._tokens[sequence.call.model] += sequence.tokens
+    def add(self, sequence: ResumingSequence, now: float) -> None:
+        """Queue a sequence. A sequence that is queued already is replaced."""
+        model, since = sequence.model, now if sequence.silent_since is None else sequence.silent_since
+        self.remove(sequence.key)
+        self._models[sequence.key] = model
+        deadline = math.inf if sequence.entry.deadline is None else sequence.entry.deadline
+        place = _Place(sequence, now, since + self._max_wait_s, deadline)
+        self._places.setdefault(model, {})[sequence.key] = place
+        self._tokens[model] += sequence.tokens
         if sequence.cached_on:
-            self._cached_counts.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
+            self._cached_counts.setdefault(model, Counter())[sequence.cached_on] += 1
 
-    def remove(self, sequence: CallSequence) -> bool:
+    def acquit(self, key: str) -> None:
+        """Record that a queued sequence is not suspect any more."""
+        places = self._places[self._models[key]]
+        place = places[key]
+        places[key] = replace(place, sequence=replace(place.sequence, suspect=False, lost_links=()))
+
+    def remove(self, key: str) -> bool:
         """Remove a sequence. Returns False if the sequence was not queued."""
-        model = sequence.call.model
-        places = self._places.get(model, {})
-        place = places.pop(sequence.key, None)
-        if place is None:
+        model = self._models.pop(key, None)
+        if model is None:
             return False
-        self._tokens[model] -= place.tokens
+        places = self._places[model]
+        sequence = places.pop(key).sequence
+        self._tokens[model] -= sequence.tokens
         if not places:
             del self._places[model], self._tokens[model]
-        if place.cached_on:
+        if sequence.cached_on:
             counts = self._cached_counts[model]
-            counts[place.cached_on] -= 1
-            if not counts[place.cached_on]:
-                del counts[place.cached_on]
+            counts[sequence.cached_on] -= 1
+            if not counts[sequence.cached_on]:
+                del counts[sequence.cached_on]
         return True
 
-    def in_order(self, model: str) -> Sequence[CallSequence]:
+    def get(self, key: str) -> ResumingSequence | None:
+        """Return a queued sequence; None if no sequence with this key is queued."""
+        model = self._models.get(key)
+        return None if model is None else self._places[model][key].sequence
+
+    def in_order(self, model: str) -> Sequence[ResumingSequence]:
         """Return the sequences of a model, the next sequence first."""
         places = self._places.get(model)
         if not places:
             return ()
-        return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.call.rank)
+        return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.entry.rank)
 
-    def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[CallSequence]:
-        """Remove and return the sequences that have waited too long. `longer_s(model)` extends the longest wait for a
-        model's sequences, at most to twice the usual longest wait."""
+    def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[str]:
+        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)` extends the longest
+        wait for a model's sequences, at most to twice the usual longest wait."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
-            place.sequence
+            key
             for model, places in self._places.items()
-            for place in places.values()
+            for key, place in places.items()
             if min(place.until + longest_s[model], place.deadline) <= now
         ]
-        for sequence in gone:
-            self.remove(sequence)
+        for key in gone:
+            self.remove(key)
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
@@ -103,19 +111,22 @@ class ResumeQueue:
         """Return, by worker incarnation, the number of a model's queued sequences whose KV blocks that worker holds."""
         return self._cached_counts.get(model, {})
 
-    def waits_for(self, sequence: CallSequence, now: float) -> str:
+    def waits_for(self, key: str, now: float) -> str:
         """Return the incarnation of the worker for which the sequence must wait; "" if the sequence may now be sent to
         any worker."""
-        place = self._places.get(sequence.call.model, {}).get(sequence.key)
-        return place.cached_on if place is not None and now < place.since + HOME_S else ""
+        model = self._models.get(key)
+        if model is None:
+            return ""
+        place = self._places[model][key]
+        return place.sequence.cached_on if now < place.since + CACHED_WORKER_WAIT_S else ""
 
     @property
     def models(self) -> Sequence[str]:
         """Names of the models with sequences in the queue."""
         return list(self._places)
 
-    def __contains__(self, sequence: CallSequence) -> bool:
-        return sequence.key in self._places.get(sequence.call.model, ())
+    def __contains__(self, key: str) -> bool:
+        return key in self._models
 
     def __repr__(self) -> str:
         return f"ResumeQueue({ {model: len(places) for model, places in self._places.items()} })"

@@ -1,0 +1,92 @@
+"""The executor, which carries out the instructions of the scheduling policy: it sends sequences to workers, and ends
+calls that have waited in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from cluster.api.outcomes import CallError
+from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.models import ModelDirectory
+from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.queues import Queues
+from cluster.gateway.scheduling.submission import submit
+from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.observe.metrics import Metrics
+from cluster.policy.routing.breaker import Breakers
+from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, Send
+
+if TYPE_CHECKING:
+    from cluster.gateway.usage.accounting import Accounting
+
+log = structlog.get_logger("dispatch")
+
+
+class Executor:
+    """The executor of one gateway, for all models."""
+
+    def __init__(
+        self,
+        queues: Queues,
+        workers: LinkedWorkers,
+        breakers: Breakers,
+        metrics: Metrics,
+        directory: Callable[[], ModelDirectory],
+        accounting: Callable[[], Accounting | None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`accounting` returns the gateway's accounts, or None if the gateway keeps no accounts."""
+        self._queues = queues
+        self._workers = workers
+        self._breakers = breakers
+        self._metrics = metrics
+        self._directory = directory
+        self._accounting = accounting
+        self._clock = clock
+
+    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+        """Carry out each instruction before the next one is taken."""
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self._send(instruction)
+                case Acquit(key):
+                    self._queues.sequence(key).acquit()
+                case Fail(key, error):
+                    if (sequence := self._queues.left(key)) is not None:
+                        sequence.call.fail_unexpectedly(error)
+                case End(key, ending):
+                    if (sequence := self._queues.left(key)) is not None and sequence.call.error is None:
+                        self._end(sequence, ending)
+
+    def _send(self, instruction: Send) -> None:
+        entry = instruction.entry
+        sequence = self._queues.left(entry.call_id)
+        link = self._workers.link(entry.model, instruction.worker_id)
+        if sequence is None or link is None:
+            return
+        now = self._clock()
+        if submit(sequence, link, entry, self._accounting(), now, instruction.uncached_tokens):
+            self._breakers.record_sent(link.identity.incarnation, now)
+            self._metrics.count("route_decisions_total", entry.model, instruction.reason)
+            if sequence.call.versions.all and len(sequence.call.sequences) > 1:
+                self._queues.versions_changed(sequence.call)
+
+    def _end(self, sequence: CallSequence, ending: Ending) -> None:
+        call, tokens = sequence.call, len(sequence.emitted)
+        if ending is Ending.BLAMED:
+            log.warning("call_blamed", request_id=call.request_id, lost=sequence.lost_links)
+            call.blame(queue_errors.blamed(tokens, len(sequence.lost_links)))
+        else:
+            call.fail(self._error(call, tokens, ending))
+
+    def _error(self, call: Call, tokens: int, ending: Ending) -> CallError:
+        if ending is Ending.REPLACED:
+            return queue_errors.replaced(tokens)
+        is_late = call.deadline is not None and self._clock() >= call.deadline
+        if ending is Ending.NOT_RESUMED:
+            return queue_errors.not_resumed(tokens, is_late)
+        return queue_errors.too_late(call.model, self._directory().find(call.model), is_late)

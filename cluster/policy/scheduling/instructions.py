@@ -1,0 +1,95 @@
+"""Values that the scheduling policy gets and returns: sequences that resume, and instructions for the gateway."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from cluster.api.types import CompatibilityKey
+from cluster.policy.fairness.order import WaitingSequence
+
+
+@dataclass(frozen=True, slots=True)
+class ResumingSequence:
+    """A sequence that has no worker and continues after the tokens that it has emitted. Times are monotonic seconds.
+
+    `entry`: the sequence's entry in the waiting room, with which it was charged. `tokens`: number of prompt tokens and
+    emitted tokens together. `compatibility`: key of the worker that computed the first token. `excluded`: incarnations
+    of workers to which the sequence must not be sent. `cached_on`: incarnation of the worker that holds the sequence's
+    KV blocks, "" if none does. `silent_since`: time since when the sequence has had neither a worker nor a token; None
+    means since it was queued.
+
+    `suspect`: whether the sequence has lost so many workers in a row that it may be the cause. `lost_links`: names of
+    the links to these workers. `lost_at` and `lost_node`: time of the last loss, and node of the lost worker.
+    """
+
+    entry: WaitingSequence
+    tokens: int
+    compatibility: CompatibilityKey | None = None
+    excluded: frozenset[str] = frozenset()
+    cached_on: str = ""
+    silent_since: float | None = None
+    suspect: bool = False
+    lost_links: tuple[str, ...] = ()
+    lost_at: float = float("-inf")
+    lost_node: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the sequence in the queues."""
+        return self.entry.call_id
+
+    @property
+    def model(self) -> str:
+        """Model of the sequence."""
+        return self.entry.model
+
+
+class Ending(enum.Enum):
+    """The reason why a waiting sequence is not sent to a worker any more."""
+
+    TOO_LATE = "too_late"
+    """A new sequence waited too long."""
+    NOT_RESUMED = "not_resumed"
+    """A sequence that resumes waited too long."""
+    REPLACED = "replaced"
+    """The workers that could resume the sequence have been replaced by incompatible workers."""
+    BLAMED = "blamed"
+    """The sequence lost several workers in a row and may be the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a sequence, which has left its queue, to a worker. `reason`: see RoutingDecision. `uncached_tokens`: number
+    of tokens of a resumed sequence that the worker is likely to compute, 0 for all."""
+
+    entry: WaitingSequence
+    worker_id: str
+    reason: str
+    uncached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End the call of a sequence, which has left its queue."""
+
+    key: str
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """End the call of a sequence, which has left its queue, because routing the sequence raised `error`."""
+
+    key: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Acquit:
+    """Forget the losses of a sequence that still waits, because other workers were lost at the same time."""
+
+    key: str
+
+
+Instruction = Send | End | Fail | Acquit

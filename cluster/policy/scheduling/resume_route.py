@@ -1,0 +1,52 @@
+"""Routing request of a sequence that resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from cluster.policy.routing.router import Candidate, RouteCall, is_compatible
+from cluster.policy.scheduling.instructions import ResumingSequence
+from cluster.policy.scheduling.worker_losses import SETTLE_S
+
+
+def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate], now: float) -> RouteCall:
+    """Return the routing request for a sequence that resumes on one of these workers.
+
+    Two groups of workers are excluded: the workers that failed the sequence, and the workers on the node of a worker
+    that was lost just now. The second group is excluded because a lost host loses all its workers, one after the other.
+    An exclusion that leaves no compatible worker is dropped: Ray may be about to replace the excluded worker, and it is
+    not certain that the worker was at fault."""
+    holder = None
+    if sequence.cached_on:
+        holder = next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)
+    call = RouteCall(
+        sequence.model,
+        sequence.tokens,
+        compatibility_key=sequence.compatibility,
+        excluded=sequence.excluded,
+        uncached_tokens=max(sequence.tokens - sequence.entry.cached_tokens, 1),
+        cached_on=sequence.cached_on,
+        uncached_there=0 if holder is None else tokens_to_recompute(sequence.tokens, holder.block_size),
+    )
+    compatible = [worker.incarnation for worker in candidates if not worker.draining and is_compatible(call, worker)]
+    for excluded in (call.excluded | _on_lost_node(sequence, candidates, now), call.excluded):
+        if any(incarnation not in excluded for incarnation in compatible):
+            return replace(call, excluded=excluded)
+    return replace(call, excluded=frozenset())
+
+
+def tokens_to_recompute(tokens: int, block_size: int) -> int:
+    """Return how many of `tokens`, which the engine has computed before, it must compute again before the next token.
+
+    The engine reuses full KV blocks of `block_size` tokens, except for the block with the last token."""
+    size = max(block_size, 1)
+    return tokens - max(tokens - 1, 0) // size * size
+
+
+def _on_lost_node(sequence: ResumingSequence, candidates: Collection[Candidate], now: float) -> frozenset[str]:
+    """Return the incarnations of the workers on the node where the sequence lost a worker just now."""
+    node = sequence.lost_node
+    if not node or now - sequence.lost_at >= SETTLE_S:
+        return frozenset()
+    return frozenset(worker.incarnation for worker in candidates if worker.node == node)

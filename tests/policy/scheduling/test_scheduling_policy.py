@@ -1,0 +1,280 @@
+"""The scheduling policy: one instruction ends each wait, capacity is never exceeded, and no capacity stays idle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cluster.api.types import CompatibilityKey
+from cluster.policy.fairness.fair_queue import FairOrder
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+from cluster.policy.scheduling.worker_losses import SETTLE_S, WorkerLosses
+
+MAX_WAIT_S = 10.0
+KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
+
+
+@dataclass
+class Fleet:
+    """Workers of the model m, by incarnation. Implements Workers."""
+
+    workers: dict[str, Candidate] = field(default_factory=dict)
+    replaced: set[CompatibilityKey | None] = field(default_factory=set)
+    broken: bool = False
+
+    def add(self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "") -> None:
+        """Add a worker with this number of free sequences."""
+        self.workers[name] = Candidate(
+            name, "m", version, free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name, compatibility_key=key,
+            prefill_budget=8192, block_size=16,
+        )  # fmt: skip
+
+    def grant(self, name: str, free: int) -> None:
+        """Set the number of free sequences of a worker."""
+        self.workers[name] = replace(self.workers[name], free_sequences=free, free_tokens=1000 * free)
+
+    def spend(self, name: str) -> None:
+        """Use one free sequence of a worker."""
+        self.grant(name, self.workers[name].free_sequences - 1)
+
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """See Workers."""
+        if self.broken:
+            raise ValueError("broken")
+        return list(self.workers.values())
+
+    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
+        """See Workers."""
+        return self.workers.get(incarnation)
+
+    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
+        """See Workers."""
+        return compatibility in self.replaced
+
+
+def policy_of(fleet: Fleet, max_silent_losses: int = 2) -> SchedulingPolicy:
+    """Return a policy with a fair order and a large waiting room."""
+    orders: dict[str, FairOrder] = {}
+    room = WaitingRoom(
+        max_requests=100,
+        max_tokens=10_000,
+        max_wait_s=MAX_WAIT_S,
+        order_of=lambda model: orders.setdefault(model, FairOrder()),
+    )
+    return SchedulingPolicy(room, fleet, MAX_WAIT_S, WorkerLosses(max_silent_losses))
+
+
+def entry(key: str, tenant: str = "t", deadline: float | None = None, rank: int = 0) -> WaitingSequence:
+    """Return the entry of a sequence of ten tokens."""
+    return WaitingSequence(key, "m", tenant, 10, deadline, "standard", 0.0, rank)
+
+
+def carry_out(policy: SchedulingPolicy, fleet: Fleet, now: float) -> list[Instruction]:
+    """Carry out all instructions as a gateway does, and return the instructions."""
+    done = []
+    for instruction in policy.assign("m", now):
+        done.append(instruction)
+        if isinstance(instruction, Send):
+            fleet.spend(instruction.worker_id)
+    return done
+
+
+def sent(instructions: Sequence[Instruction]) -> list[tuple[str, str]]:
+    """Return the pairs of sequence and worker of all Send instructions."""
+    return [(one.entry.call_id, one.worker_id) for one in instructions if isinstance(one, Send)]
+
+
+def test_sequences_that_resume_go_first_and_only_to_compatible_workers() -> None:
+    """A sequence that resumes is sent before all new sequences, and waits if only incompatible workers are free."""
+    fleet = Fleet()
+    fleet.add("w", free=1, key=KEYS[0])
+    policy = policy_of(fleet)
+    policy.admit(entry("new"), 0.0)
+    policy.resume(ResumingSequence(entry("other"), 12, KEYS[1]), 0.0)
+    policy.resume(ResumingSequence(entry("resumes"), 12, KEYS[0]), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("resumes", "w")]
+    fleet.grant("w", 2)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("new", "w")]
+    assert policy.waiting("m") == (1, 12)
+
+
+def test_a_suspect_waits_for_its_verdict() -> None:
+    """A sequence that lost two workers in a row is not sent before the losses have settled. Then the sequence is ended,
+    or acquitted if other workers were lost too."""
+    fleet = Fleet()
+    fleet.add("w", free=5)
+    policy = policy_of(fleet)
+    for link, at in (("l1", 0.0), ("l2", 1.0)):
+        policy.losses.lost(link, at)
+    suspect = ResumingSequence(entry("a"), 12, KEYS[0], suspect=True, lost_links=("l1", "l2"), lost_at=1.0)
+    policy.resume(suspect, 1.0)
+    assert carry_out(policy, fleet, 1.0 + 0.9 * SETTLE_S) == []
+    assert carry_out(policy, fleet, 1.0 + SETTLE_S) == [End("a", Ending.BLAMED)]
+    for link in ("l3", "l4", "l5"):
+        policy.losses.lost(link, 2.0)
+    policy.resume(suspect, 2.0)
+    instructions = carry_out(policy, fleet, 1.0 + 2 * SETTLE_S)
+    assert instructions[0] == Acquit("a")
+    assert sent(instructions) == [("a", "w")]
+
+
+def test_what_can_never_resume_ends() -> None:
+    """A sequence whose compatible workers have been replaced ends at once."""
+    fleet = Fleet()
+    fleet.add("w", key=KEYS[1])
+    fleet.replaced.add(KEYS[0])
+    policy = policy_of(fleet)
+    policy.resume(ResumingSequence(entry("a"), 12, KEYS[0]), 0.0)
+    assert carry_out(policy, fleet, 0.0) == [End("a", Ending.REPLACED)]
+    assert policy.waiting("m") == (0, 0)
+
+
+def test_the_versions_of_a_queued_sequence_can_change() -> None:
+    """A queued sequence begins only on its versions: the first version, then the others, as they are when it is
+    sent."""
+    fleet = Fleet()
+    fleet.add("old", free=3, version="1")
+    fleet.add("new", free=1, version="2")
+    policy = policy_of(fleet)
+    for key in ("a", "b", "c"):
+        policy.admit(entry(key), 0.0, versions=Versions("2", frozenset(("1", "2"))))
+    policy.set_versions("b", Versions("1", frozenset(("1",))))
+    policy.set_versions("c", Versions("2", frozenset(("2",))))
+    assert sent(carry_out(policy, fleet, 0.0)) == [("a", "new"), ("b", "old")]
+
+
+def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:
+    """An exception while a sequence is routed ends that sequence, and the next sequences are tried."""
+    fleet = Fleet(broken=True)
+    policy = policy_of(fleet)
+    policy.admit(entry("a"), 0.0)
+    policy.admit(entry("b"), 0.0)
+    policy.resume(ResumingSequence(entry("c"), 12, KEYS[0]), 0.0)
+    failed = [one.key for one in carry_out(policy, fleet, 0.0) if isinstance(one, Fail)]
+    assert failed == ["c", "a", "b"]
+    assert policy.waiting("m") == (0, 0)
+
+
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_no_more_is_moved_than_fits(free: int) -> None:
+    """Of a draining worker's sequences, as many are moved as other workers have capacity for."""
+    fleet = Fleet()
+    fleet.add("leaves", free=9)
+    fleet.add("stays", free=free)
+    policy = policy_of(fleet)
+    moved = []
+    for key in policy.movable([ResumingSequence(entry(key), 12, KEYS[0]) for key in "abc"], "leaves", 0.0):
+        moved.append(key)
+        fleet.spend("stays")
+    assert moved == list("abc")[:free]
+
+
+class PolicyMachine(RuleBasedStateMachine):
+    """State machine in which sequences come, wait, resume and leave while workers come, grant and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fleet = Fleet()
+        self.policy = policy_of(self.fleet)
+        self.now = 0.0
+        self.serial = 0
+        self.new: dict[str, WaitingSequence] = {}
+        self.resuming: dict[str, ResumingSequence] = {}
+
+    def _key(self) -> str:
+        self.serial += 1
+        return str(self.serial)
+
+    @rule(tenant=st.sampled_from("ab"), deadline=st.none() | st.floats(0.5, 20), back=st.booleans())
+    def enter(self, tenant: str, deadline: float | None, back: bool) -> None:
+        """Queue a new sequence, or a sequence that starts over."""
+        waiting = entry(self._key(), tenant, None if deadline is None else self.now + deadline)
+        if back:
+            self.policy.put_back(waiting, self.now)
+        elif self.policy.admit(waiting, self.now).outcome is not None:
+            return
+        self.new[waiting.call_id] = waiting
+
+    @rule(key=st.sampled_from(KEYS), home=st.sampled_from(["", "w0", "w1"]), rank=st.integers(0, 1))
+    def resume(self, key: CompatibilityKey, home: str, rank: int) -> None:
+        """Queue a sequence that resumes."""
+        sequence = ResumingSequence(entry(self._key(), rank=rank), 12, key, cached_on=home)
+        self.policy.resume(sequence, self.now)
+        self.resuming[sequence.key] = sequence
+
+    @rule(name=st.sampled_from(["w0", "w1", "w2"]), free=st.integers(0, 3), key=st.sampled_from(KEYS))
+    def worker(self, name: str, free: int, key: CompatibilityKey) -> None:
+        """Add a worker, or change its credit."""
+        if name in self.fleet.workers:
+            self.fleet.grant(name, free)
+        else:
+            self.fleet.add(name, free, key)
+
+    @rule(name=st.sampled_from(["w0", "w1", "w2"]))
+    def worker_left(self, name: str) -> None:
+        """Remove a worker."""
+        self.fleet.workers.pop(name, None)
+
+    @precondition(lambda self: self.new or self.resuming)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """Cancel a waiting sequence."""
+        key = data.draw(st.sampled_from(sorted([*self.new, *self.resuming])))
+        assert self.policy.remove(key)
+        assert not self.policy.remove(key)
+        self._left(key)
+
+    @rule(seconds=st.floats(0.0, 6.0))
+    def expire(self, seconds: float) -> None:
+        """End what has waited too long."""
+        self.now += seconds
+        for end in self.policy.expire(self.now, lambda model: 0.0):
+            expected = Ending.TOO_LATE if end.key in self.new else Ending.NOT_RESUMED
+            assert end.ending is expected
+            self._left(end.key)
+
+    def _left(self, key: str) -> None:
+        assert (key in self.new) != (key in self.resuming), "only a waiting sequence may leave, and only once"
+        self.new.pop(key, None)
+        self.resuming.pop(key, None)
+
+    @rule()
+    def assign(self) -> None:
+        """Carry out all instructions. Afterwards no worker has capacity for the next sequence."""
+        began = False
+        for instruction in self.policy.assign("m", self.now):
+            assert isinstance(instruction, Send)
+            worker, key = self.fleet.workers[instruction.worker_id], instruction.entry.call_id
+            assert worker.free_sequences > 0
+            if key in self.resuming:
+                assert not began, "sequences that resume are sent before all new sequences"
+                assert worker.compatibility_key == self.resuming[key].compatibility
+            else:
+                began = True
+            self._left(key)
+            self.fleet.spend(worker.worker_id)
+        free = [worker for worker in self.fleet.workers.values() if worker.free_sequences]
+        assert not (self.new and free), "capacity stays idle"
+        for sequence in self.resuming.values():
+            fits = [worker.incarnation for worker in free if worker.compatibility_key == sequence.compatibility]
+            assert not fits or self.policy.resuming.waits_for(sequence.key, self.now) not in ("", *fits)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """The policy counts exactly the sequences that wait."""
+        assert self.policy.waiting("m")[0] == len(self.new) + len(self.resuming)
+        assert self.policy.room.statistics().requests == len(self.new)
+
+
+PolicyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPolicy = PolicyMachine.TestCase
