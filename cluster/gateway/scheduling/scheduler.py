@@ -30,7 +30,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.instructions import ResumingSequence
-from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
 from cluster.policy.scheduling.worker_losses import MOST_SILENT, WorkerLosses
 
 if TYPE_CHECKING:
@@ -75,15 +75,16 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         resume_wait_s: float = 30.0,
         max_silent_losses: int = MOST_SILENT,
+        policy_of: Callable[[WaitingRoom, Workers, float, WorkerLosses], SchedulingPolicy] = SchedulingPolicy,
     ) -> None:
         """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
-        policy/scheduling/worker_losses.py."""
+        policy/scheduling/worker_losses.py. `policy_of` creates the policy; a test may record what the policy does."""
         self.host = host
         self.charges = charges
         self.canaries = CanaryStatistics()
         self.breakers = Breakers()
         workers = LinkedWorkers(host, self.breakers)
-        self.policy = SchedulingPolicy(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
+        self.policy = policy_of(room, workers, resume_wait_s, WorkerLosses(max_silent_losses))
         self.queues = Queues(self.policy, charges, clock)
         self._executor = Executor(
             self.queues, workers, self.breakers, metrics, lambda: host.directory, lambda: host.accounting, clock

@@ -1,0 +1,261 @@
+"""A journal of everything that a gateway tells its scheduling policy and that the policy answers, and its replay on
+another policy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.api.types import CompatibilityKey
+from cluster.policy.fairness.fair_queue import FairOrder
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
+from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.version_split import ANY_VERSION, Versions
+from cluster.policy.scheduling.instructions import End, Instruction, ResumingSequence
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy, Workers
+from cluster.policy.scheduling.worker_losses import WorkerLosses
+
+
+@dataclass
+class Journal:
+    """Events of one policy. `events` are (kind, arguments) in the order of their occurrence: a call of the policy, an
+    answer of the policy, or a change of a fair order or of the recent losses. `reads` are the policy's questions about
+    workers, each with the answer."""
+
+    events: list[tuple[str, Any]] = field(default_factory=list)
+    reads: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def count(self, kind: str) -> int:
+        """Return the number of events of a kind."""
+        return sum(event[0] == kind for event in self.events)
+
+
+class RecordedOrder(FairOrder):
+    """A fair order that records the changes that do not come through the waiting room."""
+
+    def __init__(self, journal: Journal, model: str, weight_of: Callable[[str], float]) -> None:
+        super().__init__(weight_of=weight_of)
+        self._journal = journal
+        self._model = model
+
+    def cached(self, call_id: str, cached_tokens: int) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "cached", (call_id, cached_tokens))))
+        super().cached(call_id, cached_tokens)
+
+    def generated(self, call_id: str, output_tokens: int) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "generated", (call_id, output_tokens))))
+        super().generated(call_id, output_tokens)
+
+    def ended(self, call_id: str) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "ended", (call_id,))))
+        super().ended(call_id)
+
+    def revoked(self, call_id: str) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "revoked", (call_id,))))
+        super().revoked(call_id)
+
+    def link_ended(self, worker: str) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "link_ended", (worker,))))
+        super().link_ended(worker)
+
+    def sweep(self, now: float) -> None:
+        """See FairOrder."""
+        self._journal.events.append(("order", (self._model, "sweep", (now,))))
+        super().sweep(now)
+
+
+class _RecordedWorkers:
+    """Workers whose answers are recorded."""
+
+    def __init__(self, journal: Journal, workers: Workers) -> None:
+        self._journal = journal
+        self._workers = workers
+
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """See Workers."""
+        answer = self._workers.candidates(model, now, resumed)
+        self._journal.reads.append(((model, now, resumed), answer))
+        return answer
+
+    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
+        """See Workers."""
+        answer = self._workers.candidate(model, incarnation, now)
+        self._journal.reads.append(((model, incarnation, now), answer))
+        return answer
+
+    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
+        """See Workers."""
+        answer = self._workers.is_replaced(model, compatibility)
+        self._journal.reads.append(((model, compatibility), answer))
+        return answer
+
+
+class _ReplayedWorkers:
+    """Workers that give the recorded answers. Each question must be the recorded question."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.reads = deque(journal.reads)
+
+    def _answer(self, question: tuple[object, ...]) -> Any:
+        recorded, answer = self.reads.popleft()
+        assert question == recorded
+        return answer
+
+    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        """See Workers."""
+        return self._answer((model, now, resumed))  # type: ignore[no-any-return]
+
+    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
+        """See Workers."""
+        return self._answer((model, incarnation, now))  # type: ignore[no-any-return]
+
+    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
+        """See Workers."""
+        return self._answer((model, compatibility))  # type: ignore[no-any-return]
+
+
+class _RecordedLosses(WorkerLosses):
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def lost(self, link: str, now: float, unreachable: str = "") -> None:
+        """See WorkerLosses."""
+        self._journal.events.append(("lost", (link, now, unreachable)))
+        super().lost(link, now, unreachable)
+
+    def returned(self, incarnation: str) -> None:
+        """See WorkerLosses."""
+        self._journal.events.append(("returned", (incarnation,)))
+        super().returned(incarnation)
+
+
+class RecordedPolicy(SchedulingPolicy):
+    """A scheduling policy that records its calls and answers."""
+
+    def __init__(self, journal: Journal, room: WaitingRoom, workers: Workers, resume_wait_s: float) -> None:
+        super().__init__(room, _RecordedWorkers(journal, workers), resume_wait_s, _RecordedLosses(journal))
+        self._journal = journal
+        self._assigning = False
+
+    def _say(self, kind: str, *values: object) -> None:
+        self._journal.events.append((kind, values))
+
+    def admit(
+        self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
+    ) -> RoomAdmission:
+        """See SchedulingPolicy."""
+        self._say("admit", entry, now, starts_in_s, versions)
+        admission = super().admit(entry, now, starts_in_s, versions)
+        self._say("answer", admission)
+        return admission
+
+    def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
+        """See SchedulingPolicy."""
+        self._say("put_back", entry, now, versions)
+        super().put_back(entry, now, versions)
+
+    def resume(self, sequence: ResumingSequence, now: float) -> None:
+        """See SchedulingPolicy."""
+        self._say("resume", sequence, now)
+        super().resume(sequence, now)
+
+    def remove(self, key: str) -> bool:
+        """See SchedulingPolicy."""
+        self._say("remove", key)
+        removed = super().remove(key)
+        self._say("answer", removed)
+        return removed
+
+    def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
+        """See SchedulingPolicy. No sequence waits longer here."""
+        self._say("expire", now)
+        ends = super().expire(now, lambda model: 0.0)
+        self._say("answer", ends)
+        return ends
+
+    def set_versions(self, key: str, versions: Versions) -> None:
+        """See SchedulingPolicy."""
+        self._say("set_versions", key, versions)
+        super().set_versions(key, versions)
+
+    def assign(self, model: str, now: float) -> Iterator[Instruction]:
+        """See SchedulingPolicy."""
+        self._say("assign", model, now)
+        self._assigning = True
+        for instruction in super().assign(model, now):
+            self._say("instruction", instruction)
+            yield instruction
+        self._assigning = False
+        self._say("end")
+
+    def assign_resumed(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
+        """See SchedulingPolicy."""
+        if self._assigning:  # a part of `assign`
+            yield from super().assign_resumed(model, sequences, now)
+            return
+        sequences = list(sequences)
+        self._say("assign_resumed", model, sequences, now)
+        for instruction in super().assign_resumed(model, sequences, now):
+            self._say("instruction", instruction)
+            yield instruction
+        self._say("end")
+
+    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
+        """See SchedulingPolicy."""
+        sequences = list(sequences)
+        self._say("movable", sequences, worker_id, now)
+        for key in super().movable(sequences, worker_id, now):
+            self._say("instruction", key)
+            yield key
+        self._say("end")
+
+
+def replay(
+    journal: Journal,
+    policy_of: Callable[[Callable[[str], FairOrder], Workers], SchedulingPolicy],
+    weight_of: Callable[[str], float],
+) -> None:
+    """Tell another policy what the recorded policy was told, and compare each answer and each instruction.
+
+    `policy_of` creates the other policy from fair orders and workers."""
+    orders: dict[str, FairOrder] = {}
+
+    def order_of(model: str) -> FairOrder:
+        return orders.setdefault(model, FairOrder(weight_of=weight_of))
+
+    workers = _ReplayedWorkers(journal)
+    policy = policy_of(order_of, workers)
+    running: list[Iterator[object]] = []
+    answer: object = None
+    for number, (kind, values) in enumerate(journal.events):
+        match kind:
+            case "answer":
+                assert answer == values[0], number
+            case "instruction":
+                assert next(running[-1]) == values[0], number
+            case "end":
+                assert next(running.pop(), None) is None, number
+            case "assign" | "assign_resumed" | "movable":
+                running.append(getattr(policy, kind)(*values))
+            case "lost" | "returned":
+                getattr(policy.losses, kind)(*values)
+            case "order":
+                model, name, arguments = values
+                getattr(order_of(model), name)(*arguments)
+            case "expire":
+                answer = policy.expire(values[0], lambda model: 0.0)
+            case "admit" | "remove":
+                answer = getattr(policy, kind)(*values)
+            case _:
+                getattr(policy, kind)(*values)
+    assert not running
+    assert not workers.reads
