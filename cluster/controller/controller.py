@@ -12,22 +12,14 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
-from cluster.config.gateway import Tls
-from cluster.config.lenient import PartialConfig
-from cluster.config.schema import Config
-from cluster.controller import bundling, catalog_service, scaling
-from cluster.controller.catalog_verbs import catalog_verbs
-from cluster.controller.last_good import held_names, with_last_good
-from cluster.controller.links import ControllerLinks, FleetWorker
-from cluster.controller.scaling_verbs import scaling_verbs
-from cluster.observe.metrics import Metrics
+from cluster.controller import scaling
+from cluster.controller.links import FleetWorker
 from cluster.policy.catalog import lifecycle, reconcile
 from cluster.policy.catalog.canary import CanaryTally, judge
 from cluster.policy.catalog.held import held_entry
@@ -35,25 +27,17 @@ from cluster.policy.catalog.lifecycle import SourceFacts, WorkerReport
 from cluster.policy.catalog.placement import capacity, why_unplaceable
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import ReplicaShare, VersionOverride, replicas_of, shares, total_for
-from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import Scaler
-from cluster.process.private_files import make_private_folder
-from cluster.ray.backend import Backend, ChildBackend, RayAway, RaySnapshot
-from cluster.ray.jobs import JobBackend
-from cluster.ray.several_clusters import MultiClusterBackend
-from cluster.wire.bundle import Bundle
+from cluster.ray.backend import Backend, RayAway, RaySnapshot
 from cluster.wire.lost_engines import LostEngine
-from cluster.wire.tls import TlsFiles
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("controller")
 
 PERIOD_S = 1.0
-END_SERVE_S = 6.0
 QUIET_S = 3.0
 """Seconds from an application's retirement until the application may count as empty. By then the gateways have reported
 the application's load."""
-LOCAL_DRAIN_S = 2.0
 
 
 class GatewayPort(Protocol):
@@ -564,178 +548,3 @@ def _reported(worker: FleetWorker) -> WorkerReport:
         engine_class=worker.engine_class,
         default_sampling=worker.default_sampling,
     )
-
-
-def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list[ReplicaSettings]:
-    """Return the settings with which replicas are started: one ReplicaSettings for each model, version and GPU type."""
-    weights = config.weights
-    token_file = weights.hugging_face.token_file
-    return [
-        ReplicaSettings(
-            spec=spec,
-            cluster=config.name,
-            gateways=tuple(gateways),
-            ray_cluster="local" if local else spec.ray or config.ray[0].name,
-            tls=link_tls(config, local=local),
-            cache_dir=str(weights.cache_dir) if weights.cache_dir else "",
-            hugging_face_endpoint=weights.hugging_face.endpoint,
-            hugging_face_token_file=str(token_file) if token_file else "",
-            allowed_sources=weights.allow.sources,
-            allowed_formats=weights.allow.formats,
-            allowed_licenses=weights.allow.licenses,
-            allow_remote_code=weights.allow.remote_code,
-            drain_timeout_s=LOCAL_DRAIN_S if local else config.gateway.drain_timeout_s,
-        )
-        for model in config.models
-        for spec in model.specs()
-    ]
-
-
-def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
-    """Return the certificate files that workers and controller use for links.
-
-    These are the files of `link.tls`. If `link.tls` is not set and `local` is true, they are the files of
-    `gateway.link_tls`.
-    """
-    files: Tls | None = config.link.tls or (config.gateway.link_tls if local else None)
-    return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None
-
-
-def _backend(config: Config, instance: str, ray_address: str | None, run_folder: Path) -> Backend:
-    if ray_address is not None:
-        make_private_folder(run_folder)
-        tag = {"HEADRACE_INSTANCE": instance}
-        return ChildBackend(config.name, ray_address, tag, run_folder / "driver.log")
-    if not config.ray:
-        raise ValueError("ray: is empty; name a Ray cluster to run models on, with its dashboard_url")
-    return MultiClusterBackend(
-        {ray.name: JobBackend(config.name, ray.dashboard_url, ray.token_file) for ray in config.ray}
-    )
-
-
-async def run_controller(
-    config: Config,
-    *,
-    instance: str,
-    ray_address: str | None,
-    gateways: Sequence[str],
-    run_folder: Path,
-    stop: asyncio.Event,
-    end_serve: bool = False,
-    metrics: Metrics | None = None,
-    found: PartialConfig | None = None,
-) -> None:
-    """Run a controller until `stop` is set.
-
-    `ray_address`: address of a local Ray, whose token is in this process's environment; None: use the Ray clusters in
-    `config.ray`. `gateways`: link addresses that the controller and the workers dial. `end_serve`: when the controller
-    ends, shut down Serve and thereby end every replica; for a local Ray only. Without `end_serve`, replicas keep
-    running after the controller has ended. `found`: the result of reading the configuration file, with the problems in
-    the file.
-    """
-    found = with_last_good(found or PartialConfig(config), run_folder)
-    config = found.config
-    local = ray_address is not None
-    backend = _backend(config, instance, ray_address, run_folder)
-    bundles: dict[str, Bundle] = {}
-    links = ControllerLinks(
-        controller_id=f"{config.name}-{instance}",
-        gateways=gateways,
-        tls=link_tls(config, local=local),
-        bundles=bundles.get,
-    )
-    requests_file = scaling.OperatorRequestFile(run_folder / "scaling.json")
-    scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
-    controller = Controller(backend, links, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s)
-    controller.hold(
-        [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
-    )
-    if metrics is not None:
-        counters = scaling.Counters(metrics)
-        controller.on_scaling_pass = lambda: counters.count(scaler)
-    scaling.connect_demand(links, scaler, controller.now, controller.wake)
-
-    def on_scaling_request() -> None:
-        requests_file.keep(scaler.operator_requests)
-        controller.wake()
-
-    links.verbs |= scaling_verbs(ScalingRequests(scaler, on_scaling_request))
-    builder = BundleBuilder(run_folder / "bundles", bundles, controller.known, local=local)
-    catalog = catalog_service.StoredCatalogService(
-        config,
-        controller,
-        catalog_service.StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
-        lambda config: settings_of(config, gateways=gateways, local=local),
-        by_file=not local,
-        held=held_names(found.held),
-        on_want=builder.want,
-    )
-    controller.on_mark = catalog.keep
-    links.verbs |= catalog_verbs(catalog)
-    tasks = [
-        asyncio.create_task(links.run()),
-        asyncio.create_task(controller.run()),
-        asyncio.create_task(builder.run()),
-    ]
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        await _wait_for_stop(stopped, tasks)
-    finally:
-        for task in (stopped, *tasks):
-            task.cancel()
-        await asyncio.gather(stopped, *tasks, return_exceptions=True)
-        if end_serve:
-            with contextlib.suppress(RayAway, TimeoutError):
-                async with asyncio.timeout(END_SERVE_S):
-                    await backend.shutdown()
-        await backend.close()
-
-
-async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait until `stopped` is done. If a task in `tasks` fails first, raise the error of that task. A task may end
-    without an error."""
-    pending: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopped, *tasks}
-    while not stopped.done():
-        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-
-
-class BundleBuilder:
-    """Builds tokenizer bundles, one at a time, for models whose source is on this host.
-
-    With a bundle, gateways can tokenize prompts for a model that has no replica.
-    """
-
-    def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, SourceFacts], *, local: bool) -> None:
-        """Create a builder that adds to `bundles` (by digest) and `known` (by application).
-
-        `local`: replicas run on this host, so every source is on this host.
-        """
-        self._folder = folder
-        self._bundles = bundles
-        self._known = known
-        self._local = local
-        self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
-
-    def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Queue the bundles of these replicas for building. Bundles that exist already are skipped."""
-        for variant in settings:
-            self._todo.put_nowait(variant)
-
-    async def run(self) -> None:
-        """Build bundles until cancelled."""
-        while True:
-            settings = await self._todo.get()
-            is_here = self._local or await asyncio.to_thread(Path(settings.spec.source).is_dir)
-            if not is_here or settings.app in self._known:
-                continue
-            bundle, about = await bundling.build(settings, self._folder)
-            self._known[settings.app] = about
-            if bundle is not None:
-                self._bundles[bundle.digest] = bundle
-            else:
-                log.warning("bundle.not_built", model=settings.spec.name, why=about.trouble)
-
-
-__all__ = ["Controller", "run_controller", "settings_of"]

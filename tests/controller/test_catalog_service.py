@@ -13,7 +13,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
 from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
-from cluster.controller.controller import Controller, settings_of
+from cluster.controller.controller import Controller
+from cluster.controller.replica_settings import settings_of
 from tests.controller.test_controller import FakeGateways
 from tests.support.fake_ray import FakeRay
 

@@ -14,8 +14,9 @@ import pytest
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config.schema import parse
-from cluster.controller.controller import QUIET_S, Controller, settings_of
+from cluster.controller.controller import QUIET_S, Controller
 from cluster.controller.links import FleetWorker
+from cluster.controller.replica_settings import settings_of
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import MultiClusterBackend

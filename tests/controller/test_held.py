@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.api.types import ModelSpec, ModelState
 from cluster.config.lenient import for_controller
 from cluster.config.schema import parse
-from cluster.controller.controller import settings_of
 from cluster.controller.last_good import with_last_good
 from cluster.controller.links import FleetWorker
+from cluster.controller.replica_settings import settings_of
 from cluster.policy.catalog.held import HELD_REASON
 from tests.controller.test_controller import FakeGateways, controller, settings
 from tests.support.fake_ray import FakeRay

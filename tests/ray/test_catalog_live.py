@@ -23,8 +23,9 @@ from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
 from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
-from cluster.controller.controller import Controller, settings_of
+from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerLinks
+from cluster.controller.replica_settings import settings_of
 from cluster.ray.backend import Backend, ChildBackend
 from tests.support.calls import Answer, chat, text_of
 from tests.support.checkpoints import build_checkpoint
