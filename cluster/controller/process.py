@@ -11,13 +11,17 @@ from pathlib import Path
 from cluster.api.types import ModelSpec
 from cluster.config.lenient import PartialConfig
 from cluster.config.schema import Config
-from cluster.controller import catalog_service, scaling
+from cluster.controller import scaling
 from cluster.controller.bundling import BundleBuilder
+from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.last_good import held_names, with_last_good
 from cluster.controller.links import ControllerLinks
+from cluster.controller.published_catalog import PublishedCatalog
 from cluster.controller.replica_settings import link_tls, settings_of
+from cluster.controller.retired_apps import RetiredApps
 from cluster.controller.scaling_verbs import scaling_verbs
 from cluster.observe.metrics import Metrics
 from cluster.policy.scaling.operator_requests import ScalingRequests
@@ -63,50 +67,9 @@ async def run_controller(
     the file.
     """
     found = with_last_good(found or PartialConfig(config), run_folder)
-    config = found.config
-    local = ray_address is not None
-    backend = _backend(config, instance, ray_address, run_folder)
-    builder = BundleBuilder(run_folder / "bundles", local=local)
-    links = ControllerLinks(
-        controller_id=f"{config.name}-{instance}",
-        gateways=gateways,
-        tls=link_tls(config, local=local),
-        bundles=builder.bundle,
-    )
-    requests_file = scaling.OperatorRequestFile(run_folder / "scaling.json")
-    scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
-    controller = Controller(
-        backend, links, known=builder.known, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s
-    )
-    controller.hold(
-        [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
-    )
-    if metrics is not None:
-        counters = scaling.Counters(metrics)
-        controller.on_scaling_pass = lambda: counters.count(scaler)
-    scaling.connect_demand(links, scaler, controller.now, controller.wake)
-
-    def on_scaling_request() -> None:
-        requests_file.keep(scaler.operator_requests)
-        controller.wake()
-
-    links.verbs |= scaling_verbs(ScalingRequests(scaler, on_scaling_request))
-    catalog = catalog_service.StoredCatalogService(
-        config,
-        controller,
-        catalog_service.StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
-        lambda config: settings_of(config, gateways=gateways, local=local),
-        by_file=not local,
-        held=held_names(found.held),
-        on_want=builder.want,
-    )
-    controller.on_mark = catalog.keep
-    links.verbs |= catalog_verbs(catalog)
-    tasks = [
-        asyncio.create_task(links.run()),
-        asyncio.create_task(controller.run()),
-        asyncio.create_task(builder.run()),
-    ]
+    backend = _backend(found.config, instance, ray_address, run_folder)
+    parts = _parts(found, backend, instance, gateways, run_folder, metrics, local=ray_address is not None)
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     stopped = asyncio.create_task(stop.wait())
     try:
         await _wait_for_stop(stopped, tasks)
@@ -119,6 +82,52 @@ async def run_controller(
                 async with asyncio.timeout(END_SERVE_S):
                     await backend.shutdown()
         await backend.close()
+
+
+def _parts(
+    found: PartialConfig,
+    backend: Backend,
+    instance: str,
+    gateways: Sequence[str],
+    run_folder: Path,
+    metrics: Metrics | None,
+    *,
+    local: bool,
+) -> tuple[ControllerLinks, Controller, BundleBuilder]:
+    """Construct the parts of a controller that run. `local`: the replicas run on this host."""
+    config, builder = found.config, BundleBuilder(run_folder / "bundles", local=local)
+    models, published = DesiredModels(), PublishedCatalog(builder.known)
+    models.hold(
+        [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
+    )
+    catalog = StoredCatalogService(
+        config,
+        models,
+        published,
+        StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
+        lambda config: settings_of(config, gateways=gateways, local=local),
+        by_file=not local,
+        held=held_names(found.held),
+        on_want=builder.want,
+    )
+    requests_file = scaling.OperatorRequestFile(run_folder / "scaling.json")
+    scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
+
+    def on_scaling_request() -> None:
+        requests_file.keep(scaler.operator_requests)
+        models.changed.set()
+
+    links = ControllerLinks(
+        controller_id=f"{config.name}-{instance}",
+        gateways=gateways,
+        tls=link_tls(config, local=local),
+        bundles=builder.bundle,
+        listener=scaling.DemandRecorder(scaler, models.changed.set),
+        verbs={**scaling_verbs(ScalingRequests(scaler, on_scaling_request)), **catalog_verbs(catalog)},
+    )
+    retired = RetiredApps(config.gateway.drain_timeout_s)
+    counters = scaling.Counters(metrics) if metrics is not None else None
+    return links, Controller(backend, links, models, published, retired, scaler, counters, catalog.keep), builder
 
 
 async def _wait_for_stop(stopped: asyncio.Task[bool], tasks: Sequence[asyncio.Task[None]]) -> None:

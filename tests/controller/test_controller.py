@@ -14,9 +14,10 @@ import pytest
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config.schema import parse
-from cluster.controller.controller import QUIET_S, Controller
+from cluster.controller.controller import Controller
 from cluster.controller.links import FleetWorker
 from cluster.controller.replica_settings import settings_of
+from cluster.controller.retired_apps import QUIET_S
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import MultiClusterBackend
@@ -83,7 +84,7 @@ def controller(
 ) -> Controller:
     """Return a controller that wants these replicas."""
     created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
-    created.want(wanted)
+    created.models.want(wanted)
     return created
 
 
@@ -163,7 +164,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
     gateways.workers.append(FleetWorker("w", "i", "m", running=1, generation=settings("m").digest))
-    loop.want([])
+    loop.models.want([])
     await loop.step()
     clock.now_s += QUIET_S
     await loop.step()
@@ -178,7 +179,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     assert ray.journal == ["deploy m", "delete m"]
     await loop.step()
     assert gateways.published == {}
-    loop.want([settings("m")])
+    loop.models.want([settings("m")])
     await loop.step()
     assert gateways.state("m") is ModelState.DECLARED
 
@@ -213,7 +214,7 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         ray.change("m", running=1)
         await eventually(lambda: gateways.state("m") is ModelState.READY, "it is ready")
         ray.away = "gone again"
-        loop.want([settings("m"), settings("n")])
+        loop.models.want([settings("m"), settings("n")])
         await eventually(lambda: "gone again" in repr(loop), "the loss is noticed")
         assert gateways.state("m") is ModelState.READY
         ray.apps.clear()
@@ -308,7 +309,7 @@ async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
     await loop.step()
     ray.change("m", running=1)
     gateways.workers.append(worker(stable))
-    loop.want([stable, canary])
+    loop.models.want([stable, canary])
     await loop.step()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m@v2"]
@@ -327,8 +328,8 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     stable, canary = two_versions()
     marked: list[str] = []
-    loop = controller(ray, gateways, stable, canary, clock=clock)
-    loop.on_mark = lambda: marked.append("changed")
+    loop = Controller(ray, gateways, keep_overrides=lambda: marked.append("changed"), wall_s=clock)
+    loop.models.want([stable, canary])
     await loop.step()
     for variant in (stable, canary):
         ray.change(variant.app, running=1)
@@ -346,11 +347,11 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
     clock.now_s += QUIET_S
     await loop.step()
     assert ray.journal[-1] == "delete m@v2"
-    loop.want([stable, canary])
+    loop.models.want([stable, canary])
     await loop.step()
     assert len(ray.apps) == 1
     changed = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, revision="changed"))
-    loop.want([stable, changed])
+    loop.models.want([stable, changed])
     await loop.step()
     assert ray.journal[-1] == "deploy m@v2"
 
@@ -368,14 +369,14 @@ async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
     gateways.workers += [worker(stable, running=3), worker(canary)]
     promoted = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, weight=1.0))
     assert promoted.app == canary.app
-    loop.want([promoted])
+    loop.models.want([promoted])
     await loop.step()
     assert ray.journal[2:] == ["scale m@v2 2"]
     assert not gateways.published["m"].retired
     ray.change(canary.app, running=2)
     await loop.step()
     assert gateways.published["m"].retired == (stable.digest,)
-    clock.now_s += loop.drain_timeout_s - 1
+    clock.now_s += loop.retired.drain_timeout_s - 1
     await loop.step()
     assert len(ray.apps) == 2, "calls run there, and the drain timeout is not over"
     clock.now_s += 1
@@ -392,7 +393,7 @@ async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails(
     await loop.step()
     ray.change("m", running=1)
     gateways.workers.append(worker(old))
-    loop.want([new])
+    loop.models.want([new])
     await loop.step()
     await loop.step()
     assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, "being replaced")
@@ -411,11 +412,11 @@ async def test_pinning_the_right_weights_restarts_nothing() -> None:
     ray.change("m", running=1, deployed_at_s=100.0)
     gateways.workers.append(worker(settings("m"), weight_digest="sha256:right"))
     clock.now_s += 100.0
-    loop.want([settings("m", digest="sha256:right")])
+    loop.models.want([settings("m", digest="sha256:right")])
     await loop.step()
     assert ray.journal == ["deploy m"]
     assert gateways.published["m"].weights_pinned
-    loop.want([settings("m", digest="sha256:other")])
+    loop.models.want([settings("m", digest="sha256:other")])
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 
@@ -426,7 +427,7 @@ async def test_frozen_models_stay_as_they_are() -> None:
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
     loop.scaler.operator_requests = OperatorRequest(frozen=frozenset({"m"}))
-    loop.want([settings("m", revision="b")])
+    loop.models.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
     loop.scaler.operator_requests = OperatorRequest()
@@ -447,7 +448,7 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
     loop = controller(ray, gateways, other)
     await loop.step()
     ray.change("other", running=1)
-    loop.want([other, fast, slow])
+    loop.models.want([other, fast, slow])
     await loop.step()
     assert {app: seen.target for app, seen in ray.apps.items()} == {other.app: 1, fast.app: 2, slow.app: 1}
     ray.change(fast.app, running=2)
@@ -478,7 +479,7 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
         dataclasses.replace(stable, spec=dataclasses.replace(stable.spec, version="v2", weight=0.25))
         for stable in (fast, slow)
     ]
-    loop.want([fast, slow, *canaries])
+    loop.models.want([fast, slow, *canaries])
     await loop.step()
     targets = {app: seen.target for app, seen in ray.apps.items()}
     assert targets == {fast.app: 2, slow.app: 1, canaries[0].app: 1, canaries[1].app: 1}
@@ -496,7 +497,7 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     loop = controller(MultiClusterBackend({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
     await loop.step()
     blue.change("m", running=1)
-    loop.want([on_green])
+    loop.models.want([on_green])
     await loop.step()
     assert (blue.journal, green.journal) == (["deploy m"], ["deploy m"])
     green.change("m", running=1)
@@ -526,9 +527,9 @@ async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
     and the cancellation."""
     loop = controller(FakeRay(), FakeGateways(), settings("m"))
     running = asyncio.create_task(loop.run())
-    await eventually(lambda: bool(loop.entries()), "the first pass has run")
+    await eventually(lambda: bool(loop.catalog.entries()), "the first pass has run")
     await asyncio.sleep(0)
-    loop.wake()
+    loop.models.changed.set()
     for _ in range(turns):
         await asyncio.sleep(0)
     running.cancel()
