@@ -133,7 +133,8 @@ class Controller:
             try:
                 match action:
                     case reconcile.Deploy(app):
-                        await self.backend.deploy(replace(self.models.settings(app), replicas=replicas[app]))
+                        if settings := self.models.settings(app):  # the models may change during an earlier step
+                            await self.backend.deploy(replace(settings, replicas=replicas[app]))
                     case reconcile.Scale(app, count):
                         await self.backend.scale(app, count)
                     case reconcile.Delete(app):

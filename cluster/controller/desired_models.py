@@ -88,9 +88,11 @@ class DesiredModels:
         """Return the variants of the model's stable version, the preferred GPU type first."""
         return self.version(model, self.variants[model][0].spec.version)
 
-    def settings(self, app: str) -> ReplicaSettings:
-        """Return the settings of a wanted application. Raises StopIteration for an unknown name."""
-        return next(variant for variants in self.variants.values() for variant in variants if variant.app == app)
+    def settings(self, app: str) -> ReplicaSettings | None:
+        """Return the settings of an application, or None if the application is not wanted."""
+        return next(
+            (variant for variants in self.variants.values() for variant in variants if variant.app == app), None
+        )
 
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
         """Return the models that must stay unchanged, by name. Models without a replica are included.

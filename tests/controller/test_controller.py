@@ -184,6 +184,20 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     assert gateways.state("m") is ModelState.DECLARED
 
 
+async def test_a_model_that_is_removed_during_a_pass_is_not_deployed() -> None:
+    """A change of the desired models while Ray takes a step cancels the deployment of a model that is removed."""
+
+    class SlowRay(FakeRay):
+        async def deploy(self, settings: ReplicaSettings) -> None:
+            await super().deploy(settings)
+            loop.models.want([settings])
+
+    ray = SlowRay()
+    loop = controller(ray, FakeGateways(), settings("m"), settings("n"))
+    await loop.step()
+    assert ray.journal == ["deploy m"]
+
+
 async def test_unplaceable_model_fails_and_recovers() -> None:
     """A model that cannot be placed is FAILED with the reason until a node that is large enough joins."""
     ray, gateways = FakeRay(nodes=({"CPU": 8.0, "GPU": 1.0},)), FakeGateways()
