@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 HEALTHY_S = 60.0
+
+
+class StartFailed(Exception):
+    """Error: the cluster did not start. The message names the part, the reason and the log."""
+
+
+def headrace_command(*arguments: object) -> list[str]:
+    """Return the command line that runs a command of `headrace` with this Python."""
+    return [sys.executable, "-m", "cluster.cli.main", *map(str, arguments)]
 
 
 class Backoff:
