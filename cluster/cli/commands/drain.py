@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.cli.access import Access, admin_access
-from cluster.cli.commands.status import Admin, plain, worker_table
+from cluster.cli.admin_client import Admin, open_admin, plain
+from cluster.cli.commands.status import worker_table
 from cluster.cli.common import (
     FAILED,
     AdminOption,
@@ -22,7 +23,6 @@ from cluster.cli.common import (
     err,
     out,
     print_json,
-    rpc_errors,
 )
 
 POLL_S = 0.2
@@ -51,16 +51,11 @@ def drain(
 ) -> None:
     """Stop new work on workers and wait until running calls have ended or moved. No call is cut off: if some still
     run after the timeout they continue, and the exit code is 1. Undo with `uncordon`."""
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
-            targets = {worker.worker_id for worker in answer.workers}
-            _print_notes(answer.notes)
-            rows = _wait_for_state(api, targets, time.monotonic() + timeout_s + LAG_S)
-    finally:
-        api.close()
+    with open_admin(admin_access(endpoint, admin, api_key_file, tls_ca)) as api:
+        answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
+        targets = {worker.worker_id for worker in answer.workers}
+        _print_notes(answer.notes)
+        rows = _wait_for_state(api, targets, time.monotonic() + timeout_s + LAG_S)
     _show(rows, as_json, targets)
     if any(row.state != "DRAINED" for row in rows):
         raise typer.Exit(FAILED)
@@ -104,15 +99,11 @@ def uncordon(
 
 def _request_and_wait(verb: str, request: Any, state: str, as_json: bool, access: Access) -> None:
     """Send a request, and wait until the workers report the given state."""
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            answer = api.fleet(verb, request)
-            targets = {worker.worker_id for worker in answer.workers}
-            _print_notes(getattr(answer, "notes", ()))
-            rows = _wait_for_state(api, targets, time.monotonic() + LAG_S, state)
-    finally:
-        api.close()
+    with open_admin(access) as api:
+        answer = api.fleet(verb, request)
+        targets = {worker.worker_id for worker in answer.workers}
+        _print_notes(getattr(answer, "notes", ()))
+        rows = _wait_for_state(api, targets, time.monotonic() + LAG_S, state)
     _show(rows, as_json, targets)
 
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.cli.access import admin_access
+from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.commands.scale import ModelArgument, ReasonOption
-from cluster.cli.commands.status import Admin, plain
 from cluster.cli.common import (
     USAGE,
     AdminOption,
@@ -31,7 +31,6 @@ from cluster.cli.common import (
     out,
     print_json,
     read_config,
-    rpc_errors,
 )
 from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import merge_layers
@@ -264,13 +263,8 @@ def get(
 
 
 def _call_catalog(verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            return api.ask("catalog", verb, request)
-    finally:
-        api.close()
+    with open_admin(admin_access(endpoint, admin, api_key_file, tls_ca)) as api:
+        return api.ask("catalog", verb, request)
 
 
 def _show_changes(changes: Sequence[pb.Change], as_json: bool, word: str) -> None:

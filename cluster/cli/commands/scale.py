@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cluster.admin.v1 import scaling_pb2 as pb
 from cluster.cli.access import admin_access
-from cluster.cli.commands.status import Admin, plain
+from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import (
     USAGE,
     AdminOption,
@@ -26,7 +26,6 @@ from cluster.cli.common import (
     fail,
     out,
     print_json,
-    rpc_errors,
 )
 
 explain_app = typer.Typer(help="Explain decisions of the controller.", no_args_is_help=True)
@@ -114,13 +113,8 @@ def explain_scaling(
 def _call_admin(
     service: str, verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any
 ) -> Any:
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            return api.ask(service, verb, request)
-    finally:
-        api.close()
+    with open_admin(admin_access(endpoint, admin, api_key_file, tls_ca)) as api:
+        return api.ask(service, verb, request)
 
 
 def _show(models: Sequence[pb.ModelScaling], as_json: bool) -> None:

@@ -19,8 +19,8 @@ import yaml
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import local_access
+from cluster.cli.admin_client import Admin
 from cluster.cli.base import replace_file
-from cluster.cli.commands.status import Admin
 from cluster.cli.local import model_states
 from cluster.cli.local.children import Child, StartFailed, headrace_command, keep_alive
 from cluster.cli.local.gateway_processes import GatewayProcesses

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import Access
-from cluster.cli.commands.status import Admin
+from cluster.cli.admin_client import Admin
 from cluster.cli.local import model_states
 from tests.support.scripted_gateway import ScriptedGateway
 from tests.support.serving import eventually
