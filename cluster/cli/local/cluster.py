@@ -48,9 +48,12 @@ class LocalCluster:
         self._report = report
         settings = LocalRaySettings(self.instance, run.path, drain_timeout_s=config.gateway.drain_timeout_s)
         self._ray = None if config.ray else RayProcess(settings)
-        self._environment = {**os.environ, reaper.INSTANCE_ENV: self.instance, "PYTHONUNBUFFERED": "1"}
-        self._gateways = GatewayProcesses(config, run, self._environment)
-        self._controller = Child("controller", [], self._environment, run.log_file("controller"))
+        environment = {**os.environ, reaper.INSTANCE_ENV: self.instance, "PYTHONUNBUFFERED": "1"}
+        self._gateways = GatewayProcesses(config, run, environment)
+        command = headrace_command(
+            "controller", "-f", run.config_file, "--folder", run.path / "controller", "--instance", self.instance
+        )
+        self._controller = Child("controller", command, environment, run.log_file("controller"))
 
     def __repr__(self) -> str:
         return f"LocalCluster({self.config.name}, {self.instance})"
@@ -102,14 +105,10 @@ class LocalCluster:
 
     async def _start_controller(self) -> None:
         address, environment = await self._ray.address() if self._ray is not None else ("", {})
-        ray = ("--ray-address", address) if self._ray is not None else ()
+        ray = ("--ray-address", address) if address else ()
         dial = self.config.link.gateways or (_dial_address(self.endpoints["link"]),)
-        self._controller.environment = {**self._environment, **environment}
-        self._controller.command = headrace_command(
-            "controller", "-f", self.run.config_file, "--folder", self.run.path / "controller",
-            "--instance", self.instance, *ray, *(part for gateway in dial for part in ("--gateway", gateway)),
-        )  # fmt: skip
-        await self._controller.start()
+        gateways = (part for gateway in dial for part in ("--gateway", gateway))
+        await self._controller.start([*ray, *gateways], environment)
         self.write_state(str(self.run.state().get("phase", "starting")))
 
     # ---- supervision
