@@ -36,7 +36,7 @@ class StoredCatalog:
     version."""
 
     models: Sequence[Mapping[str, Any]] = ()
-    marks: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
 
 
 class StoredCatalogFile:
@@ -55,11 +55,11 @@ class StoredCatalogFile:
             values = json.loads(self._path.read_text())
             if values["life"] != self._life:
                 return None
-            marks = {
-                model: {version: VersionOverride.from_json(mark) for version, mark in versions.items()}
+            overrides = {
+                model: {version: VersionOverride.from_json(override) for version, override in versions.items()}
                 for model, versions in values["marks"].items()
             }
-            return StoredCatalog(values["models"], marks)
+            return StoredCatalog(values["models"], overrides)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -68,12 +68,12 @@ class StoredCatalogFile:
 
     def keep(self, kept: StoredCatalog) -> None:
         """Replace the content of the file atomically with `kept`. Raises OSError."""
-        marks = {
-            model: {version: mark.as_json() for version, mark in versions.items()}
-            for model, versions in kept.marks.items()
+        overrides = {
+            model: {version: override.as_json() for version, override in versions.items()}
+            for model, versions in kept.overrides.items()
         }
         text = json.dumps(
-            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": marks}, indent=1
+            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": overrides}, indent=1
         )
         draft = self._path.with_suffix(".new")
         draft.write_text(text)
@@ -114,7 +114,7 @@ class StoredCatalogService:
         self.config = self._restored(config, kept) if kept is not None else config
         self._want()
         if kept is not None:
-            models.restore(kept.marks)
+            models.restore(kept.overrides)
 
     def _restored(self, config: Config, kept: StoredCatalog) -> Config:
         """Return a configuration with the stored models: alone on a local cluster, else beside the models of the
@@ -188,7 +188,7 @@ class StoredCatalogService:
                 "version", f"{version[:64]!r} is no version of {model.name}; it has {model.version}, {canary}"
             )
         share = weight if version == canary else 1.0 - weight
-        return self._mark(model.name, canary, weight=share, gone="")
+        return self._override(model.name, canary, weight=share, gone="")
 
     def promote(self, name: str) -> CatalogEntry:
         """Make the canary the model's stable version."""
@@ -209,7 +209,7 @@ class StoredCatalogService:
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
         """Withdraw the canary of a model until the model's entry changes."""
         model, canary = self._with_canary(name)
-        return self._mark(model.name, canary, gone=f"rolled back: {reason}")
+        return self._override(model.name, canary, gone=f"rolled back: {reason}")
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
@@ -217,13 +217,13 @@ class StoredCatalogService:
         versions = [model.version, *([model.canary.version] if model.canary else [])]
         if version not in versions:
             raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {', '.join(versions)}")
-        entry = self._mark(model.name, version, quarantined=not lift)
+        entry = self._override(model.name, version, quarantined=not lift)
         log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
         return entry
 
-    def _mark(self, model: str, version: str, **fields: Any) -> CatalogEntry:
+    def _override(self, model: str, version: str, **fields: Any) -> CatalogEntry:
         """Override a version's configuration, and store the overrides. Returns the entry as it will be published."""
-        self._models.mark(model, version, **fields)
+        self._models.override(model, version, **fields)
         self.keep()
         return self._preview(model)
 

@@ -206,7 +206,7 @@ class Controller:
             )
             if verdict.roll_back:
                 log.warning("version.rolled_back", model=model, version=parts[1].version, why=verdict.why)
-                self.models.mark(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
+                self.models.override(model, parts[1].version, gone=f"rolled back by itself: {verdict.why}")
                 self.keep_overrides()
 
     def _frozen_models(self) -> frozenset[str]:

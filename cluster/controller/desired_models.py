@@ -53,21 +53,20 @@ class DesiredModels:
         versions = {(model, variant.spec.version) for model, variants in self.variants.items() for variant in variants}
         self.overrides = {
             model: kept
-            for model, marks in overrides.items()
-            if (kept := {version: mark for version, mark in marks.items() if (model, version) in versions})
+            for model, own in overrides.items()
+            if (kept := {version: override for version, override in own.items() if (model, version) in versions})
         }
         self.changed.set()
 
-    def mark(self, model: str, version: str, **fields: Any) -> None:
+    def override(self, model: str, version: str, **fields: Any) -> None:
         """Override the configuration of a version until the entry of the version changes. Raises KeyError for unknown
         names."""
-        digest = next((variant.digest for variant in self.variants[model] if variant.spec.version == version), None)
-        if digest is None:
+        variants, own = self.version(model, version), self.overrides.get(model, {})
+        if not variants:
             raise KeyError(version)
-        marks = self.overrides.get(model, {})
-        old = marks.get(version)
+        old, digest = own.get(version), variants[0].digest
         override = replace(old if old is not None and old.digest == digest else VersionOverride(digest), **fields)
-        self.overrides = {**self.overrides, model: {**marks, version: override}}
+        self.overrides = {**self.overrides, model: {**own, version: override}}
         self.changed.set()
 
     def shares(self, model: str) -> tuple[ReplicaShare, ...]:

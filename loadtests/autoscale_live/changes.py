@@ -44,7 +44,7 @@ class Changes:
         self._controller.models.want([_with_spec_fields(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
         await self._until("a trial serves", lambda: self._serves("v2"), seconds)
         await at(TAKEN_BACK)
-        self._controller.models.mark(spec.name, "v2", gone="by hand")
+        self._controller.models.override(spec.name, "v2", gone="by hand")
         await self._until("the trial is gone", lambda: not self._exists("v2"), 2 * seconds)
         await at(CHANGED)
         changed = _with_spec_fields(own, source=spec.source + "&seed=0", weight=1.0)

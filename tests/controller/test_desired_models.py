@@ -16,11 +16,11 @@ def test_overrides_are_of_wanted_versions() -> None:
     models.want([stable, canary])
     models.restore({"m": {"v2": VersionOverride(canary.digest, weight=0.5)}, "other": {"v1": VersionOverride("d")}})
     assert models.overrides == {"m": {"v2": VersionOverride(canary.digest, weight=0.5)}}
-    models.mark("m", "v2", quarantined=True)
+    models.override("m", "v2", quarantined=True)
     assert [(part.weight, part.quarantined) for part in models.shares("m")] == [(0.5, False), (0.5, True)]
     for model, version in (("m", "v3"), ("n", "v1")):
         with pytest.raises(KeyError):
-            models.mark(model, version, gone="x")
+            models.override(model, version, gone="x")
     models.want([stable])
     assert not models.overrides
 
@@ -30,7 +30,7 @@ def test_an_override_of_another_digest_is_replaced() -> None:
     models, (stable, canary) = DesiredModels(), two_versions()
     models.want([stable, canary])
     models.restore({"m": {"v2": VersionOverride("earlier", gone="rolled back")}})
-    models.mark("m", "v2", weight=0.1)
+    models.override("m", "v2", weight=0.1)
     assert models.overrides["m"]["v2"] == VersionOverride(canary.digest, weight=0.1)
 
 
