@@ -9,9 +9,16 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
-from cluster.cli.access import Access
-from cluster.cli.common import rpc_errors
+from cluster.cli.access import Access, admin_access
+from cluster.cli.common import AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, rpc_errors
+from cluster.cli.shared_options import Command, with_options
 
+ADMIN_OPTIONS = {
+    "endpoint": EndpointOption,
+    "admin": AdminOption,
+    "api_key_file": ApiKeyOption,
+    "tls_ca": TlsCaOption,
+}
 TIMEOUT_S = 10.0
 PAGE_SIZE = 500
 
@@ -75,6 +82,11 @@ def open_admin(access: Access) -> Iterator[Admin]:
     """Open a client of a gateway's admin API. A failed call ends the command with the exit code for the error."""
     with closing(Admin(access)) as admin, rpc_errors(access.address):
         yield admin
+
+
+def with_admin(command: Command) -> Command:
+    """Decorate a command: add the options that select a gateway, and pass a client as the argument `api`."""
+    return with_options("api", ADMIN_OPTIONS, lambda context, given: open_admin(admin_access(**given)))(command)
 
 
 def plain(message: Any) -> dict[str, Any]:
