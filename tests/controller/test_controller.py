@@ -7,16 +7,13 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
-from cluster.config.schema import parse
 from cluster.controller.controller import Controller
 from cluster.controller.links import FleetWorker
-from cluster.controller.replica_settings import settings_of
 from cluster.controller.retired_apps import QUIET_S
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
@@ -238,59 +235,6 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert ray.journal == ["deploy m", "deploy m", "deploy n"]
-
-
-CONFIG = """
-api_version: headrace/v1
-name: prod
-gateway: {drain_timeout_s: 9}
-link: {gateways: ["10.0.0.1:50052"], tls: {cert_file: /c, key_file: /k, ca_file: /a}}
-ray: [{name: blue, dashboard_url: "http://ray:8265"}]
-weights: {cache_dir: /models, hugging_face: {endpoint: "https://mirror.example"}, allow: {sources: ["/m/*"]}}
-models: [{name: m, source: /m/x, replicas: {min: 2}}]
-"""
-
-
-def test_settings_come_from_the_configuration() -> None:
-    """Every configuration key that a replica needs is in the settings of the replica."""
-    (prod,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
-    assert (prod.cluster, prod.ray_cluster, prod.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
-    assert (prod.cache_dir, prod.hugging_face_endpoint) == ("/models", "https://mirror.example")
-    assert (prod.allowed_sources, prod.drain_timeout_s, prod.spec.replicas) == (("/m/*",), 9.0, 2)
-    assert prod.tls is not None
-    assert prod.tls.cert_file == Path("/c")
-    (local,) = settings_of(parse(CONFIG), gateways=[], local=True)
-    assert dataclasses.replace(local, gateways=prod.gateways, ray_cluster="blue", drain_timeout_s=9.0) == prod
-
-
-def test_versions_and_types_come_from_the_configuration() -> None:
-    """Each version and GPU type of a model has settings with the values and the Ray cluster of the version."""
-    config = parse(
-        CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
-        .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
-        .replace("replicas: {min: 2}", "replicas: {min: 2}, fallback: [n]}, {name: n, source: /m/n")
-    )
-    variants = settings_of(config, gateways=[], local=False)
-    keys = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in variants]
-    assert keys == [
-        ("m", "v1", "H100", 1, "green"),
-        ("m", "v1", "L4", 4, "green"),
-        ("m", "v2", "H100", 1, "blue"),
-        ("m", "v2", "L4", 4, "blue"),
-        ("n", "v1", "", 1, "green"),
-    ]
-    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in variants[1:3]] == [
-        ("r1", 0.75, 0.0),
-        ("r2", 0.25, 2.0),
-    ]
-    assert variants[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
-    assert variants[2].spec.digest == "", "the pin is of the other version's weights"
-    assert variants[0].spec.fallback == ("n",)
-
-
-VERSIONS = """engine: {max_num_seqs: 8},
-  gpu: [{type: H100}, {type: L4, tensor_parallel_size: 4, engine: {kv_cache_dtype: fp8}}],
-  canary: {version: v2, revision: r2, ray: blue, weight: 0.25, rollback: {error_ratio: 2}}"""
 
 
 # ---- versions
