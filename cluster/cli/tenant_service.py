@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import typer
 
 from cluster.cli.access import admin_access
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, ledger_errors, open_ledger, read_settings
+from cluster.cli.shared_options import Command, with_options
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
@@ -56,7 +57,7 @@ class TenantBackend:
     tls_ca: Path | None = None
 
 
-def with_tenant_service(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that passes an open tenant service to a command, as the argument `service`.
 
     The decorator also adds the options that select the service. With `keys`, the command creates keys and needs the
@@ -64,29 +65,11 @@ def with_tenant_service(*, keys: bool = False) -> Callable[[Callable[..., None]]
     """
     options = {name: kind for name, kind in _OPTIONS.items() if keys or name != "pepper_file"}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[name])
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name != "service"
-        ]
-        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        more = [inspect.Parameter("context", positional, annotation=typer.Context)]
-        more += [inspect.Parameter(name, positional, default=None, annotation=kind) for name, kind in options.items()]
+    def opened(context: typer.Context, given: Mapping[str, Any]) -> AbstractContextManager[TenantService]:
+        typed = frozenset(name for name in options if _is_typed(context, name))
+        return open_tenant_service(TenantBackend(typed, **given), keys=keys)
 
-        def run(context: typer.Context, **given: Any) -> None:
-            typed = frozenset(name for name in options if _is_typed(context, name))
-            where = TenantBackend(typed, **{name: given.pop(name) for name in options})
-            with open_tenant_service(where, keys=keys) as service:
-                command(service=service, **given)
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([more[0], *own, *more[1:]])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
-        return run
-
-    return decorate
+    return with_options("service", options, opened)
 
 
 @contextlib.contextmanager

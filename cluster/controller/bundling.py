@@ -11,14 +11,19 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.wire.bundle import Bundle, sampling_defaults
 from cluster.worker import settings as replica_settings
 from cluster.worker.settings import ReplicaSettings
+
+log = structlog.get_logger("controller")
 
 _NICENESS = 10  # lower priority than an engine that loads at the same time
 
@@ -53,6 +58,46 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
     bundle = Bundle.load(folder / _folder_name(answer["digest"]))
     about = describe(bundle)
     return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
+
+
+class BundleBuilder:
+    """Builds tokenizer bundles, one at a time, for models whose source is on this host.
+
+    With a bundle, gateways can tokenize prompts for a model that has no replica.
+    """
+
+    def __init__(self, folder: Path, *, local: bool) -> None:
+        """`folder`: the folder for built bundles. `local`: replicas run on this host, so every source is on this
+        host."""
+        self._folder = folder
+        self._local = local
+        self._bundles: dict[str, Bundle] = {}
+        self.known: dict[str, SourceFacts] = {}
+        """Properties that were read from the models' sources, by application."""
+        self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
+
+    def bundle(self, digest: str) -> Bundle | None:
+        """Return a bundle that was built, or None."""
+        return self._bundles.get(digest)
+
+    def want(self, settings: Sequence[ReplicaSettings]) -> None:
+        """Queue the bundles of these replicas for building. Bundles that exist already are skipped."""
+        for variant in settings:
+            self._todo.put_nowait(variant)
+
+    async def run(self) -> None:
+        """Build bundles until cancelled."""
+        while True:
+            settings = await self._todo.get()
+            is_here = self._local or await asyncio.to_thread(Path(settings.spec.source).is_dir)
+            if not is_here or settings.app in self.known:
+                continue
+            bundle, about = await build(settings, self._folder)
+            self.known[settings.app] = about
+            if bundle is not None:
+                self._bundles[bundle.digest] = bundle
+            else:
+                log.warning("bundle.not_built", model=settings.spec.name, why=about.trouble)
 
 
 def describe(bundle: Bundle) -> SourceFacts:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -21,6 +21,8 @@ from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import Config, Model, entry_of, with_models
+from cluster.controller.desired_models import DesiredModels
+from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog import layers
 from cluster.policy.catalog.versions import VersionOverride
 from cluster.worker.settings import ReplicaSettings
@@ -34,7 +36,7 @@ class StoredCatalog:
     version."""
 
     models: Sequence[Mapping[str, Any]] = ()
-    marks: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, VersionOverride]] = field(default_factory=dict)
 
 
 class StoredCatalogFile:
@@ -53,11 +55,11 @@ class StoredCatalogFile:
             values = json.loads(self._path.read_text())
             if values["life"] != self._life:
                 return None
-            marks = {
-                model: {version: VersionOverride.from_json(mark) for version, mark in versions.items()}
+            overrides = {
+                model: {version: VersionOverride.from_json(override) for version, override in versions.items()}
                 for model, versions in values["marks"].items()
             }
-            return StoredCatalog(values["models"], marks)
+            return StoredCatalog(values["models"], overrides)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -66,40 +68,27 @@ class StoredCatalogFile:
 
     def keep(self, kept: StoredCatalog) -> None:
         """Replace the content of the file atomically with `kept`. Raises OSError."""
-        marks = {
-            model: {version: mark.as_json() for version, mark in versions.items()}
-            for model, versions in kept.marks.items()
+        overrides = {
+            model: {version: override.as_json() for version, override in versions.items()}
+            for model, versions in kept.overrides.items()
         }
         text = json.dumps(
-            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": marks}, indent=1
+            {"life": self._life, "models": [dict(entry) for entry in kept.models], "marks": overrides}, indent=1
         )
         draft = self._path.with_suffix(".new")
         draft.write_text(text)
         draft.replace(self._path)
 
 
-class CatalogOwner(Protocol):
-    """The part of Controller (controller.py) that StoredCatalogService uses."""
-
-    marks: dict[str, dict[str, VersionOverride]]
-
-    def want(self, settings: Sequence[ReplicaSettings]) -> None:
-        """Set the replicas that should run."""
-
-    def mark(self, model: str, version: str, **fields: Any) -> None:
-        """Override the configuration of a version. Raises KeyError for unknown names."""
-
-    def preview(self, model: str) -> CatalogEntry:
-        """Return the entry of the model that will be published next."""
-
-
 class StoredCatalogService:
-    """Implements CatalogService (cluster/api/catalog.py) with a controller and a file."""
+    """Implements CatalogService (cluster/api/catalog.py): changes the controller's desired models, and stores the
+    changes in a file."""
 
     def __init__(
         self,
         config: Config,
-        controller: CatalogOwner,
+        models: DesiredModels,
+        catalog: PublishedCatalog,
         file: StoredCatalogFile,
         settings_of: Callable[[Config], Sequence[ReplicaSettings]],
         *,
@@ -107,23 +96,25 @@ class StoredCatalogService:
         held: Collection[str] = (),
         on_want: Callable[[Sequence[ReplicaSettings]], None] = lambda settings: None,
     ) -> None:
-        """Restore the stored changes, and pass the resulting catalog to the controller.
+        """Restore the stored changes, and set the resulting catalog in `models`.
 
-        `config`: the configuration from the file. `settings_of`: function that returns the replica settings of a
-        configuration. `by_file`: whether the models of the file can be changed in the file only. `held`: names of
-        models whose entries in the file are invalid. `on_want`: function that is called with the replica settings of
-        each new catalog.
+        `config`: the configuration from the file. `catalog`: the catalog as last published, for answers. `settings_of`:
+        function that returns the replica settings of a configuration. `by_file`: whether the models of the file can be
+        changed in the file only. `held`: names of models whose entries in the file are invalid. `on_want`: function
+        that is called with the replica settings of each new catalog.
         """
         self._file_models = {*(model.name for model in config.models), *held} if by_file else set()
         self._held = frozenset(held)
-        self._controller = controller
+        self._models = models
+        self._catalog = catalog
         self._file = file
         self._settings_of = settings_of
         self._on_want = on_want
         kept = file.read()
         self.config = self._restored(config, kept) if kept is not None else config
-        controller.marks = {model: dict(versions) for model, versions in (kept.marks if kept else {}).items()}
         self._want()
+        if kept is not None:
+            models.restore(kept.overrides)
 
     def _restored(self, config: Config, kept: StoredCatalog) -> Config:
         """Return a configuration with the stored models: alone on a local cluster, else beside the models of the
@@ -138,13 +129,13 @@ class StoredCatalogService:
 
     def _want(self) -> None:
         settings = self._settings_of(self.config)
-        self._controller.want(settings)
+        self._models.want(settings)
         self._on_want(settings)
 
     def keep(self) -> None:
-        """Store the changed models and the controller's overrides. Raises OSError."""
+        """Store the changed models and the overrides of versions. Raises OSError."""
         models = [entry_of(model) for model in self.config.models if model.name not in self._file_models]
-        self._file.keep(StoredCatalog(models, self._controller.marks))
+        self._file.keep(StoredCatalog(models, self._models.overrides))
 
     # ---- verbs
 
@@ -166,7 +157,7 @@ class StoredCatalogService:
         return changes
 
     def _adopt(self, config: Config) -> None:
-        """Store a new catalog, and pass the replica settings of the new catalog to the controller.
+        """Store a new catalog, and set the replica settings of the new catalog in the desired models.
 
         If the catalog cannot be stored, raises CallError and changes nothing.
         """
@@ -197,8 +188,7 @@ class StoredCatalogService:
                 "version", f"{version[:64]!r} is no version of {model.name}; it has {model.version}, {canary}"
             )
         share = weight if version == canary else 1.0 - weight
-        self._controller.mark(model.name, canary, weight=share, gone="")
-        return self._controller.preview(model.name)
+        return self._override(model.name, canary, weight=share, gone="")
 
     def promote(self, name: str) -> CatalogEntry:
         """Make the canary the model's stable version."""
@@ -214,13 +204,12 @@ class StoredCatalogService:
             for other in self.config.models
         ]
         self._adopt(with_models(self.config, entries, self._held))
-        return self._controller.preview(model.name)
+        return self._preview(model.name)
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
         """Withdraw the canary of a model until the model's entry changes."""
         model, canary = self._with_canary(name)
-        self._controller.mark(model.name, canary, gone=f"rolled back: {reason}")
-        return self._controller.preview(model.name)
+        return self._override(model.name, canary, gone=f"rolled back: {reason}")
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
         """Stop sending calls to a version, or with `lift` resume sending calls to the version."""
@@ -228,9 +217,18 @@ class StoredCatalogService:
         versions = [model.version, *([model.canary.version] if model.canary else [])]
         if version not in versions:
             raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {', '.join(versions)}")
-        self._controller.mark(model.name, version, quarantined=not lift)
+        entry = self._override(model.name, version, quarantined=not lift)
         log.warning("version.quarantined", model=model.name, version=version, lifted=lift, why=reason)
-        return self._controller.preview(model.name)
+        return entry
+
+    def _override(self, model: str, version: str, **fields: Any) -> CatalogEntry:
+        """Override a version's configuration, and store the overrides. Returns the entry as it will be published."""
+        self._models.override(model, version, **fields)
+        self.keep()
+        return self._preview(model)
+
+    def _preview(self, model: str) -> CatalogEntry:
+        return self._catalog.preview(self._models.stable(model)[0].spec, self._models.shares(model))
 
     def _named(self, name: str) -> Model:
         for model in self.config.models:

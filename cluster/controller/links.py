@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.api.demand import ComputedWork, ModelDemand
 from cluster.api.types import CatalogEntry, DrainState, VersionTally
@@ -47,6 +47,26 @@ class FleetWorker:
     kv_tokens: int = 0
 
 
+class DemandListener(Protocol):
+    """The receiver of the gateways' demand reports. `gateway` is the incarnation of a gateway."""
+
+    def record_demand(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float) -> None:
+        """Record a gateway's demand. `counting_s`: seconds over which the gateway has counted."""
+
+    def record_disconnect(self, gateway: str) -> None:
+        """Record the end of the link of a gateway."""
+
+
+@dataclass(slots=True)
+class _GatewayReports:
+    """The newest reports of a linked gateway."""
+
+    fleet: Sequence[FleetWorker] = ()
+    lost: Sequence[LostEngine] = ()
+    demand: Sequence[ModelDemand] = ()
+    tallies: Sequence[VersionTally] = ()
+
+
 class ControllerLinks:
     """Dials the gateways in `gateways` and the siblings of these gateways, and sends the newest catalog to every
     gateway."""
@@ -58,28 +78,24 @@ class ControllerLinks:
         gateways: Sequence[str],
         tls: TlsFiles | None,
         bundles: Callable[[str], Bundle | None],
+        listener: DemandListener | None = None,
+        verbs: Mapping[str, admin_forwarding.Verb] | None = None,
         timing: Timing | None = None,
     ) -> None:
+        """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: admin verbs that the controller
+        answers, such as `Catalog.Scale`."""
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
         self._gateways = GatewayAddresses(gateways)
         self._tls = tls
         self._bundles = bundles
+        self._listener = listener
+        self._verbs = {} if verbs is None else verbs
         self._timing = timing or Timing()
         self._catalog: tuple[CatalogEntry, ...] = ()
         self._revision = 0
         self._changed: set[asyncio.Event] = set()
-        self._fleets: dict[str, Sequence[FleetWorker]] = {}
-        self._lost: dict[str, Sequence[LostEngine]] = {}
-        self._demands: dict[str, Sequence[ModelDemand]] = {}
-        self._tallies: dict[str, Sequence[VersionTally]] = {}
-        self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
-        """Called with a gateway's incarnation, the gateway's demand, and the seconds over which the gateway has
-        counted."""
-        self.on_gateway_left: Callable[[str], None] = lambda gateway: None
-        """Called with a gateway's incarnation when the link to the gateway has ended."""
-        self.verbs: dict[str, admin_forwarding.Verb] = {}
-        """Admin verbs that the controller answers (such as `Catalog.Scale`); set before `run`."""
+        self._reports: dict[str, _GatewayReports] = {}
         self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
@@ -98,7 +114,7 @@ class ControllerLinks:
     def fleet(self) -> Sequence[FleetWorker]:
         """Return one FleetWorker for each worker that is linked to at least one gateway, sorted by worker id."""
         workers: dict[str, FleetWorker] = {}
-        for worker in (w for fleet in self._fleets.values() for w in fleet):
+        for worker in (w for reports in self._reports.values() for w in reports.fleet):
             other = workers.get(worker.worker_id)
             if other is None or other.work.steps <= worker.work.steps:  # the newest report
                 workers[worker.worker_id] = worker
@@ -106,13 +122,13 @@ class ControllerLinks:
 
     def lost(self) -> Sequence[LostEngine]:
         """Return the engines that ended in the last minutes, oldest first."""
-        return lost_engines.merge_reports(self._lost.values())
+        return lost_engines.merge_reports([reports.lost for reports in self._reports.values()])
 
     def demand(self) -> Sequence[ModelDemand]:
         """Return the demand by model, summed over the gateways."""
         sums: dict[str, ModelDemand] = {}
-        for demands in self._demands.values():
-            for demand in demands:
+        for reports in self._reports.values():
+            for demand in reports.demand:
                 total = sums.get(demand.model, ModelDemand(demand.model, 0, 0, 0, 0, 0))
                 sums[demand.model] = ModelDemand(
                     demand.model,
@@ -126,7 +142,7 @@ class ControllerLinks:
 
     def tallies(self) -> Sequence[VersionTally]:
         """Return the call counts of model versions: one VersionTally for each version and linked gateway."""
-        return [tally for address in sorted(self._tallies) for tally in self._tallies[address]]
+        return [tally for address in sorted(self._reports) for tally in self._reports[address].tallies]
 
     @property
     def linked(self) -> int:
@@ -145,7 +161,7 @@ class ControllerLinks:
                 protocol_max=codec.PROTOCOL_MAX,
                 controller_id=self._controller_id,
                 incarnation=self._incarnation,
-                verbs=sorted(self.verbs),
+                verbs=sorted(self._verbs),
             )
             await call.write(pb.ControllerFrame(hello=hello))
             async with asyncio.timeout(self._timing.welcome_s):
@@ -157,6 +173,7 @@ class ControllerLinks:
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
+            reports = self._reports[address] = _GatewayReports()
             self._notify_all()
             blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
             replies: asyncio.Queue[pb.AdminReply] = asyncio.Queue()
@@ -164,7 +181,7 @@ class ControllerLinks:
             tasks = [
                 asyncio.create_task(self._send_catalog(call, changed, write_lock)),
                 asyncio.create_task(self._send_replies(call, replies, write_lock)),
-                asyncio.create_task(self._receive(address, gateway, call, blobs, replies)),
+                asyncio.create_task(self._receive(reports, gateway, call, blobs, replies)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
                 ),
@@ -176,11 +193,9 @@ class ControllerLinks:
             finally:
                 self._changed.discard(changed)
                 self._notify_all()
-                self._fleets.pop(address, None)
-                self._lost.pop(address, None)
-                self._demands.pop(address, None)
-                self._tallies.pop(address, None)
-                self.on_gateway_left(gateway)
+                self._reports.pop(address, None)
+                if self._listener is not None:
+                    self._listener.record_disconnect(gateway)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -211,7 +226,7 @@ class ControllerLinks:
 
     async def _receive(
         self,
-        address: str,
+        reports: _GatewayReports,
         gateway: str,
         call: Any,
         blobs: asyncio.Queue[pb.Blob],
@@ -219,13 +234,14 @@ class ControllerLinks:
     ) -> None:
         while (frame := await read(call)) is not None:
             if frame.HasField("fleet"):
-                self._fleets[address] = [_worker(w) for w in frame.fleet.workers]
-                self._lost[address] = lost_engines.from_pb(frame.fleet.lost)
+                reports.fleet = [_worker(w) for w in frame.fleet.workers]
+                reports.lost = lost_engines.from_pb(frame.fleet.lost)
             if frame.HasField("demand"):
-                demand = self._demands[address] = demand_from_pb(frame.demand)
-                self.on_demand(gateway, demand, frame.demand.counting_s)
+                reports.demand = demand_from_pb(frame.demand)
+                if self._listener is not None:
+                    self._listener.record_demand(gateway, reports.demand, frame.demand.counting_s)
             if frame.HasField("tallies"):
-                self._tallies[address] = [
+                reports.tallies = [
                     VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
                     for t in frame.tallies.tallies
                 ]
@@ -243,7 +259,7 @@ class ControllerLinks:
 
         After such an end, the gateway reports to the caller that the request may have been carried out.
         """
-        replies.put_nowait(await admin_forwarding.answer(self.verbs, request))
+        replies.put_nowait(await admin_forwarding.answer(self._verbs, request))
 
 
 def _worker(w: pb.FleetWorker) -> FleetWorker:

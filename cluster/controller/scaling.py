@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
+from cluster.api.demand import ModelDemand
 from cluster.api.scaling import ScalingDecision
 from cluster.config.schema import Config
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
+from cluster.policy.catalog.placement import capacity
 from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.catalog.versions import total_for
 from cluster.policy.scaling.operator_requests import requests_from_json, requests_to_json
 from cluster.policy.scaling.replica_rates import ReplicaLimits
 from cluster.policy.scaling.scaler import Kind, OperatorRequest, RayReplicas, Scaler, ScalingSettings, WorkerSeen
+from cluster.ray.backend import RaySnapshot
 
 log = structlog.get_logger("scaling")
-
-
-class DemandSource(Protocol):
-    """Source of demand reports (links.ControllerLinks)."""
-
-    on_demand: Callable[..., None]
-    on_gateway_left: Callable[[str], None]
 
 
 def settings_of(config: Config) -> ScalingSettings:
@@ -44,6 +43,46 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, RayReplicas]:
                 app.target, app.running, app.placed, app.leaving
             )
     return replicas
+
+
+def requested_on_ray(
+    models: DesiredModels, snapshot: RaySnapshot, retired: Container[str]
+) -> Mapping[Kind, RayReplicas]:
+    """Return the replica counts on Ray, with each target as the number for which the scaler has asked.
+
+    Retired applications are left out. Not counted in a target are a canary's replicas beyond the canary's share of the
+    calls, and replacements that are not up yet.
+    """
+    counts = on_ray(seen for app, seen in snapshot.apps.items() if app not in retired)
+    for model, variants in models.variants.items():
+        parts = models.shares(model)
+        versions = {part.version for part in parts if not part.gone}
+        apps = [snapshot.apps.get(variant.app) for variant in variants if variant.spec.version in versions]
+        targets: dict[str, int] = {}
+        for seen in apps:
+            if seen is not None:
+                targets[seen.gpu] = targets.get(seen.gpu, 0) + seen.target
+        for kind in [kind for kind in counts if targets and kind[0] == model]:
+            counts[kind] = replace(counts[kind], target=total_for(targets.get(kind[1], 0), parts))
+    return counts
+
+
+def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
+    """Return how many replicas of each model with several GPU types fit on nodes of each type, beside the replicas of
+    other models."""
+    free: dict[Kind, int] = {}
+    for model in models.variants:
+        types = models.stable(model)
+        for settings in types if len(types) > 1 else ():
+            others = [
+                (variant.spec, seen.running + seen.placed)
+                for other, variants in models.variants.items()
+                for variant in variants
+                if other != model and variant.ray_cluster == settings.ray_cluster
+                if (seen := snapshot.apps.get(variant.app)) is not None
+            ]
+            free[model, settings.spec.gpu] = capacity(settings.spec, snapshot.nodes_of(settings.ray_cluster), others)
+    return free
 
 
 def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:
@@ -68,17 +107,26 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
     ]
 
 
-def connect_demand(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake: Callable[[], None]) -> None:
-    """Pass reported demand to the scaler. When calls are held for a model without workers, begin the next pass at
-    once."""
+class DemandRecorder:
+    """Receiver of the gateways' demand reports (links.DemandListener), which records the reports for the scaler.
 
-    def on_demand(gateway: str, demand: Sequence[object], counting_s: float) -> None:
-        if scaler.demands.record_report(gateway, demand, counting_s, now()):  # type: ignore[arg-type]
-            scaler.decide_next_pass()
-            wake()
+    When calls are held for a model without workers, the next pass begins at once.
+    """
 
-    source.on_demand = on_demand
-    source.on_gateway_left = scaler.demands.record_disconnect
+    def __init__(self, scaler: Scaler, wake: Callable[[], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._scaler = scaler
+        self._wake = wake
+        self._now = now
+
+    def record_demand(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float) -> None:
+        """Record a gateway's demand."""
+        if self._scaler.demands.record_report(gateway, demand, counting_s, self._now()):
+            self._scaler.decide_next_pass()
+            self._wake()
+
+    def record_disconnect(self, gateway: str) -> None:
+        """Record the end of the link of a gateway."""
+        self._scaler.demands.record_disconnect(gateway)
 
 
 def log_decisions(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:

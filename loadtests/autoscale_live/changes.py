@@ -41,18 +41,18 @@ class Changes:
         spec = own.spec
         await at(TRIED)
         trial = replace(spec, version="v2", weight=TRIAL_WEIGHT)
-        self._controller.want([_with_spec_fields(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
+        self._controller.models.want([_with_spec_fields(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
         await self._until("a trial serves", lambda: self._serves("v2"), seconds)
         await at(TAKEN_BACK)
-        self._controller.mark(spec.name, "v2", gone="by hand")
+        self._controller.models.override(spec.name, "v2", gone="by hand")
         await self._until("the trial is gone", lambda: not self._exists("v2"), 2 * seconds)
         await at(CHANGED)
         changed = _with_spec_fields(own, source=spec.source + "&seed=0", weight=1.0)
-        self._controller.want([changed])
+        self._controller.models.want([changed])
         await self._until("the entry is replaced", lambda: self._replaced(changed), 2 * seconds)
         await at(BAD)
         bad = replace(changed.spec, version="v3", source=self._slow_source, weight=TRIAL_WEIGHT, ttft_ratio=1.2)
-        self._controller.want([_with_spec_fields(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
+        self._controller.models.want([_with_spec_fields(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
         await self._until("the bad trial took itself back", lambda: self._taken_back("v3"), 2 * seconds)
 
     async def _until(self, what: str, holds: Callable[[], bool], most_s: float) -> None:
@@ -66,7 +66,7 @@ class Changes:
         print(what, self.completed[what], flush=True)
 
     def _version_share(self, version: str) -> Any:
-        entries = {entry.name: entry for entry in self._controller.entries()}
+        entries = {entry.name: entry for entry in self._controller.catalog.entries()}
         return next((share for share in entries[self._settings.spec.name].versions if share.version == version), None)
 
     def _serves(self, version: str) -> bool:

@@ -20,7 +20,9 @@ from cluster.api.types import ModelSpec
 from cluster.controller import scaling
 from cluster.controller.bundling import describe
 from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
+from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
@@ -124,19 +126,25 @@ async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> A
         stack.push_async_callback(backend.close)
         cluster = await stack.enter_async_context(running_cluster(folder / "gateway"))
         ends = cluster.gateway.endpoints
-        end = ControllerLinks(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
-        controller = Controller(backend, end, scaler=scaler)
-        scaling.connect_demand(end, scaler, controller.now, controller.wake)
+        models = DesiredModels()
+        end = ControllerLinks(
+            controller_id="live",
+            gateways=[ends["link"]],
+            tls=None,
+            bundles=lambda _: bundle,
+            listener=scaling.DemandRecorder(scaler, models.changed.set),
+        )
         scaler.run_pass([spec], {(MODEL, ""): RayReplicas(0)}, [], time.monotonic(), time.time(), blind=True)
         settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=DRAIN_S)
-        controller.known[settings.app] = replace(describe(bundle), max_model_len=spec.max_model_len or 2048)
-        controller.want([settings])
+        known = {settings.app: replace(describe(bundle), max_model_len=spec.max_model_len or 2048)}
+        controller = Controller(backend, end, models, PublishedCatalog(known), scaler=scaler)
+        models.want([settings])
         watch = Watch(scaler)
         parts = [asyncio.create_task(part) for part in (end.run(), controller.run(), watch.run())]
         callers = Callers(ends["grpc"], ends["http"])
         stack.push_async_callback(callers.close)
-        desk = ScalingRequests(scaler, controller.wake)
+        desk = ScalingRequests(scaler, models.changed.set)
         live = Live(controller, desk, callers, lambda: len(cluster.gateway.hub.links), settings, watch, ray)
         try:
             await live.until_on_ray(lambda app: bool(app.digest))

@@ -143,7 +143,7 @@ class Oracle:
             yield f"controller: {error}"
 
     def _settings(self, config: Config) -> list[ReplicaSettings]:
-        from cluster.controller.controller import settings_of
+        from cluster.controller.replica_settings import settings_of
 
         return settings_of(config, gateways=["g:1"], local=not config.ray)
 

@@ -109,7 +109,7 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
     backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
     end = ControllerLinks(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
     controller = Controller(backend, end)
-    controller.want([ReplicaSettings(spec, "sigterm", gateways=(link,), drain_timeout_s=DRAIN_S)])
+    controller.models.want([ReplicaSettings(spec, "sigterm", gateways=(link,), drain_timeout_s=DRAIN_S)])
     parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
     try:
         yield backend

@@ -13,7 +13,10 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
 from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
-from cluster.controller.controller import Controller, settings_of
+from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
+from cluster.controller.published_catalog import PublishedCatalog
+from cluster.controller.replica_settings import settings_of
 from tests.controller.test_controller import FakeGateways
 from tests.support.fake_ray import FakeRay
 
@@ -34,15 +37,18 @@ class CatalogBed:
     def __init__(self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
-        self.controller = Controller(self.ray, self.gateways, wall_s=lambda: 0.0)
+        models, catalog = DesiredModels(), PublishedCatalog()
         self.service = StoredCatalogService(
             parse(FILE),
-            self.controller,
+            models,
+            catalog,
             StoredCatalogFile(folder / "catalog.json", life),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=by_file,
         )
-        self.controller.on_mark = self.service.keep
+        self.controller = Controller(
+            self.ray, self.gateways, models, catalog, keep_overrides=self.service.keep, wall_s=lambda: 0.0
+        )
         self.verbs = catalog_verbs(self.service)
 
     async def apply(self, *entries: dict[str, Any], **options: Any) -> pb.ApplyResponse:

@@ -7,15 +7,14 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
-from cluster.config.schema import parse
-from cluster.controller.controller import QUIET_S, Controller, settings_of
+from cluster.controller.controller import Controller
 from cluster.controller.links import FleetWorker
+from cluster.controller.retired_apps import QUIET_S
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import MultiClusterBackend
@@ -82,7 +81,7 @@ def controller(
 ) -> Controller:
     """Return a controller that wants these replicas."""
     created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
-    created.want(wanted)
+    created.models.want(wanted)
     return created
 
 
@@ -162,7 +161,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
     gateways.workers.append(FleetWorker("w", "i", "m", running=1, generation=settings("m").digest))
-    loop.want([])
+    loop.models.want([])
     await loop.step()
     clock.now_s += QUIET_S
     await loop.step()
@@ -177,9 +176,23 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     assert ray.journal == ["deploy m", "delete m"]
     await loop.step()
     assert gateways.published == {}
-    loop.want([settings("m")])
+    loop.models.want([settings("m")])
     await loop.step()
     assert gateways.state("m") is ModelState.DECLARED
+
+
+async def test_a_model_that_is_removed_during_a_pass_is_not_deployed() -> None:
+    """A change of the desired models while Ray takes a step cancels the deployment of a model that is removed."""
+
+    class SlowRay(FakeRay):
+        async def deploy(self, settings: ReplicaSettings) -> None:
+            await super().deploy(settings)
+            loop.models.want([settings])
+
+    ray = SlowRay()
+    loop = controller(ray, FakeGateways(), settings("m"), settings("n"))
+    await loop.step()
+    assert ray.journal == ["deploy m"]
 
 
 async def test_unplaceable_model_fails_and_recovers() -> None:
@@ -212,7 +225,7 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         ray.change("m", running=1)
         await eventually(lambda: gateways.state("m") is ModelState.READY, "it is ready")
         ray.away = "gone again"
-        loop.want([settings("m"), settings("n")])
+        loop.models.want([settings("m"), settings("n")])
         await eventually(lambda: "gone again" in repr(loop), "the loss is noticed")
         assert gateways.state("m") is ModelState.READY
         ray.apps.clear()
@@ -222,59 +235,6 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert ray.journal == ["deploy m", "deploy m", "deploy n"]
-
-
-CONFIG = """
-api_version: headrace/v1
-name: prod
-gateway: {drain_timeout_s: 9}
-link: {gateways: ["10.0.0.1:50052"], tls: {cert_file: /c, key_file: /k, ca_file: /a}}
-ray: [{name: blue, dashboard_url: "http://ray:8265"}]
-weights: {cache_dir: /models, hugging_face: {endpoint: "https://mirror.example"}, allow: {sources: ["/m/*"]}}
-models: [{name: m, source: /m/x, replicas: {min: 2}}]
-"""
-
-
-def test_settings_come_from_the_configuration() -> None:
-    """Every configuration key that a replica needs is in the settings of the replica."""
-    (prod,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
-    assert (prod.cluster, prod.ray_cluster, prod.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
-    assert (prod.cache_dir, prod.hugging_face_endpoint) == ("/models", "https://mirror.example")
-    assert (prod.allowed_sources, prod.drain_timeout_s, prod.spec.replicas) == (("/m/*",), 9.0, 2)
-    assert prod.tls is not None
-    assert prod.tls.cert_file == Path("/c")
-    (local,) = settings_of(parse(CONFIG), gateways=[], local=True)
-    assert dataclasses.replace(local, gateways=prod.gateways, ray_cluster="blue", drain_timeout_s=9.0) == prod
-
-
-def test_versions_and_types_come_from_the_configuration() -> None:
-    """Each version and GPU type of a model has settings with the values and the Ray cluster of the version."""
-    config = parse(
-        CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
-        .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
-        .replace("replicas: {min: 2}", "replicas: {min: 2}, fallback: [n]}, {name: n, source: /m/n")
-    )
-    variants = settings_of(config, gateways=[], local=False)
-    keys = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in variants]
-    assert keys == [
-        ("m", "v1", "H100", 1, "green"),
-        ("m", "v1", "L4", 4, "green"),
-        ("m", "v2", "H100", 1, "blue"),
-        ("m", "v2", "L4", 4, "blue"),
-        ("n", "v1", "", 1, "green"),
-    ]
-    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in variants[1:3]] == [
-        ("r1", 0.75, 0.0),
-        ("r2", 0.25, 2.0),
-    ]
-    assert variants[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
-    assert variants[2].spec.digest == "", "the pin is of the other version's weights"
-    assert variants[0].spec.fallback == ("n",)
-
-
-VERSIONS = """engine: {max_num_seqs: 8},
-  gpu: [{type: H100}, {type: L4, tensor_parallel_size: 4, engine: {kv_cache_dtype: fp8}}],
-  canary: {version: v2, revision: r2, ray: blue, weight: 0.25, rollback: {error_ratio: 2}}"""
 
 
 # ---- versions
@@ -307,7 +267,7 @@ async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
     await loop.step()
     ray.change("m", running=1)
     gateways.workers.append(worker(stable))
-    loop.want([stable, canary])
+    loop.models.want([stable, canary])
     await loop.step()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m@v2"]
@@ -326,8 +286,8 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     stable, canary = two_versions()
     marked: list[str] = []
-    loop = controller(ray, gateways, stable, canary, clock=clock)
-    loop.on_mark = lambda: marked.append("changed")
+    loop = Controller(ray, gateways, keep_overrides=lambda: marked.append("changed"), wall_s=clock)
+    loop.models.want([stable, canary])
     await loop.step()
     for variant in (stable, canary):
         ray.change(variant.app, running=1)
@@ -345,11 +305,11 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
     clock.now_s += QUIET_S
     await loop.step()
     assert ray.journal[-1] == "delete m@v2"
-    loop.want([stable, canary])
+    loop.models.want([stable, canary])
     await loop.step()
     assert len(ray.apps) == 1
     changed = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, revision="changed"))
-    loop.want([stable, changed])
+    loop.models.want([stable, changed])
     await loop.step()
     assert ray.journal[-1] == "deploy m@v2"
 
@@ -367,14 +327,14 @@ async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
     gateways.workers += [worker(stable, running=3), worker(canary)]
     promoted = dataclasses.replace(canary, spec=dataclasses.replace(canary.spec, weight=1.0))
     assert promoted.app == canary.app
-    loop.want([promoted])
+    loop.models.want([promoted])
     await loop.step()
     assert ray.journal[2:] == ["scale m@v2 2"]
     assert not gateways.published["m"].retired
     ray.change(canary.app, running=2)
     await loop.step()
     assert gateways.published["m"].retired == (stable.digest,)
-    clock.now_s += loop.drain_timeout_s - 1
+    clock.now_s += loop.retired.drain_timeout_s - 1
     await loop.step()
     assert len(ray.apps) == 2, "calls run there, and the drain timeout is not over"
     clock.now_s += 1
@@ -391,7 +351,7 @@ async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails(
     await loop.step()
     ray.change("m", running=1)
     gateways.workers.append(worker(old))
-    loop.want([new])
+    loop.models.want([new])
     await loop.step()
     await loop.step()
     assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, "being replaced")
@@ -410,11 +370,11 @@ async def test_pinning_the_right_weights_restarts_nothing() -> None:
     ray.change("m", running=1, deployed_at_s=100.0)
     gateways.workers.append(worker(settings("m"), weight_digest="sha256:right"))
     clock.now_s += 100.0
-    loop.want([settings("m", digest="sha256:right")])
+    loop.models.want([settings("m", digest="sha256:right")])
     await loop.step()
     assert ray.journal == ["deploy m"]
     assert gateways.published["m"].weights_pinned
-    loop.want([settings("m", digest="sha256:other")])
+    loop.models.want([settings("m", digest="sha256:other")])
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 
@@ -425,7 +385,7 @@ async def test_frozen_models_stay_as_they_are() -> None:
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
     loop.scaler.operator_requests = OperatorRequest(frozen=frozenset({"m"}))
-    loop.want([settings("m", revision="b")])
+    loop.models.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
     loop.scaler.operator_requests = OperatorRequest()
@@ -446,7 +406,7 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
     loop = controller(ray, gateways, other)
     await loop.step()
     ray.change("other", running=1)
-    loop.want([other, fast, slow])
+    loop.models.want([other, fast, slow])
     await loop.step()
     assert {app: seen.target for app, seen in ray.apps.items()} == {other.app: 1, fast.app: 2, slow.app: 1}
     ray.change(fast.app, running=2)
@@ -477,7 +437,7 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
         dataclasses.replace(stable, spec=dataclasses.replace(stable.spec, version="v2", weight=0.25))
         for stable in (fast, slow)
     ]
-    loop.want([fast, slow, *canaries])
+    loop.models.want([fast, slow, *canaries])
     await loop.step()
     targets = {app: seen.target for app, seen in ray.apps.items()}
     assert targets == {fast.app: 2, slow.app: 1, canaries[0].app: 1, canaries[1].app: 1}
@@ -495,7 +455,7 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     loop = controller(MultiClusterBackend({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
     await loop.step()
     blue.change("m", running=1)
-    loop.want([on_green])
+    loop.models.want([on_green])
     await loop.step()
     assert (blue.journal, green.journal) == (["deploy m"], ["deploy m"])
     green.change("m", running=1)
@@ -525,9 +485,9 @@ async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
     and the cancellation."""
     loop = controller(FakeRay(), FakeGateways(), settings("m"))
     running = asyncio.create_task(loop.run())
-    await eventually(lambda: bool(loop.entries()), "the first pass has run")
+    await eventually(lambda: bool(loop.catalog.entries()), "the first pass has run")
     await asyncio.sleep(0)
-    loop.wake()
+    loop.models.changed.set()
     for _ in range(turns):
         await asyncio.sleep(0)
     running.cancel()

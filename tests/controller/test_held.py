@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.api.types import ModelSpec, ModelState
 from cluster.config.lenient import for_controller
 from cluster.config.schema import parse
-from cluster.controller.controller import settings_of
 from cluster.controller.last_good import with_last_good
 from cluster.controller.links import FleetWorker
+from cluster.controller.replica_settings import settings_of
 from cluster.policy.catalog.held import HELD_REASON
 from tests.controller.test_controller import FakeGateways, controller, settings
 from tests.support.fake_ray import FakeRay
@@ -32,7 +32,7 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
         gateways.workers.append(FleetWorker(f"w{name}", "i", name, bundle_digest=f"sha256:{name}", max_model_len=9))
     ray.journal.clear()
     loop = controller(ray, gateways, settings("a"))
-    loop.hold([ModelSpec("b", "", ("second",), fallback=("a",))])
+    loop.models.hold([ModelSpec("b", "", ("second",), fallback=("a",))])
     for _ in range(3):
         await loop.step()
     assert ray.journal == []
@@ -40,7 +40,7 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
     assert (entry.state, entry.aliases, entry.fallback) == (ModelState.READY, ("second",), ("a",))
     assert (entry.bundle_digest, entry.max_model_len, entry.replicas) == ("sha256:b", 9, 1)
     assert HELD_REASON in entry.state_reason
-    loop.hold([])
+    loop.models.hold([])
     await loop.step()
     assert gateways.state("b") is ModelState.DRAINING, "an entry that is gone and not invalid is removed"
 
@@ -53,7 +53,7 @@ async def test_everything_is_held_where_no_entry_can_be_read() -> None:
         ray.change(name, running=1)
     ray.journal.clear()
     loop = controller(ray, gateways)
-    loop.hold([], everything=True)
+    loop.models.hold([], everything=True)
     await loop.step()
     assert (ray.journal, set(gateways.published)) == ([], {"a", "b"})
 
@@ -66,7 +66,7 @@ async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
     ray.apps[first] = dataclasses.replace(ray.apps[first], running=1)
     ray.apps[second] = dataclasses.replace(ray.apps[second], running=3, target=3)
     loop = controller(ray, gateways)
-    loop.hold([ModelSpec("m", "")])
+    loop.models.hold([ModelSpec("m", "")])
     await loop.step()
     assert [(one.version, one.weight) for one in gateways.published["m"].versions] == [("v2", 1.0), ("v1", 0.0)]
 
@@ -75,7 +75,7 @@ async def test_a_held_model_that_runs_nowhere_says_why() -> None:
     """A held model without replicas is FAILED, and the reason says that the entry of the model is invalid."""
     gateways = FakeGateways()
     loop = controller(FakeRay(), gateways)
-    loop.hold([ModelSpec("b", "", ("second",))])
+    loop.models.hold([ModelSpec("b", "", ("second",))])
     await loop.step()
     assert (gateways.state("b"), gateways.published["b"].state_reason) == (ModelState.FAILED, HELD_REASON)
 

@@ -23,8 +23,12 @@ from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
 from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
-from cluster.controller.controller import Controller, settings_of
+from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
+from cluster.controller.published_catalog import PublishedCatalog
+from cluster.controller.replica_settings import settings_of
+from cluster.controller.retired_apps import RetiredApps
 from cluster.ray.backend import Backend, ChildBackend
 from tests.support.calls import Answer, chat, text_of
 from tests.support.checkpoints import build_checkpoint
@@ -132,15 +136,16 @@ async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> Asy
     """Run a controller with a catalog service, linked to the gateway."""
     address = cluster.gateway.endpoints["link"]
     links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
-    controller = Controller(backend, links, drain_timeout_s=60.0)
+    models, catalog = DesiredModels(), PublishedCatalog()
     service = StoredCatalogService(
         parse(FILE),
-        controller,
+        models,
+        catalog,
         StoredCatalogFile(folder / "catalog.json", "one"),
         lambda config: settings_of(config, gateways=[address], local=True),
         by_file=False,
     )
-    controller.on_mark = service.keep
+    controller = Controller(backend, links, models, catalog, RetiredApps(60.0), keep_overrides=service.keep)
     tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
         yield Operator(cluster, service, build_checkpoint("llama", folder / "llama"))

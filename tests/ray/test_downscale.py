@@ -37,7 +37,7 @@ async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path)
 
         controller_links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
         controller = Controller(backend, controller_links)
-        controller.want([sim(checkpoint, address, 2)])
+        controller.models.want([sim(checkpoint, address, 2)])
         await controller.step()
         await until(lambda: len(links()) == 2, "both replicas have dialled in", 60)
         await until(lambda: all(link.free.sequences for link in cluster.gateway.hub.links), "both have room")
@@ -46,7 +46,7 @@ async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path)
         begun = [await stream.read() for stream in streams]
         before = links()
         assert sorted(before.values()) == [1, 1], "each replica has one stream"
-        controller.want([sim(checkpoint, address, 1)])
+        controller.models.want([sim(checkpoint, address, 1)])
         await controller.step()
         ended = [[first, *await rest_of(stream)] for first, stream in zip(begun, streams, strict=True)]
         whole = [chunk async for chunk in cluster.stub.StreamChat(request)]

@@ -162,7 +162,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_deployment(ray_with_head, tmp_path) as deployment:
         engine = two_ranks("tp2", checkpoint, deployment.link)
-        deployment.controller.want([engine, simulated(deployment, checkpoint, 1)])
+        deployment.controller.models.want([engine, simulated(deployment, checkpoint, 1)])
         await until(
             lambda: bool(deployment.incarnations("tp2") and deployment.incarnations("sim")), "both are linked", 240
         )
@@ -197,7 +197,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
             "a healthy worker was restarted"
         )
         assert sorted(deployment.backend.changes) == ["deploy sim", "deploy tp2"], "something was deployed again"
-        deployment.controller.want([engine, simulated(deployment, checkpoint, 2)])
+        deployment.controller.models.want([engine, simulated(deployment, checkpoint, 2)])
         await until(lambda: len(deployment.incarnations("sim")) == 2, "scaling works again", 60)
         assert before[1] < deployment.incarnations("sim")
         stop.set()

@@ -51,7 +51,7 @@ class Replicas:
     def want(self, replicas: int) -> None:
         """Set the number of replicas."""
         spec = dataclasses.replace(self.settings.spec, min_replicas=replicas, max_replicas=replicas)
-        self.controller.want([dataclasses.replace(self.settings, spec=spec)])
+        self.controller.models.want([dataclasses.replace(self.settings, spec=spec)])
 
 
 @contextlib.asynccontextmanager

@@ -30,7 +30,7 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
         links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
         controller = Controller(backend, links)
         first = sim(checkpoint, address, 2)
-        controller.want([first])
+        controller.models.want([first])
         tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
 
         def versions() -> list[str]:
@@ -45,7 +45,7 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
             assert sorted(link.running for link in cluster.gateway.hub.links) == [2, 2]
 
             changed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, version="v2"))
-            controller.want([changed])
+            controller.models.want([changed])
             rests = [asyncio.ensure_future(rest_of(stream)) for stream in streams]
             short, answers = chat(max_tokens=20, ignore_eos=True), []
             while versions() != ["v2"] * 2 or not all(rest.done() for rest in rests):

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api.types import ModelState
 from cluster.config.schema import parse
-from cluster.controller.controller import run_controller
+from cluster.controller.process import run_controller
 from cluster.ray import reaper
 from tests.ray.conftest import end_local_ray, new_local_ray
 from tests.ray.test_serve import in_state

@@ -11,7 +11,9 @@ import pytest
 from cluster.api.types import ModelSpec, ModelState
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
+from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import RayReplicas, Scaler, ScalingSettings
@@ -33,20 +35,23 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
     bundle = bundle_of(checkpoint)
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
-        controller_links = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
-        controller = Controller(backend, controller_links, scaler=scaler)
-        scaling.connect_demand(controller_links, scaler, controller.now, controller.wake)
-        requests = ScalingRequests(scaler, controller.wake)
+        models = DesiredModels()
+        demand = scaling.DemandRecorder(scaler, models.changed.set)
+        controller_links = ControllerLinks(
+            controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle, listener=demand
+        )
+        requests = ScalingRequests(scaler, models.changed.set)
         spec = ModelSpec(
             "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
         )
         settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
-        controller.known[settings.app] = SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)
+        known = {settings.app: SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)}
+        controller = Controller(backend, controller_links, models, PublishedCatalog(known), scaler=scaler)
         scaler.run_pass(
             [spec], {("sim", ""): RayReplicas(0)}, [], time.monotonic(), time.time(), blind=True
         )  # as if the model were idle
-        controller.want([settings])
+        models.want([settings])
         tasks = [asyncio.create_task(controller_links.run()), asyncio.create_task(controller.run())]
 
         def state() -> ModelState | None:
@@ -72,7 +77,7 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
             assert 0.0 < requests.explain("sim", 0).model.cold_start_s < 60.0
             await until(lambda: state() is ModelState.IDLE and links() == 0, "it is scaled to zero when idle", 60)
             later = Controller(backend, controller_links, scaler=Scaler(ScalingSettings(), time.monotonic()))
-            later.want([settings])
+            later.models.want([settings])
             tasks.pop().cancel()
             for _ in range(3):
                 await later.step()

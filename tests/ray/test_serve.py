@@ -35,7 +35,7 @@ async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) 
     """Run a controller that is linked to `door`."""
     links = ControllerLinks(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
     controller = Controller(backend, links)
-    controller.want(settings)
+    controller.models.want(settings)
     tasks = [asyncio.create_task(links.run()), asyncio.create_task(controller.run())]
     try:
         yield controller
@@ -61,7 +61,7 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
         link = await door.worker("first")
         assert len(await greedy(link, [1, 2, 3], 5)) == 5
         incarnation = link.identity.incarnation
-        controller.want([first, second])
+        controller.models.want([first, second])
         await in_state(door, "second", ModelState.READY)
         assert (await door.worker("first")).identity.incarnation == incarnation
     renamed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, aliases=("uno",)))
@@ -70,11 +70,11 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
         await in_state(door, "first", ModelState.READY)
         await successor.step()
         assert (await door.worker("first")).identity.incarnation == incarnation, "an unchanged replica was restarted"
-        successor.want([renamed])
+        successor.models.want([renamed])
         await eventually(lambda: "second" not in door.entries, "the removed model is gone from the catalog")
         assert (await door.worker("first")).identity.incarnation == incarnation
         changed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, version="v2"))
-        successor.want([changed])
+        successor.models.want([changed])
         made_anew = await door.worker("first", but=incarnation)
         assert made_anew.identity.version == "v2"
     await removed(backend, "first")
@@ -84,7 +84,7 @@ async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Doo
     """Scaling up adds a replica and leaves the running replica alone."""
     async with controlling(backend, door, sim("scaled", door)) as controller:
         incarnation = (await door.worker("scaled")).identity.incarnation
-        controller.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
+        controller.models.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
         await eventually(lambda: len(door.hub.links) == 2, "two workers have dialled in")
         assert incarnation in {link.identity.incarnation for link in door.hub.links}
     await removed(backend, "scaled")
@@ -98,7 +98,7 @@ async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None
         assert "'speed' is no parameter of a simulated engine" in entry.state_reason
         snapshot = await settled(backend, lambda s: apps_of(s, "broken")[0].gave_up, "Serve stops trying")
         assert apps_of(snapshot, "broken")[0].refused
-        controller.want([sim("broken", door)])
+        controller.models.want([sim("broken", door)])
         await in_state(door, "broken", ModelState.READY)
     await removed(backend, "broken")
 
@@ -164,6 +164,6 @@ async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Do
         await in_state(door, "ours", ModelState.READY)
         pid = await theirs("run")
         assert [seen.model for seen in (await backend.observe()).apps.values()] == ["ours"]
-        controller.want([])
+        controller.models.want([])
         await settled(backend, lambda s: not s.apps, "ours is gone")
         assert await theirs("end") == pid

@@ -123,12 +123,12 @@ async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> Non
         alone = two_ranks("wide", folder, door.address)
         async with controlling(backend, door) as controller:
             await both_joined(backend)
-            controller.want([alone])
+            controller.models.want([alone])
             entry = await in_state(door, "wide", ModelState.FAILED)
             assert "needs 2 GPUs and 1 CPU on one node, and the largest has 1 GPU" in entry.state_reason
             assert "allow_cross_node_tensor_parallel" in entry.state_reason
             spread = dataclasses.replace(alone.spec, allow_cross_node_tensor_parallel=True)
-            controller.want([dataclasses.replace(alone, spec=spread)])
+            controller.models.want([dataclasses.replace(alone, spec=spread)])
             link = await door.worker("wide", 240.0)
             await same_tokens(link, folder)
             ranks = [pid for pid in reaper.find(two_nodes.instance, two_nodes.folder) if is_rank(pid)]

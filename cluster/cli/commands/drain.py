@@ -10,20 +10,9 @@ import typer
 from rich.markup import escape
 
 from cluster.admin.v1 import admin_pb2 as pb
-from cluster.cli.access import Access, admin_access
-from cluster.cli.commands.status import Admin, plain, worker_table
-from cluster.cli.common import (
-    FAILED,
-    AdminOption,
-    ApiKeyOption,
-    EndpointOption,
-    JsonOption,
-    TlsCaOption,
-    err,
-    out,
-    print_json,
-    rpc_errors,
-)
+from cluster.cli.admin_client import Admin, plain, with_admin
+from cluster.cli.commands.status import worker_table
+from cluster.cli.common import FAILED, JsonOption, err, out, print_json
 
 POLL_S = 0.2
 LAG_S = 2.0
@@ -40,79 +29,39 @@ DrainTimeoutOption = Annotated[
 ]
 
 
+@with_admin
 def drain(
-    target: TargetArgument,
-    timeout_s: DrainTimeoutOption = 300.0,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
+    api: Admin, target: TargetArgument, timeout_s: DrainTimeoutOption = 300.0, as_json: JsonOption = False
 ) -> None:
     """Stop new work on workers and wait until running calls have ended or moved. No call is cut off: if some still
     run after the timeout they continue, and the exit code is 1. Undo with `uncordon`."""
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
-            targets = {worker.worker_id for worker in answer.workers}
-            _print_notes(answer.notes)
-            rows = _wait_for_state(api, targets, time.monotonic() + timeout_s + LAG_S)
-    finally:
-        api.close()
+    answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
+    targets = {worker.worker_id for worker in answer.workers}
+    _print_notes(answer.notes)
+    rows = _wait_for_state(api, targets, time.monotonic() + timeout_s + LAG_S)
     _show(rows, as_json, targets)
     if any(row.state != "DRAINED" for row in rows):
         raise typer.Exit(FAILED)
 
 
-def cordon(
-    target: TargetArgument,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def cordon(api: Admin, target: TargetArgument, as_json: JsonOption = False) -> None:
     """Stop new work on workers; running calls stay there."""
-    _request_and_wait(
-        "Cordon",
-        pb.CordonRequest(target=target),
-        "CORDONED",
-        as_json,
-        admin_access(endpoint, admin, api_key_file, tls_ca),
-    )
+    _request_and_wait(api, "Cordon", pb.CordonRequest(target=target), "CORDONED", as_json)
 
 
-def uncordon(
-    target: TargetArgument,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def uncordon(api: Admin, target: TargetArgument, as_json: JsonOption = False) -> None:
     """Let workers take new work again, after cordon or drain."""
-    _request_and_wait(
-        "Uncordon",
-        pb.UncordonRequest(target=target),
-        "READY",
-        as_json,
-        admin_access(endpoint, admin, api_key_file, tls_ca),
-    )
+    _request_and_wait(api, "Uncordon", pb.UncordonRequest(target=target), "READY", as_json)
 
 
-def _request_and_wait(verb: str, request: Any, state: str, as_json: bool, access: Access) -> None:
+def _request_and_wait(api: Admin, verb: str, request: Any, state: str, as_json: bool) -> None:
     """Send a request, and wait until the workers report the given state."""
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            answer = api.fleet(verb, request)
-            targets = {worker.worker_id for worker in answer.workers}
-            _print_notes(getattr(answer, "notes", ()))
-            rows = _wait_for_state(api, targets, time.monotonic() + LAG_S, state)
-    finally:
-        api.close()
+    answer = api.fleet(verb, request)
+    targets = {worker.worker_id for worker in answer.workers}
+    _print_notes(getattr(answer, "notes", ()))
+    rows = _wait_for_state(api, targets, time.monotonic() + LAG_S, state)
     _show(rows, as_json, targets)
 
 

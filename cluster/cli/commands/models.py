@@ -15,24 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import catalog_pb2 as pb
-from cluster.cli.access import admin_access
+from cluster.cli.admin_client import Admin, plain, with_admin
 from cluster.cli.commands.scale import ModelArgument, ReasonOption
-from cluster.cli.commands.status import Admin, plain
-from cluster.cli.common import (
-    USAGE,
-    AdminOption,
-    ApiKeyOption,
-    EndpointOption,
-    FileOption,
-    JsonOption,
-    TlsCaOption,
-    err,
-    fail,
-    out,
-    print_json,
-    read_config,
-    rpc_errors,
-)
+from cluster.cli.common import USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
 from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import merge_layers
 
@@ -91,87 +76,64 @@ def _document(files: Sequence[Path]) -> bytes:
         fail(str(error), USAGE)
 
 
+@with_admin
 def apply(
+    api: Admin,
     files: FilesOption,
     prune: PruneOption = False,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Only show what would change.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Add and change models to match the files. Everything is checked before anything changes; unchanged models are
     not touched. Models that are not in the files stay, unless --prune is given."""
     request = pb.ApplyRequest(document=_document(files), prune=prune, validate_only=validate_only, reason=reason)
-    answer = _call_catalog("Apply", request, endpoint, admin, api_key_file, tls_ca)
+    answer = api.ask("catalog", "Apply", request)
     _show_changes(answer.changes, as_json, "would change" if validate_only else "applied")
 
 
-def diff(
-    files: FilesOption,
-    prune: PruneOption = False,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def diff(api: Admin, files: FilesOption, prune: PruneOption = False, as_json: JsonOption = False) -> None:
     """Show what `apply` would change. Exit code 0: nothing; 2: something."""
     request = pb.DiffRequest(document=_document(files), prune=prune)
-    answer = _call_catalog("Diff", request, endpoint, admin, api_key_file, tls_ca)
+    answer = api.ask("catalog", "Diff", request)
     _show_changes(answer.changes, as_json, "differs")
     if answer.changes:
         raise typer.Exit(DIFFERS)
 
 
-def promote(
-    model: ModelArgument,
-    reason: ReasonOption = "",
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def promote(api: Admin, model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
     """Make the canary the model's only version. Its replicas stay; those of the other version finish their calls and
     end."""
     request = pb.PromoteRequest(name=model, reason=reason)
-    _show_versions(_call_catalog("Promote", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(api.ask("catalog", "Promote", request), as_json)
 
 
-def rollback(
-    model: ModelArgument,
-    reason: ReasonOption = "",
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def rollback(api: Admin, model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
     """Roll back the canary: new calls stop at once. It stays rolled back until its entry changes."""
     request = pb.RollbackRequest(name=model, reason=reason)
-    _show_versions(_call_catalog("Rollback", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(api.ask("catalog", "Rollback", request), as_json)
 
 
+@with_admin
 def weigh(
+    api: Admin,
     model: ModelArgument,
     version: Annotated[str, typer.Argument(metavar="VERSION", help="The canary, or the other version.")],
     weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Its share of the calls.", min=0.0, max=1.0)],
     reason: ReasonOption = "",
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Set a version's share of its model's calls; the other version gets the rest. Undoes a rollback of it."""
     request = pb.SetWeightsRequest(name=model, version=version, weight=weight, reason=reason)
-    _show_versions(_call_catalog("SetWeights", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(api.ask("catalog", "SetWeights", request), as_json)
 
 
+@with_admin
 def quarantine(
+    api: Admin,
     model: ModelArgument,
     version: Annotated[
         str, typer.Argument(metavar="VERSION", help="A version of the model; for a worker see `drain`.")
@@ -179,15 +141,11 @@ def quarantine(
     lift: Annotated[bool, typer.Option("--lift", help="Let it get calls again.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Stop new calls to a version but keep its replicas for inspection. Running streams move to a version with the
     same weights; without one they finish where they are."""
     request = pb.QuarantineRequest(name=model, version=version, lift=lift, reason=reason)
-    _show_versions(_call_catalog("Quarantine", request, endpoint, admin, api_key_file, tls_ca), as_json)
+    _show_versions(api.ask("catalog", "Quarantine", request), as_json)
 
 
 def pin(
@@ -235,18 +193,12 @@ def pin(
     draft.replace(file)
 
 
-def get(
-    model: ModelArgument,
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def get(api: Admin, model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show one model with its versions."""
     from cluster.admin.v1 import admin_pb2
 
-    entry = _call_catalog("Get", admin_pb2.GetRequest(name=model), endpoint, admin, api_key_file, tls_ca)
+    entry = api.ask("catalog", "Get", admin_pb2.GetRequest(name=model))
     if as_json:
         print_json(plain(entry) | {"card": dict(entry.card)})
         return
@@ -261,16 +213,6 @@ def get(
             table.add_row(key, escape(str(value)))
     out.print(table)
     out.print(_version_table(entry.versions))
-
-
-def _call_catalog(verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            return api.ask("catalog", verb, request)
-    finally:
-        api.close()
 
 
 def _show_changes(changes: Sequence[pb.Change], as_json: bool, word: str) -> None:

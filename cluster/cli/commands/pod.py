@@ -123,7 +123,7 @@ async def run_pod_controller(
     pod's service account. `loaded` has the configuration and the configuration's problems. Raises ValueError if a
     Lease is named outside a pod.
     """
-    from cluster.controller.controller import run_controller
+    from cluster.controller.process import run_controller
 
     me = socket.gethostname()  # the pod's name
 

@@ -109,7 +109,7 @@ def controller(
     metrics: Annotated[str, typer.Option("--metrics", help="Serve metrics at HOST:PORT (by custom port 9401).")] = "",
 ) -> None:
     """Run the controller in the foreground. With --ray-address, Ray Serve is shut down when it ends."""
-    from cluster.controller.controller import run_controller
+    from cluster.controller.process import run_controller
     from cluster.observe.metrics import Metrics
 
     loaded = read_leniently(file, load_for_controller)

@@ -14,20 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import scaling_pb2 as pb
-from cluster.cli.access import admin_access
-from cluster.cli.commands.status import Admin, plain
-from cluster.cli.common import (
-    USAGE,
-    AdminOption,
-    ApiKeyOption,
-    EndpointOption,
-    JsonOption,
-    TlsCaOption,
-    fail,
-    out,
-    print_json,
-    rpc_errors,
-)
+from cluster.cli.admin_client import Admin, plain, with_admin
+from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 
 explain_app = typer.Typer(help="Explain decisions of the controller.", no_args_is_help=True)
 
@@ -38,15 +26,13 @@ AnyModelArgument = Annotated[
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
 
 
+@with_admin
 def scale(
+    api: Admin,
     model: ModelArgument,
     replicas: Annotated[str, typer.Argument(metavar="N|auto", help="A fixed number, or auto to follow demand.")],
     reason: ReasonOption = "",
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Fix a model's number of replicas, whatever the demand, until `scale MODEL auto`. No running call is cut off."""
     request = pb.ScaleRequest(name=model, reason=reason)
@@ -56,51 +42,35 @@ def scale(
         request.replicas = int(replicas)
     else:
         fail(f"N|auto: {replicas!r} is neither a number of replicas (0 to {(1 << 31) - 1}) nor auto", USAGE)
-    answer = _call_admin("catalog", "Scale", request, endpoint, admin, api_key_file, tls_ca)
+    answer = api.ask("catalog", "Scale", request)
     _show([answer.model], as_json)
 
 
-def freeze(
-    model: AnyModelArgument = "",
-    reason: ReasonOption = "",
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def freeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", as_json: JsonOption = False) -> None:
     """Freeze the number of replicas of one model or of all, and roll out no versions. Failed replicas are replaced."""
     request = pb.FreezeRequest(name=model, reason=reason)
-    _show(_call_admin("catalog", "Freeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
+    _show(api.ask("catalog", "Freeze", request).models, as_json)
 
 
-def unfreeze(
-    model: AnyModelArgument = "",
-    reason: ReasonOption = "",
-    as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
-) -> None:
+@with_admin
+def unfreeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", as_json: JsonOption = False) -> None:
     """End a freeze. Without a model, the freeze of all models; models frozen by name stay frozen."""
     request = pb.UnfreezeRequest(name=model, reason=reason)
-    _show(_call_admin("catalog", "Unfreeze", request, endpoint, admin, api_key_file, tls_ca).models, as_json)
+    _show(api.ask("catalog", "Unfreeze", request).models, as_json)
 
 
 @explain_app.command("scaling")
+@with_admin
 def explain_scaling(
+    api: Admin,
     model: ModelArgument,
     last: Annotated[int, typer.Option("--last", help="Maximum number of decisions; 0 means all.", min=0)] = 20,
     as_json: JsonOption = False,
-    endpoint: EndpointOption = None,
-    admin: AdminOption = None,
-    api_key_file: ApiKeyOption = None,
-    tls_ca: TlsCaOption = None,
 ) -> None:
     """Explain a model's number of replicas: the last decisions, each with the numbers it was based on."""
     request = pb.ExplainScalingRequest(name=model, limit=last)
-    answer = _call_admin("fleet", "ExplainScaling", request, endpoint, admin, api_key_file, tls_ca)
+    answer = api.ask("fleet", "ExplainScaling", request)
     if as_json:
         print_json({**plain(answer), "now": dict(answer.now)})
         return
@@ -109,18 +79,6 @@ def explain_scaling(
         out.print(_decision_table(answer.decisions))
     if answer.now:
         out.print("now: " + _numbers(answer.now), markup=False)
-
-
-def _call_admin(
-    service: str, verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any
-) -> Any:
-    access = admin_access(endpoint, admin, api_key_file, tls_ca)
-    api = Admin(access)
-    try:
-        with rpc_errors(access.address):
-            return api.ask(service, verb, request)
-    finally:
-        api.close()
 
 
 def _show(models: Sequence[pb.ModelScaling], as_json: bool) -> None:

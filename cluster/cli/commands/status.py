@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.types import weakest_resume_capability
-from cluster.cli.access import Access, admin_access
+from cluster.cli.access import admin_access
+from cluster.cli.admin_client import open_admin, plain
 from cluster.cli.common import (
     AdminOption,
     ApiKeyOption,
@@ -24,83 +23,9 @@ from cluster.cli.common import (
     local_run,
     out,
     print_json,
-    rpc_errors,
 )
 from cluster.cli.local import gateway_metrics
 from cluster.client.errors import from_rpc
-
-TIMEOUT_S = 10.0
-PAGE_SIZE = 500
-
-
-class Admin:
-    """Client of a gateway's admin services Fleet and Catalog. The client reads all pages of a list."""
-
-    def __init__(self, access: Access) -> None:
-        self._metadata = access.metadata
-        self._channel = access.channel()
-        self._fleet = admin_pb2_grpc.FleetStub(self._channel)
-        self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
-
-    def close(self) -> None:
-        """Close the connection to the gateway."""
-        self._channel.close()
-
-    def workers(self) -> list[admin_pb2.Worker]:
-        """Return the workers that are linked to this gateway. Raises grpc.RpcError."""
-        workers: list[admin_pb2.Worker] = []
-        page = ""
-        while True:
-            request = admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=page)
-            answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S, metadata=self._metadata)
-            workers.extend(answer.workers)
-            page = answer.next_page_token
-            if not page:
-                return workers
-
-    def fleet(self, verb: str, request: Any) -> Any:
-        """Call a method of the Fleet service. Raises grpc.RpcError."""
-        return self.ask("fleet", verb, request)
-
-    def ask(self, service: str, verb: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
-        """Call a method of the service `fleet` or `catalog`. Raises grpc.RpcError."""
-        stub = {"fleet": self._fleet, "catalog": self._catalog}[service]
-        return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
-
-    def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
-        """Return the models, and the number of seconds since the controller's last message. Raises grpc.RpcError.
-
-        The number is negative if the controller has not sent a message yet.
-        """
-        models: list[admin_pb2.CatalogEntry] = []
-        page = ""
-        while True:
-            request = admin_pb2.ListRequest(page_size=PAGE_SIZE, page_token=page)
-            answer = self._catalog.List(request, timeout=TIMEOUT_S, metadata=self._metadata)
-            models.extend(answer.models)
-            page = answer.next_page_token
-            if not page:
-                return models, answer.age_s
-
-    def abort(self, request_id: str, tenant: str, reason: str) -> int:
-        """Abort all calls with a request id on this gateway. Returns the number of aborted calls.
-
-        Raises grpc.RpcError.
-        """
-        parent = f"tenants/{tenant}" if tenant else ""
-        request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
-        return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
-
-
-def plain(message: Any) -> dict[str, Any]:
-    """Convert a message to a dictionary with all fields, including unset fields. 64-bit integers become numbers."""
-    row: dict[str, Any] = MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    for field in message.DESCRIPTOR.fields:
-        if field.cpp_type == field.CPPTYPE_INT64 and not field.is_repeated:
-            row[field.name] = int(row[field.name])
-    return row
 
 
 def gather(
@@ -108,13 +33,10 @@ def gather(
 ) -> dict[str, Any]:
     """Return the data that `status --json` prints. An unreachable gateway ends the command."""
     access = admin_access(endpoint, admin_address, api_key_file, tls_ca)
-    address, admin = access.address, Admin(access)
-    try:
-        with rpc_errors(address):
-            entries, age_s = admin.catalog()
-            workers = admin.workers()
-    finally:
-        admin.close()
+    address = access.address
+    with open_admin(access) as admin:
+        entries, age_s = admin.catalog()
+        workers = admin.workers()
     run = local_run()
     is_local = run is not None and run.endpoints().get("admin") == address
     endpoints = (
@@ -197,18 +119,14 @@ def abort(
     aborted, missing = 0, ""
     for address in admin or [""]:
         access = admin_access(endpoint, address or None, api_key_file, tls_ca)
-        api = Admin(access)
-        try:
-            with rpc_errors(access.address):
-                try:
-                    aborted += api.abort(request_id, tenant, reason)
-                except grpc.RpcError as error:
-                    refusal = from_rpc(error, endpoint=access.address)
-                    if refusal.reason != "NOT_FOUND":
-                        raise
-                    missing = refusal.message
-        finally:
-            api.close()
+        with open_admin(access) as api:
+            try:
+                aborted += api.abort(request_id, tenant, reason)
+            except grpc.RpcError as error:
+                refusal = from_rpc(error, endpoint=access.address)
+                if refusal.reason != "NOT_FOUND":
+                    raise
+                missing = refusal.message
     if not aborted:
         fail(missing)
     out.print(f"aborted {aborted} {'call' if aborted == 1 else 'calls'}", markup=False)

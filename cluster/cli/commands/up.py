@@ -27,7 +27,8 @@ from cluster.cli import terminal
 from cluster.cli.base import replace_file
 from cluster.cli.commands.doctor import find_tool
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
-from cluster.cli.local.cluster import LocalCluster, StartFailed
+from cluster.cli.local.children import StartFailed, headrace_command
+from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
@@ -213,7 +214,7 @@ async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
     """
     replace_file(cluster.run.config_file, cluster.config_text())
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "cluster.cli.main", "prepare", "-f", str(cluster.run.config_file),
+        *headrace_command("prepare", "-f", cluster.run.config_file),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env={**os.environ, reaper.INSTANCE_ENV: cluster.instance}, start_new_session=True,
     )  # fmt: skip
@@ -330,7 +331,7 @@ def _detach(file: Path, config: Config) -> int:
         fail(
             f"a cluster named {run.name!r} is already up (process {supervisor.pid}): `headrace down {run.name}` ends it"
         )
-    command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file.absolute()), "--background"]
+    command = headrace_command("up", "-f", file.absolute(), "--background")
     with run.log_file("up").open("wb") as log, run.log_file("up").open("rb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 HEALTHY_S = 60.0
+
+
+class StartFailed(Exception):
+    """Error: the cluster did not start. The message names the part, the reason and the log."""
+
+
+def headrace_command(*arguments: object) -> list[str]:
+    """Return the command line that runs a command of `headrace` with this Python."""
+    return [sys.executable, "-m", "cluster.cli.main", *map(str, arguments)]
 
 
 class Backoff:
@@ -38,8 +48,8 @@ class Child:
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> None:
         self.name = name
-        self.command = list(command)
-        self.environment = dict(environment)
+        self._command = command
+        self._environment = environment
         self.log_file = log_file
         self._process: asyncio.subprocess.Process | None = None
 
@@ -51,12 +61,16 @@ class Child:
         """The process id, or None while the process does not run."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
-    async def start(self) -> None:
-        """Start the process in a session of its own, so that Ctrl-C in the terminal reaches only the supervisor."""
+    async def start(self, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        """Start the process in a session of its own, so that Ctrl-C in the terminal reaches only the supervisor.
+
+        `arguments` and `environment` are added to those of the constructor.
+        """
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self.command,
-                env=self.environment,
+                *self._command,
+                *arguments,
+                env={**self._environment, **(environment or {})},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -17,7 +17,9 @@ import pytest
 from cluster.api.types import ModelSpec, ModelState
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
+from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import ControllerLinks
+from cluster.controller.published_catalog import PublishedCatalog
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
 from cluster.policy.catalog.lifecycle import SourceFacts
@@ -94,14 +96,17 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
-        end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=30.0), time.monotonic(), decide_s=decide_s)
-        controller = Controller(ray, end, scaler=scaler)
-        scaling.connect_demand(end, scaler, controller.now, controller.wake)
+        models = DesiredModels()
+        demand = scaling.DemandRecorder(scaler, models.changed.set)
+        end = ControllerLinks(
+            controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle, listener=demand
+        )
         spec = ModelSpec("sim", "sim://x", min_replicas=0, max_replicas=2, idle_s=0.5)
         settings = ReplicaSettings(spec, "test")
-        controller.known[settings.app] = SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)
-        controller.want([settings])
+        known = {settings.app: SourceFacts(bundle_digest=bundle.digest, max_model_len=2048)}
+        controller = Controller(ray, end, models, PublishedCatalog(known), scaler=scaler)
+        models.want([settings])
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
         made = Scaled(cluster, ray, end, controller)
         ray.may_start.set()

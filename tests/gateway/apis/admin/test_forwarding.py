@@ -26,13 +26,13 @@ pytestmark = pytest.mark.slow
 class Controlled:
     """A gateway, an operator's client, and a controller that records the requests that reach it."""
 
-    def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerLinks) -> None:
+    def __init__(self, keyed: Keyed, operator: AdminClient) -> None:
         self.keyed = keyed
         self.operator = operator
-        self.end = end
         self.requests: list[tuple[Any, str]] = []
         self.held = asyncio.Event()
-        end.verbs["Catalog.Scale"] = verb(Scale, self._scale)
+        gateways, verbs = [keyed.gateway.endpoints["link"]], {"Catalog.Scale": verb(Scale, self._scale)}
+        self.end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None, verbs=verbs)
 
     async def _scale(self, request: Scale, actor: str) -> Scaled:
         self.requests.append((request, actor))
@@ -61,14 +61,12 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
     """Start a gateway, an operator's client and a controller."""
     async with keyed_cluster(tmp_path, "") as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
-        gateways = [keyed.gateway.endpoints["link"]]
         async with AdminClient(keyed.gateway.endpoints["admin"], key) as operator:
             await until_known(operator, "Catalog.List", admin_pb2.ListRequest())
-            end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
-            made = Controlled(keyed, operator, end)
+            made = Controlled(keyed, operator)
             assert (await operator.refused("Catalog.Scale", Scale(name="m"))).reason == "NO_WORKER"
-            running = asyncio.create_task(end.run())
-            await until(lambda: end.linked == 1, "the controller is linked")
+            running = asyncio.create_task(made.end.run())
+            await until(lambda: made.end.linked == 1, "the controller is linked")
             yield made
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -1,0 +1,100 @@
+"""Client of a gateway's admin API for the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.cli.access import Access, admin_access
+from cluster.cli.common import AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, rpc_errors
+from cluster.cli.shared_options import Command, with_options
+
+ADMIN_OPTIONS = {
+    "endpoint": EndpointOption,
+    "admin": AdminOption,
+    "api_key_file": ApiKeyOption,
+    "tls_ca": TlsCaOption,
+}
+TIMEOUT_S = 10.0
+PAGE_SIZE = 500
+
+
+class Admin:
+    """Client of a gateway's admin services Fleet and Catalog. The client reads all pages of a list."""
+
+    def __init__(self, access: Access) -> None:
+        self._metadata = access.metadata
+        self._channel = access.channel()
+        self._fleet = admin_pb2_grpc.FleetStub(self._channel)
+        self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection to the gateway."""
+        self._channel.close()
+
+    def workers(self) -> list[admin_pb2.Worker]:
+        """Return the workers that are linked to this gateway. Raises grpc.RpcError."""
+        pages = self._pages(self._fleet.ListWorkers, admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE))
+        return [worker for page in pages for worker in page.workers]
+
+    def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        """Call a list method for all pages, and yield the pages."""
+        while True:
+            page = method(request, timeout=TIMEOUT_S, metadata=self._metadata)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def fleet(self, verb: str, request: Any) -> Any:
+        """Call a method of the Fleet service. Raises grpc.RpcError."""
+        return self.ask("fleet", verb, request)
+
+    def ask(self, service: str, verb: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
+        """Call a method of the service `fleet` or `catalog`. Raises grpc.RpcError."""
+        stub = {"fleet": self._fleet, "catalog": self._catalog}[service]
+        return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
+
+    def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
+        """Return the models, and the number of seconds since the controller's last message. Raises grpc.RpcError.
+
+        The number is negative if the controller has not sent a message yet.
+        """
+        pages = list(self._pages(self._catalog.List, admin_pb2.ListRequest(page_size=PAGE_SIZE)))
+        return [model for page in pages for model in page.models], pages[-1].age_s
+
+    def abort(self, request_id: str, tenant: str, reason: str) -> int:
+        """Abort all calls with a request id on this gateway. Returns the number of aborted calls.
+
+        Raises grpc.RpcError.
+        """
+        parent = f"tenants/{tenant}" if tenant else ""
+        request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
+        return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
+
+
+@contextmanager
+def open_admin(access: Access) -> Iterator[Admin]:
+    """Open a client of a gateway's admin API. A failed call ends the command with the exit code for the error."""
+    with closing(Admin(access)) as admin, rpc_errors(access.address):
+        yield admin
+
+
+def with_admin(command: Command) -> Command:
+    """Decorate a command: add the options that select a gateway, and pass a client as the argument `api`."""
+    return with_options("api", ADMIN_OPTIONS, lambda context, given: open_admin(admin_access(**given)))(command)
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """Convert a message to a dictionary with all fields, including unset fields. 64-bit integers become numbers."""
+    row: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for field in message.DESCRIPTOR.fields:
+        if field.cpp_type == field.CPPTYPE_INT64 and not field.is_repeated:
+            row[field.name] = int(row[field.name])
+    return row

@@ -1,0 +1,65 @@
+"""States of a local cluster's models, as the admin API of the first gateway reports them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Collection
+
+import grpc
+
+from cluster.admin.v1 import admin_pb2
+from cluster.cli.admin_client import Admin
+
+POLL_S = 0.1
+WATCH_S = 1.0
+PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
+"""Pattern of state reasons that are not reported, because they resolve without an action of the user."""
+
+
+async def wait_until_settled(
+    admin: Admin, models: Collection[str], show: Callable[[str], None]
+) -> list[admin_pb2.CatalogEntry]:
+    """Wait until each model is READY or FAILED in the catalog. Returns the catalog's entries.
+
+    `show` is called with the models' states while the command waits.
+    """
+    while True:
+        entries = await _catalog(admin)
+        if set(models) <= {entry.name for entry in entries if entry.state in ("READY", "FAILED")}:
+            return entries
+        show("   ".join(f"{entry.name} {entry.state.lower()}" for entry in entries) or "waiting for the controller")
+        await asyncio.sleep(POLL_S)
+
+
+async def report_reasons(admin: Admin, report: Callable[[str], None]) -> None:
+    """Report new state reasons of models in the catalog. Runs until cancelled.
+
+    A state reason says why a model failed or how a replica's engine ended. The reasons of a model's first entry are
+    not reported.
+    """
+    reported: dict[str, frozenset[str]] = {}
+    while True:
+        for entry in await _catalog(admin):
+            parts = entry.state_reason.split("; ")
+            reasons = frozenset(part for part in parts if not PASSING.fullmatch(part))
+            for reason in sorted(reasons - reported.get(entry.name, reasons)):
+                report(f"{entry.name} is {entry.state.lower()}: {reason}")
+            reported[entry.name] = reasons
+        await asyncio.sleep(WATCH_S)
+
+
+async def has_no_workers(admin: Admin) -> bool:
+    """Return True if no worker is linked any more, and False otherwise or if the gateway does not answer."""
+    try:
+        return not await asyncio.to_thread(admin.workers)
+    except grpc.RpcError:
+        return False
+
+
+async def _catalog(admin: Admin) -> list[admin_pb2.CatalogEntry]:
+    try:
+        entries, _ = await asyncio.to_thread(admin.catalog)
+    except grpc.RpcError:  # the gateway is restarting
+        return []
+    return entries

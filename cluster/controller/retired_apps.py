@@ -1,0 +1,46 @@
+"""Applications that are retired: they get no new calls, and are deleted when no call is left."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from cluster.controller.links import FleetWorker
+from cluster.ray.backend import RaySnapshot
+
+QUIET_S = 3.0
+"""Seconds from an application's retirement until the application may count as empty. By then the gateways have reported
+the application's load."""
+
+
+class RetiredApps:
+    """The retired applications, each with the time of its retirement in seconds since the epoch."""
+
+    def __init__(self, drain_timeout_s: float = 300.0) -> None:
+        """`drain_timeout_s`: seconds that running calls may stay on a retired application. Then the application is
+        deleted, and the calls resume on other workers or fail."""
+        self.drain_timeout_s = drain_timeout_s
+        self._since_s: dict[str, float] = {}
+
+    def __contains__(self, app: object) -> bool:
+        return app in self._since_s
+
+    def update(self, retired: Collection[str], now_s: float) -> None:
+        """Replace the set of retired applications. Applications that stay in the set keep their time."""
+        self._since_s = {app: self._since_s.get(app, now_s) for app in retired}
+
+    def deletable(
+        self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], awaited: Collection[str], linked: bool, now_s: float
+    ) -> frozenset[str]:
+        """Return the applications that may be deleted: those without calls, and those whose drain time is over.
+
+        `awaited`: models that leave and for which calls still wait. `linked`: whether a gateway reports loads.
+        """
+        busy = {worker.generation for worker in fleet if worker.running}
+        deletable = set()
+        for app, since_s in self._since_s.items():
+            seen = snapshot.apps.get(app)
+            quiet = linked and now_s - since_s >= QUIET_S
+            idle = seen is not None and seen.digest not in busy and seen.model not in awaited
+            if (quiet and idle) or now_s - since_s >= self.drain_timeout_s:
+                deletable.add(app)
+        return frozenset(deletable)

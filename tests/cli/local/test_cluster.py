@@ -1,0 +1,81 @@
+"""Tests of a local cluster with real processes, on a Ray cluster that does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from cluster.cli.local.children import StartFailed
+from cluster.cli.local.cluster import LocalCluster
+from cluster.cli.local.ports import choose_ports, split
+from cluster.cli.local.run_folder import RunFolder
+from cluster.cli.local.step_lines import StepLine
+from cluster.config.schema import parse
+from cluster.process.private_files import make_private_folder
+from tests.support.serving import eventually
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+api_version: headrace/v1
+name: local
+gateway:
+  processes: 2
+  listen:
+    {grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}
+ray: [{name: away, dashboard_url: "http://127.0.0.1:9"}]
+models: []
+"""
+
+
+def local(reports: list[str]) -> LocalCluster:
+    """Return a cluster with two gateway processes and no Ray process."""
+    run = RunFolder("local")
+    make_private_folder(run.path)
+    return LocalCluster(choose_ports(parse(CONFIG)), run, reports.append)
+
+
+async def test_a_lost_gateway_is_started_again_and_nothing_is_left() -> None:
+    """All processes are in state.json, a process that dies is replaced at the same address, and a stop ends all."""
+    reports: list[str] = []
+    cluster = local(reports)
+    step = StepLine("", "cluster")
+    await cluster.start(step)
+    supervising = asyncio.create_task(cluster.supervise())
+    state, endpoints = cluster.run.state(), cluster.endpoints
+    assert set(state["processes"]) == {"gateway", "gateway-1", "controller"}
+    assert (state["endpoints"], len(state["siblings"]), state["ray_folder"]) == (endpoints, 1, "")
+    lost = int(state["processes"]["gateway"]["pid"])
+    os.kill(lost, signal.SIGKILL)
+
+    def replacement() -> int:
+        return int(cluster.run.state()["processes"].get("gateway", {"pid": lost})["pid"])
+
+    await eventually(lambda: replacement() != lost, "it is started again", 40)
+    assert cluster.endpoints == endpoints
+    assert any(report.startswith("gateway ended (signal SIGKILL)") for report in reports)
+    assert await cluster.wait_for_models(step) == []
+    supervising.cancel()
+    with suppress(asyncio.CancelledError):
+        await supervising
+    pids = [int(process["pid"]) for process in cluster.run.state()["processes"].values()]
+    assert await cluster.stop(step) == 0
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert cluster.run.state() == {}
+
+
+async def test_a_gateway_that_cannot_start_is_named() -> None:
+    """The error names the gateway process and has the end of the process's log."""
+    cluster = local([])
+    with (
+        socket.create_server(split(cluster.config.gateway.listen.link)),
+        pytest.raises(StartFailed, match=r"the gateway ended while starting:\n    .*in use"),
+    ):
+        await cluster.start(StepLine("", "cluster"))
+    assert await cluster.stop(StepLine("", "stopping")) == 0

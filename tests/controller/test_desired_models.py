@@ -1,0 +1,49 @@
+"""Tests of the desired models: overrides of versions, held and leaving models."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.controller.desired_models import DesiredModels
+from cluster.policy.catalog.versions import VersionOverride
+from tests.controller.test_controller import settings, two_versions
+
+
+def test_overrides_are_of_wanted_versions() -> None:
+    """An override ends with the version that it is for, also among restored overrides, and other names are unknown."""
+    models, (stable, canary) = DesiredModels(), two_versions()
+    models.want([stable, canary])
+    models.restore({"m": {"v2": VersionOverride(canary.digest, weight=0.5)}, "other": {"v1": VersionOverride("d")}})
+    assert models.overrides == {"m": {"v2": VersionOverride(canary.digest, weight=0.5)}}
+    models.override("m", "v2", quarantined=True)
+    assert [(part.weight, part.quarantined) for part in models.shares("m")] == [(0.5, False), (0.5, True)]
+    for model, version in (("m", "v3"), ("n", "v1")):
+        with pytest.raises(KeyError):
+            models.override(model, version, gone="x")
+    models.want([stable])
+    assert not models.overrides
+
+
+def test_an_override_of_another_digest_is_replaced() -> None:
+    """An override that was set for earlier settings of a version has no effect on a new override."""
+    models, (stable, canary) = DesiredModels(), two_versions()
+    models.want([stable, canary])
+    models.restore({"m": {"v2": VersionOverride("earlier", gone="rolled back")}})
+    models.override("m", "v2", weight=0.1)
+    assert models.overrides["m"]["v2"] == VersionOverride(canary.digest, weight=0.1)
+
+
+def test_what_is_not_wanted_leaves_unless_it_is_held() -> None:
+    """A model on Ray that is not wanted leaves under its last spec or is held, and every change begins a pass."""
+    models = DesiredModels()
+    models.want([settings("a", aliases=("first",)), settings("b")])
+    models.want([settings("b")])
+    assert models.changed.is_set()
+    assert models.leaving({"a", "b"}) == {"a": settings("a", aliases=("first",)).spec}
+    models.hold([ModelSpec("h", "")], everything=False)
+    assert (set(models.held({"a"})), set(models.leaving({"a", "h"}))) == ({"h"}, {"a"})
+    models.hold([], everything=True)
+    assert (set(models.held({"a", "b"})), models.leaving({"a", "b"})) == ({"a"}, {})
+    models.hold([])
+    assert models.leaving({"a"}) == {"a": ModelSpec("a", "")}, "the spec was forgotten while the model did not leave"
