@@ -23,10 +23,11 @@ from tokenizers import Tokenizer
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
-from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
+from cluster.gateway.text.detokenizer import Detokenizer, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.token_stream import UnseenTokens, priming_ids
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
 from cluster.wire.bundle import Bundle
