@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
@@ -18,12 +19,14 @@ from cluster.client.answers import (
     StreamState,
     chat_answer,
     complete_answer,
+    text_chunk,
 )
+from cluster.client.attempts import Method, StreamAttempts
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
 from cluster.client.gateways import GatewayList
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
-from cluster.client.resume import Request, Resumption
+from cluster.client.resume import Request
 from cluster.client.session import SessionCall, Sessions
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
@@ -43,26 +46,12 @@ class AsyncStream(StreamState, Generic[Chunk]):
     call at the gateway.
     """
 
-    def __init__(
-        self,
-        call: Any,
-        request_id: str,
-        endpoint: str,
-        chunk_of: Callable[[str], Chunk],
-        attempts: _AsyncAttempts,
-        on_end: Callable[[], None] | None = None,
-    ) -> None:
-        """Initialize the stream of a running call.
-
-        Sessions send plain texts, and `chunk_of` makes a chunk from a text. `attempts` resumes a broken call. `on_end`
-        is called once, when the stream ends.
-        """
-        super().__init__(request_id)
-        self._call = call
-        self._endpoint = endpoint
-        self._chunk_of: Callable[[str], Chunk] = chunk_of
-        self._on_end = on_end
+    def __init__(self, attempts: _SessionAttempts, endpoint: str, on_end: Callable[[], None]) -> None:
+        """Initialize the stream of a started call. Errors name `endpoint`. `on_end` is called once, at the end."""
+        super().__init__(attempts.request_id)
         self._attempts = attempts
+        self._endpoint = endpoint
+        self._on_end: Callable[[], None] | None = on_end
         self._cancelled = False
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -83,14 +72,16 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 return
             self._record(chunk)
             if isinstance(chunk, str):
-                chunk = self._chunk_of(chunk)
-                chunk.id, chunk.model = self.id, self.model
+                whole: Any = text_chunk(self._attempts.resumption.request, chunk)
+                whole.id, whole.model = self.id, self.model
+                chunk = whole
             yield chunk
 
     async def _next(self) -> Chunk | str:
+        attempts = self._attempts
         while True:
             try:
-                chunk: Any = await self._call.read()
+                chunk: Any = await attempts.call.read()
             except grpc.RpcError as error:
                 failed = from_rpc(error, endpoint=self._endpoint, request_id=self.request_id)
             except HeadraceError as error:
@@ -99,7 +90,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 if chunk is aio.EOF:
                     self._finish()
                     raise StopAsyncIteration
-                chunk = self._attempts.resumption.record(chunk)
+                chunk = attempts.resumption.record(chunk)
                 if chunk is None:
                     continue
                 typed: Chunk | str = chunk
@@ -109,15 +100,13 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 raise failed from None
 
     async def _resume(self, failed: HeadraceError) -> bool:
-        if failed.reason == UNREACHABLE:
-            self._attempts.switch_gateway(self._call)
-        pause_s = None if self._cancelled else self._attempts.resumption.pause_s(failed)
-        if pause_s is None:
+        pause_s = self._attempts.pause_after(failed)
+        if pause_s is None or self._cancelled:
             return False
         await asyncio.sleep(pause_s)
         if self._cancelled:
             return False
-        self._call = self._attempts.resume_call(self._call)
+        self._attempts.resume()
         return True
 
     def _finish(self) -> None:
@@ -128,7 +117,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
     def cancel(self) -> None:
         """End the call now. Does nothing if the call has ended."""
         self._cancelled = True
-        self._call.cancel()
+        self._attempts.call.cancel()
         self._finish()
 
     def __del__(self) -> None:
@@ -144,60 +133,28 @@ class AsyncStream(StreamState, Generic[Chunk]):
         self.cancel()
 
 
-class _AsyncAttempts:
-    """The calls of one stream: the first call, and the calls that resume the stream."""
+@dataclass(eq=False)
+class _SessionAttempts(StreamAttempts):
+    """The calls of one stream, all of them in sessions if `sessions` is not None."""
 
-    def __init__(
-        self,
-        gateways: GatewayList[aio.Channel, InferenceAsyncStub],
-        sessions: Sessions,
-        method: Callable[[InferenceAsyncStub], Callable[..., Any]],
-        resumption: Resumption,
-        request_id: str,
-        metadata: tuple[tuple[str, str], ...],
-    ) -> None:
-        """Prepare the calls of a stream. `method` starts the first call."""
-        self._gateways = gateways
-        self._sessions = sessions
-        self._method = method
-        self.resumption = resumption
-        self._request_id = request_id
-        self._metadata = metadata
-        self._endpoint = ""
+    sessions: Sessions | None
 
-    def begin(self, shared: bool) -> Any:
-        """Start the first call. If `shared`, the call is started in a session."""
-        return self._call(self.resumption.request, self._method, shared)
+    @property
+    def endpoint(self) -> str:
+        """The endpoint of the gateway to which the current call was sent."""
+        return self.call.endpoint if isinstance(self.call, SessionCall) else self._endpoint
 
-    def switch_gateway(self, broken: Any) -> None:
-        """Use the next gateway, because the gateway of the call `broken` does not answer.
-
-        Does nothing if the client has only one endpoint.
-        """
-        self._gateways.switch_from(broken.endpoint if isinstance(broken, SessionCall) else self._endpoint)
-
-    def resume_call(self, broken: Any) -> Any:
-        """Switch gateways and start the call that resumes `broken`.
-
-        If `broken` was a call in a session, the new call is started in a session too.
-        """
-        self.switch_gateway(broken)
-        request, shared = self.resumption.resume_request, isinstance(broken, SessionCall)
-        if request is None:
-            return self.begin(shared)
-        return self._call(request, lambda stub: stub.Resume, shared)
-
-    def _call(self, request: Any, method: Callable[[InferenceAsyncStub], Callable[..., Any]], shared: bool) -> Any:
-        remaining_s = self.resumption.remaining_s
-
-        def open_stream() -> Any:
-            self._endpoint = self._gateways.endpoint
-            return method(self._gateways.stub)(request, timeout=self.resumption.remaining_s, metadata=self._metadata)
-
-        if not shared:
-            return open_stream()
-        call = SessionCall(request, remaining_s, self._request_id, open_stream, self._sessions)
-        self._sessions.start(call)
+    def _begin(self, request: Any, method: Method) -> Any:
+        if self.sessions is None:
+            return super()._begin(request, method)
+        call = SessionCall(
+            request,
+            self.resumption.remaining_s,
+            self.request_id,
+            lambda: super(_SessionAttempts, self)._begin(request, method),
+            self.sessions,
+        )
+        self.sessions.start(call)
         return call
 
 
@@ -300,7 +257,7 @@ class AsyncClient:
     ) -> AsyncStream[pb.ChatChunk]:
         """Return the answer to a prompt (a string) or to a conversation, as a stream."""
         request = chat_request(model, messages, params)
-        return self._stream(lambda stub: stub.StreamChat, request, _chat_text, timeout_s, request_id, headers)
+        return self._stream(lambda stub: stub.StreamChat, request, timeout_s, request_id, headers)
 
     async def complete(
         self,
@@ -330,7 +287,7 @@ class AsyncClient:
     ) -> AsyncStream[pb.CompleteChunk]:
         """Return the continuation of a plain prompt (a text or token ids), as a stream."""
         request = complete_request(model, prompt, params)
-        return self._stream(lambda stub: stub.StreamComplete, request, _complete_text, timeout_s, request_id, headers)
+        return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
 
     async def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
         """Return the token ids of a text. Messages are converted to a text by the model's chat template first."""
@@ -339,14 +296,12 @@ class AsyncClient:
             request.text = text
         else:
             request.messages.extend(to_messages(text))
-        answer = await self._unary(lambda stub: stub.Tokenize, request, timeout_s)
-        return list(answer.token_ids)
+        return list((await self._unary(lambda stub: stub.Tokenize, request, timeout_s)).token_ids)
 
     async def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
         """Return the text for a sequence of token ids."""
         request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
-        answer = await self._unary(lambda stub: stub.Detokenize, request, timeout_s)
-        return answer.text
+        return (await self._unary(lambda stub: stub.Detokenize, request, timeout_s)).text
 
     async def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
         """Return all models that the caller may use, with each model's state."""
@@ -389,25 +344,20 @@ class AsyncClient:
 
     def _stream(
         self,
-        method: Callable[[InferenceAsyncStub], Callable[..., Any]],
+        method: Callable[[InferenceAsyncStub], Callable[..., AsyncIterable[Chunk]]],
         request: Request,
-        chunk_of: Callable[[str], Chunk],
         timeout_s: float | None,
         request_id: str | None,
         headers: Mapping[str, str] | None,
     ) -> AsyncStream[Chunk]:
         request_id = request_id or new_request_id()
-        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
-        metadata = self._options.metadata(request_id, headers)
-        options = self._options
-        resumption = Resumption(
-            options.make_resumable(request), timeout_s, len(options.endpoints), enabled=options.resume
-        )
-        attempts = _AsyncAttempts(self._gateways, self._sessions, method, resumption, request_id, metadata)
+        resumption, metadata = self._options.resumption(request, timeout_s), self._options.metadata(request_id, headers)
         # headers belong to one call, but all calls of a session share the session's headers
-        call = attempts.begin(shared=bool(self._streams) and not headers)
+        sessions = self._sessions if self._streams and not headers else None
+        attempts = _SessionAttempts(self._gateways, method, resumption, request_id, metadata, sessions)
+        attempts.start()
         self._streams += 1
-        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, attempts, self._stream_ended)
+        return AsyncStream(attempts, self._options.endpoint, self._stream_ended)
 
     def _stream_ended(self) -> None:
         self._streams -= 1
@@ -422,11 +372,3 @@ class AsyncClient:
         while state is not grpc.ChannelConnectivity.SHUTDOWN:
             await channel.wait_for_state_change(state)
             state = channel.get_state(try_to_connect=bool(self._streams))
-
-
-def _chat_text(text: str) -> pb.ChatChunk:
-    return pb.ChatChunk(choices=[pb.ChoiceDelta(delta=pb.Message(content=text))])
-
-
-def _complete_text(text: str) -> pb.CompleteChunk:
-    return pb.CompleteChunk(choices=[pb.CompleteChoice(text=text)])

@@ -46,6 +46,13 @@ def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer
     return Answer(first.text, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
+def text_chunk(request: pb.ChatRequest | pb.CompleteRequest, text: str) -> pb.ChatChunk | pb.CompleteChunk:
+    """Return a chunk of the answer to a request, with the next text of the first choice."""
+    if isinstance(request, pb.ChatRequest):
+        return pb.ChatChunk(choices=[pb.ChoiceDelta(delta=pb.Message(content=text))])
+    return pb.CompleteChunk(choices=[pb.CompleteChoice(text=text)])
+
+
 class StreamState:
     """The parts of a streamed answer that were received so far.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from cluster.client.resume import Request
+from cluster.client.resume import Request, Resumption
 
 DEFAULT_ENDPOINT = "localhost:50051"
 DEFAULT_TIMEOUT_S = 600.0
@@ -123,11 +123,15 @@ class ChannelOptions:
             return grpc.ssl_channel_credentials(self.tls_ca_file.read_bytes())
         return grpc.ssl_channel_credentials() if self.tls else None
 
-    def make_resumable(self, request: Request) -> Request:
-        """Set `resumable` in a stream's request, unless the caller has set `resumable` or `resume` is off."""
+    def resumption(self, request: Request, timeout_s: float | None) -> Resumption:
+        """Return the state that resumes a stream. If `timeout_s` is None, the default deadline applies.
+
+        Sets `resumable` in the request, unless the caller has set `resumable` or `resume` is off.
+        """
         if self.resume and not request.HasField("resumable"):
             request.resumable = True
-        return request
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return Resumption(request, timeout_s, len(self.endpoints), enabled=self.resume)
 
     def metadata(self, request_id: str, extra: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
         """Return the gRPC metadata of a call: request id, API key and the pairs in `extra`."""

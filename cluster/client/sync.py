@@ -18,11 +18,12 @@ from cluster.client.answers import (
     chat_answer,
     complete_answer,
 )
+from cluster.client.attempts import StreamAttempts
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
 from cluster.client.gateways import GatewayList
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
-from cluster.client.resume import Request, Resumption
+from cluster.client.resume import Request
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
 
@@ -38,10 +39,9 @@ class Stream(StreamState, Generic[Chunk]):
     the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str, attempts: _SyncAttempts) -> None:
-        """Initialize the stream of a running call. `attempts` resumes a broken call."""
-        super().__init__(request_id)
-        self._call = call
+    def __init__(self, attempts: StreamAttempts, endpoint: str) -> None:
+        """Initialize the stream of a started call. Errors name `endpoint`."""
+        super().__init__(attempts.request_id)
         self._endpoint = endpoint
         self._attempts = attempts
         self._cancelled = threading.Event()
@@ -66,34 +66,33 @@ class Stream(StreamState, Generic[Chunk]):
             yield chunk
 
     def _next(self) -> Chunk:
+        attempts = self._attempts
         while True:
             try:
-                chunk: Any = next(self._call)
+                chunk: Any = next(attempts.call)
             except grpc.RpcError as error:
                 failed = from_rpc(error, endpoint=self._endpoint, request_id=self.request_id)
                 if not self._resume(failed):
                     raise failed from None
                 continue
-            chunk = self._attempts.resumption.record(chunk)
+            chunk = attempts.resumption.record(chunk)
             if chunk is not None:
                 typed: Chunk = chunk
                 return typed
 
     def _resume(self, failed: HeadraceError) -> bool:
-        if failed.reason == UNREACHABLE:
-            self._attempts.switch_gateway()
-        pause_s = None if self._cancelled.is_set() else self._attempts.resumption.pause_s(failed)
+        pause_s = self._attempts.pause_after(failed)
         if pause_s is None or self._cancelled.wait(pause_s):
             return False
-        self._call = self._attempts.resume_call()
+        self._attempts.resume()
         if self._cancelled.is_set():
-            self._call.cancel()
+            self._attempts.call.cancel()
         return True
 
     def cancel(self) -> None:
         """End the call now. Does nothing if the call has ended."""
         self._cancelled.set()
-        self._call.cancel()
+        self._attempts.call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -102,46 +101,6 @@ class Stream(StreamState, Generic[Chunk]):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
-
-
-class _SyncAttempts:
-    """The calls of one stream: the first call, and the calls that resume the stream."""
-
-    def __init__(
-        self,
-        gateways: GatewayList[grpc.Channel, InferenceStub],
-        method: Callable[[InferenceStub], Callable[..., Any]],
-        resumption: Resumption,
-        metadata: tuple[tuple[str, str], ...],
-    ) -> None:
-        """Prepare the calls of a stream. `method` starts the first call."""
-        self._gateways = gateways
-        self._method = method
-        self.resumption = resumption
-        self._metadata = metadata
-        self._endpoint = ""
-
-    def begin(self) -> Any:
-        """Start the first call."""
-        self._endpoint = self._gateways.endpoint
-        method = self._method(self._gateways.stub)
-        return method(self.resumption.request, timeout=self.resumption.remaining_s, metadata=self._metadata)
-
-    def switch_gateway(self) -> None:
-        """Use the next gateway, because the current gateway does not answer.
-
-        Does nothing if the client has only one endpoint.
-        """
-        self._gateways.switch_from(self._endpoint)
-
-    def resume_call(self) -> Any:
-        """Switch gateways and start the call that resumes the stream."""
-        self.switch_gateway()
-        request = self.resumption.resume_request
-        if request is None:
-            return self.begin()
-        self._endpoint = self._gateways.endpoint
-        return self._gateways.stub.Resume(request, timeout=self.resumption.remaining_s, metadata=self._metadata)
 
 
 class Client:
@@ -219,7 +178,8 @@ class Client:
         """Return the whole answer to a prompt (a string) or to a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
-        return chat_answer(self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers), request_id)
+        raw = self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers)
+        return chat_answer(raw, request_id)
 
     def stream_chat(
         self,
@@ -327,10 +287,7 @@ class Client:
         headers: Mapping[str, str] | None,
     ) -> Stream[Chunk]:
         request_id = request_id or new_request_id()
-        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
-        options = self._options
-        resumption = Resumption(
-            options.make_resumable(request), timeout_s, len(options.endpoints), enabled=options.resume
-        )
-        attempts = _SyncAttempts(self._gateways, method, resumption, self._options.metadata(request_id, headers))
-        return Stream(attempts.begin(), request_id, self._options.endpoint, attempts)
+        resumption, metadata = self._options.resumption(request, timeout_s), self._options.metadata(request_id, headers)
+        attempts = StreamAttempts(self._gateways, method, resumption, request_id, metadata)
+        attempts.start()
+        return Stream(attempts, self._options.endpoint)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
 from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
 
-from cluster.client import UNREACHABLE, Client, HeadraceError
+from cluster.client import UNREACHABLE, AsyncClient, Client, HeadraceError
 from cluster.v1 import inference_pb2 as pb
 from tests.support.scripted_gateway import WORDS, ScriptedGateway, refusal
 
 TEXT = "".join(WORDS)
+AWAITING = r"\b(async |await |Async(?=Stream|Iterable)|Awaitable\[(?=Response\]\]))|(?<=Inference)Async(?=Stub)|\W+"
+"""Parts of a method that only the asyncio client has, and everything else that is no word."""
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    """A call of the blocking client is the call of the asyncio client without `async`, `await` and awaitables."""
+
+    def calls(client: type) -> dict[str, str]:
+        methods = {name: f for name, f in vars(client).items() if inspect.isfunction(f) and name[0] != "_"}
+        methods = {**methods, "_unary": vars(client)["_unary"]}
+        return {name: re.sub(AWAITING, "", inspect.getsource(f)) for name, f in methods.items() if name != "close"}
+
+    assert calls(Client) == calls(AsyncClient)
+    assert inspect.signature(Client) == inspect.signature(AsyncClient)
 
 
 def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:

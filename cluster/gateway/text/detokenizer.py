@@ -1,19 +1,11 @@
 """Incremental detokenization of one running sequence. The text is exactly the text that vLLM's own front end produces.
 
-Theory. The text of a token depends on the tokens around it: a character may be split over tokens, and sentencepiece
-models drop the first space of a text. So the stream (DecodeStream of the tokenizers library) is primed with the prompt,
-and emits only complete characters. Three rules follow vLLM:
+The text of a token depends on the tokens around it (token_stream.py). Two rules follow vLLM:
 
-- If a decode contradicts the emitted text (invalid bytes after valid bytes), the stream is restarted without priming.
 - Stop strings are searched for in the text of each step. The stop string that ends first wins, and the text ends before
   that stop string. Tokens after the token that completes the stop string do not count. The first `min_tokens` tokens
   are not searched.
 - The last max(len(stop)) - 1 characters, which may begin a stop string, are held back until the text ends.
-
-With each token, DecodeStream decodes all tokens that have no text yet once more. For a sequence that never completes a
-character, or that ends in special tokens only, the cost would grow with the square of the length. Two kinds of tokens
-therefore bypass DecodeStream. Tokens that no decoder sees (skipped special tokens, and ids without a token) add no
-text. An incomplete character of more than MAX_OPEN_TOKENS tokens is decoded separately, except for the last tokens.
 
 A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
@@ -27,20 +19,12 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Protocol
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel, DecodeStream
+from tokenizers.decoders import ByteLevel
 
-INVALID_PREFIX: Final = "Invalid prefix encountered"
-TAIL_TOKENS: Final = 96
-"""Number of tokens at the end of a long prompt that prime a stream, if they are equivalent to the whole prompt."""
-REPLACEMENT: Final = "\ufffd"
-MAX_OPEN_TOKENS: Final = 256
-"""Number of tokens without text above which the tokens no longer count as one incomplete character. Each further token
-costs a decode of all tokens before it, about 50 us on average."""
-KEPT_TOKENS: Final = 16
-"""Number of tokens at the end of such a run that stay in the stream, because they may begin a character."""
+from cluster.gateway.text.token_stream import REPLACEMENT, TokenStream, UnseenTokens
 
 
 class TextSource(Protocol):
@@ -105,25 +89,6 @@ class WholeTexts(dict[int, str | None]):
         return text if text and REPLACEMENT not in text else None
 
 
-class UnseenTokens(dict[int, bool]):
-    """Table that says for each token whether the token is skipped before decoding. Each entry is computed when the
-    token is first looked up."""
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
-        self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
-
-    def __missing__(self, token_id: int) -> bool:
-        try:
-            unseen = token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None
-        except (OverflowError, TypeError):  # not a token id at all
-            return True
-        self[token_id] = unseen
-        return unseen
-
-
 def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts | None:
     """Return a WholeTexts table if the tokenizer's decoder only joins bytes, else None."""
     return WholeTexts(tokenizer, unsafe_ids) if isinstance(tokenizer.decoder, ByteLevel) else None
@@ -140,14 +105,10 @@ class Detokenizer:
         "_held_chars",
         "_lengths",
         "_min_tokens",
-        "_open",
         "_part_left",
-        "_skip_special",
         "_stop",
         "_stream",
         "_text",
-        "_tokenizer",
-        "_unseen",
         "_whole",
         "_whole_texts",
         "token_ids",
@@ -169,12 +130,9 @@ class Detokenizer:
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
-        self._skip_special = skip_special_tokens
-        self._open: list[int] = []
-        """Tokens in the stream that have no text yet."""
-        self._unseen = UnseenTokens(tokenizer, skip_special_tokens=skip_special_tokens) if unseen is None else unseen
+        if unseen is None:
+            unseen = UnseenTokens(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._stream = TokenStream(tokenizer, prompt_ids, unseen, skip_special_tokens=skip_special_tokens)
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
@@ -209,9 +167,9 @@ class Detokenizer:
             if text is not None:
                 self.token_ids.append(token_id)
                 return text
-            self._stream = DecodeStream(ids=self.token_ids[-1:], skip_special_tokens=self._skip_special)
+            self._stream.restart(self.token_ids[-1:])
         self.token_ids.append(token_id)
-        text = self._decode(token_id)
+        text = self._stream.decode(token_id)
         # If there is text, no character is incomplete. After a token of complete characters the table is used. The
         # stream does not see the tokens that the table handles, so it is later restarted after the last of them.
         self._whole = bool(text) and self._whole_texts is not None and self._whole_texts[token_id] is not None
@@ -231,8 +189,7 @@ class Detokenizer:
             return 0
 
         def chars(tokens: int) -> int:
-            tail = self.token_ids[-tokens:]
-            return len(self._tokenizer.decode(tail, skip_special_tokens=self._skip_special))
+            return len(self._stream.text_of(self.token_ids[-tokens:]))
 
         return bisect_left(range(len(self.token_ids)), len(self._text), lo=1, key=chars) if self.token_ids else 0
 
@@ -255,7 +212,7 @@ class Detokenizer:
         """Start with the state of another Detokenizer that has processed `token_ids` and returned `chars` characters.
 
         Call before any `push`. Raises ValueError if the text of the tokens has fewer characters."""
-        step = self._decode if self._stop else self.text_of
+        step = self._stream.decode if self._stop else self.text_of
         text = "".join([step(token_id) for token_id in token_ids])
         if len(text) < chars:
             raise ValueError(f"{len(token_ids)} tokens have {len(text)} characters, not {chars}")
@@ -288,7 +245,7 @@ class Detokenizer:
         """Do the work of `push` if there are stop strings: decode the step, then find the stop string that ends
         first."""
         before = len(self.token_ids)
-        pieces = [self._decode(token_id) for token_id in (token_ids[:-1] if stop_terminated else token_ids)]
+        pieces = [self._stream.decode(token_id) for token_id in (token_ids[:-1] if stop_terminated else token_ids)]
         if stop_terminated and token_ids:
             pieces.append("")
         ends = list(accumulate(map(len, pieces), initial=len(self._text)))  # the end of each new token's text
@@ -320,70 +277,3 @@ class Detokenizer:
             return None
         start, stop = hits[min(ends)[1]]
         return stop, start
-
-    def _decode(self, token_id: int) -> str:
-        if self._unseen[token_id]:
-            return ""
-        try:
-            text = self._stream.step(self._tokenizer, token_id)
-        except Exception as e:
-            text = self._recover(token_id, e)
-        if text:
-            if self._open:
-                self._open = []
-            return text
-        self._open.append(token_id)
-        return self._flush_open() if len(self._open) > MAX_OPEN_TOKENS else ""
-
-    def _flush_open(self) -> str:
-        """Return the text of the open tokens, which are too many to be one incomplete character. The last open tokens
-        stay in the stream."""
-        tokens, self._open = self._open, []
-        cut = self._cut(tokens)
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        return self._text_of(tokens[:cut]) + "".join(map(self._decode, tokens[cut:]))
-
-    def _cut(self, tokens: list[int]) -> int:
-        """Return an index that is not inside a broken character. If the tokens are cut there, the texts of the two
-        parts joined equal the text of all tokens."""
-        whole, latest = self._text_of(tokens), len(tokens) - KEPT_TOKENS
-        for cut in range(latest, latest - KEPT_TOKENS, -1):
-            if self._text_of(tokens[:cut]) + self._text_of(tokens[cut:]) == whole:
-                return cut
-        return latest
-
-    def _text_of(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special)
-        return text
-
-    def _recover(self, token_id: int, error: Exception) -> str | None:
-        """Return the text of a token on which the stream has failed with `error`. Raises `error` unless the error is
-        known to be harmless."""
-        if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
-            return None
-        if not str(error).startswith(INVALID_PREFIX):
-            raise error
-        self._open = []
-        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        return self._stream.step(self._tokenizer, token_id)
-
-
-def priming_ids(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
-) -> Sequence[int]:
-    """Return a part of the prompt that primes a stream as the whole prompt would: usually at most the last TAIL_TOKENS.
-
-    Reason: DecodeStream decodes the priming ids twice at the first token, which takes milliseconds for a long prompt.
-    The text after a prompt depends only on the tail of the prompt if three conditions hold: the tail begins with a
-    token outside `unsafe_ids`, the tail has text, and the tail does not end inside a character. `unsafe_ids` are the
-    byte tokens, since runs of byte tokens are decoded together, and the added tokens, which may be skipped.
-    """
-    if len(prompt_ids) <= TAIL_TOKENS:
-        return prompt_ids
-    tail = prompt_ids[-TAIL_TOKENS:]
-    for start in range(TAIL_TOKENS // 2):
-        if tail[start] in unsafe_ids:
-            continue
-        text = tokenizer.decode(list(tail[start:]), skip_special_tokens=skip_special_tokens)
-        return tail[start:] if text and not text.endswith(REPLACEMENT) else prompt_ids
-    return prompt_ids

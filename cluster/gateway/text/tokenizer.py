@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -23,9 +24,9 @@ from tokenizers import Tokenizer
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
 from cluster.gateway.helpers.pool import Job, JobLost, TooMuchCpu
-from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
+from cluster.gateway.text.output_texts import OutputTexts
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
@@ -56,14 +57,40 @@ SPECIAL_TOKEN_NAMES: Final = (
     "cls_token",
     "mask_token",
 )
-TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
 
-class _Unknown:
-    """The type of a value that has not been computed yet."""
+class _TextJobs:
+    """The place where a job of one model runs: here, in a thread, or in a helper process.
 
+    `is_quick`: whether the time of the tokenizer grows in proportion to the text, whatever the text is.
+    """
 
-UNKNOWN: Final = _Unknown()
+    def __init__(self, pool: EncodingPool | None, *, is_quick: bool) -> None:
+        self._pool = pool
+        self.is_quick = is_quick
+
+    async def run(self, tenant: str, chars: int, job: Job, field: str, work: Callable[[], Any]) -> Any:
+        """Run a job without blocking the event loop. `work` does the job in this process.
+
+        Raises CallError, which names `field`, if a helper process fails or is too busy.
+        """
+        if chars <= ENCODE_OFFLOAD_CHARS and self.is_quick:
+            return work()
+        if (chars > ENCODE_HELPER_CHARS or not self.is_quick) and self._pool is not None:
+            try:
+                result = await self._pool.run(job, size=chars, tenant=tenant, local_fallback=self.is_quick)
+            except TooMuchCpu:
+                raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
+            except JobLost as lost:
+                log.warning("text_not_tokenized", job=job[0], reason=str(lost))
+                raise CallError(
+                    Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
+                ) from None
+            if result is not None:
+                return result
+            if not self.is_quick:
+                raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
+        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
 
 class TextModel:
@@ -87,15 +114,12 @@ class TextModel:
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
         layout = self._layout = json.loads(_without_model(tokenizer))
-        self._reach: Reach | _Unknown | None = UNKNOWN
-        self._is_quick = not any(map(may_explode, expressions_of(layout)))
+        self._jobs = _TextJobs(pool, is_quick=not any(map(may_explode, expressions_of(layout))))
         self._words = WordEncoder.of(tokenizer, layout.get("pre_tokenizer"))
-        self._space_mark = _space_mark(layout.get("pre_tokenizer"))
-        self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
-        self._unsafe_ids = frozenset(tokenizer.get_added_tokens_decoder()) | _byte_ids(tokenizer)
-        self._whole_texts = whole_texts(tokenizer, self._unsafe_ids)
-        self._unseen = {skip: UnseenTokens(tokenizer, skip_special_tokens=skip) for skip in (False, True)}
-        self._token_texts: dict[int, str] = {}
+        output = OutputTexts(tokenizer, layout)  # its methods are this object's, without another call per token
+        self.decode = output.decode
+        self.detokenizer = output.detokenizer
+        self.token_text = output.token_text
 
     @classmethod
     def from_bundle(
@@ -220,7 +244,9 @@ class TextModel:
 
     async def prompt_ids_async(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH) -> array[int]:
         """Return the result of prompt_ids. A long text is tokenized off the event loop."""
-        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, max_tokens), {}), "prompt")
+        job: Job = ("prompt_ids", (tenant, text, max_tokens), {})
+        ids: array[int] = await self._run(tenant, len(text), job, "prompt")
+        return ids
 
     async def chat_ids_async(
         self, tenant: str, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
@@ -229,107 +255,38 @@ class TextModel:
         loop.
         """
         chars = _chars(messages) + _chars(options)
-        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, max_tokens), options), "messages")
+        job: Job = ("chat_ids", (tenant, messages, max_tokens), options)
+        ids: array[int] = await self._run(tenant, chars, job, "messages")
+        return ids
 
     async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> array[int]:
         """Return the result of packed_ids. The work is done off the event loop."""
-        size = memoryview(prompt.packed).nbytes
+        chars = max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
         job: Job = ("packed_ids", (tenant, prompt, max_tokens), {})
-        return await self._ids(
-            tenant, max(size, ENCODE_HELPER_CHARS + 1), job, "messages" if prompt.is_chat else "prompt"
-        )
+        ids: array[int] = await self._run(tenant, chars, job, "messages" if prompt.is_chat else "prompt")
+        return ids
 
     async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
         """Return the text of token ids, special tokens included. Many ids are decoded off the event loop."""
         job: Job = ("decode", (token_ids, False), {})
-        text: str = await self._offload(tenant, 4 * len(token_ids), job, field)
+        text: str = await self._run(tenant, 4 * len(token_ids), job, field)
         return text
 
-    async def _ids(self, tenant: str, chars: int, job: Job, field: str) -> array[int]:
-        ids: array[int] = await self._offload(tenant, chars, job, field)
-        return ids
-
-    async def _offload(self, tenant: str, chars: int, job: Job, field: str) -> Any:
-        """Run a job without blocking the event loop: a short job here, a long job in a thread or in a helper
-        process."""
+    async def _run(self, tenant: str, chars: int, job: Job, field: str) -> Any:
         method, positional, named = job
+        return await self._jobs.run(tenant, chars, job, field, lambda: getattr(self, method)(*positional, **named))
 
-        def work() -> Any:
-            return getattr(self, method)(*positional, **named)
+    @cached_property
+    def _reach(self) -> Reach | None:
+        from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
 
-        if chars <= ENCODE_OFFLOAD_CHARS and self._is_quick:
-            return work()
-        if (chars > ENCODE_HELPER_CHARS or not self._is_quick) and self.pool is not None:
-            try:
-                result = await self.pool.run(job, size=chars, tenant=tenant, local_fallback=self._is_quick)
-            except TooMuchCpu:
-                raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
-            except JobLost as lost:
-                log.warning("text_not_tokenized", job=method, reason=str(lost))
-                raise CallError(
-                    Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
-                ) from None
-            if result is not None:
-                return result
-            if not self._is_quick:
-                raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
-        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+        return Reach.of(self._tokenizer, self._layout)
 
     def _refuse_long(self, text: str, max_tokens: int, *, chat: bool) -> None:
         if len(text) <= SURELY_FEW * max_tokens:
             return
-        if isinstance(self._reach, _Unknown):
-            from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
-
-            self._reach = Reach.of(self._tokenizer, self._layout)
         if self._reach is not None and (fewest := self._reach.fewest(text)) > max_tokens:
             raise too_long(fewest, max_tokens + 1, chat, surely="at least ")
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of token ids without a prompt before them. Ids beyond the tokenizer's vocabulary have no
-        text.
-        """
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    def detokenizer(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        stop: Sequence[str] = (),
-        min_tokens: int = 0,
-        skip_special_tokens: bool = True,
-    ) -> Detokenizer:
-        """Return a detokenizer for one sequence. `prompt_ids`: the prompt of the sequence."""
-        if self._tail_primes:
-            prompt_ids = priming_ids(
-                self._tokenizer, prompt_ids, self._unsafe_ids, skip_special_tokens=skip_special_tokens
-            )
-        return Detokenizer(
-            self._tokenizer,
-            prompt_ids,
-            stop=stop,
-            min_tokens=min_tokens,
-            skip_special_tokens=skip_special_tokens,
-            whole_texts=self._whole_texts,
-            unseen=self._unseen[skip_special_tokens],
-        )
-
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special or not, with leading spaces that a decoder would strip. The texts are
-        cached."""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self._text_of(token_id)
-        return text
-
-    def _text_of(self, token_id: int) -> str:
-        text = self.decode([token_id], skip_special_tokens=False)
-        if self._space_mark is None:
-            return text
-        piece = self._tokenizer.id_to_token(token_id) or ""
-        marks = len(piece) - len(piece.lstrip(self._space_mark))
-        spaces = len(text) - len(text.lstrip(" "))
-        return " " * max(marks - spaces, 0) + text
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -407,24 +364,6 @@ def _without_model(tokenizer: Tokenizer) -> str:
     if tokenizer.decoder is not None:
         shell.decoder = tokenizer.decoder
     return str(shell.to_str())
-
-
-def _space_mark(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """Return the character that stands for a space in a Metaspace tokenizer, whose decoder strips the first space; None
-    for any other tokenizer."""
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    return next((part.get("replacement", "▁") for part in parts if part.get("type") == "Metaspace"), None)
-
-
-def _kinds(part: Mapping[str, Any] | None, members: str) -> set[str]:
-    if part is None:
-        return {"none"}
-    return {str(member.get("type")) for member in part.get(members, [part])}
-
-
-def _byte_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-    return frozenset(number for number in ids if number is not None)
 
 
 def _chars(value: object) -> int:

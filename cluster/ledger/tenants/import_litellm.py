@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -171,15 +171,102 @@ def _source_of(ledger: Ledger, name: str) -> str:
         return ""  # the tenant is deleted, and its usage is still kept
 
 
+class _TenantPlan:
+    """The tenants to create, by name. `note` records the part of a row that cannot be imported."""
+
+    def __init__(self, tokens_per_dollar: float | None, note: Callable[[str, str], None]) -> None:
+        self._tokens_per_dollar = tokens_per_dollar
+        self._note = note
+        self.planned: dict[str, PlannedTenant] = {}
+
+    def add(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
+        """Plan a tenant with the limits and models of a row. Returns the name, which is `wanted_name` if it is free."""
+        name = self._free_name(str(wanted_name))
+        limits = self._limits(where, row)
+        models = _models(row)
+        suspended = not models or any(value == 0 for value in limits.values())
+        if suspended:
+            self._note(where, "may use nothing in LiteLLM (no models, or a limit of 0): it is suspended")
+        for column, what in _UNMAPPED.items():
+            if _is_set(row.get(column)):
+                self._note(where, f"{column} does not map: {what}")
+        positive = {key: value for key, value in limits.items() if value}
+        try:
+            policy = TenantPolicy(
+                name,
+                models=models or ("*",),
+                limits=TenantLimits(**positive),
+                labels={SOURCE_LABEL: source},
+                suspended=bool(row.get("blocked")) or suspended,
+            )
+        except PolicyError as error:
+            self._note(where, f"{error}: its limits are not imported, and it is suspended until you set them")
+            policy = TenantPolicy(name, suspended=True, labels={SOURCE_LABEL: source})
+        alias_names = {str(key): str(value) for key, value in aliases.items()}
+        self.planned[name] = PlannedTenant(policy, where, alias_names)
+        return name
+
+    def narrow(self, name: str, team: TenantPolicy) -> None:
+        """Remove the models that the team may not use from a planned tenant."""
+        planned = self.planned[name]
+        allowed = tuple(m for m in planned.policy.models if team.allows(m))
+        if not allowed:
+            self._note(planned.source, "none of its models is allowed to its team: the tenant is suspended")
+        policy = TenantPolicy.from_json(
+            {**planned.policy.as_json(), "models": list(allowed or team.models)}
+            | {"suspended": planned.policy.suspended or not allowed}
+        )
+        self.planned[name] = PlannedTenant(policy, planned.source, planned.model_aliases)
+
+    def _free_name(self, wanted_name: str) -> str:
+        plain = re.sub(r"[^a-z0-9._-]+", "-", wanted_name.lower()).strip("-._")[:56] or "tenant"
+        name, number = plain, 1
+        while name in self.planned:
+            number += 1
+            name = f"{plain}-{number}"
+        return name
+
+    def _limits(self, where: str, row: Row) -> dict[str, int]:
+        limits: dict[str, int] = {}
+        for theirs, ours in _LIMITS.items():
+            value = row.get(theirs)
+            if value is None:
+                continue
+            if int(value) < 0:
+                self._note(where, f"{theirs} is {value}, which has no meaning: not imported")
+            else:
+                limits[ours] = int(value)
+        self._budget(where, row, limits)
+        return limits
+
+    def _budget(self, where: str, row: Row, limits: dict[str, int]) -> None:
+        money, duration = row.get("max_budget"), str(row.get("budget_duration") or "")
+        if money is None:
+            return
+        name = "daily_tokens" if _DAY.match(duration) else "monthly_tokens" if _MONTH.match(duration) else ""
+        if self._tokens_per_dollar is None:
+            self._note(where, f"max_budget of {money:g} dollars: budgets are tokens here; give --tokens-per-dollar")
+        elif not name:
+            period = duration or "without a period"
+            self._note(where, f"max_budget of {money:g} dollars, {period}: only days and months map")
+        else:
+            limits[name] = min(int(money * self._tokens_per_dollar), limits.get(name, 10**15))
+            if row.get("spend"):
+                self._note(
+                    where, f"{row['spend']:g} dollars of its budget are spent: the usage counted here starts at zero"
+                )
+
+
 class _Planner:
+    """The walk over LiteLLM's rows: which tenant gets each key. Notes name the parts that cannot be imported."""
+
     def __init__(self, rows: LiteLLMRows, now_s: float, tokens_per_dollar: float | None) -> None:
         self._rows = rows
         self._now_s = now_s
-        self._tokens_per_dollar = tokens_per_dollar
         self._budgets = {row["budget_id"]: row for row in rows.get("budgets", ())}
         self._aliases = {row["id"]: row for row in rows.get("aliases", ())}
         self._users = {row["user_id"]: row for row in rows.get("users", ())}
-        self._tenants: dict[str, PlannedTenant] = {}
+        self._tenants = _TenantPlan(tokens_per_dollar, self._note)
         self._by_team: dict[str, str] = {}
         self._by_user: dict[str, str] = {}
         self._by_token: dict[str, str] = {}
@@ -194,7 +281,7 @@ class _Planner:
         for old in self._rows.get("old_keys", ()):
             self._plan_old_key(old)
         self._note_unmapped()
-        return ImportPlan(tuple(self._tenants.values()), tuple(self._keys), tuple(self._notes))
+        return ImportPlan(tuple(self._tenants.planned.values()), tuple(self._keys), tuple(self._notes))
 
     def _note(self, where: str, what: str) -> None:
         self._notes.append(f"{where}: {what}")
@@ -202,7 +289,7 @@ class _Planner:
     def _plan_team(self, row: Row) -> None:
         where = f"team {row.get('team_alias') or row['team_id']}"
         aliases = _json(self._aliases.get(row.get("model_id"), {}).get("aliases"))
-        name = self._plan_tenant(where, row.get("team_alias") or row["team_id"], row, aliases, f"team:{row['team_id']}")
+        name = self._tenants.add(where, row.get("team_alias") or row["team_id"], row, aliases, f"team:{row['team_id']}")
         self._by_team[str(row["team_id"])] = name
         if _json(row.get("members_with_roles")) or row.get("members"):
             self._note(
@@ -242,7 +329,7 @@ class _Planner:
             return self._restricted_tenant(where, f"{parent}-{alias}", parent, row)
         if user and not team and not own:
             return self._user_tenant(str(user))
-        return self._plan_tenant(
+        return self._tenants.add(
             where, f"key-{alias}", self._with_budget(row), _json(row.get("aliases")), f"key:{str(row['token'])[:16]}"
         )
 
@@ -261,30 +348,22 @@ class _Planner:
         The tenant gets the team's models unless the key's models are narrower. If the team is suspended, the tenant is
         suspended too.
         """
-        team = self._tenants[parent]
+        team = self._tenants.planned[parent]
         merged = dict(self._with_budget(row))
         if not [m for m in _list(merged.get("models")) if m not in ALL_MODELS]:
             merged["models"] = [*team.policy.models]
         merged["blocked"] = team.policy.suspended
         aliases = {**team.model_aliases, **_json(row.get("aliases"))}
-        name = self._plan_tenant(where, wanted_name, merged, aliases, f"key:{str(row['token'])[:16]}")
-        planned = self._tenants[name]
+        name = self._tenants.add(where, wanted_name, merged, aliases, f"key:{str(row['token'])[:16]}")
         if team.policy.models != ("*",):
-            allowed = tuple(m for m in planned.policy.models if team.policy.allows(m))
-            if not allowed:
-                self._note(where, "none of its models is allowed to its team: the tenant is suspended")
-            policy = TenantPolicy.from_json(
-                {**planned.policy.as_json(), "models": list(allowed or team.policy.models)}
-                | {"suspended": planned.policy.suspended or not allowed}
-            )
-            self._tenants[name] = PlannedTenant(policy, planned.source, planned.model_aliases)
+            self._tenants.narrow(name, team.policy)
         return name
 
     def _user_tenant(self, user: str) -> str:
         if user not in self._by_user:
             row = self._users.get(user, {})
             alias = row.get("user_alias") or user
-            self._by_user[user] = self._plan_tenant(
+            self._by_user[user] = self._tenants.add(
                 f"user {alias}", f"user-{alias}", self._with_budget(row), {}, f"user:{user}"
             )
         return self._by_user[user]
@@ -302,78 +381,6 @@ class _Planner:
         if tenant is not None and digest is not None and until is not None and until > self._now_s:
             self._keys.append(PlannedKey(tenant, digest, "rotated", until))
 
-    def _plan_tenant(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
-        name = self._free_name(str(wanted_name))
-        limits = self._limits(where, row)
-        models = self._models(where, row)
-        suspended = not models or any(value == 0 for value in limits.values())
-        if suspended:
-            self._note(where, "may use nothing in LiteLLM (no models, or a limit of 0): it is suspended")
-        for column, what in _UNMAPPED.items():
-            if _is_set(row.get(column)):
-                self._note(where, f"{column} does not map: {what}")
-        positive = {key: value for key, value in limits.items() if value}
-        try:
-            policy = TenantPolicy(
-                name,
-                models=models or ("*",),
-                limits=TenantLimits(**positive),
-                labels={SOURCE_LABEL: source},
-                suspended=bool(row.get("blocked")) or suspended,
-            )
-        except PolicyError as error:
-            self._note(where, f"{error}: its limits are not imported, and it is suspended until you set them")
-            policy = TenantPolicy(name, suspended=True, labels={SOURCE_LABEL: source})
-        alias_names = {str(key): str(value) for key, value in aliases.items()}
-        self._tenants[name] = PlannedTenant(policy, where, alias_names)
-        return name
-
-    def _free_name(self, wanted_name: str) -> str:
-        plain = re.sub(r"[^a-z0-9._-]+", "-", wanted_name.lower()).strip("-._")[:56] or "tenant"
-        name, number = plain, 1
-        while name in self._tenants:
-            number += 1
-            name = f"{plain}-{number}"
-        return name
-
-    def _models(self, where: str, row: Row) -> tuple[str, ...]:
-        models = _list(row.get("models"))
-        if NO_MODELS in models:
-            return tuple(m for m in models if m != NO_MODELS)
-        if not models or ALL_MODELS & set(models):
-            return ("*",)
-        return tuple(models)
-
-    def _limits(self, where: str, row: Row) -> dict[str, int]:
-        limits: dict[str, int] = {}
-        for theirs, ours in _LIMITS.items():
-            value = row.get(theirs)
-            if value is None:
-                continue
-            if int(value) < 0:
-                self._note(where, f"{theirs} is {value}, which has no meaning: not imported")
-            else:
-                limits[ours] = int(value)
-        self._budget(where, row, limits)
-        return limits
-
-    def _budget(self, where: str, row: Row, limits: dict[str, int]) -> None:
-        money, duration = row.get("max_budget"), str(row.get("budget_duration") or "")
-        if money is None:
-            return
-        name = "daily_tokens" if _DAY.match(duration) else "monthly_tokens" if _MONTH.match(duration) else ""
-        if self._tokens_per_dollar is None:
-            self._note(where, f"max_budget of {money:g} dollars: budgets are tokens here; give --tokens-per-dollar")
-        elif not name:
-            period = duration or "without a period"
-            self._note(where, f"max_budget of {money:g} dollars, {period}: only days and months map")
-        else:
-            limits[name] = min(int(money * self._tokens_per_dollar), limits.get(name, 10**15))
-            if row.get("spend"):
-                self._note(
-                    where, f"{row['spend']:g} dollars of its budget are spent: the usage counted here starts at zero"
-                )
-
     def _note_unmapped(self) -> None:
         for row in self._rows.get("organizations", ()):
             budget = self._budgets.get(row.get("budget_id"), {})
@@ -384,6 +391,16 @@ class _Planner:
             self._note("team members", f"{len(limited)} have their own budget, which does not map")
         if self._rows.get("jwt_mappings"):
             self._note("JWT mappings", "do not map: configure auth.oidc with a tenant claim")
+
+
+def _models(row: Row) -> tuple[str, ...]:
+    """Return the models of a row. The result is empty if the row allows no model."""
+    models = _list(row.get("models"))
+    if NO_MODELS in models:
+        return tuple(m for m in models if m != NO_MODELS)
+    if not models or ALL_MODELS & set(models):
+        return ("*",)
+    return tuple(models)
 
 
 def _list(value: Any) -> list[str]:

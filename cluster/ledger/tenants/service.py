@@ -91,221 +91,15 @@ class Actor:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class LedgerTenantService:
-    """TenantService on a database. Operations run in the caller's thread.
+class _OperationAudit:
+    """The audit of one caller's operations. Every operation has one event, also an operation that fails."""
 
-    Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a name and the
-    given fields. `write` receives audit events. `classes` has the valid priority classes; if `classes` is empty, every
-    class is valid. `may_grant` returns whether the caller may create, rotate and revoke keys of a role.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        by: Actor,
-        write: Callable[[AuditEvent], None],
-        policy_of: PolicyOf,
-        *,
-        clock: Callable[[], float],
-        classes: Collection[str] = (),
-        may_grant: Callable[[str], bool] = lambda role: True,
-        rates: Prices | None = None,
-    ) -> None:
-        self.ledger = ledger
+    def __init__(self, by: Actor, write: Callable[[AuditEvent], None], clock: Callable[[], float]) -> None:
         self._by = by
         self._write = write
-        self._policy_of = policy_of
         self._clock = clock
-        self._classes = frozenset(classes)
-        self._may_grant = may_grant
-        self._rates = rates
 
-    # ---- tenants
-
-    def create_tenant(
-        self,
-        name: str,
-        own: Mapping[str, Any],
-        *,
-        reason: str = "",
-        request_id: str = "",
-        validate_only: bool = False,
-    ) -> StoredTenant:
-        """See TenantService. With `request_id`, an existing tenant with exactly the same policy is returned."""
-
-        def operation() -> StoredTenant:
-            policy = self._with_known_class(self._policy_of(name, own))
-            try:
-                return self.ledger.tenants.create(policy, validate_only=validate_only)
-            except AlreadyExists:
-                existing = self._find_same(policy) if request_id else None
-                if existing is None:
-                    raise
-                return existing
-
-        return self._audited("tenants.create", f"tenants/{name}", name, reason, operation, quiet=validate_only)
-
-    def _find_same(self, policy: TenantPolicy) -> StoredTenant | None:
-        """Return the existing tenant with origin `api` and exactly the given policy, or None."""
-        try:
-            existing = self.ledger.tenants.get(policy.name)
-        except LedgerError:
-            return None
-        return existing if existing.origin == "api" and existing.policy == policy else None
-
-    def get_tenant(self, name: str) -> StoredTenant:
-        """See TenantService."""
-        return self.ledger.tenants.get(name)
-
-    def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See TenantService. Returns only tenants with a name after `after`."""
-        while page := self.ledger.tenants.list(after=after, limit=PAGE):
-            yield from page
-            after = page[-1].policy.name
-
-    def update_tenant(
-        self,
-        name: str,
-        changes: Mapping[str, Any],
-        *,
-        reason: str = "",
-        whole: Collection[str] = (),
-        validate_only: bool = False,
-    ) -> StoredTenant:
-        """See TenantService. The maps named in `whole` are replaced instead of merged key by key."""
-
-        def operation() -> StoredTenant:
-            if not changes:
-                raise LedgerError("update_mask: names no field, and the tenant sets none: there is nothing to change")
-            self._check_class(changes.get("class"))
-            return self.ledger.tenants.update(name, changes, whole=whole, validate_only=validate_only)
-
-        details = {"fields": _paths(changes)}
-        return self._audited(
-            "tenants.update", f"tenants/{name}", name, reason, operation, details=details, quiet=validate_only
-        )
-
-    def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """See TenantService."""
-        action = "tenants.suspend" if suspended else "tenants.resume"
-        if suspended:
-            require_reason(reason)
-        return self._audited(
-            action, f"tenants/{name}", name, reason, lambda: self.ledger.tenants.suspend(name, suspended)
-        )
-
-    def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "", validate_only: bool = False) -> int:
-        """See TenantService."""
-        require_reason(reason)
-        if erase:
-            # the audit event keeps the actor and the reason, but not the tenant's name
-            from cluster.ledger.tenants.tenants import digest_of_name
-
-            erased_name, redacted_reason = f"tenants/{digest_of_name(name)[:16]}", reason.replace(name, "…")
-            tenants = self.ledger.tenants
-            return self._audited(
-                "tenants.erase",
-                erased_name,
-                "",
-                redacted_reason,
-                lambda: tenants.erase(name, validate_only=validate_only),
-                quiet=validate_only,
-            )
-
-        def operation() -> int:
-            self.ledger.tenants.delete(name, validate_only=validate_only)
-            return 0
-
-        return self._audited("tenants.delete", f"tenants/{name}", name, reason, operation, quiet=validate_only)
-
-    # ---- keys
-
-    def create_key(
-        self,
-        tenant: str,
-        name: str = "",
-        *,
-        expires_at: float | None = None,
-        role: str = "caller",
-        reason: str = "",
-        request_id: str = "",
-        validate_only: bool = False,
-    ) -> NewKey:
-        """See TenantService. A repeated `request_id` creates no second key."""
-
-        def operation() -> NewKey:
-            self._require_grant(role)
-            return self.ledger.keys.create(
-                tenant, name, expires_at=expires_at, role=role, request_id=request_id, validate_only=validate_only
-            )
-
-        return self._audited(
-            "keys.create",
-            f"tenants/{tenant}/keys/",
-            tenant,
-            reason,
-            operation,
-            details={"key_role": role},
-            quiet=validate_only,
-        )
-
-    def keys(self, tenant: str) -> list[StoredKey]:
-        """See TenantService."""
-        return self.ledger.keys.list(tenant)
-
-    def rotate_key(
-        self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
-    ) -> NewKey:
-        """See TenantService."""
-
-        def operation() -> NewKey:
-            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
-            return self.ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
-
-        return self._audited("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
-
-    def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """See TenantService."""
-        require_reason(reason)
-
-        def operation() -> StoredKey:
-            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
-            return self.ledger.keys.revoke(tenant, key_id)
-
-        return self._audited("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
-
-    def _require_grant(self, role: str) -> None:
-        if not self._may_grant(role):
-            raise NotPermitted(f"your role does not permit changes to keys of the role {role[:32]!r}")
-
-    # ---- usage and audit
-
-    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See TenantService."""
-        rates = rates or self._rates
-        if cost and rates is None:
-            raise LedgerError("cost: no rates are configured: set the configuration's cost section")
-        return self.ledger.usage.query(wanted, rates if cost else None)
-
-    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See TenantService."""
-        after = None
-        while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
-            yield from page
-            after = (page[-1].opened_at_s, page[-1].record_id)
-
-    def audit(
-        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
-    ) -> Iterator[dict[str, Any]]:
-        """See TenantService."""
-        before = None
-        while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
-            yield from page
-            before = (page[-1]["at_s"], page[-1]["event_id"])
-
-    # ---- audit of each operation
-
-    def _audited(
+    def run(
         self,
         action: str,
         name: str,
@@ -350,13 +144,221 @@ class LedgerTenantService:
             details={**self._by.details, **details},
         )
 
-    def _with_known_class(self, policy: TenantPolicy) -> TenantPolicy:
-        self._check_class(policy.priority_class)
-        return policy
 
-    def _check_class(self, name: object) -> None:
+class LedgerTenantService:
+    """TenantService on a database. Operations run in the caller's thread.
+
+    Construction is cheap, so every caller gets a separate instance. `policy_of` builds a policy from a name and the
+    given fields. `write` receives audit events. `classes` has the valid priority classes; if `classes` is empty, every
+    class is valid. `may_grant` returns whether the caller may create, rotate and revoke keys of a role.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        by: Actor,
+        write: Callable[[AuditEvent], None],
+        policy_of: PolicyOf,
+        *,
+        clock: Callable[[], float],
+        classes: Collection[str] = (),
+        may_grant: Callable[[str], bool] = lambda role: True,
+        rates: Prices | None = None,
+    ) -> None:
+        self.ledger = ledger
+        self._audit = _OperationAudit(by, write, clock)
+        self._policy_of = policy_of
+        self._classes = frozenset(classes)
+        self._may_grant = may_grant
+        self._rates = rates
+
+    # ---- tenants
+
+    def create_tenant(
+        self,
+        name: str,
+        own: Mapping[str, Any],
+        *,
+        reason: str = "",
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> StoredTenant:
+        """See TenantService. With `request_id`, an existing tenant with exactly the same policy is returned."""
+
+        def operation() -> StoredTenant:
+            policy = self._policy_of(name, own)
+            self._require_class(policy.priority_class)
+            try:
+                return self.ledger.tenants.create(policy, validate_only=validate_only)
+            except AlreadyExists:
+                existing = self._find_same(policy) if request_id else None
+                if existing is None:
+                    raise
+                return existing
+
+        return self._audit.run("tenants.create", f"tenants/{name}", name, reason, operation, quiet=validate_only)
+
+    def _find_same(self, policy: TenantPolicy) -> StoredTenant | None:
+        """Return the existing tenant with origin `api` and exactly the given policy, or None."""
+        try:
+            existing = self.ledger.tenants.get(policy.name)
+        except LedgerError:
+            return None
+        return existing if existing.origin == "api" and existing.policy == policy else None
+
+    def _require_class(self, name: object) -> None:
         if self._classes and name is not None and name not in self._classes:
             raise LedgerError(f"class: {name!r} must be one of {', '.join(sorted(self._classes))}")
+
+    def get_tenant(self, name: str) -> StoredTenant:
+        """See TenantService."""
+        return self.ledger.tenants.get(name)
+
+    def tenants(self, after: str = "") -> Iterator[StoredTenant]:
+        """See TenantService. Returns only tenants with a name after `after`."""
+        while page := self.ledger.tenants.list(after=after, limit=PAGE):
+            yield from page
+            after = page[-1].policy.name
+
+    def update_tenant(
+        self,
+        name: str,
+        changes: Mapping[str, Any],
+        *,
+        reason: str = "",
+        whole: Collection[str] = (),
+        validate_only: bool = False,
+    ) -> StoredTenant:
+        """See TenantService. The maps named in `whole` are replaced instead of merged key by key."""
+
+        def operation() -> StoredTenant:
+            if not changes:
+                raise LedgerError("update_mask: names no field, and the tenant sets none: there is nothing to change")
+            self._require_class(changes.get("class"))
+            return self.ledger.tenants.update(name, changes, whole=whole, validate_only=validate_only)
+
+        details = {"fields": _paths(changes)}
+        return self._audit.run(
+            "tenants.update", f"tenants/{name}", name, reason, operation, details=details, quiet=validate_only
+        )
+
+    def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
+        """See TenantService."""
+        action = "tenants.suspend" if suspended else "tenants.resume"
+        if suspended:
+            require_reason(reason)
+        return self._audit.run(
+            action, f"tenants/{name}", name, reason, lambda: self.ledger.tenants.suspend(name, suspended)
+        )
+
+    def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "", validate_only: bool = False) -> int:
+        """See TenantService."""
+        require_reason(reason)
+        if erase:
+            # the audit event keeps the actor and the reason, but not the tenant's name
+            from cluster.ledger.tenants.tenants import digest_of_name
+
+            erased_name, redacted_reason = f"tenants/{digest_of_name(name)[:16]}", reason.replace(name, "…")
+            tenants = self.ledger.tenants
+            return self._audit.run(
+                "tenants.erase",
+                erased_name,
+                "",
+                redacted_reason,
+                lambda: tenants.erase(name, validate_only=validate_only),
+                quiet=validate_only,
+            )
+
+        def operation() -> int:
+            self.ledger.tenants.delete(name, validate_only=validate_only)
+            return 0
+
+        return self._audit.run("tenants.delete", f"tenants/{name}", name, reason, operation, quiet=validate_only)
+
+    # ---- keys
+
+    def create_key(
+        self,
+        tenant: str,
+        name: str = "",
+        *,
+        expires_at: float | None = None,
+        role: str = "caller",
+        reason: str = "",
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> NewKey:
+        """See TenantService. A repeated `request_id` creates no second key."""
+
+        def operation() -> NewKey:
+            self._require_grant(role)
+            return self.ledger.keys.create(
+                tenant, name, expires_at=expires_at, role=role, request_id=request_id, validate_only=validate_only
+            )
+
+        return self._audit.run(
+            "keys.create",
+            f"tenants/{tenant}/keys/",
+            tenant,
+            reason,
+            operation,
+            details={"key_role": role},
+            quiet=validate_only,
+        )
+
+    def keys(self, tenant: str) -> list[StoredKey]:
+        """See TenantService."""
+        return self.ledger.keys.list(tenant)
+
+    def rotate_key(
+        self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
+    ) -> NewKey:
+        """See TenantService."""
+
+        def operation() -> NewKey:
+            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
+            return self.ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
+
+        return self._audit.run("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
+
+    def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
+        """See TenantService."""
+        require_reason(reason)
+
+        def operation() -> StoredKey:
+            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
+            return self.ledger.keys.revoke(tenant, key_id)
+
+        return self._audit.run("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
+
+    def _require_grant(self, role: str) -> None:
+        if not self._may_grant(role):
+            raise NotPermitted(f"your role does not permit changes to keys of the role {role[:32]!r}")
+
+    # ---- usage and audit
+
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+        """See TenantService."""
+        rates = rates or self._rates
+        if cost and rates is None:
+            raise LedgerError("cost: no rates are configured: set the configuration's cost section")
+        return self.ledger.usage.query(wanted, rates if cost else None)
+
+    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
+        """See TenantService."""
+        after = None
+        while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
+            yield from page
+            after = (page[-1].opened_at_s, page[-1].record_id)
+
+    def audit(
+        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
+        """See TenantService."""
+        before = None
+        while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
+            yield from page
+            before = (page[-1]["at_s"], page[-1]["event_id"])
 
 
 def require_reason(reason: str) -> None:

@@ -16,13 +16,13 @@ Sequences of one tenant are served first come, first served. Callers pass a mono
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.policy.fairness.flow_table import FlowTable
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedTotal, WorkerTotals
+from cluster.policy.fairness.put_back import PutBackSequences
 from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
@@ -73,49 +73,39 @@ class FairOrder:
         A tenant that was idle for less than `idle_s` may start below the least counter, by at most `deficit_tokens`
         divided by its weight.
         """
-        self._weight_of = weight_of
         self._service = service or ServiceWeights()
         self._idle_s = idle_s
-        self._deficit_tokens = deficit_tokens
-        self._classes: dict[int, ClassTurns] = {}
-        self._ranks: list[int] = []
+        self._flows = FlowTable(weight_of, idle_s, deficit_tokens)
         self._where: dict[str, tuple[Flow, Charge | None, int]] = {}  # flow, pending charge, serial number
-        self._returned: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
-        self._returned_keys: dict[str, tuple[int, float, int]] = {}
-        self._returns = 0
+        self._put_back = PutBackSequences()
         self._open: dict[str, tuple[Flow, Charge]] = {}
         self._reserved_slots = ReservedSlots()
         self._peer_backlogs = PeerBacklogs()
         self._worker_totals = WorkerTotals()
-        self._charged = 0.0
-        self._now = float("-inf")
 
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
         """Append a sequence to the queue of its tenant. The counter of a tenant that returns from idle is lifted
         first."""
-        self._advance(now)
-        flow = self._flow(waiting.rank, waiting.tenant)
+        self._flows.advance(now)
+        flow = self._flows.flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
-        self._change_waiting_here(flow, 1, charge.amount)
+        self._flows.change_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
         """Insert a sequence before all sequences that have not had their turn.
 
         Sequences that were put back are ordered by class, the highest first, then by arrival.
         """
-        flow = self._flow(waiting.rank, waiting.tenant)
-        self._returns += 1
-        key = (waiting.rank, waiting.arrived, self._returns)
-        self._returned_keys[waiting.call_id] = key
-        insort(self._returned, (*key, waiting))
+        flow = self._flows.flow(waiting.rank, waiting.tenant)
+        self._put_back.add(waiting)
         charge = None
         if waiting.call_id not in self._open:
             charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         self._where[waiting.call_id] = (flow, charge, -1)
-        self._change_waiting_here(flow, 1, 0.0)
+        self._flows.change_here(flow, 1, 0.0)
 
     def head(self) -> WaitingSequence | None:
         """The next sequence, or None if nothing waits.
@@ -123,13 +113,7 @@ class FairOrder:
         This is the first sequence that was put back. Otherwise it is the first sequence of the tenant with the least
         counter in the highest waiting class.
         """
-        if self._returned:
-            return self._returned[0][3]
-        for rank in self._ranks:
-            flow = self._classes[rank].here.least()
-            if flow is not None:
-                return flow.head()
-        return None
+        return self._put_back.head() or self._flows.head()
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence. If the sequence was put back, the unused part of its charge is refunded."""
@@ -139,26 +123,25 @@ class FairOrder:
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
         """Remove a sequence that is sent to a worker. The predicted cost is charged unless the sequence was charged
         before."""
-        self._advance(now)
+        self._flows.advance(now)
         flow, charge = self._remove_waiting(call_id)
         if charge is not None:
             self._open[call_id] = (flow, charge)
-            self._add(flow, charge.amount)
+            self._flows.add_service(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
         """Number of sequences of the same tenant and class ahead. So a tenant learns nothing about other tenants."""
         flow, _, serial = self._where[call_id]
-        key = self._returned_keys.get(call_id)
-        end = len(self._returned) if key is None else bisect_left(self._returned, key)
-        before = sum(1 for _, _, _, w in self._returned[:end] if (w.rank, w.tenant) == flow.key)
-        return before if key is not None else before + flow.position(serial)
+        if serial < 0:
+            return self._put_back.position(call_id)
+        return self._put_back.count(flow.key) + flow.position(serial)
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
         """Number of slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
         flow, _, serial = self._where[waiting.call_id]
-        if serial < 0 or flow.since > self._now - self._idle_s:
+        if serial < 0 or flow.since > self._flows.now - self._idle_s:
             return 0
-        return self._reserved_slots.reserved(waiting.rank, len(self._open), self._now)
+        return self._reserved_slots.reserved(waiting.rank, len(self._open), self._flows.now)
 
     # ---- calls that had their turn
 
@@ -170,13 +153,13 @@ class FairOrder:
     def cached(self, call_id: str, cached_tokens: int) -> None:
         """Correct the charge at the first output by the number of cached prompt tokens. Ignores unknown ids."""
         if (entry := self._open.get(call_id)) is not None:
-            self._add(entry[0], entry[1].cached(cached_tokens))
+            self._flows.add_service(entry[0], entry[1].cached(cached_tokens))
 
     def generated(self, call_id: str, output_tokens: int) -> None:
         """Record the total number of output tokens so far. Cheap while the total is within the prediction. Ignores
         unknown ids."""
         if (entry := self._open.get(call_id)) is not None and (delta := entry[1].generated(output_tokens)):
-            self._add(entry[0], delta)
+            self._flows.add_service(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
         """End a call, and refund the charge for predicted tokens that were not generated. Ignores unknown ids.
@@ -184,20 +167,20 @@ class FairOrder:
         The refund does not depend on how the call ended.
         """
         if (entry := self._open.pop(call_id, None)) is not None:
-            self._add(entry[0], entry[1].ended())
+            self._flows.add_service(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
         """Refund the whole charge of a call, because no worker accepted the call. Ignores unknown ids."""
         if (entry := self._open.pop(call_id, None)) is not None:
-            self._add(entry[0], entry[1].revoked())
+            self._flows.add_service(entry[0], entry[1].revoked())
 
     # ---- other gateways
 
     def apply_served_report(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
         """Apply a report of a worker: add the service for calls of other gateways to the counters."""
-        self._advance(now)
+        self._flows.advance(now)
         for key, difference in self._worker_totals.differences(worker, incarnation, totals):
-            self._add(self._flow(*key), difference)
+            self._flows.add_service(self._flows.flow(*key), difference)
 
     def forget_worker(self, worker: str) -> None:
         """Forget the totals of a worker that will not come back. The counters keep the service of that worker."""
@@ -212,21 +195,16 @@ class FairOrder:
 
     def replace_peer_backlog(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
         """Replace the backlog of another gateway for this model by a new report."""
-        self._advance(now)
+        self._flows.advance(now)
         for key, change in self._peer_backlogs.replace(gateway, waiting, now).items():
-            flow = self._flow(*key)
-            self._change_waiting_elsewhere(flow, change)
+            self._flows.change_elsewhere(self._flows.flow(*key), change)
         for key, backlog in waiting.items():
             if backlog.requests:
-                self._flow(*key).last_waiting = self._now
+                self._flows.flow(*key).last_waiting = self._flows.now
 
     def own_backlog(self) -> dict[FlowKey, Backlog]:
         """Backlog of this gateway by flow, to report to the other gateways."""
-        return {
-            flow.key: Backlog(flow.here, flow.here_service)
-            for turns in self._classes.values()
-            for flow in turns.here.flows()
-        }
+        return {flow.key: Backlog(flow.here, flow.here_service) for flow in self._flows.waiting_here()}
 
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
         """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
@@ -238,12 +216,12 @@ class FairOrder:
         """
         if not self._where:
             return 0
-        mine = float(len(self._returned))
-        left = picks - len(self._returned)
-        for rank in self._ranks:
+        mine = float(len(self._put_back))
+        left = picks - len(self._put_back)
+        for turns in self._flows.classes():
             if left <= 0:
                 break
-            part, taken = self._peer_backlogs.share_of_turns(self._classes[rank].anywhere.flows(), left)
+            part, taken = self._peer_backlogs.share_of_turns(turns.anywhere.flows(), left)
             mine += part
             left -= taken
         return max(1, round(CLAIM_SCALE * mine))
@@ -254,25 +232,17 @@ class FairOrder:
         The caller runs this method once a second. The method also notes tenants that count as guests
         (reserved_slots.py).
         """
-        self._advance(now)
+        self._flows.advance(now)
         for key, change in self._peer_backlogs.silent_since(now - self._idle_s).items():
-            self._change_waiting_elsewhere(self._flow(*key), change)
-        charged = Counter(id(flow) for flow, _ in self._open.values())
-        floors = {rank: turns.floor() for rank, turns in self._classes.items()}
-        for rank, turns in self._classes.items():
-            for tenant, flow in list(turns.flows.items()):
-                if flow.waits or flow.counter > floors[rank]:
-                    continue
-                if flow.last_waiting > now - self._idle_s:
-                    self._reserved_slots.note_guest(rank, now)
-                elif not charged[id(flow)]:
-                    del turns.flows[tenant]
+            self._flows.change_elsewhere(self._flows.flow(*key), change)
+        for rank in self._flows.forget_idle({id(flow) for flow, _ in self._open.values()}):
+            self._reserved_slots.note_guest(rank, now)
 
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
         """Counter of a tenant: weighted service divided by weight, including lifts. 0 for an unknown tenant."""
-        flow = self._known(tenant, rank)
+        flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
     def service_ahead(self, tenant: str, rank: int = 0) -> float:
@@ -280,91 +250,38 @@ class FairOrder:
 
         These are the tokens of higher classes and of the tenant's own queue.
         """
-        own = self._known(tenant, rank)
-        higher = sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
-        return higher + (own.here_service if own is not None else 0.0)
+        own = self._flows.known(tenant, rank)
+        return self._flows.service_above(rank) + (own.here_service if own is not None else 0.0)
 
     def statistics(self) -> FairStatistics:
         """Return the current counts as a frozen value."""
-        spreads = []
-        for turns in self._classes.values():
-            counters = [flow.counter for flow in turns.anywhere.flows()]
-            spreads.append(max(counters) - min(counters) if counters else 0.0)
         return FairStatistics(
-            flows=sum(len(turns.flows) for turns in self._classes.values()),
-            backlogged=sum(len(turns.anywhere) for turns in self._classes.values()),
+            flows=len(self._flows),
+            backlogged=sum(len(turns.anywhere) for turns in self._flows.classes()),
             waiting=len(self._where),
             open_charges=len(self._open),
-            charged=self._charged,
-            spread=max(spreads, default=0.0),
+            charged=self._flows.charged,
+            spread=max(map(_spread, self._flows.classes()), default=0.0),
         )
 
     def __repr__(self) -> str:
-        return f"FairOrder({len(self._where)} waiting, {len(self._ranks)} classes, {len(self._open)} charged)"
-
-    # ---- internals
-
-    def _advance(self, now: float) -> None:
-        if now > self._now:
-            self._now = now
-
-    def _flow(self, rank: int, tenant: str) -> Flow:
-        turns = self._classes.get(rank)
-        if turns is None:
-            turns = self._classes[rank] = ClassTurns()
-            insort(self._ranks, rank)
-        flow = turns.flows.get(tenant)
-        if flow is None:
-            flow = turns.flows[tenant] = Flow(FlowKey(rank, tenant))
-        flow.weight = self._weight_of(tenant)
-        return flow
-
-    def _known(self, tenant: str, rank: int) -> Flow | None:
-        turns = self._classes.get(rank)
-        return None if turns is None else turns.flows.get(tenant)
+        return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str) -> tuple[Flow, Charge | None]:
         """Remove a waiting sequence. Returns the flow, and the charge or None if the sequence was charged before."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             flow.remove(serial)
-            self._change_waiting_here(flow, -1, 0.0 if charge is None else -charge.amount)
+            self._flows.change_here(flow, -1, 0.0 if charge is None else -charge.amount)
         else:
-            del self._returned[bisect_left(self._returned, self._returned_keys.pop(call_id))]
-            self._change_waiting_here(flow, -1, 0.0)
+            self._put_back.remove(call_id)
+            self._flows.change_here(flow, -1, 0.0)
         return flow, charge
 
-    def _change_waiting_here(self, flow: Flow, change: int, service: float) -> None:
-        before, flow.here = flow.here, flow.here + change
-        flow.here_service = flow.here_service + service if flow.here else 0.0
-        if not before or not flow.here:
-            self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
 
-    def _change_waiting_elsewhere(self, flow: Flow, change: Backlog) -> None:
-        before, flow.elsewhere = flow.elsewhere, flow.elsewhere + change.requests
-        flow.elsewhere_service = flow.elsewhere_service + change.service if flow.elsewhere else 0.0
-        if (before > 0) != (flow.elsewhere > 0):
-            self._update_backlogged(flow, before > 0 or flow.here > 0)
-
-    def _update_backlogged(self, flow: Flow, waited: bool) -> None:
-        """Update a flow that starts or stops waiting, on this gateway or on other gateways."""
-        if not waited:
-            self._lift(flow)
-            flow.since = self._now
-        flow.last_waiting = self._now
-        self._classes[flow.key.rank].update(flow)
-
-    def _lift(self, flow: Flow) -> None:
-        floor = self._classes[flow.key.rank].floor()
-        if flow.last_waiting > self._now - self._idle_s:
-            floor -= self._deficit_tokens / flow.weight
-        flow.counter = max(flow.counter, floor)
-
-    def _add(self, flow: Flow, service: float) -> None:
-        self._charged += service
-        flow.counter += service / flow.weight
-        if service < 0:
-            self._classes[flow.key.rank].note_decrease(flow)
+def _spread(turns: ClassTurns) -> float:
+    counters = [flow.counter for flow in turns.anywhere.flows()]
+    return max(counters) - min(counters) if counters else 0.0
 
 
 class FairOrders:

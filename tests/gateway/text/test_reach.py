@@ -131,4 +131,4 @@ def test_expressions_of_known_tokenizers_are_quick(pattern: str) -> None:
 def test_models_of_all_families_are_quick(kind: Kind) -> None:
     """The tokenizer of each family is quick, so that a short prompt needs no helper."""
     assert isinstance(kind.ours, TextModel)
-    assert kind.ours._is_quick
+    assert kind.ours._jobs.is_quick

@@ -27,24 +27,6 @@ def test_prompt_ids_equal_transformers(kind: Kind, text: str) -> None:
     assert kind.ours.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
 
 
-@LAW
-@given(text=TEXTS)
-def test_decode_equals_transformers(kind: Kind, text: str) -> None:
-    """The decoded text of a list of ids equals that of transformers, with and without special tokens."""
-    ids = kind.ours.encode_prompt(text)
-    for skip in (True, False):
-        assert kind.ours.decode(ids, skip_special_tokens=skip) == kind.theirs.decode(ids, skip_special_tokens=skip)
-
-
-def test_token_text_equals_vllm(kind: Kind) -> None:
-    """The text of each token by itself equals the text that vLLM reports in log probabilities, a leading space
-    included."""
-    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
-
-    ids = list(range(len(kind.theirs)))
-    assert [kind.ours.token_text(i) for i in ids] == convert_ids_list_to_tokens(kind.theirs, ids)
-
-
 def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
     """The vocabulary size, the family and the end tokens of a TextModel are those in the model's files."""
     llama, falcon = kinds["llama"].ours, kinds["falcon"].ours

@@ -1,0 +1,59 @@
+"""The calls of one stream, for both clients: the first call, and the calls that resume the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.client.errors import UNREACHABLE, HeadraceError
+from cluster.client.gateways import GatewayList
+from cluster.client.resume import Resumption
+
+Method = Callable[[Any], Callable[..., Any]]
+"""Returns a method of a gRPC stub."""
+
+
+@dataclass(eq=False)
+class StreamAttempts:
+    """The calls of one stream, one after the other. `method` is the method of the first call."""
+
+    gateways: GatewayList[Any, Any]
+    method: Method
+    resumption: Resumption
+    request_id: str
+    metadata: tuple[tuple[str, str], ...]
+    call: Any = field(default=None, init=False)
+    """The current call, from `start` on."""
+    _endpoint: str = field(default="", init=False)
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint of the gateway to which the current call was sent."""
+        return self._endpoint
+
+    def start(self) -> None:
+        """Start the first call."""
+        self.call = self._begin(self.resumption.request, self.method)
+
+    def pause_after(self, failed: HeadraceError) -> float | None:
+        """Return the pause before the stream is resumed in seconds, or None if the failure ends the stream.
+
+        If the gateway does not answer, the client uses the next gateway from now on.
+        """
+        if failed.reason == UNREACHABLE:
+            self.gateways.switch_from(self.endpoint)
+        return self.resumption.pause_s(failed)
+
+    def resume(self) -> None:
+        """Switch gateways and start the call that resumes the stream."""
+        self.gateways.switch_from(self.endpoint)
+        request = self.resumption.resume_request
+        if request is None:
+            self.start()
+        else:
+            self.call = self._begin(request, lambda stub: stub.Resume)
+
+    def _begin(self, request: Any, method: Method) -> Any:
+        self._endpoint = self.gateways.endpoint
+        return method(self.gateways.stub)(request, timeout=self.resumption.remaining_s, metadata=self.metadata)

@@ -1,0 +1,129 @@
+"""The flows of one model by class and tenant: which flows wait, and how their counters change.
+
+Invariants: a counter falls only when an unused charge is refunded. A flow that returns from idle starts at the least
+backlogged counter, so being idle earns no credit. A flow that was idle for less than `idle_s` may start below this
+counter, by at most `deficit_tokens` divided by its weight.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Collection, Iterator
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.peer_backlog import Backlog
+from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
+
+
+class FlowTable:
+    """Flows of one model. `now` is the latest time that was passed to `advance`."""
+
+    def __init__(self, weight_of: Callable[[str], float], idle_s: float, deficit_tokens: float) -> None:
+        self._weight_of = weight_of
+        self._idle_s = idle_s
+        self._deficit_tokens = deficit_tokens
+        self._classes: dict[int, ClassTurns] = {}
+        self._ranks: list[int] = []
+        self.charged = 0.0
+        """Service that was added to all counters, less refunds, in weighted tokens."""
+        self.now = float("-inf")
+
+    def __len__(self) -> int:
+        return sum(len(turns.flows) for turns in self._classes.values())
+
+    def advance(self, now: float) -> None:
+        """Set the current time, in seconds. An earlier time than before changes nothing."""
+        if now > self.now:
+            self.now = now
+
+    def flow(self, rank: int, tenant: str) -> Flow:
+        """Return the flow of a tenant with its current weight. A flow is created at first use."""
+        turns = self._classes.get(rank)
+        if turns is None:
+            turns = self._classes[rank] = ClassTurns()
+            insort(self._ranks, rank)
+        flow = turns.flows.get(tenant)
+        if flow is None:
+            flow = turns.flows[tenant] = Flow(FlowKey(rank, tenant))
+        flow.weight = self._weight_of(tenant)
+        return flow
+
+    def known(self, tenant: str, rank: int) -> Flow | None:
+        """Return the flow of a tenant, or None if there is no such flow."""
+        turns = self._classes.get(rank)
+        return None if turns is None else turns.flows.get(tenant)
+
+    def classes(self) -> list[ClassTurns]:
+        """All classes, the highest first."""
+        return [self._classes[rank] for rank in self._ranks]
+
+    def waiting_here(self) -> Iterator[Flow]:
+        """Yield the flows with sequences that wait on this gateway."""
+        for turns in self._classes.values():
+            yield from turns.here.flows()
+
+    def service_above(self, rank: int) -> float:
+        """Expected cost of the sequences that wait here in classes higher than `rank`, in weighted tokens."""
+        return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
+
+    def head(self) -> WaitingSequence | None:
+        """The first sequence of the flow with the least counter in the highest waiting class, or None."""
+        for rank in self._ranks:
+            flow = self._classes[rank].here.least()
+            if flow is not None:
+                return flow.head()
+        return None
+
+    def add_service(self, flow: Flow, service: float) -> None:
+        """Add service to a flow's counter, in weighted tokens. A negative number is a refund."""
+        self.charged += service
+        flow.counter += service / flow.weight
+        if service < 0:
+            self._classes[flow.key.rank].note_decrease(flow)
+
+    def change_here(self, flow: Flow, change: int, service: float) -> None:
+        """Change the number and the expected cost of a flow's sequences that wait on this gateway."""
+        before, flow.here = flow.here, flow.here + change
+        flow.here_service = flow.here_service + service if flow.here else 0.0
+        if not before or not flow.here:
+            self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
+
+    def change_elsewhere(self, flow: Flow, change: Backlog) -> None:
+        """Change the number and the expected cost of a flow's sequences that wait on other gateways."""
+        before, flow.elsewhere = flow.elsewhere, flow.elsewhere + change.requests
+        flow.elsewhere_service = flow.elsewhere_service + change.service if flow.elsewhere else 0.0
+        if (before > 0) != (flow.elsewhere > 0):
+            self._update_backlogged(flow, before > 0 or flow.here > 0)
+
+    def _update_backlogged(self, flow: Flow, waited: bool) -> None:
+        """Update a flow that starts or stops waiting, on this gateway or on other gateways."""
+        turns = self._classes[flow.key.rank]
+        if not waited:
+            floor = turns.floor()
+            if flow.last_waiting > self.now - self._idle_s:
+                floor -= self._deficit_tokens / flow.weight
+            flow.counter = max(flow.counter, floor)
+            flow.since = self.now
+        flow.last_waiting = self.now
+        turns.update(flow)
+
+    def forget_idle(self, charged: Collection[int]) -> list[int]:
+        """Forget flows that were idle for `idle_s` and whose counters are at the floor, unless `charged` has their id.
+
+        Returns the rank of each flow at the floor that is idle for less than `idle_s`: such a tenant is a guest
+        (reserved_slots.py).
+        """
+        guests = []
+        for rank, turns in self._classes.items():
+            floor = turns.floor()
+            for tenant, flow in list(turns.flows.items()):
+                if flow.waits or flow.counter > floor:
+                    continue
+                if flow.last_waiting > self.now - self._idle_s:
+                    guests.append(rank)
+                elif id(flow) not in charged:
+                    del turns.flows[tenant]
+        return guests
+
+    def __repr__(self) -> str:
+        return f"FlowTable({len(self)} flows in {len(self._ranks)} classes)"

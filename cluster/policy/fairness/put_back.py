@@ -1,0 +1,53 @@
+"""Sequences that lost their worker and wait again. They have their turn before all other sequences.
+
+Invariant: the order is by class, the highest first, then by arrival, then in the order in which they were put back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.fairness.service_counters import FlowKey
+
+
+class PutBackSequences:
+    """The sequences that were put back in one order. Every operation takes O(number of sequences)."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
+        self._keys: dict[str, tuple[int, float, int]] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, waiting: WaitingSequence) -> None:
+        """Insert a sequence. Its call id must not be present."""
+        self._number += 1
+        key = self._keys[waiting.call_id] = (waiting.rank, waiting.arrived, self._number)
+        insort(self._entries, (*key, waiting))
+
+    def head(self) -> WaitingSequence | None:
+        """The first sequence, or None without sequences."""
+        return self._entries[0][3] if self._entries else None
+
+    def remove(self, call_id: str) -> None:
+        """Remove a sequence. Raises KeyError for an unknown id."""
+        del self._entries[bisect_left(self._entries, self._keys.pop(call_id))]
+
+    def position(self, call_id: str) -> int:
+        """Number of sequences of the same tenant and class ahead. Raises KeyError for an unknown id."""
+        end = bisect_left(self._entries, self._keys[call_id])
+        waiting = self._entries[end][3]
+        return self._count(FlowKey(waiting.rank, waiting.tenant), end)
+
+    def count(self, flow: FlowKey) -> int:
+        """Number of sequences of a tenant and class."""
+        return self._count(flow, len(self._entries))
+
+    def _count(self, flow: FlowKey, end: int) -> int:
+        return sum(1 for _, _, _, waiting in self._entries[:end] if (waiting.rank, waiting.tenant) == flow)
+
+    def __repr__(self) -> str:
+        return f"PutBackSequences({len(self._entries)} waiting)"

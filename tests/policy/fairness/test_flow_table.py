@@ -1,0 +1,41 @@
+"""A flow that returns from idle starts at the floor, or below the floor by a bounded deficit."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.policy.fairness.flow_table import FlowTable
+
+
+@pytest.mark.parametrize(("idle_s", "counter"), [(3.0, 1000.0), (1.0, 950.0)])
+def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
+    """After `idle_s` the counter of a returning flow is the floor, and before it may be less by the deficit."""
+    flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
+    busy, quiet = flows.flow(0, "busy"), flows.flow(0, "quiet")
+    flows.advance(10.0)
+    flows.change_here(quiet, 1, 5.0)
+    flows.change_here(quiet, -1, -5.0)
+    flows.change_here(busy, 1, 5.0)
+    flows.add_service(busy, 2000.0)
+    flows.advance(10.0 + idle_s)
+    flows.change_here(quiet, 1, 5.0)
+    assert (quiet.counter, busy.counter, flows.charged) == (counter, 1000.0, 2000.0)
+    assert quiet.since == flows.now
+
+
+def test_idle_flows_are_forgotten() -> None:
+    """A flow at the floor is a guest for `idle_s` and is then forgotten, unless a call of the flow has a charge."""
+    flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
+    for tenant in ("a", "b"):
+        flow = flows.flow(1, tenant)
+        flows.change_here(flow, 1, 1.0)
+        flows.change_here(flow, -1, -1.0)
+    flows.advance(1.0)
+    gone, kept = flows.known("a", 1), flows.known("b", 1)
+    assert gone is not None
+    assert kept is not None
+    gone.last_waiting = kept.last_waiting = 0.0
+    assert flows.forget_idle([]) == [1, 1]
+    flows.advance(3.0)
+    assert flows.forget_idle([id(kept)]) == []
+    assert (flows.known("a", 1), flows.known("b", 1)) == (None, kept)
