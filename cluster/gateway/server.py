@@ -192,7 +192,7 @@ class Gateway:
         else:
             claims = FileFirstClaims(cache_dir() / "resumed.db")
         if shared is not None:
-            claims = StoreFirstClaims(shared.first, claims)
+            claims = StoreFirstClaims(shared.store.first, claims)
         secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
         expires_s = self.config.gateway.resume.token_expires_s
         return ResumeService(secrets, claims, self.scheduler.take_over, expires_s, self.hub.incarnation)
@@ -230,7 +230,7 @@ class Gateway:
             await self.tenants.start()
             self.keep_accounts(self.tenants.secrets, self.tenants.ledger.usage.insert)
         if self._shared_limits is not None:
-            await self._shared_limits.start()
+            await self._shared_limits.store.start()
         if self._probes:
             await self._bind("health", self._probes, self._serve_probes)
         await self._bind("link", listen.link, partial(self._serve_links, link))
@@ -396,7 +396,7 @@ class Gateway:
         if self.guards is not None:
             await self.guards.close()
         if self._shared_limits is not None:
-            await self._shared_limits.close()
+            await self._shared_limits.store.close()
         if self.accounting is not None:
             await self.accounting.stop()
         if self._admin is not None:
