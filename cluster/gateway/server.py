@@ -513,9 +513,10 @@ def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | Non
     pattern file."""
     if tenants is None:
         return None
+    from cluster.gateway.auth.tenants import guard_event
     from cluster.gateway.guards.guards import Guards
 
-    guards = Guards(metrics, tenants.record_guard_decision)
+    guards = Guards(metrics, lambda decision: tenants.audit.write(guard_event(decision)))
     guards.check(config.policies())
     return guards
 
