@@ -126,7 +126,7 @@ class Gateway:
             siblings,
             config.gateway.link_tls is not None,
         )
-        self.directory: ModelDirectory = ModelDirectory(folder, self.hub.fetch_bundle)
+        self.directory: ModelDirectory = ModelDirectory(folder, self.hub.bundles.fetch)
         authenticator = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
         self._limits = self._shared_limits or LocalLimits(Limiter())
@@ -201,7 +201,7 @@ class Gateway:
 
     def model_unserved(self) -> None:
         """Report the demand to the controller now, because a call waits for a model that no worker serves."""
-        self.hub.report_now()
+        self.hub.controller.report_now()
 
     def state_changed(self) -> None:
         """Update the health service."""
@@ -239,7 +239,7 @@ class Gateway:
         await self._bind("metrics", listen.metrics, self._serve_metrics)
         self.metrics.add_gauges(self._gauges)
         self._tasks = [
-            asyncio.create_task(self.hub.watch()),
+            asyncio.create_task(self.hub.workers.watch()),
             asyncio.create_task(self.service.send_keepalives(gateway.keepalive_s)),
             asyncio.create_task(self.reservations.watch()),
             asyncio.create_task(self.scheduler.backlogs.watch()),
@@ -410,7 +410,7 @@ class Gateway:
         await self._metrics_server.stop(0)
 
     async def _hand_over(self, drain_s: float) -> None:
-        if self.hub.gateways > self.config.gateway.processes:  # there are other gateways
+        if self.hub.controller.gateways > self.config.gateway.processes:  # there are other gateways
             await asyncio.sleep(drain_s * (1 - HAND_OVER))
             await self.service.hand_over(self.service.clock() + drain_s * HAND_OVER)
 
