@@ -129,11 +129,19 @@ class KnownModel:
         self.links[link.identity.worker_id] = link
         self._departed.pop(link.compatibility_key, None)
 
-    def remove_link(self, link: WorkerLink) -> None:
-        """Remove a link that has ended."""
+    def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
+        """Remove a link that has ended. `gone`: state of a model without workers that is not in the catalog."""
         del self.links[link.identity.worker_id]
         if link.identity.generation in self._replaced:
             _remember(self._departed, link.compatibility_key)
+        if not self.links:
+            self.last_info = link.info
+            if not self.in_catalog:
+                self.entry = replace(self.entry, state=gone, state_reason="its last worker left")
+
+    def leave_catalog(self) -> None:
+        """Handle the model's absence from a new catalog. Its workers keep serving it under its name."""
+        self.entry, self.in_catalog = replace(self.entry, aliases=()), False
 
     def is_replaced(self, likeness: CompatibilityKey | None) -> bool:
         """Return whether a sequence with this compatibility key cannot resume any more: incompatible replacement
@@ -243,10 +251,11 @@ class ModelDirectory:
         """Cache of visible models: for each policy's list of model patterns, the models that the policy allows, by each
         of the models' names."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
-        self._any_known = False
-        """Whether any catalog or worker has named a model so far."""
-        self._has_catalog = False
-        self._restore()
+        for entry in _load_catalog(folder):
+            self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
+        self._any_known = self._has_catalog = bool(self._models)
+        """Whether any catalog or worker has named a model so far; whether a catalog has."""
+        self._rebuild_names()
 
     # ---- updates
 
@@ -257,14 +266,14 @@ class ModelDirectory:
         for name, model in list(self._models.items()):
             if name not in known:
                 if model.links:
-                    model.entry, model.in_catalog = replace(model.entry, aliases=()), False
+                    model.leave_catalog()
                 else:
                     del self._models[name]
         for entry in entries:
             model = self._models.setdefault(entry.name, KnownModel(entry, True))
             model.update(entry)
         self._rebuild_names()
-        self._save(entries)
+        _save_catalog(self._folder, entries)
 
     def add_link(self, link: WorkerLink) -> None:
         """Add a worker's link. If the worker's model is unknown, add the model too."""
@@ -281,14 +290,8 @@ class ModelDirectory:
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
-        model.remove_link(link)
-        if model.links:
-            return
-        model.last_info = link.info
-        if not model.in_catalog:
-            # Without a catalog the model may still be wanted, so calls wait for a worker to return.
-            state = ModelState.GONE if self._has_catalog else ModelState.LOADING
-            model.entry = replace(model.entry, state=state, state_reason="its last worker left")
+        # Without a catalog the model may still be wanted, so calls wait for a worker to return.
+        model.remove_link(link, gone=ModelState.GONE if self._has_catalog else ModelState.LOADING)
 
     def _rebuild_names(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
@@ -410,33 +413,29 @@ class ModelDirectory:
         await asyncio.to_thread(bundle.save, folder)
         return text
 
-    # ---- the last catalog, on disk
-
-    def _save(self, entries: Sequence[CatalogEntry]) -> None:
-        path = self._folder / "catalog.json"
-        make_missing_folders(path.parent)
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps([codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]))
-        draft.chmod(0o600)
-        draft.replace(path)
-
-    def _restore(self) -> None:
-        path = self._folder / "catalog.json"
-        try:
-            lines = json.loads(path.read_text())
-            entries = [codec.entry_from_pb(pb.CatalogModel.FromString(bytes.fromhex(line))) for line in lines]
-        except FileNotFoundError:
-            return
-        except (ValueError, TypeError, OSError) as error:
-            log.warning("kept_catalog_unreadable", path=str(path), reason=str(error))
-            return
-        for entry in entries:
-            self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
-        self._any_known = self._has_catalog = bool(entries)
-        self._rebuild_names()
-
 
 async def _text_model(bundle: Bundle) -> TextModel:
     text = await asyncio.to_thread(TextModel.from_bundle, bundle)
     memory.freeze_objects()
     return text
+
+
+def _save_catalog(folder: Path, entries: Sequence[CatalogEntry]) -> None:
+    path = folder / "catalog.json"
+    make_missing_folders(path.parent)
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps([codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]))
+    draft.chmod(0o600)
+    draft.replace(path)
+
+
+def _load_catalog(folder: Path) -> Sequence[CatalogEntry]:
+    path = folder / "catalog.json"
+    try:
+        lines = json.loads(path.read_text())
+        return [codec.entry_from_pb(pb.CatalogModel.FromString(bytes.fromhex(line))) for line in lines]
+    except FileNotFoundError:
+        return ()
+    except (ValueError, TypeError, OSError) as error:
+        log.warning("kept_catalog_unreadable", path=str(path), reason=str(error))
+        return ()

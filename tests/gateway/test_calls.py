@@ -136,7 +136,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
     states = {m.name: m.state for m in (await cluster.stub.ListModels(pb.ListModelsRequest())).models}
     assert states == {"sim": pb.Model.STATE_LOADING, "other": pb.Model.STATE_FAILED}
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
-    await until(lambda: "sim" in cluster.gateway._healthy, "health is reported")
+    await until(lambda: "sim" in cluster.gateway.health.statuses, "health is reported")
     loading = await health.Check(health_pb2.HealthCheckRequest(service="sim"))
     assert loading.status == health_pb2.HealthCheckResponse.NOT_SERVING
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle)

@@ -55,7 +55,7 @@ models:
         entry = await in_state(door, "m", ModelState.READY)
         link = await door.worker("m")
         assert entry.bundle_digest == link.identity.bundle_digest
-        assert "tokenizer.json" in (await door.hub.fetch_bundle(entry.bundle_digest)).files
+        assert "tokenizer.json" in (await door.hub.bundles.fetch(entry.bundle_digest)).files
         assert len(await greedy(link, [1, 2, 3], 4)) == 4
         started = time.monotonic()
         stop.set()

@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.api.ports import Engine
 from cluster.api.types import WorkerIdentity
 from cluster.config.schema import parse
+from cluster.gateway.optional_parts import UsageStore
 from cluster.gateway.server import Gateway
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.rows import UsageQuery
@@ -117,8 +118,7 @@ async def accounting_cluster(
     folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
     """Run a gateway with accounts and without workers."""
-    gateway = Gateway(parse(text), folder)
-    gateway.keep_accounts([SECRET], insert)
+    gateway = Gateway(parse(text), folder, usage_store=UsageStore([SECRET], insert))
     await gateway.start()
     cluster = TestCluster(gateway)
     try:

@@ -75,7 +75,7 @@ async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
     door.hub = Hub("test", door)
     server = hub_server(door.hub)
     door.address = f"{host}:{await server.start(host, 0)}"
-    watch = asyncio.create_task(door.hub.watch())
+    watch = asyncio.create_task(door.hub.workers.watch())
     try:
         yield door
     finally:

@@ -135,7 +135,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     try:
         await until(lambda: all(c.linked("w") for c in clusters), "both have a link with capacity")
         await until(lambda: controller.linked == 2, "the controller has dialled both")
-        await until(lambda: [gateway.hub.gateways for gateway in gateways] == [2, 2], "both know of another")
+        await until(lambda: [gateway.hub.controller.gateways for gateway in gateways] == [2, 2], "both know of another")
         calls = [
             asyncio.ensure_future(stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
             for i in range(3)
@@ -152,7 +152,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
         await gateways[1].stop(0)
         await until(lambda: end.statistics().links == 1, "the link of the second is gone")
         await until(lambda: gateways[0].hub.links[0].free.sequences == sequences, "its room is the first's")
-        await until(lambda: gateways[0].hub.gateways == 1, "it knows that it is alone")
+        await until(lambda: gateways[0].hub.controller.gateways == 1, "it knows that it is alone")
     finally:
         await end.close()
         for channel in (*channels, *(cluster.channel for cluster in clusters)):

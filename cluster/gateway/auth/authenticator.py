@@ -6,7 +6,9 @@ gateway without `auth` does not import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 DEFAULT_PRINCIPAL = Principal(TenantPolicy("default"), by="nothing")
 """The principal of every call at a gateway without `auth`."""
+REAUTHENTICATE_S = 30.0
+"""Interval in seconds at which callers are authenticated again without any change, since keys and tokens expire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,13 @@ class Caller:
         self.credentials = credentials
         self.refused: CallError | None = None
 
+    async def authenticate(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
+        """Authenticate the caller again. The caller's next call is refused if this fails with a CallError."""
+        try:
+            self.principal, self.refused = await authenticate(self.credentials), None
+        except CallError as error:
+            self.refused = error
+
     def require(self) -> Principal:
         """Return the caller's current principal. Raises CallError if the caller's last authentication failed."""
         if self.refused is not None:
@@ -45,6 +56,42 @@ class Caller:
                 self.refused.outcome, self.refused.message, retry_after_s=self.refused.retry_after_s
             )  # each call gets a new exception object
         return self.principal
+
+
+class RegisteredCallers:
+    """The callers that are registered, and whether tenants or keys have changed since their last authentication."""
+
+    def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
+        """`authenticate` raises CallError."""
+        self._authenticate = authenticate
+        self._callers: set[Caller] = set()
+        self._changed = asyncio.Event()
+
+    async def register(self, credentials: Credentials) -> Caller:
+        """See Authenticator."""
+        caller = Caller(await self._authenticate(credentials), credentials)
+        self._callers.add(caller)
+        return caller
+
+    def unregister(self, caller: Caller) -> None:
+        """See Authenticator."""
+        self._callers.discard(caller)
+
+    def mark_changed(self) -> None:
+        """Authenticate all callers again soon, because a tenant or a key has changed."""
+        self._changed.set()
+
+    async def reauthenticate(self) -> None:
+        """Authenticate all callers again after each change, and periodically. Runs until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REAUTHENTICATE_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            for number, caller in enumerate(list(self._callers)):
+                await caller.authenticate(self._authenticate)
+                if number % 100 == 99:
+                    await asyncio.sleep(0)  # thousands of sessions must not block the event loop
 
 
 class Authenticator(Protocol):

@@ -194,13 +194,7 @@ class OidcVerifier:
         subject = body.get("sub", "")
         if not isinstance(subject, str) or not is_subject(subject):
             raise TokenRefused("malformed")
-        return TokenClaims(
-            issuer.issuer,
-            subject,
-            tenant,
-            role if isinstance(role, str) else "",
-            expires_at_s,
-        )
+        return TokenClaims(issuer.issuer, subject, tenant, role if isinstance(role, str) else "", expires_at_s)
 
     async def _candidates(self, issuer: Issuer, key_id: str) -> Sequence[_Key]:
         """Return the keys that may have signed a token. If the token names a key, only keys with that id are returned,

@@ -17,19 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import Config, cache_dir, database_url, secret_files
 from cluster.config.tenants import Auth
-from cluster.gateway.auth.authenticator import Caller, Credentials
+from cluster.gateway.auth.authenticator import Caller, Credentials, RegisteredCallers
 from cluster.gateway.auth.credentials import CredentialChecker
+from cluster.gateway.auth.ledger_upkeep import LedgerUpkeep
 from cluster.gateway.quotas.budgets import BudgetWatch, SumsCallback
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
-from cluster.ledger.database.bring_up import prepare_database, prepare_database_in_process
-from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.tenants.watch import Watcher
@@ -44,33 +41,22 @@ from cluster.policy.tenants.identity import (
     tenant_handle,
 )
 from cluster.policy.tenants.policy import TenantPolicy
-from cluster.process import memory
-from cluster.process.background import lower_priority, run_when_idle
 from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.oidc import OidcVerifier
     from cluster.gateway.guards.guards import GuardDecision
 
-log = structlog.get_logger("tenants")
-
 FIRST_ANSWER_S = 5.0
 """Seconds that a start waits for the database if there is no snapshot from an earlier run."""
 CHECK_AFTER_S = 2.0
 """Seconds between the database's first answer and the check of its schema. The check runs in a separate process. The
 delay keeps the check from slowing the first calls."""
-SOON_S = 30.0
-"""Time limit, in seconds, for a schema check at idle priority. After this time the check is started again at a priority
-that gets a core."""
-RETRY_S, MAX_RETRY_S = 5.0, 60.0
-REAUTHENTICATE_S = 30.0
-"""Interval in seconds at which sessions are authenticated again without any change, since keys and tokens expire."""
-FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 
 
 class TenantAuthenticator:
-    """Authenticator of a gateway with `auth`. Only process 0 of a host prepares the database and removes expired
-    rows."""
+    """Authenticator of a gateway with `auth`, and the owner of the gateway's ledger, audit log and prompt log. Only
+    process 0 of a host prepares the database and removes expired rows."""
 
     def __init__(self, config: Config, folder: Path, metrics: Metrics, process: int = 0) -> None:
         """`folder`: the folder for this process's snapshot, audit log and prompt log. Raises ValueError for an unusable
@@ -85,7 +71,7 @@ class TenantAuthenticator:
         self._config = config
         self._first = process == 0
         self._metrics = metrics
-        self._policies = config.policies()
+        declared = config.policies()
         if not config.store.database_url:
             make_private_folder(cache_dir())
         peppers = secrets.get("auth.api_keys.pepper_file", ())
@@ -95,7 +81,7 @@ class TenantAuthenticator:
             self.ledger.snapshots.read,
             folder / "snapshot.json",
             stale_after_s=config.store.stale_after_s,
-            declared=self._policies,
+            declared=declared,
             on_change=self._changed,
         )
         self.prompts = PromptLog(
@@ -112,9 +98,9 @@ class TenantAuthenticator:
             on_failure=self._record_failure,
         )
         self._derived: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
-        self._callers: set[Caller] = set()
+        self._callers = RegisteredCallers(self.principal)
+        self._upkeep = LedgerUpkeep(config, self.ledger, declared)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._snapshot_changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     # ---- start and stop
@@ -124,11 +110,12 @@ class TenantAuthenticator:
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
         waits = self._watcher.statistics().age_s == float("inf")
-        if waits and self._may_exist():  # the schema is most likely current, so read the snapshot before the check
+        if waits and self._upkeep.may_be_prepared:
+            # The schema is most likely current, so the snapshot is read before the check.
             waits = not await asyncio.to_thread(self._watcher.poll)
         self._tasks = [
-            asyncio.create_task(self._prepare(tried, serving=not waits)),
-            asyncio.create_task(self._reauthenticate()),
+            asyncio.create_task(self._keep_ledger(tried, serving=not waits)),
+            asyncio.create_task(self._callers.reauthenticate()),
         ]
         if waits:
             with suppress(TimeoutError):
@@ -167,53 +154,14 @@ class TenantAuthenticator:
             max_tenants=observe.max_tenant_series,
         )
 
-    async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """Migrate the database, declare the tenants of the configuration file, then delete expired rows daily. Only
-        process 0 does this.
-
-        `serving`: whether calls already run, which the check must not slow down. `tried` is set after the first
-        attempt."""
-        url, retry_s = database_url(self._config), RETRY_S
+    async def _keep_ledger(self, tried: asyncio.Event, *, serving: bool) -> None:
+        """Take care of the ledger's database, in process 0. See LedgerUpkeep.prepare for the arguments."""
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
-        while self._first:
-            try:
-                if serving:
-                    if retry_s == RETRY_S:
-                        await prepare_database_in_process(url, run_when_idle, SOON_S)
-                    else:  # the attempt at idle priority may have got no core on a busy machine
-                        await prepare_database_in_process(url, lower_priority)
-                else:
-                    await asyncio.to_thread(prepare_database, url)
-                    memory.freeze_objects()  # because bring_up has imported the migration modules
-                await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
-                break
-            except LedgerError as error:
-                log.warning("ledger_not_ready", error=str(error))
-                tried.set()
-                await asyncio.sleep(retry_s)
-                # Backs off while serving, where each attempt starts a process.
-                retry_s = min(2 * retry_s, MAX_RETRY_S) if serving else RETRY_S
+        if self._first:
+            await self._upkeep.prepare(tried, serving=serving)
         tried.set()
-        wait_s = FIRST_EXPIRY_S
-        while self._first:
-            await asyncio.sleep(wait_s)
-            wait_s = EXPIRY_S
-            from cluster.ledger.database.retention import expire
-
-            days = self._config.store.retention_days
-            try:
-                deleted = await asyncio.to_thread(
-                    expire, self.ledger, time.time(), usage_days=days.usage, audit_days=days.audit
-                )
-                log.info("ledger_expired", usage=deleted.usage, audit=deleted.audit)
-            except LedgerError as error:
-                log.warning("ledger_not_expired", error=str(error))
-
-    def _may_exist(self) -> bool:
-        """Return whether the database may have been prepared before, which is not the case for a missing SQLite
-        file."""
-        url = database_url(self._config)
-        return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
+        if self._first:
+            await self._upkeep.expire()
 
     # ---- Authenticator
 
@@ -229,13 +177,11 @@ class TenantAuthenticator:
 
     async def register(self, credentials: Credentials) -> Caller:
         """See Authenticator."""
-        caller = Caller(await self.principal(credentials), credentials)
-        self._callers.add(caller)
-        return caller
+        return await self._callers.register(credentials)
 
     def unregister(self, caller: Caller) -> None:
         """See Authenticator."""
-        self._callers.discard(caller)
+        self._callers.unregister(caller)
 
     def snapshot(self) -> AccessSnapshot:
         """Return the current snapshot of tenants and keys. Raises CallError STORE_UNAVAILABLE."""
@@ -269,28 +215,6 @@ class TenantAuthenticator:
             self._derived[policy.name] = cached
         return cached
 
-    def record_guard_decision(self, decision: GuardDecision) -> None:
-        """Write a guard's decision to the audit log."""
-        details: dict[str, Any] = {
-            "guard": decision.guard,
-            "model": decision.model,
-            "request_id": decision.request_id,
-            "found": decision.matches,
-        }
-        if decision.texts:
-            details["texts"] = list(decision.texts)
-        event = AuditEvent(
-            time.time(),
-            "policy",
-            "guard",
-            actor=decision.actor,
-            tenant=decision.tenant,
-            object=f"tenants/{decision.tenant}",
-            outcome=decision.outcome,
-            details=details,
-        )
-        self.audit.write(event)
-
     # ---- changes and failures
 
     def _changed(self, snapshot: AccessSnapshot) -> None:
@@ -301,24 +225,9 @@ class TenantAuthenticator:
                 loop.call_soon_threadsafe(self._notify_change)
 
     def _notify_change(self) -> None:
-        self._snapshot_changed.set()
+        self._callers.mark_changed()
         for callback in list(self.on_change):
             callback()
-
-    async def _reauthenticate(self) -> None:
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REAUTHENTICATE_S):
-                    await self._snapshot_changed.wait()
-            self._snapshot_changed.clear()
-            for number, caller in enumerate(list(self._callers)):
-                try:
-                    caller.principal = await self.principal(caller.credentials)
-                    caller.refused = None
-                except CallError as error:
-                    caller.refused = error
-                if number % 100 == 99:
-                    await asyncio.sleep(0)  # thousands of sessions must not block the event loop
 
     def _record_failure(self, reason: str, subject: str, peer: str) -> None:
         self._metrics.count("auth_failures_total", reason)
@@ -326,6 +235,28 @@ class TenantAuthenticator:
             time.time(), "auth_failure", "authenticate", actor=subject, outcome=reason, source=peer
         )  # of a wrong key, only the claimed key id is recorded
         self.audit.write(event)
+
+
+def guard_event(decision: GuardDecision) -> AuditEvent:
+    """Return the audit event of a guard's decision."""
+    details: dict[str, Any] = {
+        "guard": decision.guard,
+        "model": decision.model,
+        "request_id": decision.request_id,
+        "found": decision.matches,
+    }
+    if decision.texts:
+        details["texts"] = list(decision.texts)
+    return AuditEvent(
+        time.time(),
+        "policy",
+        "guard",
+        actor=decision.actor,
+        tenant=decision.tenant,
+        object=f"tenants/{decision.tenant}",
+        outcome=decision.outcome,
+        details=details,
+    )
 
 
 def _verifier(auth: Auth) -> OidcVerifier | None:

@@ -1,35 +1,21 @@
-"""The gateway's state of one epoch of one worker: the credit, the requests that run on the worker, and their sinks.
-
-When a link ends, for whatever reason, `lost` is called once on each slot's sink, and no message of that epoch is
-applied afterwards. Slots are not reused within a link.
-"""
+"""The gateway's state of one epoch of one worker: the credit, the worker's reports, and the requests that run on it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import structlog
-
 from cluster.api.demand import ComputedWork
-from cluster.api.types import (
-    CompatibilityKey,
-    DrainState,
-    EngineInfo,
-    EngineLoad,
-    EngineRequest,
-    TokenOutput,
-    WorkerIdentity,
-)
+from cluster.api.types import CompatibilityKey, DrainState, EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
+from cluster.gateway.links.slots import Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
-from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
 from cluster.wire.credit import Capacity, CreditBalance
 from cluster.wire.demand_codec import work_from_pb
@@ -38,43 +24,10 @@ from cluster.wire.ended_requests import EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, add_charge, peer_backlogs_from_pb, served_from_pb
 from cluster.wire.outbox import CommandBox
 
-log = structlog.get_logger("link")
-
 # Prompts with more bytes are sent in chunks on the Bulk stream, so that no large message delays a token.
 TURN_PROMPT_BYTES = 32_768
 MAX_REASON_CHARS = 2_000
 """Number of characters that are kept of the reason why a worker's engine has ended."""
-
-
-class Sink(Protocol):
-    """The receiver of the events of one slot.
-
-    The link's reader calls the methods, which must be short and must not block. An exception from a method is passed to
-    `failed`, and affects neither the link nor the other slots."""
-
-    def accepted(self) -> None:
-        """Handle the acceptance of the request by the engine."""
-
-    def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle the refusal of the request by the engine. No further method is called."""
-
-    heard_at: float
-    """Monotonic time at which the last token arrived. The link sets the time before it calls `token`; the sink sets the
-    time in `output`."""
-
-    def token(self, token_id: int) -> None:
-        """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
-        token."""
-
-    def output(self, output: TokenOutput) -> None:
-        """Handle the tokens of one step. If the output has `finish`, no further method is called."""
-
-    def lost(self, why: str) -> None:
-        """Handle the end of the link. No further method is called."""
-
-    def failed(self, error: BaseException) -> None:
-        """Handle an exception of another method. `error`: the exception. The request has been aborted, and no further
-        method is called."""
 
 
 class LinkStream(NamedTuple):
@@ -113,45 +66,43 @@ class LinkListener(Protocol):
 class WorkerLink:
     """The gateway's state of one epoch of one worker."""
 
-    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int, listener: LinkListener) -> None:
+    def __init__(
+        self, identity: WorkerIdentity, info: EngineInfo, epoch: int, listener: LinkListener, liveness: LinkLiveness
+    ) -> None:
+        """`liveness`: failure detection for this epoch, which the hub updates."""
         self._listener = listener
-        self._count_gaps = listener.token_gaps(identity.model)
         self.identity = identity
         self.info = info
         self.epoch = epoch
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
-        self.pacing = PrefillPacing(info.max_num_batched_tokens)
-        """Prefill pacing of the requests that this gateway sends to the worker."""
+        self.liveness = liveness
         self.load = EngineLoad()
         self.work = ComputedWork()
         """Work that the engine has computed since its start."""
         self.drain_state = DrainState.SERVING
         self.move_requests_at = float("inf")
         """Monotonic time at which the requests that still run on a draining worker must move to other workers."""
-        self.liveness: LinkLiveness | None = None
-        """Failure detection for the worker. Set and updated by the hub."""
-        self.last_heard = time.monotonic()
         self.box = CommandBox()
-        self.blobs: asyncio.Queue[pb.Blob] | None = None
-        self._step_at = 0.0
+        self._blobs: asyncio.Queue[pb.Blob] | None = None
         self._credit = CreditBalance()
-        self._sinks: dict[int, Sink] = {}
-        self._prefilling: dict[int, int] = {}
-        self.prefill_tokens = 0
-        """Number of tokens of this gateway's requests that run on the worker and have no output yet."""
-        self._slots = itertools.count(1)
+        self.pacing = PrefillPacing(info.max_num_batched_tokens)
+        """Prefill pacing of the requests that this gateway sends to the worker."""
+        gaps = listener.token_gaps(identity.model)
+        self._slots = SlotTable(identity.worker_id, self.pacing, self.box.aborts, gaps)
+        self._numbers = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
         self.reason = "lost"
         """Reason of the link's end, in one word. `lost` means that the connection broke."""
         self.engine_ended = ""
         """Reason why the worker's engine has ended; "" until the worker reports an end."""
-        self._ended = False
+        self.ended = False
+        """Whether the link has ended, so that nothing more can be sent to the worker."""
 
     def __repr__(self) -> str:
         return (
             f"<WorkerLink {self.identity.worker_id} epoch {self.epoch} {self.identity.model} "
-            f"running {len(self._sinks)} free {self.free.sequences}>"
+            f"running {self.running} free {self.free.sequences}>"
         )
 
     @property
@@ -167,12 +118,22 @@ class WorkerLink:
     @property
     def free(self) -> Capacity:
         """Credit that the worker has granted to this gateway and that is not used yet; zero once the link has ended."""
-        return self._credit.free if not self._ended else Capacity(0, 0)
+        return self._credit.free if not self.ended else Capacity(0, 0)
 
     @property
     def running(self) -> int:
         """Number of this gateway's requests that run on the worker."""
-        return len(self._sinks)
+        return len(self._slots)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Number of tokens of this gateway's requests that run on the worker and have no output yet."""
+        return self._slots.prefill_tokens
+
+    @property
+    def sinks(self) -> Sequence[Sink]:
+        """Sinks of the requests that run on the worker."""
+        return self._slots.sinks
 
     def submit(
         self,
@@ -191,7 +152,7 @@ class WorkerLink:
         of tokens that other workers have generated under that record; the worker returns this number too. `turn`: the
         tenant's flow and the charged service. `fresh_tokens`: number of tokens of a resumed request that are likely to
         be computed again, 0 for all. `stream`: the name by which another gateway may resume the request."""
-        slot = next(self._slots)
+        slot = next(self._numbers)
         message = codec.submit_to_pb(slot, attempt, request)  # first, so that a failed encoding uses no credit
         if sealed_record:
             message.sealed_record = sealed_record
@@ -203,28 +164,15 @@ class WorkerLink:
             message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.value.cached_tokens if turn is not None else tokens
-        blobs = self._prompt_blobs(message)
+        blobs = () if self._blobs is None else _move_prompt(message)
         # Nothing below can fail, so a request is either sent and fully counted, or neither.
-        self._sinks[slot], self._prefilling[slot] = sink, tokens
-        self.prefill_tokens += tokens
-        self.pacing.add(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
+        self._slots.add(slot, sink, tokens, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
         self._credit.spend(tokens)
-        if self.blobs is not None:
+        if self._blobs is not None:
             for blob in blobs:
-                self.blobs.put_nowait(blob)
+                self._blobs.put_nowait(blob)
         self.box.submit(message)
         return slot
-
-    def _prompt_blobs(self, message: pb.Submit) -> Sequence[pb.Blob]:
-        """Move a long prompt from the Submit into chunks for the Bulk stream, if the Bulk stream is open. Returns the
-        chunks."""
-        if len(message.prompt_ids) <= TURN_PROMPT_BYTES or self.blobs is None:
-            return ()
-        key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
-        message.ClearField("prompt_ids")
-        message.prompt_blob = key
-        starts = range(0, len(data), CHUNK_BYTES)
-        return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]
 
     def tokens_to_recompute(self, tokens: int) -> int:
         """Return how many of `tokens` the engine must compute again before the next token. The engine has computed all
@@ -246,29 +194,7 @@ class WorkerLink:
     def abort(self, slot: int) -> None:
         """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
         has ended."""
-        if self._sinks.pop(slot, None) is not None:
-            self._prefilled(slot)
-            self.box.aborts([slot])
-
-    def _prefilled(self, slot: int) -> None:
-        """Stop counting the prompt in a slot as waiting for prefill."""
-        self.prefill_tokens -= self._prefilling.pop(slot, 0)
-        self.pacing.remove(slot)
-
-    def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
-        """Abort a request whose sink has raised an exception, and call `failed` on the sink. The link continues."""
-        if not is_call_failure(error):
-            raise error
-        self.abort(slot)
-        try:
-            sink.failed(error)
-        except Exception:
-            log.exception("call_not_ended", worker=self.identity.worker_id, slot=slot)
-
-    @property
-    def sinks(self) -> Sequence[Sink]:
-        """Sinks of the requests that run on the worker."""
-        return list(self._sinks.values())
+        self._slots.abort(slot)
 
     def close(self, why: str, reason: str = "closed") -> None:
         """End this link from the gateway's side. `reason`: one word, used as a metric label."""
@@ -279,23 +205,13 @@ class WorkerLink:
 
     def apply(self, message: pb.WorkerTurn) -> bool:
         """Apply a message from the worker. Returns whether the worker's credit or drain state has changed."""
-        self.last_heard = time.monotonic()
+        now = time.monotonic()
         for accepted in message.accepted:
-            if (sink := self._sinks.get(accepted.slot)) is not None:
-                self.pacing.mark_accepted(accepted.slot)
-                try:
-                    sink.accepted()
-                except BaseException as error:
-                    self._sink_failed(accepted.slot, sink, error)
+            self._slots.accept(accepted.slot)
         for refused in message.refused:
-            if (sink := self._sinks.pop(refused.slot, None)) is not None:
-                self._prefilled(refused.slot)
-                try:
-                    sink.refused(refused.reason, refused.message, refused.field)
-                except BaseException as error:
-                    self._sink_failed(refused.slot, sink, error)
+            self._slots.refuse(refused)
         if message.HasField("step"):
-            self._apply_step(message.step)
+            self._slots.apply_step(message.step, now)
             before = self.pacing.resumed_tokens
             if self.pacing.begin_step():
                 self._listener.step_begun(self, self.pacing.resumed_tokens < before)
@@ -320,72 +236,32 @@ class WorkerLink:
         if message.HasField("standing"):
             self.drain_state = codec.drain_state_from_pb(message.standing)
             stays_s = message.standing.stay_ms / 1000
-            self.move_requests_at = (
-                self.last_heard + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
-            )
+            self.move_requests_at = now + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
             self._listener.drain_state_changed(self)
             changed = True
         return changed
 
-    def _apply_step(self, step: pb.StepOutputs) -> None:
-        sinks = self._sinks
-        more = codec.slots_with_details(step)
-        if more is not None:
-            step_s = self._apply_tokens(step, more)
-            if step_s:
-                prompts = self._prefilling
-                self.pacing.record_step(
-                    step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
-                )
-            if not more:
-                return
-        for slot, output in codec.outputs_from_pb(step, more):
-            sink = sinks.get(slot)
-            if sink is None:
-                continue
-            if slot in self._prefilling:
-                self._prefilled(slot)
-            if output.finish is not None:
-                del sinks[slot]
-            try:
-                sink.output(output)
-            except BaseException as error:
-                self._sink_failed(slot, sink, error)
+    def apply_beat(self, beat: pb.WorkerBeat, now: float) -> None:
+        """Apply a heartbeat. `now`: waking time."""
+        self.load = codec.load_from_pb(beat.load)
+        self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 
-    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> float:
-        """Deliver tokens to the slots that got one token and nothing else. Slots in `without` are skipped.
-
-        Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
-        there are no such slots."""
-        now, before = self.last_heard, self._step_at
-        self._step_at = now
-        sink_of, in_step = self._sinks.get, 0
-        for slot, token_id in zip(step.slots, step.token_ids, strict=True):
-            if slot in without:
-                continue
-            sink = sink_of(slot)
-            if sink is None:
-                continue
-            if sink.heard_at == before:
-                in_step += 1
-            else:
-                self._count_gaps(now - sink.heard_at, 1)
-            sink.heard_at = now
-            try:
-                sink.token(token_id)
-            except BaseException as error:
-                self._sink_failed(slot, sink, error)
-        if not in_step:
-            return 0.0
-        self._count_gaps(now - before, in_step)
-        return now - before
+    def send_blobs_to(self, blobs: asyncio.Queue[pb.Blob]) -> None:
+        """Use a queue for blobs to the worker, since the worker has opened its Bulk stream."""
+        self._blobs = blobs
 
     def end(self, why: str) -> None:
         """End the link: call `lost` once on the sink of every slot."""
-        self._ended = True  # first, because a sink looks for another worker at once
-        sinks, self._sinks = self._sinks, {}
-        for slot, sink in sinks.items():
-            try:
-                sink.lost(why)
-            except BaseException as error:
-                self._sink_failed(slot, sink, error)
+        self.ended = True  # first, because a sink looks for another worker at once
+        self._slots.lose(why)
+
+
+def _move_prompt(message: pb.Submit) -> Sequence[pb.Blob]:
+    """Move a long prompt from the Submit into chunks for the Bulk stream. Returns the chunks."""
+    if len(message.prompt_ids) <= TURN_PROMPT_BYTES:
+        return ()
+    key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
+    message.ClearField("prompt_ids")
+    message.prompt_blob = key
+    starts = range(0, len(data), CHUNK_BYTES)
+    return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]

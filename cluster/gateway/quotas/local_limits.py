@@ -14,8 +14,10 @@ from cluster.policy.tenants.policy import TenantPolicy
 class LimitsPort(Protocol):
     """Interface for reservations against tenants' limits, whether the limits are kept in this process or in a store."""
 
-    degraded: bool
-    """Whether the store of shared limits is unreachable. The gauge `limits_degraded` reports this flag."""
+    @property
+    def degraded(self) -> bool:
+        """Whether the store of shared limits is unreachable. The gauge `limits_degraded` reports this flag."""
+
     synchronous: bool
     """Whether the methods complete without suspending, so that no other task runs during a method."""
 

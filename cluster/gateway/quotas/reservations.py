@@ -74,7 +74,7 @@ class QuotaReservations:
         return len(self._held)
 
     async def admit(self, call: Call) -> None:
-        """Reserve the tokens that the call is likely to use, and set the call's rate-limit headers. Raises
+        """Reserve the tokens that the call is likely to use, and add the call's rate-limit headers. Raises
         CallError."""
         policy = call.policy
         if policy.limits == NO_LIMITS:
@@ -88,7 +88,7 @@ class QuotaReservations:
         if isinstance(result, LimitRefusal):
             raise refusal(result)
         self._held[call.id] = _Reservation(call, ask.output_tokens)
-        call.headers = headers(result)
+        call.add_headers(headers(result))
 
     async def count_request(self, policy: TenantPolicy) -> None:
         """Count an attempt as a request of the tenant, whatever the outcome of the attempt. Raises CallError if the

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -41,11 +41,130 @@ from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 log = structlog.get_logger("limits")
 
 PREFIX = "headrace:limits:"
+GATEWAYS = PREFIX + "gateways"
 BEAT_S = 2.0
 ALIVE_S = 10.0
 TIMEOUT_S = 0.25
 UNREACHABLE = (RedisError, OSError, TimeoutError)
 _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TOKENS)
+
+
+class ValkeyStore:
+    """One store in Valkey or Redis, and whether it is reachable. `start` must be called first and `close` last."""
+
+    def __init__(
+        self,
+        url: str,
+        gateway: str,
+        on_return: Callable[[], Awaitable[None]],
+        *,
+        timeout_s: float = TIMEOUT_S,
+        beat_s: float = BEAT_S,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """`gateway`: instance id of this process. `on_return` adds to the store what was counted without the store; it
+        may raise UNREACHABLE. `clock`: a clock for tests, in place of the store's own clock."""
+        self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        self._gateway = gateway
+        self._on_return = on_return
+        self._beat_s = beat_s
+        self._clock = clock
+        self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self.gateways_alive = 1
+        self.degraded = False
+        """Whether the store is unreachable."""
+
+    async def start(self) -> None:
+        """Register this gateway in the store and start the heartbeat. If the store is unreachable, the method waits for
+        one timeout."""
+        await self._beat()
+        self._heartbeat = asyncio.create_task(self._beat_periodically(), name="limits heartbeat")
+
+    async def close(self) -> None:
+        """Stop the heartbeat and remove this gateway from the store's set of gateways."""
+        self._closing.set()  # not cancelled: the client may swallow a cancellation that coincides with its timeout
+        if self._heartbeat is not None:
+            await self._heartbeat
+        with contextlib.suppress(*UNREACHABLE):
+            await self._redis.zrem(GATEWAYS, self._gateway)
+        await self._redis.aclose()
+
+    async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
+        """Run the script and return the numbers of the script's reply. Returns None while the store is unreachable,
+        without waiting if the store is known to be unreachable."""
+        if self.degraded:
+            return None
+        try:
+            return await self.run(tenant, operation, *arguments)
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
+            return None
+
+    async def run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
+        """Run the script and return the numbers of the script's reply. Raises UNREACHABLE."""
+        epoch_s = time.time()
+        now = -1.0 if self._clock is None else self._clock()
+        head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))
+        keys = (f"{PREFIX}tenant:{tenant}", GATEWAYS)
+        call = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, *head, *arguments)
+        try:
+            reply = await self._command(call)
+        except NoScriptError:  # a new or restarted store has no script cached
+            await self._command(("SCRIPT LOAD", SCRIPT))
+            reply = await self._command(call)
+        return [float(x) for x in reply]
+
+    async def first(self, name: str, expires_s: float) -> bool | None:
+        """Claim a name for `expires_s` seconds. Returns True if no gateway had claimed the name, False otherwise; None
+        while the store is unreachable."""
+        if self.degraded:
+            return None
+        try:
+            expires_ms = max(int(expires_s * 1000), 1)
+            command = ("SET", f"{PREFIX}first:{name}", self._gateway, "NX", "PX", expires_ms)
+            return bool(await self._command(command))
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
+            return None
+
+    async def _commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Any]:
+        """Send commands in one pipeline. Each command is atomic by itself, and an error reply affects only its own
+        command."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute(raise_on_error=False)
+
+    def _mark_degraded(self, error: Exception) -> None:
+        if not self.degraded:
+            self.degraded = True
+            log.warning("limits_store_unreachable", error=str(error), share=self.gateways_alive)
+
+    async def _beat_periodically(self) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._beat_s):
+                    await self._closing.wait()
+            await self._beat()
+
+    async def _beat(self) -> None:
+        try:
+            now = self._clock() if self._clock is not None else await self._time()
+            await self._redis.zadd(GATEWAYS, {self._gateway: now})
+            await self._redis.zremrangebyscore(GATEWAYS, "-inf", now - ALIVE_S)
+            self.gateways_alive = max(int(await self._redis.zcard(GATEWAYS)), 1)
+            if self.degraded:
+                await self._on_return()
+                self.degraded = False
+                log.info("limits_store_reachable", gateways=self.gateways_alive)
+        except UNREACHABLE as error:
+            self._mark_degraded(error)
+
+    async def _time(self) -> float:
+        seconds, micros = await self._redis.time()
+        return seconds + micros / 1e6
 
 
 @dataclass(slots=True)
@@ -64,8 +183,10 @@ class _HeldReservation:
 
 
 class ValkeyLimits:
-    """Limits shared through a store. `start` must be called first and `close` last. The other methods also work while
-    the store is unreachable."""
+    """Reservations in a store that gateways share, and their mirror in this process. `store.start` must be called first
+    and `store.close` last. The methods also work while the store is unreachable."""
+
+    synchronous = False
 
     def __init__(
         self,
@@ -80,39 +201,21 @@ class ValkeyLimits:
     ) -> None:
         """`gateway`: instance id of this process. `store_clock`: a clock for tests, in place of the store's own
         clock."""
-        self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-        self._gateway = gateway
+        self.store = ValkeyStore(
+            url, gateway, self._resynchronize, timeout_s=timeout_s, beat_s=beat_s, clock=store_clock
+        )
         self._weights = weights or TokenWeights()
         self._quantum_tokens = quantum_tokens
         self._mirror = Limiter(weights=self._weights, quantum_tokens=quantum_tokens)
-        self._beat_s = beat_s
-        self._store_clock = store_clock
-        self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
         self._held: dict[str, _HeldReservation] = {}
         self._owed: dict[str, int] = {}  # tenant -> budget tokens that are counted here and not yet in the store
-        self._heartbeat: asyncio.Task[None] | None = None
-        self._closing = asyncio.Event()
-        self.gateways_alive = 1
-        self.synchronous = False
-        self.degraded = False
-        """Whether the store is unreachable. The gauge `limits_degraded` reports this flag."""
-
-    async def start(self) -> None:
-        """Register this gateway in the store and start the heartbeat. If the store is unreachable, the method waits for
-        one timeout."""
-        await self._beat()
-        self._heartbeat = asyncio.create_task(self._beat_periodically(), name="limits heartbeat")
-
-    async def close(self) -> None:
-        """Stop the heartbeat and remove this gateway from the store's set of gateways."""
-        self._closing.set()  # not cancelled: the client may swallow a cancellation that coincides with its timeout
-        if self._heartbeat is not None:
-            await self._heartbeat
-        with contextlib.suppress(*UNREACHABLE):
-            await self._redis.zrem(PREFIX + "gateways", self._gateway)
-        await self._redis.aclose()
 
     # ---- LimitsPort
+
+    @property
+    def degraded(self) -> bool:
+        """See LimitsPort."""
+        return self.store.degraded
 
     async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
         """See LimitsPort. Raises ValueError for a call id that already has a reservation."""
@@ -121,8 +224,7 @@ class ValkeyLimits:
             raise ValueError(f"call {ask.call_id!r} already has a reservation")
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         plain = ask.prompt_tokens + ask.output_tokens
-        limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
-        reply = await self._ask(policy.name, "reserve", weighted, plain, *limits, ask.requests)
+        reply = await self.store.ask(policy.name, "reserve", weighted, plain, *_in_order(policy.limits), ask.requests)
         if reply is None:
             return self._reserve_locally(policy, ask, now, epoch_s)
         if not reply[0]:
@@ -139,10 +241,9 @@ class ValkeyLimits:
         """See LimitsPort."""
         now, epoch_s = time.monotonic(), time.time()
         weighted = self._weights.sum(tokens, 0)
-        limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
-        reply = await self._ask(policy.name, "charge", weighted, tokens, *limits, requests)
+        reply = await self.store.ask(policy.name, "charge", weighted, tokens, *_in_order(policy.limits), requests)
         if reply is None:
-            refusal = self._mirror.charge(policy, requests, tokens, now, epoch_s, sharers=self.gateways_alive)
+            refusal = self._mirror.charge(policy, requests, tokens, now, epoch_s, sharers=self.store.gateways_alive)
             if refusal is None and tokens:
                 self._owe(policy.name, tokens)
             return refusal
@@ -158,13 +259,13 @@ class ValkeyLimits:
             return True
         now, epoch_s = time.monotonic(), time.time()
         needed = output_tokens - held.output_tokens
-        by_mirror = self._mirror.top_up(policy, call_id, output_tokens, now, epoch_s, sharers=self.gateways_alive)
+        by_mirror = self._mirror.top_up(policy, call_id, output_tokens, now, epoch_s, sharers=self.store.gateways_alive)
         reply = None
         if held.in_store:
             budgets = [-1 if b is None else b for b in (policy.limits.daily_tokens, policy.limits.monthly_tokens)]
             stop = int(policy.on_budget == "stop")
             extra = (self._quantum_tokens, self._weights.output, stop, *budgets, held.day, held.month)
-            reply = await self._ask(policy.name, "take", needed, *extra)
+            reply = await self.store.ask(policy.name, "take", needed, *extra)
         if reply is None:
             tokens = needed + self._quantum_tokens
             held.output_tokens += tokens
@@ -191,25 +292,12 @@ class ValkeyLimits:
             if back:
                 corrections += (second, -back)
                 change += back
-        if await self._ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
+        if await self.store.ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
         """See LimitsPort. Only the mirror is updated, since the store keeps its own sums."""
         self._mirror.spent(today, month, epoch_s)
-
-    async def first(self, name: str, expires_s: float) -> bool | None:
-        """Claim a name for `expires_s` seconds. Returns True if no gateway had claimed the name, False otherwise; None
-        while the store is unreachable."""
-        if self.degraded:
-            return None
-        try:
-            expires_ms = max(int(expires_s * 1000), 1)
-            command = ("SET", f"{PREFIX}first:{name}", self._gateway, "NX", "PX", expires_ms)
-            return bool(await self._command(command))
-        except UNREACHABLE as error:
-            self._mark_degraded(error)
-            return None
 
     def sweep(self) -> None:
         """See LimitsPort."""
@@ -217,14 +305,14 @@ class ValkeyLimits:
 
     def __repr__(self) -> str:
         state = "degraded" if self.degraded else "shared"
-        return f"ValkeyLimits({state}, {self.gateways_alive} gateways, {len(self._held)} reservations)"
+        return f"ValkeyLimits({state}, {self.store.gateways_alive} gateways, {len(self._held)} reservations)"
 
-    # ---- access to the store, and the fallback without it
+    # ---- without the store
 
     def _reserve_locally(
         self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float
     ) -> Granted | LimitRefusal:
-        result = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.gateways_alive)
+        result = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.store.gateways_alive)
         if isinstance(result, Granted):
             self._held[ask.call_id] = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)
             self._owe(policy.name, ask.prompt_tokens + ask.output_tokens)
@@ -233,84 +321,24 @@ class ValkeyLimits:
     def _owe(self, tenant: str, tokens: int) -> None:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
-    async def _ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
-        """Run the script and return the numbers of the script's reply. Returns None while the store is unreachable,
-        without waiting if the store is known to be unreachable."""
-        if self.degraded:
-            return None
-        try:
-            return await self._run(tenant, operation, *arguments)
-        except UNREACHABLE as error:
-            self._mark_degraded(error)
-            return None
-
-    async def _run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
-        epoch_s = time.time()
-        now = -1.0 if self._store_clock is None else self._store_clock()
-        head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))
-        keys = (f"{PREFIX}tenant:{tenant}", PREFIX + "gateways")
-        call = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, *head, *arguments)
-        try:
-            reply = await self._command(call)
-        except NoScriptError:  # a new or restarted store has no script cached
-            await self._command(("SCRIPT LOAD", SCRIPT))
-            reply = await self._command(call)
-        return [float(x) for x in reply]
-
-    async def _commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Any]:
-        """Send commands in one pipeline. Each command is atomic by itself, and an error reply affects only its own
-        command."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute(raise_on_error=False)
-
-    def _mark_degraded(self, error: Exception) -> None:
-        if not self.degraded:
-            self.degraded = True
-            log.warning("limits_store_unreachable", error=str(error), share=self.gateways_alive)
-
-    async def _beat_periodically(self) -> None:
-        while not self._closing.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._beat_s):
-                    await self._closing.wait()
-            await self._beat()
-
-    async def _beat(self) -> None:
-        try:
-            now = self._store_clock() if self._store_clock is not None else await self._store_time()
-            key = PREFIX + "gateways"
-            await self._redis.zadd(key, {self._gateway: now})
-            await self._redis.zremrangebyscore(key, "-inf", now - ALIVE_S)
-            self.gateways_alive = max(int(await self._redis.zcard(key)), 1)
-            if self.degraded:
-                await self._resynchronize()
-        except UNREACHABLE as error:
-            self._mark_degraded(error)
-
-    async def _store_time(self) -> float:
-        seconds, micros = await self._redis.time()
-        return seconds + micros / 1e6
-
     async def _resynchronize(self) -> None:
-        """Add the tokens and calls that were counted without the store to the store, then use the store again."""
+        """Add the tokens and calls that were counted without the store to the store. Raises UNREACHABLE."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:
-                await self._run(tenant, "mend", owed, self._mirror.use(tenant).running)
+                await self.store.run(tenant, "mend", owed, self._mirror.use(tenant).running)
             except UNREACHABLE:
                 self._owe(tenant, owed)
                 raise
         for held in self._held.values():
             if not held.in_store:
                 held.in_store, held.day, held.month = True, day_of(time.time()), month_of(time.time())
-        self.degraded = False
-        log.info("limits_store_reachable", gateways=self.gateways_alive)
 
 
-def _in_order(limits: TenantLimits) -> list[int | None]:
-    return [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
+def _in_order(limits: TenantLimits) -> list[int]:
+    """Return the limits in the order that the script expects, -1 for no limit."""
+    values = [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
+    return [-1 if value is None else value for value in values]
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:

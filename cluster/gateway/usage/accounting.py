@@ -11,10 +11,6 @@ link is down, the record has the gateway's own counts. A worker may offer usage 
 gateway. Such usage belongs to a call of a lost gateway and is written as an estimate. If the exact record exists, that
 record replaces the estimate.
 
-Durability: a record is appended to the local spool and moved from the spool into the database. The worker's copy is
-acknowledged only after the database has committed. So a record is lost only if the gateway's disk *and* the worker are
-lost.
-
 Nothing in this module runs per token.
 """
 
@@ -37,10 +33,10 @@ from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
-from cluster.ledger.errors import StoreUnavailable
+from cluster.gateway.usage.delivery import RecordDelivery
 from cluster.ledger.usage.records import MAX_ID, SEGMENTS_PER_RESUME, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer, SealError
-from cluster.ledger.usage.spool import Replayer, Spool, SpoolStatistics
+from cluster.ledger.usage.spool import SpoolStatistics
 from cluster.ledger.usage.usage import IDLE_TENANT
 from cluster.process import ticks
 from cluster.wire.ended_requests import EndedUsage
@@ -52,7 +48,6 @@ GRACE_S = 10.0
 link."""
 SWEEP_S = 0.5
 LAST_COUNTS_S = 1.0
-LAST_MOVE_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -73,14 +68,63 @@ class CallAccount:
     gpu_seconds: float = 0.0
     worker: WorkerIdentity | None = None
     """Worker that got the last Submit."""
-    end: dict[str, Any] | None = None
+    counts: dict[str, Any] | None = None
     """Fields of the record that the gateway knows when the sequence has ended."""
     admitted: bool = False
     written: bool = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether the sequence has ended and the engine's counts of all Submits are known."""
+        return self.counts is not None and self.awaited <= 0
+
+    def apply_report(self, incarnation: str, report: EndedUsage) -> bool:
+        """Add the counts that a worker has reported. Returns False if the report is already counted."""
+        name = (incarnation, report.key)
+        if name in self.reported:
+            return False
+        self.reported.add(name)
+        self.admitted = True
+        self.awaited -= 1
+        if not self.continued:
+            self.cached_tokens = report.cached_tokens
+        self.generated_tokens += report.generated_tokens
+        self.gpu = report.gpu
+        self.gpu_seconds += report.gpu_seconds
+        return True
+
+    def end(self, sequence: CallSequence, outcome: Outcome, now: float) -> None:
+        """Set the counts that the gateway knows, since the sequence has ended."""
+        call = sequence.call
+        self.admitted = self.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
+        if self.continued:
+            self.cached_tokens = sequence.cached_tokens
+        self.counts = {
+            "outcome": outcome.value,
+            "completion_tokens": max(sequence.delivered - sequence.restored, 0),
+            "generated_tokens": len(sequence.emitted) - sequence.restored,
+            "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
+            "duration_s": max(now - call.arrived, 0.0),
+        }
+
+    def close(self) -> UsageRecord | None:
+        """Close the account and return its record; None if no engine has admitted the sequence."""
+        self.written = True
+        counts = self.counts
+        if counts is None or not self.admitted:
+            return None
+        counts["generated_tokens"] = max(self.generated_tokens, counts["generated_tokens"])
+        return self.record.to_usage_record(
+            **counts,
+            cached_tokens=0 if self.record.segment % SEGMENTS_PER_RESUME else self.cached_tokens,
+            gpu=self.gpu,
+            gpu_seconds=self.gpu_seconds,
+            **_place(self.worker),
+        )
+
 
 class Accounting:
-    """The accounts of all sequences at one gateway process."""
+    """The open accounts of all sequences at one gateway process."""
 
     def __init__(
         self,
@@ -95,11 +139,9 @@ class Accounting:
         gateway: str = "",
     ) -> None:
         """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records. `folder`: the
-        folder of the spool. `insert` writes records to the database and raises StoreUnavailable while the database is
-        unavailable. Raises ValueError if another process uses the folder."""
+        folder of the spool. `insert`: see RecordDelivery."""
         self._incarnation = incarnation
         self._sealer = sealer
-        self._insert = insert
         self._clock = clock
         self._wall = wall
         self._grace_s = grace_s
@@ -108,19 +150,16 @@ class Accounting:
         self._by_sequence: dict[str, CallAccount] = {}
         self._calls: dict[bytes, CallAccount] = {}
         self._late: deque[tuple[float, CallAccount]] = deque()
-        self._acks: dict[str, list[tuple[WorkerLink, int]]] = {}
         self._news = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._spool = Spool(folder)
-        self._replayer = Replayer(self._spool, self._move)
+        self._delivery = RecordDelivery(folder, insert)
 
     def __repr__(self) -> str:
-        return f"<Accounting open {len(self._calls)} pending {self._spool.statistics().pending}>"
+        return f"<Accounting open {len(self._calls)} pending {self.statistics().pending}>"
 
     def statistics(self) -> SpoolStatistics:
         """Return the statistics of the records that wait for the database."""
-        return self._spool.statistics()
+        return self._delivery.statistics()
 
     @property
     def open_accounts(self) -> int:
@@ -130,10 +169,9 @@ class Accounting:
     # ---- start and stop
 
     def start(self) -> None:
-        """Start moving records into the database."""
-        self._loop = asyncio.get_running_loop()
+        """Start moving records into the database. Raises ValueError if another process uses the spool's folder."""
+        self._delivery.start()
         self._sweeper = asyncio.create_task(self._sweep())
-        self._replayer.start()
 
     async def stop(self) -> None:
         """Stop accounting, after all calls have ended. The method waits a moment for the engines' counts, writes the
@@ -146,24 +184,13 @@ class Accounting:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         while self._late:
             self._give_up(self._late.popleft()[1])
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_MOVE_S):
-                await asyncio.to_thread(self._last_move)
-        await asyncio.sleep(0)  # lets the scheduled acknowledgements run
-        self._loop = None
-        await asyncio.to_thread(self._spool.close)
+        await self._delivery.stop()
 
     async def _all_reported(self) -> None:
         for _, account in list(self._late):
             while not account.written:
                 self._news.clear()
                 await self._news.wait()
-
-    def _last_move(self) -> None:
-        self._replayer.stop()
-        with contextlib.suppress(StoreUnavailable, OSError):
-            self._spool.wait_durable(self._spool.statistics().written, 1.0)
-            self._replayer.replay()
 
     async def _sweep(self) -> None:
         while True:
@@ -197,6 +224,7 @@ class Accounting:
 
     def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
         call, now = sequence.call, self._clock()
+        pays = call.terms is ResumeTerms.PAID or not call.is_resumed
         return OpenRecord(
             record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",
             tenant=call.tenant,
@@ -208,7 +236,7 @@ class Accounting:
             adapter=sequence.request.adapter,
             segment=sequence.index
             + (0 if call.resume_tokens is None else call.resume_tokens.generation * SEGMENTS_PER_RESUME),
-            prompt_tokens=_prompt_tokens(sequence) if call.terms is ResumeTerms.PAID or not call.is_resumed else 0,
+            prompt_tokens=len(sequence.request.prompt_token_ids) if pays and not sequence.index else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -217,31 +245,20 @@ class Accounting:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """Close the account of each submitted sequence of an ended call. The record is written now, or later if the
         engine's counts are still missing. Idempotent."""
-        now = self._clock()
-        first_resumed = call.is_resumed
+        now, pays = self._clock(), call.pays_prompt
         for sequence in call.sequences:
             account = self._by_sequence.pop(sequence.key, None)
-            if account is None or account.end is not None:
+            if account is None:
                 continue
-            if first_resumed:  # it is known only now who pays for a prompt that was computed again
-                prompt_tokens = len(sequence.request.prompt_token_ids) if call.pays_prompt else 0
-                account.record, first_resumed = replace(account.record, prompt_tokens=prompt_tokens), False
-            elif call.is_resumed:
-                account.record = replace(account.record, prompt_tokens=0)
-            account.admitted = account.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
-            if account.continued:
-                account.cached_tokens = sequence.cached_tokens
-            account.end = {
-                "outcome": outcome.value,
-                "completion_tokens": max(sequence.delivered - sequence.restored, 0),
-                "generated_tokens": len(sequence.emitted) - sequence.restored,
-                "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
-                "duration_s": max(now - call.arrived, 0.0),
-            }
-            if account.awaited > 0:
-                self._late.append((now + self._grace_s, account))
-            else:
+            if call.is_resumed:
+                # It is known only now who pays for a prompt that was computed again. The first sequence counts it.
+                prompt_tokens = len(sequence.request.prompt_token_ids) if pays else 0
+                account.record, pays = replace(account.record, prompt_tokens=prompt_tokens), False
+            account.end(sequence, outcome, now)
+            if account.complete:
                 self._close(account)
+            else:
+                self._late.append((now + self._grace_s, account))
 
     def refused(self, sequence: CallSequence) -> None:
         """Stop waiting for the counts of a Submit that the worker refused. A refused Submit costs nothing."""
@@ -254,27 +271,11 @@ class Accounting:
             self._close(account)
 
     def _close(self, account: CallAccount) -> None:
-        account.written = True
-        self._news.set()
         self._calls.pop(account.sealed, None)
-        end = account.end
-        if end is None or not account.admitted:
-            return
-        end["generated_tokens"] = max(account.generated_tokens, end["generated_tokens"])
-        record = account.record.to_usage_record(
-            **end,
-            cached_tokens=0 if account.record.segment % SEGMENTS_PER_RESUME else account.cached_tokens,
-            gpu=account.gpu,
-            gpu_seconds=account.gpu_seconds,
-            **_place(account.worker),
-        )
-        self._write(record)
-
-    def _write(self, record: UsageRecord) -> None:
-        try:
-            self._spool.append(record)
-        except ValueError:  # the spool is closed; the worker will offer the unacknowledged usage elsewhere
-            log.warning("usage_after_the_end", record=record.record_id)
+        self._news.set()
+        record = account.close()
+        if record is not None:
+            self._delivery.write(record)
 
     # ---- reports of workers
 
@@ -300,88 +301,53 @@ class Accounting:
         if account is None:
             self._write_unopened(link, report)
             return
-        self._acks.setdefault(account.record.record_id, []).append((link, report.key))
-        name = (link.identity.incarnation, report.key)
-        if name in account.reported:
-            return
-        account.reported.add(name)
-        account.admitted = True
-        account.awaited -= 1
-        if not account.continued:
-            account.cached_tokens = report.cached_tokens
-        account.generated_tokens += report.generated_tokens
-        account.gpu = report.gpu
-        account.gpu_seconds += report.gpu_seconds
-        if account.end is not None and account.awaited <= 0:
+        self._delivery.acknowledge_later(account.record.record_id, link, report.key)
+        if account.apply_report(link.identity.incarnation, report) and account.complete:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
         """Write the record for a report without an open account at this gateway. The report is of idle time or of a
         call of a lost gateway."""
-        record = self._idle(link, report) if report.idle_id else self._estimate(link, report)
-        self._acks.setdefault(record.record_id, []).append((link, report.key))
-        self._write(record)
+        if report.idle_id:
+            record = _idle_record(link.identity, report)
+        else:
+            record = _estimated_record(self._sealer.open(report.sealed), link.identity, report)
+        self._delivery.acknowledge_later(record.record_id, link, report.key)
+        self._delivery.write(record)
 
-    def _idle(self, link: WorkerLink, report: EndedUsage) -> UsageRecord:
-        return UsageRecord(
-            record_id=_fit(report.idle_id),
-            tenant=IDLE_TENANT,
-            key_id="",
-            model=link.identity.model,
-            version=link.identity.version,
-            request_id="",
-            opened_at_s=report.idle_since_s,
-            outcome=Outcome.OK.value,
-            duration_s=report.duration_s,
-            gpu=report.gpu,
-            gpu_seconds=report.gpu_seconds,
-            **_place(link.identity),
-        )
 
-    def _estimate(self, link: WorkerLink, report: EndedUsage) -> UsageRecord:
-        """Return the record of a call whose gateway was lost. The tokens that this worker and earlier workers wrote to
-        the lost gateway's link count as delivered."""
-        opened = self._sealer.open(report.sealed)
-        return opened.to_usage_record(
-            outcome=report.outcome,
-            cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else report.cached_tokens,
-            completion_tokens=report.earlier_tokens + report.written_tokens,
-            generated_tokens=report.earlier_tokens + report.generated_tokens,
-            duration_s=opened.queue_s + report.duration_s,
-            gpu=report.gpu,
-            gpu_seconds=report.gpu_seconds,
-            delivered_unknown=True,
-            **_place(link.identity),
-        )
+def _idle_record(worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
+    """Return the record of a replica's idle time."""
+    return UsageRecord(
+        record_id=_fit(report.idle_id),
+        tenant=IDLE_TENANT,
+        key_id="",
+        model=worker.model,
+        version=worker.version,
+        request_id="",
+        opened_at_s=report.idle_since_s,
+        outcome=Outcome.OK.value,
+        duration_s=report.duration_s,
+        gpu=report.gpu,
+        gpu_seconds=report.gpu_seconds,
+        **_place(worker),
+    )
 
-    # ---- into the database
 
-    def _move(self, records: Sequence[UsageRecord]) -> None:
-        """Insert records into the database. This method runs in the replayer's thread."""
-        try:
-            self._insert(records)
-        except StoreUnavailable:
-            raise
-        except Exception:  # the database rejects a record
-            if len(records) == 1:  # rejected for good: the spool sets it aside, and the worker need not offer it
-                self._schedule_acks(records)
-            raise
-        self._schedule_acks(records)
-
-    def _schedule_acks(self, records: Sequence[UsageRecord]) -> None:
-        loop = self._loop
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has just been closed
-                loop.call_soon_threadsafe(self._acknowledge, [record.record_id for record in records])
-
-    def _acknowledge(self, record_ids: Sequence[str]) -> None:
-        """Acknowledge committed records to the workers that offered them. A worker may then forget these records."""
-        keys: dict[WorkerLink, list[int]] = {}
-        for record_id in record_ids:
-            for link, key in self._acks.pop(record_id, ()):
-                keys.setdefault(link, []).append(key)
-        for link, link_keys in keys.items():
-            link.box.usage_acks(link_keys)
+def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
+    """Return the record of a call whose gateway was lost. The tokens that this worker and earlier workers wrote to the
+    lost gateway's link count as delivered."""
+    return opened.to_usage_record(
+        outcome=report.outcome,
+        cached_tokens=0 if opened.segment % SEGMENTS_PER_RESUME else report.cached_tokens,
+        completion_tokens=report.earlier_tokens + report.written_tokens,
+        generated_tokens=report.earlier_tokens + report.generated_tokens,
+        duration_s=opened.queue_s + report.duration_s,
+        gpu=report.gpu,
+        gpu_seconds=report.gpu_seconds,
+        delivered_unknown=True,
+        **_place(worker),
+    )
 
 
 def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
@@ -389,12 +355,6 @@ def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
     if worker is None:
         return {}
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
-
-
-def _prompt_tokens(sequence: CallSequence) -> int:
-    """Return the number of prompt tokens to record for a sequence: the call's prompt tokens for the first sequence, 0
-    for all others."""
-    return 0 if sequence.index else len(sequence.request.prompt_token_ids)
 
 
 def _fit(text: str) -> str:

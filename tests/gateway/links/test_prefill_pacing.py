@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
 from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
@@ -48,7 +49,7 @@ class StepCounts(NoListener):
 
 def linked(listener: LinkListener | None = None) -> WorkerLink:
     """Return a link to a worker that has granted ample credit."""
-    link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1, listener or NoListener())
+    link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1, listener or NoListener(), LinkLiveness(0.0, 1.0, 1.0))
     link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
     return link
 

@@ -95,7 +95,7 @@ class Gateways:
         one = ValkeyLimits(
             self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s
         )
-        await one.start()
+        await one.store.start()
         self.all.append(one)
         return one
 
@@ -106,7 +106,7 @@ async def gateways(server: Server) -> AsyncIterator[Gateways]:
     them = Gateways(server)
     yield them
     for one in them.all:
-        await one.close()
+        await one.store.close()
 
 
 def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
@@ -234,7 +234,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
     two = await gateways.add("g2", virtual=False, timeout_s=10.0)
 
     async def both_seen() -> bool:
-        return one.gateways_alive == two.gateways_alive == 2
+        return one.store.gateways_alive == two.store.gateways_alive == 2
 
     await eventually(both_seen, "both are seen")
     if how == "killed":
@@ -275,8 +275,8 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
 async def test_a_store_that_never_was(tmp_path: Path) -> None:
     """A gateway starts even if its store is unreachable, and is then degraded."""
     limits = ValkeyLimits(Server(tmp_path).url, "g1", beat_s=0.05)
-    await limits.start()
+    await limits.store.start()
     assert limits.degraded
     assert isinstance(await limits.reserve(tenant(requests_per_minute=1), ReservationRequest("a", 1, 1)), Granted)
     assert isinstance(await limits.reserve(tenant(requests_per_minute=1), ReservationRequest("b", 1, 1)), LimitRefusal)
-    await limits.close()
+    await limits.store.close()

@@ -56,17 +56,17 @@ async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_pat
     store decides. If both stores are unavailable, the claim fails."""
     limits = [ValkeyLimits(server.url, f"g{i}") for i in range(2)]
     for one in limits:
-        await one.start()
+        await one.store.start()
     try:
         file = FileFirstClaims(tmp_path / "resumed.db")
-        both: list[FirstClaims] = [StoreFirstClaims(one.first, file) for one in limits]
+        both: list[FirstClaims] = [StoreFirstClaims(one.store.first, file) for one in limits]
         assert await firsts(both, "a.1") == 1
         assert not (tmp_path / "resumed.db").exists(), "the store alone is asked"
         await server.stop()
         assert await firsts(both, "a.2") == 1
         assert limits[0].degraded
         with pytest.raises(CallError):
-            await StoreFirstClaims(limits[0].first, LedgerFirstClaims(unavailable)).take("a.3", 60.0)
+            await StoreFirstClaims(limits[0].store.first, LedgerFirstClaims(unavailable)).take("a.3", 60.0)
     finally:
         for one in limits:
-            await one.close()
+            await one.store.close()

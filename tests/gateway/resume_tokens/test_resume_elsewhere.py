@@ -322,7 +322,7 @@ async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
     end.publish([])
     controller = asyncio.create_task(end.run())
     try:
-        await until(lambda: pair.first.gateway.hub.gateways == 2, "the controller knows both")
+        await until(lambda: pair.first.gateway.hub.controller.gateways == 2, "the controller knows both")
         await _handed_on_one_by_one(pair, drain_s)
     finally:
         controller.cancel()

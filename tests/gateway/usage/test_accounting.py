@@ -202,7 +202,7 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
         await linked(other)
         lost.gateway.hub.links[0].close("as if its host were gone")
         await until(lambda: second.end.statistics().running == 0, "the worker has dropped it")
-        await lost.gateway._links.stop(0)
+        await lost.gateway.link_server.stop(0)
         await settled(other, second)
         (one,) = records(ledger)
         assert one.delivered_unknown
@@ -232,7 +232,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
                 await read(stream)
             lost.gateway.hub.links[0].close("as if its host were gone")
             await until(lambda: worker.end.statistics().running == 0, "the worker has dropped it")
-            await lost.gateway._links.stop(0)
+            await lost.gateway.link_server.stop(0)
             await settled(other, worker)
             ended, running = records(ledger)
             assert (ended.completion_tokens, ended.delivered_unknown) == (4, True)

@@ -1,0 +1,94 @@
+"""The gauges of a gateway, which a scrape reads."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from cluster import __version__
+from cluster.api.types import ModelState
+from cluster.gateway.config_state import ConfigState
+from cluster.gateway.links.hub import Hub
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.quotas.local_limits import LimitsPort
+from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.service import CallService
+from cluster.observe.metrics import Sample
+
+if TYPE_CHECKING:
+    from cluster.gateway.usage.accounting import Accounting
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGauges:
+    """The parts of a gateway whose state is exported. A scrape runs in a thread, so the parts are only read."""
+
+    hub: Hub
+    directory: ModelDirectory
+    scheduler: Scheduler
+    service: CallService
+    limits: LimitsPort
+    reservations: QuotaReservations
+    accounting: Accounting | None
+    config_state: ConfigState
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the current value of each gauge."""
+        yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
+        yield "config_valid", (), float(self.config_state.valid)
+        statistics, heard = self.hub.statistics(), self.hub.catalog_at
+        yield "link_connected", ("worker",), statistics.workers
+        yield "link_connected", ("controller",), statistics.controllers
+        yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
+        if self.accounting is not None:
+            ledger = self.accounting.statistics()
+            lag_s = 0 if ledger.oldest_at_s is None else max(time.time() - ledger.oldest_at_s, 0)
+            yield "ledger_pending_records", (), ledger.pending
+            yield "ledger_lag_seconds", (), lag_s
+        yield "limits_degraded", (), float(self.limits.degraded)
+        for tenant, limit, ratio in self.reservations.utilization():
+            yield "limit_utilization_ratio", (tenant, limit), ratio
+        yield from self._models()
+        for link in self.hub.links:
+            yield from _worker(link)
+
+    def _models(self) -> Iterator[Sample]:
+        spreads = self.scheduler.charges.spreads
+        running = self.service.statistics()
+        for model in self.directory.models:
+            labels = (model.name,)
+            waiting, tokens = self.scheduler.queues.waiting(model.name)
+            yield "fairness_gap_ratio", labels, spreads.get(model.name, 0.0) / _turn_tokens(model)
+            yield "requests_in_flight", labels, running.get(model.name, 0)
+            yield "queue_requests", labels, waiting
+            yield "queue_tokens", labels, tokens
+            yield "model_replicas", labels, len(model.links)
+            yield "model_replicas_desired", labels, model.entry.replicas_desired
+            for state in ModelState:
+                yield "model_state", (model.name, state.value.lower()), float(model.state is state)
+
+
+def _worker(link: WorkerLink) -> Iterator[Sample]:
+    identity, info, load = link.identity, link.info, link.load
+    labels = (identity.model, identity.worker_id)
+    yield "worker_up", labels, 1
+    yield "worker_info", (identity.worker_id, identity.pod, identity.host or identity.node, identity.gpu), 1
+    yield "worker_running_requests", labels, load.running
+    yield "worker_waiting_requests", labels, load.waiting
+    yield "worker_kv_usage_ratio", labels, load.kv_usage
+    yield "worker_step_seconds", labels, load.step_s
+    yield "engine_path_info", (identity.worker_id, info.engine_path, info.engine_path_reason), 1
+
+
+def _turn_tokens(model: KnownModel) -> float:
+    """Return U of docs/tenancy.md, in weighted tokens: the larger of the cost of the longest input and the cost of
+    outputs that fill one worker's KV cache."""
+    kv_tokens = max((link.info.kv_tokens for link in model.links.values()), default=0)
+    return max(2.0 * kv_tokens, float(model.max_model_len), 1.0)

@@ -1,0 +1,192 @@
+"""The requests that run on one link, by slot: their sinks, and the prompts that the engine has not computed yet.
+
+When a link ends, for whatever reason, `lost` is called once on each slot's sink, and no message of that epoch is
+applied afterwards. Slots are not reused within a link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import Protocol
+
+import structlog
+
+from cluster.api.types import TokenOutput
+from cluster.gateway.links.prefill_pacing import PrefillPacing
+from cluster.link.v1 import link_pb2 as pb
+from cluster.process.call_errors import is_call_failure
+from cluster.wire import codec
+
+log = structlog.get_logger("link")
+
+
+class Sink(Protocol):
+    """The receiver of the events of one slot.
+
+    The link's reader calls the methods, which must be short and must not block. An exception from a method is passed to
+    `failed`, and affects neither the link nor the other slots."""
+
+    def accepted(self) -> None:
+        """Handle the acceptance of the request by the engine."""
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """Handle the refusal of the request by the engine. No further method is called."""
+
+    heard_at: float
+    """Monotonic time at which the last token arrived. The link sets the time before it calls `token`; the sink sets the
+    time in `output`."""
+
+    def token(self, token_id: int) -> None:
+        """Handle an output of one token and nothing else, as a shortcut for `output`. Never called for the first
+        token."""
+
+    def output(self, output: TokenOutput) -> None:
+        """Handle the tokens of one step. If the output has `finish`, no further method is called."""
+
+    def lost(self, why: str) -> None:
+        """Handle the end of the link. No further method is called."""
+
+    def failed(self, error: BaseException) -> None:
+        """Handle an exception of another method. `error`: the exception. The request has been aborted, and no further
+        method is called."""
+
+
+class SlotTable:
+    """The requests that run on one link. A request is in the table from its Submit to its end, and its prompt counts as
+    waiting for prefill until its first output."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        pacing: PrefillPacing,
+        send_aborts: Callable[[Sequence[int]], None],
+        count_gaps: Callable[[float, int], None],
+    ) -> None:
+        """`send_aborts` sends the slots of aborted requests to the worker. `count_gaps`: see
+        LinkListener.token_gaps."""
+        self._worker_id = worker_id
+        self._pacing = pacing
+        self._send_aborts = send_aborts
+        self._count_gaps = count_gaps
+        self._sinks: dict[int, Sink] = {}
+        self._prefilling: dict[int, int] = {}
+        self.prefill_tokens = 0
+        """Number of tokens of the requests that have no output yet."""
+        self._step_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._sinks)
+
+    @property
+    def sinks(self) -> Sequence[Sink]:
+        """Sinks of all requests."""
+        return list(self._sinks.values())
+
+    def add(self, slot: int, sink: Sink, tokens: int, to_compute: int, resumed: bool) -> None:
+        """Add a request that is being sent. `tokens`: number of its tokens. `to_compute`: number of tokens that the
+        engine is likely to compute."""
+        self._sinks[slot], self._prefilling[slot] = sink, tokens
+        self.prefill_tokens += tokens
+        self._pacing.add(slot, to_compute, resumed)
+
+    def abort(self, slot: int) -> None:
+        """Abort the request in a slot. No further method of the request's sink is called. Does nothing if the request
+        has ended."""
+        if self._sinks.pop(slot, None) is not None:
+            self._prefilled(slot)
+            self._send_aborts([slot])
+
+    def accept(self, slot: int) -> None:
+        """Apply the engine's acceptance of a request."""
+        if (sink := self._sinks.get(slot)) is not None:
+            self._pacing.mark_accepted(slot)
+            try:
+                sink.accepted()
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
+
+    def refuse(self, refused: pb.Refused) -> None:
+        """Apply the engine's refusal of a request."""
+        if (sink := self._sinks.pop(refused.slot, None)) is not None:
+            self._prefilled(refused.slot)
+            try:
+                sink.refused(refused.reason, refused.message, refused.field)
+            except BaseException as error:
+                self._sink_failed(refused.slot, sink, error)
+
+    def lose(self, why: str) -> None:
+        """Remove all requests because the link has ended, and call `lost` once on each sink."""
+        sinks, self._sinks = self._sinks, {}
+        for slot, sink in sinks.items():
+            try:
+                sink.lost(why)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
+
+    def _prefilled(self, slot: int) -> None:
+        """Stop counting the prompt in a slot as waiting for prefill."""
+        self.prefill_tokens -= self._prefilling.pop(slot, 0)
+        self._pacing.remove(slot)
+
+    def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
+        """Abort a request whose sink has raised an exception, and call `failed` on the sink. The link continues."""
+        if not is_call_failure(error):
+            raise error
+        self.abort(slot)
+        try:
+            sink.failed(error)
+        except Exception:
+            log.exception("call_not_ended", worker=self._worker_id, slot=slot)
+
+    def apply_step(self, step: pb.StepOutputs, now: float) -> None:
+        """Deliver the outputs of one engine step, which arrived at the monotonic time `now`."""
+        sinks = self._sinks
+        more = codec.slots_with_details(step)
+        if more is not None:
+            step_s = self._apply_tokens(step, more, now)
+            if step_s:
+                prompts = self._prefilling
+                self._pacing.record_step(
+                    step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
+                )
+            if not more:
+                return
+        for slot, output in codec.outputs_from_pb(step, more):
+            sink = sinks.get(slot)
+            if sink is None:
+                continue
+            if slot in self._prefilling:
+                self._prefilled(slot)
+            if output.finish is not None:
+                del sinks[slot]
+            try:
+                sink.output(output)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
+
+    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int], now: float) -> float:
+        """Deliver tokens to the slots that got one token and nothing else. Slots in `without` are skipped.
+
+        Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
+        there are no such slots."""
+        before, self._step_at = self._step_at, now
+        sink_of, in_step = self._sinks.get, 0
+        for slot, token_id in zip(step.slots, step.token_ids, strict=True):
+            if slot in without:
+                continue
+            sink = sink_of(slot)
+            if sink is None:
+                continue
+            if sink.heard_at == before:
+                in_step += 1
+            else:
+                self._count_gaps(now - sink.heard_at, 1)
+            sink.heard_at = now
+            try:
+                sink.token(token_id)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
+        if not in_step:
+            return 0.0
+        self._count_gaps(now - before, in_step)
+        return now - before

@@ -1,0 +1,189 @@
+"""The links of all workers that are connected, from each worker's Hello to the end of its link."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import structlog
+
+from cluster.api.demand import ModelDemand
+from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
+from cluster.gateway.links.liveness import LinkLiveness, Waking
+from cluster.gateway.links.worker_link import LinkListener, WorkerLink
+from cluster.link.v1 import link_pb2 as pb
+from cluster.process import ticks
+from cluster.wire.dial import Timing, read
+from cluster.wire.lost_engines import LostEngines
+
+log = structlog.get_logger("hub")
+
+TICKS = 10
+"""Minimum number of liveness checks within the time after which an inactive worker is suspected."""
+LEAST_REST_S = 0.002
+CALM = 0.6
+"""Fraction of the time until suspicion. Checks become less frequent when more than this fraction remains for every
+worker."""
+NOTICING_S = 0.02
+"""Seconds that the detection itself may take. They are part of the time within which an inactive worker must be
+detected."""
+
+
+class HubListener(LinkListener, Protocol):
+    """The receiver of a hub's events. The methods are called on the event loop and must not block."""
+
+    @property
+    def keeps_accounts(self) -> bool:
+        """Whether the usage of ended requests is recorded."""
+
+    def link_up(self, link: WorkerLink) -> None:
+        """Handle a worker's link coming up."""
+
+    def link_down(self, link: WorkerLink, why: str) -> None:
+        """Handle the end of a worker's link. `lost` has already been called on the link's sinks."""
+
+    def link_changed(self, link: WorkerLink) -> None:
+        """Handle a change of a worker's credit or drain state."""
+
+    def apply_catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """Handle a new catalog from the controller."""
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """Return the demand to report to the controller."""
+
+    def version_tallies(self) -> Sequence[VersionTally]:
+        """Return the canary statistics to report to the controller."""
+
+    def refusal_of(self, identity: WorkerIdentity) -> str:
+        """Return the reason why a worker may not serve its model; "" if the worker may serve."""
+
+
+class WorkerLinks:
+    """The links by worker id, and the detection of workers that are lost. A worker has one link: a reconnect ends the
+    link before."""
+
+    def __init__(self, listener: HubListener, timing: Timing, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when a link has begun or ended."""
+        self._listener = listener
+        self._timing = timing
+        self._on_change = on_change
+        self._links: dict[str, WorkerLink] = {}
+        self._waking = Waking(time.monotonic(), timing.hang_s / TICKS)
+        self.lost = LostEngines()
+        """The engines that have ended, with the reasons that the workers reported."""
+
+    @property
+    def links(self) -> Sequence[WorkerLink]:
+        """All links, sorted by worker id."""
+        return [self._links[key] for key in sorted(self._links)]
+
+    def find(self, worker_id: str) -> WorkerLink | None:
+        """Return the link of a worker; None if the worker is not connected."""
+        return self._links.get(worker_id)
+
+    async def serve(
+        self, identity: WorkerIdentity, info: EngineInfo, epoch: int, context: Any, welcome: pb.Welcome
+    ) -> WorkerLink:
+        """Serve one epoch of one worker, from the Welcome to the end of the link. Returns the link, which has ended."""
+        liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
+        link = WorkerLink(identity, info, epoch, self._listener, liveness)
+        self._attach(link)  # before the Welcome: once the worker has read the Welcome, it may open Bulk
+        parts = [
+            asyncio.create_task(self._write(link, context, welcome)),
+            asyncio.create_task(self._read(link, context)),
+            asyncio.create_task(link.closed.wait()),
+        ]
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if not link.why:
+                link.close("the connection broke", link.reason)
+            raise
+        finally:
+            for part in parts:
+                part.cancel()
+            self._detach(link)
+            await asyncio.gather(*parts, return_exceptions=True)
+        return link
+
+    async def _read(self, link: WorkerLink, context: Any) -> None:
+        while (message := await read(context)) is not None:
+            try:
+                changed = link.apply(message)
+            except ValueError as error:  # the worker's fault, so only its link ends
+                link.close(f"the worker sent what cannot be applied: {error}", "mad")
+                return
+            now = self._now()
+            link.liveness.record_received(message.seq, message.acked_seq, now)
+            if message.HasField("load"):
+                link.liveness.record_load(link.load, now)
+            if changed:
+                self._listener.link_changed(link)
+
+    async def _write(self, link: WorkerLink, context: Any, welcome: pb.Welcome) -> None:
+        await context.write(pb.GatewayTurn(welcome=welcome))
+        while True:
+            message = await link.box.next_message()
+            link.liveness.record_sent(message.seq, self._now())
+            await context.write(message)
+
+    def apply_beat(self, link: WorkerLink, beat: pb.WorkerBeat) -> None:
+        """Apply a heartbeat, unless the heartbeat belongs to another epoch of the worker."""
+        if (link.identity.incarnation, link.epoch) == (beat.incarnation, beat.epoch):
+            link.apply_beat(beat, self._now())
+
+    def _attach(self, link: WorkerLink) -> None:
+        older = self._links.get(link.identity.worker_id)
+        if older is not None:
+            older.close("the worker has reconnected")
+            self._detach(older)
+        self._links[link.identity.worker_id] = link
+        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        self._listener.link_up(link)
+        self._on_change()
+
+    def _detach(self, link: WorkerLink) -> None:
+        if self._links.get(link.identity.worker_id) is not link:
+            return
+        del self._links[link.identity.worker_id]
+        why = link.why or "the worker closed the link"
+        engine = {"engine": link.engine_ended} if link.engine_ended else {}
+        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        if link.engine_ended:
+            self.lost.add(link.identity, link.engine_ended, time.time())
+        link.end(why)
+        self._listener.link_down(link, why)
+        self._on_change()
+
+    # ---- detection of lost workers
+
+    def _now(self) -> float:
+        """Return the waking time, which excludes pauses of this process."""
+        return self._waking.at(time.monotonic())
+
+    async def watch(self) -> None:
+        """Check all links, and close the links of workers that are considered lost. Runs until cancelled."""
+        while True:
+            now = self._now()
+            due = math.inf
+            for link in list(self._links.values()):
+                suspicion = link.liveness.suspicion(now)
+                if suspicion is not None:
+                    link.close(suspicion.why, suspicion.reason)
+                    self._detach(link)
+                else:
+                    due = min(due, link.liveness.due)
+            rest_s = max(self._rest_s(due - now), LEAST_REST_S)
+            self._waking.rest(time.monotonic(), rest_s)
+            await asyncio.sleep(rest_s)
+
+    def _rest_s(self, left_s: float) -> float:
+        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. While
+        all workers are active, checks are aligned with the other periodic work of the process. Once a worker is
+        overdue, checks are more frequent."""
+        if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
+            return ticks.seconds_to_tick(asyncio.get_running_loop().time(), ticks.TICK_S)
+        return min(self._timing.hang_s / TICKS, left_s)

@@ -1,0 +1,123 @@
+"""The parts of a gateway that depend on its configuration. Their modules are imported only if the configuration needs
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cluster.config.schema import Config, cache_dir
+from cluster.observe.metrics import Metrics
+
+if TYPE_CHECKING:
+    from cluster.gateway.apis.admin.sibling_aborts import Abort, SiblingAborts
+    from cluster.gateway.auth.tenants import TenantAuthenticator
+    from cluster.gateway.calls.call import Call
+    from cluster.gateway.guards.guards import Guards
+    from cluster.gateway.links.hub import Hub
+    from cluster.gateway.quotas.valkey_limits import ValkeyLimits
+    from cluster.gateway.resume_tokens.first_claims import FirstClaims
+    from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.usage.accounting import Accounting
+    from cluster.ledger.usage.records import UsageRecord
+
+
+class UsageStore(NamedTuple):
+    """A store of usage records. `secrets` seal the workers' copies of open records. `insert`: see RecordDelivery."""
+
+    secrets: Sequence[bytes]
+    insert: Callable[[Sequence[UsageRecord]], None]
+
+
+def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:
+    """Return the authenticator for a configuration with `auth`, else None."""
+    if config.auth is None:
+        return None
+    from cluster.gateway.auth.tenants import TenantAuthenticator
+
+    return TenantAuthenticator(config, folder, metrics, process)
+
+
+def accounting(
+    tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
+) -> Accounting | None:
+    """Return the accounts. `store`: in place of the ledger of `tenants`. None without a store and without tenants."""
+    if store is None and tenants is not None:
+        store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
+    if store is None:
+        return None
+    from cluster.gateway.usage.accounting import Accounting
+    from cluster.ledger.usage.sealed_records import Sealer
+
+    sealer = Sealer(store.secrets)
+    return Accounting(
+        incarnation=hub.incarnation, sealer=sealer, folder=folder, insert=store.insert, gateway=hub.gateway_id
+    )
+
+
+def guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None) -> Guards | None:
+    """Return the guards that the tenants' policies name; None without tenants. Raises ValueError for an unusable
+    pattern file."""
+    if tenants is None:
+        return None
+    from cluster.gateway.auth.tenants import guard_event
+    from cluster.gateway.guards.guards import Guards
+
+    guards = Guards(metrics, lambda decision: tenants.audit.write(guard_event(decision)))
+    guards.check(config.policies())
+    return guards
+
+
+def shared_limits(config: Config, gateway_id: str) -> ValkeyLimits | None:
+    """Return the limits that all gateways share; None if the configuration names no store."""
+    if not config.store.limits_url:
+        return None
+    from cluster.gateway.quotas.valkey_limits import ValkeyLimits
+
+    return ValkeyLimits(config.store.limits_url, gateway_id)
+
+
+def resume_service(
+    config: Config,
+    tenants: TenantAuthenticator | None,
+    limits: ValkeyLimits | None,
+    take_over: Callable[[Call, int], None],
+    incarnation: str,
+) -> ResumeService:
+    """Return the service that resumes the streams of lost gateways. Without `auth` the secret and the claims are files
+    in the cache folder, which all gateways of a host share."""
+    from cluster.gateway.resume_tokens.first_claims import FileFirstClaims, LedgerFirstClaims, StoreFirstClaims
+    from cluster.gateway.resume_tokens.resumption import ResumeService
+
+    claims: FirstClaims
+    if tenants is not None:
+        claims = LedgerFirstClaims(tenants.ledger.resumed_segments.claim)
+    else:
+        claims = FileFirstClaims(cache_dir() / "resumed.db")
+    if limits is not None:
+        claims = StoreFirstClaims(limits.store.first, claims)
+    secrets = _cached_secrets if tenants is None else lambda: tenants.secrets
+    return ResumeService(secrets, claims, take_over, config.gateway.resume.token_expires_s, incarnation)
+
+
+def _cached_secrets() -> Sequence[bytes]:
+    """Return the secrets of a cluster without `auth`, from a file in the cache folder. A missing file is created."""
+    from cluster.ledger.files import make_secret, read_secrets
+
+    path = cache_dir() / "cluster-secret"
+    if not path.exists():
+        make_secret(path)
+    return read_secrets(path, "auth.cluster_secret_file")
+
+
+def sibling_aborts(
+    config: Config, process: int, tenants: TenantAuthenticator | None, abort: Abort
+) -> SiblingAborts | None:
+    """Return the object by which the gateway processes of a host abort each other's calls, which is needed because only
+    process 0 has an admin port. None with a single process."""
+    if config.gateway.processes == 1:
+        return None
+    from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
+
+    return SiblingAborts(config.gateway, process, () if tenants is None else tenants.secrets, abort)
