@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -18,13 +18,13 @@ from cluster.api.outcomes import Outcome
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.credit import Capacity
-from cluster.wire.ended_requests import EndedUsage
 from cluster.worker.admission_window import AdmissionWindow
-from cluster.worker.detached_requests import FAILED, DetachedRequest, DetachedRequests
+from cluster.worker.detached_requests import FAILED, DetachedRequests
 from cluster.worker.gpu_meter import GpuMeter, GpuShare
-from cluster.worker.resume_generations import ResumeGenerations, call_of
+from cluster.worker.link_state import LinkState
+from cluster.worker.resume_generations import call_of
+from cluster.worker.running_request import RunningRequest
 from cluster.worker.served_reports import ServedReports
-from cluster.worker.session_state import LinkState, RunningRequest, StepState
 from cluster.worker.usage import WorkerUsage
 
 log = structlog.get_logger("worker")
@@ -32,13 +32,17 @@ log = structlog.get_logger("worker")
 _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.CANCELLED}
 
 
-def credit_used(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
-    """Return the credit that a Submit uses: the number of tokens, and whether some of them are cached here.
+@dataclass(slots=True)
+class StepState:
+    """The outputs that one step has sent to links, or that were sent between two steps."""
 
-    The Submit may be one that cannot be read.
-    """
-    tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
-    return tokens, 0 < submit.fresh_tokens < tokens
+    touched: dict[int, LinkState] = field(default_factory=dict)
+    firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
+    """Share, computed tokens and emitted tokens of each request with its first output."""
+    finished: list[tuple[RunningRequest, TokenOutput]] = field(default_factory=list)
+    tokens: int = 0
+    detached_tokens: int = 0
+    """Number of tokens generated for detached requests."""
 
 
 class RunningRequests:
@@ -55,14 +59,11 @@ class RunningRequests:
         """Create an empty set. `is_lost`: whether no working link leads to the gateway with the given incarnation."""
         self._info = info
         self._is_lost = is_lost
-        self.generations = ResumeGenerations()
         self._meter = meter
         self._served = served
         self._usage = usage
         self._window = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
         self._running: dict[str, RunningRequest] = {}
-        self._reattached: dict[str, RunningRequest] = {}
-        """Reattached requests that have had no output since they were reattached, by engine request id."""
         self._pending_step = StepState()
         """Outputs sent since the last step."""
         self._caches_kv = True
@@ -100,28 +101,9 @@ class RunningRequests:
 
     def new_request(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
         """Return the record of a new request. The request is counted once `reattach` or `start` gets the record."""
-        prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
-        tokens, now = prompt + emitted, time.monotonic()
-        running = RunningRequest(
-            link,
-            submit.slot,
-            tokens,
-            prompt,
-            emitted,
-            fresh_tokens=min(submit.fresh_tokens or tokens, tokens),
-            sealed=submit.sealed_record,
-            earlier_tokens=submit.earlier_tokens,
-            share=self._meter.open_share(now),
-            began=now,
-            generation=submit.generation,
-            resumed_from=submit.begun_at,
-            name=submit.stream,
-        )
-        running.expects_cache = bool(emitted) and running.fresh_tokens <= self._info.block_size < prompt
-        if submit.stream and request.sampling.logprobs is None:
-            running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
-            running.parameters = (request.sampling, request.adapter, request.cache_salt, request.priority)
-        return running
+        now = time.monotonic()
+        share = self._meter.open_share(now)
+        return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now)
 
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
         """Reattach a resumed request to its detached request, if there is one, and send the tokens generated meanwhile.
@@ -135,11 +117,10 @@ class RunningRequests:
             return False, self.detached.drop(running.stream)
         request_id, link, ended = earlier.request_id, running.link, earlier.last
         link.requests[running.slot] = request_id
-        running.accepted, running.expects_cache = True, False
+        running.reattached, running.expects_cache = True, False
         running.cached_tokens = running.tokens if running.emitted_tokens else earlier.cached_tokens
-        self._reattached[request_id] = running
         self._add_running(running, request_id, submit, 0)
-        link.outbox.accepted(running.slot)
+        running.accept()
         to_abort: list[str] = []
         missed = earlier.token_ids[running.emitted_tokens :]
         if missed or ended is not None:
@@ -163,22 +144,18 @@ class RunningRequests:
         return self.detached.make_room(sequences, self.tokens + self.detached.tokens - self._info.kv_tokens)
 
     def _add_running(self, running: RunningRequest, request_id: str, submit: pb.Submit, fresh_tokens: int) -> None:
+        if not self._running:
+            self.idle.clear()
         self._running[request_id] = running
         self._window.record_submit(request_id, fresh_tokens, begins=not running.emitted_tokens)
         self.tokens += running.tokens
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
-        self.idle.clear()
 
-    def take_over(self, call: str, generation: int) -> list[tuple[LinkState, int, str]]:
-        """Record a call's resume; return (link, slot, engine request id) of each request of an older generation.
-
-        The caller must end these requests.
-        """
-        if not self.generations.record(call, generation):
-            return []
+    def of_call(self, call: str, generation: int) -> list[tuple[LinkState, int]]:
+        """Return link and slot of each request of a call that has an older generation than `generation`."""
         return [
-            (running.link, running.slot, request_id)
-            for request_id, running in self._running.items()
+            (running.link, running.slot)
+            for running in self._running.values()
             if running.generation < generation and call_of(running.name) == call
         ]
 
@@ -206,7 +183,7 @@ class RunningRequests:
             if running is None:
                 step.detached_tokens += self.detached.output(output)
                 continue  # detached, or aborted: one more step may still contain an aborted request
-            if output.request_id in self._reattached:
+            if running.reattached:
                 output = replace(
                     output,
                     prompt_tokens=running.prompt_tokens,
@@ -238,7 +215,8 @@ class RunningRequests:
         self._window.record_first_output(output.request_id)
         if not running.emitted_tokens:  # the first worker has reported the cached tokens of a resumed request
             self._served.cached(output.request_id, running.cached_tokens)
-        if self._reattached.pop(output.request_id, None) is not None:
+        if running.reattached:
+            running.reattached = False
             running.cached_tokens = min(running.cached_tokens, running.prompt_tokens)
             return 0
         if running.expects_cache:
@@ -261,9 +239,7 @@ class RunningRequests:
             reason = output.finish or FinishReason.STOP
             self.forget(output.request_id, _OUTCOMES.get(reason, Outcome.OK))
             if running.token_ids and reason not in FAILED:
-                to_abort += self.detached.add(
-                    self._detached_request(running, output.request_id, output), time.monotonic()
-                )
+                to_abort += self.detached.add(running.as_detached(output.request_id, output), time.monotonic())
         return to_abort
 
     def detach_link(self, link: LinkState, stays: bool) -> list[str]:
@@ -276,22 +252,15 @@ class RunningRequests:
         for slot, request_id in list(link.requests.items()):
             running = self._running.get(request_id)
             self.forget(request_id, Outcome.CANCELLED)
-            lasts = stays and slot not in link.submitting
+            lasts = stays and not link.is_submitting(slot)
             if not lasts or running is None or not running.token_ids or running.stream in resumed:
                 to_abort.append(request_id)
             else:
-                to_abort += self.detached.add(self._detached_request(running, request_id), time.monotonic())
+                to_abort += self.detached.add(running.as_detached(request_id), time.monotonic())
                 count += 1
         if count:
             log.info("requests_detached", requests=count, gateway=link.gateway)
         return to_abort
-
-    @staticmethod
-    def _detached_request(running: RunningRequest, request_id: str, last: TokenOutput | None = None) -> DetachedRequest:
-        ids = running.token_ids or []
-        return DetachedRequest(
-            running.stream, request_id, running.parameters, running.prompt_tokens, ids, running.cached_tokens, last
-        )
 
     def forget(self, request_id: str, outcome: Outcome) -> None:
         """Remove an ended request.
@@ -302,32 +271,17 @@ class RunningRequests:
         if running is None:
             return
         self.tokens -= running.tokens
-        self._reattached.pop(request_id, None)
         self._window.record_end(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
             gpu_seconds = self._meter.charge(running.share, running.generated)
             if running.sealed:
-                self._keep_usage(running, outcome, gpu_seconds)
+                usage = running.ended_usage(outcome, gpu_seconds, self._usage.gpu, time.monotonic())
+                self._usage.keep(usage, running.link.number, running.slot)
         if not self._running:
             self._meter.mark_idle()
             self.idle.set()
-
-    def _keep_usage(self, running: RunningRequest, outcome: Outcome, gpu_seconds: float) -> None:
-        usage = EndedUsage(
-            running.sealed,
-            prompt_tokens=running.prompt_tokens,
-            cached_tokens=running.cached_tokens,
-            generated_tokens=running.generated,
-            written_tokens=running.generated,
-            earlier_tokens=running.earlier_tokens,
-            gpu_seconds=gpu_seconds,
-            gpu=self._usage.gpu,
-            outcome=outcome.value,
-            duration_s=time.monotonic() - running.began,
-        )
-        self._usage.keep(usage, running.link.number, running.slot)
 
     def __repr__(self) -> str:
         return f"RunningRequests({len(self._running)} running, {len(self.detached)} detached, {self.tokens} tokens)"
