@@ -6,7 +6,14 @@ visit of its point after it was armed (1: the next visit; 0: every visit).
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from cluster.api.ports import EngineDead, EngineRefused
 
 _IN_A_STEP = ("die", "kill", "hang", "slow", "block", "nan", "wrong")
 
@@ -106,3 +113,72 @@ class ArmedFaults:
                 remaining.append((fault, visits + 1))
         self._visits = remaining
         return firing
+
+
+class EngineFaults:
+    """The armed faults of one engine, and the state in which the faults that fired have left the engine."""
+
+    def __init__(self, initial: SimFaults, wake: asyncio.Event) -> None:
+        """Arm the initial faults. `wake` is set when the engine dies or recovers."""
+        self.armed = ArmedFaults(initial)
+        self.dead = ""
+        self.hung = False
+        self.corrupt = False
+        self.nan = False  # in the current step
+        self._wake = wake
+
+    def heal(self) -> None:
+        """Disarm all faults, and end a hang and wrong tokens. A dead engine stays dead."""
+        self.armed.clear()
+        self.hung = self.corrupt = False
+        self._wake.set()
+
+    def kill(self, reason: str) -> None:
+        """End the engine at once, even within a step or a hang."""
+        self.dead = self.dead or reason
+        self._wake.set()
+
+    def raise_if_dead(self) -> None:
+        """Raise EngineDead if the engine is dead."""
+        if self.dead:
+            raise EngineDead(self.dead)
+
+    async def wait_while_hung(self) -> None:
+        """Wait until the engine recovers. Raises EngineDead."""
+        while self.hung:
+            self._wake.clear()
+            await self._wake.wait()
+            self.raise_if_dead()
+
+    def fire(self, points: Iterable[str]) -> list[SimFault]:
+        """Apply the faults that are due at these points; return those that make the step take longer.
+
+        Raises EngineDead, and EngineRefused for `refuse`.
+        """
+        firing = [fault for point in points for fault in self.armed.visit(point)] if self.armed else []
+        for fault in firing:
+            self._apply(fault)
+        self.raise_if_dead()
+        return [fault for fault in firing if fault.action == "slow"]
+
+    def begin_step(self, points: Iterable[str]) -> list[SimFault]:
+        """Apply the faults of a new step, as `fire` does."""
+        self.nan = False
+        return self.fire(points)
+
+    def _apply(self, fault: SimFault) -> None:
+        match fault.action:
+            case "refuse":
+                raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "die":
+                self.kill(f"injected fault {fault}")
+            case "hang":
+                self.hung = True
+            case "nan":
+                self.nan = True
+            case "wrong":
+                self.corrupt = True
+            case "block":
+                time.sleep(fault.seconds)
