@@ -91,19 +91,16 @@ class DrainStates:
 
 
 class Drains:
-    """The drains in progress of one worker. A later command ends the drain that an earlier command began."""
+    """The drain in progress of one worker. A command ends the drain that an earlier command began."""
 
     def __init__(
         self, state: DrainStates, idle: asyncio.Event, flush_usage: Callable[[float], Awaitable[None]]
     ) -> None:
-        """Create the drains. `idle` is set while no request runs.
-
-        `flush_usage(timeout_s)` waits until the usage records are acknowledged.
-        """
+        """Create without a drain. `idle` is set while no request runs; `flush_usage` waits some seconds at most."""
         self._state = state
         self._idle = idle
         self._flush_usage = flush_usage
-        self._commanded: set[asyncio.Task[bool]] = set()
+        self._commanded: asyncio.Task[bool] | None = None
 
     async def drain(self, timeout_s: float, leaving: bool) -> bool:
         """Take no new work and wait for the running requests; return False if some still run after `timeout_s`.
@@ -129,20 +126,14 @@ class Drains:
         if verb == "cordon":
             self._state.cordon(time.monotonic())
         elif verb == "uncordon":
-            self._cancel()
+            self.cancel()
             return self._state.uncordon(time.monotonic())
         elif verb == "drain" and not self._state.leaving:
-            self._cancel()
-            task = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
-            self._commanded.add(task)
-            task.add_done_callback(self._commanded.discard)
+            self.cancel()
+            self._commanded = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
         return False
 
-    async def end(self) -> None:
-        """End the drains that commands began."""
-        self._cancel()
-        await asyncio.gather(*self._commanded, return_exceptions=True)
-
-    def _cancel(self) -> None:
-        for task in self._commanded:
-            task.cancel()
+    def cancel(self) -> None:
+        """End the drain that a command began. The worker stays in its state."""
+        if self._commanded is not None:
+            self._commanded.cancel()

@@ -35,10 +35,7 @@ class LinkCredit:
     """The credit of all links, each known by its credit order. Only a worker that takes new sequences grants credit."""
 
     def __init__(
-        self,
-        capacity: Callable[[], tuple[Capacity, int]],
-        count_cached: Callable[[int], int],
-        drain_state: DrainStates,
+        self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
     ) -> None:
         """Create the credit without links.
 

@@ -10,14 +10,14 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.ended_requests import EndedUsage
 from cluster.worker.detached_requests import DetachedRequest
 from cluster.worker.gpu_meter import GpuShare
-from cluster.worker.link_state import LinkState
+from cluster.worker.link import Link
 
 
 @dataclass(slots=True)
 class RunningRequest:
     """A request that the engine runs for a link."""
 
-    link: LinkState
+    link: Link
     slot: int
     tokens: int
     prompt_tokens: int
@@ -54,7 +54,7 @@ class RunningRequest:
 
     @classmethod
     def from_submit(
-        cls, link: LinkState, submit: pb.Submit, request: EngineRequest, share: GpuShare, block_size: int, now: float
+        cls, link: Link, submit: pb.Submit, request: EngineRequest, share: GpuShare, block_size: int, now: float
     ) -> RunningRequest:
         """Return the record of a request that a Submit begins. `block_size`: tokens in one KV block of the engine."""
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)

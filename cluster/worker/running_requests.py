@@ -21,7 +21,7 @@ from cluster.wire.credit import Capacity
 from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.detached_requests import FAILED, DetachedRequests
 from cluster.worker.gpu_meter import GpuMeter, GpuShare
-from cluster.worker.link_state import LinkState
+from cluster.worker.link import Link
 from cluster.worker.resume_generations import call_of
 from cluster.worker.running_request import RunningRequest
 from cluster.worker.served_reports import ServedReports
@@ -36,7 +36,7 @@ _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.C
 class StepState:
     """The outputs that one step has sent to links, or that were sent between two steps."""
 
-    touched: dict[int, LinkState] = field(default_factory=dict)
+    touched: dict[int, Link] = field(default_factory=dict)
     firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
     """Share, computed tokens and emitted tokens of each request with its first output."""
     finished: list[tuple[RunningRequest, TokenOutput]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class RunningRequests:
         meter: GpuMeter,
         served: ServedReports,
         usage: WorkerUsage,
-        is_lost: Callable[[str], bool] = lambda incarnation: True,
+        is_lost: Callable[[str], bool],
     ) -> None:
         """Create an empty set. `is_lost`: whether no working link leads to the gateway with the given incarnation."""
         self._info = info
@@ -99,7 +99,7 @@ class RunningRequests:
 
     # ---- start of a request
 
-    def new_request(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
+    def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
         """Return the record of a new request. The request is counted once `reattach` or `start` gets the record."""
         now = time.monotonic()
         share = self._meter.open_share(now)
@@ -151,7 +151,7 @@ class RunningRequests:
         self.tokens += running.tokens
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
 
-    def of_call(self, call: str, generation: int) -> list[tuple[LinkState, int]]:
+    def of_call(self, call: str, generation: int) -> list[tuple[Link, int]]:
         """Return link and slot of each request of a call that has an older generation than `generation`."""
         return [
             (running.link, running.slot)
@@ -161,7 +161,7 @@ class RunningRequests:
 
     # ---- step
 
-    def apply_step(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[LinkState], list[str]]:
+    def apply_step(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
         """Apply a step's outputs; return the links that the caller must flush and the engine request ids to abort."""
         step, self._pending_step = self._pending_step, StepState()
         already_sent = step.tokens
@@ -242,7 +242,7 @@ class RunningRequests:
                 to_abort += self.detached.add(running.as_detached(output.request_id, output), time.monotonic())
         return to_abort
 
-    def detach_link(self, link: LinkState, stays: bool) -> list[str]:
+    def detach_link(self, link: Link, stays: bool) -> list[str]:
         """Detach the requests of a link that has ended; return the engine request ids to abort.
 
         `stays`: whether this worker keeps serving. If it does not, no request is detached.
@@ -282,6 +282,3 @@ class RunningRequests:
         if not self._running:
             self._meter.mark_idle()
             self.idle.set()
-
-    def __repr__(self) -> str:
-        return f"RunningRequests({len(self._running)} running, {len(self.detached)} detached, {self.tokens} tokens)"

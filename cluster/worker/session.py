@@ -21,7 +21,7 @@ from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.http2.client import ClientCall
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.addresses import GatewayAddresses
-from cluster.wire.bulk import send_bundle, serve_bulk
+from cluster.wire.bulk import send_bundle
 from cluster.wire.bundle import Bundle
 from cluster.wire.credit import Capacity
 from cluster.wire.dial import LinkEnded, Timing, read, wait_first
@@ -30,9 +30,8 @@ from cluster.wire.tls import TlsFiles
 from cluster.worker.drain_state import Drains, DrainStates
 from cluster.worker.engine_runner import EngineRunner
 from cluster.worker.gpu_meter import GpuMeter
+from cluster.worker.link import Link, LinkOpener
 from cluster.worker.link_credit import LinkCredit
-from cluster.worker.link_opener import LinkOpener
-from cluster.worker.link_state import LinkState
 from cluster.worker.running_requests import RunningRequests
 from cluster.worker.served_reports import ServedReports
 from cluster.worker.submits import Submits
@@ -97,8 +96,8 @@ class WorkerSession:
         self._bundle = bundle
         self._gateways = GatewayAddresses(gateways)
         self._timing = timing or Timing()
-        self._opener = LinkOpener(identity, engine, info, tls, self._timing, outbox_tokens)
-        self._links: dict[int, LinkState] = {}
+        self._opener = LinkOpener(identity, engine, info, tls, self._timing, outbox_tokens, self._gateways)
+        self._links: dict[int, Link] = {}
         meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
         self._usage = WorkerUsage(
             identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._requests.shares()
@@ -147,7 +146,8 @@ class WorkerSession:
         finally:
             for part in work:
                 part.cancel()
-            await asyncio.gather(*work, self._drains.end(), self._runner.finish(), return_exceptions=True)
+            self._drains.cancel()
+            await asyncio.gather(*work, self._runner.finish(), return_exceptions=True)
             with contextlib.suppress(EngineDead):
                 await self._engine.abort(self._requests.detached.expired(math.inf))
 
@@ -192,14 +192,12 @@ class WorkerSession:
     async def _serve_gateway(self, address: str) -> None:
         if self._engine_ended:
             raise LinkEnded("the engine has ended")
-        async with self._opener.open(address) as opened:
-            link, call = opened.state, opened.call
-            self._gateways.record_welcome(address, link.incarnation, opened.welcome.siblings)
-            self._attach(link, opened.welcome.accounts)
+        async with self._opener.open(address) as (link, call, bulk):
+            self._attach(link)
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(_write(link, call)),
-                asyncio.create_task(serve_bulk(opened.bulk, opened.hello, link.prompts, link.blobs)),
+                asyncio.create_task(bulk),
                 asyncio.create_task(self._watch_link(link)),
             ]
             try:
@@ -208,18 +206,17 @@ class WorkerSession:
                 await self._detach(link, parts)
                 parts.clear()
 
-    def _attach(self, link: LinkState, accounts: bool) -> None:
-        """Add a link that is up. `accounts`: whether its gateway writes to the ledger."""
+    def _attach(self, link: Link) -> None:
         self._links[link.number] = link
         self._unlinked.clear()
-        if accounts:
+        if link.accounts:
             self._usage.attach(link.number, link.outbox)
         self._credit.attach(link.credit_order, link.outbox)
         self._served.attach(link.number, link.incarnation, link.outbox)
         self._credit.regrant()
         self._drain_state.attach(link.outbox, time.monotonic())
 
-    async def _detach(self, link: LinkState, parts: Sequence[asyncio.Task[None]]) -> None:
+    async def _detach(self, link: Link, parts: Sequence[asyncio.Task[None]]) -> None:
         """Release everything that a link holds: abort its requests in the engine and revoke its credit."""
         self._links.pop(link.number, None)
         if not self._links:
@@ -238,7 +235,7 @@ class WorkerSession:
                 await self._engine.abort(to_abort)
         self._credit.regrant()
 
-    async def _watch_link(self, link: LinkState) -> None:
+    async def _watch_link(self, link: Link) -> None:
         """Check the link every beat.
 
         Raises LinkEnded for a silent or stuck gateway; sends the load if no step has sent it.
@@ -263,14 +260,14 @@ class WorkerSession:
         links = (link for link in self._links.values() if link.incarnation == incarnation)
         return all(link.heartbeats.silent_s > GATEWAY_SILENT_S for link in links)
 
-    async def _read(self, link: LinkState, call: ClientCall) -> None:
+    async def _read(self, link: Link, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
             try:
                 await self._apply(link, message)
             except (ValueError, LookupError) as error:  # the gateway's fault: end only its link
                 raise LinkEnded(f"the gateway sent an invalid message: {error}") from error
 
-    async def _apply(self, link: LinkState, message: pb.GatewayTurn) -> None:
+    async def _apply(self, link: Link, message: pb.GatewayTurn) -> None:
         has_backlog = message.HasField("backlog")
         if message.grant_ack:
             self._credit.acknowledge(link.credit_order, message.grant_ack)
@@ -298,6 +295,6 @@ class WorkerSession:
             self._credit.regrant()
 
 
-async def _write(link: LinkState, call: ClientCall) -> None:
+async def _write(link: Link, call: ClientCall) -> None:
     while True:
         await call.write(await link.outbox.next_message())

@@ -7,6 +7,7 @@ inside vLLM's engine core. A failure that a request causes never reaches the lin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -18,8 +19,8 @@ from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
 from cluster.wire.dial import LinkEnded
 from cluster.worker.engine_runner import EngineRunner
+from cluster.worker.link import Link
 from cluster.worker.link_credit import LinkCredit
-from cluster.worker.link_state import LinkState
 from cluster.worker.resume_generations import ResumeGenerations, call_of
 from cluster.worker.running_requests import RunningRequests
 from cluster.worker.served_reports import ServedReports
@@ -30,20 +31,17 @@ INLINE_PROMPT_BYTES = 16_384
 TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 
 
+@dataclass(frozen=True, slots=True)
 class Submits:
     """The requests that gateways submit and abort, and the newest generation of each resumed call."""
 
-    def __init__(
-        self, runner: EngineRunner, requests: RunningRequests, served: ServedReports, credit: LinkCredit
-    ) -> None:
-        self._runner = runner
-        self._engine = runner.engine
-        self._requests = requests
-        self._served = served
-        self._credit = credit
-        self._generations = ResumeGenerations()
+    runner: EngineRunner
+    requests: RunningRequests
+    served: ServedReports
+    credit: LinkCredit
+    _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
-    async def accept(self, link: LinkState, submit: pb.Submit) -> None:
+    async def accept(self, link: Link, submit: pb.Submit) -> None:
         """Submit a small request at once, and submit a request with a long prompt or a grammar in a task of its own."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
@@ -52,29 +50,29 @@ class Submits:
         else:
             await self._submit(link, submit)
 
-    async def abort(self, link: LinkState, slots: Sequence[int]) -> None:
+    async def abort(self, link: Link, slots: Sequence[int]) -> None:
         """Abort the requests in these slots. A Submit in progress is aborted when it finishes."""
-        await self._runner.abort([request_id for slot in slots if (request_id := self._cancel(link, slot))])
-        self._credit.regrant()
+        await self.runner.abort([request_id for slot in slots if (request_id := self._cancel(link, slot))])
+        self.credit.regrant()
 
     async def take_over(self, call: str, generation: int) -> None:
         """Abort the requests of older generations of this call."""
-        older = self._requests.of_call(call, generation) if self._generations.record(call, generation) else []
+        older = self.requests.of_call(call, generation) if self._generations.record(call, generation) else []
         to_abort = []
         for link, slot in older:
             if request_id := self._cancel(link, slot):
                 to_abort.append(request_id)
             link.outbox.refused(slot, Outcome.CANCELLED.name, TAKEN_OVER, "")
-        await self._runner.abort(to_abort)
-        self._credit.regrant()
+        await self.runner.abort(to_abort)
+        self.credit.regrant()
 
-    def _cancel(self, link: LinkState, slot: int) -> str | None:
+    def _cancel(self, link: Link, slot: int) -> str | None:
         request_id = link.request_to_abort(slot)
         if request_id is not None:
-            self._requests.forget(request_id, Outcome.CANCELLED)
+            self.requests.forget(request_id, Outcome.CANCELLED)
         return request_id
 
-    async def _submit(self, link: LinkState, submit: pb.Submit) -> None:
+    async def _submit(self, link: Link, submit: pb.Submit) -> None:
         """Run a request or refuse it."""
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
@@ -82,7 +80,7 @@ class Submits:
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.pop_prompt(submit.prompt_blob)
-        self._credit.record_submit(link.credit_order, submit, ids)
+        self.credit.record_submit(link.credit_order, submit, ids)
         try:
             request = codec.submit_from_pb(submit, request_id, ids)
         except Exception as error:
@@ -94,38 +92,38 @@ class Submits:
             self._withdraw(request_id, Outcome.INVALID_FIELD)
             link.refuse(slot, refused.reason, refused.message, refused.field)
         except EngineDead as dead:
-            self._runner.report_dead(dead)
+            self.runner.report_dead(dead)
         except BaseException as error:
             if not is_call_failure(error):
                 raise
             log.exception("request_failed", request=request_id)
             self._withdraw(request_id, Outcome.INTERNAL)
-            self._runner.abort_in_background([request_id])
+            self.runner.abort_in_background([request_id])
             why = f"the worker failed on this request: {type(error).__name__}"
             link.refuse(slot, Outcome.INTERNAL.name, why)
         if link.finish_submit(slot):
             await self.abort(link, [slot])
 
-    async def _run(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> None:
+    async def _run(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
         """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
         if self._generations.is_outdated(submit.stream, submit.generation):
             raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
-        running = self._requests.new_request(link, submit, request)
-        reattached, to_abort = self._requests.reattach(running, submit)
+        running = self.requests.new_request(link, submit, request)
+        reattached, to_abort = self.requests.reattach(running, submit)
         if not reattached:
-            to_abort += self._requests.start(running, request.request_id, submit)
+            to_abort += self.requests.start(running, request.request_id, submit)
         if to_abort:
-            self._runner.abort_in_background(to_abort)
+            self.runner.abort_in_background(to_abort)
         if reattached:
-            self._credit.regrant()
+            self.credit.regrant()
             return
-        await self._engine.submit(request)
+        await self.runner.engine.submit(request)
         running.accept()
 
     def _withdraw(self, request_id: str, outcome: Outcome) -> None:
         """Forget a request that the engine has not accepted."""
-        self._served.revoked(request_id)
-        self._requests.forget(request_id, outcome)
-        self._credit.regrant()
+        self.served.revoked(request_id)
+        self.requests.forget(request_id, outcome)
+        self.credit.regrant()

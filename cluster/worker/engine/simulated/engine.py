@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
-from cluster.worker.engine.simulated.faults import EngineFaults, SimFault, SimFaults
+from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
@@ -22,7 +22,6 @@ __all__ = [
     "SimConfig",
     "SimEngine",
     "SimFault",
-    "SimFaults",
     "SimStatistics",
     "VirtualClock",
 ]
@@ -72,7 +71,8 @@ class SimEngine:
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request for the next step."""
         model = self._require_model()
-        self._faults.fire(["submit"])
+        self._faults.visit("submit")
+        self._faults.raise_if_dead()
         idle = not model.has_work()
         model.submit(request)
         if idle:
@@ -132,7 +132,7 @@ class SimEngine:
 
     def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
         """Arm a fault (see simulated.faults). Raises ValueError for an action that is not possible at `point`."""
-        self._faults.armed.arm(SimFault(action, point, at, seconds))
+        self._faults.arm(SimFault(action, point, at, seconds))
 
     def heal(self) -> None:
         """Disarm all faults, end a hang and return correct tokens again. A dead engine stays dead."""
@@ -167,7 +167,7 @@ class SimEngine:
         points = ["step"]
         if plan.prefill_tokens:
             points.append("prefill")
-        if self._faults.armed and model.reaches_max_tokens(plan):
+        if self._faults and model.reaches_max_tokens(plan):
             points.append("last_token")
         slowed = self._faults.begin_step(points)
         if self._faults.hung:

@@ -73,63 +73,29 @@ class SimFault:
         return cls(action, point, at, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class SimFaults:
-    """The faults that are armed from the start."""
-
-    faults: tuple[SimFault, ...] = ()
-
-
-class ArmedFaults:
-    """The armed faults, and the number of visits to the point of each fault."""
-
-    def __init__(self, initial: SimFaults) -> None:
-        self._visits: list[tuple[SimFault, int]] = [(fault, 0) for fault in initial.faults]
-
-    def __bool__(self) -> bool:
-        return bool(self._visits)
-
-    def arm(self, fault: SimFault) -> None:
-        """Arm a fault. Visits to its point are counted from now on."""
-        self._visits.append((fault, 0))
-
-    def clear(self) -> None:
-        """Disarm all faults."""
-        self._visits.clear()
-
-    def visit(self, point: str) -> list[SimFault]:
-        """Return the faults that fire at this visit, and disarm the faults that fire only once."""
-        firing: list[SimFault] = []
-        remaining: list[tuple[SimFault, int]] = []
-        for fault, visits in self._visits:
-            if fault.point != point:
-                remaining.append((fault, visits))
-            elif fault.at == 0:
-                firing.append(fault)
-                remaining.append((fault, 0))
-            elif visits + 1 == fault.at:
-                firing.append(fault)
-            else:
-                remaining.append((fault, visits + 1))
-        self._visits = remaining
-        return firing
-
-
 class EngineFaults:
     """The armed faults of one engine, and the state in which the faults that fired have left the engine."""
 
-    def __init__(self, initial: SimFaults, wake: asyncio.Event) -> None:
+    def __init__(self, initial: Iterable[SimFault], wake: asyncio.Event) -> None:
         """Arm the initial faults. `wake` is set when the engine dies or recovers."""
-        self.armed = ArmedFaults(initial)
+        self._armed = [(fault, 0) for fault in initial]  # each with the number of visits to its point
+        self._wake = wake
         self.dead = ""
         self.hung = False
         self.corrupt = False
         self.nan = False  # in the current step
-        self._wake = wake
+
+    def __bool__(self) -> bool:
+        """Whether any fault is armed."""
+        return bool(self._armed)
+
+    def arm(self, fault: SimFault) -> None:
+        """Arm a fault. Visits to its point are counted from now on."""
+        self._armed.append((fault, 0))
 
     def heal(self) -> None:
         """Disarm all faults, and end a hang and wrong tokens. A dead engine stays dead."""
-        self.armed.clear()
+        self._armed.clear()
         self.hung = self.corrupt = False
         self._wake.set()
 
@@ -150,21 +116,34 @@ class EngineFaults:
             await self._wake.wait()
             self.raise_if_dead()
 
-    def fire(self, points: Iterable[str]) -> list[SimFault]:
-        """Apply the faults that are due at these points; return those that make the step take longer.
-
-        Raises EngineDead, and EngineRefused for `refuse`.
-        """
-        firing = [fault for point in points for fault in self.armed.visit(point)] if self.armed else []
-        for fault in firing:
-            self._apply(fault)
+    def begin_step(self, points: Iterable[str]) -> list[SimFault]:
+        """Apply the faults of a new step; return those that make the step take longer. Raises EngineDead."""
+        self.nan = False
+        firing = [fault for point in points for fault in self.visit(point)]
         self.raise_if_dead()
         return [fault for fault in firing if fault.action == "slow"]
 
-    def begin_step(self, points: Iterable[str]) -> list[SimFault]:
-        """Apply the faults of a new step, as `fire` does."""
-        self.nan = False
-        return self.fire(points)
+    def visit(self, point: str) -> list[SimFault]:
+        """Apply and return the faults that fire at this visit of a point. A fault that fires only once is disarmed.
+
+        Raises EngineRefused for `refuse`.
+        """
+        firing: list[SimFault] = []
+        remaining: list[tuple[SimFault, int]] = []
+        for fault, visits in self._armed:
+            if fault.point != point:
+                remaining.append((fault, visits))
+            elif fault.at == 0:
+                firing.append(fault)
+                remaining.append((fault, 0))
+            elif visits + 1 == fault.at:
+                firing.append(fault)
+            else:
+                remaining.append((fault, visits + 1))
+        self._armed = remaining
+        for fault in firing:
+            self._apply(fault)
+        return firing
 
     def _apply(self, fault: SimFault) -> None:
         match fault.action:

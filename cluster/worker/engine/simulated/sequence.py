@@ -27,19 +27,12 @@ def check_request(request: EngineRequest, c: SimConfig) -> None:
         (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
         (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens already"),
         (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "have a stop token"),
-        (
-            s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"must be 0 to {MAX_LOGPROBS}",
-        ),
+        (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"must be 0 to {MAX_LOGPROBS}"),
     )
     for is_wrong, name, what in wrong:
         if is_wrong:
             raise EngineRefused("INVALID_FIELD", f"{name} {what}", name)
-    for name, ids in (
-        ("prompt_token_ids", request.prompt_token_ids),
-        ("emitted_token_ids", request.emitted_token_ids),
-    ):
+    for name, ids in (("prompt_token_ids", request.prompt_token_ids), ("emitted_token_ids", request.emitted_token_ids)):
         if ids and (max(ids) >= c.vocab or min(ids) < 0):
             raise EngineRefused("INVALID_FIELD", f"{name} has ids outside the vocabulary (0 to {c.vocab - 1})", name)
 
