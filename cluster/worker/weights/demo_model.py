@@ -100,10 +100,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress | None) -> None:
 
     with contextlib.redirect_stderr(io.StringIO()):  # the reader's own progress bar cannot be switched off
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
         report(0, EXPECTED_BYTES, "unpacking the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

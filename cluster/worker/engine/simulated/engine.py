@@ -17,14 +17,7 @@ from cluster.worker.engine.simulated.faults import EngineFaults, SimFault
 from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
 from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
-__all__ = [
-    "SCHEME",
-    "SimConfig",
-    "SimEngine",
-    "SimFault",
-    "SimStatistics",
-    "VirtualClock",
-]
+__all__ = ["SCHEME", "SimConfig", "SimEngine", "SimFault", "SimStatistics", "VirtualClock"]
 
 ENGINE_VERSION = "sim-1"
 
